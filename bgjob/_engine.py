@@ -1,0 +1,421 @@
+"""The worker's decisions, as a pure state machine.
+
+The engine reads no clock, opens no socket and starts no thread. Whoever drives
+it says what happened and what time it is, and asks for the next step:
+
+    step(now)        what to do: Exchange, Withdraw, Sleep or Stop
+    acknowledge()    the exchange was committed; gives jobs to run, and events
+    reject()         the server refused the exchange: nothing of it happened
+    disconnect()     the connection broke: the exchange happened, or did not
+    reconnect()      there is a connection again
+    finish()         handlers ended
+    withdrawn()      what a Withdraw took back
+    wake()           a notification came
+    shutdown()       claim nothing more, finish, stop
+    abandon()        do not wait for handlers
+
+Times are seconds of any monotonic clock. It holds to this:
+
+- Each claimed job is settled or given back once. An outcome is kept until its
+  settlement is acknowledged, and sent again as often as that takes.
+- No more jobs are claimed than free slots and the jobs' quickness justify.
+- A lease is extended when a third of it has passed, whether its job runs,
+  waits for a slot, or waits for its settlement to be taken.
+- Every step has something to do, or names the time to sleep to.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from math import exp, inf
+from typing import Literal
+
+from bgjob._exchange import (
+    Claim,
+    Exchange,
+    LeaseLost,
+    News,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+    Reply,
+    Sleep,
+    Step,
+    Stop,
+    Withdraw,
+)
+from bgjob._statements import Claimed
+from bgjob._watermarks import Watermarks
+from bgjob.result import Reschedule, Retry
+
+_MOST = 1000
+"""Jobs in one claim or settlement. Bare psycopg moves 150,000 jobs/s so, 120,000 at 500."""
+
+_AHEAD = 0.02
+"""Seconds of work claimed beyond the free slots, or two round trips where they take longer:
+quick jobs arrive in large batches, and none waits long behind a slow one."""
+
+_STALE = 0.5
+"""Seconds after which jobs that were claimed ahead and did not start are given back."""
+
+_FLOW = 1000.0
+"""Jobs/s from which the worker looks by itself instead of being told: notifications serialise
+the commits of all producers."""
+
+_LOOK = 0.002
+"""Seconds between two looks while jobs flow, and the first pause when the lock is contended."""
+
+_UNPARK = 0.01
+"""Seconds without a free slot before enqueues need not notify."""
+
+_PAUSE = 0.05
+"""Seconds before a refused exchange is tried again; doubles up to the poll interval."""
+
+_CAREFUL = 6
+"""Exchanges after a refusal that carry one kind of work each."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The jobs of one claim: they share its token and its lease."""
+
+    expires: float
+    extend_at: float
+    jobs: dict[str, Claimed]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """The exchange under way."""
+
+    exchange: Exchange
+    outcomes: list[Outcome]
+    at: float
+
+
+class Engine:
+    """Decides what a worker does next for one queue."""
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        poll_interval: float,
+        lease: float,
+        notify: bool,
+        tokens: Iterator[int],
+    ) -> None:
+        self._concurrency = concurrency
+        self._poll_interval = poll_interval
+        self._lease = lease
+        self._notify = notify
+        self._tokens = tokens
+
+        self._batches: dict[int, _Batch] = {}
+        self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
+        self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
+        self._pending: deque[Outcome] = deque()  # finished and not settled, the oldest first
+        self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
+        self._sent: _Sent | None = None
+        self._stopping = self._abandoned = self._withdrew = False
+
+        self._marks = Watermarks(poll_interval)
+        self._more = True  # the last claim was full: there is more
+        self._told = False  # something was enqueued since the last claim
+        self._due_at = inf  # when the next job that is known of is due
+        self._look_at = inf  # when to look again, while jobs flow
+
+        self._parked = False  # enqueues notify this worker
+        self._park_at = -inf
+        self._park_pause = _LOOK
+        self._full_since = inf
+        self._flow = 0.0  # jobs/s that were claimed lately
+        self._flow_at = -inf
+
+        self._took = inf  # seconds in a handler, of late
+        self._round_trip = 0.0
+        self._claimed_at = -inf
+
+        self._not_before = -inf
+        self._pause = _PAUSE
+        self._settle_limit = _MOST
+        self._careful = 0
+        self._turn = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs that are claimed and not finished."""
+        return self._running
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that may be in flight now: a slot each, and some ahead while they are quick."""
+        ahead = max(_AHEAD, 2 * self._round_trip) * self._concurrency / max(self._took, 1e-6)
+        return self._concurrency + min(int(ahead), _MOST)
+
+    # -- what happened --------------------------------------------------------------
+
+    def finish(self, outcomes: Iterable[Outcome]) -> None:
+        """Handlers ended; the result of a job that was lost meanwhile is dropped."""
+        count, took = 0, 0.0
+        for outcome in outcomes:
+            self._running -= 1
+            count += 1
+            took += outcome.took
+            if self._lost and outcome.claimed in self._lost:
+                self._lost.discard(outcome.claimed)
+            else:
+                self._pending.append(outcome)
+        if count:
+            weight = 1.0 if self._took == inf else min(1.0, count / 20)
+            before = 0.0 if self._took == inf else self._took
+            self._took = before + weight * (took / count - before)
+
+    def withdrawn(self, claimed: Iterable[Claimed]) -> None:
+        """Jobs were taken back before they started; they return to the queue."""
+        self.finish([Outcome(c, Release(), _STALE) for c in claimed])
+
+    def wake(self) -> None:
+        """Something was enqueued, or another worker wants to be relieved."""
+        self._told = True
+
+    def shutdown(self) -> None:
+        """Claim nothing more, give back what has not started, finish, stop."""
+        self._stopping = True
+
+    def abandon(self) -> None:
+        """Stop without waiting for handlers; their jobs are left to their leases."""
+        self._stopping = self._abandoned = True
+
+    # -- what to do -------------------------------------------------------------------
+
+    def step(self, now: float) -> Step:
+        """Give the next thing to do; an Exchange must be answered before the next step."""
+        if self._stopping and not self._withdrew:
+            self._withdrew = True
+            return Withdraw()
+        if self._running > self._concurrency and now >= self._claimed_at + _STALE:
+            self._claimed_at = now
+            return Withdraw()
+        done = not self._pending and (self._abandoned or not self._running)
+        if self._stopping and done and not self._parked:
+            return Stop(self._running)
+        if now < self._not_before:
+            return Sleep(self._not_before)
+
+        exchange = Exchange()
+        outcomes: list[Outcome] = []
+        parts = [self._add_settlements, self._add_extensions, self._add_claim]
+        for part in parts[self._turn :] + parts[: self._turn]:
+            part(exchange, outcomes, now)
+            if self._careful and exchange:
+                self._turn = (parts.index(part) + 1) % len(parts)
+                break
+        if not exchange:
+            exchange.park = self._park(now, done=done)
+        if exchange:
+            self._sent = _Sent(exchange, outcomes, now)
+            return exchange
+        return Sleep(self._wake_at(now))
+
+    def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], _: float) -> None:
+        outcomes.extend(islice(self._pending, self._settle_limit))
+        for outcome in outcomes:
+            exchange.settle(outcome)
+
+    def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
+        due = [batch for batch in self._batches.values() if batch.extend_at <= now]
+        if due:
+            leaving = {outcome.claimed for outcome in outcomes}
+            exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
+
+    def _add_claim(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
+        limit = min(self._room(len(self._pending) - len(outcomes)), _MOST)
+        if limit <= 0 or not self._wants_claim(now):
+            return
+        # While there is more, sweeps come when they are due; after a wait, before
+        # a sleep, or where nothing is known yet, as soon as they can be afforded.
+        at = self._marks.sweep_at if self._more else self._marks.early_sweep_at
+        sweep = now >= at or not self._marks.known
+        exchange.claim = Claim(limit, next(self._tokens), None if sweep else self._marks.start(now))
+
+    def _room(self, unsettled: int) -> int:
+        return self.capacity - self._running - unsettled
+
+    def _wants_claim(self, now: float) -> bool:
+        return not self._stopping and (
+            self._more
+            or self._told
+            or now >= min(self._marks.sweep_at, self._due_at, self._look_at)
+        )
+
+    def _park(self, now: float, *, done: bool) -> Literal["take", "give"] | None:
+        if self._stopping:
+            return "give" if self._parked and done else None
+        if not self._notify:
+            return None
+        free = self._running < self._concurrency
+        flows = self._flow_now(now) > _FLOW
+        if not self._parked:
+            return "take" if free and not flows and now >= self._park_at else None
+        if free and not flows:
+            self._full_since = inf
+            return None
+        self._full_since = min(self._full_since, now)
+        return "give" if now >= self._full_since + _UNPARK else None
+
+    def _flow_now(self, now: float) -> float:
+        return self._flow * exp((self._flow_at - now) / 0.1) if self._flow else 0.0
+
+    def _wake_at(self, now: float) -> float:
+        times = [batch.extend_at for batch in self._batches.values()]
+        if not self._stopping:
+            if self._room(len(self._pending)) > 0:
+                times += [self._marks.sweep_at, self._due_at, self._look_at]
+            if self._notify and not self._parked and self._running < self._concurrency:
+                times.append(max(self._park_at, self._look_at if self._look_at < inf else now))
+            if self._parked:
+                times.append(self._full_since + _UNPARK)
+            if self._running > self._concurrency:
+                times.append(self._claimed_at + _STALE)
+        return min(times, default=now + self._poll_interval)
+
+    # -- what came of it ----------------------------------------------------------------
+
+    def acknowledge(self, reply: Reply, now: float) -> News:
+        """The exchange was committed, and this is the answer."""
+        sent, news = self._answered(), News()
+        self._round_trip = now - sent.at
+        self._not_before, self._pause = -inf, _PAUSE
+        self._settle_limit = min(2 * self._settle_limit, _MOST)
+        self._careful = max(self._careful - 1, 0)
+        if not self._careful:
+            self._turn = 0
+        self._settled(sent, reply, news, now)
+        self._extended(sent, reply, news)
+        if sent.exchange.park:
+            self._has_parked(sent.exchange.park, reply.parked, now)
+        if sent.exchange.claim:
+            self._claimed(sent.exchange.claim, sent.at, reply, now, news)
+        return news
+
+    def reject(self, now: float) -> None:
+        """The server refused the exchange: nothing of it happened.
+
+        Its outcomes are tried again in smaller parts and after the others, until
+        the one that is refused stands alone.
+        """
+        sent = self._answered()
+        if sent.outcomes:
+            self._settle_limit = max(1, len(sent.outcomes) // 2)
+            self._pending.rotate(-len(sent.outcomes))
+        self._careful = _CAREFUL
+        self._rest(now)
+
+    def disconnect(self, now: float) -> None:
+        """The connection is gone and the lock with it; the exchange happened, or did not."""
+        if self._sent is not None:
+            self._unsure.update(outcome.claimed for outcome in self._answered().outcomes)
+        self._parked, self._park_at, self._full_since = False, -inf, inf
+        self._rest(now)
+
+    def reconnect(self) -> None:
+        """There is a connection again: look at everything."""
+        self._not_before = -inf
+        self._marks.sweep_at = -inf
+
+    def _answered(self) -> _Sent:
+        if self._sent is None:
+            raise RuntimeError("no exchange is under way")
+        sent, self._sent = self._sent, None
+        return sent
+
+    def _rest(self, now: float) -> None:
+        self._not_before = now + self._pause
+        self._pause = min(2 * self._pause, max(self._poll_interval, _PAUSE))
+
+    def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> None:
+        for outcome in sent.outcomes:
+            claimed = outcome.claimed
+            self._pending.popleft()
+            batch = self._let_go(claimed)
+            unsure = bool(self._unsure) and claimed in self._unsure
+            if unsure:
+                self._unsure.discard(claimed)
+            if batch is None:
+                continue  # an extension found it lost while its settlement waited
+            # Not there, but nobody else can have had it: the settlement whose
+            # answer was lost had been committed.
+            if claimed.job.id in reply.settled or (unsure and sent.at < batch.expires):
+                if not isinstance(outcome.result, Release):
+                    news.events.append(outcome)
+                if isinstance(outcome.result, Retry | Reschedule | Release):
+                    self._due_at = min(self._due_at, now + outcome.delay)
+            else:
+                news.events.append(LeaseLost(claimed.job))
+
+    def _extended(self, sent: _Sent, reply: Reply, news: News) -> None:
+        finished = {o.claimed for o in self._pending} if sent.exchange.extend else ()
+        for claimed in sent.exchange.extend:
+            if claimed.job.id in reply.extended:
+                batch = self._batches[claimed.token]
+                batch.expires = sent.at + self._lease
+                batch.extend_at = sent.at + self._lease / 3
+            elif claimed not in self._unsure and self._let_go(claimed) is not None:
+                news.events.append(LeaseLost(claimed.job))
+                if claimed not in finished:
+                    self._lost.add(claimed)
+                    self._claimed_at = -inf  # what has not started must not start now
+
+    def _let_go(self, claimed: Claimed) -> _Batch | None:
+        batch = self._batches.get(claimed.token)
+        if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+            return None
+        if not batch.jobs:
+            del self._batches[claimed.token]
+        return batch
+
+    def _has_parked(self, asked: Literal["take", "give"], answer: str | None, now: float) -> None:
+        self._full_since = inf
+        self._parked = asked == "take" and answer == "parked"
+        if asked == "give":
+            self._park_at = now
+            return
+        # Whatever was committed before the lock was taken is seen by one more look.
+        self._told = True
+        if answer == "contended":
+            self._park_at = now + self._park_pause
+            self._park_pause = min(2 * self._park_pause, self._poll_interval)
+        else:
+            self._park_at = now + self._poll_interval
+            self._park_pause = _LOOK
+
+    def _claimed(self, claim: Claim, sent_at: float, reply: Reply, now: float, news: News) -> None:
+        jobs = reply.claimed
+        self._more = len(jobs) == claim.limit
+        self._told = False
+        self._flow = self._flow_now(now) + len(jobs) / 0.1
+        self._flow_at = now
+        self._look_at = now + _LOOK if self._flow > _FLOW and not self._parked else inf
+        self._marks.claimed(jobs, full=self._more)
+        if claim.marks is None:
+            self._marks.swept(reply.lines, full=self._more, began=sent_at, now=now)
+            waits = [line.wait for line in reply.lines if line.wait is not None]
+            self._due_at = now + max(min(waits), 0.0) if waits else inf
+        elif self._due_at <= sent_at:
+            # That job is claimed; only a sweep tells which is next.
+            self._due_at = inf
+            self._marks.sweep_at = self._marks.early_sweep_at
+        if jobs:
+            self._claimed_at = now
+            claimed = [Claimed(job, claim.token) for job in jobs]
+            self._batches[claim.token] = _Batch(
+                sent_at + self._lease,
+                sent_at + self._lease / 3,
+                {c.job.id: c for c in claimed},
+            )
+            self._running += len(jobs)
+            news.run.extend(claimed)
+        elif not self._running and (self._parked or not self._notify or now < self._park_at):
+            news.events.append(QueueIsEmpty())

@@ -1,0 +1,118 @@
+"""Tells an observer of events, on a thread of its own."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import assert_never
+
+from bgjob._exchange import Event, LeaseLost, Outcome, QueueIsEmpty, Release
+from bgjob.job import Job
+from bgjob.observer import Observer
+from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
+
+_MOST = 100_000
+"""Events that wait for a blocked observer; later ones are dropped, and counted in the log."""
+
+_log = logging.getLogger("bgjob")
+
+
+class Events:
+    """A queue of events before an observer that may raise or block."""
+
+    def __init__(self, observer: Observer, queue: str) -> None:
+        self._observer = observer
+        self._queue = queue
+        self._waiting: deque[Event | BaseException] = deque()
+        self._ready = threading.Condition()
+        self._closed = False
+        self._dropped = 0
+        self._error_at = float("-inf")
+        self.thread = threading.Thread(target=self._run, name=f"bgjob-events-{queue}", daemon=True)
+
+    def open(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def started(self, job: Job) -> None:
+        """Tell that a handler is about to run, on the caller's thread."""
+        try:
+            self._observer.job_started(job)
+        except Exception:
+            _log.exception("observer failed in job_started")
+
+    def tell(self, events: Iterable[Event | BaseException]) -> None:
+        """Tell of events, in order, soon."""
+        with self._ready:
+            self._waiting.extend(events)
+            while len(self._waiting) > _MOST:
+                self._waiting.pop()
+                self._dropped += 1
+            self._ready.notify()
+
+    def error(self, error: BaseException) -> None:
+        """Tell of trouble, at most once a second: a database that is away stays away."""
+        now = time.monotonic()
+        if now >= self._error_at + 1:
+            self._error_at = now
+            self.tell([error])
+
+    def close(self, timeout: float) -> None:
+        """Tell what waits, for at most so many seconds, and end the thread."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+        if threading.current_thread() is not self.thread:
+            self.thread.join(timeout)
+            if self.thread.is_alive():
+                _log.warning(
+                    "observer of queue %r blocks; its last events are not told", self._queue
+                )
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                while not self._waiting:
+                    if self._closed:
+                        return
+                    self._ready.wait()
+                waiting, self._waiting = self._waiting, deque()
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                _log.warning(
+                    "observer of queue %r is behind: %d events dropped", self._queue, dropped
+                )
+            for event in waiting:
+                call, args = self._call(event)
+                try:
+                    call(*args)
+                except Exception:
+                    _log.exception("observer failed in %s", call.__name__)
+
+    def _call(self, event: Event | BaseException) -> tuple[Callable[..., None], tuple[object, ...]]:
+        observer = self._observer
+        match event:
+            case Outcome(claimed, result):
+                job = claimed.job
+                match result:
+                    case Complete():
+                        return observer.job_completed, (job,)
+                    case Retry(_, error):
+                        return observer.job_will_be_retried, (job, event.delay, error)
+                    case Reschedule():
+                        return observer.job_rescheduled, (job, event.delay)
+                    case MoveToDlq(error):
+                        return observer.job_moved_to_dlq, (job, error)
+                    case Release():
+                        raise AssertionError("a release is no event")
+                    case _:
+                        assert_never(result)
+            case LeaseLost(job):
+                return observer.job_lease_lost, (job,)
+            case QueueIsEmpty():
+                return observer.queue_is_empty, (self._queue,)
+            case BaseException():
+                return observer.worker_error, (event,)
+            case _:
+                assert_never(event)

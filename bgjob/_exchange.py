@@ -1,0 +1,190 @@
+"""The words between the engine and whoever drives it."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+
+from bgjob._statements import (
+    Buried,
+    Claimed,
+    Line,
+    Postponed,
+    Statement,
+    bury,
+    claim,
+    complete,
+    extend,
+    park,
+    postpone,
+    survey,
+    sweep,
+    unpark,
+)
+from bgjob.job import Job
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
+
+# -- the engine's steps -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Claim up to `limit` jobs: from the marks on, or by a sweep over everything."""
+
+    limit: int
+    token: int
+    marks: dict[int, datetime] | None
+    """First due time by priority; None sweeps."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One round trip in one transaction; an empty part is left out."""
+
+    complete: list[Claimed] = field(default_factory=list)
+    postpone: list[Postponed] = field(default_factory=list)
+    bury: list[Buried] = field(default_factory=list)
+    extend: list[Claimed] = field(default_factory=list)
+    park: Literal["take", "give"] | None = None
+    claim: Claim | None = None
+
+    def settle(self, outcome: "Outcome") -> None:
+        """Add the settlement of a job."""
+        claimed = outcome.claimed
+        match outcome.result:
+            case Complete():
+                self.complete.append(claimed)
+            case Retry():
+                self.postpone.append(
+                    Postponed(
+                        claimed, outcome.delay, error_text(outcome.result.error), refund=False
+                    )
+                )
+            case Reschedule() | Release():
+                self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
+            case MoveToDlq(error):
+                self.bury.append(Buried(claimed, error_text(error) or ""))
+
+    def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
+        """Give the SQL in the order in which it must run, each with its part of the Reply."""
+        plan: list[tuple[Statement[Any], str]] = []
+        if self.complete:
+            plan.append((complete(self.complete), "settled"))
+        if self.postpone:
+            plan.append((postpone(self.postpone), "settled"))
+        if self.bury:
+            plan.append((bury(self.bury), "settled"))
+        if self.extend:
+            plan.append((extend(self.extend, lease=lease), "extended"))
+        if self.park:
+            plan.append((park(queue) if self.park == "take" else unpark(queue), "parked"))
+        if self.claim:
+            limit, token, marks = self.claim.limit, self.claim.token, self.claim.marks
+            if marks is None:
+                plan.append((sweep(queue, limit=limit, lease=lease, token=token), "claimed"))
+                plan.append((survey(queue), "lines"))
+            else:
+                statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
+                plan.append((statement, "claimed"))
+        return plan
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to exchange."""
+        return bool(
+            self.complete or self.postpone or self.bury or self.extend or self.park or self.claim
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take back the jobs that no handler has started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Nothing to do before this time, unless something happens."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Everything is settled, but for the jobs that are abandoned to their leases."""
+
+    abandoned: int
+
+
+Step: TypeAlias = Exchange | Withdraw | Sleep | Stop
+
+
+# -- what the engine is told ----------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Reply:
+    """The server's answer to an exchange."""
+
+    settled: set[str] = field(default_factory=set)
+    extended: set[str] = field(default_factory=set)
+    parked: str | None = None
+    claimed: list[Job] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+
+    def add(self, part: str, answer: Any) -> None:
+        """Add the answer to one statement of the exchange."""
+        match part:
+            case "settled":
+                self.settled.update(answer)
+            case "extended":
+                self.extended.update(answer)
+            case _:
+                setattr(self, part, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The result of a job that did not start: it goes back, with its attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a claimed job ended."""
+
+    claimed: Claimed
+    result: Result | Release
+    took: float
+    """Seconds in its handler."""
+
+    @property
+    def delay(self) -> float:
+        """Seconds until the job is due again; retries come here with their delay decided."""
+        match self.result:
+            case Retry(delay) | Reschedule(delay) if delay is not None:
+                return delay if isinstance(delay, float | int) else delay.total_seconds()
+            case _:
+                return 0.0
+
+
+# -- what an acknowledged exchange brings ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost:
+    """Another worker may have the job; its result is dropped."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class QueueIsEmpty:
+    """No job is due and none is running."""
+
+
+Event: TypeAlias = Outcome | LeaseLost | QueueIsEmpty
+
+
+@dataclass(slots=True)
+class News:
+    """Jobs to run, and events to tell."""
+
+    run: list[Claimed] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)

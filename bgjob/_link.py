@@ -1,0 +1,258 @@
+"""The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
+
+import contextlib
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psycopg
+from psycopg.abc import PQGen, RV
+from psycopg.rows import TupleRow, tuple_row
+
+from bgjob import schema
+from bgjob._exchange import Exchange, Reply
+from bgjob._statements import Statement, backend_pid, listen, schema_comment, session
+
+_DEADLINE = 10.0
+"""Seconds for one exchange; a network that has gone silent is given up after them."""
+
+_SESSION = {
+    "application_name": "bgjob",
+    # Whatever the database or the role defaults to.
+    "default_transaction_isolation": "read committed",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "lock_timeout": "5s",
+    "statement_timeout": "10s",
+    "timezone": "UTC",
+    # The plans of the claim are index scans in order, whatever the statistics
+    # say: those of a queue are always wrong.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+    "jit": "off",
+}
+
+# What a pool's keyword arguments may hold beside the parameters of the connection.
+_NOT_CONNINFO = {"autocommit", "context", "cursor_factory", "prepare_threshold", "row_factory"}
+
+
+class Bell:
+    """Wakes a thread that waits on sockets."""
+
+    def __init__(self) -> None:
+        # Sockets, not a pipe: a send to one that was closed fails, where a write
+        # to a closed descriptor may reach whoever was given its number since.
+        self._heard, self._rope = socket.socketpair()
+        self._heard.setblocking(False)
+        self._rope.setblocking(False)
+        self._armed = False
+
+    def fileno(self) -> int:
+        """Give what to wait on."""
+        return self._heard.fileno()
+
+    def arm(self) -> None:
+        """Let the next ring be felt; look for what it would tell after this, then wait."""
+        self._armed = True
+
+    def ring(self) -> None:
+        """Wake the thread if it is armed, which costs a flag where it is not. From any thread."""
+        if self._armed:
+            self._armed = False
+            self.shout()
+
+    def shout(self) -> None:
+        """Wake the thread now, or at its next wait. From any thread."""
+        with contextlib.suppress(OSError):  # full: it is ringing already; or closed
+            self._rope.send(b"!")
+
+    def silence(self) -> None:
+        """Stop ringing."""
+        self._armed = False
+        with contextlib.suppress(BlockingIOError):
+            self._heard.recv(4096)
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._armed = False
+        self._heard.close()
+        self._rope.close()
+
+
+class _Connection(psycopg.Connection[TupleRow]):
+    """A connection whose every wait ends."""
+
+    deadline = float("inf")
+
+    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        with selectors.DefaultSelector() as selector:
+            try:
+                wanted = next(gen)
+                selector.register(self.fileno(), wanted)
+                while True:
+                    ready = selector.select(self.deadline - time.monotonic())
+                    if not ready:
+                        raise psycopg.OperationalError(
+                            f"no answer from the server within {_DEADLINE:g} s"
+                        )
+                    again = gen.send(ready[0][1])
+                    if again != wanted:
+                        wanted = again
+                        selector.modify(self.fileno(), wanted)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            except BaseException:
+                # Between a question and its answer nothing else can be asked.
+                self.pgconn.finish()
+                raise
+
+
+class Link:
+    """A connection to the server that can be lost and opened again. Belongs to one thread."""
+
+    def __init__(
+        self,
+        recipe: Callable[[], tuple[str, Mapping[str, Any]]],
+        queue: str,
+        *,
+        lease: float,
+        notify: bool,
+    ) -> None:
+        self._recipe = recipe
+        self._queue = queue
+        self._lease = lease
+        self._notify = notify
+        self._connection: _Connection | None = None
+        self._notified = False
+        self.can_notify = False
+        """Whether the open connection receives notifications."""
+
+    def open(self) -> None:
+        """Connect, check the schema, listen.
+
+        Raises:
+            psycopg.Error: the server cannot be reached, or refuses.
+            SchemaError: the tables are missing or of another version.
+
+        """
+        conninfo, kwargs = self._recipe()
+        options = {k: v for k, v in kwargs.items() if k not in _NOT_CONNINFO}
+        options.setdefault("connect_timeout", int(_DEADLINE))
+        prepare = kwargs.get("prepare_threshold", 0)
+        connection = _Connection.connect(
+            conninfo,
+            autocommit=True,
+            prepare_threshold=prepare and 0,
+            row_factory=tuple_row,
+            **options,
+        )
+        try:
+            connection.deadline = time.monotonic() + _DEADLINE
+            # A pooler in transaction mode gives each transaction another session:
+            # settings and locks would stay behind with strangers.
+            direct = self._run(connection, backend_pid()) == connection.info.backend_pid
+            if direct:
+                known = {n: v for n, v in _SESSION.items() if _exists(connection, n)}
+                self._run(connection, session(known))
+            schema.check(self._run(connection, schema_comment()))
+            self.can_notify = self._notify and direct
+            if self.can_notify:
+                connection.add_notify_handler(self._notice)
+                self._run(connection, listen(self._queue))
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+
+    def exchange(self, exchange: Exchange) -> Reply:
+        """Run an exchange in one round trip and one transaction.
+
+        Raises:
+            psycopg.Error: it was refused; or the connection was lost, then
+                `is_open` is False.
+
+        """
+        connection = self._connection
+        if connection is None:
+            raise psycopg.OperationalError("the connection is closed")
+        connection.deadline = time.monotonic() + _DEADLINE
+        plan = exchange.statements(self._queue, self._lease)
+        cursors = []
+        with connection.pipeline():
+            for statement, _ in plan:
+                cursor = connection.cursor(binary=statement.binary)
+                cursor.execute(statement.text, statement.params)
+                cursors.append(cursor)
+        reply = Reply()
+        for (statement, part), cursor in zip(plan, cursors, strict=True):
+            reply.add(part, statement.parse(cursor.fetchall()))
+        return reply
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection can carry another exchange."""
+        connection = self._connection
+        return (
+            connection is not None
+            and not connection.closed
+            and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        )
+
+    def wait(self, bell: Bell, timeout: float) -> None:
+        """Wait for the bell, a notification, the loss of the connection, or the time.
+
+        Raises:
+            psycopg.Error: the connection was lost.
+
+        """
+        connection = self._connection
+        with selectors.DefaultSelector() as selector:
+            selector.register(bell, selectors.EVENT_READ)
+            if connection is not None and not connection.closed:
+                selector.register(connection.fileno(), selectors.EVENT_READ)
+            ready = selector.select(max(timeout, 0.0))
+        if connection is not None and any(key.fileobj is not bell for key, _ in ready):
+            connection.pgconn.consume_input()
+            while notice := connection.pgconn.notifies():
+                self._hear(notice.be_pid, notice.extra.decode())
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether a notification came that `notified` has not told of."""
+        return self._notified
+
+    def notified(self) -> bool:
+        """Whether a notification came since the last call."""
+        notified, self._notified = self._notified, False
+        return notified
+
+    def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _run(self, connection: _Connection, statement: Statement[Any]) -> Any:
+        cursor = connection.execute(statement.text, statement.params)
+        return statement.parse(cursor.fetchall() if cursor.description else [])
+
+    def _notice(self, notice: psycopg.Notify) -> None:
+        self._hear(notice.pid, notice.payload)
+
+    def _hear(self, pid: int, payload: str) -> None:
+        # The channel is shared with other queues; an empty payload asks everybody
+        # to look, and its sender already has.
+        if payload == self._queue or (
+            not payload
+            and self._connection is not None
+            and pid != self._connection.info.backend_pid
+        ):
+            self._notified = True
+
+
+def _exists(connection: _Connection, name: str) -> bool:
+    # idle_session_timeout came with PostgreSQL 14.
+    return name != "idle_session_timeout" or connection.info.server_version >= 140000

@@ -1,0 +1,278 @@
+"""Runs handlers in a bounded number of slots, on threads and on an event loop.
+
+A slot is the right to run one handler. It lives on a thread or in a task of
+the loop and takes jobs from one shared queue for as long as there are any, so
+that a job crosses a thread once per batch, and a slow job never holds up one
+behind it while a slot is idle. Measured per job: under 0.3 µs for a shared
+queue, 2.3 µs for call_soon_threadsafe per batch of 500, 100 µs for an awaited
+to_thread. A slot that takes a job of the other colour moves there with it, so
+that plain and coroutine handlers share the same bound.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from time import perf_counter
+
+from bgjob._exchange import Outcome, Release
+from bgjob._statements import Claimed
+from bgjob.job import Job
+from bgjob.mux import Mux, Route
+from bgjob.result import MoveToDlq
+
+inside: ContextVar["Runner | None"] = ContextVar("bgjob_inside", default=None)
+"""The runner whose handler is running in this context."""
+
+_BEFORE_YIELD = 100
+"""Jobs that one task runs before it lets the loop's other tasks run."""
+
+
+class _Thread:
+    """A handler thread at rest: the lock it waits on, and the job it is handed."""
+
+    __slots__ = ("claimed", "rest")
+
+    def __init__(self) -> None:
+        self.rest = threading.Lock()
+        self.claimed: Claimed | None = None
+
+
+class Runner:
+    """Slots for handlers; `submit` and `withdraw` belong to one thread."""
+
+    def __init__(
+        self,
+        mux: Mux,
+        *,
+        queue: str,
+        concurrency: int,
+        started: Callable[[Job], None],
+        finished: Callable[[], None],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._mux = mux
+        self._queue = queue
+        self._started = started
+        self._finished = finished
+        self._jobs: deque[Claimed] = deque()
+        self._outcomes: deque[Outcome] = deque()
+        self._lock = threading.Lock()
+        self._free = concurrency
+        self._resting: list[_Thread] = []
+        self._threads = 0
+        self._closed = False
+        self._loop = loop
+        self._loop_thread: threading.Thread | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self) -> None:
+        """Start the event loop, where coroutine handlers need one and none was given."""
+        if self._loop is None and self._mux.has_coroutines:
+            self._loop = asyncio.new_event_loop()
+            self._loop_thread = threading.Thread(
+                target=self._loop.run_forever, name=f"bgjob-loop-{self._queue}", daemon=True
+            )
+            self._loop_thread.start()
+
+    def submit(self, batch: Sequence[Claimed]) -> None:
+        """Run jobs, in order, as slots become free."""
+        self._jobs.extend(batch)
+        with self._lock:
+            wanted = min(self._free, len(self._jobs))
+            self._free -= wanted
+        if wanted:
+            self._place(wanted)
+
+    def collect(self) -> list[Outcome]:
+        """Take the outcomes since the last call."""
+        outcomes = self._outcomes
+        return [outcomes.popleft() for _ in range(len(outcomes))]
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Whether there is anything to collect."""
+        return bool(self._outcomes)
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """The tasks that run on the loop."""
+        return set(self._tasks)
+
+    def withdraw(self) -> list[Claimed]:
+        """Take back the jobs that have not started."""
+        jobs: list[Claimed] = []
+        try:
+            while True:
+                jobs.append(self._jobs.popleft())
+        except IndexError:
+            return jobs
+
+    def close(self) -> None:
+        """End the slots that rest, and the loop; a plain handler that still runs is left alone."""
+        with self._lock:
+            self._closed = True
+            resting, self._resting = self._resting, []
+        for thread in resting:
+            thread.rest.release()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel)
+        if self._loop_thread is not None and threading.current_thread() is not self._loop_thread:
+            self._loop_thread.join(1.0)
+            if not self._loop_thread.is_alive() and self._loop is not None:
+                self._loop.close()
+
+    # -- slots ------------------------------------------------------------------------
+
+    def _place(self, count: int) -> None:
+        """Put so many slots to work, on the side of the job that is next."""
+        try:
+            claimed = self._jobs[0]
+        except IndexError:
+            coroutine = False
+        else:
+            route = self._mux.route(claimed.job)
+            coroutine = isinstance(route, Route) and route.is_coroutine
+        if coroutine:
+            self._on_loop(count, None)
+        else:
+            for _ in range(count):
+                self._on_thread(None)
+
+    def _give_up_slot(self, thread: _Thread | None) -> bool:
+        """Free the slot and let its thread rest, unless a job came meanwhile."""
+        with self._lock:
+            # submit() appends before it takes the lock: it sees the slot free,
+            # or this sees its job.
+            if self._jobs and not self._closed:
+                return False
+            self._free += 1
+            self._let_rest(thread)
+            return True
+
+    def _let_rest(self, thread: _Thread | None) -> None:
+        if thread is not None:
+            if self._closed:
+                thread.rest.release()
+            else:
+                self._resting.append(thread)
+
+    def _next(self) -> Claimed | None:
+        try:
+            return self._jobs.popleft()
+        except IndexError:
+            return None
+
+    def _done(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        self._finished()
+
+    # -- threads ------------------------------------------------------------------------
+
+    def _on_thread(self, claimed: Claimed | None) -> None:
+        with self._lock:
+            thread = self._resting.pop() if self._resting else None
+            if thread is None:
+                self._threads += 1
+        if thread is not None:
+            thread.claimed = claimed
+            thread.rest.release()
+            return
+        thread = _Thread()
+        thread.claimed = claimed
+        threading.Thread(
+            target=self._thread,
+            args=(thread,),
+            name=f"bgjob-{self._queue}-{self._threads}",
+            daemon=True,  # a handler that never returns must not keep the process
+        ).start()
+
+    def _thread(self, me: _Thread) -> None:
+        inside.set(self)
+        me.rest.acquire()
+        while not self._closed:
+            claimed, me.claimed = me.claimed, None
+            self._work(me, claimed)
+            me.rest.acquire()  # until _on_thread() or close() lets go
+
+    def _work(self, me: _Thread, claimed: Claimed | None) -> None:
+        """Run jobs on this thread until there are none, or the slot moves to the loop."""
+        while True:
+            claimed = claimed or self._next()
+            if claimed is None:
+                if self._give_up_slot(me):
+                    return
+                continue
+            route = self._mux.route(claimed.job)
+            if isinstance(route, MoveToDlq):
+                self._done(Outcome(claimed, route, 0.0))
+            elif route.is_coroutine:
+                with self._lock:
+                    self._let_rest(me)
+                self._on_loop(1, claimed)
+                return
+            else:
+                self._started(claimed.job)
+                began = perf_counter()
+                result = route.run(claimed.job)
+                self._done(Outcome(claimed, result, perf_counter() - began))
+            claimed = None
+
+    # -- tasks ------------------------------------------------------------------------------
+
+    def _on_loop(self, count: int, claimed: Claimed | None) -> None:
+        assert self._loop is not None  # noqa: S101 (open() made it)
+        try:
+            self._loop.call_soon_threadsafe(self._start_tasks, count, claimed)
+        except RuntimeError:
+            # The caller closed its loop under a running worker: nothing can run.
+            with self._lock:
+                self._free += count
+            if claimed is not None:
+                self._done(Outcome(claimed, Release(), 0.0))
+
+    def _start_tasks(self, count: int, claimed: Claimed | None) -> None:
+        assert self._loop is not None  # noqa: S101
+        for _ in range(count):
+            task = self._loop.create_task(self._task(claimed), name=f"bgjob-{self._queue}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _task(self, claimed: Claimed | None) -> None:
+        """Run jobs on the loop until there are none, or the slot moves to a thread."""
+        inside.set(self)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101
+        ran = 0
+        while not self._closed:
+            claimed = claimed or self._next()
+            if claimed is None:
+                if self._give_up_slot(None):
+                    return
+                continue
+            route = self._mux.route(claimed.job)
+            if isinstance(route, MoveToDlq):
+                self._done(Outcome(claimed, route, 0.0))
+            elif not route.is_coroutine:
+                self._on_thread(claimed)
+                return
+            else:
+                self._started(claimed.job)
+                began = perf_counter()
+                result = await route.run_async(claimed.job)
+                while task.uncancel():
+                    pass  # a handler that cancelled itself has failed; its slot goes on
+                self._done(Outcome(claimed, result, perf_counter() - began))
+            claimed = None
+            ran += 1
+            if ran % _BEFORE_YIELD == 0:
+                await asyncio.sleep(0)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._loop_thread is not None and self._loop is not None:
+            loop = self._loop
+            ending = asyncio.gather(*self._tasks, return_exceptions=True)
+            ending.add_done_callback(lambda _: loop.stop())

@@ -1,0 +1,55 @@
+"""The errors bgjob raises itself; each says what to do about it.
+
+Errors of the database are psycopg's own and pass through unchanged.
+"""
+
+from collections.abc import Sequence
+
+
+class BgjobError(Exception):
+    """The root of every error that bgjob raises itself."""
+
+
+class QueueRequiredError(BgjobError, ValueError):
+    """A queue name is empty."""
+
+
+class TypeRequiredError(BgjobError, ValueError):
+    """A job type is empty."""
+
+
+class RequestsRequiredError(BgjobError, ValueError):
+    """A bulk enqueue was given no request."""
+
+
+class UnknownTypeError(BgjobError, LookupError):
+    """No handler is registered for a job's type; the job goes to the dead-letter table."""
+
+
+class JobAlreadyExistsError(BgjobError):
+    """A live job has this id already; nothing was written.
+
+    Attributes:
+        ids: the ids that are taken, in the order in which they were asked for.
+
+    """
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = tuple(ids)
+        shown = ", ".join(repr(id_) for id_ in self.ids[:5])
+        more = f" and {len(self.ids) - 5} more" if len(self.ids) > 5 else ""  # noqa: PLR2004
+        super().__init__(
+            f"job already exists: {shown}{more}; choose another id, or treat the job as enqueued"
+        )
+
+
+class EmptyQueueError(BgjobError):
+    """No job of the queue is due now."""
+
+
+class LeaseLostError(BgjobError):
+    """A job ran for longer than its lease, and its result was not applied."""
+
+
+class SchemaError(BgjobError):
+    """The tables are missing, or of another version than this library's."""

@@ -1,0 +1,204 @@
+"""The values that cross the queue: a request to enqueue, a job to run, a dead job."""
+
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from bgjob._duration import Duration, seconds
+from bgjob.errors import QueueRequiredError, TypeRequiredError
+
+_LONGEST_NAME = 255
+_SMALLINT = range(-32768, 32768)
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueRequest:
+    """A job to be written; checked and encoded when it is made, so that nothing fails later.
+
+    Attributes:
+        queue: which workers may take it; 1 to 255 characters, no NUL.
+        type: which handler runs it; 1 to 255 characters, no NUL.
+        arg: `bytes` are stored as they are, None as NULL; anything else is
+            encoded as JSON when the request is made.
+        id: unique among live jobs, so that enqueuing twice is harmless; 1 to
+            255 characters. By default a new time-ordered UUID (version 7).
+        delay: seconds or a timedelta before the job is due, from the moment it
+            is written, by the database's clock.
+        run_at: an aware datetime at which the job is due, instead of a delay;
+            one in the past means now.
+        priority: -32768 to 32767, 0 by default; lower runs first.
+
+    Raises:
+        QueueRequiredError, TypeRequiredError: an empty queue or type.
+        ValueError: a text too long or with a character PostgreSQL cannot hold,
+            a delay or priority out of range, both a delay and a run_at, a
+            naive run_at, or NaN or infinity in `arg`.
+        TypeError: an `arg` that JSON cannot express, or another wrong type.
+
+    """
+
+    queue: str
+    type: str
+    arg: Any = None
+    id: str = field(default_factory=lambda: new_id(), kw_only=True)  # noqa: PLW0108 (defined below)
+    delay: Duration = field(default=0.0, kw_only=True)
+    run_at: datetime | None = field(default=None, kw_only=True)
+    priority: int = field(default=0, kw_only=True)
+    payload: bytes | None = field(init=False, repr=False, compare=False)
+    """`arg` as it is stored."""
+
+    def __post_init__(self) -> None:
+        if not self.queue:
+            raise QueueRequiredError("queue is required: name the queue whose workers run the job")
+        if not self.type:
+            raise TypeRequiredError("type is required: name the handler that runs the job")
+        check_name("queue", self.queue)
+        check_name("type", self.type)
+        check_name("id", self.id)
+        seconds(self.delay, "delay")
+        if self.run_at is not None:
+            if self.delay:
+                raise ValueError("give delay or run_at, not both")
+            if self.run_at.utcoffset() is None:
+                raise ValueError(
+                    "run_at must be an aware datetime, such as datetime.now(UTC): "
+                    f"{self.run_at!r} has no time zone"
+                )
+        if isinstance(self.priority, bool) or self.priority not in _SMALLINT:
+            raise ValueError(
+                f"priority must be an integer from -32768 to 32767, not {self.priority!r}"
+            )
+        object.__setattr__(self, "payload", _encoded(self.arg, self.type))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A claimed job, as its handler sees it.
+
+    Attributes:
+        id: unique among live jobs.
+        queue: the queue it was enqueued to.
+        type: which handler runs it.
+        arg: the payload's bytes, or None.
+        attempt: 1 on the first run. An attempt counts from the moment it is
+            claimed, so that one whose worker died has counted too.
+        last_error: why the last attempt failed, or None.
+        priority: lower runs first.
+        next_run_at: when it was due.
+        created_at: when it was enqueued.
+        updated_at: when its last attempt ended, or when it was enqueued.
+
+    """
+
+    id: str
+    queue: str
+    type: str
+    arg: bytes | None
+    attempt: int
+    last_error: str | None
+    priority: int
+    next_run_at: datetime
+    created_at: datetime
+    updated_at: datetime
+
+    def json(self) -> Any:
+        """Decode `arg` as JSON; None when there is none.
+
+        Raises:
+            ValueError: `arg` is no JSON (orjson.JSONDecodeError).
+
+        """
+        return None if self.arg is None else orjson.loads(self.arg)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadJob(Job):
+    """A job in the dead-letter table; `last_error` says why it is there.
+
+    Attributes:
+        moved_at: when it was moved there.
+
+    """
+
+    moved_at: datetime
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise TypeError or ValueError if PostgreSQL or an index could not hold this name."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what} must be a str, not {type(name).__name__}")
+    if not 1 <= len(name) <= _LONGEST_NAME:
+        raise ValueError(f"{what} must have 1 to {_LONGEST_NAME} characters, not {len(name)}")
+    if "\0" in name:
+        raise ValueError(f"{what} must not contain NUL: {name!r}")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{what} must be valid Unicode, without surrogates: {name!r}"
+            ) from None
+
+
+_last_id = 0
+
+
+def new_id() -> str:
+    """Make a version 7 UUID.
+
+    Ids made later by one thread sort later, so that the jobs of a bulk enqueue
+    keep their order and the pages of the primary key stay warm.
+    """
+    global _last_id  # noqa: PLW0603 (threads may race: order is promised within one only)
+    # 48 bits of milliseconds and 12 bits of their fraction, as RFC 9562 allows.
+    now = (time.time_ns() << 12) // 1_000_000
+    _last_id = now = now if now > _last_id else _last_id + 1
+    tail = int.from_bytes(os.urandom(8)) >> 2
+    text = f"{now >> 12:012x}7{now & 0xFFF:03x}{0x8000000000000000 | tail:016x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def _encoded(arg: object, type_: str) -> bytes | None:
+    match arg:
+        case None:
+            return None
+        case bytes():
+            return arg
+        case bytearray() | memoryview():
+            return bytes(arg)
+    try:
+        payload = orjson.dumps(arg)
+    except TypeError as error:  # orjson's JSONEncodeError is one
+        raise TypeError(
+            f"arg of job type {type_!r} cannot be encoded as JSON: {error}; "
+            "give bytes, or values that JSON has"
+        ) from error
+    # orjson writes NaN and infinities as null: what comes back would differ.
+    if b"null" in payload and _has_non_finite(arg):
+        raise ValueError(
+            f"arg of job type {type_!r} holds NaN or infinity, which JSON cannot express"
+        )
+    return payload
+
+
+def _has_non_finite(arg: object) -> bool:
+    pending: list[object] = [arg]
+    while pending:
+        match pending.pop():
+            case float(value) if not math.isfinite(value):
+                return True
+            case Mapping() as mapping:
+                pending.extend(mapping.values())
+            case str() | bytes():
+                pass
+            case Iterable() as items:
+                pending.extend(items)
+            case other if hasattr(other, "__dataclass_fields__"):
+                pending.extend(getattr(other, name) for name in other.__dataclass_fields__)
+    return False

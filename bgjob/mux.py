@@ -1,0 +1,182 @@
+"""Routes job types to handlers, and judges what a handler returned or raised."""
+
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from typing_extensions import Self
+
+from bgjob._duration import seconds
+from bgjob.errors import TypeRequiredError, UnknownTypeError
+from bgjob.job import Job, check_name
+from bgjob.result import Backoff, BackoffPolicy, Complete, MoveToDlq, Reschedule, Result, Retry
+
+Handler: TypeAlias = Callable[[Job], Result | None] | Callable[[Job], Awaitable[Result | None]]
+"""A plain function, run on a thread, or a coroutine function, run on an event loop."""
+
+_H = TypeVar("_H", bound=Callable[..., Any])
+
+_log = logging.getLogger("bgjob")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A job type's handler and policy."""
+
+    type: str
+    handler: Callable[[Job], Any]
+    is_coroutine: bool
+    max_attempts: int | None
+    backoff: BackoffPolicy
+
+    def exhausted(self, job: Job) -> MoveToDlq | None:
+        """Give the result of a job whose attempts were all charged before this one."""
+        if self.max_attempts is None or job.attempt <= self.max_attempts:
+            return None
+        return MoveToDlq(
+            f"out of attempts: {self.max_attempts} of {self.max_attempts} were charged, the last "
+            "without a result; its worker died or lost the lease"
+            + (f"; last error: {job.last_error}" if job.last_error else "")
+        )
+
+    def run(self, job: Job) -> Result:
+        """Run a plain handler; nothing it raises escapes."""
+        try:
+            return self.judge(job, self.handler(job))
+        except BaseException as error:  # noqa: BLE001 (a handler may raise SystemExit: its slot lives)
+            return self.failed(job, error)
+
+    async def run_async(self, job: Job) -> Result:
+        """Run a coroutine handler; nothing it raises escapes."""
+        try:
+            return self.judge(job, await self.handler(job))
+        except BaseException as error:  # noqa: BLE001
+            return self.failed(job, error)
+
+    def judge(self, job: Job, returned: object) -> Result:
+        """Turn what the handler returned into the result to store."""
+        match returned:
+            case Complete() | Reschedule() | MoveToDlq():
+                return returned
+            case None:
+                return _COMPLETE
+            case Retry(delay, error):
+                if job.attempt == self.max_attempts:
+                    return MoveToDlq(error if error is not None else "out of attempts")
+                return Retry(self._delay(job.attempt) if delay is None else delay, error)
+            case _:
+                if inspect.iscoroutine(returned):
+                    returned.close()
+                name = getattr(self.handler, "__qualname__", repr(self.handler))
+                return self.failed(
+                    job,
+                    TypeError(
+                        f"handler {name} of job type {self.type!r} returned "
+                        f"{type(returned).__name__}; return Complete(), Retry(), Reschedule(), "
+                        "MoveToDlq() or None"
+                    ),
+                )
+
+    def failed(self, job: Job, error: BaseException) -> Result:
+        """Turn what the handler raised into the result to store."""
+        return self.judge(job, Retry(error=error))
+
+    def _delay(self, attempt: int) -> float:
+        try:
+            return seconds(self.backoff(attempt), "backoff")
+        except Exception:
+            _log.exception("the backoff of job type %r failed; the default one is used", self.type)
+            return _BACKOFF(attempt)
+
+
+_COMPLETE = Complete()
+_BACKOFF = Backoff()
+
+
+class Mux:
+    """Routes job types to handlers.
+
+    A job whose type is not registered goes to the dead-letter table. Thread-safe
+    once registration is over; register everything before the worker runs.
+    """
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Route] = {}
+
+    def register(
+        self,
+        type: str,  # noqa: A002 (the word of the rest of the API)
+        handler: Handler,
+        *,
+        max_attempts: int | None = 25,
+        backoff: BackoffPolicy = _BACKOFF,
+    ) -> Self:
+        """Route jobs of `type` to `handler`; chainable.
+
+        Args:
+            type: the job type; 1 to 255 characters.
+            handler: a plain function, run on a thread, or a coroutine function,
+                run on an event loop. One that raises, or whose worker dies,
+                has used up an attempt.
+            max_attempts: how often a job may fail before it goes to the
+                dead-letter table; 25 by default, most of a day with the default
+                backoff. None: endlessly.
+            backoff: seconds to wait after failed attempt n, for a handler that
+                raises or returns Retry() without a delay; Backoff() by default.
+
+        Raises:
+            TypeRequiredError: an empty type.
+            ValueError: the type is registered already, or max_attempts is below 1.
+            TypeError: the handler is not callable.
+
+        """
+        if not type:
+            raise TypeRequiredError("type is required: name the jobs that the handler runs")
+        check_name("type", type)
+        if type in self._routes:
+            raise ValueError(f"job type {type!r} is registered already: one handler a type")
+        if not callable(handler):
+            raise TypeError(f"the handler of job type {type!r} is not callable: {handler!r}")
+        if max_attempts is not None and max_attempts < 1:
+            raise ValueError(
+                f"max_attempts must be at least 1, or None for endless, not {max_attempts!r}"
+            )
+        is_coroutine = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+            getattr(handler, "__call__", None)  # noqa: B004 (an object with an async __call__)
+        )
+        self._routes[type] = Route(type, handler, is_coroutine, max_attempts, backoff)
+        return self
+
+    def handler(
+        self,
+        type: str,  # noqa: A002
+        *,
+        max_attempts: int | None = 25,
+        backoff: BackoffPolicy = _BACKOFF,
+    ) -> Callable[[_H], _H]:
+        """Register the decorated function; the arguments are those of `register`."""
+
+        def decorate(function: _H) -> _H:
+            self.register(type, function, max_attempts=max_attempts, backoff=backoff)
+            return function
+
+        return decorate
+
+    def route(self, job: Job) -> Route | MoveToDlq:
+        """Give the route of a claimed job, or the result of one that must not run."""
+        route = self._routes.get(job.type)
+        if route is None:
+            return MoveToDlq(
+                UnknownTypeError(
+                    f"no handler is registered for job type {job.type!r}; register it, "
+                    "then requeue the job"
+                )
+            )
+        return route.exhausted(job) or route
+
+    @property
+    def has_coroutines(self) -> bool:
+        """Whether any handler is a coroutine function."""
+        return any(route.is_coroutine for route in self._routes.values())

@@ -1,0 +1,38 @@
+"""The schema's text and version."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from bgjob.errors import SchemaError
+
+VERSION = 1
+"""The schema version this library works with; `migration/init.sql` carries it as a comment."""
+
+
+def init_sql() -> str:
+    """Give the text of `migration/init.sql`, to apply with any migration tool."""
+    path = files("bgjob") / "migration" / "init.sql"
+    if not path.is_file():  # a source checkout: only a built wheel carries it inside
+        path = Path(__file__).parent.parent / "migration" / "init.sql"
+    return path.read_text("utf-8")
+
+
+def check(comment: str | None) -> None:
+    """Raise SchemaError unless the comment on bgjob_job names this version."""
+    if comment is None:
+        raise SchemaError(
+            "the tables bgjob_job and bgjob_dead_job are not in the search_path; "
+            "apply migration/init.sql (bgjob.schema.init_sql()) to this database, "
+            "or set the search_path to the schema that has them"
+        )
+    name, _, version = comment.rpartition(" ")
+    if name != "bgjob schema" or not version.isdecimal():
+        raise SchemaError(
+            f"the comment on table bgjob_job is {comment!r}, not 'bgjob schema {VERSION}'; "
+            "apply migration/init.sql completely, with its last statement"
+        )
+    if int(version) != VERSION:
+        remedy = "upgrade the schema" if int(version) < VERSION else "upgrade the bgjob package"
+        raise SchemaError(
+            f"table bgjob_job has schema version {version}, this bgjob needs {VERSION}: {remedy}"
+        )

@@ -1,0 +1,49 @@
+-- bgjob, schema version 1. Apply it with your own migration tool, in any
+-- schema: bgjob finds its tables through search_path.
+
+create table bgjob_job (
+    id          text        not null,
+    queue       text        not null,
+    type        text        not null,
+    arg         bytea,
+    attempt     integer     not null default 0,
+    last_error  text,
+    priority    smallint    not null default 0,
+    next_run_at timestamptz not null default clock_timestamp(),
+    -- A claim: who holds the job, and until when. No index may cover these
+    -- two or attempt: claims and extensions then stay heap-only updates,
+    -- for which the fillfactor leaves room in the page. Measured against a
+    -- lease kept in next_run_at: 445 bytes of WAL a job instead of 698.
+    token       bigint,
+    lease_until timestamptz,
+    created_at  timestamptz not null default clock_timestamp(),
+    updated_at  timestamptz not null default clock_timestamp(),
+    constraint bgjob_job_pkey primary key (id),
+    constraint bgjob_job_id_check check (char_length(id) between 1 and 255),
+    constraint bgjob_job_queue_check check (char_length(queue) between 1 and 255),
+    constraint bgjob_job_type_check check (char_length(type) between 1 and 255)
+) with (fillfactor = 50);
+
+-- The only way in which a claim finds its rows, in the order it takes them.
+create index bgjob_job_due on bgjob_job (queue, priority, next_run_at);
+
+create table bgjob_dead_job (
+    id             bigint      generated always as identity,
+    job_id         text        not null,
+    queue          text        not null,
+    type           text        not null,
+    arg            bytea,
+    attempt        integer     not null,
+    last_error     text,
+    priority       smallint    not null,
+    next_run_at    timestamptz not null,
+    job_created_at timestamptz not null,
+    job_updated_at timestamptz not null,
+    moved_at       timestamptz not null default clock_timestamp(),
+    constraint bgjob_dead_job_pkey primary key (id)
+);
+
+-- One job id may die more than once: requeued, or enqueued again.
+create index bgjob_dead_job_job_id on bgjob_dead_job (job_id);
+
+comment on table bgjob_job is 'bgjob schema 1';
