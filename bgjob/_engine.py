@@ -237,8 +237,11 @@ class Engine:
         # While there is more, sweeps come when they are due; after a wait, before
         # a sleep, or where nothing is known yet, as soon as they can be afforded.
         at = self._marks.sweep_at if self._more else self._marks.early_sweep_at
-        sweep = now >= at or not self._marks.known
-        exchange.claim = Claim(limit, next(self._tokens), None if sweep else self._marks.start(now))
+        token = next(self._tokens)
+        if now >= at or not self._marks.known:
+            exchange.claim = Claim(limit, token, None)
+        else:
+            exchange.claim = Claim(limit, token, *self._marks.start(now))
 
     def _room(self, unsettled: int) -> int:
         return self.capacity - self._running - unsettled
@@ -284,7 +287,7 @@ class Engine:
     # -- what came of it ----------------------------------------------------------------
 
     def acknowledge(self, reply: Reply, now: float) -> News:
-        """The exchange was committed, and this is the answer."""
+        """Take the answer to an exchange, which was committed."""
         sent, news = self._answered(), News()
         self._round_trip = now - sent.at
         self._not_before, self._pause = -inf, _PAUSE
@@ -301,7 +304,7 @@ class Engine:
         return news
 
     def reject(self, now: float) -> None:
-        """The server refused the exchange: nothing of it happened.
+        """Take it that the server refused the exchange: nothing of it happened.
 
         Its outcomes are tried again in smaller parts and after the others, until
         the one that is refused stands alone.
@@ -314,7 +317,7 @@ class Engine:
         self._rest(now)
 
     def disconnect(self, now: float) -> None:
-        """The connection is gone and the lock with it; the exchange happened, or did not."""
+        """Take it that the connection is gone; an exchange under way happened, or did not."""
         if self._sent is not None:
             self._unsure.update(outcome.claimed for outcome in self._answered().outcomes)
         self._parked, self._park_at, self._full_since = False, -inf, inf
@@ -336,21 +339,24 @@ class Engine:
         self._pause = min(2 * self._pause, max(self._poll_interval, _PAUSE))
 
     def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> None:
+        settled, batches, pending = reply.settled, self._batches, self._pending
         for outcome in sent.outcomes:
-            claimed = outcome.claimed
-            self._pending.popleft()
-            batch = self._let_go(claimed)
+            pending.popleft()
+            claimed, result, _ = outcome
+            batch = batches.get(claimed.token)
+            if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+                continue  # an extension found it lost while its settlement waited
+            if not batch.jobs:
+                del batches[claimed.token]
             unsure = bool(self._unsure) and claimed in self._unsure
             if unsure:
                 self._unsure.discard(claimed)
-            if batch is None:
-                continue  # an extension found it lost while its settlement waited
-            # Not there, but nobody else can have had it: the settlement whose
-            # answer was lost had been committed.
-            if claimed.job.id in reply.settled or (unsure and sent.at < batch.expires):
-                if not isinstance(outcome.result, Release):
+            # Where it is not there, but nobody else can have had it, the settlement
+            # whose answer was lost had been committed.
+            if claimed.job.id in settled or (unsure and sent.at < batch.expires):
+                if not isinstance(result, Release):
                     news.events.append(outcome)
-                if isinstance(outcome.result, Retry | Reschedule | Release):
+                if isinstance(result, Retry | Reschedule | Release):
                     self._due_at = min(self._due_at, now + outcome.delay)
             else:
                 news.events.append(LeaseLost(claimed.job))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from bgjob._statements import (
     Buried,
@@ -34,6 +34,8 @@ class Claim:
     token: int
     marks: dict[int, datetime] | None
     """First due time by priority; None sweeps."""
+    back: float = 0.0
+    """Seconds before now from which on to look, where the marks are later."""
 
 
 @dataclass(slots=True)
@@ -78,13 +80,15 @@ class Exchange:
         if self.park:
             plan.append((park(queue) if self.park == "take" else unpark(queue), "parked"))
         if self.claim:
-            limit, token, marks = self.claim.limit, self.claim.token, self.claim.marks
-            if marks is None:
-                plan.append((sweep(queue, limit=limit, lease=lease, token=token), "claimed"))
-                plan.append((survey(queue), "lines"))
-            else:
-                statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
-                plan.append((statement, "claimed"))
+            match self.claim:
+                case Claim(limit, token, None):
+                    plan.append((sweep(queue, limit=limit, lease=lease, token=token), "claimed"))
+                    plan.append((survey(queue), "lines"))
+                case Claim(limit, token, dict(marks), back):
+                    statement = claim(
+                        queue, limit=limit, lease=lease, token=token, marks=marks, back=back
+                    )
+                    plan.append((statement, "claimed"))
         return plan
 
     def __bool__(self) -> bool:
@@ -145,8 +149,7 @@ class Release:
     """The result of a job that did not start: it goes back, with its attempt."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a claimed job ended."""
 
     claimed: Claimed

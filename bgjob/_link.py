@@ -1,15 +1,16 @@
 """The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
 
 import contextlib
-import selectors
+import select
 import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
-from psycopg.abc import PQGen, RV
+from psycopg.abc import RV, PQGen
 from psycopg.rows import TupleRow, tuple_row
+from psycopg.waiting import Ready, Wait
 
 from bgjob import schema
 from bgjob._exchange import Exchange, Reply
@@ -17,6 +18,8 @@ from bgjob._statements import Statement, backend_pid, listen, schema_comment, se
 
 _DEADLINE = 10.0
 """Seconds for one exchange; a network that has gone silent is given up after them."""
+
+_LONGEST_SLEEP = 3600.0
 
 _SESSION = {
     "application_name": "bgjob",
@@ -37,6 +40,19 @@ _SESSION = {
 
 # What a pool's keyword arguments may hold beside the parameters of the connection.
 _NOT_CONNINFO = {"autocommit", "context", "cursor_factory", "prepare_threshold", "row_factory"}
+
+
+_EVENTS = {
+    Wait.R: select.POLLIN,
+    Wait.W: select.POLLOUT,
+    Wait.RW: select.POLLIN | select.POLLOUT,
+}
+_READY = {
+    0: Ready.RW,  # an error or a hang-up: reading tells which
+    select.POLLIN: Ready.R,
+    select.POLLOUT: Ready.W,
+    select.POLLIN | select.POLLOUT: Ready.RW,
+}
 
 
 class Bell:
@@ -87,27 +103,31 @@ class _Connection(psycopg.Connection[TupleRow]):
 
     deadline = float("inf")
 
-    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        with selectors.DefaultSelector() as selector:
-            try:
-                wanted = next(gen)
-                selector.register(self.fileno(), wanted)
-                while True:
-                    ready = selector.select(self.deadline - time.monotonic())
-                    if not ready:
-                        raise psycopg.OperationalError(
-                            f"no answer from the server within {_DEADLINE:g} s"
-                        )
-                    again = gen.send(ready[0][1])
-                    if again != wanted:
-                        wanted = again
-                        selector.modify(self.fileno(), wanted)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            except BaseException:
-                # Between a question and its answer nothing else can be asked.
-                self.pgconn.finish()
-                raise
+    def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
+        # poll() and nothing else: each system call here gives up the interpreter
+        # to the handlers' threads, and has to win it back.
+        try:
+            wanted = next(gen)
+            poll = select.poll()
+            poll.register(self.pgconn.socket, _EVENTS[wanted])
+            while True:
+                left = self.deadline - time.monotonic()
+                ready = poll.poll(left * 1000 + 1) if left > 0 else []
+                if not ready:
+                    raise psycopg.OperationalError(
+                        f"no answer from the server within {_DEADLINE:g} s"
+                    )
+                event = ready[0][1]
+                again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
+                if again != wanted:
+                    wanted = again
+                    poll.modify(self.pgconn.socket, _EVENTS[wanted])
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        except BaseException:
+            # Between a question and its answer nothing else can be asked.
+            self.pgconn.finish()
+            raise
 
 
 class Link:
@@ -155,8 +175,7 @@ class Link:
             # settings and locks would stay behind with strangers.
             direct = self._run(connection, backend_pid()) == connection.info.backend_pid
             if direct:
-                known = {n: v for n, v in _SESSION.items() if _exists(connection, n)}
-                self._run(connection, session(known))
+                self._run(connection, session(_SESSION))
             schema.check(self._run(connection, schema_comment()))
             self.can_notify = self._notify and direct
             if self.can_notify:
@@ -209,12 +228,13 @@ class Link:
 
         """
         connection = self._connection
-        with selectors.DefaultSelector() as selector:
-            selector.register(bell, selectors.EVENT_READ)
-            if connection is not None and not connection.closed:
-                selector.register(connection.fileno(), selectors.EVENT_READ)
-            ready = selector.select(max(timeout, 0.0))
-        if connection is not None and any(key.fileobj is not bell for key, _ in ready):
+        poll = select.poll()
+        poll.register(bell, select.POLLIN)
+        if connection is not None:
+            poll.register(connection.fileno(), select.POLLIN)
+        # Rounded up: poll() counts whole milliseconds, and would come back early.
+        ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
+        if connection is not None and any(fd != bell.fileno() for fd, _ in ready):
             connection.pgconn.consume_input()
             while notice := connection.pgconn.notifies():
                 self._hear(notice.be_pid, notice.extra.decode())
@@ -251,8 +271,3 @@ class Link:
             and pid != self._connection.info.backend_pid
         ):
             self._notified = True
-
-
-def _exists(connection: _Connection, name: str) -> bool:
-    # idle_session_timeout came with PostgreSQL 14.
-    return name != "idle_session_timeout" or connection.info.server_version >= 140000

@@ -20,7 +20,8 @@ The rules they keep:
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, NamedTuple, TypeVar
+from operator import itemgetter
+from typing import Any, Generic, LiteralString, NamedTuple, TypeVar
 from zlib import crc32
 
 from bgjob._duration import seconds
@@ -34,7 +35,7 @@ Row = tuple[Any, ...]
 class Statement(Generic[T_co]):
     """SQL, its parameters, and how to read its rows."""
 
-    text: str
+    text: LiteralString | bytes
     params: Mapping[str, object] | None
     parse: Callable[[Sequence[Row]], T_co]
     binary: bool = False
@@ -61,7 +62,7 @@ def channel(queue: str) -> str:
 
 def listen(queue: str) -> Statement[None]:
     """Receive the notifications of `queue` on this connection."""
-    return Statement(f"listen {channel(queue)}", None, _nothing)
+    return Statement(f"listen {channel(queue)}".encode(), None, _nothing)
 
 
 def park(queue: str) -> Statement[str]:
@@ -226,7 +227,7 @@ _PRIORITIES = """
 """
 
 
-def _claim(lines: str) -> str:
+def _claim(lines: LiteralString) -> LiteralString:
     return f"""
         update bgjob_job
         set token = %(token)s,
@@ -237,7 +238,7 @@ def _claim(lines: str) -> str:
             cross join lateral (
                 select j.ctid from bgjob_job j
                 where j.queue = %(queue)s and j.priority = line.priority
-                    and j.next_run_at >= line.mark and j.next_run_at <= now()
+                    and j.next_run_at >= line.since and j.next_run_at <= now()
                     and (j.lease_until is null or j.lease_until <= now())
                 order by j.next_run_at
                 limit %(limit)s
@@ -250,25 +251,34 @@ def _claim(lines: str) -> str:
 
 
 _CLAIM = _claim("""
-    select due.ctid from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[])
-        as line (priority, mark)
+    select due.ctid
+    from (
+        select priority, least(mark, now() - %(back)s * interval '1 second') as since
+        from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[]) as m (priority, mark)
+    ) as line
 """)
 
 _SWEEP = _claim(f"""
     {_PRIORITIES}
     select due.ctid
     from (
-        select priority, timestamptz '-infinity' as mark from line where priority is not null
+        select priority, timestamptz '-infinity' as since from line where priority is not null
     ) as line
 """)
 
 
 def claim(
-    queue: str, *, limit: int, lease: float, token: int, marks: Mapping[int, datetime]
+    queue: str,
+    *,
+    limit: int,
+    lease: float,
+    token: int,
+    marks: Mapping[int, datetime],
+    back: float,
 ) -> Statement[list[Job]]:
-    """Claim due jobs in (priority, next_run_at) order, of these priorities and due times on.
+    """Claim due jobs of these priorities, from their marks or the last `back` seconds on.
 
-    The jobs come sorted in that order.
+    They are taken in (priority, next_run_at) order, and come sorted so.
     """
     priorities = sorted(marks)
     return Statement(
@@ -280,6 +290,7 @@ def claim(
             "token": token,
             "priorities": priorities,
             "marks": [marks[priority] for priority in priorities],
+            "back": back,
         },
         _jobs,
         binary=True,
@@ -469,7 +480,7 @@ def dlq_list(where: DeadFilter, *, limit: int, offset: int) -> Statement[list[De
         order by id desc limit %(limit)s offset %(offset)s
         """,
         {**where.params(), "limit": limit, "offset": offset},
-        lambda rows: [DeadJob(*row) for row in rows],
+        lambda rows: [DeadJob._make(row) for row in rows],
     )
 
 
@@ -561,11 +572,10 @@ def _column(rows: Sequence[Row]) -> list[Any]:
 
 def _jobs(rows: Sequence[Row]) -> list[Job]:
     # An update returns rows in no order; columns 6 and 7 are priority and due time.
-    return [Job(*row) for row in sorted(rows, key=_by_due)]
+    return list(map(Job._make, sorted(rows, key=_by_due)))
 
 
-def _by_due(row: Row) -> tuple[int, datetime]:
-    return row[6], row[7]
+_by_due = itemgetter(6, 7)
 
 
 def _held(claimed: Sequence[Claimed]) -> dict[str, object]:

@@ -6,15 +6,17 @@ jobs/s fell to 28,000 after 200,000 jobs. So each claim starts at the last due
 time that was claimed, by priority.
 
 Rows do appear behind that mark: producers commit late, and leases end. Two
-ways lead back. Every claim may look back by a window; windows double, and each
-is due at an interval of its own length, so that a row that became visible d
-seconds late is found within about d again, at a cost that grows with the
-logarithm of d. And a sweep over everything, which alone finds ended leases, is
+ways lead back. A claim may look back over the last moments before now, by a
+window: windows double, and each is due at an interval of its own length, so
+that a row that became visible d seconds late is found within about d again, at
+a cost that grows with the logarithm of d. Through a backlog, whose marks lie
+further back than the window, this costs nothing: a row behind them is later
+than that. And a sweep over everything, which alone finds ended leases, is
 due at the poll interval, or at twenty times its own cost where that is longer.
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from bgjob._statements import Line
 from bgjob.job import Job
@@ -51,18 +53,14 @@ class Watermarks:
         """When a sweep can be afforded, before it is due."""
         return min(self.sweep_at, self._swept_at + _REST * self._cost)
 
-    def start(self, now: float) -> dict[int, datetime]:
-        """Give the due time to claim from, by priority, with the window that is due now."""
+    def start(self, now: float) -> tuple[dict[int, datetime], float]:
+        """Give the due time to claim from, by priority, and how far to look back from now."""
         for longest, (window, due) in enumerate(self._windows):
             if due <= now:
                 # Looking back so far covers every shorter window as well.
                 self._windows[longest:] = [(w, now + w) for w, _ in self._windows[longest:]]
-                back = timedelta(seconds=window)
-                return {
-                    priority: mark - back if mark > _OLDEST + back else mark
-                    for priority, mark in self._marks.items()
-                }
-        return dict(self._marks)
+                return dict(self._marks), window
+        return dict(self._marks), 0.0
 
     def claimed(self, jobs: Sequence[Job], *, full: bool) -> None:
         """Move the marks to what a claim brought, in its order.

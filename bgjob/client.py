@@ -7,12 +7,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from itertools import islice
 from secrets import randbits
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
-from typing_extensions import Self
 
 from bgjob import _statements
 from bgjob._duration import Duration, seconds
@@ -26,7 +25,7 @@ from bgjob.errors import (
     RequestsRequiredError,
 )
 from bgjob.job import EnqueueRequest, Job
-from bgjob.mux import Mux, Route
+from bgjob.mux import Mux
 from bgjob.result import MoveToDlq, Result
 
 T = TypeVar("T")
@@ -133,6 +132,8 @@ class Client:
         Raises:
             EmptyQueueError: no job is due.
             LeaseLostError: the handler outlived the lease; its result was dropped.
+            KeyboardInterrupt, SystemExit: the handler's, after the attempt was
+                stored as failed.
             psycopg.Error: the database's; the job is due again when its lease ends.
 
         """
@@ -140,13 +141,19 @@ class Client:
         lease = seconds(lease, "lease")
         claim = _statements.sweep(queue, limit=1, lease=lease, token=token)
         job = _only(self._run(claim, None), queue)
-        match mux.route(job):
-            case Route(is_coroutine=True) as route:
-                result = asyncio.run(route.run_async(job))
-            case Route() as route:
-                result = route.run(job)
-            case MoveToDlq() as result:
-                pass
+        route = mux.route(job)
+        if isinstance(route, MoveToDlq):
+            result: Result = route
+        else:
+            try:
+                handler = route.handler
+                returned = asyncio.run(handler(job)) if route.is_coroutine else handler(job)
+                result = route.judge(job, returned)
+            except Exception as error:
+                result = route.failed(job, error)
+            except BaseException as error:
+                self._run(_settlement(job, token, route.failed(job, error)), None)
+                raise
         settlement = _settlement(job, token, result)
         if job.id not in self._run(settlement, None):
             raise _lost(job, lease)
@@ -274,13 +281,20 @@ class AsyncClient:
         lease = seconds(lease, "lease")
         claim = _statements.sweep(queue, limit=1, lease=lease, token=token)
         job = _only(await self._run(claim, None), queue)
-        match mux.route(job):
-            case Route(is_coroutine=True) as route:
-                result = await route.run_async(job)
-            case Route() as route:
-                result = await asyncio.to_thread(route.run, job)
-            case MoveToDlq() as result:
-                pass
+        route = mux.route(job)
+        if isinstance(route, MoveToDlq):
+            result: Result = route
+        else:
+            try:
+                handler = route.handler
+                running = handler(job) if route.is_coroutine else asyncio.to_thread(handler, job)
+                result = route.judge(job, await running)
+            except Exception as error:
+                result = route.failed(job, error)
+            except BaseException as error:
+                settlement = _settlement(job, token, route.failed(job, error))
+                await asyncio.shield(self._run(settlement, None))
+                raise
         settlement = _settlement(job, token, result)
         if job.id not in await self._run(settlement, None):
             raise _lost(job, lease)

@@ -4,9 +4,9 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -77,9 +77,10 @@ class EnqueueRequest:
         object.__setattr__(self, "payload", _encoded(self.arg, self.type))
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A claimed job, as its handler sees it.
+class Job(NamedTuple):
+    """A claimed job, as its handler sees it; immutable.
+
+    A named tuple, because a frozen dataclass takes four times as long to make.
 
     Attributes:
         id: unique among live jobs.
@@ -117,16 +118,30 @@ class Job:
         return None if self.arg is None else orjson.loads(self.arg)
 
 
-@dataclass(frozen=True, slots=True)
-class DeadJob(Job):
-    """A job in the dead-letter table; `last_error` says why it is there.
+class DeadJob(NamedTuple):
+    """A job in the dead-letter table; the attributes are those of Job, and one more.
 
     Attributes:
+        last_error: why it is there.
         moved_at: when it was moved there.
 
     """
 
+    id: str
+    queue: str
+    type: str
+    arg: bytes | None
+    attempt: int
+    last_error: str | None
+    priority: int
+    next_run_at: datetime
+    created_at: datetime
+    updated_at: datetime
     moved_at: datetime
+
+    def json(self) -> Any:
+        """Decode `arg` as JSON; as Job.json."""
+        return None if self.arg is None else orjson.loads(self.arg)
 
 
 def check_name(what: str, name: str) -> None:
@@ -199,6 +214,6 @@ def _has_non_finite(arg: object) -> bool:
                 pass
             case Iterable() as items:
                 pending.extend(items)
-            case other if hasattr(other, "__dataclass_fields__"):
-                pending.extend(getattr(other, name) for name in other.__dataclass_fields__)
+            case other if is_dataclass(other):
+                pending.extend(getattr(other, field.name) for field in fields(other))
     return False

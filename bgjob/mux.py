@@ -4,9 +4,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
-
-from typing_extensions import Self
+from typing import Any, Self, TypeAlias, TypeVar
 
 from bgjob._duration import seconds
 from bgjob.errors import TypeRequiredError, UnknownTypeError
@@ -45,23 +43,23 @@ class Route:
         """Run a plain handler; nothing it raises escapes."""
         try:
             return self.judge(job, self.handler(job))
-        except BaseException as error:  # noqa: BLE001 (a handler may raise SystemExit: its slot lives)
+        except BaseException as error:
             return self.failed(job, error)
 
     async def run_async(self, job: Job) -> Result:
         """Run a coroutine handler; nothing it raises escapes."""
         try:
             return self.judge(job, await self.handler(job))
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             return self.failed(job, error)
 
     def judge(self, job: Job, returned: object) -> Result:
         """Turn what the handler returned into the result to store."""
         match returned:
-            case Complete() | Reschedule() | MoveToDlq():
-                return returned
             case None:
                 return _COMPLETE
+            case Complete() | Reschedule() | MoveToDlq():
+                return returned
             case Retry(delay, error):
                 if job.attempt == self.max_attempts:
                     return MoveToDlq(error if error is not None else "out of attempts")

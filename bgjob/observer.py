@@ -3,6 +3,8 @@
 import logging
 from typing import Protocol
 
+from typing_extensions import override
+
 from bgjob.job import Job
 
 
@@ -44,7 +46,41 @@ class Observer(Protocol):
 
 
 class NoopObserver(Observer):
-    """Does nothing: the base for observers that need some of the events."""
+    """Does nothing: the base for observers that need some of the events; see Observer for them."""
+
+    @override
+    def job_started(self, job: Job, /) -> None:
+        pass
+
+    @override
+    def job_completed(self, job: Job, /) -> None:
+        pass
+
+    @override
+    def job_rescheduled(self, job: Job, delay: float, /) -> None:
+        pass
+
+    @override
+    def job_will_be_retried(
+        self, job: Job, delay: float, error: str | BaseException | None, /
+    ) -> None:
+        pass
+
+    @override
+    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
+        pass
+
+    @override
+    def job_lease_lost(self, job: Job, /) -> None:
+        pass
+
+    @override
+    def queue_is_empty(self, queue: str, /) -> None:
+        pass
+
+    @override
+    def worker_error(self, error: BaseException, /) -> None:
+        pass
 
 
 class LoggingObserver(NoopObserver):
@@ -83,30 +119,38 @@ class LoggingObserver(NoopObserver):
                 },
             )
 
-    def job_started(self, job: Job, /) -> None:  # noqa: D102 (the protocol says it)
+    @override
+    def job_started(self, job: Job, /) -> None:
         self._log(logging.DEBUG, "started", job)
 
-    def job_completed(self, job: Job, /) -> None:  # noqa: D102
+    @override
+    def job_completed(self, job: Job, /) -> None:
         self._log(logging.DEBUG, "completed", job)
 
-    def job_rescheduled(self, job: Job, delay: float, /) -> None:  # noqa: D102
+    @override
+    def job_rescheduled(self, job: Job, delay: float, /) -> None:
         self._log(logging.DEBUG, "runs again in %.3g s", job, delay)
 
-    def job_will_be_retried(  # noqa: D102
+    @override
+    def job_will_be_retried(
         self, job: Job, delay: float, error: str | BaseException | None, /
     ) -> None:
         self._log(
             logging.WARNING, "failed and runs again in %.3g s: %s", job, delay, error, error=error
         )
 
-    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:  # noqa: D102
+    @override
+    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
         self._log(logging.ERROR, "moved to the dead-letter table: %s", job, error, error=error)
 
-    def job_lease_lost(self, job: Job, /) -> None:  # noqa: D102
+    @override
+    def job_lease_lost(self, job: Job, /) -> None:
         self._log(logging.WARNING, "outlived its lease; its result is dropped", job)
 
-    def queue_is_empty(self, queue: str, /) -> None:  # noqa: D102
+    @override
+    def queue_is_empty(self, queue: str, /) -> None:
         self._logger.debug("queue %s is empty", queue)
 
-    def worker_error(self, error: BaseException, /) -> None:  # noqa: D102
+    @override
+    def worker_error(self, error: BaseException, /) -> None:
         self._logger.error("worker: %s", error)

@@ -134,7 +134,7 @@ def error_text(error: Error | None) -> str | None:
         if len(text) > _LONGEST_ERROR:
             text = f"{text[:_LONGEST_ERROR]}… ({len(text)} characters)"
         return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-    except BaseException as broken:  # noqa: BLE001 (an error's own __str__ may raise anything)
+    except BaseException as broken:
         return f"{type(error).__name__} (its text raised {type(broken).__name__})"
 
 

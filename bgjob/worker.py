@@ -9,9 +9,9 @@ from itertools import count
 from math import inf
 from secrets import randbits
 from time import monotonic
+from typing import Self
 
 import psycopg
-from typing_extensions import Self
 
 from bgjob._duration import Duration, seconds
 from bgjob._engine import Engine
@@ -173,7 +173,7 @@ class _Control:
                     return False
         except psycopg.Error as error:
             self._disconnected(error)
-        except Exception as error:
+        except Exception as error:  # a fault of ours: say so, and work on
             _log.exception("worker of queue %r failed; it connects again and goes on", self._queue)
             self._disconnected(error)
         return True

@@ -221,7 +221,7 @@ def obey(command: bytes, server: Server) -> None:
             case ["stop", mode] if mode in STOP_SIGNALS:
                 server.stop(mode)
             case _:
-                raise ServerError(f"unknown command {command!r}")  # noqa: TRY301
+                raise ServerError(f"unknown command {command!r}")
     except (ServerError, OSError) as error:
         reply({"error": str(error)})
     else:
