@@ -56,8 +56,9 @@ _AHEAD = 0.02
 """Seconds of work claimed beyond the free slots, or two round trips where they take longer:
 quick jobs arrive in large batches, and none waits long behind a slow one."""
 
-_STALE = 0.5
-"""Seconds after which jobs that were claimed ahead and did not start are given back."""
+_STALE = 0.1
+"""Seconds without a claim after which jobs that were claimed ahead and have not started are
+given back: they are slower than those before them were."""
 
 _FLOW = 1000.0
 """Jobs/s from which the worker looks by itself instead of being told: notifications serialise
@@ -92,6 +93,8 @@ class _Sent:
     exchange: Exchange
     outcomes: list[Outcome]
     at: float
+    again: bool
+    """Whether it tries an outcome that was refused alone."""
 
 
 class Engine:
@@ -116,6 +119,9 @@ class Engine:
         self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
         self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
         self._pending: deque[Outcome] = deque()  # finished and not settled, the oldest first
+        self._refused: deque[Outcome] = deque()  # refused alone: they wait apart from the others
+        self._refused_at = inf  # when the first of them is tried again
+        self._refused_pause = _PAUSE
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
         self._sent: _Sent | None = None
         self._stopping = self._abandoned = self._withdrew = False
@@ -123,6 +129,7 @@ class Engine:
         self._marks = Watermarks(poll_interval)
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
+        self._poll_at = -inf
         self._due_at = inf  # when the next job that is known of is due
         self._look_at = inf  # when to look again, while jobs flow
 
@@ -134,6 +141,7 @@ class Engine:
         self._flow_at = -inf
 
         self._took = inf  # seconds in a handler, of late
+        self._ramp = concurrency  # jobs that may be claimed ahead: a few quick ones prove little
         self._round_trip = 0.0
         self._claimed_at = -inf
 
@@ -152,7 +160,7 @@ class Engine:
     def capacity(self) -> int:
         """Jobs that may be in flight now: a slot each, and some ahead while they are quick."""
         ahead = max(_AHEAD, 2 * self._round_trip) * self._concurrency / max(self._took, 1e-6)
-        return self._concurrency + min(int(ahead), _MOST)
+        return self._concurrency + min(int(ahead), self._ramp)
 
     # -- what happened --------------------------------------------------------------
 
@@ -161,8 +169,9 @@ class Engine:
         count, took = 0, 0.0
         for outcome in outcomes:
             self._running -= 1
-            count += 1
-            took += outcome.took
+            if outcome.took is not None:
+                count += 1
+                took += outcome.took
             if self._lost and outcome.claimed in self._lost:
                 self._lost.discard(outcome.claimed)
             else:
@@ -174,7 +183,7 @@ class Engine:
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""
-        self.finish([Outcome(c, Release(), _STALE) for c in claimed])
+        self.finish([Outcome(c, Release(), None) for c in claimed])
 
     def wake(self) -> None:
         """Something was enqueued, or another worker wants to be relieved."""
@@ -197,8 +206,10 @@ class Engine:
             return Withdraw()
         if self._running > self._concurrency and now >= self._claimed_at + _STALE:
             self._claimed_at = now
+            self._took, self._ramp = max(self._took, _STALE), self._concurrency
             return Withdraw()
-        done = not self._pending and (self._abandoned or not self._running)
+        settled = not self._pending and not self._refused
+        done = settled and (self._abandoned or not self._running)
         if self._stopping and done and not self._parked:
             return Stop(self._running)
         if now < self._not_before:
@@ -206,21 +217,38 @@ class Engine:
 
         exchange = Exchange()
         outcomes: list[Outcome] = []
-        parts = [self._add_settlements, self._add_extensions, self._add_claim]
-        for part in parts[self._turn :] + parts[: self._turn]:
-            part(exchange, outcomes, now)
+        if now >= self._refused_at:
+            self._pending.appendleft(self._refused.popleft())
+            self._refused_at = now + self._refused_pause if self._refused else inf
+            self._add_settlements(exchange, outcomes, 1)
+            return self._send(exchange, outcomes, now, again=True)
+        for turn in range(3):
+            match (self._turn + turn) % 3:
+                case 0:
+                    self._add_settlements(exchange, outcomes, self._settle_limit)
+                case 1:
+                    self._add_extensions(exchange, outcomes, now)
+                case _:
+                    self._add_claim(exchange, outcomes, now)
             if self._careful and exchange:
-                self._turn = (parts.index(part) + 1) % len(parts)
+                # One kind of work at a time, each in turn, so that trouble with the
+                # one does not stop the others.
+                self._turn += turn + 1
                 break
         if not exchange:
             exchange.park = self._park(now, done=done)
         if exchange:
-            self._sent = _Sent(exchange, outcomes, now)
-            return exchange
+            return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
 
-    def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], _: float) -> None:
-        outcomes.extend(islice(self._pending, self._settle_limit))
+    def _send(
+        self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
+    ) -> Exchange:
+        self._sent = _Sent(exchange, outcomes, now, again)
+        return exchange
+
+    def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], limit: int) -> None:
+        outcomes.extend(islice(self._pending, limit))
         for outcome in outcomes:
             exchange.settle(outcome)
 
@@ -231,7 +259,7 @@ class Engine:
             exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
 
     def _add_claim(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
-        limit = min(self._room(len(self._pending) - len(outcomes)), _MOST)
+        limit = min(self._room(len(self._pending) - len(outcomes)), _MOST // 2)
         if limit <= 0 or not self._wants_claim(now):
             return
         # While there is more, sweeps come when they are due; after a wait, before
@@ -244,13 +272,15 @@ class Engine:
             exchange.claim = Claim(limit, token, *self._marks.start(now))
 
     def _room(self, unsettled: int) -> int:
+        if len(self._refused) >= _MOST:
+            return 0
         return self.capacity - self._running - unsettled
 
     def _wants_claim(self, now: float) -> bool:
         return not self._stopping and (
             self._more
             or self._told
-            or now >= min(self._marks.sweep_at, self._due_at, self._look_at)
+            or now >= min(self._poll_at, self._marks.sweep_at, self._due_at, self._look_at)
         )
 
     def _park(self, now: float, *, done: bool) -> Literal["take", "give"] | None:
@@ -272,17 +302,18 @@ class Engine:
         return self._flow * exp((self._flow_at - now) / 0.1) if self._flow else 0.0
 
     def _wake_at(self, now: float) -> float:
-        times = [batch.extend_at for batch in self._batches.values()]
+        times = [now + self._poll_interval, self._refused_at]
+        times += [batch.extend_at for batch in self._batches.values()]
         if not self._stopping:
             if self._room(len(self._pending)) > 0:
-                times += [self._marks.sweep_at, self._due_at, self._look_at]
+                times += [self._poll_at, self._marks.sweep_at, self._due_at, self._look_at]
             if self._notify and not self._parked and self._running < self._concurrency:
                 times.append(max(self._park_at, self._look_at if self._look_at < inf else now))
             if self._parked:
                 times.append(self._full_since + _UNPARK)
             if self._running > self._concurrency:
                 times.append(self._claimed_at + _STALE)
-        return min(times, default=now + self._poll_interval)
+        return min(times)
 
     # -- what came of it ----------------------------------------------------------------
 
@@ -291,10 +322,16 @@ class Engine:
         sent, news = self._answered(), News()
         self._round_trip = now - sent.at
         self._not_before, self._pause = -inf, _PAUSE
-        self._settle_limit = min(2 * self._settle_limit, _MOST)
         self._careful = max(self._careful - 1, 0)
         if not self._careful:
             self._turn = 0
+        if sent.outcomes:
+            self._settle_limit = min(2 * self._settle_limit, _MOST)
+            if sent.again:
+                # One that was refused has been taken: the others may be, too.
+                self._pending.extend(self._refused)
+                self._refused.clear()
+                self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
         self._settled(sent, reply, news, now)
         self._extended(sent, reply, news)
         if sent.exchange.park:
@@ -307,13 +344,21 @@ class Engine:
         """Take it that the server refused the exchange: nothing of it happened.
 
         Its outcomes are tried again in smaller parts and after the others, until
-        the one that is refused stands alone.
+        the one that is refused stands alone. That one waits apart, and keeps
+        neither a slot nor its neighbours.
         """
         sent = self._answered()
-        if sent.outcomes:
-            self._settle_limit = max(1, len(sent.outcomes) // 2)
-            self._pending.rotate(-len(sent.outcomes))
         self._careful = _CAREFUL
+        if len(sent.outcomes) == 1:
+            self._refused.append(self._pending.popleft())
+            if sent.again:
+                self._refused_pause = self._longer(self._refused_pause)
+            if sent.again or self._refused_at == inf:
+                self._refused_at = now + self._refused_pause
+            return
+        if sent.outcomes:
+            self._settle_limit = len(sent.outcomes) // 2
+            self._pending.rotate(-len(sent.outcomes))
         self._rest(now)
 
     def disconnect(self, now: float) -> None:
@@ -336,16 +381,19 @@ class Engine:
 
     def _rest(self, now: float) -> None:
         self._not_before = now + self._pause
-        self._pause = min(2 * self._pause, max(self._poll_interval, _PAUSE))
+        self._pause = self._longer(self._pause)
+
+    def _longer(self, pause: float) -> float:
+        # Never so long that a lease might end meanwhile.
+        return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
 
     def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> None:
         settled, batches, pending = reply.settled, self._batches, self._pending
         for outcome in sent.outcomes:
             pending.popleft()
             claimed, result, _ = outcome
-            batch = batches.get(claimed.token)
-            if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
-                continue  # an extension found it lost while its settlement waited
+            batch = batches[claimed.token]
+            del batch.jobs[claimed.job.id]
             if not batch.jobs:
                 del batches[claimed.token]
             unsure = bool(self._unsure) and claimed in self._unsure
@@ -362,31 +410,41 @@ class Engine:
                 news.events.append(LeaseLost(claimed.job))
 
     def _extended(self, sent: _Sent, reply: Reply, news: News) -> None:
-        finished = {o.claimed for o in self._pending} if sent.exchange.extend else ()
+        lost = []
         for claimed in sent.exchange.extend:
             if claimed.job.id in reply.extended:
                 batch = self._batches[claimed.token]
                 batch.expires = sent.at + self._lease
                 batch.extend_at = sent.at + self._lease / 3
-            elif claimed not in self._unsure and self._let_go(claimed) is not None:
-                news.events.append(LeaseLost(claimed.job))
-                if claimed not in finished:
-                    self._lost.add(claimed)
-                    self._claimed_at = -inf  # what has not started must not start now
+            elif not self._unsure or claimed not in self._unsure:
+                lost.append(claimed)
+        if lost:
+            self._lose(lost, news)
 
-    def _let_go(self, claimed: Claimed) -> _Batch | None:
-        batch = self._batches.get(claimed.token)
-        if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
-            return None
-        if not batch.jobs:
-            del self._batches[claimed.token]
-        return batch
+    def _lose(self, claims: list[Claimed], news: News) -> None:
+        """Give up claims that others have: drop their outcomes, those to come as well."""
+        lost = set(claims)
+        finished = {o.claimed for o in [*self._pending, *self._refused]} & lost
+        self._pending = deque(o for o in self._pending if o.claimed not in lost)
+        self._refused = deque(o for o in self._refused if o.claimed not in lost)
+        if not self._refused:
+            self._refused_at = inf
+        self._unsure -= lost
+        self._lost |= lost - finished
+        self._claimed_at = -inf  # those that have not started must not start now
+        for claimed in claims:
+            jobs = self._batches[claimed.token].jobs
+            del jobs[claimed.job.id]
+            if not jobs:
+                del self._batches[claimed.token]
+            news.events.append(LeaseLost(claimed.job))
 
     def _has_parked(self, asked: Literal["take", "give"], answer: str | None, now: float) -> None:
         self._full_since = inf
         self._parked = asked == "take" and answer == "parked"
         if asked == "give":
             self._park_at = now
+            self._look_at = now + _LOOK if self._flow_now(now) > _FLOW else inf
             return
         # Whatever was committed before the lock was taken is seen by one more look.
         self._told = True
@@ -401,6 +459,7 @@ class Engine:
         jobs = reply.claimed
         self._more = len(jobs) == claim.limit
         self._told = False
+        self._poll_at = now + self._poll_interval
         self._flow = self._flow_now(now) + len(jobs) / 0.1
         self._flow_at = now
         self._look_at = now + _LOOK if self._flow > _FLOW and not self._parked else inf
@@ -415,7 +474,14 @@ class Engine:
             self._marks.sweep_at = self._marks.early_sweep_at
         if jobs:
             self._claimed_at = now
+            self._ramp = min(2 * self._ramp, _MOST)
             claimed = [Claimed(job, claim.token) for job in jobs]
+            expired = [b for b in self._batches.values() if b.expires <= now]
+            if expired:
+                again = {job.id for job in jobs}
+                ours = [c for b in expired for c in b.jobs.values() if c.job.id in again]
+                if ours:
+                    self._lose(ours, news)  # to ourselves
             self._batches[claim.token] = _Batch(
                 sent_at + self._lease,
                 sent_at + self._lease / 3,

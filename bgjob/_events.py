@@ -39,7 +39,7 @@ class Events:
         """Tell that a handler is about to run, on the caller's thread."""
         try:
             self._observer.job_started(job)
-        except Exception:
+        except BaseException:  # whatever it raises, even SystemExit: the job goes on
             _log.exception("observer failed in job_started")
 
     def tell(self, events: Iterable[Event | BaseException]) -> None:
@@ -87,7 +87,7 @@ class Events:
                 call, args = self._call(event)
                 try:
                     call(*args)
-                except Exception:
+                except BaseException:
                     _log.exception("observer failed in %s", call.__name__)
 
     def _call(self, event: Event | BaseException) -> tuple[Callable[..., None], tuple[object, ...]]:

@@ -154,8 +154,8 @@ class Outcome(NamedTuple):
 
     claimed: Claimed
     result: Result | Release
-    took: float
-    """Seconds in its handler."""
+    took: float | None
+    """Seconds in its handler; None where it did not run."""
 
     @property
     def delay(self) -> float:

@@ -206,7 +206,7 @@ class Runner:
                 continue
             route = self._mux.route(claimed.job)
             if isinstance(route, MoveToDlq):
-                self._done(Outcome(claimed, route, 0.0))
+                self._done(Outcome(claimed, route, None))
             elif route.is_coroutine:
                 with self._lock:
                     self._let_rest(me)
@@ -230,7 +230,7 @@ class Runner:
             with self._lock:
                 self._free += count
             if claimed is not None:
-                self._done(Outcome(claimed, Release(), 0.0))
+                self._done(Outcome(claimed, Release(), None))
 
     def _start_tasks(self, count: int, claimed: Claimed | None) -> None:
         assert self._loop is not None  # noqa: S101
@@ -253,7 +253,7 @@ class Runner:
                 continue
             route = self._mux.route(claimed.job)
             if isinstance(route, MoveToDlq):
-                self._done(Outcome(claimed, route, 0.0))
+                self._done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
                 self._on_thread(claimed)
                 return

@@ -418,7 +418,7 @@ def _only(jobs: list[Job], queue: str) -> Job:
 
 def _settlement(job: Job, token: int, result: Result) -> Statement[list[str]]:
     exchange = Exchange()
-    exchange.settle(Outcome(Claimed(job, token), result, 0.0))
+    exchange.settle(Outcome(Claimed(job, token), result, None))
     [(statement, _)] = exchange.statements(job.queue, 0.0)
     return statement
 

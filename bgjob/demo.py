@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import sysconfig
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from itertools import pairwise
 from math import ceil
 from operator import ge
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from secrets import token_hex
 from time import perf_counter
 from typing import Any, NamedTuple, NoReturn
@@ -27,6 +27,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
+from typing_extensions import override
 
 from bgjob import schema
 from bgjob.client import Client
@@ -361,7 +362,7 @@ def _check_counts(counted: dict[str, FileCount], direct: dict[str, FileCount]) -
 def _shown(count: FileCount | None) -> str:
     if count is None:
         return "not counted"
-    return f"{count.lines} lines, {count.bytes} bytes, SHA-256 {count.sha256[:8]}…"
+    return f"{count.lines} lines, {count.bytes} bytes, SHA-256 {count.sha256[:8]}..."
 
 
 def _check_outcomes(outcomes: Counter[tuple[str, str]], *, files: int) -> Check:
@@ -418,7 +419,7 @@ def _check_dead(dead: dict[str, str | None]) -> Check:
         dead.keys() == {"hopeless", "unheard_of"}
         and dead["hopeless"] == _HOPELESS
         and (dead["unheard_of"] or "").startswith(UnknownTypeError.__name__),
-        f"dead: {', '.join(sorted(dead)) or 'nobody'}, with the reason",
+        f"dead: {', '.join(sorted(dead)) or 'nobody'}, each with its reason",
     )
 
 
@@ -446,11 +447,18 @@ class _Start(NamedTuple):
     at: float
 
 
+class _Event(NamedTuple):
+    name: str
+    at: float
+    job: Job | None = None
+
+
 class _Watch(NoopObserver):
-    """Notes what happened, and lets the main thread wait for it."""
+    """Hands the worker's events to the main thread, which waits for them and notes them."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        # A condition would not do: an interrupt may leave its lock held.
+        self._events: SimpleQueue[_Event] = SimpleQueue()
         self._trouble = ""
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by outcome and job type
         self.starts: defaultdict[str, list[_Start]] = defaultdict(list)  # by job id
@@ -460,52 +468,64 @@ class _Watch(NoopObserver):
 
     def wait(self, ready: Callable[[], bool], tell: Callable[[int], None] | None = None) -> None:
         """Wait until it is so, and tell how many jobs have ended meanwhile."""
-        with self._changed:
-            while not ready():
-                if not self._changed.wait(_PATIENCE):
-                    raise DemoError(
-                        f"no job started or ended within {_PATIENCE:g} s{self._trouble}"
-                    )
-                if tell is not None:
-                    tell(len(self.ended))
+        give_up_at = perf_counter() + _PATIENCE
+        while not ready():
+            try:
+                event = self._events.get(timeout=max(give_up_at - perf_counter(), 0.0))
+            except Empty:
+                raise DemoError(
+                    f"no job started or ended within {_PATIENCE:g} s{self._trouble}"
+                ) from None
+            self._note(event)
+            if event.job is not None:  # an idle worker says that it is at every poll
+                give_up_at = event.at + _PATIENCE
+            if tell is not None:
+                tell(len(self.ended))
 
-    def _note(self, outcome: str, job: Job, *, ended: bool) -> None:
-        with self._changed:
-            self.outcomes[outcome, job.type] += 1
-            if ended:
-                self.ended.add(job.id)
-                self.ended_at[job.type] = perf_counter()
-            self._changed.notify_all()
+    def _note(self, event: _Event) -> None:
+        match event:
+            case _Event("started", at, Job() as job):
+                self.idle = False
+                self.starts[job.id].append(_Start(job.attempt, at))
+            case _Event(outcome, at, Job() as job):
+                self.outcomes[outcome, job.type] += 1
+                if outcome in {"completed", "dead"}:
+                    self.ended.add(job.id)
+                    self.ended_at[job.type] = at
+            case _:
+                self.idle = True
 
+    @override
     def job_started(self, job: Job, /) -> None:
-        start = _Start(job.attempt, perf_counter())
-        with self._changed:
-            self.idle = False
-            self.starts[job.id].append(start)
-            self._changed.notify_all()
+        self._events.put(_Event("started", perf_counter(), job))
 
+    @override
     def job_completed(self, job: Job, /) -> None:
-        self._note("completed", job, ended=True)
+        self._events.put(_Event("completed", perf_counter(), job))
 
+    @override
     def job_will_be_retried(
         self, job: Job, _delay: float, _error: str | BaseException | None, /
     ) -> None:
-        self._note("retried", job, ended=False)
+        self._events.put(_Event("retried", perf_counter(), job))
 
+    @override
     def job_rescheduled(self, job: Job, _delay: float, /) -> None:
-        self._note("rescheduled", job, ended=False)
+        self._events.put(_Event("rescheduled", perf_counter(), job))
 
+    @override
     def job_moved_to_dlq(self, job: Job, _error: str | BaseException, /) -> None:
-        self._note("dead", job, ended=True)
+        self._events.put(_Event("dead", perf_counter(), job))
 
+    @override
     def queue_is_empty(self, _queue: str, /) -> None:
-        with self._changed:
-            self.idle = True
-            self._changed.notify_all()
+        self._events.put(_Event("idle", perf_counter()))
 
+    @override
     def job_lease_lost(self, job: Job, /) -> None:
         self._trouble = f"; job {job.id} of type {job.type} outlived its lease"
 
+    @override
     def worker_error(self, error: BaseException, /) -> None:
         self._trouble = f"; the worker's last trouble: {error}"
 

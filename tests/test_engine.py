@@ -1,0 +1,534 @@
+"""What the engine decides, one situation at a time."""
+
+from datetime import UTC, datetime, timedelta
+from itertools import count
+
+from bgjob._engine import Engine
+from bgjob._exchange import (
+    Event,
+    Exchange,
+    LeaseLost,
+    News,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+    Reply,
+    Sleep,
+    Step,
+    Stop,
+    Withdraw,
+)
+from bgjob._statements import Claimed, Line
+from bgjob.job import Job
+from bgjob.result import Complete, Result, Retry
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+ROUND_TRIP = 0.001
+
+
+def job(name: str, *, due: datetime = NOON, priority: int = 0) -> Job:
+    return Job(name, "q", "t", None, 1, None, priority, due, NOON, NOON)
+
+
+class Drive:
+    """Drives an engine by hand; time passes only as far as it is told to."""
+
+    def __init__(
+        self,
+        *,
+        concurrency: int = 1,
+        poll_interval: float = 1.0,
+        lease: float = 30.0,
+        notify: bool = False,
+    ) -> None:
+        self.now = 100.0
+        self.engine = Engine(
+            concurrency=concurrency,
+            poll_interval=poll_interval,
+            lease=lease,
+            notify=notify,
+            tokens=count(1),
+        )
+
+    def step(self) -> Step:
+        return self.engine.step(self.now)
+
+    def exchange(self) -> Exchange:
+        step = self.step()
+        assert isinstance(step, Exchange), step
+        return step
+
+    def sleep(self) -> float:
+        step = self.step()
+        assert isinstance(step, Sleep), step
+        return step.until
+
+    def answer(self, reply: Reply | None = None) -> News:
+        self.now += ROUND_TRIP
+        return self.engine.acknowledge(reply or Reply(), self.now)
+
+    def claim(self, *names: str, waits: tuple[float, ...] = ()) -> list[Claimed]:
+        """Let the engine claim, and give it these jobs."""
+        while self.exchange().claim is None:
+            self.answer()
+        lines = [Line(0, NOON, wait) for wait in waits or (None,)]
+        return self.answer(Reply(claimed=[job(name) for name in names], lines=lines)).run
+
+    def finish(self, *claimed: Claimed, result: Result | None = None, took: float = 1.0) -> None:
+        self.engine.finish([Outcome(c, result or Complete(), took) for c in claimed])
+
+    def settle(self) -> list[Event]:
+        """Let the engine settle, and find everything held."""
+        exchange = self.exchange()
+        return self.answer(Reply(settled=set(settled(exchange)))).events
+
+    def lose(self) -> None:
+        """Break the connection under the exchange, and mend it."""
+        self.engine.disconnect(self.now)
+        self.engine.reconnect()
+
+    def drain(self) -> float:
+        """Answer everything with nothing until the engine sleeps; until when."""
+        while isinstance(step := self.step(), Exchange):
+            parked = "parked" if step.park == "take" else None
+            extended = {c.job.id for c in step.extend}
+            self.answer(Reply(parked=parked, extended=extended))
+        assert isinstance(step, Sleep), step
+        return step.until
+
+
+def settled(exchange: Exchange) -> list[str]:
+    return [
+        *(c.job.id for c in exchange.complete),
+        *(p.claimed.job.id for p in exchange.postpone),
+        *(b.claimed.job.id for b in exchange.bury),
+    ]
+
+
+# -- how much is claimed -------------------------------------------------------------
+
+
+def test_before_anything_is_known_only_the_free_slots_are_filled() -> None:
+    claim = Drive(concurrency=3).exchange().claim
+    assert claim is not None
+    assert claim.limit == 3
+
+
+def test_slow_jobs_are_not_claimed_ahead() -> None:
+    drive = Drive(concurrency=2)
+    a, _ = drive.claim("a", "b")
+    drive.finish(a, took=5.0)
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.limit == 1
+
+
+def test_quick_jobs_are_claimed_in_large_batches() -> None:
+    drive = Drive(concurrency=2)
+    limits = []
+    for number in range(12):
+        drive.finish(*drive.claim(f"job-{number}"), took=0.00001)
+        drive.engine.wake()
+        claim = drive.exchange().claim
+        assert claim is not None
+        limits.append(claim.limit)
+        drive.answer()
+        drive.engine.wake()
+    assert limits == sorted(limits)
+    assert limits[-1] >= 500
+
+
+def test_nothing_is_claimed_while_every_slot_is_taken() -> None:
+    drive = Drive(concurrency=1)
+    drive.claim("a")
+    assert drive.drain() > drive.now
+
+
+def test_jobs_claimed_ahead_that_do_not_start_are_given_back() -> None:
+    drive = Drive(concurrency=1)
+    drive.finish(*drive.claim("a"), took=0.001)
+    drive.settle()
+    drive.engine.wake()
+    _, waiting = drive.claim("b", "c")
+    claimed_at = drive.now
+    while not isinstance(step := drive.step(), Withdraw):
+        match step:
+            case Exchange():
+                drive.answer()
+            case Sleep(until):
+                drive.now = until
+    assert drive.now <= claimed_at + 0.5
+    drive.engine.withdrawn([waiting])
+    assert drive.engine.in_flight == 1
+    exchange = drive.exchange()
+    assert [(p.claimed, p.delay, p.refund) for p in exchange.postpone] == [(waiting, 0, True)]
+    assert drive.answer(Reply(settled={"c"})).events == []
+
+
+# -- leases --------------------------------------------------------------------------------
+
+
+def test_a_lease_is_extended_after_a_third() -> None:
+    drive = Drive(lease=3.0, poll_interval=10.0)
+    sent_at = drive.now
+    claimed = drive.claim("a")
+    assert drive.sleep() == sent_at + 1.0
+    drive.now = sent_at + 1.0
+    assert drive.exchange().extend == claimed
+
+
+def test_a_lease_is_extended_again_a_third_after_its_extension() -> None:
+    drive = Drive(lease=3.0, poll_interval=10.0)
+    drive.claim("a")
+    drive.now = drive.sleep()
+    sent_at = drive.now
+    drive.exchange()
+    drive.answer(Reply(extended={"a"}))
+    assert drive.sleep() == sent_at + 1.0
+
+
+def test_a_job_whose_lease_another_worker_took_is_told_lost_once_and_its_result_dropped() -> None:
+    drive = Drive(lease=3.0, poll_interval=10.0)
+    claimed = drive.claim("a")
+    drive.now = drive.sleep()
+    drive.exchange()
+    assert drive.answer(Reply()).events == [LeaseLost(claimed[0].job)]
+    drive.finish(*claimed)
+    assert drive.engine.in_flight == 0
+    exchange = drive.exchange()
+    assert settled(exchange) == []
+
+
+# -- settlements --------------------------------------------------------------------------
+
+
+def test_an_outcome_is_told_once_its_settlement_is_acknowledged() -> None:
+    drive = Drive()
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    assert drive.settle() == [Outcome(a, Complete(), 1.0), QueueIsEmpty()]
+
+
+def test_a_settlement_that_finds_nothing_means_that_the_lease_was_lost() -> None:
+    drive = Drive()
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    drive.exchange()
+    assert LeaseLost(a.job) in drive.answer(Reply()).events
+
+
+def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lease() -> None:
+    drive = Drive()
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    drive.exchange()
+    drive.lose()
+    assert settled(drive.exchange()) == ["a"]
+    assert drive.answer(Reply()).events == [Outcome(a, Complete(), 1.0), QueueIsEmpty()]
+
+
+def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> None:
+    drive = Drive(lease=3.0)
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    drive.exchange()
+    drive.engine.disconnect(drive.now)
+    drive.now += 3.0
+    drive.engine.reconnect()
+    assert settled(drive.exchange()) == ["a"]
+    assert drive.answer(Reply()).events == [LeaseLost(a.job), QueueIsEmpty()]
+
+
+def test_a_refused_settlement_is_halved_until_the_poisonous_outcome_stands_alone() -> None:
+    drive = Drive(concurrency=8)
+    drive.finish(*drive.claim(*"abcdefgh"))
+    told: set[str] = set()
+    alone = 0
+    for _ in range(100):
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange if "c" in settled(exchange):
+                alone += settled(exchange) == ["c"]
+                drive.engine.reject(drive.now)
+            case Exchange() as exchange:
+                news = drive.answer(Reply(settled=set(settled(exchange))))
+                told |= {e.claimed.job.id for e in news.events if isinstance(e, Outcome)}
+    assert told == set("abdefgh")
+    assert alone
+
+
+def test_halving_goes_on_while_claims_succeed_in_between() -> None:
+    drive = Drive(concurrency=20)
+    drive.finish(*drive.claim(*"abcdefgh"))
+    told: set[str] = set()
+    for _ in range(100):
+        drive.engine.wake()
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange if "c" in settled(exchange):
+                drive.engine.reject(drive.now)
+            case Exchange() as exchange:
+                news = drive.answer(Reply(settled=set(settled(exchange))))
+                told |= {e.claimed.job.id for e in news.events if isinstance(e, Outcome)}
+    assert told == set("abdefgh")
+
+
+def test_a_poisonous_outcome_does_not_keep_its_slot() -> None:
+    drive = Drive(concurrency=1)
+    drive.finish(*drive.claim("poisonous"))
+    ends = drive.now + 5.0
+    while drive.now < ends:
+        drive.engine.wake()
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange if settled(exchange):
+                drive.engine.reject(drive.now)
+            case Exchange(claim=claim) if claim is not None:
+                return
+            case Exchange():
+                drive.answer(Reply(extended={"poisonous"}))
+    raise AssertionError("nothing was claimed beside it")
+
+
+def test_a_refused_settlement_is_not_tried_again_at_once() -> None:
+    drive = Drive()
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    drive.exchange()
+    drive.engine.reject(drive.now)
+    step = drive.step()
+    assert isinstance(step, Sleep) or (isinstance(step, Exchange) and not settled(step))
+
+
+def test_pauses_after_refusals_leave_time_to_extend() -> None:
+    drive = Drive(concurrency=2, lease=3.0, poll_interval=60.0)
+    a, _ = drive.claim("a", "b")
+    claimed_at = drive.now
+    drive.finish(a)
+    while drive.now < claimed_at + 2.0:
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange if settled(exchange):
+                drive.engine.reject(drive.now)
+            case Exchange(extend=[_, *_]):
+                return
+            case Exchange():
+                drive.answer()
+    raise AssertionError("not extended in two thirds of the lease")
+
+
+def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:
+    drive = Drive(concurrency=2, lease=3.0)
+    (old,) = drive.claim("a")
+    drive.engine.disconnect(drive.now)
+    drive.now += 3.0
+    drive.engine.reconnect()
+    # The extension is refused for a passing reason, until the claim is next in turn.
+    while drive.exchange().extend == [old]:
+        drive.engine.reject(drive.now)
+        drive.now = drive.sleep()
+    reply = Reply(claimed=[job("a")], lines=[Line(0, NOON, None)])
+    assert drive.answer(reply).events == [LeaseLost(old.job)]
+    drive.finish(old)
+    assert settled(drive.exchange()) == []
+
+
+# -- waking ------------------------------------------------------------------------------------
+
+
+def test_a_notification_wakes() -> None:
+    drive = Drive()
+    drive.drain()
+    drive.engine.wake()
+    assert drive.exchange().claim is not None
+
+
+def test_a_delayed_job_is_claimed_when_it_is_due() -> None:
+    drive = Drive(poll_interval=10.0)
+    drive.claim(waits=(0.5,))
+    assert drive.sleep() == drive.now + 0.5
+    drive.now = drive.sleep()
+    assert drive.exchange().claim is not None
+
+
+def test_a_retry_is_claimed_when_it_is_due() -> None:
+    drive = Drive(poll_interval=10.0)
+    (a,) = drive.claim("a")
+    drive.finish(a, result=Retry(0.25))
+    drive.settle()
+    assert abs(drive.drain() - drive.now - 0.25) < 5 * ROUND_TRIP
+
+
+def test_an_idle_queue_is_looked_at_every_poll_interval() -> None:
+    drive = Drive(poll_interval=2.0)
+    drive.claim()
+    assert drive.sleep() == drive.now + 2.0
+    drive.now += 2.0
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.marks is None
+
+
+def test_a_worker_parks_and_looks_once_more_before_it_sleeps() -> None:
+    drive = Drive(notify=True)
+    drive.claim()
+    assert drive.exchange().park == "take"
+    drive.answer(Reply(parked="parked"))
+    exchange = drive.exchange()
+    assert exchange.park is None
+    assert exchange.claim is not None
+    drive.answer(Reply())
+    assert drive.sleep() > drive.now
+
+
+def test_a_worker_that_cannot_park_looks_again_after_pauses_that_double() -> None:
+    drive = Drive(notify=True, poll_interval=10.0)
+    pauses = []
+    for _ in range(4):
+        drive.claim()
+        assert drive.exchange().park == "take"
+        drive.answer(Reply(parked="contended"))
+        contended_at = drive.now
+        drive.claim()
+        pauses.append(round(drive.sleep() - contended_at, 6))
+        drive.now = drive.sleep()
+        drive.engine.wake()
+    assert pauses == [0.002, 0.004, 0.008, 0.016]
+
+
+def test_a_worker_that_stopped_relying_on_notifications_looks_while_jobs_flow() -> None:
+    drive = Drive(concurrency=300, notify=True)
+    drive.drain()
+    drive.engine.wake()
+    drive.claim(*(f"job-{n}" for n in range(200)))
+    drive.now = drive.drain()
+    assert drive.exchange().park == "give"
+    drive.answer()
+    assert drive.now < drive.sleep() < drive.now + 0.01
+    drive.now = drive.sleep()
+    assert drive.exchange().claim is not None
+
+
+# -- where a claim starts ----------------------------------------------------------------------
+
+
+def test_a_claim_starts_at_the_last_due_time_that_was_claimed() -> None:
+    drive = Drive(concurrency=2)
+    late = NOON + timedelta(seconds=1)
+    drive.exchange()
+    news = drive.answer(Reply(claimed=[job("a"), job("b", due=late)], lines=[Line(0, NOON, None)]))
+    drive.finish(*news.run)
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.marks == {0: late}
+
+
+def test_claims_look_back_in_windows_of_which_the_longest_comes_the_most_rarely() -> None:
+    drive = Drive(concurrency=1, poll_interval=1.0)
+    windows: dict[float, int] = {}
+    drive.claim("first")
+    drive.engine.finish([])
+    for number in range(1000):
+        drive.engine.wake()
+        drive.now += 0.002
+        if isinstance(step := drive.step(), Exchange) and step.claim and step.claim.marks:
+            windows[step.claim.back] = windows.get(step.claim.back, 0) + 1
+        if isinstance(step, Exchange):
+            drive.answer(Reply(lines=[Line(0, NOON, None)]))
+        if number == 0:
+            drive.finish(Claimed(job("first"), 1))
+    counts = [count for back, count in sorted(windows.items()) if back]
+    assert len(counts) == 6
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:
+    drive = Drive(concurrency=1)
+    later, earlier = NOON + timedelta(seconds=9), NOON - timedelta(seconds=9)
+    drive.exchange()
+    news = drive.answer(Reply(claimed=[job("a", due=later)], lines=[Line(0, NOON, None)]))
+    drive.now += 1.5
+    drive.finish(*news.run)
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.marks is None
+    reply = Reply(settled={"a"}, claimed=[job("b", due=earlier)], lines=[Line(0, NOON, None)])
+    drive.finish(*drive.answer(reply).run)
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.marks == {0: earlier}
+
+
+def test_sweeps_that_cost_much_come_at_twenty_times_their_cost() -> None:
+    drive = Drive(poll_interval=1.0)
+    drive.exchange()
+    drive.now += 0.5
+    drive.engine.acknowledge(Reply(lines=[Line(0, NOON, None)]), drive.now)
+    swept_at = drive.now
+    looked: list[float] = []
+    while not looked:
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange:
+                if exchange.claim is not None and exchange.claim.marks is None:
+                    looked.append(drive.now)
+                drive.answer()
+    assert looked[0] == swept_at + 10.0
+
+
+# -- the end ------------------------------------------------------------------------------------
+
+
+def test_shutdown_gives_back_what_has_not_started_and_waits_for_what_has() -> None:
+    drive = Drive(concurrency=2)
+    a, b = drive.claim("a", "b")
+    drive.engine.shutdown()
+    assert drive.step() == Withdraw()
+    drive.engine.withdrawn([b])
+    exchange = drive.exchange()
+    assert [(p.claimed, p.refund) for p in exchange.postpone] == [(b, True)]
+    drive.answer(Reply(settled={"b"}))
+    assert drive.sleep() > drive.now
+    drive.finish(a)
+    assert drive.settle() == [Outcome(a, Complete(), 1.0)]
+    assert drive.step() == Stop(0)
+
+
+def test_nothing_is_claimed_after_shutdown() -> None:
+    drive = Drive()
+    drive.engine.shutdown()
+    drive.engine.wake()
+    assert drive.step() == Withdraw()
+    assert drive.step() == Stop(0)
+
+
+def test_the_lock_is_given_back_before_the_end() -> None:
+    drive = Drive(notify=True)
+    drive.drain()
+    drive.engine.shutdown()
+    assert drive.step() == Withdraw()
+    assert drive.exchange().park == "give"
+    drive.answer()
+    assert drive.step() == Stop(0)
+
+
+def test_abandoned_handlers_are_counted_and_left_to_their_leases() -> None:
+    drive = Drive(concurrency=2)
+    a, _ = drive.claim("a", "b")
+    drive.engine.abandon()
+    assert drive.step() == Withdraw()
+    drive.finish(a)
+    assert drive.settle() == [Outcome(a, Complete(), 1.0)]
+    assert drive.step() == Stop(1)
+
+
+def test_a_released_job_is_no_event() -> None:
+    drive = Drive()
+    (a,) = drive.claim("a")
+    drive.engine.finish([Outcome(a, Release(), 0.0)])
+    assert not [e for e in drive.settle() if isinstance(e, Outcome)]

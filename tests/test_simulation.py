@@ -1,0 +1,749 @@
+"""Thousands of random histories of one worker, without a server, threads or time.
+
+`replay(seed)` lives through one history and raises `Broken` where the engine
+breaks a promise; the note on the error says which history it was. A history has two parts: a time of trouble, in which jobs are
+enqueued and whatever can go wrong does, and the peace after it, in which every
+job has to come to its end.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+from random import Random
+from typing import Literal
+
+import pytest
+
+from bgjob._engine import Engine
+from bgjob._exchange import (
+    Claim,
+    Exchange,
+    LeaseLost,
+    News,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+    Reply,
+    Sleep,
+    Stop,
+    Withdraw,
+)
+from bgjob._statements import Claimed, Line
+from bgjob.job import Job
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
+
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+SECOND = 1_000_000  # microseconds: the table's times are integers, as PostgreSQL's are
+LAST_WORDS = 1.0  # seconds that the worker grants its engine after the grace period
+
+Key = tuple[str, int]
+"""A job's id and the token of one of its claims."""
+
+Fate = Literal["answered", "rejected", "never arrived", "answer lost", "happens later"]
+
+
+class Broken(AssertionError):
+    """The engine broke a promise."""
+
+
+def promise(kept: bool, text: str) -> None:
+    if not kept:
+        raise Broken(text)
+
+
+# -- the table --------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of bgjob_job."""
+
+    id: str
+    priority: int
+    due: int
+    token: int | None = None
+    lease_until: int | None = None
+    attempt: int = 0
+    free_since: float = 0.0
+    """On the worker's clock: when it was committed, given back, or last found locked."""
+
+
+class Table:
+    """What bgjob_job and bgjob_dead_job hold, and what _statements.py makes of them."""
+
+    def __init__(self, random: Random, lease: float) -> None:
+        self._random = random
+        self._lease = int(lease * SECOND)
+        self.rows: dict[str, Row] = {}
+        self.ended: dict[str, str] = {}  # by job: done or dead
+        self.settled: dict[Key, str] = {}  # by claim: done, dead or postponed
+        self.taken: dict[Key, int] = {}  # by claim: when its row went to another claim
+        self.locked = 0.0  # the share of rows that others have locked
+
+    def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
+        """Run the statements of an exchange; `began` is the transaction's now()."""
+        reply = Reply()
+        for id_ in self._match(exchange.complete):
+            self._end(id_, "done", reply)
+        for postponed in exchange.postpone:
+            id_, token = postponed.claimed.job.id, postponed.claimed.token
+            row = self.rows.get(id_)
+            if row is not None and row.token == token:
+                self.settled[id_, token] = "postponed"
+                row.token = row.lease_until = None
+                row.due = now + int(postponed.delay * SECOND)
+                row.attempt -= postponed.refund
+                row.free_since = at
+                reply.settled.add(id_)
+        for id_ in self._match([buried.claimed for buried in exchange.bury]):
+            self._end(id_, "dead", reply)
+        for id_ in self._match(exchange.extend):
+            self.rows[id_].lease_until = now + self._lease
+            reply.extended.add(id_)
+        if exchange.claim is not None:
+            reply.claimed = self.claim(exchange.claim, began=began, now=now, at=at)
+            if exchange.claim.marks is None:
+                reply.lines = self._survey(began=began, now=now)
+        return reply
+
+    def claim(self, claim: Claim, *, began: int, now: int, at: float) -> list[Job]:
+        """Take due rows in order, from the marks on or wherever they lie."""
+        due: list[tuple[int, int, Row]] = []
+        marks = None
+        if claim.marks is not None:
+            back = began - int(claim.back * SECOND)
+            marks = {p: min((m - EPOCH) // MICROSECOND, back) for p, m in claim.marks.items()}
+        for row in self.rows.values():
+            if row.due > began or (row.lease_until is not None and row.lease_until > began):
+                continue
+            if marks is not None and row.due < marks.get(row.priority, inf):
+                continue
+            if self.locked and self._random.random() < self.locked:
+                row.free_since = at
+                continue
+            due.append((row.priority, row.due, row))
+        due.sort(key=lambda item: item[:2])
+        jobs = []
+        for _, _, row in due[: claim.limit]:
+            if row.token is not None:
+                self.taken[row.id, row.token] = now
+            row.token = claim.token
+            row.lease_until = now + self._lease
+            row.attempt += 1
+            when = EPOCH + row.due * MICROSECOND
+            jobs.append(
+                Job(row.id, "q", "t", None, row.attempt, None, row.priority, when, EPOCH, EPOCH)
+            )
+        return jobs
+
+    def _match(self, claimed: list[Claimed]) -> list[str]:
+        """As `id = any (...) and token = any (...)`: what it finds must have been asked for."""
+        asked = {(c.job.id, c.token) for c in claimed}
+        tokens = {c.token for c in claimed}
+        held = []
+        for id_ in {c.job.id: None for c in claimed}:
+            row = self.rows.get(id_)
+            if row is not None and row.token is not None and row.token in tokens:
+                promise((id_, row.token) in asked, f"{id_}: hit by the statement of another claim")
+                held.append(id_)
+        return held
+
+    def _end(self, id_: str, how: str, reply: Reply) -> None:
+        row = self.rows.pop(id_)
+        assert row.token is not None
+        self.ended[id_] = self.settled[id_, row.token] = how
+        reply.settled.add(id_)
+
+    def _survey(self, *, began: int, now: int) -> list[Line]:
+        nexts: dict[int, int | None] = {}
+        for row in self.rows.values():
+            due = nexts.setdefault(row.priority, None)
+            if row.due > began and (due is None or row.due < due):
+                nexts[row.priority] = row.due
+        when = EPOCH + began * MICROSECOND
+        return [
+            Line(priority, when, None if due is None else (due - now) / SECOND)
+            for priority, due in sorted(nexts.items())
+        ]
+
+
+# -- the world ------------------------------------------------------------------------------
+
+
+class History:
+    """One worker, its server, its handlers and its rivals, from start to end."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random = Random(seed)
+        self.now = random.uniform(0, 1000)
+        self.began = self.now
+        self._events: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers = count()
+
+        # What kind of history this is.
+        self.concurrency = random.choice([1, 1, 2, 3, 10, 50])
+        self.poll_interval = random.choice([0.02, 0.2, 0.5, 1.0, 1.0, 5.0])
+        self.lease = random.choice([1.0, 1.0, 2.0, 5.0, 30.0])
+        self.notify = random.random() < 0.8
+        calm = random.random() < 0.3
+        self.lost = 0.0 if calm else random.choice([0.0, 0.02, 0.2])
+        self.refused = 0.0 if calm else random.choice([0.0, 0.02, 0.2])
+        self.slow = 0.0 if calm else random.choice([0.0, 0.02, 0.1])
+        self.deaf = 0.0 if calm else random.choice([0.0, 0.2, 1.0])
+        self.quick = random.random() < 0.4
+        self.peace_at = self.now + random.uniform(0.2, 6.0)
+
+        self.engine = Engine(
+            concurrency=self.concurrency,
+            poll_interval=self.poll_interval,
+            lease=self.lease,
+            notify=self.notify,
+            tokens=count(1),
+        )
+        self.table = Table(random, self.lease)
+        self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
+        self.clock_offset = 0.0
+
+        # The connection.
+        self.session = 1
+        self.connected = True
+        self.asked = Exchange()
+        self.breaking = False  # it is gone, but nobody has looked
+        self.reopen_at = 0.0
+        self.notified = False
+        self.lock: int | Literal["rival"] | None = None  # the session that holds it
+        self.in_flight = 0  # enqueues that share the lock
+
+        # The handlers.
+        self.waiting: deque[Claimed] = deque()
+        self.busy = 0
+        self.outcomes: list[Outcome] = []
+        self.woken = False
+        self.last_end = self.now
+        self.slots_free_since = self.now
+
+        # What the promises are checked with.
+        self.enqueued: set[str] = set()
+        self.poison: set[str] = set()
+        self.healing = True
+        self.handed: dict[Key, Literal["told", "lost"] | None] = {}
+        self.live: dict[Key, Claimed] = {}
+        self.withdrawn: set[Key] = set()
+        self.claim_of: dict[int, Claimed] = {}  # by identity of the job
+        self.unsure: set[Key] = set()
+        self.handed_at = self.now
+        self.disturbed_at = self.now
+        self.slow_until = self.refused_at = -inf
+        self.sweep_cost = self.longest_cost = 0.0
+        self.clock_stepped = False
+        self.idle_turns = 0
+        self.fruitless = 0
+        self.happened_at = self.now
+        self.stop_at = inf
+        self.give_up_at: float | None = None
+        self.grace = inf
+        self.stopping = self.ended = False
+
+        self._plan(calm)
+
+    @property
+    def peace(self) -> bool:
+        return self.now >= self.peace_at
+
+    @property
+    def db_now(self) -> int:
+        return int((self.now + self.clock_offset) * SECOND)
+
+    def _plan(self, calm: bool) -> None:
+        random, span = self.random, self.peace_at - self.now
+        burst = random.random() < 0.02
+        for number in range(random.choice([1, 5, 15]) if not burst else random.choice([300, 1200])):
+            at = span * (random.random() if not burst else number % 3 / 3)
+            self._at(at, partial(self._enqueue, f"job-{number}"))
+        if random.random() < 0.3:
+            self.stop_at = self.now + span * random.random() * 1.2
+            self.grace = random.choice([0.0, 0.1, 1.0, inf])
+        if calm:
+            return
+        for _ in range(random.choice([0, 0, 1, 5])):
+            self._at(span * random.random(), self._rival_claims)
+        for _ in range(random.choice([0, 0, 1, 3])):
+            self._at(span * random.random(), self._rival_parks)
+        for _ in range(random.choice([0, 0, 2, 10])):
+            self._at(span * random.random(), self._notice)
+        for _ in range(random.choice([0, 0, 1, 3])):
+            self._at(span * random.random(), self._break)
+        for _ in range(random.choice([0, 0, 0, 2])):
+            self._at(span * random.random(), self._step_clock)
+        if random.random() < 0.15:
+            self.poison = {f"job-{random.randrange(5)}" for _ in range(2)}
+            self.healing = random.random() < 0.5
+            if not self.healing:
+                self.grace = 1.0  # what is refused for ever is given up with it
+        if self.healing:
+            self._at(span, self.poison.clear)
+        self._at(span, lambda: setattr(self.table, "locked", 0.0))
+
+    # -- time ---------------------------------------------------------------------------
+
+    def _at(self, delay: float, event: Callable[[], object]) -> None:
+        heappush(self._events, (self.now + delay, next(self._numbers), event))
+
+    def _elapse(self, until: float, *, waking: bool = False) -> None:
+        """Let time pass; with `waking`, until something rings the bell."""
+        while self._events and self._events[0][0] <= until:
+            self.now, _, event = heappop(self._events)
+            event()
+            if waking and self.woken:
+                return
+        self.now = max(self.now, until)
+
+    # -- producers, rivals, and accidents ---------------------------------------------------
+
+    def _enqueue(self, id_: str) -> None:
+        random = self.random
+        delay = random.choice([0.0, 0.0, 0.0, random.random() * 3])
+        row = Row(id_, random.choice([0, 0, 0, -1, 5]), self.db_now + int(delay * SECOND))
+        shares = self.notify and self.lock is None
+        told = self.notify and not shares
+        self.in_flight += shares
+
+        def commit() -> None:
+            self.in_flight -= shares
+            row.free_since = self.now
+            self.table.rows[id_] = row
+            self.enqueued.add(id_)
+            if told and (self.peace or random.random() >= self.deaf):
+                self._at(random.random() * 0.001, self._notice)
+
+        late = 0.0 if random.random() < 0.8 else random.random() * 3
+        self._at(random.random() * 0.001 + late, commit)
+
+    def _notice(self) -> None:
+        if self.connected and not self.breaking and self.notify:
+            self.notified = self.woken = True
+            self._happened()
+
+    def _rival_claims(self) -> None:
+        token = -next(self._numbers) - 1
+        claim = Claim(self.random.randrange(1, 4), token, None)
+        jobs = self.table.claim(claim, began=self.db_now, now=self.db_now, at=self.now)
+        done = Exchange(complete=[Claimed(job, token) for job in jobs])
+
+        def settle() -> None:
+            self.table.carry_out(done, began=self.db_now, now=self.db_now, at=self.now)
+
+        if self.random.random() < 0.5:  # else it died
+            self._at(self.random.random(), settle)
+
+    def _rival_parks(self) -> None:
+        if self.lock is None and not self.in_flight and self.notify:
+            self.lock = "rival"
+            self._at(self.random.random() * 2, self._rival_gives)
+
+    def _rival_gives(self) -> None:
+        self.lock = None
+        if self.peace or self.random.random() >= self.deaf:
+            self._notice()
+
+    def _break(self) -> None:
+        self.breaking = self.woken = True
+
+    def _step_clock(self) -> None:
+        self.clock_offset += self.random.uniform(-0.2, 0.2) * self.lease
+        self.clock_stepped = True
+        self._disturb()
+
+    def _disturb(self) -> None:
+        self.disturbed_at = max(self.disturbed_at, self.now)
+
+    def _happened(self) -> None:
+        self.fruitless, self.happened_at = 0, self.now
+
+    # -- handlers -----------------------------------------------------------------------------
+
+    def _start_handlers(self) -> None:
+        while self.waiting and self.busy < self.concurrency:
+            claimed = self.waiting.popleft()
+            self.busy += 1
+            took = self._duration()
+            self.last_end = max(self.last_end, self.now + took)
+            self._at(took, partial(self._end_handler, claimed, took))
+
+    def _end_handler(self, claimed: Claimed, took: float) -> None:
+        if self.busy == self.concurrency:
+            self.slots_free_since = self.now
+        self.busy -= 1
+        self.outcomes.append(Outcome(claimed, self._result(), took))
+        self.woken = True
+        self._happened()
+        self._start_handlers()
+
+    def _duration(self) -> float:
+        random = self.random
+        if self.quick or self.peace:
+            return random.random() * 0.001
+        return random.choice([0.0, 0.001, 0.3, 0.3, 2.5 * self.lease]) * random.random()
+
+    def _result(self) -> Result:
+        random = self.random
+        last: list[Result] = [Complete(), Complete(), MoveToDlq("no")]
+        if self.peace:
+            return random.choice(last)
+        delay = random.choice([0.0, random.random() * 2])
+        return random.choice([*last, Complete(), Retry(delay, "again"), Reschedule(delay)])
+
+    # -- the worker's control thread --------------------------------------------------------------
+
+    def live_through(self) -> None:
+        self._at(
+            max(self.stop_at - self.now, 0.0) if self.stop_at < inf else 1e9, self._ask_to_stop
+        )
+        while not self.ended:
+            self._turn()
+        self._check_end()
+
+    def _ask_to_stop(self) -> None:
+        if self.give_up_at is None:
+            self.give_up_at = self.now + self.grace
+            self.woken = True
+            if self.grace < inf:
+                self._at(self.grace, self._wake)
+                self._at(self.grace + LAST_WORDS, self._wake)
+
+    def _wake(self) -> None:
+        self.woken = True
+
+    def _turn(self) -> None:
+        """As _Control._turn in worker.py."""
+        self._elapse(self.now + self.random.random() * 2e-5)
+        engine = self.engine
+        outcomes, self.outcomes = self.outcomes, []
+        engine.finish(outcomes)
+        if self.notified:
+            self.notified = False
+            engine.wake()
+        if self.give_up_at is not None:
+            engine.shutdown()
+            self.stopping = True
+            if self.now >= self.give_up_at:
+                engine.abandon()
+            if self.now >= self.give_up_at + LAST_WORDS:
+                self._check_gave_up()
+                self.ended = True
+                return
+        self._check_turn()
+        if not self.connected:
+            self._reopen()
+            return
+        match engine.step(self.now):
+            case Exchange() as exchange:
+                self._exchange(exchange)
+            case Withdraw():
+                taken = list(self.waiting)
+                self.waiting.clear()
+                self.withdrawn.update((c.job.id, c.token) for c in taken)
+                engine.withdrawn(taken)
+                self._count_idle(bool(taken))
+            case Sleep(until):
+                promise(until < inf, "a sleep without an end")
+                self._sleep(until)
+            case Stop(abandoned):
+                self._check_stop(abandoned)
+                self.ended = True
+
+    def _sleep(self, until: float) -> None:
+        began = self.now
+        if self.breaking:
+            self._disconnect()
+            return
+        self.woken = self.notified or bool(self.outcomes)
+        if not self.woken:
+            self._elapse(until, waking=True)
+        self._count_idle(self.woken or self.now > began)
+
+    def _count_idle(self, progress: bool) -> None:
+        self.idle_turns = 0 if progress else self.idle_turns + 1
+        promise(self.idle_turns <= 2, f"turns in circles at {self.now}")
+
+    def _exchange(self, exchange: Exchange) -> None:
+        self._check_exchange(exchange)
+        self.idle_turns = 0
+        began, took, fate = self.now, self._round_trip(), self._fate(exchange)
+        self.asked = exchange
+        arrival = took * self.random.random()
+        self._elapse(began + arrival)
+        db_began = self.db_now
+        self._elapse(began + arrival + (took - arrival) * self.random.random())
+        reply = Reply()
+        if fate in ("answered", "answer lost"):
+            reply = self._carry_out(exchange, db_began, self.session)
+        elif fate == "happens later":
+            self._at(self.random.random(), lambda: self._carry_out(exchange, self.db_now, None))
+        self._elapse(max(began + took, self.now))
+        settled = self._settled_in(exchange)
+        match fate:
+            case "answered":
+                if exchange.claim is not None and exchange.claim.marks is None:
+                    self.sweep_cost = self.now - began
+                    self.longest_cost = max(self.longest_cost, self.sweep_cost)
+                news = self.engine.acknowledge(reply, self.now)
+                self._hear(news, began)
+                self._count_fruit(bool(settled or exchange.extend or news.run))
+                self.waiting.extend(news.run)
+                self._start_handlers()
+            case "rejected":
+                self.refused_at = self.now
+                self.engine.reject(self.now)
+                self._happened()
+            case "never arrived" | "answer lost" | "happens later":
+                self.unsure.update((c.job.id, c.token) for c in settled)
+                self._disconnect()
+
+    def _round_trip(self) -> float:
+        random = self.random
+        took = random.uniform(0.0001, 0.002)
+        if not self.peace and random.random() < self.slow:
+            took = random.choice([0.05, 0.5, self.lease]) * random.random()
+            self.slow_until = self.now + took
+            if took > self.lease / 6:
+                self.disturbed_at = self.now + took
+        return took
+
+    def _fate(self, exchange: Exchange) -> Fate:
+        random = self.random
+        if self.breaking:
+            return "never arrived"
+        if any(c.job.id in self.poison for c in self._settled_in(exchange)):
+            return "rejected"
+        if self.peace:
+            return "answered"
+        if random.random() < self.lost:
+            return random.choice(["never arrived", "answer lost", "happens later"])
+        if random.random() < self.refused:
+            self._disturb()
+            return "rejected"
+        return "answered"
+
+    def _carry_out(self, exchange: Exchange, began: int, session: int | None) -> Reply:
+        reply = self.table.carry_out(exchange, began=began, now=self.db_now, at=self.now)
+        if session is None:
+            return reply
+        if exchange.park == "take":
+            if self.lock is None or self.lock == session:
+                reply.parked = "contended" if self.in_flight else "parked"
+                self.lock = None if self.in_flight else session
+            else:
+                reply.parked = "covered"
+        elif exchange.park == "give":
+            promise(self.lock == session, "gives a lock that it does not hold")
+            self.lock = None
+        return reply
+
+    def _disconnect(self) -> None:
+        random = self.random
+        self._disturb()
+        self._happened()
+        self.connected = self.breaking = self.notified = False
+        gone = self.session
+        self.engine.disconnect(self.now)
+        away = random.choice([0.05, 0.5, 2 * self.lease]) * random.random()
+        self.reopen_at = min(self.now + away, max(self.peace_at, self.now) + 0.05)
+        self._at(random.random() * 0.5, lambda: self._free_lock(gone))
+
+    def _free_lock(self, session: int) -> None:
+        if self.lock == session:
+            self.lock = None
+
+    def _reopen(self) -> None:
+        self._elapse(self.reopen_at)
+        self.session += 1
+        self.connected = True
+        self._disturb()
+        self._happened()
+        self.engine.reconnect()
+
+    def _settled_in(self, exchange: Exchange) -> list[Claimed]:
+        return [
+            *exchange.complete,
+            *(p.claimed for p in exchange.postpone),
+            *(b.claimed for b in exchange.bury),
+        ]
+
+    # -- promises ------------------------------------------------------------------------------
+
+    def _check_exchange(self, exchange: Exchange) -> None:
+        promise(bool(exchange), "an empty exchange")
+        if exchange.claim is not None:
+            promise(not self.stopping, "claims after shutdown")
+            wanted = self.engine.in_flight + exchange.claim.limit
+            promise(exchange.claim.limit > 0, "claims nothing")
+            promise(wanted <= self.engine.capacity, "claims more than its capacity")
+            promise(wanted <= self.concurrency + 1000, "claims far too much")
+        for key in [(c.job.id, c.token) for c in self._settled_in(exchange)]:
+            promise(self.handed[key] != "told", f"{key}: settles again what is settled")
+
+    def _hear(self, news: News, sent_at: float) -> None:
+        for claimed in news.run:
+            key = claimed.job.id, claimed.token
+            promise(key not in self.handed, f"{key}: handed out twice")
+            self.handed[key] = None
+            self.handed_at = self.now
+            self.live[key] = claimed
+            self.claim_of[id(claimed.job)] = claimed
+        for event in news.events:
+            match event:
+                case Outcome(claimed, result):
+                    key = claimed.job.id, claimed.token
+                    self._end_claim(key, "told")
+                    self._check_settled(key, result)
+                case LeaseLost(job):
+                    claimed = self.claim_of[id(job)]
+                    key = job.id, claimed.token
+                    self._end_claim(key, "lost")
+                    row = self.table.rows.get(job.id)
+                    promise(row is None or row.token != key[1], f"{key}: not lost at all")
+                    promise(
+                        key not in self.table.settled or key in self.unsure,
+                        f"{key}: told as lost, but settled",
+                    )
+                case QueueIsEmpty():
+                    promise(not self.busy and not self.waiting, "empty, but jobs run")
+        for claimed in self._settled_in(self.asked):
+            self.live.pop((claimed.job.id, claimed.token), None)
+
+    def _end_claim(self, key: Key, how: Literal["told", "lost"]) -> None:
+        promise(self.handed[key] is None, f"{key}: ended twice, {self.handed[key]} and {how}")
+        self.handed[key] = how
+        self.live.pop(key, None)
+
+    def _check_settled(self, key: Key, result: Result | Release) -> None:
+        kind = {Complete: "done", MoveToDlq: "dead"}.get(type(result), "postponed")
+        if key in self.table.settled:
+            promise(self.table.settled[key] == kind, f"{key}: told {kind}, is something else")
+            return
+        # An answer was lost, and it was asked again within the lease: the
+        # question was sent before the lease had ended and came after.
+        promise(
+            key in self.unsure and key in self.table.taken or self.clock_stepped,
+            f"{key}: told as {kind}, but nothing of it is stored",
+        )
+
+    def _count_fruit(self, fruitful: bool) -> None:
+        if fruitful:
+            self._happened()
+            return
+        self.fruitless += 1
+        elapsed = self.now - self.happened_at
+        promise(
+            self.fruitless <= 250 + elapsed * (10 + 6 / self.poll_interval),
+            f"{self.fruitless} exchanges for nothing in {elapsed} s",
+        )
+
+    def _check_turn(self) -> None:
+        promise(
+            self.engine.in_flight == self.busy + len(self.waiting) + len(self.outcomes),
+            "lost count of its jobs",
+        )
+        if len(self.enqueued) < 100 or self.random.random() < 0.05:
+            self._check_leases()
+            self._check_idleness()
+        if self.peace and self.give_up_at is None:
+            left = self.table.rows.keys() - self.poison
+            if not left and self.in_flight == 0:
+                self._ask_to_stop()
+                return
+            promise(self.now < self._deadline(), f"forgot {sorted(left)}")
+        elif self.peace and self.healing:
+            promise(self.now < self._deadline(), "does not stop")
+
+    def _deadline(self) -> float:
+        return (
+            max(self.peace_at + 3, self.last_end, self.give_up_at or 0.0)
+            + self.lease
+            + 4
+            + 6 * max(self.poll_interval, 20 * self.longest_cost)
+            + len(self.enqueued) * 0.01
+        )
+
+    def _check_leases(self) -> None:
+        if not self.connected or self.breaking or self.now < self.disturbed_at + self.lease:
+            return
+        if self.give_up_at is not None and self.now >= self.give_up_at:
+            return
+        now = self.db_now
+        for id_, token in self.live:
+            row = self.table.rows.get(id_)
+            held = row is not None and row.token == token and (row.lease_until or 0) > now
+            promise(held or (id_, token) in self.unsure, f"{id_}: its lease ended")
+
+    def _check_idleness(self) -> None:
+        if not self.connected or self.breaking or self.give_up_at is not None:
+            return
+        if self.busy >= self.concurrency or self.waiting or self.outcomes:
+            return
+        idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
+        patience = max(self.poll_interval, 20 * self.longest_cost) + 0.05
+        if self.refused_at > self.now - 4 * patience:
+            patience *= 6  # each refusal costs a pause, and the others their turn
+            idle_since = max(idle_since, self.handed_at)
+        now = self.db_now
+        for row in self.table.rows.values():
+            free_at = max(row.due, row.lease_until or 0)
+            waited = min((now - free_at) / SECOND, self.now - max(row.free_since, idle_since))
+            promise(waited <= patience, f"{row.id}: due for {waited} s beside an idle slot")
+
+    def _check_stop(self, abandoned: int) -> None:
+        promise(self.give_up_at is not None, "stops unasked")
+        promise(self.lock != self.session, "stops with the lock held")
+        running = self.busy + len(self.waiting) + len(self.outcomes)
+        promise(abandoned == running, f"abandons {abandoned} jobs of {running}")
+        if self.now < (self.give_up_at or 0.0):
+            promise(not running, "stops while handlers run")
+            for key, how in self.handed.items():
+                row = self.table.rows.get(key[0])
+                promise(row is None or row.token != key[1], f"{key}: never settled")
+                if how is None:
+                    promise(
+                        key in self.withdrawn and key in self.table.settled,
+                        f"{key}: neither told nor given back",
+                    )
+
+    def _check_gave_up(self) -> None:
+        """The worker ran out of time: only where the server was away or refused."""
+        promise(
+            self.disturbed_at > self.now - LAST_WORDS - self.lease
+            or self.refused_at > self.now - LAST_WORDS - self.poll_interval,
+            "did not stop in time",
+        )
+
+    def _check_end(self) -> None:
+        for key, how in self.table.settled.items():
+            promise(key[1] < 0 or key in self.handed, f"{key}: settled {how}, never handed out")
+
+
+def replay(seed: int) -> History:
+    """Live through one history."""
+    history = History(seed)
+    try:
+        history.live_through()
+    except Exception as error:
+        error.add_note(f"replay({seed})")
+        raise
+    return history
+
+
+CHUNKS = 10
+HISTORIES = 10_000
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_every_promise_is_kept_in_every_history(chunk: int) -> None:
+    for seed in range(chunk, HISTORIES, CHUNKS):
+        replay(seed)
