@@ -1,7 +1,6 @@
 """Durations: seconds or a timedelta, checked where they are written."""
 
 from datetime import timedelta
-from math import isfinite
 from typing import TypeAlias
 
 Duration: TypeAlias = float | timedelta
@@ -20,6 +19,6 @@ def seconds(value: Duration, name: str) -> float:
         raise TypeError(
             f"{name} must be seconds (int or float) or a timedelta, not {type(value).__name__}"
         )
-    if not isfinite(value) or not 0 <= value <= _LONGEST:
+    if not 0 <= value <= _LONGEST:  # nor is NaN
         raise ValueError(f"{name} must be from 0 seconds to 100 years, not {value!r}")
     return float(value)

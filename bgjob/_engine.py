@@ -95,6 +95,8 @@ class _Sent:
     at: float
     again: bool
     """Whether it tries an outcome that was refused alone."""
+    told: bool
+    """Whether its claim answers a notification, or the end of a delay."""
 
 
 class Engine:
@@ -127,6 +129,7 @@ class Engine:
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
+        self._idle = False  # the observer knows that the queue is empty
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
         self._poll_at = -inf
@@ -157,6 +160,11 @@ class Engine:
         return self._running
 
     @property
+    def unsettled(self) -> int:
+        """Jobs that are claimed and not settled."""
+        return self._running + len(self._pending) + len(self._refused)
+
+    @property
     def capacity(self) -> int:
         """Jobs that may be in flight now: a slot each, and some ahead while they are quick."""
         ahead = max(_AHEAD, 2 * self._round_trip) * self._concurrency / max(self._took, 1e-6)
@@ -185,9 +193,11 @@ class Engine:
         """Jobs were taken back before they started; they return to the queue."""
         self.finish([Outcome(c, Release(), None) for c in claimed])
 
-    def wake(self) -> None:
-        """Something was enqueued, or another worker wants to be relieved."""
+    def wake(self, *, relief: bool = False) -> None:
+        """Something was enqueued; or (relief) nobody else asks to be notified any more."""
         self._told = True
+        if relief:
+            self._park_at = -inf
 
     def shutdown(self) -> None:
         """Claim nothing more, give back what has not started, finish, stop."""
@@ -244,7 +254,10 @@ class Engine:
     def _send(
         self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
     ) -> Exchange:
-        self._sent = _Sent(exchange, outcomes, now, again)
+        told = False
+        if exchange.claim:
+            told, self._told = self._told or self._due_at <= now, False
+        self._sent = _Sent(exchange, outcomes, now, again, told)
         return exchange
 
     def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], limit: int) -> None:
@@ -337,7 +350,10 @@ class Engine:
         if sent.exchange.park:
             self._has_parked(sent.exchange.park, reply.parked, now)
         if sent.exchange.claim:
-            self._claimed(sent.exchange.claim, sent.at, reply, now, news)
+            self._claimed(sent, sent.exchange.claim, reply, now, news)
+        if not self._idle and self._waits(now):
+            self._idle = True
+            news.events.append(QueueIsEmpty())
         return news
 
     def reject(self, now: float) -> None:
@@ -348,6 +364,7 @@ class Engine:
         neither a slot nor its neighbours.
         """
         sent = self._answered()
+        self._told |= sent.told
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
             self._refused.append(self._pending.popleft())
@@ -366,6 +383,7 @@ class Engine:
         if self._sent is not None:
             self._unsure.update(outcome.claimed for outcome in self._answered().outcomes)
         self._parked, self._park_at, self._full_since = False, -inf, inf
+        self._told = True
         self._rest(now)
 
     def reconnect(self) -> None:
@@ -455,24 +473,34 @@ class Engine:
             self._park_at = now + self._poll_interval
             self._park_pause = _LOOK
 
-    def _claimed(self, claim: Claim, sent_at: float, reply: Reply, now: float, news: News) -> None:
+    def _waits(self, now: float) -> bool:
+        return not (
+            self._running
+            or self._pending
+            or self._more
+            or self._told
+            or (self._notify and not self._parked and now >= self._park_at)
+        )
+
+    def _claimed(self, sent: _Sent, claim: Claim, reply: Reply, now: float, news: News) -> None:
         jobs = reply.claimed
         self._more = len(jobs) == claim.limit
-        self._told = False
         self._poll_at = now + self._poll_interval
         self._flow = self._flow_now(now) + len(jobs) / 0.1
         self._flow_at = now
         self._look_at = now + _LOOK if self._flow > _FLOW and not self._parked else inf
         self._marks.claimed(jobs, full=self._more)
         if claim.marks is None:
-            self._marks.swept(reply.lines, full=self._more, began=sent_at, now=now)
+            self._marks.swept(reply.lines, full=self._more, began=sent.at, now=now)
             waits = [line.wait for line in reply.lines if line.wait is not None]
             self._due_at = now + max(min(waits), 0.0) if waits else inf
-        elif self._due_at <= sent_at:
-            # That job is claimed; only a sweep tells which is next.
+        elif sent.told and not self._more:
+            # What was told of may lie behind the marks, or have a priority that is not
+            # known yet, and when the next job is due only a sweep finds out.
             self._due_at = inf
             self._marks.sweep_at = self._marks.early_sweep_at
         if jobs:
+            self._idle = False
             self._claimed_at = now
             self._ramp = min(2 * self._ramp, _MOST)
             claimed = [Claimed(job, claim.token) for job in jobs]
@@ -483,11 +511,9 @@ class Engine:
                 if ours:
                     self._lose(ours, news)  # to ourselves
             self._batches[claim.token] = _Batch(
-                sent_at + self._lease,
-                sent_at + self._lease / 3,
+                sent.at + self._lease,
+                sent.at + self._lease / 3,
                 {c.job.id: c for c in claimed},
             )
             self._running += len(jobs)
             news.run.extend(claimed)
-        elif not self._running and (self._parked or not self._notify or now < self._park_at):
-            news.events.append(QueueIsEmpty())

@@ -5,7 +5,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -130,6 +130,13 @@ class _Connection(psycopg.Connection[TupleRow]):
             raise
 
 
+class Notice(NamedTuple):
+    """What notifications told."""
+
+    relief: bool
+    """Whether the worker that asked for them has stopped asking."""
+
+
 class Link:
     """A connection to the server that can be lost and opened again. Belongs to one thread."""
 
@@ -146,7 +153,7 @@ class Link:
         self._lease = lease
         self._notify = notify
         self._connection: _Connection | None = None
-        self._notified = False
+        self._heard: Notice | None = None
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
@@ -241,13 +248,13 @@ class Link:
 
     @property
     def has_notice(self) -> bool:
-        """Whether a notification came that `notified` has not told of."""
-        return self._notified
+        """Whether there is a notice to take."""
+        return self._heard is not None
 
-    def notified(self) -> bool:
-        """Whether a notification came since the last call."""
-        notified, self._notified = self._notified, False
-        return notified
+    def take_notice(self) -> Notice | None:
+        """Give what was heard since the last call."""
+        heard, self._heard = self._heard, None
+        return heard
 
     def close(self) -> None:
         """Close the connection."""
@@ -265,9 +272,7 @@ class Link:
     def _hear(self, pid: int, payload: str) -> None:
         # The channel is shared with other queues; an empty payload asks everybody
         # to look, and its sender already has.
-        if payload == self._queue or (
-            not payload
-            and self._connection is not None
-            and pid != self._connection.info.backend_pid
-        ):
-            self._notified = True
+        own = self._connection is not None and pid == self._connection.info.backend_pid
+        if payload == self._queue or (not payload and not own):
+            relief = not payload or (self._heard is not None and self._heard.relief)
+            self._heard = Notice(relief)

@@ -10,6 +10,7 @@ that plain and coroutine handlers share the same bound.
 """
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -261,8 +262,8 @@ class Runner:
                 self._started(claimed.job)
                 began = perf_counter()
                 result = await route.run_async(claimed.job)
-                while task.uncancel():
-                    pass  # a handler that cancelled itself has failed; its slot goes on
+                if task.cancelling():
+                    await _absorb_cancellation(task)
                 self._done(Outcome(claimed, result, perf_counter() - began))
             claimed = None
             ran += 1
@@ -276,3 +277,11 @@ class Runner:
             loop = self._loop
             ending = asyncio.gather(*self._tasks, return_exceptions=True)
             ending.add_done_callback(lambda _: loop.stop())
+
+
+async def _absorb_cancellation(task: asyncio.Task[None]) -> None:
+    """End a cancellation of its task by a handler, which must not reach the next job."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    while task.uncancel():
+        pass

@@ -161,15 +161,16 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
     return Statement(
         f"""
         with request as (
-            select id, queue, type, arg, priority,
+            select id, queue, type, arg, priority, position,
                 greatest(run_at, clock_timestamp()) + delay * interval '1 second' as next_run_at
             from unnest(
                 %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)b::bytea[],
                 %(priorities)s::smallint[], %(run_ats)s::timestamptz[], %(delays)s::float8[]
-            ) as r (id, queue, type, arg, priority, run_at, delay)
+            ) with ordinality as r (id, queue, type, arg, priority, run_at, delay, position)
         ), written as (
             insert into bgjob_job (id, queue, type, arg, priority, next_run_at)
-            select id, queue, type, arg, priority, next_run_at from request order by id
+            select id, queue, type, arg, priority, next_run_at from request
+            order by id, position
             on conflict (id) do nothing
             returning id
         )
@@ -204,13 +205,16 @@ def existing(ids: Sequence[str]) -> Statement[list[str]]:
 
 # -- claim ----------------------------------------------------------------------
 
+
 # A column spoiled by hand must not stop its neighbours: infinite times are
 # brought into Python's range, and an attempt at the end of integer stays there.
-_JOB = """
+def _in_range(column: LiteralString) -> LiteralString:
+    return f"least(greatest({column}, '0001-01-02 00:00+00'), '9999-12-30 00:00+00')"
+
+
+_JOB_COLUMNS = f"""
     id, queue, type, arg, attempt, last_error, priority,
-    least(greatest(next_run_at, '0001-01-02 00:00+00'), '9999-12-30 00:00+00'),
-    least(greatest(created_at, '0001-01-02 00:00+00'), '9999-12-30 00:00+00'),
-    least(greatest(updated_at, '0001-01-02 00:00+00'), '9999-12-30 00:00+00')
+    {_in_range("next_run_at")}, {_in_range("created_at")}, {_in_range("updated_at")}
 """
 
 # Each priority in use, without a scan over its rows.
@@ -246,7 +250,7 @@ def _claim(lines: LiteralString) -> LiteralString:
             ) as due
             limit %(limit)s
         ))
-        returning {_JOB}
+        returning {_JOB_COLUMNS}
     """
 
 
@@ -445,10 +449,9 @@ def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
 
 # -- dead-letter table ----------------------------------------------------------
 
-_DEAD_JOB = """
-    job_id, queue, type, arg, attempt, last_error, priority,
-    least(greatest(next_run_at, '0001-01-02 00:00+00'), '9999-12-30 00:00+00'),
-    job_created_at, job_updated_at, moved_at
+_DEAD_COLUMNS = f"""
+    job_id, queue, type, arg, attempt, last_error, priority, {_in_range("next_run_at")},
+    {_in_range("job_created_at")}, {_in_range("job_updated_at")}, {_in_range("moved_at")}
 """
 
 _DEAD_FILTER = """
@@ -476,7 +479,7 @@ def dlq_list(where: DeadFilter, *, limit: int, offset: int) -> Statement[list[De
     """List dead jobs, the latest first."""
     return Statement(
         f"""
-        select {_DEAD_JOB} from bgjob_dead_job where {_DEAD_FILTER}
+        select {_DEAD_COLUMNS} from bgjob_dead_job where {_DEAD_FILTER}
         order by id desc limit %(limit)s offset %(offset)s
         """,
         {**where.params(), "limit": limit, "offset": offset},

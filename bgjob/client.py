@@ -9,7 +9,8 @@ from itertools import islice
 from secrets import randbits
 from typing import Any, Literal, Self, TypeVar
 
-from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
+from psycopg import AsyncConnection, AsyncCursor, BaseConnection, Connection, Cursor
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
@@ -111,6 +112,8 @@ class Client:
         """
         chunks = _chunks(requests)
         ids: list[str | None] = []
+        if conn is not None and _may_begin(conn):
+            conn.execute(_BEGIN)
         with self._connection(conn) as connection, connection.transaction():
             for chunk in chunks:
                 statement = _statements.enqueue_many(chunk, notify=self._notify)
@@ -266,6 +269,8 @@ class AsyncClient:
         """Write jobs, all or none; give their ids, in order. As Client.bulk_enqueue."""
         chunks = _chunks(requests)
         ids: list[str | None] = []
+        if conn is not None and _may_begin(conn):
+            await conn.execute(_BEGIN)
         async with self._connection(conn) as connection, connection.transaction():
             for chunk in chunks:
                 statement = _statements.enqueue_many(chunk, notify=self._notify)
@@ -377,6 +382,16 @@ def _recipe(source: str | ConnectionPool[Any] | AsyncConnectionPool[Any]) -> Rec
             "conninfo or kwargs are callables; give the Client a connection string"
         )
     return source.conninfo, dict(source.kwargs or {})
+
+
+_BEGIN = "select"
+"""Any statement begins the transaction of a connection that is not in autocommit."""
+
+
+def _may_begin(conn: BaseConnection[Any]) -> bool:
+    # conn.transaction() commits what it began; the caller's transaction is the caller's
+    # to commit, so it has to be there before.
+    return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
 
 
 def _chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]]:

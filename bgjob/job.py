@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
+from enum import Enum
 from typing import Any, NamedTuple
 
 import orjson
@@ -70,7 +71,7 @@ class EnqueueRequest:
                     "run_at must be an aware datetime, such as datetime.now(UTC): "
                     f"{self.run_at!r} has no time zone"
                 )
-        if isinstance(self.priority, bool) or self.priority not in _SMALLINT:
+        if type(self.priority) is not int or self.priority not in _SMALLINT:
             raise ValueError(
                 f"priority must be an integer from -32768 to 32767, not {self.priority!r}"
             )
@@ -212,6 +213,8 @@ def _has_non_finite(arg: object) -> bool:
                 pending.extend(mapping.values())
             case str() | bytes():
                 pass
+            case Enum() as member:
+                pending.append(member.value)
             case Iterable() as items:
                 pending.extend(items)
             case other if is_dataclass(other):

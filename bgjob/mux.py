@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeAlias, TypeVar
 
 from bgjob._duration import seconds
@@ -89,6 +90,14 @@ class Route:
             return _BACKOFF(attempt)
 
 
+def _is_coroutine(handler: Callable[..., Any]) -> bool:
+    while isinstance(handler, partial):
+        handler = handler.func
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+        type(handler).__call__
+    )
+
+
 _COMPLETE = Complete()
 _BACKOFF = Backoff()
 
@@ -141,10 +150,7 @@ class Mux:
             raise ValueError(
                 f"max_attempts must be at least 1, or None for endless, not {max_attempts!r}"
             )
-        is_coroutine = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            getattr(handler, "__call__", None)  # noqa: B004 (an object with an async __call__)
-        )
-        self._routes[type] = Route(type, handler, is_coroutine, max_attempts, backoff)
+        self._routes[type] = Route(type, handler, _is_coroutine(handler), max_attempts, backoff)
         return self
 
     def handler(

@@ -68,7 +68,6 @@ class _Control:
         self._notify = notify
         self._link = Link(lambda: client.recipe, queue, lease=self._lease, notify=notify)
         self._events = Events(observer or LoggingObserver(), queue)
-        self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name=f"bgjob-worker-{queue}", daemon=True)
         self._pid = os.getpid()
         self._state = threading.Lock()
@@ -86,6 +85,7 @@ class _Control:
                 raise RuntimeError("a worker runs once: make a new one")
             self._link.open()
             self._opened = True
+            self._bell = Bell()
             self._engine = Engine(
                 concurrency=self._concurrency,
                 poll_interval=self._poll_interval,
@@ -114,10 +114,10 @@ class _Control:
             if self._give_up_at is None or end < self._give_up_at:
                 self._give_up_at = end
             if not self._opened:
-                self._bell.close()
-                self.done.set_result(None)
                 self._opened = True
-        self._bell.shout()
+                self.done.set_result(None)
+            elif hasattr(self, "_bell"):
+                self._bell.shout()
 
     @property
     def is_inside(self) -> bool:
@@ -147,15 +147,15 @@ class _Control:
         """Take one step; False when the worker has ended."""
         engine, runner = self._engine, self._runner
         engine.finish(runner.collect())
-        if self._link.notified():
-            engine.wake()
+        if notice := self._link.take_notice():
+            engine.wake(relief=notice.relief)
         now = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
             if now >= self._give_up_at:
                 engine.abandon()
             if now >= self._give_up_at + _LAST_WORDS:
-                self.abandoned = engine.in_flight  # the database is away: the leases decide
+                self.abandoned = engine.unsettled  # the database is away: the leases decide
                 return False
         try:
             if not self._link.is_open:
