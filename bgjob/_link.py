@@ -114,6 +114,8 @@ class _Connection(psycopg.Connection[TupleRow]):
                 left = self.deadline - time.monotonic()
                 ready = poll.poll(left * 1000 + 1) if left > 0 else []
                 if not ready:
+                    # Between a question and its answer nothing else can be asked.
+                    self.pgconn.finish()
                     raise psycopg.OperationalError(
                         f"no answer from the server within {_DEADLINE:g} s"
                     )
@@ -124,10 +126,6 @@ class _Connection(psycopg.Connection[TupleRow]):
                     poll.modify(self.pgconn.socket, _EVENTS[wanted])
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
-        except BaseException:
-            # Between a question and its answer nothing else can be asked.
-            self.pgconn.finish()
-            raise
 
 
 class Notice(NamedTuple):
