@@ -27,7 +27,7 @@ Times are seconds of any monotonic clock. It holds to this:
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from math import exp, inf
 from typing import Literal
 
@@ -245,7 +245,7 @@ class Engine:
                 # one does not stop the others.
                 self._turn += turn + 1
                 break
-        if not exchange:
+        if not exchange or (self._parked and not self._careful):
             exchange.park = self._park(now, done=done)
         if exchange:
             return self._send(exchange, outcomes, now)
@@ -503,7 +503,7 @@ class Engine:
             self._idle = False
             self._claimed_at = now
             self._ramp = min(2 * self._ramp, _MOST)
-            claimed = [Claimed(job, claim.token) for job in jobs]
+            claimed = list(map(Claimed, jobs, repeat(claim.token)))
             expired = [b for b in self._batches.values() if b.expires <= now]
             if expired:
                 again = {job.id for job in jobs}

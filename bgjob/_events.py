@@ -93,8 +93,7 @@ class Events:
     def _call(self, event: Event | BaseException) -> tuple[Callable[..., None], tuple[object, ...]]:
         observer = self._observer
         match event:
-            case Outcome(claimed, result):
-                job = claimed.job
+            case Outcome((job, _), result):
                 match result:
                     case Complete():
                         return observer.job_completed, (job,)

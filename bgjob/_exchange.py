@@ -69,6 +69,16 @@ class Exchange:
     def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
         """Give the SQL in the order in which it must run, each with its part of the Reply."""
         plan: list[tuple[Statement[Any], str]] = []
+        # The claim comes first: its jobs are read while the server settles others.
+        match self.claim:
+            case Claim(limit, token, None):
+                plan.append((sweep(queue, limit=limit, lease=lease, token=token), "claimed"))
+                plan.append((survey(queue), "lines"))
+            case Claim(limit, token, dict(marks), back):
+                statement = claim(
+                    queue, limit=limit, lease=lease, token=token, marks=marks, back=back
+                )
+                plan.append((statement, "claimed"))
         if self.complete:
             plan.append((complete(self.complete), "settled"))
         if self.postpone:
@@ -79,16 +89,6 @@ class Exchange:
             plan.append((extend(self.extend, lease=lease), "extended"))
         if self.park:
             plan.append((park(queue) if self.park == "take" else unpark(queue), "parked"))
-        if self.claim:
-            match self.claim:
-                case Claim(limit, token, None):
-                    plan.append((sweep(queue, limit=limit, lease=lease, token=token), "claimed"))
-                    plan.append((survey(queue), "lines"))
-                case Claim(limit, token, dict(marks), back):
-                    statement = claim(
-                        queue, limit=limit, lease=lease, token=token, marks=marks, back=back
-                    )
-                    plan.append((statement, "claimed"))
         return plan
 
     def __bool__(self) -> bool:

@@ -1,6 +1,7 @@
 """The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
 
 import contextlib
+import inspect
 import select
 import socket
 import time
@@ -114,8 +115,6 @@ class _Connection(psycopg.Connection[TupleRow]):
                 left = self.deadline - time.monotonic()
                 ready = poll.poll(left * 1000 + 1) if left > 0 else []
                 if not ready:
-                    # Between a question and its answer nothing else can be asked.
-                    self.pgconn.finish()
                     raise psycopg.OperationalError(
                         f"no answer from the server within {_DEADLINE:g} s"
                     )
@@ -126,6 +125,13 @@ class _Connection(psycopg.Connection[TupleRow]):
                     poll.modify(self.pgconn.socket, _EVENTS[wanted])
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+        except BaseException:
+            if inspect.getgeneratorstate(gen) == inspect.GEN_SUSPENDED:
+                # Interrupted between a question and its answer: nothing else can be asked.
+                self.pgconn.finish()
+                with contextlib.suppress(psycopg.Error):
+                    gen.close()
+            raise
 
 
 class Notice(NamedTuple):
@@ -204,15 +210,17 @@ class Link:
             raise psycopg.OperationalError("the connection is closed")
         connection.deadline = time.monotonic() + _DEADLINE
         plan = exchange.statements(self._queue, self._lease)
-        cursors = []
+        reply = Reply()
         with connection.pipeline():
-            for statement, _ in plan:
+            asked = []
+            for statement, part in plan:
                 cursor = connection.cursor(binary=statement.binary)
                 cursor.execute(statement.text, statement.params)
-                cursors.append(cursor)
-        reply = Reply()
-        for (statement, part), cursor in zip(plan, cursors, strict=True):
-            reply.add(part, statement.parse(cursor.fetchall()))
+                asked.append((statement, part, cursor))
+            # Each answer is read while the server works on the next statement. What
+            # it says counts when the block has ended: that is the commit.
+            for statement, part, cursor in asked:
+                reply.add(part, statement.parse(cursor.fetchall()))
         return reply
 
     @property

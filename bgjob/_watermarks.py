@@ -68,7 +68,11 @@ class Watermarks:
         A full claim has seen nothing behind its last job, so that the mark of
         that priority goes there even if that is back.
         """
-        for job in jobs:
+        if not jobs:
+            return
+        # The last job of each priority is its latest; mostly there is one priority.
+        one = jobs[0].priority == jobs[-1].priority
+        for job in jobs[-1:] if one else jobs:
             mark = self._marks.get(job.priority)
             if mark is None or job.next_run_at > mark:
                 self._marks[job.priority] = job.next_run_at

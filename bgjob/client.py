@@ -135,11 +135,14 @@ class Client:
         Raises:
             EmptyQueueError: no job is due.
             LeaseLostError: the handler outlived the lease; its result was dropped.
+            RuntimeError: there are coroutine handlers, and a loop runs in this thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
             psycopg.Error: the database's; the job is due again when its lease ends.
 
         """
+        if mux.has_coroutines and _runs_a_loop():
+            raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
         token = randbits(63)
         lease = seconds(lease, "lease")
         claim = _statements.sweep(queue, limit=1, lease=lease, token=token)
@@ -392,6 +395,14 @@ def _may_begin(conn: BaseConnection[Any]) -> bool:
     # conn.transaction() commits what it began; the caller's transaction is the caller's
     # to commit, so it has to be there before.
     return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]]:

@@ -30,10 +30,8 @@ class Route:
     max_attempts: int | None
     backoff: BackoffPolicy
 
-    def exhausted(self, job: Job) -> MoveToDlq | None:
+    def exhausted(self, job: Job) -> MoveToDlq:
         """Give the result of a job whose attempts were all charged before this one."""
-        if self.max_attempts is None or job.attempt <= self.max_attempts:
-            return None
         return MoveToDlq(
             f"out of attempts: {self.max_attempts} of {self.max_attempts} were charged, the last "
             "without a result; its worker died or lost the lease"
@@ -178,7 +176,9 @@ class Mux:
                     "then requeue the job"
                 )
             )
-        return route.exhausted(job) or route
+        if route.max_attempts is None or job.attempt <= route.max_attempts:
+            return route
+        return route.exhausted(job)
 
     @property
     def has_coroutines(self) -> bool:

@@ -121,11 +121,13 @@ class LoggingObserver(NoopObserver):
 
     @override
     def job_started(self, job: Job, /) -> None:
-        self._log(logging.DEBUG, "started", job)
+        if self._logger.isEnabledFor(logging.DEBUG):
+            self._log(logging.DEBUG, "started", job)
 
     @override
     def job_completed(self, job: Job, /) -> None:
-        self._log(logging.DEBUG, "completed", job)
+        if self._logger.isEnabledFor(logging.DEBUG):
+            self._log(logging.DEBUG, "completed", job)
 
     @override
     def job_rescheduled(self, job: Job, delay: float, /) -> None:

@@ -150,6 +150,9 @@ class _Control:
         if notice := self._link.take_notice():
             engine.wake(relief=notice.relief)
         now = monotonic()
+        if runner.failure is not None and self._give_up_at is None:
+            self._events.error(runner.failure)
+            self._give_up_at = now
         if self._give_up_at is not None:
             engine.shutdown()
             if now >= self._give_up_at:

@@ -1,0 +1,195 @@
+"""What the benchmarks share: a fresh schema, strict alternation with a floor, one JSON object.
+
+A rate by itself says more about the machine than about the library. Each
+program therefore measures a floor beside it: the least that bare psycopg needs
+for the same rows in the same table, on the same server, in the same minute.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from bgjob.ext.embedded import EmbeddedServer
+from bgjob.schema import init_sql
+
+_SCHEMA = "bgjob_benchmark"
+
+_SETTINGS = (
+    "autovacuum",
+    "fsync",
+    "full_page_writes",
+    "max_wal_size",
+    "shared_buffers",
+    "synchronous_commit",
+    "wal_compression",
+    "wal_level",
+    "wal_sync_method",
+)
+
+Figures = Mapping[str, float]
+"""What one run measured, by name; the names carry the unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line."""
+
+    dsn: str | None
+    quick: bool
+    rounds: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A server, and a schema on it that each run begins anew."""
+
+    options: Options
+    dsn: str
+    """Connects with bgjob's tables in the search_path."""
+    admin: psycopg.Connection[Any]
+
+    def fresh(self, fill: Callable[[], object] | None = None) -> None:
+        """Make the tables anew, fill them, and leave the server no work of that to do."""
+        self.admin.execute(f"drop schema if exists {_SCHEMA} cascade")
+        self.admin.execute(f"create schema {_SCHEMA}")
+        self.admin.execute(init_sql())
+        if fill is not None:
+            fill()
+        self.admin.execute("vacuum (analyze) bgjob_job")
+        self.admin.execute("checkpoint")
+        gc.collect()
+
+    def jobs(self) -> int:
+        """Count the live jobs."""
+        row = self.admin.execute("select count(*) from bgjob_job").fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def compare(
+        self, title: str, measured: Callable[[], Figures], floor: Callable[[], Figures]
+    ) -> dict[str, object]:
+        """Run both in alternation, after one pair that does not count; summarise each figure."""
+        runs: list[tuple[Figures, Figures]] = []
+        for number in range(self.options.rounds + 1):
+            pair = measured(), floor()
+            if number:
+                runs.append(pair)
+            said = "  |  floor: ".join(
+                ", ".join(f"{value:,.3f} {name}" for name, value in figures.items())
+                for figures in pair
+            )
+            say(f"{title}, {f'round {number}' if number else 'warm-up'}: {said}")
+        return {
+            name: _summary([m[name] for m, _ in runs], [f[name] for _, f in runs if name in f])
+            for name in runs[0][0]
+        }
+
+
+def main(program: Callable[[Bench], Mapping[str, object]], description: str | None) -> None:
+    """Run a benchmark from the command line, and print its results as JSON."""
+    options = _parse(description)
+    with _server(options) as dsn:
+        own = conninfo_to_dict(dsn).get("options") or ""
+        dsn = make_conninfo(dsn, options=f"{own} -c search_path={_SCHEMA}".strip())
+        with psycopg.connect(dsn, autocommit=True) as admin:
+            try:
+                report = {
+                    "environment": _environment(admin),
+                    "quick": options.quick,
+                    "rounds": options.rounds,
+                    "seed": options.seed,
+                    **program(Bench(options, dsn, admin)),
+                }
+            finally:
+                admin.execute(f"drop schema if exists {_SCHEMA} cascade")
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+def say(text: str) -> None:
+    """Tell of progress, where it does not mix with the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Give the smallest value that this share of the values does not exceed."""
+    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+def _parse(description: str | None) -> Options:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dsn", help="a superuser's; by default an embedded server is started")
+    parser.add_argument("--quick", action="store_true", help="fewer jobs; for a first look")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs; 5 by default")
+    parser.add_argument("--seed", type=int, default=1, help="of what is random; 1 by default")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return Options(given.dsn, given.quick, given.rounds, given.seed)
+
+
+@contextmanager
+def _server(options: Options) -> Iterator[str]:
+    if options.dsn is not None:
+        yield options.dsn
+        return
+    with EmbeddedServer() as server:
+        yield server.dsn
+
+
+def _environment(admin: psycopg.Connection[Any]) -> dict[str, object]:
+    return {
+        "bgjob": _bgjob_version(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "psycopg": f"{psycopg.__version__} ({pq.__impl__})",
+        "server": admin.info.parameter_status("server_version"),
+        "cores": os.cpu_count(),
+        "settings": dict(
+            admin.execute(
+                "select name, current_setting(name) from pg_settings where name = any (%s)",
+                [list(_SETTINGS)],
+            ).fetchall()
+        ),
+    }
+
+
+def _bgjob_version() -> str:
+    try:
+        return version("bgjob")
+    except PackageNotFoundError:  # run from a source checkout that is not installed
+        text = Path(__file__).parent.parent.joinpath("pyproject.toml").read_text("utf-8")
+        return str(tomllib.loads(text)["project"]["version"])
+
+
+def _summary(measured: list[float], floor: list[float]) -> dict[str, object]:
+    summary: dict[str, object] = {"measured": _spread(measured)}
+    if floor:
+        summary |= {
+            "floor": _spread(floor),
+            "ratio": round(median(measured) / median(floor), 4),
+            "ratio_of_pairs": [round(m / f, 4) for m, f in zip(measured, floor, strict=True)],
+        }
+    return summary
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        name: round(statistic(values), 3)
+        for name, statistic in (("median", median), ("min", min), ("max", max))
+    }

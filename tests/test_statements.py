@@ -1,0 +1,493 @@
+"""Each hot statement keeps its plan, its fence and its promise, whatever the statistics say."""
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar, cast
+
+import psycopg
+import pytest
+from psycopg import ClientCursor
+
+from bgjob import EnqueueRequest, Job
+from bgjob._link import _SESSION
+from bgjob._statements import (
+    Buried,
+    Claimed,
+    Line,
+    Postponed,
+    Statement,
+    _text_array,
+    bury,
+    claim,
+    complete,
+    enqueue,
+    enqueue_many,
+    extend,
+    listen,
+    park,
+    postpone,
+    session,
+    survey,
+    sweep,
+    unpark,
+)
+from bgjob._watermarks import Watermarks
+
+T = TypeVar("T")
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def ask(conn: psycopg.Connection, statement: Statement[T]) -> T:
+    cursor = conn.execute(cast(Any, statement.text), statement.params, binary=statement.binary)
+    return statement.parse(cursor.fetchall() if cursor.description else [])
+
+
+def fill(conn: psycopg.Connection, count: int, *, queue: str = "q") -> None:
+    """Write due jobs of five priorities, each due a millisecond after the one before."""
+    conn.execute(
+        "insert into bgjob_job (id, queue, type, arg, priority, next_run_at) "
+        "select %s || lpad(n::text, 6, '0'), %s, 't', '{}', n %% 5, "
+        "now() - interval '1 hour' + n * interval '1 ms' from generate_series(1, %s) n",
+        (queue, queue, count),
+    )
+
+
+@pytest.fixture
+def worker(dsn: str) -> Iterator[psycopg.Connection]:
+    """A connection with the session of a worker."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        ask(conn, session(_SESSION))
+        yield conn
+
+
+def claimed(conn: psycopg.Connection, limit: int, *, token: int = 1) -> list[Claimed]:
+    jobs = ask(conn, sweep("q", limit=limit, lease=60, token=token))
+    return [Claimed(job, token) for job in jobs]
+
+
+# -- heap-only updates --------------------------------------------------------------------
+
+
+def test_claims_and_extensions_are_heap_only_updates(worker: psycopg.Connection) -> None:
+    def counts() -> tuple[int, int]:
+        # Counts of finished transactions stay here until they are flushed.
+        [found] = worker.execute(
+            "select n_tup_upd, n_tup_hot_upd from pg_stat_xact_user_tables "
+            "where relname = 'bgjob_job'"
+        )
+        return cast(tuple[int, int], found)
+
+    def counted(statement: Statement[Any]) -> tuple[int, int]:
+        with worker.transaction():
+            before = counts()
+            ask(worker, statement)
+            after = counts()
+        return after[0] - before[0], after[1] - before[1]
+
+    fill(worker, 5_000)
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    assert counted(sweep("q", limit=100, lease=60, token=1)) == (100, 100)
+    assert counted(claim("q", limit=100, lease=60, token=2, marks=marks, back=0)) == (100, 100)
+    held = [
+        Claimed(Job._make([id_, *[None] * 9]), token)
+        for id_, token in worker.execute("select id, token from bgjob_job where token is not null")
+    ]
+    # No more of them than the pages have room for: transactions in other databases of
+    # the server may keep the versions that are dead from being pruned.
+    for _ in range(3):
+        assert counted(extend(held, lease=60)) == (200, 200)
+
+
+def test_no_index_covers_what_a_claim_changes(conn: psycopg.Connection) -> None:
+    indexed = {
+        column
+        for (column,) in conn.execute(
+            "select a.attname from pg_index i join pg_attribute a on a.attrelid = i.indrelid "
+            "and a.attnum = any (i.indkey) where i.indrelid = 'bgjob_job'::regclass"
+        )
+    }
+    assert indexed == {"id", "queue", "priority", "next_run_at"}
+
+
+# -- plans --------------------------------------------------------------------------------
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for below in plan.get("Plans", []):
+        yield from nodes(below)
+
+
+def prepared(conn: psycopg.Connection, statement: Statement[Any]) -> tuple[str, str]:
+    """Give a statement as `prepare` and `execute` of SQL, which a generic plan needs."""
+    params = dict(statement.params or {})
+    names = [name for name in params if f"%({name})" in cast(str, statement.text)]
+    text = re.sub(
+        r"%\((\w+)\)[sbt]",
+        lambda match: f"${names.index(match[1]) + 1}",
+        cast(str, statement.text),
+    )
+    values = ClientCursor(conn).mogrify(
+        cast(Any, ", ".join(f"%({name})s" for name in names)), params
+    )
+    return f"prepare stmt as {text}".replace("%%", "%"), f"execute stmt({values})"
+
+
+def explained(
+    conn: psycopg.Connection, statement: Statement[Any], plan_cache_mode: str
+) -> dict[str, Any]:
+    prepare, execute = prepared(conn, statement)
+    conn.execute("select set_config('plan_cache_mode', %s, false)", [plan_cache_mode])
+    conn.execute(cast(Any, prepare))
+    try:
+        [[[plan]]] = conn.execute(cast(Any, f"explain (format json) {execute}")).fetchall()
+    finally:
+        conn.execute("deallocate stmt")
+    return cast(dict[str, Any], plan["Plan"])
+
+
+SOME = [
+    Claimed(Job(f"q{n:06}", "q", "t", None, 1, None, 0, LONG_AGO, LONG_AGO, LONG_AGO), 1)
+    for n in range(1, 501)
+]
+
+HOT = {
+    "claim": claim(
+        "q", limit=500, lease=60, token=1, marks=dict.fromkeys(range(5), LONG_AGO), back=1
+    ),
+    "claim of one": claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, back=0),
+    "sweep": sweep("q", limit=500, lease=60, token=1),
+    "survey": survey("q"),
+    "complete": complete(SOME),
+    "complete one": complete(SOME[:1]),
+    "postpone": postpone([Postponed(c, 1.0, "why", refund=False) for c in SOME]),
+    "bury": bury([Buried(c, "why") for c in SOME]),
+    "extend": extend(SOME, lease=60),
+}
+
+
+@pytest.mark.parametrize("plan_cache_mode", ["force_custom_plan", "force_generic_plan"])
+@pytest.mark.parametrize("statistics", ["of an empty table", "of a full table", "none"])
+@pytest.mark.parametrize("name", HOT)
+def test_a_hot_statement_walks_an_index_and_sorts_nothing(
+    worker: psycopg.Connection, name: str, statistics: str, plan_cache_mode: str
+) -> None:
+    worker.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    if statistics == "of an empty table":
+        worker.execute("analyze bgjob_job")
+    fill(worker, 20_000)
+    if statistics == "of a full table":
+        worker.execute("vacuum analyze bgjob_job")
+    plan = explained(worker, HOT[name], plan_cache_mode)
+    for node in nodes(plan):
+        below = {inner.get("Relation Name") for inner in nodes(node)}
+        kind = node["Node Type"]
+        assert kind != "Seq Scan" or "bgjob_job" not in below, plan
+        assert "Bitmap" not in kind, plan
+        assert "Sort" not in kind or "bgjob_job" not in below, plan
+    scans = [n for n in nodes(plan) if n["Node Type"] in ("Index Scan", "Index Only Scan")]
+    by_due = name.startswith(("claim", "sweep", "survey"))
+    assert {n["Index Name"] for n in scans} == {"bgjob_job_due" if by_due else "bgjob_job_pkey"}
+
+
+def test_a_claim_reads_no_more_rows_than_it_takes(worker: psycopg.Connection) -> None:
+    fill(worker, 20_000)
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    statement = claim("q", limit=100, lease=60, token=1, marks=marks, back=0)
+    [[[plan]]] = worker.execute(
+        cast(Any, f"explain (analyze, format json) {statement.text!s}"), statement.params
+    ).fetchall()
+    scans = [n for n in nodes(plan["Plan"]) if n["Node Type"] == "Index Scan"]
+    assert sum(n["Actual Rows"] * n["Actual Loops"] for n in scans) == 100
+
+
+# -- claims -----------------------------------------------------------------------------
+
+
+def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> None:
+    fill(conn, 4_000)
+    got: list[list[str]] = [[] for _ in range(6)]
+    start = threading.Barrier(len(got))
+
+    def work(number: int) -> None:
+        marks = dict.fromkeys(range(5), LONG_AGO)
+        with psycopg.connect(dsn, autocommit=True) as mine:
+            ask(mine, session(_SESSION))
+            start.wait(10)
+            while True:
+                if number % 2:
+                    statement = sweep("q", limit=37, lease=60, token=number)
+                else:
+                    statement = claim("q", limit=37, lease=60, token=number, marks=marks, back=0)
+                if not (jobs := ask(mine, statement)):
+                    return
+                got[number] += [job.id for job in jobs]
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(len(got))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    runs = Counter(id_ for ids in got for id_ in ids)
+    assert len(runs) == 4_000
+    assert set(runs.values()) == {1}
+    held = conn.execute("select token, count(*) from bgjob_job group by token").fetchall()
+    assert dict(held) == {number: len(ids) for number, ids in enumerate(got) if ids}
+    assert conn.execute("select distinct attempt from bgjob_job").fetchall() == [(1,)]
+
+
+def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Connection) -> None:
+    fill(worker, 100)
+    expected = [
+        id_ for (id_,) in worker.execute("select id from bgjob_job order by priority, next_run_at")
+    ]
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    jobs = ask(worker, sweep("q", limit=30, lease=60, token=1))
+    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks, back=0))
+    assert [job.id for job in jobs] == expected
+
+
+def test_a_claim_starts_at_its_marks_or_looks_back_from_now(worker: psycopg.Connection) -> None:
+    worker.execute(
+        "insert into bgjob_job (id, queue, type, priority, next_run_at) "
+        "select ago::text, 'q', 't', 0, now() - ago * interval '1 s' "
+        "from unnest('{10, 100, 1000}'::int[]) ago"
+    )
+    [(mark,)] = worker.execute("select now() - interval '1 s'")
+
+    def found(**options: Any) -> list[str]:
+        with worker.transaction(force_rollback=True):
+            statement = claim("q", limit=9, lease=60, token=1, **options)
+            return [job.id for job in ask(worker, statement)]
+
+    assert found(marks={0: mark}, back=0) == []
+    assert found(marks={0: mark}, back=50) == ["10"]
+    assert found(marks={0: mark}, back=500) == ["100", "10"]
+    assert found(marks={0: mark - timedelta(seconds=500)}, back=50) == ["100", "10"]
+    assert found(marks={1: LONG_AGO}, back=0) == []
+    assert found(marks={0: LONG_AGO, 1: LONG_AGO}, back=0) == ["1000", "100", "10"]
+
+
+def test_a_claim_passes_over_what_is_held_and_takes_what_is_free_again(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 3)
+    worker.execute(
+        "update bgjob_job set token = 9, attempt = 1, lease_until = clock_timestamp() + case id "
+        "when 'q000001' then interval '1 hour' when 'q000002' then interval '-1 ms' end"
+    )
+    jobs = ask(worker, sweep("q", limit=9, lease=60, token=1))
+    assert {job.id: job.attempt for job in jobs} == {"q000002": 2, "q000003": 2}
+
+
+def test_a_lease_ends_by_the_databases_clock(worker: psycopg.Connection) -> None:
+    fill(worker, 1)
+    [(before,)] = worker.execute("select clock_timestamp()")
+    held = claimed(worker, 1)
+    [(first,)] = worker.execute("select lease_until from bgjob_job")
+    assert first >= before + timedelta(seconds=60)
+    ask(worker, extend(held, lease=3600))
+    [(second,)] = worker.execute("select lease_until from bgjob_job")
+    assert second >= before + timedelta(seconds=3600)
+
+
+def test_a_survey_lists_the_priorities_in_use_and_when_the_next_job_of_each_is_due(
+    worker: psycopg.Connection,
+) -> None:
+    requests = [
+        EnqueueRequest("q", "t", priority=-7),
+        EnqueueRequest("q", "t", priority=3, delay=1000),
+        EnqueueRequest("q", "t", priority=3, delay=2000),
+        EnqueueRequest("other", "t", priority=5),
+    ]
+    ask(worker, enqueue_many(requests, notify=False))
+    lines = ask(worker, survey("q"))
+    assert [(line.priority, line.wait is None) for line in lines] == [(-7, True), (3, False)]
+    assert lines[1].wait is not None
+    assert 0 < lines[1].wait <= 1000
+
+
+# -- fences ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settle",
+    [
+        complete,
+        lambda held: postpone([Postponed(c, 0.0, "why", refund=True) for c in held]),
+        lambda held: bury([Buried(c, "why") for c in held]),
+        lambda held: extend(held, lease=3600),
+    ],
+    ids=["complete", "postpone", "bury", "extend"],
+)
+def test_a_settlement_touches_only_what_its_token_still_holds(
+    worker: psycopg.Connection, settle: Callable[[list[Claimed]], Statement[list[str]]]
+) -> None:
+    fill(worker, 6)
+    held = claimed(worker, 3, token=1) + claimed(worker, 3, token=2)
+    stolen = {held[0].job.id, held[4].job.id}
+    worker.execute("update bgjob_job set token = 3 where id = any (%s)", [list(stolen)])
+    theirs = "select * from bgjob_job where token = 3 order by id"
+    before = worker.execute(theirs).fetchall()
+    assert set(ask(worker, settle(held))) == {c.job.id for c in held} - stolen
+    assert worker.execute(theirs).fetchall() == before
+    assert ask(worker, settle([Claimed(held[0].job, 4)])) == []
+
+
+def test_a_postponed_job_is_free_due_and_charged_as_it_was_said(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 3)
+    worker.execute("update bgjob_job set last_error = 'before'")
+    one, two, three = sorted(claimed(worker, 3))
+    [(before,)] = worker.execute("select clock_timestamp()")
+    ask(
+        worker,
+        postpone(
+            [
+                Postponed(one, 0.0, "why", refund=False),
+                Postponed(two, 50.5, None, refund=False),
+                Postponed(three, 100.0, None, refund=True),
+            ]
+        ),
+    )
+    found = worker.execute(
+        "select attempt, last_error, token, lease_until, next_run_at, updated_at "
+        "from bgjob_job order by id"
+    ).fetchall()
+    assert [row[:4] for row in found] == [
+        (1, "why", None, None),
+        (1, "before", None, None),
+        (0, "before", None, None),
+    ]
+    for row, delay in zip(found, (0.0, 50.5, 100.0), strict=True):
+        assert row[4] >= before + timedelta(seconds=delay)
+        assert row[5] >= before
+
+
+def test_hostile_ids_and_errors_pass_through_every_settlement(worker: psycopg.Connection) -> None:
+    texts = ["NULL", "", "{}", 'a"b', "a\\b", "a,b", "'", " ", "%s", "é\U0001f600", "\n"]
+    assert worker.execute("select %s::text[]", [_text_array(texts)]).fetchall() == [(texts,)]
+    ids = [f"{text}!" for text in texts]
+    for id_ in ids:
+        assert ask(worker, enqueue(EnqueueRequest("q", "t", id=id_), notify=False))
+    held = claimed(worker, 99)
+    assert sorted(ask(worker, extend(held, lease=60))) == sorted(ids)
+    errors = {c.job.id: c.job.id[:-1] for c in held}
+    back = [Postponed(c, 0.0, errors[c.job.id], refund=False) for c in held]
+    assert sorted(ask(worker, postpone(back))) == sorted(ids)
+    assert dict(worker.execute("select id, last_error from bgjob_job").fetchall()) == errors
+    held = claimed(worker, 99)
+    dead = [Buried(c, errors[c.job.id]) for c in held[:5]]
+    assert sorted(ask(worker, bury(dead))) == sorted(b.claimed.job.id for b in dead)
+    stored: dict[str, str] = dict(
+        worker.execute("select job_id, last_error from bgjob_dead_job").fetchall()
+    )
+    assert stored == {b.claimed.job.id: b.error for b in dead}
+    assert len(ask(worker, complete(held[5:]))) == len(ids) - 5
+
+
+# -- notification -----------------------------------------------------------------------------
+
+
+def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.Connection) -> None:
+    def told(statement: Statement[Any]) -> list[str]:
+        ask(conn, statement)
+        conn.execute("notify sentinel")
+        payloads: list[str] = []
+        for notice in sleeper.notifies(timeout=20):
+            if notice.channel == "sentinel":
+                return payloads
+            payloads.append(notice.payload)
+        raise AssertionError("no sentinel")
+
+    one, many = EnqueueRequest("q", "t"), [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
+    with psycopg.connect(dsn, autocommit=True) as sleeper:
+        sleeper.execute("listen sentinel")
+        ask(sleeper, listen("q"))
+        ask(sleeper, listen("r"))
+        assert told(enqueue(one, notify=True)) == []
+        assert ask(sleeper, park("q")) == "parked"
+        assert told(enqueue(one, notify=True)) == []  # the id is taken: nothing was written
+        assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == ["q"]
+        assert told(enqueue(EnqueueRequest("q", "t"), notify=False)) == []
+        assert told(enqueue_many(many, notify=True)) == ["q"]
+        assert told(enqueue_many(many, notify=True)) == []
+        assert ask(sleeper, park("r")) == "parked"
+        more = [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
+        assert sorted(told(enqueue_many(more, notify=True))) == ["q", "r"]
+        assert ask(conn, park("q")) == "covered"
+        ask(sleeper, unpark("q"))
+        assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == [""]
+        assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == []
+
+
+def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with psycopg.connect(dsn, autocommit=True) as sleeper:
+        with conn.transaction():
+            ask(conn, enqueue(EnqueueRequest("q", "t"), notify=True))
+            assert ask(sleeper, park("q")) == "contended"
+        assert ask(sleeper, park("q")) == "parked"
+        locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
+        [(held,)] = conn.execute(locks, [sleeper.info.backend_pid])
+        assert held == 1
+
+
+# -- watermarks -------------------------------------------------------------------------------
+
+
+def job_due(at: datetime, *, priority: int = 0) -> Job:
+    return Job("id", "q", "t", None, 1, None, priority, at, at, at)
+
+
+def test_a_mark_follows_the_last_due_time_that_was_claimed() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    second = timedelta(seconds=1)
+    assert not marks.known
+    marks.claimed([job_due(LONG_AGO), job_due(LONG_AGO + second, priority=5)], full=False)
+    assert marks.known
+    assert marks.start(0.0)[0] == {0: LONG_AGO, 5: LONG_AGO + second}
+    marks.claimed([job_due(LONG_AGO - second)], full=False)  # one found behind the mark
+    assert marks.start(0.0)[0][0] == LONG_AGO
+
+
+def test_the_mark_of_a_full_claim_goes_back_to_its_last_job() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    marks.claimed([job_due(LONG_AGO)], full=False)
+    marks.claimed([job_due(LONG_AGO - timedelta(seconds=1))], full=True)
+    assert marks.start(0.0)[0] == {0: LONG_AGO - timedelta(seconds=1)}
+
+
+def test_a_row_that_became_visible_late_is_found_within_about_its_lateness_again() -> None:
+    marks = Watermarks(poll_interval=64.0)
+    marks.claimed([job_due(LONG_AGO)], full=False)
+    looks = [(n / 1000, marks.start(n / 1000)[1]) for n in range(200_000)]
+    for late in (0.01, 0.1, 0.5, 1, 5, 20):
+        far_enough = [now for now, back in looks if back >= late]
+        gaps = [b - a for a, b in zip(far_enough, far_enough[1:], strict=False)]
+        assert max(gaps) <= 2 * late + 0.1, late
+    # The look back costs little: most claims do not look back far.
+    assert sum(back for _, back in looks) / len(looks) < 0.2
+
+
+def test_a_sweep_teaches_priorities_and_rests_twenty_times_its_cost() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    assert marks.sweep_at < 0  # at once
+    marks.swept([Line(3, LONG_AGO, None)], full=False, began=10.0, now=10.01)
+    assert marks.start(20.0)[0] == {3: LONG_AGO}
+    assert marks.sweep_at == pytest.approx(11.01)
+    assert marks.early_sweep_at == pytest.approx(10.21)
+    marks.swept([Line(3, LONG_AGO, None)], full=False, began=20.0, now=21.0)
+    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(41.0)
+
+
+def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    marks.swept([Line(3, LONG_AGO, None)], full=True, began=0.0, now=0.0)
+    assert marks.start(0.0)[0][3] < LONG_AGO

@@ -1,0 +1,1392 @@
+"""Workers run jobs, whatever handlers, observers, connections and rows do."""
+
+import asyncio
+import gc
+import logging
+import os
+import random
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import datetime, timedelta
+from typing import Any, Literal, LiteralString
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from bgjob import (
+    AsyncClient,
+    AsyncWorker,
+    BgjobError,
+    Client,
+    Complete,
+    EnqueueRequest,
+    Job,
+    MoveToDlq,
+    Mux,
+    NoopObserver,
+    QueueRequiredError,
+    Reschedule,
+    Result,
+    Retry,
+    SchemaError,
+    Worker,
+)
+from bgjob._exchange import Claim, Exchange
+from bgjob._link import Link
+from bgjob.mux import Handler
+from bgjob.schema import init_sql
+
+PATIENCE = 20.0
+"""Seconds after which a test that waits has failed."""
+
+NEVER = 3600.0
+"""A poll interval that no test lives to see: what happens is not owed to polling."""
+
+Style = Literal["plain", "coroutine"]
+both_styles = pytest.mark.parametrize("style", ["plain", "coroutine"])
+
+
+def eventually(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def handler(style: Style, body: Callable[[Job], Any]) -> Handler:
+    """Make a plain or a coroutine handler of a function; both block where it does."""
+    if style == "plain":
+        return body
+
+    async def coroutine(job: Job) -> Result | None:
+        result: Result | None = body(job)
+        return result
+
+    return coroutine
+
+
+class Gate:
+    """A handler that says that it has been entered, and waits to be let go."""
+
+    def __init__(self, result: Result | None = None) -> None:
+        self.entered = threading.Semaphore(0)
+        self.released = threading.Event()
+        self.runs: list[Job] = []
+        self._result = result
+
+    def __call__(self, job: Job) -> Result | None:
+        self.runs.append(job)
+        self.entered.release()
+        assert self.released.wait(PATIENCE)
+        return self._result
+
+    async def coroutine(self, job: Job) -> Result | None:
+        self.runs.append(job)
+        self.entered.release()
+        while not self.released.is_set():
+            await asyncio.sleep(0.005)
+        return self._result
+
+    def of(self, style: Style) -> Handler:
+        return self.__call__ if style == "plain" else self.coroutine
+
+    def wait(self) -> None:
+        assert self.entered.acquire(timeout=PATIENCE)
+
+
+class Recorder(NoopObserver):
+    """Remembers the events in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def job_started(self, job: Job, /) -> None:
+        self.events.append(("started", job.id, job.attempt))
+
+    def job_completed(self, job: Job, /) -> None:
+        self.events.append(("completed", job.id, job.attempt))
+
+    def job_rescheduled(self, job: Job, delay: float, /) -> None:
+        self.events.append(("rescheduled", job.id, job.attempt, delay))
+
+    def job_will_be_retried(self, job: Job, delay: float, error: Any, /) -> None:
+        self.events.append(("retried", job.id, job.attempt, delay, str(error)))
+
+    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
+        self.events.append(("buried", job.id, job.attempt, str(error)))
+
+    def job_lease_lost(self, job: Job, /) -> None:
+        self.events.append(("lost", job.id, job.attempt))
+
+    def queue_is_empty(self, queue: str, /) -> None:
+        self.events.append(("empty", queue))
+
+    def worker_error(self, error: BaseException, /) -> None:
+        self.events.append(("error", error))
+
+    def of(self, *names: str) -> list[tuple[Any, ...]]:
+        return [event for event in self.events if event[0] in names]
+
+    def wait_for(self, name: str, id_: str | None = None, *, times: int = 1) -> None:
+        def happened() -> bool:
+            found = [e for e in self.events if e[0] == name and (id_ is None or e[1] == id_)]
+            return len(found) >= times
+
+        assert eventually(happened), (name, id_, self.events)
+
+
+class Crew:
+    """Starts workers of one colour on a database, and shuts them down in the end."""
+
+    def __init__(self, dsn: str, *, is_async: bool) -> None:
+        self.dsn = dsn
+        self.is_async = is_async
+        self._threads = set(threading.enumerate())
+        self._stack = ExitStack()
+        self.client = self._stack.enter_context(Client(dsn))
+        if is_async:
+            self._loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=self._loop.run_forever)
+            thread.start()
+            self._stack.callback(self._end_loop, thread)
+
+    def _end_loop(self, thread: threading.Thread) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        thread.join()
+        self._loop.close()
+
+    def run(self, answer: Any) -> Any:
+        """Wait for a coroutine of the async colour; pass on what is none."""
+        if not self.is_async:
+            return answer
+        return asyncio.run_coroutine_threadsafe(answer, self._loop).result(2 * PATIENCE)
+
+    def make(self, mux: Mux, queue: str = "q", dsn: str | None = None, **options: Any) -> Any:
+        kind: Any = AsyncWorker if self.is_async else Worker
+        source = dsn or self.dsn
+        client = AsyncClient(source) if self.is_async else Client(source)
+        return kind(client, queue, mux, **options)
+
+    def start(self, mux: Mux, queue: str = "q", **options: Any) -> Any:
+        worker = self.make(mux, queue, **options)
+        self.run(worker.run())
+        self._stack.callback(self.shutdown, worker, timeout=5)
+        return worker
+
+    def shutdown(self, worker: Any, **options: Any) -> bool:
+        settled = self.run(worker.shutdown(**options))
+        assert isinstance(settled, bool)
+        return settled
+
+    def enqueue(self, *ids: str, queue: str = "q", type: str = "t", **options: Any) -> None:
+        self.client.bulk_enqueue([EnqueueRequest(queue, type, id=id_, **options) for id_ in ids])
+
+    def close(self) -> None:
+        self._stack.close()
+        assert eventually(lambda: set(threading.enumerate()) <= self._threads), (
+            set(threading.enumerate()) - self._threads
+        )
+
+
+@pytest.fixture(params=[False, True], ids=["Worker", "AsyncWorker"])
+def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
+    """A crew of either colour; every test that takes it also proves that no thread is left."""
+    crew = Crew(dsn, is_async=request.param)
+    try:
+        yield crew
+    finally:
+        crew.close()
+
+
+def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
+    return conn.execute(query, params).fetchall()
+
+
+def row(conn: psycopg.Connection, query: LiteralString, *params: object) -> tuple[Any, ...]:
+    [only] = rows(conn, query, *params)
+    return only
+
+
+def count(conn: psycopg.Connection) -> int:
+    return int(row(conn, "select count(*) from bgjob_job")[0])
+
+
+def all_done(conn: psycopg.Connection) -> bool:
+    return eventually(lambda: count(conn) == 0)
+
+
+def clock(conn: psycopg.Connection) -> datetime:
+    now = row(conn, "select clock_timestamp()")[0]
+    assert isinstance(now, datetime)
+    return now
+
+
+def sleeper(conn: psycopg.Connection) -> int | None:
+    """The session of the worker that sleeps, and asks enqueues to notify, if any does."""
+    found = rows(
+        conn,
+        "select pid from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
+        "and granted and database = (select oid from pg_database where datname = "
+        "current_database())",
+    )
+    return found[0][0] if found else None
+
+
+def terminate_workers(conn: psycopg.Connection) -> int:
+    """Kill the connections of the workers; their number."""
+    return len(
+        rows(
+            conn,
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where datname = current_database() and application_name = 'bgjob'",
+        )
+    )
+
+
+# -- results ----------------------------------------------------------------------------
+
+
+@both_styles
+def test_a_job_runs_and_its_row_is_deleted(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    seen: list[Job] = []
+    observer = Recorder()
+    crew.enqueue("a", arg={"n": 1})
+    crew.start(Mux().register("t", handler(style, seen.append)), observer=observer)
+    observer.wait_for("completed", "a")
+    assert [(job.id, job.queue, job.type, job.json(), job.attempt) for job in seen] == [
+        ("a", "q", "t", {"n": 1}, 1)
+    ]
+    assert count(conn) == 0
+    assert crew.client.dlq.list() == []
+
+
+@both_styles
+def test_a_retry_waits_for_its_delay_and_tells_the_next_attempt_why(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    seen: list[tuple[int, str | None]] = []
+    began: list[datetime] = []
+
+    def fail_twice(job: Job) -> Result:
+        began.append(clock(conn))
+        seen.append((job.attempt, job.last_error))
+        if job.attempt == 1:
+            return Retry(timedelta(milliseconds=300), error="first")
+        if job.attempt == 2:
+            raise ValueError("second")
+        return Complete()
+
+    observer = Recorder()
+    mux = Mux().register("t", handler(style, fail_twice), backoff=lambda attempt: attempt / 10)
+    crew.enqueue("a")
+    crew.start(mux, observer=observer, poll_interval=NEVER)
+    observer.wait_for("completed", "a")
+    assert seen == [(1, None), (2, "first"), (3, "ValueError: second")]
+    assert began[1] - began[0] >= timedelta(seconds=0.3)
+    assert began[2] - began[1] >= timedelta(seconds=0.2)
+    assert observer.of("retried") == [
+        ("retried", "a", 1, 0.3, "first"),
+        ("retried", "a", 2, 0.2, "second"),
+    ]
+
+
+def test_a_job_that_fails_max_attempts_times_goes_to_the_dlq(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    def fail(job: Job) -> Result:
+        raise ValueError(f"attempt {job.attempt}")
+
+    observer = Recorder()
+    crew.enqueue("a", arg=b"arg", priority=2)
+    crew.start(Mux().register("t", fail, max_attempts=3, backoff=lambda _: 0.0), observer=observer)
+    observer.wait_for("buried", "a")
+    assert len(observer.of("started")) == 3
+    assert count(conn) == 0
+    [dead] = crew.client.dlq.list()
+    assert (dead.id, dead.attempt, dead.last_error) == ("a", 3, "ValueError: attempt 3")
+    assert (dead.queue, dead.type, dead.arg, dead.priority) == ("q", "t", b"arg", 2)
+
+
+def test_a_reschedule_does_not_count_as_an_attempt(crew: Crew) -> None:
+    seen: list[int] = []
+
+    def look_again(job: Job) -> Result:
+        seen.append(job.attempt)
+        return Reschedule(0.01) if len(seen) < 5 else Complete()
+
+    observer = Recorder()
+    crew.enqueue("a")
+    crew.start(
+        Mux().register("t", look_again, max_attempts=1), observer=observer, poll_interval=NEVER
+    )
+    observer.wait_for("completed", "a")
+    assert seen == [1] * 5
+    assert observer.of("rescheduled") == [("rescheduled", "a", 1, 0.01)] * 4
+
+
+def test_a_job_of_an_unknown_type_goes_to_the_dlq_with_its_columns(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    observer = Recorder()
+    crew.enqueue("a", type="mystery", arg=b"arg", priority=2)
+    due, created, updated = row(conn, "select next_run_at, created_at, updated_at from bgjob_job")
+    before = clock(conn)
+    crew.start(Mux(), observer=observer)
+    observer.wait_for("buried", "a")
+    [dead] = crew.client.dlq.list()
+    assert (dead.id, dead.queue, dead.type, dead.arg, dead.attempt, dead.priority) == (
+        ("a", "q", "mystery", b"arg", 1, 2)
+    )
+    assert dead.last_error is not None
+    assert dead.last_error.startswith("UnknownTypeError: no handler is registered")
+    assert (dead.next_run_at, dead.created_at, dead.updated_at) == (due, created, updated)
+    assert before <= dead.moved_at <= clock(conn)
+    assert observer.of("started") == []
+
+
+@both_styles
+def test_what_is_no_result_is_retried_with_an_error_that_names_handler_and_type(
+    crew: Crew, style: Style
+) -> None:
+    errors: list[str | None] = []
+
+    def body(job: Job) -> object:
+        errors.append(job.last_error)
+        return "done" if job.attempt == 1 else None
+
+    observer = Recorder()
+    mux = Mux().register("t", handler(style, body), backoff=lambda _: 0.0)
+    crew.enqueue("a")
+    crew.start(mux, observer=observer)
+    observer.wait_for("completed", "a")
+    assert errors[1] is not None
+    assert errors[1].startswith("TypeError: handler ")
+    assert "of job type 't' returned str" in errors[1]
+
+
+@both_styles
+@pytest.mark.parametrize(
+    "error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
+)
+def test_whatever_a_handler_raises_its_job_is_retried_and_the_worker_lives(
+    crew: Crew, style: Style, error: type[BaseException]
+) -> None:
+    def body(job: Job) -> None:
+        if job.id == "bad" and job.attempt == 1:
+            raise error
+
+    observer = Recorder()
+    mux = Mux().register("t", handler(style, body), backoff=lambda _: 0.0)
+    crew.enqueue("bad", "good")
+    worker = crew.start(mux, observer=observer)
+    observer.wait_for("completed", "good")
+    observer.wait_for("completed", "bad")
+    assert len(observer.of("retried")) == 1
+    crew.enqueue("later")
+    observer.wait_for("completed", "later")
+    assert crew.shutdown(worker)
+
+
+def test_a_coroutine_that_cancels_its_own_task_harms_no_neighbour(crew: Crew) -> None:
+    async def body(job: Job) -> None:
+        if job.id == "bad":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        else:
+            await asyncio.sleep(0)
+
+    # Quick jobs are claimed many at a time, so that the same task runs the next.
+    good = [f"{n:03}" for n in range(300)]
+    observer = Recorder()
+    crew.enqueue(*good[:150], "bad", *good[150:])
+    crew.start(Mux().register("t", body, backoff=lambda _: NEVER), observer=observer)
+    observer.wait_for("completed", good[-1])
+    assert {event[1] for event in observer.of("retried")} <= {"bad"}
+
+
+def test_hostile_error_texts_are_stored_cleaned_and_harm_no_neighbour(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    texts: dict[str, Any] = {
+        "nul": "a\0b",
+        "surrogate": "a\ud800b",
+        "huge": "x" * 50_000_000,
+        "mute": Mute(),
+        "quotes": "{'\"\\,NULL}",
+    }
+
+    def fail(job: Job) -> Result | None:
+        return Retry(NEVER, error=texts[job.id]) if job.id in texts else None
+
+    crew.enqueue(*texts, "good")
+    observer = NoopObserver()
+    crew.start(Mux().register("t", fail), concurrency=3, observer=observer)
+    assert eventually(lambda: row(conn, "select count(last_error) from bgjob_job") == (5,))
+    assert eventually(lambda: count(conn) == 5)
+    stored = dict(rows(conn, "select id, last_error from bgjob_job"))
+    assert stored["nul"] == "a\ufffdb"
+    assert stored["surrogate"] == "a?b"
+    assert len(stored["huge"]) < 10_100
+    assert stored["mute"] == "Mute (its text raised RuntimeError)"
+    assert stored["quotes"] == "{'\"\\,NULL}"
+
+
+# -- concurrency and order ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("styles", [["plain"], ["coroutine"], ["plain", "coroutine"]])
+def test_no_more_handlers_run_at_once_than_the_worker_may_and_no_fewer(
+    crew: Crew, conn: psycopg.Connection, styles: list[Style]
+) -> None:
+    lock = threading.Lock()
+    full = threading.Event()
+    running = peak = 0
+
+    def enter() -> None:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+            if running == 3:
+                full.set()
+
+    def leave() -> None:
+        nonlocal running
+        with lock:
+            running -= 1
+
+    def plain(_: Job) -> None:
+        enter()
+        assert full.wait(PATIENCE)
+        leave()
+
+    async def coroutine(_: Job) -> None:
+        enter()
+        while not full.is_set():
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
+        leave()
+
+    mux = Mux().register("plain", plain).register("coroutine", coroutine)
+    dice = random.Random(3)
+    crew.client.bulk_enqueue([EnqueueRequest("q", dice.choice(styles)) for _ in range(600)])
+    crew.start(mux, concurrency=3)
+    assert all_done(conn)
+    assert peak == 3
+
+
+def test_by_default_jobs_run_one_at_a_time_in_order_of_priority_and_due_time(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    conn.execute(
+        "insert into bgjob_job (id, queue, type, priority, next_run_at) "
+        "select n::text, 'q', 't', n * 7919 % 5 - 2, now() - n * 104729 % 997 * interval '1 s' "
+        "from generate_series(1, 500) n"
+    )
+    expected = [
+        id_ for (id_,) in rows(conn, "select id from bgjob_job order by priority, next_run_at")
+    ]
+    order: list[str] = []
+    crew.start(Mux().register("t", lambda job: order.append(job.id)), poll_interval=NEVER)
+    assert all_done(conn)
+    assert order == expected
+
+
+def test_two_workers_never_run_the_same_job_twice(crew: Crew, conn: psycopg.Connection) -> None:
+    runs: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def note(job: Job) -> None:
+        with lock:
+            runs[job.id] += 1
+
+    ids = [f"{n:04}" for n in range(3_000)]
+    for style in ("plain", "coroutine"):
+        mux = Mux().register("t", handler(style, note))
+        crew.start(mux, concurrency=4, poll_interval=0.05)
+    for n in range(0, 3_000, 500):
+        crew.enqueue(*ids[n : n + 500])
+    assert all_done(conn)
+    assert runs == Counter(ids)
+
+
+def test_a_job_that_blocks_does_not_hold_up_those_claimed_with_it(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    gate = Gate()
+    mux = Mux().register("slow", gate).register("quick", lambda _: None)
+    crew.enqueue(*(f"{n:03}" for n in range(300)), type="quick")
+    crew.enqueue("slow", type="slow")
+    crew.enqueue(*(f"{n:03}" for n in range(300, 600)), type="quick")
+    crew.start(mux, concurrency=2)
+    gate.wait()
+    assert eventually(lambda: rows(conn, "select id from bgjob_job") == [("slow",)])
+    gate.released.set()
+    assert all_done(conn)
+
+
+def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connection) -> None:
+    crew.enqueue("mine")
+    crew.enqueue("other", queue="Q")
+    observer = Recorder()
+    crew.start(Mux().register("t", lambda _: None), observer=observer)
+    observer.wait_for("completed", "mine")
+    observer.wait_for("empty", "q")
+    assert rows(conn, "select id, attempt from bgjob_job") == [("other", 0)]
+
+
+# -- when a job starts ----------------------------------------------------------------------
+
+
+def test_a_delayed_job_starts_at_its_time_and_not_at_the_next_poll(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    began: dict[str, tuple[datetime, datetime]] = {}
+
+    def note(job: Job) -> None:
+        began[job.id] = clock(conn), job.next_run_at
+
+    observer = Recorder()
+    crew.enqueue("before", delay=0.5)
+    crew.start(Mux().register("t", note), observer=observer, poll_interval=NEVER)
+    observer.wait_for("empty")
+    crew.enqueue("while idle", delay=0.5)
+    observer.wait_for("completed", "before")
+    observer.wait_for("completed", "while idle")
+    for started, due in began.values():
+        assert started >= due
+
+
+def test_an_enqueue_wakes_an_idle_worker(crew: Crew, conn: psycopg.Connection) -> None:
+    observer = Recorder()
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    for n in range(5):
+        assert eventually(lambda: sleeper(conn) is not None)
+        crew.enqueue(str(n))
+        observer.wait_for("completed", str(n))
+
+
+def test_an_enqueue_wakes_a_worker_when_it_commits(crew: Crew, conn: psycopg.Connection) -> None:
+    observer = Recorder()
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    assert eventually(lambda: sleeper(conn) is not None)
+    with conn.transaction():
+        crew.client.enqueue(EnqueueRequest("q", "t", id="a"), conn=conn)
+        crew.enqueue("b")
+        observer.wait_for("completed", "b")
+    observer.wait_for("completed", "a")
+
+
+def test_two_enqueues_at_once_are_both_noticed_whatever_their_delays_and_priorities(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    crew.start(
+        Mux().register("t", lambda _: None),
+        concurrency=2,
+        observer=NoopObserver(),
+        poll_interval=NEVER,
+    )
+    for n in range(20):
+        crew.client.enqueue(EnqueueRequest("q", "t"))
+        crew.client.enqueue(EnqueueRequest("q", "t", delay=n % 2 / 20, priority=n // 2))
+        assert all_done(conn), (n, rows(conn, "select priority, token from bgjob_job"))
+
+
+def test_a_retry_is_noticed_by_another_worker_that_polls(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    crew.enqueue("a")
+    crew.client.do("q", Mux().register("t", lambda _: Retry(0.2)))
+    crew.start(Mux().register("t", lambda _: None), poll_interval=0.05)
+    assert all_done(conn)
+
+
+@pytest.mark.parametrize("who", ["client", "worker"])
+def test_polling_finds_what_nobody_was_notified_of(
+    crew: Crew, conn: psycopg.Connection, who: str
+) -> None:
+    observer = Recorder()
+    crew.start(
+        Mux().register("t", lambda _: None),
+        observer=observer,
+        poll_interval=0.05,
+        notify=who == "client",
+    )
+    observer.wait_for("empty")
+    with Client(crew.dsn, notify=who == "worker") as client:
+        client.enqueue(EnqueueRequest("q", "t", id="now"))
+        client.enqueue(EnqueueRequest("q", "t", id="soon", delay=0.2))
+    assert all_done(conn)
+
+
+def test_an_idle_worker_relieves_the_one_that_was_shut_down(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    # One worker asks to be notified, on behalf of all that share its queue.
+    observer = Recorder()
+    workers = []
+    for n in range(2):
+        mux = Mux().register("t", lambda _: None)
+        workers.append(crew.start(mux, observer=observer, poll_interval=NEVER))
+        assert eventually(lambda: sleeper(conn) is not None)
+    for n, worker in enumerate(workers):
+        crew.enqueue(str(n))
+        observer.wait_for("completed", str(n))
+        crew.shutdown(worker)
+
+
+# -- shutdown -----------------------------------------------------------------------------
+
+
+@both_styles
+def test_shutdown_finishes_what_runs_and_gives_back_what_has_not_started(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    gate = Gate()
+    mux = Mux().register("quick", handler(style, lambda _: None)).register("slow", gate.of(style))
+    crew.enqueue(*(f"quick {n:03}" for n in range(200)), type="quick")
+    crew.enqueue("slow", type="slow")
+    crew.enqueue(*(f"unstarted {n:03}" for n in range(200)), type="quick")
+    worker = crew.start(mux)
+    gate.wait()
+    answers: list[bool] = []
+    ending = threading.Thread(target=lambda: answers.append(crew.shutdown(worker, timeout=None)))
+    ending.start()
+    held = "select id, attempt from bgjob_job where token is not null or attempt <> 0"
+    assert eventually(lambda: rows(conn, held) == [("slow", 1)])
+    gate.released.set()
+    ending.join()
+    assert answers == [True]
+    assert rows(conn, held) == []
+    left = "select count(*), count(*) filter (where lease_until is null) from bgjob_job"
+    assert row(conn, left + " where id like 'unstarted%%'") == (200, 200)
+    assert count(conn) == 200
+
+
+def test_shutdown_may_be_called_again(crew: Crew) -> None:
+    worker = crew.start(Mux())
+    assert crew.shutdown(worker)
+    assert crew.shutdown(worker)
+    assert crew.shutdown(worker, timeout=0)
+
+
+def test_a_worker_that_was_shut_down_before_it_ran_does_not_run(crew: Crew) -> None:
+    worker = crew.make(Mux())
+    assert crew.shutdown(worker)
+    with pytest.raises(RuntimeError, match="runs once"):
+        crew.run(worker.run())
+
+
+def test_a_worker_runs_once(crew: Crew) -> None:
+    worker = crew.start(Mux())
+    with pytest.raises(RuntimeError, match="runs once"):
+        crew.run(worker.run())
+    crew.shutdown(worker)
+    with pytest.raises(RuntimeError, match="runs once"):
+        crew.run(worker.run())
+
+
+@both_styles
+def test_a_handler_may_shut_its_worker_down(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    returned = threading.Event()
+
+    def plain(_: Job) -> None:
+        worker = workers[0]
+        if crew.is_async:
+            asyncio.run(worker.shutdown())
+        else:
+            worker.shutdown()
+        returned.set()
+
+    async def coroutine(_: Job) -> None:
+        worker = workers[0]
+        if crew.is_async:
+            await worker.shutdown()
+        else:
+            worker.shutdown()
+        returned.set()
+
+    crew.enqueue("a", "b")
+    workers: list[Any] = [crew.make(Mux().register("t", plain if style == "plain" else coroutine))]
+    crew.run(workers[0].run())
+    assert returned.wait(PATIENCE)
+    assert crew.shutdown(workers[0])
+    assert rows(conn, "select id, attempt, token from bgjob_job") == [("b", 0, None)]
+
+
+def test_an_observer_may_shut_its_worker_down(crew: Crew, conn: psycopg.Connection) -> None:
+    returned = threading.Event()
+
+    class Last(NoopObserver):
+        def job_completed(self, _: Job, /) -> None:
+            answer = workers[0].shutdown()
+            if crew.is_async:
+                asyncio.run(answer)
+            returned.set()
+
+    crew.enqueue("a")
+    workers: list[Any] = [crew.make(Mux().register("t", lambda _: None), observer=Last())]
+    crew.run(workers[0].run())
+    assert returned.wait(PATIENCE)
+    assert crew.shutdown(workers[0])
+    assert count(conn) == 0
+
+
+@both_styles
+def test_several_threads_may_shut_a_worker_down(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    gate = Gate()
+    crew.enqueue("a")
+    worker = crew.start(Mux().register("t", gate.of(style)))
+    gate.wait()
+    answers: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(crew.shutdown(worker))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    gate.released.set()
+    for thread in threads:
+        thread.join()
+    assert answers == [True] * 4
+    assert count(conn) == 0
+
+
+@both_styles
+def test_after_its_grace_period_shutdown_abandons_what_runs_to_its_lease(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    gate = Gate()
+    crew.enqueue("a", "b")
+    worker = crew.start(Mux().register("t", gate.of(style)))
+    gate.wait()
+    assert crew.shutdown(worker, timeout=timedelta(milliseconds=50)) is False
+    gate.released.set()
+    claims = rows(
+        conn,
+        "select id, attempt, token is not null, lease_until > clock_timestamp() "
+        "from bgjob_job order by id",
+    )
+    assert claims == [("a", 1, True, True), ("b", 0, False, None)]
+    assert len(gate.runs) == 1
+
+
+def test_shutdown_says_so_where_a_result_could_not_be_stored(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    gate = Gate()
+    observer = Recorder()
+    crew.enqueue("a")
+    worker = crew.start(Mux().register("t", gate), observer=observer)
+    gate.wait()
+    database = conn.info.dbname
+    with psycopg.connect(make_conninfo(crew.dsn, dbname="postgres"), autocommit=True) as admin:
+        admin.execute(f'alter database "{database}" allow_connections false')
+        terminate_workers(conn)
+        observer.wait_for("error")
+        gate.released.set()
+        assert crew.shutdown(worker, timeout=0.5) is False
+        admin.execute(f'alter database "{database}" allow_connections true')
+    assert count(conn) == 1
+
+
+def test_leaving_a_worker_shuts_it_down(crew: Crew, conn: psycopg.Connection) -> None:
+    observer = Recorder()
+    crew.enqueue("a", "b")
+    worker = crew.make(Mux().register("t", lambda _: None), observer=observer)
+
+    async def use() -> None:
+        async with worker as entered:
+            assert entered is worker
+            await asyncio.to_thread(observer.wait_for, "completed", "b")
+
+    if crew.is_async:
+        crew.run(use())
+    else:
+        with worker as entered:
+            assert entered is worker
+            observer.wait_for("completed", "b")
+    with pytest.raises(RuntimeError):
+        crew.run(worker.run())
+
+
+def test_nothing_is_left_after_shutdown_and_close(crew: Crew, conn: psycopg.Connection) -> None:
+    threads = set(threading.enumerate())
+    mux = Mux().register("t", lambda _: None).register("c", handler("coroutine", lambda _: None))
+    client = Client(crew.dsn)
+    for type_ in "tc":
+        client.bulk_enqueue([EnqueueRequest("q", type_) for _ in range(50)])
+    worker = crew.start(mux, concurrency=5)
+    assert all_done(conn)
+    assert crew.shutdown(worker)
+    client.close()
+    # Those of the crew's own client are told by their names.
+    assert eventually(
+        lambda: (
+            not [
+                t for t in set(threading.enumerate()) - threads if not t.name.startswith("asyncio_")
+            ]
+        )
+    )
+    assert eventually(
+        lambda: (
+            row(
+                conn,
+                "select count(*) from pg_stat_activity "
+                "where datname = current_database() and pid <> pg_backend_pid()",
+            )
+            == (0,)
+        )
+    )
+    assert row(
+        conn,
+        "select count(*) from pg_locks where locktype = 'advisory' and database = "
+        "(select oid from pg_database where datname = current_database())",
+    ) == (0,)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_worker_refuses_to_be_shut_down_in_a_fork(crew: Crew) -> None:
+    observer = Recorder()
+    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = worker.shutdown(timeout=0)
+            asyncio.run(answer) if crew.is_async else answer
+        except BgjobError:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    crew.enqueue("a")
+    observer.wait_for("completed", "a")
+
+
+# -- leases -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["plain", "coroutine", "blocking coroutine"])
+def test_the_lease_of_a_long_handler_is_extended(
+    crew: Crew, conn: psycopg.Connection, style: str
+) -> None:
+    never = threading.Event()
+    runs: list[int] = []
+
+    def plain(job: Job) -> None:
+        runs.append(job.attempt)
+        never.wait(3)
+
+    async def coroutine(job: Job) -> None:
+        runs.append(job.attempt)
+        await asyncio.sleep(3)
+
+    async def blocking(job: Job) -> None:
+        plain(job)
+
+    handlers: dict[str, Any] = {
+        "plain": plain,
+        "coroutine": coroutine,
+        "blocking coroutine": blocking,
+    }
+    mux = Mux().register("t", handlers[style])
+    crew.enqueue("a")
+    crew.start(mux, lease=1, poll_interval=0.1)
+    with Client(crew.dsn) as client:
+        other = Worker(client, "q", Mux().register("t", plain), lease=1, poll_interval=0.1)
+        with other:
+            assert all_done(conn)
+    assert runs == [1]
+
+
+@pytest.mark.parametrize("result", [Complete(), Retry(0), Reschedule(0), MoveToDlq("why")])
+def test_a_result_that_comes_after_the_lease_was_lost_leaves_the_newer_claim_alone(
+    crew: Crew, conn: psycopg.Connection, result: Result
+) -> None:
+    gate = Gate(result)
+    observer = Recorder()
+    crew.enqueue("a")
+    crew.start(Mux().register("t", gate), observer=observer)
+    gate.wait()
+    conn.execute(
+        "update bgjob_job set token = 1, attempt = 2, last_error = 'newer', "
+        "lease_until = clock_timestamp() + interval '1 hour'"
+    )
+    newer = rows(conn, "select * from bgjob_job")
+    gate.released.set()
+    observer.wait_for("lost", "a")
+    assert rows(conn, "select * from bgjob_job") == newer
+    assert crew.client.dlq.list() == []
+    assert observer.of("completed", "retried", "rescheduled", "buried") == []
+
+
+def test_a_lost_lease_is_noticed_while_the_handler_runs(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    gate = Gate()
+    observer = Recorder()
+    crew.enqueue("a")
+    worker = crew.start(Mux().register("t", gate), observer=observer, lease=1)
+    gate.wait()
+    conn.execute("update bgjob_job set token = 1, lease_until = 'infinity'")
+    observer.wait_for("lost", "a")
+    gate.released.set()
+    crew.enqueue("b")
+    observer.wait_for("completed", "b")
+    assert crew.shutdown(worker)
+    assert observer.of("lost") == [("lost", "a", 1)]
+    assert rows(conn, "select id, token from bgjob_job") == [("a", 1)]
+
+
+def test_the_job_of_a_worker_that_died_is_run_again_when_its_lease_has_ended(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    crew.enqueue("a", "b")
+    conn.execute(
+        "update bgjob_job set token = 1, attempt = 1, lease_until = clock_timestamp() "
+        "+ case id when 'b' then interval '1 hour' else '0.5 s' end"
+    )
+    [ends] = row(conn, "select lease_until from bgjob_job where id = 'a'")
+    began: list[tuple[str, int, bool]] = []
+    crew.start(
+        Mux().register("t", lambda job: began.append((job.id, job.attempt, clock(conn) >= ends))),
+        poll_interval=0.05,
+    )
+    assert eventually(lambda: rows(conn, "select id, attempt from bgjob_job") == [("b", 1)])
+    assert began == [("a", 2, True)]
+
+
+def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    gate = Gate()
+    gate.released.set()
+    observer = Recorder()
+    crew.enqueue("killer", "last chance")
+    conn.execute(
+        "update bgjob_job set token = 1, lease_until = clock_timestamp() - interval '1 s', "
+        "last_error = 'why', attempt = case id when 'killer' then 3 else 2 end"
+    )
+    crew.start(Mux().register("t", gate, max_attempts=3), observer=observer)
+    observer.wait_for("buried", "killer")
+    observer.wait_for("completed", "last chance")
+    [dead] = crew.client.dlq.list()
+    assert dead.last_error is not None
+    assert "out of attempts: 3 of 3 were charged" in dead.last_error
+    assert "its worker died or lost the lease; last error: why" in dead.last_error
+    assert [(job.id, job.attempt) for job in gate.runs] == [("last chance", 3)]
+
+
+# -- a connection that is killed ---------------------------------------------------------------
+
+
+def test_an_idle_worker_whose_connection_was_killed_connects_again(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    observer = Recorder()
+    killed: set[int | None] = {None}
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    for n in range(3):
+        assert eventually(lambda: sleeper(conn) not in killed)
+        killed.add(sleeper(conn))
+        assert terminate_workers(conn) == 1
+        assert eventually(lambda: sleeper(conn) not in killed)
+        crew.enqueue(str(n))
+        observer.wait_for("completed", str(n))
+    [first, *_] = observer.of("error")
+    assert isinstance(first[1], psycopg.OperationalError)
+
+
+@both_styles
+def test_results_outlive_the_connection_that_was_killed_while_handlers_ran(
+    crew: Crew, conn: psycopg.Connection, style: Style
+) -> None:
+    gate = Gate()
+    observer = Recorder()
+    crew.enqueue(*"abc")
+    crew.start(Mux().register("t", gate.of(style)), observer=observer, concurrency=3)
+    for _ in "abc":
+        gate.wait()
+    assert terminate_workers(conn) == 1
+    gate.released.set()
+    for id_ in "abc":
+        observer.wait_for("completed", id_)
+    assert count(conn) == 0
+    assert sorted(job.id for job in gate.runs) == ["a", "b", "c"]
+
+
+def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_to_complain_later(
+    dsn: str,
+    conn: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # psycopg's generators still speak to the connection when they are collected, which
+    # a logged error would put off.
+    caplog.set_level(logging.CRITICAL, logger="psycopg")
+    complaints: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", complaints.append)
+    for number in range(10):
+        link = Link(lambda: (dsn, {}), "q", lease=30, notify=True)
+        link.open()
+        assert terminate_workers(conn) == 1
+        assert eventually(lambda: terminate_workers(conn) == 0)
+        with pytest.raises(psycopg.OperationalError):
+            link.exchange(Exchange(claim=Claim(1, number, None)))
+        assert not link.is_open
+        link.close()
+        gc.collect()
+    assert complaints == []
+
+
+def test_a_settlement_whose_connection_was_killed_is_sent_again(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    results: dict[str, Result] = {
+        "a": Complete(),
+        "b": MoveToDlq("why"),
+        "c": Retry(NEVER, "why"),
+    }
+    gate = Gate()
+    observer = Recorder()
+    runs: list[str] = []
+
+    def body(job: Job) -> Result:
+        runs.append(job.id)
+        gate(job)
+        return results[job.id]
+
+    crew.enqueue(*"abc")
+    crew.start(Mux().register("t", body), observer=observer, concurrency=3)
+    for _ in "abc":
+        gate.wait()
+
+    def settles() -> bool:
+        waiting = (
+            "select count(*) from pg_stat_activity where datname = current_database() "
+            "and application_name = 'bgjob' and wait_event_type = 'Lock'"
+        )
+        return row(conn, waiting) == (1,)
+
+    with psycopg.connect(crew.dsn) as blocker:
+        blocker.execute("lock table bgjob_job in share mode")
+        gate.released.set()
+        assert eventually(settles)
+        assert terminate_workers(conn) == 1
+    observer.wait_for("completed", "a")
+    observer.wait_for("buried", "b")
+    observer.wait_for("retried", "c")
+    assert sorted(runs) == ["a", "b", "c"]
+    assert rows(conn, "select id, attempt, last_error, token from bgjob_job") == [
+        ("c", 1, "why", None)
+    ]
+    assert [dead.id for dead in crew.client.dlq.list()] == ["b"]
+
+
+def test_a_settlement_that_the_server_refuses_is_kept_and_blocks_no_other(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    conn.execute(
+        "create function refuse() returns trigger language plpgsql as "
+        "$$ begin if old.id = 'refused' then raise disk_full; end if; return old; end $$"
+    )
+    conn.execute(
+        "create trigger refuse before delete on bgjob_job for each row execute function refuse()"
+    )
+    runs: Counter[str] = Counter()
+    observer = Recorder()
+    crew.enqueue("refused", *(str(n) for n in range(100)))
+    crew.start(
+        Mux().register("t", lambda job: runs.update([job.id])),
+        observer=observer,
+        concurrency=4,
+        poll_interval=0.1,
+    )
+    assert eventually(lambda: rows(conn, "select id from bgjob_job") == [("refused",)])
+    assert observer.of("error")
+    conn.execute("drop trigger refuse on bgjob_job")
+    observer.wait_for("completed", "refused")
+    assert set(runs.values()) == {1}
+
+
+# -- observers ---------------------------------------------------------------------------------
+
+
+def test_an_observer_hears_each_event_of_a_job_in_order_and_after_it_was_committed(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    looked = threading.Event()
+    stored: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Looking(Recorder):
+        def job_will_be_retried(self, job: Job, delay: float, error: Any, /) -> None:
+            super().job_will_be_retried(job, delay, error)
+            stored.append(("retried", row(conn, "select last_error from bgjob_job")))
+            looked.set()
+
+        def job_completed(self, job: Job, /) -> None:
+            stored.append(("completed", row(conn, "select count(*) from bgjob_job")))
+            super().job_completed(job)
+
+    def fail_once(job: Job) -> Result:
+        if job.attempt == 1:
+            return Retry(0, error="why")
+        assert looked.wait(PATIENCE)
+        return Complete()
+
+    observer = Looking()
+    crew.enqueue("a")
+    crew.start(Mux().register("t", fail_once), observer=observer)
+    observer.wait_for("completed", "a")
+    mine = [event for event in observer.events if event[1] == "a"]
+    assert [e for e in mine if e[0] == "started"] == [("started", "a", 1), ("started", "a", 2)]
+    outcomes = [e for e in mine if e[0] != "started"]
+    assert outcomes == [("retried", "a", 1, 0, "why"), ("completed", "a", 2)]
+    assert mine.index(("started", "a", 1)) < mine.index(outcomes[0])
+    assert mine.index(("started", "a", 2)) < mine.index(outcomes[1])
+    assert stored == [("retried", ("why",)), ("completed", (0,))]
+
+
+@both_styles
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_an_observer_that_raises_harms_nothing(
+    crew: Crew,
+    conn: psycopg.Connection,
+    style: Style,
+    error: type[BaseException],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(Recorder):
+        def job_started(self, job: Job, /) -> None:
+            super().job_started(job)
+            raise error("in job_started")
+
+        def job_completed(self, job: Job, /) -> None:
+            super().job_completed(job)
+            raise error("in job_completed")
+
+    observer = Broken()
+    crew.enqueue(*"abc")
+    worker = crew.start(Mux().register("t", handler(style, lambda _: None)), observer=observer)
+    assert all_done(conn)
+    observer.wait_for("completed", times=3)
+    assert crew.shutdown(worker)
+    assert {r.getMessage() for r in caplog.records if "observer" in r.getMessage()} == {
+        "observer failed in job_started",
+        "observer failed in job_completed",
+    }
+
+
+def test_an_observer_that_blocks_holds_up_no_job(crew: Crew, conn: psycopg.Connection) -> None:
+    blocked, released = threading.Event(), threading.Event()
+
+    class Blocking(Recorder):
+        def job_completed(self, job: Job, /) -> None:
+            blocked.set()
+            assert released.wait(PATIENCE)
+            super().job_completed(job)
+
+    observer = Blocking()
+    crew.enqueue(*(str(n) for n in range(50)))
+    crew.start(Mux().register("t", lambda _: None), observer=observer)
+    assert blocked.wait(PATIENCE)
+    assert all_done(conn)
+    assert observer.of("completed") == []
+    released.set()
+    observer.wait_for("completed", times=50)
+
+
+def test_an_observer_that_blocks_does_not_keep_a_worker_from_its_shutdown(
+    crew: Crew, conn: psycopg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked, released = threading.Event(), threading.Event()
+
+    class Blocking(NoopObserver):
+        def job_completed(self, _: Job, /) -> None:
+            blocked.set()
+            assert released.wait(PATIENCE)
+
+    crew.enqueue("a")
+    worker = crew.start(Mux().register("t", lambda _: None), observer=Blocking())
+    assert blocked.wait(PATIENCE)
+    assert crew.shutdown(worker)
+    assert "observer of queue 'q' blocks" in caplog.text
+    released.set()
+
+
+def test_an_observer_is_told_each_time_the_queue_has_become_empty(crew: Crew) -> None:
+    gate = Gate()
+    observer = Recorder()
+    crew.enqueue("0")
+    crew.start(Mux().register("t", gate), observer=observer, poll_interval=NEVER)
+    gate.wait()
+    assert observer.of("empty") == []
+    gate.released.set()
+    for n in range(10):
+        observer.wait_for("completed", str(n))
+        assert eventually(lambda: observer.events[-1] == ("empty", "q")), observer.events
+        crew.enqueue(str(n + 1))
+
+
+# -- what keeps a worker from its start -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ("drop table bgjob_job, bgjob_dead_job", "apply migration/init.sql"),
+        ("drop table bgjob_dead_job", "apply migration/init.sql"),
+        ("drop table bgjob_job", "apply migration/init.sql"),
+        ("comment on table bgjob_job is null", "apply migration/init.sql completely"),
+        ("comment on table bgjob_job is 'ours'", "apply migration/init.sql completely"),
+        ("comment on table bgjob_job is 'bgjob schema 0'", "version 0, .*: upgrade the schema"),
+        ("comment on table bgjob_job is 'bgjob schema 99'", "version 99, .*: upgrade the bgjob"),
+        ("create schema s; alter table bgjob_job set schema s", "set the search_path"),
+    ],
+)
+def test_a_worker_refuses_a_schema_that_is_not_its_own_and_names_the_remedy(
+    crew: Crew, conn: psycopg.Connection, change: LiteralString, remedy: str
+) -> None:
+    conn.execute(change)
+    worker = crew.make(Mux())
+    with pytest.raises(SchemaError, match=remedy):
+        crew.run(worker.run())
+    crew.shutdown(worker)
+
+
+def test_a_worker_that_could_not_start_can_be_run_again(crew: Crew, empty_dsn: str) -> None:
+    worker = crew.make(Mux(), dsn=empty_dsn)
+    with pytest.raises(SchemaError):
+        crew.run(worker.run())
+    with psycopg.connect(empty_dsn) as conn:
+        conn.execute(init_sql().encode())
+    crew.run(worker.run())
+    assert crew.shutdown(worker)
+
+
+def test_the_tables_may_lie_in_any_schema_of_the_search_path(crew: Crew, empty_dsn: str) -> None:
+    observer = Recorder()
+    with psycopg.connect(empty_dsn) as conn:
+        conn.execute("create schema jobs")
+        conn.execute("set search_path to jobs")
+        conn.execute(init_sql().encode())
+    dsn = make_conninfo(empty_dsn, options="-csearch_path=jobs")
+    worker = crew.make(Mux().register("t", lambda _: None), dsn=dsn, observer=observer)
+    crew.run(worker.run())
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t", id="a"))
+    observer.wait_for("completed", "a")
+    assert crew.shutdown(worker)
+
+
+def test_a_worker_that_cannot_connect_says_so_at_once(crew: Crew) -> None:
+    worker = crew.make(Mux(), dsn="host=127.0.0.1 port=1 dbname=none")
+    with pytest.raises(psycopg.OperationalError):
+        crew.run(worker.run())
+    crew.shutdown(worker)
+
+
+def test_a_worker_that_never_ran_leaves_nothing_open(crew: Crew, empty_dsn: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        crew.make(Mux())
+        failed = crew.make(Mux(), dsn=empty_dsn)
+        with pytest.raises(SchemaError) as error:
+            crew.run(failed.run())
+        del failed, error
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"queue": ""}, "queue is required"),
+        ({"queue": "a\0"}, "queue must not contain NUL"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"poll_interval": 0}, "poll_interval must be at least 0.001 s"),
+        ({"poll_interval": float("nan")}, "poll_interval must be from 0"),
+        ({"lease": 0.5}, "lease must be at least 1 s"),
+        ({"lease": -1}, "lease must be from 0"),
+    ],
+)
+def test_a_worker_refuses_bad_options_by_name(
+    crew: Crew, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        crew.make(Mux(), **options)
+    assert issubclass(QueueRequiredError, ValueError)
+
+
+# -- rows that were spoiled ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "next_run_at = '-infinity'",
+        "next_run_at = '4713-01-01 BC'",
+        "created_at = '-infinity', updated_at = 'infinity'",
+        "attempt = 2147483647",
+        "attempt = -5",
+        "arg = 'no json'",
+        "token = -1, lease_until = '-infinity'",
+        "queue = 'q', last_error = repeat('x', 1000000)",
+    ],
+)
+@pytest.mark.parametrize("result", [Complete(), Retry(NEVER, "e"), Reschedule(NEVER)])
+def test_a_spoiled_row_affects_itself_only(
+    crew: Crew, conn: psycopg.Connection, spoil: LiteralString, result: Result
+) -> None:
+    def handle(job: Job) -> Result | None:
+        if job.id != "bad":
+            return None
+        job.json()
+        return result
+
+    crew.enqueue("1", "2", "bad", "3")
+    conn.execute("update bgjob_job set " + spoil + " where id = 'bad'")
+    observer = Recorder()
+    mux = Mux().register("t", handle, max_attempts=None, backoff=lambda _: NEVER)
+    crew.start(mux, observer=observer, poll_interval=0.05)
+    for id_ in "123":
+        observer.wait_for("completed", id_)
+    assert eventually(lambda: rows(conn, "select 1 from bgjob_job where token is not null") == [])
+    crew.enqueue("4")
+    observer.wait_for("completed", "4")
+    assert observer.of("error") == []
+    assert len([event for event in observer.of("started") if event[1] == "bad"]) == 1
+
+
+@pytest.mark.parametrize("never", ["next_run_at = 'infinity'", "lease_until = 'infinity'"])
+def test_a_row_that_is_never_due_is_left_alone(
+    crew: Crew, conn: psycopg.Connection, never: LiteralString
+) -> None:
+    observer = Recorder()
+    crew.enqueue("1", "bad", "2")
+    conn.execute("update bgjob_job set " + never + " where id = 'bad'")
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.05)
+    for id_ in "12345":
+        observer.wait_for("completed", id_)
+        crew.enqueue(str(int(id_) + 2))
+    observer.wait_for("completed", "7")
+    assert rows(conn, "select id, attempt from bgjob_job") == [("bad", 0)]
+    assert observer.of("error") == []
