@@ -4,6 +4,8 @@ The engine reads no clock, opens no socket and starts no thread. Whoever drives
 it says what happened and what time it is, and asks for the next step:
 
     step(now)        what to do: Exchange, Withdraw, Sleep or Stop
+    ahead(now)       while jobs flow: the next exchange, to send before the one
+                     that has been answered is acknowledged
     acknowledge()    the exchange was committed; gives jobs to run, and events
     reject()         the server refused the exchange: nothing of it happened
     disconnect()     the connection broke: the exchange happened, or did not
@@ -27,7 +29,7 @@ Times are seconds of any monotonic clock. It holds to this:
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from math import exp, inf
 from typing import Literal
 
@@ -73,6 +75,9 @@ _UNPARK = 0.01
 _PAUSE = 0.05
 """Seconds before a refused exchange is tried again; doubles up to the poll interval."""
 
+_BULKY = 100
+"""Jobs that make it worth while to send an exchange ahead."""
+
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
 
@@ -88,7 +93,7 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """The exchange under way."""
+    """An exchange under way, or answered and not acknowledged; its outcomes left pending."""
 
     exchange: Exchange
     outcomes: list[Outcome]
@@ -125,7 +130,7 @@ class Engine:
         self._refused_at = inf  # when the first of them is tried again
         self._refused_pause = _PAUSE
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
-        self._sent: _Sent | None = None
+        self._sent: deque[_Sent] = deque()
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
@@ -162,7 +167,8 @@ class Engine:
     @property
     def unsettled(self) -> int:
         """Jobs that are claimed and not settled."""
-        return self._running + len(self._pending) + len(self._refused)
+        sent = sum(len(sent.outcomes) for sent in self._sent)
+        return self._running + len(self._pending) + len(self._refused) + sent
 
     @property
     def capacity(self) -> int:
@@ -228,9 +234,9 @@ class Engine:
         exchange = Exchange()
         outcomes: list[Outcome] = []
         if now >= self._refused_at:
-            self._pending.appendleft(self._refused.popleft())
+            outcomes.append(self._refused.popleft())
+            exchange.settle(outcomes[0])
             self._refused_at = now + self._refused_pause if self._refused else inf
-            self._add_settlements(exchange, outcomes, 1)
             return self._send(exchange, outcomes, now, again=True)
         for turn in range(3):
             match (self._turn + turn) % 3:
@@ -251,18 +257,36 @@ class Engine:
             return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
 
+    def ahead(self, now: float) -> Exchange | None:
+        """Give the next exchange while the last one is answered and not acknowledged.
+
+        So the server works while its answer is worked on. None unless jobs flow
+        and nothing else is to do.
+        """
+        exchange = Exchange()
+        outcomes: list[Outcome] = []
+        extends = any(batch.extend_at <= now for batch in self._batches.values())
+        if self._more and not (self._careful or self._stopping or self._parked or extends):
+            self._add_claim(exchange, outcomes, now)
+            if exchange.claim and exchange.claim.limit >= _BULKY:
+                self._add_settlements(exchange, outcomes, self._settle_limit)
+                return self._send(exchange, outcomes, now)
+        return None
+
     def _send(
         self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
     ) -> Exchange:
         told = False
         if exchange.claim:
             told, self._told = self._told or self._due_at <= now, False
-        self._sent = _Sent(exchange, outcomes, now, again, told)
+        self._sent.append(_Sent(exchange, outcomes, now, again, told))
         return exchange
 
     def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], limit: int) -> None:
-        outcomes.extend(islice(self._pending, limit))
-        for outcome in outcomes:
+        pending = self._pending
+        for _ in range(min(limit, len(pending))):
+            outcome = pending.popleft()
+            outcomes.append(outcome)
             exchange.settle(outcome)
 
     def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
@@ -272,7 +296,7 @@ class Engine:
             exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
 
     def _add_claim(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
-        limit = min(self._room(len(self._pending) - len(outcomes)), _MOST // 2)
+        limit = min(self._room(), _MOST // 2)
         if limit <= 0 or not self._wants_claim(now):
             return
         # While there is more, sweeps come when they are due; after a wait, before
@@ -284,10 +308,11 @@ class Engine:
         else:
             exchange.claim = Claim(limit, token, *self._marks.start(now))
 
-    def _room(self, unsettled: int) -> int:
+    def _room(self) -> int:
         if len(self._refused) >= _MOST:
             return 0
-        return self.capacity - self._running - unsettled
+        asked = sum(sent.exchange.claim.limit for sent in self._sent if sent.exchange.claim)
+        return self.capacity - self._running - asked
 
     def _wants_claim(self, now: float) -> bool:
         return not self._stopping and (
@@ -318,7 +343,7 @@ class Engine:
         times = [now + self._poll_interval, self._refused_at]
         times += [batch.extend_at for batch in self._batches.values()]
         if not self._stopping:
-            if self._room(len(self._pending)) > 0:
+            if self._room() > 0:
                 times += [self._poll_at, self._marks.sweep_at, self._due_at, self._look_at]
             if self._notify and not self._parked and self._running < self._concurrency:
                 times.append(max(self._park_at, self._look_at if self._look_at < inf else now))
@@ -367,7 +392,7 @@ class Engine:
         self._told |= sent.told
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
-            self._refused.append(self._pending.popleft())
+            self._refused += sent.outcomes
             if sent.again:
                 self._refused_pause = self._longer(self._refused_pause)
             if sent.again or self._refused_at == inf:
@@ -375,13 +400,15 @@ class Engine:
             return
         if sent.outcomes:
             self._settle_limit = len(sent.outcomes) // 2
-            self._pending.rotate(-len(sent.outcomes))
+            self._pending += sent.outcomes
         self._rest(now)
 
     def disconnect(self, now: float) -> None:
         """Take it that the connection is gone; an exchange under way happened, or did not."""
-        if self._sent is not None:
-            self._unsure.update(outcome.claimed for outcome in self._answered().outcomes)
+        while self._sent:
+            outcomes = self._sent.pop().outcomes
+            self._unsure.update(outcome.claimed for outcome in outcomes)
+            self._pending.extendleft(reversed(outcomes))
         self._parked, self._park_at, self._full_since = False, -inf, inf
         self._told = True
         self._rest(now)
@@ -392,10 +419,9 @@ class Engine:
         self._marks.sweep_at = -inf
 
     def _answered(self) -> _Sent:
-        if self._sent is None:
+        if not self._sent:
             raise RuntimeError("no exchange is under way")
-        sent, self._sent = self._sent, None
-        return sent
+        return self._sent.popleft()
 
     def _rest(self, now: float) -> None:
         self._not_before = now + self._pause
@@ -406,12 +432,12 @@ class Engine:
         return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
 
     def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> None:
-        settled, batches, pending = reply.settled, self._batches, self._pending
+        settled, batches = reply.settled, self._batches
         for outcome in sent.outcomes:
-            pending.popleft()
             claimed, result, _ = outcome
-            batch = batches[claimed.token]
-            del batch.jobs[claimed.job.id]
+            batch = batches.get(claimed.token)
+            if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+                continue  # lost while this was under way
             if not batch.jobs:
                 del batches[claimed.token]
             unsure = bool(self._unsure) and claimed in self._unsure
@@ -442,7 +468,8 @@ class Engine:
     def _lose(self, claims: list[Claimed], news: News) -> None:
         """Give up claims that others have: drop their outcomes, those to come as well."""
         lost = set(claims)
-        finished = {o.claimed for o in [*self._pending, *self._refused]} & lost
+        sent = [outcome for sent in self._sent for outcome in sent.outcomes]
+        finished = {o.claimed for o in [*self._pending, *self._refused, *sent]} & lost
         self._pending = deque(o for o in self._pending if o.claimed not in lost)
         self._refused = deque(o for o in self._refused if o.claimed not in lost)
         if not self._refused:
@@ -477,6 +504,7 @@ class Engine:
         return not (
             self._running
             or self._pending
+            or self._sent
             or self._more
             or self._told
             or (self._notify and not self._parked and now >= self._park_at)

@@ -5,11 +5,12 @@ import inspect
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.abc import RV, PQGen
+from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow, tuple_row
 from psycopg.waiting import Ready, Wait
 
@@ -141,6 +142,22 @@ class Notice(NamedTuple):
     """Whether the worker that asked for them has stopped asking."""
 
 
+class Answer:
+    """The cursors of an exchange that was sent."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Statement[Any], str, psycopg.Cursor[TupleRow]]] = []
+        self.committed: psycopg.Cursor[TupleRow] | None = None
+        """What follows the commit."""
+
+    def read(self) -> Reply:
+        """Read what the server said."""
+        reply = Reply()
+        for statement, part, cursor in self.asked:
+            reply.add(part, statement.parse(cursor.fetchall()))
+        return reply
+
+
 class Link:
     """A connection to the server that can be lost and opened again. Belongs to one thread."""
 
@@ -205,23 +222,59 @@ class Link:
                 `is_open` is False.
 
         """
+        connection = self._ready()
+        with connection.pipeline():
+            answer = self._ask(connection, exchange)
+            # Each answer is read while the server works on the next statement. What
+            # it says counts when the block has ended: that is the commit.
+            reply = answer.read()
+        return reply
+
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Let exchanges be sent before the last one's answer is read, by `send` and `receive`.
+
+        Raises:
+            psycopg.Error: as for `exchange`.
+
+        """
+        connection = self._ready()
+        try:
+            with connection.pipeline():
+                yield
+        finally:
+            if connection.info.transaction_status == TransactionStatus.INERROR:
+                connection.rollback()
+
+    def send(self, exchange: Exchange) -> Answer:
+        """Send an exchange, as a transaction; give what `receive` waits for."""
+        connection = self._ready()
+        connection.execute("begin")
+        answer = self._ask(connection, exchange)
+        connection.execute("commit")
+        answer.committed = connection.execute("select")
+        return answer
+
+    def receive(self, answer: Answer) -> None:
+        """Wait until what was sent is committed; its rows can be read later."""
+        self._ready()
+        assert answer.committed is not None  # noqa: S101 (send() made it)
+        answer.committed.fetchall()
+
+    def _ready(self) -> _Connection:
         connection = self._connection
         if connection is None:
             raise psycopg.OperationalError("the connection is closed")
         connection.deadline = time.monotonic() + _DEADLINE
-        plan = exchange.statements(self._queue, self._lease)
-        reply = Reply()
-        with connection.pipeline():
-            asked = []
-            for statement, part in plan:
-                cursor = connection.cursor(binary=statement.binary)
-                cursor.execute(statement.text, statement.params)
-                asked.append((statement, part, cursor))
-            # Each answer is read while the server works on the next statement. What
-            # it says counts when the block has ended: that is the commit.
-            for statement, part, cursor in asked:
-                reply.add(part, statement.parse(cursor.fetchall()))
-        return reply
+        return connection
+
+    def _ask(self, connection: _Connection, exchange: Exchange) -> Answer:
+        answer = Answer()
+        for statement, part in exchange.statements(self._queue, self._lease):
+            cursor = connection.cursor(binary=statement.binary)
+            cursor.execute(statement.text, statement.params)
+            answer.asked.append((statement, part, cursor))
+        return answer
 
     @property
     def is_open(self) -> bool:
@@ -230,7 +283,7 @@ class Link:
         return (
             connection is not None
             and not connection.closed
-            and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+            and connection.info.transaction_status == TransactionStatus.IDLE
         )
 
     def wait(self, bell: Bell, timeout: float) -> None:

@@ -16,8 +16,8 @@ import psycopg
 from bgjob._duration import Duration, seconds
 from bgjob._engine import Engine
 from bgjob._events import Events
-from bgjob._exchange import Exchange, Sleep, Stop, Withdraw
-from bgjob._link import Bell, Link
+from bgjob._exchange import Exchange, Reply, Sleep, Stop, Withdraw
+from bgjob._link import Answer, Bell, Link
 from bgjob._runner import Runner, inside
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
@@ -27,6 +27,7 @@ from bgjob.observer import LoggingObserver, Observer
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
+_BULKY = 100  # jobs in a claim from which on exchanges are streamed
 _LAST_WORDS = 1.0  # seconds, after the grace period, to settle what has finished
 
 _log = logging.getLogger("bgjob")
@@ -183,13 +184,32 @@ class _Control:
 
     def _exchange(self, exchange: Exchange) -> None:
         try:
-            reply = self._link.exchange(exchange)
+            if exchange.claim and exchange.claim.limit >= _BULKY:
+                self._stream(exchange)
+            else:
+                self._acknowledge(self._link.exchange(exchange))
         except psycopg.Error as error:
             if not self._link.is_open:
                 raise
             self._events.error(error)
             self._engine.reject(monotonic())
-            return
+
+    def _stream(self, exchange: Exchange) -> None:
+        """Exchange for as long as jobs flow, each answer worked on while the next is made."""
+        engine, runner, link = self._engine, self._runner, self._link
+        with link.streaming():
+            answer: Answer | None = link.send(exchange)
+            while answer is not None:
+                link.receive(answer)
+                engine.finish(runner.collect())
+                ahead = engine.ahead(monotonic()) if self._give_up_at is None else None
+                try:
+                    coming = link.send(ahead) if ahead else None
+                finally:
+                    self._acknowledge(answer.read())
+                answer = coming
+
+    def _acknowledge(self, reply: Reply) -> None:
         news = self._engine.acknowledge(reply, monotonic())
         if news.run:
             self._runner.submit(news.run)
