@@ -75,9 +75,6 @@ _UNPARK = 0.01
 _PAUSE = 0.05
 """Seconds before a refused exchange is tried again; doubles up to the poll interval."""
 
-_BULKY = 100
-"""Jobs that make it worth while to send an exchange ahead."""
-
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
 
@@ -106,6 +103,9 @@ class _Sent:
 
 class Engine:
     """Decides what a worker does next for one queue."""
+
+    bulky = 100
+    """Jobs in a claim from which on it is worth while to send exchanges ahead."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class Engine:
         extends = any(batch.extend_at <= now for batch in self._batches.values())
         if self._more and not (self._careful or self._stopping or self._parked or extends):
             self._add_claim(exchange, outcomes, now)
-            if exchange.claim and exchange.claim.limit >= _BULKY:
+            if exchange.claim and exchange.claim.limit >= self.bulky:
                 self._add_settlements(exchange, outcomes, self._settle_limit)
                 return self._send(exchange, outcomes, now)
         return None

@@ -27,7 +27,6 @@ from bgjob.observer import LoggingObserver, Observer
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
-_BULKY = 100  # jobs in a claim from which on exchanges are streamed
 _LAST_WORDS = 1.0  # seconds, after the grace period, to settle what has finished
 
 _log = logging.getLogger("bgjob")
@@ -184,7 +183,7 @@ class _Control:
 
     def _exchange(self, exchange: Exchange) -> None:
         try:
-            if exchange.claim and exchange.claim.limit >= _BULKY:
+            if exchange.claim and exchange.claim.limit >= self._engine.bulky:
                 self._stream(exchange)
             else:
                 self._acknowledge(self._link.exchange(exchange))

@@ -206,6 +206,8 @@ class History:
             notify=self.notify,
             tokens=count(1),
         )
+        self.streams = seed % 2 == 1
+        self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
         self.clock_offset = 0.0
@@ -444,7 +446,10 @@ class History:
             return
         match engine.step(self.now):
             case Exchange() as exchange:
-                self._exchange(exchange)
+                self._check_exchange(exchange)
+                following: Exchange | None = exchange
+                while following is not None:
+                    following = self._exchange(following)
             case Withdraw():
                 taken = list(self.waiting)
                 self.waiting.clear()
@@ -472,8 +477,8 @@ class History:
         self.idle_turns = 0 if progress else self.idle_turns + 1
         promise(self.idle_turns <= 2, f"turns in circles at {self.now}")
 
-    def _exchange(self, exchange: Exchange) -> None:
-        self._check_exchange(exchange)
+    def _exchange(self, exchange: Exchange) -> Exchange | None:
+        """As _Control._exchange in worker.py; gives what was sent ahead, if anything."""
         self.idle_turns = 0
         began, took, fate = self.now, self._round_trip(), self._fate(exchange)
         self.asked = exchange
@@ -493,11 +498,19 @@ class History:
                 if exchange.claim is not None and exchange.claim.marks is None:
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
+                outcomes, self.outcomes = self.outcomes, []
+                self.engine.finish(outcomes)
+                ahead = None
+                if self.streams and self.give_up_at is None:
+                    ahead = self.engine.ahead(self.now)
+                if ahead is not None:
+                    self._check_exchange(ahead, coming=len(reply.claimed))
                 news = self.engine.acknowledge(reply, self.now)
                 self._hear(news, began)
                 self._count_fruit(bool(settled or exchange.extend or news.run))
                 self.waiting.extend(news.run)
                 self._start_handlers()
+                return ahead
             case "rejected":
                 self.refused_at = self.now
                 self.engine.reject(self.now)
@@ -505,6 +518,7 @@ class History:
             case "never arrived" | "answer lost" | "happens later":
                 self.unsure.update((c.job.id, c.token) for c in settled)
                 self._disconnect()
+        return None
 
     def _round_trip(self) -> float:
         random = self.random
@@ -578,11 +592,11 @@ class History:
 
     # -- promises ------------------------------------------------------------------------------
 
-    def _check_exchange(self, exchange: Exchange) -> None:
+    def _check_exchange(self, exchange: Exchange, coming: int = 0) -> None:
         promise(bool(exchange), "an empty exchange")
         if exchange.claim is not None:
             promise(not self.stopping, "claims after shutdown")
-            wanted = self.engine.in_flight + exchange.claim.limit
+            wanted = self.engine.in_flight + coming + exchange.claim.limit
             promise(exchange.claim.limit > 0, "claims nothing")
             promise(wanted <= self.engine.capacity, "claims more than its capacity")
             promise(wanted <= self.concurrency + 1000, "claims far too much")
