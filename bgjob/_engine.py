@@ -49,7 +49,7 @@ from bgjob._exchange import (
 )
 from bgjob._statements import Claimed
 from bgjob._watermarks import Watermarks
-from bgjob.result import Reschedule, Retry
+from bgjob.result import Complete, MoveToDlq
 
 _MOST = 1000
 """Jobs in one claim or settlement. Bare psycopg moves 150,000 jobs/s so, 120,000 at 500."""
@@ -245,7 +245,7 @@ class Engine:
                 case 1:
                     self._add_extensions(exchange, outcomes, now)
                 case _:
-                    self._add_claim(exchange, outcomes, now)
+                    self._add_claim(exchange, now)
             if self._careful and exchange:
                 # One kind of work at a time, each in turn, so that trouble with the
                 # one does not stop the others.
@@ -267,7 +267,7 @@ class Engine:
         outcomes: list[Outcome] = []
         extends = any(batch.extend_at <= now for batch in self._batches.values())
         if self._more and not (self._careful or self._stopping or self._parked or extends):
-            self._add_claim(exchange, outcomes, now)
+            self._add_claim(exchange, now)
             if exchange.claim and exchange.claim.limit >= self.bulky:
                 self._add_settlements(exchange, outcomes, self._settle_limit)
                 return self._send(exchange, outcomes, now)
@@ -295,7 +295,7 @@ class Engine:
             leaving = {outcome.claimed for outcome in outcomes}
             exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
 
-    def _add_claim(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
+    def _add_claim(self, exchange: Exchange, now: float) -> None:
         limit = min(self._room(), _MOST // 2)
         if limit <= 0 or not self._wants_claim(now):
             return
@@ -445,13 +445,13 @@ class Engine:
                 self._unsure.discard(claimed)
             # Where it is not there, but nobody else can have had it, the settlement
             # whose answer was lost had been committed.
-            if claimed.job.id in settled or (unsure and sent.at < batch.expires):
-                if not isinstance(result, Release):
-                    news.events.append(outcome)
-                if isinstance(result, Retry | Reschedule | Release):
-                    self._due_at = min(self._due_at, now + outcome.delay)
-            else:
+            if claimed.job.id not in settled and not (unsure and sent.at < batch.expires):
                 news.events.append(LeaseLost(claimed.job))
+                continue
+            if not isinstance(result, Release):
+                news.events.append(outcome)
+            if not isinstance(result, Complete | MoveToDlq):
+                self._due_at = min(self._due_at, now + outcome.delay)
 
     def _extended(self, sent: _Sent, reply: Reply, news: News) -> None:
         lost = []

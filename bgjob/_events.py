@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import assert_never
 
 from bgjob._exchange import Event, LeaseLost, Outcome, QueueIsEmpty, Release
@@ -23,6 +23,7 @@ class Events:
 
     def __init__(self, observer: Observer, queue: str) -> None:
         self._observer = observer
+        self._job_started = observer.job_started
         self._queue = queue
         self._waiting: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
@@ -38,7 +39,7 @@ class Events:
     def started(self, job: Job) -> None:
         """Tell that a handler is about to run, on the caller's thread."""
         try:
-            self._observer.job_started(job)
+            self._job_started(job)
         except BaseException:  # whatever it raises, even SystemExit: the job goes on
             _log.exception("observer failed in job_started")
 
@@ -83,35 +84,43 @@ class Events:
                 _log.warning(
                     "observer of queue %r is behind: %d events dropped", self._queue, dropped
                 )
+            completed = self._observer.job_completed
             for event in waiting:
-                call, args = self._call(event)
+                # Most events are completions, and this loop competes with the handlers.
                 try:
-                    call(*args)
+                    if type(event) is Outcome and type(event.result) is Complete:
+                        completed(event.claimed.job)
+                    else:
+                        self._tell(event)
                 except BaseException:
-                    _log.exception("observer failed in %s", call.__name__)
+                    _log.exception("observer failed on %s", _name(event))
 
-    def _call(self, event: Event | BaseException) -> tuple[Callable[..., None], tuple[object, ...]]:
+    def _tell(self, event: Event | BaseException) -> None:
         observer = self._observer
         match event:
             case Outcome((job, _), result):
                 match result:
                     case Complete():
-                        return observer.job_completed, (job,)
+                        observer.job_completed(job)
                     case Retry(_, error):
-                        return observer.job_will_be_retried, (job, event.delay, error)
+                        observer.job_will_be_retried(job, event.delay, error)
                     case Reschedule():
-                        return observer.job_rescheduled, (job, event.delay)
+                        observer.job_rescheduled(job, event.delay)
                     case MoveToDlq(error):
-                        return observer.job_moved_to_dlq, (job, error)
+                        observer.job_moved_to_dlq(job, error)
                     case Release():
                         raise AssertionError("a release is no event")
                     case _:
                         assert_never(result)
             case LeaseLost(job):
-                return observer.job_lease_lost, (job,)
+                observer.job_lease_lost(job)
             case QueueIsEmpty():
-                return observer.queue_is_empty, (self._queue,)
+                observer.queue_is_empty(self._queue)
             case BaseException():
-                return observer.worker_error, (event,)
+                observer.worker_error(event)
             case _:
                 assert_never(event)
+
+
+def _name(event: Event | BaseException) -> str:
+    return type(event.result if isinstance(event, Outcome) else event).__name__

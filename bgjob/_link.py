@@ -227,8 +227,7 @@ class Link:
             answer = self._ask(connection, exchange)
             # Each answer is read while the server works on the next statement. What
             # it says counts when the block has ended: that is the commit.
-            reply = answer.read()
-        return reply
+            return answer.read()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:

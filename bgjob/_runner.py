@@ -268,7 +268,10 @@ class Runner:
             else:
                 self._started(claimed.job)
                 began = perf_counter()
-                result = await route.run_async(claimed.job)
+                try:
+                    result = route.judge(claimed.job, await route.handler(claimed.job))
+                except BaseException as error:
+                    result = route.failed(claimed.job, error)
                 if task.cancelling():
                     await _absorb_cancellation(task)
                 self._outcomes.append(_outcome((claimed, result, perf_counter() - began)))

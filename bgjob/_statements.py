@@ -178,13 +178,13 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
         select array(select id from written) {_TELL_MANY if notify else ""}
         """,
         {
-            "ids": [r.id for r in requests],
-            "queues": [r.queue for r in requests],
-            "types": [r.type for r in requests],
+            "ids": _text_array([r.id for r in requests]),
+            "queues": _text_array([r.queue for r in requests]),
+            "types": _text_array([r.type for r in requests]),
             "args": [r.payload for r in requests],
-            "priorities": [r.priority for r in requests],
+            "priorities": _number_array([r.priority for r in requests]),
             "run_ats": [r.run_at for r in requests],
-            "delays": [seconds(r.delay, "delay") for r in requests],
+            "delays": _number_array([seconds(r.delay, "delay") for r in requests]),
             "class": LOCK_CLASS,
             "told_queues": queues,
             "told_channels": [channel(queue) for queue in queues],
@@ -589,6 +589,10 @@ def _held(claimed: Sequence[Claimed]) -> dict[str, object]:
         # Together these say which pairs may match: a worker never holds one id twice.
         "tokens": list({c.token for c in claimed}),
     }
+
+
+def _number_array(items: Sequence[float]) -> str:
+    return f"{{{','.join(map(str, items))}}}"
 
 
 def _text_array(items: Sequence[str]) -> str:

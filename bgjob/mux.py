@@ -41,14 +41,8 @@ class Route:
     def run(self, job: Job) -> Result:
         """Run a plain handler; nothing it raises escapes."""
         try:
-            return self.judge(job, self.handler(job))
-        except BaseException as error:
-            return self.failed(job, error)
-
-    async def run_async(self, job: Job) -> Result:
-        """Run a coroutine handler; nothing it raises escapes."""
-        try:
-            return self.judge(job, await self.handler(job))
+            returned = self.handler(job)
+            return _COMPLETE if returned is None else self.judge(job, returned)
         except BaseException as error:
             return self.failed(job, error)
 

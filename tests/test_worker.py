@@ -1191,7 +1191,7 @@ def test_an_observer_that_raises_harms_nothing(
     assert crew.shutdown(worker)
     assert {r.getMessage() for r in caplog.records if "observer" in r.getMessage()} == {
         "observer failed in job_started",
-        "observer failed in job_completed",
+        "observer failed on Complete",
     }
 
 
