@@ -27,11 +27,10 @@ Times are seconds of any monotonic clock. It holds to this:
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from math import exp, inf
-from typing import Literal
+from math import inf
 
 from bgjob._exchange import (
     Claim,
@@ -47,30 +46,14 @@ from bgjob._exchange import (
     Stop,
     Withdraw,
 )
+from bgjob._pace import Pace
+from bgjob._parking import Parking
 from bgjob._statements import Claimed
 from bgjob._watermarks import Watermarks
 from bgjob.result import Complete, MoveToDlq
 
 _MOST = 1000
-"""Jobs in one claim or settlement. Bare psycopg moves 150,000 jobs/s so, 120,000 at 500."""
-
-_AHEAD = 0.02
-"""Seconds of work claimed beyond the free slots, or two round trips where they take longer:
-quick jobs arrive in large batches, and none waits long behind a slow one."""
-
-_STALE = 0.1
-"""Seconds without a claim after which jobs that were claimed ahead and have not started are
-given back: they are slower than those before them were."""
-
-_FLOW = 1000.0
-"""Jobs/s from which the worker looks by itself instead of being told: notifications serialise
-the commits of all producers."""
-
-_LOOK = 0.002
-"""Seconds between two looks while jobs flow, and the first pause when the lock is contended."""
-
-_UNPARK = 0.01
-"""Seconds without a free slot before enqueues need not notify."""
+"""Jobs in one settlement, and in two claims: one is worked on while the next is fetched."""
 
 _PAUSE = 0.05
 """Seconds before a refused exchange is tried again; doubles up to the poll interval."""
@@ -119,8 +102,9 @@ class Engine:
         self._concurrency = concurrency
         self._poll_interval = poll_interval
         self._lease = lease
-        self._notify = notify
         self._tokens = tokens
+        self._pace = Pace(concurrency)
+        self._parking = Parking(poll_interval, enabled=notify)
 
         self._batches: dict[int, _Batch] = {}
         self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
@@ -139,19 +123,6 @@ class Engine:
         self._told = False  # something was enqueued since the last claim
         self._poll_at = -inf
         self._due_at = inf  # when the next job that is known of is due
-        self._look_at = inf  # when to look again, while jobs flow
-
-        self._parked = False  # enqueues notify this worker
-        self._park_at = -inf
-        self._park_pause = _LOOK
-        self._full_since = inf
-        self._flow = 0.0  # jobs/s that were claimed lately
-        self._flow_at = -inf
-
-        self._took = inf  # seconds in a handler, of late
-        self._ramp = concurrency  # jobs that may be claimed ahead: a few quick ones prove little
-        self._round_trip = 0.0
-        self._claimed_at = -inf
 
         self._not_before = -inf
         self._pause = _PAUSE
@@ -173,27 +144,19 @@ class Engine:
     @property
     def capacity(self) -> int:
         """Jobs that may be in flight now: a slot each, and some ahead while they are quick."""
-        ahead = max(_AHEAD, 2 * self._round_trip) * self._concurrency / max(self._took, 1e-6)
-        return self._concurrency + min(int(ahead), self._ramp)
+        return self._pace.capacity
 
     # -- what happened --------------------------------------------------------------
 
-    def finish(self, outcomes: Iterable[Outcome]) -> None:
+    def finish(self, outcomes: Sequence[Outcome]) -> None:
         """Handlers ended; the result of a job that was lost meanwhile is dropped."""
-        count, took = 0, 0.0
-        for outcome in outcomes:
-            self._running -= 1
-            if outcome.took is not None:
-                count += 1
-                took += outcome.took
-            if self._lost and outcome.claimed in self._lost:
-                self._lost.discard(outcome.claimed)
-            else:
-                self._pending.append(outcome)
-        if count:
-            weight = 1.0 if self._took == inf else min(1.0, count / 20)
-            before = 0.0 if self._took == inf else self._took
-            self._took = before + weight * (took / count - before)
+        self._running -= len(outcomes)
+        self._pace.finished(outcomes)
+        if self._lost:
+            lost = {outcome.claimed for outcome in outcomes} & self._lost
+            outcomes = [outcome for outcome in outcomes if outcome.claimed not in lost]
+            self._lost -= lost
+        self._pending.extend(outcomes)
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""
@@ -203,7 +166,7 @@ class Engine:
         """Something was enqueued; or (relief) nobody else asks to be notified any more."""
         self._told = True
         if relief:
-            self._park_at = -inf
+            self._parking.relieve()
 
     def shutdown(self) -> None:
         """Claim nothing more, give back what has not started, finish, stop."""
@@ -220,13 +183,12 @@ class Engine:
         if self._stopping and not self._withdrew:
             self._withdrew = True
             return Withdraw()
-        if self._running > self._concurrency and now >= self._claimed_at + _STALE:
-            self._claimed_at = now
-            self._took, self._ramp = max(self._took, _STALE), self._concurrency
+        if now >= self._pace.stale_at(self._running):
+            self._pace.slow_down(now)
             return Withdraw()
         settled = not self._pending and not self._refused
         done = settled and (self._abandoned or not self._running)
-        if self._stopping and done and not self._parked:
+        if self._stopping and done and not self._parking.parked:
             return Stop(self._running)
         if now < self._not_before:
             return Sleep(self._not_before)
@@ -251,8 +213,10 @@ class Engine:
                 # one does not stop the others.
                 self._turn += turn + 1
                 break
-        if not exchange or (self._parked and not self._careful):
-            exchange.park = self._park(now, done=done)
+        if self._stopping:
+            exchange.park = "give" if done else None
+        elif not exchange or (self._parking.parked and not self._careful):
+            exchange.park = self._parking.wish(now, free=self._has_free_slot)
         if exchange:
             return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
@@ -266,7 +230,7 @@ class Engine:
         exchange = Exchange()
         outcomes: list[Outcome] = []
         extends = any(batch.extend_at <= now for batch in self._batches.values())
-        if self._more and not (self._careful or self._stopping or self._parked or extends):
+        if self._more and not (self._careful or self._stopping or self._parking.parked or extends):
             self._add_claim(exchange, now)
             if exchange.claim and exchange.claim.limit >= self.bulky:
                 self._add_settlements(exchange, outcomes, self._settle_limit)
@@ -318,39 +282,21 @@ class Engine:
         return not self._stopping and (
             self._more
             or self._told
-            or now >= min(self._poll_at, self._marks.sweep_at, self._due_at, self._look_at)
+            or now >= min(self._poll_at, self._marks.sweep_at, self._due_at, self._parking.look_at)
         )
 
-    def _park(self, now: float, *, done: bool) -> Literal["take", "give"] | None:
-        if self._stopping:
-            return "give" if self._parked and done else None
-        if not self._notify:
-            return None
-        free = self._running < self._concurrency
-        flows = self._flow_now(now) > _FLOW
-        if not self._parked:
-            return "take" if free and not flows and now >= self._park_at else None
-        if free and not flows:
-            self._full_since = inf
-            return None
-        self._full_since = min(self._full_since, now)
-        return "give" if now >= self._full_since + _UNPARK else None
-
-    def _flow_now(self, now: float) -> float:
-        return self._flow * exp((self._flow_at - now) / 0.1) if self._flow else 0.0
+    @property
+    def _has_free_slot(self) -> bool:
+        return self._running < self._concurrency
 
     def _wake_at(self, now: float) -> float:
         times = [now + self._poll_interval, self._refused_at]
         times += [batch.extend_at for batch in self._batches.values()]
         if not self._stopping:
             if self._room() > 0:
-                times += [self._poll_at, self._marks.sweep_at, self._due_at, self._look_at]
-            if self._notify and not self._parked and self._running < self._concurrency:
-                times.append(max(self._park_at, self._look_at if self._look_at < inf else now))
-            if self._parked:
-                times.append(self._full_since + _UNPARK)
-            if self._running > self._concurrency:
-                times.append(self._claimed_at + _STALE)
+                times += [self._poll_at, self._marks.sweep_at, self._due_at, self._parking.look_at]
+            times.append(self._parking.wake_at(now, free=self._has_free_slot))
+            times.append(self._pace.stale_at(self._running))
         return min(times)
 
     # -- what came of it ----------------------------------------------------------------
@@ -358,7 +304,7 @@ class Engine:
     def acknowledge(self, reply: Reply, now: float) -> News:
         """Take the answer to an exchange, which was committed."""
         sent, news = self._answered(), News()
-        self._round_trip = now - sent.at
+        self._pace.exchanged(now - sent.at)
         self._not_before, self._pause = -inf, _PAUSE
         self._careful = max(self._careful - 1, 0)
         if not self._careful:
@@ -373,7 +319,9 @@ class Engine:
         self._settled(sent, reply, news, now)
         self._extended(sent, reply, news)
         if sent.exchange.park:
-            self._has_parked(sent.exchange.park, reply.parked, now)
+            self._parking.answered(sent.exchange.park, reply.parked, now)
+            if sent.exchange.park == "take":
+                self._told = True  # what was committed before the lock was taken: look once more
         if sent.exchange.claim:
             self._claimed(sent, sent.exchange.claim, reply, now, news)
         if not self._idle and self._waits(now):
@@ -409,7 +357,7 @@ class Engine:
             outcomes = self._sent.pop().outcomes
             self._unsure.update(outcome.claimed for outcome in outcomes)
             self._pending.extendleft(reversed(outcomes))
-        self._parked, self._park_at, self._full_since = False, -inf, inf
+        self._parking.lose()
         self._told = True
         self._rest(now)
 
@@ -476,29 +424,13 @@ class Engine:
             self._refused_at = inf
         self._unsure -= lost
         self._lost |= lost - finished
-        self._claimed_at = -inf  # those that have not started must not start now
+        self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
             jobs = self._batches[claimed.token].jobs
             del jobs[claimed.job.id]
             if not jobs:
                 del self._batches[claimed.token]
             news.events.append(LeaseLost(claimed.job))
-
-    def _has_parked(self, asked: Literal["take", "give"], answer: str | None, now: float) -> None:
-        self._full_since = inf
-        self._parked = asked == "take" and answer == "parked"
-        if asked == "give":
-            self._park_at = now
-            self._look_at = now + _LOOK if self._flow_now(now) > _FLOW else inf
-            return
-        # Whatever was committed before the lock was taken is seen by one more look.
-        self._told = True
-        if answer == "contended":
-            self._park_at = now + self._park_pause
-            self._park_pause = min(2 * self._park_pause, self._poll_interval)
-        else:
-            self._park_at = now + self._poll_interval
-            self._park_pause = _LOOK
 
     def _waits(self, now: float) -> bool:
         return not (
@@ -507,16 +439,14 @@ class Engine:
             or self._sent
             or self._more
             or self._told
-            or (self._notify and not self._parked and now >= self._park_at)
+            or not self._parking.settled(now)
         )
 
     def _claimed(self, sent: _Sent, claim: Claim, reply: Reply, now: float, news: News) -> None:
         jobs = reply.claimed
         self._more = len(jobs) == claim.limit
         self._poll_at = now + self._poll_interval
-        self._flow = self._flow_now(now) + len(jobs) / 0.1
-        self._flow_at = now
-        self._look_at = now + _LOOK if self._flow > _FLOW and not self._parked else inf
+        self._parking.arrived(len(jobs), now)
         self._marks.claimed(jobs, full=self._more)
         if claim.marks is None:
             self._marks.swept(reply.lines, full=self._more, began=sent.at, now=now)
@@ -529,8 +459,7 @@ class Engine:
             self._marks.sweep_at = self._marks.early_sweep_at
         if jobs:
             self._idle = False
-            self._claimed_at = now
-            self._ramp = min(2 * self._ramp, _MOST)
+            self._pace.claimed(now)
             claimed = list(map(Claimed, jobs, repeat(claim.token)))
             expired = [b for b in self._batches.values() if b.expires <= now]
             if expired:

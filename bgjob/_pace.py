@@ -1,0 +1,67 @@
+"""How many jobs a worker holds at once: one a slot, and more while they are quick."""
+
+from collections.abc import Sequence
+from math import inf
+
+from bgjob._exchange import Outcome
+
+MOST_AHEAD = 1000
+"""Jobs that are claimed beyond the slots, at most."""
+
+_AHEAD = 0.02
+"""Seconds of work claimed beyond the free slots, or two round trips where they take longer:
+quick jobs arrive in large batches, and none waits long behind a slow one."""
+
+_STALE = 0.1
+"""Seconds without a claim after which jobs that were claimed ahead and have not started are
+given back: they are slower than those before them were."""
+
+_MEMORY = 20
+"""Outcomes after which what was known of their quickness is forgotten."""
+
+
+class Pace:
+    """Follows how quick the jobs are; one queue's."""
+
+    def __init__(self, concurrency: int) -> None:
+        self._concurrency = concurrency
+        self._took = inf  # seconds in a handler, of late
+        self._ramp = concurrency  # a few quick jobs prove little: it doubles from claim to claim
+        self._round_trip = 0.0
+        self._claimed_at = -inf
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that may be in flight now."""
+        ahead = max(_AHEAD, 2 * self._round_trip) * self._concurrency / max(self._took, 1e-6)
+        return self._concurrency + min(int(ahead), self._ramp)
+
+    def finished(self, outcomes: Sequence[Outcome]) -> None:
+        """Learn from jobs that ran."""
+        took = [outcome.took for outcome in outcomes if outcome.took is not None]
+        if took:
+            weight = 1.0 if self._took == inf else min(1.0, len(took) / _MEMORY)
+            before = 0.0 if self._took == inf else self._took
+            self._took = before + weight * (sum(took) / len(took) - before)
+
+    def exchanged(self, seconds: float) -> None:
+        """Learn how long an exchange takes."""
+        self._round_trip = seconds
+
+    def claimed(self, now: float) -> None:
+        """Learn that a claim brought jobs."""
+        self._claimed_at = now
+        self._ramp = min(2 * self._ramp, MOST_AHEAD)
+
+    def stale_at(self, running: int) -> float:
+        """Give the time at which those of the running that have not started are to go back."""
+        return self._claimed_at + _STALE if running > self._concurrency else inf
+
+    def slow_down(self, now: float) -> None:
+        """Take jobs for slow from here on; the next ones tell."""
+        self._claimed_at = now
+        self._took, self._ramp = max(self._took, _STALE), self._concurrency
+
+    def hurry_back(self) -> None:
+        """Let what has not started go back at once."""
+        self._claimed_at = -inf
