@@ -189,11 +189,12 @@ class Link:
         conninfo, kwargs = self._recipe()
         options = {k: v for k, v in kwargs.items() if k not in _NOT_CONNINFO}
         options.setdefault("connect_timeout", int(_DEADLINE))
-        prepare = kwargs.get("prepare_threshold", 0)
+        # Statements are few and long: prepared at once, unless a pool forbids it.
+        prepares = kwargs.get("prepare_threshold", 0) is not None
         connection = _Connection.connect(
             conninfo,
             autocommit=True,
-            prepare_threshold=prepare and 0,
+            prepare_threshold=0 if prepares else None,
             row_factory=tuple_row,
             **options,
         )

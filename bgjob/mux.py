@@ -120,7 +120,7 @@ class Mux:
                 run on an event loop. One that raises, or whose worker dies,
                 has used up an attempt.
             max_attempts: how often a job may fail before it goes to the
-                dead-letter table; 25 by default, most of a day with the default
+                dead-letter table; 25 by default, half a day with the default
                 backoff. None: endlessly.
             backoff: seconds to wait after failed attempt n, for a handler that
                 raises or returns Retry() without a delay; Backoff() by default.
