@@ -753,7 +753,7 @@ def replay(seed: int) -> History:
     return history
 
 
-CHUNKS = 10
+CHUNKS = 20
 HISTORIES = 10_000
 
 
