@@ -116,21 +116,25 @@ class _Control:
             if not self._opened:
                 self._opened = True
                 self.done.set_result(None)
-            elif hasattr(self, "_bell"):
+            elif self._has_run:
                 self._bell.shout()
 
     @property
     def is_inside(self) -> bool:
         """Whether the caller is one whom the worker waits for: a handler, or the observer."""
-        return self._opened and (
-            (hasattr(self, "_runner") and inside.get() is self._runner)
-            or threading.current_thread() is self._events.thread
+        return self._has_run and (
+            inside.get() is self._runner or threading.current_thread() is self._events.thread
         )
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
         """What is left on the caller's loop."""
-        return self._runner.tasks if hasattr(self, "_runner") else set()
+        return self._runner.tasks if self._has_run else set()
+
+    @property
+    def _has_run(self) -> bool:
+        """Whether `open` got so far as to start the thread, with all that it works with."""
+        return self._thread.ident is not None
 
     def _run(self) -> None:
         try:
