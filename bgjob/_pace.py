@@ -9,8 +9,8 @@ MOST_AHEAD = 1000
 """Jobs that are claimed beyond the slots, at most."""
 
 _AHEAD = 0.02
-"""Seconds of work claimed beyond the free slots, or two round trips where they take longer:
-quick jobs arrive in large batches, and none waits long behind a slow one."""
+"""Seconds of work claimed beyond the slots, or two round trips where they take longer: quick
+jobs arrive in large batches, and slower ones are not claimed before there is a slot."""
 
 _STALE = 0.1
 """Seconds without a claim after which jobs that were claimed ahead and have not started are
@@ -33,8 +33,8 @@ class Pace:
     @property
     def capacity(self) -> int:
         """Jobs that may be in flight now."""
-        ahead = max(_AHEAD, 2 * self._round_trip) * self._concurrency / max(self._took, 1e-6)
-        return self._concurrency + min(int(ahead), self._ramp)
+        rounds = int(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6))
+        return self._concurrency + min(rounds * self._concurrency, self._ramp)
 
     def finished(self, outcomes: Sequence[Outcome]) -> None:
         """Learn from jobs that ran."""

@@ -195,15 +195,6 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
     )
 
 
-def existing(ids: Sequence[str]) -> Statement[list[str]]:
-    """Give those of the ids that live jobs have."""
-    return Statement(
-        "select id from bgjob_job where id = any (%(ids)s::text[])",
-        {"ids": list(ids)},
-        _column,
-    )
-
-
 # -- claim ----------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ Recipe = tuple[str, Mapping[str, Any]]
 OnConflict = Literal["raise", "skip"]
 
 _CHUNK = 10_000
-"""Requests in one statement: a million in one call take bounded memory, at COPY-like speed."""
+"""Requests in one statement, so that a million in one call take bounded memory."""
 
 _POOL_SIZE = 10
 _DO_LEASE = 300.0

@@ -123,6 +123,15 @@ def test_slow_jobs_are_not_claimed_ahead() -> None:
     assert claim.limit == 1
 
 
+def test_jobs_of_a_tenth_of_a_second_are_not_claimed_ahead_however_many_slots_there_are() -> None:
+    drive = Drive(concurrency=50)
+    first, *_ = drive.claim(*(f"job-{n}" for n in range(50)))
+    drive.finish(first, took=0.1)
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.limit == 1
+
+
 def test_quick_jobs_are_claimed_in_large_batches() -> None:
     drive = Drive(concurrency=2)
     limits = []
