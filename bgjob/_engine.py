@@ -23,6 +23,7 @@ Times are seconds of any monotonic clock. It holds to this:
 - No more jobs are claimed than free slots and the jobs' quickness justify.
 - A lease is extended when a third of it has passed, whether its job runs,
   waits for a slot, or waits for its settlement to be taken.
+- A job whose last worker died is claimed alone; see _suspects.py.
 - Every step has something to do, or names the time to sleep to.
 """
 
@@ -34,6 +35,7 @@ from math import inf
 
 from bgjob._exchange import (
     Claim,
+    ClaimSuspect,
     Exchange,
     LeaseLost,
     News,
@@ -44,12 +46,15 @@ from bgjob._exchange import (
     Sleep,
     Step,
     Stop,
+    Sweep,
     Withdraw,
 )
 from bgjob._pace import Pace
 from bgjob._parking import Parking
 from bgjob._statements import Claimed
+from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
+from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq
 
 _MOST = 1000
@@ -118,6 +123,7 @@ class Engine:
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
+        self._suspects = Suspects()
         self._idle = False  # the observer knows that the queue is empty
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
@@ -151,6 +157,8 @@ class Engine:
     def finish(self, outcomes: Sequence[Outcome]) -> None:
         """Handlers ended; the result of a job that was lost meanwhile is dropped."""
         self._running -= len(outcomes)
+        if not self._running:
+            self._suspects.ended()
         self._pace.finished(outcomes)
         if self._lost:
             lost = {outcome.claimed for outcome in outcomes} & self._lost
@@ -216,7 +224,7 @@ class Engine:
         if self._stopping:
             exchange.park = "give" if done else None
         elif not exchange or (self._parking.parked and not self._careful):
-            exchange.park = self._parking.wish(now, free=self._has_free_slot)
+            exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
         if exchange:
             return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
@@ -229,8 +237,14 @@ class Engine:
         """
         exchange = Exchange()
         outcomes: list[Outcome] = []
-        extends = any(batch.extend_at <= now for batch in self._batches.values())
-        if self._more and not (self._careful or self._stopping or self._parking.parked or extends):
+        quiet = not (
+            self._careful
+            or self._stopping
+            or self._parking.parked
+            or self._suspects.hold_up(now)
+            or any(batch.extend_at <= now for batch in self._batches.values())
+        )
+        if self._more and quiet:
             self._add_claim(exchange, now)
             if exchange.claim and exchange.claim.limit >= self.bulky:
                 self._add_settlements(exchange, outcomes, self._settle_limit)
@@ -241,7 +255,7 @@ class Engine:
         self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
     ) -> Exchange:
         told = False
-        if exchange.claim:
+        if isinstance(exchange.claim, Claim | Sweep):
             told, self._told = self._told or self._due_at <= now, False
         self._sent.append(_Sent(exchange, outcomes, now, again, told))
         return exchange
@@ -261,14 +275,20 @@ class Engine:
 
     def _add_claim(self, exchange: Exchange, now: float) -> None:
         limit = min(self._room(), _MOST // 2)
-        if limit <= 0 or not self._wants_claim(now):
+        if limit <= 0 or self._stopping:
+            return
+        if self._suspects.hold_up(now):
+            if self._has_free_slot and self._suspects.are_wanted(now, running=self._running):
+                exchange.claim = ClaimSuspect(next(self._tokens))
+            return
+        if not self._wants_claim(now):
             return
         # While there is more, sweeps come when they are due; after a wait, before
         # a sleep, or where nothing is known yet, as soon as they can be afforded.
         at = self._marks.sweep_at if self._more else self._marks.early_sweep_at
         token = next(self._tokens)
         if now >= at or not self._marks.known:
-            exchange.claim = Claim(limit, token, None)
+            exchange.claim = Sweep(limit, token)
         else:
             exchange.claim = Claim(limit, token, *self._marks.start(now))
 
@@ -279,7 +299,7 @@ class Engine:
         return self.capacity - self._running - asked
 
     def _wants_claim(self, now: float) -> bool:
-        return not self._stopping and (
+        return (
             self._more
             or self._told
             or now >= min(self._poll_at, self._marks.sweep_at, self._due_at, self._parking.look_at)
@@ -289,13 +309,20 @@ class Engine:
     def _has_free_slot(self) -> bool:
         return self._running < self._concurrency
 
+    def _has_room_for_others(self, now: float) -> bool:
+        return self._has_free_slot and not self._suspects.hold_up(now)
+
     def _wake_at(self, now: float) -> float:
         times = [now + self._poll_interval, self._refused_at]
         times += [batch.extend_at for batch in self._batches.values()]
         if not self._stopping:
-            if self._room() > 0:
+            if self._suspects.hold_up(now):
+                if self._has_free_slot:
+                    times.append(self._suspects.wake_at(running=self._running))
+            elif self._room() > 0:
                 times += [self._poll_at, self._marks.sweep_at, self._due_at, self._parking.look_at]
-            times.append(self._parking.wake_at(now, free=self._has_free_slot))
+            free = self._has_room_for_others(now)
+            times.append(self._parking.wake_at(now, free=free))
             times.append(self._pace.stale_at(self._running))
         return min(times)
 
@@ -322,8 +349,7 @@ class Engine:
             self._parking.answered(sent.exchange.park, reply.parked, now)
             if sent.exchange.park == "take":
                 self._told = True  # what was committed before the lock was taken: look once more
-        if sent.exchange.claim:
-            self._claimed(sent, sent.exchange.claim, reply, now, news)
+        self._claimed(sent, reply, now, news)
         if not self._idle and self._waits(now):
             self._idle = True
             news.events.append(QueueIsEmpty())
@@ -439,38 +465,61 @@ class Engine:
             or self._sent
             or self._more
             or self._told
+            or self._suspects.hold_up(now)
             or not self._parking.settled(now)
         )
 
-    def _claimed(self, sent: _Sent, claim: Claim, reply: Reply, now: float, news: News) -> None:
-        jobs = reply.claimed
-        self._more = len(jobs) == claim.limit
+    def _claimed(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
+        match sent.exchange.claim:
+            case ClaimSuspect(token):
+                if reply.suspects:
+                    [(job, deaths)] = reply.suspects
+                    self._suspects.claimed(deaths, now)
+                    self._hold([Claimed(job, token, deaths)], sent, now, news)
+                else:
+                    # What the sweep that found them left aside comes next.
+                    self._suspects.surveyed(None, now)
+                    self._more, self._marks.sweep_at = True, self._marks.early_sweep_at
+            case Sweep(limit, token):
+                jobs, freed = reply.swept
+                self._looked(jobs, now, full=len(jobs) + freed == limit)
+                self._marks.swept(reply.lines, full=self._more, began=sent.at, now=now)
+                waits = [line.wait for line in reply.lines if line.wait is not None]
+                self._due_at = now + max(min(waits), 0.0) if waits else inf
+                suspects = [line.deaths for line in reply.lines if line.deaths is not None]
+                self._suspects.surveyed(suspects[0] if suspects else None, now)
+                self._hold(list(map(Claimed, jobs, repeat(token))), sent, now, news)
+            case Claim(limit, token):
+                jobs = reply.claimed
+                self._looked(jobs, now, full=len(jobs) == limit)
+                if sent.told and not self._more:
+                    # What was told of may lie behind the marks, or have a priority that is
+                    # not known yet, and when the next job is due only a sweep finds out.
+                    self._due_at = inf
+                    self._marks.sweep_at = self._marks.early_sweep_at
+                self._hold(list(map(Claimed, jobs, repeat(token))), sent, now, news)
+
+    def _looked(self, jobs: list[Job], now: float, *, full: bool) -> None:
+        self._more = full
         self._poll_at = now + self._poll_interval
         self._parking.arrived(len(jobs), now)
-        self._marks.claimed(jobs, full=self._more)
-        if claim.marks is None:
-            self._marks.swept(reply.lines, full=self._more, began=sent.at, now=now)
-            waits = [line.wait for line in reply.lines if line.wait is not None]
-            self._due_at = now + max(min(waits), 0.0) if waits else inf
-        elif sent.told and not self._more:
-            # What was told of may lie behind the marks, or have a priority that is not
-            # known yet, and when the next job is due only a sweep finds out.
-            self._due_at = inf
-            self._marks.sweep_at = self._marks.early_sweep_at
-        if jobs:
-            self._idle = False
-            self._pace.claimed(now)
-            claimed = list(map(Claimed, jobs, repeat(claim.token)))
-            expired = [b for b in self._batches.values() if b.expires <= now]
-            if expired:
-                again = {job.id for job in jobs}
-                ours = [c for b in expired for c in b.jobs.values() if c.job.id in again]
-                if ours:
-                    self._lose(ours, news)  # to ourselves
-            self._batches[claim.token] = _Batch(
-                sent.at + self._lease,
-                sent.at + self._lease / 3,
-                {c.job.id: c for c in claimed},
-            )
-            self._running += len(jobs)
-            news.run.extend(claimed)
+        self._marks.claimed(jobs, full=full)
+
+    def _hold(self, claimed: list[Claimed], sent: _Sent, now: float, news: News) -> None:
+        if not claimed:
+            return
+        self._idle = False
+        self._pace.claimed(now)
+        expired = [b for b in self._batches.values() if b.expires <= now]
+        if expired:
+            again = {c.job.id for c in claimed}
+            ours = [c for b in expired for c in b.jobs.values() if c.job.id in again]
+            if ours:
+                self._lose(ours, news)  # to ourselves
+        self._batches[claimed[0].token] = _Batch(
+            sent.at + self._lease,
+            sent.at + self._lease / 3,
+            {c.job.id: c for c in claimed},
+        )
+        self._running += len(claimed)
+        news.run.extend(claimed)

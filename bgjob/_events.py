@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import assert_never
 
 from bgjob._exchange import Event, LeaseLost, Outcome, QueueIsEmpty, Release
+from bgjob._statements import Claimed
 from bgjob.job import Job
 from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
@@ -98,7 +99,7 @@ class Events:
     def _tell(self, event: Event | BaseException) -> None:
         observer = self._observer
         match event:
-            case Outcome((job, _), result):
+            case Outcome(Claimed(job), result):
                 match result:
                     case Complete():
                         observer.job_completed(job)

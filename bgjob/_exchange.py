@@ -10,8 +10,11 @@ from bgjob._statements import (
     Line,
     Postponed,
     Statement,
+    Suspect,
+    Swept,
     bury,
     claim,
+    claim_suspect,
     complete,
     extend,
     park,
@@ -28,14 +31,30 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_t
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Claim up to `limit` jobs: from the marks on, or by a sweep over everything."""
+    """Claim up to `limit` jobs from the marks on."""
 
     limit: int
     token: int
-    marks: dict[int, datetime] | None
-    """First due time by priority; None sweeps."""
-    back: float = 0.0
+    marks: dict[int, datetime]
+    """First due time by priority."""
+    back: float
     """Seconds before now from which on to look, where the marks are later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Claim up to `limit` jobs wherever they lie; free suspects; survey."""
+
+    limit: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimSuspect:
+    """Claim one of the jobs whose last worker died."""
+
+    token: int
+    limit: Literal[1] = 1
 
 
 @dataclass(slots=True)
@@ -47,7 +66,7 @@ class Exchange:
     bury: list[Buried] = field(default_factory=list)
     extend: list[Claimed] = field(default_factory=list)
     park: Literal["take", "give"] | None = None
-    claim: Claim | None = None
+    claim: Claim | Sweep | ClaimSuspect | None = None
 
     def settle(self, outcome: "Outcome") -> None:
         """Add the settlement of a job."""
@@ -61,8 +80,12 @@ class Exchange:
                         claimed, outcome.delay, error_text(outcome.result.error), refund=False
                     )
                 )
-            case Reschedule() | Release():
+            case Reschedule():
                 self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
+            case Release():
+                self.postpone.append(
+                    Postponed(claimed, 0.0, None, refund=True, deaths=claimed.deaths)
+                )
             case MoveToDlq(error):
                 self.bury.append(Buried(claimed, error_text(error) or ""))
 
@@ -71,10 +94,12 @@ class Exchange:
         plan: list[tuple[Statement[Any], str]] = []
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
-            case Claim(limit, token, None):
-                plan.append((sweep(queue, limit=limit, lease=lease, token=token), "claimed"))
+            case Sweep(limit, token):
+                plan.append((sweep(queue, limit=limit, lease=lease, token=token), "swept"))
                 plan.append((survey(queue), "lines"))
-            case Claim(limit, token, dict(marks), back):
+            case ClaimSuspect(token):
+                plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
+            case Claim(limit, token, marks, back):
                 statement = claim(
                     queue, limit=limit, lease=lease, token=token, marks=marks, back=back
                 )
@@ -131,7 +156,9 @@ class Reply:
     extended: set[str] = field(default_factory=set)
     parked: str | None = None
     claimed: list[Job] = field(default_factory=list)
+    swept: Swept = field(default_factory=lambda: Swept([], 0))
     lines: list[Line] = field(default_factory=list)
+    suspects: list[Suspect] = field(default_factory=list)
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""

@@ -138,7 +138,7 @@ class Runner:
         except IndexError:
             coroutine = False
         else:
-            route = self._mux.route(claimed.job)
+            route = self._mux.route(claimed.job, claimed.deaths)
             coroutine = isinstance(route, Route) and route.is_coroutine
         if coroutine:
             self._on_loop(count, None)
@@ -210,7 +210,7 @@ class Runner:
                 if self._give_up_slot(me):
                     return
                 continue
-            route = self._mux.route(claimed.job)
+            route = self._mux.route(claimed.job, claimed.deaths)
             if isinstance(route, MoveToDlq):
                 self._done(Outcome(claimed, route, None))
             elif route.is_coroutine:
@@ -259,7 +259,7 @@ class Runner:
                 if self._give_up_slot(None):
                     return
                 continue
-            route = self._mux.route(claimed.job)
+            route = self._mux.route(claimed.job, claimed.deaths)
             if isinstance(route, MoveToDlq):
                 self._done(Outcome(claimed, route, None))
             elif not route.is_coroutine:

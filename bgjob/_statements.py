@@ -223,44 +223,92 @@ _PRIORITIES = """
 """
 
 
-def _claim(lines: LiteralString) -> LiteralString:
+_TAKE = """
+    token = %(token)s,
+    lease_until = clock_timestamp() + %(lease)s * interval '1 second',
+    attempt = least(attempt, 2147483646) + 1
+"""
+
+_FRESH = "j.lease_until is null and j.deaths = 0"
+_ENDED = "j.lease_until <= now()"
+
+
+def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
     return f"""
-        update bgjob_job
-        set token = %(token)s,
-            lease_until = clock_timestamp() + %(lease)s * interval '1 second',
-            attempt = least(attempt, 2147483646) + 1
-        where ctid = any (array(
-            {lines}
-            cross join lateral (
-                select j.ctid from bgjob_job j
-                where j.queue = %(queue)s and j.priority = line.priority
-                    and j.next_run_at >= line.since and j.next_run_at <= now()
-                    and (j.lease_until is null or j.lease_until <= now())
-                order by j.next_run_at
-                limit %(limit)s
-                for update skip locked
-            ) as due
+        {lines}
+        cross join lateral (
+            select j.ctid, j.lease_until is not null as ended from bgjob_job j
+            where j.queue = %(queue)s and j.priority = line.priority
+                and j.next_run_at >= line.since and j.next_run_at <= now()
+                and ({which})
+            order by j.next_run_at
             limit %(limit)s
-        ))
-        returning {_JOB_COLUMNS}
+            for update skip locked
+        ) as due
+        limit %(limit)s
     """
 
 
-_CLAIM = _claim("""
+_LINES_FROM_MARKS = """
     select due.ctid
     from (
         select priority, least(mark, now() - %(back)s * interval '1 second') as since
         from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[]) as m (priority, mark)
     ) as line
-""")
+"""
 
-_SWEEP = _claim(f"""
+_CLAIM = f"""
+    update bgjob_job set {_TAKE}
+    where ctid = any (array({_due(_LINES_FROM_MARKS, _FRESH)}))
+    returning {_JOB_COLUMNS}
+"""
+
+_LINES = f"""
     {_PRIORITIES}
-    select due.ctid
+    select due.ctid, due.ended
     from (
         select priority, timestamptz '-infinity' as since from line where priority is not null
     ) as line
-""")
+"""
+
+# What was in flight when its worker died is only set free here: whichever of
+# those jobs killed it, the next attempt of each is a claim of its own.
+_SWEEP = f"""
+    with due as materialized ({_due(_LINES, f"{_FRESH} or {_ENDED}")}),
+    freed as (
+        update bgjob_job
+        set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+        where ctid = any (array(select ctid from due where ended))
+        returning 1
+    ), claimed as (
+        update bgjob_job set {_TAKE}
+        where ctid = any (array(select ctid from due where not ended))
+        returning {_JOB_COLUMNS}
+    )
+    select claimed.*, freed.count
+    from (select count(*) from freed) as freed left join claimed on true
+"""
+
+_CLAIM_SUSPECT = f"""
+    update bgjob_job set {_TAKE}
+    where ctid = any (array(
+        select j.ctid from bgjob_job j
+        where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
+            and j.next_run_at <= now()
+        order by j.priority, j.next_run_at
+        limit 1
+        for update skip locked
+    ))
+    returning {_JOB_COLUMNS}, deaths
+"""
+
+_CLAIM_ANY = f"""
+    update bgjob_job set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
+    where ctid = any (array(
+        select due.ctid from ({_due(_LINES, f"j.lease_until is null or {_ENDED}")}) as due
+    ))
+    returning {_JOB_COLUMNS}, deaths
+"""
 
 
 def claim(
@@ -293,27 +341,63 @@ def claim(
     )
 
 
-def sweep(queue: str, *, limit: int, lease: float, token: int) -> Statement[list[Job]]:
-    """Claim due jobs of every priority, wherever they lie; also those whose lease has ended."""
+class Swept(NamedTuple):
+    """What a sweep found: jobs it claimed, and how many it set free as suspects."""
+
+    jobs: list[Job]
+    freed: int
+
+
+def sweep(queue: str, *, limit: int, lease: float, token: int) -> Statement[Swept]:
+    """Claim due jobs of every priority, wherever they lie; set free those whose lease has ended."""
     return Statement(
         _SWEEP,
         {"queue": queue, "limit": limit, "lease": lease, "token": token},
-        _jobs,
+        _swept,
+        binary=True,
+    )
+
+
+class Suspect(NamedTuple):
+    """A job whose worker died, or lost the lease, so many times in a row."""
+
+    job: Job
+    deaths: int
+
+
+def claim_suspect(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+    """Claim the first due job of those that were in flight when their worker died."""
+    return Statement(
+        _CLAIM_SUSPECT,
+        {"queue": queue, "lease": lease, "token": token},
+        _suspects,
+        binary=True,
+    )
+
+
+def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+    """Claim the first due job, whatever became of its last worker."""
+    return Statement(
+        _CLAIM_ANY,
+        {"queue": queue, "limit": 1, "lease": lease, "token": token},
+        _suspects,
         binary=True,
     )
 
 
 class Line(NamedTuple):
-    """One priority of a queue: its next job that is not due yet."""
+    """One priority of a queue."""
 
     priority: int
     now: datetime
     wait: float | None
-    """Seconds until the priority's next job is due."""
+    """Seconds until the next job that is not due yet."""
+    deaths: int | None
+    """Those of the first suspect."""
 
 
 def survey(queue: str) -> Statement[list[Line]]:
-    """List the priorities in use, and when the next job of each is due."""
+    """List the priorities in use, and of each when the next job is due, and the first suspect."""
     return Statement(
         f"""
         {_PRIORITIES}
@@ -322,7 +406,12 @@ def survey(queue: str) -> Statement[list[Line]]:
             where j.queue = %(queue)s and j.priority = line.priority
                 and j.next_run_at > now() and j.next_run_at < 'infinity'
             order by j.next_run_at limit 1
-        ) - clock_timestamp())::float8
+        ) - clock_timestamp())::float8, (
+            select j.deaths from bgjob_job j
+            where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
+                and j.lease_until is null and j.next_run_at <= now()
+            order by j.next_run_at limit 1
+        )
         from line where line.priority is not null
         """,
         {"queue": queue},
@@ -338,6 +427,8 @@ class Claimed(NamedTuple):
 
     job: Job
     token: int
+    deaths: int = 0
+    """How many workers in a row died, or lost the lease, before this claim."""
 
 
 def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
@@ -363,6 +454,8 @@ class Postponed(NamedTuple):
     """None keeps the last one."""
     refund: bool
     """Whether the attempt is given back."""
+    deaths: int = 0
+    """What stays on record of workers that died."""
 
 
 def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
@@ -374,12 +467,13 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             lease_until = null,
             next_run_at = clock_timestamp() + p.delay * interval '1 second',
             attempt = greatest(j.attempt - p.refund, 0),
+            deaths = p.deaths,
             last_error = coalesce(p.error, j.last_error),
             updated_at = clock_timestamp()
         from unnest(
             %(ids)s::text[], %(tokens)s::bigint[], %(delays)s::float8[],
-            %(errors)s::text[], %(refunds)s::int[]
-        ) as p (id, token, delay, error, refund)
+            %(errors)s::text[], %(refunds)s::int[], %(deaths)s::smallint[]
+        ) as p (id, token, delay, error, refund, deaths)
         where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
         returning j.id
         """,
@@ -389,6 +483,7 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             "delays": [p.delay for p in postponed],
             "errors": [p.error for p in postponed],
             "refunds": [int(p.refund) for p in postponed],
+            "deaths": [p.deaths for p in postponed],
         },
         _column,
     )
@@ -568,6 +663,14 @@ def _column(rows: Sequence[Row]) -> list[Any]:
 def _jobs(rows: Sequence[Row]) -> list[Job]:
     # An update returns rows in no order.
     return list(map(_job, sorted(rows, key=_by_due)))
+
+
+def _swept(rows: Sequence[Row]) -> Swept:
+    return Swept(_jobs([row[:-1] for row in rows if row[0] is not None]), rows[0][-1])
+
+
+def _suspects(rows: Sequence[Row]) -> list[Suspect]:
+    return [Suspect(_job(row[:-1]), row[-1]) for row in rows]
 
 
 _by_due = itemgetter(6, 7)  # priority and due time

@@ -17,7 +17,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from bgjob import _statements
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Exchange, Outcome
-from bgjob._statements import Claimed, Statement
+from bgjob._statements import Claimed, Statement, Suspect
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     EmptyQueueError,
@@ -145,9 +145,9 @@ class Client:
             raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
         token = randbits(63)
         lease = seconds(lease, "lease")
-        claim = _statements.sweep(queue, limit=1, lease=lease, token=token)
-        job = _only(self._run(claim, None), queue)
-        route = mux.route(job)
+        claim = _statements.claim_any(queue, lease=lease, token=token)
+        job, deaths = _only(self._run(claim, None), queue)
+        route = mux.route(job, deaths)
         if isinstance(route, MoveToDlq):
             result: Result = route
         else:
@@ -287,9 +287,9 @@ class AsyncClient:
         """
         token = randbits(63)
         lease = seconds(lease, "lease")
-        claim = _statements.sweep(queue, limit=1, lease=lease, token=token)
-        job = _only(await self._run(claim, None), queue)
-        route = mux.route(job)
+        claim = _statements.claim_any(queue, lease=lease, token=token)
+        job, deaths = _only(await self._run(claim, None), queue)
+        route = mux.route(job, deaths)
         if isinstance(route, MoveToDlq):
             result: Result = route
         else:
@@ -436,10 +436,10 @@ def _placed(
     return ids
 
 
-def _only(jobs: list[Job], queue: str) -> Job:
-    if not jobs:
+def _only(claimed: list[Suspect], queue: str) -> Suspect:
+    if not claimed:
         raise EmptyQueueError(f"no job of queue {queue!r} is due now")
-    return jobs[0]
+    return claimed[0]
 
 
 def _settlement(job: Job, token: int, result: Result) -> Statement[list[str]]:

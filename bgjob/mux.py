@@ -54,7 +54,7 @@ class Route:
             case Complete() | Reschedule() | MoveToDlq():
                 return returned
             case Retry(delay, error):
-                if job.attempt == self.max_attempts:
+                if self.max_attempts is not None and job.attempt >= self.max_attempts:
                     return MoveToDlq(error if error is not None else "out of attempts")
                 return Retry(self._delay(job.attempt) if delay is None else delay, error)
             case _:
@@ -160,8 +160,15 @@ class Mux:
 
         return decorate
 
-    def route(self, job: Job) -> Route | MoveToDlq:
-        """Give the route of a claimed job, or the result of one that must not run."""
+    def route(self, job: Job, deaths: int = 0) -> Route | MoveToDlq:
+        """Give the route of a claimed job, or the result of one that must not run.
+
+        Args:
+            job: the job.
+            deaths: how many workers in a row died with it. One proves nothing
+                against it, for it was not alone: it then gets its last run again.
+
+        """
         route = self._routes.get(job.type)
         if route is None:
             return MoveToDlq(
@@ -170,7 +177,7 @@ class Mux:
                     "then requeue the job"
                 )
             )
-        if route.max_attempts is None or job.attempt <= route.max_attempts:
+        if route.max_attempts is None or job.attempt <= route.max_attempts or deaths == 1:
             return route
         return route.exhausted(job)
 

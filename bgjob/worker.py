@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from itertools import count
 from math import inf
 from secrets import randbits
@@ -336,6 +336,19 @@ class Worker:
             self._control.done.result()
         return not self._control.abandoned
 
+    def wait(self, timeout: Duration | None = None) -> bool:
+        """Wait until the worker has ended, by a shutdown from elsewhere or a fault of its own.
+
+        Args:
+            timeout: seconds or a timedelta; None (the default) waits for as long as it takes.
+
+        Returns:
+            Whether it has ended.
+
+        """
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        return self._control.done in wait([self._control.done], limit).done
+
     def __enter__(self) -> Self:
         self.run()
         return self
@@ -390,6 +403,12 @@ class AsyncWorker:
             if tasks := self._control.tasks:
                 await asyncio.wait(tasks, timeout=_LAST_WORDS)
         return not self._control.abandoned
+
+    async def wait(self, timeout: Duration | None = None) -> bool:  # noqa: ASYNC109
+        """Wait until the worker has ended; as Worker.wait."""
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        ended = asyncio.shield(asyncio.wrap_future(self._control.done))
+        return ended in (await asyncio.wait([ended], timeout=limit))[0]
 
     async def __aenter__(self) -> Self:
         await self.run()

@@ -9,6 +9,9 @@ create table bgjob_job (
     attempt     integer     not null default 0,
     last_error  text,
     priority    smallint    not null default 0,
+    -- How many workers in a row have died, or lost the lease, with the job in
+    -- flight. Such a job is a suspect: it is claimed alone.
+    deaths      smallint    not null default 0,
     next_run_at timestamptz not null default clock_timestamp(),
     -- A claim: who holds the job, and until when. No index may cover these
     -- two or attempt: claims and extensions then stay heap-only updates,
@@ -26,6 +29,9 @@ create table bgjob_job (
 
 -- The only way in which a claim finds its rows, in the order it takes them.
 create index bgjob_job_due on bgjob_job (queue, priority, next_run_at);
+
+-- The suspects, in the same order; hardly ever more than a few.
+create index bgjob_job_suspect on bgjob_job (queue, priority, next_run_at) where deaths > 0;
 
 create table bgjob_dead_job (
     id             bigint      generated always as identity,

@@ -5,6 +5,8 @@ from itertools import count
 
 from bgjob._engine import Engine
 from bgjob._exchange import (
+    Claim,
+    ClaimSuspect,
     Event,
     Exchange,
     LeaseLost,
@@ -16,9 +18,10 @@ from bgjob._exchange import (
     Sleep,
     Step,
     Stop,
+    Sweep,
     Withdraw,
 )
-from bgjob._statements import Claimed, Line
+from bgjob._statements import Claimed, Line, Suspect, Swept
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
 
@@ -58,6 +61,13 @@ class Drive:
         assert isinstance(step, Exchange), step
         return step
 
+    def next_exchange(self) -> Exchange:
+        """Let time pass until there is something to exchange."""
+        while isinstance(step := self.step(), Sleep):
+            self.now = step.until
+        assert isinstance(step, Exchange), step
+        return step
+
     def sleep(self) -> float:
         step = self.step()
         assert isinstance(step, Sleep), step
@@ -71,8 +81,7 @@ class Drive:
         """Let the engine claim, and give it these jobs."""
         while self.exchange().claim is None:
             self.answer()
-        lines = [Line(0, NOON, wait) for wait in waits or (None,)]
-        return self.answer(Reply(claimed=[job(name) for name in names], lines=lines)).run
+        return self.answer(found(*map(job, names), waits=waits)).run
 
     def finish(self, *claimed: Claimed, result: Result | None = None, took: float = 1.0) -> None:
         self.engine.finish([Outcome(c, result or Complete(), took) for c in claimed])
@@ -95,6 +104,14 @@ class Drive:
             self.answer(Reply(parked=parked, extended=extended))
         assert isinstance(step, Sleep), step
         return step.until
+
+
+def found(
+    *jobs: Job, waits: tuple[float, ...] = (), deaths: int | None = None, freed: int = 0
+) -> Reply:
+    """Make the answer to a claim of any kind but a suspect's."""
+    lines = [Line(0, NOON, wait, deaths) for wait in waits or (None,)]
+    return Reply(claimed=list(jobs), swept=Swept(list(jobs), freed), lines=lines)
 
 
 def settled(exchange: Exchange) -> list[str]:
@@ -340,8 +357,7 @@ def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:
     while drive.exchange().extend == [old]:
         drive.engine.reject(drive.now)
         drive.now = drive.sleep()
-    reply = Reply(claimed=[job("a")], lines=[Line(0, NOON, None)])
-    assert drive.answer(reply).events == [LeaseLost(old.job)]
+    assert drive.answer(found(job("a"))).events == [LeaseLost(old.job)]
     drive.finish(old)
     assert settled(drive.exchange()) == []
 
@@ -378,8 +394,7 @@ def test_an_idle_queue_is_looked_at_every_poll_interval() -> None:
     assert drive.sleep() == drive.now + 2.0
     drive.now += 2.0
     claim = drive.exchange().claim
-    assert claim is not None
-    assert claim.marks is None
+    assert isinstance(claim, Sweep)
 
 
 def test_a_worker_parks_and_looks_once_more_before_it_sleeps() -> None:
@@ -429,10 +444,10 @@ def test_a_claim_starts_at_the_last_due_time_that_was_claimed() -> None:
     drive = Drive(concurrency=2)
     late = NOON + timedelta(seconds=1)
     drive.exchange()
-    news = drive.answer(Reply(claimed=[job("a"), job("b", due=late)], lines=[Line(0, NOON, None)]))
+    news = drive.answer(found(job("a"), job("b", due=late)))
     drive.finish(*news.run)
     claim = drive.exchange().claim
-    assert claim is not None
+    assert isinstance(claim, Claim)
     assert claim.marks == {0: late}
 
 
@@ -444,10 +459,10 @@ def test_claims_look_back_in_windows_of_which_the_longest_comes_the_most_rarely(
     for number in range(1000):
         drive.engine.wake()
         drive.now += 0.002
-        if isinstance(step := drive.step(), Exchange) and step.claim and step.claim.marks:
+        if isinstance(step := drive.step(), Exchange) and isinstance(step.claim, Claim):
             windows[step.claim.back] = windows.get(step.claim.back, 0) + 1
         if isinstance(step, Exchange):
-            drive.answer(Reply(lines=[Line(0, NOON, None)]))
+            drive.answer(found())
         if number == 0:
             drive.finish(Claimed(job("first"), 1))
     counts = [count for back, count in sorted(windows.items()) if back]
@@ -459,16 +474,16 @@ def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:
     drive = Drive(concurrency=1)
     later, earlier = NOON + timedelta(seconds=9), NOON - timedelta(seconds=9)
     drive.exchange()
-    news = drive.answer(Reply(claimed=[job("a", due=later)], lines=[Line(0, NOON, None)]))
+    news = drive.answer(found(job("a", due=later)))
     drive.now += 1.5
     drive.finish(*news.run)
     claim = drive.exchange().claim
-    assert claim is not None
-    assert claim.marks is None
-    reply = Reply(settled={"a"}, claimed=[job("b", due=earlier)], lines=[Line(0, NOON, None)])
+    assert isinstance(claim, Sweep)
+    reply = found(job("b", due=earlier))
+    reply.settled = {"a"}
     drive.finish(*drive.answer(reply).run)
     claim = drive.exchange().claim
-    assert claim is not None
+    assert isinstance(claim, Claim)
     assert claim.marks == {0: earlier}
 
 
@@ -476,7 +491,7 @@ def test_sweeps_that_cost_much_come_at_twenty_times_their_cost() -> None:
     drive = Drive(poll_interval=1.0)
     drive.exchange()
     drive.now += 0.5
-    drive.engine.acknowledge(Reply(lines=[Line(0, NOON, None)]), drive.now)
+    drive.engine.acknowledge(found(), drive.now)
     swept_at = drive.now
     looked: list[float] = []
     while not looked:
@@ -484,10 +499,66 @@ def test_sweeps_that_cost_much_come_at_twenty_times_their_cost() -> None:
             case Sleep(until):
                 drive.now = until
             case Exchange() as exchange:
-                if exchange.claim is not None and exchange.claim.marks is None:
+                if isinstance(exchange.claim, Sweep):
                     looked.append(drive.now)
                 drive.answer()
     assert looked[0] == swept_at + 10.0
+
+
+# -- suspects -----------------------------------------------------------------------------------
+
+
+def test_what_was_in_flight_when_its_worker_died_is_claimed_one_at_a_time() -> None:
+    drive = Drive(concurrency=4)
+    drive.exchange()
+    drive.answer(found(deaths=1, freed=2))
+    for name in ("a", "b"):
+        assert isinstance(drive.exchange().claim, ClaimSuspect)
+        (suspect,) = drive.answer(Reply(suspects=[Suspect(job(name), 1)])).run
+        assert suspect.deaths == 1
+        drive.finish(suspect)
+    assert isinstance(drive.exchange().claim, ClaimSuspect)
+    drive.answer(Reply(settled={"b"}))
+    assert isinstance(drive.exchange().claim, Sweep | Claim)
+
+
+def test_a_suspect_waits_for_handlers_to_end_but_not_for_ever() -> None:
+    drive = Drive(concurrency=4)
+    drive.claim("slow")
+    drive.now += 1.0
+    assert isinstance(drive.exchange().claim, Sweep)
+    drive.answer(found(deaths=2))
+    known_at = drive.now
+    drive.engine.wake()
+    assert isinstance(drive.next_exchange().claim, ClaimSuspect)
+    assert drive.now == known_at + 2.0
+
+
+def test_nothing_is_claimed_beside_a_suspect_until_it_has_proved_itself() -> None:
+    drive = Drive(concurrency=4)
+    drive.exchange()
+    drive.answer(found(deaths=3))
+    drive.exchange()
+    drive.answer(Reply(suspects=[Suspect(job("a"), 3)]))
+    claimed_at = drive.now
+    drive.engine.wake()
+    assert isinstance(drive.next_exchange().claim, ClaimSuspect)
+    assert drive.now == claimed_at + 4.0
+    drive.answer(Reply())
+    assert isinstance(drive.exchange().claim, Claim | Sweep)
+
+
+def test_a_suspect_that_did_not_start_stays_one() -> None:
+    drive = Drive()
+    drive.exchange()
+    drive.answer(found(deaths=2))
+    drive.exchange()
+    suspects = drive.answer(Reply(suspects=[Suspect(job("a"), 2)])).run
+    drive.engine.shutdown()
+    assert drive.step() == Withdraw()
+    drive.engine.withdrawn(suspects)
+    (released,) = drive.exchange().postpone
+    assert (released.deaths, released.refund) == (2, True)
 
 
 # -- the end ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import pytest
 from bgjob._engine import Engine
 from bgjob._exchange import (
     Claim,
+    ClaimSuspect,
     Exchange,
     LeaseLost,
     News,
@@ -31,9 +32,11 @@ from bgjob._exchange import (
     Reply,
     Sleep,
     Stop,
+    Sweep,
     Withdraw,
 )
-from bgjob._statements import Claimed, Line
+from bgjob._statements import Claimed, Line, Suspect, Swept
+from bgjob._suspects import proof
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
@@ -70,6 +73,7 @@ class Row:
     token: int | None = None
     lease_until: int | None = None
     attempt: int = 0
+    deaths: int = 0
     free_since: float = 0.0
     """On the worker's clock: when it was committed, given back, or last found locked."""
 
@@ -99,6 +103,7 @@ class Table:
                 row.token = row.lease_until = None
                 row.due = now + int(postponed.delay * SECOND)
                 row.attempt -= postponed.refund
+                row.deaths = postponed.deaths
                 row.free_since = at
                 reply.settled.add(id_)
         for id_ in self._match([buried.claimed for buried in exchange.bury]):
@@ -106,34 +111,69 @@ class Table:
         for id_ in self._match(exchange.extend):
             self.rows[id_].lease_until = now + self._lease
             reply.extended.add(id_)
-        if exchange.claim is not None:
-            reply.claimed = self.claim(exchange.claim, began=began, now=now, at=at)
-            if exchange.claim.marks is None:
+        match exchange.claim:
+            case Claim(limit, token, marks, back):
+                since = began - int(back * SECOND)
+                starts = {p: min((m - EPOCH) // MICROSECOND, since) for p, m in marks.items()}
+                found = [
+                    row
+                    for row in self._due(began)
+                    if self._is_fresh(row) and row.due >= starts.get(row.priority, inf)
+                ]
+                reply.claimed = self.take(found, limit, token, now=now, at=at)
+            case Sweep(limit, token):
+                reply.swept = self.sweep(limit, token, began=began, now=now, at=at)
                 reply.lines = self._survey(began=began, now=now)
+            case ClaimSuspect(token):
+                found = [r for r in self._due(began) if r.deaths and r.lease_until is None]
+                for job in self.take(found, 1, token, now=now, at=at):
+                    reply.suspects = [Suspect(job, self.rows[job.id].deaths)]
         return reply
 
-    def claim(self, claim: Claim, *, began: int, now: int, at: float) -> list[Job]:
-        """Take due rows in order, from the marks on or wherever they lie."""
-        due: list[tuple[int, int, Row]] = []
-        marks = None
-        if claim.marks is not None:
-            back = began - int(claim.back * SECOND)
-            marks = {p: min((m - EPOCH) // MICROSECOND, back) for p, m in claim.marks.items()}
-        for row in self.rows.values():
-            if row.due > began or (row.lease_until is not None and row.lease_until > began):
-                continue
-            if marks is not None and row.due < marks.get(row.priority, inf):
-                continue
-            if self.locked and self._random.random() < self.locked:
-                row.free_since = at
-                continue
-            due.append((row.priority, row.due, row))
-        due.sort(key=lambda item: item[:2])
-        jobs = []
-        for _, _, row in due[: claim.limit]:
+    def sweep(self, limit: int, token: int, *, began: int, now: int, at: float) -> Swept:
+        """Take fresh rows, and free those whose lease has ended."""
+        found = [r for r in self._due(began) if self._is_fresh(r) or self._has_ended(r, began)]
+        walked = self._unlocked(found, limit, at)
+        freed = 0
+        for row in walked:
             if row.token is not None:
                 self.taken[row.id, row.token] = now
-            row.token = claim.token
+                row.token = row.lease_until = None
+                row.deaths += 1
+                row.free_since = at
+                freed += 1
+        fresh = [row for row in walked if self._is_fresh(row)]
+        return Swept(self._hold(fresh, token, now=now), freed)
+
+    def take(self, rows: list[Row], limit: int, token: int, *, now: int, at: float) -> list[Job]:
+        """Claim what is not locked."""
+        return self._hold(self._unlocked(rows, limit, at), token, now=now)
+
+    def _due(self, began: int) -> list[Row]:
+        due = [row for row in self.rows.values() if row.due <= began]
+        return sorted(due, key=lambda row: (row.priority, row.due))
+
+    @staticmethod
+    def _is_fresh(row: Row) -> bool:
+        return row.lease_until is None and not row.deaths
+
+    @staticmethod
+    def _has_ended(row: Row, began: int) -> bool:
+        return row.lease_until is not None and row.lease_until <= began
+
+    def _unlocked(self, rows: list[Row], limit: int, at: float) -> list[Row]:
+        free = []
+        for row in rows:
+            if self.locked and self._random.random() < self.locked:
+                row.free_since = at
+            else:
+                free.append(row)
+        return free[:limit]
+
+    def _hold(self, rows: list[Row], token: int, *, now: int) -> list[Job]:
+        jobs = []
+        for row in rows:
+            row.token = token
             row.lease_until = now + self._lease
             row.attempt += 1
             when = EPOCH + row.due * MICROSECOND
@@ -162,13 +202,22 @@ class Table:
 
     def _survey(self, *, began: int, now: int) -> list[Line]:
         nexts: dict[int, int | None] = {}
+        deaths: dict[int, int] = {}
         for row in self.rows.values():
             due = nexts.setdefault(row.priority, None)
             if row.due > began and (due is None or row.due < due):
                 nexts[row.priority] = row.due
+        for row in self._due(began):
+            if row.deaths and row.lease_until is None:
+                deaths.setdefault(row.priority, row.deaths)
         when = EPOCH + began * MICROSECOND
         return [
-            Line(priority, when, None if due is None else (due - now) / SECOND)
+            Line(
+                priority,
+                when,
+                None if due is None else (due - now) / SECOND,
+                deaths.get(priority),
+            )
             for priority, due in sorted(nexts.items())
         ]
 
@@ -240,6 +289,8 @@ class History:
         self.claim_of: dict[int, Claimed] = {}  # by identity of the job
         self.unsure: set[Key] = set()
         self.handed_at = self.now
+        self.alone_until = self.held_up_at = -inf
+        self.suspected_at = inf  # since when the engine knows of a suspect
         self.disturbed_at = self.now
         self.slow_until = self.refused_at = -inf
         self.sweep_cost = self.longest_cost = 0.0
@@ -334,8 +385,8 @@ class History:
 
     def _rival_claims(self) -> None:
         token = -next(self._numbers) - 1
-        claim = Claim(self.random.randrange(1, 4), token, None)
-        jobs = self.table.claim(claim, began=self.db_now, now=self.db_now, at=self.now)
+        limit = self.random.randrange(1, 4)
+        [jobs, _] = self.table.sweep(limit, token, began=self.db_now, now=self.db_now, at=self.now)
         done = Exchange(complete=[Claimed(job, token) for job in jobs])
 
         def settle() -> None:
@@ -382,6 +433,8 @@ class History:
         if self.busy == self.concurrency:
             self.slots_free_since = self.now
         self.busy -= 1
+        if not self.busy and not self.waiting:
+            self.alone_until = -inf
         self.outcomes.append(Outcome(claimed, self._result(), took))
         self.woken = True
         self._happened()
@@ -495,7 +548,7 @@ class History:
         settled = self._settled_in(exchange)
         match fate:
             case "answered":
-                if exchange.claim is not None and exchange.claim.marks is None:
+                if isinstance(exchange.claim, Sweep):
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
                 outcomes, self.outcomes = self.outcomes, []
@@ -504,7 +557,9 @@ class History:
                 if self.streams and self.give_up_at is None:
                     ahead = self.engine.ahead(self.now)
                 if ahead is not None:
-                    self._check_exchange(ahead, coming=len(reply.claimed))
+                    coming = len(reply.claimed) + len(reply.swept.jobs) + len(reply.suspects)
+                    self._check_exchange(ahead, coming=coming)
+                self._suspect(exchange, reply)
                 news = self.engine.acknowledge(reply, self.now)
                 self._hear(news, began)
                 self._count_fruit(bool(settled or exchange.extend or news.run))
@@ -519,6 +574,14 @@ class History:
                 self.unsure.update((c.job.id, c.token) for c in settled)
                 self._disconnect()
         return None
+
+    def _suspect(self, exchange: Exchange, reply: Reply) -> None:
+        match exchange.claim:
+            case ClaimSuspect():
+                self.suspected_at = self.now if reply.suspects else inf
+            case Sweep():
+                known = any(line.deaths for line in reply.lines)
+                self.suspected_at = min(self.suspected_at, self.now) if known else inf
 
     def _round_trip(self) -> float:
         random = self.random
@@ -600,6 +663,11 @@ class History:
             promise(exchange.claim.limit > 0, "claims nothing")
             promise(wanted <= self.engine.capacity, "claims more than its capacity")
             promise(wanted <= self.concurrency + 1000, "claims far too much")
+            alone = self.engine.in_flight + coming and self.now < self.alone_until
+            promise(not alone, "claims something beside a suspect that is not proved")
+            if isinstance(exchange.claim, ClaimSuspect):
+                waited = self.now >= self.suspected_at + 1.0
+                promise(not self.engine.in_flight or waited, "a suspect is not alone")
         for key in [(c.job.id, c.token) for c in self._settled_in(exchange)]:
             promise(self.handed[key] != "told", f"{key}: settles again what is settled")
 
@@ -609,6 +677,8 @@ class History:
             promise(key not in self.handed, f"{key}: handed out twice")
             self.handed[key] = None
             self.handed_at = self.now
+            if claimed.deaths:
+                self.alone_until = self.now + proof(claimed.deaths)
             self.live[key] = claimed
             self.claim_of[id(claimed.job)] = claimed
         for event in news.events:
@@ -665,6 +735,8 @@ class History:
             self.engine.in_flight == self.busy + len(self.waiting) + len(self.outcomes),
             "lost count of its jobs",
         )
+        if self.suspected_at < inf or (self.engine.in_flight and self.now < self.alone_until):
+            self.held_up_at = self.now
         if len(self.enqueued) < 100 or self.random.random() < 0.05:
             self._check_leases()
             self._check_idleness()
@@ -702,7 +774,7 @@ class History:
             return
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return
-        idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
+        idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until, self.held_up_at)
         patience = max(self.poll_interval, 20 * self.longest_cost) + 0.05
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
@@ -761,3 +833,92 @@ HISTORIES = 10_000
 def test_every_promise_is_kept_in_every_history(chunk: int) -> None:
     for seed in range(chunk, HISTORIES, CHUNKS):
         replay(seed)
+
+
+# -- killers --------------------------------------------------------------------------------
+
+
+class Lives:
+    """Workers that live one after the other, because some jobs kill whoever runs them."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random = Random(seed)
+        self.now = 0.0
+        self.lease = 2.0
+        self.table = Table(random, self.lease)
+        self.concurrency = random.choice([1, 2, 5, 20])
+        self.max_attempts = random.choice([1, 2, 3, 5])
+        self.tokens = count(1)
+        self.kills: dict[str, int] = {}
+        names = [f"job-{n:03}" for n in range(random.choice([5, 50, 300]))]
+        self.killers = set(random.sample(names, random.choice([1, 1, 2, 3])))
+        quick = random.random() < 0.5
+        for name in names:
+            self.table.rows[name] = Row(name, random.choice([0, 0, 1]), random.randrange(SECOND))
+        # A killer strikes within the second for which a suspect is alone.
+        self.takes = {name: random.random() * (0.001 if quick else 0.8) for name in names}
+
+    def live_through(self) -> None:
+        lives = 0
+        while self.table.rows:
+            lives += 1
+            promise(lives < 100, f"{sorted(self.table.rows)} are never done")
+            self._live()
+            self.now += self.lease
+
+    def _live(self) -> None:
+        """One worker, until it is killed or everything is done."""
+        engine = Engine(
+            concurrency=self.concurrency,
+            poll_interval=0.5,
+            lease=self.lease,
+            notify=False,
+            tokens=self.tokens,
+        )
+        waiting: deque[Claimed] = deque()
+        running: list[tuple[float, Claimed]] = []
+        while self.table.rows:
+            while waiting and len(running) < self.concurrency:
+                claimed = waiting.popleft()
+                if claimed.job.attempt > self.max_attempts and claimed.deaths != 1:
+                    engine.finish([Outcome(claimed, MoveToDlq("out of attempts"), None)])
+                else:
+                    running.append((self.now + self.takes[claimed.job.id], claimed))
+            running.sort(key=lambda item: item[0])
+            ended = [c for at, c in running if at <= self.now]
+            if killer := next((c for c in ended if c.job.id in self.killers), None):
+                self.kills[killer.job.id] = self.kills.get(killer.job.id, 0) + 1
+                return
+            running = [item for item in running if item[0] > self.now]
+            engine.finish([Outcome(c, Complete(), self.takes[c.job.id]) for c in ended])
+            match engine.step(self.now):
+                case Exchange() as exchange:
+                    began = int(self.now * SECOND)
+                    sent_at = self.now
+                    self.now += 0.001
+                    now = int(self.now * SECOND)
+                    reply = self.table.carry_out(exchange, began=began, now=now, at=sent_at)
+                    waiting.extend(engine.acknowledge(reply, self.now).run)
+                case Withdraw():
+                    engine.withdrawn(waiting)
+                    waiting.clear()
+                case Sleep(until):
+                    self.now = min([until, *(at for at, _ in running[:1])])
+                case Stop():
+                    raise Broken("stops unasked")
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_of_the_jobs_that_died_with_their_worker_the_killer_alone_runs_out_of_attempts(
+    chunk: int,
+) -> None:
+    for seed in range(chunk, 1000, 4):
+        lives = Lives(seed)
+        lives.live_through()
+        dead = {id_ for id_, how in lives.table.ended.items() if how == "dead"}
+        assert dead == lives.killers, seed
+        # The first death is not held against anyone, if it was the only attempt; and it may
+        # have been another killer's doing.
+        most = max(lives.max_attempts, 2)
+        for kills in lives.kills.values():
+            assert most - len(lives.killers) < kills <= most, seed

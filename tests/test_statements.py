@@ -22,6 +22,8 @@ from bgjob._statements import (
     _text_array,
     bury,
     claim,
+    claim_any,
+    claim_suspect,
     complete,
     enqueue,
     enqueue_many,
@@ -65,7 +67,7 @@ def worker(dsn: str) -> Iterator[psycopg.Connection]:
 
 
 def claimed(conn: psycopg.Connection, limit: int, *, token: int = 1) -> list[Claimed]:
-    jobs = ask(conn, sweep("q", limit=limit, lease=60, token=token))
+    jobs = ask(conn, sweep("q", limit=limit, lease=60, token=token)).jobs
     return [Claimed(job, token) for job in jobs]
 
 
@@ -162,6 +164,8 @@ HOT = {
     "claim of one": claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, back=0),
     "sweep": sweep("q", limit=500, lease=60, token=1),
     "survey": survey("q"),
+    "claim of a suspect": claim_suspect("q", lease=60, token=1),
+    "claim of any": claim_any("q", lease=60, token=1),
     "complete": complete(SOME),
     "complete one": complete(SOME[:1]),
     "postpone": postpone([Postponed(c, 1.0, "why", refund=False) for c in SOME]),
@@ -190,8 +194,13 @@ def test_a_hot_statement_walks_an_index_and_sorts_nothing(
         assert "Bitmap" not in kind, plan
         assert "Sort" not in kind or "bgjob_job" not in below, plan
     scans = [n for n in nodes(plan) if n["Node Type"] in ("Index Scan", "Index Only Scan")]
-    by_due = name.startswith(("claim", "sweep", "survey"))
-    assert {n["Index Name"] for n in scans} == {"bgjob_job_due" if by_due else "bgjob_job_pkey"}
+    indexes = {
+        "claim of a suspect": {"bgjob_job_suspect"},
+        "survey": {"bgjob_job_due", "bgjob_job_suspect"},
+    }
+    by_due = name.startswith(("claim", "sweep"))
+    expected = indexes.get(name, {"bgjob_job_due" if by_due else "bgjob_job_pkey"})
+    assert {n["Index Name"] for n in scans} == expected
 
 
 def test_a_claim_reads_no_more_rows_than_it_takes(worker: psycopg.Connection) -> None:
@@ -220,10 +229,11 @@ def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> 
             start.wait(10)
             while True:
                 if number % 2:
-                    statement = sweep("q", limit=37, lease=60, token=number)
+                    jobs = ask(mine, sweep("q", limit=37, lease=60, token=number)).jobs
                 else:
-                    statement = claim("q", limit=37, lease=60, token=number, marks=marks, back=0)
-                if not (jobs := ask(mine, statement)):
+                    marked = claim("q", limit=37, lease=60, token=number, marks=marks, back=0)
+                    jobs = ask(mine, marked)
+                if not jobs:
                     return
                 got[number] += [job.id for job in jobs]
 
@@ -246,7 +256,7 @@ def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Co
         id_ for (id_,) in worker.execute("select id from bgjob_job order by priority, next_run_at")
     ]
     marks = dict.fromkeys(range(5), LONG_AGO)
-    jobs = ask(worker, sweep("q", limit=30, lease=60, token=1))
+    jobs = ask(worker, sweep("q", limit=30, lease=60, token=1)).jobs
     jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks, back=0))
     assert [job.id for job in jobs] == expected
 
@@ -272,16 +282,58 @@ def test_a_claim_starts_at_its_marks_or_looks_back_from_now(worker: psycopg.Conn
     assert found(marks={0: LONG_AGO, 1: LONG_AGO}, back=0) == ["1000", "100", "10"]
 
 
-def test_a_claim_passes_over_what_is_held_and_takes_what_is_free_again(
+def spoil_leases(conn: psycopg.Connection) -> None:
+    """Let the first of the jobs be held, the second one's lease be over, and leave the third."""
+    conn.execute(
+        "update bgjob_job set token = 9, attempt = 1, lease_until = clock_timestamp() + case id "
+        "when 'q000001' then interval '1 hour' when 'q000002' then interval '-1 ms' end "
+        "where id < 'q000003'"
+    )
+
+
+def test_a_sweep_passes_over_what_is_held_and_frees_what_is_held_no_more(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
-    worker.execute(
-        "update bgjob_job set token = 9, attempt = 1, lease_until = clock_timestamp() + case id "
-        "when 'q000001' then interval '1 hour' when 'q000002' then interval '-1 ms' end"
-    )
-    jobs = ask(worker, sweep("q", limit=9, lease=60, token=1))
-    assert {job.id: job.attempt for job in jobs} == {"q000002": 2, "q000003": 2}
+    spoil_leases(worker)
+    assert [line.deaths for line in ask(worker, survey("q"))] == [None] * 3
+    swept = ask(worker, sweep("q", limit=9, lease=60, token=1))
+    assert [(job.id, job.attempt) for job in swept.jobs] == [("q000003", 1)]
+    assert swept.freed == 1
+    assert worker.execute(
+        "select token, attempt, deaths from bgjob_job where id = 'q000002'"
+    ).fetchall() == [(None, 1, 1)]
+    assert sorted(line.deaths or 0 for line in ask(worker, survey("q"))) == [0, 0, 1]
+
+
+def test_suspects_are_claimed_one_at_a_time_and_by_no_other_claim(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 3)
+    worker.execute("update bgjob_job set deaths = 2, attempt = 2 where id < 'q000003'")
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks, back=0))
+    assert [job.id for job in others] == ["q000003"]
+    assert ask(worker, sweep("q", limit=9, lease=60, token=2)) == ([], 0)
+    taken = [ask(worker, claim_suspect("q", lease=60, token=3)) for _ in range(3)]
+    assert [[(s.job.id, s.job.attempt, s.deaths) for s in suspects] for suspects in taken] == [
+        [("q000001", 3, 2)],
+        [("q000002", 3, 2)],
+        [],
+    ]
+
+
+def test_one_job_is_claimed_whatever_became_of_its_last_worker(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 3)
+    spoil_leases(worker)
+    worker.execute("update bgjob_job set deaths = 4 where id = 'q000003'")
+    taken = [ask(worker, claim_any("q", lease=60, token=3)) for _ in range(3)]
+    assert [(s.job.id, s.job.attempt, s.deaths) for suspects in taken for s in suspects] == [
+        ("q000002", 2, 1),
+        ("q000003", 1, 4),
+    ]
 
 
 def test_a_lease_ends_by_the_databases_clock(worker: psycopg.Connection) -> None:
@@ -479,15 +531,15 @@ def test_a_row_that_became_visible_late_is_found_within_about_its_lateness_again
 def test_a_sweep_teaches_priorities_and_rests_twenty_times_its_cost() -> None:
     marks = Watermarks(poll_interval=1.0)
     assert marks.sweep_at < 0  # at once
-    marks.swept([Line(3, LONG_AGO, None)], full=False, began=10.0, now=10.01)
+    marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=10.0, now=10.01)
     assert marks.start(20.0)[0] == {3: LONG_AGO}
     assert marks.sweep_at == pytest.approx(11.01)
     assert marks.early_sweep_at == pytest.approx(10.21)
-    marks.swept([Line(3, LONG_AGO, None)], full=False, began=20.0, now=21.0)
+    marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=20.0, now=21.0)
     assert marks.sweep_at == marks.early_sweep_at == pytest.approx(41.0)
 
 
 def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:
     marks = Watermarks(poll_interval=1.0)
-    marks.swept([Line(3, LONG_AGO, None)], full=True, began=0.0, now=0.0)
+    marks.swept([Line(3, LONG_AGO, None, None)], full=True, began=0.0, now=0.0)
     assert marks.start(0.0)[0][3] < LONG_AGO

@@ -36,7 +36,7 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._exchange import Claim, Exchange
+from bgjob._exchange import Exchange, Sweep
 from bgjob._link import Link
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
@@ -983,7 +983,7 @@ def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
     crew.enqueue("killer", "last chance")
     conn.execute(
         "update bgjob_job set token = 1, lease_until = clock_timestamp() - interval '1 s', "
-        "last_error = 'why', attempt = case id when 'killer' then 3 else 2 end"
+        "last_error = 'why', deaths = 1, attempt = case id when 'killer' then 3 else 2 end"
     )
     crew.start(Mux().register("t", gate, max_attempts=3), observer=observer)
     observer.wait_for("buried", "killer")
@@ -993,6 +993,17 @@ def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
     assert "out of attempts: 3 of 3 were charged" in dead.last_error
     assert "its worker died or lost the lease; last error: why" in dead.last_error
     assert [(job.id, job.attempt) for job in gate.runs] == [("last chance", 3)]
+
+
+def test_the_last_attempt_of_a_job_that_was_not_alone_when_its_worker_died_is_given_again(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    observer = Recorder()
+    crew.enqueue("a")
+    conn.execute("update bgjob_job set token = 1, lease_until = '-infinity', attempt = 3")
+    crew.start(Mux().register("t", lambda _: Retry(0), max_attempts=3), observer=observer)
+    observer.wait_for("buried", "a")
+    assert observer.of("started") == [("started", "a", 4)]
 
 
 # -- a connection that is killed ---------------------------------------------------------------
