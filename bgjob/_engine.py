@@ -10,7 +10,7 @@ it says what happened and what time it is, and asks for the next step:
     reject()         the server refused the exchange: nothing of it happened
     disconnect()     the connection broke: the exchange happened, or did not
     reconnect()      there is a connection again
-    finish()         handlers ended
+    finish()         handlers ended; gives events
     withdrawn()      what a Withdraw took back
     wake()           a notification came
     shutdown()       claim nothing more, finish, stop
@@ -28,7 +28,7 @@ Times are seconds of any monotonic clock. It holds to this:
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from math import inf
@@ -36,7 +36,11 @@ from math import inf
 from bgjob._exchange import (
     Claim,
     ClaimSuspect,
+    Committed,
+    Doubtful,
+    Event,
     Exchange,
+    Fenced,
     LeaseLost,
     News,
     Outcome,
@@ -103,11 +107,13 @@ class Engine:
         lease: float,
         notify: bool,
         tokens: Iterator[int],
+        transactional: Collection[str] = (),
     ) -> None:
         self._concurrency = concurrency
         self._poll_interval = poll_interval
         self._lease = lease
         self._tokens = tokens
+        self._transactional = transactional
         self._pace = Pace(concurrency)
         self._parking = Parking(poll_interval, enabled=notify)
 
@@ -154,8 +160,11 @@ class Engine:
 
     # -- what happened --------------------------------------------------------------
 
-    def finish(self, outcomes: Sequence[Outcome]) -> None:
-        """Handlers ended; the result of a job that was lost meanwhile is dropped."""
+    def finish(self, outcomes: Sequence[Outcome]) -> list[Event]:
+        """Handlers ended; the result of a job that was lost meanwhile is dropped.
+
+        Gives the events of what their own transactions have settled.
+        """
         self._running -= len(outcomes)
         if not self._running:
             self._suspects.ended()
@@ -164,7 +173,25 @@ class Engine:
             lost = {outcome.claimed for outcome in outcomes} & self._lost
             outcomes = [outcome for outcome in outcomes if outcome.claimed not in lost]
             self._lost -= lost
+        events: list[Event] = []
+        if self._transactional:
+            events = [e for o in outcomes if (e := self._settled_itself(o)) is not None]
+            outcomes = [o for o in outcomes if not isinstance(o.result, Committed | Fenced)]
         self._pending.extend(outcomes)
+        return events
+
+    def _settled_itself(self, outcome: Outcome) -> Event | None:
+        claimed, result, took = outcome
+        match result:
+            case Committed(result):
+                event: Event = Outcome(claimed, result, took)
+            case Fenced():
+                event = LeaseLost(claimed.job)
+            case _:
+                return None
+        self._drop(claimed)
+        self._told = True  # it may have been rescheduled
+        return event
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""
@@ -406,36 +433,50 @@ class Engine:
         return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
 
     def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> None:
-        settled, batches = reply.settled, self._batches
+        settled = reply.settled
         for outcome in sent.outcomes:
-            claimed, result, _ = outcome
-            batch = batches.get(claimed.token)
-            if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+            claimed, result, took = outcome
+            batch = self._drop(claimed)
+            if batch is None:
                 continue  # lost while this was under way
-            if not batch.jobs:
-                del batches[claimed.token]
             unsure = bool(self._unsure) and claimed in self._unsure
             if unsure:
                 self._unsure.discard(claimed)
-            # Where it is not there, but nobody else can have had it, the settlement
-            # whose answer was lost had been committed.
-            if claimed.job.id not in settled and not (unsure and sent.at < batch.expires):
-                news.events.append(LeaseLost(claimed.job))
-                continue
+            doubtful = isinstance(result, Doubtful)
+            if claimed.job.id not in settled:
+                # Where it is not there, but nobody else can have had it, the settlement
+                # whose answer was lost had been committed.
+                if not ((unsure or doubtful) and sent.at < batch.expires):
+                    news.events.append(LeaseLost(claimed.job))
+                    continue
+                result = result.result if isinstance(result, Doubtful) else result
+            elif isinstance(result, Doubtful):
+                result = result.otherwise
             if not isinstance(result, Release):
-                news.events.append(outcome)
+                news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 self._due_at = min(self._due_at, now + outcome.delay)
+
+    def _drop(self, claimed: Claimed) -> _Batch | None:
+        """Let a claim go; give its batch, or None if it is gone already."""
+        batch = self._batches.get(claimed.token)
+        if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+            return None
+        if not batch.jobs:
+            del self._batches[claimed.token]
+        return batch
 
     def _extended(self, sent: _Sent, reply: Reply, news: News) -> None:
         lost = []
         for claimed in sent.exchange.extend:
+            batch = self._batches.get(claimed.token)
+            if batch is None or claimed.job.id not in batch.jobs:
+                continue  # its own transaction has settled it meanwhile
+            batch.extend_at = sent.at + self._lease / 3
             if claimed.job.id in reply.extended:
-                batch = self._batches[claimed.token]
                 batch.expires = sent.at + self._lease
-                batch.extend_at = sent.at + self._lease / 3
-            elif not self._unsure or claimed not in self._unsure:
-                lost.append(claimed)
+            elif claimed not in self._unsure and claimed.job.type not in self._transactional:
+                lost.append(claimed)  # the transaction of others tells by itself
         if lost:
             self._lose(lost, news)
 
@@ -452,10 +493,7 @@ class Engine:
         self._lost |= lost - finished
         self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
-            jobs = self._batches[claimed.token].jobs
-            del jobs[claimed.job.id]
-            if not jobs:
-                del self._batches[claimed.token]
+            self._drop(claimed)
             news.events.append(LeaseLost(claimed.job))
 
     def _waits(self, now: float) -> bool:

@@ -7,7 +7,16 @@ from collections import deque
 from collections.abc import Iterable
 from typing import assert_never
 
-from bgjob._exchange import Event, LeaseLost, Outcome, QueueIsEmpty, Release
+from bgjob._exchange import (
+    Committed,
+    Doubtful,
+    Event,
+    Fenced,
+    LeaseLost,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+)
 from bgjob._statements import Claimed
 from bgjob.job import Job
 from bgjob.observer import Observer
@@ -109,8 +118,8 @@ class Events:
                         observer.job_rescheduled(job, event.delay)
                     case MoveToDlq(error):
                         observer.job_moved_to_dlq(job, error)
-                    case Release():
-                        raise AssertionError("a release is no event")
+                    case Release() | Committed() | Fenced() | Doubtful():
+                        raise AssertionError("that is no event")
                     case _:
                         assert_never(result)
             case LeaseLost(job):

@@ -70,15 +70,13 @@ class Exchange:
 
     def settle(self, outcome: "Outcome") -> None:
         """Add the settlement of a job."""
-        claimed = outcome.claimed
-        match outcome.result:
+        claimed, result = outcome.claimed, outcome.result
+        match result.otherwise if isinstance(result, Doubtful) else result:
             case Complete():
                 self.complete.append(claimed)
-            case Retry():
+            case Retry(_, error):
                 self.postpone.append(
-                    Postponed(
-                        claimed, outcome.delay, error_text(outcome.result.error), refund=False
-                    )
+                    Postponed(claimed, outcome.delay, error_text(error), refund=False)
                 )
             case Reschedule():
                 self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
@@ -88,6 +86,8 @@ class Exchange:
                 )
             case MoveToDlq(error):
                 self.bury.append(Buried(claimed, error_text(error) or ""))
+            case Committed() | Fenced():
+                raise AssertionError("its own transaction has settled it")
 
     def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
         """Give the SQL in the order in which it must run, each with its part of the Reply."""
@@ -176,18 +176,40 @@ class Release:
     """The result of a job that did not start: it goes back, with its attempt."""
 
 
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The result of a job that its handler's own transaction has settled."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The handler's own transaction found the lease lost, and was rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubtful:
+    """The commit of the handler's own transaction failed, or its answer was lost."""
+
+    result: Result
+    """If it was committed: the job is held no more."""
+    otherwise: Result
+
+
 class Outcome(NamedTuple):
     """How a claimed job ended."""
 
     claimed: Claimed
-    result: Result | Release
+    result: Result | Release | Committed | Fenced | Doubtful
     took: float | None
     """Seconds in its handler; None where it did not run."""
 
     @property
     def delay(self) -> float:
         """Seconds until the job is due again; retries come here with their delay decided."""
-        match self.result:
+        result = self.result.otherwise if isinstance(self.result, Doubtful) else self.result
+        match result:
             case Retry(delay) | Reschedule(delay) if delay is not None:
                 return delay if isinstance(delay, float | int) else delay.total_seconds()
             case _:

@@ -4,8 +4,7 @@ import contextlib
 import inspect
 import select
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import psycopg
@@ -13,13 +12,15 @@ from psycopg.abc import RV, PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow, tuple_row
 from psycopg.waiting import Ready, Wait
+from typing_extensions import override
 
 from bgjob import schema
+from bgjob._connection import Recipe, options, silence
 from bgjob._exchange import Exchange, Reply
 from bgjob._statements import Statement, backend_pid, listen, schema_comment, session
 
-_DEADLINE = 10.0
-"""Seconds for one exchange; a network that has gone silent is given up after them."""
+_PATIENCE = 10.0
+"""Seconds without a sign of the server, after which it is given up."""
 
 _LONGEST_SLEEP = 3600.0
 
@@ -39,10 +40,6 @@ _SESSION = {
     "enable_sort": "off",
     "jit": "off",
 }
-
-# What a pool's keyword arguments may hold beside the parameters of the connection.
-_NOT_CONNINFO = {"autocommit", "context", "cursor_factory", "prepare_threshold", "row_factory"}
-
 
 _EVENTS = {
     Wait.R: select.POLLIN,
@@ -103,8 +100,7 @@ class Bell:
 class _Connection(psycopg.Connection[TupleRow]):
     """A connection whose every wait ends."""
 
-    deadline = float("inf")
-
+    @override
     def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
         # poll() and nothing else: each system call here gives up the interpreter
         # to the handlers' threads, and has to win it back.
@@ -113,12 +109,9 @@ class _Connection(psycopg.Connection[TupleRow]):
             poll = select.poll()
             poll.register(self.pgconn.socket, _EVENTS[wanted])
             while True:
-                left = self.deadline - time.monotonic()
-                ready = poll.poll(left * 1000 + 1) if left > 0 else []
+                ready = poll.poll(_PATIENCE * 1000)
                 if not ready:
-                    raise psycopg.OperationalError(
-                        f"no answer from the server within {_DEADLINE:g} s"
-                    )
+                    raise silence(_PATIENCE)
                 event = ready[0][1]
                 again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
                 if again != wanted:
@@ -163,7 +156,7 @@ class Link:
 
     def __init__(
         self,
-        recipe: Callable[[], tuple[str, Mapping[str, Any]]],
+        recipe: Callable[[], Recipe],
         queue: str,
         *,
         lease: float,
@@ -186,20 +179,18 @@ class Link:
             SchemaError: the tables are missing or of another version.
 
         """
-        conninfo, kwargs = self._recipe()
-        options = {k: v for k, v in kwargs.items() if k not in _NOT_CONNINFO}
-        options.setdefault("connect_timeout", int(_DEADLINE))
+        settings = options(self._recipe())
         # Statements are few and long: prepared at once, unless a pool forbids it.
-        prepares = kwargs.get("prepare_threshold", 0) is not None
-        connection = _Connection.connect(
-            conninfo,
-            autocommit=True,
-            prepare_threshold=0 if prepares else None,
-            row_factory=tuple_row,
-            **options,
-        )
+        prepares = settings.get("prepare_threshold", 0) is not None
+        ours = {
+            "autocommit": True,
+            "prepare_threshold": 0 if prepares else None,
+            "row_factory": tuple_row,
+            "cursor_factory": None,
+            "context": None,
+        }
+        connection = _Connection.connect(**settings | ours)
         try:
-            connection.deadline = time.monotonic() + _DEADLINE
             # A pooler in transaction mode gives each transaction another session:
             # settings and locks would stay behind with strangers.
             direct = self._run(connection, backend_pid()) == connection.info.backend_pid
@@ -265,7 +256,6 @@ class Link:
         connection = self._connection
         if connection is None:
             raise psycopg.OperationalError("the connection is closed")
-        connection.deadline = time.monotonic() + _DEADLINE
         return connection
 
     def _ask(self, connection: _Connection, exchange: Exchange) -> Answer:

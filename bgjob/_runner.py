@@ -20,6 +20,7 @@ from time import perf_counter
 
 from bgjob._exchange import Outcome, Release
 from bgjob._statements import Claimed
+from bgjob._transaction import Ending, Transactions
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq
@@ -49,6 +50,7 @@ class Runner:
     def __init__(
         self,
         mux: Mux,
+        transactions: Transactions,
         *,
         queue: str,
         concurrency: int,
@@ -57,6 +59,7 @@ class Runner:
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._mux = mux
+        self._transactions = transactions
         self._queue = queue
         self._started = started
         self._finished = finished
@@ -221,7 +224,10 @@ class Runner:
             else:
                 self._started(claimed.job)
                 began = perf_counter()
-                result = route.run(claimed.job)
+                if route.is_transactional:
+                    result: Ending = self._transactions.run(route, claimed)
+                else:
+                    result = route.run(claimed.job)
                 self._outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = None
@@ -269,7 +275,10 @@ class Runner:
                 self._started(claimed.job)
                 began = perf_counter()
                 try:
-                    result = route.judge(claimed.job, await route.handler(claimed.job))
+                    if route.is_transactional:
+                        result: Ending = await self._transactions.run_async(route, claimed)
+                    else:
+                        result = route.judge(claimed.job, await route.handler(claimed.job))
                 except BaseException as error:
                     result = route.failed(claimed.job, error)
                 if task.cancelling():

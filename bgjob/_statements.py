@@ -444,6 +444,16 @@ def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
     )
 
 
+def begin(token: int) -> bytes:
+    """Open the transaction of a handler, and mark it as the one that belongs to a claim."""
+    return f"begin; set local bgjob.claim = '{token:d}'".encode()
+
+
+def claim_of_transaction() -> Statement[str | None]:
+    """Give the token of the claim that this transaction was opened for."""
+    return Statement("select current_setting('bgjob.claim', true)", None, _scalar)
+
+
 class Postponed(NamedTuple):
     """A job that goes back to its queue."""
 
@@ -521,13 +531,24 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
 
 
 def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
-    """Let leases end `lease` seconds from now; the ids of those still held."""
+    """Let leases end `lease` seconds from now; the ids of those still held.
+
+    A row that somebody has locked is passed over: the handler whose transaction
+    settles it, mostly, and the other leases must not wait for that.
+    """
     return Statement(
         """
-        update bgjob_job
-        set lease_until = clock_timestamp() + %(lease)s * interval '1 second'
+        with extended as (
+            update bgjob_job
+            set lease_until = clock_timestamp() + %(lease)s * interval '1 second'
+            where ctid = any (array(
+                select ctid from bgjob_job
+                where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+                for update skip locked
+            ))
+        )
+        select id from bgjob_job
         where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-        returning id
         """,
         {**_held(claimed), "lease": lease},
         _column,

@@ -3,21 +3,25 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from itertools import islice
 from secrets import randbits
+from time import monotonic
 from typing import Any, Literal, Self, TypeVar
 
-from psycopg import AsyncConnection, AsyncCursor, BaseConnection, Connection, Cursor
+import psycopg
+from psycopg import AsyncCursor, BaseConnection, Cursor
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob import _statements
+from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo
 from bgjob._duration import Duration, seconds
-from bgjob._exchange import Exchange, Outcome
+from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._statements import Claimed, Statement, Suspect
+from bgjob._transaction import Ending, Transactions, settlement
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     EmptyQueueError,
@@ -25,14 +29,11 @@ from bgjob.errors import (
     LeaseLostError,
     RequestsRequiredError,
 )
-from bgjob.job import EnqueueRequest, Job
-from bgjob.mux import Mux
-from bgjob.result import MoveToDlq, Result
+from bgjob.job import EnqueueRequest
+from bgjob.mux import Mux, Route
+from bgjob.result import MoveToDlq, Result, Retry
 
 T = TypeVar("T")
-
-Recipe = tuple[str, Mapping[str, Any]]
-"""How to connect: a connection string, and keyword arguments."""
 
 OnConflict = Literal["raise", "skip"]
 
@@ -42,6 +43,17 @@ _CHUNK = 10_000
 _POOL_SIZE = 10
 _DO_LEASE = 300.0
 
+_PATIENCE = 30.0
+"""Seconds without a sign of the server, or without a connection, before an operation fails."""
+
+
+class _Connection(Connection):
+    patience = _PATIENCE
+
+
+class _AsyncConnection(AsyncConnection):
+    patience = _PATIENCE
+
 
 class Client:
     """Writes jobs to PostgreSQL, and reads the dead-letter table. Thread-safe.
@@ -49,25 +61,31 @@ class Client:
     Args:
         source: a connection string, or a psycopg_pool.ConnectionPool of yours. From
             a string the client makes a pool at its first use, of at most 10
-            connections, and closes it with `close()`; a fork gets a new one.
-            Your own pool is only borrowed.
+            connections, and closes it with `close()`; a fork gets a new one;
+            a server that is silent for 30 s raises psycopg.OperationalError.
+            Your own pool is only borrowed, with the timeouts you gave it.
         notify: whether enqueues wake workers that sleep; True by default. Switch
             it off where nobody listens: behind a pooler in transaction mode the
             workers poll.
+
+    Raises:
+        ValueError: a string that is no connection string.
 
     A context manager; leaving it closes it.
     """
 
     def __init__(self, source: str | ConnectionPool[Any], *, notify: bool = True) -> None:
-        self._source = source
+        self._source = check_conninfo(source) if isinstance(source, str) else source
         self._notify = notify
-        self._own: ConnectionPool[Connection[Any]] | None = None
+        self._own: ConnectionPool[_Connection] | None = None
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self.dlq = Dlq(self._run)
         """The dead-letter table."""
 
-    def enqueue(self, request: EnqueueRequest, *, conn: Connection[Any] | None = None) -> str:
+    def enqueue(
+        self, request: EnqueueRequest, *, conn: psycopg.Connection[Any] | None = None
+    ) -> str:
         """Write a job; give its id.
 
         Args:
@@ -92,7 +110,7 @@ class Client:
         requests: Iterable[EnqueueRequest],
         *,
         on_conflict: OnConflict = "raise",
-        conn: Connection[Any] | None = None,
+        conn: psycopg.Connection[Any] | None = None,
     ) -> list[str | None]:
         """Write jobs, all or none; give their ids, in order.
 
@@ -143,27 +161,27 @@ class Client:
         """
         if mux.has_coroutines and _runs_a_loop():
             raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
-        token = randbits(63)
         lease = seconds(lease, "lease")
+        token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
-        job, deaths = _only(self._run(claim, None), queue)
-        route = mux.route(job, deaths)
+        claimed = _only(self._run(claim, None), queue, token)
+        job, route = claimed.job, mux.route(claimed.job, claimed.deaths)
+        ends_at = monotonic() + lease
+        ending: Ending
         if isinstance(route, MoveToDlq):
-            result: Result = route
+            ending = route
+        elif route.is_coroutine:
+            ending = asyncio.run(_run_async(route, claimed, self.recipe))
+        elif route.is_transactional:
+            with closing(Transactions(self.recipe)) as transactions:
+                ending = transactions.run(route, claimed)
         else:
-            try:
-                handler = route.handler
-                returned = asyncio.run(handler(job)) if route.is_coroutine else handler(job)
-                result = route.judge(job, returned)
-            except Exception as error:
-                result = route.failed(job, error)
-            except BaseException as error:
-                self._run(_settlement(job, token, route.failed(job, error)), None)
-                raise
-        settlement = _settlement(job, token, result)
-        if job.id not in self._run(settlement, None):
-            raise _lost(job, lease)
-        return result
+            ending = route.run(job)
+        settled = isinstance(ending, Committed) or (
+            not isinstance(ending, Fenced)
+            and job.id in self._run(settlement(claimed, ending), None)
+        )
+        return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
     def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
@@ -195,7 +213,10 @@ class Client:
                 self._pid = os.getpid()
                 self._own = ConnectionPool(
                     self._source,
+                    connection_class=_Connection,
                     kwargs={"autocommit": True},
+                    timeout=_PATIENCE,
+                    reconnect_timeout=_PATIENCE,
                     min_size=0,
                     max_size=_POOL_SIZE,
                     open=False,
@@ -205,7 +226,9 @@ class Client:
             return self._own
 
     @contextmanager
-    def _connection(self, conn: Connection[Any] | None) -> Iterator[Connection[Any]]:
+    def _connection(
+        self, conn: psycopg.Connection[Any] | None
+    ) -> Iterator[psycopg.Connection[Any]]:
         if conn is not None:
             yield conn
             return
@@ -221,12 +244,12 @@ class Client:
                 if not pooled.closed:
                     pooled.autocommit = False
 
-    def _run(self, statement: Statement[T], conn: Connection[Any] | None) -> T:
+    def _run(self, statement: Statement[T], conn: psycopg.Connection[Any] | None) -> T:
         with self._connection(conn) as connection:
             return _execute(connection, statement)
 
 
-def _execute(connection: Connection[Any], statement: Statement[T]) -> T:
+def _execute(connection: psycopg.Connection[Any], statement: Statement[T]) -> T:
     # A plain cursor, whatever factories the caller's connection has.
     with Cursor(connection, row_factory=tuple_row) as cursor:
         cursor.execute(statement.text, statement.params, binary=statement.binary)
@@ -247,15 +270,15 @@ class AsyncClient:
     """
 
     def __init__(self, source: str | AsyncConnectionPool[Any], *, notify: bool = True) -> None:
-        self._source = source
+        self._source = check_conninfo(source) if isinstance(source, str) else source
         self._notify = notify
-        self._own: AsyncConnectionPool[AsyncConnection[Any]] | None = None
+        self._own: AsyncConnectionPool[_AsyncConnection] | None = None
         self._pid = os.getpid()
         self.dlq = AsyncDlq(self._run)
         """The dead-letter table."""
 
     async def enqueue(
-        self, request: EnqueueRequest, *, conn: AsyncConnection[Any] | None = None
+        self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None
     ) -> str:
         """Write a job; give its id. As Client.enqueue."""
         if not await self._run(_statements.enqueue(request, notify=self._notify), conn):
@@ -267,7 +290,7 @@ class AsyncClient:
         requests: Iterable[EnqueueRequest],
         *,
         on_conflict: OnConflict = "raise",
-        conn: AsyncConnection[Any] | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> list[str | None]:
         """Write jobs, all or none; give their ids, in order. As Client.bulk_enqueue."""
         chunks = _chunks(requests)
@@ -285,28 +308,27 @@ class AsyncClient:
 
         A coroutine handler is awaited here, a plain one runs on a thread.
         """
-        token = randbits(63)
         lease = seconds(lease, "lease")
+        token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
-        job, deaths = _only(await self._run(claim, None), queue)
-        route = mux.route(job, deaths)
+        claimed = _only(await self._run(claim, None), queue, token)
+        route = mux.route(claimed.job, claimed.deaths)
+        ends_at = monotonic() + lease
+        ending: Ending
         if isinstance(route, MoveToDlq):
-            result: Result = route
+            ending = route
+        elif route.is_coroutine:
+            ending = await _run_async(route, claimed, self.recipe)
+        elif route.is_transactional:
+            with closing(Transactions(self.recipe)) as transactions:
+                ending = await asyncio.to_thread(transactions.run, route, claimed)
         else:
-            try:
-                handler = route.handler
-                running = handler(job) if route.is_coroutine else asyncio.to_thread(handler, job)
-                result = route.judge(job, await running)
-            except Exception as error:
-                result = route.failed(job, error)
-            except BaseException as error:
-                settlement = _settlement(job, token, route.failed(job, error))
-                await asyncio.shield(self._run(settlement, None))
-                raise
-        settlement = _settlement(job, token, result)
-        if job.id not in await self._run(settlement, None):
-            raise _lost(job, lease)
-        return result
+            ending = await asyncio.to_thread(route.run, claimed.job)
+        settled = isinstance(ending, Committed) or (
+            not isinstance(ending, Fenced)
+            and claimed.job.id in await asyncio.shield(self._run(settlement(claimed, ending), None))
+        )
+        return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
     async def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
@@ -335,7 +357,10 @@ class AsyncClient:
             self._pid = os.getpid()
             self._own = AsyncConnectionPool(
                 self._source,
+                connection_class=_AsyncConnection,
                 kwargs={"autocommit": True},
+                timeout=_PATIENCE,
+                reconnect_timeout=_PATIENCE,
                 min_size=0,
                 max_size=_POOL_SIZE,
                 open=False,
@@ -346,8 +371,8 @@ class AsyncClient:
 
     @asynccontextmanager
     async def _connection(
-        self, conn: AsyncConnection[Any] | None
-    ) -> AsyncIterator[AsyncConnection[Any]]:
+        self, conn: psycopg.AsyncConnection[Any] | None
+    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         if conn is not None:
             yield conn
             return
@@ -362,12 +387,12 @@ class AsyncClient:
                 if not pooled.closed:
                     await pooled.set_autocommit(False)
 
-    async def _run(self, statement: Statement[T], conn: AsyncConnection[Any] | None) -> T:
+    async def _run(self, statement: Statement[T], conn: psycopg.AsyncConnection[Any] | None) -> T:
         async with self._connection(conn) as connection:
             return await _execute_async(connection, statement)
 
 
-async def _execute_async(connection: AsyncConnection[Any], statement: Statement[T]) -> T:
+async def _execute_async(connection: psycopg.AsyncConnection[Any], statement: Statement[T]) -> T:
     async with AsyncCursor(connection, row_factory=tuple_row) as cursor:
         await cursor.execute(statement.text, statement.params, binary=statement.binary)
         return statement.parse(await cursor.fetchall())
@@ -436,21 +461,46 @@ def _placed(
     return ids
 
 
-def _only(claimed: list[Suspect], queue: str) -> Suspect:
-    if not claimed:
+def _only(suspects: list[Suspect], queue: str, token: int) -> Claimed:
+    if not suspects:
         raise EmptyQueueError(f"no job of queue {queue!r} is due now")
-    return claimed[0]
+    [(job, deaths)] = suspects
+    return Claimed(job, token, deaths)
 
 
-def _settlement(job: Job, token: int, result: Result) -> Statement[list[str]]:
-    exchange = Exchange()
-    exchange.settle(Outcome(Claimed(job, token), result, None))
-    [(statement, _)] = exchange.statements(job.queue, 0.0)
-    return statement
+async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
+    if route.is_transactional:
+        with closing(Transactions(recipe)) as transactions:
+            return await transactions.run_async(route, claimed)
+    try:
+        return route.judge(claimed.job, await route.handler(claimed.job))
+    except BaseException as error:
+        return route.failed(claimed.job, error)
 
 
-def _lost(job: Job, lease: float) -> LeaseLostError:
-    return LeaseLostError(
-        f"job {job.id!r} of type {job.type!r} outlived its lease of {lease:g} s and was claimed "
-        "again; its result was dropped: give do() a longer lease"
-    )
+def _result(
+    claimed: Claimed, ending: Ending, *, settled: bool, lease: float, alive: bool
+) -> Result:
+    """Give the result that was stored; pass on an interrupt; raise LeaseLostError."""
+    match ending:
+        case Committed(result):
+            return result
+        case Doubtful(result) if not settled and alive:
+            return result  # nobody else can have had it: the commit was done
+        case Doubtful(_, result):
+            pass
+        case Fenced():
+            settled = False
+        case _:
+            result = ending
+    if not settled:
+        job = claimed.job
+        raise LeaseLostError(
+            f"job {job.id!r} of type {job.type!r} outlived its lease of {lease:g} s and was "
+            "claimed again; its result was dropped: give do() a longer lease"
+        )
+    if isinstance(result, Retry | MoveToDlq):
+        error = result.error
+        if isinstance(error, BaseException) and not isinstance(error, Exception):
+            raise error
+    return result

@@ -5,15 +5,23 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
+
+from psycopg import AsyncConnection, Connection
 
 from bgjob._duration import seconds
-from bgjob.errors import TypeRequiredError, UnknownTypeError
+from bgjob.errors import BgjobError, TypeRequiredError, UnknownTypeError
 from bgjob.job import Job, check_name
 from bgjob.result import Backoff, BackoffPolicy, Complete, MoveToDlq, Reschedule, Result, Retry
 
 Handler: TypeAlias = Callable[[Job], Result | None] | Callable[[Job], Awaitable[Result | None]]
 """A plain function, run on a thread, or a coroutine function, run on an event loop."""
+
+TransactionalHandler: TypeAlias = (
+    Callable[[Job, Connection[Any]], Result | None]
+    | Callable[[Job, AsyncConnection[Any]], Awaitable[Result | None]]
+)
+"""A handler that is given a connection, async for a coroutine function, in a transaction."""
 
 _H = TypeVar("_H", bound=Callable[..., Any])
 
@@ -25,8 +33,9 @@ class Route:
     """A job type's handler and policy."""
 
     type: str
-    handler: Callable[[Job], Any]
+    handler: Callable[..., Any]
     is_coroutine: bool
+    is_transactional: bool
     max_attempts: int | None
     backoff: BackoffPolicy
 
@@ -60,19 +69,29 @@ class Route:
             case _:
                 if inspect.iscoroutine(returned):
                     returned.close()
-                name = getattr(self.handler, "__qualname__", repr(self.handler))
                 return self.failed(
                     job,
                     TypeError(
-                        f"handler {name} of job type {self.type!r} returned "
-                        f"{type(returned).__name__}; return Complete(), Retry(), Reschedule(), "
-                        "MoveToDlq() or None"
+                        f"{self._named} returned {type(returned).__name__}; "
+                        "return Complete(), Retry(), Reschedule(), MoveToDlq() or None"
                     ),
                 )
 
     def failed(self, job: Job, error: BaseException) -> Result:
         """Turn what the handler raised into the result to store."""
         return self.judge(job, Retry(error=error))
+
+    def transaction_ended(self) -> BgjobError:
+        """Make the error of a handler that ended the transaction it was given."""
+        return BgjobError(
+            f"{self._named} ended the transaction it was given, and what it may have committed "
+            "stays; the job is not run again: leave commit and rollback to the worker"
+        )
+
+    @property
+    def _named(self) -> str:
+        name = getattr(self.handler, "__qualname__", repr(self.handler))
+        return f"handler {name} of job type {self.type!r}"
 
     def _delay(self, attempt: int) -> float:
         try:
@@ -103,12 +122,37 @@ class Mux:
 
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
+        self.transactional: set[str] = set()
+        """The job types whose handlers take part in a transaction."""
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: Handler,
+        *,
+        transactional: Literal[False] = ...,
+        max_attempts: int | None = ...,
+        backoff: BackoffPolicy = ...,
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: TransactionalHandler,
+        *,
+        transactional: Literal[True],
+        max_attempts: int | None = ...,
+        backoff: BackoffPolicy = ...,
+    ) -> Self: ...
 
     def register(
         self,
-        type: str,  # noqa: A002 (the word of the rest of the API)
-        handler: Handler,
+        type: str,  # noqa: A002
+        handler: Callable[..., Any],
         *,
+        transactional: bool = False,
         max_attempts: int | None = 25,
         backoff: BackoffPolicy = _BACKOFF,
     ) -> Self:
@@ -119,6 +163,13 @@ class Mux:
             handler: a plain function, run on a thread, or a coroutine function,
                 run on an event loop. One that raises, or whose worker dies,
                 has used up an attempt.
+            transactional: whether the handler is called as `handler(job, conn)`
+                with a connection of the worker's, a psycopg.Connection or for a
+                coroutine function an AsyncConnection, in an open transaction.
+                Its SQL, the jobs it enqueues with `conn=conn` and its result
+                commit together; Retry() and exceptions roll back. It must not
+                end the transaction itself. False by default: no transaction is
+                open and no connection is held while a handler runs.
             max_attempts: how often a job may fail before it goes to the
                 dead-letter table; 25 by default, half a day with the default
                 backoff. None: endlessly.
@@ -131,34 +182,49 @@ class Mux:
             TypeError: the handler is not callable.
 
         """
-        if not type:
-            raise TypeRequiredError("type is required: name the jobs that the handler runs")
-        check_name("type", type)
-        if type in self._routes:
-            raise ValueError(f"job type {type!r} is registered already: one handler a type")
-        if not callable(handler):
-            raise TypeError(f"the handler of job type {type!r} is not callable: {handler!r}")
-        if max_attempts is not None and max_attempts < 1:
-            raise ValueError(
-                f"max_attempts must be at least 1, or None for endless, not {max_attempts!r}"
-            )
-        self._routes[type] = Route(type, handler, _is_coroutine(handler), max_attempts, backoff)
+        self._register(type, handler, transactional, max_attempts, backoff)
         return self
 
     def handler(
         self,
         type: str,  # noqa: A002
         *,
+        transactional: bool = False,
         max_attempts: int | None = 25,
         backoff: BackoffPolicy = _BACKOFF,
     ) -> Callable[[_H], _H]:
         """Register the decorated function; the arguments are those of `register`."""
 
         def decorate(function: _H) -> _H:
-            self.register(type, function, max_attempts=max_attempts, backoff=backoff)
+            self._register(type, function, transactional, max_attempts, backoff)
             return function
 
         return decorate
+
+    def _register(
+        self,
+        type_: str,
+        handler: Callable[..., Any],
+        transactional: bool,
+        max_attempts: int | None,
+        backoff: BackoffPolicy,
+    ) -> None:
+        if not type_:
+            raise TypeRequiredError("type is required: name the jobs that the handler runs")
+        check_name("type", type_)
+        if type_ in self._routes:
+            raise ValueError(f"job type {type_!r} is registered already: one handler a type")
+        if not callable(handler):
+            raise TypeError(f"the handler of job type {type_!r} is not callable: {handler!r}")
+        if max_attempts is not None and max_attempts < 1:
+            raise ValueError(
+                f"max_attempts must be at least 1, or None for endless, not {max_attempts!r}"
+            )
+        self._routes[type_] = Route(
+            type_, handler, _is_coroutine(handler), transactional, max_attempts, backoff
+        )
+        if transactional:
+            self.transactional.add(type_)
 
     def route(self, job: Job, deaths: int = 0) -> Route | MoveToDlq:
         """Give the route of a claimed job, or the result of one that must not run.

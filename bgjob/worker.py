@@ -19,6 +19,7 @@ from bgjob._events import Events
 from bgjob._exchange import Exchange, Reply, Sleep, Stop, Withdraw
 from bgjob._link import Answer, Bell, Link
 from bgjob._runner import Runner, inside
+from bgjob._transaction import Transactions
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
 from bgjob.job import check_name
@@ -62,6 +63,7 @@ class _Control:
             raise ValueError(f"poll_interval must be at least 0.001 s, not {poll_interval!r}")
         if self._lease < 1:
             raise ValueError(f"lease must be at least 1 s, not {lease!r}")
+        self._client = client
         self._queue = queue
         self._mux = mux
         self._concurrency = concurrency
@@ -92,9 +94,12 @@ class _Control:
                 lease=self._lease,
                 notify=self._link.can_notify,
                 tokens=count(randbits(62)),
+                transactional=self._mux.transactional,
             )
+            self._transactions = Transactions(self._client.recipe)
             self._runner = Runner(
                 self._mux,
+                self._transactions,
                 queue=self._queue,
                 concurrency=self._concurrency,
                 started=self._events.started,
@@ -143,6 +148,7 @@ class _Control:
         finally:
             self._link.close()
             self._runner.close()
+            self._transactions.close()
             self._events.close(_LAST_WORDS)
             self._bell.close()
             self.done.set_result(None)
@@ -150,7 +156,7 @@ class _Control:
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
         engine, runner = self._engine, self._runner
-        engine.finish(runner.collect())
+        self._collect()
         if notice := self._link.take_notice():
             engine.wake(relief=notice.relief)
         now = monotonic()
@@ -199,18 +205,23 @@ class _Control:
 
     def _stream(self, exchange: Exchange) -> None:
         """Exchange for as long as jobs flow, each answer worked on while the next is made."""
-        engine, runner, link = self._engine, self._runner, self._link
+        engine, link = self._engine, self._link
         with link.streaming():
             answer: Answer | None = link.send(exchange)
             while answer is not None:
                 link.receive(answer)
-                engine.finish(runner.collect())
+                self._collect()
                 ahead = engine.ahead(monotonic()) if self._give_up_at is None else None
                 try:
                     coming = link.send(ahead) if ahead else None
                 finally:
                     self._acknowledge(answer.read())
                 answer = coming
+
+    def _collect(self) -> None:
+        events = self._engine.finish(self._runner.collect())
+        if events:
+            self._events.tell(events)
 
     def _acknowledge(self, reply: Reply) -> None:
         news = self._engine.acknowledge(reply, monotonic())

@@ -1061,7 +1061,7 @@ def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_to_complai
         assert terminate_workers(conn) == 1
         assert eventually(lambda: terminate_workers(conn) == 0)
         with pytest.raises(psycopg.OperationalError):
-            link.exchange(Exchange(claim=Claim(1, number, None)))
+            link.exchange(Exchange(claim=Sweep(1, number)))
         assert not link.is_open
         link.close()
         gc.collect()

@@ -1,0 +1,92 @@
+"""Connections that give up on a server that has gone silent."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from math import inf
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg.abc import RV, PQGen
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq.abc import PGconn
+from typing_extensions import override
+
+Recipe: TypeAlias = tuple[str, Mapping[str, Any]]
+"""How to connect: a connection string, and keyword arguments."""
+
+_CONNECT_TIMEOUT = 10  # seconds
+
+
+def check_conninfo(text: str) -> str:
+    """Give a connection string back, or raise ValueError if it is none.
+
+    Neither the text nor libpq's complaint is shown: both may hold a password.
+    """
+    try:
+        host = conninfo_to_dict(text).get("host")
+    except psycopg.Error:
+        pass
+    else:
+        if "@" not in str(host):  # where a password holds one that is not escaped
+            return text
+    raise ValueError(
+        "this is no connection string; it looks like postgresql://user:password@host/database, "
+        "with %40 for an @ in the password, or like 'host=... user=... dbname=...'"
+    )
+
+
+def options(recipe: Recipe) -> dict[str, Any]:
+    """Give the arguments with which to connect as a recipe says."""
+    conninfo, kwargs = recipe
+    return {"connect_timeout": _CONNECT_TIMEOUT, **kwargs, "conninfo": conninfo}
+
+
+def silence(seconds: float) -> psycopg.OperationalError:
+    """Make the error of a server that did not answer."""
+    return psycopg.OperationalError(f"no answer from the server within {seconds:g} s")
+
+
+class Connection(psycopg.Connection[Any]):
+    """A connection whose `patience` with a silent server ends."""
+
+    patience: float = inf
+    """Seconds."""
+
+    @override
+    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        if self.patience < inf:
+            gen = _patient(gen, self.patience, self.pgconn)
+        return super().wait(gen, *args, **kwargs)
+
+
+class AsyncConnection(psycopg.AsyncConnection[Any]):
+    """An async connection whose `patience` with a silent server ends."""
+
+    patience: float = inf
+    """Seconds."""
+
+    @override
+    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        if self.patience < inf:
+            gen = _patient(gen, self.patience, self.pgconn)
+        return await super().wait(gen, *args, **kwargs)
+
+
+def _patient(gen: PQGen[RV], patience: float, pgconn: PGconn) -> PQGen[RV]:
+    # Whoever waits for the socket, in either colour, comes back with nothing now and then.
+    try:
+        wanted = next(gen)
+        until = time.monotonic() + patience
+        while True:
+            ready = yield wanted
+            if ready:
+                until = time.monotonic() + patience
+            elif time.monotonic() >= until:
+                pgconn.finish()  # a question is open: nothing else can be asked
+                with contextlib.suppress(psycopg.Error):
+                    gen.close()
+                raise silence(patience)
+            wanted = gen.send(ready)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]

@@ -1,0 +1,292 @@
+"""A handler's SQL and the settlement of its job, in one transaction.
+
+The handler is given a connection with a transaction open, and what it answers
+is stored in that transaction: both commit, or neither does. A retry and an
+exception roll it back, and are stored afterwards like any other handler's.
+
+What happens is written once, as a generator of steps; each colour takes them
+in its own way.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import Enum, auto
+from math import inf
+from typing import Any, NoReturn, TypeAlias
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
+from typing_extensions import override
+
+from bgjob import _connection
+from bgjob._connection import Recipe, options
+from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome
+from bgjob._statements import Claimed, Statement, begin, claim_of_transaction
+from bgjob.mux import Route
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result
+
+_PATIENCE = 10.0
+"""Seconds without a sign of the server, outside the handler."""
+
+Ending: TypeAlias = Result | Committed | Doubtful | Fenced
+"""How it ended: settled already, or a result that is still to be stored."""
+
+
+class _Handle:
+    """Run the handler; gives what it returned."""
+
+
+class _End(Enum):
+    """End the transaction."""
+
+    COMMIT = auto()
+    ROLLBACK = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """Run statements in the transaction; gives their answers, or None if it is not open."""
+
+    statements: tuple[Statement[Any], ...]
+
+
+_Step: TypeAlias = _Handle | _End | _Ask
+_Steps: TypeAlias = Generator[_Step, Any, Ending]
+
+
+def _steps(route: Route, claimed: Claimed) -> _Steps:
+    token = str(claimed.token)
+    try:
+        returned = yield _Handle()
+        if returned is not None and not isinstance(returned, Complete | Reschedule | MoveToDlq):
+            yield _End.ROLLBACK
+            return route.judge(claimed.job, returned)
+        result = route.judge(claimed.job, returned)
+        answers = yield _Ask((claim_of_transaction(), settlement(claimed, result)))
+        if answers is None or answers[0] != token:
+            # To run it again could only repeat what it committed.
+            yield _End.ROLLBACK
+            return MoveToDlq(route.transaction_ended())
+        if not answers[1]:
+            yield _End.ROLLBACK
+            return Fenced()
+    except BaseException as error:
+        yield _End.ROLLBACK
+        return route.failed(claimed.job, error)
+    try:
+        yield _End.COMMIT
+    except BaseException as error:
+        return Doubtful(result, route.failed(claimed.job, error))
+    return Committed(result)
+
+
+def settlement(claimed: Claimed, result: Result | Doubtful) -> Statement[list[str]]:
+    """Give the statement that settles one job; it gives the job's id, if it is still held."""
+    exchange = Exchange()
+    exchange.settle(Outcome(claimed, result, None))
+    [(statement, _)] = exchange.statements(claimed.job.queue, 0.0)
+    return statement
+
+
+_FORBIDDEN = (
+    "a transactional handler cannot {} its connection: the worker does, with the job's "
+    "settlement; raise or return Retry() to roll back"
+)
+
+
+class _Connection(_connection.Connection):
+    @override
+    def commit(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
+
+    @override
+    def rollback(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
+
+
+class _AsyncConnection(_connection.AsyncConnection):
+    @override
+    async def commit(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
+
+    @override
+    async def rollback(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
+
+
+class Transactions:
+    """Connections for transactional handlers: one for each that runs, kept for the next.
+
+    They belong to nobody else, so that handlers which wait for a pool never
+    wait for each other. Thread-safe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._idle: deque[_Connection] = deque()
+        self._idle_async: deque[_AsyncConnection] = deque()
+        self._closed = False
+
+    def run(self, route: Route, claimed: Claimed) -> Ending:
+        """Run a plain handler; nothing it raises escapes."""
+        try:
+            connection = self._begin(claimed)
+        except Exception as error:
+            return route.failed(claimed.job, error)
+        steps = _steps(route, claimed)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = self._take(step, connection, route, claimed)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            ending: Ending = stop.value
+            return ending
+        finally:
+            if self._may_keep(connection):
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    async def run_async(self, route: Route, claimed: Claimed) -> Ending:
+        """Run a coroutine handler; nothing it raises escapes."""
+        try:
+            connection = await self._begin_async(claimed)
+        except BaseException as error:
+            return route.failed(claimed.job, error)
+        steps = _steps(route, claimed)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    answer = await self._take_async(step, connection, route, claimed)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            ending: Ending = stop.value
+            return ending
+        finally:
+            if self._may_keep(connection):
+                self._idle_async.append(connection)
+            else:
+                await connection.close()
+
+    def close(self) -> None:
+        """Close what is idle; a connection in use closes after its handler."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+        while self._idle_async:
+            self._idle_async.pop().pgconn.finish()
+
+    def _may_keep(self, connection: psycopg.BaseConnection[Any]) -> bool:
+        status = connection.info.transaction_status
+        return not self._closed and status == TransactionStatus.IDLE
+
+    # -- plain ----------------------------------------------------------------------
+
+    def _begin(self, claimed: Claimed) -> _Connection:
+        statement = begin(claimed.token)
+        while True:
+            fresh = not self._idle
+            connection = self._idle.pop() if not fresh else self._connect()
+            connection.patience = _PATIENCE
+            try:
+                connection.execute(statement)
+            except psycopg.Error:
+                connection.close()
+                if fresh:
+                    raise
+            else:
+                return connection
+
+    def _connect(self) -> _Connection:
+        return _Connection.connect(**options(self._recipe) | {"autocommit": True})
+
+    def _take(self, step: _Step, connection: _Connection, route: Route, claimed: Claimed) -> object:
+        match step:
+            case _Handle():
+                connection.patience = inf
+                try:
+                    return route.handler(claimed.job, connection)
+                finally:
+                    connection.patience = _PATIENCE
+            case _Ask(statements):
+                if _is_over(connection):
+                    return None
+                with connection.pipeline():
+                    cursors = [
+                        psycopg.Cursor(connection, row_factory=tuple_row) for _ in statements
+                    ]
+                    for cursor, statement in zip(cursors, statements, strict=True):
+                        cursor.execute(statement.text, statement.params)
+                    return [s.parse(c.fetchall()) for s, c in zip(statements, cursors, strict=True)]
+            case _End.COMMIT:
+                connection.execute("commit")
+            case _End.ROLLBACK:
+                with contextlib.suppress(psycopg.Error):
+                    connection.execute("rollback")
+        return None
+
+    # -- coroutine --------------------------------------------------------------------
+
+    async def _begin_async(self, claimed: Claimed) -> _AsyncConnection:
+        statement = begin(claimed.token)
+        while True:
+            fresh = not self._idle_async
+            connection = self._idle_async.pop() if not fresh else await self._connect_async()
+            connection.patience = _PATIENCE
+            try:
+                await connection.execute(statement)
+            except BaseException as error:
+                await connection.close()
+                if fresh or not isinstance(error, psycopg.Error):
+                    raise
+            else:
+                return connection
+
+    async def _connect_async(self) -> _AsyncConnection:
+        return await _AsyncConnection.connect(**options(self._recipe) | {"autocommit": True})
+
+    async def _take_async(
+        self, step: _Step, connection: _AsyncConnection, route: Route, claimed: Claimed
+    ) -> object:
+        match step:
+            case _Handle():
+                connection.patience = inf
+                try:
+                    return await route.handler(claimed.job, connection)
+                finally:
+                    connection.patience = _PATIENCE
+            case _Ask(statements):
+                if _is_over(connection):
+                    return None
+                async with connection.pipeline():
+                    cursors = [
+                        psycopg.AsyncCursor(connection, row_factory=tuple_row) for _ in statements
+                    ]
+                    for cursor, statement in zip(cursors, statements, strict=True):
+                        await cursor.execute(statement.text, statement.params)
+                    return [
+                        s.parse(await c.fetchall())
+                        for s, c in zip(statements, cursors, strict=True)
+                    ]
+            case _End.COMMIT:
+                await connection.execute("commit")
+            case _End.ROLLBACK:
+                with contextlib.suppress(psycopg.Error):
+                    await connection.execute("rollback")
+        return None
+
+
+def _is_over(connection: psycopg.BaseConnection[Any]) -> bool:
+    return connection.info.transaction_status == TransactionStatus.IDLE
