@@ -39,7 +39,7 @@ def check_conninfo(text: str) -> str:
 def options(recipe: Recipe) -> dict[str, Any]:
     """Give the arguments with which to connect as a recipe says."""
     conninfo, kwargs = recipe
-    return {"connect_timeout": _CONNECT_TIMEOUT, **kwargs, "conninfo": conninfo}
+    return {"connect_timeout": _CONNECT_TIMEOUT, **conninfo_to_dict(conninfo), **kwargs}
 
 
 def silence(seconds: float) -> psycopg.OperationalError:

@@ -370,13 +370,15 @@ class Engine:
                 self._pending.extend(self._refused)
                 self._refused.clear()
                 self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
-        self._settled(sent, reply, news, now)
+        due_at = self._settled(sent, reply, news, now)
         self._extended(sent, reply, news)
         if sent.exchange.park:
             self._parking.answered(sent.exchange.park, reply.parked, now)
             if sent.exchange.park == "take":
                 self._told = True  # what was committed before the lock was taken: look once more
         self._claimed(sent, reply, now, news)
+        # Its claim, and its survey, came before the settlements.
+        self._due_at = min(self._due_at, due_at)
         if not self._idle and self._waits(now):
             self._idle = True
             news.events.append(QueueIsEmpty())
@@ -432,8 +434,9 @@ class Engine:
         # Never so long that a lease might end meanwhile.
         return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
 
-    def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> None:
-        settled = reply.settled
+    def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> float:
+        """Tell of what is settled; give the time at which the first of it is due again."""
+        settled, due_at = reply.settled, inf
         for outcome in sent.outcomes:
             claimed, result, took = outcome
             batch = self._drop(claimed)
@@ -455,7 +458,8 @@ class Engine:
             if not isinstance(result, Release):
                 news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
             if not isinstance(result, Complete | MoveToDlq):
-                self._due_at = min(self._due_at, now + outcome.delay)
+                due_at = min(due_at, now + outcome.delay)
+        return due_at
 
     def _drop(self, claimed: Claimed) -> _Batch | None:
         """Let a claim go; give its batch, or None if it is gone already."""

@@ -17,7 +17,7 @@ from typing_extensions import override
 from bgjob import schema
 from bgjob._connection import Recipe, options, silence
 from bgjob._exchange import Exchange, Reply
-from bgjob._statements import Statement, backend_pid, listen, schema_comment, session
+from bgjob._statements import Statement, backend, lacks, listen, schema_comment, session
 
 _PATIENCE = 10.0
 """Seconds without a sign of the server, after which it is given up."""
@@ -193,10 +193,16 @@ class Link:
         try:
             # A pooler in transaction mode gives each transaction another session:
             # settings and locks would stay behind with strangers.
-            direct = self._run(connection, backend_pid()) == connection.info.backend_pid
+            answers = self._run(connection, backend())
+            if answers.is_read_only:
+                raise psycopg.errors.ReadOnlySqlTransaction(
+                    "the server, or this database or role, is read-only: connect to the primary"
+                )
+            direct = answers.pid == connection.info.backend_pid
             if direct:
                 self._run(connection, session(_SESSION))
-            schema.check(self._run(connection, schema_comment()))
+            schema.check_version(self._run(connection, schema_comment()))
+            schema.check_lacks(self._run(connection, lacks()))
             self.can_notify = self._notify and direct
             if self.can_notify:
                 connection.add_notify_handler(self._notice)

@@ -16,11 +16,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
+from math import inf
 from time import perf_counter
+from typing import cast
 
 from bgjob._exchange import Outcome, Release
 from bgjob._statements import Claimed
 from bgjob._transaction import Ending, Transactions
+from bgjob.errors import LoopBlockedError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq
@@ -41,6 +44,15 @@ class _Thread:
 
     def __init__(self) -> None:
         self.rest = threading.Lock()
+        self.claimed: Claimed | None = None
+
+
+class _Task:
+    """What a task of the loop is at."""
+
+    __slots__ = ("claimed",)
+
+    def __init__(self) -> None:
         self.claimed: Claimed | None = None
 
 
@@ -72,7 +84,10 @@ class Runner:
         self._closed = False
         self._loop = loop
         self._loop_thread: threading.Thread | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], _Task] = {}
+        self._beat_at = inf  # when the loop was asked for a sign of life that has not come
+        self._beat_due = -inf
+        self._beat_told = False
         self.failure: RuntimeError | None = None
         """Why nothing can run any more."""
 
@@ -108,6 +123,26 @@ class Runner:
     def tasks(self) -> set[asyncio.Task[None]]:
         """The tasks that run on the loop."""
         return set(self._tasks)
+
+    def blocked(self, now: float, patience: float) -> LoopBlockedError | None:
+        """Tell once of a loop that has not turned for so many seconds; asked now and then."""
+        if self._loop is None or not self._tasks:
+            return None
+        if self._beat_at == inf:
+            if now < self._beat_due:
+                return None
+            self._beat_at, self._beat_due, self._beat_told = now, now + patience / 2, False
+            with contextlib.suppress(RuntimeError):  # closed: whoever needs it says so
+                self._loop.call_soon_threadsafe(self._beat)
+        elif now - self._beat_at >= patience and not self._beat_told:
+            self._beat_told = True
+            task = self._tasks.get(cast("asyncio.Task[None]", asyncio.current_task(self._loop)))
+            claimed = task.claimed if task is not None else None
+            return LoopBlockedError(claimed.job if claimed else None, now - self._beat_at)
+        return None
+
+    def _beat(self) -> None:
+        self._beat_at = inf
 
     def withdraw(self) -> list[Claimed]:
         """Take back the jobs that have not started."""
@@ -249,11 +284,12 @@ class Runner:
     def _start_tasks(self, count: int, claimed: Claimed | None) -> None:
         assert self._loop is not None  # noqa: S101
         for _ in range(count):
-            task = self._loop.create_task(self._task(claimed), name=f"bgjob-{self._queue}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            me = _Task()
+            task = self._loop.create_task(self._task(me, claimed), name=f"bgjob-{self._queue}")
+            self._tasks[task] = me
+            task.add_done_callback(self._tasks.pop)
 
-    async def _task(self, claimed: Claimed | None) -> None:
+    async def _task(self, me: _Task, claimed: Claimed | None) -> None:
         """Run jobs on the loop until there are none, or the slot moves to a thread."""
         inside.set(self)
         task = asyncio.current_task()
@@ -273,6 +309,7 @@ class Runner:
                 return
             else:
                 self._started(claimed.job)
+                me.claimed = claimed
                 began = perf_counter()
                 try:
                     if route.is_transactional:

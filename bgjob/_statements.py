@@ -445,13 +445,28 @@ def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
 
 
 def begin(token: int) -> bytes:
-    """Open the transaction of a handler, and mark it as the one that belongs to a claim."""
-    return f"begin; set local bgjob.claim = '{token:d}'".encode()
+    """Open the transaction of a handler, and mark it as the one that belongs to a claim.
+
+    One mark ends with the transaction, however that ends. The other is undone
+    by a rollback and outlives a commit.
+    """
+    return f"begin; set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'".encode()
 
 
 def claim_of_transaction() -> Statement[str | None]:
     """Give the token of the claim that this transaction was opened for."""
     return Statement("select current_setting('bgjob.claim', true)", None, _scalar)
+
+
+COMMIT = (
+    b"commit; close all; set session authorization default; reset all; unlisten *; "
+    b"select pg_advisory_unlock_all(); discard temp; discard sequences"
+)
+"""Ends it, and what the handler may have left in the session: all that `discard all` would end,
+but for prepared statements."""
+
+ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
+"""Ends it otherwise; its second result is the token of a claim whose transaction was committed."""
 
 
 class Postponed(NamedTuple):
@@ -651,9 +666,90 @@ def schema_comment() -> Statement[str | None]:
     )
 
 
-def backend_pid() -> Statement[int]:
-    """Give the process that answers; behind a pooler it is not the one connected to."""
-    return Statement("select pg_backend_pid()", None, _scalar)
+class Lack(NamedTuple):
+    """A column that is not there, or a privilege that the role has not."""
+
+    relation: str
+    column: str | None
+    """None if it is about the whole table."""
+    privilege: str
+    role: str
+    is_absent: bool
+
+
+_NEEDS: tuple[tuple[str, str, LiteralString], ...] = (
+    (
+        "bgjob_job",
+        "select",
+        (
+            "id queue type arg attempt last_error priority deaths next_run_at token lease_until "
+            "created_at updated_at"
+        ),
+    ),
+    (
+        "bgjob_job",
+        "update",
+        "attempt last_error deaths next_run_at token lease_until updated_at",
+    ),
+    (
+        "bgjob_dead_job",
+        "insert",
+        (
+            "job_id queue type arg attempt last_error priority next_run_at job_created_at "
+            "job_updated_at"
+        ),
+    ),
+    ("bgjob_dead_job", "select", "job_id"),
+)
+
+
+def lacks() -> Statement[list[Lack]]:
+    """List what a worker needs of the tables and has not."""
+    needs: list[tuple[str, str | None, str]] = [
+        (relation, column, privilege)
+        for relation, privilege, columns in _NEEDS
+        for column in columns.split()
+    ]
+    needs.append(("bgjob_job", None, "delete"))
+    relations, columns, privileges = zip(*needs, strict=True)
+    return Statement(
+        """
+        select n.relation, n.name, n.privilege, current_user::text,
+            n.name is not null and a.attnum is null
+        from unnest(%(relations)s::text[], %(columns)s::text[], %(privileges)s::text[])
+            as n (relation, name, privilege)
+        left join pg_attribute a on a.attrelid = n.relation::regclass and a.attname = n.name
+            and not a.attisdropped
+        where case
+            when n.name is null then not has_table_privilege(n.relation, n.privilege)
+            when a.attnum is null then true
+            else not has_column_privilege(n.relation, a.attnum, n.privilege)
+        end
+        """,
+        {
+            "relations": list(relations),
+            "columns": list(columns),
+            "privileges": list(privileges),
+        },
+        lambda rows: [Lack(*row) for row in rows],
+    )
+
+
+class Backend(NamedTuple):
+    """The server's process that answers."""
+
+    pid: int
+    """Behind a pooler it is not the one connected to."""
+    is_read_only: bool
+
+
+def backend() -> Statement[Backend]:
+    """Tell who answers."""
+    return Statement(
+        "select pg_backend_pid(), current_setting('transaction_read_only')::bool",
+        None,
+        lambda rows: Backend(*rows[0]),
+    )
 
 
 def session(settings: Mapping[str, str]) -> Statement[None]:

@@ -14,9 +14,10 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import psycopg
+from psycopg import AsyncCursor, Cursor
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from typing_extensions import override
@@ -24,12 +25,14 @@ from typing_extensions import override
 from bgjob import _connection
 from bgjob._connection import Recipe, options
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome
-from bgjob._statements import Claimed, Statement, begin, claim_of_transaction
+from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
 from bgjob.mux import Route
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
 _PATIENCE = 10.0
 """Seconds without a sign of the server, outside the handler."""
+
+T = TypeVar("T")
 
 Ending: TypeAlias = Result | Committed | Doubtful | Fenced
 """How it ended: settled already, or a result that is still to be stored."""
@@ -40,7 +43,7 @@ class _Handle:
 
 
 class _End(Enum):
-    """End the transaction."""
+    """End the transaction; a rollback gives the token of a claim that was committed."""
 
     COMMIT = auto()
     ROLLBACK = auto()
@@ -48,7 +51,7 @@ class _End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """Run statements in the transaction; gives their answers, or None if it is not open."""
+    """Run statements in the transaction; gives their answers, or None if it is over."""
 
     statements: tuple[Statement[Any], ...]
 
@@ -56,30 +59,35 @@ class _Ask:
 _Step: TypeAlias = _Handle | _End | _Ask
 _Steps: TypeAlias = Generator[_Step, Any, Ending]
 
+_KEEPS = (Complete, Reschedule, MoveToDlq)
+
 
 def _steps(route: Route, claimed: Claimed) -> _Steps:
-    token = str(claimed.token)
+    job, token = claimed.job, str(claimed.token)
     try:
         returned = yield _Handle()
-        if returned is not None and not isinstance(returned, Complete | Reschedule | MoveToDlq):
-            yield _End.ROLLBACK
-            return route.judge(claimed.job, returned)
-        result = route.judge(claimed.job, returned)
-        answers = yield _Ask((claim_of_transaction(), settlement(claimed, result)))
-        if answers is None or answers[0] != token:
-            # To run it again could only repeat what it committed.
-            yield _End.ROLLBACK
-            return MoveToDlq(route.transaction_ended())
-        if not answers[1]:
-            yield _End.ROLLBACK
-            return Fenced()
+        result = route.judge(job, returned)
+        commits = returned is None or isinstance(returned, _KEEPS)
     except BaseException as error:
-        yield _End.ROLLBACK
-        return route.failed(claimed.job, error)
+        result, commits = route.failed(job, error), False
+    if commits:
+        try:
+            answers = yield _Ask((claim_of_transaction(), settlement(claimed, result)))
+            if answers is None or answers[0] != token:
+                result, commits = MoveToDlq(route.transaction_ended()), False
+            elif not answers[1]:
+                yield _End.ROLLBACK
+                return Fenced()
+        except BaseException as error:
+            result, commits = route.failed(job, error), False
+    if not commits:
+        committed = yield _End.ROLLBACK
+        # What the handler committed by itself would be repeated by another run.
+        return MoveToDlq(route.transaction_ended()) if committed == token else result
     try:
         yield _End.COMMIT
     except BaseException as error:
-        return Doubtful(result, route.failed(claimed.job, error))
+        return Doubtful(result, route.failed(job, error))
     return Committed(result)
 
 
@@ -98,6 +106,16 @@ _FORBIDDEN = (
 
 
 class _Connection(_connection.Connection):
+    token = ""
+    ended_by: str | None = None
+    """The token of the claim, where the handler closed what it had ended before."""
+
+    @override
+    def close(self) -> None:
+        if _is_over(self):
+            self.ended_by = self.token
+        super().close()
+
     @override
     def commit(self) -> NoReturn:
         raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
@@ -108,6 +126,16 @@ class _Connection(_connection.Connection):
 
 
 class _AsyncConnection(_connection.AsyncConnection):
+    token = ""
+    ended_by: str | None = None
+    """As _Connection.ended_by."""
+
+    @override
+    async def close(self) -> None:
+        if _is_over(self):
+            self.ended_by = self.token
+        await super().close()
+
     @override
     async def commit(self) -> NoReturn:
         raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
@@ -125,7 +153,7 @@ class Transactions:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+        self._options = options(recipe) | {"autocommit": True}
         self._idle: deque[_Connection] = deque()
         self._idle_async: deque[_AsyncConnection] = deque()
         self._closed = False
@@ -148,12 +176,14 @@ class Transactions:
                     step = steps.send(answer)
         except StopIteration as stop:
             ending: Ending = stop.value
-            return ending
-        finally:
-            if self._may_keep(connection):
+            if isinstance(ending, Committed) and self._may_keep(connection):
                 self._idle.append(connection)
             else:
                 connection.close()
+            return ending
+        except BaseException:
+            connection.close()
+            raise
 
     async def run_async(self, route: Route, claimed: Claimed) -> Ending:
         """Run a coroutine handler; nothing it raises escapes."""
@@ -173,12 +203,14 @@ class Transactions:
                     step = steps.send(answer)
         except StopIteration as stop:
             ending: Ending = stop.value
-            return ending
-        finally:
-            if self._may_keep(connection):
+            if isinstance(ending, Committed) and self._may_keep(connection):
                 self._idle_async.append(connection)
             else:
                 await connection.close()
+            return ending
+        except BaseException:
+            await connection.close()
+            raise
 
     def close(self) -> None:
         """Close what is idle; a connection in use closes after its handler."""
@@ -186,31 +218,35 @@ class Transactions:
         while self._idle:
             self._idle.pop().close()
         while self._idle_async:
-            self._idle_async.pop().pgconn.finish()
+            with contextlib.suppress(StopIteration):
+                self._idle_async.pop().close().send(None)  # there is nothing to await in it
 
-    def _may_keep(self, connection: psycopg.BaseConnection[Any]) -> bool:
+    def _may_keep(self, connection: _Connection | _AsyncConnection) -> bool:
+        # What the handler set for itself is not the next one's.
+        connection.row_factory = self._options.get("row_factory") or tuple_row
+        factory = Cursor if isinstance(connection, _Connection) else AsyncCursor
+        connection.cursor_factory = self._options.get("cursor_factory") or factory
         status = connection.info.transaction_status
         return not self._closed and status == TransactionStatus.IDLE
 
     # -- plain ----------------------------------------------------------------------
 
     def _begin(self, claimed: Claimed) -> _Connection:
-        statement = begin(claimed.token)
         while True:
-            fresh = not self._idle
-            connection = self._idle.pop() if not fresh else self._connect()
-            connection.patience = _PATIENCE
+            kept = _pop(self._idle)
+            connection = kept or self._connect()
+            connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
-                connection.execute(statement)
+                connection.execute(begin(claimed.token))
             except psycopg.Error:
                 connection.close()
-                if fresh:
+                if kept is None:
                     raise
             else:
                 return connection
 
     def _connect(self) -> _Connection:
-        return _Connection.connect(**options(self._recipe) | {"autocommit": True})
+        return _Connection.connect(**self._options)
 
     def _take(self, step: _Step, connection: _Connection, route: Route, claimed: Claimed) -> object:
         match step:
@@ -224,38 +260,39 @@ class Transactions:
                 if _is_over(connection):
                     return None
                 with connection.pipeline():
-                    cursors = [
-                        psycopg.Cursor(connection, row_factory=tuple_row) for _ in statements
-                    ]
+                    cursors = [Cursor(connection, row_factory=tuple_row) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
                         cursor.execute(statement.text, statement.params)
                     return [s.parse(c.fetchall()) for s, c in zip(statements, cursors, strict=True)]
             case _End.COMMIT:
-                connection.execute("commit")
+                connection.execute(COMMIT)
             case _End.ROLLBACK:
+                if connection.ended_by is not None:
+                    return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
-                    connection.execute("rollback")
+                    cursor = Cursor(connection, row_factory=tuple_row).execute(ROLLBACK)
+                    cursor.nextset()
+                    return cursor.fetchall()[0][0]
         return None
 
     # -- coroutine --------------------------------------------------------------------
 
     async def _begin_async(self, claimed: Claimed) -> _AsyncConnection:
-        statement = begin(claimed.token)
         while True:
-            fresh = not self._idle_async
-            connection = self._idle_async.pop() if not fresh else await self._connect_async()
-            connection.patience = _PATIENCE
+            kept = _pop(self._idle_async)
+            connection = kept or await self._connect_async()
+            connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
-                await connection.execute(statement)
+                await connection.execute(begin(claimed.token))
             except BaseException as error:
                 await connection.close()
-                if fresh or not isinstance(error, psycopg.Error):
+                if kept is None or not isinstance(error, psycopg.Error):
                     raise
             else:
                 return connection
 
     async def _connect_async(self) -> _AsyncConnection:
-        return await _AsyncConnection.connect(**options(self._recipe) | {"autocommit": True})
+        return await _AsyncConnection.connect(**self._options)
 
     async def _take_async(
         self, step: _Step, connection: _AsyncConnection, route: Route, claimed: Claimed
@@ -271,9 +308,7 @@ class Transactions:
                 if _is_over(connection):
                     return None
                 async with connection.pipeline():
-                    cursors = [
-                        psycopg.AsyncCursor(connection, row_factory=tuple_row) for _ in statements
-                    ]
+                    cursors = [AsyncCursor(connection, row_factory=tuple_row) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
                         await cursor.execute(statement.text, statement.params)
                     return [
@@ -281,11 +316,22 @@ class Transactions:
                         for s, c in zip(statements, cursors, strict=True)
                     ]
             case _End.COMMIT:
-                await connection.execute("commit")
+                await connection.execute(COMMIT)
             case _End.ROLLBACK:
+                if connection.ended_by is not None:
+                    return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
-                    await connection.execute("rollback")
+                    cursor = AsyncCursor(connection, row_factory=tuple_row)
+                    await cursor.execute(ROLLBACK)
+                    cursor.nextset()
+                    return (await cursor.fetchall())[0][0]
         return None
+
+
+def _pop(idle: deque[T]) -> T | None:
+    with contextlib.suppress(IndexError):
+        return idle.pop()
+    return None
 
 
 def _is_over(connection: psycopg.BaseConnection[Any]) -> bool:

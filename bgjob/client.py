@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from itertools import islice
 from secrets import randbits
 from time import monotonic
@@ -12,12 +12,13 @@ from typing import Any, Literal, Self, TypeVar
 
 import psycopg
 from psycopg import AsyncCursor, BaseConnection, Cursor
+from psycopg.errors import DeadlockDetected
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob import _statements
-from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo
+from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo, options
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._statements import Claimed, Statement, Suspect
@@ -42,6 +43,9 @@ _CHUNK = 10_000
 
 _POOL_SIZE = 10
 _DO_LEASE = 300.0
+
+_DEADLOCKS = 3
+"""Deadlocks that a bulk enqueue survives: each costs the server's deadlock_timeout."""
 
 _PATIENCE = 30.0
 """Seconds without a sign of the server, or without a connection, before an operation fails."""
@@ -125,9 +129,23 @@ class Client:
             RequestsRequiredError: there is no request.
             JobAlreadyExistsError: an id is taken, or stands twice in the
                 requests. Nothing was written, and the caller's transaction goes on.
-            psycopg.Error: the database's.
+            psycopg.Error: the database's. Two calls of over 10,000 requests that
+                share ids may deadlock: it is tried again where `requests` is a
+                list or a tuple and `conn` is not given.
 
         """
+        if conn is None and isinstance(requests, list | tuple):
+            for _ in range(_DEADLOCKS):
+                with suppress(DeadlockDetected):
+                    return self._bulk_enqueue(requests, on_conflict, None)
+        return self._bulk_enqueue(requests, on_conflict, conn)
+
+    def _bulk_enqueue(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.Connection[Any] | None,
+    ) -> list[str | None]:
         chunks = _chunks(requests)
         ids: list[str | None] = []
         if conn is not None and _may_begin(conn):
@@ -212,9 +230,8 @@ class Client:
                 # The parent's pool is left alone: its sockets are the parent's.
                 self._pid = os.getpid()
                 self._own = ConnectionPool(
-                    self._source,
                     connection_class=_Connection,
-                    kwargs={"autocommit": True},
+                    kwargs=options(self.recipe) | {"autocommit": True},
                     timeout=_PATIENCE,
                     reconnect_timeout=_PATIENCE,
                     min_size=0,
@@ -293,6 +310,18 @@ class AsyncClient:
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> list[str | None]:
         """Write jobs, all or none; give their ids, in order. As Client.bulk_enqueue."""
+        if conn is None and isinstance(requests, list | tuple):
+            for _ in range(_DEADLOCKS):
+                with suppress(DeadlockDetected):
+                    return await self._bulk_enqueue(requests, on_conflict, None)
+        return await self._bulk_enqueue(requests, on_conflict, conn)
+
+    async def _bulk_enqueue(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.AsyncConnection[Any] | None,
+    ) -> list[str | None]:
         chunks = _chunks(requests)
         ids: list[str | None] = []
         if conn is not None and _may_begin(conn):
@@ -356,9 +385,8 @@ class AsyncClient:
         if self._own is None or self._pid != os.getpid():
             self._pid = os.getpid()
             self._own = AsyncConnectionPool(
-                self._source,
                 connection_class=_AsyncConnection,
-                kwargs={"autocommit": True},
+                kwargs=options(self.recipe) | {"autocommit": True},
                 timeout=_PATIENCE,
                 reconnect_timeout=_PATIENCE,
                 min_size=0,

@@ -4,6 +4,10 @@ Errors of the database are psycopg's own and pass through unchanged.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bgjob.job import Job
 
 
 class BgjobError(Exception):
@@ -51,5 +55,26 @@ class LeaseLostError(BgjobError):
     """A job ran for longer than its lease, and its result was not applied."""
 
 
+class LoopBlockedError(BgjobError):
+    """An event loop has not turned for a third of the lease; told to the observer, not raised.
+
+    Attributes:
+        job: whose handler blocks it; None if it is other code on the caller's loop.
+
+    """
+
+    def __init__(self, job: "Job | None", blocked_for: float) -> None:
+        self.job = job
+        culprit = (
+            f"the handler of job {job.id!r} of type {job.type!r}"
+            if job is not None
+            else "code that is no job's"
+        )
+        super().__init__(
+            f"{culprit} has blocked the event loop for {blocked_for:.3g} s; the jobs beside it "
+            "wait: await what takes long, or make it a plain handler"
+        )
+
+
 class SchemaError(BgjobError):
-    """The tables are missing, or of another version than this library's."""
+    """The tables are missing, not this library's version, or not granted to the role."""

@@ -1,8 +1,10 @@
 """The schema's text and version."""
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from bgjob._statements import Lack
 from bgjob.errors import SchemaError
 
 VERSION = 1
@@ -17,13 +19,13 @@ def init_sql() -> str:
     return path.read_text("utf-8")
 
 
-def check(comment: str | None) -> None:
+def check_version(comment: str | None) -> None:
     """Raise SchemaError unless the comment on bgjob_job names this version."""
     if comment is None:
         raise SchemaError(
             "the tables bgjob_job and bgjob_dead_job are not in the search_path; "
             "apply migration/init.sql (bgjob.schema.init_sql()) to this database, "
-            "or set the search_path to the schema that has them"
+            "or set the search_path to the schema that has them, and grant its usage to this role"
         )
     name, _, version = comment.rpartition(" ")
     if name != "bgjob schema" or not version.isdecimal():
@@ -35,4 +37,26 @@ def check(comment: str | None) -> None:
         remedy = "upgrade the schema" if int(version) < VERSION else "upgrade the bgjob package"
         raise SchemaError(
             f"table bgjob_job has schema version {version}, this bgjob needs {VERSION}: {remedy}"
+        )
+
+
+def check_lacks(lacks: Sequence[Lack]) -> None:
+    """Raise SchemaError if a column or a privilege that a worker needs is not there."""
+    absent = [lack for lack in lacks if lack.is_absent]
+    if absent:
+        raise SchemaError(
+            f"table {absent[0].relation} has no column {absent[0].column}; "
+            "apply migration/init.sql (bgjob.schema.init_sql()) to this database completely"
+        )
+    if lacks:
+        relation, _, privilege, role, _ = lacks[0]
+        columns = [
+            lack.column
+            for lack in lacks
+            if lack.column and (lack.relation, lack.privilege) == (relation, privilege)
+        ]
+        grant = f"{privilege} ({', '.join(columns)})" if columns else privilege
+        raise SchemaError(
+            f"role {role!r} may not {grant} on table {relation}; "
+            f"as its owner: grant {grant} on {relation} to {role}"
         )

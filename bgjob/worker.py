@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Self
 
 import psycopg
+from psycopg.errors import ReadOnlySqlTransaction
 
 from bgjob._duration import Duration, seconds
 from bgjob._engine import Engine
@@ -163,6 +164,8 @@ class _Control:
         if runner.failure is not None and self._give_up_at is None:
             self._events.error(runner.failure)
             self._give_up_at = now
+        if (blocked := runner.blocked(now, self._lease / 3)) is not None:
+            self._events.tell([blocked])
         if self._give_up_at is not None:
             engine.shutdown()
             if now >= self._give_up_at:
@@ -198,8 +201,8 @@ class _Control:
             else:
                 self._acknowledge(self._link.exchange(exchange))
         except psycopg.Error as error:
-            if not self._link.is_open:
-                raise
+            if not self._link.is_open or isinstance(error, ReadOnlySqlTransaction):
+                raise  # a primary that became a standby: the next one may be elsewhere
             self._events.error(error)
             self._engine.reject(monotonic())
 

@@ -74,6 +74,8 @@ class Row:
     lease_until: int | None = None
     attempt: int = 0
     deaths: int = 0
+    is_known: bool = False
+    """Whether the worker itself put it back, and heard that this was done."""
     free_since: float = 0.0
     """On the worker's clock: when it was committed, given back, or last found locked."""
 
@@ -104,6 +106,7 @@ class Table:
                 row.due = now + int(postponed.delay * SECOND)
                 row.attempt -= postponed.refund
                 row.deaths = postponed.deaths
+                row.is_known = True
                 row.free_since = at
                 reply.settled.add(id_)
         for id_ in self._match([buried.claimed for buried in exchange.bury]):
@@ -165,7 +168,7 @@ class Table:
         free = []
         for row in rows:
             if self.locked and self._random.random() < self.locked:
-                row.free_since = at
+                row.free_since, row.is_known = at, False
             else:
                 free.append(row)
         return free[:limit]
@@ -174,6 +177,7 @@ class Table:
         jobs = []
         for row in rows:
             row.token = token
+            row.is_known = False
             row.lease_until = now + self._lease
             row.attempt += 1
             when = EPOCH + row.due * MICROSECOND
@@ -783,6 +787,9 @@ class History:
         for row in self.table.rows.values():
             free_at = max(row.due, row.lease_until or 0)
             waited = min((now - free_at) / SECOND, self.now - max(row.free_since, idle_since))
+            if row.is_known and self.disturbed_at < row.free_since and not self.refused:
+                # It need not wait for a poll.
+                promise(waited <= 20 * self.longest_cost + 0.05, f"{row.id} is forgotten")
             promise(waited <= patience, f"{row.id}: due for {waited} s beside an idle slot")
 
     def _check_stop(self, abandoned: int) -> None:

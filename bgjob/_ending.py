@@ -1,0 +1,129 @@
+"""The end of a process that serves a worker: by signals, in time, whatever hangs."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum, auto
+from math import inf
+from queue import Empty, SimpleQueue
+from time import monotonic, sleep
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Seconds after the grace period: in which the worker must have ended (it takes
+# one itself to settle what has finished), and in which the process must.
+_LAST_WORDS = 1.2
+_LAST_BREATH = 1.5
+
+
+class Interruption(BaseException):  # noqa: N818 (nobody is to catch it as an error)
+    """A signal came while the program was being loaded."""
+
+
+class Notice(Enum):
+    """What the main thread is told."""
+
+    ASKED_TO_END = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+class Ending:
+    """Answers signals, and ends the process when its time is over."""
+
+    def __init__(self, grace: float) -> None:
+        self.signum = 0
+        self.status = 0
+        self.has_served = False
+        self._grace = grace
+        self._began_at = inf
+        self._interrupts = False
+        # Simple queues, because a signal may come while one is being used.
+        self._notices: SimpleQueue[Notice] = SimpleQueue()
+        self._begun: SimpleQueue[None] = SimpleQueue()
+        # Started now, because what answers a signal must not start a thread.
+        threading.Thread(target=self._watch, name="bgjob-ending", daemon=True).start()
+        self._pid = os.getpid()
+        self._before = [(signum, signal.getsignal(signum)) for signum in _SIGNALS]
+
+    def obey_signals(self) -> None:
+        """Take over the signals that ask a process to end."""
+        for signum in _SIGNALS:
+            signal.signal(signum, self._answer)
+
+    @contextmanager
+    def interruptions(self) -> Iterator[None]:
+        """Let a signal interrupt what the main thread does meanwhile."""
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
+    def _answer(self, signum: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            # A child that a handler forked, for multiprocessing say, ends as it would without us.
+            for each, answer in self._before:
+                signal.signal(each, answer)
+            os.kill(os.getpid(), signum)
+            return
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+        self.begin()
+        self.tell(Notice.ASKED_TO_END)
+        if self._interrupts:
+            raise Interruption
+
+    def begin(self) -> None:
+        """Begin to end: from now on the time runs."""
+        if self._began_at == inf:
+            self._began_at = monotonic()
+            self._begun.put(None)
+
+    def tell(self, notice: Notice) -> None:
+        """Tell the main thread something."""
+        self._notices.put(notice)
+
+    def next(self) -> Notice | None:
+        """Wait for what the main thread is told; None when the worker should have ended."""
+        while True:
+            left = self._deadline(_LAST_WORDS) - monotonic()
+            with suppress(Empty):
+                return self._notices.get(timeout=None if left == inf else max(left, 0))
+            if self._deadline(_LAST_WORDS) <= monotonic():
+                return None
+
+    @property
+    def grace_left(self) -> float:
+        """What is left of the grace period."""
+        return max(self._deadline(0) - monotonic(), 0)
+
+    def _deadline(self, more: float) -> float:
+        # What has not begun to work has nothing to finish.
+        return self._began_at + (self._grace if self.has_served else 0) + more
+
+    def end_now(self) -> None:
+        """End the process, whatever runs in it."""
+        self.begin()
+        logging.shutdown()  # this may hang: then _watch ends the process
+        flush()
+        os._exit(self.status)
+
+    def _watch(self) -> None:
+        self._begun.get()
+        while monotonic() < self._deadline(_LAST_BREATH):  # it may still begin to work
+            sleep(0.05)
+        os._exit(self.status)
+
+
+def flush() -> None:
+    """Write out what the streams hold back."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # closed, or nobody reads it any more
+            stream.flush()
