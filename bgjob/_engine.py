@@ -448,8 +448,8 @@ class Engine:
             doubtful = isinstance(result, Doubtful)
             if claimed.job.id not in settled:
                 # Where it is not there, but nobody else can have had it, the settlement
-                # whose answer was lost had been committed.
-                if not ((unsure or doubtful) and sent.at < batch.expires):
+                # whose answer was lost had been committed. Of two such, who knows which?
+                if unsure == doubtful or sent.at >= batch.expires:
                     news.events.append(LeaseLost(claimed.job))
                     continue
                 result = result.result if isinstance(result, Doubtful) else result

@@ -23,7 +23,11 @@ from bgjob._engine import Engine
 from bgjob._exchange import (
     Claim,
     ClaimSuspect,
+    Committed,
+    Doubtful,
+    Event,
     Exchange,
+    Fenced,
     LeaseLost,
     News,
     Outcome,
@@ -181,10 +185,23 @@ class Table:
             row.lease_until = now + self._lease
             row.attempt += 1
             when = EPOCH + row.due * MICROSECOND
+            kind = "transactional" if row.id.endswith(("3", "7")) else "ordinary"
             jobs.append(
-                Job(row.id, "q", "t", None, row.attempt, None, row.priority, when, EPOCH, EPOCH)
+                Job(row.id, "q", kind, None, row.attempt, None, row.priority, when, EPOCH, EPOCH)
             )
         return jobs
+
+    def commit(self, outcome: Outcome, *, now: int, at: float) -> bool:
+        """Settle a job in its handler's own transaction; whether the claim was still held."""
+        id_, token = outcome.claimed.job.id, outcome.claimed.token
+        row = self.rows.get(id_)
+        if row is None or row.token != token:
+            return False
+        exchange = Exchange()
+        exchange.settle(outcome)
+        self.carry_out(exchange, began=now, now=now, at=at)
+        self.rows.get(id_, row).is_known = False  # the engine learns of it by a look only
+        return True
 
     def _match(self, claimed: list[Claimed]) -> list[str]:
         """As `id = any (...) and token = any (...)`: what it finds must have been asked for."""
@@ -258,6 +275,7 @@ class History:
             lease=self.lease,
             notify=self.notify,
             tokens=count(1),
+            transactional={"transactional"} if random.random() < 0.5 else set(),
         )
         self.streams = seed % 2 == 1
         self.engine.bulky = 1  # histories are small
@@ -439,10 +457,27 @@ class History:
         self.busy -= 1
         if not self.busy and not self.waiting:
             self.alone_until = -inf
-        self.outcomes.append(Outcome(claimed, self._result(), took))
+        self.outcomes.append(self._transact(Outcome(claimed, self._result(), took)))
         self.woken = True
         self._happened()
         self._start_handlers()
+
+    def _transact(self, outcome: Outcome) -> Outcome:
+        """As _transaction.py, for the jobs whose handlers take part in one."""
+        claimed, result, took = outcome
+        is_ordinary = claimed.job.type not in self.engine._transactional
+        if is_ordinary or not isinstance(result, Complete | Reschedule | MoveToDlq):
+            return outcome
+        random, failed = self.random, Retry(0.0, "why")
+        breaks = not self.peace and random.random() < 2 * self.lost
+        if breaks:
+            self.unsure.add((claimed.job.id, claimed.token))
+        if breaks and random.random() < 0.5:
+            return Outcome(claimed, Doubtful(result, failed), took)  # it was rolled back
+        if not self.table.commit(outcome, now=self.db_now, at=self.now):
+            return Outcome(claimed, Fenced(), took)
+        self.live.pop((claimed.job.id, claimed.token), None)
+        return Outcome(claimed, Doubtful(result, failed) if breaks else Committed(result), took)
 
     def _duration(self) -> float:
         random = self.random
@@ -484,7 +519,7 @@ class History:
         self._elapse(self.now + self.random.random() * 2e-5)
         engine = self.engine
         outcomes, self.outcomes = self.outcomes, []
-        engine.finish(outcomes)
+        self._tell(engine.finish(outcomes))
         if self.notified:
             self.notified = False
             engine.wake()
@@ -556,7 +591,7 @@ class History:
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
                 outcomes, self.outcomes = self.outcomes, []
-                self.engine.finish(outcomes)
+                self._tell(self.engine.finish(outcomes))
                 ahead = None
                 if self.streams and self.give_up_at is None:
                     ahead = self.engine.ahead(self.now)
@@ -685,7 +720,12 @@ class History:
                 self.alone_until = self.now + proof(claimed.deaths)
             self.live[key] = claimed
             self.claim_of[id(claimed.job)] = claimed
-        for event in news.events:
+        self._tell(news.events)
+        for claimed in self._settled_in(self.asked):
+            self.live.pop((claimed.job.id, claimed.token), None)
+
+    def _tell(self, events: list[Event]) -> None:
+        for event in events:
             match event:
                 case Outcome(claimed, result):
                     key = claimed.job.id, claimed.token
@@ -703,15 +743,13 @@ class History:
                     )
                 case QueueIsEmpty():
                     promise(not self.busy and not self.waiting, "empty, but jobs run")
-        for claimed in self._settled_in(self.asked):
-            self.live.pop((claimed.job.id, claimed.token), None)
 
     def _end_claim(self, key: Key, how: Literal["told", "lost"]) -> None:
         promise(self.handed[key] is None, f"{key}: ended twice, {self.handed[key]} and {how}")
         self.handed[key] = how
         self.live.pop(key, None)
 
-    def _check_settled(self, key: Key, result: Result | Release) -> None:
+    def _check_settled(self, key: Key, result: object) -> None:
         kind = {Complete: "done", MoveToDlq: "dead"}.get(type(result), "postponed")
         if key in self.table.settled:
             promise(self.table.settled[key] == kind, f"{key}: told {kind}, is something else")
