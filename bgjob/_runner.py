@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import cast
 
 from bgjob._exchange import Outcome, Release
+from bgjob._fork import Lineage
 from bgjob._statements import Claimed
 from bgjob._transaction import Ending, Transactions
 from bgjob.errors import LoopBlockedError
@@ -63,6 +64,7 @@ class Runner:
         self,
         mux: Mux,
         transactions: Transactions,
+        lineage: Lineage,
         *,
         queue: str,
         concurrency: int,
@@ -72,6 +74,7 @@ class Runner:
     ) -> None:
         self._mux = mux
         self._transactions = transactions
+        self._lineage = lineage
         self._queue = queue
         self._started = started
         self._finished = finished
@@ -263,6 +266,8 @@ class Runner:
                     result: Ending = self._transactions.run(route, claimed)
                 else:
                     result = route.run(claimed.job)
+                if self._lineage.is_child:
+                    self._lineage.end(getattr(result, "error", None))
                 self._outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = None
@@ -318,6 +323,8 @@ class Runner:
                         result = route.judge(claimed.job, await route.handler(claimed.job))
                 except BaseException as error:
                     result = route.failed(claimed.job, error)
+                if self._lineage.is_child:
+                    self._lineage.end(getattr(result, "error", None))
                 if task.cancelling():
                     await _absorb_cancellation(task)
                 self._outcomes.append(_outcome((claimed, result, perf_counter() - began)))

@@ -9,6 +9,7 @@ in its own way.
 """
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing_extensions import override
 from bgjob import _connection
 from bgjob._connection import Recipe, options
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome
+from bgjob._fork import Lineage
 from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
 from bgjob.mux import Route
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
@@ -152,7 +154,8 @@ class Transactions:
     wait for each other. Thread-safe.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, lineage: Lineage) -> None:
+        self._lineage = lineage
         self._options = options(recipe) | {"autocommit": True}
         self._idle: deque[_Connection] = deque()
         self._idle_async: deque[_AsyncConnection] = deque()
@@ -256,6 +259,8 @@ class Transactions:
                     return route.handler(claimed.job, connection)
                 finally:
                     connection.patience = _PATIENCE
+                    if self._lineage.is_child:
+                        self._lineage.end(sys.exc_info()[1])
             case _Ask(statements):
                 if _is_over(connection):
                     return None
@@ -304,6 +309,8 @@ class Transactions:
                     return await route.handler(claimed.job, connection)
                 finally:
                     connection.patience = _PATIENCE
+                    if self._lineage.is_child:
+                        self._lineage.end(sys.exc_info()[1])
             case _Ask(statements):
                 if _is_over(connection):
                     return None

@@ -21,10 +21,12 @@ from bgjob import _statements
 from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo, options
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced
+from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
 from bgjob._transaction import Ending, Transactions, settlement
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
+    BgjobError,
     EmptyQueueError,
     JobAlreadyExistsError,
     LeaseLostError,
@@ -82,7 +84,7 @@ class Client:
         self._source = check_conninfo(source) if isinstance(source, str) else source
         self._notify = notify
         self._own: ConnectionPool[_Connection] | None = None
-        self._pid = os.getpid()
+        self._pid: int | None = None  # the process that uses it
         self._lock = threading.Lock()
         self.dlq = Dlq(self._run)
         """The dead-letter table."""
@@ -191,7 +193,7 @@ class Client:
         elif route.is_coroutine:
             ending = asyncio.run(_run_async(route, claimed, self.recipe))
         elif route.is_transactional:
-            with closing(Transactions(self.recipe)) as transactions:
+            with closing(Transactions(self.recipe, Lineage())) as transactions:
                 ending = transactions.run(route, claimed)
         else:
             ending = route.run(job)
@@ -224,6 +226,7 @@ class Client:
 
     def _pool(self) -> ConnectionPool[Any]:
         if not isinstance(self._source, str):
+            self._pid = _same_process(self._pid)
             return self._source
         with self._lock:
             if self._own is None or self._pid != os.getpid():
@@ -290,7 +293,7 @@ class AsyncClient:
         self._source = check_conninfo(source) if isinstance(source, str) else source
         self._notify = notify
         self._own: AsyncConnectionPool[_AsyncConnection] | None = None
-        self._pid = os.getpid()
+        self._pid: int | None = None  # the process that uses it
         self.dlq = AsyncDlq(self._run)
         """The dead-letter table."""
 
@@ -349,7 +352,7 @@ class AsyncClient:
         elif route.is_coroutine:
             ending = await _run_async(route, claimed, self.recipe)
         elif route.is_transactional:
-            with closing(Transactions(self.recipe)) as transactions:
+            with closing(Transactions(self.recipe, Lineage())) as transactions:
                 ending = await asyncio.to_thread(transactions.run, route, claimed)
         else:
             ending = await asyncio.to_thread(route.run, claimed.job)
@@ -381,6 +384,7 @@ class AsyncClient:
 
     async def _pool(self) -> AsyncConnectionPool[Any]:
         if not isinstance(self._source, str):
+            self._pid = _same_process(self._pid)
             return self._source
         if self._own is None or self._pid != os.getpid():
             self._pid = os.getpid()
@@ -438,6 +442,16 @@ def _recipe(source: str | ConnectionPool[Any] | AsyncConnectionPool[Any]) -> Rec
             "conninfo or kwargs are callables; give the Client a connection string"
         )
     return source.conninfo, dict(source.kwargs or {})
+
+
+def _same_process(pid: int | None) -> int:
+    here = os.getpid()
+    if pid not in (None, here):
+        raise BgjobError(
+            "the pool of this client was used before the fork, and its sockets are the parent's: "
+            "make a pool and a client in the child, or give the client a connection string"
+        )
+    return here
 
 
 _BEGIN = "select"
@@ -498,7 +512,7 @@ def _only(suspects: list[Suspect], queue: str, token: int) -> Claimed:
 
 async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
     if route.is_transactional:
-        with closing(Transactions(recipe)) as transactions:
+        with closing(Transactions(recipe, Lineage())) as transactions:
             return await transactions.run_async(route, claimed)
     try:
         return route.judge(claimed.job, await route.handler(claimed.job))

@@ -18,6 +18,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._engine import Engine
 from bgjob._events import Events
 from bgjob._exchange import Exchange, Reply, Sleep, Stop, Withdraw
+from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link
 from bgjob._runner import Runner, inside
 from bgjob._transaction import Transactions
@@ -88,6 +89,7 @@ class _Control:
                 raise RuntimeError("a worker runs once: make a new one")
             self._link.open()
             self._opened = True
+            self._pid = os.getpid()
             self._bell = Bell()
             self._engine = Engine(
                 concurrency=self._concurrency,
@@ -97,10 +99,12 @@ class _Control:
                 tokens=count(randbits(62)),
                 transactional=self._mux.transactional,
             )
-            self._transactions = Transactions(self._client.recipe)
+            lineage = Lineage()
+            self._transactions = Transactions(self._client.recipe, lineage)
             self._runner = Runner(
                 self._mux,
                 self._transactions,
+                lineage,
                 queue=self._queue,
                 concurrency=self._concurrency,
                 started=self._events.started,
@@ -114,7 +118,9 @@ class _Control:
     def stop(self, timeout: Duration | None) -> None:
         """Begin to shut down; of several grace periods the one that ends first counts."""
         if os.getpid() != self._pid:
-            raise BgjobError("this worker runs in the process that made it, not in a fork of it")
+            raise BgjobError(
+                "this worker runs in the process that called run(), not in a fork of it"
+            )
         end = inf if timeout is None else monotonic() + seconds(timeout, "timeout")
         with self._state:
             if self._give_up_at is None or end < self._give_up_at:

@@ -1,0 +1,333 @@
+"""The worker process of the tests: `python -m faults.app`, or `bgjob worker faults.app:make`.
+
+What it does is in the environment, what its jobs do in their arguments. It says what happens in a
+file, a line an event, so that nothing is forgotten when it is killed.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Any, Literal
+
+import psycopg
+
+from bgjob import (
+    AsyncClient,
+    AsyncWorker,
+    Client,
+    Complete,
+    EnqueueRequest,
+    Job,
+    MoveToDlq,
+    Mux,
+    NoopObserver,
+    Reschedule,
+    Result,
+    Retry,
+    Worker,
+)
+
+Event = tuple[Any, ...]
+Colour = Literal["thread", "async"]
+
+ENVIRONMENT = "BGJOB_FAULTS_APP"
+"""The variable that holds the settings of a worker process."""
+
+LEDGER = """
+    create table ledger (
+        job_id  text        not null,
+        attempt integer     not null,
+        kind    text        not null,
+        pid     integer     not null,
+        token   text        not null default gen_random_uuid(),
+        at      timestamptz not null default clock_timestamp()
+    )
+"""
+"""What the handlers write. No constraint: a row too many must be seen, not refused."""
+
+_INSERT = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
+_GATE = "select 1 from ledger where job_id = %s and attempt = %s and kind = 'gate'"
+_RESCHEDULED = "select count(*) from ledger where job_id = %s and kind = 'rescheduled'"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A worker process, as the test wants it."""
+
+    dsn: str
+    """Where the worker works; a proxy may lie between."""
+    ledger: str
+    """Where its ordinary handlers write the ledger: directly, whatever the worker's network does."""
+    events: str
+    """The file of its events."""
+    queue: str = "q"
+    colour: Colour = "thread"
+    concurrency: int = 4
+    lease: float = 1.0
+    poll_interval: float = 0.1
+    notify: bool = True
+    max_attempts: int | None = 25
+    backoff: float = 0.05
+    grace: float = 5.0
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Recorder(NoopObserver):
+    """Tells the events, each a tuple: name, job id, attempt, and what else there is."""
+
+    def __init__(self, tell: Callable[[Event], object]) -> None:
+        self._tell = tell
+
+    def job_started(self, job: Job, /) -> None:
+        self._tell(("started", job.id, job.attempt))
+
+    def job_completed(self, job: Job, /) -> None:
+        self._tell(("completed", job.id, job.attempt))
+
+    def job_rescheduled(self, job: Job, delay: float, /) -> None:
+        self._tell(("rescheduled", job.id, job.attempt, delay))
+
+    def job_will_be_retried(
+        self, job: Job, delay: float, error: str | BaseException | None, /
+    ) -> None:
+        self._tell(("retried", job.id, job.attempt, delay, _text(error)))
+
+    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
+        self._tell(("buried", job.id, job.attempt, _text(error)))
+
+    def job_lease_lost(self, job: Job, /) -> None:
+        self._tell(("lost", job.id, job.attempt))
+
+    def queue_is_empty(self, queue: str, /) -> None:
+        self._tell(("empty", queue))
+
+    def worker_error(self, error: BaseException, /) -> None:
+        self._tell(("error", _text(error)))
+
+
+def _text(error: str | BaseException | None) -> str:
+    if isinstance(error, BaseException):
+        return f"{type(error).__name__}: {error}"
+    return str(error)
+
+
+class Handlers:
+    """The handlers, which do what the job's argument says.
+
+    Two types: "plain" writes its ledger row on a connection of its own, "transactional" on the
+    one it is given. Both are coroutines where the colour is "async". In their order:
+
+    sleep: seconds to wait before the row
+    mute: true for no row and no event, and nothing after the sleep: a job that is quick
+    children: how many jobs of type "plain" to enqueue, in the transaction where there is one; the
+        ids are `<id of the job>/<n>`
+    linger: seconds to wait after the row (event "effect")
+    block: seconds to sleep then with time.sleep, in a coroutine too
+    hold: the name of a gate to wait at then, until World.release() opens it to this attempt
+    then: what to do while the attempt is below `until` (always, where that is not given), instead
+        of completing: "retry", "raise", "dlq", "kill" (SIGKILL to the own process), "exit"
+        (os._exit(1)); or "reschedule", `times` times (once by default), each with a row of the
+        kind "rescheduled"
+    """
+
+    def __init__(
+        self,
+        client: Client | AsyncClient,
+        ledger: str,
+        tell: Callable[[Event], object],
+        *,
+        queue: str = "q",
+    ) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._tell = tell
+        self._queue = queue
+
+    def register(self, mux: Mux, *, max_attempts: int | None, backoff: float) -> Mux:
+        """Register both types."""
+        policy: dict[str, Any] = {"max_attempts": max_attempts, "backoff": lambda _: backoff}
+        if isinstance(self._client, AsyncClient):
+            mux.register("plain", self.coroutine, **policy)
+            mux.register("transactional", self.coroutine, transactional=True, **policy)
+        else:
+            mux.register("plain", self.plain, **policy)
+            mux.register("transactional", self.plain, transactional=True, **policy)
+        return mux
+
+    def plain(self, job: Job, conn: psycopg.Connection[Any] | None = None) -> Result:
+        arg = job.json() or {}
+        time.sleep(arg.get("sleep", 0))
+        if arg.get("mute"):
+            return Complete()
+        if conn is None:
+            with psycopg.connect(self._ledger, autocommit=True) as own:
+                kind = self._kind(job, arg, own.execute(_RESCHEDULED, [job.id]).fetchall())
+                own.execute(_INSERT, [job.id, job.attempt, kind, os.getpid()])
+        else:
+            kind = self._kind(job, arg, conn.execute(_RESCHEDULED, [job.id]).fetchall())
+            conn.execute(_INSERT, [job.id, job.attempt, kind, os.getpid()])
+        if children := self._children(job, arg):
+            assert isinstance(self._client, Client)
+            self._client.bulk_enqueue(children, on_conflict="skip", conn=conn)
+        self._tell(("effect", job.id, job.attempt))
+        time.sleep(arg.get("linger", 0) + arg.get("block", 0))
+        if gate := arg.get("hold"):
+            with psycopg.connect(self._ledger, autocommit=True) as own:
+                while not own.execute(_GATE, [gate, job.attempt]).fetchall():
+                    time.sleep(0.02)
+        return self._act(job, arg, kind)
+
+    async def coroutine(self, job: Job, conn: psycopg.AsyncConnection[Any] | None = None) -> Result:
+        arg = job.json() or {}
+        await asyncio.sleep(arg.get("sleep", 0))
+        if arg.get("mute"):
+            return Complete()
+        if conn is None:
+            async with await psycopg.AsyncConnection.connect(self._ledger, autocommit=True) as own:
+                kind = await self._write(job, arg, own)
+        else:
+            kind = await self._write(job, arg, conn)
+        if children := self._children(job, arg):
+            assert isinstance(self._client, AsyncClient)
+            await self._client.bulk_enqueue(children, on_conflict="skip", conn=conn)
+        self._tell(("effect", job.id, job.attempt))
+        await asyncio.sleep(arg.get("linger", 0))
+        time.sleep(arg.get("block", 0))
+        if gate := arg.get("hold"):
+            async with await psycopg.AsyncConnection.connect(self._ledger, autocommit=True) as own:
+                while not await (await own.execute(_GATE, [gate, job.attempt])).fetchall():
+                    await asyncio.sleep(0.02)
+        return self._act(job, arg, kind)
+
+    async def _write(self, job: Job, arg: Any, conn: psycopg.AsyncConnection[Any]) -> str:
+        rescheduled = await (await conn.execute(_RESCHEDULED, [job.id])).fetchall()
+        kind = self._kind(job, arg, rescheduled)
+        await conn.execute(_INSERT, [job.id, job.attempt, kind, os.getpid()])
+        return kind
+
+    def _kind(self, job: Job, arg: Any, rescheduled: list[Any]) -> str:
+        wanted = arg.get("times", 1) if arg.get("then") == "reschedule" else 0
+        return "rescheduled" if rescheduled[0][0] < wanted else job.type
+
+    def _children(self, job: Job, arg: Any) -> Iterable[EnqueueRequest]:
+        return [
+            EnqueueRequest(self._queue, "plain", id=child)
+            for child in children_of(job.id, arg.get("children", 0))
+        ]
+
+    def _act(self, job: Job, arg: Any, kind: str) -> Result:
+        if kind == "rescheduled":
+            return Reschedule(0.05)
+        if job.attempt < arg.get("until", inf):
+            match arg.get("then"):
+                case "retry":
+                    return Retry(error="not yet")
+                case "raise":
+                    raise RuntimeError("the handler fails")
+                case "dlq":
+                    return MoveToDlq("the handler gives up")
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                    threading.Event().wait()  # the signal is on its way
+                case "exit":
+                    os._exit(1)
+        return Complete()
+
+
+def children_of(id_: str, count: int) -> list[str]:
+    """The ids of a job's children."""
+    return [f"{id_}/{n}" for n in range(count)]
+
+
+class EventFile:
+    """Appends events to a file, each in one write."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def tell(self, event: Event) -> None:
+        os.write(self._fd, json.dumps(event).encode() + b"\n")
+
+
+def end_with_parent() -> None:
+    """End when the test is gone: its end of the pipe that is the standard input closes."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(3)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
+    """Make a worker of these settings."""
+    options: dict[str, Any] = {
+        "concurrency": settings.concurrency,
+        "poll_interval": settings.poll_interval,
+        "lease": settings.lease,
+        "notify": settings.notify,
+        "observer": Recorder(file.tell),
+    }
+    policy: dict[str, Any] = {"max_attempts": settings.max_attempts, "backoff": settings.backoff}
+    if settings.colour == "async":
+        async_client = AsyncClient(settings.dsn, notify=settings.notify)
+        handlers = Handlers(async_client, settings.ledger, file.tell, queue=settings.queue)
+        mux = handlers.register(Mux(), **policy)
+        return AsyncWorker(async_client, settings.queue, mux, **options)
+    client = Client(settings.dsn, notify=settings.notify)
+    handlers = Handlers(client, settings.ledger, file.tell, queue=settings.queue)
+    return Worker(client, settings.queue, handlers.register(Mux(), **policy), **options)
+
+
+def make() -> Worker | AsyncWorker:
+    """Make the worker that the environment asks for, for `bgjob worker faults.app:make`."""
+    end_with_parent()
+    settings = Settings(**json.loads(os.environ[ENVIRONMENT]))
+    return build(settings, EventFile(settings.events))
+
+
+def serve(worker: Worker, file: EventFile, grace: float) -> None:
+    """Run a worker until SIGTERM, then shut it down."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    worker.run()
+    file.tell(("running", os.getpid()))
+    stop.wait()
+    file.tell(("stopping",))
+    file.tell(("stopped", worker.shutdown(grace)))
+
+
+async def serve_async(worker: AsyncWorker, file: EventFile, grace: float) -> None:
+    """As `serve`."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await worker.run()
+    file.tell(("running", os.getpid()))
+    await stop.wait()
+    file.tell(("stopping",))
+    file.tell(("stopped", await worker.shutdown(grace)))
+
+
+def main() -> None:
+    """Serve the worker that the environment asks for."""
+    end_with_parent()
+    settings = Settings(**json.loads(os.environ[ENVIRONMENT]))
+    file = EventFile(settings.events)
+    match build(settings, file):
+        case Worker() as worker:
+            serve(worker, file, settings.grace)
+        case AsyncWorker() as worker:
+            asyncio.run(serve_async(worker, file, settings.grace))
+
+
+if __name__ == "__main__":
+    main()
