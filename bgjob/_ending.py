@@ -21,7 +21,7 @@ _LAST_WORDS = 1.2
 _LAST_BREATH = 1.5
 
 
-class Interruption(BaseException):  # noqa: N818 (nobody is to catch it as an error)
+class Interruption(BaseException):
     """A signal came while the program was being loaded."""
 
 

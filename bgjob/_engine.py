@@ -34,6 +34,7 @@ from itertools import repeat
 from math import inf
 
 from bgjob._exchange import (
+    MOST_FREED,
     Claim,
     ClaimSuspect,
     Committed,
@@ -282,7 +283,7 @@ class Engine:
         self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
     ) -> Exchange:
         told = False
-        if isinstance(exchange.claim, Claim | Sweep):
+        if exchange.claim and exchange.claim.looks:
             told, self._told = self._told or self._due_at <= now, False
         self._sent.append(_Sent(exchange, outcomes, now, again, told))
         return exchange
@@ -301,12 +302,20 @@ class Engine:
             exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
 
     def _add_claim(self, exchange: Exchange, now: float) -> None:
-        limit = min(self._room(), _MOST // 2)
-        if limit <= 0 or self._stopping:
+        if self._stopping:
             return
-        if self._suspects.hold_up(now):
-            if self._has_free_slot and self._suspects.are_wanted(now, running=self._running):
-                exchange.claim = ClaimSuspect(next(self._tokens))
+        limit = min(self._room(), _MOST // 2)
+        held_up = self._suspects.hold_up(now)
+        if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
+            exchange.claim = Sweep(0, next(self._tokens))
+            return
+        if (
+            held_up
+            and self._has_free_slot
+            and self._suspects.are_wanted(now, running=self._running)
+        ):
+            exchange.claim = ClaimSuspect(next(self._tokens))
+        if limit <= 0 or held_up:
             return
         if not self._wants_claim(now):
             return
@@ -347,7 +356,8 @@ class Engine:
                 if self._has_free_slot:
                     times.append(self._suspects.wake_at(running=self._running))
             elif self._room() > 0:
-                times += [self._poll_at, self._marks.sweep_at, self._due_at, self._parking.look_at]
+                times += [self._poll_at, self._due_at, self._parking.look_at]
+            times.append(self._marks.sweep_at)
             free = self._has_room_for_others(now)
             times.append(self._parking.wake_at(now, free=free))
             times.append(self._pace.stale_at(self._running))
@@ -522,14 +532,18 @@ class Engine:
                     # What the sweep that found them left aside comes next.
                     self._suspects.surveyed(None, now)
                     self._more, self._marks.sweep_at = True, self._marks.early_sweep_at
+            case Sweep(0):
+                self._swept(reply, sent, now, full=True)
+                if reply.swept.freed == MOST_FREED:
+                    self._marks.sweep_at = self._marks.early_sweep_at
             case Sweep(limit, token):
                 jobs, freed = reply.swept
                 self._looked(jobs, now, full=len(jobs) + freed == limit)
-                self._marks.swept(reply.lines, full=self._more, began=sent.at, now=now)
+                self._swept(reply, sent, now, full=self._more)
+                if freed and self._more:
+                    self._marks.sweep_at = -inf  # there may be more to free than there are slots
                 waits = [line.wait for line in reply.lines if line.wait is not None]
                 self._due_at = now + max(min(waits), 0.0) if waits else inf
-                suspects = [line.deaths for line in reply.lines if line.deaths is not None]
-                self._suspects.surveyed(suspects[0] if suspects else None, now)
                 self._hold(list(map(Claimed, jobs, repeat(token))), sent, now, news)
             case Claim(limit, token):
                 jobs = reply.claimed
@@ -540,6 +554,11 @@ class Engine:
                     self._due_at = inf
                     self._marks.sweep_at = self._marks.early_sweep_at
                 self._hold(list(map(Claimed, jobs, repeat(token))), sent, now, news)
+
+    def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
+        self._marks.swept(reply.lines, full=full, began=sent.at, now=now)
+        deaths = [line.deaths for line in reply.lines if line.deaths is not None]
+        self._suspects.surveyed(deaths[0] if deaths else None, now)
 
     def _looked(self, jobs: list[Job], now: float, *, full: bool) -> None:
         self._more = full

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._statements import (
     Buried,
@@ -17,6 +17,7 @@ from bgjob._statements import (
     claim_suspect,
     complete,
     extend,
+    free,
     park,
     postpone,
     survey,
@@ -29,6 +30,10 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_t
 # -- the engine's steps -------------------------------------------------------------
 
 
+MOST_FREED = 1000
+"""Suspects that one sweep sets free, where it claims nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """Claim up to `limit` jobs from the marks on."""
@@ -39,6 +44,8 @@ class Claim:
     """First due time by priority."""
     back: float
     """Seconds before now from which on to look, where the marks are later."""
+    looks: ClassVar = True
+    """Whether it answers a notification."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,13 @@ class Sweep:
     """Claim up to `limit` jobs wherever they lie; free suspects; survey."""
 
     limit: int
+    """0 frees suspects only."""
     token: int
+
+    @property
+    def looks(self) -> bool:
+        """Whether it answers a notification."""
+        return self.limit > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +67,8 @@ class ClaimSuspect:
     """Claim one of the jobs whose last worker died."""
 
     token: int
-    limit: Literal[1] = 1
+    limit: ClassVar = 1
+    looks: ClassVar = False
 
 
 @dataclass(slots=True)
@@ -94,6 +108,9 @@ class Exchange:
         plan: list[tuple[Statement[Any], str]] = []
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
+            case Sweep(0):
+                plan.append((free(queue, limit=MOST_FREED), "swept"))
+                plan.append((survey(queue), "lines"))
             case Sweep(limit, token):
                 plan.append((sweep(queue, limit=limit, lease=lease, token=token), "swept"))
                 plan.append((survey(queue), "lines"))

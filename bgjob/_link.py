@@ -41,6 +41,9 @@ _SESSION = {
     "jit": "off",
 }
 
+# A host that falls asleep between two words of a transaction must not keep its rows locked.
+_SESSION_17 = {"transaction_timeout": "20s"}
+
 _EVENTS = {
     Wait.R: select.POLLIN,
     Wait.W: select.POLLOUT,
@@ -200,7 +203,8 @@ class Link:
                 )
             direct = answers.pid == connection.info.backend_pid
             if direct:
-                self._run(connection, session(_SESSION))
+                recent = connection.info.server_version >= 17_00_00  # noqa: PLR2004
+                self._run(connection, session(_SESSION | (_SESSION_17 if recent else {})))
             schema.check_version(self._run(connection, schema_comment()))
             schema.check_lacks(self._run(connection, lacks()))
             self.can_notify = self._notify and direct
@@ -220,12 +224,12 @@ class Link:
                 `is_open` is False.
 
         """
-        connection = self._ready()
-        with connection.pipeline():
-            answer = self._ask(connection, exchange)
+        # The commit is sent with the rest: a process that is stopped, or cut off, while
+        # it waits for the answers must not keep rows locked.
+        with self.streaming():
             # Each answer is read while the server works on the next statement. What
-            # it says counts when the block has ended: that is the commit.
-            return answer.read()
+            # it says counts when the block has ended without an error.
+            return self._send(exchange).read()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -245,11 +249,8 @@ class Link:
 
     def send(self, exchange: Exchange) -> Answer:
         """Send an exchange, as a transaction; give what `receive` waits for."""
-        connection = self._ready()
-        connection.execute("begin")
-        answer = self._ask(connection, exchange)
-        connection.execute("commit")
-        answer.committed = connection.execute("select")
+        answer = self._send(exchange)
+        answer.committed = self._ready().execute("select")
         return answer
 
     def receive(self, answer: Answer) -> None:
@@ -264,12 +265,14 @@ class Link:
             raise psycopg.OperationalError("the connection is closed")
         return connection
 
-    def _ask(self, connection: _Connection, exchange: Exchange) -> Answer:
-        answer = Answer()
+    def _send(self, exchange: Exchange) -> Answer:
+        connection, answer = self._ready(), Answer()
+        connection.execute("begin")
         for statement, part in exchange.statements(self._queue, self._lease):
             cursor = connection.cursor(binary=statement.binary)
             cursor.execute(statement.text, statement.params)
             answer.asked.append((statement, part, cursor))
+        connection.execute("commit")
         return answer
 
     @property

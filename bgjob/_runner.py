@@ -140,8 +140,8 @@ class Runner:
         elif now - self._beat_at >= patience and not self._beat_told:
             self._beat_told = True
             task = self._tasks.get(cast("asyncio.Task[None]", asyncio.current_task(self._loop)))
-            claimed = task.claimed if task is not None else None
-            return LoopBlockedError(claimed.job if claimed else None, now - self._beat_at)
+            job = task.claimed.job if task is not None and task.claimed is not None else None
+            return LoopBlockedError(job and job.id, job and job.type, now - self._beat_at)
         return None
 
     def _beat(self) -> None:

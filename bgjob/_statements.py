@@ -289,6 +289,18 @@ _SWEEP = f"""
     from (select count(*) from freed) as freed left join claimed on true
 """
 
+_FREE = f"""
+    with freed as (
+        update bgjob_job
+        set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+        where ctid = any (array(
+            select due.ctid from ({_due(_LINES, _ENDED)}) as due
+        ))
+        returning 1
+    )
+    select count(*) from freed
+"""
+
 _CLAIM_SUSPECT = f"""
     update bgjob_job set {_TAKE}
     where ctid = any (array(
@@ -356,6 +368,11 @@ def sweep(queue: str, *, limit: int, lease: float, token: int) -> Statement[Swep
         _swept,
         binary=True,
     )
+
+
+def free(queue: str, *, limit: int) -> Statement[Swept]:
+    """Set free jobs whose lease has ended, and claim nothing."""
+    return Statement(_FREE, {"queue": queue, "limit": limit}, lambda rows: Swept([], rows[0][0]))
 
 
 class Suspect(NamedTuple):

@@ -2,14 +2,17 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from textwrap import dedent
 from typing import TYPE_CHECKING, cast
 
 import orjson
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
 
+from bgjob._connection import check_conninfo
+from bgjob._duration import seconds
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bgjob", description="Background jobs on PostgreSQL.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo,):
+    for add in (_add_worker, _add_demo):
         add(commands)
     return parser
 
@@ -70,14 +73,84 @@ def _positive(text: str) -> int:
 
 def _dsn(text: str) -> str:
     try:
-        conninfo_to_dict(text)
-    except psycopg.ProgrammingError:
-        # The text and libpq's complaint may both hold a password.
+        return check_conninfo(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+# -- worker -----------------------------------------------------------------------------
+
+
+def _add_worker(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "worker",
+        help="run a worker until a signal ends it",
+        description="Imports a worker of yours, or calls what makes one, and runs it until SIGTERM "
+        "or SIGINT. The current directory is on the module path.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=dedent("""\
+            signals:
+              SIGTERM, SIGINT  shut down: claim nothing more, give back what has not started,
+                               finish what runs; what still runs after the grace period is left
+                               to its lease, and the process ends within 2 s, whatever hangs in it
+              a second one     exit at once; what runs is left to its lease
+
+            exit status:
+              0         after a shutdown that was asked for, by a signal or by the program
+              1         the worker could not be loaded or started, or it ended by itself
+              2         the arguments cannot be understood
+              130, 143  after a second signal, SIGINT or SIGTERM
+            """),
+    )
+    parser.add_argument(
+        "target",
+        type=_target,
+        metavar="MODULE:NAME",
+        help="a Worker or an AsyncWorker, such as app.jobs:worker, or a callable without arguments "
+        "that returns one; a coroutine function is awaited on the loop that the AsyncWorker "
+        "then runs on",
+    )
+    parser.add_argument(
+        "--grace",
+        type=_grace,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a shutdown waits for handlers that run (default: %(default)g); less than "
+        "the supervisor waits before it kills",
+    )
+    parser.set_defaults(command=_worker)
+
+
+def _target(text: str) -> str:
+    module, colon, name = text.partition(":")
+    if not (colon and all(part.isidentifier() for part in (module + "." + name).split("."))):
         raise argparse.ArgumentTypeError(
-            "this is no connection string; it looks like postgresql://user@host/database "
-            "or like 'host=... user=... dbname=...'"
-        ) from None
+            f"MODULE:NAME is needed, such as app.jobs:worker, not {text!r}"
+        )
     return text
+
+
+def _grace(text: str) -> float:
+    try:
+        return seconds(float(text), "grace")
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a number of seconds from 0 is needed, not {text!r}"
+        ) from None
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from bgjob import _serve  # noqa: PLC0415
+    from bgjob._target import TargetError  # noqa: PLC0415
+
+    try:
+        _serve.serve(args.target, grace=args.grace)
+    except (BgjobError, psycopg.Error) as error:
+        if isinstance(error, TargetError | _serve.ServeError) and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)  # where the program's own code failed
+        _tell(" ".join(str(error).split()))
+        return 1
+    return 0
 
 
 # -- demo -------------------------------------------------------------------------------

@@ -4,10 +4,6 @@ Errors of the database are psycopg's own and pass through unchanged.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bgjob.job import Job
 
 
 class BgjobError(Exception):
@@ -59,15 +55,16 @@ class LoopBlockedError(BgjobError):
     """An event loop has not turned for a third of the lease; told to the observer, not raised.
 
     Attributes:
-        job: whose handler blocks it; None if it is other code on the caller's loop.
+        job_id: whose handler blocks it; None if it is other code on the caller's loop.
+        job_type: the type of that job, or None.
 
     """
 
-    def __init__(self, job: "Job | None", blocked_for: float) -> None:
-        self.job = job
+    def __init__(self, job_id: str | None, job_type: str | None, blocked_for: float) -> None:
+        self.job_id, self.job_type = job_id, job_type
         culprit = (
-            f"the handler of job {job.id!r} of type {job.type!r}"
-            if job is not None
+            f"the handler of job {job_id!r} of type {job_type!r}"
+            if job_id is not None
             else "code that is no job's"
         )
         super().__init__(

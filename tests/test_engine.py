@@ -523,9 +523,9 @@ def test_what_was_in_flight_when_its_worker_died_is_claimed_one_at_a_time() -> N
 
 
 def test_a_suspect_waits_for_handlers_to_end_but_not_for_ever() -> None:
-    drive = Drive(concurrency=4)
+    drive = Drive(concurrency=4, poll_interval=9.0, lease=300.0)
     drive.claim("slow")
-    drive.now += 1.0
+    drive.now += 9.0
     assert isinstance(drive.exchange().claim, Sweep)
     drive.answer(found(deaths=2))
     known_at = drive.now
@@ -535,7 +535,7 @@ def test_a_suspect_waits_for_handlers_to_end_but_not_for_ever() -> None:
 
 
 def test_nothing_is_claimed_beside_a_suspect_until_it_has_proved_itself() -> None:
-    drive = Drive(concurrency=4)
+    drive = Drive(concurrency=4, poll_interval=9.0)
     drive.exchange()
     drive.answer(found(deaths=3))
     drive.exchange()
@@ -546,6 +546,14 @@ def test_nothing_is_claimed_beside_a_suspect_until_it_has_proved_itself() -> Non
     assert drive.now == claimed_at + 4.0
     drive.answer(Reply())
     assert isinstance(drive.exchange().claim, Claim | Sweep)
+
+
+def test_a_worker_without_a_free_slot_frees_what_others_hold_no_more() -> None:
+    drive = Drive(concurrency=1, poll_interval=2.0)
+    drive.claim("slow")
+    swept_at = drive.now
+    assert drive.next_exchange().claim == Sweep(0, 2)
+    assert drive.now == swept_at + 2.0
 
 
 def test_a_suspect_that_did_not_start_stays_one() -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from bgjob._engine import Engine
 from bgjob._exchange import (
+    MOST_FREED,
     Claim,
     ClaimSuspect,
     Committed,
@@ -139,8 +140,12 @@ class Table:
 
     def sweep(self, limit: int, token: int, *, began: int, now: int, at: float) -> Swept:
         """Take fresh rows, and free those whose lease has ended."""
-        found = [r for r in self._due(began) if self._is_fresh(r) or self._has_ended(r, began)]
-        walked = self._unlocked(found, limit, at)
+        found = [
+            row
+            for row in self._due(began)
+            if (limit and self._is_fresh(row)) or self._has_ended(row, began)
+        ]
+        walked = self._unlocked(found, limit or MOST_FREED, at)
         freed = 0
         for row in walked:
             if row.token is not None:
@@ -149,7 +154,7 @@ class Table:
                 row.deaths += 1
                 row.free_since = at
                 freed += 1
-        fresh = [row for row in walked if self._is_fresh(row)]
+        fresh = [row for row in walked if limit and self._is_fresh(row)]
         return Swept(self._hold(fresh, token, now=now), freed)
 
     def take(self, rows: list[Row], limit: int, token: int, *, now: int, at: float) -> list[Job]:
@@ -699,6 +704,8 @@ class History:
         if exchange.claim is not None:
             promise(not self.stopping, "claims after shutdown")
             wanted = self.engine.in_flight + coming + exchange.claim.limit
+            if isinstance(exchange.claim, Sweep) and not exchange.claim.limit:
+                return
             promise(exchange.claim.limit > 0, "claims nothing")
             promise(wanted <= self.engine.capacity, "claims more than its capacity")
             promise(wanted <= self.concurrency + 1000, "claims far too much")
@@ -777,8 +784,10 @@ class History:
             self.engine.in_flight == self.busy + len(self.waiting) + len(self.outcomes),
             "lost count of its jobs",
         )
-        if self.suspected_at < inf or (self.engine.in_flight and self.now < self.alone_until):
+        if self.suspected_at < inf:
             self.held_up_at = self.now
+        elif self.engine.in_flight:
+            self.held_up_at = max(self.held_up_at, min(self.now, self.alone_until))
         if len(self.enqueued) < 100 or self.random.random() < 0.05:
             self._check_leases()
             self._check_idleness()
@@ -814,6 +823,7 @@ class History:
     def _check_idleness(self) -> None:
         if not self.connected or self.breaking or self.give_up_at is not None:
             return
+        self._check_freedom()
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until, self.held_up_at)
@@ -829,6 +839,17 @@ class History:
                 # It need not wait for a poll.
                 promise(waited <= 20 * self.longest_cost + 0.05, f"{row.id} is forgotten")
             promise(waited <= patience, f"{row.id}: due for {waited} s beside an idle slot")
+
+    def _check_freedom(self) -> None:
+        """A lease that has ended is noticed, whatever the worker is busy with."""
+        patience = max(self.poll_interval, 20 * self.longest_cost) + 0.1
+        since = max(self.disturbed_at, self.slow_until, self.refused_at + 4 * patience)
+        now = self.db_now
+        for row in self.table.rows.values():
+            if self.table.locked or row.lease_until is None or row.due > now:
+                continue
+            ended = min((now - row.lease_until) / SECOND, self.now - since)
+            promise(ended <= patience, f"{row.id}: its lease ended {ended} s ago")
 
     def _check_stop(self, abandoned: int) -> None:
         promise(self.give_up_at is not None, "stops unasked")

@@ -28,6 +28,7 @@ from bgjob._statements import (
     enqueue,
     enqueue_many,
     extend,
+    free,
     listen,
     park,
     postpone,
@@ -163,6 +164,7 @@ HOT = {
     ),
     "claim of one": claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, back=0),
     "sweep": sweep("q", limit=500, lease=60, token=1),
+    "free": free("q", limit=1000),
     "survey": survey("q"),
     "claim of a suspect": claim_suspect("q", lease=60, token=1),
     "claim of any": claim_any("q", lease=60, token=1),
@@ -198,7 +200,7 @@ def test_a_hot_statement_walks_an_index_and_sorts_nothing(
         "claim of a suspect": {"bgjob_job_suspect"},
         "survey": {"bgjob_job_due", "bgjob_job_suspect"},
     }
-    by_due = name.startswith(("claim", "sweep"))
+    by_due = name.startswith(("claim", "sweep", "free"))
     expected = indexes.get(name, {"bgjob_job_due" if by_due else "bgjob_job_pkey"})
     assert {n["Index Name"] for n in scans} == expected
 
@@ -304,6 +306,19 @@ def test_a_sweep_passes_over_what_is_held_and_frees_what_is_held_no_more(
         "select token, attempt, deaths from bgjob_job where id = 'q000002'"
     ).fetchall() == [(None, 1, 1)]
     assert sorted(line.deaths or 0 for line in ask(worker, survey("q"))) == [0, 0, 1]
+
+
+def test_what_is_held_no_more_is_freed_without_claiming_anything(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 3)
+    spoil_leases(worker)
+    assert ask(worker, free("q", limit=9)) == ([], 1)
+    assert worker.execute("select token, deaths from bgjob_job order by id").fetchall() == [
+        (9, 0),
+        (None, 1),
+        (None, 0),
+    ]
 
 
 def test_suspects_are_claimed_one_at_a_time_and_by_no_other_claim(

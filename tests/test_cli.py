@@ -1,0 +1,708 @@
+"""The worker command loads a worker, runs it, and ends when and how it is asked to."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from bgjob import Client, EnqueueRequest, cli
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 25.0
+"""Seconds after which a test that waits has failed; what hangs in these tests does so for longer."""
+
+LATE = 2.0
+"""Seconds after the grace period in which a process has to exit."""
+NOISE = 4.0
+"""Seconds by which a busy machine may be late."""
+
+JOBS = """
+import asyncio
+import atexit
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+from bgjob import AsyncClient, AsyncWorker, Client, Mux, Worker
+
+LONG = 3600.0
+DSN = os.environ["DATABASE_URL"]
+mux = Mux()
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+@mux.handler("hello")
+def hello(job):
+    say("hello", job.id)
+
+
+@mux.handler("hello_async")
+async def hello_async(job):
+    say("hello", job.id)
+
+
+@mux.handler("gate")
+def gate(job):
+    say("entered", job.id)
+    while not Path("open").exists():
+        time.sleep(0.01)
+
+
+@mux.handler("gate_async")
+async def gate_async(job):
+    say("entered", job.id)
+    while not Path("open").exists():
+        await asyncio.sleep(0.01)
+
+
+@mux.handler("fails")
+def fails(job):
+    raise ValueError("it failed")
+
+
+@mux.handler("thread")
+def thread(job):
+    say("entered")
+    time.sleep(LONG)
+
+
+@mux.handler("coroutine")
+async def coroutine(job):
+    say("entered")
+    await asyncio.sleep(LONG)
+
+
+@mux.handler("stubborn_coroutine")
+async def stubborn_coroutine(job):
+    say("entered")
+    while True:
+        try:
+            await asyncio.sleep(LONG)
+        except asyncio.CancelledError:
+            pass
+
+
+@mux.handler("blocked_loop")
+async def blocked_loop(job):
+    say("entered")
+    time.sleep(LONG)
+
+
+@mux.handler("leaves_a_thread")
+def leaves_a_thread(job):
+    threading.Thread(target=time.sleep, args=(LONG,)).start()
+    say("entered")
+
+
+@mux.handler("leaves_an_executor")
+async def leaves_an_executor(job):
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, LONG)
+    say("entered")
+
+
+@mux.handler("leaves_at_exit")
+def leaves_at_exit(job):
+    def hang():
+        say("exiting")
+        time.sleep(LONG)
+
+    atexit.register(hang)
+    say("entered")
+
+
+def tell_and_wait(pipe):
+    pipe.send("started")
+    time.sleep(LONG)
+
+
+@mux.handler("forks")
+def forks(job):
+    # As for any program, a fork of one that has threads is not without its dangers.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=tell_and_wait, args=(there,))
+    child.start()
+    here.recv()  # Python forgets what a child is sent while it is being forked
+    child.terminate()
+    child.join()
+    say("the child's exit code:", child.exitcode)
+
+
+@mux.handler("stops_the_worker")
+def stops_the_worker(job):
+    worker.shutdown()
+
+
+@mux.handler("stops_the_loop")
+async def stops_the_loop(job):
+    asyncio.get_running_loop().stop()
+
+
+@mux.handler("breaks_the_worker")
+def breaks_the_worker(job):
+    def broken():
+        raise SystemExit
+
+    worker._control._turn = broken
+    worker._control._bell.shout()
+
+
+OPTIONS = {"concurrency": 1, "poll_interval": 0.1}
+worker = Worker(Client(DSN), "q", mux, **OPTIONS)
+async_worker = AsyncWorker(AsyncClient(DSN), "q", mux, **OPTIONS)
+
+
+def make():
+    return worker
+
+
+def make_async():
+    return async_worker
+
+
+async def make_on_loop():
+    loop = asyncio.get_running_loop()
+
+    async def same_loop(job):
+        say("the same loop:", asyncio.get_running_loop() is loop)
+
+    await asyncio.sleep(0)
+    return AsyncWorker(AsyncClient(DSN), "q", mux.register("loop", same_loop), **OPTIONS)
+
+
+async def make_on_blocked_loop():
+    asyncio.get_running_loop().call_soon(time.sleep, LONG)  # it begins while the worker starts
+    return async_worker
+
+
+async def make_plain_on_loop():
+    return worker
+
+
+class Workers:
+    main = worker
+"""
+
+each_target = pytest.mark.parametrize("target", ["worker", "async_worker"])
+
+
+class Command:
+    """A worker command that has been started."""
+
+    def __init__(self, args: list[str], folder: Path, env: dict[str, str]) -> None:
+        self._out = folder / "stdout"
+        self._err = folder / "stderr"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                # -P: the current directory is on the module path by the command's own doing.
+                [sys.executable, "-P", "-W", "error", "-m", "bgjob", "worker", *args],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def heard(self, text: str) -> None:
+        """Wait until the process has said something."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.out + self.err:
+            ended = self.process.poll() is not None and text not in self.out + self.err
+            assert not ended, f"it ended without {text!r}: {self.out}{self.err}"
+            assert time.monotonic() < deadline, f"no {text!r} in: {self.out}{self.err}"
+            time.sleep(0.01)
+
+    def send(self, signum: int = signal.SIGTERM) -> None:
+        self.process.send_signal(signum)
+
+    def ended(self) -> int:
+        """Wait until the process has ended; give its exit status."""
+        return self.process.wait(PATIENCE)
+
+    def stopped(self, signum: int = signal.SIGTERM) -> int:
+        self.send(signum)
+        return self.ended()
+
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def start(dsn: str, tmp_path: Path) -> Iterator[Start]:
+    """Start `bgjob worker` with these arguments, in a folder that has `jobs.py`."""
+    commands: list[Command] = []
+
+    def start(*args: str, **env: str) -> Command:
+        command = Command(list(args), tmp_path, {"DATABASE_URL": dsn, **env})
+        commands.append(command)
+        return command
+
+    (tmp_path / "jobs.py").write_text(JOBS)
+    yield start
+    for command in commands:
+        command.process.kill()
+        command.process.wait()
+
+
+@pytest.fixture
+def client(dsn: str) -> Iterator[Client]:
+    with Client(dsn) as client:
+        yield client
+
+
+def enqueue(client: Client, type_: str, id_: str = "a") -> None:
+    client.enqueue(EnqueueRequest("q", type_, id=id_))
+
+
+def live(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
+    """Give the id, the attempt and whether there is a lease, of each live job."""
+    return conn.execute(
+        "select id, attempt, lease_until is not null from bgjob_job order by id"
+    ).fetchall()
+
+
+# -- what can be served --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("type_", ["hello", "hello_async"])
+@each_target
+def test_runs_jobs_until_a_signal_asks_it_to_end(
+    start: Start,
+    client: Client,
+    conn: psycopg.Connection,
+    target: str,
+    type_: str,
+    signum: signal.Signals,
+) -> None:
+    command = start(f"jobs:{target}")
+    enqueue(client, type_)
+    command.heard("hello a")
+
+    assert command.stopped(signum) == 0
+
+    assert live(conn) == []
+    assert f"jobs:{target} is running" in command.err
+    assert signum.name in command.err
+    assert command.err.endswith(f"jobs:{target} has ended\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["make", "make_async", "make_on_loop", "make_plain_on_loop", "Workers.main"]
+)
+def test_serves_what_a_factory_makes(start: Start, client: Client, name: str) -> None:
+    command = start(f"jobs:{name}")
+    enqueue(client, "hello_async")
+    command.heard("hello a")
+    assert command.stopped() == 0
+
+
+def test_a_coroutine_factory_is_awaited_on_the_loop_that_handlers_run_on(
+    start: Start, client: Client
+) -> None:
+    command = start("jobs:make_on_loop")
+    enqueue(client, "loop")
+    command.heard("the same loop: True")
+    assert command.stopped() == 0
+
+
+def test_the_current_directory_comes_first_on_the_module_path(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "jobs.py").write_text("raise RuntimeError('the wrong module')")
+    command = start("jobs:worker", PYTHONPATH=f"{elsewhere}{os.pathsep}{ROOT}")
+    enqueue(client, "hello")
+    command.heard("hello a")
+    assert command.stopped() == 0
+
+
+def test_readmes_example_runs_as_printed(
+    start: Start, client: Client, tmp_path: Path, conn: psycopg.Connection
+) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    section = re.search(r"^## The worker command$(.*?)^## ", readme, re.MULTILINE | re.DOTALL)
+    assert section
+    module = re.search(r"^```python\n(.*?)^```$", section[1], re.MULTILINE | re.DOTALL)
+    line = re.search(r"^```sh\nbgjob worker (.*)\n```$", section[1], re.MULTILINE)
+    assert module
+    assert line
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "jobs.py").write_text(module[1], "utf-8")
+
+    command = start(*line[1].split())
+    client.enqueue(EnqueueRequest("mail", "confirm", {"order": "order-2"}))
+    command.heard("confirming order order-2")
+
+    assert command.stopped() == 0
+    assert live(conn) == []
+
+
+# -- the end -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type_", ["gate", "gate_async"])
+@each_target
+def test_finishes_what_runs_and_gives_back_what_has_not_started(
+    start: Start,
+    client: Client,
+    conn: psycopg.Connection,
+    tmp_path: Path,
+    target: str,
+    type_: str,
+) -> None:
+    enqueue(client, type_, "a")
+    command = start(f"jobs:{target}")
+    command.heard("entered a")
+    for id_ in "bcd":
+        enqueue(client, type_, id_)
+    command.send()
+    command.heard("shutting down")
+    enqueue(client, type_, "e")
+
+    (tmp_path / "open").touch()
+
+    assert command.ended() == 0
+    assert live(conn) == [(id_, 0, False) for id_ in "bcde"]
+    assert command.out == "entered a\n"
+
+
+@pytest.mark.parametrize("type_", ["thread", "coroutine", "stubborn_coroutine", "blocked_loop"])
+@each_target
+def test_leaves_what_outlives_the_grace_period_to_its_lease(
+    start: Start, client: Client, conn: psycopg.Connection, target: str, type_: str
+) -> None:
+    enqueue(client, type_)
+    command = start(f"jobs:{target}", "--grace", "0.5")
+    command.heard("entered")
+    began = time.monotonic()
+
+    assert command.stopped() == 0
+
+    assert 0.5 <= time.monotonic() - began < 0.5 + LATE + NOISE
+    assert live(conn) == [("a", 1, True)]
+    assert re.search("WARNING.* still running, left to the lease", command.err)
+
+
+@pytest.mark.parametrize("type_", ["leaves_a_thread", "leaves_an_executor", "leaves_at_exit"])
+@each_target
+def test_exits_whatever_handlers_have_left_behind(
+    start: Start, client: Client, conn: psycopg.Connection, target: str, type_: str
+) -> None:
+    enqueue(client, type_)
+    command = start(f"jobs:{target}", "--grace", "0.5")
+    command.heard("entered")
+    began = time.monotonic()
+
+    assert command.stopped() == 0
+
+    assert time.monotonic() - began < 0.5 + LATE + NOISE
+    assert live(conn) == []
+
+
+@pytest.mark.parametrize("type_", ["thread", "blocked_loop", "leaves_at_exit"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@each_target
+def test_a_second_signal_ends_it_at_once(
+    start: Start, client: Client, target: str, signum: signal.Signals, type_: str
+) -> None:
+    enqueue(client, type_)
+    command = start(f"jobs:{target}", "--grace", "1000")
+    command.heard("entered")
+    command.send()
+    command.heard("exiting" if type_ == "leaves_at_exit" else "shutting down")
+
+    assert command.stopped(signum) == 128 + signum
+
+
+def test_a_loop_that_is_blocked_from_the_start_does_not_cost_the_grace_period(
+    start: Start, client: Client
+) -> None:
+    enqueue(client, "gate")
+    command = start("jobs:make_on_blocked_loop", "--grace", "1000")
+    command.heard("entered a")
+    command.send()
+    command.heard("shutting down")
+    assert command.stopped() == 128 + signal.SIGTERM
+
+
+def test_ends_when_the_program_shuts_its_worker_down(start: Start, client: Client) -> None:
+    enqueue(client, "stops_the_worker")
+    command = start("jobs:worker")
+    assert command.ended() == 0
+    assert command.err.endswith("jobs:worker has ended\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "type_", "words"),
+    [
+        ("worker", "breaks_the_worker", "bgjob: jobs:worker has ended by itself\n"),
+        ("async_worker", "stops_the_loop", "bgjob: jobs:async_worker broke\n"),
+    ],
+)
+def test_exits_with_1_when_the_worker_ends_by_itself(
+    start: Start, client: Client, target: str, type_: str, words: str
+) -> None:
+    enqueue(client, type_)
+    command = start(f"jobs:{target}")
+    assert command.ended() == 1
+    assert command.err.endswith(words)
+
+
+def test_a_signal_still_ends_the_processes_that_handlers_fork(start: Start, client: Client) -> None:
+    enqueue(client, "forks")
+    command = start("jobs:worker")
+    command.heard(f"the child's exit code: {-signal.SIGTERM}")
+    assert command.stopped() == 0
+
+
+def test_a_programs_own_signal_handlers_give_way(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nfrom jobs import make\n"
+    )
+    enqueue(client, "hello")
+    command = start("own:make")
+    command.heard("hello a")
+    assert command.stopped() == 0
+
+
+# -- the start -----------------------------------------------------------------------------
+
+
+WAITS = {
+    "a module": "say('waiting')\ntime.sleep(LONG)",
+    "a module that catches everything": (
+        "try:\n    say('waiting')\n    time.sleep(LONG)\nexcept BaseException:\n    pass\n"
+        "def make():\n    return worker"
+    ),
+    "a module that cannot be interrupted": (
+        "say('waiting')\n"
+        "while True:\n"
+        "    try:\n        time.sleep(LONG)\n"
+        "    except BaseException:\n        pass"
+    ),
+    "a factory": "def make():\n    say('waiting')\n    time.sleep(LONG)",
+    "a coroutine factory": "async def make():\n    say('waiting')\n    await asyncio.sleep(LONG)",
+    "a coroutine factory that blocks": "async def make():\n    say('waiting')\n    time.sleep(LONG)",
+}
+
+
+@pytest.mark.parametrize("body", WAITS.values(), ids=WAITS)
+def test_a_signal_ends_it_while_the_program_is_loaded(
+    start: Start, tmp_path: Path, body: str
+) -> None:
+    (tmp_path / "waits.py").write_text(f"from jobs import *\n{body}\n")
+    command = start("waits:make", "--grace", "1000")
+    command.heard("waiting")
+
+    assert command.stopped() == 0
+
+    assert "is running" not in command.err
+    assert "Traceback" not in command.err
+    assert command.out == "waiting\n"
+
+
+@each_target
+def test_a_signal_ends_it_while_it_connects(start: Start, target: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        port = silent.getsockname()[1]
+        command = start(
+            f"jobs:{target}", "--grace", "1000", DATABASE_URL=f"postgresql://u@127.0.0.1:{port}/db"
+        )
+        connection, _ = silent.accept()
+        with connection:
+            assert command.stopped() == 0
+    assert "its start was broken off" in command.err or command.err == ""
+
+
+FAULTS = {
+    "missing:worker": "there is no module 'missing' ",
+    "jobs.missing:worker": "there is no module 'jobs.missing' ",
+    "jobs:missing": "there is no 'missing' in jobs",
+    "jobs:Workers.missing": "there is no 'missing' in jobs.Workers",
+    "jobs:mux": "jobs:mux is a Mux; a Worker, an AsyncWorker, or a callable without arguments that "
+    "returns one, is wanted",
+    "jobs:hello": "jobs:hello takes arguments; ",
+    "faulty:make_nothing": "faulty:make_nothing returned None; ",
+    "faulty:make_mux": "faulty:make_mux returned a Mux; ",
+}
+FAULTY = """
+from jobs import *
+
+def make_nothing():
+    pass
+
+async def make_mux():
+    return mux
+
+def raises():
+    raise LookupError("raised by the factory")
+
+async def raises_on_loop():
+    raise LookupError("raised by the factory")
+
+worker.run()
+"""
+
+
+@pytest.mark.parametrize("target", FAULTS)
+def test_says_in_one_line_why_there_is_nothing_to_serve(
+    start: Start, tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY.replace("worker.run()", ""))
+    command = start(target)
+    assert command.ended() == 1
+    assert command.err.startswith(f"bgjob: {FAULTS[target]}")
+    assert command.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("import missing", "No module named 'missing'"),
+        ("from jobs import missing", "cannot import name 'missing'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def", "SyntaxError: "),
+    ],
+)
+def test_shows_where_the_programs_own_code_failed(
+    start: Start, tmp_path: Path, body: str, told: str
+) -> None:
+    (tmp_path / "faulty.py").write_text(body)
+    command = start("faulty:worker")
+    assert command.ended() == 1
+    assert f'faulty.py", line 1' in command.err
+    assert told in command.err
+    assert command.err.endswith("\nbgjob: importing faulty failed\n")
+
+
+@pytest.mark.parametrize("name", ["raises", "raises_on_loop"])
+def test_shows_where_a_factory_failed(start: Start, tmp_path: Path, name: str) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY.replace("worker.run()", ""))
+    command = start(f"faulty:{name}")
+    assert command.ended() == 1
+    assert f"in {name}\n" in command.err
+    assert "LookupError: raised by the factory\n" in command.err
+    assert command.err.endswith(f"\nbgjob: faulty:{name} failed\n")
+
+
+def test_a_worker_that_runs_already_cannot_be_served(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    command = start("faulty:worker")
+    assert command.ended() == 1
+    assert "RuntimeError: a worker runs once" in command.err
+
+
+@each_target
+def test_missing_tables_are_told_in_one_line(start: Start, empty_dsn: str, target: str) -> None:
+    command = start(f"jobs:{target}", DATABASE_URL=empty_dsn)
+    assert command.ended() == 1
+    assert command.err.startswith("bgjob: ")
+    assert "migration/init.sql" in command.err
+    assert command.err.count("\n") == 1
+
+
+@each_target
+def test_a_server_that_cannot_be_reached_is_told_in_one_line_without_the_password(
+    start: Start, target: str
+) -> None:
+    address = "postgresql://somebody:s3cret@127.0.0.1:1/db"
+    command = start(f"jobs:{target}", DATABASE_URL=address)
+    assert command.ended() == 1
+    assert command.err.startswith("bgjob: ")
+    assert "127.0.0.1" in command.err
+    assert command.err.count("\n") == 1
+    assert "s3cret" not in command.err
+
+
+# -- logging -------------------------------------------------------------------------------
+
+
+@each_target
+def test_retries_are_seen(start: Start, client: Client, target: str) -> None:
+    enqueue(client, "fails")
+    command = start(f"jobs:{target}")
+    command.heard("it failed")
+    assert command.stopped() == 0
+    assert "WARNING fails a (attempt 1) failed and runs again" in command.err
+
+
+def test_the_programs_own_logging_is_left_alone(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from jobs import *\n"
+        "async def make():\n"
+        "    logging.basicConfig(level=logging.WARNING, format='own format: %(message)s')\n"
+        "    return await make_on_loop()\n"
+    )
+    enqueue(client, "fails")
+    command = start("own:make")
+    command.heard("it failed")
+    assert command.stopped() == 0
+    assert command.err.count("own format: ") == 1
+    assert "is running" not in command.err
+
+
+# -- arguments -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["jobs"],
+        ["jobs:"],
+        [":worker"],
+        ["jobs.py:worker()"],
+        ["jobs:worker:worker"],
+        ["jobs:worker", "--grace", "-1"],
+        ["jobs:worker", "--grace", "nan"],
+        ["jobs:worker", "--grace", "inf"],
+        ["jobs:worker", "--grace", "long"],
+    ],
+)
+def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["worker", *args])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: bgjob worker")
+
+
+def test_help_tells_of_signals_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["worker", "--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    for word in ("MODULE:NAME", "--grace SECONDS", "SIGTERM, SIGINT", "130, 143"):
+        assert word in told
