@@ -528,7 +528,7 @@ def test_a_signal_ends_it_while_the_program_is_loaded(
 
     assert "is running" not in command.err
     assert "Traceback" not in command.err
-    assert command.out == "waiting\n"
+    assert command.out.strip() == "waiting"
 
 
 @each_target
