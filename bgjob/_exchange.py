@@ -228,7 +228,7 @@ class Outcome(NamedTuple):
         result = self.result.otherwise if isinstance(self.result, Doubtful) else self.result
         match result:
             case Retry(delay) | Reschedule(delay) if delay is not None:
-                return delay if isinstance(delay, float | int) else delay.total_seconds()
+                return float(delay) if isinstance(delay, float | int) else delay.total_seconds()
             case _:
                 return 0.0
 

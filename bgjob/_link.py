@@ -41,6 +41,9 @@ _SESSION = {
     "jit": "off",
 }
 
+# Of an exchange that the server refused, or that could not be put into words.
+_UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
+
 # A host that falls asleep between two words of a transaction must not keep its rows locked.
 _SESSION_17 = {"transaction_timeout": "20s"}
 
@@ -244,7 +247,7 @@ class Link:
             with connection.pipeline():
                 yield
         finally:
-            if connection.info.transaction_status == TransactionStatus.INERROR:
+            if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
 
     def send(self, exchange: Exchange) -> Answer:

@@ -229,7 +229,7 @@ _TAKE = """
     attempt = least(attempt, 2147483646) + 1
 """
 
-_FRESH = "j.lease_until is null and j.deaths = 0"
+_FRESH = "j.lease_until is null and j.deaths <= 0"
 _ENDED = "j.lease_until <= now()"
 
 
@@ -508,7 +508,7 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
         set token = null,
             lease_until = null,
             next_run_at = clock_timestamp() + p.delay * interval '1 second',
-            attempt = greatest(j.attempt - p.refund, 0),
+            attempt = greatest(j.attempt, p.refund) - p.refund,
             deaths = p.deaths,
             last_error = coalesce(p.error, j.last_error),
             updated_at = clock_timestamp()

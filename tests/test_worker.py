@@ -38,6 +38,7 @@ from bgjob import (
 )
 from bgjob._exchange import Exchange, Sweep
 from bgjob._link import Link
+from bgjob._statements import Claimed, Postponed
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 
@@ -1066,6 +1067,24 @@ def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_to_complai
         link.close()
         gc.collect()
     assert complaints == []
+
+
+def test_an_exchange_that_cannot_be_put_into_words_leaves_nothing_behind(
+    dsn: str, crew: Crew, conn: psycopg.Connection
+) -> None:
+    crew.enqueue("a", "b")
+    link = Link(lambda: (dsn, {}), "q", lease=30, notify=True)
+    link.open()
+    [job] = link.exchange(Exchange(claim=Sweep(1, 1))).swept.jobs
+    delay: Any = "soon"
+    exchange = Exchange(claim=Sweep(1, 2))
+    exchange.postpone.append(Postponed(Claimed(job, 1), delay, None, refund=False))
+    exchange.postpone.append(Postponed(Claimed(job, 1), 1.0, None, refund=False))
+    with pytest.raises(psycopg.DataError):
+        link.exchange(exchange)
+    assert link.is_open
+    assert rows(conn, "select token from bgjob_job order by id") == [(1,), (None,)]
+    link.close()
 
 
 def test_a_settlement_whose_connection_was_killed_is_sent_again(
