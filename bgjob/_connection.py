@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq.abc import PGconn
 from typing_extensions import override
 
 Recipe: TypeAlias = tuple[str, Mapping[str, Any]]
@@ -42,51 +41,49 @@ def options(recipe: Recipe) -> dict[str, Any]:
     return {"connect_timeout": _CONNECT_TIMEOUT, **conninfo_to_dict(conninfo), **kwargs}
 
 
-def silence(seconds: float) -> psycopg.OperationalError:
-    """Make the error of a server that did not answer."""
-    return psycopg.OperationalError(f"no answer from the server within {seconds:g} s")
+class Silence(psycopg.OperationalError):
+    """The server did not answer."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no answer from the server within {seconds:g} s")
 
 
 class Connection(psycopg.Connection[Any]):
     """A connection whose `patience` with a silent server ends."""
 
     patience: float = inf
-    """Seconds."""
+    """Seconds; may be changed, from any thread, while somebody waits."""
 
     @override
     def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        if self.patience < inf:
-            gen = _patient(gen, self.patience, self.pgconn)
-        return super().wait(gen, *args, **kwargs)
+        return super().wait(_patient(gen, self), *args, **kwargs)
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
     """An async connection whose `patience` with a silent server ends."""
 
     patience: float = inf
-    """Seconds."""
+    """As Connection.patience."""
 
     @override
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        if self.patience < inf:
-            gen = _patient(gen, self.patience, self.pgconn)
-        return await super().wait(gen, *args, **kwargs)
+        return await super().wait(_patient(gen, self), *args, **kwargs)
 
 
-def _patient(gen: PQGen[RV], patience: float, pgconn: PGconn) -> PQGen[RV]:
+def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[RV]:
     # Whoever waits for the socket, in either colour, comes back with nothing now and then.
     try:
         wanted = next(gen)
-        until = time.monotonic() + patience
+        since = time.monotonic()
         while True:
             ready = yield wanted
             if ready:
-                until = time.monotonic() + patience
-            elif time.monotonic() >= until:
-                pgconn.finish()  # a question is open: nothing else can be asked
+                since = time.monotonic()
+            elif time.monotonic() >= since + connection.patience:
+                connection.pgconn.finish()  # a question is open: nothing else can be asked
                 with contextlib.suppress(psycopg.Error):
                     gen.close()
-                raise silence(patience)
+                raise Silence(connection.patience)
             wanted = gen.send(ready)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
 from bgjob import schema
-from bgjob._connection import Recipe, options, silence
+from bgjob._connection import Recipe, Silence, options
 from bgjob._exchange import Exchange, Reply
 from bgjob._statements import Statement, backend, lacks, listen, schema_comment, session
 
@@ -117,7 +117,7 @@ class _Connection(psycopg.Connection[TupleRow]):
             while True:
                 ready = poll.poll(_PATIENCE * 1000)
                 if not ready:
-                    raise silence(_PATIENCE)
+                    raise Silence(_PATIENCE)
                 event = ready[0][1]
                 again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
                 if again != wanted:

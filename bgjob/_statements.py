@@ -465,9 +465,13 @@ def begin(token: int) -> bytes:
     """Open the transaction of a handler, and mark it as the one that belongs to a claim.
 
     One mark ends with the transaction, however that ends. The other is undone
-    by a rollback and outlives a commit.
+    by a rollback and outlives a commit. How long the handler may be idle in it
+    is for the lease to say.
     """
-    return f"begin; set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'".encode()
+    return (
+        f"begin; set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'; "
+        "set local idle_in_transaction_session_timeout = 0"
+    ).encode()
 
 
 def claim_of_transaction() -> Statement[str | None]:
@@ -694,15 +698,10 @@ class Lack(NamedTuple):
     is_absent: bool
 
 
-_NEEDS: tuple[tuple[str, str, LiteralString], ...] = (
-    (
-        "bgjob_job",
-        "select",
-        (
-            "id queue type arg attempt last_error priority deaths next_run_at token lease_until "
-            "created_at updated_at"
-        ),
-    ),
+# What is selected by position needs the whole table's privilege.
+_TABLE_NEEDS = (("bgjob_job", "select"), ("bgjob_job", "delete"))
+_COLUMN_NEEDS = (
+    ("bgjob_job", "select", "id queue type arg priority created_at"),
     (
         "bgjob_job",
         "update",
@@ -712,8 +711,8 @@ _NEEDS: tuple[tuple[str, str, LiteralString], ...] = (
         "bgjob_dead_job",
         "insert",
         (
-            "job_id queue type arg attempt last_error priority next_run_at job_created_at "
-            "job_updated_at"
+            "job_id queue type arg attempt last_error priority next_run_at "
+            "job_created_at job_updated_at"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id"),
@@ -721,20 +720,22 @@ _NEEDS: tuple[tuple[str, str, LiteralString], ...] = (
 
 
 def lacks() -> Statement[list[Lack]]:
-    """List what a worker needs of the tables and has not."""
+    """List what a worker needs of the tables and has not; whole tables first."""
     needs: list[tuple[str, str | None, str]] = [
+        (relation, None, privilege) for relation, privilege in _TABLE_NEEDS
+    ]
+    needs += [
         (relation, column, privilege)
-        for relation, privilege, columns in _NEEDS
+        for relation, privilege, columns in _COLUMN_NEEDS
         for column in columns.split()
     ]
-    needs.append(("bgjob_job", None, "delete"))
     relations, columns, privileges = zip(*needs, strict=True)
     return Statement(
         """
         select n.relation, n.name, n.privilege, current_user::text,
             n.name is not null and a.attnum is null
         from unnest(%(relations)s::text[], %(columns)s::text[], %(privileges)s::text[])
-            as n (relation, name, privilege)
+            with ordinality as n (relation, name, privilege, position)
         left join pg_attribute a on a.attrelid = n.relation::regclass and a.attname = n.name
             and not a.attisdropped
         where case
@@ -742,6 +743,7 @@ def lacks() -> Statement[list[Lack]]:
             when a.attnum is null then true
             else not has_column_privilege(n.relation, a.attnum, n.privilege)
         end
+        order by n.position
         """,
         {
             "relations": list(relations),

@@ -159,6 +159,7 @@ class Transactions:
         self._options = options(recipe) | {"autocommit": True}
         self._idle: deque[_Connection] = deque()
         self._idle_async: deque[_AsyncConnection] = deque()
+        self._handling: set[_Connection | _AsyncConnection] = set()
         self._closed = False
 
     def run(self, route: Route, claimed: Claimed) -> Ending:
@@ -215,6 +216,11 @@ class Transactions:
             await connection.close()
             raise
 
+    def doubt(self) -> None:
+        """Wait no longer for what was asked before a network that is back went silent."""
+        for connection in self._handling.copy():
+            connection.patience = _PATIENCE
+
     def close(self) -> None:
         """Close what is idle; a connection in use closes after its handler."""
         self._closed = True
@@ -254,10 +260,12 @@ class Transactions:
     def _take(self, step: _Step, connection: _Connection, route: Route, claimed: Claimed) -> object:
         match step:
             case _Handle():
-                connection.patience = inf
+                connection.patience = inf  # its statements may take long
+                self._handling.add(connection)
                 try:
                     return route.handler(claimed.job, connection)
                 finally:
+                    self._handling.discard(connection)
                     connection.patience = _PATIENCE
                     if self._lineage.is_child:
                         self._lineage.end(sys.exc_info()[1])
@@ -304,10 +312,12 @@ class Transactions:
     ) -> object:
         match step:
             case _Handle():
-                connection.patience = inf
+                connection.patience = inf  # its statements may take long
+                self._handling.add(connection)
                 try:
                     return await route.handler(claimed.job, connection)
                 finally:
+                    self._handling.discard(connection)
                     connection.patience = _PATIENCE
                     if self._lineage.is_child:
                         self._lineage.end(sys.exc_info()[1])

@@ -49,11 +49,11 @@ def check_lacks(lacks: Sequence[Lack]) -> None:
             "apply migration/init.sql (bgjob.schema.init_sql()) to this database completely"
         )
     if lacks:
-        relation, _, privilege, role, _ = lacks[0]
+        relation, column, privilege, role, _ = lacks[0]
         columns = [
             lack.column
             for lack in lacks
-            if lack.column and (lack.relation, lack.privilege) == (relation, privilege)
+            if column and lack.column and (lack.relation, lack.privilege) == (relation, privilege)
         ]
         grant = f"{privilege} ({', '.join(columns)})" if columns else privilege
         raise SchemaError(

@@ -14,6 +14,7 @@ from typing import Self
 import psycopg
 from psycopg.errors import ReadOnlySqlTransaction
 
+from bgjob._connection import Silence
 from bgjob._duration import Duration, seconds
 from bgjob._engine import Engine
 from bgjob._events import Events
@@ -79,6 +80,7 @@ class _Control:
         self._give_up_at: float | None = None  # None: not asked to stop
         self._pause = _FIRST_PAUSE
         self._reopen_at = 0.0
+        self._was_silent = False
         self.done: Future[None] = Future()
         self.abandoned = 0
 
@@ -250,6 +252,7 @@ class _Control:
         self._bell.silence()
 
     def _disconnected(self, error: Exception) -> None:
+        self._was_silent |= isinstance(error, Silence)
         self._events.error(error)
         self._link.close()
         self._engine.disconnect(monotonic())
@@ -271,6 +274,9 @@ class _Control:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         else:
             self._pause = _FIRST_PAUSE
+            if self._was_silent:
+                self._was_silent = False
+                self._transactions.doubt()
             self._engine.reconnect()
 
 

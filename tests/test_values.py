@@ -398,7 +398,7 @@ def test_registration_refuses_what_could_never_run() -> None:
     with pytest.raises(ValueError, match="type must have 1 to 255 characters"):
         Mux().register("t" * 256, complete)
     with pytest.raises(TypeError, match="handler of job type 't' is not callable"):
-        Mux().register("t", "complete")  # type: ignore[arg-type]
+        Mux().register("t", "complete")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="max_attempts must be at least 1"):
         Mux().register("t", complete, max_attempts=0)
 

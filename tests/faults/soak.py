@@ -25,7 +25,7 @@ LEASE = 2.0
 POLL_INTERVAL = 0.2
 GRACE = 2.0
 
-MAX_ATTEMPTS = 10
+MAX_ATTEMPTS = 25
 """Few enough that a killer is dead soon, and more than bad luck takes from others."""
 
 BACKLOG = 200

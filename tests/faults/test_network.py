@@ -1,0 +1,394 @@
+"""Faults 16 and 17: a network that goes silent, and connections that are cut at a commit."""
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import psycopg
+import pytest
+
+import bgjob._connection
+import bgjob.client
+from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
+from faults.proxy import Proxy
+from faults.world import PATIENCE, Process, World, eventually
+
+Colour = Literal["thread", "async"]
+
+both_colours = pytest.mark.parametrize("colour", ["thread", "async"])
+both_clients = pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
+both_moments = pytest.mark.parametrize("moment", ["before", "after"])
+
+LONG = 30.0
+"""A lease that no pause of the tests outlives: what runs again was not owed to its end."""
+
+RECOVERY = 15.0
+"""Seconds that are promised from the return of a network that was silent."""
+
+
+# The proxies are requested before the world, and outlive its workers.
+
+
+@pytest.fixture
+def proxy(dsn: str) -> Iterator[Proxy]:
+    with Proxy(dsn) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def other_proxy(dsn: str) -> Iterator[Proxy]:
+    with Proxy(dsn) as proxy:
+        yield proxy
+
+
+def answer(world: World, awaitable: Any) -> Any:
+    """What a method of either colour answers."""
+    return world.run(awaitable) if inspect.isawaitable(awaitable) else awaitable
+
+
+# -- 16: a network that goes silent -----------------------------------------------------------
+
+
+class Crew:
+    """Workers of both colours, one busy and one idle of each, through one proxy."""
+
+    def __init__(self, world: World, proxy: Proxy, name: str) -> None:
+        self._world = world
+        self._name = name
+        dsn = proxy.dsn(world.dsn)
+        self.workers: dict[str, Process] = {}
+        for colour in ("thread", "async"):
+            for what in ("idle", "busy"):
+                queue = f"{name} {what} {colour}"
+                self.workers[queue] = world.start(dsn=dsn, queue=queue, colour=colour)
+        for queue, worker in self.workers.items():
+            if "busy" in queue:
+                # In every slot a handler is at its end.
+                for type in ("plain", "transactional"):
+                    ids = [f"{queue} {type} {n}" for n in range(2)]
+                    world.enqueue(type, *ids, queue=queue, hold="gate")
+                worker.wait_for("effect", times=4)
+            else:
+                worker.wait_for("empty")
+
+    def finish(self) -> None:
+        """Let the handlers end."""
+        self._world.release("gate", 1, 2, 3, 4, 5)
+
+    def recover(self, back: float) -> float:
+        """Give each something to do, and wait until it does; the longest time from `back` on."""
+        waits = {queue: len(worker.of("started")) for queue, worker in self.workers.items()}
+        for queue in self.workers:
+            self._world.enqueue("plain", f"{queue}: last", queue=queue)
+        took = 0.0
+        while waits:
+            for queue, before in list(waits.items()):
+                if len(self.workers[queue].of("started")) > before:
+                    took = time.monotonic() - back
+                    del waits[queue]
+            assert time.monotonic() < back + PATIENCE, (waits, self.workers)
+            time.sleep(0.02)
+        print(f"{self._name}: working again after {took:.2f} s")
+        return took
+
+
+def test_workers_go_on_when_the_network_returns_and_resets_their_connections(
+    proxy: Proxy, world: World
+) -> None:
+    crew = Crew(world, proxy, "reset")
+    proxy.silence()
+    crew.finish()
+    time.sleep(2.0)
+    proxy.forward(old="reset")
+    assert crew.recover(time.monotonic()) <= RECOVERY
+    world.done()
+    for queue, worker in crew.workers.items():
+        world.witness(worker, "error")
+        world.witness(worker, "completed", f"{queue}: last")
+
+
+@pytest.mark.parametrize(
+    "silent", [1.0, pytest.param(25.0, marks=[pytest.mark.soak, pytest.mark.timeout(120)])]
+)
+def test_workers_give_up_connections_that_a_silent_network_does_not_give_back(
+    proxy: Proxy, other_proxy: Proxy, world: World, silent: float
+) -> None:
+    # Some wait for an answer to what they asked, and some for one to their attempt to connect.
+    asking = Crew(world, proxy, "asking")
+    connecting = Crew(world, other_proxy, "connecting")
+    other_proxy.cut()
+    for worker in connecting.workers.values():
+        worker.wait_for("error")
+    other_proxy.silence()
+    proxy.silence()
+    asking.finish()
+    time.sleep(silent + 1.0)  # each has tried to connect: that is once a second
+    proxy.forward(old="dead")
+    other_proxy.forward(old="dead")
+    back = time.monotonic()
+    assert asking.recover(back) <= RECOVERY
+    assert connecting.recover(back) <= RECOVERY
+    world.done()
+    for worker in asking.workers.values():
+        world.witness(worker, "error", "no answer from the server")
+    for worker in connecting.workers.values():
+        world.witness(worker, "error", "timeout expired")
+    for queue, worker in (asking.workers | connecting.workers).items():
+        world.witness(worker, "completed", f"{queue}: last")
+
+
+@both_colours
+@pytest.mark.parametrize("old", ["reset", "dead"])
+def test_statements_of_handlers_end_with_the_connection_that_a_silent_network_has_lost(
+    proxy: Proxy, world: World, colour: Colour, old: Literal["reset", "dead"]
+) -> None:
+    with psycopg.connect(world.dsn) as conn:
+        # In every slot a handler waits for the answer to its own statement.
+        conn.execute("lock table ledger in exclusive mode")
+        ids = [f"waits {n}" for n in range(4)]
+        world.enqueue("transactional", *ids)
+        worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn))
+        waits = (
+            "select count(*) from pg_stat_activity where datname = current_database() "
+            "and pid <> pg_backend_pid() and query ~ 'into ledger' and state = %s"
+        )
+        assert eventually(lambda: world.value(waits, ["active"]) == 4)
+        proxy.silence()
+        conn.rollback()
+        assert eventually(lambda: world.value(waits, ["idle in transaction"]) == 4)
+    proxy.forward(old=old)
+    back = time.monotonic()
+    world.enqueue("plain", "last")
+    worker.wait_for("completed", "last")
+    print(f"working again after {time.monotonic() - back:.2f} s")
+    assert time.monotonic() <= back + RECOVERY
+    world.done()
+    for id in ids:
+        world.witness(worker, "completed", id)
+
+
+@pytest.mark.parametrize(
+    ("patience", "connect_timeout"),
+    [
+        (6.0, 2),
+        # As they are, for which nobody has to wait each time.
+        pytest.param(30.0, 10, marks=[pytest.mark.soak, pytest.mark.timeout(150)]),
+    ],
+)
+def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_is_back(
+    proxy: Proxy,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: float,
+    connect_timeout: int,
+) -> None:
+    for module, name, value in [
+        (bgjob.client, "_PATIENCE", patience),
+        (bgjob.client._Connection, "patience", patience),
+        (bgjob.client._AsyncConnection, "patience", patience),
+        (bgjob._connection, "_CONNECT_TIMEOUT", connect_timeout),
+    ]:
+        assert value <= getattr(module, name)
+        monkeypatch.setattr(module, name, value)
+    dsn = proxy.dsn(world.dsn)
+    clients: dict[str, Client | AsyncClient] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    stack = ExitStack()
+
+    def job(name: str) -> EnqueueRequest:
+        return EnqueueRequest("q", "plain", id=name)
+
+    def add(name: str, client: Any) -> None:
+        clients[name] = client
+        stack.callback(lambda: answer(world, client.close()))
+        calls[name] = {
+            "enqueue": lambda: client.enqueue(job(name)),
+            "bulk": lambda: client.bulk_enqueue([job(name)]),
+            "list": lambda: client.dlq.list(),
+        }[name.split()[0]]
+
+    with stack:
+        for method in ("enqueue", "bulk", "list"):
+            for place in ("open", "new"):
+                add(f"{method} {place}", Client(dsn))
+                add(f"{method} {place} async", AsyncClient(dsn))
+        for name, client in clients.items():
+            if "open" in name:
+                answer(world, client.enqueue(job(f"{name}: first")))
+                world.acknowledge(f"{name}: first")
+
+        failures: dict[str, BaseException | None] = dict.fromkeys(calls)
+
+        def call(name: str) -> None:
+            try:
+                answer(world, calls[name]())
+            except BaseException as error:
+                failures[name] = error
+
+        threads = [threading.Thread(target=call, args=[name]) for name in calls]
+        proxy.silence()
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, began + patience + PATIENCE - time.monotonic()))
+        hanging = [thread for thread in threads if thread.is_alive()]
+        proxy.forward(old="dead")
+        assert not hanging
+        for name, failure in failures.items():
+            assert isinstance(failure, psycopg.OperationalError), (name, failure)
+            world.saw(f"{name}: {failure}")
+        for name in calls:
+            answer(world, calls[name]())
+            if "list" not in name:
+                world.acknowledge(name)
+    assert world.live() == len(world.jobs)
+
+
+# -- 17: the connection cut after COMMIT was sent and before its answer came ----------------
+
+
+def trap(proxy: Proxy, moment: str, *sql: str) -> threading.Event:
+    return (proxy.cut_after_commit if moment == "after" else proxy.cut_before_commit)(*sql)
+
+
+@both_clients
+@both_moments
+@pytest.mark.parametrize("how", ["enqueue", "bulk_enqueue", "transaction"])
+def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated(
+    proxy: Proxy, world: World, is_async: bool, moment: str, how: str
+) -> None:
+    dsn = proxy.dsn(world.dsn)
+    client: Any = AsyncClient(dsn) if is_async else Client(dsn)
+    request = EnqueueRequest("q", "plain", id="a")
+
+    async def enqueue_in_a_transaction() -> None:
+        async with await psycopg.AsyncConnection.connect(dsn) as conn:
+            await client.enqueue(request, conn=conn)
+
+    def enqueue() -> Any:
+        if how == "bulk_enqueue":
+            return answer(world, client.bulk_enqueue([request]))
+        if how == "enqueue":
+            return answer(world, client.enqueue(request))
+        if is_async:
+            return world.run(enqueue_in_a_transaction())
+        with psycopg.connect(dsn) as conn:
+            return client.enqueue(request, conn=conn)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: answer(world, client.close()))
+        cut = trap(proxy, moment, "insert into bgjob_job")
+        with pytest.raises(psycopg.OperationalError) as lost:
+            enqueue()
+        assert cut.wait(PATIENCE)
+        world.saw(str(lost.value))
+        assert world.live("a") == (moment == "after")
+        if moment == "after":
+            world.acknowledge("a")
+            with pytest.raises(JobAlreadyExistsError) as taken:
+                enqueue()
+            assert taken.value.ids == ("a",)
+            again = answer(world, client.bulk_enqueue([request], on_conflict="skip"))
+            assert again == [None]
+        else:
+            enqueue()
+            world.acknowledge("a")
+        assert world.live("a") == 1
+    world.start()
+    world.done()
+    assert world.rows("a") == 1
+
+
+def told(worker: Process, id: str) -> list[tuple[str, int]]:
+    """What a worker told of the ends of a job's runs, and of which attempt."""
+    names = ("completed", "retried", "rescheduled", "buried", "lost")
+    return [(event[0], event[2]) for event in worker.of(*names) if event[1] == id]
+
+
+@both_colours
+@both_moments
+@pytest.mark.parametrize("then", ["complete", "retry", "reschedule", "dlq"])
+def test_a_settlement_whose_answer_was_lost_is_made_once_and_told_once(
+    proxy: Proxy, world: World, colour: Colour, moment: str, then: str
+) -> None:
+    world.enqueue("plain", "a", hold="gate", then=then, until=2)
+    worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), lease=LONG)
+    worker.wait_for("effect", "a")
+    sql = {
+        "complete": "delete from bgjob_job",
+        "retry": "p.refund",
+        "reschedule": "p.refund",
+        "dlq": "insert into bgjob_dead_job",
+    }
+    cut = trap(proxy, moment, sql[then])
+    world.release("gate", 1, 2)
+    assert cut.wait(PATIENCE)
+    world.done()
+    world.witness(worker, "buried" if then == "dlq" else "completed", "a")
+    world.witness(worker, "error")
+    outcomes = {
+        "complete": [("completed", 1)],
+        "retry": [("retried", 1), ("completed", 2)],
+        "reschedule": [("rescheduled", 1), ("completed", 1)],
+        "dlq": [("buried", 1)],
+    }
+    assert told(worker, "a") == outcomes[then]
+    # No handler ran again for it.
+    runs = world.rows("a", "plain") + world.rows("a", "rescheduled")
+    assert runs == len(outcomes[then])
+    assert world.value("select count(*) from bgjob_dead_job") == (then == "dlq")
+
+
+@both_colours
+@both_moments
+def test_a_claim_whose_answer_was_lost_is_due_again_when_its_lease_has_ended(
+    proxy: Proxy, world: World, colour: Colour, moment: str
+) -> None:
+    world.enqueue("plain", "busy", hold="gate")
+    # It has no slot to claim for until the gate opens, and then settles and claims at once.
+    worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), concurrency=1)
+    worker.wait_for("effect", "busy")
+    world.enqueue("plain", "a")
+    cut = trap(proxy, moment, "delete from bgjob_job", ") as due")
+    world.release("gate", 1)
+    assert cut.wait(PATIENCE)
+    world.done()
+    world.witness(worker, "completed", "busy")
+    world.witness(worker, "completed", "a")
+    world.witness(worker, "error")
+    attempt = 2 if moment == "after" else 1
+    assert told(worker, "a") == [("completed", attempt)]
+    assert told(worker, "busy") == [("completed", 1)]
+    assert world.rows("a", "plain") == world.rows("busy", "plain") == 1
+
+
+@both_colours
+@both_moments
+@pytest.mark.parametrize("then", ["complete", "reschedule", "dlq"])
+def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is_told_once(
+    proxy: Proxy, world: World, colour: Colour, moment: str, then: str
+) -> None:
+    world.enqueue("transactional", "a", hold="gate", then=then)
+    worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), lease=LONG)
+    worker.wait_for("effect", "a")
+    cut = trap(proxy, moment, "insert into ledger")
+    world.release("gate", 1, 2)
+    assert cut.wait(PATIENCE)
+    world.done()
+    world.witness(worker, "buried" if then == "dlq" else "completed", "a")
+    heard = told(worker, "a")
+    if moment == "before":
+        # It was rolled back, and runs again from the start.
+        assert heard.pop(0) == ("retried", 1)
+    n = 1 if moment == "after" else 2
+    outcomes = {
+        "complete": [("completed", n)],
+        "reschedule": [("rescheduled", n), ("completed", n)],
+        "dlq": [("buried", n)],
+    }
+    assert heard == outcomes[then]
+    assert world.rows("a", "transactional") == 1

@@ -1,0 +1,1046 @@
+"""Least privileges suffice, values stay values, and secrets stay secret."""
+
+import ast
+import asyncio
+import contextlib
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, LiteralString, NamedTuple, cast
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.errors import InsufficientPrivilege
+from test_client import HOSTILE as HOSTILE_NAMES
+from test_worker import NEVER, PATIENCE, Crew, Gate, Recorder, crew, eventually, sleeper
+
+import bgjob.cli
+import bgjob.schema
+from bgjob import (
+    AsyncClient,
+    AsyncWorker,
+    Client,
+    Complete,
+    EnqueueRequest,
+    Job,
+    JobAlreadyExistsError,
+    MoveToDlq,
+    Mux,
+    Reschedule,
+    Result,
+    Retry,
+    SchemaError,
+    Worker,
+)
+from bgjob import _statements as statements
+from bgjob._statements import Buried, Claimed, Postponed, Statement
+from bgjob.ext.embedded import EmbeddedServer
+
+__all__ = ["crew"]  # the fixture of test_worker, of both colours
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
+    return conn.execute(query, params).fetchall()
+
+
+def section(title: str) -> str:
+    """Give README's section with this title."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def sql_blocks(title: str) -> list[str]:
+    return re.findall(r"^```sql\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
+
+
+# -- privileges ---------------------------------------------------------------------------
+
+[SCRIPT] = sql_blocks("Privileges")
+
+GROUPS = ("producer", "worker", "operator")
+
+
+class Grant(NamedTuple):
+    """One privilege of README's script."""
+
+    group: str
+    privilege: str
+    columns: str
+    """In parentheses; empty for the whole table."""
+    table: str
+
+    def __str__(self) -> str:
+        return f"{self.privilege} {self.columns} on {self.table}".replace("  ", " ")
+
+    @property
+    def single(self) -> "list[Grant]":
+        """The same, column by column."""
+        columns = re.findall(r"\w+", self.columns)
+        return [self._replace(columns=f"({column})") for column in columns] or [self]
+
+
+def parse(script: str) -> list[Grant]:
+    script = re.sub(r"--.*", "", script)
+    return [
+        Grant(role.removeprefix("bgjob_"), privilege, " ".join(columns.split()), table.strip())
+        for what, tables, role in re.findall(
+            r"\bgrant\s+(.*?)\s+on\s+(.*?)\s+to\s+(\w+)", script, re.DOTALL
+        )
+        for privilege, columns in re.findall(r"(\w+)\s*(\([^)]*\))?", what)
+        for table in tables.split(",")
+    ]
+
+
+GRANTS = parse(SCRIPT)
+
+
+class Roles:
+    """README's three roles, and logins that have no more than them.
+
+    Roles belong to the whole server: their names carry that of the test's database.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self.conn = psycopg.connect(dsn, autocommit=True)
+        self._suffix = f"_{self.conn.info.dbname}"
+        self._made: list[str] = []
+
+    def name(self, group: str) -> str:
+        return f"bgjob_{group}{self._suffix}"
+
+    def named(self, script: str) -> bytes:
+        """Give SQL in which the three roles have this test's names."""
+        return re.sub(
+            r"\bbgjob_(producer|worker|operator)\b", rf"\g<0>{self._suffix}", script
+        ).encode()
+
+    def apply(self, script: str = SCRIPT) -> None:
+        self.conn.execute(self.named(script))
+        self._made += [self.name(group) for group in GROUPS]
+
+    def login(self, *groups: str) -> str:
+        """Make a login that is a member of these groups; give the DSN with which it connects."""
+        name = f"app_{len(self._made)}{self._suffix}"
+        members = sql.SQL(", ").join(sql.Identifier(self.name(group)) for group in groups)
+        self.conn.execute(sql.SQL("create role {} login").format(sql.Identifier(name)))
+        self._made.append(name)
+        if groups:
+            self.conn.execute(sql.SQL("grant {} to {}").format(members, sql.Identifier(name)))
+        return make_conninfo(self.dsn, user=name)
+
+    def revoke(self, grant: Grant) -> None:
+        statement = f"revoke {grant} from bgjob_{grant.group}"
+        self.conn.execute(self.named(statement))
+
+    def close(self) -> None:
+        for name in reversed(self._made):
+            identifier = sql.Identifier(name)
+            self.conn.execute(sql.SQL("drop owned by {}").format(identifier))
+            self.conn.execute(sql.SQL("drop role {}").format(identifier))
+        self.conn.close()
+
+
+@pytest.fixture
+def roles(dsn: str) -> Iterator[Roles]:
+    roles = Roles(dsn)
+    try:
+        roles.apply()
+        yield roles
+    finally:
+        roles.close()
+
+
+def test_the_privileges_script_speaks_of_the_three_roles_and_the_two_tables() -> None:
+    assert {grant.group for grant in GRANTS} == set(GROUPS)
+    assert {grant.table for grant in GRANTS} == {"bgjob_job", "bgjob_dead_job"}
+    assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
+
+
+def test_a_producer_needs_no_more_than_its_role(
+    crew: Crew, roles: Roles, conn: psycopg.Connection
+) -> None:
+    producer = roles.login("producer")
+    observer = Recorder()
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+
+    def request(id_: str, **options: Any) -> EnqueueRequest:
+        return EnqueueRequest("q", "t", {"n": 1}, id=id_, **options)
+
+    client: Any = AsyncClient(producer) if crew.is_async else Client(producer)
+    try:
+        for id_ in ("one", "many"):
+            assert eventually(lambda: sleeper(conn) is not None)  # it has to be notified
+            if id_ == "one":
+                assert crew.run(client.enqueue(request(id_))) == id_
+            else:
+                assert crew.run(client.bulk_enqueue([request(id_)])) == [id_]
+            observer.wait_for("completed", id_)
+        crew.run(client.enqueue(request("taken", delay=NEVER, priority=3)))
+        with pytest.raises(JobAlreadyExistsError):
+            crew.run(client.enqueue(request("taken")))
+        with pytest.raises(JobAlreadyExistsError):
+            crew.run(client.bulk_enqueue([request("new"), request("taken")]))
+        both = [request("taken"), request("new", delay=NEVER)]
+        assert crew.run(client.bulk_enqueue(both, on_conflict="skip")) == [None, "new"]
+    finally:
+        crew.run(client.close())
+    with Client(producer, notify=False) as quiet, psycopg.connect(producer) as transaction:
+        quiet.enqueue(request("mine", delay=NEVER), conn=transaction)
+        transaction.rollback()
+    assert rows(conn, "select id from bgjob_job order by id") == [("new",), ("taken",)]
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_worker_needs_no_more_than_its_role(
+    crew: Crew, roles: Roles, conn: psycopg.Connection, transactional: bool
+) -> None:
+    results: dict[str, list[Result]] = {
+        "complete": [Complete()],
+        "retry": [Retry(0.0, "once"), Complete()],
+        "reschedule": [Reschedule(0.0), Complete()],
+        "bury": [MoveToDlq("why")],
+        "exhaust": [Retry(0.0, "never")],
+    }
+
+    def handle(job: Job, *_: Any) -> Result:
+        return results[job.id].pop(0)
+
+    async def handle_async(job: Job, *_: Any) -> Result:
+        return handle(job)
+
+    observer = Recorder()
+    crew.enqueue(*results)
+    mux: Any = Mux()
+    mux.register(
+        "t",
+        handle_async if crew.is_async else handle,
+        max_attempts=2,
+        transactional=transactional,
+    )
+    results["exhaust"] *= 2
+    worker = crew.make(mux, dsn=roles.login("worker"), observer=observer, poll_interval=0.1)
+    crew.run(worker.run())
+    try:
+        for id_ in ("complete", "retry", "reschedule"):
+            observer.wait_for("completed", id_)
+        for id_ in ("bury", "exhaust"):
+            observer.wait_for("buried", id_)
+        crew.enqueue("unknown", type="nobody's")
+        observer.wait_for("buried", "unknown")
+    finally:
+        assert crew.shutdown(worker)
+    assert observer.of("error") == []
+    assert rows(conn, "select id from bgjob_job") == []
+
+
+def test_a_worker_with_its_role_extends_leases_frees_ended_ones_and_releases(
+    crew: Crew, roles: Roles, conn: psycopg.Connection
+) -> None:
+    gate = Gate()
+    observer = Recorder()
+    mux = Mux().register("quick", lambda _: None)
+    mux.register("slow", gate.of("coroutine" if crew.is_async else "plain"))
+    crew.enqueue("orphan", type="quick")
+    conn.execute(
+        "update bgjob_job set token = 1, attempt = 1, lease_until = now() - interval '1 second'"
+    )
+    worker = crew.make(
+        mux, dsn=roles.login("worker"), observer=observer, lease=3.0, poll_interval=0.1
+    )
+    crew.run(worker.run())
+    try:
+        observer.wait_for("completed", "orphan")
+        crew.enqueue(*(f"quick {n:03}" for n in range(200)), type="quick")
+        crew.enqueue("slow", type="slow")
+        crew.enqueue(*(f"unstarted {n:03}" for n in range(200)), type="quick")
+        gate.wait()
+        held = "select lease_until from bgjob_job where id = 'slow'"
+        [(first,)] = rows(conn, held)
+        assert eventually(lambda: rows(conn, held)[0][0] > first)
+    finally:
+        ending = threading.Thread(target=lambda: crew.shutdown(worker, timeout=None))
+        ending.start()
+        claimed = "select id from bgjob_job where token is not null or attempt <> 0"
+        released = eventually(lambda: rows(conn, claimed) == [("slow",)])
+        gate.released.set()
+        ending.join()
+    assert released
+    assert observer.of("error") == []
+    assert rows(conn, claimed) == []
+    assert rows(conn, "select count(*) from bgjob_job") == [(200,)]
+
+
+def test_do_needs_no_more_than_the_role_of_a_worker(
+    crew: Crew, roles: Roles, conn: psycopg.Connection
+) -> None:
+    worker = roles.login("worker")
+    client: Any = AsyncClient(worker) if crew.is_async else Client(worker)
+    crew.enqueue("a")
+    try:
+        for result in (Retry(0, error="e"), Reschedule(0), MoveToDlq("why")):
+            mux = Mux().register("t", lambda _, result=result: result)
+            assert crew.run(client.do("q", mux)) == result
+    finally:
+        crew.run(client.close())
+    assert rows(conn, "select job_id from bgjob_dead_job") == [("a",)]
+
+
+def test_a_transactional_handler_that_enqueues_needs_the_role_of_a_producer_besides(
+    crew: Crew, roles: Roles, conn: psycopg.Connection
+) -> None:
+    dsn = roles.login("worker", "producer")
+
+    def handle(_: Job, conn: psycopg.Connection) -> None:
+        with Client(dsn) as client:
+            client.enqueue(EnqueueRequest("q", "child", id="child"), conn=conn)
+
+    async def handle_async(_: Job, conn: psycopg.AsyncConnection) -> None:
+        async with AsyncClient(dsn) as client:
+            await client.enqueue(EnqueueRequest("q", "child", id="child"), conn=conn)
+
+    observer = Recorder()
+    mux = Mux().register("child", lambda _: None)
+    mux.register("t", handle_async if crew.is_async else handle, transactional=True)
+    crew.enqueue("parent")
+    worker = crew.make(mux, dsn=dsn, observer=observer, poll_interval=0.1)
+    crew.run(worker.run())
+    try:
+        observer.wait_for("completed", "child")
+    finally:
+        assert crew.shutdown(worker)
+    assert observer.of("error", "retried", "buried") == []
+
+
+def test_an_operator_needs_no_more_than_its_role(
+    crew: Crew, roles: Roles, conn: psycopg.Connection
+) -> None:
+    ids = ["a", "b", "c"]
+    crew.enqueue(*ids, "live", "failing", arg=b"arg")
+    for _ in ids:
+        crew.client.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
+    crew.client.do("q", Mux().register("t", lambda _: Retry(NEVER, error="no")))
+    dsn = roles.login("operator")
+    client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)
+    try:
+        assert {dead.id for dead in crew.run(client.dlq.list(queue="q"))} == set(ids)
+        dead = crew.run(client.dlq.get("a"))
+        assert (dead.arg, dead.last_error) == (b"arg", "why")
+        assert crew.run(client.dlq.requeue("a")) == ["a"]
+        assert crew.run(client.dlq.requeue(type="t", ids=["b"])) == ["b"]
+        assert crew.run(client.dlq.purge(queue="q")) == 1
+    finally:
+        crew.run(client.close())
+    [monitoring] = sql_blocks("Monitoring")
+    answers = []
+    with psycopg.connect(dsn) as conn:
+        for query in monitoring.split(";"):
+            if query.strip():
+                answers.append(conn.execute(query.encode()).fetchall())
+    assert [row[:3] for row in answers[0]] == [("q", "t", 3)]
+    assert len(answers) == monitoring.count(";")
+
+
+REFUSED: dict[str, list[LiteralString]] = {
+    "producer": [
+        "select arg from bgjob_job",
+        "select last_error from bgjob_job",
+        "select * from bgjob_job",
+        "select count(*) from bgjob_dead_job",
+        "select job_id from bgjob_dead_job",
+        "update bgjob_job set arg = null",
+        "update bgjob_job set next_run_at = now()",
+        "select id from bgjob_job for update",
+        "insert into bgjob_job (id, queue, type, attempt) values ('x', 'q', 't', -9)",
+        "insert into bgjob_job (id, queue, type) values ('a', 'q', 't') "
+        "on conflict (id) do update set type = 'other'",
+        "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
+        "delete from bgjob_job",
+        "delete from bgjob_dead_job",
+    ],
+    "worker": [
+        "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
+        "update bgjob_job set arg = null",
+        "update bgjob_job set id = 'x'",
+        "update bgjob_job set queue = 'x'",
+        "update bgjob_job set type = 'x'",
+        "update bgjob_job set priority = 1",
+        "update bgjob_job set created_at = now()",
+        "select arg from bgjob_dead_job",
+        "select last_error from bgjob_dead_job",
+        "insert into bgjob_dead_job (moved_at) values (now())",
+        "update bgjob_dead_job set last_error = null",
+        "delete from bgjob_dead_job",
+    ],
+    "operator": [
+        "insert into bgjob_job (id, queue, type, token) values ('x', 'q', 't', 1)",
+        "update bgjob_job set next_run_at = now()",
+        "update bgjob_job set token = 1",
+        "select id from bgjob_job for update",
+        "delete from bgjob_job",
+        "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
+        "update bgjob_dead_job set arg = null",
+    ],
+    "nobody": [
+        "select id from bgjob_job",
+        "select id from bgjob_dead_job",
+        "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
+    ],
+}
+"""What a role must not do, beside what is refused to all of them."""
+
+REFUSED_TO_ALL: list[LiteralString] = [
+    "truncate bgjob_job",
+    "truncate bgjob_dead_job",
+    "drop table bgjob_job",
+    "drop table bgjob_dead_job",
+    "alter table bgjob_job add column x int",
+    "comment on table bgjob_job is 'bgjob schema 99'",
+    "create index on bgjob_job (token)",
+    "create trigger t before insert on bgjob_job for each row execute function "
+    "suppress_redundant_updates_trigger()",
+    "grant select on bgjob_job to public",
+]
+
+
+@pytest.mark.parametrize("role", REFUSED)
+def test_a_role_is_refused_what_it_does_not_need(
+    roles: Roles, conn: psycopg.Connection, role: str
+) -> None:
+    with Client(roles.dsn) as owner:
+        owner.bulk_enqueue([EnqueueRequest("q", "t", id=id_) for id_ in "abc"])
+        owner.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
+    before = rows(conn, "select * from bgjob_job order by id")
+    dead = rows(conn, "select * from bgjob_dead_job")
+    with psycopg.connect(roles.login(*({role} & set(GROUPS))), autocommit=True) as restricted:
+        for statement in [*REFUSED[role], *REFUSED_TO_ALL]:
+            try:
+                restricted.execute(statement)
+            except InsufficientPrivilege:
+                continue
+            # Some of it is passed over with a warning.
+            assert statement.startswith("grant"), f"{role} may: {statement}"
+    assert rows(conn, "select * from bgjob_job order by id") == before
+    assert rows(conn, "select * from bgjob_dead_job") == dead
+    table = "select has_table_privilege('public', 'bgjob_job', 'select')"
+    assert rows(conn, table) == [(False,)]
+
+
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "enqueue": lambda client: client.enqueue(EnqueueRequest("q", "t")),
+    "bulk_enqueue": lambda client: client.bulk_enqueue([EnqueueRequest("q", "t")]),
+    "do": lambda client: client.do("q", Mux().register("t", lambda _: None)),
+    "dlq.list": lambda client: client.dlq.list(),
+    "dlq.get": lambda client: client.dlq.get("a"),
+    "dlq.requeue": lambda client: client.dlq.requeue("a"),
+    "dlq.purge": lambda client: client.dlq.purge("a"),
+}
+
+MAY = {
+    "producer": {"enqueue", "bulk_enqueue"},
+    "worker": {"do"},
+    "operator": {"dlq.list", "dlq.get", "dlq.requeue", "dlq.purge"},
+    "nobody": set[str](),
+}
+
+
+@pytest.mark.parametrize("role", MAY)
+def test_a_role_may_call_its_own_methods_of_a_client_and_no_others(
+    roles: Roles, conn: psycopg.Connection, role: str
+) -> None:
+    with Client(roles.dsn) as owner:
+        owner.enqueue(EnqueueRequest("q", "t", id="a"))
+        owner.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
+        owner.enqueue(EnqueueRequest("q", "t", id="b"))
+    may = set()
+    with Client(roles.login(*({role} & set(GROUPS)))) as client:
+        for name, method in METHODS.items():
+            with contextlib.suppress(InsufficientPrivilege):
+                method(client)
+                may.add(name)
+    assert may == MAY[role]
+
+
+@pytest.mark.parametrize("role", ["producer", "operator", "nobody"])
+def test_who_is_no_worker_cannot_start_one(crew: Crew, roles: Roles, role: str) -> None:
+    worker = crew.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
+    try:
+        with pytest.raises(SchemaError, match="bgjob_job"):
+            crew.run(worker.run())
+    finally:
+        crew.shutdown(worker, timeout=1)
+
+
+WORKERS_GRANTS = [grant for grant in GRANTS if grant.group == "worker"]
+
+
+@pytest.mark.parametrize("grant", WORKERS_GRANTS, ids=lambda g: f"{g.privilege} on {g.table}")
+def test_a_worker_that_lacks_a_grant_does_not_start_and_names_it(
+    crew: Crew, roles: Roles, grant: Grant
+) -> None:
+    dsn = roles.login("worker")
+    roles.revoke(grant)
+    worker = crew.make(Mux(), dsn=dsn)
+    try:
+        with pytest.raises(SchemaError) as error:
+            crew.run(worker.run())
+        text = str(error.value).lower()
+        assert re.search(rf"grant\b.*\b{grant.privilege}\b.*\b{grant.table}\b", text), text
+        roles.conn.execute(roles.named(f"grant {grant} to bgjob_worker"))
+        crew.run(worker.run())  # the remedy is one
+    finally:
+        assert crew.shutdown(worker, timeout=1)
+
+
+def test_a_worker_that_lacks_one_column_of_a_grant_does_not_start(crew: Crew, roles: Roles) -> None:
+    dsn = roles.login("worker")
+    started = []
+    for grant in [single for grant in WORKERS_GRANTS for single in grant.single]:
+        roles.revoke(grant)
+        worker = crew.make(Mux(), dsn=dsn)
+        try:
+            crew.run(worker.run())
+            started.append(str(grant))
+        except SchemaError as error:
+            assert grant.table in str(error)
+        crew.shutdown(worker, timeout=0)
+        roles.conn.execute(roles.named(f"grant {grant} to bgjob_worker"))
+    assert started == []
+
+
+def _everything(group: str) -> list[Statement[Any]]:
+    """Every statement of a role, each of which is refused whole if any privilege is missing."""
+    request = EnqueueRequest("q", "t")
+    claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7]), 1)
+    where = statements.DeadFilter()
+    match group:
+        case "producer":
+            return [
+                statements.enqueue(request, notify=True),
+                statements.enqueue_many([request], notify=True),
+            ]
+        case "worker":
+            return [
+                statements.sweep("q", limit=1, lease=1, token=1),
+                statements.survey("q"),
+                statements.extend([claimed], lease=1),
+                statements.complete([claimed]),
+                statements.postpone([Postponed(claimed, 0, "e", refund=False)]),
+                statements.bury([Buried(claimed, "e")]),
+            ]
+        case _:
+            return [
+                statements.dlq_list(where, limit=1, offset=0),
+                statements.dlq_requeue(where),
+                statements.dlq_purge(where),
+                Statement("select * from bgjob_job", None, lambda _: None),
+            ]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_privilege_of_the_script_is_idle(roles: Roles, group: str) -> None:
+    def refused() -> int:
+        count = 0
+        for statement in _everything(group):
+            try:
+                with roles.conn.transaction(force_rollback=True):
+                    role = sql.Identifier(roles.name(group))
+                    roles.conn.execute(sql.SQL("set local role {}").format(role))
+                    roles.conn.execute(cast(Any, statement.text), statement.params)
+            except InsufficientPrivilege:
+                count += 1
+        return count
+
+    assert refused() == 0
+    idle = []
+    for grant in [single for g in GRANTS if g.group == group for single in g.single]:
+        with roles.conn.transaction(force_rollback=True):
+            roles.revoke(grant)
+            if not refused():
+                idle.append(str(grant))
+    assert idle == []
+
+
+# -- values stay values ------------------------------------------------------------------------
+
+HOSTILE = [
+    *HOSTILE_NAMES,
+    "'); delete from bgjob_job; --",
+    "$1 $2 $$; select 1; $$",
+    "{}",
+    '{"a",NULL,"b\\"}',
+    "\\x00 E'\\047'",
+    ":name ? ?? %b %%s",
+    "../../etc/passwd\r\n",
+    "\u2028\u2029\u0085",
+    "notify bgjob_1, ''; listen \"*\"",
+]
+
+
+@pytest.fixture
+def canary(conn: psycopg.Connection) -> Iterator[None]:
+    """Whatever hostile texts were, no object of the database has changed."""
+    objects: LiteralString = (
+        "select c.oid, c.relname, c.relkind, a.attname, a.atttypid from pg_class c "
+        "left join pg_attribute a on a.attrelid = c.oid order by c.oid, a.attnum"
+    )
+    conn.execute("create table canary as select 'alive' as state")
+    before = rows(conn, objects)
+    yield
+    assert rows(conn, objects) == before
+    assert rows(conn, "select state from canary") == [("alive",)]
+
+
+@pytest.mark.usefixtures("canary")
+@pytest.mark.parametrize("transactional", [False, True], ids=["ordinary", "transactional"])
+def test_hostile_texts_pass_through_a_worker_and_its_notifications(
+    crew: Crew, conn: psycopg.Connection, transactional: bool
+) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def handle(job: Job, *_: Any) -> Result:
+        seen.append((job.queue, job.id, job.type, job.arg, job.attempt, job.last_error))
+        match job.attempt:
+            case 1:
+                return Retry(0.0, error=job.type)
+            case 2:
+                raise ValueError(job.type)
+            case 3:
+                return MoveToDlq(job.type)
+            case _:
+                raise AssertionError(job)
+
+    async def handle_async(job: Job, *_: Any) -> Result:
+        return handle(job)
+
+    mux: Any = Mux()
+    for text in HOSTILE:
+        mux.register(
+            text,
+            handle_async if crew.is_async else handle,
+            backoff=lambda _: 0.0,
+            transactional=transactional,
+        )
+    for n, queue in enumerate(HOSTILE):
+        texts = [*HOSTILE[n:], *HOSTILE[:n]][:4]
+        observer = Recorder()
+        seen.clear()
+        worker = crew.start(mux, queue, observer=observer, concurrency=4, poll_interval=NEVER)
+        assert eventually(lambda: sleeper(conn) is not None)
+        wanted = [EnqueueRequest(queue, text, text.encode(), id=text) for text in texts]
+        crew.client.enqueue(wanted[0])  # only the notification tells the worker
+        observer.wait_for("buried", wanted[0].id)
+        crew.client.bulk_enqueue(wanted[1:])
+        observer.wait_for("buried", times=len(wanted))
+        assert crew.shutdown(worker)
+        for text in texts:
+            last_errors = [None, text, f"ValueError: {text}"]
+            assert [run for run in seen if run[1] == text] == [
+                (queue, text, text, text.encode(), attempt, last_error)
+                for attempt, last_error in enumerate(last_errors, 1)
+            ]
+        assert observer.of("error", "completed", "lost") == []
+        for text in texts:
+            [dead] = crew.client.dlq.list(queue=queue, type=text)
+            assert (dead.id, dead.arg, dead.last_error) == (text, text.encode(), text)
+        first, *others = texts
+        assert crew.client.dlq.purge(first, queue=queue, type=first) == 1
+        assert crew.client.dlq.purge(first, queue=queue, type=first) == 0
+        assert sorted(crew.client.dlq.requeue(others, queue=queue)) == sorted(others)
+        done = Mux()
+        for text in others:
+            done.register(text, lambda _: None)
+        worker = crew.start(done, queue, observer=observer, concurrency=4)
+        observer.wait_for("completed", times=len(others))
+        assert crew.shutdown(worker)
+    assert rows(conn, "select count(*) from bgjob_job") == [(0,)]
+    assert rows(conn, "select count(*) from bgjob_dead_job") == [(0,)]
+
+
+@pytest.mark.usefixtures("canary")
+def test_hostile_texts_pass_through_do(crew: Crew, conn: psycopg.Connection) -> None:
+    def fail(job: Job, *_: Any) -> None:
+        raise ValueError(job.type)
+
+    async def fail_async(job: Job, *_: Any) -> None:
+        fail(job)
+
+    client: Any = AsyncClient(crew.dsn) if crew.is_async else Client(crew.dsn)
+    try:
+        for text in HOSTILE:
+            crew.run(client.enqueue(EnqueueRequest(text, text, text.encode(), id=text)))
+            for transactional in (False, True):
+                mux: Any = Mux()
+                mux.register(
+                    text,
+                    fail_async if crew.is_async else fail,
+                    backoff=lambda _: 0.0,
+                    max_attempts=2,
+                    transactional=transactional,
+                )
+                crew.run(client.do(text, mux))
+            dead = crew.run(client.dlq.get(text))
+            assert (dead.queue, dead.type, dead.arg) == (text, text, text.encode())
+            assert dead.last_error == f"ValueError: {text}"
+            assert crew.run(client.dlq.requeue(text)) == [text]
+            crew.run(client.do(text, Mux()))
+            dead = crew.run(client.dlq.get(text))
+            assert "no handler is registered" in dead.last_error
+            assert repr(text) in dead.last_error
+            assert crew.run(client.dlq.purge(text)) == 1
+    finally:
+        crew.run(client.close())
+    assert rows(conn, "select count(*) from bgjob_job") == [(0,)]
+
+
+# -- nothing from the database is imported or evaluated -----------------------------------------
+
+MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "runpy", "code", "imp"}
+FUNCTIONS = {"eval", "exec", "compile", "__import__"}
+METHODS_THAT_IMPORT = {"import_module", "resolve_name", "load_module", "exec_module", "__import__"}
+
+
+def dangers(source: str) -> list[str]:
+    """List what in this Python source could import, unpickle or evaluate a value."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names):
+                found += [a.name for a in names if a.name.partition(".")[0] in MODULES]
+            case ast.ImportFrom(module, names):
+                if (module or "").partition(".")[0] in MODULES:
+                    found.append(str(module))
+                found += [a.name for a in names if a.name in METHODS_THAT_IMPORT | MODULES]
+            case ast.Name(id) if id in FUNCTIONS:
+                found.append(id)
+            case ast.Attribute(ast.Name("builtins" | "__builtins__"), name) if name in FUNCTIONS:
+                found.append(name)
+            case ast.Attribute(_, name) if name in METHODS_THAT_IMPORT:
+                found.append(name)
+    return found
+
+
+def test_no_source_imports_unpickles_or_evaluates_a_value() -> None:
+    package = Path(bgjob.__file__).parent
+    found = [
+        (path.relative_to(package).as_posix(), danger)
+        for path in sorted(package.rglob("*.py"))
+        for danger in dangers(path.read_text("utf-8"))
+    ]
+    # The command line imports the module that is named on the command line.
+    assert found == [("_target.py", "import_module")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import yaml.constructor",
+        "from marshal import loads as harmless",
+        "from importlib import import_module",
+        "import importlib; importlib.import_module(name)",
+        "pkgutil.resolve_name(text)",
+        "__import__(name)",
+        "eval(text)",
+        "run = exec",
+        "compile(text, '', 'eval')",
+        "builtins.eval(text)",
+        "spec.loader.exec_module(module)",
+    ],
+)
+def test_the_search_for_dangers_finds_them(source: str) -> None:
+    assert dangers(source)
+
+
+class Bomb:
+    """What leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_payloads_and_types_that_want_to_run_arrive_as_bytes_and_rest_in_the_dlq(
+    crew: Crew, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "bgjob_spy.py").write_text(f"open({str(mark)!r}, 'w')\ndef run(*_): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    payloads = {
+        "pickle": pickle.dumps(Bomb(mark)),
+        "yaml": f"!!python/object/apply:os.system ['touch {mark}']".encode(),
+        "python": f"__import__('os').system('touch {mark}')".encode(),
+        "json": b'{"__reduce__": ["os.system", ["touch mark"]], "py/object": "bgjob_spy.run"}',
+    }
+    types = ["os:system", "bgjob_spy", "bgjob_spy:run", "bgjob_spy.run", f"touch {mark}", "eval"]
+    seen: dict[str, bytes | None] = {}
+    observer = Recorder()
+    mux = Mux().register("t", lambda job: seen.update({job.id: job.arg}))
+    for id_, payload in payloads.items():
+        crew.enqueue(id_, arg=payload)
+        for type_ in types:
+            crew.enqueue(f"{id_} {type_}", type=type_, arg=payload)
+    crew.start(mux, observer=observer, concurrency=4)
+    observer.wait_for("completed", times=len(payloads))
+    observer.wait_for("buried", times=len(payloads) * len(types))
+    assert seen == payloads
+    dead = crew.client.dlq.list()
+    assert {(d.id, d.type, d.arg) for d in dead} == {
+        (f"{id_} {type_}", type_, payload) for id_, payload in payloads.items() for type_ in types
+    }
+    assert all("UnknownTypeError" in str(d.last_error) for d in dead)
+    assert not mark.exists()
+    assert "bgjob_spy" not in sys.modules
+    os.system(f"touch {mark}")  # that a mark would have been seen
+    assert mark.exists()
+
+
+# -- secrets -----------------------------------------------------------------------------------
+
+SECRET = "Tr0ub4dor"
+"""What must be seen nowhere; the password holds it, and characters that are quoted."""
+
+PASSWORD = f"{SECRET}&3 '\\"
+
+RIGHT = {
+    "url": f"postgresql://app:{SECRET}%263%20%27%5C@/postgres?{{0}}",
+    "keywords": f"user=app dbname=postgres password='{SECRET}&3 \\'\\\\' {{1}}",
+}
+
+WRONG = {
+    "wrong host": f"postgresql://app:{SECRET}@nowhere.invalid/db",
+    "wrong host, keywords": f"host=nowhere.invalid user=app password={SECRET} dbname=db",
+    "wrong port": f"postgresql://app:{SECRET}@127.0.0.1:1/db",
+    "wrong port, keywords": f"host=127.0.0.1 port=1 user=app password={SECRET} dbname=db",
+    "no port": f"postgresql://app:{SECRET}@127.0.0.1:port/db",
+    "no colon": f"postgres//app:{SECRET}@127.0.0.1/db",
+    "another scheme": f"mysql://app:{SECRET}@127.0.0.1/db",
+    "a space in the password": f"host=127.0.0.1 user=app password=x {SECRET}",
+    "no closing quote": f"host=127.0.0.1 user=app password='{SECRET}",
+    "a percent sign in the password": f"postgresql://app:{SECRET}%zz@127.0.0.1/db",
+    "an at sign in the password": f"postgresql://app:x@{SECRET}@127.0.0.1/db",
+    "no closing bracket": f"postgresql://app:{SECRET}@[::1/db",
+    "an unknown option": f"host=127.0.0.1 user=app password={SECRET} pasword={SECRET}",
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(server: EmbeddedServer) -> EmbeddedServer:
+    """A server that asks the role `app` for its password."""
+    with psycopg.connect(server.dsn, autocommit=True) as conn:
+        conn.execute(bgjob.schema.init_sql().encode())
+        conn.execute(
+            sql.SQL("create role app superuser login password {}").format(sql.Literal(PASSWORD))
+        )
+        rules = "local all postgres trust\nlocal all all scram-sha-256\n"
+        (server.data_dir / "pg_hba.conf").write_text(rules)
+        conn.execute("select pg_reload_conf()")
+    return server
+
+
+def right(guarded: EmbeddedServer, form: str) -> str:
+    place = psycopg.conninfo.conninfo_to_dict(guarded.dsn)
+    words = {"host": place["host"], "port": place["port"]}
+    return RIGHT[form].format(
+        "&".join(f"{k}={v}" for k, v in words.items()),
+        " ".join(f"{k}={v}" for k, v in words.items()),
+    )
+
+
+class Output:
+    """Everything that can be seen of what is done: logs, standard streams, errors, reprs."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+        for name in ("", "bgjob", "psycopg", "psycopg.pool"):
+            caplog.set_level(logging.DEBUG, logger=name)
+        self._log = caplog
+        self._capfd = capfd
+        self._shown: list[str] = []
+
+    def show(self, *things: object) -> None:
+        self._shown += [f"{thing!r} {thing!s}" for thing in things]
+
+    def call(self, call: Callable[[], object]) -> BaseException | None:
+        """Call it, and look at what it gives or raises."""
+        try:
+            self.show(call())
+        except Exception as error:
+            self.show(error)
+            self._shown += traceback.format_exception(error)
+            return error
+        return None
+
+    def text(self) -> str:
+        self._shown += self._capfd.readouterr()
+        records = (f"{record!r} {record.args!r} {record.exc_text}" for record in self._log.records)
+        return "\n".join([*self._shown, self._log.text, *records])
+
+    def assert_secret(self) -> None:
+        leaks = [line for line in self.text().splitlines() if SECRET in line]
+        assert leaks == []
+
+
+@pytest.fixture
+def output(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Output:
+    return Output(caplog, capfd)
+
+
+@pytest.mark.parametrize("form", RIGHT)
+def test_a_right_password_is_shown_nowhere(
+    crew: Crew, guarded: EmbeddedServer, output: Output, form: str
+) -> None:
+    def handle(job: Job) -> Result | None:
+        if job.id == "raise":
+            raise ValueError("no")
+        return None
+
+    dsn = right(guarded, form)
+    client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)
+    worker = crew.make(Mux().register("t", handle, max_attempts=1), dsn=dsn, poll_interval=0.1)
+    with psycopg.connect(guarded.dsn, autocommit=True) as conn:
+        try:
+            output.show(client, client.dlq, client.enqueue, worker, worker.run)
+            both = [EnqueueRequest("q", "t", id=id_) for id_ in ("a", "raise")]
+            crew.run(client.bulk_enqueue(both))
+            output.call(lambda: crew.run(client.enqueue(both[0])))
+            crew.run(worker.run())
+            output.show(client, worker)
+            assert eventually(lambda: rows(conn, "select id from bgjob_job") == [])
+            assert rows(
+                conn,
+                "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'",
+            )
+            assert eventually(lambda: "worker: " in output.text())
+            output.call(lambda: crew.run(client.dlq.list()))
+        finally:
+            crew.shutdown(worker)
+            crew.run(client.close())
+            conn.execute("delete from bgjob_dead_job")
+    output.show(client, worker)
+    assert "t a (attempt 1) completed" in output.text()
+    output.assert_secret()
+
+
+def test_a_password_that_is_wrong_is_shown_nowhere(
+    crew: Crew, guarded: EmbeddedServer, output: Output
+) -> None:
+    for form in RIGHT:
+        dsn = right(guarded, form).replace(SECRET, f"{SECRET}-not")
+        worker = crew.make(Mux(), dsn=dsn)
+        error = output.call(lambda: crew.run(worker.run()))
+        assert isinstance(error, psycopg.OperationalError)
+        assert "password authentication failed" in str(error)
+        crew.shutdown(worker)
+        output.show(worker)
+    output.assert_secret()
+
+
+def test_a_worker_whose_password_was_changed_shows_neither(
+    crew: Crew, guarded: EmbeddedServer, output: Output
+) -> None:
+    worker = crew.make(Mux(), dsn=right(guarded, "url"), poll_interval=0.1)
+    with psycopg.connect(guarded.dsn, autocommit=True) as conn:
+        crew.run(worker.run())
+        try:
+            conn.execute(f"alter role app password '{SECRET}-new'")
+            conn.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where usename='app'"
+            )
+            assert eventually(lambda: "password authentication failed" in output.text())
+        finally:
+            conn.execute(sql.SQL("alter role app password {}").format(sql.Literal(PASSWORD)))
+            crew.shutdown(worker)
+    output.assert_secret()
+
+
+def test_a_worker_with_a_wrong_dsn_shows_no_password(crew: Crew, output: Output) -> None:
+    def use(dsn: str) -> None:
+        worker = crew.make(Mux(), dsn=dsn)
+        output.show(worker)
+        try:
+            crew.run(worker.run())
+        finally:
+            crew.shutdown(worker)
+            output.show(worker)
+
+    for dsn in WRONG.values():
+        assert output.call(partial(use, dsn)) is not None
+    output.assert_secret()
+
+
+def test_a_client_with_a_wrong_dsn_shows_no_password(
+    crew: Crew, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A client waits for a while whether the server comes back; it says the same after a second.
+    monkeypatch.setattr("bgjob.client._PATIENCE", 1.0)
+
+    def use(dsn: str) -> None:
+        client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)
+        output.show(client)
+        try:
+            crew.run(client.enqueue(EnqueueRequest("q", "t")))
+        finally:
+            crew.run(client.close())
+
+    with ThreadPoolExecutor(len(WRONG)) as pool:
+        errors = pool.map(lambda dsn: output.call(partial(use, dsn)), WRONG.values())
+    assert None not in errors
+    output.assert_secret()
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_the_demo_shows_no_password(case: str, output: Output) -> None:
+    try:
+        status = bgjob.cli.main(["demo", "--dsn", WRONG[case]])
+    except SystemExit as exit:
+        status = cast(int, exit.code)
+    assert status in {1, 2}
+    output.assert_secret()
+
+
+APP = """
+import logging, os
+from bgjob import Client, Mux, Worker
+
+logging.basicConfig(level=logging.DEBUG)
+worker = Worker(Client(os.environ["BGJOB_DSN"]), "q", Mux())
+"""
+
+
+def test_the_worker_command_shows_no_password(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    command = [sys.executable, "-m", "bgjob", "worker", "app:worker"]
+
+    def run(dsn: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "BGJOB_DSN": dsn, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            check=False,
+        )
+
+    cases = ("wrong port", "wrong host", "no colon", "an at sign in the password")
+    with ThreadPoolExecutor(2) as pool:
+        for ended in pool.map(run, [WRONG[case] for case in cases]):
+            assert ended.returncode == 1
+            assert "bgjob:" in ended.stderr
+            assert SECRET not in ended.stdout + ended.stderr
