@@ -411,9 +411,9 @@ def test_workers_are_indifferent_to_serializable_as_the_default(world: World) ->
     workers = [
         start(world, colour, lease=LONG, max_attempts=None) for colour in ("thread", "async")
     ]
-    for _ in range(10):
-        enqueue(world, "plain", count=20, children=1)
-        enqueue(world, "transactional", count=20, children=1)
+    for _ in range(3):
+        enqueue(world, "plain", count=10, children=1)
+        enqueue(world, "transactional", count=10, children=1)
     world.done()
     eventually(lambda: world.live() == 0)
     assert world.value("select count(*) from bgjob_dead_job") == 0

@@ -110,9 +110,8 @@ def test_workers_go_on_when_the_network_returns_and_resets_their_connections(
         world.witness(worker, "completed", f"{queue}: last")
 
 
-@pytest.mark.parametrize(
-    "silent", [1.0, pytest.param(25.0, marks=[pytest.mark.soak, pytest.mark.timeout(120)])]
-)
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("silent", [1.0, pytest.param(25.0, marks=pytest.mark.soak)])
 def test_workers_give_up_connections_that_a_silent_network_does_not_give_back(
     proxy: Proxy, other_proxy: Proxy, world: World, silent: float
 ) -> None:
