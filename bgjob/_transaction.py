@@ -156,7 +156,7 @@ class Transactions:
 
     def __init__(self, recipe: Recipe, lineage: Lineage) -> None:
         self._lineage = lineage
-        self._options = options(recipe) | {"autocommit": True}
+        self._options: dict[str, Any] = {**options(recipe), "autocommit": True}
         self._idle: deque[_Connection] = deque()
         self._idle_async: deque[_AsyncConnection] = deque()
         self._handling: set[_Connection | _AsyncConnection] = set()
@@ -232,9 +232,10 @@ class Transactions:
 
     def _may_keep(self, connection: _Connection | _AsyncConnection) -> bool:
         # What the handler set for itself is not the next one's.
-        connection.row_factory = self._options.get("row_factory") or tuple_row
+        own: Any = connection
+        own.row_factory = self._options.get("row_factory") or tuple_row
         factory = Cursor if isinstance(connection, _Connection) else AsyncCursor
-        connection.cursor_factory = self._options.get("cursor_factory") or factory
+        own.cursor_factory = self._options.get("cursor_factory") or factory
         status = connection.info.transaction_status
         return not self._closed and status == TransactionStatus.IDLE
 

@@ -524,25 +524,20 @@ def _result(
     claimed: Claimed, ending: Ending, *, settled: bool, lease: float, alive: bool
 ) -> Result:
     """Give the result that was stored; pass on an interrupt; raise LeaseLostError."""
-    match ending:
-        case Committed(result):
-            return result
-        case Doubtful(result) if not settled and alive:
-            return result  # nobody else can have had it: the commit was done
-        case Doubtful(_, result):
-            pass
-        case Fenced():
-            settled = False
-        case _:
-            result = ending
-    if not settled:
+    if isinstance(ending, Committed):
+        return ending.result
+    if isinstance(ending, Doubtful):
+        if not settled and alive:
+            return ending.result  # nobody else can have had it: the commit was done
+        ending = ending.otherwise
+    if isinstance(ending, Fenced) or not settled:
         job = claimed.job
         raise LeaseLostError(
             f"job {job.id!r} of type {job.type!r} outlived its lease of {lease:g} s and was "
             "claimed again; its result was dropped: give do() a longer lease"
         )
-    if isinstance(result, Retry | MoveToDlq):
-        error = result.error
+    if isinstance(ending, Retry | MoveToDlq):
+        error = ending.error
         if isinstance(error, BaseException) and not isinstance(error, Exception):
             raise error
-    return result
+    return ending
