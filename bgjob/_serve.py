@@ -156,8 +156,7 @@ class _Service:
         self._ending.tell(Notice.RUNNING)
 
     def _has_ended(self) -> None:
-        control = self._control
-        self.was_asked = control._give_up_at is not None and control._runner.failure is None  # noqa: SLF001
+        self.was_asked = self._control.was_asked
 
     @property
     def abandoned(self) -> int:

@@ -134,6 +134,11 @@ class _Control:
                 self._bell.shout()
 
     @property
+    def was_asked(self) -> bool:
+        """Whether somebody shut it down; it may also end by itself, where nothing can run."""
+        return self._give_up_at is not None and self._runner.failure is None
+
+    @property
     def is_inside(self) -> bool:
         """Whether the caller is one whom the worker waits for: a handler, or the observer."""
         return self._has_run and (
