@@ -40,10 +40,14 @@ class Events:
         self._closed = False
         self._dropped = 0
         self._error_at = float("-inf")
-        self.thread = threading.Thread(target=self._run, name=f"bgjob-events-{queue}", daemon=True)
+        self.thread: threading.Thread | None = None
+        """On which the observer is told."""
 
     def open(self) -> None:
         """Start the thread."""
+        self.thread = threading.Thread(
+            target=self._run, name=f"bgjob-events-{self._queue}", daemon=True
+        )
         self.thread.start()
 
     def started(self, job: Job) -> None:
@@ -74,9 +78,10 @@ class Events:
         with self._ready:
             self._closed = True
             self._ready.notify()
-        if threading.current_thread() is not self.thread:
-            self.thread.join(timeout)
-            if self.thread.is_alive():
+        thread = self.thread
+        if thread is not None and threading.current_thread() is not thread:
+            thread.join(timeout)
+            if thread.is_alive():
                 _log.warning(
                     "observer of queue %r blocks; its last events are not told", self._queue
                 )

@@ -73,7 +73,8 @@ class _Control:
         self._notify = notify
         self._link = Link(lambda: client.recipe, queue, lease=self._lease, notify=notify)
         self._events = Events(observer or LoggingObserver(), queue)
-        self._thread = threading.Thread(target=self._run, name=f"bgjob-worker-{queue}", daemon=True)
+        # Made by open(): a thread that was made before a fork cannot start after it.
+        self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._state = threading.Lock()
         self._opened = False
@@ -115,6 +116,9 @@ class _Control:
             )
             self._runner.open()
             self._events.open()
+            self._thread = threading.Thread(
+                target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
+            )
             self._thread.start()
 
     def stop(self, timeout: Duration | None) -> None:
@@ -153,7 +157,7 @@ class _Control:
     @property
     def _has_run(self) -> bool:
         """Whether `open` got so far as to start the thread, with all that it works with."""
-        return self._thread.ident is not None
+        return self._thread is not None and self._thread.ident is not None
 
     def _run(self) -> None:
         try:
