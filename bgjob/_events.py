@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import assert_never
 
 from bgjob._exchange import (
@@ -19,7 +19,7 @@ from bgjob._exchange import (
 )
 from bgjob._statements import Claimed
 from bgjob.job import Job
-from bgjob.observer import Observer
+from bgjob.observer import NoopObserver, Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
 _MOST = 100_000
@@ -33,7 +33,8 @@ class Events:
 
     def __init__(self, observer: Observer, queue: str) -> None:
         self._observer = observer
-        self._job_started = observer.job_started
+        self._job_started = _heard(observer.job_started, NoopObserver.job_started)
+        self._job_completed = _heard(observer.job_completed, NoopObserver.job_completed)
         self._queue = queue
         self._waiting: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
@@ -50,8 +51,13 @@ class Events:
         )
         self.thread.start()
 
-    def started(self, job: Job) -> None:
-        """Tell that a handler is about to run, on the caller's thread."""
+    @property
+    def started(self) -> Callable[[Job], None] | None:
+        """What tells that a handler is about to run, on the caller's thread; None if unheard."""
+        return None if self._job_started is None else self._tell_started
+
+    def _tell_started(self, job: Job) -> None:
+        assert self._job_started is not None  # noqa: S101 (started() checks)
         try:
             self._job_started(job)
         except BaseException:  # whatever it raises, even SystemExit: the job goes on
@@ -99,12 +105,13 @@ class Events:
                 _log.warning(
                     "observer of queue %r is behind: %d events dropped", self._queue, dropped
                 )
-            completed = self._observer.job_completed
+            completed = self._job_completed
             for event in waiting:
                 # Most events are completions, and this loop competes with the handlers.
                 try:
                     if type(event) is Outcome and type(event.result) is Complete:
-                        completed(event.claimed.job)
+                        if completed is not None:
+                            completed(event.claimed.job)
                     else:
                         self._tell(event)
                 except BaseException:
@@ -135,6 +142,11 @@ class Events:
                 observer.worker_error(event)
             case _:
                 assert_never(event)
+
+
+def _heard(method: Callable[[Job], None], unheard: object) -> Callable[[Job], None] | None:
+    """Give the observer's method, or None where it is the one that does nothing."""
+    return None if getattr(method, "__func__", None) is unheard else method
 
 
 def _name(event: Event | BaseException) -> str:

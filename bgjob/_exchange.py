@@ -103,10 +103,13 @@ class Exchange:
             case Committed() | Fenced():
                 raise AssertionError("its own transaction has settled it")
 
-    def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
-        """Give the SQL in the order in which it must run, each with its part of the Reply."""
+    def claims(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
+        """Give the SQL that comes first, each with its part of the Reply.
+
+        The server is at it while the rest is put together, and settles while
+        the jobs are read.
+        """
         plan: list[tuple[Statement[Any], str]] = []
-        # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
             case Sweep(0):
                 plan.append((free(queue, limit=MOST_FREED), "swept"))
@@ -121,6 +124,11 @@ class Exchange:
                     queue, limit=limit, lease=lease, token=token, marks=marks, back=back
                 )
                 plan.append((statement, "claimed"))
+        return plan
+
+    def settlements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
+        """Give the SQL that comes after the claim, in the order in which it must run."""
+        plan: list[tuple[Statement[Any], str]] = []
         if self.complete:
             plan.append((complete(self.complete), "settled"))
         if self.postpone:

@@ -22,6 +22,9 @@ from bgjob._statements import Statement, backend, lacks, listen, schema_comment,
 _PATIENCE = 10.0
 """Seconds without a sign of the server, after which it is given up."""
 
+_MOMENT = 0.002
+"""Seconds, after which it is told that an answer is slow."""
+
 _LONGEST_SLEEP = 3600.0
 
 _SESSION = {
@@ -106,6 +109,9 @@ class Bell:
 class _Connection(psycopg.Connection[TupleRow]):
     """A connection whose every wait ends."""
 
+    slow: Callable[[], object] = staticmethod(lambda: None)
+    """Called where an answer takes more than a moment."""
+
     @override
     def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
         # poll() and nothing else: each system call here gives up the interpreter
@@ -115,7 +121,10 @@ class _Connection(psycopg.Connection[TupleRow]):
             poll = select.poll()
             poll.register(self.pgconn.socket, _EVENTS[wanted])
             while True:
-                ready = poll.poll(_PATIENCE * 1000)
+                ready = poll.poll(_MOMENT * 1000)
+                if not ready:
+                    self.slow()
+                    ready = poll.poll(_PATIENCE * 1000)
                 if not ready:
                     raise Silence(_PATIENCE)
                 event = ready[0][1]
@@ -167,7 +176,9 @@ class Link:
         *,
         lease: float,
         notify: bool,
+        slow: Callable[[], object] = lambda: None,
     ) -> None:
+        self._slow = slow
         self._recipe = recipe
         self._queue = queue
         self._lease = lease
@@ -217,6 +228,7 @@ class Link:
         except BaseException:
             connection.close()
             raise
+        connection.slow = self._slow
         self._connection = connection
 
     def exchange(self, exchange: Exchange) -> Reply:
@@ -232,11 +244,15 @@ class Link:
         with self.streaming():
             # Each answer is read while the server works on the next statement. What
             # it says counts when the block has ended without an error.
-            return self._send(exchange).read()
+            answer = self.begin(exchange)
+            self._commit(answer, exchange)
+            return answer.read()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let exchanges be sent before the last one's answer is read, by `send` and `receive`.
+        """Let an exchange be sent before the last one's answer is read.
+
+        By `begin`, `end` and `receive`, in this order.
 
         Raises:
             psycopg.Error: as for `exchange`.
@@ -250,16 +266,22 @@ class Link:
             if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
 
-    def send(self, exchange: Exchange) -> Answer:
-        """Send an exchange, as a transaction; give what `receive` waits for."""
-        answer = self._send(exchange)
-        answer.committed = self._ready().execute("select")
+    def begin(self, exchange: Exchange) -> Answer:
+        """Send what an exchange claims, at the head of a transaction."""
+        answer = Answer()
+        self._ready().execute("begin")
+        self._ask(answer, exchange.claims(self._queue, self._lease))
         return answer
+
+    def end(self, answer: Answer, exchange: Exchange) -> None:
+        """Send what it settles, and the commit; the answer is `receive`'s to wait for."""
+        self._commit(answer, exchange)
+        answer.committed = self._ready().execute("select")
 
     def receive(self, answer: Answer) -> None:
         """Wait until what was sent is committed; its rows can be read later."""
         self._ready()
-        assert answer.committed is not None  # noqa: S101 (send() made it)
+        assert answer.committed is not None  # noqa: S101 (end() made it)
         answer.committed.fetchall()
 
     def _ready(self) -> _Connection:
@@ -268,15 +290,16 @@ class Link:
             raise psycopg.OperationalError("the connection is closed")
         return connection
 
-    def _send(self, exchange: Exchange) -> Answer:
-        connection, answer = self._ready(), Answer()
-        connection.execute("begin")
-        for statement, part in exchange.statements(self._queue, self._lease):
+    def _commit(self, answer: Answer, exchange: Exchange) -> None:
+        self._ask(answer, exchange.settlements(self._queue, self._lease))
+        self._ready().execute("commit")
+
+    def _ask(self, answer: Answer, statements: list[tuple[Statement[Any], str]]) -> None:
+        connection = self._ready()
+        for statement, part in statements:
             cursor = connection.cursor(binary=statement.binary)
             cursor.execute(statement.text, statement.params)
             answer.asked.append((statement, part, cursor))
-        connection.execute("commit")
-        return answer
 
     @property
     def is_open(self) -> bool:

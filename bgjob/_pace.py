@@ -16,6 +16,9 @@ _STALE = 0.1
 """Seconds without a claim after which jobs that were claimed ahead and have not started are
 given back: they are slower than those before them were."""
 
+_QUICK = 20e-6
+"""Seconds in a handler up to which one slot is as good as ten: a thread takes longer to wake."""
+
 _MEMORY = 20
 """Outcomes after which what was known of their quickness is forgotten."""
 
@@ -35,6 +38,11 @@ class Pace:
         """Jobs that may be in flight now."""
         rounds = int(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6))
         return self._concurrency + min(rounds * self._concurrency, self._ramp)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether jobs are so quick that one slot runs a batch of them as soon as several do."""
+        return self._took < _QUICK
 
     def finished(self, outcomes: Sequence[Outcome]) -> None:
         """Learn from jobs that ran."""

@@ -27,8 +27,9 @@ from bgjob._transaction import Ending, Transactions
 from bgjob.errors import LoopBlockedError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
-from bgjob.result import MoveToDlq
+from bgjob.result import Complete, MoveToDlq
 
+_COMPLETE = Complete()
 _outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
 
 inside: ContextVar["Runner | None"] = ContextVar("bgjob_inside", default=None)
@@ -68,7 +69,7 @@ class Runner:
         *,
         queue: str,
         concurrency: int,
-        started: Callable[[Job], None],
+        started: Callable[[Job], None] | None,
         finished: Callable[[], None],
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class Runner:
         self._jobs: deque[Claimed] = deque()
         self._outcomes: deque[Outcome] = deque()
         self._lock = threading.Lock()
-        self._free = concurrency
+        self._concurrency = self._free = concurrency
         self._resting: list[_Thread] = []
         self._threads = 0
         self._closed = False
@@ -103,14 +104,30 @@ class Runner:
             )
             self._loop_thread.start()
 
-    def submit(self, batch: Sequence[Claimed]) -> None:
-        """Run jobs, in order, as slots become free."""
+    def submit(self, batch: Sequence[Claimed], *, quick: bool = False) -> None:
+        """Run jobs, in order, as slots become free.
+
+        Jobs that are likely to be quick get one slot, until `spread` is called: to
+        wake ten threads costs more than a hundred of them, and they would only
+        contend for the interpreter.
+        """
         self._jobs.extend(batch)
+        if quick:
+            self._take_slots(1 if self._free == self._concurrency else 0)
+        else:
+            self.spread()
+
+    def spread(self) -> None:
+        """Give a slot to each job that waits, as far as there are any."""
+        if self._free and self._jobs:
+            self._take_slots(len(self._jobs))
+
+    def _take_slots(self, count: int) -> None:
         with self._lock:
-            wanted = min(self._free, len(self._jobs))
-            self._free -= wanted
-        if wanted:
-            self._place(wanted)
+            count = min(self._free, count)
+            self._free -= count
+        if count:
+            self._place(count)
 
     def collect(self) -> list[Outcome]:
         """Take the outcomes since the last call."""
@@ -205,12 +222,6 @@ class Runner:
             else:
                 self._resting.append(thread)
 
-    def _next(self) -> Claimed | None:
-        try:
-            return self._jobs.popleft()
-        except IndexError:
-            return None
-
     def _done(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
         self._finished()
@@ -245,13 +256,22 @@ class Runner:
 
     def _work(self, me: _Thread, claimed: Claimed | None) -> None:
         """Run jobs on this thread until there are none, or the slot moves to the loop."""
+        take, outcomes, route_of, started = (
+            self._jobs.popleft,
+            self._outcomes,
+            self._mux.route,
+            self._started,
+        )
         while True:
-            claimed = claimed or self._next()
             if claimed is None:
-                if self._give_up_slot(me):
-                    return
-                continue
-            route = self._mux.route(claimed.job, claimed.deaths)
+                try:
+                    claimed = take()
+                except IndexError:
+                    if self._give_up_slot(me):
+                        return
+                    continue
+            job, _, deaths = claimed
+            route = route_of(job, deaths)
             if isinstance(route, MoveToDlq):
                 self._done(Outcome(claimed, route, None))
             elif route.is_coroutine:
@@ -260,15 +280,16 @@ class Runner:
                 self._on_loop(1, claimed)
                 return
             else:
-                self._started(claimed.job)
+                if started is not None:
+                    started(job)
                 began = perf_counter()
                 if route.is_transactional:
                     result: Ending = self._transactions.run(route, claimed)
                 else:
-                    result = route.run(claimed.job)
+                    result = route.run(job)
                 if self._lineage.is_child:
                     self._lineage.end(getattr(result, "error", None))
-                self._outcomes.append(_outcome((claimed, result, perf_counter() - began)))
+                outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = None
 
@@ -299,35 +320,46 @@ class Runner:
         inside.set(self)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
+        take, outcomes, route_of, started = (
+            self._jobs.popleft,
+            self._outcomes,
+            self._mux.route,
+            self._started,
+        )
         ran = 0
         while not self._closed:
-            claimed = claimed or self._next()
             if claimed is None:
-                if self._give_up_slot(None):
-                    return
-                continue
-            route = self._mux.route(claimed.job, claimed.deaths)
+                try:
+                    claimed = take()
+                except IndexError:
+                    if self._give_up_slot(None):
+                        return
+                    continue
+            job, _, deaths = claimed
+            route = route_of(job, deaths)
             if isinstance(route, MoveToDlq):
                 self._done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
                 self._on_thread(claimed)
                 return
             else:
-                self._started(claimed.job)
+                if started is not None:
+                    started(job)
                 me.claimed = claimed
                 began = perf_counter()
                 try:
                     if route.is_transactional:
                         result: Ending = await self._transactions.run_async(route, claimed)
                     else:
-                        result = route.judge(claimed.job, await route.handler(claimed.job))
+                        returned = await route.handler(job)
+                        result = _COMPLETE if returned is None else route.judge(job, returned)
                 except BaseException as error:
-                    result = route.failed(claimed.job, error)
+                    result = route.failed(job, error)
                 if self._lineage.is_child:
                     self._lineage.end(getattr(result, "error", None))
                 if task.cancelling():
                     await _absorb_cancellation(task)
-                self._outcomes.append(_outcome((claimed, result, perf_counter() - began)))
+                outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = None
             ran += 1

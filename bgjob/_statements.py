@@ -348,7 +348,7 @@ def claim(
             "marks": [marks[priority] for priority in priorities],
             "back": back,
         },
-        _jobs,
+        _jobs if len(priorities) > 1 else _jobs_of_one_priority,
         binary=True,
     )
 
@@ -450,14 +450,24 @@ class Claimed(NamedTuple):
 
 def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
     """Delete jobs that are done; the ids of those still held."""
+    ids = [c.job.id for c in claimed]
+
+    def all_or_some(rows: Sequence[Row]) -> list[str]:
+        [(some, count)] = rows
+        return ids if count == len(ids) else some or []
+
     return Statement(
         """
-        delete from bgjob_job
-        where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-        returning id
+        with gone as (
+            delete from bgjob_job
+            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+            returning id
+        )
+        -- Mostly all of them are, and need not be told one by one.
+        select case when count(*) < %(count)s then array_agg(id) end, count(*) from gone
         """,
-        _held(claimed),
-        _column,
+        {**_held(claimed, ids), "count": len(ids)},
+        all_or_some,
     )
 
 
@@ -796,9 +806,15 @@ def _column(rows: Sequence[Row]) -> list[Any]:
     return [row[0] for row in rows]
 
 
+# An update returns rows in no order. Of one priority they are sorted twice as fast.
+
+
 def _jobs(rows: Sequence[Row]) -> list[Job]:
-    # An update returns rows in no order.
     return list(map(_job, sorted(rows, key=_by_due)))
+
+
+def _jobs_of_one_priority(rows: Sequence[Row]) -> list[Job]:
+    return list(map(_job, sorted(rows, key=_by_next_run_at)))
 
 
 def _swept(rows: Sequence[Row]) -> Swept:
@@ -810,12 +826,13 @@ def _suspects(rows: Sequence[Row]) -> list[Suspect]:
 
 
 _by_due = itemgetter(6, 7)  # priority and due time
+_by_next_run_at = itemgetter(7)
 _job = partial(tuple.__new__, Job)  # a third of the time of Job(*row)
 
 
-def _held(claimed: Sequence[Claimed]) -> dict[str, object]:
+def _held(claimed: Sequence[Claimed], ids: Sequence[str] | None = None) -> dict[str, object]:
     return {
-        "ids": _text_array([c.job.id for c in claimed]),
+        "ids": _text_array(ids or [c.job.id for c in claimed]),
         # Together these say which pairs may match: a worker never holds one id twice.
         "tokens": list({c.token for c in claimed}),
     }

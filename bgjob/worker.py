@@ -71,7 +71,14 @@ class _Control:
         self._mux = mux
         self._concurrency = concurrency
         self._notify = notify
-        self._link = Link(lambda: client.recipe, queue, lease=self._lease, notify=notify)
+        self._link = Link(
+            lambda: client.recipe,
+            queue,
+            lease=self._lease,
+            notify=notify,
+            # What was taken for quick jobs, and given one slot, may not be quick.
+            slow=lambda: self._runner.spread(),  # noqa: PLW0108 (made later)
+        )
         self._events = Events(observer or LoggingObserver(), queue)
         # Made by open(): a thread that was made before a fork cannot start after it.
         self._thread: threading.Thread | None = None
@@ -174,6 +181,7 @@ class _Control:
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
         engine, runner = self._engine, self._runner
+        runner.spread()
         self._collect()
         if notice := self._link.take_notice():
             engine.wake(relief=notice.relief)
@@ -227,13 +235,19 @@ class _Control:
         """Exchange for as long as jobs flow, each answer worked on while the next is made."""
         engine, link = self._engine, self._link
         with link.streaming():
-            answer: Answer | None = link.send(exchange)
+            first = link.begin(exchange)
+            link.end(first, exchange)
+            answer: Answer | None = first
             while answer is not None:
                 link.receive(answer)
                 self._collect()
                 ahead = engine.ahead(monotonic()) if self._give_up_at is None else None
+                coming = None
                 try:
-                    coming = link.send(ahead) if ahead else None
+                    if ahead:
+                        coming = link.begin(ahead)
+                        engine.follow()
+                        link.end(coming, ahead)
                 finally:
                     self._acknowledge(answer.read())
                 answer = coming
@@ -246,7 +260,7 @@ class _Control:
     def _acknowledge(self, reply: Reply) -> None:
         news = self._engine.acknowledge(reply, monotonic())
         if news.run:
-            self._runner.submit(news.run)
+            self._runner.submit(news.run, quick=self._engine.is_quick)
         if news.events:
             self._events.tell(news.events)
 

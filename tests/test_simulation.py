@@ -601,6 +601,7 @@ class History:
                 if self.streams and self.give_up_at is None:
                     ahead = self.engine.ahead(self.now)
                 if ahead is not None:
+                    self.engine.follow()
                     coming = len(reply.claimed) + len(reply.swept.jobs) + len(reply.suspects)
                     self._check_exchange(ahead, coming=coming)
                 self._suspect(exchange, reply)

@@ -1225,6 +1225,23 @@ def test_an_observer_that_raises_harms_nothing(
     }
 
 
+@both_styles
+def test_a_slow_job_among_quick_ones_holds_nobody_up_while_a_slot_is_idle(
+    crew: Crew, style: Style
+) -> None:
+    gate, followed = Gate(), threading.Event()
+    mux = Mux().register("quick", handler(style, lambda _: None))
+    mux.register("slow", gate.of(style)).register("next", handler(style, lambda _: followed.set()))
+    quick = [EnqueueRequest("q", "quick") for _ in range(3000)]
+    crew.client.bulk_enqueue([*quick, EnqueueRequest("q", "slow"), EnqueueRequest("q", "next")])
+    observer = Recorder()
+    worker = crew.start(mux, concurrency=2, poll_interval=NEVER, observer=observer)
+    assert followed.wait(PATIENCE)
+    gate.released.set()
+    observer.wait_for("completed", times=3002)
+    assert crew.shutdown(worker)
+
+
 def test_an_observer_that_blocks_holds_up_no_job(crew: Crew, conn: psycopg.Connection) -> None:
     blocked, released = threading.Event(), threading.Event()
 
