@@ -17,7 +17,7 @@ The rules they keep:
   of the array.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -141,11 +141,11 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
 
 
 _TELL_MANY = """
-    , (
+    (
         select count(pg_notify(told.channel, told.queue))
         from unnest(%(told_queues)s::text[], %(told_channels)s::text[], %(told_buckets)s::int[])
             as told (queue, channel, bucket)
-        where exists (select from written)
+        where {condition}
             and not pg_try_advisory_xact_lock_shared(%(class)s, told.bucket)
     )
 """
@@ -158,7 +158,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
     same ids wait for each other and do not deadlock; their due times keep the
     order of the call.
     """
-    queues = list({request.queue for request in requests})
+    tell = "," + _TELL_MANY.format(condition="exists (select from written)")
     return Statement(
         f"""
         with request as (
@@ -175,7 +175,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             on conflict (id) do nothing
             returning id
         )
-        select array(select id from written) {_TELL_MANY if notify else ""}
+        select array(select id from written) {tell if notify else ""}
         """,
         {
             "ids": _text_array([r.id for r in requests]),
@@ -185,14 +185,50 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             "priorities": _number_array([r.priority for r in requests]),
             "run_ats": [r.run_at for r in requests],
             "delays": _number_array([seconds(r.delay, "delay") for r in requests]),
-            "class": LOCK_CLASS,
-            "told_queues": queues,
-            "told_channels": [channel(queue) for queue in queues],
-            "told_buckets": [bucket(queue) for queue in queues],
+            **_told(requests),
         },
         lambda rows: set(rows[0][0]),
         binary=True,
     )
+
+
+def _told(requests: Sequence[EnqueueRequest]) -> dict[str, object]:
+    queues = list({request.queue for request in requests})
+    return {
+        "class": LOCK_CLASS,
+        "told_queues": queues,
+        "told_channels": [channel(queue) for queue in queues],
+        "told_buckets": [bucket(queue) for queue in queues],
+    }
+
+
+class Copy(NamedTuple):
+    """Rows for a binary COPY, which takes half the time of an insert."""
+
+    text: LiteralString
+    types: Sequence[str]
+    rows: Iterable[Row]
+
+
+def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
+    """Write jobs that are due now; unlike `enqueue_many` it fails where an id is taken.
+
+    None where COPY cannot do it: it computes no due times, and writes rows in
+    the order in which they come, which has to be that of their ids.
+    """
+    ids = [r.id for r in requests]
+    if ids != sorted(ids) or any(r.delay or r.run_at for r in requests):
+        return None
+    return Copy(
+        "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",
+        ("text", "text", "text", "bytea", "int2"),
+        [(r.id, r.queue, r.type, r.payload, r.priority) for r in requests],
+    )
+
+
+def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
+    """Wake the workers of these requests' queues when the transaction commits."""
+    return Statement(f"select {_TELL_MANY.format(condition='true')}", _told(requests), _nothing)
 
 
 # -- claim ----------------------------------------------------------------------

@@ -12,8 +12,8 @@ from typing import Any, Literal, Self, TypeVar
 
 import psycopg
 from psycopg import AsyncCursor, BaseConnection, Cursor
-from psycopg.errors import DeadlockDetected
-from psycopg.pq import TransactionStatus
+from psycopg.errors import DeadlockDetected, UniqueViolation
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
@@ -42,6 +42,9 @@ OnConflict = Literal["raise", "skip"]
 
 _CHUNK = 10_000
 """Requests in one statement, so that a million in one call take bounded memory."""
+
+_FEW = 500
+"""Requests below which COPY's round trips cost more than they save."""
 
 _POOL_SIZE = 10
 _DO_LEASE = 300.0
@@ -154,9 +157,32 @@ class Client:
             conn.execute(_BEGIN)
         with self._connection(conn) as connection, connection.transaction():
             for chunk in chunks:
+                if on_conflict == "raise" and self._copied(connection, chunk):
+                    ids += [request.id for request in chunk]
+                    continue
                 statement = _statements.enqueue_many(chunk, notify=self._notify)
                 ids += _placed(chunk, _execute(connection, statement), on_conflict)
         return ids
+
+    def _copied(self, connection: psycopg.Connection[Any], chunk: list[EnqueueRequest]) -> bool:
+        """Write jobs by COPY, if that can be done; False where nothing was written."""
+        copy = _copy_of(connection, chunk)
+        if copy is None:
+            return False
+        try:
+            with (
+                connection.transaction(),
+                Cursor(connection) as cursor,
+                cursor.copy(copy.text) as stream,
+            ):
+                stream.set_types(copy.types)
+                for row in copy.rows:
+                    stream.write_row(row)
+        except UniqueViolation:
+            return False  # which ids are taken is for an insert to tell
+        if self._notify:
+            _execute(connection, _statements.tell_many(chunk))
+        return True
 
     def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
         """Claim one due job, run its handler here and now, and store the result.
@@ -331,9 +357,33 @@ class AsyncClient:
             await conn.execute(_BEGIN)
         async with self._connection(conn) as connection, connection.transaction():
             for chunk in chunks:
+                if on_conflict == "raise" and await self._copied(connection, chunk):
+                    ids += [request.id for request in chunk]
+                    continue
                 statement = _statements.enqueue_many(chunk, notify=self._notify)
                 ids += _placed(chunk, await _execute_async(connection, statement), on_conflict)
         return ids
+
+    async def _copied(
+        self, connection: psycopg.AsyncConnection[Any], chunk: list[EnqueueRequest]
+    ) -> bool:
+        copy = _copy_of(connection, chunk)
+        if copy is None:
+            return False
+        try:
+            async with (
+                connection.transaction(),
+                AsyncCursor(connection) as cursor,
+                cursor.copy(copy.text) as stream,
+            ):
+                stream.set_types(copy.types)
+                for row in copy.rows:
+                    await stream.write_row(row)
+        except UniqueViolation:
+            return False
+        if self._notify:
+            await _execute_async(connection, _statements.tell_many(chunk))
+        return True
 
     async def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
         """Claim one due job, run its handler, and store the result. As Client.do.
@@ -484,6 +534,14 @@ def _chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]
             yield chunk
 
     return rest()
+
+
+def _copy_of(
+    connection: BaseConnection[Any], chunk: list[EnqueueRequest]
+) -> _statements.Copy | None:
+    if len(chunk) < _FEW or connection.pgconn.pipeline_status != PipelineStatus.OFF:
+        return None
+    return _statements.copy_many(chunk)
 
 
 def _placed(

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
@@ -105,6 +105,18 @@ class Colour:
         blocking = self._closed_later(pool)
         blocking.open()
         return blocking
+
+    @contextmanager
+    def pipeline(self, caller: Blocking) -> Iterator[None]:
+        """Put a connection into pipeline mode."""
+        pipeline = caller.target.pipeline()
+        with ExitStack() as stack:
+            if self.is_async:
+                self.run(pipeline.__aenter__())
+                stack.callback(lambda: self.run(pipeline.__aexit__(None, None, None)))
+            else:
+                stack.enter_context(pipeline)
+            yield
 
     def at_once(self, *calls: Callable[[Any], Any]) -> list[Any]:
         """Make calls of one client at the same time, each given the client."""
@@ -325,12 +337,17 @@ def test_run_at_is_kept_and_one_in_the_past_means_now(
 # -- bulk enqueue -------------------------------------------------------------------------
 
 
+few_and_many = pytest.mark.parametrize("size", [11, 1_100])
+"""Many are written by COPY."""
+
+
+@few_and_many
 def test_a_bulk_enqueue_writes_every_setting_and_gives_the_ids_in_order(
-    client: Any, conn: psycopg.Connection
+    client: Any, conn: psycopg.Connection, size: int
 ) -> None:
     batch = [
-        EnqueueRequest(f"q{n % 3}", f"t{n}", None if n % 2 else {"n": n}, priority=n - 5)
-        for n in range(11)
+        EnqueueRequest(f"q{n % 3}", f"t'{n} é", None if n % 2 else b"\0%d" % n, priority=n - 5)
+        for n in range(size)
     ]
     assert client.bulk_enqueue(batch) == [request.id for request in batch]
     written = rows(conn, "select id, queue, type, arg, priority from bgjob_job order by id")
@@ -348,6 +365,39 @@ def test_a_bulk_enqueue_is_all_or_nothing(client: Any, conn: psycopg.Connection)
         client.bulk_enqueue(requests("d", "c", "b", "a"))
     assert caught.value.ids == ("d", "b")
     assert count(conn) == 2
+
+
+def test_a_large_bulk_enqueue_names_the_taken_ids_and_leaves_the_callers_transaction_as_it_was(
+    colour: Colour, client: Any, conn: psycopg.Connection
+) -> None:
+    ids = [f"{n:04}" for n in range(1_000)]
+    client.bulk_enqueue(requests("0500", "0998"))
+    caller = colour.connect()
+    client.enqueue(EnqueueRequest("q", "t", id="before"), conn=caller)
+    with pytest.raises(JobAlreadyExistsError) as caught:
+        client.bulk_enqueue(requests(*ids, "0999"), conn=caller)
+    assert caught.value.ids == ("0500", "0998", "0999")
+    client.bulk_enqueue(requests(*(f"x{id_}" for id_ in ids)), conn=caller)
+    assert count(conn) == 2
+    caller.commit()
+    assert count(conn) == 1_003
+
+
+def test_a_large_bulk_enqueue_can_be_part_of_a_pipeline(
+    colour: Colour, client: Any, conn: psycopg.Connection
+) -> None:
+    caller = colour.connect(autocommit=True)
+    with colour.pipeline(caller):
+        client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(1_000)], conn=caller)
+    assert count(conn) == 1_000
+
+
+def test_some_requests_of_a_large_bulk_enqueue_may_be_delayed(
+    client: Any, conn: psycopg.Connection
+) -> None:
+    client.bulk_enqueue([EnqueueRequest("q", "t", delay=n % 2 * 60) for n in range(1_000)])
+    late = "select count(*) from bgjob_job where next_run_at > now() + interval '50 s'"
+    assert row(conn, late) == (500,)
 
 
 def test_a_bulk_enqueue_can_skip_taken_ids_and_gives_none_in_their_places(

@@ -1225,6 +1225,16 @@ def test_an_observer_that_raises_harms_nothing(
     }
 
 
+def test_a_large_bulk_enqueue_wakes_a_worker(crew: Crew) -> None:
+    observer = Recorder()
+    mux = Mux().register("t", handler("plain", lambda _: None))
+    worker = crew.start(mux, poll_interval=NEVER, observer=observer)
+    observer.wait_for("empty")
+    crew.enqueue(*(f"{n:04}" for n in range(1_000)))
+    observer.wait_for("completed", times=1_000)
+    assert crew.shutdown(worker)
+
+
 @both_styles
 def test_a_slow_job_among_quick_ones_holds_nobody_up_while_a_slot_is_idle(
     crew: Crew, style: Style
