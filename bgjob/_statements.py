@@ -18,7 +18,6 @@ The rules they keep:
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from operator import itemgetter
@@ -32,14 +31,17 @@ T_co = TypeVar("T_co", covariant=True)
 Row = tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Statement(Generic[T_co]):
+class Statement(NamedTuple, Generic[T_co]):
     """SQL, its parameters, and how to read its rows."""
 
     text: LiteralString | bytes
     params: Mapping[str, object] | None
     parse: Callable[[Sequence[Row]], T_co]
     binary: bool = False
+    prepare: bool | None = None
+    """False where a session with PostgreSQL's own settings must plan it each time: a plan that
+    it keeps from a table of one page scans the whole table when that has grown. A worker's
+    connection plans for any size, and keeps its plans."""
 
 
 # -- notification ---------------------------------------------------------------
@@ -102,42 +104,53 @@ def unpark(queue: str) -> Statement[None]:
 
 # The lock is taken after the insert and before the commit; it is let go after
 # the row is visible. So a worker that gets it exclusively sees the row.
-_TELL_ONE = """
-    , case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
+_ENQUEUE = """
+    insert into bgjob_job (id, queue, type, arg, priority)
+    values (%(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s)
+    on conflict (id) do nothing
+    returning
+"""
+
+_ENQUEUE_LATER = """
+    insert into bgjob_job (id, queue, type, arg, priority, next_run_at)
+    values (
+        %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s,
+        greatest(%(run_at)s::timestamptz, clock_timestamp()) + %(delay)s * interval '1 second'
+    )
+    on conflict (id) do nothing
+    returning
+"""
+
+_TELL = """
+    case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
         then pg_notify(%(channel)s, queue) end
 """
+
+# By whether the job is due later, and whether to tell; made once, and as fast as a bare insert.
+_ENQUEUES: Mapping[tuple[bool, bool], LiteralString] = {
+    (False, False): _ENQUEUE + "true",
+    (False, True): _ENQUEUE + _TELL,
+    (True, False): _ENQUEUE_LATER + "true",
+    (True, True): _ENQUEUE_LATER + _TELL,
+}
 
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; whether it was written, False where its id is taken."""
-    return Statement(
-        f"""
-        with written as (
-            insert into bgjob_job (id, queue, type, arg, priority, next_run_at)
-            values (
-                %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s,
-                greatest(%(run_at)s::timestamptz, clock_timestamp())
-                    + %(delay)s * interval '1 second'
-            )
-            on conflict (id) do nothing
-            returning id, queue
-        )
-        select id {_TELL_ONE if notify else ""} from written
-        """,
-        {
-            "id": request.id,
-            "queue": request.queue,
-            "type": request.type,
-            "arg": request.payload,
-            "priority": request.priority,
-            "run_at": request.run_at,
-            "delay": seconds(request.delay, "delay"),
-            "class": LOCK_CLASS,
-            "bucket": bucket(request.queue),
-            "channel": channel(request.queue),
-        },
-        bool,
-    )
+    later = bool(request.delay or request.run_at)
+    params: dict[str, object] = {
+        "id": request.id,
+        "queue": request.queue,
+        "type": request.type,
+        "arg": request.payload,
+        "priority": request.priority,
+    }
+    if later:
+        params |= {"run_at": request.run_at, "delay": seconds(request.delay, "delay")}
+    if notify:
+        number = bucket(request.queue)
+        params |= {"class": LOCK_CLASS, "bucket": number, "channel": f"bgjob_{number}"}
+    return Statement(_ENQUEUES[later, notify], params, bool)
 
 
 _TELL_MANY = """
@@ -343,7 +356,7 @@ _CLAIM_SUSPECT = f"""
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
             and j.next_run_at <= now()
-        order by j.priority, j.next_run_at
+        order by j.priority, j.next_run_at, j.deaths
         limit 1
         for update skip locked
     ))
@@ -435,6 +448,7 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect
         {"queue": queue, "limit": 1, "lease": lease, "token": token},
         _suspects,
         binary=True,
+        prepare=False,
     )
 
 
@@ -463,7 +477,7 @@ def survey(queue: str) -> Statement[list[Line]]:
             select j.deaths from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
                 and j.lease_until is null and j.next_run_at <= now()
-            order by j.next_run_at limit 1
+            order by j.next_run_at, j.deaths limit 1
         )
         from line where line.priority is not null
         """,
@@ -504,6 +518,7 @@ def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
         """,
         {**_held(claimed, ids), "count": len(ids)},
         all_or_some,
+        prepare=False,
     )
 
 
@@ -578,6 +593,7 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             "deaths": [p.deaths for p in postponed],
         },
         _column,
+        prepare=False,
     )
 
 
@@ -609,6 +625,7 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
         """,
         {**_held([b.claimed for b in buried]), "errors": [b.error for b in buried]},
         _column,
+        prepare=False,
     )
 
 

@@ -276,7 +276,11 @@ class Transactions:
                 with connection.pipeline():
                     cursors = [Cursor(connection, row_factory=tuple_row) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
-                        cursor.execute(statement.text, statement.params)
+                        cursor.execute(
+                            statement.text,
+                            statement.params,
+                            prepare=statement.prepare,
+                        )
                     return [s.parse(c.fetchall()) for s, c in zip(statements, cursors, strict=True)]
             case _End.COMMIT:
                 connection.execute(COMMIT)
@@ -328,7 +332,11 @@ class Transactions:
                 async with connection.pipeline():
                     cursors = [AsyncCursor(connection, row_factory=tuple_row) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
-                        await cursor.execute(statement.text, statement.params)
+                        await cursor.execute(
+                            statement.text,
+                            statement.params,
+                            prepare=statement.prepare,
+                        )
                     return [
                         s.parse(await c.fetchall())
                         for s, c in zip(statements, cursors, strict=True)

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from functools import cached_property
 from itertools import islice
 from secrets import randbits
 from time import monotonic
@@ -59,9 +60,19 @@ _PATIENCE = 30.0
 class _Connection(Connection):
     patience = _PATIENCE
 
+    @cached_property
+    def enqueuing(self) -> Cursor[Any]:
+        """A cursor that is kept: to make one takes longer than to send a row."""
+        return Cursor(self, row_factory=tuple_row)
+
 
 class _AsyncConnection(AsyncConnection):
     patience = _PATIENCE
+
+    @cached_property
+    def enqueuing(self) -> AsyncCursor[Any]:
+        """As that of _Connection."""
+        return AsyncCursor(self, row_factory=tuple_row)
 
 
 class Client:
@@ -110,7 +121,8 @@ class Client:
                 safely be enqueued again.
 
         """
-        if not self._run(_statements.enqueue(request, notify=self._notify), conn):
+        statement = _statements.enqueue(request, notify=self._notify)
+        if not self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
         return request.id
 
@@ -278,28 +290,45 @@ class Client:
         if conn is not None:
             yield conn
             return
-        with self._pool().connection() as pooled:
+        # Not pool.connection(): it would commit, and there is nothing to commit. One
+        # statement is a transaction by itself, and one round trip.
+        pool = self._pool()
+        pooled = pool.getconn()
+        try:
             if pooled.autocommit:
                 yield pooled
                 return
-            # One statement is a transaction by itself, and one round trip.
             pooled.autocommit = True
             try:
                 yield pooled
             finally:
-                if not pooled.closed:
+                if pooled.info.transaction_status == TransactionStatus.IDLE:
                     pooled.autocommit = False
+        finally:
+            pool.putconn(pooled)
 
-    def _run(self, statement: Statement[T], conn: psycopg.Connection[Any] | None) -> T:
-        with self._connection(conn) as connection:
-            return _execute(connection, statement)
+    def _run(
+        self, statement: Statement[T], conn: psycopg.Connection[Any] | None, *, keep: bool = False
+    ) -> T:
+        if conn is not None:
+            return _execute(conn, statement)
+        with self._connection(None) as connection:
+            return _execute(connection, statement, keep=keep)
 
 
-def _execute(connection: psycopg.Connection[Any], statement: Statement[T]) -> T:
-    # A plain cursor, whatever factories the caller's connection has.
-    with Cursor(connection, row_factory=tuple_row) as cursor:
-        cursor.execute(statement.text, statement.params, binary=statement.binary)
-        return statement.parse(cursor.fetchall())
+def _execute(
+    connection: psycopg.Connection[Any], statement: Statement[T], *, keep: bool = False
+) -> T:
+    # A plain cursor, whatever factories the caller's connection has. One that is kept
+    # keeps its rows, too: only an enqueue has none to speak of.
+    if keep and isinstance(connection, _Connection):
+        cursor = connection.enqueuing
+    else:
+        cursor = Cursor(connection, row_factory=tuple_row)
+    cursor.execute(
+        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+    )
+    return statement.parse(cursor.fetchall())
 
 
 class AsyncClient:
@@ -327,7 +356,8 @@ class AsyncClient:
         self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None
     ) -> str:
         """Write a job; give its id. As Client.enqueue."""
-        if not await self._run(_statements.enqueue(request, notify=self._notify), conn):
+        statement = _statements.enqueue(request, notify=self._notify)
+        if not await self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
         return request.id
 
@@ -458,7 +488,9 @@ class AsyncClient:
         if conn is not None:
             yield conn
             return
-        async with (await self._pool()).connection() as pooled:
+        pool = await self._pool()
+        pooled = await pool.getconn()
+        try:
             if pooled.autocommit:
                 yield pooled
                 return
@@ -466,18 +498,33 @@ class AsyncClient:
             try:
                 yield pooled
             finally:
-                if not pooled.closed:
+                if pooled.info.transaction_status == TransactionStatus.IDLE:
                     await pooled.set_autocommit(False)
+        finally:
+            await pool.putconn(pooled)
 
-    async def _run(self, statement: Statement[T], conn: psycopg.AsyncConnection[Any] | None) -> T:
+    async def _run(
+        self,
+        statement: Statement[T],
+        conn: psycopg.AsyncConnection[Any] | None,
+        *,
+        keep: bool = False,
+    ) -> T:
         async with self._connection(conn) as connection:
-            return await _execute_async(connection, statement)
+            return await _execute_async(connection, statement, keep=keep)
 
 
-async def _execute_async(connection: psycopg.AsyncConnection[Any], statement: Statement[T]) -> T:
-    async with AsyncCursor(connection, row_factory=tuple_row) as cursor:
-        await cursor.execute(statement.text, statement.params, binary=statement.binary)
-        return statement.parse(await cursor.fetchall())
+async def _execute_async(
+    connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keep: bool = False
+) -> T:
+    if keep and isinstance(connection, _AsyncConnection):
+        cursor = connection.enqueuing
+    else:
+        cursor = AsyncCursor(connection, row_factory=tuple_row)
+    await cursor.execute(
+        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+    )
+    return statement.parse(await cursor.fetchall())
 
 
 # -- what both colours share --------------------------------------------------------

@@ -452,7 +452,8 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 MAY = {
     "producer": {"enqueue", "bulk_enqueue"},
     "worker": {"do"},
-    "operator": {"dlq.list", "dlq.get", "dlq.requeue", "dlq.purge"},
+    # Who may requeue writes jobs that are due now, and so may enqueue them.
+    "operator": {"enqueue", "dlq.list", "dlq.get", "dlq.requeue", "dlq.purge"},
     "nobody": set[str](),
 }
 

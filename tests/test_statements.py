@@ -113,7 +113,7 @@ def test_no_index_covers_what_a_claim_changes(conn: psycopg.Connection) -> None:
             "and a.attnum = any (i.indkey) where i.indrelid = 'bgjob_job'::regclass"
         )
     }
-    assert indexed == {"id", "queue", "priority", "next_run_at"}
+    assert indexed == {"id", "queue", "priority", "next_run_at", "deaths"}
 
 
 # -- plans --------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, LiteralString
@@ -525,7 +524,7 @@ class Work:
                 query = b"select pg_stat_get_xact_tuples_returned('bgjob_job_due'::regclass)"
                 at = 2 if kind == "Sweep" else 1  # a survey belongs to it
                 statements[:at] = [
-                    (replace(claim, parse=parse), part),
+                    (claim._replace(parse=parse), part),
                     *statements[1:at],
                     (Statement(query, None, note), "settled"),
                 ]

@@ -1,0 +1,411 @@
+"""Each hot statement has a plan that no size of the table and no statistics can spoil.
+
+These tests share one database, which the first to come makes. It holds a table of a million jobs,
+and other tables of the same definition, each of which was analyzed when it held something else. A
+test works in a transaction that it rolls back: there it hands the statistics of one table to
+another, and runs a statement as the driver prepares it, with a plan for its parameters or with a
+generic one.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any, cast
+
+import psycopg
+import pytest
+from conftest import MIGRATION, server_dsn_key
+from psycopg import ClientCursor, sql
+from psycopg._queries import PostgresQuery
+from psycopg.adapt import Transformer
+from psycopg.conninfo import make_conninfo
+from psycopg.pq import ExecStatus
+
+from bgjob import Client, Complete, EnqueueRequest, Job, Mux
+from bgjob._exchange import MOST_FREED
+from bgjob._link import _SESSION
+from bgjob._statements import (
+    Buried,
+    Claimed,
+    Postponed,
+    Statement,
+    bury,
+    claim,
+    claim_any,
+    claim_suspect,
+    complete,
+    enqueue,
+    enqueue_many,
+    extend,
+    free,
+    postpone,
+    session,
+    survey,
+    sweep,
+)
+
+MILLION = 1_000_000
+BATCH = 500
+
+# -- tables and statistics ------------------------------------------------------------------
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+MARK = datetime(2021, 1, 1, tzinfo=UTC)
+"""Where the next claim of a worker starts; see FILL."""
+
+EDGE = 3 * BATCH
+"""The most jobs that lie before the mark."""
+
+# A two-thousandth of the jobs are held, for as many the lease has ended, and as many are suspects:
+# all three lie before the mark. Of the others a quarter is due, a quarter is delayed, a quarter is
+# due in a queue that has nothing else, and a quarter is spread over a thousand queues. Four
+# priorities have few jobs, and one has most of them, so that a batch spans several.
+FILL = """
+    insert into bgjob_job (
+        id, queue, type, arg, priority, next_run_at, attempt, token, lease_until, deaths
+    )
+    select lpad(n::text, 7, '0'),
+        case
+            when n <= 3 * part or n %% 4 < 2 then 'q'
+            when n %% 4 = 2 then 'fresh'
+            else 'other ' || n %% 999
+        end,
+        't', '{}', least(n %% 997, 4),
+        case
+            when n <= 3 * part then timestamptz '2020-01-01 00:00+00'
+            when n %% 4 = 1 then '2100-01-01 00:00+00'
+            else '2021-01-01 00:00+00'
+        end + n * interval '1 ms',
+        (n <= 3 * part)::int,
+        case when n <= 2 * part then 1 end,
+        case
+            when n <= part then timestamptz '2100-01-01 00:00+00'
+            when n <= 2 * part then '2020-01-02 00:00+00'
+        end,
+        (n > 2 * part and n <= 3 * part)::int
+    from generate_series(1, %(jobs)s) n, greatest(1, %(jobs)s / 2000) part
+"""
+
+STATISTICS = [
+    "none",
+    "of an empty table",
+    "of a drained table",
+    "of ten jobs",
+    "of other queues",
+    "of suspects",
+    "of a million jobs",
+]
+
+
+def make_table(conn: psycopg.Connection, schema: str, jobs: int) -> None:
+    """Make the tables in a schema of their own, and put jobs there."""
+    name = sql.Identifier(schema)
+    conn.execute(sql.SQL("create schema {0}; set local search_path to {0}").format(name))
+    conn.execute(MIGRATION.read_bytes())
+    conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    conn.execute(FILL, {"jobs": jobs})
+
+
+def make_tables(conn: psycopg.Connection) -> None:
+    """Make a table for each of the statistics; the last is the one that statements work on."""
+    make_table(conn, "none", 0)
+    make_table(conn, "of an empty table", 0)
+    conn.execute("analyze bgjob_job")
+    # Its pages are still there, and no rows: the planner takes it that they will stay empty.
+    make_table(conn, "of a drained table", 10_000)
+    conn.execute("delete from bgjob_job")
+    conn.execute("analyze bgjob_job")
+    make_table(conn, "of ten jobs", 10)
+    conn.execute("analyze bgjob_job")
+    make_table(conn, "of other queues", 10_000)
+    conn.execute("delete from bgjob_job where queue in ('q', 'fresh')")
+    conn.execute("analyze bgjob_job")
+    make_table(conn, "of suspects", 10_000)
+    conn.execute("update bgjob_job set deaths = 1, token = null, lease_until = null")
+    conn.execute("analyze bgjob_job")
+    make_table(conn, "of a million jobs", MILLION)
+    conn.execute("analyze bgjob_job")
+
+
+@pytest.fixture(scope="module")
+def shared(pytestconfig: pytest.Config) -> Iterator[psycopg.Connection]:
+    """A connection to the database, which stays for the other processes that run these tests."""
+    server_dsn = pytestconfig.stash[server_dsn_key]
+    with psycopg.connect(server_dsn, autocommit=True) as admin:
+        admin.execute("select pg_advisory_lock(1)")
+        made = admin.execute("select from pg_database where datname = 'plans'").rowcount
+        if not made:
+            admin.execute("create database plans")
+        with psycopg.connect(make_conninfo(server_dsn, dbname="plans"), autocommit=True) as conn:
+            if not made:
+                with conn.transaction():
+                    make_tables(conn)
+            admin.execute("select pg_advisory_unlock(1)")
+            yield conn
+
+
+@pytest.fixture
+def plans(shared: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """The same connection, in a transaction that is rolled back, and alone in the database."""
+    shared.execute("deallocate all")
+    with shared.transaction(force_rollback=True):
+        shared.execute("select pg_advisory_xact_lock(1)")
+        yield shared
+
+
+def choose_table(conn: psycopg.Connection, jobs: int, statistics: str) -> None:
+    """Go to a table of so many jobs, about which the planner is told what is true of another."""
+    if jobs == MILLION:
+        conn.execute('set local search_path to "of a million jobs"')
+    else:
+        make_table(conn, "chosen", jobs)
+    pairs = """
+        from pg_class mine, pg_class theirs
+        where mine.relname = theirs.relname and mine.oid <> theirs.oid
+            and mine.relnamespace = quote_ident(current_schema())::regnamespace
+            and theirs.relnamespace = quote_ident(%s)::regnamespace
+    """
+    for change in (
+        f"delete from pg_statistic where starelid in (select mine.oid {pairs})",
+        f"update pg_statistic set starelid = mine.oid {pairs} and starelid = theirs.oid",
+        "update pg_class set relpages = theirs.relpages, reltuples = theirs.reltuples, "
+        f"relallvisible = theirs.relallvisible {pairs} and pg_class.oid = mine.oid",
+    ):
+        conn.execute(cast(Any, change), [statistics])
+
+
+# -- plans ----------------------------------------------------------------------------------
+
+
+def prepare(conn: psycopg.Connection, name: str, statement: Statement[Any]) -> str:
+    """Prepare a statement as the driver does; give the SQL that explains it."""
+    assert statement.params is not None
+    query = PostgresQuery(Transformer(conn))
+    query.convert(statement.text, statement.params)
+    result = conn.pgconn.prepare(name.encode(), query.query, query.types)
+    assert result.status == ExecStatus.COMMAND_OK, result.error_message
+    params = dict.fromkeys(re.findall(r"%\((\w+)\)[sbt]", cast(str, statement.text)))
+    values = ClientCursor(conn).mogrify(
+        cast(Any, ", ".join(f"%({param})s" for param in params)), statement.params
+    )
+    return f'explain (analyze, buffers, timing off, format json) execute "{name}" ({values})'
+
+
+def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[str, Any]:
+    """Run what `prepare` gave, and undo it; give the plan, with what each of its steps did."""
+    with conn.transaction(force_rollback=True):
+        conn.execute("select set_config('plan_cache_mode', %s, true)", [plan_cache_mode])
+        [[[plan]]] = conn.execute(cast(Any, explain)).fetchall()
+    return cast(dict[str, Any], plan["Plan"])
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give every step of a plan."""
+    yield plan
+    for below in plan.get("Plans", []):
+        yield from nodes(below)
+
+
+def handled(node: dict[str, Any]) -> float:
+    """Count the rows that a step gave or dropped."""
+    if node["Node Type"] == "Bitmap Index Scan":  # counts dead rows too; the step above does not
+        return 0
+    dropped = sum(rows for key, rows in node.items() if key.startswith("Rows Removed"))
+    return cast(float, (node["Actual Rows"] + dropped) * node["Actual Loops"])
+
+
+def buffers(plan: dict[str, Any]) -> int:
+    """Count the pages that were looked at."""
+    return cast(int, plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+@dataclass(frozen=True)
+class Hot:
+    """A hot statement, and what it may cost."""
+
+    statement: Statement[Any]
+    rows: int
+    """The most that any step of the plan handles."""
+    locked: int = 0
+    """The most that are locked before they are changed."""
+
+    def check(self, plan: dict[str, Any]) -> None:
+        """Fail if the plan costs more."""
+        for node in nodes(plan):
+            assert handled(node) <= self.rows, plan
+        locked = [handled(node) for node in nodes(plan) if node["Node Type"] == "LockRows"]
+        assert sum(locked) <= self.locked, plan
+
+
+HELD = [
+    Claimed(Job(f"{n:07}", "q", "t", None, 1, None, 0, LONG_AGO, LONG_AGO, LONG_AGO), 1)
+    for n in range(1, BATCH + 1)
+]
+REQUESTS = [EnqueueRequest("q", "t", {"n": n}) for n in range(2 * BATCH)]
+PRIORITIES = 5
+FEW = 2 * PRIORITIES
+
+
+def claim_from(mark: datetime, limit: int) -> Statement[list[Job]]:
+    marks = dict.fromkeys(range(PRIORITIES), mark)
+    return claim("q", limit=limit, lease=60, token=2, marks=marks, back=1)
+
+
+def settlements(held: list[Claimed]) -> dict[str, Hot]:
+    count = len(held)
+    retries = [Postponed(c, 1.0, "why", refund=False) for c in held]
+    return {
+        f"complete {count}": Hot(complete(held), count),
+        f"postpone {count}": Hot(postpone(retries), count),
+        f"bury {count}": Hot(bury([Buried(c, "why") for c in held]), count),
+    }
+
+
+WORKERS = {
+    "claim": Hot(claim_from(MARK, BATCH), BATCH, BATCH),
+    "claim one": Hot(claim_from(MARK, 1), PRIORITIES, 1),
+    "claim from the left edge": Hot(claim_from(LONG_AGO, BATCH), BATCH + EDGE, BATCH),
+    "sweep": Hot(sweep("q", limit=BATCH, lease=60, token=2), BATCH + EDGE, BATCH),
+    # It looks at all that is due.
+    "free": Hot(free("q", limit=MOST_FREED), MILLION // 4 + EDGE, MOST_FREED),
+    "survey": Hot(survey("q"), FEW),
+    "survey without suspects": Hot(survey("fresh"), FEW),
+    "claim a suspect": Hot(claim_suspect("q", lease=60, token=2), 1, 1),
+    "claim a suspect where there is none": Hot(claim_suspect("fresh", lease=60, token=2), 0, 0),
+    "extend": Hot(extend(HELD, lease=60), BATCH, BATCH),
+    **settlements(HELD),
+    **settlements(HELD[:1]),
+}
+
+CLIENTS = {
+    "claim any": Hot(claim_any("q", lease=60, token=2), FEW + EDGE, 1),
+    "enqueue": Hot(enqueue(REQUESTS[0], notify=True), 1),
+    "enqueue many": Hot(enqueue_many(REQUESTS, notify=True), len(REQUESTS)),
+    # A table of one page is read whole.
+    **{name: Hot(hot.statement, FEW) for name, hot in settlements(HELD[:1]).items()},
+}
+
+PLAN_CACHE_MODES = ["force_custom_plan", "force_generic_plan"]
+EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
+EVERY_SIZE = pytest.mark.parametrize("jobs", [10, MILLION])
+
+
+def enter_session(conn: psycopg.Connection) -> None:
+    """Take the settings of a worker's session."""
+    settings = session(_SESSION)
+    conn.execute(cast(Any, settings.text), settings.params)
+
+
+def check_walks(plan: dict[str, Any]) -> None:
+    """Fail if jobs are found otherwise than by their position, or in the order of an index."""
+    for node in nodes(plan):
+        found = {below.get("Relation Name") for below in nodes(node)} & {
+            "bgjob_job",
+            "bgjob_dead_job",
+        }
+        kind = node["Node Type"]
+        assert not found or kind != "Seq Scan", plan
+        assert not found or "Bitmap" not in kind, plan
+        assert not found or "Sort" not in kind, plan
+
+
+@EVERY_STATISTICS
+@EVERY_SIZE
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_worker_handles_no_more_rows_than_it_asks_for(
+    plans: psycopg.Connection, name: str, jobs: int, statistics: str
+) -> None:
+    choose_table(plans, jobs, statistics)
+    enter_session(plans)
+    explain = prepare(plans, name, WORKERS[name].statement)
+    for mode in PLAN_CACHE_MODES:
+        plan = run(plans, explain, mode)
+        check_walks(plan)
+        WORKERS[name].check(plan)
+
+
+@EVERY_STATISTICS
+@EVERY_SIZE
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_client_handles_no_more_rows_than_it_asks_for(
+    plans: psycopg.Connection, name: str, jobs: int, statistics: str
+) -> None:
+    choose_table(plans, jobs, statistics)
+    explain = prepare(plans, name, CLIENTS[name].statement)
+    for mode in PLAN_CACHE_MODES:
+        CLIENTS[name].check(run(plans, explain, mode))
+
+
+def test_a_worker_can_keep_the_plans_of_a_small_table_when_it_grows(
+    plans: psycopg.Connection,
+) -> None:
+    choose_table(plans, 10, "of ten jobs")
+    enter_session(plans)
+    explains = {name: prepare(plans, name, hot.statement) for name, hot in WORKERS.items()}
+    for explain in explains.values():
+        run(plans, explain, "force_generic_plan")
+    plans.execute("delete from bgjob_job")
+    plans.execute(FILL, {"jobs": 40_000})
+    for name, explain in explains.items():
+        plan = run(plans, explain, "force_generic_plan")
+        check_walks(plan)
+        WORKERS[name].check(plan)
+
+
+def test_a_client_keeps_no_plan_of_a_small_table_when_it_grows(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    mux = Mux().register("t", lambda _: Complete())
+    # The driver prepares a statement that it ran five times; after five more the server may
+    # keep a plan.
+    runs, large = 15, 10_000
+    with Client(dsn) as client:
+        client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(runs)])
+        conn.execute("analyze bgjob_job")
+        for _ in range(runs):
+            client.do("q", mux)
+        client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(large)])
+        client.do("q", mux)
+    # What a session read is counted when it has ended.
+    read = deleted = 0
+    deadline = monotonic() + 30
+    while deleted < runs + 1:
+        assert monotonic() < deadline
+        [(read, deleted)] = conn.execute(
+            "select seq_tup_read, n_tup_del from pg_stat_user_tables where relname = 'bgjob_job'"
+        )
+    assert read < large
+
+
+# -- dead rows ------------------------------------------------------------------------------
+
+DEAD = 70_000
+
+
+@pytest.mark.parametrize("plan_cache_mode", PLAN_CACHE_MODES)
+def test_a_claim_from_its_mark_does_not_look_at_what_an_old_snapshot_keeps(
+    dsn: str, conn: psycopg.Connection, plan_cache_mode: str
+) -> None:
+    conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    conn.execute("analyze bgjob_job")
+    # Their due times are scattered over the pages, so that a look at each is a look at a page.
+    conn.execute(
+        "insert into bgjob_job (id, queue, type, priority, next_run_at) "
+        "select n, 'q', 't', 0, %s - interval '1 s' * (n * 7919 %% 70001) "
+        "from generate_series(1, %s::int) n",
+        [MARK, DEAD],
+    )
+    with psycopg.connect(dsn) as old:
+        old.execute("set transaction isolation level repeatable read")
+        old.execute("select from bgjob_job limit 1")
+        conn.execute("delete from bgjob_job")
+        conn.execute(FILL, {"jobs": 10_000})
+        enter_session(conn)
+        explain = prepare(conn, "from the mark", claim_from(MARK, BATCH))
+        assert buffers(run(conn, explain, plan_cache_mode)) < DEAD / 10
+        # A sweep walks over them for the priorities and for the jobs, and not once for each job.
+        explain = prepare(conn, "sweep", WORKERS["sweep"].statement)
+        assert DEAD < buffers(run(conn, explain, plan_cache_mode)) < 3 * DEAD
