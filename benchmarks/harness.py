@@ -1,4 +1,4 @@
-"""What the benchmarks share: a fresh schema, strict alternation with a floor, one JSON object.
+"""What the benchmarks share: a fresh schema, strict alternation with a floor, goals, one object.
 
 A rate by itself says more about the machine than about the library. Each
 program therefore measures a floor beside it: the least that bare psycopg needs
@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
+from figures import Figures, Goal, far_off, figure
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -33,6 +34,7 @@ _SETTINGS = (
     "autovacuum",
     "fsync",
     "full_page_writes",
+    "max_connections",
     "max_wal_size",
     "shared_buffers",
     "synchronous_commit",
@@ -41,8 +43,7 @@ _SETTINGS = (
     "wal_sync_method",
 )
 
-Figures = Mapping[str, float]
-"""What one run measured, by name; the names carry the unit."""
+_NO_GOALS: Mapping[str, Goal] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Options:
 
     dsn: str | None
     quick: bool
+    check: bool
     rounds: int
     seed: int
 
@@ -63,14 +65,19 @@ class Bench:
     dsn: str
     """Connects with bgjob's tables in the search_path."""
     admin: psycopg.Connection[Any]
+    schema: str
 
     def fresh(self, fill: Callable[[], object] | None = None) -> None:
         """Make the tables anew, fill them, and leave the server no work of that to do."""
-        self.admin.execute(f"drop schema if exists {_SCHEMA} cascade")
-        self.admin.execute(f"create schema {_SCHEMA}")
+        self.admin.execute(f"drop schema if exists {self.schema} cascade")
+        self.admin.execute(f"create schema {self.schema}")
         self.admin.execute(init_sql())
         if fill is not None:
             fill()
+        self.settle()
+
+    def settle(self) -> None:
+        """Do now what the server, or this process, would do during the run."""
         self.admin.execute("vacuum (analyze) bgjob_job")
         self.admin.execute("checkpoint")
         gc.collect()
@@ -81,8 +88,18 @@ class Bench:
         assert row is not None
         return int(row[0])
 
+    @contextmanager
+    def beside(self) -> Iterator["Bench"]:
+        """Give a second schema on the same server, for tables that stay as they are."""
+        with bench_in(f"{self.schema}_beside", self.dsn, self.options) as bench:
+            yield bench
+
     def compare(
-        self, title: str, measured: Callable[[], Figures], floor: Callable[[], Figures]
+        self,
+        title: str,
+        measured: Callable[[], Figures],
+        floor: Callable[[], Figures],
+        goals: Mapping[str, Goal] = _NO_GOALS,
     ) -> dict[str, object]:
         """Run both in alternation, after one pair that does not count; summarise each figure."""
         runs: list[tuple[Figures, Figures]] = []
@@ -90,36 +107,52 @@ class Bench:
             pair = measured(), floor()
             if number:
                 runs.append(pair)
-            said = "  |  floor: ".join(
-                ", ".join(f"{value:,.3f} {name}" for name, value in figures.items())
-                for figures in pair
-            )
+            said = "  |  floor: ".join(map(_said, pair))
             say(f"{title}, {f'round {number}' if number else 'warm-up'}: {said}")
         return {
-            name: _summary([m[name] for m, _ in runs], [f[name] for _, f in runs if name in f])
+            name: figure(
+                [m[name] for m, _ in runs], [f[name] for _, f in runs if name in f], goals.get(name)
+            )
             for name in runs[0][0]
         }
+
+    def repeat(self, title: str, measured: Callable[[], Figures]) -> dict[str, list[float]]:
+        """Run what is its own comparison, or has none; give the runs of each figure."""
+        runs = []
+        for number in range(1, self.options.rounds + 1):
+            runs.append(measured())
+            say(f"{title}, round {number}: {_said(runs[-1])}")
+        return {name: [run[name] for run in runs] for name in runs[0]}
+
+
+@contextmanager
+def bench_in(schema: str, dsn: str, options: Options) -> Iterator[Bench]:
+    """Give a bench whose tables are in this schema, which is dropped at the end."""
+    own = conninfo_to_dict(dsn).get("options") or ""
+    dsn = make_conninfo(dsn, options=f"{own} -c search_path={schema}".strip())
+    with psycopg.connect(dsn, autocommit=True) as admin:
+        try:
+            yield Bench(options, dsn, admin, schema)
+        finally:
+            admin.execute(f"drop schema if exists {schema} cascade")
 
 
 def main(program: Callable[[Bench], Mapping[str, object]], description: str | None) -> None:
     """Run a benchmark from the command line, and print its results as JSON."""
     options = _parse(description)
-    with _server(options) as dsn:
-        own = conninfo_to_dict(dsn).get("options") or ""
-        dsn = make_conninfo(dsn, options=f"{own} -c search_path={_SCHEMA}".strip())
-        with psycopg.connect(dsn, autocommit=True) as admin:
-            try:
-                report = {
-                    "environment": _environment(admin),
-                    "quick": options.quick,
-                    "rounds": options.rounds,
-                    "seed": options.seed,
-                    **program(Bench(options, dsn, admin)),
-                }
-            finally:
-                admin.execute(f"drop schema if exists {_SCHEMA} cascade")
+    with _server(options) as dsn, bench_in(_SCHEMA, dsn, options) as bench:
+        report = {
+            "environment": environment(bench.admin),
+            "quick": options.quick,
+            "rounds": options.rounds,
+            "seed": options.seed,
+            **program(bench),
+        }
     json.dump(report, sys.stdout, indent=2)
     print()
+    missed = list(far_off(report)) if options.check else []
+    if missed:
+        sys.exit(f"less than half of the goal is reached by: {', '.join(missed)}")
 
 
 def say(text: str) -> None:
@@ -127,33 +160,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Give the smallest value that this share of the values does not exceed."""
-    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
-
-
-def _parse(description: str | None) -> Options:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--dsn", help="a superuser's; by default an embedded server is started")
-    parser.add_argument("--quick", action="store_true", help="fewer jobs; for a first look")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs; 5 by default")
-    parser.add_argument("--seed", type=int, default=1, help="of what is random; 1 by default")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    return Options(given.dsn, given.quick, given.rounds, given.seed)
-
-
-@contextmanager
-def _server(options: Options) -> Iterator[str]:
-    if options.dsn is not None:
-        yield options.dsn
-        return
-    with EmbeddedServer() as server:
-        yield server.dsn
-
-
-def _environment(admin: psycopg.Connection[Any]) -> dict[str, object]:
+def environment(admin: psycopg.Connection[Any]) -> dict[str, object]:
+    """Give the versions and settings that a figure depends on."""
     return {
         "bgjob": _bgjob_version(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -169,6 +177,29 @@ def _environment(admin: psycopg.Connection[Any]) -> dict[str, object]:
     }
 
 
+def _parse(description: str | None) -> Options:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dsn", help="a superuser's; by default an embedded server is started")
+    parser.add_argument("--quick", action="store_true", help="fewer jobs; for a first look")
+    parser.add_argument("--check", action="store_true", help="fail under half of a goal")
+    parser.add_argument("--rounds", type=int, default=5, help="of runs; 5 by default")
+    parser.add_argument("--seed", type=int, default=1, help="of what is random; 1 by default")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return Options(given.dsn, given.quick, given.check, given.rounds, given.seed)
+
+
+@contextmanager
+def _server(options: Options) -> Iterator[str]:
+    if options.dsn is not None:
+        yield options.dsn
+        return
+    # PostgreSQL's default of 100 is too few for a hundred workers.
+    with EmbeddedServer(settings={"max_connections": "200"}) as server:
+        yield server.dsn
+
+
 def _bgjob_version() -> str:
     try:
         return version("bgjob")
@@ -177,19 +208,5 @@ def _bgjob_version() -> str:
         return str(tomllib.loads(text)["project"]["version"])
 
 
-def _summary(measured: list[float], floor: list[float]) -> dict[str, object]:
-    summary: dict[str, object] = {"measured": _spread(measured)}
-    if floor:
-        summary |= {
-            "floor": _spread(floor),
-            "ratio": round(median(measured) / median(floor), 4),
-            "ratio_of_pairs": [round(m / f, 4) for m, f in zip(measured, floor, strict=True)],
-        }
-    return summary
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        name: round(statistic(values), 3)
-        for name, statistic in (("median", median), ("min", min), ("max", max))
-    }
+def _said(figures: Figures) -> str:
+    return ", ".join(f"{value:,.3f} {name}" for name, value in figures.items())

@@ -1,0 +1,126 @@
+"""The chart: throughput and latency beside other systems, and the pinned-horizon curve."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from results import number
+
+_NAME = "results"
+_OURS, _FLOOR, _OTHERS = "#1f6feb", "#8c959f", "#d4a72c"
+_SIZE = 13.0, 4.2  # inches
+
+
+def draw(reports: Mapping[str, Any], folder: Path) -> Sequence[str]:
+    """Draw it as PNG and SVG, and name the files; draw nothing without the other systems."""
+    if "peers" not in reports:
+        return ()
+    # Imported here: the table can be written without it.
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    # The same results give the same file.
+    mpl.rcParams["svg.hashsalt"] = "bgjob"
+    mpl.rcParams["font.size"] = 9
+    from matplotlib import pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=_SIZE, facecolor="white", layout="constrained"
+    )
+    _throughput(left, reports)
+    _latency(middle, reports)
+    _horizon(right, reports)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, axis="both" if axes is right else "x", alpha=0.25)
+        axes.set_axisbelow(True)
+    figure.savefig(folder / f"{_NAME}.png", dpi=110, metadata={"Software": None})
+    figure.savefig(folder / f"{_NAME}.svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return f"{_NAME}.png", f"{_NAME}.svg"
+
+
+def _throughput(axes: Any, reports: Mapping[str, Any]) -> None:
+    rates = {
+        name: system["drain_jobs_per_s"]["measured"]["median"]
+        for name, system in reports["peers"]["systems"].items()
+    }
+    if "drain" in reports:
+        floor = reports["drain"]["threads"]["jobs_per_s"]["floor"]["median"]
+        rates = {"bare psycopg": floor} | rates
+    names = list(rates)
+    axes.barh(names, rates.values(), color=[_color(name) for name in names])
+    for row, rate in enumerate(rates.values()):
+        axes.annotate(number(rate), (rate, row), (3, 0), textcoords="offset points", va="center")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(100, max(rates.values()) * 6)
+    axes.set_title("No-op jobs drained by one process")
+    axes.set_xlabel("jobs/s (logarithmic)")
+
+
+def _latency(axes: Any, reports: Mapping[str, Any]) -> None:
+    waits = {
+        name: (system["p50_ms"]["measured"]["median"], system["p99_ms"]["measured"]["median"])
+        for name, system in reports["peers"]["systems"].items()
+    }
+    if "pickup" in reports:
+        floor = reports["pickup"]["threads"]
+        waits = {
+            "bare LISTEN loop": (
+                floor["p50_ms"]["floor"]["median"],
+                floor["p99_ms"]["floor"]["median"],
+            )
+        } | waits
+    names = list(waits)
+    rows = range(len(names))
+    colors = [_color(name) for name in names]
+    for part, (label, height) in enumerate((("p50", -0.2), ("p99", 0.2))):
+        values = [wait[part] for wait in waits.values()]
+        axes.barh(
+            [row + height for row in rows], values, 0.38, color=colors, alpha=(1.0, 0.45)[part]
+        )
+        for row, value in zip(rows, values, strict=True):
+            axes.annotate(
+                f"{label} {number(value)}",
+                (value, row + height),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+    axes.set_yticks(list(rows), names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(0.1, max(wait[1] for wait in waits.values()) * 5)
+    axes.set_title("Idle pick-up: enqueue's return to handler's start")
+    axes.set_xlabel("ms (logarithmic)")
+
+
+def _horizon(axes: Any, reports: Mapping[str, Any]) -> None:
+    for name, system in reports["peers"]["systems"].items():
+        if "pinned" in system:
+            _curve(axes, name, system["pinned"]["round"], system["pinned"]["jobs_per_s_by_round"])
+    if "horizon" in reports:
+        bare = reports["horizon"]["without_watermark"]["jobs_per_s_by_round"]
+        _curve(axes, "bare psycopg, no watermark", reports["horizon"]["round"], bare)
+    axes.set_yscale("log")
+    axes.set_title("Drain while another session holds a snapshot")
+    axes.set_xlabel("jobs so far, in thousands")
+    axes.set_ylabel("jobs/s of the round (logarithmic)")
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _curve(axes: Any, name: str, size: int, rates: Sequence[float]) -> None:
+    """Draw one curve; the others keep the cycle's colours, which tell them apart."""
+    own = {"bgjob": {"color": _OURS, "linewidth": 2.5}}.get(name, {})
+    if name.startswith("bare"):
+        own = {"color": _FLOOR, "linestyle": "--"}
+    thousands = [size * (row + 1) / 1000 for row in range(len(rates))]
+    axes.plot(thousands, rates, marker="o", markersize=3, label=name, **own)
+
+
+def _color(name: str) -> str:
+    if name == "bgjob":
+        return _OURS
+    return _FLOOR if name.startswith("bare") else _OTHERS

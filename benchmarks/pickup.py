@@ -1,0 +1,62 @@
+"""How long an idle worker takes to start a job, against a bare LISTEN loop that claims a row."""
+
+import random
+from collections.abc import Callable, Mapping
+
+import floor
+import harness
+import work
+from figures import Figures, at_most
+from harness import Bench
+from work import QUEUE, Handler, Started
+
+from bgjob import Client, EnqueueRequest, Mux, Worker
+
+
+def main(bench: Bench) -> Mapping[str, object]:
+    """Compare a worker of each colour with the floor, in blocks."""
+    count = 200 if bench.options.quick else 400
+    chance = random.Random(bench.options.seed)
+
+    def compare(title: str, handler: Callable[[Started], Handler]) -> dict[str, object]:
+        return bench.compare(
+            title,
+            lambda: _worker(bench, count, chance, handler),
+            lambda: _floor(bench, count, chance),
+            {"p50_ms": at_most(0.3, "difference"), "p99_ms": at_most(1.5)},
+        )
+
+    return {
+        "benchmark": "pickup",
+        "jobs": count,
+        "floor": "a thread that listens, and claims one row when told",
+        "threads": compare("threads", lambda started: started.plain),
+        "coroutines": compare("coroutines", lambda started: started.coroutine),
+    }
+
+
+def _worker(
+    bench: Bench, count: int, chance: random.Random, handler: Callable[[Started], Handler]
+) -> Figures:
+    bench.fresh()
+    started = Started()
+    mux = Mux().register("noop", handler(started))
+    with Client(bench.dsn) as client, Worker(client, QUEUE, mux):
+        figures = work.pick_up(
+            count, chance, lambda: client.enqueue(EnqueueRequest(QUEUE, "noop")), started
+        )
+    work.check_left(bench)
+    return figures
+
+
+def _floor(bench: Bench, count: int, chance: random.Random) -> Figures:
+    bench.fresh()
+    started = Started()
+    with floor.listening(bench.dsn, started) as enqueue:
+        figures = work.pick_up(count, chance, enqueue, started)
+    work.check_left(bench)
+    return figures
+
+
+if __name__ == "__main__":
+    harness.main(main, __doc__)

@@ -1,0 +1,143 @@
+"""RESULTS.md, from what the programs printed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+WORK = {
+    "drain": "drain no-op jobs, one process",
+    "processes": "drain no-op jobs, two processes",
+    "bulk": "bulk enqueue",
+    "single": "enqueue one by one",
+    "pickup": "idle pick-up",
+    "loaded": "pick-up at 5,000 jobs/s",
+    "horizon": "drain under a pinned snapshot",
+    "crowd": "drain a crowded table",
+    "queues": "100 of 10,000 queues watched",
+    "producers": "8 producers beside a worker",
+    "wal": "write-ahead log, enqueue to settled",
+    "memory": "memory of a worker",
+    "startup": "import and start",
+    "peers": "against the fastest other system on PostgreSQL",
+}
+"""The programs, in the order of their rows, and what each does."""
+
+
+def text(reports: Mapping[str, Any], drawn: Sequence[str]) -> str:
+    """Write the page: environment, one table of all figures, the other systems."""
+    lines = ["# Results", "", *_environment(reports), ""]
+    lines += [f"![{alternative}]({name})\n" for name, alternative in _pictures(drawn)]
+    lines += [
+        "Each figure is the median of its runs. The ratio is that of the medians; its spread goes",
+        "from the smallest to the largest of the pairs, or of the runs where there is no floor.",
+        "",
+        "| work | figure | goal | measured | floor | ratio | spread | reached |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for program, report in reports.items():
+        for path, figure in _figures(report):
+            lines.append(f"| {WORK[program]} | {_row(path, figure)} |")
+    lines += _floors(reports)
+    if "peers" in reports:
+        lines += _peers(reports["peers"])
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float) -> str:
+    """Write a number with as many digits as it deserves."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _environment(reports: Mapping[str, Any]) -> Iterator[str]:
+    first = next(iter(reports.values()))
+    said = first["environment"]
+    quick = " Short runs (`--quick`): a first look only." if first["quick"] else ""
+    yield (
+        f"{datetime.now(UTC):%Y-%m-%d}. bgjob {said['bgjob']}, {said['python']}, psycopg"
+        f" {said['psycopg']}, PostgreSQL {said['server']}, {said['cores']} cores,"
+        f" {first['rounds']} rounds, seed {first['seed']}.{quick}"
+    )
+    yield ""
+    yield ", ".join(f"`{name}={value}`" for name, value in said["settings"].items())
+
+
+def _pictures(drawn: Sequence[str]) -> Iterator[tuple[str, str]]:
+    alternative = "Drain throughput, pick-up latency and drain under a pinned snapshot"
+    yield from ((name, alternative) for name in drawn if name.endswith(".svg"))
+
+
+def _figures(report: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Find the figures of a report, in its order; the systems have a table of their own."""
+    for name, part in report.items():
+        if isinstance(part, dict) and name != "systems":
+            if "measured" in part:
+                yield (*path, name), part
+            else:
+                yield from _figures(part, *path, name)
+
+
+def _row(path: tuple[str, ...], figure: Mapping[str, Any]) -> str:
+    measured = figure["measured"]
+    ratios = figure.get("ratio_of_pairs")
+    spread = (min(ratios), max(ratios)) if ratios else (measured["min"], measured["max"])
+    return " | ".join(
+        (
+            ": ".join((" ".join(path[:-1]), path[-1])).replace("_", " "),
+            _goal(figure),
+            number(measured["median"]),
+            number(figure["floor"]["median"]) if "floor" in figure else "",
+            number(figure["ratio"]) if "ratio" in figure else "",
+            f"{number(spread[0])} to {number(spread[1])}",
+            {True: "yes", False: "**no**", None: ""}[figure.get("reached")],
+        )
+    )
+
+
+def _goal(figure: Mapping[str, Any]) -> str:
+    if "goal" not in figure:
+        return "stated"
+    goal = figure["goal"]
+    of = {"ratio": " × the floor", "difference": " more than the floor", "median": ""}[goal["of"]]
+    return f"{goal['bound']} {goal['value']:g}{of}"
+
+
+def _floors(reports: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "The floors:", "")
+    for program, report in reports.items():
+        floors = [report, *(part for part in report.values() if isinstance(part, dict))]
+        for floor in (part["floor"] for part in floors if isinstance(part.get("floor"), str)):
+            yield f"- {WORK[program]}: {floor}"
+
+
+def _peers(report: Mapping[str, Any]) -> Iterator[str]:
+    yield from (
+        "",
+        "## Other systems",
+        "",
+        "In turns, each in a new database; from a fixed number of jobs the drain of one process,",
+        "from the start of the worker to the last job that the store says is done. Pick-up is from",
+        "the return of an enqueue in one process to the start of the handler in another.",
+        "",
+        "| system | drain, jobs/s | bulk enqueue, jobs/s | pick-up p50, ms | p99, ms"
+        " | pinned snapshot, first and last round, jobs/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    )
+    systems: Mapping[str, Any] = report["systems"]
+    for name, system in systems.items():
+        curve = system.get("pinned", {}).get("jobs_per_s_by_round", ())
+        medians = (
+            number(system[figure]["measured"]["median"])
+            for figure in ("drain_jobs_per_s", "enqueue_jobs_per_s", "p50_ms", "p99_ms")
+        )
+        pinned = f"{number(curve[0])}, {number(curve[-1])} (round {len(curve)})" if curve else ""
+        yield f"| {' | '.join((name, *medians, pinned))} |"
+    yield ""
+    for name, system in systems.items():
+        versions = ", ".join(f"{package} {v}" for package, v in system["versions"].items())
+        settings = ", ".join(f"{setting}: {value}" for setting, value in system["settings"].items())
+        yield (
+            f"- **{name}**: Python {system['python']}, {versions}; {settings}."
+            f" {number(system['jobs'])} jobs a run."
+        )
+    for name, reason in report["left_out"].items():
+        yield f"- **{name}** was left out: {reason}."

@@ -1,0 +1,70 @@
+"""How many jobs a second are enqueued one by one, and in how many round trips each."""
+
+from collections.abc import Mapping, Sequence
+
+import floor
+import harness
+import work
+from figures import Figures, at_least, at_most, figure
+from harness import Bench
+from proxy import Proxy
+
+from bgjob import Client, EnqueueRequest
+
+_COUNTED = 100  # enqueues whose round trips are counted
+
+
+def main(bench: Bench) -> Mapping[str, object]:
+    """Write the same rows both ways, then count round trips."""
+    count = 500 if bench.options.quick else 3000
+    return {
+        "benchmark": "single",
+        "jobs": count,
+        "floor": "prepared insert on one connection",
+        "single": bench.compare(
+            "single",
+            lambda: _single(bench, count),
+            lambda: _insert(bench, count),
+            {"jobs_per_s": at_least(0.95)},
+        ),
+        "round_trips": {
+            "per_enqueue": figure(
+                bench.repeat("round trips", lambda: _round_trips(bench))["per_enqueue"],
+                goal=at_most(1, "median"),
+            )
+        },
+    }
+
+
+def _single(bench: Bench, count: int) -> Figures:
+    bench.fresh()
+    requests = work.requests(count)
+    with Client(bench.dsn) as client:
+        client.dlq.list(limit=1)
+        return work.write(bench, count, lambda: _enqueue(client, requests))
+
+
+def _insert(bench: Bench, count: int) -> Figures:
+    bench.fresh()
+    rows = floor.rows(work.requests(count))
+    with floor.connect(bench.dsn) as connection:
+        return work.write(bench, count, lambda: floor.insert(connection, rows))
+
+
+def _round_trips(bench: Bench) -> Figures:
+    bench.fresh()
+    with Proxy(bench.admin.info) as proxy, Client(proxy.through(bench.dsn)) as client:
+        # Beyond the first few, in which psycopg opens the connection and prepares the statement.
+        _enqueue(client, work.requests(10))
+        before = proxy.round_trips
+        _enqueue(client, work.requests(_COUNTED))
+        return {"per_enqueue": (proxy.round_trips - before) / _COUNTED}
+
+
+def _enqueue(client: Client, requests: Sequence[EnqueueRequest]) -> None:
+    for request in requests:
+        client.enqueue(request)
+
+
+if __name__ == "__main__":
+    harness.main(main, __doc__)
