@@ -1,5 +1,6 @@
 """The chart: throughput and latency beside other systems, and the pinned-horizon curve."""
 
+# mypy: disable-error-code="import-not-found"
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from results import number
 
 _NAME = "results"
 _OURS, _FLOOR, _OTHERS = "#1f6feb", "#8c959f", "#d4a72c"
+_CYCLE = "#d4a72c", "#1a7f37", "#cf222e", "#8250df", "#57606a"
 _SIZE = 13.0, 4.2  # inches
 
 
@@ -34,6 +36,9 @@ def draw(reports: Mapping[str, Any], folder: Path) -> Sequence[str]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, axis="both" if axes is right else "x", alpha=0.25)
         axes.set_axisbelow(True)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_formatter(lambda value, _: f"{value:,g}")
     figure.savefig(folder / f"{_NAME}.png", dpi=110, metadata={"Software": None})
     figure.savefig(folder / f"{_NAME}.svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
@@ -93,28 +98,36 @@ def _latency(axes: Any, reports: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(0.1, max(wait[1] for wait in waits.values()) * 5)
-    axes.set_title("Idle pick-up: enqueue's return to handler's start")
+    axes.set_title("Idle pick-up, from enqueue to handler")
     axes.set_xlabel("ms (logarithmic)")
 
 
 def _horizon(axes: Any, reports: Mapping[str, Any]) -> None:
+    axes.set_prop_cycle(color=_CYCLE)
     for name, system in reports["peers"]["systems"].items():
         if "pinned" in system:
             _curve(axes, name, system["pinned"]["round"], system["pinned"]["jobs_per_s_by_round"])
     if "horizon" in reports:
-        bare = reports["horizon"]["without_watermark"]["jobs_per_s_by_round"]
-        _curve(axes, "bare psycopg, no watermark", reports["horizon"]["round"], bare)
+        long = reports["horizon"]
+        _curve(axes, "bgjob, a longer run", long["jobs"] // 10, long["jobs_per_s_by_tenth"][0])
+        bare = long["without_watermark"]["jobs_per_s_by_round"]
+        _curve(axes, "bare psycopg, no watermark", long["round"], bare)
+    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_title("Drain while another session holds a snapshot")
-    axes.set_xlabel("jobs so far, in thousands")
+    axes.set_title("Drain under a pinned snapshot")
+    axes.set_xlabel("thousands of jobs so far (logarithmic)")
     axes.set_ylabel("jobs/s of the round (logarithmic)")
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _curve(axes: Any, name: str, size: int, rates: Sequence[float]) -> None:
-    """Draw one curve; the others keep the cycle's colours, which tell them apart."""
-    own = {"bgjob": {"color": _OURS, "linewidth": 2.5}}.get(name, {})
-    if name.startswith("bare"):
+    """Draw one curve; the other systems take their colours from the cycle."""
+    own: dict[str, Any] = {}
+    if name == "bgjob":
+        own = {"color": _OURS, "linewidth": 2.5}
+    elif name.startswith("bgjob"):
+        own = {"color": _OURS, "linestyle": ":"}
+    elif name.startswith("bare"):
         own = {"color": _FLOOR, "linestyle": "--"}
     thousands = [size * (row + 1) / 1000 for row in range(len(rates))]
     axes.plot(thousands, rates, marker="o", markersize=3, label=name, **own)

@@ -1,7 +1,7 @@
 """RESULTS.md, from what the programs printed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import date
 from typing import Any
 
 WORK = {
@@ -23,9 +23,9 @@ WORK = {
 """The programs, in the order of their rows, and what each does."""
 
 
-def text(reports: Mapping[str, Any], drawn: Sequence[str]) -> str:
+def text(reports: Mapping[str, Any], drawn: Sequence[str], day: date) -> str:
     """Write the page: environment, one table of all figures, the other systems."""
-    lines = ["# Results", "", *_environment(reports), ""]
+    lines = ["# Results", "", *_environment(reports, day), ""]
     lines += [f"![{alternative}]({name})\n" for name, alternative in _pictures(drawn)]
     lines += [
         "Each figure is the median of its runs. The ratio is that of the medians; its spread goes",
@@ -48,12 +48,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _environment(reports: Mapping[str, Any]) -> Iterator[str]:
+def _environment(reports: Mapping[str, Any], day: date) -> Iterator[str]:
     first = next(iter(reports.values()))
     said = first["environment"]
     quick = " Short runs (`--quick`): a first look only." if first["quick"] else ""
     yield (
-        f"{datetime.now(UTC):%Y-%m-%d}. bgjob {said['bgjob']}, {said['python']}, psycopg"
+        f"{day}. bgjob {said['bgjob']}, {said['python']}, psycopg"
         f" {said['psycopg']}, PostgreSQL {said['server']}, {said['cores']} cores,"
         f" {first['rounds']} rounds, seed {first['seed']}.{quick}"
     )
@@ -114,9 +114,9 @@ def _peers(report: Mapping[str, Any]) -> Iterator[str]:
         "",
         "## Other systems",
         "",
-        "In turns, each in a new database; from a fixed number of jobs the drain of one process,",
-        "from the start of the worker to the last job that the store says is done. Pick-up is from",
-        "the return of an enqueue in one process to the start of the handler in another.",
+        "In turns, each in a new database. The drain is of one process, from the start of its",
+        "worker until the store says that the last job is done. Pick-up is from the return of an",
+        "enqueue in one process to the start of the handler in another.",
         "",
         "| system | drain, jobs/s | bulk enqueue, jobs/s | pick-up p50, ms | p99, ms"
         " | pinned snapshot, first and last round, jobs/s |",

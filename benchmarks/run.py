@@ -5,8 +5,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 import chart
 import results
@@ -29,14 +29,16 @@ def main() -> None:
             )
             if ended.returncode:
                 failed.append(name)
-            else:
+            if ended.stdout:  # also where only --check failed
                 (given.out / f"{name}.json").write_bytes(ended.stdout)
-    reports = _read(given.kept or given.out)
-    if not reports:
+    kept = _kept(given.kept or given.out)
+    if not kept:
         sys.exit("there are no results")
+    reports = {name: json.loads(path.read_text()) for name, path in kept.items()}
+    day = date.fromtimestamp(max(path.stat().st_mtime for path in kept.values()))
     given.to.mkdir(parents=True, exist_ok=True)
     drawn = chart.draw(reports, given.to)
-    (given.to / "RESULTS.md").write_text(results.text(reports, drawn), "utf-8")
+    (given.to / "RESULTS.md").write_text(results.text(reports, drawn, day), "utf-8")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -57,9 +59,9 @@ def _options(given: argparse.Namespace, name: str) -> Iterator[str]:
                 yield f"--{option}={getattr(given, option)}"
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    kept = {name: folder / f"{name}.json" for name in results.WORK}
-    return {name: json.loads(path.read_text()) for name, path in kept.items() if path.exists()}
+def _kept(folder: Path) -> dict[str, Path]:
+    paths = {name: folder / f"{name}.json" for name in results.WORK}
+    return {name: path for name, path in paths.items() if path.exists()}
 
 
 def _programs(names: str) -> Sequence[str]:
@@ -72,7 +74,7 @@ def _programs(names: str) -> Sequence[str]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=_programs, help="these programs, separated by commas")
-    parser.add_argument("--out", type=Path, default=_HERE / "results", help="keeps the JSON")
+    parser.add_argument("--out", type=Path, default=_HERE / ".results", help="keeps the JSON")
     parser.add_argument("--from", dest="kept", type=Path, help="run nothing; take what this keeps")
     parser.add_argument("--to", type=Path, default=_HERE, help="for RESULTS.md and the chart")
     parser.add_argument("--quick", action="store_true", help="fewer jobs; for a first look")

@@ -70,6 +70,9 @@ _MOST = 1000
 _PAUSE = 0.05
 """Seconds before a refused exchange is tried again; doubles up to the poll interval."""
 
+_MOMENT = 0.002
+"""Seconds before a sweep that completes a claim which found something."""
+
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
 
@@ -271,6 +274,10 @@ class Engine:
             return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
 
+    def flows(self, exchange: Exchange) -> bool:
+        """Whether it is worth while to send the next exchange ahead of this one's answer."""
+        return self._more and exchange.claim is not None and exchange.claim.limit >= self.bulky
+
     def ahead(self, now: float) -> Exchange | None:
         """Give the claim of the next exchange while the last one is not acknowledged.
 
@@ -287,7 +294,7 @@ class Engine:
         )
         if self._more and quiet:
             self._add_claim(exchange, now)
-            if exchange.claim and exchange.claim.limit >= self.bulky:
+            if self.flows(exchange):
                 return self._send(exchange, [], now)
         return None
 
@@ -340,8 +347,10 @@ class Engine:
         if not self._wants_claim(now):
             return
         # While there is more, sweeps come when they are due; after a wait, before
-        # a sleep, or where nothing is known yet, as soon as they can be afforded.
-        at = self._marks.sweep_at if self._more else self._marks.early_sweep_at
+        # a sleep, or where nothing is known yet, as soon as they can be afforded. What
+        # is told of is nearly always at the mark: it is not to wait for a sweep.
+        marks = self._marks
+        at = marks.sweep_at if self._more or self._told else marks.early_sweep_at
         token = next(self._tokens)
         if now >= at or not self._marks.known:
             exchange.claim = Sweep(limit, token)
@@ -575,7 +584,10 @@ class Engine:
                     # What was told of may lie behind the marks, or have a priority that is
                     # not known yet, and when the next job is due only a sweep finds out.
                     self._due_at = inf
-                    self._marks.sweep_at = self._marks.early_sweep_at
+                    # Not at once: the thread that was woken for a job wants the interpreter,
+                    # and its settlement may travel with the sweep.
+                    later = now + _MOMENT if jobs else now
+                    self._marks.sweep_at = max(self._marks.early_sweep_at, later)
                 self._hold(_claimed(jobs, token), sent, now, news)
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:

@@ -47,6 +47,9 @@ _SESSION = {
     # drained table, it would compare each with each: 75 ms for 500 retries.
     "enable_nestloop": "off",
     "jit": "off",
+    # With those settings one plan serves any parameters; a sweep was planned anew each
+    # time, in 0.2 ms, and ran for 0.07.
+    "plan_cache_mode": "force_generic_plan",
 }
 
 # Of an exchange that the server refused, or that could not be put into words.
@@ -244,14 +247,19 @@ class Link:
                 `is_open` is False.
 
         """
+        claims = exchange.claims(self._queue, self._lease)
+        settlements = exchange.settlements(self._queue, self._lease)
+        answer = Answer()
+        if len(claims) + len(settlements) == 1:
+            self._ask(answer, claims or settlements)  # a transaction by itself
+            return answer.read()
         # The commit is sent with the rest: a process that is stopped, or cut off, while
         # it waits for the answers must not keep rows locked.
         with self.streaming():
-            # Each answer is read while the server works on the next statement. What
-            # it says counts when the block has ended without an error.
-            answer = self.begin(exchange)
-            self._commit(answer, exchange)
-            return answer.read()
+            self._ready().execute("begin")
+            self._ask(answer, claims + settlements)
+            self._ready().execute("commit")
+        return answer.read()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -280,7 +288,8 @@ class Link:
 
     def end(self, answer: Answer, exchange: Exchange) -> None:
         """Send what it settles, and the commit; the answer is `receive`'s to wait for."""
-        self._commit(answer, exchange)
+        self._ask(answer, exchange.settlements(self._queue, self._lease))
+        self._ready().execute("commit")
         answer.committed = self._ready().execute("select")
 
     def receive(self, answer: Answer) -> None:
@@ -294,10 +303,6 @@ class Link:
         if connection is None:
             raise psycopg.OperationalError("the connection is closed")
         return connection
-
-    def _commit(self, answer: Answer, exchange: Exchange) -> None:
-        self._ask(answer, exchange.settlements(self._queue, self._lease))
-        self._ready().execute("commit")
 
     def _ask(self, answer: Answer, statements: list[tuple[Statement[Any], str]]) -> None:
         connection = self._ready()

@@ -221,7 +221,7 @@ class _Control:
 
     def _exchange(self, exchange: Exchange) -> None:
         try:
-            if exchange.claim and exchange.claim.limit >= self._engine.bulky:
+            if self._engine.flows(exchange):
                 self._stream(exchange)
             else:
                 self._acknowledge(self._link.exchange(exchange))

@@ -1,0 +1,141 @@
+"""Run one command of one system: `python -m adapters NAME COMMAND URL [COUNT]`.
+
+- `about` prints versions and settings.
+- `setup` makes the tables.
+- `enqueue COUNT` prints the seconds that it took.
+- `drain COUNT` starts a worker and prints the seconds from then to the last handler, and to
+  the last job that is done according to the store. It fails unless each job ran exactly once.
+- `work` starts a worker, says so, and prints when each handler started, until stdin is closed.
+- `produce` enqueues one job for each line of stdin, and prints when that returned.
+
+The last two run side by side, and tell the time of a clock that all processes of a host share.
+"""
+
+import asyncio
+import importlib
+import json
+import platform
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from importlib.metadata import version
+from time import monotonic
+from typing import Any
+
+from adapters.peer import Peer
+
+_PATIENCE = 600.0  # seconds, before a drain that does not end is given up
+
+
+def main() -> None:
+    """Run the command on the event loop that the system would run on in production."""
+    name, command, url, *rest = sys.argv[1:]
+    peer: Peer = importlib.import_module(f"adapters.{name}").System(url)
+    work = _COMMANDS[command](peer, *map(int, rest))
+    if "uvloop" in peer.packages:
+        importlib.import_module("uvloop").run(work)
+    else:
+        asyncio.run(work)
+
+
+def _print(answer: object) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+async def _about(peer: Peer) -> None:
+    _print(
+        {
+            "python": platform.python_version(),
+            "versions": {package: version(package) for package in peer.packages},
+            "settings": peer.settings,
+        }
+    )
+
+
+async def _setup(peer: Peer) -> None:
+    await peer.setup()
+    _print(True)
+
+
+async def _enqueue(peer: Peer, count: int) -> None:
+    async with peer.counter() as left:
+        before = await left()
+        seconds = await peer.enqueue(count)
+        written = await left() - before
+    if written != count:
+        raise RuntimeError(f"{written} of {count} jobs were written")
+    _print({"seconds": seconds})
+
+
+async def _drain(peer: Peer, count: int) -> None:
+    loop, all_ran = asyncio.get_running_loop(), asyncio.Event()
+    numbers: list[int] = []
+    ended = 0.0
+
+    def ran(number: int) -> None:
+        nonlocal ended
+        numbers.append(number)
+        if len(numbers) == count:
+            ended = monotonic()
+            loop.call_soon_threadsafe(all_ran.set)
+
+    async with peer.counter() as left:
+        if (before := await left()) != count:
+            raise RuntimeError(f"{before} jobs are there, not {count}")
+        began = monotonic()
+        async with peer.worker(ran):
+            try:
+                async with asyncio.timeout(_PATIENCE):
+                    await all_ran.wait()
+                    while await left():
+                        await asyncio.sleep(0.002)
+            except TimeoutError:
+                raise RuntimeError(
+                    f"{len(numbers)} of {count} jobs ran in {_PATIENCE:g} s, {await left()} are left"
+                ) from None
+            done = monotonic()
+    if sorted(numbers) != list(range(count)):
+        raise RuntimeError(f"{len(numbers)} runs of {len(set(numbers))} of {count} jobs")
+    _print({"seconds": done - began, "seconds_to_last_handler": ended - began})
+
+
+async def _work(peer: Peer) -> None:
+    async with peer.worker(lambda _: _print(monotonic())):
+        _print("working")
+        await _lines().get()
+
+
+async def _produce(peer: Peer) -> None:
+    lines = _lines()
+    async with peer.producer() as enqueue:
+        while await lines.get():
+            await enqueue()
+            _print(monotonic())
+
+
+def _lines() -> asyncio.Queue[str]:
+    """Read stdin's lines, and an empty one at its end, without holding up the event loop."""
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        line = "the first"
+        while line:
+            line = sys.stdin.readline()
+            loop.call_soon_threadsafe(lines.put_nowait, line)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+_COMMANDS: Mapping[str, Callable[..., Coroutine[Any, Any, None]]] = {
+    "about": _about,
+    "setup": _setup,
+    "enqueue": _enqueue,
+    "drain": _drain,
+    "work": _work,
+    "produce": _produce,
+}
+
+if __name__ == "__main__":
+    main()

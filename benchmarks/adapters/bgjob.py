@@ -1,0 +1,46 @@
+"""bgjob itself, by the same rules as the others."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from time import perf_counter
+
+import psycopg
+
+from adapters.on_postgres import OnPostgres
+from adapters.peer import QUEUE, Ran
+from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux, Worker
+from bgjob.schema import init_sql
+
+
+class System(OnPostgres):
+    """Everything but the concurrency at its default."""
+
+    packages = "bgjob", "psycopg", "psycopg-binary"
+    settings = {"handlers": "plain functions on threads", "concurrency": 10}
+    unfinished = "select count(*) from bgjob_job"
+
+    async def setup(self) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(init_sql())
+
+    async def enqueue(self, count: int) -> float:
+        requests = [EnqueueRequest(QUEUE, "noop", {"n": n}) for n in range(count)]
+        with Client(self.url) as client:
+            client.dlq.list(limit=1)  # connects
+            began = perf_counter()
+            client.bulk_enqueue(requests)
+            return perf_counter() - began
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+        async with AsyncClient(self.url) as client:
+            yield lambda: client.enqueue(EnqueueRequest(QUEUE, "noop", {"n": 0}))
+
+    @asynccontextmanager
+    async def worker(self, ran: Ran) -> AsyncIterator[None]:
+        def noop(job: Job) -> None:
+            ran(job.json()["n"])
+
+        mux = Mux().register("noop", noop)
+        with Client(self.url) as client, Worker(client, QUEUE, mux, concurrency=10):
+            yield
