@@ -586,8 +586,8 @@ class Engine:
                     self._due_at = inf
                     # Not at once: the thread that was woken for a job wants the interpreter,
                     # and its settlement may travel with the sweep.
-                    later = now + _MOMENT if jobs else now
-                    self._marks.sweep_at = max(self._marks.early_sweep_at, later)
+                    soon = max(self._marks.early_sweep_at, now + _MOMENT if jobs else now)
+                    self._marks.sweep_at = min(self._marks.sweep_at, soon)
                 self._hold(_claimed(jobs, token), sent, now, news)
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:

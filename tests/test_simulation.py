@@ -843,7 +843,8 @@ class History:
 
     def _check_freedom(self) -> None:
         """A lease that has ended is noticed, whatever the worker is busy with."""
-        patience = max(self.poll_interval, 20 * self.longest_cost) + 0.1
+        # One sweep may be full of earlier jobs; then the next one comes after a poll interval.
+        patience = max(self.poll_interval, 20 * self.longest_cost) + self.poll_interval + 0.1
         since = max(self.disturbed_at, self.slow_until, self.refused_at + 4 * patience)
         now = self.db_now
         for row in self.table.rows.values():
