@@ -355,7 +355,11 @@ class Engine:
         if now >= at or not self._marks.known:
             exchange.claim = Sweep(limit, token)
         else:
-            exchange.claim = Claim(limit, token, *self._marks.start(now))
+            # While it is parked no enqueue is in flight unseen.
+            watches = not self._parking.parked
+            if not watches:
+                self._marks.unwatched()
+            exchange.claim = Claim(limit, token, *self._marks.start(now), watches)
 
     def _room(self) -> int:
         if len(self._refused) >= _MOST:
@@ -579,6 +583,8 @@ class Engine:
                 self._hold(_claimed(jobs, token), sent, now, news)
             case Claim(limit, token):
                 jobs = reply.claimed
+                if reply.horizon is not None:
+                    self._marks.watched(reply.horizon, sent.at)
                 self._looked(jobs, now, full=len(jobs) == limit)
                 if sent.told and not self._more:
                     # What was told of may lie behind the marks, or have a priority that is

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 from bgjob._statements import (
     Buried,
     Claimed,
+    Horizon,
     Line,
     Postponed,
     Statement,
@@ -18,6 +19,7 @@ from bgjob._statements import (
     complete,
     extend,
     free,
+    horizon,
     park,
     postpone,
     survey,
@@ -44,6 +46,8 @@ class Claim:
     """First due time by priority."""
     back: float
     """Seconds before now from which on to look, where the marks are later."""
+    watches: bool = False
+    """Whether to tell which transactions are under way."""
     looks: ClassVar = True
     """Whether it answers a notification."""
 
@@ -119,7 +123,9 @@ class Exchange:
                 plan.append((survey(queue), "lines"))
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
-            case Claim(limit, token, marks, back):
+            case Claim(limit, token, marks, back, watches):
+                if watches:
+                    plan.append((horizon(), "horizon"))
                 statement = claim(
                     queue, limit=limit, lease=lease, token=token, marks=marks, back=back
                 )
@@ -181,6 +187,7 @@ class Reply:
     extended: set[str] = field(default_factory=set)
     parked: str | None = None
     claimed: list[Job] = field(default_factory=list)
+    horizon: Horizon | None = None
     swept: Swept = field(default_factory=lambda: Swept([], 0))
     lines: list[Line] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)

@@ -16,6 +16,9 @@ _FLOW = 1000.0
 _LOOK = 0.002
 """Seconds between two looks while jobs flow, and the first pause when the lock is contended."""
 
+_LONGEST_PAUSE = 0.05
+"""Seconds between two looks while an enqueue that has not committed keeps the lock."""
+
 _UNPARK = 0.01
 """Seconds without need of notifications before the worker says so: each time costs one."""
 
@@ -71,7 +74,7 @@ class Parking:
             self.look_at = now + _LOOK if self._flows(now) else inf
         elif answer == "contended":
             self._park_at = now + self._pause
-            self._pause = min(2 * self._pause, self._poll_interval)
+            self._pause = min(2 * self._pause, self._poll_interval, _LONGEST_PAUSE)
         else:
             self._park_at = now + self._poll_interval
             self._pause = _LOOK

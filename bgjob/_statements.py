@@ -418,6 +418,25 @@ def claim(
     return Statement(_CLAIM, params, _jobs, binary=True)
 
 
+class Horizon(NamedTuple):
+    """Which transactions may still bring rows, by their numbers."""
+
+    oldest: int
+    """All before this one have ended."""
+    next: int
+    """This one, and all after it, had not begun."""
+
+
+def horizon() -> Statement[Horizon]:
+    """Tell which transactions are under way."""
+    return Statement(
+        "select pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint "
+        "from pg_current_snapshot() as s",
+        None,
+        lambda rows: Horizon(*rows[0]),
+    )
+
+
 class Swept(NamedTuple):
     """What a sweep found: jobs it claimed, and how many it set free as suspects."""
 

@@ -5,23 +5,33 @@ running and over every dead row that some old snapshot keeps: measured, 82,000
 jobs/s fell to 28,000 after 200,000 jobs. So each claim starts at the last due
 time that was claimed, by priority.
 
-Rows do appear behind that mark: producers commit late, and leases end. Two
+Rows do appear behind that mark: producers commit late, and leases end. Three
 ways lead back. A claim may look back over the last moments before now, by a
 window: windows double, and each is due at an interval of its own length, so
 that a row that became visible d seconds late is found within about d again, at
 a cost that grows with the logarithm of d. Through a backlog, whose marks lie
 further back than the window, this costs nothing: a row behind them is later
-than that. And a sweep over everything, which alone finds ended leases, is
+than that. When a transaction that was under way for longer has ended, the next
+claim looks back to where it may have begun: a job that was committed long
+after it was written starts at once, and not only when its window is due. (An
+older one that goes on hides the end of others: then the windows have to do.)
+And a sweep over everything, which alone finds ended leases, is
 due at the poll interval, or at twenty times its own cost where that is longer.
 """
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from bgjob._statements import Line
+from bgjob._statements import Horizon, Line
 from bgjob.job import Job
 
 _FIRST_WINDOW = 1 / 64  # seconds
+_LONG = 0.05
+"""Seconds from which on a transaction is looked after; shorter ones are the windows'."""
+
+_SLACK = 0.02
+"""Seconds between a worker's clock and the server's view of it."""
+
 _REST = 20  # times the cost of a sweep: at most a twentieth of the time is spent on them
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
 
@@ -38,6 +48,11 @@ class Watermarks:
         while window < poll_interval:
             self._windows.insert(0, (window, float("-inf")))
             window *= 2
+        # Transactions are followed by epochs: one lasts until all that were under way
+        # when it began have ended. Those began after the beginning of the one before.
+        self._epoch_began = self._epoch_before = float("inf")
+        self._epoch_next = 0
+        self._late_since = float("inf")
         self._swept_at = float("-inf")
         self._cost = 0.0
         self.sweep_at = float("-inf")
@@ -55,12 +70,30 @@ class Watermarks:
 
     def start(self, now: float) -> tuple[dict[int, datetime], float]:
         """Give the due time to claim from, by priority, and how far to look back from now."""
+        back = 0.0
         for longest, (window, due) in enumerate(self._windows):
             if due <= now:
                 # Looking back so far covers every shorter window as well.
                 self._windows[longest:] = [(w, now + w) for w, _ in self._windows[longest:]]
-                return dict(self._marks), window
-        return dict(self._marks), 0.0
+                back = window
+                break
+        if self._late_since < now:
+            back = max(back, now - self._late_since + _SLACK)
+            self._late_since = float("inf")
+        return dict(self._marks), back
+
+    def watched(self, horizon: Horizon, asked_at: float) -> None:
+        """Learn which transactions were under way when a claim was sent."""
+        if horizon.oldest >= self._epoch_next:
+            if asked_at - self._epoch_before > _LONG:
+                self._late_since = min(self._late_since, self._epoch_before)
+            self._epoch_before, self._epoch_began = self._epoch_began, asked_at
+            self._epoch_next = horizon.next
+
+    def unwatched(self) -> None:
+        """Learn that nothing was under way for some time, and nobody asked."""
+        self._epoch_began = self._epoch_before = float("inf")
+        self._epoch_next = 0
 
     def claimed(self, jobs: Sequence[Job], *, full: bool) -> None:
         """Move the marks to what a claim brought, in its order.

@@ -21,7 +21,8 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
-from bgjob._statements import Claimed, Line, Suspect, Swept
+from bgjob._statements import Claimed, Horizon, Line, Suspect, Swept
+from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
 
@@ -468,6 +469,34 @@ def test_claims_look_back_in_windows_of_which_the_longest_comes_the_most_rarely(
     counts = [count for back, count in sorted(windows.items()) if back]
     assert len(counts) == 6
     assert counts == sorted(counts, reverse=True)
+
+
+def test_a_claim_looks_back_to_before_a_long_transaction_that_has_ended() -> None:
+    marks = Watermarks(poll_interval=0.01)  # too short for any window
+    marks.watched(Horizon(oldest=10, next=10), 100.0)
+    for number in range(1, 10):  # transaction 11 goes on beside short ones
+        marks.watched(Horizon(oldest=11, next=11 + number), 100 + number / 10)
+        assert marks.start(100 + number / 10)[1] == 0
+    marks.watched(Horizon(oldest=30, next=30), 101.0)
+    _, back = marks.start(101.001)
+    assert 1.0 < back < 1.1
+    assert marks.start(101.002)[1] == 0
+
+
+def test_short_transactions_make_no_claim_look_back() -> None:
+    marks = Watermarks(poll_interval=0.01)
+    for number in range(100):
+        marks.watched(Horizon(oldest=number, next=number + 3), 100 + number / 200)
+        assert marks.start(100 + number / 200)[1] == 0
+
+
+def test_time_in_which_nobody_watched_is_no_long_transaction() -> None:
+    marks = Watermarks(poll_interval=0.01)
+    marks.watched(Horizon(oldest=10, next=10), 100.0)
+    marks.unwatched()
+    for number in range(5):
+        marks.watched(Horizon(oldest=90 + number, next=90 + number), 160 + number / 200)
+        assert marks.start(160 + number / 200)[1] == 0
 
 
 def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:

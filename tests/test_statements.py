@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -29,6 +30,7 @@ from bgjob._statements import (
     enqueue_many,
     extend,
     free,
+    horizon,
     listen,
     park,
     postpone,
@@ -114,106 +116,6 @@ def test_no_index_covers_what_a_claim_changes(conn: psycopg.Connection) -> None:
         )
     }
     assert indexed == {"id", "queue", "priority", "next_run_at", "deaths"}
-
-
-# -- plans --------------------------------------------------------------------------------
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for below in plan.get("Plans", []):
-        yield from nodes(below)
-
-
-def prepared(conn: psycopg.Connection, statement: Statement[Any]) -> tuple[str, str]:
-    """Give a statement as `prepare` and `execute` of SQL, which a generic plan needs."""
-    params = dict(statement.params or {})
-    names = [name for name in params if f"%({name})" in cast(str, statement.text)]
-    text = re.sub(
-        r"%\((\w+)\)[sbt]",
-        lambda match: f"${names.index(match[1]) + 1}",
-        cast(str, statement.text),
-    )
-    values = ClientCursor(conn).mogrify(
-        cast(Any, ", ".join(f"%({name})s" for name in names)), params
-    )
-    return f"prepare stmt as {text}".replace("%%", "%"), f"execute stmt({values})"
-
-
-def explained(
-    conn: psycopg.Connection, statement: Statement[Any], plan_cache_mode: str
-) -> dict[str, Any]:
-    prepare, execute = prepared(conn, statement)
-    conn.execute("select set_config('plan_cache_mode', %s, false)", [plan_cache_mode])
-    conn.execute(cast(Any, prepare))
-    try:
-        [[[plan]]] = conn.execute(cast(Any, f"explain (format json) {execute}")).fetchall()
-    finally:
-        conn.execute("deallocate stmt")
-    return cast(dict[str, Any], plan["Plan"])
-
-
-SOME = [
-    Claimed(Job(f"q{n:06}", "q", "t", None, 1, None, 0, LONG_AGO, LONG_AGO, LONG_AGO), 1)
-    for n in range(1, 501)
-]
-
-HOT = {
-    "claim": claim(
-        "q", limit=500, lease=60, token=1, marks=dict.fromkeys(range(5), LONG_AGO), back=1
-    ),
-    "claim of one": claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, back=0),
-    "sweep": sweep("q", limit=500, lease=60, token=1),
-    "free": free("q", limit=1000),
-    "survey": survey("q"),
-    "claim of a suspect": claim_suspect("q", lease=60, token=1),
-    "claim of any": claim_any("q", lease=60, token=1),
-    "complete": complete(SOME),
-    "complete one": complete(SOME[:1]),
-    "postpone": postpone([Postponed(c, 1.0, "why", refund=False) for c in SOME]),
-    "bury": bury([Buried(c, "why") for c in SOME]),
-    "extend": extend(SOME, lease=60),
-}
-
-
-@pytest.mark.parametrize("plan_cache_mode", ["force_custom_plan", "force_generic_plan"])
-@pytest.mark.parametrize("statistics", ["of an empty table", "of a full table", "none"])
-@pytest.mark.parametrize("name", HOT)
-def test_a_hot_statement_walks_an_index_and_sorts_nothing(
-    worker: psycopg.Connection, name: str, statistics: str, plan_cache_mode: str
-) -> None:
-    worker.execute("alter table bgjob_job set (autovacuum_enabled = off)")
-    if statistics == "of an empty table":
-        worker.execute("analyze bgjob_job")
-    fill(worker, 20_000)
-    if statistics == "of a full table":
-        worker.execute("vacuum analyze bgjob_job")
-    plan = explained(worker, HOT[name], plan_cache_mode)
-    for node in nodes(plan):
-        below = {inner.get("Relation Name") for inner in nodes(node)}
-        kind = node["Node Type"]
-        assert kind != "Seq Scan" or "bgjob_job" not in below, plan
-        assert "Bitmap" not in kind, plan
-        assert "Sort" not in kind or "bgjob_job" not in below, plan
-    scans = [n for n in nodes(plan) if n["Node Type"] in ("Index Scan", "Index Only Scan")]
-    indexes = {
-        "claim of a suspect": {"bgjob_job_suspect"},
-        "survey": {"bgjob_job_due", "bgjob_job_suspect"},
-    }
-    by_due = name.startswith(("claim", "sweep", "free"))
-    expected = indexes.get(name, {"bgjob_job_due" if by_due else "bgjob_job_pkey"})
-    assert {n["Index Name"] for n in scans} == expected
-
-
-def test_a_claim_reads_no_more_rows_than_it_takes(worker: psycopg.Connection) -> None:
-    fill(worker, 20_000)
-    marks = dict.fromkeys(range(5), LONG_AGO)
-    statement = claim("q", limit=100, lease=60, token=1, marks=marks, back=0)
-    [[[plan]]] = worker.execute(
-        cast(Any, f"explain (analyze, format json) {statement.text!s}"), statement.params
-    ).fetchall()
-    scans = [n for n in nodes(plan["Plan"]) if n["Node Type"] == "Index Scan"]
-    assert sum(n["Actual Rows"] * n["Actual Loops"] for n in scans) == 100
 
 
 # -- claims -----------------------------------------------------------------------------
@@ -507,6 +409,19 @@ def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
 
 
 # -- watermarks -------------------------------------------------------------------------------
+
+
+def test_a_transaction_under_way_holds_the_horizon(dsn: str, conn: psycopg.Connection) -> None:
+    with psycopg.connect(dsn) as other:
+        ask(other, enqueue(EnqueueRequest("q", "t"), notify=False))
+        [(number,)] = other.execute("select pg_current_xact_id()::text::bigint").fetchall()
+        conn.execute("select pg_current_xact_id()")
+        under_way = ask(conn, horizon())
+        assert under_way.oldest <= number < under_way.next
+        other.commit()
+    deadline = time.monotonic() + 20  # the transactions of other tests count as well
+    while ask(conn, horizon()).oldest <= number:
+        assert time.monotonic() < deadline
 
 
 def job_due(at: datetime, *, priority: int = 0) -> Job:
