@@ -21,6 +21,7 @@ due at the poll interval, or at twenty times its own cost where that is longer.
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from math import inf
 
 from bgjob._statements import Horizon, Line
 from bgjob.job import Job
@@ -28,6 +29,8 @@ from bgjob.job import Job
 _FIRST_WINDOW = 1 / 64  # seconds
 _LONG = 0.05
 """Seconds from which on a transaction is looked after; shorter ones are the windows'."""
+
+_AGES = 1e9  # seconds
 
 _SLACK = 0.02
 """Seconds between a worker's clock and the server's view of it."""
@@ -46,16 +49,16 @@ class Watermarks:
         self._windows: list[tuple[float, float]] = []
         window = _FIRST_WINDOW
         while window < poll_interval:
-            self._windows.insert(0, (window, float("-inf")))
+            self._windows.insert(0, (window, -inf))
             window *= 2
         # Transactions are followed by epochs: one lasts until all that were under way
         # when it began have ended. Those began after the beginning of the one before.
-        self._epoch_began = self._epoch_before = float("inf")
+        self._epoch_began = self._epoch_before = inf
         self._epoch_next = 0
-        self._late_since = float("inf")
-        self._swept_at = float("-inf")
+        self._late_since = inf
+        self._swept_at = -inf
         self._cost = 0.0
-        self.sweep_at = float("-inf")
+        self.sweep_at = -inf
         """When the next sweep is due."""
 
     @property
@@ -79,20 +82,22 @@ class Watermarks:
                 break
         if self._late_since < now:
             back = max(back, now - self._late_since + _SLACK)
-            self._late_since = float("inf")
+            self._late_since = inf
         return dict(self._marks), back
 
     def watched(self, horizon: Horizon, asked_at: float) -> None:
         """Learn which transactions were under way when a claim was sent."""
         if horizon.oldest >= self._epoch_next:
-            if asked_at - self._epoch_before > _LONG:
-                self._late_since = min(self._late_since, self._epoch_before)
+            if asked_at - min(self._epoch_before, self._epoch_began) > _LONG:
+                # Of what was under way when the first epoch began nobody knows since when.
+                since = asked_at - _AGES if self._epoch_before == inf else self._epoch_before
+                self._late_since = min(self._late_since, since)
             self._epoch_before, self._epoch_began = self._epoch_began, asked_at
             self._epoch_next = horizon.next
 
     def unwatched(self) -> None:
         """Learn that nothing was under way for some time, and nobody asked."""
-        self._epoch_began = self._epoch_before = float("inf")
+        self._epoch_began = self._epoch_before = inf
         self._epoch_next = 0
 
     def claimed(self, jobs: Sequence[Job], *, full: bool) -> None:

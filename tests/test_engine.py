@@ -473,14 +473,25 @@ def test_claims_look_back_in_windows_of_which_the_longest_comes_the_most_rarely(
 
 def test_a_claim_looks_back_to_before_a_long_transaction_that_has_ended() -> None:
     marks = Watermarks(poll_interval=0.01)  # too short for any window
-    marks.watched(Horizon(oldest=10, next=10), 100.0)
-    for number in range(1, 10):  # transaction 11 goes on beside short ones
-        marks.watched(Horizon(oldest=11, next=11 + number), 100 + number / 10)
-        assert marks.start(100 + number / 10)[1] == 0
-    marks.watched(Horizon(oldest=30, next=30), 101.0)
+    for number in range(100):  # transaction 11 goes on beside short ones
+        now = 100 + number / 100
+        marks.watched(Horizon(oldest=min(10 + number, 11), next=10 + number), now)
+        assert marks.start(now)[1] == 0
+    marks.watched(Horizon(oldest=200, next=200), 101.0)
     _, back = marks.start(101.001)
-    assert 1.0 < back < 1.1
+    assert 0.98 < back < 1.05
     assert marks.start(101.002)[1] == 0
+
+
+def test_a_transaction_that_was_under_way_before_anybody_watched_may_have_begun_at_any_time() -> (
+    None
+):
+    marks = Watermarks(poll_interval=0.01)
+    marks.watched(Horizon(oldest=11, next=20), 100.0)
+    marks.watched(Horizon(oldest=11, next=22), 100.3)
+    assert marks.start(100.3)[1] == 0
+    marks.watched(Horizon(oldest=30, next=30), 100.4)
+    assert marks.start(100.401)[1] > 1e8
 
 
 def test_short_transactions_make_no_claim_look_back() -> None:
