@@ -4,9 +4,8 @@ The engine reads no clock, opens no socket and starts no thread. Whoever drives
 it says what happened and what time it is, and asks for the next step:
 
     step(now)        what to do: Exchange, Withdraw, Sleep or Stop
-    ahead(now)       while jobs flow: the claim of the next exchange, to send before
-                     the one that has been answered is acknowledged
-    follow()         what is to be settled in that exchange
+    ahead(now)       while jobs flow: the next exchange, to send before the one
+                     that has been answered is acknowledged
     acknowledge()    the exchange was committed; gives jobs to run, and events
     reject()         the server refused the exchange: nothing of it happened
     disconnect()     the connection broke: the exchange happened, or did not
@@ -64,7 +63,7 @@ from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq
 
-_MOST = 1000
+_MOST = 2000
 """Jobs in one settlement, and in two claims: one is worked on while the next is fetched."""
 
 _PAUSE = 0.05
@@ -279,12 +278,13 @@ class Engine:
         return self._more and exchange.claim is not None and exchange.claim.limit >= self.bulky
 
     def ahead(self, now: float) -> Exchange | None:
-        """Give the claim of the next exchange while the last one is not acknowledged.
+        """Give the next exchange while the last one is answered and not acknowledged.
 
         So the server works while its answer is worked on. None unless jobs flow
         and nothing else is to do.
         """
         exchange = Exchange()
+        outcomes: list[Outcome] = []
         quiet = not (
             self._careful
             or self._stopping
@@ -295,13 +295,9 @@ class Engine:
         if self._more and quiet:
             self._add_claim(exchange, now)
             if self.flows(exchange):
-                return self._send(exchange, [], now)
+                self._add_settlements(exchange, outcomes, self._settle_limit)
+                return self._send(exchange, outcomes, now)
         return None
-
-    def follow(self) -> None:
-        """Add to the exchange that `ahead` gave what is to be settled."""
-        sent = self._sent[-1]
-        self._add_settlements(sent.exchange, sent.outcomes, self._settle_limit)
 
     def _send(
         self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False

@@ -107,13 +107,10 @@ class Exchange:
             case Committed() | Fenced():
                 raise AssertionError("its own transaction has settled it")
 
-    def claims(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
-        """Give the SQL that comes first, each with its part of the Reply.
-
-        The server is at it while the rest is put together, and settles while
-        the jobs are read.
-        """
+    def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
+        """Give the SQL in the order in which it must run, each with its part of the Reply."""
         plan: list[tuple[Statement[Any], str]] = []
+        # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
             case Sweep(0):
                 plan.append((free(queue, limit=MOST_FREED), "swept"))
@@ -124,17 +121,12 @@ class Exchange:
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
             case Claim(limit, token, marks, back, watches):
-                if watches:
-                    plan.append((horizon(), "horizon"))
                 statement = claim(
                     queue, limit=limit, lease=lease, token=token, marks=marks, back=back
                 )
                 plan.append((statement, "claimed"))
-        return plan
-
-    def settlements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
-        """Give the SQL that comes after the claim, in the order in which it must run."""
-        plan: list[tuple[Statement[Any], str]] = []
+                if watches:
+                    plan.append((horizon(), "horizon"))
         if self.complete:
             plan.append((complete(self.complete), "settled"))
         if self.postpone:

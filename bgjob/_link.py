@@ -247,25 +247,16 @@ class Link:
                 `is_open` is False.
 
         """
-        claims = exchange.claims(self._queue, self._lease)
-        settlements = exchange.settlements(self._queue, self._lease)
-        answer = Answer()
-        if len(claims) + len(settlements) == 1:
-            self._ask(answer, claims or settlements)  # a transaction by itself
-            return answer.read()
-        # The commit is sent with the rest: a process that is stopped, or cut off, while
-        # it waits for the answers must not keep rows locked.
+        statements = exchange.statements(self._queue, self._lease)
+        if len(statements) == 1:
+            return self._ask(statements).read()  # a transaction by itself
         with self.streaming():
-            self._ready().execute("begin")
-            self._ask(answer, claims + settlements)
-            self._ready().execute("commit")
+            answer = self._transact(statements)
         return answer.read()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let an exchange be sent before the last one's answer is read.
-
-        By `begin`, `end` and `receive`, in this order.
+        """Let exchanges be sent before the last one's answer is read, by `send` and `receive`.
 
         Raises:
             psycopg.Error: as for `exchange`.
@@ -279,23 +270,16 @@ class Link:
             if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
 
-    def begin(self, exchange: Exchange) -> Answer:
-        """Send what an exchange claims, at the head of a transaction."""
-        answer = Answer()
-        self._ready().execute("begin")
-        self._ask(answer, exchange.claims(self._queue, self._lease))
-        return answer
-
-    def end(self, answer: Answer, exchange: Exchange) -> None:
-        """Send what it settles, and the commit; the answer is `receive`'s to wait for."""
-        self._ask(answer, exchange.settlements(self._queue, self._lease))
-        self._ready().execute("commit")
+    def send(self, exchange: Exchange) -> Answer:
+        """Send an exchange, as a transaction; give what `receive` waits for."""
+        answer = self._transact(exchange.statements(self._queue, self._lease))
         answer.committed = self._ready().execute("select")
+        return answer
 
     def receive(self, answer: Answer) -> None:
         """Wait until what was sent is committed; its rows can be read later."""
         self._ready()
-        assert answer.committed is not None  # noqa: S101 (end() made it)
+        assert answer.committed is not None  # noqa: S101 (send() made it)
         answer.committed.fetchall()
 
     def _ready(self) -> _Connection:
@@ -304,12 +288,22 @@ class Link:
             raise psycopg.OperationalError("the connection is closed")
         return connection
 
-    def _ask(self, answer: Answer, statements: list[tuple[Statement[Any], str]]) -> None:
+    def _transact(self, statements: list[tuple[Statement[Any], str]]) -> Answer:
+        # The commit is sent with the rest: a process that is stopped, or cut off, while
+        # it waits for the answers must not keep rows locked.
         connection = self._ready()
+        connection.execute("begin")
+        answer = self._ask(statements)
+        connection.execute("commit")
+        return answer
+
+    def _ask(self, statements: list[tuple[Statement[Any], str]]) -> Answer:
+        connection, answer = self._ready(), Answer()
         for statement, part in statements:
             cursor = connection.cursor(binary=statement.binary)
             cursor.execute(statement.text, statement.params)
             answer.asked.append((statement, part, cursor))
+        return answer
 
     @property
     def is_open(self) -> bool:

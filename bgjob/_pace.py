@@ -5,7 +5,7 @@ from math import inf
 
 from bgjob._exchange import Outcome
 
-MOST_AHEAD = 1000
+MOST_AHEAD = 2000
 """Jobs that are claimed beyond the slots, at most."""
 
 _AHEAD = 0.02

@@ -97,7 +97,7 @@ def settlement(claimed: Claimed, result: Result | Doubtful) -> Statement[list[st
     """Give the statement that settles one job; it gives the job's id, if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))
-    [(statement, _)] = exchange.settlements(claimed.job.queue, 0.0)
+    [(statement, _)] = exchange.statements(claimed.job.queue, 0.0)
     return statement
 
 

@@ -235,19 +235,13 @@ class _Control:
         """Exchange for as long as jobs flow, each answer worked on while the next is made."""
         engine, link = self._engine, self._link
         with link.streaming():
-            first = link.begin(exchange)
-            link.end(first, exchange)
-            answer: Answer | None = first
+            answer: Answer | None = link.send(exchange)
             while answer is not None:
                 link.receive(answer)
                 self._collect()
                 ahead = engine.ahead(monotonic()) if self._give_up_at is None else None
-                coming = None
                 try:
-                    if ahead:
-                        coming = link.begin(ahead)
-                        engine.follow()
-                        link.end(coming, ahead)
+                    coming = link.send(ahead) if ahead else None
                 finally:
                     self._acknowledge(answer.read())
                 answer = coming

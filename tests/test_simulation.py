@@ -40,6 +40,7 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
+from bgjob._pace import MOST_AHEAD
 from bgjob._statements import Claimed, Line, Suspect, Swept
 from bgjob._suspects import proof
 from bgjob.job import Job
@@ -601,7 +602,6 @@ class History:
                 if self.streams and self.give_up_at is None:
                     ahead = self.engine.ahead(self.now)
                 if ahead is not None:
-                    self.engine.follow()
                     coming = len(reply.claimed) + len(reply.swept.jobs) + len(reply.suspects)
                     self._check_exchange(ahead, coming=coming)
                 self._suspect(exchange, reply)
@@ -709,7 +709,7 @@ class History:
                 return
             promise(exchange.claim.limit > 0, "claims nothing")
             promise(wanted <= self.engine.capacity, "claims more than its capacity")
-            promise(wanted <= self.concurrency + 1000, "claims far too much")
+            promise(wanted <= self.concurrency + MOST_AHEAD, "claims far too much")
             alone = self.engine.in_flight + coming and self.now < self.alone_until
             promise(not alone, "claims something beside a suspect that is not proved")
             if isinstance(exchange.claim, ClaimSuspect):

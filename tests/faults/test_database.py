@@ -498,7 +498,7 @@ class Work:
         self.claims: list[tuple[str, int, int]] = []
         """Of each: its kind, its jobs, and the index entries it read, those of dead rows too."""
         self._count = 0
-        plan = Exchange.claims
+        plan = Exchange.statements
 
         def counted(
             exchange: Exchange, queue: str, lease: float
@@ -530,7 +530,7 @@ class Work:
                 ]
             return statements
 
-        monkeypatch.setattr(Exchange, "claims", counted)
+        monkeypatch.setattr(Exchange, "statements", counted)
 
     def since(self, start: int) -> tuple[int, int]:
         """The jobs that were claimed from the marks since then, and what was read for them.
