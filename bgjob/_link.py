@@ -80,7 +80,7 @@ class Bell:
         self._heard, self._rope = socket.socketpair()
         self._heard.setblocking(False)
         self._rope.setblocking(False)
-        self._armed = False
+        self._armed = self._rings = False
 
     def fileno(self) -> int:
         """Give what to wait on."""
@@ -100,12 +100,15 @@ class Bell:
         """Wake the thread now, or at its next wait. From any thread."""
         with contextlib.suppress(OSError):  # full: it is ringing already; or closed
             self._rope.send(b"!")
+        self._rings = True  # after it does: at worst it is silenced at the second wait
 
     def silence(self) -> None:
         """Stop ringing."""
         self._armed = False
-        with contextlib.suppress(BlockingIOError):
-            self._heard.recv(4096)
+        if self._rings:
+            self._rings = False
+            with contextlib.suppress(BlockingIOError):
+                self._heard.recv(4096)
 
     def close(self) -> None:
         """Close both ends."""

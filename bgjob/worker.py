@@ -247,9 +247,10 @@ class _Control:
                 answer = coming
 
     def _collect(self) -> None:
-        events = self._engine.finish(self._runner.collect())
-        if events:
-            self._events.tell(events)
+        if self._runner.has_outcomes:
+            events = self._engine.finish(self._runner.collect())
+            if events:
+                self._events.tell(events)
 
     def _acknowledge(self, reply: Reply) -> None:
         news = self._engine.acknowledge(reply, monotonic())
