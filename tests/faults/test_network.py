@@ -352,7 +352,7 @@ def test_a_claim_whose_answer_was_lost_is_due_again_when_its_lease_has_ended(
     worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), concurrency=1)
     worker.wait_for("effect", "busy")
     world.enqueue("plain", "a")
-    cut = trap(proxy, moment, "delete from bgjob_job", ") as due")
+    cut = trap(proxy, moment, "delete from bgjob_job", "for update skip locked")
     world.release("gate", 1)
     assert cut.wait(PATIENCE)
     world.done()
