@@ -51,14 +51,22 @@ def number(value: float) -> str:
 def _environment(reports: Mapping[str, Any], day: date) -> Iterator[str]:
     first = next(iter(reports.values()))
     said = first["environment"]
-    quick = " Short runs (`--quick`): a first look only." if first["quick"] else ""
     yield (
         f"{day}. bgjob {said['bgjob']}, {said['python']}, psycopg"
         f" {said['psycopg']}, PostgreSQL {said['server']}, {said['cores']} cores,"
-        f" {first['rounds']} rounds, seed {first['seed']}.{quick}"
+        f" seed {first['seed']}. {_rounds(reports)}"
     )
     yield ""
     yield ", ".join(f"`{name}={value}`" for name, value in said["settings"].items())
+
+
+def _rounds(reports: Mapping[str, Any]) -> str:
+    """Say how often each program was run, and which of them only for a first look."""
+    runs: dict[str, list[str]] = {}
+    for program, report in reports.items():
+        count = "1 round" if report["rounds"] == 1 else f"{report['rounds']} rounds"
+        runs.setdefault(count + (" of `--quick`" if report["quick"] else ""), []).append(program)
+    return "; ".join(f"{count}: {', '.join(programs)}" for count, programs in runs.items()) + "."
 
 
 def _pictures(drawn: Sequence[str]) -> Iterator[tuple[str, str]]:
