@@ -326,6 +326,11 @@ class Link:
 
         """
         connection = self._connection
+        if connection is not None:
+            # One that came behind the last answer has been read, and wakes no poll().
+            self._take_notifies(connection)
+            if self._heard is not None:
+                return
         poll = select.poll()
         poll.register(bell, select.POLLIN)
         if connection is not None:
@@ -334,8 +339,11 @@ class Link:
         ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
         if connection is not None and any(fd != bell.fileno() for fd, _ in ready):
             connection.pgconn.consume_input()
-            while notice := connection.pgconn.notifies():
-                self._hear(notice.be_pid, notice.extra.decode())
+            self._take_notifies(connection)
+
+    def _take_notifies(self, connection: _Connection) -> None:
+        while notice := connection.pgconn.notifies():
+            self._hear(notice.be_pid, notice.extra.decode())
 
     @property
     def has_notice(self) -> bool:
