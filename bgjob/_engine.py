@@ -45,6 +45,7 @@ from bgjob._exchange import (
     Fenced,
     LeaseLost,
     News,
+    Notice,
     Outcome,
     QueueIsEmpty,
     Release,
@@ -103,6 +104,8 @@ class _Sent:
     """Whether it tries an outcome that was refused alone."""
     told: bool
     """Whether its claim answers a notification, or the end of a delay."""
+    vague: bool
+    """Whether it may not find all of that."""
 
 
 class Engine:
@@ -145,6 +148,7 @@ class Engine:
         self._idle = False  # the observer knows that the queue is empty
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
+        self._vague = False  # it may lie behind the marks, or be due later
         self._poll_at = -inf
         self._due_at = inf  # when the next job that is known of is due
 
@@ -207,18 +211,24 @@ class Engine:
             case _:
                 return None
         self._drop(claimed)
-        self._told = True  # it may have been rescheduled
+        self._look()  # it may have been rescheduled
         return event
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""
         self.finish([Outcome(c, Release(), None) for c in claimed])
 
-    def wake(self, *, relief: bool = False) -> None:
-        """Something was enqueued; or (relief) nobody else asks to be notified any more."""
-        self._told = True
-        if relief:
+    def wake(self, notice: Notice) -> None:
+        """Something was enqueued, or nobody else asks to be notified any more."""
+        known = self._marks.told(notice.since)
+        self._look(thoroughly=notice.later or notice.relief or not known)
+        if notice.relief:
             self._parking.relieve()
+
+    def _look(self, *, thoroughly: bool = True) -> None:
+        """Claim next; then, unless what is to be found is at the marks, sweep soon."""
+        self._told = True
+        self._vague |= thoroughly
 
     def shutdown(self) -> None:
         """Claim nothing more, give back what has not started, finish, stop."""
@@ -267,8 +277,8 @@ class Engine:
                 break
         if self._stopping:
             exchange.park = "give" if done else None
-        elif not exchange or (self._parking.parked and not self._careful):
-            exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
+        else:
+            self._add_parking(exchange, now)
         if exchange:
             return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
@@ -302,10 +312,11 @@ class Engine:
     def _send(
         self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
     ) -> Exchange:
-        told = False
+        told = vague = False
         if exchange.claim and exchange.claim.looks:
-            told, self._told = self._told or self._due_at <= now, False
-        self._sent.append(_Sent(exchange, outcomes, now, again, told))
+            vague, self._vague = self._vague or self._due_at <= now, False
+            told, self._told = self._told or vague, False
+        self._sent.append(_Sent(exchange, outcomes, now, again, told, vague))
         return exchange
 
     def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], limit: int) -> None:
@@ -327,7 +338,7 @@ class Engine:
     def _add_claim(self, exchange: Exchange, now: float) -> None:
         if self._stopping:
             return
-        limit = min(self._room(), _MOST // 2)
+        limit = self._claimable
         held_up = self._suspects.hold_up(now)
         if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
             exchange.claim = Sweep(0, next(self._tokens))
@@ -354,8 +365,25 @@ class Engine:
             # While it is parked no enqueue is in flight unseen.
             watches = not self._parking.parked
             if not watches:
-                self._marks.unwatched()
+                self._marks.unwatched(now)
             exchange.claim = Claim(limit, token, *self._marks.start(now), watches)
+
+    def _add_parking(self, exchange: Exchange, now: float) -> None:
+        alone = not exchange
+        idle = isinstance(exchange.claim, Sweep) and not self._more
+        if not alone and (self._careful or not (idle or self._parking.parked)):
+            return
+        exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
+        if exchange.park == "take" and alone and not self._careful:
+            # The look that has to follow travels with it. A sweep's survey shows even
+            # what becomes due between the transaction's beginning and the lock.
+            limit = self._claimable
+            if limit > 0 and now >= self._marks.early_sweep_at:
+                exchange.claim = Sweep(limit, next(self._tokens))
+
+    @property
+    def _claimable(self) -> int:
+        return min(self._room(), _MOST // 2)
 
     def _room(self) -> int:
         if len(self._refused) >= _MOST:
@@ -413,8 +441,9 @@ class Engine:
         self._extended(sent, reply, news)
         if sent.exchange.park:
             self._parking.answered(sent.exchange.park, reply.parked, now)
-            if sent.exchange.park == "take":
-                self._told = True  # what was committed before the lock was taken: look once more
+            claim = sent.exchange.claim
+            if sent.exchange.park == "take" and not (claim and claim.looks):
+                self._look()  # what was committed before the lock was taken
         self._claimed(sent, reply, now, news)
         # Its claim, and its survey, came before the settlements.
         self._due_at = min(self._due_at, due_at)
@@ -431,7 +460,8 @@ class Engine:
         neither a slot nor its neighbours.
         """
         sent = self._answered()
-        self._told |= sent.told
+        if sent.told:
+            self._look()
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
             self._refused += sent.outcomes
@@ -452,7 +482,7 @@ class Engine:
             self._unsure.update(outcome.claimed for outcome in outcomes)
             self._pending.extendleft(reversed(outcomes))
         self._parking.lose()
-        self._told = True
+        self._look()
         self._rest(now)
 
     def reconnect(self) -> None:
@@ -582,7 +612,7 @@ class Engine:
                 if reply.horizon is not None:
                     self._marks.watched(reply.horizon, sent.at)
                 self._looked(jobs, now, full=len(jobs) == limit)
-                if sent.told and not self._more:
+                if sent.vague and not self._more:
                     # What was told of may lie behind the marks, or have a priority that is
                     # not known yet, and when the next job is due only a sweep finds out.
                     self._due_at = inf

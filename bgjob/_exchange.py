@@ -1,7 +1,8 @@
 """The words between the engine and whoever drives it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._statements import (
@@ -110,6 +111,8 @@ class Exchange:
     def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
         """Give the SQL in the order in which it must run, each with its part of the Reply."""
         plan: list[tuple[Statement[Any], str]] = []
+        if self.park == "take":
+            plan.append((park(queue), "parked"))  # what the claim does not see notifies
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
             case Sweep(0):
@@ -135,8 +138,8 @@ class Exchange:
             plan.append((bury(self.bury), "settled"))
         if self.extend:
             plan.append((extend(self.extend, lease=lease), "extended"))
-        if self.park:
-            plan.append((park(queue) if self.park == "take" else unpark(queue), "parked"))
+        if self.park == "give":
+            plan.append((unpark(queue), "parked"))
         return plan
 
     def __bool__(self) -> bool:
@@ -169,6 +172,45 @@ Step: TypeAlias = Exchange | Withdraw | Sleep | Stop
 
 
 # -- what the engine is told ----------------------------------------------------------
+
+
+class Notice(NamedTuple):
+    """What notifications told of a queue."""
+
+    since: Mapping[int, datetime] = {}
+    """Something is due; by priority, when the first transaction began that enqueued."""
+    later: bool = False
+    """Whether something was enqueued that is due later."""
+    relief: bool = False
+    """Whether the worker that asked to be notified has stopped asking."""
+
+    @classmethod
+    def read(cls, payload: str, queue: str) -> "Notice | None":
+        """Read a notification; None if it is none for `queue`, or none of bgjob's.
+
+        Its channel is shared with other queues, and anybody can send anything.
+        """
+        if not payload:
+            return cls(relief=True)
+        try:
+            began, what, told = payload.split(" ", 2)
+            if told != queue:
+                return None
+            if what == "-":
+                return cls(later=True)
+            return cls({int(what): datetime.fromtimestamp(float(began), UTC)})
+        except (ValueError, OverflowError, OSError):
+            return None
+
+    def __or__(self, other: "Notice") -> "Notice":
+        """Give what both told."""
+        both = self.since.keys() & other.since.keys()
+        first = {p: min(self.since[p], other.since[p]) for p in both}
+        return Notice(
+            {**self.since, **other.since, **first},
+            self.later or other.later,
+            self.relief or other.relief,
+        )
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ import inspect
 import select
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from bgjob import schema
 from bgjob._connection import Recipe, Silence, options
-from bgjob._exchange import Exchange, Reply
+from bgjob._exchange import Exchange, Notice, Reply
 from bgjob._statements import Statement, backend, lacks, listen, schema_comment, session
 
 _PATIENCE = 10.0
@@ -152,13 +152,6 @@ class _Connection(psycopg.Connection[TupleRow]):
                 with contextlib.suppress(psycopg.Error):
                     gen.close()
             raise
-
-
-class Notice(NamedTuple):
-    """What notifications told."""
-
-    relief: bool
-    """Whether the worker that asked for them has stopped asking."""
 
 
 class Answer:
@@ -369,9 +362,8 @@ class Link:
         self._hear(notice.pid, notice.payload)
 
     def _hear(self, pid: int, payload: str) -> None:
-        # The channel is shared with other queues; an empty payload asks everybody
-        # to look, and its sender already has.
+        # Who has stopped asking to be notified has looked.
+        notice = Notice.read(payload, self._queue)
         own = self._connection is not None and pid == self._connection.info.backend_pid
-        if payload == self._queue or (not payload and not own):
-            relief = not payload or (self._heard is not None and self._heard.relief)
-            self._heard = Notice(relief)
+        if notice is not None and not (notice.relief and own):
+            self._heard = notice | self._heard if self._heard else notice

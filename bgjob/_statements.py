@@ -59,7 +59,7 @@ def bucket(queue: str) -> int:
 
 
 def channel(queue: str) -> str:
-    """Give the channel on which enqueues to `queue` are notified; the payload is the queue."""
+    """Give the channel on which enqueues to `queue` are notified; for the payload see Notice."""
     return f"bgjob_{bucket(queue)}"
 
 
@@ -90,12 +90,14 @@ def park(queue: str) -> Statement[str]:
 
 
 def unpark(queue: str) -> Statement[None]:
-    """Stop asking for notifications, and wake whoever relied on it: one of them parks next."""
+    """Stop asking for notifications, and wake whoever relied on it: one of them parks next.
+
+    The session holds no other lock of this kind; but this one twice where the
+    transaction that took it first was refused, which does not undo it.
+    """
     return Statement(
-        """
-        select pg_advisory_unlock(%(class)s, %(bucket)s), pg_notify(%(channel)s, '')
-        """,
-        {"class": LOCK_CLASS, "bucket": bucket(queue), "channel": channel(queue)},
+        "select pg_advisory_unlock_all(), pg_notify(%(channel)s, '')",
+        {"channel": channel(queue)},
         _nothing,
     )
 
@@ -121,9 +123,13 @@ _ENQUEUE_LATER = """
     returning
 """
 
+# Since when its transaction has been under way: how far behind the others it may be; the
+# priority, or where it is due later only a sign for that; the queue.
 _TELL = """
     case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
-        then pg_notify(%(channel)s, queue) end
+        then pg_notify(
+            %(channel)s, concat_ws(' ', extract(epoch from now()), %(what)s::text, queue)
+        ) end
 """
 
 # By whether the job is due later, and whether to tell; made once, and as fast as a bare insert.
@@ -137,7 +143,7 @@ _ENQUEUES: Mapping[tuple[bool, bool], LiteralString] = {
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; whether it was written, False where its id is taken."""
-    later = bool(request.delay or request.run_at)
+    later = _is_later(request)
     params: dict[str, object] = {
         "id": request.id,
         "queue": request.queue,
@@ -150,14 +156,17 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     if notify:
         number = bucket(request.queue)
         params |= {"class": LOCK_CLASS, "bucket": number, "channel": f"bgjob_{number}"}
+        params["what"] = _what(request)
     return Statement(_ENQUEUES[later, notify], params, bool)
 
 
 _TELL_MANY = """
     (
-        select count(pg_notify(told.channel, told.queue))
-        from unnest(%(told_queues)s::text[], %(told_channels)s::text[], %(told_buckets)s::int[])
-            as told (queue, channel, bucket)
+        select count(pg_notify(channel, concat_ws(' ', extract(epoch from now()), what, queue)))
+        from unnest(
+            %(told_queues)s::text[], %(told_whats)s::text[], %(told_channels)s::text[],
+            %(told_buckets)s::int[]
+        ) as told (queue, what, channel, bucket)
         where {condition}
             and not pg_try_advisory_xact_lock_shared(%(class)s, told.bucket)
     )
@@ -206,13 +215,22 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
 
 
 def _told(requests: Sequence[EnqueueRequest]) -> dict[str, object]:
-    queues = list({request.queue for request in requests})
+    told = {(r.queue, _what(r)) for r in requests}
     return {
         "class": LOCK_CLASS,
-        "told_queues": queues,
-        "told_channels": [channel(queue) for queue in queues],
-        "told_buckets": [bucket(queue) for queue in queues],
+        "told_queues": [queue for queue, _ in told],
+        "told_whats": [what for _, what in told],
+        "told_channels": [channel(queue) for queue, _ in told],
+        "told_buckets": [bucket(queue) for queue, _ in told],
     }
+
+
+def _what(request: EnqueueRequest) -> str:
+    return "-" if _is_later(request) else str(request.priority)
+
+
+def _is_later(request: EnqueueRequest) -> bool:
+    return bool(request.delay or request.run_at)
 
 
 class Copy(NamedTuple):
@@ -230,7 +248,7 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     the order in which they come, which has to be that of their ids.
     """
     ids = [r.id for r in requests]
-    if ids != sorted(ids) or any(r.delay or r.run_at for r in requests):
+    if ids != sorted(ids) or any(map(_is_later, requests)):
         return None
     return Copy(
         "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",

@@ -14,12 +14,13 @@ further back than the window, this costs nothing: a row behind them is later
 than that. When a transaction that was under way for longer has ended, the next
 claim looks back to where it may have begun: a job that was committed long
 after it was written starts at once, and not only when its window is due. (An
-older one that goes on hides the end of others: then the windows have to do.)
+older one that goes on hides the end of others: then the windows have to do.) A
+notification tells when its transaction began, and the next claim starts there.
 And a sweep over everything, which alone finds ended leases, is
-due at the poll interval, or at twenty times its own cost where that is longer.
+due at the poll interval, or at forty times its own cost where that is longer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import inf
 
@@ -35,7 +36,7 @@ _AGES = 1e9  # seconds
 _SLACK = 0.02
 """Seconds between a worker's clock and the server's view of it."""
 
-_REST = 20  # times the cost of a sweep: at most a twentieth of the time is spent on them
+REST = 40  # times the cost of a sweep: at most a fortieth of the time is spent on them
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
 
 
@@ -55,7 +56,11 @@ class Watermarks:
         # when it began have ended. Those began after the beginning of the one before.
         self._epoch_began = self._epoch_before = inf
         self._epoch_next = 0
+        # When all that had not ended told by itself. Never yet: of what is under way at
+        # first nobody knows since when.
+        self._unwatched_at = -_AGES
         self._late_since = inf
+        self._told_since: dict[int, datetime] = {}
         self._swept_at = -inf
         self._cost = 0.0
         self.sweep_at = -inf
@@ -69,7 +74,7 @@ class Watermarks:
     @property
     def early_sweep_at(self) -> float:
         """When a sweep can be afforded, before it is due."""
-        return min(self.sweep_at, self._swept_at + _REST * self._cost)
+        return min(self.sweep_at, self._swept_at + REST * self._cost)
 
     def start(self, now: float) -> tuple[dict[int, datetime], float]:
         """Give the due time to claim from, by priority, and how far to look back from now."""
@@ -83,22 +88,35 @@ class Watermarks:
         if self._late_since < now:
             back = max(back, now - self._late_since + _SLACK)
             self._late_since = inf
-        return dict(self._marks), back
+        marks, told = dict(self._marks), self._told_since
+        if told:
+            marks.update((p, min(since, marks[p])) for p, since in told.items())
+            told.clear()
+        return marks, back
+
+    def told(self, since: Mapping[int, datetime]) -> bool:
+        """Learn when a transaction began that has enqueued; whether the priorities are known."""
+        known = since.keys() <= self._marks.keys()
+        told = self._told_since
+        for priority in since.keys() & self._marks.keys():
+            told[priority] = min(since[priority], told.get(priority, since[priority]))
+        return known
 
     def watched(self, horizon: Horizon, asked_at: float) -> None:
         """Learn which transactions were under way when a claim was sent."""
         if horizon.oldest >= self._epoch_next:
             if asked_at - min(self._epoch_before, self._epoch_began) > _LONG:
-                # Of what was under way when the first epoch began nobody knows since when.
-                since = asked_at - _AGES if self._epoch_before == inf else self._epoch_before
+                first = self._epoch_before == inf
+                since = self._unwatched_at if first else self._epoch_before
                 self._late_since = min(self._late_since, since)
             self._epoch_before, self._epoch_began = self._epoch_began, asked_at
             self._epoch_next = horizon.next
 
-    def unwatched(self) -> None:
-        """Learn that nothing was under way for some time, and nobody asked."""
+    def unwatched(self, now: float) -> None:
+        """Learn that all that is under way is going to tell since when."""
         self._epoch_began = self._epoch_before = inf
         self._epoch_next = 0
+        self._unwatched_at = now
 
     def claimed(self, jobs: Sequence[Job], *, full: bool) -> None:
         """Move the marks to what a claim brought, in its order.
@@ -123,4 +141,4 @@ class Watermarks:
             self._marks.setdefault(line.priority, _OLDEST if full else line.now)
         self._swept_at = now
         self._cost = now - began
-        self.sweep_at = now + max(self._poll_interval, _REST * self._cost)
+        self.sweep_at = now + max(self._poll_interval, REST * self._cost)

@@ -184,7 +184,7 @@ class _Control:
         runner.spread()
         self._collect()
         if notice := self._link.take_notice():
-            engine.wake(relief=notice.relief)
+            engine.wake(notice)
         now = monotonic()
         if runner.failure is not None and self._give_up_at is None:
             self._events.error(runner.failure)

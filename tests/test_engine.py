@@ -11,6 +11,7 @@ from bgjob._exchange import (
     Exchange,
     LeaseLost,
     News,
+    Notice,
     Outcome,
     QueueIsEmpty,
     Release,
@@ -97,12 +98,11 @@ class Drive:
         self.engine.disconnect(self.now)
         self.engine.reconnect()
 
-    def drain(self) -> float:
+    def drain(self, parked: str = "parked") -> float:
         """Answer everything with nothing until the engine sleeps; until when."""
         while isinstance(step := self.step(), Exchange):
-            parked = "parked" if step.park == "take" else None
             extended = {c.job.id for c in step.extend}
-            self.answer(Reply(parked=parked, extended=extended))
+            self.answer(Reply(parked=parked if step.park == "take" else None, extended=extended))
         assert isinstance(step, Sleep), step
         return step.until
 
@@ -155,12 +155,12 @@ def test_quick_jobs_are_claimed_in_large_batches() -> None:
     limits = []
     for number in range(12):
         drive.finish(*drive.claim(f"job-{number}"), took=0.00001)
-        drive.engine.wake()
+        drive.engine.wake(Notice(later=True))
         claim = drive.exchange().claim
         assert claim is not None
         limits.append(claim.limit)
         drive.answer()
-        drive.engine.wake()
+        drive.engine.wake(Notice(later=True))
     assert limits == sorted(limits)
     assert limits[-1] >= 500
 
@@ -175,7 +175,7 @@ def test_jobs_claimed_ahead_that_do_not_start_are_given_back() -> None:
     drive = Drive(concurrency=1)
     drive.finish(*drive.claim("a"), took=0.001)
     drive.settle()
-    drive.engine.wake()
+    drive.engine.wake(Notice(later=True))
     _, waiting = drive.claim("b", "c")
     claimed_at = drive.now
     while not isinstance(step := drive.step(), Withdraw):
@@ -290,7 +290,7 @@ def test_halving_goes_on_while_claims_succeed_in_between() -> None:
     drive.finish(*drive.claim(*"abcdefgh"))
     told: set[str] = set()
     for _ in range(100):
-        drive.engine.wake()
+        drive.engine.wake(Notice(later=True))
         match drive.step():
             case Sleep(until):
                 drive.now = until
@@ -307,7 +307,7 @@ def test_a_poisonous_outcome_does_not_keep_its_slot() -> None:
     drive.finish(*drive.claim("poisonous"))
     ends = drive.now + 5.0
     while drive.now < ends:
-        drive.engine.wake()
+        drive.engine.wake(Notice(later=True))
         match drive.step():
             case Sleep(until):
                 drive.now = until
@@ -369,7 +369,7 @@ def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:
 def test_a_notification_wakes() -> None:
     drive = Drive()
     drive.drain()
-    drive.engine.wake()
+    drive.engine.wake(Notice(later=True))
     assert drive.exchange().claim is not None
 
 
@@ -410,6 +410,52 @@ def test_a_worker_parks_and_looks_once_more_before_it_sleeps() -> None:
     assert drive.sleep() > drive.now
 
 
+def test_a_poll_that_is_a_sweep_parks_in_the_same_exchange() -> None:
+    drive = Drive(notify=True, poll_interval=1.0)
+    drive.drain(parked="covered")
+    polls = []
+    for _ in range(10):
+        exchange = drive.next_exchange()
+        assert isinstance(exchange.claim, Sweep)
+        assert exchange.park == "take"
+        polls.append(drive.now)
+        drive.answer(Reply(parked="covered"))
+    assert polls[-1] - polls[0] >= 9.0
+
+
+def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() -> None:
+    drive = Drive(notify=True, poll_interval=10.0)
+    drive.drain()
+    drive.engine.disconnect(drive.now)
+    drive.now += 1.0
+    drive.engine.reconnect()
+    exchange = drive.exchange()
+    assert isinstance(exchange.claim, Sweep)
+    assert exchange.park == "take"
+    words = [part for _, part in exchange.statements("q", 30.0)]
+    assert words == ["parked", "swept", "lines"]
+    drive.answer(Reply(parked="parked"))
+    assert drive.sleep() > drive.now + 9.0
+
+
+def test_a_claim_starts_where_the_notification_says_and_only_once() -> None:
+    drive = Drive(concurrency=2)
+    drive.exchange()
+    news = drive.answer(found(job("a"), job("b", due=NOON + timedelta(seconds=9))))
+    drive.finish(*news.run)
+    for seconds in (7, 3, 5):
+        since = NOON + timedelta(seconds=seconds)
+        drive.engine.wake(Notice({0: since}))
+    claim = drive.exchange().claim
+    assert isinstance(claim, Claim)
+    assert claim.marks == {0: NOON + timedelta(seconds=3)}
+    drive.answer(Reply(settled={"a", "b"}))
+    drive.engine.wake(Notice(later=True))
+    claim = drive.exchange().claim
+    assert isinstance(claim, Claim)
+    assert claim.marks == {0: NOON + timedelta(seconds=9)}
+
+
 def test_a_worker_that_cannot_park_looks_again_after_pauses_that_double() -> None:
     drive = Drive(notify=True, poll_interval=10.0)
     pauses = []
@@ -421,14 +467,14 @@ def test_a_worker_that_cannot_park_looks_again_after_pauses_that_double() -> Non
         drive.claim()
         pauses.append(round(drive.sleep() - contended_at, 6))
         drive.now = drive.sleep()
-        drive.engine.wake()
+        drive.engine.wake(Notice(later=True))
     assert pauses == [0.002, 0.004, 0.008, 0.016]
 
 
 def test_a_worker_that_stopped_relying_on_notifications_looks_while_jobs_flow() -> None:
     drive = Drive(concurrency=300, notify=True)
     drive.drain()
-    drive.engine.wake()
+    drive.engine.wake(Notice(later=True))
     drive.claim(*(f"job-{n}" for n in range(200)))
     drive.now = drive.drain()
     assert drive.exchange().park == "give"
@@ -458,7 +504,7 @@ def test_claims_look_back_in_windows_of_which_the_longest_comes_the_most_rarely(
     drive.claim("first")
     drive.engine.finish([])
     for number in range(1000):
-        drive.engine.wake()
+        drive.engine.wake(Notice(later=True))
         drive.now += 0.002
         if isinstance(step := drive.step(), Exchange) and isinstance(step.claim, Claim):
             windows[step.claim.back] = windows.get(step.claim.back, 0) + 1
@@ -504,7 +550,7 @@ def test_short_transactions_make_no_claim_look_back() -> None:
 def test_time_in_which_nobody_watched_is_no_long_transaction() -> None:
     marks = Watermarks(poll_interval=0.01)
     marks.watched(Horizon(oldest=10, next=10), 100.0)
-    marks.unwatched()
+    marks.unwatched(100.0)
     for number in range(5):
         marks.watched(Horizon(oldest=90 + number, next=90 + number), 160 + number / 200)
         assert marks.start(160 + number / 200)[1] == 0
@@ -527,7 +573,7 @@ def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:
     assert claim.marks == {0: earlier}
 
 
-def test_sweeps_that_cost_much_come_at_twenty_times_their_cost() -> None:
+def test_sweeps_that_cost_much_come_at_forty_times_their_cost() -> None:
     drive = Drive(poll_interval=1.0)
     drive.exchange()
     drive.now += 0.5
@@ -542,7 +588,7 @@ def test_sweeps_that_cost_much_come_at_twenty_times_their_cost() -> None:
                 if isinstance(exchange.claim, Sweep):
                     looked.append(drive.now)
                 drive.answer()
-    assert looked[0] == swept_at + 10.0
+    assert looked[0] == swept_at + 20.0
 
 
 # -- suspects -----------------------------------------------------------------------------------
@@ -569,7 +615,7 @@ def test_a_suspect_waits_for_handlers_to_end_but_not_for_ever() -> None:
     assert isinstance(drive.exchange().claim, Sweep)
     drive.answer(found(deaths=2))
     known_at = drive.now
-    drive.engine.wake()
+    drive.engine.wake(Notice(later=True))
     assert isinstance(drive.next_exchange().claim, ClaimSuspect)
     assert drive.now == known_at + 2.0
 
@@ -581,7 +627,7 @@ def test_nothing_is_claimed_beside_a_suspect_until_it_has_proved_itself() -> Non
     drive.exchange()
     drive.answer(Reply(suspects=[Suspect(job("a"), 3)]))
     claimed_at = drive.now
-    drive.engine.wake()
+    drive.engine.wake(Notice(later=True))
     assert isinstance(drive.next_exchange().claim, ClaimSuspect)
     assert drive.now == claimed_at + 4.0
     drive.answer(Reply())
@@ -630,7 +676,7 @@ def test_shutdown_gives_back_what_has_not_started_and_waits_for_what_has() -> No
 def test_nothing_is_claimed_after_shutdown() -> None:
     drive = Drive()
     drive.engine.shutdown()
-    drive.engine.wake()
+    drive.engine.wake(Notice(later=True))
     assert drive.step() == Withdraw()
     assert drive.step() == Stop(0)
 

@@ -31,6 +31,7 @@ from bgjob._exchange import (
     Fenced,
     LeaseLost,
     News,
+    Notice,
     Outcome,
     QueueIsEmpty,
     Release,
@@ -42,6 +43,7 @@ from bgjob._exchange import (
 )
 from bgjob._pace import MOST_AHEAD
 from bgjob._statements import Claimed, Line, Suspect, Swept
+from bgjob._watermarks import REST
 from bgjob._suspects import proof
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
@@ -295,7 +297,7 @@ class History:
         self.asked = Exchange()
         self.breaking = False  # it is gone, but nobody has looked
         self.reopen_at = 0.0
-        self.notified = False
+        self.notified: Notice | None = None
         self.lock: int | Literal["rival"] | None = None  # the session that holds it
         self.in_flight = 0  # enqueues that share the lock
 
@@ -357,7 +359,7 @@ class History:
         for _ in range(random.choice([0, 0, 1, 3])):
             self._at(span * random.random(), self._rival_parks)
         for _ in range(random.choice([0, 0, 2, 10])):
-            self._at(span * random.random(), self._notice)
+            self._at(span * random.random(), lambda: self._notice(Notice(later=True)))
         for _ in range(random.choice([0, 0, 1, 3])):
             self._at(span * random.random(), self._break)
         for _ in range(random.choice([0, 0, 0, 2])):
@@ -393,6 +395,8 @@ class History:
         row = Row(id_, random.choice([0, 0, 0, -1, 5]), self.db_now + int(delay * SECOND))
         shares = self.notify and self.lock is None
         told = self.notify and not shares
+        began = EPOCH + self.db_now * MICROSECOND
+        notice = Notice(later=True) if delay else Notice({row.priority: began})
         self.in_flight += shares
 
         def commit() -> None:
@@ -401,14 +405,15 @@ class History:
             self.table.rows[id_] = row
             self.enqueued.add(id_)
             if told and (self.peace or random.random() >= self.deaf):
-                self._at(random.random() * 0.001, self._notice)
+                self._at(random.random() * 0.001, lambda: self._notice(notice))
 
         late = 0.0 if random.random() < 0.8 else random.random() * 3
         self._at(random.random() * 0.001 + late, commit)
 
-    def _notice(self) -> None:
+    def _notice(self, notice: Notice) -> None:
         if self.connected and not self.breaking and self.notify:
-            self.notified = self.woken = True
+            self.notified = notice | self.notified if self.notified else notice
+            self.woken = True
             self._happened()
 
     def _rival_claims(self) -> None:
@@ -431,7 +436,7 @@ class History:
     def _rival_gives(self) -> None:
         self.lock = None
         if self.peace or self.random.random() >= self.deaf:
-            self._notice()
+            self._notice(Notice(relief=True))
 
     def _break(self) -> None:
         self.breaking = self.woken = True
@@ -527,8 +532,8 @@ class History:
         outcomes, self.outcomes = self.outcomes, []
         self._tell(engine.finish(outcomes))
         if self.notified:
-            self.notified = False
-            engine.wake()
+            engine.wake(self.notified)
+            self.notified = None
         if self.give_up_at is not None:
             engine.shutdown()
             self.stopping = True
@@ -566,7 +571,7 @@ class History:
         if self.breaking:
             self._disconnect()
             return
-        self.woken = self.notified or bool(self.outcomes)
+        self.woken = bool(self.notified or self.outcomes)
         if not self.woken:
             self._elapse(until, waking=True)
         self._count_idle(self.woken or self.now > began)
@@ -672,7 +677,8 @@ class History:
         random = self.random
         self._disturb()
         self._happened()
-        self.connected = self.breaking = self.notified = False
+        self.connected = self.breaking = False
+        self.notified = None
         gone = self.session
         self.engine.disconnect(self.now)
         away = random.choice([0.05, 0.5, 2 * self.lease]) * random.random()
@@ -806,7 +812,7 @@ class History:
             max(self.peace_at + 3, self.last_end, self.give_up_at or 0.0)
             + self.lease
             + 4
-            + 6 * max(self.poll_interval, 20 * self.longest_cost)
+            + 6 * max(self.poll_interval, REST * self.longest_cost)
             + len(self.enqueued) * 0.01
         )
 
@@ -828,7 +834,7 @@ class History:
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until, self.held_up_at)
-        patience = max(self.poll_interval, 20 * self.longest_cost) + 0.05
+        patience = max(self.poll_interval, REST * self.longest_cost) + 0.05
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
             idle_since = max(idle_since, self.handed_at)
@@ -838,13 +844,13 @@ class History:
             waited = min((now - free_at) / SECOND, self.now - max(row.free_since, idle_since))
             if row.is_known and self.disturbed_at < row.free_since and not self.refused:
                 # It need not wait for a poll.
-                promise(waited <= 20 * self.longest_cost + 0.05, f"{row.id} is forgotten")
+                promise(waited <= REST * self.longest_cost + 0.05, f"{row.id} is forgotten")
             promise(waited <= patience, f"{row.id}: due for {waited} s beside an idle slot")
 
     def _check_freedom(self) -> None:
         """A lease that has ended is noticed, whatever the worker is busy with."""
         # One sweep may be full of earlier jobs; then the next one comes after a poll interval.
-        patience = max(self.poll_interval, 20 * self.longest_cost) + self.poll_interval + 0.1
+        patience = max(self.poll_interval, REST * self.longest_cost) + self.poll_interval + 0.1
         since = max(self.disturbed_at, self.slow_until, self.refused_at + 4 * patience)
         now = self.db_now
         for row in self.table.rows.values():

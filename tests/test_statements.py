@@ -374,6 +374,9 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
             payloads.append(notice.payload)
         raise AssertionError("no sentinel")
 
+    def queues(statement: Statement[Any]) -> list[str]:
+        return [payload.split(" ", 2)[2] for payload in told(statement)]
+
     one, many = EnqueueRequest("q", "t"), [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         sleeper.execute("listen sentinel")
@@ -382,17 +385,46 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
         assert told(enqueue(one, notify=True)) == []
         assert ask(sleeper, park("q")) == "parked"
         assert told(enqueue(one, notify=True)) == []  # the id is taken: nothing was written
-        assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == ["q"]
+        assert queues(enqueue(EnqueueRequest("q", "t"), notify=True)) == ["q"]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=False)) == []
-        assert told(enqueue_many(many, notify=True)) == ["q"]
+        assert queues(enqueue_many(many, notify=True)) == ["q"]
         assert told(enqueue_many(many, notify=True)) == []
         assert ask(sleeper, park("r")) == "parked"
         more = [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
-        assert sorted(told(enqueue_many(more, notify=True))) == ["q", "r"]
+        assert sorted(queues(enqueue_many(more, notify=True))) == ["q", "r"]
         assert ask(conn, park("q")) == "covered"
         ask(sleeper, unpark("q"))
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == [""]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == []
+
+
+def test_a_notification_tells_when_its_transaction_began(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    queue = "a queue, or two"
+    with psycopg.connect(dsn, autocommit=True) as sleeper:
+        ask(sleeper, listen(queue))
+        assert ask(sleeper, park(queue)) == "parked"
+        for write in (enqueue, lambda r, notify: enqueue_many([r], notify=notify)):
+            with conn.transaction():
+                [(began,)] = conn.execute("select extract(epoch from now())::float8")
+                conn.execute("select pg_sleep(0.01)")
+                for _ in range(3):  # they are one notification
+                    ask(conn, write(EnqueueRequest(queue, "t"), notify=True))
+            [notice] = sleeper.notifies(timeout=30, stop_after=1)
+            since, priority, told = notice.payload.split(" ", 2)
+            assert (float(since), priority, told) == (began, "0", queue)
+        assert list(sleeper.notifies(timeout=0)) == []
+
+
+def test_a_worker_that_parked_twice_unparks_once(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True) as sleeper:
+        for _ in range(2):  # an exchange that is refused leaves the lock behind
+            assert ask(sleeper, park("q")) == "parked"
+        ask(sleeper, unpark("q"))
+        locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
+        [(held,)] = sleeper.execute(locks, [sleeper.info.backend_pid])
+        assert held == 0
 
 
 def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
@@ -458,15 +490,15 @@ def test_a_row_that_became_visible_late_is_found_within_about_its_lateness_again
     assert sum(back for _, back in looks) / len(looks) < 0.2
 
 
-def test_a_sweep_teaches_priorities_and_rests_twenty_times_its_cost() -> None:
+def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
     marks = Watermarks(poll_interval=1.0)
     assert marks.sweep_at < 0  # at once
     marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=10.0, now=10.01)
     assert marks.start(20.0)[0] == {3: LONG_AGO}
     assert marks.sweep_at == pytest.approx(11.01)
-    assert marks.early_sweep_at == pytest.approx(10.21)
+    assert marks.early_sweep_at == pytest.approx(10.41)
     marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=20.0, now=21.0)
-    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(41.0)
+    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(61.0)
 
 
 def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:

@@ -5,13 +5,14 @@ import gc
 import logging
 import os
 import random
+import select
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, LiteralString
 
 import psycopg
@@ -36,9 +37,9 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._exchange import Exchange, Sweep
-from bgjob._link import Link
-from bgjob._statements import Claimed, Postponed
+from bgjob._exchange import Exchange, Notice, Sweep
+from bgjob._link import Bell, Link
+from bgjob._statements import Claimed, Postponed, channel
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 
@@ -590,6 +591,23 @@ def test_an_enqueue_wakes_a_worker_when_it_commits(crew: Crew, conn: psycopg.Con
         crew.enqueue("b")
         observer.wait_for("completed", "b")
     observer.wait_for("completed", "a")
+
+
+def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn: str) -> None:
+    bell = Bell()
+    link = Link(lambda: (dsn, {}), "q", lease=30, notify=True)
+    link.open()
+    try:
+        connection = link._ready()
+        with psycopg.connect(dsn, autocommit=True) as other:
+            other.execute("select pg_notify(%s, '0 5 q')", [channel("q")])
+        select.select([connection.fileno()], [], [], 30)
+        connection.pgconn.consume_input()
+        link.wait(bell, 1.0)
+        assert link.take_notice() == Notice({5: datetime.fromtimestamp(0, UTC)})
+    finally:
+        link.close()
+        bell.close()
 
 
 def test_two_enqueues_at_once_are_both_noticed_whatever_their_delays_and_priorities(
