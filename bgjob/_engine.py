@@ -24,6 +24,7 @@ Times are seconds of any monotonic clock. It holds to this:
 - A lease is extended when a third of it has passed, whether its job runs,
   waits for a slot, or waits for its settlement to be taken.
 - A job whose last worker died is claimed alone; see _suspects.py.
+- A job with an exclusive key is handed out once the server has granted the key.
 - Every step has something to do, or names the time to sleep to.
 """
 
@@ -62,6 +63,7 @@ from bgjob._statements import Claimed
 from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
+from bgjob.mux import Wants
 from bgjob.result import Complete, MoveToDlq
 
 _MOST = 2000
@@ -123,12 +125,14 @@ class Engine:
         notify: bool,
         tokens: Iterator[int],
         transactional: Collection[str] = (),
+        names_keys: bool = False,
     ) -> None:
         self._concurrency = concurrency
         self._poll_interval = poll_interval
         self._lease = lease
         self._tokens = tokens
         self._transactional = transactional
+        self._names_keys = names_keys  # whether handlers may find a key for a job that has none
         self._pace = Pace(concurrency)
         self._parking = Parking(poll_interval, enabled=notify)
 
@@ -141,6 +145,9 @@ class Engine:
         self._refused_pause = _PAUSE
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
         self._sent: deque[_Sent] = deque()
+        self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
+        self._has_keys = False  # some job has had a key
+        self._blocked: list[str] = []  # keys whose jobs wait for nothing
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
@@ -186,6 +193,8 @@ class Engine:
 
         Gives the events of what their own transactions have settled.
         """
+        if self._names_keys:
+            outcomes = [outcome for outcome in outcomes if not self._wants(outcome)]
         self._running -= len(outcomes)
         if not self._running:
             self._suspects.ended()
@@ -214,8 +223,23 @@ class Engine:
         self._look()  # it may have been rescheduled
         return event
 
+    def _wants(self, outcome: Outcome) -> bool:
+        if not isinstance(outcome.result, Wants):
+            return False
+        job, token, deaths = outcome.claimed
+        claimed = Claimed(job._replace(exclusive=outcome.result.key), token, deaths)
+        batch = self._batches.get(token)
+        if batch is None or job.id not in batch.jobs:
+            return False  # lost: it is dropped with the others
+        batch.jobs[job.id] = claimed
+        self._wanting.append(claimed)
+        self._has_keys = True
+        return True
+
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""
+        claimed = [*claimed, *self._wanting]
+        self._wanting.clear()
         self.finish([Outcome(c, Release(), None) for c in claimed])
 
     def wake(self, notice: Notice) -> None:
@@ -245,6 +269,8 @@ class Engine:
         if self._stopping and not self._withdrew:
             self._withdrew = True
             return Withdraw()
+        if self._stopping and self._wanting:
+            self.withdrawn([])
         if now >= self._pace.stale_at(self._running):
             self._pace.slow_down(now)
             return Withdraw()
@@ -260,6 +286,7 @@ class Engine:
         if now >= self._refused_at:
             outcomes.append(self._refused.popleft())
             exchange.settle(outcomes[0])
+            self._add_keys(exchange, outcomes)
             self._refused_at = now + self._refused_pause if self._refused else inf
             return self._send(exchange, outcomes, now, again=True)
         for turn in range(3):
@@ -275,6 +302,7 @@ class Engine:
                 # one does not stop the others.
                 self._turn += turn + 1
                 break
+        self._add_keys(exchange, outcomes)
         if self._stopping:
             exchange.park = "give" if done else None
         else:
@@ -299,6 +327,7 @@ class Engine:
             self._careful
             or self._stopping
             or self._parking.parked
+            or self._wanting
             or self._suspects.hold_up(now)
             or any(batch.extend_at <= now for batch in self._batches.values())
         )
@@ -306,6 +335,7 @@ class Engine:
             self._add_claim(exchange, now)
             if self.flows(exchange):
                 self._add_settlements(exchange, outcomes, self._settle_limit)
+                self._add_keys(exchange, outcomes)
                 return self._send(exchange, outcomes, now)
         return None
 
@@ -328,6 +358,17 @@ class Engine:
                 completed.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
+
+    def _add_keys(self, exchange: Exchange, outcomes: list[Outcome]) -> None:
+        if not self._has_keys and not self._blocked:
+            return
+        settled = [o.claimed.job.exclusive for o in outcomes if o.claimed.job.exclusive is not None]
+        if settled or self._blocked:
+            # No transaction locks keys twice, so that they are locked in one order.
+            exchange.release = [*settled, *self._blocked]
+        elif self._wanting:
+            count = min(len(self._wanting), _MOST // 2)
+            exchange.acquire = [self._wanting.popleft() for _ in range(count)]
 
     def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
         due = [batch for batch in self._batches.values() if batch.extend_at <= now]
@@ -438,6 +479,7 @@ class Engine:
                 self._refused.clear()
                 self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
         due_at = self._settled(sent, reply, news, now)
+        self._granted(sent, reply, now, news)
         self._extended(sent, reply, news)
         if sent.exchange.park:
             self._parking.answered(sent.exchange.park, reply.parked, now)
@@ -460,6 +502,7 @@ class Engine:
         neither a slot nor its neighbours.
         """
         sent = self._answered()
+        self._wanting.extendleft(reversed(sent.exchange.acquire))
         if sent.told:
             self._look()
         self._careful = _CAREFUL
@@ -478,7 +521,9 @@ class Engine:
     def disconnect(self, now: float) -> None:
         """Take it that the connection is gone; an exchange under way happened, or did not."""
         while self._sent:
-            outcomes = self._sent.pop().outcomes
+            sent = self._sent.pop()
+            outcomes = sent.outcomes
+            self._wanting.extendleft(reversed(sent.exchange.acquire))
             self._unsure.update(outcome.claimed for outcome in outcomes)
             self._pending.extendleft(reversed(outcomes))
         self._parking.lose()
@@ -533,6 +578,30 @@ class Engine:
                 due_at = min(due_at, now + outcome.delay)
         return due_at
 
+    def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
+        """Hand out the jobs that have their keys; the others have gone to wait."""
+        for claimed in sent.exchange.acquire:
+            batch = self._batches.get(claimed.token)
+            if batch is None or claimed.job.id not in batch.jobs:
+                self._running -= 1  # lost while this was under way
+            elif claimed.job.id in reply.acquired:
+                news.run.append(claimed)
+                if claimed.deaths:
+                    self._suspects.claimed(claimed.deaths, now)  # it proves itself from here on
+            else:
+                self._running -= 1
+                self._drop(claimed)
+        if sent.exchange.acquire and not self._running:
+            self._suspects.ended()
+        if sent.exchange.release:
+            self._blocked = []
+            since = {
+                priority: min(w.since for w in reply.woken if w.priority == priority)
+                for priority in {w.priority for w in reply.woken}
+            }
+            if since:
+                self.wake(Notice(since))
+
     def _drop(self, claimed: Claimed) -> _Batch | None:
         """Let a claim go; give its batch, or None if it is gone already."""
         batch = self._batches.get(claimed.token)
@@ -566,7 +635,11 @@ class Engine:
         if not self._refused:
             self._refused_at = inf
         self._unsure -= lost
-        self._lost |= lost - finished
+        wanting = lost & set(self._wanting)  # no handler has them
+        if wanting:
+            self._wanting = deque(c for c in self._wanting if c not in wanting)
+            self._running -= len(wanting)
+        self._lost |= lost - finished - wanting
         self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
             self._drop(claimed)
@@ -604,6 +677,7 @@ class Engine:
                 self._swept(reply, sent, now, full=self._more)
                 if freed and self._more:
                     self._marks.sweep_at = -inf  # there may be more to free than there are slots
+                self._blocked = reply.blocked
                 waits = [line.wait for line in reply.lines if line.wait is not None]
                 self._due_at = now + max(min(waits), 0.0) if waits else inf
                 self._hold(_claimed(jobs, token), sent, now, news)
@@ -650,4 +724,9 @@ class Engine:
             {c.job.id: c for c in claimed},
         )
         self._running += len(claimed)
+        keyed = [c for c in claimed if c.job.exclusive is not None]
+        if keyed:
+            self._has_keys = True
+            self._wanting.extend(keyed)
+            claimed = [c for c in claimed if c.job.exclusive is None]
         news.run.extend(claimed)

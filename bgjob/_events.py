@@ -19,6 +19,7 @@ from bgjob._exchange import (
 )
 from bgjob._statements import Claimed
 from bgjob.job import Job
+from bgjob.mux import Wants
 from bgjob.observer import NoopObserver, Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
@@ -130,7 +131,7 @@ class Events:
                         observer.job_rescheduled(job, event.delay)
                     case MoveToDlq(error):
                         observer.job_moved_to_dlq(job, error)
-                    case Release() | Committed() | Fenced() | Doubtful():
+                    case Release() | Wants() | Committed() | Fenced() | Doubtful():
                         raise AssertionError("that is no event")
                     case _:
                         assert_never(result)

@@ -14,6 +14,9 @@ from bgjob._statements import (
     Statement,
     Suspect,
     Swept,
+    Woken,
+    acquire,
+    blocked,
     bury,
     claim,
     claim_suspect,
@@ -21,13 +24,16 @@ from bgjob._statements import (
     extend,
     free,
     horizon,
+    lock_keys,
     park,
     postpone,
+    release,
     survey,
     sweep,
     unpark,
 )
 from bgjob.job import Job
+from bgjob.mux import Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
 
 # -- the engine's steps -------------------------------------------------------------
@@ -84,6 +90,10 @@ class Exchange:
     postpone: list[Postponed] = field(default_factory=list)
     bury: list[Buried] = field(default_factory=list)
     extend: list[Claimed] = field(default_factory=list)
+    acquire: list[Claimed] = field(default_factory=list)
+    """Jobs that want their keys."""
+    release: list[str] = field(default_factory=list)
+    """Keys whose jobs are settled, or that wait for nothing; never beside `acquire`."""
     park: Literal["take", "give"] | None = None
     claim: Claim | Sweep | ClaimSuspect | None = None
 
@@ -105,8 +115,8 @@ class Exchange:
                 )
             case MoveToDlq(error):
                 self.bury.append(Buried(claimed, error_text(error) or ""))
-            case Committed() | Fenced():
-                raise AssertionError("its own transaction has settled it")
+            case Committed() | Fenced() | Wants():
+                raise AssertionError("it is settled, or not to be settled")
 
     def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
         """Give the SQL in the order in which it must run, each with its part of the Reply."""
@@ -121,6 +131,7 @@ class Exchange:
             case Sweep(limit, token):
                 plan.append((sweep(queue, limit=limit, lease=lease, token=token), "swept"))
                 plan.append((survey(queue), "lines"))
+                plan.append((blocked(), "blocked"))
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
             case Claim(limit, token, marks, back, watches):
@@ -138,6 +149,13 @@ class Exchange:
             plan.append((bury(self.bury), "settled"))
         if self.extend:
             plan.append((extend(self.extend, lease=lease), "extended"))
+        if self.acquire:
+            keys = [str(claimed.job.exclusive) for claimed in self.acquire]
+            plan.append((lock_keys(keys, make=True), "locked"))
+            plan.append((acquire(self.acquire), "acquired"))
+        if self.release:
+            plan.append((lock_keys(self.release, make=False), "locked"))
+            plan.append((release(queue, self.release), "woken"))
         if self.park == "give":
             plan.append((unpark(queue), "parked"))
         return plan
@@ -145,7 +163,14 @@ class Exchange:
     def __bool__(self) -> bool:
         """Whether there is anything to exchange."""
         return bool(
-            self.complete or self.postpone or self.bury or self.extend or self.park or self.claim
+            self.complete
+            or self.postpone
+            or self.bury
+            or self.extend
+            or self.acquire
+            or self.release
+            or self.park
+            or self.claim
         )
 
 
@@ -225,6 +250,10 @@ class Reply:
     swept: Swept = field(default_factory=lambda: Swept([], 0))
     lines: list[Line] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
+    locked: None = None
+    acquired: list[str] = field(default_factory=list)
+    woken: list[Woken] = field(default_factory=list)
+    blocked: list[str] = field(default_factory=list)
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""
@@ -267,7 +296,7 @@ class Outcome(NamedTuple):
     """How a claimed job ended."""
 
     claimed: Claimed
-    result: Result | Release | Committed | Fenced | Doubtful
+    result: Result | Release | Wants | Committed | Fenced | Doubtful
     took: float | None
     """Seconds in its handler; None where it did not run."""
 

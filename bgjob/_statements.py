@@ -113,10 +113,10 @@ _ENQUEUE = """
     returning
 """
 
-_ENQUEUE_LATER = """
-    insert into bgjob_job (id, queue, type, arg, priority, next_run_at)
+_ENQUEUE_OTHERS = """
+    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
     values (
-        %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s,
+        %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s,
         greatest(%(run_at)s::timestamptz, clock_timestamp()) + %(delay)s * interval '1 second'
     )
     on conflict (id) do nothing
@@ -132,18 +132,18 @@ _TELL = """
         ) end
 """
 
-# By whether the job is due later, and whether to tell; made once, and as fast as a bare insert.
+# By whether it is plain, and whether to tell; made once, and as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool], LiteralString] = {
-    (False, False): _ENQUEUE + "true",
-    (False, True): _ENQUEUE + _TELL,
-    (True, False): _ENQUEUE_LATER + "true",
-    (True, True): _ENQUEUE_LATER + _TELL,
+    (True, False): _ENQUEUE + "true",
+    (True, True): _ENQUEUE + _TELL,
+    (False, False): _ENQUEUE_OTHERS + "true",
+    (False, True): _ENQUEUE_OTHERS + _TELL,
 }
 
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; whether it was written, False where its id is taken."""
-    later = _is_later(request)
+    plain = request.exclusive is None and not _is_later(request)
     params: dict[str, object] = {
         "id": request.id,
         "queue": request.queue,
@@ -151,13 +151,17 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
         "arg": request.payload,
         "priority": request.priority,
     }
-    if later:
-        params |= {"run_at": request.run_at, "delay": seconds(request.delay, "delay")}
+    if not plain:
+        params |= {
+            "exclusive": request.exclusive,
+            "run_at": request.run_at,
+            "delay": seconds(request.delay, "delay"),
+        }
     if notify:
         number = bucket(request.queue)
         params |= {"class": LOCK_CLASS, "bucket": number, "channel": f"bgjob_{number}"}
         params["what"] = _what(request)
-    return Statement(_ENQUEUES[later, notify], params, bool)
+    return Statement(_ENQUEUES[plain, notify], params, bool)
 
 
 _TELL_MANY = """
@@ -184,15 +188,18 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
     return Statement(
         f"""
         with request as (
-            select id, queue, type, arg, priority, position,
+            select id, queue, type, arg, priority, exclusive, position,
                 greatest(run_at, clock_timestamp()) + delay * interval '1 second' as next_run_at
             from unnest(
                 %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)b::bytea[],
-                %(priorities)s::smallint[], %(run_ats)s::timestamptz[], %(delays)s::float8[]
-            ) with ordinality as r (id, queue, type, arg, priority, run_at, delay, position)
+                %(priorities)s::smallint[], %(exclusives)s::text[],
+                %(run_ats)s::timestamptz[], %(delays)s::float8[]
+            ) with ordinality as r (
+                id, queue, type, arg, priority, exclusive, run_at, delay, position
+            )
         ), written as (
-            insert into bgjob_job (id, queue, type, arg, priority, next_run_at)
-            select id, queue, type, arg, priority, next_run_at from request
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
+            select id, queue, type, arg, priority, exclusive, next_run_at from request
             order by id, position
             on conflict (id) do nothing
             returning id
@@ -205,6 +212,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             "types": _text_array([r.type for r in requests]),
             "args": [r.payload for r in requests],
             "priorities": _number_array([r.priority for r in requests]),
+            "exclusives": [r.exclusive for r in requests],
             "run_ats": [r.run_at for r in requests],
             "delays": _number_array([seconds(r.delay, "delay") for r in requests]),
             **_told(requests),
@@ -244,11 +252,12 @@ class Copy(NamedTuple):
 def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     """Write jobs that are due now; unlike `enqueue_many` it fails where an id is taken.
 
-    None where COPY cannot do it: it computes no due times, and writes rows in
-    the order in which they come, which has to be that of their ids.
+    None where COPY does not do it: it computes no due times, writes rows in the
+    order in which they come, which has to be that of their ids, and no keys.
     """
     ids = [r.id for r in requests]
-    if ids != sorted(ids) or any(map(_is_later, requests)):
+    others = any(r.delay or r.run_at or r.exclusive is not None for r in requests)
+    if others or ids != sorted(ids):
         return None
     return Copy(
         "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",
@@ -273,17 +282,20 @@ def _in_range(column: LiteralString) -> LiteralString:
 
 _JOB_COLUMNS = f"""
     id, queue, type, arg, attempt, last_error, priority,
-    {_in_range("next_run_at")}, {_in_range("created_at")}, {_in_range("updated_at")}
+    {_in_range("next_run_at")}, {_in_range("created_at")}, {_in_range("updated_at")}, exclusive
 """
 
 # Each priority in use, without a scan over its rows.
 _PRIORITIES = """
     with recursive line (priority) as (
-        (select priority from bgjob_job where queue = %(queue)s order by priority limit 1)
+        (
+            select priority from bgjob_job where queue = %(queue)s and not waits
+            order by priority limit 1
+        )
         union all
         select (
             select j.priority from bgjob_job j
-            where j.queue = %(queue)s and j.priority > line.priority
+            where j.queue = %(queue)s and j.priority > line.priority and not j.waits
             order by j.priority limit 1
         ) from line where line.priority is not null
     )
@@ -306,7 +318,7 @@ def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
         cross join lateral (
             select j.ctid, j.lease_until is not null as ended from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
-                and j.next_run_at >= line.since and j.next_run_at <= now()
+                and j.next_run_at >= line.since and j.next_run_at <= now() and not j.waits
                 and ({which})
             order by j.next_run_at
             limit %(limit)s
@@ -339,7 +351,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         where j.queue = %(queue)s and j.priority = %(priority)s
             and j.next_run_at >=
                 least(%(mark)s::timestamptz, now() - %(back)s * interval '1 second')
-            and j.next_run_at <= now() and {_FRESH}
+            and j.next_run_at <= now() and not j.waits and {_FRESH}
         order by j.next_run_at
         limit %(limit)s
         for update skip locked
@@ -390,7 +402,7 @@ _CLAIM_SUSPECT = f"""
     where ctid = any (array(
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
-            and j.next_run_at <= now()
+            and j.next_run_at <= now() and not j.waits
         order by j.priority, j.next_run_at, j.deaths
         limit 1
         for update skip locked
@@ -524,12 +536,12 @@ def survey(queue: str) -> Statement[list[Line]]:
         select line.priority, now(), extract(epoch from (
             select j.next_run_at from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
-                and j.next_run_at > now() and j.next_run_at < 'infinity'
+                and j.next_run_at > now() and j.next_run_at < 'infinity' and not j.waits
             order by j.next_run_at limit 1
         ) - clock_timestamp())::float8, (
             select j.deaths from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
-                and j.lease_until is null and j.next_run_at <= now()
+                and j.lease_until is null and j.next_run_at <= now() and not j.waits
             order by j.next_run_at, j.deaths limit 1
         )
         from line where line.priority is not null
@@ -664,13 +676,14 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
         with gone as (
             delete from bgjob_job
             where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-            returning id, queue, type, arg, attempt, priority, next_run_at, created_at, updated_at
+            returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
+                created_at, updated_at
         )
         insert into bgjob_dead_job (
-            job_id, queue, type, arg, attempt, last_error, priority, next_run_at,
+            job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
             job_created_at, job_updated_at
         )
-        select gone.id, queue, type, arg, attempt, b.error, priority, next_run_at,
+        select gone.id, queue, type, arg, attempt, b.error, priority, exclusive, next_run_at,
             created_at, updated_at
         from gone
         join unnest(%(ids)s::text[], %(errors)s::text[]) as b (id, error) on b.id = gone.id
@@ -707,11 +720,225 @@ def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
     )
 
 
+# -- exclusive keys ---------------------------------------------------------------
+
+# What is decided about a key is decided while its row is locked, by a statement that
+# begins after that, so that it sees all that was decided before. Rows are locked in the
+# order of their keys, and no transaction locks twice.
+
+# Its job is claimed: the claim's token is gone as soon as that is settled or freed. Not
+# `exists`: where a nested loop is off that becomes a hash of the whole table.
+_IS_HELD = """
+    (select true from bgjob_job h where h.id = e.job_id and h.token = e.token) is not null
+"""
+
+
+# Another job of the key and the queue of f, that was due before it.
+_EARLIER = """
+    (
+        select true from bgjob_job o
+        where o.exclusive = f.key and {which} and o.queue = f.queue
+            and (o.next_run_at, o.id) < (f.next_run_at, f.id)
+        limit 1
+    ) is not null
+"""
+_EARLIER_WAITS = _EARLIER.format(which="o.waits")
+_EARLIER_IS_DUE = _EARLIER.format(which="not o.waits")
+
+
+def lock_keys(keys: Iterable[str], *, make: bool) -> Statement[None]:
+    """Lock the rows of keys, those that are there, or make them."""
+    lock = """
+        select from bgjob_exclusive where key = any (%(keys)s::text[])
+        order by key collate "C" for update
+    """
+    lock_or_make = """
+        insert into bgjob_exclusive (key)
+        select key from unnest(%(keys)s::text[]) as k (key)
+        on conflict (key) do update set job_id = bgjob_exclusive.job_id
+        returning key
+    """
+    return Statement(
+        lock_or_make if make else lock, {"keys": sorted(set(keys))}, _nothing, prepare=False
+    )
+
+
+def acquire(claimed: Sequence[Claimed]) -> Statement[list[str]]:
+    """Let claimed jobs have their keys, which are locked; the ids of those that have them.
+
+    The others go back and wait aside, and with them the other due jobs of a key
+    that is held, so that no claim meets them. Of one key and queue the job that
+    was due first goes first, also where it waits or another worker has just
+    claimed it.
+    """
+    return Statement(
+        f"""
+        with wanted as materialized (
+            select w.key, w.deaths, j.id, j.token, j.queue, j.next_run_at,
+                coalesce(e.job_id = j.id and e.token = j.token, false) as has_it
+            from unnest(
+                %(ids)s::text[], %(tokens)s::bigint[], %(keys)s::text[], %(deaths)s::smallint[]
+            ) as w (id, token, key, deaths)
+            join bgjob_job j on j.id = w.id and j.token = w.token
+            join bgjob_exclusive e on e.key = w.key
+            where j.id = any (%(ids)s::text[]) and e.key = any (%(keys)s::text[])
+        ), first as materialized (
+            select distinct on (key) key, id, token, queue, next_run_at, has_it
+            from wanted order by key, has_it desc, next_run_at, id
+        ), granted as materialized (
+            select f.key, f.id, f.token
+            from first f join bgjob_exclusive e on e.key = f.key
+            where e.key = any (%(keys)s::text[]) and (
+                f.has_it or not ({_IS_HELD} or {_EARLIER_WAITS} or {_EARLIER_IS_DUE})
+            )
+        ), taken as (
+            update bgjob_exclusive e set job_id = g.id, token = g.token
+            from granted g
+            where e.key = any (%(keys)s::text[]) and e.key = g.key
+        ), aside as materialized (
+            select o.id, k.key
+            from (
+                select e.key from bgjob_exclusive e
+                where e.key = any (%(keys)s::text[])
+                    and ({_IS_HELD} or e.key in (select key from granted))
+            ) as k
+            cross join lateral (
+                select j.id from bgjob_job j
+                where j.exclusive = k.key and not j.waits and j.next_run_at <= now()
+                    and j.token is null
+                order by j.queue, j.next_run_at, j.id
+                limit %(most)s
+                for update skip locked
+            ) as o
+            limit %(most)s
+        ), changed as materialized (
+            select id, key, token, false as parks, 0 as refund, null::smallint as deaths
+            from granted
+            union all
+            select id, key, token, true, 1, deaths from wanted
+            where id not in (select id from granted)
+            union all
+            select id, key, null, true, 0, null from aside
+        ), parked as (
+            update bgjob_job j
+            set exclusive = c.key,
+                waits = c.parks,
+                token = case when not c.parks then j.token end,
+                lease_until = case when not c.parks then j.lease_until end,
+                attempt = greatest(j.attempt, c.refund) - c.refund,
+                deaths = coalesce(c.deaths, j.deaths)
+            from changed c
+            where j.id = any (array(select id from changed)) and j.id = c.id
+                and j.token is not distinct from c.token
+                and (c.parks or j.exclusive is distinct from c.key)
+        )
+        select id from granted
+        """,
+        {
+            "ids": [c.job.id for c in claimed],
+            "tokens": [c.token for c in claimed],
+            "keys": [c.job.exclusive for c in claimed],
+            "deaths": [c.deaths for c in claimed],
+            "most": 1000,
+        },
+        _column,
+        prepare=False,
+    )
+
+
+class Woken(NamedTuple):
+    """A job that has waited for a key, and is due."""
+
+    priority: int
+    since: datetime
+
+
+def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
+    """Wake the first job that waits for each of these keys, which are locked and may be free.
+
+    Of each queue; gives those of this one, whose workers are notified as of an
+    enqueue. Those of others look when they poll.
+    """
+    return Statement(
+        f"""
+        with recursive free as materialized (
+            select e.key from bgjob_exclusive e
+            where e.key = any (%(keys)s::text[]) and not ({_IS_HELD})
+        ), line (key, queue) as (
+            select free.key, (
+                select j.queue from bgjob_job j where j.exclusive = free.key and j.waits
+                order by j.queue limit 1
+            ) from free
+            union all
+            select line.key, (
+                select j.queue from bgjob_job j
+                where j.exclusive = line.key and j.waits and j.queue > line.queue
+                order by j.queue limit 1
+            ) from line where line.queue is not null
+        ), unused as (
+            delete from bgjob_exclusive
+            where key = any (array(
+                select key from line group by key having count(queue) = 0
+            ))
+        ), first as materialized (
+            select f.id
+            from line
+            cross join lateral (
+                select line.key, j.id, j.queue, j.next_run_at from bgjob_job j
+                where j.exclusive = line.key and j.waits and j.queue = line.queue
+                order by j.next_run_at, j.id
+                limit 1
+                for update skip locked
+            ) as f
+            where not ({_EARLIER_IS_DUE})
+        ), woken as (
+            update bgjob_job set waits = false where id = any (array(select id from first))
+            returning queue, priority, {_in_range("next_run_at")} as since
+        )
+        select priority, since, case
+            when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
+            then pg_notify(
+                %(channel)s, concat_ws(' ', extract(epoch from since), priority, queue)
+            )
+        end from woken where queue = %(queue)s
+        """,
+        {
+            "queue": queue,
+            "keys": sorted(set(keys)),
+            "class": LOCK_CLASS,
+            "bucket": bucket(queue),
+            "channel": channel(queue),
+        },
+        lambda rows: [Woken(*row[:2]) for row in rows],
+        prepare=False,
+    )
+
+
+def blocked() -> Statement[list[str]]:
+    """List keys that nobody holds and nobody is about to: their jobs wait for nothing.
+
+    The holder's worker died, or the job whose turn it was has been deleted.
+    """
+    return Statement(
+        f"""
+        select e.key from bgjob_exclusive e
+        where not ({_IS_HELD}) and (
+            select true from bgjob_job j
+            where j.exclusive = e.key and not j.waits and j.next_run_at <= now()
+            limit 1
+        ) is null
+        limit 1000
+        """,
+        None,
+        _column,
+    )
+
+
 # -- dead-letter table ----------------------------------------------------------
 
 _DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {_in_range("next_run_at")},
-    {_in_range("job_created_at")}, {_in_range("job_updated_at")}, {_in_range("moved_at")}
+    {_in_range("job_created_at")}, {_in_range("job_updated_at")}, exclusive, {_in_range("moved_at")}
 """
 
 _DEAD_FILTER = """
@@ -759,8 +986,10 @@ def dlq_requeue(where: DeadFilter) -> Statement[list[str]]:
             select distinct on (job_id) id from bgjob_dead_job where {_DEAD_FILTER}
             order by job_id, id desc
         ), back as (
-            insert into bgjob_job (id, queue, type, arg, last_error, priority, created_at)
-            select job_id, queue, type, arg, last_error, priority, job_created_at
+            insert into bgjob_job (
+                id, queue, type, arg, last_error, priority, exclusive, created_at
+            )
+            select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at
             from bgjob_dead_job
             where id = any (array(select id from latest))
             order by job_id
@@ -797,7 +1026,8 @@ def schema_comment() -> Statement[str | None]:
     return Statement(
         "select obj_description(to_regclass('bgjob_job'), 'pg_class') "
         "where to_regclass('bgjob_job') is not null "
-        "and to_regclass('bgjob_dead_job') is not null",
+        "and to_regclass('bgjob_dead_job') is not null "
+        "and to_regclass('bgjob_exclusive') is not null",
         None,
         lambda rows: (rows[0][0] or "") if rows else None,
     )
@@ -815,19 +1045,26 @@ class Lack(NamedTuple):
 
 
 # What is selected by position needs the whole table's privilege.
-_TABLE_NEEDS = (("bgjob_job", "select"), ("bgjob_job", "delete"))
+_TABLE_NEEDS = (
+    ("bgjob_job", "select"),
+    ("bgjob_job", "delete"),
+    ("bgjob_exclusive", "select"),
+    ("bgjob_exclusive", "delete"),
+)
 _COLUMN_NEEDS = (
     ("bgjob_job", "select", "id queue type arg priority created_at"),
     (
         "bgjob_job",
         "update",
-        "attempt last_error deaths next_run_at token lease_until updated_at",
+        "attempt last_error deaths exclusive waits next_run_at token lease_until updated_at",
     ),
+    ("bgjob_exclusive", "insert", "key"),
+    ("bgjob_exclusive", "update", "job_id token"),
     (
         "bgjob_dead_job",
         "insert",
         (
-            "job_id queue type arg attempt last_error priority next_run_at "
+            "job_id queue type arg attempt last_error priority exclusive next_run_at "
             "job_created_at job_updated_at"
         ),
     ),

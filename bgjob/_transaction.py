@@ -74,7 +74,7 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
         result, commits = route.failed(job, error), False
     if commits:
         try:
-            answers = yield _Ask((claim_of_transaction(), settlement(claimed, result)))
+            answers = yield _Ask((claim_of_transaction(), *settlement(claimed, result)))
             if answers is None or answers[0] != token:
                 result, commits = MoveToDlq(route.transaction_ended()), False
             elif not answers[1]:
@@ -93,12 +93,19 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
     return Committed(result)
 
 
-def settlement(claimed: Claimed, result: Result | Doubtful) -> Statement[list[str]]:
-    """Give the statement that settles one job; it gives the job's id, if it is still held."""
+def settlement(claimed: Claimed, result: Result | Doubtful) -> list[Statement[Any]]:
+    """Give the statements that settle one job; the first gives its id, if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))
-    [(statement, _)] = exchange.statements(claimed.job.queue, 0.0)
-    return statement
+    if claimed.job.exclusive is not None:
+        exchange.release.append(claimed.job.exclusive)
+    return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
+
+
+def acquisition(claimed: Claimed) -> list[Statement[Any]]:
+    """Give the statements that grant one job its key; the last gives its id, if it has it."""
+    exchange = Exchange(acquire=[claimed])
+    return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
 
 
 _FORBIDDEN = (

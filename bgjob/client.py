@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from functools import cached_property
 from itertools import islice
@@ -24,7 +24,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
-from bgjob._transaction import Ending, Transactions, settlement
+from bgjob._transaction import Ending, Transactions, acquisition, settlement
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     BgjobError,
@@ -34,7 +34,7 @@ from bgjob.errors import (
     RequestsRequiredError,
 )
 from bgjob.job import EnqueueRequest
-from bgjob.mux import Mux, Route
+from bgjob.mux import Mux, Route, Wants
 from bgjob.result import MoveToDlq, Result, Retry
 
 T = TypeVar("T")
@@ -222,7 +222,10 @@ class Client:
         lease = seconds(lease, "lease")
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
-        claimed = _only(self._run(claim, None), queue, token)
+        while True:
+            claimed = _keyed(_only(self._run(claim, None), queue, token), mux)
+            if claimed.job.exclusive is None or self._run_all(acquisition(claimed))[-1]:
+                break  # else it waits for its key: take another
         job, route = claimed.job, mux.route(claimed.job, claimed.deaths)
         ends_at = monotonic() + lease
         ending: Ending
@@ -237,7 +240,7 @@ class Client:
             ending = route.run(job)
         settled = isinstance(ending, Committed) or (
             not isinstance(ending, Fenced)
-            and job.id in self._run(settlement(claimed, ending), None)
+            and job.id in self._run_all(settlement(claimed, ending))[0]
         )
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
@@ -314,6 +317,12 @@ class Client:
             return _execute(conn, statement)
         with self._connection(None) as connection:
             return _execute(connection, statement, keep=keep)
+
+    def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
+        if len(statements) == 1:
+            return [self._run(statements[0], None)]
+        with self._connection(None) as connection, connection.transaction():
+            return [_execute(connection, statement) for statement in statements]
 
 
 def _execute(
@@ -423,7 +432,10 @@ class AsyncClient:
         lease = seconds(lease, "lease")
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
-        claimed = _only(await self._run(claim, None), queue, token)
+        while True:
+            claimed = _keyed(_only(await self._run(claim, None), queue, token), mux)
+            if claimed.job.exclusive is None or (await self._run_all(acquisition(claimed)))[-1]:
+                break  # else it waits for its key: take another
         route = mux.route(claimed.job, claimed.deaths)
         ends_at = monotonic() + lease
         ending: Ending
@@ -438,7 +450,8 @@ class AsyncClient:
             ending = await asyncio.to_thread(route.run, claimed.job)
         settled = isinstance(ending, Committed) or (
             not isinstance(ending, Fenced)
-            and claimed.job.id in await asyncio.shield(self._run(settlement(claimed, ending), None))
+            and claimed.job.id
+            in (await asyncio.shield(self._run_all(settlement(claimed, ending))))[0]
         )
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
@@ -512,6 +525,12 @@ class AsyncClient:
     ) -> T:
         async with self._connection(conn) as connection:
             return await _execute_async(connection, statement, keep=keep)
+
+    async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
+        if len(statements) == 1:
+            return [await self._run(statements[0], None)]
+        async with self._connection(None) as connection, connection.transaction():
+            return [await _execute_async(connection, statement) for statement in statements]
 
 
 async def _execute_async(
@@ -613,6 +632,17 @@ def _only(suspects: list[Suspect], queue: str, token: int) -> Claimed:
         raise EmptyQueueError(f"no job of queue {queue!r} is due now")
     [(job, deaths)] = suspects
     return Claimed(job, token, deaths)
+
+
+def _keyed(claimed: Claimed, mux: Mux) -> Claimed:
+    """Give the job with the key that it wants, if any."""
+    job, token, deaths = claimed
+    route = mux.route(job, deaths)
+    return (
+        Claimed(job._replace(exclusive=route.key), token, deaths)
+        if isinstance(route, Wants)
+        else claimed
+    )
 
 
 async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:

@@ -34,6 +34,9 @@ class EnqueueRequest:
         run_at: an aware datetime at which the job is due, instead of a delay;
             one in the past means now.
         priority: -32768 to 32767, 0 by default; lower runs first.
+        exclusive: a key of 1 to 255 characters, no NUL: of all jobs that share
+            it, in any queue and on any host, one runs at a time, and those of
+            a queue in the order in which they are due. None by default.
 
     Raises:
         QueueRequiredError, TypeRequiredError: an empty queue or type.
@@ -51,6 +54,7 @@ class EnqueueRequest:
     delay: Duration = field(default=0.0, kw_only=True)
     run_at: datetime | None = field(default=None, kw_only=True)
     priority: int = field(default=0, kw_only=True)
+    exclusive: str | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """`arg` as it is stored."""
 
@@ -62,6 +66,8 @@ class EnqueueRequest:
         check_name("queue", self.queue)
         check_name("type", self.type)
         check_name("id", self.id)
+        if self.exclusive is not None:
+            check_name("exclusive", self.exclusive)
         seconds(self.delay, "delay")
         if self.run_at is not None:
             if self.delay:
@@ -95,6 +101,7 @@ class Job(NamedTuple):
         next_run_at: when it was due.
         created_at: when it was enqueued.
         updated_at: when its last attempt ended, or when it was enqueued.
+        exclusive: the key that no other running job has, or None.
 
     """
 
@@ -108,6 +115,7 @@ class Job(NamedTuple):
     next_run_at: datetime
     created_at: datetime
     updated_at: datetime
+    exclusive: str | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None when there is none.
@@ -138,6 +146,7 @@ class DeadJob(NamedTuple):
     next_run_at: datetime
     created_at: datetime
     updated_at: datetime
+    exclusive: str | None
     moved_at: datetime
 
     def json(self) -> Any:

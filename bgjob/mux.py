@@ -113,6 +113,13 @@ _COMPLETE = Complete()
 _BACKOFF = Backoff()
 
 
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What is given for a job that must not start before it has a key."""
+
+    key: str
+
+
 class Mux:
     """Routes job types to handlers.
 

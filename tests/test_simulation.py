@@ -42,10 +42,11 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._pace import MOST_AHEAD
-from bgjob._statements import Claimed, Line, Suspect, Swept
+from bgjob._statements import Claimed, Line, Suspect, Swept, Woken
 from bgjob._watermarks import REST
 from bgjob._suspects import proof
 from bgjob.job import Job
+from bgjob.mux import Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -82,6 +83,8 @@ class Row:
     lease_until: int | None = None
     attempt: int = 0
     deaths: int = 0
+    key: str | None = None
+    waits: bool = False
     is_known: bool = False
     """Whether the worker itself put it back, and heard that this was done."""
     free_since: float = 0.0
@@ -99,6 +102,8 @@ class Table:
         self.settled: dict[Key, str] = {}  # by claim: done, dead or postponed
         self.taken: dict[Key, int] = {}  # by claim: when its row went to another claim
         self.locked = 0.0  # the share of rows that others have locked
+        self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
+        self.granted: dict[Key, str] = {}
 
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
         """Run the statements of an exchange; `began` is the transaction's now()."""
@@ -122,6 +127,11 @@ class Table:
         for id_ in self._match(exchange.extend):
             self.rows[id_].lease_until = now + self._lease
             reply.extended.add(id_)
+        promise(not (exchange.acquire and exchange.release), "locks keys twice")
+        if exchange.acquire:
+            reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
+        if exchange.release:
+            reply.woken = self.release(exchange.release, at=at)
         match exchange.claim:
             case Claim(limit, token, marks, back):
                 since = began - int(back * SECOND)
@@ -135,11 +145,82 @@ class Table:
             case Sweep(limit, token):
                 reply.swept = self.sweep(limit, token, began=began, now=now, at=at)
                 reply.lines = self._survey(began=began, now=now)
+                reply.blocked = self._blocked(began)
             case ClaimSuspect(token):
                 found = [r for r in self._due(began) if r.deaths and r.lease_until is None]
                 for job in self.take(found, 1, token, now=now, at=at):
                     reply.suspects = [Suspect(job, self.rows[job.id].deaths)]
         return reply
+
+    def acquire(self, claimed: list[Claimed], *, began: int, at: float) -> list[str]:
+        """Grant keys; put aside those that cannot have theirs, and what waits for the same."""
+        rows = {id_: self.rows[id_] for id_ in self._match(claimed)}
+        keys = {c.job.id: str(c.job.exclusive) for c in claimed}
+        deaths = {c.job.id: c.deaths for c in claimed}
+        granted = []
+        for key in sorted(set(keys.values())):
+            self.holders.setdefault(key, None)
+            wanted = [row for row in rows.values() if keys[row.id] == key]
+            has_it = [row for row in wanted if self.holders[key] == (row.id, row.token)]
+            first = min(has_it or wanted, key=lambda row: (row.due, row.id), default=None)
+            if first is not None and (
+                has_it
+                or not self._is_held(key)
+                and not any(
+                    row.key == key and (row.due, row.id) < (first.due, first.id)
+                    for row in self.rows.values()
+                )
+            ):
+                assert first.token is not None
+                self.holders[key] = first.id, first.token
+                self.granted[first.id, first.token] = key
+                first.key = key
+                granted.append(first.id)
+            for row in wanted:
+                if row.id not in granted:
+                    row.token = row.lease_until = None
+                    row.attempt -= 1
+                    row.deaths = deaths[row.id]
+                    row.key, row.waits = key, True
+            if self._is_held(key):
+                for row in self.rows.values():
+                    if row.key == key and row.token is None and row.due <= began:
+                        row.waits = True
+        return granted
+
+    def release(self, keys: list[str], *, at: float) -> list[Woken]:
+        """Wake the first that waits for each key that is free."""
+        woken = []
+        for key in sorted(set(keys)):
+            if self._is_held(key) or key not in self.holders:
+                continue
+            waits = [row for row in self.rows.values() if row.key == key and row.waits]
+            if not waits:
+                del self.holders[key]
+                continue
+            first = min(waits, key=lambda row: (row.due, row.id))
+            if not any(
+                row.key == key and not row.waits and (row.due, row.id) < (first.due, first.id)
+                for row in self.rows.values()
+            ):
+                first.waits = False
+                first.free_since = at
+                woken.append(Woken(first.priority, EPOCH + first.due * MICROSECOND))
+        return woken
+
+    def _is_held(self, key: str) -> bool:
+        id_, token = self.holders.get(key) or ("", 0)
+        return id_ in self.rows and self.rows[id_].token == token
+
+    def _blocked(self, began: int) -> list[str]:
+        return [
+            key
+            for key in self.holders
+            if not self._is_held(key)
+            and not any(
+                row.key == key and not row.waits and row.due <= began for row in self.rows.values()
+            )
+        ]
 
     def sweep(self, limit: int, token: int, *, began: int, now: int, at: float) -> Swept:
         """Take fresh rows, and free those whose lease has ended."""
@@ -165,7 +246,7 @@ class Table:
         return self._hold(self._unlocked(rows, limit, at), token, now=now)
 
     def _due(self, began: int) -> list[Row]:
-        due = [row for row in self.rows.values() if row.due <= began]
+        due = [row for row in self.rows.values() if row.due <= began and not row.waits]
         return sorted(due, key=lambda row: (row.priority, row.due))
 
     @staticmethod
@@ -195,7 +276,19 @@ class Table:
             when = EPOCH + row.due * MICROSECOND
             kind = "transactional" if row.id.endswith(("3", "7")) else "ordinary"
             jobs.append(
-                Job(row.id, "q", kind, None, row.attempt, None, row.priority, when, EPOCH, EPOCH)
+                Job(
+                    row.id,
+                    "q",
+                    kind,
+                    None,
+                    row.attempt,
+                    None,
+                    row.priority,
+                    when,
+                    EPOCH,
+                    EPOCH,
+                    row.key,
+                )
             )
         return jobs
 
@@ -207,6 +300,8 @@ class Table:
             return False
         exchange = Exchange()
         exchange.settle(outcome)
+        if outcome.claimed.job.exclusive is not None:
+            exchange.release.append(outcome.claimed.job.exclusive)
         self.carry_out(exchange, began=now, now=now, at=at)
         self.rows.get(id_, row).is_known = False  # the engine learns of it by a look only
         return True
@@ -232,7 +327,7 @@ class Table:
     def _survey(self, *, began: int, now: int) -> list[Line]:
         nexts: dict[int, int | None] = {}
         deaths: dict[int, int] = {}
-        for row in self.rows.values():
+        for row in (row for row in self.rows.values() if not row.waits):
             due = nexts.setdefault(row.priority, None)
             if row.due > began and (due is None or row.due < due):
                 nexts[row.priority] = row.due
@@ -284,8 +379,11 @@ class History:
             notify=self.notify,
             tokens=count(1),
             transactional={"transactional"} if random.random() < 0.5 else set(),
+            names_keys=True,
         )
         self.streams = seed % 2 == 1
+        self.keys = random.choice([0.0, 0.0, 0.3, 1.0])  # the share of jobs that have one
+        self.named = random.choice([0.0, 0.5])  # of those, whose key their handler names
         self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
@@ -311,6 +409,7 @@ class History:
 
         # What the promises are checked with.
         self.enqueued: set[str] = set()
+        self.key_of: dict[str, str] = {}
         self.poison: set[str] = set()
         self.healing = True
         self.handed: dict[Key, Literal["told", "lost"] | None] = {}
@@ -393,6 +492,10 @@ class History:
         random = self.random
         delay = random.choice([0.0, 0.0, 0.0, random.random() * 3])
         row = Row(id_, random.choice([0, 0, 0, -1, 5]), self.db_now + int(delay * SECOND))
+        if random.random() < self.keys:
+            row.key = random.choice("ab")
+            if random.random() < self.named:
+                self.key_of[id_], row.key = row.key, None
         shares = self.notify and self.lock is None
         told = self.notify and not shares
         began = EPOCH + self.db_now * MICROSECOND
@@ -420,7 +523,13 @@ class History:
         token = -next(self._numbers) - 1
         limit = self.random.randrange(1, 4)
         [jobs, _] = self.table.sweep(limit, token, began=self.db_now, now=self.db_now, at=self.now)
-        done = Exchange(complete=[Claimed(job, token) for job in jobs])
+        keyed = [Claimed(job, token) for job in jobs if job.exclusive is not None]
+        granted = self.table.acquire(keyed, began=self.db_now, at=self.now)
+        jobs = [job for job in jobs if job.exclusive is None or job.id in granted]
+        done = Exchange(
+            complete=[Claimed(job, token) for job in jobs],
+            release=[job.exclusive for job in jobs if job.exclusive is not None],
+        )
 
         def settle() -> None:
             self.table.carry_out(done, began=self.db_now, now=self.db_now, at=self.now)
@@ -457,6 +566,13 @@ class History:
     def _start_handlers(self) -> None:
         while self.waiting and self.busy < self.concurrency:
             claimed = self.waiting.popleft()
+            key = self.key_of.get(claimed.job.id)
+            if key is not None and claimed.job.exclusive is None:
+                self.outcomes.append(Outcome(claimed, Wants(key), None))
+                self.handed.pop((claimed.job.id, claimed.token))
+                self.live.pop((claimed.job.id, claimed.token), None)
+                self.woken = True
+                continue
             self.busy += 1
             took = self._duration()
             self.last_end = max(self.last_end, self.now + took)
@@ -612,7 +728,7 @@ class History:
                 self._suspect(exchange, reply)
                 news = self.engine.acknowledge(reply, self.now)
                 self._hear(news, began)
-                self._count_fruit(bool(settled or exchange.extend or news.run))
+                self._count_fruit(bool(settled or exchange.extend or exchange.acquire or news.run))
                 self.waiting.extend(news.run)
                 self._start_handlers()
                 return ahead
@@ -722,18 +838,22 @@ class History:
                 waited = self.now >= self.suspected_at + 1.0
                 promise(not self.engine.in_flight or waited, "a suspect is not alone")
         for key in [(c.job.id, c.token) for c in self._settled_in(exchange)]:
-            promise(self.handed[key] != "told", f"{key}: settles again what is settled")
+            promise(self.handed.get(key) != "told", f"{key}: settles again what is settled")
 
     def _hear(self, news: News, sent_at: float) -> None:
         for claimed in news.run:
             key = claimed.job.id, claimed.token
             promise(key not in self.handed, f"{key}: handed out twice")
+            asked = claimed.job.exclusive
+            promise(self.table.granted.get(key) == asked, f"{key}: handed out without its key")
             self.handed[key] = None
             self.handed_at = self.now
             if claimed.deaths:
                 self.alone_until = self.now + proof(claimed.deaths)
             self.live[key] = claimed
             self.claim_of[id(claimed.job)] = claimed
+        if not self.engine.in_flight:
+            self.alone_until = -inf
         self._tell(news.events)
         for claimed in self._settled_in(self.asked):
             self.live.pop((claimed.job.id, claimed.token), None)
@@ -746,6 +866,9 @@ class History:
                     self._end_claim(key, "told")
                     self._check_settled(key, result)
                 case LeaseLost(job):
+                    if id(job) not in self.claim_of:
+                        promise(job.exclusive is not None, f"{job.id}: lost, never handed out")
+                        continue
                     claimed = self.claim_of[id(job)]
                     key = job.id, claimed.token
                     self._end_claim(key, "lost")
@@ -788,7 +911,8 @@ class History:
 
     def _check_turn(self) -> None:
         promise(
-            self.engine.in_flight == self.busy + len(self.waiting) + len(self.outcomes),
+            self.engine.in_flight - len(self.engine._wanting)
+            == self.busy + len(self.waiting) + len(self.outcomes),
             "lost count of its jobs",
         )
         if self.suspected_at < inf:
@@ -799,13 +923,19 @@ class History:
             self._check_leases()
             self._check_idleness()
         if self.peace and self.give_up_at is None:
-            left = self.table.rows.keys() - self.poison
+            poisoned = {self._key(id_) for id_ in self.poison} - {None}
+            left = {id_ for id_ in self.table.rows if self._key(id_) not in poisoned}
+            left -= self.poison
             if not left and self.in_flight == 0:
                 self._ask_to_stop()
                 return
             promise(self.now < self._deadline(), f"forgot {sorted(left)}")
         elif self.peace and self.healing:
             promise(self.now < self._deadline(), "does not stop")
+
+    def _key(self, id_: str) -> str | None:
+        row = self.table.rows.get(id_)
+        return self.key_of.get(id_, row and row.key)
 
     def _deadline(self) -> float:
         return (
@@ -814,6 +944,7 @@ class History:
             + 4
             + 6 * max(self.poll_interval, REST * self.longest_cost)
             + len(self.enqueued) * 0.01
+            + (self.keys > 0) * (4 * self.lease + 4 * self.poll_interval)
         )
 
     def _check_leases(self) -> None:
@@ -840,6 +971,8 @@ class History:
             idle_since = max(idle_since, self.handed_at)
         now = self.db_now
         for row in self.table.rows.values():
+            if row.waits or row.key is not None or row.id in self.key_of:
+                continue  # others may come first: the deadline holds for it
             free_at = max(row.due, row.lease_until or 0)
             waited = min((now - free_at) / SECOND, self.now - max(row.free_since, idle_since))
             if row.is_known and self.disturbed_at < row.free_since and not self.refused:
@@ -885,7 +1018,9 @@ class History:
 
     def _check_end(self) -> None:
         for key, how in self.table.settled.items():
-            promise(key[1] < 0 or key in self.handed, f"{key}: settled {how}, never handed out")
+            given_back = how == "postponed" and self.keys
+            known = key[1] < 0 or key in self.handed or given_back
+            promise(bool(known), f"{key}: settled {how}, never handed out")
 
 
 def replay(seed: int) -> History:
