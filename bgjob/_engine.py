@@ -136,6 +136,8 @@ class Engine:
         self._pace = Pace(concurrency)
         self._parking = Parking(poll_interval, enabled=notify)
 
+        self.missing = 0
+        """Slots that are out of order."""
         self._batches: dict[int, _Batch] = {}
         self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
         self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
@@ -430,7 +432,7 @@ class Engine:
         if len(self._refused) >= _MOST:
             return 0
         asked = sum(sent.exchange.claim.limit for sent in self._sent if sent.exchange.claim)
-        return self.capacity - self._running - asked
+        return self.capacity - self._running - asked - self.missing
 
     def _wants_claim(self, now: float) -> bool:
         return (
@@ -441,7 +443,7 @@ class Engine:
 
     @property
     def _has_free_slot(self) -> bool:
-        return self._running < self._concurrency
+        return self._running < self._concurrency - self.missing
 
     def _has_room_for_others(self, now: float) -> bool:
         return self._has_free_slot and not self._suspects.hold_up(now)

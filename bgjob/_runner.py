@@ -17,17 +17,17 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from math import inf
-from time import perf_counter
-from typing import cast
+from time import monotonic, perf_counter
+from typing import NamedTuple, cast
 
 from bgjob._exchange import Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed
 from bgjob._transaction import Ending, Transactions
-from bgjob.errors import LoopBlockedError
+from bgjob.errors import JobTimeoutError, LoopBlockedError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
-from bgjob.result import Complete, MoveToDlq
+from bgjob.result import Complete, MoveToDlq, Result, Retry
 
 _COMPLETE = Complete()
 _outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
@@ -47,6 +47,15 @@ class _Thread:
     def __init__(self) -> None:
         self.rest = threading.Lock()
         self.claimed: Claimed | None = None
+
+
+class _Timed(NamedTuple):
+    """A job on a thread whose time is limited."""
+
+    claimed: Claimed
+    route: Route
+    began: float
+    ends: float
 
 
 class _Task:
@@ -70,6 +79,7 @@ class Runner:
         queue: str,
         concurrency: int,
         started: Callable[[Job], None] | None,
+        timed_out: Callable[[Job, float], None],
         finished: Callable[[], None],
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
@@ -78,6 +88,7 @@ class Runner:
         self._lineage = lineage
         self._queue = queue
         self._started = started
+        self._timed_out = timed_out
         self._finished = finished
         self._jobs: deque[Claimed] = deque()
         self._outcomes: deque[Outcome] = deque()
@@ -85,6 +96,8 @@ class Runner:
         self._concurrency = self._free = concurrency
         self._resting: list[_Thread] = []
         self._threads = 0
+        self._timed: dict[_Thread, _Timed] = {}
+        self._stuck = 0  # threads whose jobs have timed out, and that have not come back
         self._closed = False
         self._loop = loop
         self._loop_thread: threading.Thread | None = None
@@ -143,6 +156,55 @@ class Runner:
     def tasks(self) -> set[asyncio.Task[None]]:
         """The tasks that run on the loop."""
         return set(self._tasks)
+
+    @property
+    def next_timeout(self) -> float:
+        """When the first of the jobs on threads runs out of time."""
+        return min((timed.ends for timed in list(self._timed.values())), default=inf)
+
+    @property
+    def missing(self) -> int:
+        """Slots whose threads have not come back from a job that timed out, nor been replaced."""
+        return max(self._stuck - self._concurrency, 0)
+
+    def expire(self, now: float) -> None:
+        """Fail the jobs on threads whose time is over; a new thread takes the slot.
+
+        A thread cannot be stopped: what its handler returns later is dropped. As
+        many as there are slots are replaced; beyond that a slot waits for its
+        thread.
+        """
+        for thread, timed in list(self._timed.items()):
+            # Whoever takes it out of there, this or the thread itself, tells what came of it.
+            if timed.ends > now or self._timed.pop(thread, None) is None:
+                continue
+            with self._lock:
+                self._stuck += 1
+                if self._stuck <= self._concurrency:
+                    self._free += 1
+            result = self._fail(timed.claimed.job, timed.route)
+            self._done(Outcome(timed.claimed, result, now - timed.began))
+        self.spread()
+
+    def _come_back(self) -> None:
+        """Let a thread that was given up end; it brings its slot back if that has waited for it."""
+        with self._lock:
+            if self._stuck > self._concurrency:
+                self._free += 1
+            self._stuck -= 1
+        self._finished()  # the slot may be wanted
+
+    def _fail(self, job: Job, route: Route) -> Result:
+        """Tell that the time is over; give the result of that."""
+        assert route.timeout is not None  # noqa: S101 (it has run out)
+        self._timed_out(job, route.timeout)
+        return route.failed(
+            job,
+            JobTimeoutError(
+                f"job {job.id!r} of type {job.type!r} did not end within its timeout of "
+                f"{route.timeout:g} s"
+            ),
+        )
 
     def blocked(self, now: float, patience: float) -> LoopBlockedError | None:
         """Tell once of a loop that has not turned for so many seconds; asked now and then."""
@@ -283,15 +345,33 @@ class Runner:
                 if started is not None:
                     started(job)
                 began = perf_counter()
-                if route.is_transactional:
-                    result: Ending = self._transactions.run(route, claimed)
-                else:
+                result: Ending | None
+                if route.is_simple:
                     result = route.run(job)
+                else:
+                    result = self._run(me, route, claimed)
+                    if result is None:
+                        self._come_back()
+                        return
                 if self._lineage.is_child:
                     self._lineage.end(getattr(result, "error", None))
                 outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = None
+
+    def _run(self, me: _Thread, route: Route, claimed: Claimed) -> Ending | None:
+        """Run a handler that has a transaction or a time; None if it is over."""
+        if route.timeout is not None:
+            began = monotonic()
+            self._timed[me] = _Timed(claimed, route, began, began + route.timeout)
+            self._finished()  # it may be the next thing to look after
+        if route.is_transactional:
+            result: Ending = self._transactions.run(route, claimed)
+        else:
+            result = route.run(claimed.job)
+        if route.timeout is not None and self._timed.pop(me, None) is None:
+            return None
+        return result
 
     # -- tasks ------------------------------------------------------------------------------
 
@@ -348,11 +428,13 @@ class Runner:
                 me.claimed = claimed
                 began = perf_counter()
                 try:
-                    if route.is_transactional:
-                        result: Ending = await self._transactions.run_async(route, claimed)
-                    else:
+                    if route.is_simple:
                         returned = await route.handler(job)
-                        result = _COMPLETE if returned is None else route.judge(job, returned)
+                        result: Ending = (
+                            _COMPLETE if returned is None else route.judge(job, returned)
+                        )
+                    else:
+                        result = await self._run_async(route, claimed)
                 except BaseException as error:
                     result = route.failed(job, error)
                 if self._lineage.is_child:
@@ -365,6 +447,22 @@ class Runner:
             ran += 1
             if ran % _BEFORE_YIELD == 0:
                 await asyncio.sleep(0)
+
+    async def _run_async(self, route: Route, claimed: Claimed) -> Ending:
+        """Run a handler that has a transaction or a time, which ends with a cancellation."""
+        job, limit = claimed.job, asyncio.timeout(route.timeout)
+        result: Ending
+        try:
+            async with limit:
+                if route.is_transactional:
+                    result = await self._transactions.run_async(route, claimed)
+                else:
+                    result = route.judge(job, await route.handler(job))
+        except BaseException as error:
+            result = route.failed(job, error)
+        if limit.expired() and isinstance(result, Retry | MoveToDlq):
+            result = self._fail(job, route)
+        return result
 
     def _cancel(self) -> None:
         for task in self._tasks:

@@ -73,5 +73,9 @@ class LoopBlockedError(BgjobError):
         )
 
 
+class JobTimeoutError(BgjobError, TimeoutError):
+    """A handler ran for longer than its type's timeout; the attempt has failed."""
+
+
 class SchemaError(BgjobError):
     """The tables are missing, not this library's version, or not granted to the role."""
