@@ -10,12 +10,15 @@ from bgjob.errors import (
     RequestsRequiredError,
     SchemaError,
     TypeRequiredError,
+    UnknownScheduleError,
     UnknownTypeError,
 )
 from bgjob.job import DeadJob, EnqueueRequest, Job
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, NoopObserver, Observer
 from bgjob.result import Backoff, Complete, MoveToDlq, Reschedule, Result, Retry
+from bgjob.schedule import Schedule, ScheduleStatus
+from bgjob.schedules import Schedules
 from bgjob.worker import AsyncWorker, Worker
 
 __all__ = [
@@ -41,8 +44,12 @@ __all__ = [
     "Reschedule",
     "Result",
     "Retry",
+    "Schedule",
+    "ScheduleStatus",
+    "Schedules",
     "SchemaError",
     "TypeRequiredError",
+    "UnknownScheduleError",
     "UnknownTypeError",
     "Worker",
 ]

@@ -301,6 +301,18 @@ class Link:
             answer.asked.append((statement, part, cursor))
         return answer
 
+    def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
+        """Let a service use the connection; what it leaves uncommitted is rolled back."""
+        connection = self._ready()
+        try:
+            wait = use(connection)
+        finally:
+            if connection.info.transaction_status in _UNENDED:
+                connection.rollback()
+        if not self.is_open:
+            raise psycopg.OperationalError("a service closed the connection, or left it busy")
+        return wait
+
     @property
     def is_open(self) -> bool:
         """Whether the connection can carry another exchange."""

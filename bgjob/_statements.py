@@ -1072,14 +1072,17 @@ _COLUMN_NEEDS = (
 )
 
 
-def lacks() -> Statement[list[Lack]]:
-    """List what a worker needs of the tables and has not; whole tables first."""
+def lacks(
+    table_needs: Iterable[tuple[str, str]] = _TABLE_NEEDS,
+    column_needs: Iterable[tuple[str, str, str]] = _COLUMN_NEEDS,
+) -> Statement[list[Lack]]:
+    """List what a worker (by default) needs of the tables and has not; whole tables first."""
     needs: list[tuple[str, str | None, str]] = [
-        (relation, None, privilege) for relation, privilege in _TABLE_NEEDS
+        (relation, None, privilege) for relation, privilege in table_needs
     ]
     needs += [
         (relation, column, privilege)
-        for relation, privilege, columns in _COLUMN_NEEDS
+        for relation, privilege, columns in column_needs
         for column in columns.split()
     ]
     relations, columns, privileges = zip(*needs, strict=True)
@@ -1089,7 +1092,7 @@ def lacks() -> Statement[list[Lack]]:
             n.name is not null and a.attnum is null
         from unnest(%(relations)s::text[], %(columns)s::text[], %(privileges)s::text[])
             with ordinality as n (relation, name, privilege, position)
-        left join pg_attribute a on a.attrelid = n.relation::regclass and a.attname = n.name
+        left join pg_attribute a on a.attrelid = to_regclass(n.relation) and a.attname = n.name
             and not a.attisdropped
         where case
             when n.name is null then not has_table_privilege(n.relation, n.privilege)

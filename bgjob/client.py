@@ -36,6 +36,7 @@ from bgjob.errors import (
 from bgjob.job import EnqueueRequest
 from bgjob.mux import Mux, Route, Wants
 from bgjob.result import MoveToDlq, Result, Retry
+from bgjob.timetable import AsyncTimetable, Timetable
 
 T = TypeVar("T")
 
@@ -102,6 +103,8 @@ class Client:
         self._lock = threading.Lock()
         self.dlq = Dlq(self._run)
         """The dead-letter table."""
+        self.schedules = Timetable(self._run, self.enqueue)
+        """The schedules that workers have."""
 
     def enqueue(
         self, request: EnqueueRequest, *, conn: psycopg.Connection[Any] | None = None
@@ -360,6 +363,8 @@ class AsyncClient:
         self._pid: int | None = None  # the process that uses it
         self.dlq = AsyncDlq(self._run)
         """The dead-letter table."""
+        self.schedules = AsyncTimetable(self._run, self.enqueue)
+        """The schedules that workers have."""
 
     async def enqueue(
         self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None

@@ -47,6 +47,10 @@ class EmptyQueueError(BgjobError):
     """No job of the queue is due now."""
 
 
+class UnknownScheduleError(BgjobError, LookupError):
+    """No schedule of this name is in the database: no worker that has it was started yet."""
+
+
 class LeaseLostError(BgjobError):
     """A job ran for longer than its lease, and its result was not applied."""
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future, wait
 from itertools import count
 from math import inf
@@ -28,6 +29,7 @@ from bgjob.errors import BgjobError, QueueRequiredError
 from bgjob.job import check_name
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, Observer
+from bgjob.service import Rota, Service
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
@@ -54,6 +56,7 @@ class _Control:
         lease: Duration,
         observer: Observer | None,
         notify: bool,
+        services: Iterable[Service],
     ) -> None:
         if not queue:
             raise QueueRequiredError("queue is required: name the queue to work on")
@@ -71,13 +74,14 @@ class _Control:
         self._mux = mux
         self._concurrency = concurrency
         self._notify = notify
+        self._rota = Rota(services)
         self._link = Link(
             lambda: client.recipe,
             queue,
             lease=self._lease,
             notify=notify,
             # What was taken for quick jobs, and given one slot, may not be quick.
-            slow=lambda: self._runner.spread(),  # noqa: PLW0108 (made later)
+            slow=lambda: self._runner.spread() if self._has_run else None,
         )
         self._events = Events(observer or LoggingObserver(), queue)
         # Made by open(): a thread that was made before a fork cannot start after it.
@@ -98,6 +102,11 @@ class _Control:
             if self._opened or self._give_up_at is not None:
                 raise RuntimeError("a worker runs once: make a new one")
             self._link.open()
+            try:
+                self._rota.run(self._link.lend, monotonic, self._service_cannot_start)
+            except BaseException:
+                self._link.close()
+                raise
             self._opened = True
             self._pid = os.getpid()
             self._bell = Bell()
@@ -193,6 +202,7 @@ class _Control:
             self._events.tell([blocked])
         if self._give_up_at is not None:
             engine.shutdown()
+            self._rota.end()
             if now >= self._give_up_at:
                 engine.abandon()
             if now >= self._give_up_at + _LAST_WORDS:
@@ -202,13 +212,18 @@ class _Control:
             if not self._link.is_open:
                 self._reopen(now)
                 return True
+            if now >= self._rota.pressing_at:
+                self._serve()
+                return True
             match engine.step(now):
                 case Exchange() as exchange:
                     self._exchange(exchange)
                 case Withdraw():
                     engine.withdrawn(runner.withdraw())
+                case Sleep() if now >= self._rota.due_at:
+                    self._serve()
                 case Sleep(until):
-                    self._sleep(until)
+                    self._sleep(min(until, self._rota.due_at))
                 case Stop(abandoned):
                     self.abandoned = abandoned
                     return False
@@ -226,10 +241,14 @@ class _Control:
             else:
                 self._acknowledge(self._link.exchange(exchange))
         except psycopg.Error as error:
-            if not self._link.is_open or isinstance(error, ReadOnlySqlTransaction):
-                raise  # a primary that became a standby: the next one may be elsewhere
+            if self._must_reconnect(error):
+                raise
             self._events.error(error)
             self._engine.reject(monotonic())
+
+    def _must_reconnect(self, error: psycopg.Error) -> bool:
+        # A primary that became a standby: the next one may be elsewhere.
+        return not self._link.is_open or isinstance(error, ReadOnlySqlTransaction)
 
     def _stream(self, exchange: Exchange) -> None:
         """Exchange for as long as jobs flow, each answer worked on while the next is made."""
@@ -239,12 +258,27 @@ class _Control:
             while answer is not None:
                 link.receive(answer)
                 self._collect()
-                ahead = engine.ahead(monotonic()) if self._give_up_at is None else None
+                now = monotonic()
+                goes_on = self._give_up_at is None and now < self._rota.pressing_at
+                ahead = engine.ahead(now) if goes_on else None
                 try:
                     coming = link.send(ahead) if ahead else None
                 finally:
                     self._acknowledge(answer.read())
                 answer = coming
+
+    def _serve(self) -> None:
+        self._rota.run(self._link.lend, monotonic, self._service_failed)
+
+    def _service_failed(self, error: BaseException) -> None:
+        if isinstance(error, psycopg.Error) and self._must_reconnect(error):
+            raise error
+        self._events.error(error)
+
+    def _service_cannot_start(self, error: BaseException) -> None:
+        if isinstance(error, BgjobError) or not isinstance(error, Exception):
+            raise error
+        self._service_failed(error)
 
     def _collect(self) -> None:
         if self._runner.has_outcomes:
@@ -320,6 +354,8 @@ class Worker:
         observer: receives the events; by default they are logged.
         notify: whether enqueues wake the worker; True by default. Behind a
             pooler in transaction mode it polls whatever this says.
+        services: what the worker does beside its jobs, such as Schedules; see
+            bgjob.service.Service. None by default.
 
     Jobs run at least once: a handler whose worker dies before its result is
     stored runs again elsewhere. A context manager: entering runs it, leaving
@@ -337,6 +373,7 @@ class Worker:
         lease: Duration = 30.0,
         observer: Observer | None = None,
         notify: bool = True,
+        services: Iterable[Service] = (),
     ) -> None:
         self._control = _Control(
             client,
@@ -347,13 +384,14 @@ class Worker:
             lease=lease,
             observer=observer,
             notify=notify,
+            services=services,
         )
 
     def run(self) -> None:
         """Connect, check the schema, and start to work; returns at once.
 
         Raises:
-            SchemaError: the tables are missing or of another version.
+            SchemaError: the tables are missing or of another version, or a grant is.
             psycopg.Error: the server cannot be reached, or refuses.
             RuntimeError: the worker has been run or shut down before.
 
@@ -420,6 +458,7 @@ class AsyncWorker:
         lease: Duration = 30.0,
         observer: Observer | None = None,
         notify: bool = True,
+        services: Iterable[Service] = (),
     ) -> None:
         self._control = _Control(
             client,
@@ -430,6 +469,7 @@ class AsyncWorker:
             lease=lease,
             observer=observer,
             notify=notify,
+            services=services,
         )
 
     async def run(self) -> None:

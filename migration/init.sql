@@ -86,4 +86,22 @@ create table bgjob_dead_job (
 -- One job id may die more than once: requeued, or enqueued again.
 create index bgjob_dead_job_job_id on bgjob_dead_job (job_id);
 
+-- One row a schedule. Whoever moves its tick forward enqueues the jobs.
+create table bgjob_schedule (
+    name        text        not null,
+    spec        text        not null,
+    queue       text        not null,
+    type        text        not null,
+    arg         bytea,
+    priority    smallint    not null,
+    -- All ticks up to this one are dealt with.
+    tick        timestamptz not null default clock_timestamp(),
+    -- The last tick for which a job was enqueued, and that job.
+    last_run_at timestamptz,
+    last_job_id text,
+    next_run_at timestamptz,
+    paused      boolean     not null default false,
+    constraint bgjob_schedule_pkey primary key (name)
+);
+
 comment on table bgjob_job is 'bgjob schema 1';

@@ -1,0 +1,236 @@
+"""Schedules: what is enqueued at which ticks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from bgjob._duration import Duration, seconds
+from bgjob.cron import Cron
+from bgjob.job import EnqueueRequest, check_name
+
+Missed: TypeAlias = Literal["one", "all", "skip"]
+
+_LONGEST_NAME = 200  # a job's id holds it, and has room for 255 characters
+
+GRACE = timedelta(seconds=60)
+"""How late a tick may be and not count as missed: a deploy takes some seconds."""
+
+MOST_AT_ONCE = 200
+"""Missed ticks that are enqueued by one statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """An interval from tick to tick."""
+
+    interval: timedelta
+
+    def after(self, instant: datetime) -> datetime:
+        """Give the tick after this one."""
+        return instant + self.interval
+
+    def latest(self, after: datetime, until: datetime) -> datetime | None:
+        """Give the last tick that is later than this one and not later than `until`."""
+        count = (until - after) // self.interval
+        return after + count * self.interval if count > 0 else None
+
+    def __str__(self) -> str:
+        return f"every {self.interval}"
+
+
+@dataclass(frozen=True, slots=True)
+class AfterCompletion:
+    """An interval from the end of a run to the next."""
+
+    interval: timedelta
+
+    def __str__(self) -> str:
+        return f"{self.interval} after completion"
+
+
+class ScheduleStatus(NamedTuple):
+    """A schedule in the database.
+
+    Attributes:
+        name: which it is.
+        spec: when its ticks are, in words.
+        queue: that of its jobs.
+        type: that of its jobs.
+        paused: whether nothing is enqueued.
+        last_run_at: the last tick for which a job was enqueued; None before the first.
+        next_run_at: the next tick; None while that is not known: it is
+            paused, its last job is not over, or no worker has seen it since it was resumed.
+
+    """
+
+    name: str
+    spec: str
+    queue: str
+    type: str
+    paused: bool
+    last_run_at: datetime | None
+    next_run_at: datetime | None
+
+
+class State(NamedTuple):
+    """How far a schedule is, as a worker sees it."""
+
+    name: str
+    tick: datetime
+    """All ticks up to this one are dealt with."""
+    next_run_at: datetime | None
+    paused: bool
+    running: bool
+    """Whether the last job that was enqueued for a tick is live."""
+    now: datetime
+    """By the database's clock."""
+
+
+class Firing(NamedTuple):
+    """A step of a schedule; nothing happens if somebody has taken it before."""
+
+    tick: datetime
+    """All ticks up to this one are dealt with then."""
+    next_run_at: datetime | None
+    """None where that is not known yet."""
+    ticks: tuple[datetime, ...] = ()
+    """For which to enqueue a job, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A job to be enqueued again and again; workers with `Schedules` do it.
+
+    The first tick is the first after a worker has seen the schedule for the first
+    time. A job for a tick has the id `schedule:<name>:<tick>`.
+
+    Attributes:
+        name: which schedule it is, for all workers and over all restarts; 1 to
+            200 characters, without a colon.
+        request: the job. Its id is not used, and it must have no delay and no run_at.
+        cron: five fields (minute, hour, day of the month, month, day of the
+            week), or six, with the second first. Needs the extra `cron`. Where
+            neither minute nor hour begins with a star, a time that the clock
+            skips comes when it has stepped, and one that it shows twice comes
+            once; any other expression means real time, as in Debian's cron.
+        every: seconds or a timedelta from tick to tick, without drift, over restarts too.
+            At least 1 s.
+        after_completion: seconds or a timedelta from the end of a run (whether
+            it completed or died) to the next, so that there is never more than
+            one. At least 1 s; it may be longer by the poll interval of `Schedules`.
+        tz: the time zone of `cron`; "UTC" by default, which has no steps.
+        missed: what to do about ticks at which no worker ran: "one" (the
+            default) enqueues one job, for the last of them; "all" one for each, in order; "skip"
+            none, unless the last is less than 60 s late, as after a deploy.
+
+    Raises:
+        ValueError: a name, expression, time zone or interval that is none; not
+            exactly one of cron, every and after_completion; a delay.
+        TypeError: a wrong type.
+        ImportError: cron without the extra.
+
+    """
+
+    name: str
+    request: EnqueueRequest = field(kw_only=True)
+    cron: str | None = field(default=None, kw_only=True)
+    every: Duration | None = field(default=None, kw_only=True)
+    after_completion: Duration | None = field(default=None, kw_only=True)
+    tz: str = field(default="UTC", kw_only=True)
+    missed: Missed = field(default="one", kw_only=True)
+    rule: Cron | Every | AfterCompletion = field(init=False, repr=False, compare=False)
+    """When its ticks are."""
+
+    def __post_init__(self) -> None:
+        check_name("the name of a schedule", self.name)
+        if len(self.name) > _LONGEST_NAME or ":" in self.name:
+            raise ValueError(
+                f"the name of a schedule must have at most {_LONGEST_NAME} characters and no "
+                f"colon, and {self.name!r} has not"
+            )
+        try:
+            self._check()
+            object.__setattr__(self, "rule", self._rule())
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"schedule {self.name!r}: {error}") from None
+
+    def _check(self) -> None:
+        if not isinstance(self.request, EnqueueRequest):
+            raise TypeError(f"request must be an EnqueueRequest, not {type(self.request).__name__}")
+        if self.request.delay or self.request.run_at is not None:
+            raise ValueError("its request must have no delay and no run_at: its job is due at once")
+        if self.missed not in get_args(Missed):
+            raise ValueError(f"missed must be 'one', 'all' or 'skip', not {self.missed!r}")
+        if self.cron is None and self.tz != "UTC":
+            raise ValueError("tz is for cron: an interval has no time zone")
+
+    def _rule(self) -> Cron | Every | AfterCompletion:
+        match self.cron, self.every, self.after_completion:
+            case str(), None, None:
+                return Cron(self.cron, self.tz)
+            case None, every, None if every is not None:
+                return Every(_interval(every, "every"))
+            case None, None, after if after is not None:
+                return AfterCompletion(_interval(after, "after_completion"))
+            case _:
+                raise ValueError("give exactly one of cron (a str), every and after_completion")
+
+    @property
+    def spec(self) -> str:
+        """When its ticks are, in words; another spec is another schedule of the same name."""
+        return str(self.rule)
+
+    def job_id(self, tick: datetime) -> str:
+        """Give the id of the job for a tick."""
+        return f"schedule:{self.name}:{tick.astimezone(UTC).isoformat().replace('+00:00', 'Z')}"
+
+    def firing(self, state: State) -> Firing | None:
+        """Say what is to be done now; None if nothing is."""
+        if state.paused:
+            return None
+        tick, planned, now = state.tick, state.next_run_at, state.now
+        if isinstance(self.rule, AfterCompletion):
+            if planned is None:
+                ended = not state.running
+                return Firing(tick, now + self.rule.interval) if ended else None
+            if planned > now:
+                return None
+            return Firing(planned, None, () if self._is_too_late(planned, now) else (planned,))
+        if self.missed == "all":
+            ticks = tuple(islice(self._ticks(self.rule, tick, now), MOST_AT_ONCE))
+        else:
+            last = self.rule.latest(tick, now)
+            ticks = () if last is None else (last,)
+        if not ticks:
+            return None if planned is not None else Firing(tick, self.rule.after(tick))
+        last = ticks[-1]
+        if self._is_too_late(last, now):
+            ticks = ()
+        return Firing(last, self.rule.after(last), ticks)
+
+    def wait(self, state: State, firing: Firing | None) -> float | None:
+        """Give the seconds until the next step, once `firing` is done; None if unknown."""
+        if state.paused:
+            return None
+        if isinstance(self.rule, AfterCompletion):
+            next_run_at = firing.next_run_at if firing else state.next_run_at
+        else:  # what is written may be that of another spec
+            next_run_at = self.rule.after(firing.tick if firing else state.tick)
+        return None if next_run_at is None else (next_run_at - state.now).total_seconds()
+
+    def _is_too_late(self, tick: datetime, now: datetime) -> bool:
+        return self.missed == "skip" and now - tick > GRACE
+
+    @staticmethod
+    def _ticks(rule: Cron | Every, tick: datetime, now: datetime) -> Iterator[datetime]:
+        while (tick := rule.after(tick)) <= now:
+            yield tick
+
+
+def _interval(value: Duration, name: str) -> timedelta:
+    interval = timedelta(seconds=seconds(value, name))
+    if interval < timedelta(seconds=1):
+        raise ValueError(f"{name} must be at least 1 s, not {value!r}")
+    return interval

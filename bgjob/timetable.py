@@ -1,0 +1,134 @@
+"""The schedules of a database: to look at, pause, resume or run once."""
+
+import builtins
+from collections.abc import Awaitable
+from typing import Any, Protocol, TypeVar
+
+from psycopg import AsyncConnection, Connection
+
+from bgjob import _schedules
+from bgjob._statements import Statement
+from bgjob.errors import UnknownScheduleError
+from bgjob.job import EnqueueRequest, new_id
+from bgjob.schedule import ScheduleStatus
+
+T = TypeVar("T")
+
+
+class _Run(Protocol):
+    def __call__(self, statement: Statement[T], conn: Connection[Any] | None, /) -> T: ...
+
+
+class _RunAsync(Protocol):
+    def __call__(
+        self, statement: Statement[T], conn: AsyncConnection[Any] | None, /
+    ) -> Awaitable[T]: ...
+
+
+class _Enqueue(Protocol):
+    def __call__(self, request: EnqueueRequest, *, conn: Connection[Any] | None) -> str: ...
+
+
+class _EnqueueAsync(Protocol):
+    def __call__(
+        self, request: EnqueueRequest, *, conn: AsyncConnection[Any] | None
+    ) -> Awaitable[str]: ...
+
+
+class Timetable:
+    """The schedules of a client's database; thread-safe.
+
+    A schedule is there from when the first worker that has it was started, and
+    what is done here holds for all workers and over all restarts. Every method
+    takes `conn`, to work inside the caller's transaction, and raises psycopg's errors.
+    """
+
+    def __init__(self, run: _Run, enqueue: _Enqueue) -> None:
+        self._run = run
+        self._enqueue = enqueue
+
+    def list(self, *, conn: Connection[Any] | None = None) -> builtins.list[ScheduleStatus]:
+        """List the schedules by name, with their last and next ticks."""
+        return self._run(_schedules.listed(), conn)
+
+    def pause(self, name: str, *, conn: Connection[Any] | None = None) -> None:
+        """Let a schedule enqueue nothing, from when this has returned; its jobs go on.
+
+        Raises:
+            UnknownScheduleError: there is none of this name.
+
+        """
+        _check(name, found=self._run(_schedules.pause(name), conn))
+
+    def resume(self, name: str, *, conn: Connection[Any] | None = None) -> None:
+        """Let a schedule go on with its next tick; those while it was paused are not missed.
+
+        Raises:
+            UnknownScheduleError: there is none of this name.
+
+        """
+        _check(name, found=self._run(_schedules.resume(name), conn))
+
+    def run(self, name: str, *, conn: Connection[Any] | None = None) -> str:
+        """Enqueue a schedule's job now, once; give its id. Its ticks stay as they are.
+
+        It is enqueued also while the schedule is paused, or another of its jobs is live.
+
+        Raises:
+            UnknownScheduleError: there is none of this name.
+
+        """
+        request = _request(name, self._run(_schedules.request_of(name), conn))
+        return self._enqueue(request, conn=conn)
+
+    def remove(self, name: str, *, conn: Connection[Any] | None = None) -> None:
+        """Forget a schedule that no worker has any more; one that a worker has begins anew.
+
+        Raises:
+            UnknownScheduleError: there is none of this name.
+
+        """
+        _check(name, found=self._run(_schedules.remove(name), conn))
+
+
+class AsyncTimetable:
+    """The schedules of an async client's database; as Timetable, awaited."""
+
+    def __init__(self, run: _RunAsync, enqueue: _EnqueueAsync) -> None:
+        self._run = run
+        self._enqueue = enqueue
+
+    async def list(
+        self, *, conn: AsyncConnection[Any] | None = None
+    ) -> builtins.list[ScheduleStatus]:
+        """List the schedules; as Timetable.list."""
+        return await self._run(_schedules.listed(), conn)
+
+    async def pause(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
+        """Let a schedule enqueue nothing; as Timetable.pause."""
+        _check(name, found=await self._run(_schedules.pause(name), conn))
+
+    async def resume(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
+        """Let a schedule go on with its next tick; as Timetable.resume."""
+        _check(name, found=await self._run(_schedules.resume(name), conn))
+
+    async def run(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> str:
+        """Enqueue a schedule's job now, once; as Timetable.run."""
+        request = _request(name, await self._run(_schedules.request_of(name), conn))
+        return await self._enqueue(request, conn=conn)
+
+    async def remove(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
+        """Forget a schedule; as Timetable.remove."""
+        _check(name, found=await self._run(_schedules.remove(name), conn))
+
+
+def _check(name: str, *, found: bool) -> None:
+    if not found:
+        raise UnknownScheduleError(
+            f"there is no schedule {name!r}: one is there when a worker that has it was started"
+        )
+
+
+def _request(name: str, found: dict[str, Any] | None) -> EnqueueRequest:
+    _check(name, found=found is not None)
+    return EnqueueRequest(**(found or {}), id=f"schedule:{name}:{new_id()}")
