@@ -204,7 +204,8 @@ def _is_observer(observer: object) -> bool:
 def _names(what: str, names: str | Collection[str] | None) -> frozenset[str] | None:
     if names is None:
         return None
-    chosen = frozenset([names] if isinstance(names, str) else names)
+    one = isinstance(names, str) or not isinstance(names, Iterable)
+    chosen: frozenset[Any] = frozenset([names] if one else names)
     if not chosen:
         raise ValueError(f"{what} names nothing: give a name, several, or None for all")
     for name in chosen:

@@ -19,7 +19,7 @@ from psycopg.rows import tuple_row
 
 from bgjob._connection import Recipe, check_conninfo, options
 from bgjob._duration import Duration, seconds
-from bgjob._exchange import Committed, Doubtful, Fenced
+from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, claim_now, let_pass
 from bgjob._transaction import Ending, Transactions, settlement
@@ -133,7 +133,8 @@ def drain(
     if mux.has_coroutines and _runs_a_loop():
         raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
     steps = _steps(plan)
-    with connected(source) as (conn, recipe), asyncio.Runner() as runner, closing(steps):
+    runner = asyncio.Runner()  # it makes its loop for the first coroutine, if there is one
+    with connected(source) as (conn, recipe), closing(runner), closing(steps):
         try:
             step = next(steps)
             while True:
@@ -221,6 +222,7 @@ def _steps(plan: _Plan) -> _Steps:
             continue
         [(job, deaths)] = suspects
         if plan.limit is None and len(ran) == _ENDLESS:
+            yield settlement(Claimed(job, token, deaths), Release())
             raise BgjobError(
                 f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
                 "it enqueue or reschedule itself without a delay? Give drain() a limit"
@@ -321,16 +323,18 @@ def ask(conn: Connection[Any], statement: Statement[T]) -> T:
     return statement.parse(cursor.fetchall())
 
 
-def _run(step: _Run, conn: Connection[Any], recipe: Recipe | None, loop: asyncio.Runner) -> Ending:
+def _run(
+    step: _Run, conn: Connection[Any], recipe: Recipe | None, runner: asyncio.Runner
+) -> Ending:
     route, claimed = step
     if not route.is_transactional:
         if route.is_coroutine:
-            return loop.run(_awaited(route, claimed.job))
+            return runner.run(_awaited(route, claimed.job))
         return route.run(claimed.job)
     if recipe is not None:
         with closing(Transactions(recipe, Lineage())) as transactions:
             if route.is_coroutine:
-                return loop.run(transactions.run_async(route, claimed))
+                return runner.run(transactions.run_async(route, claimed))
             return transactions.run(route, claimed)
     if route.is_coroutine:
         raise _wrong_colour(route, "a coroutine function and needs an AsyncConnection: use adrain")

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from bgjob import _connection
 from bgjob._connection import Recipe, options
-from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome
+from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
 from bgjob.mux import Route
@@ -93,7 +93,7 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
     return Committed(result)
 
 
-def settlement(claimed: Claimed, result: Result | Doubtful) -> Statement[list[str]]:
+def settlement(claimed: Claimed, result: Result | Doubtful | Release) -> Statement[list[str]]:
     """Give the statement that settles one job; it gives the job's id, if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))
