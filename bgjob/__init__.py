@@ -1,5 +1,6 @@
 """Background jobs on PostgreSQL: no other server, no lost job."""
 
+from bgjob._audience import only
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import (
     BgjobError,
@@ -12,6 +13,18 @@ from bgjob.errors import (
     TypeRequiredError,
     UnknownScheduleError,
     UnknownTypeError,
+)
+from bgjob.event import (
+    Event,
+    JobCompleted,
+    JobLeaseLost,
+    JobMovedToDlq,
+    JobRescheduled,
+    JobStarted,
+    JobTimedOut,
+    JobWillBeRetried,
+    QueueIsEmpty,
+    WorkerError,
 )
 from bgjob.job import DeadJob, EnqueueRequest, Job
 from bgjob.mux import Mux
@@ -31,14 +44,23 @@ __all__ = [
     "DeadJob",
     "EmptyQueueError",
     "EnqueueRequest",
+    "Event",
     "Job",
     "JobAlreadyExistsError",
+    "JobCompleted",
+    "JobLeaseLost",
+    "JobMovedToDlq",
+    "JobRescheduled",
+    "JobStarted",
+    "JobTimedOut",
+    "JobWillBeRetried",
     "LeaseLostError",
     "LoggingObserver",
     "MoveToDlq",
     "Mux",
     "NoopObserver",
     "Observer",
+    "QueueIsEmpty",
     "QueueRequiredError",
     "RequestsRequiredError",
     "Reschedule",
@@ -52,4 +74,6 @@ __all__ = [
     "UnknownScheduleError",
     "UnknownTypeError",
     "Worker",
+    "WorkerError",
+    "only",
 ]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import assert_never
 
+from bgjob._audience import listener
 from bgjob._exchange import (
     Committed,
     Doubtful,
@@ -16,11 +17,12 @@ from bgjob._exchange import (
     Outcome,
     QueueIsEmpty,
     Release,
+    TimedOut,
 )
 from bgjob._statements import Claimed
 from bgjob.job import Job
 from bgjob.mux import Wants
-from bgjob.observer import NoopObserver, Observer
+from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
 _MOST = 100_000
@@ -34,8 +36,8 @@ class Events:
 
     def __init__(self, observer: Observer, queue: str) -> None:
         self._observer = observer
-        self._job_started = _heard(observer.job_started, NoopObserver.job_started)
-        self._job_completed = _heard(observer.job_completed, NoopObserver.job_completed)
+        self._job_started = listener(observer, "job_started")
+        self._job_completed = listener(observer, "job_completed")
         self._queue = queue
         self._waiting: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
@@ -137,17 +139,14 @@ class Events:
                         assert_never(result)
             case LeaseLost(job):
                 observer.job_lease_lost(job)
+            case TimedOut(job, seconds):
+                observer.job_timed_out(job, seconds)
             case QueueIsEmpty():
                 observer.queue_is_empty(self._queue)
             case BaseException():
                 observer.worker_error(event)
             case _:
                 assert_never(event)
-
-
-def _heard(method: Callable[[Job], None], unheard: object) -> Callable[[Job], None] | None:
-    """Give the observer's method, or None where it is the one that does nothing."""
-    return None if getattr(method, "__func__", None) is unheard else method
 
 
 def _name(event: Event | BaseException) -> str:

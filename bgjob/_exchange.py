@@ -322,11 +322,19 @@ class LeaseLost:
 
 
 @dataclass(frozen=True, slots=True)
+class TimedOut:
+    """A handler ran for longer than its timeout; the outcome comes by itself."""
+
+    job: Job
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class QueueIsEmpty:
     """No job is due and none is running."""
 
 
-Event: TypeAlias = Outcome | LeaseLost | QueueIsEmpty
+Event: TypeAlias = Outcome | LeaseLost | TimedOut | QueueIsEmpty
 
 
 @dataclass(slots=True)

@@ -517,6 +517,15 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect
     )
 
 
+# The same jobs by the clock that goes on while a transaction is open, where now() stands still.
+_CLAIM_NOW = _CLAIM_ANY.replace("now()", "clock_timestamp()")
+
+
+def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+    """Claim the first due job, also one that this transaction has made due; as claim_any."""
+    return claim_any(queue, lease=lease, token=token)._replace(text=_CLAIM_NOW)
+
+
 class Line(NamedTuple):
     """One priority of a queue."""
 
@@ -931,6 +940,46 @@ def blocked() -> Statement[list[str]]:
         """,
         None,
         _column,
+    )
+
+
+# -- tests ----------------------------------------------------------------------
+
+
+_WAITS = """
+    j.queue = %(queue)s and j.lease_until is null
+    and j.next_run_at > clock_timestamp() and j.next_run_at < 'infinity'
+"""
+
+
+def let_pass(queue: str, seconds: float) -> Statement[float]:
+    """Move the due times of waiting jobs back until one is due; by how much, at most `seconds`."""
+    return Statement(
+        f"""
+        with step as materialized (
+            select greatest(0, least(
+                %(seconds)s::float8,
+                extract(epoch from min(j.next_run_at) - clock_timestamp())::float8
+            )) as seconds
+            from bgjob_job j where {_WAITS}
+        ), moved as (
+            update bgjob_job j set next_run_at = j.next_run_at - step.seconds * interval '1 second'
+            from step where {_WAITS}
+        )
+        select seconds from step
+        """,
+        {"queue": queue, "seconds": seconds},
+        _scalar,
+    )
+
+
+def live_jobs() -> Statement[list[Job]]:
+    """List every job that waits or runs, of all queues."""
+    return Statement(
+        f"select {_JOB_COLUMNS} from bgjob_job order by queue, priority, next_run_at, id",
+        None,
+        lambda rows: list(map(_job, rows)),
+        binary=True,
     )
 
 

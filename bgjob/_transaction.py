@@ -25,10 +25,10 @@ from typing_extensions import override
 
 from bgjob import _connection
 from bgjob._connection import Recipe, options
-from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome
+from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
-from bgjob.mux import Route
+from bgjob.mux import Mux, Route, Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
 _PATIENCE = 10.0
@@ -93,13 +93,22 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
     return Committed(result)
 
 
-def settlement(claimed: Claimed, result: Result | Doubtful) -> list[Statement[Any]]:
+def settlement(claimed: Claimed, result: Result | Doubtful | Release) -> list[Statement[Any]]:
     """Give the statements that settle one job; the first gives its id, if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))
     if claimed.job.exclusive is not None:
         exchange.release.append(claimed.job.exclusive)
     return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
+
+
+def keyed(claimed: Claimed, mux: Mux) -> Claimed:
+    """Give the claim with the key that its handler wants for it, if any."""
+    job, token, deaths = claimed
+    route = mux.route(job, deaths)
+    if isinstance(route, Wants):
+        return Claimed(job._replace(exclusive=route.key), token, deaths)
+    return claimed
 
 
 def acquisition(claimed: Claimed) -> list[Statement[Any]]:

@@ -24,7 +24,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
-from bgjob._transaction import Ending, Transactions, acquisition, settlement
+from bgjob._transaction import Ending, Transactions, acquisition, keyed, settlement
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     BgjobError,
@@ -34,7 +34,7 @@ from bgjob.errors import (
     RequestsRequiredError,
 )
 from bgjob.job import EnqueueRequest
-from bgjob.mux import Mux, Route, Wants
+from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq, Result, Retry
 from bgjob.timetable import AsyncTimetable, Timetable
 
@@ -226,7 +226,7 @@ class Client:
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
         while True:
-            claimed = _keyed(_only(self._run(claim, None), queue, token), mux)
+            claimed = keyed(_only(self._run(claim, None), queue, token), mux)
             if claimed.job.exclusive is None or self._run_all(acquisition(claimed))[-1]:
                 break  # else it waits for its key: take another
         job, route = claimed.job, mux.route(claimed.job, claimed.deaths)
@@ -438,7 +438,7 @@ class AsyncClient:
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
         while True:
-            claimed = _keyed(_only(await self._run(claim, None), queue, token), mux)
+            claimed = keyed(_only(await self._run(claim, None), queue, token), mux)
             if claimed.job.exclusive is None or (await self._run_all(acquisition(claimed)))[-1]:
                 break  # else it waits for its key: take another
         route = mux.route(claimed.job, claimed.deaths)
@@ -637,17 +637,6 @@ def _only(suspects: list[Suspect], queue: str, token: int) -> Claimed:
         raise EmptyQueueError(f"no job of queue {queue!r} is due now")
     [(job, deaths)] = suspects
     return Claimed(job, token, deaths)
-
-
-def _keyed(claimed: Claimed, mux: Mux) -> Claimed:
-    """Give the job with the key that it wants, if any."""
-    job, token, deaths = claimed
-    route = mux.route(job, deaths)
-    return (
-        Claimed(job._replace(exclusive=route.key), token, deaths)
-        if isinstance(route, Wants)
-        else claimed
-    )
 
 
 async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:

@@ -14,8 +14,13 @@ class Observer(Protocol):
     `job_started` is called on the thread or event loop that is about to run
     the handler. All other events are called one at a time, in order, on a
     thread of their own, and an outcome only after it was committed. An
-    observer that raises is logged; one that blocks delays other events, never
-    a job. Derive from NoopObserver to write only the methods you need.
+    observer that raises is logged; one that blocks delays other events, also
+    those of the observers beside it, never a job. Derive from NoopObserver to
+    write only the methods you need: an event that nobody hears costs nothing.
+
+    A plain function of an event (bgjob.Event: JobCompleted and so on) is an
+    observer too, and hears all. `bgjob.only` restricts either to some events,
+    queues, job types or schedules.
     """
 
     def job_started(self, job: Job, /) -> None:
@@ -37,6 +42,9 @@ class Observer(Protocol):
 
     def job_lease_lost(self, job: Job, /) -> None:
         """Tell that `job` outlived its lease: another worker has it, this result is dropped."""
+
+    def job_timed_out(self, job: Job, seconds: float, /) -> None:
+        """Tell that the handler of `job` ran for longer than its timeout of so many seconds."""
 
     def queue_is_empty(self, queue: str, /) -> None:
         """Tell that no job of `queue` is due, and that the worker begins to wait."""
@@ -75,6 +83,10 @@ class NoopObserver(Observer):
         pass
 
     @override
+    def job_timed_out(self, job: Job, seconds: float, /) -> None:
+        pass
+
+    @override
     def queue_is_empty(self, queue: str, /) -> None:
         pass
 
@@ -86,10 +98,12 @@ class NoopObserver(Observer):
 class LoggingObserver(NoopObserver):
     """Logs through the standard `logging`.
 
-    Levels do not flood: what goes well is DEBUG, a retry or a lost lease
-    WARNING, a dead job or trouble with the database ERROR. Job id, queue, type
-    and attempt are in each record's `extra` as `job_id`, `job_queue`,
-    `job_type` and `job_attempt`.
+    Levels do not flood: what goes well is DEBUG, a retry, a lost lease
+    or a timeout WARNING, a dead job or trouble with the database ERROR. Job id,
+    queue, type and attempt are in each record's `extra` as `job_id`,
+    `job_queue`, `job_type` and `job_attempt`; what happened as `job_event`,
+    "completed" say; the seconds until the next run as `job_delay`, those of a
+    timeout as `job_timeout`.
 
     Args:
         logger: where to log; the logger `bgjob` by default.
@@ -100,7 +114,14 @@ class LoggingObserver(NoopObserver):
         self._logger = logger or logging.getLogger("bgjob")
 
     def _log(
-        self, level: int, message: str, job: Job, *details: object, error: object = None
+        self,
+        level: int,
+        event: str,
+        message: str,
+        job: Job,
+        *details: object,
+        error: object = None,
+        **fields: float,
     ) -> None:
         if self._logger.isEnabledFor(level):
             self._logger.log(
@@ -116,42 +137,69 @@ class LoggingObserver(NoopObserver):
                     "job_queue": job.queue,
                     "job_type": job.type,
                     "job_attempt": job.attempt,
+                    "job_event": event,
+                    **fields,
                 },
             )
 
     @override
     def job_started(self, job: Job, /) -> None:
         if self._logger.isEnabledFor(logging.DEBUG):
-            self._log(logging.DEBUG, "started", job)
+            self._log(logging.DEBUG, "started", "started", job)
 
     @override
     def job_completed(self, job: Job, /) -> None:
         if self._logger.isEnabledFor(logging.DEBUG):
-            self._log(logging.DEBUG, "completed", job)
+            self._log(logging.DEBUG, "completed", "completed", job)
 
     @override
     def job_rescheduled(self, job: Job, delay: float, /) -> None:
-        self._log(logging.DEBUG, "runs again in %.3g s", job, delay)
+        self._log(logging.DEBUG, "rescheduled", "runs again in %.3g s", job, delay, job_delay=delay)
 
     @override
     def job_will_be_retried(
         self, job: Job, delay: float, error: str | BaseException | None, /
     ) -> None:
         self._log(
-            logging.WARNING, "failed and runs again in %.3g s: %s", job, delay, error, error=error
+            logging.WARNING,
+            "will_be_retried",
+            "failed and runs again in %.3g s: %s",
+            job,
+            delay,
+            error,
+            error=error,
+            job_delay=delay,
         )
 
     @override
     def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
-        self._log(logging.ERROR, "moved to the dead-letter table: %s", job, error, error=error)
+        self._log(
+            logging.ERROR,
+            "moved_to_dlq",
+            "moved to the dead-letter table: %s",
+            job,
+            error,
+            error=error,
+        )
 
     @override
     def job_lease_lost(self, job: Job, /) -> None:
-        self._log(logging.WARNING, "outlived its lease; its result is dropped", job)
+        self._log(logging.WARNING, "lease_lost", "outlived its lease; its result is dropped", job)
+
+    @override
+    def job_timed_out(self, job: Job, seconds: float, /) -> None:
+        self._log(
+            logging.WARNING,
+            "timed_out",
+            "outlived its timeout of %.3g s",
+            job,
+            seconds,
+            job_timeout=seconds,
+        )
 
     @override
     def queue_is_empty(self, queue: str, /) -> None:
-        self._logger.debug("queue %s is empty", queue)
+        self._logger.debug("queue %s is empty", queue, extra={"job_queue": queue})
 
     @override
     def worker_error(self, error: BaseException, /) -> None:

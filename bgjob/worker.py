@@ -15,6 +15,7 @@ from typing import Self
 import psycopg
 from psycopg.errors import ReadOnlySqlTransaction
 
+from bgjob._audience import Audience, audience
 from bgjob._connection import Silence
 from bgjob._duration import Duration, seconds
 from bgjob._engine import Engine
@@ -28,7 +29,6 @@ from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
 from bgjob.job import check_name
 from bgjob.mux import Mux
-from bgjob.observer import LoggingObserver, Observer
 from bgjob.service import Rota, Service
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
@@ -54,7 +54,7 @@ class _Control:
         concurrency: int,
         poll_interval: Duration,
         lease: Duration,
-        observer: Observer | None,
+        observer: Audience | None,
         notify: bool,
         services: Iterable[Service],
     ) -> None:
@@ -83,7 +83,7 @@ class _Control:
             # What was taken for quick jobs, and given one slot, may not be quick.
             slow=lambda: self._runner.spread() if self._has_run else None,
         )
-        self._events = Events(observer or LoggingObserver(), queue)
+        self._events = Events(audience(observer), queue)
         # Made by open(): a thread that was made before a fork cannot start after it.
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -351,7 +351,9 @@ class Worker:
             are due again; 30 s by default: longer than most pauses of a host,
             short enough to wait for. It is extended while the job is held, so
             that handlers may run for as long as they like. At least 1 s.
-        observer: receives the events; by default they are logged.
+        observer: receives the events: an Observer, a plain function of an
+            event, or a list of such, each perhaps restricted by `only`. By
+            default a LoggingObserver; a list without one logs nothing.
         notify: whether enqueues wake the worker; True by default. Behind a
             pooler in transaction mode it polls whatever this says.
         services: what the worker does beside its jobs, such as Schedules; see
@@ -371,7 +373,7 @@ class Worker:
         concurrency: int = 1,
         poll_interval: Duration = 1.0,
         lease: Duration = 30.0,
-        observer: Observer | None = None,
+        observer: Audience | None = None,
         notify: bool = True,
         services: Iterable[Service] = (),
     ) -> None:
@@ -456,7 +458,7 @@ class AsyncWorker:
         concurrency: int = 1,
         poll_interval: Duration = 1.0,
         lease: Duration = 30.0,
-        observer: Observer | None = None,
+        observer: Audience | None = None,
         notify: bool = True,
         services: Iterable[Service] = (),
     ) -> None:

@@ -1,1 +1,1 @@
-"""Optional integrations: each module needs the extra of its own name."""
+"""Optional integrations; each module says which extra it needs."""

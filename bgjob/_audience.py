@@ -1,0 +1,213 @@
+"""Who hears a worker: an observer, a function, several of them, or only some of the events."""
+
+import inspect
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias, cast
+
+from bgjob.event import (
+    Event,
+    JobCompleted,
+    JobLeaseLost,
+    JobMovedToDlq,
+    JobRescheduled,
+    JobStarted,
+    JobTimedOut,
+    JobWillBeRetried,
+    QueueIsEmpty,
+    WorkerError,
+)
+from bgjob.job import Job, check_name
+from bgjob.observer import LoggingObserver, NoopObserver, Observer
+
+Listener: TypeAlias = Observer | Callable[[Event], object]
+"""An Observer, or a plain function of an event."""
+
+Audience: TypeAlias = Listener | Iterable[Listener]
+"""One that listens, or several."""
+
+_METHODS: Mapping[str, Callable[..., Event]] = {
+    "job_started": JobStarted,
+    "job_completed": JobCompleted,
+    "job_rescheduled": JobRescheduled,
+    "job_will_be_retried": JobWillBeRetried,
+    "job_moved_to_dlq": JobMovedToDlq,
+    "job_lease_lost": JobLeaseLost,
+    "job_timed_out": JobTimedOut,
+    "queue_is_empty": QueueIsEmpty,
+    "worker_error": WorkerError,
+}
+
+_Tell: TypeAlias = Callable[..., object]
+
+_log = logging.getLogger("bgjob")
+
+
+def audience(observer: Audience | None) -> Observer:
+    """Give one observer that has every method, and tells all who listen.
+
+    What nobody hears stays NoopObserver's own method, so that it costs nothing.
+
+    Raises:
+        TypeError: what is given cannot be told anything.
+
+    """
+    if observer is None:
+        return LoggingObserver()
+    if not _is_observer(observer) and isinstance(observer, Iterable) and not callable(observer):
+        return _Several([_one(each) for each in observer])
+    return _one(cast("Listener", observer))
+
+
+def only(
+    observer: Observer | Callable[[Any], object],
+    /,
+    *events: type[Event],
+    queue: str | Collection[str] | None = None,
+    type: str | Collection[str] | None = None,  # noqa: A002
+    schedule: str | Collection[str] | None = None,
+) -> Observer:
+    """Give an observer that is told some of the events only; the others cost it nothing.
+
+    Args:
+        observer: an Observer, or a function of an event.
+        events: the classes of the events to tell, JobMovedToDlq say; by
+            default all.
+        queue: tell of the jobs of this queue, or of these, and when it is empty.
+        type: tell of jobs of this type, or of these.
+        schedule: tell of the jobs that this schedule, or these, enqueued.
+
+    Of several filters all must fit. What is no job's is told to nobody who asks
+    for jobs: WorkerError where any of the three names is given, QueueIsEmpty
+    where a type or a schedule is.
+
+    Raises:
+        TypeError: no observer, or no event.
+        ValueError: a name that nothing can have.
+
+    """
+    for event in events:
+        if event not in _METHODS.values():
+            raise TypeError(
+                f"{event!r} is no event: give classes such as bgjob.JobCompleted, and names as "
+                "queue=, type= or schedule="
+            )
+    return _Only(_one(observer), events, _names("queue", queue), _names("type", type), schedule)
+
+
+def listener(observer: Observer, method: str) -> _Tell | None:
+    """Give the observer's method; None where it has none, or one that does nothing."""
+    found: _Tell | None = getattr(observer, method, None)
+    body = getattr(found, "__func__", None)
+    silent = body is getattr(NoopObserver, method) or body is getattr(Observer, method)
+    return None if silent else found
+
+
+class _Several(NoopObserver):
+    """Tells each of several; one that raises does not keep the others from hearing."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        observers = list(observers)
+        for method in _METHODS:
+            heard = [tell for o in observers if (tell := listener(o, method)) is not None]
+            if heard:
+                setattr(self, method, heard[0] if len(heard) == 1 else _each(method, heard))
+
+
+class _Function(NoopObserver):
+    """Tells a function of events."""
+
+    def __init__(self, function: Callable[[Event], object]) -> None:
+        for method, event in _METHODS.items():
+            setattr(self, method, _made(event, function))
+
+
+class _Only(NoopObserver):
+    """Tells of some of the events."""
+
+    def __init__(
+        self,
+        observer: Observer,
+        events: Collection[type[Event]],
+        queues: frozenset[str] | None,
+        types: frozenset[str] | None,
+        schedule: str | Collection[str] | None,
+    ) -> None:
+        schedules = _names("schedule", schedule)
+        ids = None if schedules is None else frozenset(f"schedule:{name}" for name in schedules)
+        prefixes = tuple(f"{id_}:" for id_ in ids or ())
+
+        def fits(job: Job) -> bool:
+            return (
+                (queues is None or job.queue in queues)
+                and (types is None or job.type in types)
+                and (ids is None or job.id in ids or job.id.startswith(prefixes))
+            )
+
+        for method, event in _METHODS.items():
+            tell = listener(observer, method)
+            if tell is None or (events and event not in events):
+                continue
+            if queues is types is ids is None:
+                setattr(self, method, tell)
+            elif event is QueueIsEmpty:
+                if queues is not None and types is ids is None:
+                    setattr(self, method, _where(queues.__contains__, tell))
+            elif event is not WorkerError:
+                setattr(self, method, _where(fits, tell))
+
+
+def _each(method: str, heard: list[_Tell]) -> _Tell:
+    def tell(*args: object) -> None:
+        for one in heard:
+            try:
+                one(*args)
+            except BaseException:  # whatever it raises, even SystemExit
+                _log.exception("observer failed in %s", method)
+
+    return tell
+
+
+def _made(event: Callable[..., Event], function: Callable[[Event], object]) -> _Tell:
+    return lambda *args: function(event(*args))
+
+
+def _where(fits: Callable[[Any], bool], tell: _Tell) -> _Tell:
+    return lambda about, *rest: tell(about, *rest) if fits(about) else None
+
+
+def _one(observer: object) -> Observer:
+    if inspect.isclass(observer):
+        raise TypeError(f"an observer is an instance, not a class: give {observer.__name__}()")
+    if _is_observer(observer):
+        whole = all(hasattr(observer, method) for method in _METHODS)
+        some = cast("Observer", observer)
+        return some if whole else _Several([some])
+    if not callable(observer):
+        raise TypeError(
+            f"{observer!r} is no observer: give an Observer, a function of an event, "
+            "or a list of them"
+        )
+    if inspect.iscoroutinefunction(observer) or inspect.iscoroutinefunction(
+        type(observer).__call__
+    ):
+        raise TypeError(
+            f"{observer!r} cannot observe: events are told on threads; give a plain function"
+        )
+    return _Function(observer)
+
+
+def _is_observer(observer: object) -> bool:
+    return any(hasattr(observer, method) for method in _METHODS)
+
+
+def _names(what: str, names: str | Collection[str] | None) -> frozenset[str] | None:
+    if names is None:
+        return None
+    one = isinstance(names, str) or not isinstance(names, Iterable)
+    chosen: frozenset[Any] = frozenset([names] if one else names)
+    if not chosen:
+        raise ValueError(f"{what} names nothing: give a name, several, or None for all")
+    for name in chosen:
+        check_name(what, name)
+    return chosen

@@ -1,0 +1,470 @@
+"""Runs the jobs of a queue here and now, for tests: with the library's own claims and judgement.
+
+What happens is written once, as a generator of steps; each colour takes them
+in its own way.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from secrets import randbits
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
+
+from bgjob._connection import Recipe, check_conninfo, options
+from bgjob._duration import Duration, seconds
+from bgjob._exchange import Committed, Doubtful, Fenced, Release
+from bgjob._fork import Lineage
+from bgjob._statements import Claimed, Statement, claim_now, let_pass
+from bgjob._transaction import Ending, Transactions, acquisition, keyed, settlement
+from bgjob.client import AsyncClient, Client
+from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
+from bgjob.job import Job, check_name
+from bgjob.mux import Mux, Route
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
+
+T = TypeVar("T")
+
+Source: TypeAlias = Client | str | Connection[Any]
+"""Where the queue is: a client, a connection string, or the test's own connection."""
+
+AsyncSource: TypeAlias = AsyncClient | str | AsyncConnection[Any]
+"""As Source, for the async colour."""
+
+OnError = Literal["raise", "store"]
+
+_LEASE = 300.0  # seconds, as for Client.do; nobody else claims what the test has not committed
+
+_ENDLESS = 10_000
+"""Runs after which a drain without a limit is taken for one that would never end."""
+
+
+class Ran(NamedTuple):
+    """A job that ran, and the result that was stored."""
+
+    job: Job
+    result: Result
+
+
+class _Run(NamedTuple):
+    """Run a job's handler; gives how it ended."""
+
+    route: Route
+    claimed: Claimed
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What a handler returned."""
+
+    value: object = None
+
+
+class _Plan(NamedTuple):
+    """The options of a drain, checked."""
+
+    queue: str
+    mux: Mux
+    limit: int | None
+    within: float
+    on_error: OnError
+
+
+class _Drained(NamedTuple):
+    ran: list[Ran]
+    error: BaseException | None
+    """What the test is to see raised."""
+
+
+_Steps: TypeAlias = Generator[Statement[Any] | _Run, Any, _Drained]
+
+
+def drain(
+    source: Source,
+    queue: str,
+    mux: Mux,
+    *,
+    limit: int | None = None,
+    within: Duration = 0.0,
+    on_error: OnError = "raise",
+) -> list[Ran]:
+    """Run the jobs of a queue that are due, one after the other, until none is; what ran.
+
+    As a worker would at a concurrency of 1, by priority and due time, with the
+    jobs that handlers enqueue meanwhile, and with results, attempts, backoff
+    and dead-letter table as ever. Plain handlers run on the caller's thread,
+    coroutine handlers on one event loop. Timeouts are not enforced.
+
+    Args:
+        source: the test's own connection, a connection string or a Client. On
+            a connection everything happens in its transaction, which is neither
+            committed nor rolled back: uncommitted jobs run too. A transactional
+            handler is given this connection, inside a savepoint. On anything
+            else, as in a worker, each step is committed.
+        queue: the queue.
+        mux: the handlers.
+        limit: runs after which to return; None (the default) goes on until
+            nothing is due.
+        within: seconds or a timedelta to let pass, without waiting: what
+            becomes due meanwhile runs too, in its order. For that the due times
+            of the queue's waiting jobs are moved back. 0 by default: what is
+            delayed stays.
+        on_error: "raise" (the default) raises the exception of a handler, or
+            that a job's type is unknown, as soon as it is stored, so that the
+            test shows its traceback. "store" goes on, as a worker does. Retry
+            and MoveToDlq that a handler returned are never raised.
+
+    Raises:
+        BgjobError: 10,000 jobs ran and there was no limit.
+        LeaseLostError: a handler outlived the lease of 300 s, or somebody took its row away.
+        TypeError: a coroutine handler wants the test's transaction: use adrain.
+        RuntimeError: there are coroutine handlers, and a loop runs in this thread.
+        KeyboardInterrupt, SystemExit: the handler's, whatever `on_error` says.
+
+    """
+    __tracebackhide__ = True
+    plan = _planned(queue, mux, limit, within, on_error)
+    if mux.has_coroutines and _runs_a_loop():
+        raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
+    steps = _steps(plan)
+    runner = asyncio.Runner()  # it makes its loop for the first coroutine, if there is one
+    with connected(source) as (conn, recipe), closing(runner), closing(steps):
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    if isinstance(step, _Run):
+                        answer: object = _run(step, conn, recipe, runner)
+                    else:
+                        answer = ask(conn, step)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            drained: _Drained = stop.value
+    if drained.error is not None:
+        raise drained.error
+    return drained.ran
+
+
+async def adrain(
+    source: AsyncSource,
+    queue: str,
+    mux: Mux,
+    *,
+    limit: int | None = None,
+    within: Duration = 0.0,
+    on_error: OnError = "raise",
+) -> list[Ran]:
+    """Run the jobs of a queue that are due; as drain, on an AsyncConnection or AsyncClient.
+
+    Coroutine handlers are awaited here, plain ones run on a thread.
+
+    Raises:
+        TypeError: a plain handler wants the test's transaction: use drain.
+
+    """
+    __tracebackhide__ = True
+    plan = _planned(queue, mux, limit, within, on_error)
+    steps = _steps(plan)
+    async with connected_async(source) as (conn, recipe):
+        with closing(steps):
+            try:
+                step = next(steps)
+                while True:
+                    try:
+                        if isinstance(step, _Run):
+                            answer: object = await _run_async(step, conn, recipe)
+                        else:
+                            answer = await ask_async(conn, step)
+                    except BaseException as error:
+                        step = steps.throw(error)
+                    else:
+                        step = steps.send(answer)
+            except StopIteration as stop:
+                drained: _Drained = stop.value
+    if drained.error is not None:
+        raise drained.error
+    return drained.ran
+
+
+# -- what happens ---------------------------------------------------------------------
+
+
+def _planned(queue: str, mux: Mux, limit: int | None, within: Duration, on_error: OnError) -> _Plan:
+    if not queue:
+        raise QueueRequiredError("queue is required: name the queue to drain")
+    check_name("queue", queue)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None, not {limit!r}")
+    if on_error not in ("raise", "store"):
+        raise ValueError(f"on_error must be 'raise' or 'store', not {on_error!r}")
+    return _Plan(queue, mux, limit, seconds(within, "within"), on_error)
+
+
+def _steps(plan: _Plan) -> _Steps:
+    ran: list[Ran] = []
+    left = plan.within
+    while len(ran) != plan.limit:
+        token = randbits(63)
+        suspects = yield claim_now(plan.queue, lease=_LEASE, token=token)
+        if not suspects:
+            if not left:
+                break
+            left -= yield let_pass(plan.queue, left)
+            continue
+        [(job, deaths)] = suspects
+        if plan.limit is None and len(ran) == _ENDLESS:
+            yield from _all(settlement(Claimed(job, token, deaths), Release()))
+            raise BgjobError(
+                f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
+                "it enqueue or reschedule itself without a delay? Give drain() a limit"
+            )
+        claimed = keyed(Claimed(job, token, deaths), plan.mux)
+        if claimed.job.exclusive is not None:
+            granted = yield from _all(acquisition(claimed))
+            if not granted[-1]:
+                continue  # another job has its key, and it waits
+        result, error = yield from _one(plan.mux, claimed)
+        ran.append(Ran(job, result))
+        if error is not None and (plan.on_error == "raise" or not isinstance(error, Exception)):
+            error.add_note(f"of job {job.id!r} of type {job.type!r}, attempt {job.attempt}")
+            return _Drained(ran, error)
+    return _Drained(ran, None)
+
+
+def _all(statements: list[Statement[Any]]) -> Generator[Statement[Any], Any, list[Any]]:
+    answers = []
+    for statement in statements:
+        answers.append((yield statement))  # noqa: PERF401 (a comprehension cannot yield)
+    return answers
+
+
+def _one(
+    mux: Mux, claimed: Claimed
+) -> Generator[Statement[Any] | _Run, Any, tuple[Result, BaseException | None]]:
+    """Run one job and store what came of it; the result, and an error that is no answer of its."""
+    job, answer = claimed.job, _Answer()
+    route = mux.route(job, claimed.deaths)
+    ending: Ending
+    if isinstance(route, MoveToDlq):
+        ending = route
+    else:
+        ending = yield _Run(_overheard(route, answer), claimed)
+    if isinstance(ending, Committed):
+        return ending.result, None
+    try:
+        held = not isinstance(ending, Fenced) and bool(
+            (yield from _all(settlement(claimed, ending)))[0]
+        )
+    except psycopg.errors.InFailedSqlTransaction:
+        # An ordinary handler has spoiled the test's transaction: its error is the one to see.
+        if (error := _not_returned(ending, answer)) is not None:
+            raise error from None
+        raise
+    if isinstance(ending, Doubtful):
+        ending = ending.otherwise if held else ending.result
+    elif isinstance(ending, Fenced) or not held:
+        raise LeaseLostError(
+            f"job {job.id!r} of type {job.type!r} was not there any more when its handler "
+            f"had ended, or not held: it took over {_LEASE:g} s, or its row was changed meanwhile"
+        )
+    return ending, _not_returned(ending, answer)
+
+
+def _overheard(route: Route, answer: _Answer) -> Route:
+    """Give a route whose handler also says what it returned."""
+    handler = route.handler
+    if route.is_coroutine:
+
+        @wraps(handler)
+        async def coroutine(*args: Any) -> object:
+            __tracebackhide__ = True
+            answer.value = await handler(*args)
+            return answer.value
+
+        return replace(route, handler=coroutine)
+
+    @wraps(handler)
+    def plain(*args: Any) -> object:
+        __tracebackhide__ = True
+        answer.value = handler(*args)
+        return answer.value
+
+    return replace(route, handler=plain)
+
+
+def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
+    if isinstance(answer.value, Retry | MoveToDlq):
+        return None
+    error = ending.error if isinstance(ending, Retry | MoveToDlq) else None
+    return error if isinstance(error, BaseException) else None
+
+
+# -- plain ----------------------------------------------------------------------------
+
+
+@contextmanager
+def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]:
+    """Give the test's own connection, or a new one and how to make more."""
+    if isinstance(source, Connection):
+        yield source, None
+        return
+    if not isinstance(source, str | Client):
+        raise TypeError(
+            "give a Client, a connection string or a psycopg.Connection, not "
+            f"{type(source).__name__}; for an AsyncClient or AsyncConnection there is a function "
+            "whose name begins with a: adrain(), say"
+        )
+    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
+    with psycopg.connect(**{**options(recipe), "autocommit": True}) as conn:
+        yield conn, recipe
+
+
+def ask(conn: Connection[Any], statement: Statement[T]) -> T:
+    """Run a statement, whatever factories the connection has."""
+    cursor = Cursor(conn, row_factory=tuple_row)
+    cursor.execute(
+        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+    )
+    return statement.parse(cursor.fetchall())
+
+
+def _run(
+    step: _Run, conn: Connection[Any], recipe: Recipe | None, runner: asyncio.Runner
+) -> Ending:
+    route, claimed = step
+    if not route.is_transactional:
+        if route.is_coroutine:
+            return runner.run(_awaited(route, claimed.job))
+        return route.run(claimed.job)
+    if recipe is not None:
+        with closing(Transactions(recipe, Lineage())) as transactions:
+            if route.is_coroutine:
+                return runner.run(transactions.run_async(route, claimed))
+            return transactions.run(route, claimed)
+    if route.is_coroutine:
+        raise _wrong_colour(route, "a coroutine function and needs an AsyncConnection: use adrain")
+    job, ended, fenced = claimed.job, False, False
+    try:
+        with conn.transaction():
+            returned = route.handler(job, conn)
+            ended = _is_over(conn)
+            result = route.judge(job, returned)
+            if ended or not _commits(returned):
+                raise psycopg.Rollback
+            answers = [ask(conn, statement) for statement in settlement(claimed, result)]
+            if answers[0]:
+                return Committed(result)
+            fenced = True
+            raise psycopg.Rollback
+    except BaseException as error:
+        result = route.failed(job, error)
+    if ended:
+        return MoveToDlq(route.transaction_ended())
+    return Fenced() if fenced else result
+
+
+# -- coroutine --------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def connected_async(
+    source: AsyncSource,
+) -> AsyncIterator[tuple[AsyncConnection[Any], Recipe | None]]:
+    """As connected."""
+    if isinstance(source, AsyncConnection):
+        yield source, None
+        return
+    if not isinstance(source, str | AsyncClient):
+        raise TypeError(
+            "give an AsyncClient, a connection string or a psycopg.AsyncConnection, not "
+            f"{type(source).__name__}; for others there is a function whose name begins "
+            "without the a: drain(), say"
+        )
+    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
+    arguments = {**options(recipe), "autocommit": True}
+    async with await AsyncConnection.connect(**arguments) as conn:
+        yield conn, recipe
+
+
+async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
+    """As ask."""
+    cursor = AsyncCursor(conn, row_factory=tuple_row)
+    await cursor.execute(
+        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+    )
+    return statement.parse(await cursor.fetchall())
+
+
+async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | None) -> Ending:
+    route, claimed = step
+    if not route.is_transactional:
+        if route.is_coroutine:
+            return await _awaited(route, claimed.job)
+        return await asyncio.to_thread(route.run, claimed.job)
+    if recipe is not None:
+        with closing(Transactions(recipe, Lineage())) as transactions:
+            if route.is_coroutine:
+                return await transactions.run_async(route, claimed)
+            return await asyncio.to_thread(transactions.run, route, claimed)
+    if not route.is_coroutine:
+        raise _wrong_colour(route, "a plain function and needs a psycopg.Connection: use drain")
+    job, ended, fenced = claimed.job, False, False
+    try:
+        async with conn.transaction():
+            returned = await route.handler(job, conn)
+            ended = _is_over(conn)
+            result = route.judge(job, returned)
+            if ended or not _commits(returned):
+                raise psycopg.Rollback
+            answers = [await ask_async(conn, s) for s in settlement(claimed, result)]
+            if answers[0]:
+                return Committed(result)
+            fenced = True
+            raise psycopg.Rollback
+    except BaseException as error:
+        result = route.failed(job, error)
+    if ended:
+        return MoveToDlq(route.transaction_ended())
+    return Fenced() if fenced else result
+
+
+async def _awaited(route: Route, job: Job) -> Result:
+    try:
+        return route.judge(job, await route.handler(job))
+    except BaseException as error:
+        return route.failed(job, error)
+
+
+# -- what both colours share --------------------------------------------------------------
+
+
+def _commits(returned: object) -> bool:
+    return returned is None or isinstance(returned, Complete | Reschedule | MoveToDlq)
+
+
+def _is_over(conn: psycopg.BaseConnection[Any]) -> bool:
+    return conn.info.transaction_status == TransactionStatus.IDLE
+
+
+def _wrong_colour(route: Route, why: str) -> TypeError:
+    return TypeError(
+        f"the transactional handler of job type {route.type!r} is {why}(), or give a "
+        "connection string"
+    )
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

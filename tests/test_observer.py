@@ -1,0 +1,448 @@
+"""Whoever listens to a worker hears what it asked for, and nobody pays for what nobody hears."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from test_values import a_job
+from test_worker import NEVER, Crew, crew, eventually
+
+from bgjob import (
+    Client,
+    EnqueueRequest,
+    Event,
+    Job,
+    JobCompleted,
+    JobLeaseLost,
+    JobMovedToDlq,
+    JobRescheduled,
+    JobStarted,
+    JobTimedOut,
+    JobWillBeRetried,
+    LoggingObserver,
+    MoveToDlq,
+    Mux,
+    NoopObserver,
+    Observer,
+    QueueIsEmpty,
+    Reschedule,
+    Result,
+    Retry,
+    Worker,
+    WorkerError,
+    only,
+)
+from bgjob._audience import audience
+from bgjob._events import Events
+from bgjob._exchange import LeaseLost, TimedOut
+from bgjob.testing import RecordingObserver
+
+__all__ = ["crew"]  # the fixture of test_worker, of both colours
+
+METHODS = {
+    "job_started": JobStarted,
+    "job_completed": JobCompleted,
+    "job_rescheduled": JobRescheduled,
+    "job_will_be_retried": JobWillBeRetried,
+    "job_moved_to_dlq": JobMovedToDlq,
+    "job_lease_lost": JobLeaseLost,
+    "job_timed_out": JobTimedOut,
+    "queue_is_empty": QueueIsEmpty,
+    "worker_error": WorkerError,
+}
+
+JOB = a_job()
+OF_A_JOB: list[Event] = [
+    JobStarted(JOB),
+    JobCompleted(JOB),
+    JobRescheduled(JOB, 1.0),
+    JobWillBeRetried(JOB, 2.0, "why"),
+    JobMovedToDlq(JOB, "why"),
+    JobLeaseLost(JOB),
+    JobTimedOut(JOB, 3.0),
+]
+ALL: list[Event] = [*OF_A_JOB, QueueIsEmpty("q"), WorkerError(OSError("gone"))]
+
+
+def tell(observer: Observer, events: list[Event]) -> None:
+    """Call an observer's method beside each event, as a worker does."""
+    names = {event: name for name, event in METHODS.items()}
+    for event in events:
+        arguments = [getattr(event, name) for name in event.__slots__]
+        getattr(observer, names[type(event)])(*arguments)
+
+
+class Before(Observer):
+    """An observer that has what it needs of the protocol's methods, and inherits the rest."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def job_completed(self, job: Job, /) -> None:
+        self.heard.append(f"completed {job.id}")
+
+
+def make_before() -> Any:
+    kind: Any = Before  # for a type checker it lacks what it inherits
+    return kind()
+
+
+class Old:
+    """An observer that was written before there were timeouts, and has no base."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def job_completed(self, job: Job, /) -> None:
+        self.heard.append(f"completed {job.id}")
+
+    def job_lease_lost(self, job: Job, /) -> None:
+        self.heard.append(f"lost {job.id}")
+
+
+# -- a worker tells -------------------------------------------------------------------------
+
+
+def test_a_function_is_told_each_event_as_a_value(crew: Crew) -> None:
+    def act(job: Job) -> Result | None:
+        match job.type, job.attempt:
+            case "retry", 1:
+                return Retry(0.01, "once")
+            case "dlq", _:
+                return MoveToDlq("why")
+            case "reschedule", _ if job.id not in rescheduled:
+                rescheduled.add(job.id)
+                return Reschedule(0.02)
+        return None
+
+    rescheduled: set[str] = set()
+    recording = RecordingObserver()
+    told: list[Event] = []
+    mux = Mux()
+    for type_ in ("done", "retry", "dlq", "reschedule"):
+        mux.register(type_, act)
+        crew.enqueue(type_, type=type_)
+    crew.start(mux, observer=[recording, told.append], poll_interval=NEVER)
+    recording.wait_for(JobCompleted, count=3)
+    recording.wait_for(QueueIsEmpty)
+    assert [e.job.attempt for e in recording.of(JobStarted, id="retry")] == [1, 2]
+    [retried] = recording.of(JobWillBeRetried)
+    assert (retried.job.id, retried.delay, retried.error) == ("retry", 0.01, "once")
+    [moved] = recording.of(JobMovedToDlq)
+    assert (moved.job.id, moved.error) == ("dlq", "why")
+    [again] = recording.of(JobRescheduled)
+    assert (again.job.id, again.delay) == ("reschedule", 0.02)
+    assert {e.job.id for e in recording.of(JobCompleted)} == {"done", "retry", "reschedule"}
+    assert recording.of(QueueIsEmpty)[0] == QueueIsEmpty("q")
+    assert eventually(lambda: len(told) == len(recording.events))
+    assert set(map(id, told)).isdisjoint(map(id, recording.events))
+    assert sorted(map(repr, told)) == sorted(map(repr, recording.events))
+
+
+def test_an_observer_that_raises_does_not_keep_those_beside_it_from_hearing(
+    crew: Crew, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(NoopObserver):
+        def job_started(self, job: Job, /) -> None:
+            raise SystemExit("broken at the start")
+
+        def job_completed(self, job: Job, /) -> None:
+            raise ValueError("broken at the end")
+
+    first, last = RecordingObserver(), RecordingObserver()
+    crew.enqueue("a", "b")
+    crew.start(Mux().register("t", lambda _: None), observer=(first, Broken(), last))
+    for recording in (first, last):
+        recording.wait_for(JobCompleted, count=2)
+        assert len(recording.of(JobStarted)) == 2
+    logged = [r for r in caplog.records if "observer failed" in r.getMessage()]
+    assert sorted(str(r.exc_info[1]) for r in logged if r.exc_info) == [
+        *["broken at the end"] * 2,
+        *["broken at the start"] * 2,
+    ]
+
+
+def test_each_hears_only_of_its_queues_types_and_schedules(crew: Crew) -> None:
+    everything, mail, other, nightly = (RecordingObserver() for _ in range(4))
+    dead: list[Event] = []
+    mux = Mux().register("t", lambda _: None).register("bad", lambda _: MoveToDlq("why"))
+    observers = [
+        everything,
+        only(mail, queue="mail"),
+        only(other, queue={"other", "third"}),
+        only(nightly, schedule="nightly"),
+        only(dead.append, JobMovedToDlq, type="bad"),
+    ]
+    for queue in ("mail", "other"):
+        crew.start(mux, queue, observer=observers)
+        crew.enqueue(f"schedule:nightly:{queue}", f"schedule:nightly-2:{queue}", queue=queue)
+        crew.enqueue(f"{queue}-bad", queue=queue, type="bad")
+    everything.wait_for(JobCompleted, count=4)
+    everything.wait_for(JobMovedToDlq, count=2)
+    everything.wait_for(QueueIsEmpty, count=2)
+    nightly.wait_for(JobCompleted, count=2)
+    mail.wait_for(QueueIsEmpty)
+    other.wait_for(QueueIsEmpty)
+    assert eventually(lambda: len(dead) == 2)
+    for recording, queue in ((mail, "mail"), (other, "other")):
+        assert {e.queue for e in recording.of(QueueIsEmpty)} == {queue}
+        assert {e.job.queue for e in recording.of(JobStarted)} == {queue}
+        assert len(recording.of(JobCompleted)) == 2
+        assert [e.job.id for e in recording.of(JobMovedToDlq)] == [f"{queue}-bad"]
+    assert {type(e) for e in nightly.events} == {JobStarted, JobCompleted}
+    assert {e.job.id for e in nightly.of(JobCompleted)} == {
+        "schedule:nightly:mail",
+        "schedule:nightly:other",
+    }
+    assert sorted(e.job.id for e in dead if isinstance(e, JobMovedToDlq)) == [
+        "mail-bad",
+        "other-bad",
+    ]
+
+
+def test_a_list_without_an_observer_that_logs_logs_nothing(
+    dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    recording = RecordingObserver()
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "unknown"))
+        with (
+            caplog.at_level(logging.DEBUG, logger="bgjob"),
+            Worker(client, "q", Mux(), observer=[recording]),
+        ):
+            recording.wait_for(JobMovedToDlq)
+        with Worker(client, "q", Mux(), observer=[]):
+            client.enqueue(EnqueueRequest("q", "unknown"))
+            assert eventually(lambda: len(client.dlq.list()) == 2)
+    assert [r for r in caplog.records if r.name == "bgjob"] == []
+
+
+def test_an_observer_without_items_is_one_all_the_same(dsn: str) -> None:
+    class Counting(RecordingObserver):
+        def __len__(self) -> int:
+            return len(self.events)
+
+    recording = Counting()
+    with Client(dsn) as client, Worker(client, "q", Mux(), observer=recording):
+        client.enqueue(EnqueueRequest("q", "unknown"))
+        recording.wait_for(JobMovedToDlq)
+
+
+# -- who listens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, lambda o: [o], lambda o: [o, NoopObserver()]])
+def test_every_event_reaches_a_function_and_an_observer_alike(
+    wrap: Callable[[Any], Any],
+) -> None:
+    recording = RecordingObserver()
+    tell(audience(wrap(recording)), ALL)
+    assert recording.events == ALL
+
+
+def test_an_observer_is_given_what_its_methods_take() -> None:
+    heard: list[tuple[Any, ...]] = []
+
+    class Watching(NoopObserver):
+        def job_timed_out(self, job: Job, seconds: float, /) -> None:
+            heard.append(("timed out", job.id, seconds))
+
+        def job_will_be_retried(self, job: Job, delay: float, error: Any, /) -> None:
+            heard.append(("retried", job.id, delay, error))
+
+    tell(audience([Watching(), NoopObserver()]), ALL)
+    assert heard == [("retried", "id", 2.0, "why"), ("timed out", "id", 3.0)]
+
+
+@pytest.mark.parametrize("make", [make_before, Old])
+def test_an_observer_that_lacks_a_method_hears_the_rest(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    old, recording = make(), RecordingObserver()
+    alone = make()
+    for observer in ([old, recording], alone):
+        events = Events(audience(observer), "q")
+        events.open()
+        events.tell([TimedOut(JOB, 3.0), LeaseLost(JOB)])
+        events.close(5)
+        tell(audience(observer), ALL)
+    expected = ["lost id", "completed id", "lost id"] if make is Old else ["completed id"]
+    assert old.heard == alone.heard == expected
+    assert recording.events == [JobTimedOut(JOB, 3.0), JobLeaseLost(JOB), *ALL]
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "deaf",
+    [
+        NoopObserver(),
+        make_before(),
+        [],
+        [NoopObserver(), NoopObserver()],
+        only(NoopObserver(), queue="q"),
+        only(RecordingObserver(), JobMovedToDlq, type="t"),
+        [NoopObserver(), only(RecordingObserver(), JobTimedOut, QueueIsEmpty)],
+    ],
+)
+def test_what_nobody_hears_is_known_before_the_first_job(deaf: Any) -> None:
+    assert Events(audience(deaf), "q").started is None
+    whole = audience(deaf)
+    if not isinstance(deaf, Before):
+        for method in ("job_started", "job_completed"):
+            assert getattr(whole, method).__func__ is getattr(NoopObserver, method)
+
+
+def test_one_that_listens_among_many_is_called_without_a_detour() -> None:
+    class Watching(NoopObserver):
+        def job_completed(self, job: Job, /) -> None:
+            raise AssertionError
+
+    watching = Watching()
+    crowd = audience([NoopObserver(), watching, only(RecordingObserver(), JobTimedOut)])
+    assert crowd.job_completed == watching.job_completed
+    assert audience(watching) is watching
+
+
+@pytest.mark.parametrize(
+    ("options", "heard"),
+    [
+        ({}, ALL),
+        ({"queue": "q"}, [*OF_A_JOB, QueueIsEmpty("q")]),
+        ({"queue": ["other", "q"]}, [*OF_A_JOB, QueueIsEmpty("q")]),
+        ({"queue": "other"}, []),
+        ({"type": "t"}, OF_A_JOB),
+        ({"type": {"t", "u"}, "queue": "q"}, OF_A_JOB),
+        ({"type": "u"}, []),
+        ({"schedule": "id"}, []),
+    ],
+)
+def test_filters_must_all_fit_and_pass_on_what_is_theirs(
+    options: dict[str, Any], heard: list[Event]
+) -> None:
+    recording = RecordingObserver()
+    tell(only(recording, **options), ALL)
+    assert recording.events == heard
+
+
+@pytest.mark.parametrize(
+    ("id_", "fits"),
+    [
+        ("schedule:nightly:2026-01-01T00:00:00Z", True),
+        ("schedule:nightly", True),
+        ("schedule:nightly-2:1", False),
+        ("nightly:1", False),
+        ("my schedule:nightly:1", False),
+    ],
+)
+def test_a_schedule_is_known_by_the_ids_of_its_jobs(id_: str, fits: bool) -> None:
+    recording = RecordingObserver()
+    job = JOB._replace(id=id_)
+    tell(only(recording, schedule=["other", "nightly"]), [JobCompleted(job)])
+    assert recording.events == ([JobCompleted(job)] if fits else [])
+
+
+def test_filters_nest() -> None:
+    recording = RecordingObserver()
+    inner = only(recording, JobCompleted, JobTimedOut)
+    tell(only(only(inner, queue="q"), JobTimedOut, JobStarted), ALL)
+    assert recording.events == [JobTimedOut(JOB, 3.0)]
+
+
+async def a_coroutine(_: Event) -> None: ...
+
+
+class AsyncCallable:
+    async def __call__(self, _: Event) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("observer", "text"),
+    [
+        (NoopObserver, r"not a class: give NoopObserver\(\)"),
+        (a_coroutine, "give a plain function"),
+        (AsyncCallable(), "give a plain function"),
+        (7, "7 is no observer: give an Observer, a function of an event, or a list"),
+        ([NoopObserver(), 7], "7 is no observer"),
+        ("q", "'q' is no observer"),
+        ([[NoopObserver()]], "is no observer"),
+    ],
+)
+def test_what_cannot_observe_is_refused_when_the_worker_is_made(
+    dsn: str, observer: Any, text: str
+) -> None:
+    with Client(dsn) as client, pytest.raises(TypeError, match=text):
+        Worker(client, "q", Mux(), observer=observer)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda only: only(print, "mail"), TypeError, "'mail' is no event: give classes"),
+        (lambda only: only(print, JobStarted(JOB)), TypeError, "is no event"),
+        (lambda only: only(print, queue=""), ValueError, "queue must have 1 to 255 characters"),
+        (lambda only: only(print, queue=[]), ValueError, "queue names nothing"),
+        (lambda only: only(print, type=7), TypeError, "type must be a str, not int"),
+        (lambda only: only(print, schedule=["a\0b"]), ValueError, "schedule must not contain NUL"),
+        (lambda only: only(7), TypeError, "7 is no observer"),
+    ],
+)
+def test_a_filter_that_cannot_fit_is_refused(
+    make: Callable[[Any], Any], error: type[Exception], text: str
+) -> None:
+    untyped: Any = only
+    with pytest.raises(error, match=text):
+        make(untyped)
+
+
+# -- logging ----------------------------------------------------------------------------------
+
+
+def test_what_happened_is_in_the_fields_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="bgjob"):
+        tell(LoggingObserver(), OF_A_JOB)
+    found = [
+        (r.levelname, getattr(r, "job_event"), getattr(r, "job_delay", None))
+        for r in caplog.records
+    ]
+    assert found == [
+        ("DEBUG", "started", None),
+        ("DEBUG", "completed", None),
+        ("DEBUG", "rescheduled", 1.0),
+        ("WARNING", "will_be_retried", 2.0),
+        ("ERROR", "moved_to_dlq", None),
+        ("WARNING", "lease_lost", None),
+        ("WARNING", "timed_out", None),
+    ]
+    timed_out = caplog.records[-1]
+    assert getattr(timed_out, "job_timeout") == 3.0
+    assert timed_out.getMessage() == "t id (attempt 1) outlived its timeout of 3 s"
+    assert {(getattr(r, "job_id"), getattr(r, "job_queue")) for r in caplog.records} == {
+        ("id", "q")
+    }
+
+
+def test_an_empty_queue_is_named_in_the_fields_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="bgjob"):
+        LoggingObserver().queue_is_empty("mail")
+    assert getattr(caplog.records[0], "job_queue") == "mail"
+
+
+# -- the thread ---------------------------------------------------------------------------------
+
+
+def test_a_start_is_told_where_the_handler_runs_and_the_rest_elsewhere(dsn: str) -> None:
+    ran: list[int] = []
+    heard: dict[type[Event], int] = {}
+
+    def observe(event: Event) -> None:
+        heard[type(event)] = threading.get_ident()
+
+    mux = Mux().register("t", lambda _: ran.append(threading.get_ident()))
+    with Client(dsn) as client, Worker(client, "q", mux, observer=observe):
+        client.enqueue(EnqueueRequest("q", "t"))
+        assert eventually(lambda: JobCompleted in heard)
+    assert heard[JobStarted] == ran[0] != heard[JobCompleted]
