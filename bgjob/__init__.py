@@ -1,11 +1,13 @@
 """Background jobs on PostgreSQL: no other server, no lost job."""
 
 from bgjob.client import AsyncClient, Client
+from bgjob.codec import Codec, JsonCodec, RawCodec
 from bgjob.errors import (
     BgjobError,
     EmptyQueueError,
     JobAlreadyExistsError,
     LeaseLostError,
+    PayloadError,
     QueueRequiredError,
     RequestsRequiredError,
     SchemaError,
@@ -24,19 +26,23 @@ __all__ = [
     "Backoff",
     "BgjobError",
     "Client",
+    "Codec",
     "Complete",
     "DeadJob",
     "EmptyQueueError",
     "EnqueueRequest",
     "Job",
     "JobAlreadyExistsError",
+    "JsonCodec",
     "LeaseLostError",
     "LoggingObserver",
     "MoveToDlq",
     "Mux",
     "NoopObserver",
     "Observer",
+    "PayloadError",
     "QueueRequiredError",
+    "RawCodec",
     "RequestsRequiredError",
     "Reschedule",
     "Result",
