@@ -2,11 +2,13 @@
 
 from bgjob._audience import only
 from bgjob.client import AsyncClient, Client
+from bgjob.codec import Codec, JsonCodec, RawCodec
 from bgjob.errors import (
     BgjobError,
     EmptyQueueError,
     JobAlreadyExistsError,
     LeaseLostError,
+    PayloadError,
     QueueRequiredError,
     RequestsRequiredError,
     SchemaError,
@@ -40,6 +42,7 @@ __all__ = [
     "Backoff",
     "BgjobError",
     "Client",
+    "Codec",
     "Complete",
     "DeadJob",
     "EmptyQueueError",
@@ -54,14 +57,17 @@ __all__ = [
     "JobStarted",
     "JobTimedOut",
     "JobWillBeRetried",
+    "JsonCodec",
     "LeaseLostError",
     "LoggingObserver",
     "MoveToDlq",
     "Mux",
     "NoopObserver",
     "Observer",
+    "PayloadError",
     "QueueIsEmpty",
     "QueueRequiredError",
+    "RawCodec",
     "RequestsRequiredError",
     "Reschedule",
     "Result",

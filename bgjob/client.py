@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import islice
 from secrets import randbits
 from time import monotonic
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import psycopg
 from psycopg import AsyncCursor, BaseConnection, Cursor
@@ -25,6 +25,7 @@ from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
 from bgjob._transaction import Ending, Transactions, acquisition, keyed, settlement
+from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     BgjobError,
@@ -33,7 +34,7 @@ from bgjob.errors import (
     LeaseLostError,
     RequestsRequiredError,
 )
-from bgjob.job import EnqueueRequest
+from bgjob.job import EnqueueOptions, EnqueueRequest
 from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq, Result, Retry
 from bgjob.timetable import AsyncTimetable, Timetable
@@ -106,17 +107,40 @@ class Client:
         self.schedules = Timetable(self._run, self.enqueue)
         """The schedules that workers have."""
 
+    @overload
     def enqueue(
         self, request: EnqueueRequest, *, conn: psycopg.Connection[Any] | None = None
+    ) -> str: ...
+
+    @overload
+    def enqueue(
+        self,
+        request: TypedJob,
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> str: ...
+
+    def enqueue(
+        self,
+        request: EnqueueRequest | TypedJob,
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> str:
         """Write a job; give its id.
 
         Args:
-            request: the job.
+            request: the job: a request, or a typed job, a value of a dataclass, say, whose
+                class names the type and may name the queue. As EnqueueRequest.of.
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits.
+            options: queue, id, delay, run_at and priority of a typed job, as those
+                of a request; they go before what the class says.
 
         Raises:
+            QueueRequiredError, PayloadError, TypeError, ValueError: as
+                EnqueueRequest.of; a TypeError also for options beside a request.
             JobAlreadyExistsError: a live job has the id. Nothing was written,
                 and the caller's transaction goes on.
             psycopg.Error: the database's. After a lost connection it is not
@@ -124,6 +148,7 @@ class Client:
                 safely be enqueued again.
 
         """
+        request = _request(request, options)
         statement = _statements.enqueue(request, notify=self._notify)
         if not self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
@@ -139,7 +164,8 @@ class Client:
         """Write jobs, all or none; give their ids, in order.
 
         Args:
-            requests: the jobs; any number of them, consumed in chunks.
+            requests: the jobs; any number of them, consumed in chunks. Typed
+                ones are made with EnqueueRequest.of.
             on_conflict: "raise" (the default) writes nothing if any id is taken;
                 "skip" passes over the taken ones and gives None in their places.
             conn: a connection of the caller's: the jobs are written in its
@@ -366,10 +392,29 @@ class AsyncClient:
         self.schedules = AsyncTimetable(self._run, self.enqueue)
         """The schedules that workers have."""
 
+    @overload
     async def enqueue(
         self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> str: ...
+
+    @overload
+    async def enqueue(
+        self,
+        request: TypedJob,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> str: ...
+
+    async def enqueue(
+        self,
+        request: EnqueueRequest | TypedJob,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
     ) -> str:
         """Write a job; give its id. As Client.enqueue."""
+        request = _request(request, options)
         statement = _statements.enqueue(request, notify=self._notify)
         if not await self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
@@ -591,6 +636,17 @@ def _runs_a_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _request(request: EnqueueRequest | TypedJob, options: EnqueueOptions) -> EnqueueRequest:
+    if not isinstance(request, EnqueueRequest):
+        return EnqueueRequest.of(request, **options)
+    if options:
+        raise TypeError(
+            f"{', '.join(options)} beside a request: these are for typed jobs; give them to the "
+            "EnqueueRequest"
+        )
+    return request
 
 
 def _chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]]:

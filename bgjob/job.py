@@ -1,21 +1,39 @@
 """The values that cross the queue: a request to enqueue, a job to run, a dead job."""
 
-import math
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import InitVar, dataclass, field
 from datetime import datetime
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 import orjson
 
 from bgjob._duration import Duration, seconds
+from bgjob.codec import (
+    Codec,
+    JsonCodec,
+    TypedJob,
+    check_codec,
+    class_option,
+    codec_of,
+    json_payload,
+    type_name,
+)
 from bgjob.errors import QueueRequiredError, TypeRequiredError
 
 _LONGEST_NAME = 255
 _SMALLINT = range(-32768, 32768)
+_JSON = JsonCodec()
+
+
+class EnqueueOptions(TypedDict, total=False):
+    """What the enqueue of a typed job may name; the attributes of EnqueueRequest."""
+
+    queue: str
+    id: str
+    delay: Duration
+    run_at: datetime | None
+    priority: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +44,8 @@ class EnqueueRequest:
         queue: which workers may take it; 1 to 255 characters, no NUL.
         type: which handler runs it; 1 to 255 characters, no NUL.
         arg: `bytes` are stored as they are, None as NULL; anything else is
-            encoded as JSON when the request is made.
+            encoded as JSON when the request is made. With a `codec` it is the
+            bytes that this made of it.
         id: unique among live jobs, so that enqueuing twice is harmless; 1 to
             255 characters. By default a new time-ordered UUID (version 7).
         delay: seconds or a timedelta before the job is due, from the moment it
@@ -37,6 +56,8 @@ class EnqueueRequest:
         exclusive: a key of 1 to 255 characters, no NUL: of all jobs that share
             it, in any queue and on any host, one runs at a time, and those of
             a queue in the order in which they are due. None by default.
+        codec: how `arg` is encoded if it is not None; only for the constructor.
+            JSON by default. The handler has to be registered with the same.
 
     Raises:
         QueueRequiredError, TypeRequiredError: an empty queue or type.
@@ -57,8 +78,9 @@ class EnqueueRequest:
     exclusive: str | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """`arg` as it is stored."""
+    codec: InitVar[Codec[Any]] = field(default=_JSON, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, codec: Codec[Any]) -> None:
         if not self.queue:
             raise QueueRequiredError("queue is required: name the queue whose workers run the job")
         if not self.type:
@@ -81,7 +103,46 @@ class EnqueueRequest:
             raise ValueError(
                 f"priority must be an integer from -32768 to 32767, not {self.priority!r}"
             )
-        object.__setattr__(self, "payload", _encoded(self.arg, self.type))
+        if type(codec) is not JsonCodec:
+            # Not the codec is kept but what it made, so that a copy of the request is one.
+            object.__setattr__(self, "arg", _encoded(self.arg, self.type, codec))
+        object.__setattr__(self, "payload", json_payload(self.arg, self.type))
+
+    @classmethod
+    def of(cls, value: TypedJob, /, **options: Unpack[EnqueueOptions]) -> Self:
+        """Make the request of a typed job: its class names the type, and its value is the arg.
+
+        Args:
+            value: of a dataclass, a pydantic model, a msgspec Struct, or any class
+                with a `codec: ClassVar[Codec]`. The class may say
+                `job_type: ClassVar[str]` (its name by default),
+                `queue: ClassVar[str]` and `priority: ClassVar[int]`.
+            options: queue, id, delay, run_at and priority, as those of a request;
+                they go before what the class says.
+
+        Raises:
+            QueueRequiredError: neither the class nor the options name a queue.
+            PayloadError: a field of the value is not what its annotation says.
+            TypeError: the class is no job type, or another wrong type.
+            ValueError: as for a request.
+
+        """
+        if isinstance(value, type | EnqueueRequest):
+            raise TypeError(f"a typed job is a value of a class of yours, not {value!r}")
+        class_ = type(value)
+        arg = codec_of(class_).encode(value)
+        if "queue" not in options:
+            queue = class_option(class_, "queue")
+            if queue is None:
+                raise QueueRequiredError(
+                    f"job type {type_name(class_)!r} has no queue: give the class one "
+                    f"(`queue: ClassVar[str]` in {class_.__qualname__}), or name it at the "
+                    "enqueue (queue=...)"
+                )
+            options["queue"] = queue
+        if "priority" not in options:
+            options["priority"] = class_option(class_, "priority", 0)
+        return cls(type=type_name(class_), arg=arg, **options)
 
 
 class Job(NamedTuple):
@@ -189,43 +250,14 @@ def new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def _encoded(arg: object, type_: str) -> bytes | None:
-    match arg:
-        case None:
-            return None
-        case bytes():
-            return arg
-        case bytearray() | memoryview():
-            return bytes(arg)
-    try:
-        payload = orjson.dumps(arg)
-    except TypeError as error:  # orjson's JSONEncodeError is one
+def _encoded(arg: object, type_: str, codec: Codec[Any]) -> bytes | None:
+    check_codec(codec)
+    if arg is None:
+        return None
+    data = codec.encode(arg)
+    if not isinstance(data, bytes):
         raise TypeError(
-            f"arg of job type {type_!r} cannot be encoded as JSON: {error}; "
-            "give bytes, or values that JSON has"
-        ) from error
-    # orjson writes NaN and infinities as null: what comes back would differ.
-    if b"null" in payload and _has_non_finite(arg):
-        raise ValueError(
-            f"arg of job type {type_!r} holds NaN or infinity, which JSON cannot express"
+            f"{codec!r} gave {type(data).__name__} for the arg of job type {type_!r}: encode() "
+            "must give bytes"
         )
-    return payload
-
-
-def _has_non_finite(arg: object) -> bool:
-    pending: list[object] = [arg]
-    while pending:
-        match pending.pop():
-            case float(value) if not math.isfinite(value):
-                return True
-            case Mapping() as mapping:
-                pending.extend(mapping.values())
-            case str() | bytes():
-                pass
-            case Enum() as member:
-                pending.append(member.value)
-            case Iterable() as items:
-                pending.extend(items)
-            case other if is_dataclass(other):
-                pending.extend(getattr(other, field.name) for field in fields(other))
-    return False
+    return data
