@@ -26,6 +26,10 @@ class UnknownTypeError(BgjobError, LookupError):
     """No handler is registered for a job's type; the job goes to the dead-letter table."""
 
 
+class PayloadError(BgjobError, ValueError):
+    """A payload does not fit its job type; the job goes to the dead-letter table."""
+
+
 class JobAlreadyExistsError(BgjobError):
     """A live job has this id already; nothing was written.
 
