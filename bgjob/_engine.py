@@ -62,7 +62,7 @@ from bgjob._statements import Claimed
 from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
-from bgjob.result import Complete, MoveToDlq
+from bgjob.result import Complete, MoveToDlq, Retry
 
 _MOST = 2000
 """Jobs in one settlement, and in two claims: one is worked on while the next is fetched."""
@@ -531,6 +531,8 @@ class Engine:
                 news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
+                if isinstance(result, Retry) and result.priority is not None:
+                    self._marks.retried(result.priority)
         return due_at
 
     def _drop(self, claimed: Claimed) -> _Batch | None:

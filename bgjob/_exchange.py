@@ -93,9 +93,10 @@ class Exchange:
         match result.otherwise if isinstance(result, Doubtful) else result:
             case Complete():
                 self.complete.append(claimed)
-            case Retry(_, error):
+            case Retry(_, error, priority=priority):
+                text = error_text(error)
                 self.postpone.append(
-                    Postponed(claimed, outcome.delay, error_text(error), refund=False)
+                    Postponed(claimed, outcome.delay, text, refund=False, priority=priority)
                 )
             case Reschedule():
                 self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
