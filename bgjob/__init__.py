@@ -9,6 +9,7 @@ from bgjob.errors import (
     QueueRequiredError,
     RequestsRequiredError,
     SchemaError,
+    StateRequiredError,
     TypeRequiredError,
     UnknownTypeError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Result",
     "Retry",
     "SchemaError",
+    "StateRequiredError",
     "TypeRequiredError",
     "UnknownTypeError",
     "Worker",

@@ -211,12 +211,14 @@ class Client:
         Raises:
             EmptyQueueError: no job is due.
             LeaseLostError: the handler outlived the lease; its result was dropped.
+            StateRequiredError: a handler asks for a state; give `mux.bound(state)`.
             RuntimeError: there are coroutine handlers, and a loop runs in this thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
             psycopg.Error: the database's; the job is due again when its lease ends.
 
         """
+        mux.check_bound()
         if mux.has_coroutines and _runs_a_loop():
             raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
         lease = seconds(lease, "lease")
@@ -420,6 +422,7 @@ class AsyncClient:
 
         A coroutine handler is awaited here, a plain one runs on a thread.
         """
+        mux.check_bound()
         lease = seconds(lease, "lease")
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)

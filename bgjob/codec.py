@@ -59,7 +59,11 @@ class _DataclassCodec(Generic[T]):
         found = orjson.loads(data)
         for field in fields(self.cls):  # type: ignore[arg-type]
             kind: Any = field.type
-            if isinstance(kind, type) and not isinstance(found[field.name], kind):
+            if (
+                field.name in found
+                and isinstance(kind, type)
+                and not isinstance(found[field.name], kind)
+            ):
                 raise PayloadError(
                     f"payload of job type {type_name(self.cls)!r}: field {field.name!r} "
                     f"must be {kind.__name__}"

@@ -22,6 +22,10 @@ class RequestsRequiredError(BgjobError, ValueError):
     """A bulk enqueue was given no request."""
 
 
+class StateRequiredError(BgjobError):
+    """A handler asks for a state, and the worker or the call has none to give."""
+
+
 class UnknownTypeError(BgjobError, LookupError):
     """No handler is registered for a job's type; the job goes to the dead-letter table."""
 

@@ -114,6 +114,8 @@ class Table:
                 row.due = now + int(postponed.delay * SECOND)
                 row.attempt -= postponed.refund
                 row.deaths = postponed.deaths
+                if postponed.priority is not None:
+                    row.priority = postponed.priority
                 row.is_known = True
                 row.free_since = at
                 reply.settled.add(id_)
@@ -502,7 +504,8 @@ class History:
         if self.peace:
             return random.choice(last)
         delay = random.choice([0.0, random.random() * 2])
-        return random.choice([*last, Complete(), Retry(delay, "again"), Reschedule(delay)])
+        again = Retry(delay, "again", priority=random.choice([None, None, -1, 7]))
+        return random.choice([*last, Complete(), again, Reschedule(delay)])
 
     # -- the worker's control thread --------------------------------------------------------------
 
