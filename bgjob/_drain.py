@@ -254,7 +254,7 @@ def _one(
     job, answer = claimed.job, _Answer()
     route = mux.route(job, claimed.deaths)
     ending: Ending
-    if isinstance(route, MoveToDlq):
+    if not isinstance(route, Route):
         ending = route
     else:
         ending = yield _Run(_overheard(route, answer), claimed)

@@ -63,8 +63,8 @@ from bgjob._statements import Claimed
 from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
-from bgjob.mux import Wants
-from bgjob.result import Complete, MoveToDlq
+from bgjob._route import Wants
+from bgjob.result import Complete, MoveToDlq, Retry
 
 _MOST = 2000
 """Jobs in one settlement, and in two claims: one is worked on while the next is fetched."""
@@ -578,6 +578,8 @@ class Engine:
                 news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
+                if isinstance(result, Retry) and result.priority is not None:
+                    self._marks.retried(result.priority)
         return due_at
 
     def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:

@@ -21,7 +21,7 @@ from bgjob._exchange import (
 )
 from bgjob._statements import Claimed
 from bgjob.job import Job
-from bgjob.mux import Wants
+from bgjob._route import Wants
 from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 

@@ -33,7 +33,7 @@ from bgjob._statements import (
     unpark,
 )
 from bgjob.job import Job
-from bgjob.mux import Wants
+from bgjob._route import Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
 
 # -- the engine's steps -------------------------------------------------------------
@@ -103,9 +103,10 @@ class Exchange:
         match result.otherwise if isinstance(result, Doubtful) else result:
             case Complete():
                 self.complete.append(claimed)
-            case Retry(_, error):
+            case Retry(_, error, priority=priority):
+                text = error_text(error)
                 self.postpone.append(
-                    Postponed(claimed, outcome.delay, error_text(error), refund=False)
+                    Postponed(claimed, outcome.delay, text, refund=False, priority=priority)
                 )
             case Reschedule():
                 self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))

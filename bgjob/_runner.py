@@ -334,7 +334,7 @@ class Runner:
                     continue
             job, _, deaths = claimed
             route = route_of(job, deaths)
-            if isinstance(route, MoveToDlq):
+            if not isinstance(route, Route):
                 self._done(Outcome(claimed, route, None))
             elif route.is_coroutine:
                 with self._lock:
@@ -417,7 +417,7 @@ class Runner:
                     continue
             job, _, deaths = claimed
             route = route_of(job, deaths)
-            if isinstance(route, MoveToDlq):
+            if not isinstance(route, Route):
                 self._done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
                 self._on_thread(claimed)

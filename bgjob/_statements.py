@@ -637,6 +637,8 @@ class Postponed(NamedTuple):
     """Whether the attempt is given back."""
     deaths: int = 0
     """What stays on record of workers that died."""
+    priority: int | None = None
+    """None keeps its own."""
 
 
 def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
@@ -650,11 +652,13 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             attempt = greatest(j.attempt, p.refund) - p.refund,
             deaths = p.deaths,
             last_error = coalesce(p.error, j.last_error),
+            priority = coalesce(p.priority, j.priority),
             updated_at = clock_timestamp()
         from unnest(
             %(ids)s::text[], %(tokens)s::bigint[], %(delays)s::float8[],
-            %(errors)s::text[], %(refunds)s::int[], %(deaths)s::smallint[]
-        ) as p (id, token, delay, error, refund, deaths)
+            %(errors)s::text[], %(refunds)s::int[], %(deaths)s::smallint[],
+            %(priorities)s::smallint[]
+        ) as p (id, token, delay, error, refund, deaths, priority)
         where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
         returning j.id
         """,
@@ -665,6 +669,7 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             "errors": [p.error for p in postponed],
             "refunds": [int(p.refund) for p in postponed],
             "deaths": [p.deaths for p in postponed],
+            "priorities": [p.priority for p in postponed],
         },
         _column,
         prepare=False,
@@ -1105,7 +1110,8 @@ _COLUMN_NEEDS = (
     (
         "bgjob_job",
         "update",
-        "attempt last_error deaths exclusive waits next_run_at token lease_until updated_at",
+        "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
+        "updated_at",
     ),
     ("bgjob_exclusive", "insert", "key"),
     ("bgjob_exclusive", "update", "job_id token"),

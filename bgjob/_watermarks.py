@@ -118,6 +118,10 @@ class Watermarks:
         self._epoch_next = 0
         self._unwatched_at = now
 
+    def retried(self, priority: int) -> None:
+        """Learn that a job went back with this priority, which may have had none yet."""
+        self._marks.setdefault(priority, _OLDEST)
+
     def claimed(self, jobs: Sequence[Job], *, full: bool) -> None:
         """Move the marks to what a claim brought, in its order.
 

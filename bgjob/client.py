@@ -240,12 +240,14 @@ class Client:
         Raises:
             EmptyQueueError: no job is due.
             LeaseLostError: the handler outlived the lease; its result was dropped.
+            StateRequiredError: a handler asks for a state; give `mux.bound(state)`.
             RuntimeError: there are coroutine handlers, and a loop runs in this thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
             psycopg.Error: the database's; the job is due again when its lease ends.
 
         """
+        mux.check_bound()
         if mux.has_coroutines and _runs_a_loop():
             raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
         lease = seconds(lease, "lease")
@@ -258,7 +260,7 @@ class Client:
         job, route = claimed.job, mux.route(claimed.job, claimed.deaths)
         ends_at = monotonic() + lease
         ending: Ending
-        if isinstance(route, MoveToDlq):
+        if not isinstance(route, Route):
             ending = route
         elif route.is_coroutine:
             ending = asyncio.run(_run_async(route, claimed, self.recipe))
@@ -479,6 +481,7 @@ class AsyncClient:
 
         A coroutine handler is awaited here, a plain one runs on a thread.
         """
+        mux.check_bound()
         lease = seconds(lease, "lease")
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
@@ -489,7 +492,7 @@ class AsyncClient:
         route = mux.route(claimed.job, claimed.deaths)
         ends_at = monotonic() + lease
         ending: Ending
-        if isinstance(route, MoveToDlq):
+        if not isinstance(route, Route):
             ending = route
         elif route.is_coroutine:
             ending = await _run_async(route, claimed, self.recipe)

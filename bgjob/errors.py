@@ -22,12 +22,19 @@ class RequestsRequiredError(BgjobError, ValueError):
     """A bulk enqueue was given no request."""
 
 
+class StateRequiredError(BgjobError):
+    """A handler asks for a state, and the worker or the call has none to give."""
+
+
 class UnknownTypeError(BgjobError, LookupError):
     """No handler is registered for a job's type; the job goes to the dead-letter table."""
 
 
 class PayloadError(BgjobError, ValueError):
-    """A payload does not fit its job type; the text names the type and the field."""
+    """A payload does not fit its job type; the text names the type and the field.
+
+    The job goes to the dead-letter table.
+    """
 
 
 class JobAlreadyExistsError(BgjobError):

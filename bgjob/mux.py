@@ -1,123 +1,63 @@
-"""Routes job types to handlers, and judges what a handler returned or raised."""
+"""Routes job types to handlers, each with its policy."""
 
-import inspect
-import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Self, TypeAlias, TypeVar, overload
+import builtins
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from types import EllipsisType
+from typing import Any, Concatenate, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
 
 from psycopg import AsyncConnection, Connection
 
-from bgjob._duration import seconds
-from bgjob.errors import BgjobError, TypeRequiredError, UnknownTypeError
-from bgjob.job import Job, check_name
-from bgjob.result import Backoff, BackoffPolicy, Complete, MoveToDlq, Reschedule, Result, Retry
+from bgjob._calling import NO_STATE, Calling, Middleware
+from bgjob._duration import Duration, seconds
+from bgjob._route import BACKOFF, Exclusive, Route, Wants
+from bgjob.codec import Codec, codec_of, type_name
+from bgjob.errors import (
+    QueueRequiredError,
+    StateRequiredError,
+    TypeRequiredError,
+    UnknownTypeError,
+)
+from bgjob.job import EnqueueRequest, Job, check_name
+from bgjob.result import BackoffPolicy, MoveToDlq, Result, Retry
 
-Handler: TypeAlias = Callable[[Job], Result | None] | Callable[[Job], Awaitable[Result | None]]
-"""A plain function, run on a thread, or a coroutine function, run on an event loop."""
+__all__ = ["Handler", "Middleware", "Mux", "Policy", "Route", "TransactionalHandler"]
 
-TransactionalHandler: TypeAlias = (
-    Callable[[Job, Connection[Any]], Result | None]
-    | Callable[[Job, AsyncConnection[Any]], Awaitable[Result | None]]
+T = TypeVar("T")
+
+Handles: TypeAlias = (
+    Callable[Concatenate[T, ...], Result | None]
+    | Callable[Concatenate[T, ...], Awaitable[Result | None]]
+)
+"""A plain function, run on a thread, or a coroutine function, run on an event loop; what it is
+given by name follows."""
+
+HandlesInTransaction: TypeAlias = (
+    Callable[Concatenate[T, Connection[Any], ...], Result | None]
+    | Callable[Concatenate[T, AsyncConnection[Any], ...], Awaitable[Result | None]]
 )
 """A handler that is given a connection, async for a coroutine function, in a transaction."""
 
+Handler: TypeAlias = Handles[Job]
+TransactionalHandler: TypeAlias = HandlesInTransaction[Job]
+
 _H = TypeVar("_H", bound=Callable[..., Any])
 
-_log = logging.getLogger("bgjob")
+_MAX_ATTEMPTS = 25
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A job type's handler and policy."""
+class Policy(TypedDict, total=False):
+    """The options of a job type; Mux.register tells what they mean."""
 
-    type: str
-    handler: Callable[..., Any]
-    is_coroutine: bool
-    is_transactional: bool
-    max_attempts: int | None
-    backoff: BackoffPolicy
-
-    def exhausted(self, job: Job) -> MoveToDlq:
-        """Give the result of a job whose attempts were all charged before this one."""
-        return MoveToDlq(
-            f"out of attempts: {self.max_attempts} of {self.max_attempts} were charged, the last "
-            "without a result; its worker died or lost the lease"
-            + (f"; last error: {job.last_error}" if job.last_error else "")
-        )
-
-    def run(self, job: Job) -> Result:
-        """Run a plain handler; nothing it raises escapes."""
-        try:
-            returned = self.handler(job)
-            return _COMPLETE if returned is None else self.judge(job, returned)
-        except BaseException as error:
-            return self.failed(job, error)
-
-    def judge(self, job: Job, returned: object) -> Result:
-        """Turn what the handler returned into the result to store."""
-        match returned:
-            case None:
-                return _COMPLETE
-            case Complete() | Reschedule() | MoveToDlq():
-                return returned
-            case Retry(delay, error):
-                if self.max_attempts is not None and job.attempt >= self.max_attempts:
-                    return MoveToDlq(error if error is not None else "out of attempts")
-                return Retry(self._delay(job.attempt) if delay is None else delay, error)
-            case _:
-                if inspect.iscoroutine(returned):
-                    returned.close()
-                return self.failed(
-                    job,
-                    TypeError(
-                        f"{self._named} returned {type(returned).__name__}; "
-                        "return Complete(), Retry(), Reschedule(), MoveToDlq() or None"
-                    ),
-                )
-
-    def failed(self, job: Job, error: BaseException) -> Result:
-        """Turn what the handler raised into the result to store."""
-        return self.judge(job, Retry(error=error))
-
-    def transaction_ended(self) -> BgjobError:
-        """Make the error of a handler that ended the transaction it was given."""
-        return BgjobError(
-            f"{self._named} ended the transaction it was given, and what it may have committed "
-            "stays; the job is not run again: leave commit and rollback to the worker"
-        )
-
-    @property
-    def _named(self) -> str:
-        name = getattr(self.handler, "__qualname__", repr(self.handler))
-        return f"handler {name} of job type {self.type!r}"
-
-    def _delay(self, attempt: int) -> float:
-        try:
-            return seconds(self.backoff(attempt), "backoff")
-        except Exception:
-            _log.exception("the backoff of job type %r failed; the default one is used", self.type)
-            return _BACKOFF(attempt)
-
-
-def _is_coroutine(handler: Callable[..., Any]) -> bool:
-    while isinstance(handler, partial):
-        handler = handler.func
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-        type(handler).__call__
-    )
-
-
-_COMPLETE = Complete()
-_BACKOFF = Backoff()
-
-
-@dataclass(frozen=True, slots=True)
-class Wants:
-    """What is given for a job that must not start before it has a key."""
-
-    key: str
+    queue: str | None
+    max_attempts: int | EllipsisType | None
+    backoff: BackoffPolicy | None
+    timeout: Duration | None
+    priority: int | None
+    retry_priority: int | None
+    exclusive: Exclusive | None
+    middleware: Sequence[Middleware]
 
 
 class Mux:
@@ -125,10 +65,25 @@ class Mux:
 
     A job whose type is not registered goes to the dead-letter table. Thread-safe
     once registration is over; register everything before the worker runs.
+
+    Args:
+        middleware: wraps the handlers of all types, the first outermost, and all
+            of it outside that of a type; none by default. A middleware is a
+            function that is given a handler and gives one: called with the job,
+            and with the connection where the handler is transactional, it calls
+            the other, or does not, and gives a result, or raises. It gives a
+            coroutine function for a coroutine function and a plain one for a
+            plain one. A payload is decoded inside of it, so that it may change
+            `job.arg`; one that cannot be decoded is a MoveToDlq that it sees.
+            It is applied when a handler is registered, and once more for each
+            worker to one that asks for the worker's state.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, middleware: Sequence[Middleware] = ()) -> None:
         self._routes: dict[str, Route] = {}
+        self._middleware = _in_order(middleware)
+        self._state: object = NO_STATE
         self.transactional: set[str] = set()
         """The job types whose handlers take part in a transaction."""
 
@@ -139,8 +94,8 @@ class Mux:
         handler: Handler,
         *,
         transactional: Literal[False] = ...,
-        max_attempts: int | None = ...,
-        backoff: BackoffPolicy = ...,
+        codec: None = ...,
+        **policy: Unpack[Policy],
     ) -> Self: ...
 
     @overload
@@ -150,91 +105,221 @@ class Mux:
         handler: TransactionalHandler,
         *,
         transactional: Literal[True],
-        max_attempts: int | None = ...,
-        backoff: BackoffPolicy = ...,
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: Handles[T],
+        *,
+        transactional: Literal[False] = ...,
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: HandlesInTransaction[T],
+        *,
+        transactional: Literal[True],
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: type[T],
+        handler: Handles[T],
+        *,
+        transactional: Literal[False] = ...,
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: type[T],
+        handler: HandlesInTransaction[T],
+        *,
+        transactional: Literal[True],
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
     ) -> Self: ...
 
     def register(
         self,
-        type: str,  # noqa: A002
+        type: str | builtins.type[Any],  # noqa: A002
         handler: Callable[..., Any],
         *,
+        queue: str | None = None,
+        max_attempts: int | EllipsisType | None = ...,
+        backoff: BackoffPolicy | None = None,
+        timeout: Duration | None = None,
+        priority: int | None = None,
+        retry_priority: int | None = None,
+        exclusive: Exclusive | None = None,
         transactional: bool = False,
-        max_attempts: int | None = 25,
-        backoff: BackoffPolicy = _BACKOFF,
+        codec: Codec[Any] | None = None,
+        middleware: Sequence[Middleware] = (),
     ) -> Self:
         """Route jobs of `type` to `handler`; chainable.
 
+        The handler's first argument is the job; or, where the type is a class or
+        has a codec, the decoded payload. A transactional handler's second one is
+        the connection. What else it has a parameter for, it is given by name:
+        `state`, the worker's; and `job`, where its first argument is the payload.
+
+        A class that is registered may say `queue`, `max_attempts`, `backoff` and
+        `priority` itself, as class attributes; what is given here comes first.
+
         Args:
-            type: the job type; 1 to 255 characters.
+            type: the job type, 1 to 255 characters; or a class, which names the
+                type and whose values are the payloads.
             handler: a plain function, run on a thread, or a coroutine function,
                 run on an event loop. One that raises, or whose worker dies,
                 has used up an attempt.
-            transactional: whether the handler is called as `handler(job, conn)`
-                with a connection of the worker's, a psycopg.Connection or for a
-                coroutine function an AsyncConnection, in an open transaction.
-                Its SQL, the jobs it enqueues with `conn=conn` and its result
-                commit together; Retry() and exceptions roll back. It must not
-                end the transaction itself. False by default: no transaction is
-                open and no connection is held while a handler runs.
+            queue: where `request` enqueues jobs of this type; none by default,
+                for which workers run a type is for whoever enqueues to say.
             max_attempts: how often a job may fail before it goes to the
                 dead-letter table; 25 by default, half a day with the default
                 backoff. None: endlessly.
             backoff: seconds to wait after failed attempt n, for a handler that
                 raises or returns Retry() without a delay; Backoff() by default.
+            timeout: seconds or a timedelta after which an attempt has failed;
+                none by default, for only you know how long a job may take.
+            priority: that of the jobs that `request` makes; 0 by default.
+                Lower runs first.
+            retry_priority: the priority with which a job goes back that failed,
+                unless its handler returned a Retry(priority=...). By default it
+                keeps its own. One that its worker died with keeps it too.
+            exclusive: True lets jobs of this type run one at a time, on any
+                host; a callable gives the key of a job, or None: of those with
+                the same key one runs at a time. By default they run beside each
+                other.
+            transactional: whether the handler is given a connection of the
+                worker's, a psycopg.Connection or for a coroutine function an
+                AsyncConnection, in an open transaction. Its SQL, the jobs it
+                enqueues with `conn=conn` and its result commit together; Retry()
+                and exceptions roll back. It must not end the transaction itself.
+                False by default: no transaction is open and no connection is
+                held while a handler runs.
+            codec: encodes payloads in `request`, and decodes them for the
+                handler; that of the class by default. Without a class it is
+                not asked about a missing payload, which is None. A payload that
+                it cannot decode goes to the dead-letter table at once, as it is.
+            middleware: wraps this handler, the first outermost, inside the
+                middleware of the Mux; see there. None by default.
 
         Raises:
             TypeRequiredError: an empty type.
-            ValueError: the type is registered already, or max_attempts is below 1.
-            TypeError: the handler is not callable.
+            ValueError: the type is registered already, or an option is out of range.
+            TypeError: the handler cannot be called so, middleware has changed
+                its colour, or an option is of another type.
 
         """
-        self._register(type, handler, transactional, max_attempts, backoff)
+        name, cls = _name_of(type)
+        self._check_is_new(name, cls)
+        if not callable(handler):
+            raise TypeError(f"the handler of job type {name!r} is not callable: {handler!r}")
+        queue = _of_class(cls, "queue") if queue is None else queue
+        if isinstance(max_attempts, EllipsisType):
+            attempts: int | None = _of_class(cls, "max_attempts", _MAX_ATTEMPTS)
+        else:
+            attempts = max_attempts
+        waits: BackoffPolicy = _of_class(cls, "backoff", BACKOFF) if backoff is None else backoff
+        rank: int = _of_class(cls, "priority", 0) if priority is None else priority
+        calling = Calling.of(
+            name,
+            handler,
+            transactional=transactional,
+            codec=codec if codec is not None or cls is None else codec_of(cls),
+            value_type=cls,
+            middleware=self._middleware + _in_order(middleware),
+        )
+        self._routes[name] = Route(
+            name,
+            calling.with_state(self._state),
+            calling.is_coroutine,
+            transactional,
+            attempts,
+            waits,
+            retry_priority,
+            None if timeout is None else seconds(timeout, f"timeout of job type {name!r}"),
+            exclusive,
+            queue,
+            rank,
+            calling,
+        )
+        if transactional:
+            self.transactional.add(name)
         return self
 
     def handler(
         self,
-        type: str,  # noqa: A002
+        type: str | builtins.type[Any],  # noqa: A002
         *,
         transactional: bool = False,
-        max_attempts: int | None = 25,
-        backoff: BackoffPolicy = _BACKOFF,
+        codec: Codec[Any] | None = None,
+        **policy: Unpack[Policy],
     ) -> Callable[[_H], _H]:
         """Register the decorated function; the arguments are those of `register`."""
 
         def decorate(function: _H) -> _H:
-            self._register(type, function, transactional, max_attempts, backoff)
+            options: dict[str, Any] = {"transactional": transactional, "codec": codec, **policy}
+            self.register(type, function, **options)
             return function
 
         return decorate
 
-    def _register(
-        self,
-        type_: str,
-        handler: Callable[..., Any],
-        transactional: bool,
-        max_attempts: int | None,
-        backoff: BackoffPolicy,
-    ) -> None:
-        if not type_:
-            raise TypeRequiredError("type is required: name the jobs that the handler runs")
-        check_name("type", type_)
-        if type_ in self._routes:
-            raise ValueError(f"job type {type_!r} is registered already: one handler a type")
-        if not callable(handler):
-            raise TypeError(f"the handler of job type {type_!r} is not callable: {handler!r}")
-        if max_attempts is not None and max_attempts < 1:
-            raise ValueError(
-                f"max_attempts must be at least 1, or None for endless, not {max_attempts!r}"
-            )
-        self._routes[type_] = Route(
-            type_, handler, _is_coroutine(handler), transactional, max_attempts, backoff
+    def _check_is_new(self, name: str, cls: type[Any] | None) -> None:
+        known = self._routes.get(name)
+        if known is None:
+            return
+        other = known.calling.cls
+        if cls is None or other is None or cls is other:
+            raise ValueError(f"job type {name!r} is registered already: one handler a type")
+        raise ValueError(
+            f"job type {name!r} is registered already, for {other.__module__}."
+            f"{other.__qualname__}; {cls.__module__}.{cls.__qualname__} has the same name: "
+            "give one of them another, with a class attribute job_type"
         )
-        if transactional:
-            self.transactional.add(type_)
 
-    def route(self, job: Job, deaths: int = 0) -> Route | MoveToDlq:
-        """Give the route of a claimed job, or the result of one that must not run.
+    def bound(self, state: object) -> "Mux":
+        """Give a Mux with the same types, whose handlers are given this state if they ask for it.
+
+        A worker that has a state does so itself; `do` and tests need it.
+        """
+        mux = Mux(middleware=self._middleware)
+        mux._state = state
+        mux.transactional = set(self.transactional)
+        mux._routes = {
+            name: replace(route, handler=route.calling.with_state(state))
+            if route.calling.asks_state
+            else route
+            for name, route in self._routes.items()
+        }
+        return mux
+
+    def check_bound(self) -> None:
+        """Raise StateRequiredError if a handler asks for a state and there is none."""
+        if self._state is not NO_STATE:
+            return
+        for route in self._routes.values():
+            if route.calling.needs_state:
+                raise StateRequiredError(
+                    f"{route.calling.name} asks for a state; give the worker one, state=..., or "
+                    "give do() a mux.bound(state)"
+                )
+
+    def route(self, job: Job, deaths: int = 0) -> Route | Wants | Retry | MoveToDlq:
+        """Give the route of a claimed job, or the result of one that must not run, or not yet.
 
         Args:
             job: the job.
@@ -250,11 +335,105 @@ class Mux:
                     "then requeue the job"
                 )
             )
-        if route.max_attempts is None or job.attempt <= route.max_attempts or deaths == 1:
-            return route
-        return route.exhausted(job)
+        if not (route.max_attempts is None or job.attempt <= route.max_attempts or deaths == 1):
+            return route.exhausted(job)
+        if route.exclusive and job.exclusive is None:
+            try:
+                key = route.key(job)
+            except BaseException as error:
+                return cast("Retry | MoveToDlq", route.failed(job, error))
+            if key is not None:
+                return Wants(key)
+        return route
+
+    def runs_on_loop(self, job: Job) -> bool:
+        """Whether the handler of a job is a coroutine function."""
+        route = self._routes.get(job.type)
+        return route is not None and route.is_coroutine
+
+    @property
+    def names_keys(self) -> bool:
+        """Whether the jobs of some type have a key without naming it."""
+        return any(route.exclusive for route in self._routes.values())
+
+    def request(
+        self,
+        type: object,  # noqa: A002
+        arg: Any = None,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        **options: Any,
+    ) -> EnqueueRequest:
+        """Make a request to enqueue a job, with the defaults of its type.
+
+        Args:
+            type: the job type, or its class; or a value of that class, which is
+                then the payload.
+            arg: the payload, encoded with the type's codec; for a class a value
+                of it. None (the default) is no payload.
+            queue: by default that which the type was registered with.
+            priority: by default that which the type was registered with.
+            options: the others of EnqueueRequest.
+
+        Raises:
+            UnknownTypeError: the type is not registered.
+            QueueRequiredError: there is no queue, neither here nor at the type.
+            TypeError: a payload that is no value of the type's class, or that
+                its codec does not encode to bytes.
+            ValueError, TypeError: as EnqueueRequest.
+
+        """
+        if not isinstance(type, str | builtins.type):
+            if arg is not None:
+                raise TypeError(f"give a job type with its arg, or a value: {type!r} is a value")
+            type, arg = builtins.type(type), type  # noqa: A001
+        name, _ = _name_of(type)
+        route = self._routes.get(name)
+        if route is None:
+            raise UnknownTypeError(
+                f"no handler is registered for job type {name!r}; register it before it is "
+                "requested, or make an EnqueueRequest"
+            )
+        queue = route.queue if queue is None else queue
+        if queue is None:
+            raise QueueRequiredError(
+                f"job type {name!r} has no queue: give request(queue=...), or register(queue=...)"
+            )
+        return EnqueueRequest(
+            queue,
+            name,
+            route.calling.payload(arg),
+            priority=route.priority if priority is None else priority,
+            **options,
+        )
 
     @property
     def has_coroutines(self) -> bool:
         """Whether any handler is a coroutine function."""
         return any(route.is_coroutine for route in self._routes.values())
+
+
+def _name_of(type_: str | type[Any]) -> tuple[str, type[Any] | None]:
+    if isinstance(type_, type):
+        name, cls = type_name(type_), type_
+    else:
+        name, cls = type_, None
+    if not name:
+        raise TypeRequiredError("type is required: name the jobs that the handler runs")
+    check_name("type", name)
+    return name, cls
+
+
+def _of_class(cls: type[Any] | None, name: str, default: Any = None) -> Any:
+    """Give what a class says of its jobs; a field of that name is a part of the payload."""
+    fields: Any = getattr(cls, "__struct_fields__", None) or getattr(cls, "model_fields", ())
+    if dataclasses.is_dataclass(cls):
+        fields = [field.name for field in dataclasses.fields(cls)]
+    return default if name in fields else getattr(cls, name, default)
+
+
+def _in_order(middleware: Sequence[Middleware]) -> tuple[Middleware, ...]:
+    if callable(middleware):
+        raise TypeError(f"middleware must be a sequence of functions: [{middleware!r}]")
+    return tuple(middleware)

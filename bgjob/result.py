@@ -2,8 +2,8 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Self, TypeAlias
 
 from bgjob._duration import Duration, seconds
 
@@ -26,18 +26,26 @@ class Retry:
         delay: seconds or a timedelta, from the moment the result is stored, by
             the database's clock. None (the default) asks the type's backoff.
         error: why; stored, and given to the next attempt as `job.last_error`.
+        priority: that of the job from now on, -32768 to 32767, lower first: once
+            it is due again it runs before those of a higher one. None (the
+            default) asks the type's `retry_priority`, and keeps the job's own
+            where there is none either: a failed job does not overtake.
 
     Raises:
-        ValueError: a delay that is negative, NaN, infinite or over 100 years.
+        ValueError: a delay that is negative, NaN, infinite or over 100 years,
+            or a priority out of range.
 
     """
 
     delay: Duration | None = None
     error: Error | None = None
+    priority: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.delay is not None:
             seconds(self.delay, "Retry(delay)")
+        if self.priority is not None:
+            check_priority(self.priority, "Retry(priority)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +93,50 @@ BackoffPolicy: TypeAlias = Callable[[int], float]
 class Backoff:
     """Exponential backoff: `base * factor ** (attempt - 1)`, at most `maximum`, spread by jitter.
 
-    A policy is any callable from the number of the failed attempt to seconds;
-    this is the default one.
+    `Backoff.linear` and `Backoff.constant` make the other two usual ones. A
+    policy is any callable from the number of the failed attempt to seconds;
+    `Backoff()` is the default one.
 
     Attributes:
-        base: seconds after the first attempt; 1 by default, enough for a
-            deadlock or a dropped connection to pass.
-        factor: growth from attempt to attempt; 2 by default. 1 makes it constant.
-        maximum: seconds, the longest delay; an hour by default, so that a job
-            resumes soon after a long outage has ended.
+        base: seconds or a timedelta after the first attempt; 1 s by default,
+            enough for a deadlock or a dropped connection to pass.
+        factor: growth from attempt to attempt; 2 by default.
+        maximum: seconds or a timedelta, the longest delay; an hour by default,
+            so that a job resumes soon after a long outage has ended.
         jitter: the share by which a delay is spread at random, 0 to 1; 0.1 by
             default, so that jobs that failed together do not return together.
+            A delay is only ever shortened by it.
+        step: seconds or a timedelta that each further attempt adds; none by
+            default.
 
     Raises:
         ValueError: a value outside these ranges.
 
     """
 
-    base: float = 1.0
+    base: Duration = 1.0
     factor: float = 2.0
-    maximum: float = 3600.0
+    maximum: Duration = 3600.0
     jitter: float = 0.1
+    step: Duration = field(default=0.0, kw_only=True)
+
+    @classmethod
+    def linear(cls, step: Duration, *, maximum: Duration = 3600.0, jitter: float = 0.1) -> Self:
+        """Wait `step` after the first attempt, twice that after the second, and so on.
+
+        The maximum, the jitter and their defaults are those of Backoff.
+        """
+        return cls(step, 1.0, maximum, jitter, step=step)
+
+    @classmethod
+    def constant(cls, delay: Duration, *, jitter: float = 0.1) -> Self:
+        """Wait equally long after each attempt, but for the jitter, which is Backoff's."""
+        return cls(delay, 1.0, delay, jitter)
 
     def __post_init__(self) -> None:
         seconds(self.base, "Backoff(base)")
         seconds(self.maximum, "Backoff(maximum)")
+        seconds(self.step, "Backoff(step)")
         if not 1 <= self.factor <= 1000:  # noqa: PLR2004
             raise ValueError(f"Backoff(factor) must be from 1 to 1000, not {self.factor!r}")
         if not 0 <= self.jitter <= 1:
@@ -117,9 +144,17 @@ class Backoff:
 
     def __call__(self, attempt: int) -> float:
         """Give the seconds to wait after this attempt (the first is 1)."""
+        base, step = seconds(self.base, "base"), seconds(self.step, "step")
         # The exponent is bounded because an endless job would overflow a float.
-        delay = min(self.maximum, self.base * self.factor ** min(attempt - 1, 100))
+        delay = base * self.factor ** min(attempt - 1, 100) + step * (attempt - 1)
+        delay = min(seconds(self.maximum, "maximum"), delay)
         return delay * random.uniform(1 - self.jitter, 1)  # noqa: S311
+
+
+def check_priority(priority: int, name: str) -> None:
+    """Raise ValueError that names it if it is no smallint."""
+    if type(priority) is not int or not -32768 <= priority <= 32767:  # noqa: PLR2004
+        raise ValueError(f"{name} must be an integer from -32768 to 32767, not {priority!r}")
 
 
 _LONGEST_ERROR = 10_000

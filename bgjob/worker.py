@@ -4,13 +4,13 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from itertools import count
 from math import inf
 from secrets import randbits
 from time import monotonic
-from typing import Self
+from typing import Any, Self
 
 import psycopg
 from psycopg.errors import ReadOnlySqlTransaction
@@ -24,6 +24,7 @@ from bgjob._exchange import Exchange, Reply, Sleep, Stop, Withdraw
 from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link
 from bgjob._runner import Runner, inside
+from bgjob._state import State
 from bgjob._transaction import Transactions
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
@@ -57,6 +58,7 @@ class _Control:
         observer: Audience | None,
         notify: bool,
         services: Iterable[Service],
+        state: State | None,
     ) -> None:
         if not queue:
             raise QueueRequiredError("queue is required: name the queue to work on")
@@ -72,6 +74,7 @@ class _Control:
         self._client = client
         self._queue = queue
         self._mux = mux
+        self._shared = state
         self._concurrency = concurrency
         self._notify = notify
         self._rota = Rota(services)
@@ -101,11 +104,17 @@ class _Control:
         with self._state:
             if self._opened or self._give_up_at is not None:
                 raise RuntimeError("a worker runs once: make a new one")
+            if self._shared is None:
+                self._mux.check_bound()
             self._link.open()
+            mux = self._mux
             try:
                 self._rota.run(self._link.lend, monotonic, self._service_cannot_start)
+                if self._shared is not None:
+                    mux = mux.bound(self._shared.open(loop))
             except BaseException:
                 self._link.close()
+                self._close_state()
                 raise
             self._opened = True
             self._pid = os.getpid()
@@ -116,12 +125,12 @@ class _Control:
                 lease=self._lease,
                 notify=self._link.can_notify,
                 tokens=count(randbits(62)),
-                transactional=self._mux.transactional,
+                transactional=mux.transactional,
             )
             lineage = Lineage()
             self._transactions = Transactions(self._client.recipe, lineage)
             self._runner = Runner(
-                self._mux,
+                mux,
                 self._transactions,
                 lineage,
                 queue=self._queue,
@@ -183,9 +192,21 @@ class _Control:
             self._link.close()
             self._runner.close()
             self._transactions.close()
+            self._close_state()
             self._events.close(_LAST_WORDS)
             self._bell.close()
             self.done.set_result(None)
+
+    def _close_state(self) -> None:
+        if self._shared is None:
+            return
+        patience = _LAST_WORDS
+        if self._give_up_at is not None:
+            patience = max(patience, self._give_up_at - monotonic())
+        try:
+            self._shared.close(None if patience == inf else patience, lambda: self.tasks)
+        except BaseException as error:
+            self._events.error(error)
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
@@ -358,6 +379,11 @@ class Worker:
             pooler in transaction mode it polls whatever this says.
         services: what the worker does beside its jobs, such as Schedules; see
             bgjob.service.Service. None by default.
+        state: a callable without arguments that makes what the handlers share,
+            a connection pool or a model, given to each that has a parameter
+            `state`; none by default. It is called once, by run(), before a job
+            is claimed. What is a context manager is entered, and left when the
+            last handler has ended, or the grace period with it.
 
     Jobs run at least once: a handler whose worker dies before its result is
     stored runs again elsewhere. A context manager: entering runs it, leaving
@@ -376,6 +402,7 @@ class Worker:
         observer: Audience | None = None,
         notify: bool = True,
         services: Iterable[Service] = (),
+        state: Callable[[], Any] | None = None,
     ) -> None:
         self._control = _Control(
             client,
@@ -387,6 +414,7 @@ class Worker:
             observer=observer,
             notify=notify,
             services=services,
+            state=None if state is None else State(state, is_async=False),
         )
 
     def run(self) -> None:
@@ -395,7 +423,9 @@ class Worker:
         Raises:
             SchemaError: the tables are missing or of another version, or a grant is.
             psycopg.Error: the server cannot be reached, or refuses.
+            StateRequiredError: a handler asks for a state, and there is none.
             RuntimeError: the worker has been run or shut down before.
+            Exception: whatever `state` raises. The worker can be run again.
 
         """
         self._control.open(None)
@@ -446,6 +476,8 @@ class AsyncWorker:
 
     The arguments are Worker's, with an AsyncClient. A handler that blocks the
     loop delays other coroutines, but no lease: those are extended by a thread.
+    `state` may be a coroutine function too, or make an async context manager;
+    it is called, entered and left on the loop.
     An async context manager.
     """
 
@@ -461,6 +493,7 @@ class AsyncWorker:
         observer: Audience | None = None,
         notify: bool = True,
         services: Iterable[Service] = (),
+        state: Callable[[], Any] | None = None,
     ) -> None:
         self._control = _Control(
             client,
@@ -472,6 +505,7 @@ class AsyncWorker:
             observer=observer,
             notify=notify,
             services=services,
+            state=None if state is None else State(state, is_async=True),
         )
 
     async def run(self) -> None:

@@ -46,7 +46,7 @@ from bgjob._statements import Claimed, Line, Suspect, Swept, Woken
 from bgjob._watermarks import REST
 from bgjob._suspects import proof
 from bgjob.job import Job
-from bgjob.mux import Wants
+from bgjob._route import Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -119,6 +119,8 @@ class Table:
                 row.due = now + int(postponed.delay * SECOND)
                 row.attempt -= postponed.refund
                 row.deaths = postponed.deaths
+                if postponed.priority is not None:
+                    row.priority = postponed.priority
                 row.is_known = True
                 row.free_since = at
                 reply.settled.add(id_)
@@ -618,7 +620,8 @@ class History:
         if self.peace:
             return random.choice(last)
         delay = random.choice([0.0, random.random() * 2])
-        return random.choice([*last, Complete(), Retry(delay, "again"), Reschedule(delay)])
+        again = Retry(delay, "again", priority=random.choice([None, None, -1, 7]))
+        return random.choice([*last, Complete(), again, Reschedule(delay)])
 
     # -- the worker's control thread --------------------------------------------------------------
 

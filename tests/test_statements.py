@@ -338,6 +338,26 @@ def test_a_postponed_job_is_free_due_and_charged_as_it_was_said(
         assert row[5] >= before
 
 
+def test_a_postponed_job_has_the_priority_that_was_said_or_keeps_its_own(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 3)
+    worker.execute("update bgjob_job set priority = 7")
+    one, two, three = sorted(claimed(worker, 3))
+    ask(
+        worker,
+        postpone(
+            [
+                Postponed(one, 0.0, None, refund=False, priority=-5),
+                Postponed(two, 0.0, None, refund=False),
+                Postponed(three, 0.0, None, refund=True, priority=0),
+            ]
+        ),
+    )
+    found = worker.execute("select priority from bgjob_job order by id").fetchall()
+    assert found == [(-5,), (7,), (0,)]
+
+
 def test_hostile_ids_and_errors_pass_through_every_settlement(worker: psycopg.Connection) -> None:
     texts = ["NULL", "", "{}", 'a"b', "a\\b", "a,b", "'", " ", "%s", "é\U0001f600", "\n"]
     assert worker.execute("select %s::text[]", [_text_array(texts)]).fetchall() == [(texts,)]

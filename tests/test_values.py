@@ -280,6 +280,17 @@ def test_results_refuse_a_bad_delay_where_it_is_written(
         result(delay)
 
 
+@pytest.mark.parametrize("priority", [-32769, 32768, True, 0.5, "1"])
+def test_a_retry_refuses_a_priority_that_is_no_smallint(priority: Any) -> None:
+    with pytest.raises(ValueError, match=r"Retry\(priority\) must be an integer from -32768"):
+        Retry(priority=priority)
+
+
+def test_a_retry_keeps_the_priority_by_default() -> None:
+    assert Retry().priority is None
+    assert Retry(5, "e", priority=-32768).priority == -32768
+
+
 def test_results_take_seconds_or_a_timedelta() -> None:
     assert Retry().delay is None
     assert Retry(timedelta(seconds=1)).delay == timedelta(seconds=1)
@@ -292,8 +303,23 @@ def test_backoff_grows_up_to_its_maximum() -> None:
 
 
 def test_backoff_can_be_constant() -> None:
-    backoff = Backoff(base=7, factor=1, jitter=0)
+    backoff = Backoff.constant(7, jitter=0)
     assert backoff(1) == backoff(1_000) == 7
+    assert Backoff.constant(7200, jitter=0)(1) == 7200
+    assert 6.3 <= Backoff.constant(7)(1) <= 7
+
+
+def test_backoff_can_be_linear() -> None:
+    backoff = Backoff.linear(5, maximum=12, jitter=0)
+    assert [backoff(attempt) for attempt in range(1, 5)] == [5, 10, 12, 12]
+    assert 3240 <= Backoff.linear(5)(2**31 - 1) <= 3600
+
+
+def test_backoffs_take_seconds_or_a_timedelta() -> None:
+    second = timedelta(seconds=1)
+    assert Backoff(base=second, maximum=2 * second, jitter=0)(3) == 2
+    assert Backoff.linear(second, jitter=0)(3) == 3
+    assert Backoff.constant(second, jitter=0)(3) == 1
 
 
 @pytest.mark.parametrize("factor", [1.0, 2, 2.0, 1000, 1000.0])
@@ -310,6 +336,7 @@ def test_backoff_is_spread_by_its_jitter_and_never_over_its_maximum() -> None:
 @pytest.mark.parametrize(
     "values",
     [{"base": -1}, {"maximum": NAN}, {"factor": 0.5}, {"factor": 1001}, {"factor": NAN}]
+    + [{"step": -1}, {"step": INF}]
     + [{"jitter": -0.1}, {"jitter": 1.1}, {"jitter": NAN}],
     ids=str,
 )
@@ -399,7 +426,7 @@ def test_registration_refuses_what_could_never_run() -> None:
         Mux().register("t" * 256, complete)
     with pytest.raises(TypeError, match="handler of job type 't' is not callable"):
         Mux().register("t", "complete")  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="max_attempts must be at least 1"):
+    with pytest.raises(ValueError, match="max_attempts of job type .t. must be at least 1"):
         Mux().register("t", complete, max_attempts=0)
 
 

@@ -1,0 +1,221 @@
+"""How a handler is called: with what it asks for, and inside its middleware.
+
+Decided once, when the handler is registered or given its state. A handler
+that takes a job and nothing else, without middleware, is called as it is.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, update_wrapper
+from inspect import Parameter
+from typing import Any, TypeAlias
+
+from bgjob.codec import Codec
+from bgjob.errors import PayloadError
+from bgjob.job import Job
+from bgjob.result import MoveToDlq
+
+Middleware: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Takes a handler that is called with a job, and with a connection where it is transactional, and
+gives one that is called so too: a coroutine function for a coroutine function, a plain one for a
+plain one."""
+
+NO_STATE = object()
+
+_POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+_NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """A handler as it was registered, and what it takes to call it."""
+
+    job_type: str
+    handler: Callable[..., Any]
+    is_coroutine: bool
+    codec: Codec[Any] | None
+    cls: type[Any] | None
+    middleware: tuple[Middleware, ...]
+    """The outermost first."""
+    asks_job: bool
+    asks_state: bool
+    needs_state: bool
+    """Whether its state has no default."""
+
+    @classmethod
+    def of(
+        cls,
+        job_type: str,
+        handler: Callable[..., Any],
+        *,
+        transactional: bool,
+        codec: Codec[Any] | None,
+        value_type: type[Any] | None,
+        middleware: tuple[Middleware, ...],
+    ) -> "Calling":
+        """Look at a handler's parameters; raise TypeError if it cannot be called."""
+        by_position = ["value" if codec else "job", *(["conn"] if transactional else [])]
+        by_name = ["job", "state"] if codec else ["state"]
+        asked = _asked(job_type, handler, by_position, by_name)
+        state = asked.get("state")
+        return cls(
+            job_type,
+            handler,
+            is_coroutine(handler),
+            codec,
+            value_type,
+            middleware,
+            asks_job="job" in asked,
+            asks_state=state is not None,
+            needs_state=state is not None and state.default is Parameter.empty,
+        )
+
+    @property
+    def name(self) -> str:
+        """The handler's name and its job type, for messages."""
+        return _named(self.job_type, self.handler)
+
+    def payload(self, arg: Any) -> Any:
+        """Encode what is to be the payload of a job; raise TypeError if it cannot be."""
+        if self.cls is not None and not isinstance(arg, self.cls):
+            raise TypeError(
+                f"the payload of job type {self.job_type!r} must be a {self.cls.__qualname__}, "
+                f"not {arg!r}"
+            )
+        if self.codec is None or arg is None:
+            return arg
+        payload = self.codec.encode(arg)
+        if not isinstance(payload, bytes):
+            raise TypeError(
+                f"{self.codec!r} encoded a payload of job type {self.job_type!r} to "
+                f"{type(payload).__name__}; it must give bytes"
+            )
+        return payload
+
+    def with_state(self, state: object) -> Callable[..., Any]:
+        """Give the callable that takes a job, and the connection where it is transactional."""
+        call = self.handler
+        if self.asks_state and state is not NO_STATE:
+            call = _like(partial(call, state=state), self.handler)
+        if self.codec is not None:
+            call = _like(self._decoding(self.codec.decode, call), self.handler)
+        for wrap in reversed(self.middleware):
+            call = self._wrapped(wrap, call)
+        return call
+
+    def _wrapped(self, wrap: Middleware, call: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = wrap(call)
+        name = getattr(wrap, "__qualname__", repr(wrap))
+        if not callable(wrapped):
+            raise TypeError(
+                f"middleware {name} gave {wrapped!r} for {self.name}; it must give a function "
+                "that takes what the handler takes"
+            )
+        if is_coroutine(wrapped) != self.is_coroutine:
+            has, gave = ("coroutine", "plain") if self.is_coroutine else ("plain", "coroutine")
+            raise TypeError(
+                f"middleware {name} gave a {gave} function for {self.name}, which is a {has} "
+                f"function; it must give a {has} function for a {has} function"
+            )
+        return wrapped
+
+    def _decoding(
+        self, decode: Callable[[bytes], Any], call: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        value_of, refuse, asks_job = self._value_of(decode), self._refuse, self.asks_job
+        if self.is_coroutine:
+
+            async def awaited(job: Job, *conn: object) -> Any:
+                try:
+                    value = value_of(job.arg)
+                except Exception as error:
+                    return refuse(error)
+                return await (call(value, *conn, job=job) if asks_job else call(value, *conn))
+
+            return awaited
+
+        def called(job: Job, *conn: object) -> Any:
+            try:
+                value = value_of(job.arg)
+            except Exception as error:
+                return refuse(error)
+            return call(value, *conn, job=job) if asks_job else call(value, *conn)
+
+        return called
+
+    def _value_of(self, decode: Callable[[bytes], Any]) -> Callable[[bytes | None], Any]:
+        if self.cls is None:
+            return lambda payload: None if payload is None else decode(payload)
+        wanted = self.cls.__name__
+
+        def value_of(payload: bytes | None) -> Any:
+            if payload is None:
+                raise PayloadError(
+                    f"payload of job type {self.job_type!r}: there is none, and must be a {wanted}"
+                )
+            return decode(payload)
+
+        return value_of
+
+    def _refuse(self, error: Exception) -> MoveToDlq:
+        if not isinstance(error, PayloadError):
+            cause, text = error, f"{type(error).__name__}: {error}"
+            error = PayloadError(f"payload of job type {self.job_type!r} cannot be decoded: {text}")
+            error.__cause__ = cause
+        return MoveToDlq(error)
+
+
+def is_coroutine(function: Callable[..., Any]) -> bool:
+    """Tell whether what it gives is to be awaited."""
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__
+    )
+
+
+def _asked(
+    job_type: str, handler: Callable[..., Any], by_position: list[str], by_name: list[str]
+) -> dict[str, Parameter]:
+    """Give what the handler asks for by name; raise TypeError if it cannot be called so."""
+    try:
+        signature = inspect.signature(handler)
+    except ValueError:  # of a builtin: calling it will tell
+        return {}
+    positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
+    taken = [p.name for p in positional[: len(by_position)]]
+    set_already = handler.keywords if isinstance(handler, partial) else {}
+    asked = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if name in by_name
+        and parameter.kind in _NAMED
+        and name not in taken
+        and name not in set_already
+    }
+    try:
+        signature.bind(*by_position, **dict.fromkeys(asked))
+        # What has another meaning by name was not meant to be the connection.
+        fits = "state" not in taken and "job" not in taken[1:]
+    except TypeError:
+        fits = False
+    if not fits:
+        expected = f"handler({', '.join(by_position)})"
+        raise TypeError(
+            f"{_named(job_type, handler)} takes {signature}, and is called as {expected}, with "
+            f"{' and '.join(by_name)} by name if it has parameters of these names; "
+            "transactional=True adds the connection, a class or a codec makes the value of the job"
+        )
+    return asked
+
+
+def _named(job_type: str, handler: Callable[..., Any]) -> str:
+    return f"handler {getattr(handler, '__qualname__', repr(handler))} of job type {job_type!r}"
+
+
+def _like(call: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Give it the handler's name, for middleware that tells; its parameters are its own."""
+    update_wrapper(call, handler, updated=())
+    del call.__dict__["__wrapped__"]
+    return call

@@ -1,0 +1,164 @@
+"""A job type's handler and policy, and the judgement of what the handler returned or raised."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from bgjob._calling import Calling
+from bgjob._duration import seconds
+from bgjob.errors import BgjobError
+from bgjob.job import Job, check_name
+from bgjob.result import (
+    Backoff,
+    BackoffPolicy,
+    Complete,
+    MoveToDlq,
+    Reschedule,
+    Result,
+    Retry,
+    check_priority,
+)
+
+Exclusive: TypeAlias = bool | Callable[[Job], str | None]
+"""Whether jobs of a type run one at a time, or the key of a job: of those with one key, one."""
+
+BACKOFF = Backoff()
+"""The default one."""
+
+_COMPLETE = Complete()
+
+_log = logging.getLogger("bgjob")
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What is given for a job that must not start before it has a key."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A job type's handler and policy."""
+
+    type: str
+    handler: Callable[..., Any]
+    """Takes the job, and where it is transactional the connection."""
+    is_coroutine: bool
+    is_transactional: bool
+    max_attempts: int | None
+    backoff: BackoffPolicy
+    retry_priority: int | None
+    timeout: float | None
+    """Seconds."""
+    exclusive: Exclusive | None
+    queue: str | None
+    """That of requests which name none."""
+    priority: int
+    """That of requests which name none."""
+    calling: Calling
+    is_simple: bool = field(init=False)
+    """Whether it is only called: it has no transaction and no timeout."""
+
+    def __post_init__(self) -> None:
+        simple = not self.is_transactional and self.timeout is None
+        object.__setattr__(self, "is_simple", simple)
+        of_type = f"of job type {self.type!r}"
+        most, backoff, exclusive = self.max_attempts, self.backoff, self.exclusive
+        if most is not None and (type(most) is not int or most < 1):
+            raise ValueError(
+                f"max_attempts {of_type} must be at least 1, or None for endless, not {most!r}"
+            )
+        if not callable(backoff) or isinstance(backoff, type):
+            raise TypeError(
+                f"backoff {of_type} must be a Backoff() or another callable from the number of an "
+                f"attempt to seconds, such as Backoff.constant(5), not {backoff!r}"
+            )
+        if self.timeout == 0:
+            raise ValueError(f"timeout {of_type} must be over 0 s; None is for ever")
+        if not (exclusive is None or isinstance(exclusive, bool) or callable(exclusive)):
+            raise TypeError(
+                f"exclusive {of_type} must be True for one job at a time, or a callable from a "
+                f"job to its key, not {exclusive!r}"
+            )
+        if self.queue is not None:
+            check_name(f"queue {of_type}", self.queue)
+        check_priority(self.priority, f"priority {of_type}")
+        if self.retry_priority is not None:
+            check_priority(self.retry_priority, f"retry_priority {of_type}")
+
+    def exhausted(self, job: Job) -> MoveToDlq:
+        """Give the result of a job whose attempts were all charged before this one."""
+        return MoveToDlq(
+            f"out of attempts: {self.max_attempts} of {self.max_attempts} were charged, the last "
+            "without a result; its worker died or lost the lease"
+            + (f"; last error: {job.last_error}" if job.last_error else "")
+        )
+
+    def key(self, job: Job) -> str | None:
+        """Give the key that a job is to have, which the request has not named; None for none.
+
+        Raises:
+            ValueError, TypeError: the type's callable gave no key; and whatever it raises.
+
+        """
+        if not callable(self.exclusive):
+            return f"type:{self.type}" if self.exclusive else None
+        key = self.exclusive(job)
+        if key is not None:
+            check_name(f"the exclusive key of a job of type {self.type!r}", key)
+        return key
+
+    def run(self, job: Job) -> Result:
+        """Run a plain handler; nothing it raises escapes."""
+        try:
+            returned = self.handler(job)
+            return _COMPLETE if returned is None else self.judge(job, returned)
+        except BaseException as error:
+            return self.failed(job, error)
+
+    def judge(self, job: Job, returned: object) -> Result:
+        """Turn what the handler returned into the result to store."""
+        match returned:
+            case None:
+                return _COMPLETE
+            case Complete() | Reschedule() | MoveToDlq():
+                return returned
+            case Retry(delay, error, priority=priority):
+                if self.max_attempts is not None and job.attempt >= self.max_attempts:
+                    return MoveToDlq(error if error is not None else "out of attempts")
+                return Retry(
+                    self._delay(job.attempt) if delay is None else delay,
+                    error,
+                    priority=self.retry_priority if priority is None else priority,
+                )
+            case _:
+                if inspect.iscoroutine(returned):
+                    returned.close()
+                return self.failed(
+                    job,
+                    TypeError(
+                        f"{self.calling.name} returned {type(returned).__name__}; "
+                        "return Complete(), Retry(), Reschedule(), MoveToDlq() or None"
+                    ),
+                )
+
+    def failed(self, job: Job, error: BaseException) -> Result:
+        """Turn what the handler raised into the result to store."""
+        return self.judge(job, Retry(error=error))
+
+    def transaction_ended(self) -> BgjobError:
+        """Make the error of a handler that ended the transaction it was given."""
+        return BgjobError(
+            f"{self.calling.name} ended the transaction it was given, and what it may have "
+            "committed stays; the job is not run again: leave commit and rollback to the worker"
+        )
+
+    def _delay(self, attempt: int) -> float:
+        try:
+            return seconds(self.backoff(attempt), "backoff")
+        except Exception:
+            _log.exception("the backoff of job type %r failed; the default one is used", self.type)
+            return BACKOFF(attempt)
