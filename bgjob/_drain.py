@@ -22,7 +22,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, claim_now, let_pass
-from bgjob._transaction import Ending, Transactions, acquisition, keyed, settlement
+from bgjob._transaction import Ending, Transactions, acquisition, routed, settlement
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
@@ -227,12 +227,12 @@ def _steps(plan: _Plan) -> _Steps:
                 f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
                 "it enqueue or reschedule itself without a delay? Give drain() a limit"
             )
-        claimed = keyed(Claimed(job, token, deaths), plan.mux)
+        claimed, route = routed(Claimed(job, token, deaths), plan.mux)
         if claimed.job.exclusive is not None:
             granted = yield from _all(acquisition(claimed))
             if not granted[-1]:
                 continue  # another job has its key, and it waits
-        result, error = yield from _one(plan.mux, claimed)
+        result, error = yield from _one(route, claimed)
         ran.append(Ran(job, result))
         if error is not None and (plan.on_error == "raise" or not isinstance(error, Exception)):
             error.add_note(f"of job {job.id!r} of type {job.type!r}, attempt {job.attempt}")
@@ -248,11 +248,10 @@ def _all(statements: list[Statement[Any]]) -> Generator[Statement[Any], Any, lis
 
 
 def _one(
-    mux: Mux, claimed: Claimed
+    route: Route | Retry | MoveToDlq, claimed: Claimed
 ) -> Generator[Statement[Any] | _Run, Any, tuple[Result, BaseException | None]]:
     """Run one job and store what came of it; the result, and an error that is no answer of its."""
     job, answer = claimed.job, _Answer()
-    route = mux.route(job, claimed.deaths)
     ending: Ending
     if not isinstance(route, Route):
         ending = route

@@ -59,11 +59,11 @@ from bgjob._exchange import (
 )
 from bgjob._pace import Pace
 from bgjob._parking import Parking
+from bgjob._route import Wants
 from bgjob._statements import Claimed
 from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
-from bgjob._route import Wants
 from bgjob.result import Complete, MoveToDlq, Retry
 
 _MOST = 2000

@@ -19,9 +19,9 @@ from bgjob._exchange import (
     Release,
     TimedOut,
 )
+from bgjob._route import Wants
 from bgjob._statements import Claimed
 from bgjob.job import Job
-from bgjob._route import Wants
 from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 

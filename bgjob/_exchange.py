@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
+from bgjob._route import Wants
 from bgjob._statements import (
     Buried,
     Claimed,
@@ -33,7 +34,6 @@ from bgjob._statements import (
     unpark,
 )
 from bgjob.job import Job
-from bgjob._route import Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
 
 # -- the engine's steps -------------------------------------------------------------

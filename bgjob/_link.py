@@ -5,6 +5,8 @@ import inspect
 import select
 import socket
 from collections.abc import Callable, Iterator
+from math import ceil
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -120,6 +122,9 @@ class Bell:
 class _Connection(psycopg.Connection[TupleRow]):
     """A connection whose every wait ends."""
 
+    patience: float = _PATIENCE
+    """Seconds without a sign of the server, after which it is given up."""
+
     slow: Callable[[], object] = staticmethod(lambda: None)
     """Called where an answer takes more than a moment."""
 
@@ -135,9 +140,9 @@ class _Connection(psycopg.Connection[TupleRow]):
                 ready = poll.poll(_MOMENT * 1000)
                 if not ready:
                     self.slow()
-                    ready = poll.poll(_PATIENCE * 1000)
+                    ready = poll.poll(self.patience * 1000)
                 if not ready:
-                    raise Silence(_PATIENCE)
+                    raise Silence(self.patience)
                 event = ready[0][1]
                 again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
                 if again != wanted:
@@ -192,15 +197,23 @@ class Link:
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
-    def open(self) -> None:
+    def open(self, patience: float = _PATIENCE) -> None:
         """Connect, check the schema, listen.
+
+        Args:
+            patience: seconds after which a server that does not answer is given up.
 
         Raises:
             psycopg.Error: the server cannot be reached, or refuses.
             SchemaError: the tables are missing or of another version.
 
         """
+        end = monotonic() + patience
         settings = options(self._recipe())
+        if patience < _PATIENCE:
+            settings["connect_timeout"] = min(
+                int(settings["connect_timeout"]), max(ceil(patience), 1)
+            )
         # Statements are few and long: prepared at once, unless a pool forbids it.
         prepares = settings.get("prepare_threshold", 0) is not None
         ours = {
@@ -211,6 +224,7 @@ class Link:
             "context": None,
         }
         connection = _Connection.connect(**settings | ours)
+        connection.patience = max(end - monotonic(), 0.1)
         try:
             # A pooler in transaction mode gives each transaction another session:
             # settings and locks would stay behind with strangers.
@@ -233,6 +247,7 @@ class Link:
             connection.close()
             raise
         connection.slow = self._slow
+        connection.patience = _PATIENCE
         self._connection = connection
 
     def exchange(self, exchange: Exchange) -> Reply:

@@ -254,13 +254,10 @@ class Runner:
     def _place(self, count: int) -> None:
         """Put so many slots to work, on the side of the job that is next."""
         try:
-            claimed = self._jobs[0]
+            on_loop = self._mux.runs_on_loop(self._jobs[0].job)
         except IndexError:
-            coroutine = False
-        else:
-            route = self._mux.route(claimed.job, claimed.deaths)
-            coroutine = isinstance(route, Route) and route.is_coroutine
-        if coroutine:
+            on_loop = False
+        if on_loop:
             self._on_loop(count, None)
         else:
             for _ in range(count):

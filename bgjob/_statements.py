@@ -1110,8 +1110,10 @@ _COLUMN_NEEDS = (
     (
         "bgjob_job",
         "update",
-        "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
-        "updated_at",
+        (
+            "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
+            "updated_at"
+        ),
     ),
     ("bgjob_exclusive", "insert", "key"),
     ("bgjob_exclusive", "update", "job_id token"),

@@ -27,10 +27,10 @@ from bgjob import _connection
 from bgjob._connection import Recipe, options
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
-from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
 from bgjob._route import Route, Wants
+from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
 from bgjob.mux import Mux
-from bgjob.result import Complete, MoveToDlq, Reschedule, Result
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 _PATIENCE = 10.0
 """Seconds without a sign of the server, outside the handler."""
@@ -103,13 +103,15 @@ def settlement(claimed: Claimed, result: Result | Doubtful | Release) -> list[St
     return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
 
 
-def keyed(claimed: Claimed, mux: Mux) -> Claimed:
-    """Give the claim with the key that its handler wants for it, if any."""
+def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToDlq]:
+    """Give the claim, with the key that its handler wants for it, and its route or result."""
     job, token, deaths = claimed
     route = mux.route(job, deaths)
     if isinstance(route, Wants):
-        return Claimed(job._replace(exclusive=route.key), token, deaths)
-    return claimed
+        job = job._replace(exclusive=route.key)
+        route = mux.route(job, deaths)
+    assert not isinstance(route, Wants)  # noqa: S101 (it has one)
+    return Claimed(job, token, deaths), route
 
 
 def acquisition(claimed: Claimed) -> list[Statement[Any]]:

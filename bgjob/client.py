@@ -24,7 +24,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
-from bgjob._transaction import Ending, Transactions, acquisition, keyed, settlement
+from bgjob._transaction import Ending, Transactions, acquisition, routed, settlement
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
@@ -254,10 +254,10 @@ class Client:
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
         while True:
-            claimed = keyed(_only(self._run(claim, None), queue, token), mux)
+            claimed, route = routed(_only(self._run(claim, None), queue, token), mux)
             if claimed.job.exclusive is None or self._run_all(acquisition(claimed))[-1]:
                 break  # else it waits for its key: take another
-        job, route = claimed.job, mux.route(claimed.job, claimed.deaths)
+        job = claimed.job
         ends_at = monotonic() + lease
         ending: Ending
         if not isinstance(route, Route):
@@ -486,10 +486,9 @@ class AsyncClient:
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
         while True:
-            claimed = keyed(_only(await self._run(claim, None), queue, token), mux)
+            claimed, route = routed(_only(await self._run(claim, None), queue, token), mux)
             if claimed.job.exclusive is None or (await self._run_all(acquisition(claimed)))[-1]:
                 break  # else it waits for its key: take another
-        route = mux.route(claimed.job, claimed.deaths)
         ends_at = monotonic() + lease
         ending: Ending
         if not isinstance(route, Route):

@@ -5,7 +5,18 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import EllipsisType
-from typing import Any, Concatenate, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 from psycopg import AsyncConnection, Connection
 
