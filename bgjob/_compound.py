@@ -56,8 +56,10 @@ def union(members: list[Shape]) -> Shape:
     for member in members:
         for kind in member.kinds:
             other = loads.setdefault(kind, member)
-            # An int beside a float stays an int.
-            if other is not member and not (other is integer and member is floating):
+            # An int beside a float stays an int, and there is but one None.
+            if not (
+                other is member or kind is NoneType or (other is integer and member is floating)
+            ):
                 raise TypeError(
                     f"JSON has {kind.__name__} for both {other.name} and {member.name}: give "
                     "each a field of its own"

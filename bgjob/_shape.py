@@ -74,9 +74,10 @@ def dump_str(value: Any) -> str:
 def dump_int(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise not_a("int", value)
-    if value not in _INT64:
-        raise Misfit("must be an int from -2**63 to 2**64 - 1, which is what JSON is safe for")
-    return int(value)
+    number = int(value)  # a member of an IntEnum would be looked for in a range one by one
+    if number not in _INT64:
+        raise Misfit("must be an int from -2**63 to 2**64 - 1, as those that orjson writes")
+    return number
 
 
 def _dump_bool(value: Any) -> bool:
@@ -113,7 +114,11 @@ def _dump_timedelta(value: Any) -> float:
     if not isinstance(value, timedelta):
         raise not_a("timedelta", value)
     seconds = value.total_seconds()
-    if timedelta(seconds=seconds) != value:
+    try:
+        same = timedelta(seconds=seconds) == value
+    except OverflowError:
+        same = False
+    if not same:
         raise Misfit("must be a timedelta whose seconds a float can hold")
     return seconds
 

@@ -118,6 +118,8 @@ def _shape(annotation: Any, known: dict[type, Shape]) -> Shape:
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is object:
         return ANY
+    if annotation is None:
+        return SCALARS[type(None)]
     if isinstance(annotation, NewType):
         return _shape(annotation.__supertype__, known)
     if type(annotation).__name__ == "TypeAliasType":  # `type X = ...`, of Python 3.12

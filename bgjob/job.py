@@ -130,7 +130,7 @@ class EnqueueRequest:
         if isinstance(value, type | EnqueueRequest):
             raise TypeError(f"a typed job is a value of a class of yours, not {value!r}")
         class_ = type(value)
-        arg = codec_of(class_).encode(value)
+        codec = codec_of(class_)
         if "queue" not in options:
             queue = class_option(class_, "queue")
             if queue is None:
@@ -142,7 +142,7 @@ class EnqueueRequest:
             options["queue"] = queue
         if "priority" not in options:
             options["priority"] = class_option(class_, "priority", 0)
-        return cls(type=type_name(class_), arg=arg, **options)
+        return cls(type=type_name(class_), arg=value, codec=codec, **options)
 
 
 class Job(NamedTuple):
