@@ -389,6 +389,21 @@ def test_a_retry_is_claimed_when_it_is_due() -> None:
     assert abs(drive.drain() - drive.now - 0.25) < 5 * ROUND_TRIP
 
 
+def test_a_retry_of_another_priority_is_looked_for_while_there_is_more_of_the_first() -> None:
+    drive = Drive(poll_interval=3600.0)
+    (a,) = drive.claim("a")
+    drive.finish(a, result=Retry(0.0, priority=-5))
+    exchange = drive.exchange()
+    assert exchange.claim is not None and settled(exchange) == ["a"]
+    names = [f"b{n}" for n in range(exchange.claim.limit)]
+    reply = found(*map(job, names))
+    reply.settled.add("a")
+    drive.finish(*drive.answer(reply).run)
+    claim = drive.exchange().claim
+    assert isinstance(claim, Claim)
+    assert sorted(claim.marks) == [-5, 0]
+
+
 def test_an_idle_queue_is_looked_at_every_poll_interval() -> None:
     drive = Drive(poll_interval=2.0)
     drive.claim()
