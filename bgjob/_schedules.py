@@ -77,7 +77,9 @@ def look(names: Sequence[str]) -> Statement[dict[str, State]]:
     return Statement(
         """
         select name, tick, next_run_at, paused,
-            exists (select from bgjob_job j where j.id = s.last_job_id), clock_timestamp()
+            -- Not `exists`: with statistics of an empty table that may be planned as a hash of all.
+            coalesce((select true from bgjob_job j where j.id = s.last_job_id), false),
+            clock_timestamp()
         from bgjob_schedule s
         where name = any (%(names)s::text[])
         """,

@@ -5,11 +5,12 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any, LiteralString
+from typing import Any, LiteralString, cast
 from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
+from test_plans import nodes
 from test_worker import NEVER, PATIENCE, Crew, Recorder, crew, eventually, row, rows
 
 from bgjob import (
@@ -24,6 +25,8 @@ from bgjob import (
     SchemaError,
     UnknownScheduleError,
 )
+from bgjob._link import _SESSION
+from bgjob._schedules import fire, look
 from bgjob.cron import Cron
 from bgjob.schedule import MOST_AT_ONCE, Firing, State
 
@@ -411,6 +414,26 @@ def test_many_workers_that_look_at_once_enqueue_one_job_a_tick(
         assert len(jobs(conn, name)) == passed
 
 
+def test_a_step_that_was_taken_meanwhile_or_paused_is_not_taken(
+    conn: psycopg.Connection, dsn: str
+) -> None:
+    taken, paused = schedule("taken"), schedule("paused")
+    Schedules([taken, paused]).run(conn)
+    seen = {name: tick(conn, name) for name in ("taken", "paused")}
+    with Client(dsn) as client:
+        client.schedules.pause("paused")
+    for late in (1, 2):
+        at = {name: instant + late * MINUTE for name, instant in seen.items()}
+        steps = [
+            (s, seen[s.name], Firing(at[s.name], None, (at[s.name],))) for s in (taken, paused)
+        ]
+        statement = fire(steps)
+        conn.execute(cast(Any, statement.text), statement.params)
+    assert jobs(conn, "taken") == [taken.job_id(seen["taken"] + MINUTE)]
+    assert jobs(conn, "paused") == []
+    assert tick(conn, "paused") == seen["paused"]
+
+
 def test_a_row_that_another_worker_is_about_to_move_is_passed_over(
     dsn: str, conn: psycopg.Connection
 ) -> None:
@@ -510,6 +533,32 @@ def test_a_worker_with_schedules_says_what_grant_or_table_it_lacks(
     with pytest.raises(SchemaError, match=r"bgjob_schedule has no column name.*migration/init.sql"):
         crew.run(worker.run())
     crew.start(Mux())  # others do not need it
+
+
+@pytest.mark.parametrize("settings", [{}, _SESSION], ids=["any session", "a worker's session"])
+def test_a_look_does_not_read_all_jobs_whatever_the_statistics_say(
+    conn: psycopg.Connection, settings: dict[str, str]
+) -> None:
+    conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    conn.execute("insert into bgjob_job (id, queue, type) values ('x', 'q', 't')")
+    conn.execute("analyze bgjob_job")
+    conn.execute(
+        "insert into bgjob_job (id, queue, type) select n, 'q', 't' from generate_series(1, 20000) n"
+    )
+    names = [f"s{n}" for n in range(200)]
+    service = Schedules([schedule(name) for name in names])
+    service.run(conn)
+    conn.execute("update bgjob_schedule set tick = tick - interval '5 min'")
+    service.run(conn)
+    conn.execute("analyze bgjob_schedule")
+    for setting in settings.items():
+        conn.execute("select set_config(%s, %s, false)", setting)
+    statement = look(names)
+    explain = cast(Any, f"explain (analyze, format json) {statement.text!s}")
+    [[[found]]] = conn.execute(explain, statement.params).fetchall()
+    [reads] = [n for n in nodes(found["Plan"]) if n.get("Relation Name") == "bgjob_job"]
+    assert reads["Actual Loops"] == len(names)
+    assert reads["Actual Rows"] == 1
 
 
 # -- from a client --------------------------------------------------------------------------

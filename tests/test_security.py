@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple, cast
@@ -40,12 +41,16 @@ from bgjob import (
     Reschedule,
     Result,
     Retry,
+    Schedule,
+    Schedules,
     SchemaError,
     Worker,
 )
+from bgjob import _schedules as schedules
 from bgjob import _statements as statements
 from bgjob._statements import Buried, Claimed, Postponed, Statement
 from bgjob.ext.embedded import EmbeddedServer
+from bgjob.schedule import Firing
 
 __all__ = ["crew"]  # the fixture of test_worker, of both colours
 
@@ -70,7 +75,7 @@ def sql_blocks(title: str) -> list[str]:
 
 [SCRIPT] = sql_blocks("Privileges")
 
-GROUPS = ("producer", "worker", "operator")
+GROUPS = ("producer", "worker", "scheduler", "operator")
 
 
 class Grant(NamedTuple):
@@ -108,7 +113,7 @@ GRANTS = parse(SCRIPT)
 
 
 class Roles:
-    """README's three roles, and logins that have no more than them.
+    """README's roles, and logins that have no more than them.
 
     Roles belong to the whole server: their names carry that of the test's database.
     """
@@ -123,9 +128,9 @@ class Roles:
         return f"bgjob_{group}{self._suffix}"
 
     def named(self, script: str) -> bytes:
-        """Give SQL in which the three roles have this test's names."""
+        """Give SQL in which the roles have this test's names."""
         return re.sub(
-            r"\bbgjob_(producer|worker|operator)\b", rf"\g<0>{self._suffix}", script
+            r"\bbgjob_(producer|worker|scheduler|operator)\b", rf"\g<0>{self._suffix}", script
         ).encode()
 
     def apply(self, script: str = SCRIPT) -> None:
@@ -164,9 +169,9 @@ def roles(dsn: str) -> Iterator[Roles]:
         roles.close()
 
 
-def test_the_privileges_script_speaks_of_the_three_roles_and_the_two_tables() -> None:
+def test_the_privileges_script_speaks_of_all_roles_and_tables() -> None:
     assert {grant.group for grant in GRANTS} == set(GROUPS)
-    assert {grant.table for grant in GRANTS} == {"bgjob_job", "bgjob_dead_job"}
+    assert {grant.table for grant in GRANTS} == {"bgjob_job", "bgjob_dead_job", "bgjob_schedule"}
     assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
 
 
@@ -325,9 +330,36 @@ def test_a_transactional_handler_that_enqueues_needs_the_role_of_a_producer_besi
     assert observer.of("error", "retried", "buried") == []
 
 
+def test_a_worker_with_schedules_needs_the_role_of_a_scheduler_besides(
+    crew: Crew, roles: Roles
+) -> None:
+    dsn = roles.login("worker", "scheduler")
+    options: dict[str, Any] = {"request": EnqueueRequest("q", "t"), "every": 1}
+    observer = Recorder()
+    mux = Mux().register("t", lambda _: None)
+    # The role of a worker lets it read the ids of jobs.
+    lacking = [g for g in GRANTS if g.group == "scheduler" and "bgjob_job" not in g.table]
+    lacking += [g for g in GRANTS if g.group == "scheduler" and g.privilege == "insert"]
+    for grant in lacking:
+        roles.revoke(grant)
+        services = [Schedules([Schedule("s", **options)])]
+        worker = crew.make(mux, dsn=dsn, services=services)
+        with pytest.raises(SchemaError, match=f"may not {grant.privilege}.*on.*{grant.table}"):
+            crew.run(worker.run())
+        roles.conn.execute(roles.named(f"grant {grant} to bgjob_scheduler"))
+    services = [Schedules([Schedule("s", **options)])]
+    crew.start(mux, dsn=dsn, services=services, observer=observer)
+    observer.wait_for("completed")
+    crew.client.schedules.pause("s")
+    crew.client.schedules.resume("s")
+    observer.wait_for("completed", times=2)
+    assert observer.of("error") == []
+
+
 def test_an_operator_needs_no_more_than_its_role(
     crew: Crew, roles: Roles, conn: psycopg.Connection
 ) -> None:
+    Schedules([Schedule("s", every=60, request=EnqueueRequest("other", "t"))]).run(conn)
     ids = ["a", "b", "c"]
     crew.enqueue(*ids, "live", "failing", arg=b"arg")
     for _ in ids:
@@ -342,6 +374,12 @@ def test_an_operator_needs_no_more_than_its_role(
         assert crew.run(client.dlq.requeue("a")) == ["a"]
         assert crew.run(client.dlq.requeue(type="t", ids=["b"])) == ["b"]
         assert crew.run(client.dlq.purge(queue="q")) == 1
+        crew.run(client.schedules.pause("s"))
+        assert [s.paused for s in crew.run(client.schedules.list())] == [True]
+        crew.run(client.schedules.resume("s"))
+        crew.run(client.schedules.run("s"))
+        crew.run(client.schedules.remove("s"))
+        assert crew.run(client.schedules.list()) == []
     finally:
         crew.run(client.close())
     [monitoring] = sql_blocks("Monitoring")
@@ -350,7 +388,7 @@ def test_an_operator_needs_no_more_than_its_role(
         for query in monitoring.split(";"):
             if query.strip():
                 answers.append(conn.execute(query.encode()).fetchall())
-    assert [row[:3] for row in answers[0]] == [("q", "t", 3)]
+    assert {row[:3] for row in answers[0]} == {("q", "t", 3), ("other", "t", 1)}
     assert len(answers) == monitoring.count(";")
 
 
@@ -370,8 +408,12 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
         "delete from bgjob_job",
         "delete from bgjob_dead_job",
+        "select arg from bgjob_schedule",
+        "update bgjob_schedule set tick = now()",
     ],
     "worker": [
+        "select name from bgjob_schedule",
+        "update bgjob_schedule set tick = now()",
         "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
         "update bgjob_job set arg = null",
         "update bgjob_job set id = 'x'",
@@ -393,8 +435,22 @@ REFUSED: dict[str, list[LiteralString]] = {
         "delete from bgjob_job",
         "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
         "update bgjob_dead_job set arg = null",
+        "update bgjob_schedule set type = 'other'",
+        "insert into bgjob_schedule (name, spec, queue, type, priority) "
+        "values ('x', 'x', 'q', 't', 0)",
+    ],
+    "scheduler": [
+        "select arg from bgjob_job",
+        "insert into bgjob_job (id, queue, type, attempt) values ('x', 'q', 't', -9)",
+        "update bgjob_job set next_run_at = now()",
+        "delete from bgjob_job",
+        "select id from bgjob_dead_job",
+        "update bgjob_schedule set paused = false",
+        "update bgjob_schedule set name = 'other'",
+        "delete from bgjob_schedule",
     ],
     "nobody": [
+        "select name from bgjob_schedule",
         "select id from bgjob_job",
         "select id from bgjob_dead_job",
         "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
@@ -405,6 +461,7 @@ REFUSED: dict[str, list[LiteralString]] = {
 REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_job",
     "truncate bgjob_dead_job",
+    "truncate bgjob_schedule",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -447,13 +504,19 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "dlq.get": lambda client: client.dlq.get("a"),
     "dlq.requeue": lambda client: client.dlq.requeue("a"),
     "dlq.purge": lambda client: client.dlq.purge("a"),
+    "schedules.list": lambda client: client.schedules.list(),
+    "schedules.pause": lambda client: client.schedules.pause("s"),
+    "schedules.resume": lambda client: client.schedules.resume("s"),
+    "schedules.run": lambda client: client.schedules.run("s"),
+    "schedules.remove": lambda client: client.schedules.remove("s"),
 }
 
 MAY = {
     "producer": {"enqueue", "bulk_enqueue"},
     "worker": {"do"},
     # Who may requeue writes jobs that are due now, and so may enqueue them.
-    "operator": {"enqueue", "dlq.list", "dlq.get", "dlq.requeue", "dlq.purge"},
+    "operator": {"enqueue", *(name for name in METHODS if "." in name)},
+    "scheduler": {"schedules.list"},
     "nobody": set[str](),
 }
 
@@ -466,6 +529,7 @@ def test_a_role_may_call_its_own_methods_of_a_client_and_no_others(
         owner.enqueue(EnqueueRequest("q", "t", id="a"))
         owner.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
         owner.enqueue(EnqueueRequest("q", "t", id="b"))
+    Schedules([Schedule("s", every=60, request=EnqueueRequest("q", "t"))]).run(conn)
     may = set()
     with Client(roles.login(*({role} & set(GROUPS)))) as client:
         for name, method in METHODS.items():
@@ -475,7 +539,7 @@ def test_a_role_may_call_its_own_methods_of_a_client_and_no_others(
     assert may == MAY[role]
 
 
-@pytest.mark.parametrize("role", ["producer", "operator", "nobody"])
+@pytest.mark.parametrize("role", ["producer", "scheduler", "operator", "nobody"])
 def test_who_is_no_worker_cannot_start_one(crew: Crew, roles: Roles, role: str) -> None:
     worker = crew.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
     try:
@@ -542,12 +606,23 @@ def _everything(group: str) -> list[Statement[Any]]:
                 statements.postpone([Postponed(claimed, 0, "e", refund=False)]),
                 statements.bury([Buried(claimed, "e")]),
             ]
+        case "scheduler":
+            schedule = Schedule("s", every=60, request=request)
+            now = datetime.now(UTC)
+            return [
+                schedules.register([schedule]),
+                schedules.look(["s"]),
+                schedules.fire([(schedule, now, Firing(now, now, (now,)))]),
+            ]
         case _:
             return [
                 statements.dlq_list(where, limit=1, offset=0),
                 statements.dlq_requeue(where),
                 statements.dlq_purge(where),
                 Statement("select * from bgjob_job", None, lambda _: None),
+                schedules.listed(),
+                schedules.resume("s"),
+                schedules.remove("s"),
             ]
 
 
