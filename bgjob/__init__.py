@@ -3,6 +3,7 @@
 from bgjob._audience import only
 from bgjob.client import AsyncClient, Client
 from bgjob.codec import Codec, JsonCodec, RawCodec
+from bgjob.dlq import DlqRetention
 from bgjob.errors import (
     BgjobError,
     EmptyQueueError,
@@ -35,6 +36,7 @@ from bgjob.observer import LoggingObserver, NoopObserver, Observer
 from bgjob.result import Backoff, Complete, MoveToDlq, Reschedule, Result, Retry
 from bgjob.schedule import Schedule, ScheduleStatus
 from bgjob.schedules import Schedules
+from bgjob.stats import QueueStats
 from bgjob.worker import AsyncWorker, Worker
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Codec",
     "Complete",
     "DeadJob",
+    "DlqRetention",
     "EmptyQueueError",
     "EnqueueRequest",
     "Event",
@@ -68,6 +71,7 @@ __all__ = [
     "PayloadError",
     "QueueIsEmpty",
     "QueueRequiredError",
+    "QueueStats",
     "RawCodec",
     "RequestsRequiredError",
     "Reschedule",

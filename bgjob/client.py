@@ -37,6 +37,7 @@ from bgjob.errors import (
 from bgjob.job import EnqueueOptions, EnqueueRequest
 from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq, Result, Retry
+from bgjob.stats import QueueStats
 from bgjob.timetable import AsyncTimetable, Timetable
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Client:
         self._own: ConnectionPool[_Connection] | None = None
         self._pid: int | None = None  # the process that uses it
         self._lock = threading.Lock()
-        self.dlq = Dlq(self._run)
+        self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = Timetable(self._run, self.enqueue)
         """The schedules that workers have."""
@@ -275,6 +276,21 @@ class Client:
         )
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
+    def stats(
+        self, queue: str | None = None, *, conn: psycopg.Connection[Any] | None = None
+    ) -> list[QueueStats]:
+        """Count the jobs of each queue and type, all at one moment; sorted by both.
+
+        One query, which reads both tables once: 0.3 s at 1,000,000 jobs. Ask every
+        few seconds, not for every request.
+
+        Args:
+            queue: only this one; by default all that have jobs, live or dead.
+            conn: a connection of the caller's.
+
+        """
+        return self._run(_statements.stats(queue), conn)
+
     def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
         with self._lock:
@@ -389,7 +405,7 @@ class AsyncClient:
         self._notify = notify
         self._own: AsyncConnectionPool[_AsyncConnection] | None = None
         self._pid: int | None = None  # the process that uses it
-        self.dlq = AsyncDlq(self._run)
+        self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
         """The schedules that workers have."""
@@ -506,6 +522,12 @@ class AsyncClient:
             in (await asyncio.shield(self._run_all(settlement(claimed, ending))))[0]
         )
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
+
+    async def stats(
+        self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> list[QueueStats]:
+        """Count the jobs of each queue and type; as Client.stats."""
+        return await self._run(_statements.stats(queue), conn)
 
     async def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""

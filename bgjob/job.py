@@ -189,11 +189,12 @@ class Job(NamedTuple):
 
 
 class DeadJob(NamedTuple):
-    """A job in the dead-letter table; the attributes are those of Job, and one more.
+    """A job in the dead-letter table; the attributes are those of Job, and two more.
 
     Attributes:
         last_error: why it is there.
         moved_at: when it was moved there.
+        number: its place in the table: of two dead jobs the later has the larger.
 
     """
 
@@ -209,6 +210,7 @@ class DeadJob(NamedTuple):
     updated_at: datetime
     exclusive: str | None
     moved_at: datetime
+    number: int
 
     def json(self) -> Any:
         """Decode `arg` as JSON; as Job.json."""

@@ -22,6 +22,7 @@ from bgjob import (
     AsyncWorker,
     Client,
     Complete,
+    DlqRetention,
     EmptyQueueError,
     EnqueueRequest,
     Job,
@@ -806,8 +807,8 @@ def test_dead_jobs_are_listed_the_latest_first_by_queue_and_type(client: Any) ->
         EnqueueRequest("b", "x", id="3"),
     )
 
-    def listed(**options: Any) -> list[str]:
-        return [dead.id for dead in client.dlq.list(**options)]
+    def listed(*args: Any, **options: Any) -> list[str]:
+        return [dead.id for dead in client.dlq.list(*args, **options)]
 
     assert listed() == ["3", "2", "1"]
     assert listed(queue="a") == ["2", "1"]
@@ -815,7 +816,25 @@ def test_dead_jobs_are_listed_the_latest_first_by_queue_and_type(client: Any) ->
     assert listed(queue="a", type="x") == ["1"]
     assert listed(queue="c") == []
     assert listed(limit=1) == ["3"]
-    assert listed(limit=2, offset=2) == ["1"]
+    assert listed("2") == ["2"]
+    assert listed(iter(["1", "3", "unknown"]), queue="a") == ["1"]
+
+
+def test_pages_of_dead_jobs_neither_repeat_nor_omit_one_while_jobs_die_and_leave(
+    client: Any,
+) -> None:
+    bury(client, *requests(*"12345"))
+    first = client.dlq.list(limit=2)
+    bury(client, *requests("6"))
+    client.dlq.purge("4")
+    second = client.dlq.list(limit=2, before=first[-1])
+    third = client.dlq.list(limit=2, before=second[-1].number)
+    assert [[dead.id for dead in page] for page in (first, second, third)] == [
+        ["5", "4"],
+        ["3", "2"],
+        ["1"],
+    ]
+    assert client.dlq.list(before=third[-1]) == []
 
 
 def test_one_dead_job_is_found_by_its_id(client: Any) -> None:
@@ -891,8 +910,150 @@ def test_dead_jobs_are_purged_by_id_or_by_filter(client: Any, conn: psycopg.Conn
     assert client.dlq.purge(queue="b") == 1
     assert client.dlq.purge() == 1
     assert client.dlq.list() == []
+
+
+def test_every_filter_restricts_what_is_listed_requeued_and_purged(
+    client: Any, conn: psycopg.Connection
+) -> None:
+    conn.execute("set timezone to 'UTC'")
+    old, new = datetime(2020, 1, 1, tzinfo=UTC), datetime(2021, 1, 1, tzinfo=UTC)
+    filters: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, ["6", "5", "4", "3", "2", "1"]),
+        ({"queue": "b"}, ["6"]),
+        ({"type": "y"}, ["5"]),
+        ({"error": "100% \\o/_"}, ["4"]),
+        ({"error": "100% \\O/_"}, []),
+        ({"moved_before": new}, ["2", "1"]),
+        ({"moved_before": old}, ["1"]),
+        ({"moved_after": new}, ["6", "5", "4", "3"]),
+        ({"moved_after": old, "moved_before": new}, ["2"]),
+        ({"older_than": timedelta(days=365)}, ["3", "2", "1"]),
+        ({"older_than": 0.0, "queue": "a"}, ["5", "4", "3", "2", "1"]),
+        ({"queue": "b", "type": "y"}, []),
+        ({"queue": None, "type": None, "error": None}, ["6", "5", "4", "3", "2", "1"]),
+    ]
+
+    def fill() -> None:
+        conn.execute("truncate bgjob_job, bgjob_dead_job")
+        bury(client, *(EnqueueRequest("a", "x", id=id_) for id_ in "123"))
+        bury(client, EnqueueRequest("a", "x", id="4"), error="at 100% \\o/_ of it")
+        bury(client, EnqueueRequest("a", "y", id="5"), EnqueueRequest("b", "x", id="6"))
+        conn.execute("update bgjob_dead_job set moved_at = '2019-01-01' where job_id = '1'")
+        conn.execute("update bgjob_dead_job set moved_at = '2020-01-01' where job_id = '2'")
+        conn.execute("update bgjob_dead_job set moved_at = '2021-01-01' where job_id = '3'")
+
+    fill()
+    for where, ids in filters:
+        assert [dead.id for dead in client.dlq.list(**where)] == ids, where
+        assert [dead.id for dead in client.dlq.list(["3", "6"], **where)] == [
+            id_ for id_ in ids if id_ in "36"
+        ]
+    for where, ids in filters:
+        fill()
+        assert sorted(client.dlq.requeue(**where), reverse=True) == ids, where
+        assert [i for (i,) in rows(conn, "select id from bgjob_job order by id desc")] == ids
+    for where, ids in filters:
+        fill()
+        assert client.dlq.purge(**where) == len(ids), where
+        assert not {dead.id for dead in client.dlq.list()} & set(ids)
+        assert len(client.dlq.list()) == 6 - len(ids)
+
+
+@pytest.mark.parametrize("method", ["list", "requeue", "purge"])
+def test_a_bad_filter_is_refused_by_name_and_changes_nothing(client: Any, method: str) -> None:
+    bury(client, *requests("a"))
+    call = getattr(client.dlq, method)
+    naive = datetime(2030, 1, 1)
     with pytest.raises(ValueError, match="moved_before must be an aware datetime"):
-        client.dlq.purge(moved_before=datetime(2030, 1, 1))
+        call(moved_before=naive)
+    with pytest.raises(ValueError, match="moved_after must be an aware datetime"):
+        call(moved_after=naive)
+    with pytest.raises(ValueError, match="older_than must be from 0 seconds"):
+        call(older_than=-1)
+    with pytest.raises(TypeError, match="older_than must be seconds"):
+        call(older_than="1 d")
+    with pytest.raises(TypeError, match="'quene' is no filter; there are queue, type, error"):
+        call(quene="q")
+    assert [dead.id for dead in client.dlq.list()] == ["a"]
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+def test_a_requeue_wakes_a_worker_that_sleeps_and_a_rolled_back_one_does_not(
+    colour: Colour, client: Any, conn: psycopg.Connection, in_transaction: bool
+) -> None:
+    bury(client, EnqueueRequest("q", "t", id="a", priority=9), *requests("b"))
+    bury(client, EnqueueRequest("other", "t", id="c"))
+    seen: list[str] = []
+    mux = Mux().register("t", lambda job: seen.append(job.id))
+    with Worker(Client(colour.dsn), "q", mux, poll_interval=3600):
+        asleep: LiteralString = (
+            "select count(*) from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
+            "and database = (select oid from pg_database where datname = current_database())"
+        )
+        assert eventually(lambda: row(conn, asleep) == (1,))
+        if in_transaction:
+            caller = colour.connect()
+            assert len(client.dlq.requeue(conn=caller)) == 3
+            caller.rollback()
+            assert client.dlq.requeue("a", conn=caller) == ["a"]
+            caller.commit()
+        else:
+            assert client.dlq.requeue("a") == ["a"]
+        assert eventually(lambda: seen == ["a"])
+    assert {dead.id for dead in client.dlq.list()} == {"b", "c"}
+
+
+# -- retention ------------------------------------------------------------------------------
+
+
+def write_dead(conn: psycopg.Connection, count: int, moved_at: LiteralString) -> None:
+    conn.execute(
+        "insert into bgjob_dead_job (job_id, queue, type, attempt, priority, next_run_at, "
+        "job_created_at, job_updated_at, moved_at) select n::text, 'q', 't', 1, 0, now(), now(), "
+        "now(), " + moved_at + " from generate_series(1, %s::int) n",
+        [count],
+    )
+
+
+def test_a_retention_purges_what_has_been_dead_for_longer_than_its_age(
+    conn: psycopg.Connection,
+) -> None:
+    write_dead(conn, 3, "now() - interval '31 d'")
+    write_dead(conn, 2, "now() - interval '29 d'")
+    retention = DlqRetention(timedelta(days=30), every=60)
+    assert retention.run(conn) == 60.0
+    assert row(conn, "select count(*), max(moved_at) < now() from bgjob_dead_job") == (2, True)
+    assert retention.run(conn) == 60.0
+    assert row(conn, "select count(*) from bgjob_dead_job") == (2,)
+
+
+def test_a_retention_purges_a_batch_at_a_time_and_comes_back_at_once_for_the_next(
+    conn: psycopg.Connection,
+) -> None:
+    write_dead(conn, 2_500, "now() - interval '2 s'")
+    write_dead(conn, 1_500, "now()")
+    retention = DlqRetention(1.0)
+    conn.execute("update bgjob_dead_job set moved_at = now() + interval '1 h' where id > 2500")
+    waits, left = [], []
+    for _ in range(4):
+        waits.append(retention.run(conn))
+        left += row(conn, "select count(*) from bgjob_dead_job")
+    assert left == [3_000, 2_000, 1_500, 1_500]
+    assert waits == [0.05, 0.05, 3600.0, 3600.0]
+
+
+def test_a_retention_runs_on_whatever_connection_it_is_given(dsn: str) -> None:
+    with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
+        assert DlqRetention(0).run(conn) == 3600.0
+
+
+def test_a_retention_refuses_bad_options_by_name() -> None:
+    with pytest.raises(ValueError, match="age must be from 0 seconds"):
+        DlqRetention(-1)
+    with pytest.raises(TypeError, match="age must be seconds"):
+        DlqRetention("30 d")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="every must be at least 1 second, not 0"):
+        DlqRetention(1, every=0)
 
 
 def test_the_dlq_works_inside_the_callers_transaction(
