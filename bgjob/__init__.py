@@ -1,6 +1,7 @@
 """Background jobs on PostgreSQL: no other server, no lost job."""
 
 from bgjob.client import AsyncClient, Client
+from bgjob.dlq import DlqRetention
 from bgjob.errors import (
     BgjobError,
     EmptyQueueError,
@@ -16,6 +17,7 @@ from bgjob.job import DeadJob, EnqueueRequest, Job
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, NoopObserver, Observer
 from bgjob.result import Backoff, Complete, MoveToDlq, Reschedule, Result, Retry
+from bgjob.stats import QueueStats
 from bgjob.worker import AsyncWorker, Worker
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Client",
     "Complete",
     "DeadJob",
+    "DlqRetention",
     "EmptyQueueError",
     "EnqueueRequest",
     "Job",
@@ -37,6 +40,7 @@ __all__ = [
     "NoopObserver",
     "Observer",
     "QueueRequiredError",
+    "QueueStats",
     "RequestsRequiredError",
     "Reschedule",
     "Result",

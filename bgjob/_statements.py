@@ -17,7 +17,7 @@ The rules they keep:
   of the array.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from operator import itemgetter
@@ -26,6 +26,7 @@ from zlib import crc32
 
 from bgjob._duration import seconds
 from bgjob.job import DeadJob, EnqueueRequest, Job
+from bgjob.stats import QueueStats
 
 T_co = TypeVar("T_co", covariant=True)
 Row = tuple[Any, ...]
@@ -207,15 +208,14 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             "priorities": _number_array([r.priority for r in requests]),
             "run_ats": [r.run_at for r in requests],
             "delays": _number_array([seconds(r.delay, "delay") for r in requests]),
-            **_told(requests),
+            **_told({(r.queue, _what(r)) for r in requests}),
         },
         lambda rows: set(rows[0][0]),
         binary=True,
     )
 
 
-def _told(requests: Sequence[EnqueueRequest]) -> dict[str, object]:
-    told = {(r.queue, _what(r)) for r in requests}
+def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
     return {
         "class": LOCK_CLASS,
         "told_queues": [queue for queue, _ in told],
@@ -259,7 +259,16 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
 
 def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
     """Wake the workers of these requests' queues when the transaction commits."""
-    return Statement(f"select {_TELL_MANY.format(condition='true')}", _told(requests), _nothing)
+    return _tell({(r.queue, _what(r)) for r in requests})
+
+
+def tell_all(queues: Iterable[str]) -> Statement[None]:
+    """Let the workers of these queues look at all that is there when the transaction commits."""
+    return _tell({(queue, "-") for queue in queues})
+
+
+def _tell(told: Collection[tuple[str, str]]) -> Statement[None]:
+    return Statement(f"select {_TELL_MANY.format(condition='true')}", _told(told), _nothing)
 
 
 # -- claim ----------------------------------------------------------------------
@@ -299,6 +308,11 @@ _TAKE = """
 _FRESH = "j.lease_until is null and j.deaths <= 0"
 _ENDED = "j.lease_until <= now()"
 
+# Of no row: looked up once a statement, and nothing is read where the queue is paused.
+_UNPAUSED = """
+    not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
+"""
+
 
 def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
     return f"""
@@ -326,7 +340,7 @@ _LINES_FROM_MARKS = """
 
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
-    where ctid = any (array({_due(_LINES_FROM_MARKS, _FRESH)}))
+    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{_FRESH} and {_UNPAUSED}")}))
     returning {_JOB_COLUMNS}
 """
 
@@ -339,7 +353,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         where j.queue = %(queue)s and j.priority = %(priority)s
             and j.next_run_at >=
                 least(%(mark)s::timestamptz, now() - %(back)s * interval '1 second')
-            and j.next_run_at <= now() and {_FRESH}
+            and j.next_run_at <= now() and {_FRESH} and {_UNPAUSED}
         order by j.next_run_at
         limit %(limit)s
         for update skip locked
@@ -356,9 +370,10 @@ _LINES = f"""
 """
 
 # What was in flight when its worker died is only set free here: whichever of
-# those jobs killed it, the next attempt of each is a claim of its own.
+# those jobs killed it, the next attempt of each is a claim of its own. It is set
+# free while the queue is paused, too.
 _SWEEP = f"""
-    with due as materialized ({_due(_LINES, f"{_FRESH} or {_ENDED}")}),
+    with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_ENDED}")}),
     freed as (
         update bgjob_job
         set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
@@ -390,7 +405,7 @@ _CLAIM_SUSPECT = f"""
     where ctid = any (array(
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
-            and j.next_run_at <= now()
+            and j.next_run_at <= now() and {_UNPAUSED}
         order by j.priority, j.next_run_at, j.deaths
         limit 1
         for update skip locked
@@ -401,7 +416,9 @@ _CLAIM_SUSPECT = f"""
 _CLAIM_ANY = f"""
     update bgjob_job set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
     where ctid = any (array(
-        select due.ctid from ({_due(_LINES, f"j.lease_until is null or {_ENDED}")}) as due
+        select due.ctid from (
+            {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+        ) as due
     ))
     returning {_JOB_COLUMNS}, deaths
 """
@@ -513,7 +530,7 @@ class Line(NamedTuple):
     wait: float | None
     """Seconds until the next job that is not due yet."""
     deaths: int | None
-    """Those of the first suspect."""
+    """Those of the first suspect that may be claimed."""
 
 
 def survey(queue: str) -> Statement[list[Line]]:
@@ -529,7 +546,7 @@ def survey(queue: str) -> Statement[list[Line]]:
         ) - clock_timestamp())::float8, (
             select j.deaths from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
-                and j.lease_until is null and j.next_run_at <= now()
+                and j.lease_until is null and j.next_run_at <= now() and {_UNPAUSED}
             order by j.next_run_at, j.deaths limit 1
         )
         from line where line.priority is not null
@@ -707,19 +724,90 @@ def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
     )
 
 
+# -- pause --------------------------------------------------------------------------
+
+
+def pause(queue: str, until: datetime | None) -> Statement[None]:
+    """Let nothing be claimed from a queue before this time, or before it is resumed."""
+    return Statement(
+        """
+        insert into bgjob_pause (queue, until)
+        values (%(queue)s, coalesce(%(until)s, timestamptz 'infinity'))
+        on conflict (queue) do update set until = excluded.until
+        returning true
+        """,
+        {"queue": queue, "until": until},
+        _nothing,
+    )
+
+
+def claims_under_way() -> Statement[set[str]]:
+    """List the transactions that may have looked for a pause earlier, and may still claim.
+
+    A claim locks both tables, in these modes, before it looks, and until its
+    transaction ends: one that looked before a pause was committed is among them.
+    """
+    return Statement(
+        """
+        select virtualtransaction from pg_locks
+        where locktype = 'relation' and granted
+            and database = (select oid from pg_database where datname = current_database())
+            and (
+                relation = 'bgjob_job'::regclass and mode = 'RowExclusiveLock'
+                or relation = 'bgjob_pause'::regclass and mode = 'AccessShareLock'
+            )
+        group by virtualtransaction
+        having count(distinct relation) = 2
+        """,
+        None,
+        lambda rows: {row[0] for row in rows},
+    )
+
+
+def resume(queue: str) -> Statement[bool]:
+    """Let a queue's jobs be claimed again, and wake its workers; whether it was paused."""
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_pause where queue = %(queue)s returning until > now() as was_paused
+        )
+        select exists (select from gone where was_paused),
+            pg_notify(%(channel)s, concat_ws(' ', extract(epoch from now()), '-', %(queue)s::text))
+        """,
+        {"queue": queue, "channel": channel(queue)},
+        _scalar,
+    )
+
+
+def paused() -> Statement[dict[str, datetime | None]]:
+    """List the queues that are paused, each with its end, None for that of a resume."""
+    return Statement(
+        f"""
+        select queue, case when until < 'infinity' then {_in_range("until")} end
+        from bgjob_pause where until > clock_timestamp() order by queue
+        """,
+        None,
+        lambda rows: {queue: until for queue, until in rows},  # noqa: C416 (typed)
+    )
+
+
 # -- dead-letter table ----------------------------------------------------------
 
 _DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {_in_range("next_run_at")},
-    {_in_range("job_created_at")}, {_in_range("job_updated_at")}, {_in_range("moved_at")}
+    {_in_range("job_created_at")}, {_in_range("job_updated_at")}, {_in_range("moved_at")}, id
 """
 
-_DEAD_FILTER = """
-    (%(ids)s::text[] is null or job_id = any (%(ids)s::text[]))
-    and (%(queue)s::text is null or queue = %(queue)s)
-    and (%(type)s::text is null or type = %(type)s)
-    and (%(moved_before)s::timestamptz is null or moved_at < %(moved_before)s)
-"""
+_DEAD_CONDITIONS: Mapping[str, LiteralString] = {
+    "ids": "job_id = any (%(ids)s::text[])",
+    "queue": "queue = %(queue)s",
+    "type": "type = %(type)s",
+    "error": "position(%(error)s in last_error) > 0",
+    "moved_before": "moved_at < %(moved_before)s",
+    "moved_after": "moved_at >= %(moved_after)s",
+    "older_than": "moved_at < clock_timestamp() - %(older_than)s * interval '1 second'",
+    "before": "id < %(before)s",
+}
 
 
 class DeadFilter(NamedTuple):
@@ -728,27 +816,45 @@ class DeadFilter(NamedTuple):
     ids: Sequence[str] | None = None
     queue: str | None = None
     type: str | None = None
+    error: str | None = None
     moved_before: datetime | None = None
+    moved_after: datetime | None = None
+    older_than: float | None = None
+    before: int | None = None
 
+    @property
     def params(self) -> dict[str, object]:
-        """Give the parameters of the statements below."""
-        return {**self._asdict(), "ids": None if self.ids is None else list(self.ids)}
+        """The parameters of the condition."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    @property
+    def condition(self) -> LiteralString:
+        """The condition that they fulfil."""
+        return " and ".join(["true", *(_DEAD_CONDITIONS[name] for name in self.params)])
 
 
-def dlq_list(where: DeadFilter, *, limit: int, offset: int) -> Statement[list[DeadJob]]:
+def dlq_list(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
     """List dead jobs, the latest first."""
     return Statement(
         f"""
-        select {_DEAD_COLUMNS} from bgjob_dead_job where {_DEAD_FILTER}
-        order by id desc limit %(limit)s offset %(offset)s
+        select {_DEAD_COLUMNS} from bgjob_dead_job where {where.condition}
+        order by id desc limit %(limit)s
         """,
-        {**where.params(), "limit": limit, "offset": offset},
+        {**where.params, "limit": limit},
         lambda rows: [DeadJob._make(row) for row in rows],
+        prepare=False,
     )
 
 
-def dlq_requeue(where: DeadFilter) -> Statement[list[str]]:
-    """Move dead jobs back to their queues, due now; the ids of those that went.
+class Requeued(NamedTuple):
+    """What went back from the dead-letter table."""
+
+    ids: list[str]
+    queues: set[str]
+
+
+def dlq_requeue(where: DeadFilter) -> Statement[Requeued]:
+    """Move dead jobs back to their queues, due now.
 
     Of several dead jobs with one id the latest goes back. One whose id a live
     job has stays dead.
@@ -756,7 +862,7 @@ def dlq_requeue(where: DeadFilter) -> Statement[list[str]]:
     return Statement(
         f"""
         with latest as (
-            select distinct on (job_id) id from bgjob_dead_job where {_DEAD_FILTER}
+            select distinct on (job_id) id from bgjob_dead_job where {where.condition}
             order by job_id, id desc
         ), back as (
             insert into bgjob_job (id, queue, type, arg, last_error, priority, created_at)
@@ -770,10 +876,11 @@ def dlq_requeue(where: DeadFilter) -> Statement[list[str]]:
         delete from bgjob_dead_job d
         using latest, back
         where d.id = latest.id and d.job_id = back.id
-        returning d.job_id
+        returning d.job_id, d.queue
         """,
-        where.params(),
-        _column,
+        where.params,
+        lambda rows: Requeued(_column(rows), {queue for _, queue in rows}),
+        prepare=False,
     )
 
 
@@ -781,11 +888,69 @@ def dlq_purge(where: DeadFilter) -> Statement[int]:
     """Delete dead jobs; how many."""
     return Statement(
         f"""
-        with gone as (delete from bgjob_dead_job where {_DEAD_FILTER} returning id)
+        with gone as (delete from bgjob_dead_job where {where.condition} returning id)
         select count(*) from gone
         """,
-        where.params(),
+        where.params,
         _scalar,
+        prepare=False,
+    )
+
+
+def dlq_expire(age: float, *, limit: int) -> Statement[int]:
+    """Delete those of the first `limit` dead jobs that died longer ago than `age`; how many.
+
+    They are numbered as they die: where the first of them are younger, all are.
+    """
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_dead_job
+            where id = any (array(select id from bgjob_dead_job order by id limit %(limit)s))
+                and moved_at < clock_timestamp() - %(age)s * interval '1 second'
+            returning id
+        )
+        select count(*) from gone
+        """,
+        {"age": age, "limit": limit},
+        _scalar,
+    )
+
+
+# -- stats ------------------------------------------------------------------------
+
+_COUNTED = """
+    select coalesce(live.queue, dead.queue), coalesce(live.type, dead.type),
+        coalesce(live.waiting - live.delayed, 0), coalesce(live.delayed, 0),
+        coalesce(live.jobs - live.waiting, 0), coalesce(dead.jobs, 0),
+        extract(epoch from statement_timestamp() - live.oldest)::float8, coalesce(live.retries, 0)
+    from (
+        select queue, type, count(*) as jobs,
+            count(*) filter (where {waits}) as waiting,
+            count(*) filter (where {waits} and next_run_at > statement_timestamp()) as delayed,
+            count(*) filter (where {waits} and attempt > 0) as retries,
+            min(greatest(next_run_at, '0001-01-02 00:00+00')) filter (
+                where {waits} and next_run_at <= statement_timestamp()
+            ) as oldest
+        from bgjob_job {where} group by queue, type
+    ) as live
+    full join (
+        select queue, type, count(*) as jobs from bgjob_dead_job {where} group by queue, type
+    ) as dead on (dead.queue, dead.type) = (live.queue, live.type)
+    order by 1, 2
+"""
+
+
+def stats(queue: str | None) -> Statement[list[QueueStats]]:
+    """Count the jobs of each queue and type, or of one queue only."""
+    # Not now(): in the caller's transaction its own jobs would lie in the future.
+    waits = "(lease_until is null or lease_until <= statement_timestamp())"
+    where = "" if queue is None else "where queue = %(queue)s"
+    return Statement(
+        _COUNTED.format(waits=waits, where=where),
+        None if queue is None else {"queue": queue},
+        lambda rows: [QueueStats._make(row) for row in rows],
+        prepare=False,
     )
 
 
@@ -797,7 +962,8 @@ def schema_comment() -> Statement[str | None]:
     return Statement(
         "select obj_description(to_regclass('bgjob_job'), 'pg_class') "
         "where to_regclass('bgjob_job') is not null "
-        "and to_regclass('bgjob_dead_job') is not null",
+        "and to_regclass('bgjob_dead_job') is not null "
+        "and to_regclass('bgjob_pause') is not null",
         None,
         lambda rows: (rows[0][0] or "") if rows else None,
     )
@@ -832,6 +998,7 @@ _COLUMN_NEEDS = (
         ),
     ),
     ("bgjob_dead_job", "select", "job_id"),
+    ("bgjob_pause", "select", "queue until"),
 )
 
 

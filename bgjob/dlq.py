@@ -2,16 +2,26 @@
 
 import builtins
 from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
-from psycopg import AsyncConnection, Connection
+from psycopg import AsyncConnection, Connection, Cursor
+from psycopg.rows import tuple_row
+from typing_extensions import Unpack
 
 from bgjob import _statements
+from bgjob._duration import Duration, seconds
 from bgjob._statements import DeadFilter, Statement
 from bgjob.job import DeadJob
 
 T = TypeVar("T")
+
+_BATCH = 1000
+"""Dead jobs that a retention deletes in one run, so that its worker's exchanges need not wait."""
+
+_SOON = 0.05
+"""Seconds between two batches."""
 
 
 class _Run(Protocol):
@@ -24,106 +34,129 @@ class _RunAsync(Protocol):
     ) -> Awaitable[T]: ...
 
 
+class DeadFilters(TypedDict, total=False):
+    """Which dead jobs; those that fulfil all that is given.
+
+    Attributes:
+        queue: only of this queue.
+        type: only of this type.
+        error: only those whose error contains this text, in this case.
+        moved_before: only those that died before this aware datetime.
+        moved_after: only those that died then or later.
+        older_than: only those that died longer ago than these seconds or this
+            timedelta, by the database's clock.
+
+    """
+
+    queue: str | None
+    type: str | None
+    error: str | None
+    moved_before: datetime | None
+    moved_after: datetime | None
+    older_than: Duration | None
+
+
 class Dlq:
     """The dead-letter table of a client; thread-safe.
 
     Every method takes `conn`, to work inside the caller's transaction, and
-    raises psycopg's errors.
+    raises psycopg's errors. The filters are those of DeadFilters.
     """
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: _Run, *, notify: bool) -> None:
         self._run = run
+        self._notify = notify
 
     def list(
         self,
+        ids: str | Iterable[str] | None = None,
         *,
-        queue: str | None = None,
-        type: str | None = None,  # noqa: A002
+        before: DeadJob | int | None = None,
         limit: int = 100,
-        offset: int = 0,
         conn: Connection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
     ) -> builtins.list[DeadJob]:
         """List dead jobs, the latest first.
 
         Args:
-            queue: only of this queue.
-            type: only of this type.
+            ids: one id or several; None (the default) takes all that the filters
+                leave. A job that died more than once is listed as often.
+            before: the last dead job of a page, or its number: gives the next page.
+                What dies meanwhile moves no page.
             limit: at most so many; 100 by default, a screenful or two.
-            offset: how many to pass over.
             conn: a connection of the caller's.
+            filters: those of DeadFilters.
 
         """
-        return self._run(_list(queue, type, limit, offset), conn)
+        return self._run(_list(ids, before, limit, filters), conn)
 
     def get(self, id: str, *, conn: Connection[Any] | None = None) -> DeadJob | None:  # noqa: A002
         """Give the dead job with this id, the latest if it died more than once, or None."""
-        found = self._run(_get(id), conn)
+        found = self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
 
     def requeue(
         self,
         ids: str | Iterable[str] | None = None,
         *,
-        queue: str | None = None,
-        type: str | None = None,  # noqa: A002
         conn: Connection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
         """Move dead jobs back to their queues, due now, with every setting and a fresh attempt.
 
-        A worker finds them at its next poll. Of several dead jobs with one id
-        the latest goes back; one whose id a live job has stays dead.
+        Of several dead jobs with one id the latest goes back; one whose id a live
+        job has stays dead. Workers that sleep are woken.
 
         Args:
-            ids: one id or several; None takes all that the filters leave.
-            queue: only of this queue.
-            type: only of this type.
+            ids: one id or several; None (the default) takes all that the filters leave.
             conn: a connection of the caller's.
+            filters: those of DeadFilters.
 
         Returns:
             The ids that went back.
 
         """
-        return self._run(_statements.dlq_requeue(_filter(ids, queue, type)), conn)
+        requeued = self._run(_statements.dlq_requeue(_filter(ids, filters)), conn)
+        if self._notify and requeued.queues:
+            self._run(_statements.tell_all(requeued.queues), conn)
+        return requeued.ids
 
     def purge(
         self,
         ids: str | Iterable[str] | None = None,
         *,
-        queue: str | None = None,
-        type: str | None = None,  # noqa: A002
-        moved_before: datetime | None = None,
         conn: Connection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
     ) -> int:
         """Delete dead jobs for good; give their number.
 
         Args:
-            ids: one id or several; None takes all that the filters leave.
-            queue: only of this queue.
-            type: only of this type.
-            moved_before: only those that died before this aware datetime.
+            ids: one id or several; None (the default) takes all that the filters leave.
             conn: a connection of the caller's.
+            filters: those of DeadFilters.
 
         """
-        return self._run(_statements.dlq_purge(_filter(ids, queue, type, moved_before)), conn)
+        return self._run(_statements.dlq_purge(_filter(ids, filters)), conn)
 
 
 class AsyncDlq:
     """The dead-letter table of an async client; as Dlq, awaited."""
 
-    def __init__(self, run: _RunAsync) -> None:
+    def __init__(self, run: _RunAsync, *, notify: bool) -> None:
         self._run = run
+        self._notify = notify
 
     async def list(
         self,
+        ids: str | Iterable[str] | None = None,
         *,
-        queue: str | None = None,
-        type: str | None = None,  # noqa: A002
+        before: DeadJob | int | None = None,
         limit: int = 100,
-        offset: int = 0,
         conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
     ) -> builtins.list[DeadJob]:
         """List dead jobs, the latest first; as Dlq.list."""
-        return await self._run(_list(queue, type, limit, offset), conn)
+        return await self._run(_list(ids, before, limit, filters), conn)
 
     async def get(
         self,
@@ -132,52 +165,88 @@ class AsyncDlq:
         conn: AsyncConnection[Any] | None = None,
     ) -> DeadJob | None:
         """Give the dead job with this id, or None; as Dlq.get."""
-        found = await self._run(_get(id), conn)
+        found = await self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
 
     async def requeue(
         self,
         ids: str | Iterable[str] | None = None,
         *,
-        queue: str | None = None,
-        type: str | None = None,  # noqa: A002
         conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
         """Move dead jobs back to their queues; as Dlq.requeue."""
-        return await self._run(_statements.dlq_requeue(_filter(ids, queue, type)), conn)
+        requeued = await self._run(_statements.dlq_requeue(_filter(ids, filters)), conn)
+        if self._notify and requeued.queues:
+            await self._run(_statements.tell_all(requeued.queues), conn)
+        return requeued.ids
 
     async def purge(
         self,
         ids: str | Iterable[str] | None = None,
         *,
-        queue: str | None = None,
-        type: str | None = None,  # noqa: A002
-        moved_before: datetime | None = None,
         conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
     ) -> int:
         """Delete dead jobs for good; as Dlq.purge."""
-        return await self._run(_statements.dlq_purge(_filter(ids, queue, type, moved_before)), conn)
+        return await self._run(_statements.dlq_purge(_filter(ids, filters)), conn)
+
+
+@dataclass(frozen=True, slots=True)
+class DlqRetention:
+    """A worker's service that deletes dead jobs when they have been dead for long enough.
+
+    Any number of workers may have it. It deletes 1,000 at a time, so that no job
+    of its worker waits for it, and needs the privileges of an operator besides
+    those of a worker.
+
+    Attributes:
+        age: seconds or a timedelta for which a dead job is kept, by the
+            database's clock.
+        every: seconds or a timedelta between two looks, at least 1 s; an hour by
+            default: a dead job may stay so much longer.
+
+    """
+
+    age: Duration
+    every: Duration = field(default=3600.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        seconds(self.age, "age")
+        if seconds(self.every, "every") < 1:
+            raise ValueError(f"every must be at least 1 second, not {self.every!r}")
+
+    def run(self, conn: Connection[Any], /) -> float:
+        """Delete up to 1,000 of them; give the seconds until it is to run again."""
+        statement = _statements.dlq_expire(seconds(self.age, "age"), limit=_BATCH)
+        cursor = Cursor(conn, row_factory=tuple_row).execute(statement.text, statement.params)
+        full = statement.parse(cursor.fetchall()) == _BATCH
+        return _SOON if full else seconds(self.every, "every")
 
 
 def _list(
-    queue: str | None, type_: str | None, limit: int, offset: int
+    ids: str | Iterable[str] | None, before: DeadJob | int | None, limit: int, filters: DeadFilters
 ) -> Statement[list[DeadJob]]:
-    return _statements.dlq_list(_filter(None, queue, type_), limit=limit, offset=offset)
+    number = before.number if isinstance(before, DeadJob) else before
+    return _statements.dlq_list(_filter(ids, filters)._replace(before=number), limit=limit)
 
 
-def _get(id_: str) -> Statement[list[DeadJob]]:
-    return _statements.dlq_list(DeadFilter([id_]), limit=1, offset=0)
-
-
-def _filter(
-    ids: str | Iterable[str] | None,
-    queue: str | None,
-    type_: str | None,
-    moved_before: datetime | None = None,
-) -> DeadFilter:
-    if moved_before is not None and moved_before.utcoffset() is None:
-        raise ValueError(
-            f"moved_before must be an aware datetime: {moved_before!r} has no time zone"
+def _filter(ids: str | Iterable[str] | None, filters: DeadFilters) -> DeadFilter:
+    if unknown := filters.keys() - DeadFilters.__annotations__.keys():
+        raise TypeError(
+            f"{unknown.pop()!r} is no filter; there are {', '.join(DeadFilters.__annotations__)}"
         )
-    chosen = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
-    return DeadFilter(chosen, queue, type_, moved_before)
+    for name in ("moved_before", "moved_after"):
+        moved = filters.get(name)
+        if isinstance(moved, datetime) and moved.utcoffset() is None:
+            raise ValueError(f"{name} must be an aware datetime: {moved!r} has no time zone")
+    older_than = filters.get("older_than")
+    return DeadFilter(
+        [ids] if isinstance(ids, str) else None if ids is None else list(ids),
+        filters.get("queue"),
+        filters.get("type"),
+        filters.get("error"),
+        filters.get("moved_before"),
+        filters.get("moved_after"),
+        None if older_than is None else seconds(older_than, "older_than"),
+    )

@@ -120,11 +120,12 @@ class Job(NamedTuple):
 
 
 class DeadJob(NamedTuple):
-    """A job in the dead-letter table; the attributes are those of Job, and one more.
+    """A job in the dead-letter table; the attributes are those of Job, and two more.
 
     Attributes:
         last_error: why it is there.
         moved_at: when it was moved there.
+        number: its place in the table: of two dead jobs the later has the larger.
 
     """
 
@@ -139,6 +140,7 @@ class DeadJob(NamedTuple):
     created_at: datetime
     updated_at: datetime
     moved_at: datetime
+    number: int
 
     def json(self) -> Any:
         """Decode `arg` as JSON; as Job.json."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from itertools import count
 from math import inf
@@ -46,7 +47,7 @@ class _Control:
     def __init__(
         self,
         client: Client | AsyncClient,
-        queue: str,
+        queue: str | Mapping[str, int],
         mux: Mux,
         *,
         concurrency: int,
@@ -55,6 +56,8 @@ class _Control:
         observer: Observer | None,
         notify: bool,
     ) -> None:
+        if isinstance(queue, Mapping):
+            [(queue, concurrency)] = queue.items()
         if not queue:
             raise QueueRequiredError("queue is required: name the queue to work on")
         check_name("queue", queue)
@@ -329,7 +332,7 @@ class Worker:
     def __init__(
         self,
         client: Client,
-        queue: str,
+        queue: str | Mapping[str, int],
         mux: Mux,
         *,
         concurrency: int = 1,
@@ -412,7 +415,7 @@ class AsyncWorker:
     def __init__(
         self,
         client: AsyncClient,
-        queue: str,
+        queue: str | Mapping[str, int],
         mux: Mux,
         *,
         concurrency: int = 1,
