@@ -40,7 +40,10 @@ class Ending:
         self.signum = 0
         self.status = 0
         self.has_served = False
+        self.reason = ""
+        """Why it is to end."""
         self._grace = grace
+        self._may_hear_more = False
         self._began_at = inf
         self._interrupts = False
         # Simple queues, because a signal may come while one is being used.
@@ -55,6 +58,24 @@ class Ending:
         """Take over the signals that ask a process to end."""
         for signum in _SIGNALS:
             signal.signal(signum, self._answer)
+
+    def follow(self, lifeline: int) -> None:
+        """End with the parent process, or when it wishes: when its end of this pipe is closed."""
+        os.set_inheritable(lifeline, False)
+        threading.Thread(
+            target=self._follow, args=(lifeline,), name="bgjob-lifeline", daemon=True
+        ).start()
+
+    def _follow(self, lifeline: int) -> None:
+        while os.read(lifeline, 1):
+            pass
+        if not self.signum:
+            # Whoever tells all processes at once (a terminal, systemd) tells this one, too,
+            # now or soon: together that is one wish.
+            self._may_hear_more = True
+            self.reason = "the parent process ends"
+            # A signal interrupts whatever the main thread does.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @contextmanager
     def interruptions(self) -> Iterator[None]:
@@ -73,8 +94,12 @@ class Ending:
             os.kill(os.getpid(), signum)
             return
         if self.signum:
-            os._exit(128 + signum)
+            if not self._may_hear_more:
+                os._exit(128 + signum)
+            self._may_hear_more = False
+            return
         self.signum = signum
+        self.reason = self.reason or signal.Signals(signum).name
         self.begin()
         self.tell(Notice.ASKED_TO_END)
         if self._interrupts:

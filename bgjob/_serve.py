@@ -8,15 +8,14 @@ time is over, whatever still hangs in it.
 
 import asyncio
 import logging
-import signal
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
 
 from bgjob._ending import Ending, Notice, flush
-from bgjob._target import AnyWorker, TargetError, check, load
+from bgjob._target import AnyWorker, Choice, TargetError, check, load
 from bgjob.errors import BgjobError
 from bgjob.worker import AsyncWorker, Worker
 
@@ -27,14 +26,24 @@ class ServeError(BgjobError):
     """The worker ended by itself; where that is known, the cause says why."""
 
 
-def serve(target: str, *, grace: float) -> None:
+def serve(
+    target: str,
+    *,
+    grace: float,
+    choice: Choice,
+    set_up_logging: Callable[[], None],
+    lifeline: int | None = None,
+) -> None:
     """Load a worker and run it until it has ended; returns after a shutdown that was asked for.
 
     It takes over the process: its signals, and the way it ends. From the main thread.
 
     Args:
-        target: `package.module:name` of a worker, or of a callable that makes one.
+        target: `package.module:name` of a worker, of a callable that makes one, or of a Mux.
         grace: seconds for the handlers that run when a signal comes.
+        choice: what the command line says of the worker.
+        set_up_logging: called when the program has been loaded, before the worker runs.
+        lifeline: a pipe's end; the worker is shut down when the other end is closed.
 
     Raises:
         TargetError: the target could not be loaded.
@@ -45,7 +54,7 @@ def serve(target: str, *, grace: float) -> None:
     """
     ending = Ending(grace)
     try:
-        _serve(target, ending)
+        _serve(target, ending, choice, set_up_logging, lifeline)
     except BaseException:
         if not ending.signum or ending.has_served:
             ending.status = 1
@@ -56,20 +65,28 @@ def serve(target: str, *, grace: float) -> None:
         flush()
 
 
-def _serve(target: str, ending: Ending) -> None:
+def _serve(
+    target: str,
+    ending: Ending,
+    choice: Choice,
+    set_up_logging: Callable[[], None],
+    lifeline: int | None,
+) -> None:
     ending.obey_signals()
     with ending.interruptions():
-        loaded = load(target)
+        if lifeline is not None:
+            ending.follow(lifeline)
+        loaded = load(target, choice)
     ending.obey_signals()  # also where the program has set up handlers of its own
     if ending.signum:  # and the program caught the interruption
         return
-    service = _Service(loaded, target, ending)
+    service = _Service(loaded, target, ending, set_up_logging)
     service.start()
     while (notice := ending.next()) is Notice.RUNNING or notice is Notice.ASKED_TO_END:
         if notice is Notice.RUNNING:
             _log.info("%s is running", target)
         if ending.signum and ending.has_served and not service.is_stopping:
-            _log.info("%s: %s, shutting down", target, signal.Signals(ending.signum).name)
+            _log.info("%s: %s, shutting down", target, ending.reason)
             service.stop(ending.grace_left)
     if service.error is not None:
         if isinstance(service.error, BgjobError | psycopg.Error) and not ending.has_served:
@@ -86,7 +103,13 @@ def _serve(target: str, ending: Ending) -> None:
 class _Service:
     """Runs the worker on a thread, with the event loop of an AsyncWorker."""
 
-    def __init__(self, loaded: AnyWorker | Awaitable[Any], target: str, ending: Ending) -> None:
+    def __init__(
+        self,
+        loaded: AnyWorker | Awaitable[Any],
+        target: str,
+        ending: Ending,
+        set_up_logging: Callable[[], None],
+    ) -> None:
         self.error: BaseException | None = None
         self.is_stopping = False
         self.was_asked = False
@@ -94,7 +117,8 @@ class _Service:
         self._loaded = loaded
         self._target = target
         self._ending = ending
-        self._control: Any = None
+        self._set_up_logging = set_up_logging
+        self._crew: Any = None
 
     def start(self) -> None:
         """Start the thread; it tells when the worker runs, and when it has ended."""
@@ -103,7 +127,7 @@ class _Service:
     def stop(self, grace: float) -> None:
         """Begin the shutdown; at once, even where a handler blocks the event loop."""
         self.is_stopping = True
-        self._control.stop(grace)
+        self._crew.stop(grace)
 
     def _run(self) -> None:
         try:
@@ -117,7 +141,7 @@ class _Service:
             self._ending.tell(Notice.ENDED)
 
     def _run_plain(self, worker: Worker) -> None:
-        _set_up_logging()
+        self._set_up_logging()
         worker.run()
         self._is_running(worker)
         worker.wait()
@@ -129,7 +153,7 @@ class _Service:
         if isinstance(worker, Worker):
             await asyncio.to_thread(self._run_plain, worker)
             return
-        _set_up_logging()
+        self._set_up_logging()
         await asyncio.to_thread(self._open, worker, asyncio.get_running_loop())
         await worker.wait()
         self._has_ended()
@@ -138,7 +162,7 @@ class _Service:
     def _open(self, worker: AsyncWorker, loop: asyncio.AbstractEventLoop) -> None:
         # As AsyncWorker.run(), which may not return before the first handlers
         # do: it has to be awaited on the loop, and they may block that.
-        worker._control.open(loop)  # noqa: SLF001
+        worker._crew.open(loop)  # noqa: SLF001
         self._is_running(worker)
 
     async def _make(self, factory: Awaitable[Any]) -> AnyWorker:
@@ -151,31 +175,25 @@ class _Service:
     def _is_running(self, worker: AnyWorker) -> None:
         # What both workers are made of; AsyncWorker's own shutdown() has to be
         # awaited on the loop, which a handler may block.
-        self._control = worker._control  # noqa: SLF001
+        self._crew = worker._crew  # noqa: SLF001
         self._ending.has_served = True
         self._ending.tell(Notice.RUNNING)
 
     def _has_ended(self) -> None:
-        self.was_asked = self._control.was_asked
+        self.was_asked = self._crew.was_asked
 
     @property
     def abandoned(self) -> int:
         """How many jobs still run though the worker has ended."""
-        return self._control.abandoned if self._control is not None else 0
+        return self._crew.abandoned if self._crew is not None else 0
 
     @property
     def remains(self) -> str:
         """Say what is left behind when the process ends now."""
-        if self._control is None:
+        if self._crew is None:
             return "its start was broken off"
-        if self._control.done.done() and not self.abandoned:
+        if self._crew.done.done() and not self.abandoned:
             return "a task or a thread of the program still runs, and is abandoned"
         count = self.abandoned
         jobs = "jobs" if count == 0 else "1 job" if count == 1 else f"{count} jobs"
         return f"{jobs} still running, left to the lease"
-
-
-def _set_up_logging() -> None:
-    """Show retries and trouble on stderr, unless the program has set up logging itself."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -1053,6 +1053,18 @@ def dlq_list(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
     )
 
 
+def dlq_ids(where: DeadFilter) -> Statement[list[str]]:
+    """List the ids of dead jobs, each once, in the order in which they died."""
+    return Statement(
+        f"""
+        select job_id from bgjob_dead_job where {where.condition}
+        group by job_id order by min(id)
+        """,
+        where.params,
+        _column,
+    )
+
+
 class Requeued(NamedTuple):
     """What went back from the dead-letter table."""
 

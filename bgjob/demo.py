@@ -8,7 +8,6 @@ came of it is compared with a count that was made without the queue.
 import hashlib
 import os
 import signal
-import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from psycopg_pool import ConnectionPool
 from typing_extensions import override
 
 from bgjob import schema
+from bgjob._progress import progress, say
 from bgjob.client import Client
 from bgjob.errors import BgjobError, UnknownTypeError
 from bgjob.job import EnqueueRequest, Job
@@ -190,7 +190,7 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
     if dsn is None:
         from bgjob.ext.embedded import EmbeddedServer  # noqa: PLC0415 (an extra)
 
-        _say("starting a private PostgreSQL server")
+        say("starting a private PostgreSQL server")
         dsn = stack.enter_context(EmbeddedServer()).dsn
     dsn = stack.enter_context(_own_schema(dsn))
     size = min(concurrency, _MOST_CONNECTIONS)
@@ -204,20 +204,20 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
 
     began = perf_counter()
     client.bulk_enqueue(EnqueueRequest(QUEUE, "count_file", {"file": name}) for name in files)
-    _say(f"enqueued {len(files):,} jobs in {perf_counter() - began:.2f} s")
+    say(f"enqueued {len(files):,} jobs in {perf_counter() - began:.2f} s")
     others = _enqueue_others(client)
 
     stack.callback(worker.shutdown, _GRACE)
     began = perf_counter()
     worker.run()
     total = len(files) + len(others)
-    with _progress(total) as tell:
+    with progress(total, "jobs") as tell:
         watch.wait(lambda: len(watch.ended) >= total, tell)
     seconds = watch.ended_at["count_file"] - began
     watch.wait(lambda: watch.idle)
     pick_up = sorted(_pick_up(client, watch) for _ in range(_SINGLES))
 
-    _say("counting the files again, without the queue")
+    say("counting the files again, without the queue")
     with pool.connection() as conn:
         version = conn.info.parameter_status("server_version") or "?"
         rows = conn.execute("select path, lines, bytes, sha256 from demo_file").fetchall()
@@ -528,42 +528,6 @@ class _Watch(NoopObserver):
     @override
     def worker_error(self, error: BaseException, /) -> None:
         self._trouble = f"; the worker's last trouble: {error}"
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress: give what to tell the number of ended jobs."""
-    if sys.stderr.isatty():
-        try:
-            from rich import progress  # noqa: PLC0415 (an extra)
-            from rich.console import Console  # noqa: PLC0415
-        except ImportError:
-            pass
-        else:
-            with progress.Progress(
-                *progress.Progress.get_default_columns(),
-                progress.MofNCompleteColumn(),
-                console=Console(stderr=True),
-            ) as bar:
-                task = bar.add_task("jobs", total=total)
-                yield lambda ended: bar.update(task, completed=ended)
-            return
-
-    told = 0
-
-    def tell(ended: int) -> None:
-        nonlocal told
-        quarters = 4 * ended // total
-        if quarters > told:
-            told = quarters
-            _say(f"{ended:,} of {total:,} jobs")
-
-    yield tell
 
 
 # -- leaving nothing behind -----------------------------------------------------------------

@@ -34,6 +34,7 @@ class EnqueueOptions(TypedDict, total=False):
     delay: Duration
     run_at: datetime | None
     priority: int
+    exclusive: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,8 @@ class EnqueueRequest:
                 with a `codec: ClassVar[Codec]`. The class may say
                 `job_type: ClassVar[str]` (its name by default),
                 `queue: ClassVar[str]` and `priority: ClassVar[int]`.
-            options: queue, id, delay, run_at and priority, as those of a request;
-                they go before what the class says.
+            options: queue, id, delay, run_at, priority and exclusive, as those
+                of a request; they go before what the class says.
 
         Raises:
             QueueRequiredError: neither the class nor the options name a queue.

@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import EllipsisType
 from typing import (
     Any,
@@ -385,6 +386,7 @@ class Mux:
                 of it. None (the default) is no payload.
             queue: by default that which the type was registered with.
             priority: by default that which the type was registered with.
+                So is the key, `exclusive`.
             options: the others of EnqueueRequest.
 
         Raises:
@@ -411,13 +413,20 @@ class Mux:
             raise QueueRequiredError(
                 f"job type {name!r} has no queue: give request(queue=...), or register(queue=...)"
             )
-        return EnqueueRequest(
+        request = EnqueueRequest(
             queue,
             name,
             route.calling.payload(arg),
             priority=route.priority if priority is None else priority,
             **options,
         )
+        if not route.exclusive or "exclusive" in options:
+            return request
+        now = datetime.now(UTC)
+        job = Job(
+            request.id, queue, name, request.payload, 0, None, request.priority, now, now, now
+        )
+        return replace(request, arg=request.payload, exclusive=route.key(job))
 
     @property
     def has_coroutines(self) -> bool:

@@ -1,5 +1,6 @@
 """The worker command loads a worker, runs it, and ends when and how it is asked to."""
 
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,8 @@ def breaks_the_worker(job):
     def broken():
         raise SystemExit
 
-    worker._control._turn = broken
-    worker._control._bell.shout()
+    worker._crew._controls[0]._turn = broken
+    worker._crew._controls[0]._bell.shout()
 
 
 OPTIONS = {"concurrency": 1, "poll_interval": 0.1}
@@ -195,6 +197,17 @@ async def make_on_blocked_loop():
 
 async def make_plain_on_loop():
     return worker
+
+
+def make_of(dsn, *, queues, concurrency=None):
+    say("made of", dsn == DSN, queues, concurrency)
+    [(queue, number)] = queues.items()
+    return Worker(Client(dsn), queue, mux, concurrency=number, poll_interval=0.1)
+
+
+async def make_async_of(queues, **others):
+    say("made of", queues, others)
+    return async_worker
 
 
 class Workers:
@@ -363,6 +376,81 @@ def test_readmes_example_runs_as_printed(
 
     assert command.stopped() == 0
     assert live(conn) == []
+
+
+# -- what the command line says of the worker ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "at_once"),
+    [
+        (["--queue", "q"], 1),
+        (["--queue", "q=2"], 2),
+        (["--queue", "q", "--concurrency", "2"], 2),
+        (["--queue", "q=2", "--concurrency", "1"], 2),
+    ],
+)
+def test_a_mux_is_worked_on_with_as_many_handlers_at_once_as_is_said(
+    start: Start, client: Client, tmp_path: Path, args: list[str], at_once: int
+) -> None:
+    for id_ in "abc":
+        enqueue(client, "gate", id_)
+    command = start("jobs:mux", *args)
+    for id_ in "abc"[:at_once]:
+        command.heard(f"entered {id_}")
+    enqueue(client, "hello", "d")
+    command.send()
+    command.heard("shutting down")
+    (tmp_path / "open").touch()
+    assert command.ended() == 0
+    assert command.out.count("entered") == at_once
+
+
+def test_a_mux_is_worked_on_in_the_database_that_is_named(start: Start, client: Client) -> None:
+    nowhere = "postgresql://somebody@127.0.0.1:1/db"
+    dsn = str(client.recipe[0])
+    for env in ({"BGJOB_DSN": dsn}, {"DATABASE_URL": dsn, "BGJOB_DSN": ""}):
+        command = start("jobs:mux", "--queue", "q", **{"DATABASE_URL": nowhere, **env})
+        command.heard("is running")
+        assert command.stopped() == 0
+    command = start("jobs:mux", "--queue", "q", "--dsn", dsn, BGJOB_DSN=nowhere)
+    command.heard("is running")
+    assert command.stopped() == 0
+
+
+def test_a_factory_is_given_what_it_takes(start: Start, client: Client) -> None:
+    enqueue(client, "hello")
+    command = start("jobs:make_of", "--queue", "q=3")
+    command.heard("made of True {'q': 3} None")
+    command.heard("hello a")
+    assert command.stopped() == 0
+
+    dsn = str(client.recipe[0])
+    args = ["--queue", "a=2", "--queue", "b=c=3", "--queue", "d", "--concurrency", "4"]
+    command = start("jobs:make_async_of", *args, "--dsn", dsn)
+    queues = {"a": 2, "b=c": 3, "d": 4}
+    command.heard(f"made of {queues} {{'dsn': {dsn!r}, 'concurrency': 4}}")
+    command.heard("is running")
+    assert command.stopped() == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "told"),
+    [
+        ("worker", ["--queue", "q"], "is a Worker, which --queue cannot change; name a Mux"),
+        ("async_worker", ["--concurrency", "2"], "is an AsyncWorker, which --concurrency cannot"),
+        ("worker", ["--dsn", "dbname=x"], "is a Worker, which --dsn cannot change; "),
+        ("make", ["--queue", "q"], "cannot be told of --queue: it has no parameter queues"),
+        ("make_on_loop", ["--dsn", ""], "cannot be told of --dsn: it has no parameter dsn"),
+    ],
+)
+def test_what_the_command_line_cannot_change_is_told_in_one_line(
+    start: Start, target: str, args: list[str], told: str
+) -> None:
+    command = start(f"jobs:{target}", *args)
+    assert command.ended() == 1
+    assert command.err.startswith(f"bgjob: jobs:{target} {told}")
+    assert command.err.count("\n") == 1
 
 
 # -- the end -------------------------------------------------------------------------------
@@ -550,9 +638,11 @@ FAULTS = {
     "jobs.missing:worker": "there is no module 'jobs.missing' ",
     "jobs:missing": "there is no 'missing' in jobs",
     "jobs:Workers.missing": "there is no 'missing' in jobs.Workers",
-    "jobs:mux": "jobs:mux is a Mux; a Worker, an AsyncWorker, or a callable without arguments that "
-    "returns one, is wanted",
-    "jobs:hello": "jobs:hello takes arguments; ",
+    "jobs:mux": "jobs:mux is a Mux: name the queues to work on with --queue NAME[=N]",
+    "jobs:DSN": "jobs:DSN is a str; a Mux, a Worker, an AsyncWorker, or a callable that returns a "
+    "worker, is wanted",
+    "jobs:hello": "jobs:hello cannot be called: missing a required argument: 'job'; ",
+    "jobs:make_of": "jobs:make_of needs --queue",
     "faulty:make_nothing": "faulty:make_nothing returned None; ",
     "faulty:make_mux": "faulty:make_mux returned a Mux; ",
 }
@@ -674,6 +764,61 @@ def test_the_programs_own_logging_is_left_alone(
     assert "is running" not in command.err
 
 
+def test_a_level_that_is_given_counts_for_the_programs_own_logging(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from jobs import *\n"
+        "logging.basicConfig(level=logging.WARNING, format='own format: %(message)s')\n"
+    )
+    enqueue(client, "hello")
+    command = start("own:worker", "--log-level", "debug")
+    command.heard("own format: hello a (attempt 1) completed")
+    assert command.stopped() == 0
+
+
+def test_json_lines_replace_the_programs_own_logging(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from jobs import *\n"
+        "logging.basicConfig(level=logging.WARNING, format='own format: %(message)s')\n"
+        "@mux.handler('odd')\n"
+        "def odd(job):\n"
+        "    logging.getLogger('shop').warning('odd \\ud800', extra={'size': 2**70, 'at': Path()})\n"
+    )
+    enqueue(client, "odd", "b")
+    enqueue(client, "fails")
+    command = start("own:worker", "--log-format", "json")
+    command.heard("odd")
+    command.heard("it failed")
+    assert command.stopped() == 0
+    lines = [json.loads(line) for line in command.err.splitlines()]
+    [failed] = [line for line in lines if line.get("job_id") == "a"]
+    assert failed["level"] == "WARNING"
+    assert failed["logger"] == "bgjob"
+    assert failed["pid"] == command.process.pid
+    assert "it failed" in failed["message"]
+    assert failed["job_queue"] == "q"
+    assert failed["job_type"] == "fails"
+    assert failed["job_attempt"] == 1
+    assert "ValueError: it failed" in failed["exception"]
+    assert datetime.fromisoformat(failed["time"]).utcoffset() == timedelta(0)
+    [odd] = [line for line in lines if line["logger"] == "shop"]
+    assert (odd["message"], odd["size"], odd["at"]) == ("odd \ud800", 2**70, ".")
+    assert not [line for line in lines if line["level"] in ("DEBUG", "INFO")]  # its own level
+
+
+def test_json_lines_hold_the_last_words_too(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text("1 / 0")
+    command = start("faulty:worker", "--log-format", "json")
+    assert command.ended() == 1
+    [line] = command.err.splitlines()
+    told = json.loads(line)
+    assert (told["level"], told["message"]) == ("CRITICAL", "importing faulty failed")
+    assert "ZeroDivisionError" in told["exception"]
+
+
 # -- arguments -----------------------------------------------------------------------------
 
 
@@ -690,6 +835,16 @@ def test_the_programs_own_logging_is_left_alone(
         ["jobs:worker", "--grace", "nan"],
         ["jobs:worker", "--grace", "inf"],
         ["jobs:worker", "--grace", "long"],
+        ["jobs:mux", "--queue", ""],
+        ["jobs:mux", "--queue", "=3"],
+        ["jobs:mux", "--queue", "q=0"],
+        ["jobs:mux", "--queue", "q=many"],
+        ["jobs:mux", "--queue", "q" * 256],
+        ["jobs:mux", "--concurrency", "0"],
+        ["jobs:mux", "--processes", "-1"],
+        ["jobs:mux", "--log-level", "loud"],
+        ["jobs:mux", "--log-format", "xml"],
+        ["jobs:mux", "--dsn", "no connection string"],
     ],
 )
 def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -704,5 +859,5 @@ def test_help_tells_of_signals_and_exit_codes(capsys: pytest.CaptureFixture[str]
         cli.main(["worker", "--help"])
     assert exit.value.code == 0
     told = capsys.readouterr().out
-    for word in ("MODULE:NAME", "--grace SECONDS", "SIGTERM, SIGINT", "130, 143"):
+    for word in ("MODULE:NAME", "--grace DURATION", "--processes N", "SIGTERM, SIGINT", "130, 143"):
         assert word in told

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -41,12 +41,16 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def count(conn: psycopg.Connection, table: str) -> int:
-    [(number,)] = conn.execute(f"select count(*) from {table}").fetchall()  # type: ignore[arg-type]
+    [(number,)] = conn.execute(cast(Any, f"select count(*) from {table}")).fetchall()
     return int(number)
 
 
 def keyed(key: str | None, id_: str, **options: Any) -> EnqueueRequest:
     return EnqueueRequest("q", "t", id=id_, exclusive=key, **options)
+
+
+def _never(_: int) -> float:
+    return NEVER
 
 
 class Diary:
@@ -76,7 +80,9 @@ def crew(dsn: str) -> Iterator[Callable[..., Worker]]:
         client = stack.enter_context(Client(dsn))
 
         def start(mux: Mux, **options: Any) -> Worker:
-            options = {"concurrency": 4, "poll_interval": 0.2, "observer": NoopObserver()} | options
+            options.setdefault("concurrency", 4)
+            options.setdefault("poll_interval", 0.2)
+            options.setdefault("observer", NoopObserver())
             return stack.enter_context(Worker(client, "q", mux, **options))
 
         yield start
@@ -111,7 +117,7 @@ def test_the_next_job_starts_however_the_one_before_it_ends(
 ) -> None:
     ran: list[str] = []
 
-    def handle(job: Job, *_: object) -> Result:
+    def handle(job: Job) -> Result:
         ran.append(job.id)
         match ending:
             case "retry":
@@ -128,7 +134,10 @@ def test_the_next_job_starts_however_the_one_before_it_ends(
         client.bulk_enqueue([keyed("k", str(n)) for n in range(4)])
     # Nothing is owed to polling.
     mux = Mux()
-    mux._register("t", handle, transactional, 25, lambda _: NEVER)
+    if transactional:
+        mux.register("t", lambda job, conn: handle(job), transactional=True, backoff=_never)
+    else:
+        mux.register("t", handle, backoff=_never)
     crew(mux, poll_interval=NEVER)
     assert eventually(lambda: len(ran) == 4), ran
     assert ran == ["0", "1", "2", "3"]
@@ -171,9 +180,9 @@ def test_a_key_is_one_in_all_queues(
             stack.enter_context(Worker(client, queue, mux, concurrency=3, poll_interval=0.05))
         assert eventually(lambda: count(conn, "bgjob_job") == 0)
     assert diary.most["k"] == 1
-    for queue in (0, 1):
-        assert [i for i in diary.order["k"] if int(i) % 2 == queue] == [
-            f"{n:02}" for n in range(queue, 30, 2)
+    for first in (0, 1):
+        assert [i for i in diary.order["k"] if int(i) % 2 == first] == [
+            f"{n:02}" for n in range(first, 30, 2)
         ]
 
 
@@ -254,3 +263,56 @@ def test_a_dead_job_keeps_its_key(dsn: str, conn: psycopg.Connection) -> None:
 def test_a_key_that_cannot_be_stored_is_refused_where_it_is_written(key: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="exclusive"):
         keyed(key, "a")
+
+
+@pytest.mark.parametrize("stamped", [False, True])
+@pytest.mark.parametrize("colour", ["plain", "coroutine"])
+def test_a_type_may_name_the_keys_of_its_jobs(
+    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker], stamped: bool, colour: str
+) -> None:
+    diary = Diary()
+
+    async def coroutine(job: Job) -> Result:
+        return await asyncio.to_thread(diary.handle, job)
+
+    handler: Any = diary.handle if colour == "plain" else coroutine
+    mux = Mux()
+    mux.register("one", handler, exclusive=True, queue="q")
+    mux.register("t", handler, exclusive=lambda job: job.json()["key"], queue="q")
+    requests = []
+    for n in range(60):
+        if n % 4 == 0:
+            make = ("one", None, f"{n:02}")
+        else:
+            make = ("t", {"key": [None, "a", "b"][n % 3]}, f"{n:02}")
+        type_, arg, id_ = make
+        if stamped:
+            requests.append(mux.request(type_, arg, id=id_))
+        else:
+            requests.append(EnqueueRequest("q", type_, arg, id=id_))
+    with Client(dsn) as client:
+        client.bulk_enqueue(requests)
+    for _ in range(2):
+        crew(mux)
+    assert eventually(lambda: count(conn, "bgjob_job") == 0)
+    assert sum(len(ids) for ids in diary.order.values()) == 60
+    assert {key for key in diary.order if key} == {"a", "b", "type:one"}
+    assert all(most == 1 for key, most in diary.most.items() if key is not None)
+    if stamped:
+        assert all(ids == sorted(ids) for key, ids in diary.order.items() if key is not None)
+
+
+def test_a_callable_that_finds_no_key_fails_the_attempt(
+    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+) -> None:
+    mux = Mux().register(
+        "t", lambda _: None, exclusive=lambda job: job.json()["no"], max_attempts=1
+    )
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t", {"a": 1}))
+        client.enqueue(EnqueueRequest("q", "t", {"no": "x" * 256}))
+        crew(mux)
+        assert eventually(lambda: count(conn, "bgjob_dead_job") == 2)
+        errors = {str(dead.last_error) for dead in client.dlq.list()}
+    assert any("KeyError" in error for error in errors)
+    assert any("exclusive key" in error for error in errors)

@@ -616,7 +616,7 @@ def _everything(group: str) -> list[Statement[Any]]:
             ]
         case _:
             return [
-                statements.dlq_list(where, limit=1, offset=0),
+                statements.dlq_list(where, limit=1),
                 statements.dlq_requeue(where),
                 statements.dlq_purge(where),
                 Statement("select * from bgjob_job", None, lambda _: None),

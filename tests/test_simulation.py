@@ -938,7 +938,7 @@ class History:
 
     def _key(self, id_: str) -> str | None:
         row = self.table.rows.get(id_)
-        return self.key_of.get(id_, row and row.key)
+        return self.key_of.get(id_) or (row.key if row is not None else None)
 
     def _deadline(self) -> float:
         return (

@@ -258,7 +258,7 @@ def test_a_job_decodes_its_payload() -> None:
 
 
 def test_a_dead_job_decodes_its_payload_and_knows_when_it_was_moved() -> None:
-    dead = DeadJob("id", "q", "t", b"1", 3, "why", 0, NOON, NOON, NOON, NOON)
+    dead = DeadJob("id", "q", "t", b"1", 3, "why", 0, NOON, NOON, NOON, None, NOON, 1)
     assert (dead.json(), dead.last_error, dead.moved_at) == (1, "why", NOON)
 
 

@@ -1,0 +1,81 @@
+"""The log of a process that serves a worker."""
+
+import json
+import logging
+from datetime import UTC, datetime
+from typing import Literal
+
+import orjson
+from typing_extensions import override
+
+Format = Literal["text", "json"]
+
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """Gives a record as one line of JSON: an object.
+
+    Its members are `time` (ISO 8601, UTC), `level`, `logger`, `pid`, `message`, those of the
+    record's `extra` (`job_id`, `job_queue`, `job_type` and `job_attempt` where it is about a
+    job) and, where there is an exception, `exception`: the traceback's text.
+    """
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        value: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        value = {k: v for k, v in vars(record).items() if k not in _STANDARD} | value
+        if record.exc_info:
+            value["exception"] = self.formatException(record.exc_info)
+        try:
+            return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:  # surrogates, or integers of more than 64 bits
+            return json.dumps(value, default=str)
+
+
+def set_up(level: str | None, format: Format | None, *, with_pid: bool = False) -> None:  # noqa: A002
+    """Log to stderr, unless the program has set up logging itself.
+
+    Args:
+        level: the least level that is shown; None for INFO, so that retries and trouble are
+            seen, or for what the program has set up. One that is given counts in any case.
+        format: None for text, or for what the program has set up. One that is given replaces
+            the program's own handlers.
+        with_pid: whether lines of text carry the process id, because several processes write
+            to the same place.
+
+    """
+    root = logging.getLogger()
+    if format is not None or not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            JsonFormatter()
+            if format == "json"
+            else logging.Formatter(
+                f"%(asctime)s {'%(process)d ' if with_pid else ''}%(levelname)s %(message)s"
+            )
+        )
+        own = root.level if root.handlers else logging.INFO
+        logging.basicConfig(level=level or own, handlers=[handler], force=True)
+    elif level is not None:
+        root.setLevel(level)
+
+
+def as_json(message: str, error: BaseException | None) -> str:
+    """Give the last words of a process as a line of JSON."""
+    record = logging.makeLogRecord(
+        {
+            "name": "bgjob",
+            "levelno": logging.CRITICAL,
+            "levelname": "CRITICAL",
+            "msg": message,
+            "exc_info": error and (type(error), error, error.__traceback__),
+        }
+    )
+    return JsonFormatter().format(record)

@@ -1,0 +1,240 @@
+"""Keeps several worker processes running: the parent of `bgjob worker --processes`.
+
+Each child holds one end of a pipe, its lifeline, and ends when the other end is
+closed: because the parent wishes so, or because there is no parent any more,
+whatever killed it. So no signal has to be forwarded, and a child that gets one
+of its own, from a terminal or from systemd, is not told twice.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from math import inf
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+from types import FrameType
+
+from bgjob.errors import BgjobError
+
+_FIRST_PAUSE = 0.1  # seconds before what died is started again; doubles
+_LONGEST_PAUSE = 10.0
+_MOST_DEATHS = 5
+_WINDOW = 10.0  # seconds: more deaths in it than that, and nothing is started again
+_LATE = 2.0  # seconds after the grace period in which a child has to end
+
+_log = logging.getLogger("bgjob")
+
+
+class ProcessesError(BgjobError):
+    """The processes died too often."""
+
+
+def supervise(
+    arguments: Sequence[str], *, count: int, grace: float, env: Mapping[str, str]
+) -> None:
+    """Run so many worker processes until a signal comes; returns when they have ended.
+
+    One that ends is started again, after 0.1 s, that double up to 10 s while it
+    lives for less than 10 s. After a signal they have the grace period and 2 s;
+    a second signal kills them, and ends this process at once. From the main thread.
+
+    Args:
+        arguments: of `bgjob`, for each process.
+        count: how many.
+        grace: seconds that each of them waits for its handlers.
+        env: their environment.
+
+    Raises:
+        ProcessesError: more than five of them died within 10 s; the others have been shut down.
+
+    """
+    command = [sys.executable, *_flags(), "-m", "bgjob", *arguments]
+    children = [_Child(number, command, env) for number in range(1, count + 1)]
+    _Parent(children, grace).run()
+
+
+def _flags() -> list[str]:
+    # -W, -X, -I and so on; a private name, but multiprocessing's way, too.
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
+    # A child loads the bgjob that runs here, not one that lies in the current directory.
+    if "-P" not in flags and Path(__file__).parents[1] != Path.cwd():
+        flags.append("-P")
+    return flags
+
+
+class _Child:
+    """A place for a process, that is filled again."""
+
+    def __init__(self, number: int, command: Sequence[str], env: Mapping[str, str]) -> None:
+        self.start_at = -inf
+        """When to start it; inf while it runs."""
+        self._name = f"process {number}"
+        self._command = command
+        self._env = env
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: int | None = None
+        self._started_at = 0.0
+        self._pause = _FIRST_PAUSE
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
+    def start(self) -> None:
+        """Start the process; raises OSError."""
+        self._started_at, self.start_at = monotonic(), inf
+        theirs, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [*self._command, "--lifeline", str(theirs)], env=self._env, pass_fds=[theirs]
+            )
+        finally:
+            os.close(theirs)
+        _log.info("%s: pid %d", self, self._process.pid)
+
+    def ended(self) -> int | None:
+        """Give the exit status of a process that has ended since the last call."""
+        status = self._process.poll() if self._process is not None else None
+        if status is not None:
+            self._process = None
+            self.let_go()
+        return status
+
+    def put_off(self) -> float:
+        """Let it be started again later; give after how many seconds."""
+        now = monotonic()
+        if now - self._started_at >= _WINDOW:
+            self._pause = _FIRST_PAUSE
+        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        self.start_at = now + pause
+        return pause
+
+    def let_go(self) -> None:
+        """Close the lifeline: the process shuts down."""
+        lifeline, self._lifeline = self._lifeline, None
+        if lifeline is not None:
+            os.close(lifeline)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def wait(self) -> None:
+        if self._process is not None:
+            self._process.wait()
+
+    def __str__(self) -> str:
+        return self._name
+
+
+class _Parent:
+    def __init__(self, children: Sequence[_Child], grace: float) -> None:
+        self._children = children
+        self._grace = grace
+        self._signum = 0
+        self._deaths: deque[float] = deque()
+        # A simple queue, because a signal may come while it is being used.
+        self._calls: SimpleQueue[None] = SimpleQueue()
+
+    def run(self) -> None:
+        with self._signals():
+            try:
+                while not self._signum and len(self._deaths) <= _MOST_DEATHS:
+                    self._tend()
+                self._shut_down()
+            finally:
+                for child in self._children:  # none is left, but after a fault of ours
+                    child.kill()
+                    child.wait()
+        if not self._signum:
+            raise ProcessesError(
+                f"{len(self._deaths)} processes died within {_WINDOW:g} s; none is started again"
+            )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        answers = {
+            signal.SIGTERM: self._answer,
+            signal.SIGINT: self._answer,
+            signal.SIGCHLD: lambda *_: self._calls.put(None),
+        }
+        before = {signum: signal.signal(signum, answer) for signum, answer in answers.items()}
+        try:
+            yield
+        finally:
+            for signum, answer in before.items():
+                signal.signal(signum, answer)
+
+    def _answer(self, signum: int, _: FrameType | None) -> None:
+        if self._signum:
+            for child in self._children:
+                child.kill()
+            os._exit(128 + signum)
+        self._signum = signum
+        self._calls.put(None)
+
+    def _tend(self) -> None:
+        """Start what is to be started, and wait until something happens."""
+        for child in self._children:
+            if self._signum or child.start_at > monotonic():
+                continue
+            try:
+                child.start()
+            except OSError as error:  # the host is short of processes or memory
+                child.let_go()
+                self._died(child, f"cannot be started: {error}")
+        self._wait(min(child.start_at for child in self._children))
+        for child in self._children:
+            if (status := child.ended()) is not None:
+                self._died(child, _told(status), is_well=status == 0)
+
+    def _died(self, child: _Child, how: str, *, is_well: bool = False) -> None:
+        pause = child.put_off()
+        if not is_well:
+            now = monotonic()
+            self._deaths.append(now)
+            while self._deaths[0] < now - _WINDOW:
+                self._deaths.popleft()
+        level = logging.INFO if is_well else logging.ERROR
+        _log.log(level, "%s %s; it is started again after %g s", child, how, pause)
+
+    def _shut_down(self) -> None:
+        _log.info(
+            "%s, shutting down",
+            signal.Signals(self._signum).name if self._signum else "too many processes died",
+        )
+        for child in self._children:
+            child.let_go()
+        end = monotonic() + self._grace + _LATE
+        while running := [child for child in self._children if child.runs]:
+            self._wait(end)
+            is_late = monotonic() >= end
+            for child in running:
+                if (status := child.ended()) is not None:
+                    _log.log(
+                        logging.WARNING if status else logging.INFO, "%s %s", child, _told(status)
+                    )
+                elif is_late:
+                    _log.error("%s does not end, and is killed", child)
+                    child.kill()
+                    child.wait()
+
+    def _wait(self, until: float) -> None:
+        """Wait until a signal comes, a child ends, or the time."""
+        left = max(until - monotonic(), 0)
+        with suppress(Empty):
+            self._calls.get(timeout=None if left == inf else left)
+
+
+def _told(status: int) -> str:
+    if status >= 0:
+        return f"has ended with status {status}"
+    with suppress(ValueError):
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"was killed by signal {-status}"

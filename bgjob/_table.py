@@ -1,0 +1,82 @@
+"""What commands print: tables to read, JSON for programs."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+import orjson
+
+_LONGEST = 100
+"""Characters of a cell: the first words of an error say what it is."""
+
+
+def write_json(value: object) -> None:
+    """Print a value as JSON."""
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; numbers to the right, only what can be printed of texts.
+
+    On a terminal `rich` draws it, if it is installed. Otherwise the columns stand in line, to
+    be read by eyes and by `awk`.
+    """
+    table = [list(row) for row in rows]
+    numeric = [
+        bool(table) and all(isinstance(row[n], int | float | None) for row in table)
+        for n in range(len(columns))
+    ]
+    cells = [[_shown(value) for value in row] for row in table]
+    if not (sys.stdout.isatty() and _drawn(columns, cells, numeric)):
+        _write_plain(columns, cells, numeric)
+
+
+def printable(text: str) -> str:
+    """Give a text without what a terminal may obey: escapes stand for it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:,.1f}"
+        case int():
+            return f"{value:,}"
+        case datetime():
+            return f"{value.astimezone():%Y-%m-%d %H:%M:%S%z}"
+    text = str(value)
+    line = text.splitlines()[0] if text else ""
+    shown = printable(line)[:_LONGEST]
+    return shown if shown == text else f"{shown[: _LONGEST - 3]}..."
+
+
+def _write_plain(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]
+) -> None:
+    lines = [columns, *cells]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
+    for line in lines:
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        sys.stdout.write("  ".join(padded).rstrip() + "\n")
+
+
+def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> bool:
+    """Draw a table on the terminal, if that can be done."""
+    try:
+        from rich.console import Console  # noqa: PLC0415 (an extra)
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+    except ImportError:
+        return False
+    table = Table()
+    for column, right in zip(columns, numeric, strict=True):
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))  # a text as it is, without any markup
+    Console().print(table)
+    return True
