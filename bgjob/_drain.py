@@ -5,37 +5,28 @@ in its own way.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import wraps
 from secrets import randbits
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
+from psycopg import AsyncConnection, Connection
 from psycopg.pq import TransactionStatus
-from psycopg.rows import tuple_row
 
-from bgjob._connection import Recipe, check_conninfo, options
+from bgjob._connection import Recipe
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
+from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
 from bgjob._statements import Claimed, Statement, claim_now, let_pass
 from bgjob._transaction import Ending, Transactions, acquisition, routed, settlement
-from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
-
-T = TypeVar("T")
-
-Source: TypeAlias = Client | str | Connection[Any]
-"""Where the queue is: a client, a connection string, or the test's own connection."""
-
-AsyncSource: TypeAlias = AsyncClient | str | AsyncConnection[Any]
-"""As Source, for the async colour."""
 
 OnError = Literal["raise", "store"]
 
@@ -301,39 +292,12 @@ def _overheard(route: Route, answer: _Answer) -> Route:
 
 
 def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
-    if isinstance(answer.value, Retry | MoveToDlq):
-        return None
     error = ending.error if isinstance(ending, Retry | MoveToDlq) else None
-    return error if isinstance(error, BaseException) else None
+    returned = answer.value.error if isinstance(answer.value, Retry | MoveToDlq) else None
+    return error if isinstance(error, BaseException) and error is not returned else None
 
 
 # -- plain ----------------------------------------------------------------------------
-
-
-@contextmanager
-def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]:
-    """Give the test's own connection, or a new one and how to make more."""
-    if isinstance(source, Connection):
-        yield source, None
-        return
-    if not isinstance(source, str | Client):
-        raise TypeError(
-            "give a Client, a connection string or a psycopg.Connection, not "
-            f"{type(source).__name__}; for an AsyncClient or AsyncConnection there is a function "
-            "whose name begins with a: adrain(), say"
-        )
-    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
-    with psycopg.connect(**{**options(recipe), "autocommit": True}) as conn:
-        yield conn, recipe
-
-
-def ask(conn: Connection[Any], statement: Statement[T]) -> T:
-    """Run a statement, whatever factories the connection has."""
-    cursor = Cursor(conn, row_factory=tuple_row)
-    cursor.execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
-    )
-    return statement.parse(cursor.fetchall())
 
 
 def _run(
@@ -372,35 +336,6 @@ def _run(
 
 
 # -- coroutine --------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def connected_async(
-    source: AsyncSource,
-) -> AsyncIterator[tuple[AsyncConnection[Any], Recipe | None]]:
-    """As connected."""
-    if isinstance(source, AsyncConnection):
-        yield source, None
-        return
-    if not isinstance(source, str | AsyncClient):
-        raise TypeError(
-            "give an AsyncClient, a connection string or a psycopg.AsyncConnection, not "
-            f"{type(source).__name__}; for others there is a function whose name begins "
-            "without the a: drain(), say"
-        )
-    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
-    arguments = {**options(recipe), "autocommit": True}
-    async with await AsyncConnection.connect(**arguments) as conn:
-        yield conn, recipe
-
-
-async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
-    """As ask."""
-    cursor = AsyncCursor(conn, row_factory=tuple_row)
-    await cursor.execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
-    )
-    return statement.parse(await cursor.fetchall())
 
 
 async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | None) -> Ending:

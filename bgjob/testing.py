@@ -10,18 +10,9 @@ from typing import Any, TypeVar
 
 import orjson
 
-from bgjob._drain import (
-    AsyncSource,
-    Ran,
-    Source,
-    adrain,
-    ask,
-    ask_async,
-    connected,
-    connected_async,
-    drain,
-)
+from bgjob._drain import Ran, adrain, drain
 from bgjob._duration import Duration, seconds
+from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
 from bgjob._statements import live_jobs
 from bgjob.event import Event
 from bgjob.job import EnqueueRequest, Job

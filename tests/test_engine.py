@@ -448,7 +448,7 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     assert isinstance(exchange.claim, Sweep)
     assert exchange.park == "take"
     words = [part for _, part in exchange.statements("q", 30.0)]
-    assert words == ["parked", "swept", "lines"]
+    assert words == ["parked", "swept", "lines", "blocked"]
     drive.answer(Reply(parked="parked"))
     assert drive.sleep() > drive.now + 9.0
 

@@ -281,11 +281,8 @@ def test_a_type_may_name_the_keys_of_its_jobs(
     mux.register("t", handler, exclusive=lambda job: job.json()["key"], queue="q")
     requests = []
     for n in range(60):
-        if n % 4 == 0:
-            make = ("one", None, f"{n:02}")
-        else:
-            make = ("t", {"key": [None, "a", "b"][n % 3]}, f"{n:02}")
-        type_, arg, id_ = make
+        type_ = "t" if n % 4 else "one"
+        arg, id_ = {"key": [None, "a", "b"][n % 3]}, f"{n:02}"
         if stamped:
             requests.append(mux.request(type_, arg, id=id_))
         else:

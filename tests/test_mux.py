@@ -76,7 +76,7 @@ def a_job(type: str = "t", arg: bytes | None = None, *, attempt: int = 1) -> Job
 
 
 def route_of(mux: Mux, type: str = "t") -> Route:
-    route = mux.route(a_job(type))
+    route = mux.route(a_job(type)._replace(exclusive="a key"))
     assert isinstance(route, Route)
     return route
 

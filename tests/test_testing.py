@@ -478,6 +478,27 @@ def test_sql_that_fails_in_a_transactional_handler_leaves_the_transaction_usable
 
 
 @benches("transaction")
+def test_an_answer_that_could_not_be_stored_does_not_hide_why(bench: Bench) -> None:
+    def swallowing(_: Job, conn: Any) -> Any:
+        answer: Any = None
+        with suppress(psycopg.Error):
+            answer = conn.execute("insert into nowhere values (1)")
+
+        async def swallow() -> Result:
+            with suppress(psycopg.Error):
+                await answer
+            return MoveToDlq("never")
+
+        return swallow() if inspect.isawaitable(answer) else MoveToDlq("never")
+
+    bench.enqueue(id="bad")
+    mux = Mux().register("t", bench.handler(swallowing), transactional=True)
+    with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+        bench.drain(mux)
+    assert bench.query("select id, attempt from bgjob_job") == [("bad", 1)]
+
+
+@benches("transaction")
 def test_the_error_is_the_handlers_where_it_spoiled_the_tests_transaction(bench: Bench) -> None:
     bench.enqueue(id="bad")
     wrong = bench.handler(lambda _: bench.conn.execute("insert into nowhere values (1)"))
