@@ -2,17 +2,15 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 
 import orjson
 
-from bgjob._shape import Misfit
-from bgjob._typed import dataclass_shape
-from bgjob.errors import PayloadError
+from bgjob._models import dataclass_codec, msgspec_codec, pydantic_codec
 
 T = TypeVar("T")
 
@@ -179,13 +177,14 @@ def _codec_of(cls: type) -> Codec[Any]:
     if own is not None:
         check_codec(own)
         return own
+    name = type_name(cls)
     if is_dataclass(cls):
-        return _dataclass_codec(cls)
+        return dataclass_codec(cls, name)
     # A module that nobody has imported has no classes.
     if _is_a(cls, "pydantic", "BaseModel") and hasattr(cls, "model_validate_json"):
-        return _pydantic_codec(cls)
+        return pydantic_codec(cls, name)
     if _is_a(cls, "msgspec", "Struct"):
-        return _msgspec_codec(cls)
+        return msgspec_codec(cls, name)
     raise TypeError(
         f"{cls.__qualname__} is no job type: let it be a dataclass, a model of pydantic (2 or "
         "newer) or a msgspec Struct, give it a codec of its own (`codec: ClassVar`), or make an "
@@ -196,93 +195,6 @@ def _codec_of(cls: type) -> Codec[Any]:
 def _is_a(cls: type, module: str, base: str) -> bool:
     there = getattr(sys.modules.get(module), base, None)
     return there is not None and issubclass(cls, there)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _TypedCodec(Generic[T]):
-    cls: type[T]
-    dump: Callable[[T], bytes] = field(repr=False)
-    load: Callable[[bytes], T] = field(repr=False)
-
-    def encode(self, value: T, /) -> bytes:
-        try:
-            if type(value) is not self.cls:
-                raise Misfit(f"must be {self.cls.__name__}, not {type(value).__name__}")
-            return self.dump(value)
-        except (Misfit, ValueError, TypeError, RecursionError) as error:
-            raise self._refused(error) from _cause(error)
-
-    def decode(self, data: bytes, /) -> T:
-        try:
-            return self.load(data)
-        except (Misfit, ValueError, TypeError, RecursionError) as error:
-            raise self._refused(error) from _cause(error)
-
-    def _refused(self, error: Exception) -> PayloadError:
-        return PayloadError(f"payload of job type {type_name(self.cls)!r}{_problem(error)}")
-
-
-def _dataclass_codec(cls: type[T]) -> Codec[T]:
-    shape = dataclass_shape(cls, {})
-
-    def load(data: bytes) -> T:
-        value: T = shape.load(orjson.loads(data))
-        return value
-
-    return _TypedCodec(cls, lambda value: orjson.dumps(shape.dump(value)), load)
-
-
-def _pydantic_codec(cls: Any) -> Codec[Any]:
-    cls.model_rebuild()  # an annotation that cannot be resolved is told now
-
-    def dump(value: Any) -> bytes:
-        # By alias, because validation asks for it. What does not fit is told by load.
-        data: bytes = value.model_dump_json(by_alias=True, round_trip=True, warnings=False).encode()
-        load(data)
-        return data
-
-    load: Callable[[bytes], Any] = cls.model_validate_json
-    return _TypedCodec(cls, dump, load)
-
-
-def _msgspec_codec(cls: Any) -> Codec[Any]:
-    json: Any = sys.modules["msgspec"].json
-    json.Decoder(cls)  # a type that it cannot decode is told now
-
-    def dump(value: Any) -> bytes:
-        data: bytes = json.encode(value)
-        load(data)  # it checks no type when a Struct is made
-        return data
-
-    def load(data: bytes) -> Any:
-        return json.decode(data, type=cls)
-
-    return _TypedCodec(cls, dump, load)
-
-
-def _cause(error: Exception) -> BaseException | None:
-    return error.__cause__ if isinstance(error, Misfit) else error
-
-
-def _problem(error: Exception) -> str:
-    match error:
-        case Misfit():
-            return f": field {error.path!r} {error.problem}" if error.path else f" {error.problem}"
-        case RecursionError():
-            return " is nested too deeply"
-        case orjson.JSONDecodeError():
-            return f" is no JSON: {error}"
-    path, text = "", str(error)
-    errors: Any = getattr(error, "errors", None)
-    if errors is not None:  # pydantic's ValidationError; told without what was in the field
-        first, *more = errors(include_url=False, include_context=False, include_input=False)
-        steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]]
-        path, text = "".join(steps), first["msg"]
-        text += f" (and {len(more)} more)" if more else ""
-    elif " - at `$" in text:  # msgspec's
-        text, _, path = text.rpartition(" - at `$")
-    path = path.rstrip("`").removeprefix(".")
-    return f": field {path!r}: {text}" if path else f": {text}"
 
 
 # -- JSON ---------------------------------------------------------------------------
