@@ -98,7 +98,7 @@ def test_claims_and_extensions_are_heap_only_updates(worker: psycopg.Connection)
     assert counted(sweep("q", limit=100, lease=60, token=1)) == (100, 100)
     assert counted(claim("q", limit=100, lease=60, token=2, marks=marks, back=0)) == (100, 100)
     held = [
-        Claimed(Job._make([id_, *[None] * 9]), token)
+        Claimed(Job._make([id_, *[None] * 10]), token)
         for id_, token in worker.execute("select id, token from bgjob_job where token is not null")
     ]
     # No more of them than the pages have room for: transactions in other databases of
@@ -115,7 +115,7 @@ def test_no_index_covers_what_a_claim_changes(conn: psycopg.Connection) -> None:
             "and a.attnum = any (i.indkey) where i.indrelid = 'bgjob_job'::regclass"
         )
     }
-    assert indexed == {"id", "queue", "priority", "next_run_at", "deaths"}
+    assert indexed == {"id", "queue", "priority", "next_run_at", "deaths", "exclusive", "waits"}
 
 
 # -- claims -----------------------------------------------------------------------------
