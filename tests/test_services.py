@@ -7,7 +7,17 @@ from typing import Any
 
 import psycopg
 import pytest
-from test_worker import NEVER, PATIENCE, Crew, Gate, Recorder, crew, eventually, terminate_workers
+from test_worker import (
+    NEVER,
+    PATIENCE,
+    Crew,
+    Gate,
+    Recorder,
+    all_done,
+    crew,
+    eventually,
+    terminate_workers,
+)
 
 from bgjob import BgjobError, Job, Mux, Reschedule
 from bgjob.service import Rota, Service
@@ -131,6 +141,23 @@ def test_a_worker_that_is_never_idle_runs_its_services(crew: Crew) -> None:
     assert eventually(lambda: service.runs >= 10 and len(observer.of("rescheduled")) > 10_000)
     assert observer.of("empty") == []
     crew.shutdown(worker, timeout=5)
+
+
+def test_a_worker_whose_exchanges_follow_one_another_runs_its_services_between(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    count = 40_000
+    left: list[int] = []
+
+    def look(conn: psycopg.Connection[Any]) -> float:
+        left.extend(n for (n,) in conn.execute("select count(*) from bgjob_job").fetchall())
+        return 0.0
+
+    crew.enqueue(*(f"{n:05}" for n in range(count)))
+    mux = Mux().register("t", lambda _: None)
+    crew.start(mux, services=[Calls(look)], concurrency=10, poll_interval=NEVER)
+    assert all_done(conn)
+    assert len([n for n in left if 0 < n < count]) >= 3
 
 
 def test_services_that_fail_are_told_and_harm_neither_jobs_nor_each_other(
