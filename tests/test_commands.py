@@ -1,0 +1,600 @@
+"""The commands that are no worker: what they do, print, and exit with."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from bgjob import Client, _database, _progress, _table, cli, schema
+from bgjob._commands import dlq
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 20.0
+
+Run = Callable[..., tuple[int, str, str]]
+
+READ = ["stats", "dlq list", "dlq show a", "dlq requeue --all", "dlq purge --all", "enqueue q t"]
+"""Commands that need the tables."""
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name in {"BGJOB_DSN", "DATABASE_URL"} or name.startswith("PG"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """Run a command; give its exit status, and what it wrote."""
+    monkeypatch.setenv("BGJOB_DSN", dsn)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        status = cli.main(args)
+        return status, *capsys.readouterr()
+
+    yield run
+
+
+def bury(conn: psycopg.Connection, *ids: str, **columns: Any) -> None:
+    """Put dead jobs into the dead-letter table."""
+    row = {"queue": "q", "type": "t", "arg": None, "last_error": None, "ago": 0.0} | columns
+    for id_ in ids:
+        conn.execute(
+            "insert into bgjob_dead_job (job_id, queue, type, arg, attempt, last_error, priority,"
+            " next_run_at, job_created_at, job_updated_at, moved_at)"
+            " select %(id)s, %(queue)s, %(type)s, %(arg)s, 3, %(last_error)s, 0, now(), now(),"
+            " now(), clock_timestamp() - make_interval(secs => %(ago)s)",
+            row | {"id": id_},
+        )
+
+
+def dead(conn: psycopg.Connection) -> list[str]:
+    return [id_ for (id_,) in conn.execute("select job_id from bgjob_dead_job order by id")]
+
+
+def live(conn: psycopg.Connection) -> list[str]:
+    return [id_ for (id_,) in conn.execute("select id from bgjob_job order by id")]
+
+
+# -- which database ------------------------------------------------------------------------
+
+
+def test_the_database_is_the_first_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGHOST", "of-libpq")
+    assert _database.find(None) == ""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://of-database-url/db")
+    assert _database.find(None) == "postgresql://of-database-url/db"
+    monkeypatch.setenv("BGJOB_DSN", "host=of-bgjob-dsn")
+    assert _database.find(None) == "host=of-bgjob-dsn"
+    assert _database.find("host=given") == "host=given"
+    monkeypatch.setenv("BGJOB_DSN", "")
+    assert _database.find(None) == "postgresql://of-database-url/db"
+
+
+@pytest.mark.parametrize("command", READ)
+def test_without_a_database_a_command_names_the_places_where_it_looked(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command.split()) == 1
+    told = capsys.readouterr().err
+    for place in ("--dsn", "BGJOB_DSN", "DATABASE_URL", "PGHOST"):
+        assert place in told
+    assert told.count("\n") == 1
+
+
+def test_libpqs_variables_are_enough(run: Run, dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BGJOB_DSN")
+    for key, value in conninfo_to_dict(dsn).items():
+        variable = {"dbname": "PGDATABASE"}.get(key, f"PG{key.upper()}")
+        monkeypatch.setenv(variable, str(value))
+    assert run("enqueue", "q", "t", "--id", "a") == (0, "a\n", "")
+
+
+@pytest.mark.parametrize("variable", ["BGJOB_DSN", "DATABASE_URL"])
+def test_a_variable_that_holds_no_connection_string_is_named_and_not_shown(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "postgresql://u:s3cret@word@host/db")
+    assert cli.main(["stats"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"bgjob: {variable}: this is no connection string")
+    assert "s3cret" not in told
+
+
+@pytest.mark.parametrize("command", READ)
+def test_a_server_that_cannot_be_reached_is_told_at_once_and_without_the_password(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dsn = "postgresql://somebody:s3cret@127.0.0.1:1/db"
+    assert cli.main([*command.split(), "--dsn", dsn]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("bgjob: ")
+    assert "127.0.0.1" in told
+    assert "s3cret" not in told
+
+
+@pytest.mark.parametrize("command", [*READ, "schema --check", "playground"])
+def test_missing_tables_are_told_with_the_remedy(
+    command: str, empty_dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command.split(), "--dsn", empty_dsn]) == 1
+    assert "migration/init.sql" in capsys.readouterr().err
+
+
+# -- enqueue -------------------------------------------------------------------------------
+
+
+def job(conn: psycopg.Connection) -> tuple[Any, ...]:
+    [row] = conn.execute(
+        "select id, queue, type, arg, priority, round(extract(epoch from next_run_at - created_at))"
+        " from bgjob_job"
+    ).fetchall()
+    return row
+
+
+def test_enqueues_a_job(run: Run, conn: psycopg.Connection) -> None:
+    status, out, err = run("enqueue", "mail", "confirm", '{"order":  1}')
+    id_, *rest = job(conn)
+    assert (status, out, err) == (0, f"{id_}\n", "")
+    assert rest == ["mail", "confirm", b'{"order":  1}', 0, 0]
+
+
+def test_enqueues_with_every_option(run: Run, conn: psycopg.Connection) -> None:
+    args = ["--delay", "1.5h", "--priority", "-7", "--id", "a", "--json"]
+    status, out, _ = run("enqueue", "q", "t", *args)
+    assert (status, json.loads(out)) == (0, {"id": "a"})
+    assert job(conn) == ("a", "q", "t", None, -7, 5400)
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "stored"),
+    [
+        (["-"], b'["from stdin"]\n', b'["from stdin"]\n'),
+        (["--raw", "-"], b"\0\xff", b"\0\xff"),
+        (["--raw", "FILE"], b"", b"\0\1"),
+    ],
+)
+def test_takes_the_payload_from_a_file_or_the_standard_input(
+    run: Run,
+    conn: psycopg.Connection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    stdin: bytes,
+    stored: bytes,
+) -> None:
+    file = tmp_path / "payload"
+    file.write_bytes(b"\0\1")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    assert run("enqueue", "q", "t", *(str(file) if arg == "FILE" else arg for arg in args))[0] == 0
+    assert job(conn)[3] == stored
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["{"], "'{' is no JSON"),
+        (["{}", "--raw", "x"], "give JSON or --raw, not both"),
+        (["--raw", "/nowhere"], "--raw: "),
+        (["--priority", "40000"], "priority must be an integer from -32768 to 32767"),
+    ],
+)
+def test_a_job_that_cannot_be_made_is_wrong_usage(
+    run: Run, conn: psycopg.Connection, args: list[str], told: str
+) -> None:
+    status, out, err = run("enqueue", "q", "t", *args)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"bgjob: {told}")
+    assert live(conn) == []
+
+
+def test_an_id_that_is_taken_is_told(run: Run) -> None:
+    assert run("enqueue", "q", "t", "--id", "a")[0] == 0
+    status, out, err = run("enqueue", "q", "t", "--id", "a")
+    assert (status, out) == (1, "")
+    assert "job already exists: 'a'" in err
+
+
+# -- stats ---------------------------------------------------------------------------------
+
+
+def test_stats_are_a_table_or_json(run: Run, conn: psycopg.Connection) -> None:
+    run("enqueue", "mail", "confirm")
+    run("enqueue", "mail", "confirm", "--delay", "1h")
+    bury(conn, "a", "b", queue="other", type="x")
+
+    status, out, err = run("stats")
+    assert (status, err) == (0, "")
+    head, *lines = [line.split() for line in out.splitlines()]
+    assert " ".join(head) == "queue type due delayed running dead oldest due age retries"
+    assert [line[:6] for line in lines] == [
+        ["mail", "confirm", "1", "1", "0", "0"],
+        ["other", "x", "0", "0", "0", "2"],
+    ]
+
+    status, out, _ = run("stats", "--json", "--queue", "mail")
+    [row] = json.loads(out)
+    assert row.pop("oldest_due_age") >= 0
+    counts = {"due": 1, "delayed": 1, "running": 0, "dead": 0, "retries": 0}
+    assert row == {"queue": "mail", "type": "confirm", **counts}
+
+
+# -- dlq -----------------------------------------------------------------------------------
+
+
+def test_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Connection) -> None:
+    bury(conn, "a", last_error="it broke\nat line 1")
+    bury(conn, "b", "c", queue="other")
+    status, out, err = run("dlq", "list")
+    assert (status, err) == (0, "")
+    head, *lines = out.splitlines()
+    assert head.split() == ["id", "queue", "type", "attempt", "moved_at", "last_error"]
+    assert [line.split()[0] for line in lines] == ["c", "b", "a"]
+    assert lines[-1].endswith("it broke...")
+    assert len(run("dlq", "list", "--limit", "2")[1].splitlines()) == 1 + 2
+    assert [job["id"] for job in json.loads(run("dlq", "list", "--json")[1])] == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("args", "ids"),
+    [
+        ("--queue other", "b"),
+        ("--type u", "c"),
+        ("--id a --id c", "ca"),
+        ("--older-than 1h", "d"),
+        ("--older-than 7200 --queue q", "d"),
+        ("--older-than 1w", ""),
+        ("--queue other --type u", ""),
+    ],
+)
+def test_filters_choose_what_is_listed_requeued_and_purged(
+    run: Run, conn: psycopg.Connection, args: str, ids: str
+) -> None:
+    for command in ("purge", "requeue"):
+        bury(conn, "a")
+        bury(conn, "b", queue="other")
+        bury(conn, "c", type="u")
+        bury(conn, "d", ago=10_000)
+        listed = json.loads(run("dlq", "list", *args.split(), "--json")[1])
+        assert [job["id"] for job in listed] == list(ids)
+        status, out, _ = run("dlq", command, *args.split())
+        counted = "1 dead job" if len(ids) == 1 else f"{len(ids)} dead jobs"
+        assert (status, out) == (0, f"{command}d {counted}\n")
+        assert sorted(dead(conn)) == sorted(set("abcd") - set(ids))
+        conn.execute("delete from bgjob_dead_job")
+    assert live(conn) == sorted(ids)
+
+
+@pytest.mark.parametrize("command", ["requeue", "purge"])
+@pytest.mark.parametrize("args", [[], ["--all", "--queue", "q"], ["--all", "--older-than", "0"]])
+def test_what_is_to_be_requeued_or_purged_has_to_be_said(
+    run: Run, conn: psycopg.Connection, command: str, args: list[str]
+) -> None:
+    bury(conn, "a")
+    status, out, err = run("dlq", command, *args)
+    assert (status, out) == (2, "")
+    assert "or --all instead" in err
+    assert dead(conn) == ["a"]
+
+
+def test_a_dead_job_whose_id_lives_stays_dead_and_is_counted(
+    run: Run, conn: psycopg.Connection
+) -> None:
+    bury(conn, "a", "b")
+    run("enqueue", "q", "t", "--id", "a")
+    assert run("dlq", "requeue", "--all", "--json")[:2] == (
+        0,
+        '{\n  "requeued": 1,\n  "left": 1\n}\n',
+    )
+    told = "requeued 0 dead jobs\nleft 1 dead job, whose ids live jobs have\n"
+    assert run("dlq", "requeue", "--all") == (0, told, "")
+    assert (live(conn), dead(conn)) == (["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize("command", ["requeue", "purge"])
+def test_many_go_in_batches_and_progress_is_told(
+    run: Run, conn: psycopg.Connection, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dlq, "_BATCH", 3)
+    ids = [f"{n:02}" for n in range(10)]
+    bury(conn, *ids)
+    bury(conn, "00")  # it has died twice
+    run("enqueue", "q", "t", "--id", "01")
+    status, out, err = run("dlq", command, "--all")
+    assert status == 0
+    assert err.splitlines() == [f"{n} of 10 ids" for n in (3, 6, 9, 10)]
+    if command == "purge":
+        assert out == "purged 11 dead jobs\n"
+        assert dead(conn) == []
+    else:
+        assert out == "requeued 9 dead jobs\nleft 1 dead job, whose ids live jobs have\n"
+        assert live(conn) == ids
+        assert dead(conn) == ["00", "01"]
+        [[transactions]] = conn.execute("select count(distinct xmin::text) from bgjob_job")
+        assert transactions == 1 + 4
+
+
+def test_an_interrupted_purge_says_how_far_it_came(
+    run: Run, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dlq, "_BATCH", 2)
+    bury(conn, *"abcdef")
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_progress, "say", interrupt)
+    status, out, err = run("dlq", "purge", "--all")
+    assert (status, out) == (130, "")
+    assert err == "2 dead jobs done before\nbgjob: interrupted\n"
+    assert dead(conn) == list("cdef")
+
+
+def test_shows_all_of_a_dead_job(run: Run, conn: psycopg.Connection) -> None:
+    bury(conn, "a", arg=b'{"n": 1}', last_error="it broke\nat line 1")
+    status, out, err = run("dlq", "show", "a")
+    assert (status, err) == (0, "")
+    shown = dict(line.split(None, 1) for line in out.splitlines() if not line.startswith(" "))
+    assert shown["arg"] == '{"n": 1}'
+    assert shown["attempt"] == "3"
+    assert "it broke\n    at line 1\n" in out
+    assert run("dlq", "show", "b") == (1, "", "bgjob: no dead job has the id 'b'\n")
+
+
+@pytest.mark.parametrize(
+    ("arg", "shown", "value"),
+    [
+        (b'{"n":  18446744073709551616}', None, None),
+        (b"\xff\0", repr(b"\xff\0"), {"base64": "/wA="}),
+        (b"", repr(b""), {"base64": ""}),
+        (None, None, None),
+    ],
+)
+def test_any_payload_can_be_shown(
+    run: Run, conn: psycopg.Connection, arg: bytes | None, shown: str | None, value: object
+) -> None:
+    bury(conn, "a", arg=arg)
+    out = run("dlq", "show", "a")[1]
+    if arg is None:
+        assert "\narg " not in out
+    else:
+        assert f"\narg           {shown or arg.decode()}\n" in out
+    told = run("dlq", "show", "a", "--json")[1]
+    if shown is None and arg is not None:
+        assert arg.decode() in told  # as it is stored, not as a parser understands it
+    else:
+        assert json.loads(told)["arg"] == value
+
+
+def test_what_a_terminal_may_obey_is_shown_as_escapes(run: Run, conn: psycopg.Connection) -> None:
+    bury(conn, "\x1b[31mred", last_error="\x1b]0;title\x07[bold]bold[/bold]\r\u202e", arg=b'"\x7f"')
+    for out in (run("dlq", "list")[1], run("dlq", "show", "\x1b[31mred")[1]):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", out)
+        assert r"\x1b[31mred" in out
+        assert r"\x1b]0;title\x07[bold]bold[/bold]" in out
+
+
+# -- schema --------------------------------------------------------------------------------
+
+
+def test_prints_the_schema_and_needs_no_database(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema"]) == 0
+    assert capsys.readouterr().out == (ROOT / "migration" / "init.sql").read_text("utf-8")
+    assert cli.main(["schema", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"version": schema.VERSION, "sql": schema.init_sql()}
+
+
+def test_checks_the_databases_schema(run: Run, conn: psycopg.Connection) -> None:
+    version = schema.VERSION
+    told = f"the tables have schema version {version}, as needed\n"
+    assert run("schema", "--check") == (0, told, "")
+    assert json.loads(run("schema", "--check", "--json")[1]) == {
+        "ok": True,
+        "version": version,
+        "needed": version,
+        "error": None,
+    }
+    conn.execute("comment on table bgjob_job is 'bgjob schema 99'")
+    status, out, err = run("schema", "--check", "--json")
+    found = json.loads(out)
+    assert (status, found["ok"], found["version"]) == (1, False, 99)
+    assert err == f"bgjob: {found['error']}\n"
+    assert "upgrade the bgjob package" in err
+
+
+# -- what is printed -------------------------------------------------------------------------
+
+
+def command(*args: str, **options: Any) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-P", "-W", "error", "-m", "bgjob", *args],
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def environment(dsn: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "BGJOB_DSN": dsn, "TERM": "xterm"}
+
+
+def test_a_reader_that_has_read_enough_is_no_error_to_speak_of(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    bury(conn, "a", last_error=100 * "x")
+    conn.execute(
+        "insert into bgjob_dead_job (job_id, queue, type, attempt, last_error, priority,"
+        " next_run_at, job_created_at, job_updated_at) select job_id, queue, type, attempt,"
+        " last_error, priority, now(), now(), now()"
+        " from bgjob_dead_job, generate_series(1, 3000)"
+    )
+    args = ["dlq", "list", "--limit", "3000"]
+    with command(*args, stdout=subprocess.PIPE, env=environment(dsn)) as process:
+        assert process.stdout
+        assert process.stdout.read(1) == b"i"
+        process.stdout.close()
+        assert process.stderr
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE) == 1
+
+
+def test_a_table_is_drawn_on_a_terminal(dsn: str, conn: psycopg.Connection) -> None:
+    bury(conn, "a", last_error="[bold]no markup[/bold]")
+    ours, theirs = pty.openpty()
+    with command(
+        "dlq", "list", stdout=theirs, env=environment(dsn) | {"COLUMNS": "120"}
+    ) as process:
+        os.close(theirs)
+        told = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := os.read(ours, 4096):
+                told += chunk
+        assert process.wait(PATIENCE) == 0
+    os.close(ours)
+    assert "─" in told.decode()
+    assert "[bold]no markup[/bold]" in told.decode()
+
+
+def test_columns_stand_in_line(capsys: pytest.CaptureFixture[str]) -> None:
+    moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    _table.write_table(["name", "count", "at"], [["a", 1234, moment], ["long", None, moment]])
+    at = f"{moment.astimezone():%Y-%m-%d %H:%M:%S%z}"
+    assert capsys.readouterr().out.splitlines() == [
+        "name  count  at",
+        f"a     1,234  {at}",
+        f"long      -  {at}",
+    ]
+    _table.write_table(["none"], [])
+    assert capsys.readouterr().out == "none\n"
+
+
+# -- arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "",
+        "nothing",
+        "enqueue q",
+        "enqueue q t --delay -1",
+        "enqueue q t --delay 1y",
+        "enqueue q t --delay 999999w",
+        "enqueue q t --priority high",
+        "dlq",
+        "dlq show",
+        "dlq list --limit 0",
+        "dlq purge --older-than nan",
+        "stats --dsn nonsense",
+    ],
+)
+def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(args.split())
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: bgjob")
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["", "enqueue", "stats", "dlq", "dlq list", "dlq show", "dlq requeue", "dlq purge", "schema"]
+    + ["playground", "demo", "worker"],
+)
+def test_help_tells_the_exit_status(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*args.split(), "--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    assert "exit status:\n  0 " in told
+    for status in "1", "2", "130":
+        assert f"\n  {status}" in told
+
+
+# -- the playground ----------------------------------------------------------------------------
+
+
+def play(dsn: str | None, *lines: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "bgjob",
+            "playground",
+            *(["--dsn", dsn] if dsn else []),
+        ],
+        input="".join(f"{line}\n" for line in lines),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_playground_does_what_its_banner_says(dsn: str) -> None:
+    banner = play(dsn).stderr
+    tries = re.findall(r"^  (\S.*)$", banner, re.MULTILINE)
+    assert len(tries) == 3
+    wait = "import time; any(time.sleep(0.01) for _ in iter(client.stats, []))"
+    played = play(dsn, *tries, wait)
+    assert played.returncode == 0
+    assert "HELLO" in played.stdout
+    assert "Traceback" not in played.stderr
+
+
+def test_the_playground_has_a_server_of_its_own_and_exit_leaves() -> None:
+    played = play(None, "print(client.enqueue(EnqueueRequest('q', 't', id='a')))", "exit()")
+    assert played.returncode == 0
+    assert "a\n" in played.stdout
+    assert "Traceback" not in played.stderr
+    assert "a private PostgreSQL" in played.stderr
+
+
+def test_the_playground_leaves_when_the_terminal_says_so(dsn: str) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "bgjob", "playground", "--dsn", dsn],
+        env=environment(dsn),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    told, deadline = "", time.monotonic() + PATIENCE
+
+    def until(text: str) -> None:
+        nonlocal told
+        while text not in told:
+            assert time.monotonic() < deadline, told
+            told += os.read(ours, 4096).decode(errors="replace")
+
+    until(">>> ")
+    os.write(ours, b"6 * 7, worker.run()\n")
+    until("(42, None)")
+    told = told.partition("(42, None)")[2]
+    until(">>> ")
+    os.write(ours, b"\x04")
+    with contextlib.suppress(OSError):  # the other end is closed
+        until("nothing more")
+    assert process.wait(PATIENCE) == 0
+    os.close(ours)
+    assert "Traceback" not in told
