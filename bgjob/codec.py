@@ -81,3 +81,9 @@ def codec_of(cls: type[T]) -> Codec[T]:
 def type_name(cls: type) -> str:
     """Give the job type that a class names."""
     return getattr(cls, "job_type", cls.__name__)
+
+
+def class_option(cls: type, option: str, default: Any = None) -> Any:
+    """Give what a class says about its jobs, or the default; a field is none."""
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    return default if option in names else getattr(cls, option, default)
