@@ -85,5 +85,5 @@ def type_name(cls: type) -> str:
 
 def class_option(cls: type, option: str, default: Any = None) -> Any:
     """Give what a class says about its jobs, or the default; a field is none."""
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(cls)] if is_dataclass(cls) else []
     return default if option in names else getattr(cls, option, default)
