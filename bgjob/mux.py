@@ -357,7 +357,8 @@ class Mux:
                 of it. None (the default) is no payload.
             queue: by default that which the type was registered with.
             priority: by default that which the type was registered with.
-            options: the others of EnqueueRequest.
+            options: the others of EnqueueRequest, but for a codec: that of the
+                type is used.
 
         Raises:
             UnknownTypeError: the type is not registered.
