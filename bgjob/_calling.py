@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from bgjob.codec import Codec
 from bgjob.errors import PayloadError
@@ -173,6 +173,17 @@ def is_coroutine(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         type(function).__call__
     )
+
+
+def can_be_called(function: object, *arguments: object) -> bool:
+    """Tell whether it takes these arguments; where it has no signature, calling it will tell."""
+    try:
+        inspect.signature(cast("Callable[..., Any]", function)).bind(*arguments)
+    except TypeError:  # also where it is not callable at all
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _asked(

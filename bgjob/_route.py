@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from bgjob._calling import Calling
+from bgjob._calling import Calling, can_be_called
 from bgjob._duration import seconds
 from bgjob.errors import BgjobError
 from bgjob.job import Job, check_name
@@ -71,7 +71,7 @@ class Route:
             raise ValueError(
                 f"max_attempts {of_type} must be at least 1, or None for endless, not {most!r}"
             )
-        if not callable(backoff) or isinstance(backoff, type):
+        if isinstance(backoff, type) or not can_be_called(backoff, 1):
             raise TypeError(
                 f"backoff {of_type} must be a Backoff() or another callable from the number of an "
                 f"attempt to seconds, such as Backoff.constant(5), not {backoff!r}"

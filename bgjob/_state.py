@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
-from bgjob._calling import is_coroutine
+from bgjob._calling import can_be_called, is_coroutine
 
 _LAST_WORDS = 1.0
 """Seconds for coroutines that were cancelled to let go of it."""
@@ -24,7 +24,7 @@ class State:
     """
 
     def __init__(self, factory: Callable[[], Any], *, is_async: bool) -> None:
-        if not callable(factory) or not _takes_nothing(factory):
+        if not can_be_called(factory):
             raise TypeError(
                 "state must be a callable without arguments that makes the state, such as "
                 f"lambda: State(), not {factory!r}"
@@ -111,13 +111,3 @@ _AWAITED = "only an AsyncWorker awaits its state, on its loop"
 def _is_awaited(made: object) -> bool:
     # Pools of some drivers can be awaited, and entered as well: only that closes them.
     return inspect.isawaitable(made) and not hasattr(type(made), "__aenter__")
-
-
-def _takes_nothing(factory: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(factory).bind()
-    except TypeError:
-        return False
-    except ValueError:  # of a builtin: calling it will tell
-        return True
-    return True

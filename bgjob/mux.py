@@ -1,10 +1,10 @@
 """Routes job types to handlers, each with its policy."""
 
 import builtins
-import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from types import EllipsisType
 from typing import (
     Any,
@@ -24,7 +24,7 @@ from psycopg import AsyncConnection, Connection
 from bgjob._calling import NO_STATE, Calling, Middleware
 from bgjob._duration import Duration, seconds
 from bgjob._route import BACKOFF, Exclusive, Route, Wants
-from bgjob.codec import Codec, codec_of, type_name
+from bgjob.codec import Codec, class_option, codec_of, type_name
 from bgjob.errors import (
     QueueRequiredError,
     StateRequiredError,
@@ -240,13 +240,13 @@ class Mux:
         self._check_is_new(name, cls)
         if not callable(handler):
             raise TypeError(f"the handler of job type {name!r} is not callable: {handler!r}")
-        queue = _of_class(cls, "queue") if queue is None else queue
+        said = partial(class_option, cls or object)
         if isinstance(max_attempts, EllipsisType):
-            attempts: int | None = _of_class(cls, "max_attempts", _MAX_ATTEMPTS)
+            attempts: int | None = said("max_attempts", _MAX_ATTEMPTS)
         else:
             attempts = max_attempts
-        waits: BackoffPolicy = _of_class(cls, "backoff", BACKOFF) if backoff is None else backoff
-        rank: int = _of_class(cls, "priority", 0) if priority is None else priority
+        waits: BackoffPolicy = said("backoff", BACKOFF) if backoff is None else backoff
+        rank: int = said("priority", 0) if priority is None else priority
         calling = Calling.of(
             name,
             handler,
@@ -265,7 +265,7 @@ class Mux:
             retry_priority,
             None if timeout is None else seconds(timeout, f"timeout of job type {name!r}"),
             exclusive,
-            queue,
+            said("queue") if queue is None else queue,
             rank,
             calling,
         )
@@ -387,7 +387,8 @@ class Mux:
             queue: by default that which the type was registered with.
             priority: by default that which the type was registered with.
                 So is the key, `exclusive`.
-            options: the others of EnqueueRequest.
+            options: the others of EnqueueRequest, but for a codec: that of the
+                type is used.
 
         Raises:
             UnknownTypeError: the type is not registered.
@@ -443,14 +444,6 @@ def _name_of(type_: str | type[Any]) -> tuple[str, type[Any] | None]:
         raise TypeRequiredError("type is required: name the jobs that the handler runs")
     check_name("type", name)
     return name, cls
-
-
-def _of_class(cls: type[Any] | None, name: str, default: Any = None) -> Any:
-    """Give what a class says of its jobs; a field of that name is a part of the payload."""
-    fields: Any = getattr(cls, "__struct_fields__", None) or getattr(cls, "model_fields", ())
-    if dataclasses.is_dataclass(cls):
-        fields = [field.name for field in dataclasses.fields(cls)]
-    return default if name in fields else getattr(cls, name, default)
 
 
 def _in_order(middleware: Sequence[Middleware]) -> tuple[Middleware, ...]:

@@ -135,6 +135,7 @@ def test_a_type_keeps_its_options() -> None:
         ({"max_attempts": 0}, ValueError, "max_attempts of job type 't' must be at least 1"),
         ({"max_attempts": True}, ValueError, "max_attempts of job type 't' must be at least 1"),
         ({"backoff": 5}, TypeError, r"such as Backoff\.constant\(5\), not 5"),
+        ({"backoff": lambda: 5}, TypeError, r"must be a Backoff\(\) or another callable"),
         ({"backoff": Backoff}, TypeError, r"must be a Backoff\(\) or another callable"),
         ({"timeout": 0}, ValueError, "timeout of job type 't' must be over 0 s"),
         ({"timeout": -1}, ValueError, "timeout of job type 't' must be from 0 seconds"),

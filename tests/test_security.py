@@ -419,7 +419,6 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_job set id = 'x'",
         "update bgjob_job set queue = 'x'",
         "update bgjob_job set type = 'x'",
-        "update bgjob_job set priority = 1",
         "update bgjob_job set created_at = now()",
         "select arg from bgjob_dead_job",
         "select last_error from bgjob_dead_job",
