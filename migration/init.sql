@@ -67,4 +67,11 @@ create table bgjob_dead_job (
 -- One job id may die more than once: requeued, or enqueued again.
 create index bgjob_dead_job_job_id on bgjob_dead_job (job_id);
 
+-- The queues from which nothing is claimed, and until when.
+create table bgjob_pause (
+    queue text        not null,
+    until timestamptz not null default 'infinity',
+    constraint bgjob_pause_pkey primary key (queue)
+);
+
 comment on table bgjob_job is 'bgjob schema 1';

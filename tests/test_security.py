@@ -32,6 +32,7 @@ from bgjob import (
     AsyncWorker,
     Client,
     Complete,
+    DlqRetention,
     EnqueueRequest,
     Job,
     JobAlreadyExistsError,
@@ -164,9 +165,9 @@ def roles(dsn: str) -> Iterator[Roles]:
         roles.close()
 
 
-def test_the_privileges_script_speaks_of_the_three_roles_and_the_two_tables() -> None:
+def test_the_privileges_script_speaks_of_the_three_roles_and_all_tables() -> None:
     assert {grant.group for grant in GRANTS} == set(GROUPS)
-    assert {grant.table for grant in GRANTS} == {"bgjob_job", "bgjob_dead_job"}
+    assert {grant.table for grant in GRANTS} == {"bgjob_job", "bgjob_dead_job", "bgjob_pause"}
     assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
 
 
@@ -325,6 +326,22 @@ def test_a_transactional_handler_that_enqueues_needs_the_role_of_a_producer_besi
     assert observer.of("error", "retried", "buried") == []
 
 
+def test_a_worker_with_a_retention_needs_the_role_of_an_operator_besides(
+    roles: Roles, conn: psycopg.Connection
+) -> None:
+    with Client(roles.dsn) as owner:
+        owner.enqueue(EnqueueRequest("q", "t"))
+        owner.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
+    with (
+        psycopg.connect(roles.login("worker"), autocommit=True) as worker,
+        pytest.raises(InsufficientPrivilege),
+    ):
+        DlqRetention(0).run(worker)
+    with psycopg.connect(roles.login("worker", "operator"), autocommit=True) as both:
+        DlqRetention(0).run(both)
+    assert rows(conn, "select count(*) from bgjob_dead_job") == [(0,)]
+
+
 def test_an_operator_needs_no_more_than_its_role(
     crew: Crew, roles: Roles, conn: psycopg.Connection
 ) -> None:
@@ -342,6 +359,10 @@ def test_an_operator_needs_no_more_than_its_role(
         assert crew.run(client.dlq.requeue("a")) == ["a"]
         assert crew.run(client.dlq.requeue(type="t", ids=["b"])) == ["b"]
         assert crew.run(client.dlq.purge(queue="q")) == 1
+        assert [(s.due, s.delayed) for s in crew.run(client.stats())] == [(3, 1)]
+        crew.run(client.pause("q"))
+        assert crew.run(client.paused()) == {"q": None}
+        assert crew.run(client.resume("q"))
     finally:
         crew.run(client.close())
     [monitoring] = sql_blocks("Monitoring")
@@ -370,6 +391,7 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
         "delete from bgjob_job",
         "delete from bgjob_dead_job",
+        "select queue from bgjob_pause",
     ],
     "worker": [
         "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
@@ -384,6 +406,9 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_dead_job (moved_at) values (now())",
         "update bgjob_dead_job set last_error = null",
         "delete from bgjob_dead_job",
+        "insert into bgjob_pause (queue) values ('q')",
+        "update bgjob_pause set until = now()",
+        "delete from bgjob_pause",
     ],
     "operator": [
         "insert into bgjob_job (id, queue, type, token) values ('x', 'q', 't', 1)",
@@ -405,6 +430,7 @@ REFUSED: dict[str, list[LiteralString]] = {
 REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_job",
     "truncate bgjob_dead_job",
+    "truncate bgjob_pause",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -447,13 +473,21 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "dlq.get": lambda client: client.dlq.get("a"),
     "dlq.requeue": lambda client: client.dlq.requeue("a"),
     "dlq.purge": lambda client: client.dlq.purge("a"),
+    "stats": lambda client: client.stats(),
+    "pause": lambda client: client.pause("other"),
+    "paused": lambda client: client.paused(),
+    "resume": lambda client: client.resume("other"),
 }
 
 MAY = {
     "producer": {"enqueue", "bulk_enqueue"},
-    "worker": {"do"},
+    "worker": {"do", "paused"},
     # Who may requeue writes jobs that are due now, and so may enqueue them.
-    "operator": {"enqueue", "dlq.list", "dlq.get", "dlq.requeue", "dlq.purge"},
+    "operator": {
+        "enqueue",
+        *("dlq.list", "dlq.get", "dlq.requeue", "dlq.purge"),
+        *("stats", "pause", "paused", "resume"),
+    },
     "nobody": set[str](),
 }
 
@@ -544,9 +578,11 @@ def _everything(group: str) -> list[Statement[Any]]:
             ]
         case _:
             return [
-                statements.dlq_list(where, limit=1, offset=0),
+                statements.dlq_list(where, limit=1),
                 statements.dlq_requeue(where),
                 statements.dlq_purge(where),
+                statements.pause("q", None),
+                statements.resume("q"),
                 Statement("select * from bgjob_job", None, lambda _: None),
             ]
 
