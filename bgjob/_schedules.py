@@ -7,7 +7,7 @@ one is about to move is passed over, so that nobody waits at a tick.
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, LiteralString
 
 from bgjob._statements import Lack, Statement, channel, lacks
 from bgjob.schedule import GRACE, Firing, Schedule, ScheduleStatus, State
@@ -16,16 +16,16 @@ _NEEDS = (
     (
         "bgjob_schedule",
         "select",
-        "name spec queue type arg priority tick last_run_at last_job_id next_run_at paused",
+        "name spec queue type arg priority exclusive tick last_run_at last_job_id next_run_at paused",
     ),
-    ("bgjob_schedule", "insert", "name spec queue type arg priority"),
+    ("bgjob_schedule", "insert", "name spec queue type arg priority exclusive"),
     (
         "bgjob_schedule",
         "update",
-        "spec queue type arg priority tick last_run_at last_job_id next_run_at",
+        "spec queue type arg priority exclusive tick last_run_at last_job_id next_run_at",
     ),
     ("bgjob_job", "select", "id"),
-    ("bgjob_job", "insert", "id queue type arg priority"),
+    ("bgjob_job", "insert", "id queue type arg priority exclusive"),
 )
 
 
@@ -43,21 +43,23 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
     """
     return Statement(
         """
-        insert into bgjob_schedule as s (name, spec, queue, type, arg, priority)
-        select name, spec, queue, type, arg, priority
+        insert into bgjob_schedule as s (name, spec, queue, type, arg, priority, exclusive)
+        select name, spec, queue, type, arg, priority, exclusive
         from unnest(
             %(names)s::text[], %(specs)s::text[], %(queues)s::text[], %(types)s::text[],
-            %(args)s::bytea[], %(priorities)s::smallint[]
-        ) as r (name, spec, queue, type, arg, priority)
+            %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[]
+        ) as r (name, spec, queue, type, arg, priority, exclusive)
         order by name
         on conflict (name) do update
         set spec = excluded.spec, queue = excluded.queue, type = excluded.type,
-            arg = excluded.arg, priority = excluded.priority,
+            arg = excluded.arg, priority = excluded.priority, exclusive = excluded.exclusive,
             tick = case when s.spec = excluded.spec then s.tick
                 else greatest(s.tick, clock_timestamp() - %(grace)s) end,
             next_run_at = case when s.spec = excluded.spec then s.next_run_at end
-        where (s.spec, s.queue, s.type, s.arg, s.priority) is distinct from
-            (excluded.spec, excluded.queue, excluded.type, excluded.arg, excluded.priority)
+        where (s.spec, s.queue, s.type, s.arg, s.priority, s.exclusive) is distinct from (
+            excluded.spec, excluded.queue, excluded.type, excluded.arg, excluded.priority,
+            excluded.exclusive
+        )
         """,
         {
             "names": [s.name for s in schedules],
@@ -66,6 +68,7 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
             "types": [s.request.type for s in schedules],
             "args": [s.request.payload for s in schedules],
             "priorities": [s.request.priority for s in schedules],
+            "exclusives": [s.request.exclusive for s in schedules],
             "grace": GRACE,
         },
         lambda _: None,
@@ -116,12 +119,12 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             from due
             where s.name = any (%(names)s::text[]) and s.name = due.name
         ), written as (
-            insert into bgjob_job (id, queue, type, arg, priority)
-            select j.id, j.queue, j.type, j.arg, j.priority
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive)
+            select j.id, j.queue, j.type, j.arg, j.priority, j.exclusive
             from unnest(
                 %(job_names)s::text[], %(ids)s::text[], %(queues)s::text[], %(types)s::text[],
-                %(args)s::bytea[], %(priorities)s::smallint[]
-            ) with ordinality as j (name, id, queue, type, arg, priority, position)
+                %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[]
+            ) with ordinality as j (name, id, queue, type, arg, priority, exclusive, position)
             join due on due.name = j.name
             order by j.position
             on conflict (id) do nothing
@@ -148,6 +151,7 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             "types": [s.request.type for s, _ in jobs],
             "args": [s.request.payload for s, _ in jobs],
             "priorities": [s.request.priority for s, _ in jobs],
+            "exclusives": [s.request.exclusive for s, _ in jobs],
             "channels": [channel(s.request.queue) for s, _ in jobs],
         },
         lambda _: None,
@@ -202,12 +206,13 @@ def remove(name: str) -> Statement[bool]:
     )
 
 
+_REQUEST: tuple[LiteralString, ...] = ("queue", "type", "arg", "priority", "exclusive")
+
+
 def request_of(name: str) -> Statement[dict[str, Any] | None]:
     """Give what a schedule enqueues; None if there is none."""
     return Statement(
-        "select queue, type, arg, priority from bgjob_schedule where name = %(name)s",
+        f"select {', '.join(_REQUEST)} from bgjob_schedule where name = %(name)s",
         {"name": name},
-        lambda rows: (
-            dict(zip(("queue", "type", "arg", "priority"), rows[0], strict=True)) if rows else None
-        ),
+        lambda rows: dict(zip(_REQUEST, rows[0], strict=True)) if rows else None,
     )

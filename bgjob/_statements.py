@@ -320,6 +320,11 @@ _TAKE = """
 _FRESH = "j.lease_until is null and j.deaths <= 0"
 _ENDED = "j.lease_until <= now()"
 
+# Of no row: looked up once a statement, and nothing is read where the queue is paused.
+_UNPAUSED = """
+    not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
+"""
+
 
 def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
     return f"""
@@ -347,7 +352,7 @@ _LINES_FROM_MARKS = """
 
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
-    where ctid = any (array({_due(_LINES_FROM_MARKS, _FRESH)}))
+    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{_FRESH} and {_UNPAUSED}")}))
     returning {_JOB_COLUMNS}
 """
 
@@ -360,7 +365,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         where j.queue = %(queue)s and j.priority = %(priority)s
             and j.next_run_at >=
                 least(%(mark)s::timestamptz, now() - %(back)s * interval '1 second')
-            and j.next_run_at <= now() and not j.waits and {_FRESH}
+            and j.next_run_at <= now() and not j.waits and {_FRESH} and {_UNPAUSED}
         order by j.next_run_at
         limit %(limit)s
         for update skip locked
@@ -377,9 +382,10 @@ _LINES = f"""
 """
 
 # What was in flight when its worker died is only set free here: whichever of
-# those jobs killed it, the next attempt of each is a claim of its own.
+# those jobs killed it, the next attempt of each is a claim of its own. It is set
+# free while the queue is paused, too.
 _SWEEP = f"""
-    with due as materialized ({_due(_LINES, f"{_FRESH} or {_ENDED}")}),
+    with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_ENDED}")}),
     freed as (
         update bgjob_job
         set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
@@ -411,7 +417,7 @@ _CLAIM_SUSPECT = f"""
     where ctid = any (array(
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
-            and j.next_run_at <= now() and not j.waits
+            and j.next_run_at <= now() and not j.waits and {_UNPAUSED}
         order by j.priority, j.next_run_at, j.deaths
         limit 1
         for update skip locked
@@ -422,7 +428,9 @@ _CLAIM_SUSPECT = f"""
 _CLAIM_ANY = f"""
     update bgjob_job set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
     where ctid = any (array(
-        select due.ctid from ({_due(_LINES, f"j.lease_until is null or {_ENDED}")}) as due
+        select due.ctid from (
+            {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+        ) as due
     ))
     returning {_JOB_COLUMNS}, deaths
 """
@@ -539,11 +547,12 @@ class Line(NamedTuple):
     """One priority of a queue."""
 
     priority: int
-    now: datetime
+    since: datetime
+    """What was due earlier has been claimed, or may not be: long ago where the queue is paused."""
     wait: float | None
     """Seconds until the next job that is not due yet."""
     deaths: int | None
-    """Those of the first suspect."""
+    """Those of the first suspect that may be claimed."""
 
 
 def survey(queue: str) -> Statement[list[Line]]:
@@ -551,7 +560,9 @@ def survey(queue: str) -> Statement[list[Line]]:
     return Statement(
         f"""
         {_PRIORITIES}
-        select line.priority, now(), extract(epoch from (
+        select line.priority,
+            case when {_UNPAUSED} then now() else '0001-01-02 00:00+00' end,
+            extract(epoch from (
             select j.next_run_at from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
                 and j.next_run_at > now() and j.next_run_at < 'infinity' and not j.waits
@@ -560,6 +571,7 @@ def survey(queue: str) -> Statement[list[Line]]:
             select j.deaths from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
                 and j.lease_until is null and j.next_run_at <= now() and not j.waits
+                and {_UNPAUSED}
             order by j.next_run_at, j.deaths limit 1
         )
         from line where line.priority is not null
@@ -983,7 +995,6 @@ def let_pass(queue: str, seconds: float) -> Statement[float]:
         select seconds from step
         """,
         {"queue": queue, "seconds": seconds},
-        _scalar,
     )
 
 
@@ -994,6 +1005,73 @@ def live_jobs() -> Statement[list[Job]]:
         None,
         lambda rows: list(map(_job, rows)),
         binary=True,
+    )
+
+
+# -- pause --------------------------------------------------------------------------
+
+
+def pause(queue: str, until: datetime | None) -> Statement[None]:
+    """Let nothing be claimed from a queue before this time, or before it is resumed."""
+    return Statement(
+        """
+        insert into bgjob_pause (queue, until)
+        values (%(queue)s, coalesce(%(until)s, timestamptz 'infinity'))
+        on conflict (queue) do update set until = excluded.until
+        returning true
+        """,
+        {"queue": queue, "until": until},
+        _nothing,
+    )
+
+
+def claims_under_way() -> Statement[set[str]]:
+    """List the transactions that may have looked for a pause earlier, and may still claim.
+
+    A claim locks both tables, in these modes, before it looks, and until its
+    transaction ends: one that looked before a pause was committed is among them.
+    """
+    return Statement(
+        """
+        select virtualtransaction from pg_locks
+        where locktype = 'relation' and granted
+            and database = (select oid from pg_database where datname = current_database())
+            and (
+                relation = 'bgjob_job'::regclass and mode = 'RowExclusiveLock'
+                or relation = 'bgjob_pause'::regclass and mode = 'AccessShareLock'
+            )
+        group by virtualtransaction
+        having count(distinct relation) = 2
+        """,
+        None,
+        lambda rows: {row[0] for row in rows},
+    )
+
+
+def resume(queue: str) -> Statement[bool]:
+    """Let a queue's jobs be claimed again, and wake its workers; whether it was paused."""
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_pause where queue = %(queue)s returning until > now() as was_paused
+        )
+        select exists (select from gone where was_paused),
+            pg_notify(%(channel)s, concat_ws(' ', extract(epoch from now()), '-', %(queue)s::text))
+        """,
+        {"queue": queue, "channel": channel(queue)},
+        _scalar,
+    )
+
+
+def paused() -> Statement[dict[str, datetime | None]]:
+    """List the queues that are paused, each with its end, None for that of a resume."""
+    return Statement(
+        f"""
+        select queue, case when until < 'infinity' then {_in_range("until")} end
+        from bgjob_pause where until > clock_timestamp() order by queue
+        """,
+        None,
+        lambda rows: {queue: until for queue, until in rows},  # noqa: C416 (typed)
     )
 
 
@@ -1184,7 +1262,8 @@ def schema_comment() -> Statement[str | None]:
         "select obj_description(to_regclass('bgjob_job'), 'pg_class') "
         "where to_regclass('bgjob_job') is not null "
         "and to_regclass('bgjob_dead_job') is not null "
-        "and to_regclass('bgjob_exclusive') is not null",
+        "and to_regclass('bgjob_exclusive') is not null "
+        "and to_regclass('bgjob_pause') is not null",
         None,
         lambda rows: (rows[0][0] or "") if rows else None,
     )
@@ -1229,6 +1308,7 @@ _COLUMN_NEEDS = (
         ),
     ),
     ("bgjob_dead_job", "select", "job_id"),
+    ("bgjob_pause", "select", "queue until"),
 )
 
 

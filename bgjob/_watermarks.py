@@ -142,7 +142,7 @@ class Watermarks:
     def swept(self, lines: Sequence[Line], *, full: bool, began: float, now: float) -> None:
         """Learn the priorities in use from a sweep."""
         for line in lines:
-            self._marks.setdefault(line.priority, _OLDEST if full else line.now)
+            self._marks.setdefault(line.priority, _OLDEST if full else line.since)
         self._swept_at = now
         self._cost = now - began
         self.sweep_at = now + max(self._poll_interval, REST * self._cost)

@@ -5,10 +5,11 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from datetime import datetime
 from functools import cached_property
 from itertools import islice
 from secrets import randbits
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import psycopg
@@ -34,7 +35,7 @@ from bgjob.errors import (
     LeaseLostError,
     RequestsRequiredError,
 )
-from bgjob.job import EnqueueOptions, EnqueueRequest
+from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
 from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq, Result, Retry
 from bgjob.stats import QueueStats
@@ -55,6 +56,9 @@ _DO_LEASE = 300.0
 
 _DEADLOCKS = 3
 """Deadlocks that a bulk enqueue survives: each costs the server's deadlock_timeout."""
+
+_LOOK = 0.005
+"""Seconds between two looks whether the claims that a pause found under way have ended."""
 
 _PATIENCE = 30.0
 """Seconds without a sign of the server, or without a connection, before an operation fails."""
@@ -239,7 +243,7 @@ class Client:
             The result that was stored: Retry, say, where the handler raised.
 
         Raises:
-            EmptyQueueError: no job is due.
+            EmptyQueueError: no job is due, or the queue is paused.
             LeaseLostError: the handler outlived the lease; its result was dropped.
             StateRequiredError: a handler asks for a state; give `mux.bound(state)`.
             RuntimeError: there are coroutine handlers, and a loop runs in this thread.
@@ -290,6 +294,60 @@ class Client:
 
         """
         return self._run(_statements.stats(queue), conn)
+
+    def pause(
+        self,
+        queue: str,
+        until: datetime | None = None,
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> None:
+        """Let no worker claim from a queue; what runs goes on, and jobs can be enqueued.
+
+        Once this has returned nothing is claimed from the queue, by no worker on any
+        host and by no `do`. A worker may hold quick jobs that it has claimed before
+        and not started yet: they run. Its observer is told once that the queue is
+        empty. A pause of a paused queue takes its place.
+
+        Args:
+            queue: the queue.
+            until: an aware datetime at which the pause ends by itself, by the
+                database's clock; workers notice within their poll interval. None
+                (the default) is until `resume`.
+            conn: a connection of the caller's: the queue is paused when its
+                transaction commits, and a claim that is under way then may still
+                bring jobs.
+
+        Raises:
+            ValueError: a naive `until`, or a name that no queue can have.
+            BgjobError: the queue is paused, but for 30 s a transaction went on that
+                may have begun to claim before.
+            psycopg.Error: the database's.
+
+        """
+        self._run(_pause(queue, until), conn)
+        if conn is None:
+            deadline = monotonic() + _PATIENCE
+            claims = self._run(_statements.claims_under_way(), None)
+            while claims:
+                _check_patience(queue, deadline)
+                sleep(_LOOK)
+                claims &= self._run(_statements.claims_under_way(), None)
+
+    def resume(self, queue: str, *, conn: psycopg.Connection[Any] | None = None) -> bool:
+        """End the pause of a queue, and wake its workers; whether it was paused.
+
+        Args:
+            queue: the queue.
+            conn: a connection of the caller's: the pause ends when its transaction
+                commits.
+
+        """
+        return self._run(_statements.resume(queue), conn)
+
+    def paused(self, *, conn: psycopg.Connection[Any] | None = None) -> dict[str, datetime | None]:
+        """Give the queues that are paused, each with the end of its pause, None for no end."""
+        return self._run(_statements.paused(), conn)
 
     def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
@@ -529,6 +587,33 @@ class AsyncClient:
         """Count the jobs of each queue and type; as Client.stats."""
         return await self._run(_statements.stats(queue), conn)
 
+    async def pause(
+        self,
+        queue: str,
+        until: datetime | None = None,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> None:
+        """Let no worker claim from a queue; as Client.pause."""
+        await self._run(_pause(queue, until), conn)
+        if conn is None:
+            deadline = monotonic() + _PATIENCE
+            claims = await self._run(_statements.claims_under_way(), None)
+            while claims:
+                _check_patience(queue, deadline)
+                await asyncio.sleep(_LOOK)
+                claims &= await self._run(_statements.claims_under_way(), None)
+
+    async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
+        """End the pause of a queue, and wake its workers; as Client.resume."""
+        return await self._run(_statements.resume(queue), conn)
+
+    async def paused(
+        self, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> dict[str, datetime | None]:
+        """Give the queues that are paused, and until when; as Client.paused."""
+        return await self._run(_statements.paused(), conn)
+
     async def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
         pool, self._own = self._own, None
@@ -712,9 +797,27 @@ def _placed(
     return ids
 
 
+def _pause(queue: str, until: datetime | None) -> Statement[None]:
+    check_name("queue", queue)
+    if until is not None and until.utcoffset() is None:
+        raise ValueError(
+            "until must be an aware datetime, such as datetime.now(UTC) + timedelta(hours=1): "
+            f"{until!r} has no time zone"
+        )
+    return _statements.pause(queue, until)
+
+
+def _check_patience(queue: str, deadline: float) -> None:
+    if monotonic() > deadline:
+        raise BgjobError(
+            f"queue {queue!r} is paused, but a transaction that may have begun to claim before "
+            f"has not ended for {_PATIENCE:g} s: look for it in pg_stat_activity"
+        )
+
+
 def _only(suspects: list[Suspect], queue: str, token: int) -> Claimed:
     if not suspects:
-        raise EmptyQueueError(f"no job of queue {queue!r} is due now")
+        raise EmptyQueueError(f"no job of queue {queue!r} is due now, or the queue is paused")
     [(job, deaths)] = suspects
     return Claimed(job, token, deaths)
 

@@ -94,6 +94,7 @@ create table bgjob_schedule (
     type        text        not null,
     arg         bytea,
     priority    smallint    not null,
+    exclusive   text,
     -- All ticks up to this one are dealt with.
     tick        timestamptz not null default clock_timestamp(),
     -- The last tick for which a job was enqueued, and that job.
@@ -102,6 +103,13 @@ create table bgjob_schedule (
     next_run_at timestamptz,
     paused      boolean     not null default false,
     constraint bgjob_schedule_pkey primary key (name)
+);
+
+-- The queues from which nothing is claimed, and until when.
+create table bgjob_pause (
+    queue text        not null,
+    until timestamptz not null default 'infinity',
+    constraint bgjob_pause_pkey primary key (queue)
 );
 
 comment on table bgjob_job is 'bgjob schema 1';

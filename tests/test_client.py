@@ -1035,7 +1035,7 @@ def test_a_retention_purges_a_batch_at_a_time_and_comes_back_at_once_for_the_nex
     retention = DlqRetention(1.0)
     conn.execute("update bgjob_dead_job set moved_at = now() + interval '1 h' where id > 2500")
     waits: list[float] = []
-    left: list[object] = []
+    left: list[int] = []
     for _ in range(4):
         waits.append(retention.run(conn))
         left += row(conn, "select count(*) from bgjob_dead_job")

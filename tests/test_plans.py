@@ -29,6 +29,7 @@ from bgjob._link import _SESSION
 from bgjob._statements import (
     Buried,
     Claimed,
+    DeadFilter,
     Postponed,
     Statement,
     bury,
@@ -36,6 +37,8 @@ from bgjob._statements import (
     claim_any,
     claim_suspect,
     complete,
+    dlq_expire,
+    dlq_list,
     enqueue,
     enqueue_many,
     extend,
@@ -235,6 +238,7 @@ class Hot:
         """Fail if the plan costs more."""
         for node in nodes(plan):
             assert handled(node) <= self.rows, plan
+            assert node.get("Relation Name") != "bgjob_pause" or node["Actual Loops"] <= 1, plan
         locked = [handled(node) for node in nodes(plan) if node["Node Type"] == "LockRows"]
         assert sum(locked) <= self.locked, plan
 
@@ -287,6 +291,13 @@ CLIENTS = {
     **{name: Hot(hot.statement, FEW) for name, hot in settlements(HELD[:1]).items()},
 }
 
+# Nothing of the queue is looked at, but for its priorities; for which a client may read the
+# whole of a small table.
+PAUSED = {
+    **{name: Hot(hot.statement, FEW) for name, hot in WORKERS.items() if "claim" in name},
+    "claim any": Hot(CLIENTS["claim any"].statement, FEW * PRIORITIES),
+}
+
 PLAN_CACHE_MODES = ["force_custom_plan", "force_generic_plan"]
 EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
 EVERY_SIZE = pytest.mark.parametrize("jobs", [10, MILLION])
@@ -336,6 +347,51 @@ def test_a_client_handles_no_more_rows_than_it_asks_for(
     explain = prepare(plans, name, CLIENTS[name].statement)
     for mode in PLAN_CACHE_MODES:
         CLIENTS[name].check(run(plans, explain, mode))
+
+
+@EVERY_STATISTICS
+@EVERY_SIZE
+@pytest.mark.parametrize("name", PAUSED)
+def test_a_claim_looks_at_no_job_of_a_paused_queue(
+    plans: psycopg.Connection, name: str, jobs: int, statistics: str
+) -> None:
+    choose_table(plans, jobs, statistics)
+    plans.execute("insert into bgjob_pause (queue) values ('q'), ('fresh')")
+    if name in WORKERS:
+        enter_session(plans)
+    explain = prepare(plans, name, PAUSED[name].statement)
+    for mode in PLAN_CACHE_MODES:
+        PAUSED[name].check(run(plans, explain, mode))
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
+    plans: psycopg.Connection, analyzed: bool
+) -> None:
+    make_table(plans, "chosen", 0)
+    plans.execute(
+        "insert into bgjob_dead_job (job_id, queue, type, attempt, priority, next_run_at, "
+        "job_created_at, job_updated_at) select n, 'q', 't', 1, 0, now(), now(), now() "
+        "from generate_series(1, 20000) n"
+    )
+    if analyzed:
+        plans.execute("analyze bgjob_dead_job")
+    pages = {
+        "the first page": DeadFilter(),
+        "a page": DeadFilter(before=10_000),
+    }
+    if analyzed:  # who never counted takes it that a queue has hardly any
+        pages["a page of a queue"] = DeadFilter(queue="q", before=10_000)
+    for name, where in pages.items():
+        explain = prepare(plans, name, dlq_list(where, limit=100))
+        Hot(dlq_list(where, limit=100), 100).check(run(plans, explain, "force_custom_plan"))
+    enter_session(plans)
+    for age in (0.0, 3600.0):
+        expire = dlq_expire(age, limit=1000)
+        for mode in PLAN_CACHE_MODES:
+            plan = run(plans, prepare(plans, f"expire {age} {mode}", expire), mode)
+            check_walks(plan)
+            Hot(expire, 1000).check(plan)
 
 
 def test_a_worker_can_keep_the_plans_of_a_small_table_when_it_grows(

@@ -33,6 +33,7 @@ from bgjob import (
     AsyncWorker,
     Client,
     Complete,
+    DlqRetention,
     EnqueueRequest,
     Job,
     JobAlreadyExistsError,
@@ -171,7 +172,8 @@ def roles(dsn: str) -> Iterator[Roles]:
 
 def test_the_privileges_script_speaks_of_all_roles_and_tables() -> None:
     assert {grant.group for grant in GRANTS} == set(GROUPS)
-    assert {grant.table for grant in GRANTS} == {"bgjob_job", "bgjob_dead_job", "bgjob_schedule"}
+    tables = {"bgjob_job", "bgjob_dead_job", "bgjob_exclusive", "bgjob_pause", "bgjob_schedule"}
+    assert {grant.table for grant in GRANTS} == tables
     assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
 
 
@@ -356,6 +358,22 @@ def test_a_worker_with_schedules_needs_the_role_of_a_scheduler_besides(
     assert observer.of("error") == []
 
 
+def test_a_worker_with_a_retention_needs_the_role_of_an_operator_besides(
+    roles: Roles, conn: psycopg.Connection
+) -> None:
+    with Client(roles.dsn) as owner:
+        owner.enqueue(EnqueueRequest("q", "t"))
+        owner.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
+    with (
+        psycopg.connect(roles.login("worker"), autocommit=True) as worker,
+        pytest.raises(InsufficientPrivilege),
+    ):
+        DlqRetention(0).run(worker)
+    with psycopg.connect(roles.login("worker", "operator"), autocommit=True) as both:
+        DlqRetention(0).run(both)
+    assert rows(conn, "select count(*) from bgjob_dead_job") == [(0,)]
+
+
 def test_an_operator_needs_no_more_than_its_role(
     crew: Crew, roles: Roles, conn: psycopg.Connection
 ) -> None:
@@ -380,6 +398,10 @@ def test_an_operator_needs_no_more_than_its_role(
         crew.run(client.schedules.run("s"))
         crew.run(client.schedules.remove("s"))
         assert crew.run(client.schedules.list()) == []
+        assert [(s.due, s.delayed) for s in crew.run(client.stats())] == [(3, 1)]
+        crew.run(client.pause("q"))
+        assert crew.run(client.paused()) == {"q": None}
+        assert crew.run(client.resume("q"))
     finally:
         crew.run(client.close())
     [monitoring] = sql_blocks("Monitoring")
@@ -410,6 +432,7 @@ REFUSED: dict[str, list[LiteralString]] = {
         "delete from bgjob_dead_job",
         "select arg from bgjob_schedule",
         "update bgjob_schedule set tick = now()",
+        "select queue from bgjob_pause",
     ],
     "worker": [
         "select name from bgjob_schedule",
@@ -425,6 +448,9 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_dead_job (moved_at) values (now())",
         "update bgjob_dead_job set last_error = null",
         "delete from bgjob_dead_job",
+        "insert into bgjob_pause (queue) values ('q')",
+        "update bgjob_pause set until = now()",
+        "delete from bgjob_pause",
     ],
     "operator": [
         "insert into bgjob_job (id, queue, type, token) values ('x', 'q', 't', 1)",
@@ -461,6 +487,7 @@ REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_job",
     "truncate bgjob_dead_job",
     "truncate bgjob_schedule",
+    "truncate bgjob_pause",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -508,13 +535,21 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "schedules.resume": lambda client: client.schedules.resume("s"),
     "schedules.run": lambda client: client.schedules.run("s"),
     "schedules.remove": lambda client: client.schedules.remove("s"),
+    "stats": lambda client: client.stats(),
+    "pause": lambda client: client.pause("other"),
+    "paused": lambda client: client.paused(),
+    "resume": lambda client: client.resume("other"),
 }
 
 MAY = {
     "producer": {"enqueue", "bulk_enqueue"},
-    "worker": {"do"},
+    "worker": {"do", "paused"},
     # Who may requeue writes jobs that are due now, and so may enqueue them.
-    "operator": {"enqueue", *(name for name in METHODS if "." in name)},
+    "operator": {
+        "enqueue",
+        *("stats", "pause", "paused", "resume"),
+        *(name for name in METHODS if "." in name),
+    },
     "scheduler": {"schedules.list"},
     "nobody": set[str](),
 }
@@ -618,6 +653,8 @@ def _everything(group: str) -> list[Statement[Any]]:
                 statements.dlq_list(where, limit=1),
                 statements.dlq_requeue(where),
                 statements.dlq_purge(where),
+                statements.pause("q", None),
+                statements.resume("q"),
                 Statement("select * from bgjob_job", None, lambda _: None),
                 schedules.listed(),
                 schedules.resume("s"),

@@ -1330,6 +1330,7 @@ def test_an_observer_is_told_each_time_the_queue_has_become_empty(crew: Crew) ->
         ("drop table bgjob_job, bgjob_dead_job", "apply migration/init.sql"),
         ("drop table bgjob_dead_job", "apply migration/init.sql"),
         ("drop table bgjob_job", "apply migration/init.sql"),
+        ("drop table bgjob_pause", "apply migration/init.sql"),
         ("comment on table bgjob_job is null", "apply migration/init.sql completely"),
         ("comment on table bgjob_job is 'ours'", "apply migration/init.sql completely"),
         ("comment on table bgjob_job is 'bgjob schema 0'", "version 0, .*: upgrade the schema"),

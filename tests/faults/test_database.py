@@ -761,7 +761,9 @@ def starts(world: World, id: str, *, is_async: bool, dsn: str | None = None) -> 
 def test_a_worker_without_its_tables_names_them_and_the_remedy(
     world: World, is_async: bool
 ) -> None:
-    world.query("drop table bgjob_job, bgjob_dead_job")
+    world.query(
+        "drop table bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_schedule"
+    )
     error = refused(world, is_async=is_async)
     for word in ("bgjob_job", "bgjob_dead_job", "apply", "migration/init.sql", "search_path"):
         world.saw(f"{word!r} in: {error}", word in error)
@@ -817,6 +819,7 @@ def test_a_worker_whose_schema_is_half_applied_names_the_table_and_the_remedy(
     ("damage", "named"),
     [
         ("drop table bgjob_dead_job", "bgjob_dead_job"),
+        ("drop table bgjob_pause", "bgjob_pause"),
         ("alter table bgjob_dead_job drop column last_error", "last_error"),
         ("alter table bgjob_job drop column deaths", "deaths"),
     ],
@@ -828,7 +831,10 @@ def test_a_worker_whose_schema_has_lost_a_part_names_it_and_the_remedy(
     error = refused(world, is_async=is_async)
     for word in (named, "migration/init.sql"):
         world.saw(f"{word!r} in: {error}", word in error)
-    world.query("drop table bgjob_job; drop table if exists bgjob_dead_job;")
+    world.query(
+        "drop table bgjob_job; drop table if exists bgjob_dead_job, bgjob_exclusive, "
+        "bgjob_pause, bgjob_schedule;"
+    )
     world.query(init_sql())
     starts(world, "a", is_async=is_async)
 
@@ -839,6 +845,7 @@ GRANTS = [
     ("bgjob_job", "delete"),
     ("bgjob_dead_job", "insert"),
     ("bgjob_dead_job", "select"),
+    ("bgjob_pause", "select"),
 ]
 
 
