@@ -16,7 +16,10 @@ _NEEDS = (
     (
         "bgjob_schedule",
         "select",
-        "name spec queue type arg priority exclusive tick last_run_at last_job_id next_run_at paused",
+        (
+            "name spec queue type arg priority exclusive tick last_run_at last_job_id "
+            "next_run_at paused"
+        ),
     ),
     ("bgjob_schedule", "insert", "name spec queue type arg priority exclusive"),
     (

@@ -995,6 +995,7 @@ def let_pass(queue: str, seconds: float) -> Statement[float]:
         select seconds from step
         """,
         {"queue": queue, "seconds": seconds},
+        _scalar,
     )
 
 

@@ -23,7 +23,7 @@ def check_version(comment: str | None) -> None:
     """Raise SchemaError unless the comment on bgjob_job names this version."""
     if comment is None:
         raise SchemaError(
-            "the tables bgjob_job, bgjob_dead_job, bgjob_exclusive and bgjob_pause are not all in the "
+            "the tables bgjob_job, bgjob_dead_job, bgjob_exclusive and bgjob_pause are not in the "
             "search_path; "
             "apply migration/init.sql (bgjob.schema.init_sql()) to this database, "
             "or set the search_path to the schema that has them, and grant its usage to this role"
