@@ -262,7 +262,8 @@ class Control:
                 link.receive(answer)
                 self._collect()
                 now = monotonic()
-                goes_on = self._give_up_at is None and now < self._rota.pressing_at
+                due_at = min(self._rota.pressing_at, self._runner.next_timeout)
+                goes_on = self._give_up_at is None and now < due_at
                 ahead = engine.ahead(now) if goes_on else None
                 try:
                     coming = link.send(ahead) if ahead else None
