@@ -721,3 +721,41 @@ def test_a_released_job_is_no_event() -> None:
     (a,) = drive.claim("a")
     drive.engine.finish([Outcome(a, Release(), 0.0)])
     assert not [e for e in drive.settle() if isinstance(e, Outcome)]
+
+
+# -- slots that are lost ----------------------------------------------------------------------
+
+
+def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> None:
+    drive = Drive(concurrency=2)
+    # Quick ones, after which more is claimed than there are slots.
+    first = drive.claim("a", "b")
+    drive.finish(*first, took=0.0001)
+    waiting = drive.claim("c", "d", "e")
+    drive.engine.slots = 0
+    assert drive.engine.capacity == 0
+    while not isinstance(step := drive.step(), Withdraw):
+        if isinstance(step, Exchange):
+            drive.answer(Reply(settled=set(settled(step))))
+        else:
+            assert isinstance(step, Sleep)
+            drive.now = step.until
+    drive.engine.withdrawn(waiting)
+    released = drive.exchange()
+    assert [postponed.refund for postponed in released.postpone] == [True] * 3
+    assert released.claim is None or released.claim.limit == 0
+    drive.answer(Reply(settled=set(settled(released))))
+    for _ in range(20):  # sweeps free suspects all the while
+        exchange = drive.next_exchange()
+        assert exchange.claim is None or exchange.claim.limit == 0
+        drive.answer()
+
+
+def test_an_engine_claims_again_as_soon_as_a_slot_is_back() -> None:
+    drive = Drive(concurrency=3)
+    drive.engine.slots = 0
+    drive.drain()
+    drive.engine.slots = 1
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.limit == 1

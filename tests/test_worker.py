@@ -127,6 +127,9 @@ class Recorder(NoopObserver):
     def job_lease_lost(self, job: Job, /) -> None:
         self.events.append(("lost", job.id, job.attempt))
 
+    def job_timed_out(self, job: Job, seconds: float, /) -> None:
+        self.events.append(("timed_out", job.id, job.attempt, seconds))
+
     def queue_is_empty(self, queue: str, /) -> None:
         self.events.append(("empty", queue))
 

@@ -74,6 +74,7 @@ class Settings:
     notify: bool = True
     max_attempts: int | None = 25
     backoff: float = 0.05
+    timeout: float | None = None
     grace: float = 5.0
 
     def dump(self) -> str:
@@ -105,6 +106,9 @@ class Recorder(NoopObserver):
 
     def job_lease_lost(self, job: Job, /) -> None:
         self._tell(("lost", job.id, job.attempt))
+
+    def job_timed_out(self, job: Job, seconds: float, /) -> None:
+        self._tell(("timed_out", job.id, job.attempt, seconds))
 
     def queue_is_empty(self, queue: str, /) -> None:
         self._tell(("empty", queue))
@@ -151,9 +155,20 @@ class Handlers:
         self._tell = tell
         self._queue = queue
 
-    def register(self, mux: Mux, *, max_attempts: int | None, backoff: float) -> Mux:
+    def register(
+        self,
+        mux: Mux,
+        *,
+        max_attempts: int | None,
+        backoff: float,
+        timeout: float | None = None,
+    ) -> Mux:
         """Register both types."""
-        policy: dict[str, Any] = {"max_attempts": max_attempts, "backoff": lambda _: backoff}
+        policy: dict[str, Any] = {
+            "max_attempts": max_attempts,
+            "backoff": lambda _: backoff,
+            "timeout": timeout,
+        }
         if isinstance(self._client, AsyncClient):
             mux.register("plain", self.coroutine, **policy)
             mux.register("transactional", self.coroutine, transactional=True, **policy)
@@ -277,7 +292,11 @@ def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
         "notify": settings.notify,
         "observer": Recorder(file.tell),
     }
-    policy: dict[str, Any] = {"max_attempts": settings.max_attempts, "backoff": settings.backoff}
+    policy: dict[str, Any] = {
+        "max_attempts": settings.max_attempts,
+        "backoff": settings.backoff,
+        "timeout": settings.timeout,
+    }
     if settings.colour == "async":
         async_client = AsyncClient(settings.dsn, notify=settings.notify)
         handlers = Handlers(async_client, settings.ledger, file.tell, queue=settings.queue)

@@ -819,6 +819,7 @@ def test_a_worker_whose_schema_is_half_applied_names_the_table_and_the_remedy(
     ("damage", "named"),
     [
         ("drop table bgjob_dead_job", "bgjob_dead_job"),
+        ("drop table bgjob_exclusive", "bgjob_exclusive"),
         ("drop table bgjob_pause", "bgjob_pause"),
         ("alter table bgjob_dead_job drop column last_error", "last_error"),
         ("alter table bgjob_job drop column deaths", "deaths"),
@@ -843,6 +844,10 @@ GRANTS = [
     ("bgjob_job", "select"),
     ("bgjob_job", "update"),
     ("bgjob_job", "delete"),
+    ("bgjob_exclusive", "select"),
+    ("bgjob_exclusive", "insert"),
+    ("bgjob_exclusive", "update"),
+    ("bgjob_exclusive", "delete"),
     ("bgjob_dead_job", "insert"),
     ("bgjob_dead_job", "select"),
     ("bgjob_pause", "select"),
