@@ -181,7 +181,7 @@ class Control:
             try:
                 while self._goes_on():
                     pass
-            except BaseException as error:  # a fault in what is done about faults
+            except BaseException as error:  # beyond what is survived
                 self._fail(error)
                 self.abandoned = self._engine.unsettled
 
@@ -192,6 +192,8 @@ class Control:
         except psycopg.Error as error:
             self._disconnected(error)
         except BaseException as error:  # a fault of ours: say so, and work on
+            if self.failure is not None:
+                raise  # it is only to settle what it can
             _log.exception("worker of queue %r failed; it connects again and goes on", self._queue)
             now = monotonic()
             self._faults.append(now)
@@ -204,7 +206,6 @@ class Control:
         """Take one step; False when the worker has ended."""
         engine, runner = self._engine, self._runner
         now = monotonic()
-        # First of all, so that it ends whatever the rest does.
         if runner.failure is not None and self._give_up_at is None:
             self._fail(runner.failure)
         if self._give_up_at is not None:
