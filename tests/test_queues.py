@@ -158,9 +158,7 @@ def test_events_name_their_queue_and_are_told_one_at_a_time(
 
     for queue in "abc":
         crew.enqueue(f"in {queue}", queue=queue)
-    crew.start(
-        Mux().register("t", lambda _: None), {"a": 1, "b": 1, "c": 1}, observer=Observer()
-    )
+    crew.start(Mux().register("t", lambda _: None), {"a": 1, "b": 1, "c": 1}, observer=Observer())
     assert eventually(lambda: len(completed) == 3 and set(empty) == {"a", "b", "c"})
     assert set(completed) == {("in a", "a"), ("in b", "b"), ("in c", "c")}
     assert len(threads) == 1

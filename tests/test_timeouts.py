@@ -71,8 +71,6 @@ class Errors(Recorder):
         super().job_moved_to_dlq(job, error)
 
 
-
-
 def on_first_attempt(gate: Gate, style: Style) -> Handler:
     """Make a handler that waits at a gate at its first attempt, and completes at later ones."""
 
@@ -89,9 +87,7 @@ def on_first_attempt(gate: Gate, style: Style) -> Handler:
 
 
 @both_styles
-def test_what_outlives_its_timeout_is_told_once_and_then_retried(
-    crew: Crew, style: Style
-) -> None:
+def test_what_outlives_its_timeout_is_told_once_and_then_retried(crew: Crew, style: Style) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("t", on_first_attempt(gate, style), timeout=0.1, backoff=lambda _: 0.05)
     crew.enqueue("a")
@@ -223,9 +219,7 @@ def test_a_transaction_of_a_thread_that_ends_late_is_rolled_back(
         if job.attempt == 1:
             gate(job)
 
-    mux = Mux().register(
-        "t", handle, transactional=True, timeout=0.1, backoff=lambda _: 0.0
-    )
+    mux = Mux().register("t", handle, transactional=True, timeout=0.1, backoff=lambda _: 0.0)
     crew.enqueue("a")
     crew.start(mux, observer=observer)
     observer.wait_for("completed", "a")
@@ -395,10 +389,10 @@ def stick(crew: Crew, observer: Recorder, number: int) -> None:
     observer.wait_for("buried", times=before + number)
 
 
-STUCK: Any = pytest.mark.parametrize("make", [Gate, Sleepless], ids=["threads", "coroutines"])
+either_sticks = pytest.mark.parametrize("make", [Gate, Sleepless], ids=["threads", "coroutines"])
 
 
-@STUCK
+@either_sticks
 def test_as_many_slots_are_replaced_as_there_are(
     crew: Crew, conn: psycopg.Connection, make: Callable[[], Any]
 ) -> None:
@@ -416,7 +410,7 @@ def test_as_many_slots_are_replaced_as_there_are(
     stuck.released.set()
 
 
-@STUCK
+@either_sticks
 def test_a_worker_whose_slots_are_all_lost_leaves_jobs_to_others_until_they_come_back(
     crew: Crew, conn: psycopg.Connection, make: Callable[[], Any]
 ) -> None:

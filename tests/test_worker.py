@@ -37,6 +37,7 @@ from bgjob import (
     SchemaError,
     Worker,
 )
+from bgjob._crew import Queues
 from bgjob._exchange import Exchange, Notice, Sweep
 from bgjob._link import Bell, Link
 from bgjob._statements import Claimed, Postponed, channel
@@ -173,13 +174,13 @@ class Crew:
             return answer
         return asyncio.run_coroutine_threadsafe(answer, self._loop).result(2 * PATIENCE)
 
-    def make(self, mux: Mux, queue: str = "q", dsn: str | None = None, **options: Any) -> Any:
+    def make(self, mux: Mux, queue: Queues = "q", dsn: str | None = None, **options: Any) -> Any:
         kind: Any = AsyncWorker if self.is_async else Worker
         source = dsn or self.dsn
         client = AsyncClient(source) if self.is_async else Client(source)
         return kind(client, queue, mux, **options)
 
-    def start(self, mux: Mux, queue: str = "q", **options: Any) -> Any:
+    def start(self, mux: Mux, queue: Queues = "q", **options: Any) -> Any:
         worker = self.make(mux, queue, **options)
         self.run(worker.run())
         self._stack.callback(self.shutdown, worker, timeout=5)

@@ -1,0 +1,324 @@
+"""A worker that cannot start says so in time; one that breaks goes on, or ends and says why."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from faults.proxy import Proxy
+from psycopg.conninfo import make_conninfo
+from test_worker import (
+    NEVER,
+    PATIENCE,
+    Crew,
+    Gate,
+    Recorder,
+    crew,
+    eventually,
+    row,
+)
+
+import bgjob._control
+from bgjob import Client, Mux, SchemaError, Worker
+from bgjob._control import Control
+from bgjob.schema import init_sql
+
+__all__ = ["crew"]
+
+DEFAULT = 10.0
+"""Seconds after which a worker gives up by default: what comes sooner is owed to init_timeout."""
+
+
+# -- starts that fail ----------------------------------------------------------------------------
+
+
+@contextmanager
+def black_hole() -> Iterator[int]:
+    """Give a port that drops what is sent to it: nobody accepts, and the queue is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def mute() -> Iterator[int]:
+    """Give a port where everybody is accepted, and nobody answered."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)
+        yield listener.getsockname()[1]
+
+
+def refused(crew: Crew, dsn: str, error: type[BaseException], **options: Any) -> float:
+    """Run a worker that cannot; give the seconds after which it said so."""
+    threads = set(threading.enumerate())
+    worker = crew.make(Mux(), dsn=dsn, **options)
+    began = time.monotonic()
+    with pytest.raises(error):
+        crew.run(worker.run())
+    took = time.monotonic() - began
+    left = {t.name for t in set(threading.enumerate()) - threads if t.name.startswith("bgjob")}
+    assert not left
+    assert crew.shutdown(worker)
+    return took
+
+
+@pytest.mark.parametrize(("place", "hosts"), [(black_hole, 1), (mute, 1), (mute, 3)])
+def test_a_run_against_a_server_that_does_not_answer_fails_within_its_time(
+    crew: Crew, place: Any, hosts: int
+) -> None:
+    with place() as port:
+        dsn = make_conninfo(
+            crew.dsn,
+            host=",".join(["127.0.0.1"] * hosts),
+            port=",".join([str(port)] * hosts),
+            sslmode="disable",
+            gssencmode="disable",
+        )
+        # Each host is given 2 s at least.
+        assert refused(crew, dsn, psycopg.Error, init_timeout=1) < DEFAULT
+
+
+def test_a_run_against_a_server_that_falls_silent_fails_within_its_time(
+    crew: Crew, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(dsn) as proxy:
+        statement = bgjob._link.schema_comment
+
+        def silenced() -> Any:
+            proxy.silence()
+            return statement()
+
+        monkeypatch.setattr(bgjob._link, "schema_comment", silenced)
+        try:
+            assert refused(crew, proxy.dsn(dsn), psycopg.Error, init_timeout=1) < DEFAULT
+        finally:
+            proxy.forward()
+
+
+def test_a_connect_timeout_of_the_connection_string_may_be_shorter(crew: Crew) -> None:
+    with mute() as port:
+        dsn = make_conninfo(crew.dsn, host="127.0.0.1", port=port, connect_timeout=2)
+        assert refused(crew, dsn, psycopg.Error, init_timeout=60) < 2 * DEFAULT
+
+
+def test_a_run_without_the_tables_fails_at_once_and_can_be_repeated(
+    empty_dsn: str, dsn: str
+) -> None:
+    crew = Crew(dsn, is_async=False)
+    try:
+        worker = crew.make(Mux(), dsn=empty_dsn, init_timeout=60)
+        with pytest.raises(SchemaError, match="init.sql"):
+            worker.run()
+        with psycopg.connect(empty_dsn) as conn:
+            conn.execute(init_sql().encode())
+        worker.run()
+        assert worker.shutdown()
+    finally:
+        crew.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (0.5, ValueError), ("1", TypeError), (-1, ValueError)]
+)
+def test_an_init_timeout_that_cannot_be_is_refused_at_once(
+    dsn: str, value: Any, error: type[Exception]
+) -> None:
+    with Client(dsn) as client, pytest.raises(error, match="init_timeout"):
+        Worker(client, "q", Mux(), init_timeout=value)
+
+
+# -- faults of its own ------------------------------------------------------------------------------
+
+
+class Faults:
+    """Breaks a method of the control thread so many times, from `begin` on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+        self.errors: list[BaseException] = []
+        self._left = 0
+        before = getattr(Control, method)
+
+        def broken(control: Control, *args: Any) -> Any:
+            if self._left:
+                self._left -= 1
+                self.errors.append(RuntimeError(f"fault {len(self.errors) + 1}"))
+                raise self.errors[-1]
+            return before(control, *args)
+
+        monkeypatch.setattr(Control, method, broken)
+
+    def begin(self, times: int) -> None:
+        self._left = times
+
+    @property
+    def are_over(self) -> bool:
+        return not self._left
+
+
+WHERE = pytest.mark.parametrize("method", ["_turn", "_exchange", "_collect", "_acknowledge"])
+
+
+@WHERE
+def test_five_faults_are_survived(
+    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    faults, observer, gate = Faults(monkeypatch, method), Recorder(), Gate()
+    mux = Mux().register("t", lambda _: None).register("slow", gate)
+    crew.enqueue("before", type="slow")
+    worker = crew.start(mux, observer=observer, concurrency=2, lease=1)
+    gate.wait()
+    faults.begin(5)
+    crew.enqueue("after")
+    # What a fault loses on its way is another's when its lease has ended.
+    observer.wait_for("completed", "after")
+    gate.released.set()
+    observer.wait_for("completed", "before")
+    assert faults.are_over
+    assert ("error", faults.errors[0]) in observer.events
+    assert worker.failure is None
+    assert not crew.run(worker.wait(0))
+
+
+@WHERE
+def test_the_sixth_fault_ends_the_worker_and_leases_decide(
+    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    faults, observer, gate = Faults(monkeypatch, method), Recorder(), Gate()
+    mux = Mux().register("t", lambda _: None).register("slow", gate)
+    crew.enqueue("held", type="slow")
+    worker = crew.start(mux, observer=observer, concurrency=2)
+    gate.wait()
+    faults.begin(6)
+    crew.enqueue("after")
+    assert crew.run(worker.wait(PATIENCE))
+    assert len(faults.errors) == 6
+    assert worker.failure is faults.errors[5]
+    assert ("error", faults.errors[5]) in observer.events
+    assert not crew.shutdown(worker)  # a job that had started is not settled
+    assert row(conn, "select token is null from bgjob_job where id = 'held'") == (False,)
+    gate.released.set()
+
+
+@WHERE
+def test_a_fault_without_end_ends_the_worker(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    faults, observer = Faults(monkeypatch, method), Recorder()
+    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    faults.begin(10**9)
+    crew.enqueue("a")
+    assert crew.run(worker.wait(PATIENCE))
+    assert worker.failure is faults.errors[5]
+    assert len(faults.errors) <= 7
+
+
+def test_faults_that_are_seldom_are_survived_for_ever(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bgjob._control, "_FAULTS_WITHIN", 0.0)
+    faults, observer = Faults(monkeypatch, "_turn"), Recorder()
+    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    faults.begin(20)
+    crew.enqueue("a")
+    observer.wait_for("completed", "a")
+    assert len(faults.errors) == 20
+    assert worker.failure is None
+
+
+def test_a_loss_of_the_connection_is_no_fault(crew: Crew, conn: psycopg.Connection) -> None:
+    observer = Recorder()
+    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    for n in range(10):
+        conn.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where datname = current_database() and application_name = 'bgjob'"
+        )
+        crew.enqueue(f"a{n}")
+        observer.wait_for("completed", f"a{n}")
+    assert worker.failure is None
+
+
+def test_a_fault_while_jobs_time_out_is_survived(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_backoff(attempt: int) -> float:
+        raise SystemExit("whatever a backoff raises")
+
+    gate, observer = Gate(), Recorder()
+    mux = Mux().register("t", gate, timeout=0.05, max_attempts=2, backoff=no_backoff)
+    crew.enqueue("a")
+    worker = crew.start(mux, observer=observer, poll_interval=NEVER)
+    observer.wait_for("retried", "a")
+    assert worker.failure is None
+    gate.released.set()
+
+
+# -- the command ------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os
+from bgjob import Client, Mux, Worker
+from bgjob._control import Control
+
+def broken(control):
+    raise RuntimeError("the turn is broken")
+
+def worker():
+    return Worker(Client(os.environ["DATABASE_URL"]), {"a": 1, "b": 1}, Mux())
+
+def breaks():
+    Control._turn = broken
+    return worker()
+"""
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_command_exits_with_1_and_says_why_its_worker_has_ended(
+    dsn: str, tmp_path: Path, log_format: str
+) -> None:
+    Path(tmp_path, "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "bgjob", "worker", "program:breaks"]
+    ended = subprocess.run(
+        [*command, "--log-format", log_format],
+        cwd=tmp_path,
+        env={**os.environ, "DATABASE_URL": dsn},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "program:breaks has ended by itself" in last
+    assert "RuntimeError: the turn is broken" in ended.stderr
+
+
+def test_the_command_exits_with_1_and_says_so_where_nobody_answers(tmp_path: Path) -> None:
+    Path(tmp_path, "program.py").write_text(PROGRAM.replace("Mux())", "Mux(), init_timeout=1)"))
+    with mute() as port:
+        ended = subprocess.run(
+            [sys.executable, "-m", "bgjob", "worker", "program:worker"],
+            cwd=tmp_path,
+            env={**os.environ, "DATABASE_URL": f"postgresql://127.0.0.1:{port}/x"},
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            check=False,
+        )
+    assert ended.returncode == 1, ended.stderr
+    assert "timeout" in ended.stderr.strip().splitlines()[-1]
