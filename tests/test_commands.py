@@ -246,8 +246,8 @@ def test_stats_are_a_table_or_json(run: Run, conn: psycopg.Connection) -> None:
     [row] = json.loads(out)
     assert row.pop("oldest_due_age") >= 0
     counts = {"due": 1, "delayed": 1, "running": 0, "dead": 0, "retries": 0}
-    counts |= {"paused": False, "paused_until": None}
-    assert row == {"queue": "mail", "type": "confirm", **counts}
+    pause = {"paused": False, "paused_until": None}
+    assert row == {"queue": "mail", "type": "confirm", **counts, **pause}
 
 
 def test_stats_tell_which_queues_are_paused_also_those_without_jobs(run: Run) -> None:
@@ -306,7 +306,8 @@ def test_pages_follow_each_other_and_a_page_says_how_to_get_the_next(
     bury(conn, *"abcdef")
     bury(conn, "x", queue="other")
     args = ["dlq", "list", "--queue", "q", "--limit", "2"]
-    pages, more = [], []
+    pages: list[list[str]] = []
+    more: list[str] = []
     while True:
         status, out, err = run(*args, *more)
         assert status == 0
