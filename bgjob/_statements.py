@@ -1368,6 +1368,11 @@ def backend() -> Statement[Backend]:
     )
 
 
+def clock() -> Statement[datetime]:
+    """Tell the database's time."""
+    return Statement("select clock_timestamp()", None, _scalar)
+
+
 def session(settings: Mapping[str, str]) -> Statement[None]:
     """Set parameters for the rest of the session."""
     return Statement(
