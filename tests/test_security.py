@@ -431,7 +431,7 @@ def test_an_operator_needs_no_more_than_its_role(
         crew.run(client.schedules.run("s"))
         crew.run(client.schedules.remove("s"))
         assert crew.run(client.schedules.list()) == []
-        assert [(s.due, s.delayed) for s in crew.run(client.stats())] == [(3, 1)]
+        assert (3, 1) in {(s.due, s.delayed) for s in crew.run(client.stats())}
         crew.run(client.pause("q"))
         assert crew.run(client.paused()) == {"q": None}
         assert crew.run(client.resume("q"))
