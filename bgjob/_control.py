@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from itertools import count
 from secrets import randbits
 from time import monotonic
@@ -23,7 +24,6 @@ from bgjob._runner import Runner, inside
 from bgjob._transaction import Transactions
 from bgjob.errors import BgjobError
 from bgjob.mux import Mux
-from bgjob.observer import Observer
 from bgjob.service import Rota
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
@@ -54,7 +54,7 @@ class Control:
         concurrency: int,
         poll_interval: float,
         lease: float,
-        observer: Observer,
+        events: Events,
         notify: bool,
         rota: Rota,
     ) -> None:
@@ -72,7 +72,7 @@ class Control:
             # What was taken for quick jobs, and given one slot, may not be quick.
             slow=lambda: self._runner.spread() if self.has_run else None,
         )
-        self._events = Events(observer, queue)
+        self._events = events
         # Made by start(): a thread that was made before a fork cannot start after it.
         self._thread: threading.Thread | None = None
         self._give_up_at: float | None = None  # None: not asked to stop
@@ -80,6 +80,7 @@ class Control:
         self._reopen_at = 0.0
         self._was_silent = False
         self._faults: deque[float] = deque(maxlen=_MOST_FAULTS + 1)
+        self._ends = ExitStack()
         self.failure: BaseException | None = None
         """Why it ends by itself."""
         self.done: Future[None] = Future()
@@ -88,11 +89,14 @@ class Control:
     def connect(self, patience: float) -> None:
         """Connect, and run the services; raises what keeps the worker from working.
 
+        It can be called again.
+
         Args:
             patience: seconds.
 
         """
         self._link.open(patience)
+        self._rota.begin()
         self._rota.run(self._link.lend, monotonic, self._service_cannot_start)
 
     def disconnect(self) -> None:
@@ -103,39 +107,52 @@ class Control:
         self,
         mux: Mux,
         loop: asyncio.AbstractEventLoop | None,
-        leave: Callable[["Control"], None],
+        leave: Callable[[], None],
     ) -> None:
-        """Start to work; `leave` is called when the last handler has ended."""
-        self._leave = leave
-        self._bell = Bell()
-        self._engine = Engine(
-            concurrency=self._concurrency,
-            poll_interval=self._poll_interval,
-            lease=self._lease,
-            notify=self._link.can_notify,
-            tokens=count(randbits(62)),
-            transactional=mux.transactional,
-            names_keys=mux.names_keys,
-        )
-        lineage = Lineage()
-        self._transactions = Transactions(self._recipe(), lineage)
-        self._runner = Runner(
-            mux,
-            self._transactions,
-            lineage,
-            queue=self._queue,
-            concurrency=self._concurrency,
-            started=self._events.started,
-            timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
-            finished=self._bell.ring,
-            loop=loop,
-        )
-        self._runner.open()
-        self._events.open()
-        self._thread = threading.Thread(
-            target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
-        )
-        self._thread.start()
+        """Start to work; `leave` is called when the last handler has ended.
+
+        Where that fails it has ended.
+        """
+        self._ends.callback(self.done.set_result, None)
+        self._ends.callback(leave)
+        try:
+            self._bell = Bell()
+            self._ends.callback(self._bell.close)
+            self._engine = Engine(
+                concurrency=self._concurrency,
+                poll_interval=self._poll_interval,
+                lease=self._lease,
+                notify=self._link.can_notify,
+                tokens=count(randbits(62)),
+                queue=self._queue,
+                transactional=mux.transactional,
+                names_keys=mux.names_keys,
+            )
+            lineage = Lineage()
+            self._transactions = Transactions(self._recipe(), lineage)
+            self._ends.callback(self._transactions.close)
+            self._runner = Runner(
+                mux,
+                self._transactions,
+                lineage,
+                queue=self._queue,
+                concurrency=self._concurrency,
+                started=self._events.started,
+                timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
+                finished=self._bell.ring,
+                loop=loop,
+            )
+            self._ends.callback(self._runner.close)
+            self._runner.open()
+            self._ends.callback(self._link.close)
+            self._thread = threading.Thread(
+                target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            self._link.close()
+            self._ends.close()
+            raise
 
     def stop(self, give_up_at: float) -> None:
         """Begin to shut down; of several times at which to give up the first counts."""
@@ -144,16 +161,10 @@ class Control:
         if self.has_run:
             self._bell.shout()
 
-    def tell(self, error: BaseException) -> None:
-        """Tell the observer of trouble."""
-        self._events.error(error)
-
     @property
     def is_inside(self) -> bool:
-        """Whether the caller is one whom the worker waits for: a handler, or the observer."""
-        return self.has_run and (
-            inside.get() is self._runner or threading.current_thread() is self._events.thread
-        )
+        """Whether the caller is one of its handlers."""
+        return self.has_run and inside.get() is self._runner
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
@@ -166,34 +177,36 @@ class Control:
         return self._thread is not None and self._thread.ident is not None
 
     def _run(self) -> None:
+        with self._ends:
+            try:
+                while self._goes_on():
+                    pass
+            except BaseException as error:  # a fault in what is done about faults
+                self._fail(error)
+                self.abandoned = self._engine.unsettled
+
+    def _goes_on(self) -> bool:
+        """Take one step, and survive it; False when the worker has ended."""
         try:
-            while self._turn():
-                pass
-        finally:
-            self._link.close()
-            self._runner.close()
-            self._transactions.close()
-            self._leave(self)
-            self._events.close(LAST_WORDS)
-            self._bell.close()
-            self.done.set_result(None)
+            return self._turn()
+        except psycopg.Error as error:
+            self._disconnected(error)
+        except BaseException as error:  # a fault of ours: say so, and work on
+            _log.exception("worker of queue %r failed; it connects again and goes on", self._queue)
+            now = monotonic()
+            self._faults.append(now)
+            if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
+                self._fail(error)
+            self._disconnected(error)
+        return True
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
         engine, runner = self._engine, self._runner
-        runner.spread()
         now = monotonic()
-        if runner.next_timeout <= now:
-            runner.expire(now)
-        engine.missing = runner.missing
-        self._collect()
-        if notice := self._link.take_notice():
-            engine.wake(notice)
-        now = monotonic()
+        # First of all, so that it ends whatever the rest does.
         if runner.failure is not None and self._give_up_at is None:
-            self._fail(runner.failure, now)
-        if (blocked := runner.blocked(now, self._lease / 3)) is not None:
-            self._events.tell([blocked])
+            self._fail(runner.failure)
         if self._give_up_at is not None:
             engine.shutdown()
             self._rota.end()
@@ -202,40 +215,41 @@ class Control:
             if now >= self._give_up_at + LAST_WORDS:
                 self.abandoned = engine.unsettled  # the database is away: the leases decide
                 return False
-        try:
-            if not self._link.is_open:
-                self._reopen(now)
-                return True
-            if now >= self._rota.pressing_at:
+        runner.spread()
+        if runner.next_timeout <= now:
+            runner.expire(now)
+        self._collect()
+        if notice := self._link.take_notice():
+            engine.wake(notice)
+        now = monotonic()
+        if (blocked := runner.blocked(now, self._lease / 3)) is not None:
+            self._events.tell([blocked])
+        if not self._link.is_open:
+            self._reopen(now)
+            return True
+        if now >= self._rota.pressing_at:
+            self._serve()
+            return True
+        match engine.step(now):
+            case Exchange() as exchange:
+                self._exchange(exchange)
+            case Withdraw():
+                engine.withdrawn(runner.withdraw())
+            case Sleep() if now >= self._rota.due_at:
                 self._serve()
-                return True
-            match engine.step(now):
-                case Exchange() as exchange:
-                    self._exchange(exchange)
-                case Withdraw():
-                    engine.withdrawn(runner.withdraw())
-                case Sleep() if now >= self._rota.due_at:
-                    self._serve()
-                case Sleep(until):
-                    self._sleep(min(until, self._rota.due_at, runner.next_timeout))
-                case Stop(abandoned):
-                    self.abandoned = abandoned
-                    return False
-        except psycopg.Error as error:
-            self._disconnected(error)
-        except Exception as error:  # a fault of ours: say so, and work on
-            _log.exception("worker of queue %r failed; it connects again and goes on", self._queue)
-            self._disconnected(error)
-            self._faults.append(now)
-            if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
-                self._fail(error, now)
+            case Sleep(until):
+                self._sleep(min(until, self._rota.due_at))
+            case Stop(abandoned):
+                self.abandoned = abandoned
+                return False
         return True
 
-    def _fail(self, error: BaseException, now: float) -> None:
+    def _fail(self, error: BaseException) -> None:
         """End by itself, without waiting for handlers."""
-        self.failure = error
-        self._events.error(error)
-        self._give_up_at = now
+        if self.failure is None:
+            self.failure = error
+            self._events.tell([error])
+            self.stop(monotonic())
 
     def _exchange(self, exchange: Exchange) -> None:
         try:
@@ -285,6 +299,7 @@ class Control:
         self._service_failed(error)
 
     def _collect(self) -> None:
+        self._engine.slots = self._runner.slots
         if self._runner.has_outcomes:
             events = self._engine.finish(self._runner.collect())
             if events:
@@ -303,11 +318,13 @@ class Control:
             ends = self._give_up_at if now < self._give_up_at else self._give_up_at + LAST_WORDS
             until = min(until, ends)
         self._bell.arm()
-        if not self._runner.has_outcomes and not self._link.has_notice:
-            self._link.wait(self._bell, until - monotonic())
+        runner = self._runner
+        has_news = runner.has_outcomes or self._link.has_notice
+        if not has_news and runner.slots == self._engine.slots:
+            self._link.wait(self._bell, min(until, runner.next_timeout) - monotonic())
         self._bell.silence()
 
-    def _disconnected(self, error: Exception) -> None:
+    def _disconnected(self, error: BaseException) -> None:
         self._was_silent |= isinstance(error, Silence)
         self._events.error(error)
         self._link.close()

@@ -11,6 +11,7 @@ from time import monotonic
 from bgjob._audience import Audience, audience
 from bgjob._control import LAST_WORDS, Control
 from bgjob._duration import Duration, seconds
+from bgjob._events import Events
 from bgjob._state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
@@ -50,10 +51,11 @@ class Crew:
             raise ValueError(f"init_timeout must be at least 1 s, not {init_timeout!r}")
         self._mux = mux
         self._shared = state
-        observer = audience(observer)
+        slots_of = _slots(queues, concurrency)
+        self._events = Events(audience(observer), ", ".join(slots_of))
         rota = Rota(services)
         self._controls: list[Control] = []
-        for queue, slots in _slots(queues, concurrency).items():
+        for queue, slots in slots_of.items():
             self._controls.append(
                 Control(
                     lambda: client.recipe,
@@ -61,14 +63,14 @@ class Crew:
                     concurrency=slots,
                     poll_interval=poll,
                     lease=held,
-                    observer=observer,
+                    events=self._events,
                     notify=notify,
                     rota=rota,
                 )
             )
             rota = Rota(())  # the services are the first one's
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._opened = self._asked = False
         self._give_up_at = inf
         self._at_work = 0  # controls whose handlers have not all ended
@@ -80,25 +82,44 @@ class Crew:
         with self._lock:
             if self._opened or self._asked:
                 raise RuntimeError("a worker runs once: make a new one")
-            if self._shared is None:
-                self._mux.check_bound()
-            mux, end = self._mux, monotonic() + self._patience
+            mux = self._connect(loop)
             try:
-                for control in self._controls:
-                    control.connect(max(end - monotonic(), 0.1))
-                if self._shared is not None:
-                    mux = mux.bound(self._shared.open(loop))
+                self._start(mux, loop)
             except BaseException:
+                # Out of threads, or of sockets. What was started ends.
+                self._asked = True
+                self._give_up(monotonic())
                 for control in self._controls:
-                    control.disconnect()
-                self._close_state(self._controls[0])
+                    if not control.has_run:
+                        control.disconnect()
                 raise
-            self._opened = True
-            self._pid = os.getpid()
-            self._at_work = self._alive = len(self._controls)
+
+    def _connect(self, loop: asyncio.AbstractEventLoop | None) -> Mux:
+        if self._shared is None:
+            self._mux.check_bound()
+        mux, end = self._mux, monotonic() + self._patience
+        try:
+            # The first one, which runs the services, comes when all others can work.
+            for control in reversed(self._controls):
+                control.connect(max(end - monotonic(), 0.1))
+            if self._shared is not None:
+                mux = mux.bound(self._shared.open(loop))
+            self._events.open()
+        except BaseException:
             for control in self._controls:
-                control.done.add_done_callback(self._ended)
-                control.start(mux, loop, self._leave)
+                control.disconnect()
+            self._close_state()
+            raise
+        return mux
+
+    def _start(self, mux: Mux, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._opened = True
+        self._pid = os.getpid()
+        for control in self._controls:
+            self._at_work += 1
+            self._alive += 1
+            control.done.add_done_callback(self._ended)
+            control.start(mux, loop, self._leave)
 
     def stop(self, timeout: Duration | None) -> None:
         """Begin to shut down; of several grace periods the one that ends first counts."""
@@ -132,7 +153,8 @@ class Crew:
     @property
     def is_inside(self) -> bool:
         """Whether the caller is one whom the worker waits for: a handler, or the observer."""
-        return any(control.is_inside for control in self._controls)
+        is_observer = threading.current_thread() is self._events.thread
+        return is_observer or any(control.is_inside for control in self._controls)
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
@@ -144,22 +166,23 @@ class Crew:
         """Jobs that were left to their leases."""
         return sum(control.abandoned for control in self._controls)
 
-    def _leave(self, control: Control) -> None:
+    def _leave(self) -> None:
         """Close what is shared when the last handler of the last queue has ended."""
         with self._lock:
             self._at_work -= 1
             is_last = not self._at_work
         if is_last:
-            self._close_state(control)
+            self._close_state()
+            self._events.close(LAST_WORDS)
 
-    def _close_state(self, control: Control) -> None:
+    def _close_state(self) -> None:
         if self._shared is None:
             return
         patience = max(LAST_WORDS, self._give_up_at - monotonic()) if self._asked else LAST_WORDS
         try:
             self._shared.close(None if patience == inf else patience, lambda: self.tasks)
         except BaseException as error:
-            control.tell(error)
+            self._events.error(error)
 
     def _ended(self, _: "Future[None]") -> None:
         with self._lock:
@@ -181,10 +204,10 @@ def _slots(queues: Queues, concurrency: int | None) -> dict[str, int]:
         slots = dict(queues)
     else:
         raise TypeError(
-            "queue must be a name, or a mapping from names to their concurrency, such as "
-            f"{{'high': 10, 'low': 2}}, not {queues!r}"
+            f"queue must be a str, not {type(queues).__name__}; or, for several queues, a mapping "
+            "from their names to their concurrency, such as {'high': 10, 'low': 2}"
         )
-    if not all(slots):
+    if not slots or not all(slots):
         raise QueueRequiredError("queue is required: name the queue to work on")
     for queue, count in slots.items():
         check_name("queue", queue)

@@ -280,7 +280,7 @@ def _overheard(route: Route, answer: _Answer) -> Route:
             answer.value = await handler(*args)
             return answer.value
 
-        return replace(route, handler=coroutine)
+        return replace(route, handler=coroutine, timeout=None)
 
     @wraps(handler)
     def plain(*args: Any) -> object:

@@ -13,6 +13,7 @@ it says what happened and what time it is, and asks for the next step:
     finish()         handlers ended; gives events
     withdrawn()      what a Withdraw took back
     wake()           a notification came
+    slots            how many there are: some may be lost, and come back
     shutdown()       claim nothing more, finish, stop
     abandon()        do not wait for handlers
 
@@ -124,10 +125,11 @@ class Engine:
         lease: float,
         notify: bool,
         tokens: Iterator[int],
+        queue: str = "",
         transactional: Collection[str] = (),
         names_keys: bool = False,
     ) -> None:
-        self._concurrency = concurrency
+        self._queue = queue  # for its events
         self._poll_interval = poll_interval
         self._lease = lease
         self._tokens = tokens
@@ -136,8 +138,6 @@ class Engine:
         self._pace = Pace(concurrency)
         self._parking = Parking(poll_interval, enabled=notify)
 
-        self.missing = 0
-        """Slots that are out of order."""
         self._batches: dict[int, _Batch] = {}
         self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
         self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
@@ -177,6 +177,15 @@ class Engine:
         """Jobs that are claimed and not settled."""
         sent = sum(len(sent.outcomes) for sent in self._sent)
         return self._running + len(self._pending) + len(self._refused) + sent
+
+    @property
+    def slots(self) -> int:
+        """Jobs that may be in a handler at once; fewer than there were where some do not end."""
+        return self._pace.slots
+
+    @slots.setter
+    def slots(self, count: int) -> None:
+        self._pace.slots = count
 
     @property
     def capacity(self) -> int:
@@ -432,7 +441,7 @@ class Engine:
         if len(self._refused) >= _MOST:
             return 0
         asked = sum(sent.exchange.claim.limit for sent in self._sent if sent.exchange.claim)
-        return self.capacity - self._running - asked - self.missing
+        return self.capacity - self._running - asked
 
     def _wants_claim(self, now: float) -> bool:
         return (
@@ -443,7 +452,7 @@ class Engine:
 
     @property
     def _has_free_slot(self) -> bool:
-        return self._running < self._concurrency - self.missing
+        return self._running < self._pace.slots
 
     def _has_room_for_others(self, now: float) -> bool:
         return self._has_free_slot and not self._suspects.hold_up(now)
@@ -493,7 +502,7 @@ class Engine:
         self._due_at = min(self._due_at, due_at)
         if not self._idle and self._waits(now):
             self._idle = True
-            news.events.append(QueueIsEmpty())
+            news.events.append(QueueIsEmpty(self._queue))
         return news
 
     def reject(self, now: float) -> None:

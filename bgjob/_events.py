@@ -32,7 +32,13 @@ _log = logging.getLogger("bgjob")
 
 
 class Events:
-    """A queue of events before an observer that may raise or block."""
+    """The events of a worker, on their way to an observer that may raise or block.
+
+    Args:
+        observer: it.
+        queue: the queue, or the queues, for the log.
+
+    """
 
     def __init__(self, observer: Observer, queue: str) -> None:
         self._observer = observer
@@ -141,8 +147,8 @@ class Events:
                 observer.job_lease_lost(job)
             case TimedOut(job, seconds):
                 observer.job_timed_out(job, seconds)
-            case QueueIsEmpty():
-                observer.queue_is_empty(self._queue)
+            case QueueIsEmpty(queue):
+                observer.queue_is_empty(queue)
             case BaseException():
                 observer.worker_error(event)
             case _:

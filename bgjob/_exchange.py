@@ -334,6 +334,8 @@ class TimedOut:
 class QueueIsEmpty:
     """No job is due and none is running."""
 
+    queue: str = ""
+
 
 Event: TypeAlias = Outcome | LeaseLost | TimedOut | QueueIsEmpty
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 from psycopg.abc import RV, PQGen
+from psycopg.conninfo import timeout_from_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow, tuple_row
 from psycopg.waiting import Ready, Wait
@@ -197,22 +198,24 @@ class Link:
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
-    def open(self, patience: float = _PATIENCE) -> None:
+    def open(self, patience: float | None = None) -> None:
         """Connect, check the schema, listen.
 
         Args:
-            patience: seconds after which a server that does not answer is given up.
+            patience: seconds for all of that. Each host is given its part of them, and 2 s
+                at least, by psycopg; by default 10 s, or what the connection string says.
 
         Raises:
             psycopg.Error: the server cannot be reached, or refuses.
             SchemaError: the tables are missing or of another version.
 
         """
-        end = monotonic() + patience
         settings = options(self._recipe())
-        if patience < _PATIENCE:
+        end = monotonic() + (patience or _PATIENCE)
+        if patience is not None:
+            hosts = str(settings.get("host", "")).count(",") + 1
             settings["connect_timeout"] = min(
-                int(settings["connect_timeout"]), max(ceil(patience), 1)
+                timeout_from_conninfo(settings), max(ceil(patience / hosts), 1)
             )
         # Statements are few and long: prepared at once, unless a pool forbids it.
         prepares = settings.get("prepare_threshold", 0) is not None

@@ -27,7 +27,8 @@ class Pace:
     """Follows how quick the jobs are; one queue's."""
 
     def __init__(self, concurrency: int) -> None:
-        self._concurrency = concurrency
+        self.slots = concurrency
+        """How many there are now."""
         self._took = inf  # seconds in a handler, of late
         self._ramp = concurrency  # a few quick jobs prove little: it doubles from claim to claim
         self._round_trip = 0.0
@@ -37,7 +38,7 @@ class Pace:
     def capacity(self) -> int:
         """Jobs that may be in flight now."""
         rounds = int(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6))
-        return self._concurrency + min(rounds * self._concurrency, self._ramp)
+        return self.slots + min(rounds * self.slots, self._ramp)
 
     @property
     def is_quick(self) -> bool:
@@ -63,12 +64,12 @@ class Pace:
 
     def stale_at(self, running: int) -> float:
         """Give the time at which those of the running that have not started are to go back."""
-        return self._claimed_at + _STALE if running > self._concurrency else inf
+        return self._claimed_at + _STALE if running > self.slots else inf
 
     def slow_down(self, now: float) -> None:
         """Take jobs for slow from here on; the next ones tell."""
         self._claimed_at = now
-        self._took, self._ramp = max(self._took, _STALE), self._concurrency
+        self._took, self._ramp = max(self._took, _STALE), max(self.slots, 1)
 
     def hurry_back(self) -> None:
         """Let what has not started go back at once."""

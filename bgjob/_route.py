@@ -1,14 +1,16 @@
 """A job type's handler and policy, and the judgement of what the handler returned or raised."""
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from bgjob._calling import Calling, can_be_called
 from bgjob._duration import seconds
-from bgjob.errors import BgjobError
+from bgjob.errors import BgjobError, JobTimeoutError
 from bgjob.job import Job, check_name
 from bgjob.result import (
     Backoff,
@@ -119,6 +121,25 @@ class Route:
         except BaseException as error:
             return self.failed(job, error)
 
+    async def awaited(self, job: Job, *conn: Any) -> object:
+        """Await a coroutine handler, which is cancelled when its time is over.
+
+        Raises:
+            JobTimeoutError: it was, whatever it answered.
+
+        """
+        limit = asyncio.timeout(self.timeout)
+        try:
+            async with limit:
+                returned = await self.handler(job, *conn)
+        except Exception as error:
+            if limit.expired():
+                raise self.timed_out(job) from error  # which shows where it was
+            raise
+        if limit.expired():
+            raise self.timed_out(job)
+        return returned
+
     def judge(self, job: Job, returned: object) -> Result:
         """Turn what the handler returned into the result to store."""
         match returned:
@@ -149,6 +170,19 @@ class Route:
         """Turn what the handler raised into the result to store."""
         return self.judge(job, Retry(error=error))
 
+    def timed_out(self, job: Job) -> JobTimeoutError:
+        """Make the error of a handler that has outlived its timeout."""
+        return JobTimeoutError(
+            f"job {job.id!r} of type {job.type!r} did not end within its timeout of "
+            f"{self.timeout:g} s"
+        )
+
+    def around(self, handler: Callable[..., Any]) -> "Route":
+        """Give the same route with another handler, of the same colour."""
+        other = copy(self)
+        object.__setattr__(other, "handler", handler)
+        return other
+
     def transaction_ended(self) -> BgjobError:
         """Make the error of a handler that ended the transaction it was given."""
         return BgjobError(
@@ -159,6 +193,6 @@ class Route:
     def _delay(self, attempt: int) -> float:
         try:
             return seconds(self.backoff(attempt), "backoff")
-        except Exception:
+        except BaseException:  # whatever it raises, even SystemExit
             _log.exception("the backoff of job type %r failed; the default one is used", self.type)
             return BACKOFF(attempt)

@@ -17,17 +17,18 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from math import inf
-from time import monotonic, perf_counter
-from typing import NamedTuple, cast
+from time import perf_counter
+from typing import cast
 
 from bgjob._exchange import Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed
+from bgjob._timeouts import Timeouts
 from bgjob._transaction import Ending, Transactions
 from bgjob.errors import JobTimeoutError, LoopBlockedError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
-from bgjob.result import Complete, MoveToDlq, Result, Retry
+from bgjob.result import Complete
 
 _COMPLETE = Complete()
 _outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
@@ -47,15 +48,6 @@ class _Thread:
     def __init__(self) -> None:
         self.rest = threading.Lock()
         self.claimed: Claimed | None = None
-
-
-class _Timed(NamedTuple):
-    """A job on a thread whose time is limited."""
-
-    claimed: Claimed
-    route: Route
-    began: float
-    ends: float
 
 
 class _Task:
@@ -96,8 +88,7 @@ class Runner:
         self._concurrency = self._free = concurrency
         self._resting: list[_Thread] = []
         self._threads = 0
-        self._timed: dict[_Thread, _Timed] = {}
-        self._stuck = 0  # threads whose jobs have timed out, and that have not come back
+        self._timeouts = Timeouts(concurrency, finished)
         self._closed = False
         self._loop = loop
         self._loop_thread: threading.Thread | None = None
@@ -159,52 +150,23 @@ class Runner:
 
     @property
     def next_timeout(self) -> float:
-        """When the first of the jobs on threads runs out of time."""
-        return min((timed.ends for timed in list(self._timed.values())), default=inf)
+        """When `expire` has something to do."""
+        return self._timeouts.next_at
 
     @property
-    def missing(self) -> int:
-        """Slots whose threads have not come back from a job that timed out, nor been replaced."""
-        return max(self._stuck - self._concurrency, 0)
+    def slots(self) -> int:
+        """The slots that are left: without those whose jobs have timed out and do not end."""
+        return self._concurrency - self._timeouts.missing
 
     def expire(self, now: float) -> None:
-        """Fail the jobs on threads whose time is over; a new thread takes the slot.
-
-        A thread cannot be stopped: what its handler returns later is dropped. As
-        many as there are slots are replaced; beyond that a slot waits for its
-        thread.
-        """
-        for thread, timed in list(self._timed.items()):
-            # Whoever takes it out of there, this or the thread itself, tells what came of it.
-            if timed.ends > now or self._timed.pop(thread, None) is None:
-                continue
-            with self._lock:
-                self._stuck += 1
-                if self._stuck <= self._concurrency:
+        """Fail the jobs whose time is over, and that do not end; others take their slots."""
+        for run in self._timeouts.overdue(now):
+            if self._timeouts.lose():
+                with self._lock:
                     self._free += 1
-            result = self._fail(timed.claimed.job, timed.route)
-            self._done(Outcome(timed.claimed, result, now - timed.began))
+            self._timed_out(run.claimed.job, run.timeout)
+            self._done(run.fail(now))
         self.spread()
-
-    def _come_back(self) -> None:
-        """Let a thread that was given up end; it brings its slot back if that has waited for it."""
-        with self._lock:
-            if self._stuck > self._concurrency:
-                self._free += 1
-            self._stuck -= 1
-        self._finished()  # the slot may be wanted
-
-    def _fail(self, job: Job, route: Route) -> Result:
-        """Tell that the time is over; give the result of that."""
-        assert route.timeout is not None  # noqa: S101 (it has run out)
-        self._timed_out(job, route.timeout)
-        return route.failed(
-            job,
-            JobTimeoutError(
-                f"job {job.id!r} of type {job.type!r} did not end within its timeout of "
-                f"{route.timeout:g} s"
-            ),
-        )
 
     def blocked(self, now: float, patience: float) -> LoopBlockedError | None:
         """Tell once of a loop that has not turned for so many seconds; asked now and then."""
@@ -273,6 +235,17 @@ class Runner:
             self._free += 1
             self._let_rest(thread)
             return True
+
+    def _come_back(self, thread: _Thread | None) -> bool:
+        """Go on after a job that was given up, if no other has taken the slot; else rest."""
+        if self._lineage.is_child:
+            self._lineage.end(None)
+        has_slot = self._timeouts.find()
+        if not has_slot:
+            with self._lock:
+                self._let_rest(thread)
+        self._finished()  # it may be wanted
+        return has_slot
 
     def _let_rest(self, thread: _Thread | None) -> None:
         if thread is not None:
@@ -346,9 +319,11 @@ class Runner:
                 if route.is_simple:
                     result = route.run(job)
                 else:
-                    result = self._run(me, route, claimed)
+                    result = self._run(route, claimed)
                     if result is None:
-                        self._come_back()
+                        claimed = None
+                        if self._come_back(me):
+                            continue
                         return
                 if self._lineage.is_child:
                     self._lineage.end(getattr(result, "error", None))
@@ -356,19 +331,17 @@ class Runner:
                 self._finished()
             claimed = None
 
-    def _run(self, me: _Thread, route: Route, claimed: Claimed) -> Ending | None:
-        """Run a handler that has a transaction or a time; None if it is over."""
-        if route.timeout is not None:
-            began = monotonic()
-            self._timed[me] = _Timed(claimed, route, began, began + route.timeout)
-            self._finished()  # it may be the next thing to look after
+    def _run(self, route: Route, claimed: Claimed) -> Ending | None:
+        """Run a handler that has a transaction or a timeout; None if it was given up."""
+        run = None if route.timeout is None else self._timeouts.limit(route, claimed)
+        if run is not None:
+            route = run.route
+        result: Ending
         if route.is_transactional:
-            result: Ending = self._transactions.run(route, claimed)
+            result = self._transactions.run(route, claimed)
         else:
             result = route.run(claimed.job)
-        if route.timeout is not None and self._timed.pop(me, None) is None:
-            return None
-        return result
+        return None if run is not None and run.is_given_up else result
 
     # -- tasks ------------------------------------------------------------------------------
 
@@ -424,14 +397,18 @@ class Runner:
                     started(job)
                 me.claimed = claimed
                 began = perf_counter()
+                result: Ending | None
                 try:
                     if route.is_simple:
                         returned = await route.handler(job)
-                        result: Ending = (
-                            _COMPLETE if returned is None else route.judge(job, returned)
-                        )
+                        result = _COMPLETE if returned is None else route.judge(job, returned)
                     else:
                         result = await self._run_async(route, claimed)
+                        if result is None:
+                            claimed = None
+                            if self._come_back(None):
+                                continue
+                            return
                 except BaseException as error:
                     result = route.failed(job, error)
                 if self._lineage.is_child:
@@ -445,20 +422,25 @@ class Runner:
             if ran % _BEFORE_YIELD == 0:
                 await asyncio.sleep(0)
 
-    async def _run_async(self, route: Route, claimed: Claimed) -> Ending:
-        """Run a handler that has a transaction or a time, which ends with a cancellation."""
-        job, limit = claimed.job, asyncio.timeout(route.timeout)
+    async def _run_async(self, route: Route, claimed: Claimed) -> Ending | None:
+        """Run a handler that has a transaction or a timeout; None if it was given up."""
+        run = None if route.timeout is None else self._timeouts.limit(route, claimed)
+        if run is not None:
+            route = run.route
         result: Ending
-        try:
-            async with limit:
-                if route.is_transactional:
-                    result = await self._transactions.run_async(route, claimed)
-                else:
-                    result = route.judge(job, await route.handler(job))
-        except BaseException as error:
-            result = route.failed(job, error)
-        if limit.expired() and isinstance(result, Retry | MoveToDlq):
-            result = self._fail(job, route)
+        if route.is_transactional:
+            result = await self._transactions.run_async(route, claimed)
+        else:
+            try:
+                result = route.judge(claimed.job, await route.handler(claimed.job))
+            except BaseException as error:
+                result = route.failed(claimed.job, error)
+        if run is None:
+            return result
+        if run.is_given_up:
+            return None
+        if isinstance(getattr(result, "error", None), JobTimeoutError):
+            self._timed_out(claimed.job, run.timeout)
         return result
 
     def _cancel(self) -> None:

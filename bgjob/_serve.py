@@ -93,7 +93,7 @@ def _serve(
             raise service.error
         raise ServeError(f"{target} broke") from service.error
     if not (ending.signum or service.was_asked):
-        raise ServeError(f"{target} has ended by itself")
+        raise ServeError(f"{target} has ended by itself") from service.failure
     if notice is None or service.abandoned:
         _log.warning("%s: %s", target, service.remains)
         ending.end_now()
@@ -114,6 +114,8 @@ class _Service:
         self.is_stopping = False
         self.was_asked = False
         """Whether the program itself has shut its worker down."""
+        self.failure: BaseException | None = None
+        """Why the worker has ended by itself."""
         self._loaded = loaded
         self._target = target
         self._ending = ending
@@ -180,7 +182,7 @@ class _Service:
         self._ending.tell(Notice.RUNNING)
 
     def _has_ended(self) -> None:
-        self.was_asked = self._crew.was_asked
+        self.was_asked, self.failure = self._crew.was_asked, self._crew.failure
 
     @property
     def abandoned(self) -> int:

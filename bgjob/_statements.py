@@ -1336,7 +1336,7 @@ def lacks(
         left join pg_attribute a on a.attrelid = to_regclass(n.relation) and a.attname = n.name
             and not a.attisdropped
         where case
-            when n.name is null then not has_table_privilege(n.relation, n.privilege)
+            when n.name is null then not has_table_privilege(to_regclass(n.relation), n.privilege)
             when a.attnum is null then true
             else not has_column_privilege(n.relation, a.attnum, n.privilege)
         end

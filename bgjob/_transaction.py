@@ -339,7 +339,7 @@ class Transactions:
                 connection.patience = inf  # its statements may take long
                 self._handling.add(connection)
                 try:
-                    return await route.handler(claimed.job, connection)
+                    return await route.awaited(claimed.job, connection)
                 finally:
                     self._handling.discard(connection)
                     connection.patience = _PATIENCE

@@ -827,7 +827,7 @@ async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
         with closing(Transactions(recipe, Lineage())) as transactions:
             return await transactions.run_async(route, claimed)
     try:
-        return route.judge(claimed.job, await route.handler(claimed.job))
+        return route.judge(claimed.job, await route.awaited(claimed.job))
     except BaseException as error:
         return route.failed(claimed.job, error)
 

@@ -67,6 +67,11 @@ class Rota:
         """When it is due even while jobs flow."""
         self._plan()
 
+    def begin(self) -> None:
+        """Let all be due: a worker starts."""
+        for duty in self._duties:
+            duty.due_at, duty.pause = -inf, _FIRST_PAUSE
+
     def run(
         self,
         lend: Callable[[Callable[[psycopg.Connection[Any]], float]], float],
