@@ -386,8 +386,7 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
     with Client(dsn) as client, ExitStack() as stack:
         client.enqueue(keyed("k", "0"))
         if by == "worker":
-            worker = Worker(client, "q", mux, concurrency=2, poll_interval=NEVER)
-                stack.enter_context(worker)
+            stack.enter_context(Worker(client, "q", mux, concurrency=2, poll_interval=NEVER))
         else:
             client.do("q", mux)
             client.do("q", mux)

@@ -445,7 +445,8 @@ class History:
     def _plan(self, calm: bool) -> None:
         random, span = self.random, self.peace_at - self.now
         burst = random.random() < 0.02
-        for number in range(random.choice([1, 5, 15]) if not burst else random.choice([300, 1200])):
+        most = 200 if self.keys else random.choice([300, 1200])  # keys are walked over
+        for number in range(random.choice([1, 5, 15]) if not burst else most):
             at = span * (random.random() if not burst else number % 3 / 3)
             self._at(at, partial(self._enqueue, f"job-{number}"))
         if random.random() < 0.3:
