@@ -382,7 +382,11 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
                     client.do("q", mux)
             assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
 
-    mux = Mux().register("t", handle, transactional=transactional, backoff=_never)
+    mux = Mux()
+    if transactional:
+        mux.register("t", handle, transactional=True, backoff=_never)
+    else:
+        mux.register("t", handle, backoff=_never)
     with Client(dsn) as client, ExitStack() as stack:
         client.enqueue(keyed("k", "0"))
         if by == "worker":

@@ -682,11 +682,10 @@ def _everything(group: str) -> list[Statement[Any]]:
                 statements.complete([claimed]),
                 statements.postpone([Postponed(claimed, 0, "e", refund=False)]),
                 statements.bury([Buried(claimed, "e")]),
-                statements.lock_keys(["k"], make=False),
-                statements.lock_keys(["k"], make=True),
-                statements.acquire([claimed]),
+                statements.lock_keys(["k"]),
+                statements.acquire("q", [claimed]),
                 statements.release("q", ["k"]),
-                statements.blocked(),
+                statements.blocked("q"),
             ]
         case "scheduler":
             schedule = Schedule("s", every=60, request=request)
