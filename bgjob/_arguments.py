@@ -3,6 +3,7 @@
 import re
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from datetime import datetime
 from textwrap import dedent, fill
 from typing import TYPE_CHECKING, TypeVar
 
@@ -107,6 +108,21 @@ def duration(text: str) -> float:
         )
     number, unit = found.groups()
     return _checked(lambda value: seconds(value, "a duration"), float(number) * _UNITS[unit])
+
+
+def moment(text: str) -> datetime:
+    """Take a time, with its offset from UTC."""
+    try:
+        value = datetime.fromisoformat(text)
+        value.astimezone()  # it can be shown
+        if value.utcoffset() is not None:
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise ArgumentTypeError(
+        "a time with its offset from UTC is needed, such as 2030-01-31T09:00Z or "
+        f"2030-01-31T09:00+01:00, not {text!r}"
+    )
 
 
 def queue(text: str) -> tuple[str, int | None]:

@@ -22,7 +22,7 @@ from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
 from bgjob._statements import Claimed, Statement, claim_now, let_pass
-from bgjob._transaction import Ending, Transactions, acquisition, routed, settlement
+from bgjob._transaction import Ending, Transactions, acquisition, conclusion, routed, settlement
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
@@ -213,7 +213,7 @@ def _steps(plan: _Plan) -> _Steps:
             continue
         [(job, deaths)] = suspects
         if plan.limit is None and len(ran) == _ENDLESS:
-            yield from _all(settlement(Claimed(job, token, deaths), Release()))
+            yield from _all(conclusion(Claimed(job, token, deaths), Release()))
             raise BgjobError(
                 f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
                 "it enqueue or reschedule itself without a delay? Give drain() a limit"
@@ -248,17 +248,16 @@ def _one(
         ending = route
     else:
         ending = yield _Run(_overheard(route, answer), claimed)
-    if isinstance(ending, Committed):
-        return ending.result, None
     try:
-        held = not isinstance(ending, Fenced) and bool(
-            (yield from _all(settlement(claimed, ending)))[0]
-        )
+        answers = yield from _all(conclusion(claimed, ending))
     except psycopg.errors.InFailedSqlTransaction:
         # An ordinary handler has spoiled the test's transaction: its error is the one to see.
         if (error := _not_returned(ending, answer)) is not None:
             raise error from None
         raise
+    if isinstance(ending, Committed):
+        return ending.result, None
+    held = any(answers[:1])
     if isinstance(ending, Doubtful):
         ending = ending.otherwise if held else ending.result
     elif isinstance(ending, Fenced) or not held:

@@ -87,6 +87,11 @@ def _claimed(jobs: Iterable[Job], token: int) -> list[Claimed]:
     return list(map(_make_claimed, zip(jobs, repeat(token), repeat(0))))
 
 
+def _keys(outcomes: Iterable[Outcome]) -> list[str]:
+    keys = (outcome.claimed.job.exclusive for outcome in outcomes)
+    return [key for key in keys if key is not None]
+
+
 @dataclass(slots=True)
 class _Batch:
     """The jobs of one claim: they share its token and its lease."""
@@ -148,8 +153,9 @@ class Engine:
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
         self._sent: deque[_Sent] = deque()
         self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
+        self._keys_limit = _MOST // 2
         self._has_keys = False  # some job has had a key
-        self._blocked: list[str] = []  # keys whose jobs wait for nothing
+        self._free: dict[str, None] = {}  # keys that are to be released, in order
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
@@ -231,6 +237,8 @@ class Engine:
             case _:
                 return None
         self._drop(claimed)
+        if claimed.job.exclusive is not None and not isinstance(result, Fenced):
+            self._free[claimed.job.exclusive] = None
         self._look()  # it may have been rescheduled
         return event
 
@@ -285,7 +293,7 @@ class Engine:
         if now >= self._pace.stale_at(self._running):
             self._pace.slow_down(now)
             return Withdraw()
-        settled = not self._pending and not self._refused
+        settled = not self._pending and not self._refused and not self._free
         done = settled and (self._abandoned or not self._running)
         if self._stopping and done and not self._parking.parked:
             return Stop(self._running)
@@ -297,15 +305,18 @@ class Engine:
         if now >= self._refused_at:
             outcomes.append(self._refused.popleft())
             exchange.settle(outcomes[0])
-            self._add_keys(exchange, outcomes)
+            self._add_releases(exchange, outcomes)
             self._refused_at = now + self._refused_pause if self._refused else inf
             return self._send(exchange, outcomes, now, again=True)
-        for turn in range(3):
-            match (self._turn + turn) % 3:
+        for turn in range(4):
+            match (self._turn + turn) % 4:
                 case 0:
                     self._add_settlements(exchange, outcomes, self._settle_limit)
+                    self._add_releases(exchange, outcomes)
                 case 1:
                     self._add_extensions(exchange, outcomes, now)
+                case 2:
+                    self._add_keys(exchange)
                 case _:
                     self._add_claim(exchange, now)
             if self._careful and exchange:
@@ -313,7 +324,6 @@ class Engine:
                 # one does not stop the others.
                 self._turn += turn + 1
                 break
-        self._add_keys(exchange, outcomes)
         if self._stopping:
             exchange.park = "give" if done else None
         else:
@@ -346,7 +356,7 @@ class Engine:
             self._add_claim(exchange, now)
             if self.flows(exchange):
                 self._add_settlements(exchange, outcomes, self._settle_limit)
-                self._add_keys(exchange, outcomes)
+                self._add_releases(exchange, outcomes)
                 return self._send(exchange, outcomes, now)
         return None
 
@@ -370,15 +380,18 @@ class Engine:
             else:
                 exchange.settle(outcome)
 
-    def _add_keys(self, exchange: Exchange, outcomes: list[Outcome]) -> None:
-        if not self._has_keys and not self._blocked:
-            return
-        settled = [o.claimed.job.exclusive for o in outcomes if o.claimed.job.exclusive is not None]
-        if settled or self._blocked:
-            # No transaction locks keys twice, so that they are locked in one order.
-            exchange.release = [*settled, *self._blocked]
-        elif self._wanting:
-            count = min(len(self._wanting), _MOST // 2)
+    def _add_releases(self, exchange: Exchange, outcomes: list[Outcome]) -> None:
+        if self._has_keys:
+            exchange.release += _keys(outcomes)
+
+    def _add_keys(self, exchange: Exchange) -> None:
+        if self._free:
+            free = [*self._free][: self._keys_limit]
+            exchange.release += free
+            for key in free:
+                del self._free[key]
+        if self._wanting:
+            count = min(len(self._wanting), self._keys_limit)
             exchange.acquire = [self._wanting.popleft() for _ in range(count)]
 
     def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
@@ -513,7 +526,12 @@ class Engine:
         neither a slot nor its neighbours.
         """
         sent = self._answered()
-        self._wanting.extendleft(reversed(sent.exchange.acquire))
+        wanting, free = sent.exchange.acquire, self._freed(sent)
+        if wanting or free:
+            # As with outcomes: a key that cannot be locked comes to stand alone, and last.
+            self._keys_limit = max(max(len(wanting), len(free)) // 2, 1)
+            self._wanting += wanting
+            self._free.update(free)
         if sent.told:
             self._look()
         self._careful = _CAREFUL
@@ -535,6 +553,7 @@ class Engine:
             sent = self._sent.pop()
             outcomes = sent.outcomes
             self._wanting.extendleft(reversed(sent.exchange.acquire))
+            self._free.update(self._freed(sent))
             self._unsure.update(outcome.claimed for outcome in outcomes)
             self._pending.extendleft(reversed(outcomes))
         self._parking.lose()
@@ -545,6 +564,11 @@ class Engine:
         """There is a connection again: look at everything."""
         self._not_before = -inf
         self._marks.sweep_at = -inf
+
+    @staticmethod
+    def _freed(sent: _Sent) -> dict[str, None]:
+        """Give the keys that it releases beside those of its outcomes."""
+        return dict.fromkeys(sent.exchange.release[len(_keys(sent.outcomes)) :])
 
     def _answered(self) -> _Sent:
         if not self._sent:
@@ -606,14 +630,14 @@ class Engine:
                 self._drop(claimed)
         if sent.exchange.acquire and not self._running:
             self._suspects.ended()
-        if sent.exchange.release:
-            self._blocked = []
+        if sent.exchange.acquire or sent.exchange.release:
+            self._keys_limit = min(2 * self._keys_limit, _MOST // 2)
+        if reply.woken:
             since = {
                 priority: min(w.since for w in reply.woken if w.priority == priority)
                 for priority in {w.priority for w in reply.woken}
             }
-            if since:
-                self.wake(Notice(since))
+            self.wake(Notice(since))
 
     def _drop(self, claimed: Claimed) -> _Batch | None:
         """Let a claim go; give its batch, or None if it is gone already."""
@@ -690,7 +714,7 @@ class Engine:
                 self._swept(reply, sent, now, full=self._more)
                 if freed and self._more:
                     self._marks.sweep_at = -inf  # there may be more to free than there are slots
-                self._blocked = reply.blocked
+                self._free.update(dict.fromkeys(reply.blocked))
                 waits = [line.wait for line in reply.lines if line.wait is not None]
                 self._due_at = now + max(min(waits), 0.0) if waits else inf
                 self._hold(_claimed(jobs, token), sent, now, news)

@@ -93,7 +93,7 @@ class Exchange:
     acquire: list[Claimed] = field(default_factory=list)
     """Jobs that want their keys."""
     release: list[str] = field(default_factory=list)
-    """Keys whose jobs are settled, or that wait for nothing; never beside `acquire`."""
+    """Keys whose jobs are settled, or wait for nothing."""
     park: Literal["take", "give"] | None = None
     claim: Claim | Sweep | ClaimSuspect | None = None
 
@@ -111,8 +111,10 @@ class Exchange:
             case Reschedule():
                 self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
             case Release():
+                # Behind its neighbours; but of those that share a key it stays the first.
+                delay = 0.0 if claimed.job.exclusive is None else None
                 self.postpone.append(
-                    Postponed(claimed, 0.0, None, refund=True, deaths=claimed.deaths)
+                    Postponed(claimed, delay, None, refund=True, deaths=claimed.deaths)
                 )
             case MoveToDlq(error):
                 self.bury.append(Buried(claimed, error_text(error) or ""))
@@ -132,7 +134,7 @@ class Exchange:
             case Sweep(limit, token):
                 plan.append((sweep(queue, limit=limit, lease=lease, token=token), "swept"))
                 plan.append((survey(queue), "lines"))
-                plan.append((blocked(), "blocked"))
+                plan.append((blocked(queue), "blocked"))
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
             case Claim(limit, token, marks, back, watches):
@@ -150,12 +152,12 @@ class Exchange:
             plan.append((bury(self.bury), "settled"))
         if self.extend:
             plan.append((extend(self.extend, lease=lease), "extended"))
-        if self.acquire:
+        if self.acquire or self.release:
             keys = [str(claimed.job.exclusive) for claimed in self.acquire]
-            plan.append((lock_keys(keys, make=True), "locked"))
-            plan.append((acquire(self.acquire), "acquired"))
+            plan.append((lock_keys([*keys, *self.release]), "locked"))
+        if self.acquire:
+            plan.append((acquire(queue, self.acquire), "acquired"))
         if self.release:
-            plan.append((lock_keys(self.release, make=False), "locked"))
             plan.append((release(queue, self.release), "woken"))
         if self.park == "give":
             plan.append((unpark(queue), "parked"))

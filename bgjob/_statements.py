@@ -650,8 +650,8 @@ class Postponed(NamedTuple):
     """A job that goes back to its queue."""
 
     claimed: Claimed
-    delay: float
-    """Seconds from now."""
+    delay: float | None
+    """Seconds from now; None keeps the due time."""
     error: str | None
     """None keeps the last one."""
     refund: bool
@@ -669,7 +669,9 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
         update bgjob_job j
         set token = null,
             lease_until = null,
-            next_run_at = clock_timestamp() + p.delay * interval '1 second',
+            next_run_at = coalesce(
+                clock_timestamp() + p.delay * interval '1 second', j.next_run_at
+            ),
             attempt = greatest(j.attempt, p.refund) - p.refund,
             deaths = p.deaths,
             last_error = coalesce(p.error, j.last_error),
@@ -759,7 +761,8 @@ def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
 
 # What is decided about a key is decided while its row is locked, by a statement that
 # begins after that, so that it sees all that was decided before. Rows are locked in the
-# order of their keys, and no transaction locks twice.
+# order of their keys, and no transaction locks twice. Rows of jobs are not waited for
+# meanwhile, so that nobody has to wait for long.
 
 # Its job is claimed: the claim's token is gone as soon as that is settled or freed. Not
 # `exists`: where a nested loop is off that becomes a hash of the whole table.
@@ -781,24 +784,26 @@ _EARLIER_WAITS = _EARLIER.format(which="o.waits")
 _EARLIER_IS_DUE = _EARLIER.format(which="not o.waits")
 
 
-def lock_keys(keys: Iterable[str], *, make: bool) -> Statement[None]:
-    """Lock the rows of keys, those that are there, or make them."""
-    lock = """
-        select from bgjob_exclusive where key = any (%(keys)s::text[])
-        order by key collate "C" for update
+def lock_keys(keys: Iterable[str]) -> Statement[None]:
+    """Lock the rows of keys; those that are not there are made.
+
+    One that was only looked for might be deleted while it is waited for, and made anew by
+    somebody else: then it would be there, and not locked.
     """
-    lock_or_make = """
+    return Statement(
+        """
         insert into bgjob_exclusive (key)
         select key from unnest(%(keys)s::text[]) as k (key)
         on conflict (key) do update set job_id = bgjob_exclusive.job_id
         returning key
-    """
-    return Statement(
-        lock_or_make if make else lock, {"keys": sorted(set(keys))}, _nothing, prepare=False
+        """,
+        {"keys": sorted(set(keys))},
+        _nothing,
+        prepare=False,
     )
 
 
-def acquire(claimed: Sequence[Claimed]) -> Statement[list[str]]:
+def acquire(queue: str, claimed: Sequence[Claimed]) -> Statement[list[str]]:
     """Let claimed jobs have their keys, which are locked; the ids of those that have them.
 
     The others go back and wait aside, and with them the other due jobs of a key
@@ -817,6 +822,7 @@ def acquire(claimed: Sequence[Claimed]) -> Statement[list[str]]:
             join bgjob_job j on j.id = w.id and j.token = w.token
             join bgjob_exclusive e on e.key = w.key
             where j.id = any (%(ids)s::text[]) and e.key = any (%(keys)s::text[])
+            for update of j skip locked
         ), first as materialized (
             select distinct on (key) key, id, token, queue, next_run_at, has_it
             from wanted order by key, has_it desc, next_run_at, id
@@ -837,11 +843,13 @@ def acquire(claimed: Sequence[Claimed]) -> Statement[list[str]]:
                 where e.key = any (%(keys)s::text[])
                     and ({_IS_HELD} or e.key in (select key from granted))
             ) as k
+            -- Those of this queue only: they are a range of the index, however many are not
+            -- due. Another queue's workers find theirs.
             cross join lateral (
                 select j.id from bgjob_job j
-                where j.exclusive = k.key and not j.waits and j.next_run_at <= now()
-                    and j.token is null
-                order by j.queue, j.next_run_at, j.id
+                where j.exclusive = k.key and not j.waits and j.queue = %(queue)s
+                    and j.next_run_at <= now() and j.token is null
+                order by j.next_run_at, j.id
                 limit %(most)s
                 for update skip locked
             ) as o
@@ -870,6 +878,7 @@ def acquire(claimed: Sequence[Claimed]) -> Statement[list[str]]:
         select id from granted
         """,
         {
+            "queue": queue,
             "ids": [c.job.id for c in claimed],
             "tokens": [c.token for c in claimed],
             "keys": [c.job.exclusive for c in claimed],
@@ -949,23 +958,53 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
     )
 
 
-def blocked() -> Statement[list[str]]:
-    """List keys that nobody holds and nobody is about to: their jobs wait for nothing.
+_OF_KEY = """
+    (
+        select true from bgjob_job j
+        where j.exclusive = e.key and {which}
+        limit 1
+    )
+"""
+_WAITS_ANYWHERE = _OF_KEY.format(which="j.waits")
+_WAITS_HERE = _OF_KEY.format(which="j.waits and j.queue = %(queue)s")
+_IS_DUE_HERE = _OF_KEY.format(
+    which="not j.waits and j.queue = %(queue)s and j.next_run_at <= now()"
+)
 
-    The holder's worker died, or the job whose turn it was has been deleted.
+
+def blocked(queue: str) -> Statement[list[str]]:
+    """List keys whose jobs in this queue wait for nothing: nobody has them, and nobody is about to.
+
+    Their holder died or was deleted, or its worker died before it had released them. A
+    holder of another queue, which may have no worker left, is set free here when its lease
+    has ended. Keys that nobody wants any more are listed as well.
     """
     return Statement(
         f"""
+        with ended as (
+            update bgjob_job
+            set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+            where ctid = any (array(
+                select h.ctid from bgjob_exclusive e
+                cross join lateral (
+                    select j.ctid from bgjob_job j
+                    where j.id = e.job_id and j.token = e.token and j.queue <> %(queue)s
+                        and j.lease_until <= now()
+                    limit 1
+                    for update skip locked
+                ) as h
+            ))
+            returning id
+        )
         select e.key from bgjob_exclusive e
-        where not ({_IS_HELD}) and (
-            select true from bgjob_job j
-            where j.exclusive = e.key and not j.waits and j.next_run_at <= now()
-            limit 1
-        ) is null
+        where (not ({_IS_HELD}) or e.job_id = any (array(select id from ended)))
+            and {_IS_DUE_HERE} is null
+            and ({_WAITS_HERE} is not null or {_WAITS_ANYWHERE} is null)
         limit 1000
         """,
-        None,
+        {"queue": queue},
         _column,
+        prepare=False,
     )
 
 
@@ -1366,6 +1405,11 @@ def backend() -> Statement[Backend]:
         None,
         lambda rows: Backend(*rows[0]),
     )
+
+
+def clock() -> Statement[datetime]:
+    """Tell the database's time."""
+    return Statement("select clock_timestamp()", None, _scalar)
 
 
 def session(settings: Mapping[str, str]) -> Statement[None]:

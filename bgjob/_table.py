@@ -26,7 +26,7 @@ def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         bool(table) and all(isinstance(row[n], int | float | None) for row in table)
         for n in range(len(columns))
     ]
-    cells = [[_shown(value) for value in row] for row in table]
+    cells = [[shown(value) for value in row] for row in table]
     if not (sys.stdout.isatty() and _drawn(columns, cells, numeric)):
         _write_plain(columns, cells, numeric)
 
@@ -36,7 +36,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Give a value as a cell has it."""
     match value:
         case None:
             return "-"
@@ -48,8 +49,8 @@ def _shown(value: object) -> str:
             return f"{value.astimezone():%Y-%m-%d %H:%M:%S%z}"
     text = str(value)
     line = text.splitlines()[0] if text else ""
-    shown = printable(line)[:_LONGEST]
-    return shown if shown == text else f"{shown[: _LONGEST - 3]}..."
+    cell = printable(line)[:_LONGEST]
+    return cell if cell == text else f"{cell[: _LONGEST - 3]}..."
 
 
 def _write_plain(

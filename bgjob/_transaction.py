@@ -98,9 +98,25 @@ def settlement(claimed: Claimed, result: Result | Doubtful | Release) -> list[St
     """Give the statements that settle one job; the first gives its id, if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))
-    if claimed.job.exclusive is not None:
-        exchange.release.append(claimed.job.exclusive)
     return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
+
+
+def unblocking(queue: str, keys: list[str]) -> list[Statement[Any]]:
+    """Give the statements that release keys."""
+    return [statement for statement, _ in Exchange(release=keys).statements(queue, 0.0)]
+
+
+def conclusion(claimed: Claimed, ending: Ending | Release) -> list[Statement[Any]]:
+    """Give the statements that settle one job and release its key; the first as of `settlement`.
+
+    Nothing is left to settle where its own transaction has. That does not release the key: what
+    it locks is locked until it ends, and it may see nothing that others did since it began.
+    """
+    if isinstance(ending, Fenced):
+        return []
+    job = claimed.job
+    releases = [] if job.exclusive is None else unblocking(job.queue, [job.exclusive])
+    return releases if isinstance(ending, Committed) else settlement(claimed, ending) + releases
 
 
 def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToDlq]:

@@ -10,7 +10,17 @@ from typing import cast
 import psycopg
 
 from bgjob._arguments import STATUS, UsageError
-from bgjob._commands import demo, dlq, enqueue, playground, schema, stats, worker
+from bgjob._commands import (
+    demo,
+    dlq,
+    enqueue,
+    pauses,
+    playground,
+    schedules,
+    schema,
+    stats,
+    worker,
+)
 from bgjob.errors import BgjobError
 
 Command = Callable[[argparse.Namespace], int]
@@ -18,7 +28,7 @@ Command = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
 """The exit status of a shell's command that Ctrl-C ended."""
 
-_COMMANDS = (worker, enqueue, stats, dlq, schema, playground, demo)
+_COMMANDS = (worker, enqueue, stats, dlq, pauses, schedules, schema, playground, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

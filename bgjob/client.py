@@ -25,7 +25,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
-from bgjob._transaction import Ending, Transactions, acquisition, routed, settlement
+from bgjob._transaction import Ending, Transactions, acquisition, conclusion, routed, unblocking
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
@@ -259,7 +259,8 @@ class Client:
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
         while True:
-            claimed, route = routed(_only(self._run(claim, None), queue, token), mux)
+            suspects = self._run(claim, None) or self._unblocked(queue, claim)
+            claimed, route = routed(_only(suspects, queue, token), mux)
             if claimed.job.exclusive is None or self._run_all(acquisition(claimed))[-1]:
                 break  # else it waits for its key: take another
         job = claimed.job
@@ -274,10 +275,7 @@ class Client:
                 ending = transactions.run(route, claimed)
         else:
             ending = route.run(job)
-        settled = isinstance(ending, Committed) or (
-            not isinstance(ending, Fenced)
-            and job.id in self._run_all(settlement(claimed, ending))[0]
-        )
+        settled = any(self._run_all(conclusion(claimed, ending))[:1])
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
     def stats(
@@ -423,11 +421,25 @@ class Client:
         with self._connection(None) as connection:
             return _execute(connection, statement, keep=keep)
 
+    def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
+        """Claim again where jobs wait for keys that nobody has; a worker looks as it polls."""
+        keys = self._run(_statements.blocked(queue), None)
+        if not keys:
+            return []
+        self._run_all(unblocking(queue, keys))
+        return self._run(claim, None)
+
     def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
-        if len(statements) == 1:
-            return [self._run(statements[0], None)]
-        with self._connection(None) as connection, connection.transaction():
-            return [_execute(connection, statement) for statement in statements]
+        if len(statements) < 2:  # noqa: PLR2004
+            return [self._run(statement, None) for statement in statements]
+        with self._connection(None) as connection:
+            # In one go: a process that is stopped meanwhile must not keep a key locked.
+            with connection.pipeline(), connection.transaction():
+                # Each statement is to see what others did before the lock was had.
+                connection.execute("set transaction isolation level read committed")
+                cursors = [_ask(connection, statement) for statement in statements]
+            answers = zip(statements, cursors, strict=True)
+            return [s.parse(c.fetchall()) for s, c in answers]
 
 
 def _execute(
@@ -443,6 +455,12 @@ def _execute(
         statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
     )
     return statement.parse(cursor.fetchall())
+
+
+def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Cursor[Any]:
+    return Cursor(connection, row_factory=tuple_row).execute(
+        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+    )
 
 
 class AsyncClient:
@@ -560,7 +578,8 @@ class AsyncClient:
         token = randbits(63)
         claim = _statements.claim_any(queue, lease=lease, token=token)
         while True:
-            claimed, route = routed(_only(await self._run(claim, None), queue, token), mux)
+            suspects = await self._run(claim, None) or await self._unblocked(queue, claim)
+            claimed, route = routed(_only(suspects, queue, token), mux)
             if claimed.job.exclusive is None or (await self._run_all(acquisition(claimed)))[-1]:
                 break  # else it waits for its key: take another
         ends_at = monotonic() + lease
@@ -574,11 +593,8 @@ class AsyncClient:
                 ending = await asyncio.to_thread(transactions.run, route, claimed)
         else:
             ending = await asyncio.to_thread(route.run, claimed.job)
-        settled = isinstance(ending, Committed) or (
-            not isinstance(ending, Fenced)
-            and claimed.job.id
-            in (await asyncio.shield(self._run_all(settlement(claimed, ending))))[0]
-        )
+        answers = await asyncio.shield(self._run_all(conclusion(claimed, ending)))
+        settled = any(answers[:1])
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
     async def stats(
@@ -685,11 +701,24 @@ class AsyncClient:
         async with self._connection(conn) as connection:
             return await _execute_async(connection, statement, keep=keep)
 
+    async def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
+        keys = await self._run(_statements.blocked(queue), None)
+        if not keys:
+            return []
+        await self._run_all(unblocking(queue, keys))
+        return await self._run(claim, None)
+
     async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
-        if len(statements) == 1:
-            return [await self._run(statements[0], None)]
-        async with self._connection(None) as connection, connection.transaction():
-            return [await _execute_async(connection, statement) for statement in statements]
+        if len(statements) < 2:  # noqa: PLR2004
+            return [await self._run(statement, None) for statement in statements]
+        async with self._connection(None) as connection:
+            # In one go: a process that is stopped meanwhile must not keep a key locked.
+            async with connection.pipeline(), connection.transaction():
+                # Each statement is to see what others did before the lock was had.
+                await connection.execute("set transaction isolation level read committed")
+                cursors = [await _ask_async(connection, statement) for statement in statements]
+            answers = zip(statements, cursors, strict=True)
+            return [s.parse(await c.fetchall()) for s, c in answers]
 
 
 async def _execute_async(
@@ -703,6 +732,14 @@ async def _execute_async(
         statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
     )
     return statement.parse(await cursor.fetchall())
+
+
+async def _ask_async(
+    connection: psycopg.AsyncConnection[Any], statement: Statement[Any]
+) -> AsyncCursor[Any]:
+    return await AsyncCursor(connection, row_factory=tuple_row).execute(
+        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+    )
 
 
 # -- what both colours share --------------------------------------------------------

@@ -47,7 +47,8 @@ mux = Mux()
 
 
 def say(*words):
-    print(*words, flush=True)
+    # One write a line: the lines of other threads and processes come before or after it.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 
 @mux.handler("hello")
@@ -404,6 +405,37 @@ def test_a_mux_is_worked_on_with_as_many_handlers_at_once_as_is_said(
     (tmp_path / "open").touch()
     assert command.ended() == 0
     assert command.out.count("entered") == at_once
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_of_several_queues_has_its_own_handlers_at_once_in_each_process(
+    start: Start, client: Client, conn: psycopg.Connection, tmp_path: Path, processes: int
+) -> None:
+    at_once = {"high": 10, "low": 2}
+    ids = {queue: [f"{queue} {n:02}" for n in range(30)] for queue in at_once}
+    for queue in at_once:
+        client.bulk_enqueue([EnqueueRequest(queue, "gate", id=id_) for id_ in ids[queue]])
+    queues = [f"--queue={queue}={number}" for queue, number in at_once.items()]
+    command = start("jobs:mux", *queues, "--processes", str(processes))
+
+    def entered() -> dict[str, int]:
+        return {queue: command.out.count(f"entered {queue} ") for queue in at_once}
+
+    expected = {queue: processes * number for queue, number in at_once.items()}
+    deadline = time.monotonic() + PATIENCE
+    while entered() != expected:
+        assert time.monotonic() < deadline, (entered(), command.err)
+        time.sleep(0.01)
+    # Nobody claims for slots that are not free: what is held is what runs.
+    counts = conn.execute("select queue, count(token) from bgjob_job group by queue").fetchall()
+    assert dict(counts) == expected
+    command.send()
+    command.heard("SIGTERM")
+    (tmp_path / "open").touch()
+    assert command.ended() == 0
+    left = [id_.split()[0] for id_, _, _ in live(conn)]
+    assert entered() == {queue: 30 - left.count(queue) for queue in at_once}
+    assert not any(is_held for _, _, is_held in live(conn))
 
 
 def test_a_mux_is_worked_on_in_the_database_that_is_named(start: Start, client: Client) -> None:

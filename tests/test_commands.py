@@ -18,7 +18,17 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from bgjob import Client, _database, _progress, _table, cli, schema
+from bgjob import (
+    Client,
+    EnqueueRequest,
+    Schedule,
+    Schedules,
+    _database,
+    _progress,
+    _table,
+    cli,
+    schema,
+)
 from bgjob._commands import dlq
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +37,8 @@ PATIENCE = 20.0
 Run = Callable[..., tuple[int, str, str]]
 
 READ = ["stats", "dlq list", "dlq show a", "dlq requeue --all", "dlq purge --all", "enqueue q t"]
+READ += [f"schedules {rest}" for rest in ("list", "pause a", "resume a", "run a", "remove a")]
+READ += ["pause q", "resume q", "paused"]
 """Commands that need the tables."""
 
 
@@ -156,10 +168,11 @@ def test_enqueues_a_job(run: Run, conn: psycopg.Connection) -> None:
 
 
 def test_enqueues_with_every_option(run: Run, conn: psycopg.Connection) -> None:
-    args = ["--delay", "1.5h", "--priority", "-7", "--id", "a", "--json"]
+    args = ["--delay", "1.5h", "--priority", "-7", "--exclusive", "user:42", "--id", "a", "--json"]
     status, out, _ = run("enqueue", "q", "t", *args)
     assert (status, json.loads(out)) == (0, {"id": "a"})
     assert job(conn) == ("a", "q", "t", None, -7, 5400)
+    assert conn.execute("select exclusive from bgjob_job").fetchall() == [("user:42",)]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +235,8 @@ def test_stats_are_a_table_or_json(run: Run, conn: psycopg.Connection) -> None:
     status, out, err = run("stats")
     assert (status, err) == (0, "")
     head, *lines = [line.split() for line in out.splitlines()]
-    assert " ".join(head) == "queue type due delayed running dead oldest due age retries"
+    told = "queue type due delayed running dead oldest due age retries paused until"
+    assert " ".join(head) == told
     assert [line[:6] for line in lines] == [
         ["mail", "confirm", "1", "1", "0", "0"],
         ["other", "x", "0", "0", "0", "2"],
@@ -232,7 +246,42 @@ def test_stats_are_a_table_or_json(run: Run, conn: psycopg.Connection) -> None:
     [row] = json.loads(out)
     assert row.pop("oldest_due_age") >= 0
     counts = {"due": 1, "delayed": 1, "running": 0, "dead": 0, "retries": 0}
-    assert row == {"queue": "mail", "type": "confirm", **counts}
+    pause = {"paused": False, "paused_until": None}
+    assert row == {"queue": "mail", "type": "confirm", **counts, **pause}
+
+
+def test_stats_tell_which_queues_are_paused_also_those_without_jobs(run: Run) -> None:
+    for queue in ("busy", "timed", "runs"):
+        run("enqueue", queue, "t")
+    end = "2100-01-01T00:00:00+00:00"
+    run("pause", "busy")
+    run("pause", "timed", "--until", end)
+    run("pause", "idle")
+
+    _, *lines = run("stats")[1].splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["busy", "t"],
+        ["runs", "t"],
+        ["timed", "t"],
+        ["idle", "-"],
+    ]
+    assert [line.endswith("  it is resumed") for line in lines] == [True, False, False, True]
+    assert lines[1].endswith("  -")
+    assert lines[2].endswith(f"{datetime.fromisoformat(end).astimezone():%Y-%m-%d %H:%M:%S%z}")
+
+    rows = {row["queue"]: row for row in json.loads(run("stats", "--json")[1])}
+    assert {queue: row["paused"] for queue, row in rows.items()} == {
+        "busy": True,
+        "timed": True,
+        "runs": False,
+        "idle": True,
+    }
+    assert rows["busy"]["paused_until"] is None
+    assert datetime.fromisoformat(rows["timed"]["paused_until"]) == datetime.fromisoformat(end)
+    assert (rows["idle"]["type"], rows["idle"]["due"]) == (None, 0)
+    assert rows["idle"].keys() == rows["busy"].keys()
+    [row] = json.loads(run("stats", "--json", "--queue", "busy")[1])
+    assert row["queue"] == "busy"
 
 
 # -- dlq -----------------------------------------------------------------------------------
@@ -249,6 +298,30 @@ def test_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Connection) ->
     assert lines[-1].endswith("it broke...")
     assert len(run("dlq", "list", "--limit", "2")[1].splitlines()) == 1 + 2
     assert [job["id"] for job in json.loads(run("dlq", "list", "--json")[1])] == ["c", "b", "a"]
+
+
+def test_pages_follow_each_other_and_a_page_says_how_to_get_the_next(
+    run: Run, conn: psycopg.Connection
+) -> None:
+    bury(conn, *"abcdef")
+    bury(conn, "x", queue="other")
+    args = ["dlq", "list", "--queue", "q", "--limit", "2"]
+    pages: list[list[str]] = []
+    more: list[str] = []
+    while True:
+        status, out, err = run(*args, *more)
+        assert status == 0
+        pages.append([line.split()[0] for line in out.splitlines()[1:]])
+        if not err:  # the last page is full: there are no more
+            break
+        assert err.startswith("for the next page add: --before ")
+        more = err.split()[-2:]
+        bury(conn, "later")
+    assert pages == [["f", "e"], ["d", "c"], ["b", "a"]]
+    # A program finds the number in the last job of a page.
+    page = json.loads(run(*args, "--json")[1])
+    page = json.loads(run(*args, "--json", "--before", str(page[-1]["number"]))[1])
+    assert [job["id"] for job in page] == ["f", "e"]
 
 
 @pytest.mark.parametrize(
@@ -390,6 +463,183 @@ def test_what_a_terminal_may_obey_is_shown_as_escapes(run: Run, conn: psycopg.Co
         assert r"\x1b]0;title\x07[bold]bold[/bold]" in out
 
 
+# -- pauses --------------------------------------------------------------------------------
+
+
+def test_a_queue_is_paused_and_resumed(run: Run, dsn: str) -> None:
+    assert run("paused") == (0, "queue  paused until\n", "")
+    assert run("pause", "mail") == (0, "paused mail\n", "")
+    with Client(dsn) as client:
+        assert client.paused() == {"mail": None}
+    assert run("paused") == (0, "queue  paused until\nmail   it is resumed\n", "")
+    assert json.loads(run("paused", "--json")[1]) == [{"queue": "mail", "until": None}]
+    assert run("resume", "mail") == (0, "resumed mail\n", "")
+    assert run("resume", "mail") == (0, "mail was not paused\n", "")
+    assert json.loads(run("pause", "mail", "--json")[1]) == {"queue": "mail", "until": None}
+    for was_paused in (True, False):
+        told = json.loads(run("resume", "mail", "--json")[1])
+        assert told == {"queue": "mail", "was_paused": was_paused}
+
+
+@pytest.mark.parametrize("text", ["2100-01-01T00:00Z", "2100-01-01 02:30+02:30"])
+def test_a_pause_ends_at_the_time_that_is_given(run: Run, dsn: str, text: str) -> None:
+    end = datetime(2100, 1, 1, tzinfo=UTC)
+    told = f"paused mail until {end.astimezone():%Y-%m-%d %H:%M:%S%z}\n"
+    assert run("pause", "mail", "--until", text) == (0, told, "")
+    with Client(dsn) as client:
+        assert client.paused() == {"mail": end}
+    shown = run("paused")[1].splitlines()[1].split(None, 1)[1]
+    assert datetime.fromisoformat(shown) == end  # and so it can be given again
+    [row] = json.loads(run("paused", "--json")[1])
+    assert datetime.fromisoformat(row["until"]) == end
+
+
+def test_a_pause_lasts_as_long_as_is_said_by_the_databases_clock(
+    run: Run, conn: psycopg.Connection
+) -> None:
+    [[before]] = conn.execute("select clock_timestamp()").fetchall()
+    told = json.loads(run("pause", "mail", "--for", "1.5h", "--json")[1])
+    [[after]] = conn.execute("select clock_timestamp()").fetchall()
+    end = datetime.fromisoformat(told["until"])
+    assert before <= end - timedelta(hours=1.5) <= after
+    assert conn.execute("select until from bgjob_pause").fetchall() == [(end,)]
+
+
+@pytest.mark.parametrize("args", ["--for 0", "--until 2020-01-01T00:00Z"])
+def test_a_pause_that_is_over_is_refused_and_ends_no_other(run: Run, dsn: str, args: str) -> None:
+    run("pause", "mail")
+    status, out, err = run("pause", "mail", *args.split())
+    assert (status, out) == (2, "")
+    assert err == "bgjob: the pause would be over before it begins: give a later time\n"
+    with Client(dsn) as client:
+        assert client.paused() == {"mail": None}
+
+
+def test_a_pause_that_a_transaction_holds_up_is_told(
+    run: Run, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bgjob.client._PATIENCE", 0.1)
+    with conn.transaction():
+        conn.execute("lock table bgjob_job in row exclusive mode")
+        conn.execute("select from bgjob_pause")
+        status, out, err = run("pause", "mail")
+    assert (status, out) == (1, "")
+    assert "'mail' is paused, but a transaction" in err
+
+
+# -- schedules -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def daily(conn: psycopg.Connection) -> None:
+    """Two schedules that a worker has had."""
+    request = EnqueueRequest("reports", "report", {"n": 1}, priority=3, exclusive="report")
+    Schedules(
+        [
+            Schedule("daily", every=timedelta(days=1), request=request),
+            Schedule("hourly", every=3600, request=EnqueueRequest("q", "t")),
+        ]
+    ).run(conn)
+
+
+def schedules(run: Run) -> dict[str, Any]:
+    return {row["name"]: row for row in json.loads(run("schedules", "list", "--json")[1])}
+
+
+def test_schedules_are_a_table_or_json(
+    run: Run, daily: None, conn: psycopg.Connection, dsn: str
+) -> None:
+    run("schedules", "pause", "hourly")
+    status, out, err = run("schedules", "list")
+    assert (status, err) == (0, "")
+    head, *lines = out.splitlines()
+    names = ["name", "spec", "queue", "type", "paused", "last_run_at", "next_run_at"]
+    assert head.split() == names
+    daily_line, hourly_line = (re.split("  +", line) for line in lines)
+    with Client(dsn) as client:
+        at, _ = [status.next_run_at for status in client.schedules.list()]
+    assert at
+    shown = f"{at.astimezone():%Y-%m-%d %H:%M:%S%z}"
+    assert daily_line == ["daily", "every 1 day, 0:00:00", "reports", "report", "no", "-", shown]
+    assert hourly_line == ["hourly", "every 1:00:00", "q", "t", "yes", "-", "-"]
+    found = schedules(run)
+    assert datetime.fromisoformat(found["daily"].pop("next_run_at")) == at
+    assert found["daily"] == {
+        "name": "daily",
+        "spec": "every 1 day, 0:00:00",
+        "queue": "reports",
+        "type": "report",
+        "paused": False,
+        "last_run_at": None,
+    }
+    assert found["hourly"]["paused"] is True
+
+
+def test_schedules_are_paused_resumed_and_removed_by_name(run: Run, daily: None) -> None:
+    def paused() -> dict[str, bool]:
+        return {name: schedule["paused"] for name, schedule in schedules(run).items()}
+
+    told = "paused hourly\npaused daily\n"
+    assert run("schedules", "pause", "hourly", "daily", "hourly") == (0, told, "")
+    assert paused() == {"daily": True, "hourly": True}
+    assert run("schedules", "resume", "daily") == (0, "resumed daily\n", "")
+    assert paused() == {"daily": False, "hourly": True}
+    assert json.loads(run("schedules", "resume", "hourly", "--json")[1]) == {"resumed": ["hourly"]}
+    assert paused() == {"daily": False, "hourly": False}
+    assert json.loads(run("schedules", "pause", "daily", "--json")[1]) == {"paused": ["daily"]}
+    assert run("schedules", "remove", "daily", "daily") == (0, "removed daily\n", "")
+    assert paused() == {"hourly": False}
+    assert json.loads(run("schedules", "remove", "hourly", "--json")[1]) == {"removed": ["hourly"]}
+    assert paused() == {}
+
+
+def test_a_schedule_is_run_once_also_while_it_is_paused(
+    run: Run, daily: None, conn: psycopg.Connection
+) -> None:
+    run("schedules", "pause", "daily")
+    status, out, err = run("schedules", "run", "daily")
+    assert (status, err) == (0, "")
+    other = json.loads(run("schedules", "run", "daily", "--json")[1])["id"]
+    assert live(conn) == sorted([out.strip(), other])
+    assert conn.execute(
+        "select distinct queue, type, arg, priority, exclusive from bgjob_job"
+    ).fetchall() == [("reports", "report", b'{"n":1}', 3, "report")]
+
+
+@pytest.mark.parametrize("command", ["pause", "resume", "remove", "run"])
+def test_of_an_unknown_schedule_the_known_ones_are_told_and_nothing_is_done(
+    run: Run, daily: None, conn: psycopg.Connection, command: str
+) -> None:
+    conn.execute("update bgjob_schedule set paused = name = 'daily'")
+    before = schedules(run)
+    names = ["weekly"] if command == "run" else ["daily", "weekly", "hourly", "yearly"]
+    status, out, err = run("schedules", command, *names)
+    assert (status, out) == (1, "")
+    unknown = "'weekly'" if command == "run" else "'weekly', 'yearly'"
+    assert err.startswith(
+        f"bgjob: there is no schedule {unknown}; there are 'daily', 'hourly'; one is there when"
+    )
+    assert (schedules(run), live(conn)) == (before, [])
+
+
+def test_an_error_lists_a_screenful_of_schedules_or_says_that_there_is_none(
+    run: Run, conn: psycopg.Connection
+) -> None:
+    assert "no schedule 'x'; there is none at all; " in run("schedules", "run", "x")[2]
+    request = EnqueueRequest("q", "t")
+    Schedules([Schedule(f"s{n:02}", every=60, request=request) for n in range(23)]).run(conn)
+    assert "'s18', 's19' and 3 more; " in run("schedules", "run", "x")[2]
+
+
+def test_the_name_of_a_schedule_is_told_as_escapes(run: Run, conn: psycopg.Connection) -> None:
+    name = "\x1b[31mred"
+    Schedules([Schedule(name, every=60, request=EnqueueRequest("q", "t"))]).run(conn)
+    for args in (["list"], ["pause", name], ["run", name], ["run", "x"], ["pause", name + "?"]):
+        _, out, err = run("schedules", *args)
+        assert r"\x1b[31mred" in out + err
+        assert "\x1b" not in out + err
+
+
 # -- schema --------------------------------------------------------------------------------
 
 
@@ -502,6 +752,19 @@ def test_columns_stand_in_line(capsys: pytest.CaptureFixture[str]) -> None:
         "dlq list --limit 0",
         "dlq purge --older-than nan",
         "stats --dsn nonsense",
+        "dlq list --before 0",
+        "enqueue q t --exclusive=",
+        "schedules",
+        "schedules pause",
+        "schedules run a b",
+        "pause",
+        "pause q --for 1y",
+        "pause q --for 1h --until 2100-01-01T00:00Z",
+        "pause q --until tomorrow",
+        "pause q --until 2100-01-01T00:00",
+        "pause q --until 0001-01-01T00:00+14:00",
+        "resume",
+        "resume q r",
     ],
 )
 def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -514,7 +777,8 @@ def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     "args",
     ["", "enqueue", "stats", "dlq", "dlq list", "dlq show", "dlq requeue", "dlq purge", "schema"]
-    + ["playground", "demo", "worker"],
+    + ["playground", "demo", "worker", "pause", "resume", "paused", "schedules", "schedules list"]
+    + [f"schedules {command}" for command in ("pause", "resume", "remove", "run")],
 )
 def test_help_tells_the_exit_status(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -26,6 +26,9 @@ from bgjob import (
     Retry,
     Worker,
 )
+from bgjob._exchange import Release
+from bgjob._statements import Claimed, claim_any, lock_keys
+from bgjob._transaction import acquisition, conclusion
 
 PATIENCE = 20.0
 NEVER = 3600.0
@@ -313,3 +316,187 @@ def test_a_callable_that_finds_no_key_fails_the_attempt(
         errors = {str(dead.last_error) for dead in client.dlq.list()}
     assert any("KeyError" in error for error in errors)
     assert any("exclusive key" in error for error in errors)
+
+
+# -- what others do meanwhile ---------------------------------------------------------------
+
+
+COMMIT_HANGS = """
+    create table effect (id text);
+    create function hang() returns trigger language plpgsql as $$
+        begin perform pg_advisory_xact_lock(7); return null; end
+    $$;
+    create constraint trigger hang after insert on effect
+        deferrable initially deferred for each row execute function hang();
+"""
+
+
+def test_a_transactional_handler_whose_commit_hangs_holds_up_its_own_key_only(
+    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+) -> None:
+    ran: list[str] = []
+    waits_for_7 = (
+        "pg_locks where locktype = 'advisory' and (classid, objid) = (0, 7) and not granted "
+        "and database = (select oid from pg_database where datname = current_database())"
+    )
+
+    def write(job: Job, conn: psycopg.Connection) -> None:
+        conn.execute("insert into effect values (%s)", [job.id])
+
+    conn.execute(COMMIT_HANGS)
+    mux = Mux().register("t", write, transactional=True, backoff=_never)
+    mux.register("plain", lambda job: ran.append(job.id))
+    with Client(dsn) as client, conn.transaction():
+        conn.execute("select pg_advisory_xact_lock(7)")
+        client.enqueue(keyed("a", "0"))
+        crew(mux)
+        assert eventually(lambda: count(conn, waits_for_7) == 1)
+        for id_, key in [("1", "a"), ("2", "b"), ("3", "b"), ("4", None)]:
+            client.enqueue(EnqueueRequest("q", "plain", id=id_, exclusive=key))
+        assert eventually(lambda: len(ran) == 3)
+        assert set(ran) == {"2", "3", "4"}
+    assert eventually(lambda: ran[3:] == ["1"])
+    assert eventually(lambda: count(conn, "bgjob_job") == count(conn, "bgjob_exclusive") == 0)
+    assert count(conn, "effect") == 1
+
+
+@pytest.mark.parametrize("by", ["worker", "do"])
+@pytest.mark.parametrize("transactional", [False, True])
+def test_keys_are_kept_where_transactions_see_one_snapshot(
+    dsn: str, conn: psycopg.Connection, by: str, transactional: bool
+) -> None:
+    ran: list[str] = []
+    database = conn.info.dbname
+    conn.execute(
+        cast(Any, f"alter database {database} set default_transaction_isolation = 'serializable'")
+    )
+
+    def handle(job: Job, own: psycopg.Connection | None = None) -> None:
+        ran.append(f"{job.id}, attempt {job.attempt}")
+        if own is not None:
+            own.execute("select count(*) from bgjob_exclusive")
+        if job.id == "0":
+            client.enqueue(keyed("k", "1"))
+            if by == "do":
+                with pytest.raises(EmptyQueueError):
+                    client.do("q", mux)
+            assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
+
+    mux = Mux()
+    if transactional:
+        mux.register("t", handle, transactional=True, backoff=_never)
+    else:
+        mux.register("t", handle, backoff=_never)
+    with Client(dsn) as client, ExitStack() as stack:
+        client.enqueue(keyed("k", "0"))
+        if by == "worker":
+            stack.enter_context(Worker(client, "q", mux, concurrency=2, poll_interval=NEVER))
+        else:
+            client.do("q", mux)
+            client.do("q", mux)
+        assert eventually(lambda: count(conn, "bgjob_job") == 0)
+        assert eventually(lambda: count(conn, "bgjob_exclusive") == 0)
+    assert ran == ["0, attempt 1", "1, attempt 1"]
+
+
+def ask(conn: psycopg.Connection, statements: list[Any]) -> list[Any]:
+    with conn.transaction():
+        return [s.parse(conn.execute(s.text, s.params).fetchall()) for s in statements]
+
+
+def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) -> Claimed:
+    """Claim a job that has a key, and the key, as a worker that does no more."""
+    [[[(job, deaths)]]] = [ask(conn, [claim_any(queue, lease=lease, token=token)])]
+    claimed = Claimed(job, token, deaths)
+    assert ask(conn, acquisition(claimed))[-1] == [job.id]
+    return claimed
+
+
+def test_a_key_is_free_when_its_holder_died_in_a_queue_that_has_no_worker_left(
+    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+) -> None:
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("r", "t", id="dead", exclusive="k"))
+        dead = take(conn, "r", lease=0.5)
+        client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
+        crew(Mux().register("t", lambda _: None), poll_interval=0.05)
+        assert eventually(lambda: count(conn, "bgjob_job where queue = 'q'") == 0)
+    # It is fenced off, and a suspect.
+    assert ask(conn, conclusion(dead, Complete()))[0] == []
+    assert conn.execute("select token, deaths from bgjob_job").fetchall() == [(None, 1)]
+
+
+def test_jobs_do_not_wait_for_those_of_a_queue_that_has_no_worker(
+    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+) -> None:
+    with Client(dsn) as client:
+        client.enqueue(keyed("k", "0"))
+        take(conn, "q", lease=NEVER)
+        client.enqueue(keyed("k", "1"))
+        crew(Mux().register("t", lambda _: None), poll_interval=0.05)
+        assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
+        client.enqueue(EnqueueRequest("r", "t", id="2", exclusive="k"))
+        conn.execute("delete from bgjob_job where id = '0'")
+        assert eventually(lambda: count(conn, "bgjob_job") == 1)
+    assert conn.execute("select id from bgjob_job").fetchall() == [("2",)]
+
+
+def test_do_finds_a_job_whose_holder_was_deleted(dsn: str, conn: psycopg.Connection) -> None:
+    ran: list[str] = []
+    inner = Mux().register("t", lambda job: ran.append(job.id))
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", "0"), keyed("k", "1")])
+        take(conn, "q", lease=NEVER)
+        with pytest.raises(EmptyQueueError):
+            client.do("q", inner)
+        conn.execute("delete from bgjob_job where id = '0'")
+        client.do("q", inner)
+    assert ran == ["1"]
+    assert count(conn, "bgjob_exclusive") == 0
+
+
+def test_a_job_that_is_given_back_keeps_its_place(dsn: str, conn: psycopg.Connection) -> None:
+    ran: list[str] = []
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
+        first = take(conn, "q", lease=NEVER)
+        assert ask(conn, conclusion(first, Release()))[0] == ["0"]
+        for _ in range(3):
+            client.do("q", Mux().register("t", lambda job: ran.append(job.id)))
+    assert ran == ["0", "1", "2"]
+
+
+def test_a_key_that_is_deleted_while_it_is_waited_for_is_locked_all_the_same(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    waits = "pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+    ask(conn, [lock_keys(["k"])])
+
+    def lock_second() -> None:
+        ask(second, [lock_keys(["k"])])
+        # The transaction of the caller is still open.
+
+    with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second:
+        first.execute("delete from bgjob_exclusive")
+        with second.transaction():
+            thread = threading.Thread(target=lock_second)
+            thread.start()
+            assert eventually(lambda: count(conn, waits) == 1)
+            first.commit()
+            thread.join(PATIENCE)
+            with psycopg.connect(dsn) as third, pytest.raises(psycopg.errors.LockNotAvailable):
+                third.execute("set lock_timeout = '50ms'")
+                ask(third, [lock_keys(["k"])])
+
+
+def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", "0"), keyed("k", "1")])
+    [[[(job, _)]]] = [ask(conn, [claim_any("q", lease=NEVER, token=1)])]
+    conn.execute("set lock_timeout = '50ms'")
+    with psycopg.connect(dsn) as other:
+        other.execute("select from bgjob_job where id = '0' for update")
+        assert ask(conn, acquisition(Claimed(job, 1)))[-1] == []
+    assert ask(conn, acquisition(Claimed(job, 1)))[-1] == ["0"]

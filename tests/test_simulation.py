@@ -116,7 +116,8 @@ class Table:
             if row is not None and row.token == token:
                 self.settled[id_, token] = "postponed"
                 row.token = row.lease_until = None
-                row.due = now + int(postponed.delay * SECOND)
+                if postponed.delay is not None:
+                    row.due = now + int(postponed.delay * SECOND)
                 row.attempt -= postponed.refund
                 row.deaths = postponed.deaths
                 if postponed.priority is not None:
@@ -129,7 +130,6 @@ class Table:
         for id_ in self._match(exchange.extend):
             self.rows[id_].lease_until = now + self._lease
             reply.extended.add(id_)
-        promise(not (exchange.acquire and exchange.release), "locks keys twice")
         if exchange.acquire:
             reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
         if exchange.release:
@@ -301,9 +301,7 @@ class Table:
         if row is None or row.token != token:
             return False
         exchange = Exchange()
-        exchange.settle(outcome)
-        if outcome.claimed.job.exclusive is not None:
-            exchange.release.append(outcome.claimed.job.exclusive)
+        exchange.settle(outcome)  # and leaves the release of its key to the worker
         self.carry_out(exchange, began=now, now=now, at=at)
         self.rows.get(id_, row).is_known = False  # the engine learns of it by a look only
         return True
@@ -447,7 +445,8 @@ class History:
     def _plan(self, calm: bool) -> None:
         random, span = self.random, self.peace_at - self.now
         burst = random.random() < 0.02
-        for number in range(random.choice([1, 5, 15]) if not burst else random.choice([300, 1200])):
+        most = 200 if self.keys else random.choice([300, 1200])  # keys are walked over
+        for number in range(random.choice([1, 5, 15]) if not burst else most):
             at = span * (random.random() if not burst else number % 3 / 3)
             self._at(at, partial(self._enqueue, f"job-{number}"))
         if random.random() < 0.3:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import psycopg
 import pytest
 from psycopg import ClientCursor
+from test_plans import PLAN_CACHE_MODES, buffers, prepare, run
 
 from bgjob import EnqueueRequest, Job
 from bgjob._link import _SESSION
@@ -278,6 +279,67 @@ def test_a_survey_lists_the_priorities_in_use_and_when_the_next_job_of_each_is_d
     assert [(line.priority, line.wait is None) for line in lines] == [(-7, True), (3, False)]
     assert lines[1].wait is not None
     assert 0 < lines[1].wait <= 1000
+
+
+# -- jobs that are delayed --------------------------------------------------------------------
+
+DELAYED = 100_000
+
+DEEPER = 20
+"""The most pages more that a statement touches in a larger index: a level for each of its looks."""
+
+LOOKS: dict[str, Statement[Any]] = {
+    "claim": claim("q", limit=100, lease=60, token=1, marks={0: LONG_AGO, 1: LONG_AGO}, back=1),
+    "claim of one priority": claim("q", limit=100, lease=60, token=1, marks={1: LONG_AGO}, back=1),
+    "claim of a suspect": claim_suspect("q", lease=60, token=1),
+    "sweep": sweep("q", limit=100, lease=60, token=1),
+    "survey of a sweep": survey("q"),
+    "free": free("q", limit=100),
+}
+"""What a worker asks when it looks for jobs."""
+
+
+def delay(conn: psycopg.Connection, first: int, last: int) -> None:
+    """Write jobs of the highest priority that are due in an hour."""
+    conn.execute(
+        "insert into bgjob_job (id, queue, type, arg, priority, next_run_at) "
+        "select 'delayed ' || n, 'q', 't', '{}', 0, "
+        "now() + interval '1 hour' + n * interval '1 ms' from generate_series(%s::int, %s) n",
+        [first, last],
+    )
+
+
+def test_delayed_jobs_of_a_higher_priority_in_front_are_not_looked_at(
+    worker: psycopg.Connection, conn: psycopg.Connection
+) -> None:
+    conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    conn.execute(
+        "insert into bgjob_job (id, queue, type, arg, priority, next_run_at, deaths) "
+        "select 'due ' || n, 'q', 't', '{}', 1, "
+        "now() - interval '1 hour' + n * interval '1 ms', (n <= 5)::int "
+        "from generate_series(1, 1000) n"
+    )
+    explains = {name: prepare(worker, name, statement) for name, statement in LOOKS.items()}
+    of_a_client = prepare(conn, "any", claim_any("q", lease=60, token=1))
+
+    def touched() -> dict[tuple[str, str], int]:
+        pages = {
+            (name, mode): buffers(run(worker, explain, mode))
+            for name, explain in explains.items()
+            for mode in PLAN_CACHE_MODES
+        }
+        # The driver does not prepare it: it is planned each time.
+        mode = "force_custom_plan"
+        return pages | {("claim of any", mode): buffers(run(conn, of_a_client, mode))}
+
+    delay(conn, 1, 1)
+    few = touched()
+    delay(conn, 2, DELAYED)
+    many = touched()
+    assert {look: pages for look, pages in many.items() if pages > few[look] + DEEPER} == {}
+    conn.execute("analyze bgjob_job")
+    many = touched()
+    assert {look: pages for look, pages in many.items() if pages > few[look] + DEEPER} == {}
 
 
 # -- fences ------------------------------------------------------------------------------

@@ -47,6 +47,12 @@ def add(commands: "Commands") -> None:
         metavar="N",
         help="at most so many (default: %(default)s)",
     )
+    each.add_argument(
+        "--before",
+        type=_arguments.positive,
+        metavar="NUMBER",
+        help="the next page: those before this number, which is told where there are more",
+    )
     each = add_command(
         dead,
         "show",
@@ -118,11 +124,15 @@ def _filters(args: argparse.Namespace) -> _Filters:
 def run_list(args: argparse.Namespace) -> int:
     """Carry it out."""
     with _database.opened(_database.find(args.dsn)) as client:
-        jobs = client.dlq.list(args.ids, limit=args.limit, **_filters(args))
+        jobs = client.dlq.list(args.ids, before=args.before, limit=args.limit + 1, **_filters(args))
+    there_are_more = len(jobs) > args.limit
+    jobs = jobs[: args.limit]
     if args.json:
         _table.write_json([_as_json(job) for job in jobs])
     else:
         _table.write_table(_SHOWN, [[getattr(job, name) for name in _SHOWN] for job in jobs])
+    if there_are_more:
+        say(f"for the next page add: --before {jobs[-1].number}")
     return 0
 
 

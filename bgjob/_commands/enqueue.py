@@ -53,6 +53,12 @@ def add(commands: "Commands") -> None:
         help="-32768 to 32767, lower runs first (default: %(default)s)",
     )
     parser.add_argument(
+        "--exclusive",
+        type=_arguments.name("exclusive"),
+        metavar="KEY",
+        help="no two jobs with one key run at once, on any host (default: none)",
+    )
+    parser.add_argument(
         "--id",
         type=_arguments.name("id"),
         help="unique among live jobs, so that to enqueue twice is harmless (default: a new UUID)",
@@ -71,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             _payload(args),
             delay=args.delay,
             priority=args.priority,
+            exclusive=args.exclusive,
             **options,
         )
     except ValueError as error:

@@ -1,14 +1,14 @@
 """`bgjob stats`: what waits, runs and is dead."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bgjob import _arguments, _database, _table
+from bgjob._commands.pauses import ENDLESS
+from bgjob.stats import QueueStats
 
 if TYPE_CHECKING:
     from bgjob._arguments import Commands
-
-_COLUMNS = ("queue", "type", "due", "delayed", "running", "dead", "oldest_due_age", "retries")
 
 
 def add(commands: "Commands") -> None:
@@ -19,7 +19,8 @@ def add(commands: "Commands") -> None:
         run,
         help="show what waits, runs and is dead, for each queue and type",
         description="Counts the jobs of each queue and type: due, delayed, running and dead, those "
-        "that wait for a retry, and for how many seconds the oldest due one has waited.",
+        "that wait for a retry, and for how many seconds the oldest due one has waited; and tells "
+        "until when a queue is paused. A paused queue without jobs has a row without a type.",
     )
     parser.add_argument("--queue", type=_arguments.name("queue"), help="only of this queue")
     _arguments.add_dsn(parser)
@@ -30,9 +31,26 @@ def run(args: argparse.Namespace) -> int:
     """Carry it out."""
     with _database.opened(_database.find(args.dsn)) as client:
         stats = client.stats(queue=args.queue)
-    rows = [[getattr(row, column) for column in _COLUMNS] for row in stats]
+        paused = client.paused()
+    with_jobs = {row.queue for row in stats}
+    rows: list[tuple[Any, ...]] = [
+        *stats,
+        *(
+            (queue, None, 0, 0, 0, 0, None, 0)
+            for queue in paused
+            if queue not in with_jobs and args.queue in (None, queue)
+        ),
+    ]
     if args.json:
-        _table.write_json([dict(zip(_COLUMNS, row, strict=True)) for row in rows])
+        _table.write_json(
+            [
+                QueueStats._make(row)._asdict()
+                | {"paused": row[0] in paused, "paused_until": paused.get(row[0])}
+                for row in rows
+            ]
+        )
     else:
-        _table.write_table([column.replace("_", " ") for column in _COLUMNS], rows)
+        ends = {queue: until or ENDLESS for queue, until in paused.items()}
+        columns = [column.replace("_", " ") for column in QueueStats._fields]
+        _table.write_table([*columns, "paused until"], [(*row, ends.get(row[0])) for row in rows])
     return 0
