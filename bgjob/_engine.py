@@ -156,6 +156,7 @@ class Engine:
         self._keys_limit = _MOST // 2
         self._has_keys = False  # some job has had a key
         self._free: dict[str, None] = {}  # keys that are to be released, in order
+        self._blocked_after = ""  # where to go on looking for such
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
@@ -425,13 +426,16 @@ class Engine:
         at = marks.sweep_at if self._more or self._told else marks.early_sweep_at
         token = next(self._tokens)
         if now >= at or not self._marks.known:
-            exchange.claim = Sweep(limit, token)
+            exchange.claim = self._sweep(limit, token)
         else:
             # While it is parked no enqueue is in flight unseen.
             watches = not self._parking.parked
             if not watches:
                 self._marks.unwatched(now)
             exchange.claim = Claim(limit, token, *self._marks.start(now), watches)
+
+    def _sweep(self, limit: int, token: int) -> Sweep:
+        return Sweep(limit, token, self._blocked_after)
 
     def _add_parking(self, exchange: Exchange, now: float) -> None:
         alone = not exchange
@@ -444,7 +448,7 @@ class Engine:
             # what becomes due between the transaction's beginning and the lock.
             limit = self._claimable
             if limit > 0 and now >= self._marks.early_sweep_at:
-                exchange.claim = Sweep(limit, next(self._tokens))
+                exchange.claim = self._sweep(limit, next(self._tokens))
 
     @property
     def _claimable(self) -> int:
@@ -714,7 +718,8 @@ class Engine:
                 self._swept(reply, sent, now, full=self._more)
                 if freed and self._more:
                     self._marks.sweep_at = -inf  # there may be more to free than there are slots
-                self._free.update(dict.fromkeys(reply.blocked))
+                self._free.update(dict.fromkeys(reply.blocked.keys))
+                self._blocked_after = reply.blocked.after
                 waits = [line.wait for line in reply.lines if line.wait is not None]
                 self._due_at = now + max(min(waits), 0.0) if waits else inf
                 self._hold(_claimed(jobs, token), sent, now, news)

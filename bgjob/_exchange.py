@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._route import Wants
 from bgjob._statements import (
+    Blocked,
     Buried,
     Claimed,
     Horizon,
@@ -42,6 +43,9 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_t
 MOST_FREED = 1000
 """Suspects that one sweep sets free, where it claims nothing."""
 
+MOST_LOOKED_AT = 2000
+"""Keys that one sweep looks at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -66,6 +70,8 @@ class Sweep:
     limit: int
     """0 frees suspects only."""
     token: int
+    after: str = ""
+    """The key after which to look for such as are blocked."""
 
     @property
     def looks(self) -> bool:
@@ -131,10 +137,10 @@ class Exchange:
             case Sweep(0):
                 plan.append((free(queue, limit=MOST_FREED), "swept"))
                 plan.append((survey(queue), "lines"))
-            case Sweep(limit, token):
+            case Sweep(limit, token, after):
                 plan.append((sweep(queue, limit=limit, lease=lease, token=token), "swept"))
                 plan.append((survey(queue), "lines"))
-                plan.append((blocked(queue), "blocked"))
+                plan.append((blocked(queue, after=after, limit=MOST_LOOKED_AT), "blocked"))
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
             case Claim(limit, token, marks, back, watches):
@@ -256,7 +262,7 @@ class Reply:
     locked: None = None
     acquired: list[str] = field(default_factory=list)
     woken: list[Woken] = field(default_factory=list)
-    blocked: list[str] = field(default_factory=list)
+    blocked: Blocked = field(default_factory=lambda: Blocked([], ""))
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""

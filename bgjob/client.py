@@ -54,6 +54,9 @@ _FEW = 500
 _POOL_SIZE = 10
 _DO_LEASE = 300.0
 
+_MOST_KEYS = 1_000_000
+"""Exclusive keys that are looked at where no job is due."""
+
 _DEADLOCKS = 3
 """Deadlocks that a bulk enqueue survives: each costs the server's deadlock_timeout."""
 
@@ -423,8 +426,8 @@ class Client:
 
     def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
         """Claim again where jobs wait for keys that nobody has; a worker looks as it polls."""
-        keys = self._run(_statements.blocked(queue), None)
-        if not keys:
+        look = _statements.blocked(queue, after="", limit=_MOST_KEYS)
+        if not (keys := self._run(look, None).keys):
             return []
         self._run_all(unblocking(queue, keys))
         return self._run(claim, None)
@@ -702,8 +705,8 @@ class AsyncClient:
             return await _execute_async(connection, statement, keep=keep)
 
     async def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
-        keys = await self._run(_statements.blocked(queue), None)
-        if not keys:
+        look = _statements.blocked(queue, after="", limit=_MOST_KEYS)
+        if not (keys := (await self._run(look, None)).keys):
             return []
         await self._run_all(unblocking(queue, keys))
         return await self._run(claim, None)

@@ -371,7 +371,7 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
         cast(Any, f"alter database {database} set default_transaction_isolation = 'serializable'")
     )
 
-    def handle(job: Job, own: psycopg.Connection | None = None) -> None:
+    def handle(job: Job, own: Any = None) -> None:
         ran.append(f"{job.id}, attempt {job.attempt}")
         if own is not None:
             own.execute("select count(*) from bgjob_exclusive")
@@ -382,6 +382,7 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
                     client.do("q", mux)
             assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
 
+<<<<<<< HEAD
     mux = Mux()
     if transactional:
         mux.register("t", handle, transactional=True, backoff=_never)
@@ -391,6 +392,14 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
         client.enqueue(keyed("k", "0"))
         if by == "worker":
             stack.enter_context(Worker(client, "q", mux, concurrency=2, poll_interval=NEVER))
+=======
+    mux = Mux().register("t", cast(Any, handle), transactional=transactional, backoff=_never)
+    with Client(dsn) as client, ExitStack() as stack:
+        client.enqueue(keyed("k", "0"))
+        if by == "worker":
+            worker = Worker(client, "q", mux, concurrency=2, poll_interval=NEVER)
+            stack.enter_context(worker)
+>>>>>>> 2277983bdc37f1549825834aeb103196018a1bf4
         else:
             client.do("q", mux)
             client.do("q", mux)

@@ -42,7 +42,7 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._pace import MOST_AHEAD
-from bgjob._statements import Claimed, Line, Suspect, Swept, Woken
+from bgjob._statements import Blocked, Claimed, Line, Suspect, Swept, Woken
 from bgjob._watermarks import REST
 from bgjob._suspects import proof
 from bgjob.job import Job
@@ -147,7 +147,7 @@ class Table:
             case Sweep(limit, token):
                 reply.swept = self.sweep(limit, token, began=began, now=now, at=at)
                 reply.lines = self._survey(began=began, now=now)
-                reply.blocked = self._blocked(began)
+                reply.blocked = Blocked(self._blocked(began), "")
             case ClaimSuspect(token):
                 found = [r for r in self._due(began) if r.deaths and r.lease_until is None]
                 for job in self.take(found, 1, token, now=now, at=at):
