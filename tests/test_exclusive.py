@@ -382,7 +382,6 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
                     client.do("q", mux)
             assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
 
-<<<<<<< HEAD
     mux = Mux()
     if transactional:
         mux.register("t", handle, transactional=True, backoff=_never)
@@ -392,14 +391,6 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
         client.enqueue(keyed("k", "0"))
         if by == "worker":
             stack.enter_context(Worker(client, "q", mux, concurrency=2, poll_interval=NEVER))
-=======
-    mux = Mux().register("t", cast(Any, handle), transactional=transactional, backoff=_never)
-    with Client(dsn) as client, ExitStack() as stack:
-        client.enqueue(keyed("k", "0"))
-        if by == "worker":
-            worker = Worker(client, "q", mux, concurrency=2, poll_interval=NEVER)
-            stack.enter_context(worker)
->>>>>>> 2277983bdc37f1549825834aeb103196018a1bf4
         else:
             client.do("q", mux)
             client.do("q", mux)

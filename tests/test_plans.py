@@ -337,13 +337,13 @@ CLIENTS = {
     **{name: Hot(hot.statement, FEW) for name, hot in settlements(HELD[:1]).items()},
 }
 
-<<<<<<< HEAD
 # Nothing of the queue is looked at, but for its priorities; for which a client may read the
 # whole of a small table.
 PAUSED = {
     **{name: Hot(hot.statement, FEW) for name, hot in WORKERS.items() if "claim" in name},
     "claim any": Hot(CLIENTS["claim any"].statement, FEW * PRIORITIES),
-=======
+}
+
 ASIDE = 1000
 """The most jobs that are put aside at once."""
 
@@ -381,7 +381,6 @@ KEYS_OF_ONE = {
     "blocked": Hot(blocked("keyed", after="", limit=BATCH), BATCH, 0),
     "blocked after a key": Hot(blocked("keyed", after="single 1", limit=BATCH), BATCH, 0),
     "blocked elsewhere": Hot(blocked("q", after="", limit=BATCH), BATCH, 0),
->>>>>>> 2277983bdc37f1549825834aeb103196018a1bf4
 }
 
 PLAN_CACHE_MODES = ["force_custom_plan", "force_generic_plan"]
@@ -437,7 +436,6 @@ def test_a_client_handles_no_more_rows_than_it_asks_for(
 
 @EVERY_STATISTICS
 @EVERY_SIZE
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", PAUSED)
 def test_a_claim_looks_at_no_job_of_a_paused_queue(
     plans: psycopg.Connection, name: str, jobs: int, statistics: str
@@ -479,7 +477,10 @@ def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
             plan = run(plans, prepare(plans, f"expire {age} {mode}", expire), mode)
             check_walks(plan)
             Hot(expire, 1000).check(plan)
-=======
+
+
+@EVERY_STATISTICS
+@EVERY_SIZE
 @pytest.mark.parametrize("is_worker", [True, False], ids=["worker", "client"])
 def test_what_is_done_with_keys_handles_the_jobs_it_is_about_and_no_others(
     plans: psycopg.Connection, is_worker: bool, jobs: int, statistics: str
@@ -499,7 +500,6 @@ def test_what_is_done_with_keys_handles_the_jobs_it_is_about_and_no_others(
             for node in nodes(plan):
                 at_jobs = node.get("Relation Name") == "bgjob_job" and jobs == MILLION
                 assert not at_jobs or node["Node Type"] != "Seq Scan", (name, plan)
->>>>>>> 2277983bdc37f1549825834aeb103196018a1bf4
 
 
 def test_a_worker_can_keep_the_plans_of_a_small_table_when_it_grows(
