@@ -238,7 +238,8 @@ class Client:
 
         Args:
             queue: the queue to claim from.
-            mux: the handlers; a coroutine handler is run with asyncio.run.
+            mux: the handlers; a coroutine handler is run with asyncio.run. Only
+                such a one is held to its timeout: a plain one runs on this thread.
             lease: seconds or a timedelta for which nobody else may have the
                 job; it is not extended. 300 s by default.
 
@@ -574,7 +575,8 @@ class AsyncClient:
     async def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
         """Claim one due job, run its handler, and store the result. As Client.do.
 
-        A coroutine handler is awaited here, a plain one runs on a thread.
+        A coroutine handler is awaited here, a plain one runs on a thread, whatever
+        its timeout.
         """
         mux.check_bound()
         lease = seconds(lease, "lease")

@@ -204,8 +204,13 @@ class Mux:
                 backoff. None: endlessly.
             backoff: seconds to wait after failed attempt n, for a handler that
                 raises or returns Retry() without a delay; Backoff() by default.
-            timeout: seconds or a timedelta after which an attempt has failed;
-                none by default, for only you know how long a job may take.
+            timeout: seconds or a timedelta in the handler after which an attempt
+                has failed with a JobTimeoutError; none by default, for only you
+                know how long a job may take. A coroutine is cancelled. A thread
+                cannot be, nor a coroutine that goes on for a second more: another
+                takes its slot, what it returns is dropped, and its transaction is
+                rolled back. While more of these hang than there are slots, each
+                takes one away. A job that hangs holds its exclusive key no more.
             priority: that of the jobs that `request` makes; 0 by default.
                 Lower runs first.
             retry_priority: the priority with which a job goes back that failed,

@@ -26,8 +26,9 @@ class Worker:
             takes another's slots.
         mux: the handlers.
         concurrency: handlers at once; 1 by default, so that nobody's code meets
-            itself unasked. Not beside a mapping. Plain handlers run on so many threads, coroutine
-            handlers on one event loop, both within this bound.
+            itself unasked. Not beside a mapping. Plain handlers run on so many
+            threads, coroutine handlers on one event loop for each queue, both
+            within this bound.
         poll_interval: seconds or a timedelta between two looks at an idle
             queue; 1 s by default. Enqueues of a Client wake the worker at
             once; this bounds what a lost notification, a retry of another
@@ -50,7 +51,7 @@ class Worker:
             last handler has ended, or the grace period with it.
         init_timeout: seconds or a timedelta within which run() connects or
             raises; 10 s by default, so that a wrong address shows at once. At
-            least 1 s.
+            least 1 s; each host of the connection string is given 2 s at least.
 
     Jobs run at least once: a handler whose worker dies before its result is
     stored runs again elsewhere. A context manager: entering runs it, leaving
@@ -138,7 +139,7 @@ class Worker:
 
         It survives an outage of the database for as long as that takes. It ends
         where its event loop was closed under it, and after more than 5 faults of
-        its own within 10 s.
+        its own within 10 s; with all its queues, for they end together.
         """
         return self._crew.failure
 
@@ -151,7 +152,7 @@ class Worker:
 
 
 class AsyncWorker:
-    """Runs the due jobs of a queue; as Worker, with coroutine handlers on the caller's loop.
+    """Runs the due jobs of queues; as Worker, with coroutine handlers on the caller's loop.
 
     The arguments are Worker's, with an AsyncClient. A handler that blocks the
     loop delays other coroutines, but no lease: those are extended by a thread.

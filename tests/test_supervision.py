@@ -29,6 +29,7 @@ from test_worker import (
 import bgjob._control
 from bgjob import Client, Mux, SchemaError, Worker
 from bgjob._control import Control
+from bgjob._statements import schema_comment
 from bgjob.schema import init_sql
 
 __all__ = ["crew"]
@@ -97,13 +98,11 @@ def test_a_run_against_a_server_that_falls_silent_fails_within_its_time(
     crew: Crew, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Proxy(dsn) as proxy:
-        statement = bgjob._link.schema_comment
-
         def silenced() -> Any:
             proxy.silence()
-            return statement()
+            return schema_comment()
 
-        monkeypatch.setattr(bgjob._link, "schema_comment", silenced)
+        monkeypatch.setattr("bgjob._link.schema_comment", silenced)
         try:
             assert refused(crew, proxy.dsn(dsn), psycopg.Error, init_timeout=1) < DEFAULT
         finally:
@@ -170,10 +169,10 @@ class Faults:
         return not self._left
 
 
-WHERE = pytest.mark.parametrize("method", ["_turn", "_exchange", "_collect", "_acknowledge"])
+everywhere = pytest.mark.parametrize("method", ["_turn", "_exchange", "_collect", "_acknowledge"])
 
 
-@WHERE
+@everywhere
 def test_five_faults_are_survived(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -194,7 +193,7 @@ def test_five_faults_are_survived(
     assert not crew.run(worker.wait(0))
 
 
-@WHERE
+@everywhere
 def test_the_sixth_fault_ends_the_worker_and_leases_decide(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -214,7 +213,7 @@ def test_the_sixth_fault_ends_the_worker_and_leases_decide(
     gate.released.set()
 
 
-@WHERE
+@everywhere
 def test_a_fault_without_end_ends_the_worker(
     crew: Crew, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
