@@ -382,7 +382,7 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
                     client.do("q", mux)
             assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
 
-    mux = Mux().register("t", cast(Any, handle), transactional=transactional, backoff=_never)
+    mux: Mux = cast(Any, Mux()).register("t", handle, transactional=transactional, backoff=_never)
     with Client(dsn) as client, ExitStack() as stack:
         client.enqueue(keyed("k", "0"))
         if by == "worker":
