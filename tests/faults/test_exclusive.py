@@ -30,7 +30,7 @@ OVERLAPS = """
         and (a.began, a.until) overlaps (b.began, b.until)
 """
 
-FIRST_STARTS = "select job_id from run where key = %s group by job_id order by min(began)"
+FIRST_STARTS = "select job_id from run where job_id = any (%s) group by job_id order by min(began)"
 
 WAITING = "select count(*) from bgjob_job where waits and id = any (%s)"
 
@@ -46,8 +46,10 @@ def holds(world: World, *pids: int) -> int:
     return int(world.value(runs, [list(pids)]))
 
 
-def check_ledger(world: World, killed: dict[int, datetime], jobs: dict[str, list[str]]) -> None:
-    """Fail unless the jobs of each key, in their due order, ran one at a time."""
+def check_ledger(
+    world: World, killed: dict[int, datetime], jobs: dict[tuple[str, str], list[str]]
+) -> None:
+    """Fail unless the jobs of a key ran one at a time, and in each queue in their due order."""
     away = lost(world.processes)
     overlaps = world.query(
         OVERLAPS,
@@ -59,8 +61,8 @@ def check_ledger(world: World, killed: dict[int, datetime], jobs: dict[str, list
         ],
     )
     assert not overlaps, overlaps[:5]
-    for key, due in jobs.items():
-        assert [id for (id,) in world.query(FIRST_STARTS, [key])] == due, key
+    for line, due in jobs.items():
+        assert [id for (id,) in world.query(FIRST_STARTS, [due])] == due, line
 
 
 @pytest.mark.parametrize(("seed", "colour"), [(1, "thread"), (2, "async")])
@@ -68,26 +70,31 @@ def test_jobs_of_a_key_never_overlap_while_workers_are_killed_at_random(
     world: World, seed: int, colour: Colour
 ) -> None:
     dice = random.Random(seed)
-    jobs: dict[str, list[str]] = {f"key {n}": [] for n in range(20)}
+    jobs: dict[tuple[str, str], list[str]] = {
+        (f"key {n}", queue): [] for n in range(20) for queue in "qr"
+    }
     killed: dict[int, datetime] = {}
 
     def enqueue(count: int) -> None:
         for _ in range(count):
-            key = dice.choice(list(jobs))
+            key, queue = line = dice.choice(list(jobs))
             type = dice.choice(["plain", "transactional"])
             sleep = dice.uniform(0.001, 0.02)
-            jobs[key] += world.enqueue(type, exclusive=key, timed=True, sleep=sleep)
+            jobs[line] += world.enqueue(type, queue=queue, exclusive=key, timed=True, sleep=sleep)
 
-    enqueue(120)
-    workers = [world.start(colour=colour, lease=1.5) for _ in range(4)]
-    for _ in range(4):
+    def start(queue: str) -> Process:
+        return world.start(queue=queue, colour=colour, lease=1.5)
+
+    enqueue(100)
+    workers = [start(queue) for queue in "qrqr"]
+    for _ in range(3):
         enqueue(30)
         victim = workers.pop(dice.randrange(4))
         while not holds(world, victim.pid):
             enqueue(4)  # the others may have been quicker
         victim.kill()
         killed[victim.pid] = world.value("select clock_timestamp()")
-        workers.append(world.start(colour=colour, lease=1.5))
+        workers.append(start(victim.settings.queue))
     world.done()
     world.saw("holders were killed", holds(world, *killed))
     check_ledger(world, killed, jobs)
