@@ -685,7 +685,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 statements.lock_keys(["k"]),
                 statements.acquire("q", [claimed]),
                 statements.release("q", ["k"]),
-                statements.blocked("q"),
+                statements.blocked("q", after="", limit=1),
             ]
         case "scheduler":
             schedule = Schedule("s", every=60, request=request)

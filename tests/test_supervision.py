@@ -98,6 +98,7 @@ def test_a_run_against_a_server_that_falls_silent_fails_within_its_time(
     crew: Crew, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Proxy(dsn) as proxy:
+
         def silenced() -> Any:
             proxy.silence()
             return schema_comment()

@@ -47,12 +47,22 @@ LEDGER = """
         pid     integer     not null,
         token   text        not null default gen_random_uuid(),
         at      timestamptz not null default clock_timestamp()
+    );
+    create table run (
+        job_id  text        not null,
+        key     text,
+        attempt integer     not null,
+        pid     integer     not null,
+        began   timestamptz not null default clock_timestamp(),
+        ended   timestamptz
     )
 """
 """What the handlers write. No constraint: a row too many must be seen, not refused."""
 
 _INSERT = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
 _GATE = "select 1 from ledger where job_id = %s and attempt = %s and kind = 'gate'"
+_BEGIN = "insert into run (job_id, key, attempt, pid) values (%s, %s, %s, %s)"
+_END = "update run set ended = clock_timestamp() where (job_id, attempt, pid) = (%s, %s, %s)"
 _RESCHEDULED = "select count(*) from ledger where job_id = %s and kind = 'rescheduled'"
 
 
@@ -129,6 +139,7 @@ class Handlers:
     Two types: "plain" writes its ledger row on a connection of its own, "transactional" on the
     one it is given. Both are coroutines where the colour is "async". In their order:
 
+    timed: true to write when it begins and ends in the table `run`, whatever it is part of
     sleep: seconds to wait before the row
     mute: true for no row and no event, and nothing after the sleep: a job that is quick
     children: how many jobs of type "plain" to enqueue, in the transaction where there is one; the
@@ -179,6 +190,15 @@ class Handlers:
 
     def plain(self, job: Job, conn: psycopg.Connection[Any] | None = None) -> Result:
         arg = job.json() or {}
+        if not arg.get("timed"):
+            return self._plain(job, arg, conn)
+        with psycopg.connect(self._ledger, autocommit=True) as own:
+            own.execute(_BEGIN, [job.id, job.exclusive, job.attempt, os.getpid()])
+            result = self._plain(job, arg, conn)
+            own.execute(_END, [job.id, job.attempt, os.getpid()])
+            return result
+
+    def _plain(self, job: Job, arg: Any, conn: psycopg.Connection[Any] | None) -> Result:
         time.sleep(arg.get("sleep", 0))
         if arg.get("mute"):
             return Complete()
@@ -202,6 +222,17 @@ class Handlers:
 
     async def coroutine(self, job: Job, conn: psycopg.AsyncConnection[Any] | None = None) -> Result:
         arg = job.json() or {}
+        if not arg.get("timed"):
+            return await self._coroutine(job, arg, conn)
+        async with await psycopg.AsyncConnection.connect(self._ledger, autocommit=True) as own:
+            await own.execute(_BEGIN, [job.id, job.exclusive, job.attempt, os.getpid()])
+            result = await self._coroutine(job, arg, conn)
+            await own.execute(_END, [job.id, job.attempt, os.getpid()])
+            return result
+
+    async def _coroutine(
+        self, job: Job, arg: Any, conn: psycopg.AsyncConnection[Any] | None
+    ) -> Result:
         await asyncio.sleep(arg.get("sleep", 0))
         if arg.get("mute"):
             return Complete()

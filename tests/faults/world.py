@@ -358,6 +358,7 @@ class World:
         queue: str = "q",
         delay: float = 0.0,
         priority: int = 0,
+        exclusive: str | None = None,
         ledger: bool = True,
         **arg: Any,
     ) -> list[str]:
@@ -366,7 +367,7 @@ class World:
         They count as acknowledged when this has returned. In a transaction of yours (`conn`) they
         do not: call `acknowledge` when it is committed.
         """
-        made: dict[str, Any] = {"delay": delay, "priority": priority}
+        made: dict[str, Any] = {"delay": delay, "priority": priority, "exclusive": exclusive}
         if ids:
             requests = [EnqueueRequest(queue, type, arg or None, id=id, **made) for id in ids]
         else:

@@ -1,0 +1,135 @@
+"""What jobs with an exclusive key cost: the others while many wait for one key, and themselves."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import monotonic, sleep
+
+import harness
+import work
+from figures import Figures, at_least
+from harness import Bench
+from work import QUEUE
+
+from bgjob import Client, EnqueueRequest, Job, Mux, Worker
+
+_WAITING = 20_000
+_KEYED = 20_000
+_KEYS = 100
+
+_HELD = "held"
+_HOLDERS_QUEUE = "holders"
+
+
+def main(bench: Bench) -> Mapping[str, object]:
+    """Drain jobs beside those that wait for a key; drain jobs that have keys."""
+    count = 20_000 if bench.options.quick else 100_000
+    keyed = _KEYED // 4 if bench.options.quick else _KEYED
+    return {
+        "benchmark": "exclusive",
+        "jobs": count,
+        "waiting": _WAITING,
+        "keyed_jobs": keyed,
+        "keys": _KEYS,
+        "concurrency": work.CONCURRENCY,
+        "beside": {
+            "floor": "the same without jobs that wait for a key that is held",
+            **bench.compare(
+                "beside",
+                lambda: _beside(bench, count),
+                lambda: work.drain(bench, work.fill(bench, count), lambda ran: ran.plain),
+                {"jobs_per_s": at_least(0.8)},
+            ),
+        },
+        "among": {
+            "floor": "the same without jobs that want a key that is held, and are put aside",
+            **bench.compare(
+                "among",
+                lambda: _among(bench, count),
+                lambda: work.drain(bench, work.fill(bench, count), lambda ran: ran.plain),
+            ),
+        },
+        "keyed": {
+            "floor": "the same without keys",
+            **bench.compare(
+                "keyed",
+                lambda: _drain(bench, keyed, keys=_KEYS),
+                lambda: _drain(bench, keyed, keys=0),
+            ),
+        },
+    }
+
+
+def _beside(bench: Bench, count: int) -> Figures:
+    """Drain jobs while others wait aside."""
+    with Client(bench.dsn) as client:
+        bench.fresh()
+        with _held(client):
+            client.bulk_enqueue(_wanting())
+            with Worker(client, QUEUE, Mux()):
+                _wait_until_waiting(bench)
+            batch = work.requests(count)
+            client.bulk_enqueue(batch)
+            bench.settle()
+            return work.drain(bench, [r.id for r in batch], lambda ran: ran.plain)
+
+
+def _among(bench: Bench, count: int) -> Figures:
+    """Drain jobs among which there are others that have yet to be put aside."""
+    with Client(bench.dsn) as client:
+        bench.fresh()
+        with _held(client):
+            batch, wanting = work.requests(count), _wanting()
+            step = count // _WAITING
+            mixed = []
+            for number, request in enumerate(wanting):
+                mixed += [request, *batch[number * step : (number + 1) * step]]
+            client.bulk_enqueue(mixed)
+            bench.settle()
+            return work.drain(bench, [r.id for r in batch], lambda ran: ran.plain)
+
+
+def _drain(bench: Bench, count: int, *, keys: int) -> Figures:
+    batch = [
+        EnqueueRequest(QUEUE, "noop", {"n": n}, exclusive=f"key {n % keys}" if keys else None)
+        for n in range(count)
+    ]
+    with Client(bench.dsn) as client:
+        bench.fresh(lambda: client.bulk_enqueue(batch))
+    return work.drain(bench, [r.id for r in batch], lambda ran: ran.plain)
+
+
+def _wanting() -> list[EnqueueRequest]:
+    return [EnqueueRequest(QUEUE, "never", exclusive=_HELD) for _ in range(_WAITING)]
+
+
+@contextmanager
+def _held(client: Client) -> Iterator[None]:
+    """Let a job of another queue hold the key."""
+    started, gate = threading.Event(), threading.Event()
+
+    def hold(_: Job) -> None:
+        started.set()
+        gate.wait()
+
+    client.enqueue(EnqueueRequest(_HOLDERS_QUEUE, "hold", exclusive=_HELD))
+    with Worker(client, _HOLDERS_QUEUE, Mux().register("hold", hold)):
+        if not started.wait(work.PATIENCE):
+            raise RuntimeError("the key is not held")
+        try:
+            yield
+        finally:
+            gate.set()
+
+
+def _wait_until_waiting(bench: Bench) -> None:
+    give_up_at = monotonic() + work.PATIENCE
+    query = "select from bgjob_job where waits"
+    while bench.admin.execute(query).rowcount < _WAITING:
+        if monotonic() > give_up_at:
+            raise RuntimeError(f"not all jobs wait for the key after {work.PATIENCE:g} s")
+        sleep(0.01)
+
+
+if __name__ == "__main__":
+    harness.main(main, __doc__)

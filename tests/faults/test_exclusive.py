@@ -1,0 +1,149 @@
+"""Exclusive keys, while the processes that hold them are killed or stopped."""
+
+import random
+from datetime import datetime
+from typing import Literal
+
+import pytest
+
+from faults.world import Process, World, eventually
+
+Colour = Literal["thread", "async"]
+Type = Literal["plain", "transactional"]
+
+both_types = pytest.mark.parametrize("type", ["plain", "transactional"])
+
+# The end of a killed attempt is not known; it was over when its process was gone. One whose
+# lease was lost on a busy host is another's by right.
+OVERLAPS = """
+    with gone as (
+        select * from unnest(%s::int[], %s::timestamptz[]) as g (pid, at)
+    ), span as (
+        select row_number() over () as n, run.*, coalesce(ended, gone.at, 'infinity') as until
+        from run left join gone using (pid)
+        where (job_id, attempt) not in (
+            select * from unnest(%s::text[], %s::int[])
+        )
+    )
+    select a.key, a.job_id, a.attempt, a.began, a.until, b.job_id, b.attempt, b.began, b.until
+    from span a join span b on b.key = a.key and b.n > a.n
+        and (a.began, a.until) overlaps (b.began, b.until)
+"""
+
+FIRST_STARTS = "select job_id from run where job_id = any (%s) group by job_id order by min(began)"
+
+WAITING = "select count(*) from bgjob_job where waits and id = any (%s)"
+
+
+def lost(workers: list[Process]) -> list[tuple[str, int]]:
+    """List the attempts whose lease was lost."""
+    return [(id, attempt) for w in workers for _, id, attempt in w.of("lost")]
+
+
+def holds(world: World, *pids: int) -> int:
+    """Count the jobs that have begun in these processes and not ended."""
+    runs = "select count(*) from run where ended is null and pid = any (%s)"
+    return int(world.value(runs, [list(pids)]))
+
+
+def check_ledger(
+    world: World, killed: dict[int, datetime], jobs: dict[tuple[str, str], list[str]]
+) -> None:
+    """Fail unless the jobs of a key ran one at a time, and in each queue in their due order."""
+    away = lost(world.processes)
+    overlaps = world.query(
+        OVERLAPS,
+        [
+            list(killed),
+            list(killed.values()),
+            [id for id, _ in away],
+            [attempt for _, attempt in away],
+        ],
+    )
+    assert not overlaps, overlaps[:5]
+    for line, due in jobs.items():
+        assert [id for (id,) in world.query(FIRST_STARTS, [due])] == due, line
+
+
+@pytest.mark.parametrize(("seed", "colour"), [(1, "thread"), (2, "async")])
+def test_jobs_of_a_key_never_overlap_while_workers_are_killed_at_random(
+    world: World, seed: int, colour: Colour
+) -> None:
+    dice = random.Random(seed)
+    jobs: dict[tuple[str, str], list[str]] = {
+        (f"key {n}", queue): [] for n in range(20) for queue in "qr"
+    }
+    killed: dict[int, datetime] = {}
+
+    def enqueue(count: int) -> None:
+        for _ in range(count):
+            key, queue = line = dice.choice(list(jobs))
+            type = dice.choice(["plain", "transactional"])
+            sleep = dice.uniform(0.001, 0.02)
+            jobs[line] += world.enqueue(type, queue=queue, exclusive=key, timed=True, sleep=sleep)
+
+    def start(queue: str) -> Process:
+        return world.start(queue=queue, colour=colour, lease=1.5)
+
+    enqueue(100)
+    workers = [start(queue) for queue in "qrqr"]
+    for _ in range(3):
+        enqueue(30)
+        victim = workers.pop(dice.randrange(4))
+        while not holds(world, victim.pid):
+            enqueue(4)  # the others may have been quicker
+        victim.kill()
+        killed[victim.pid] = world.value("select clock_timestamp()")
+        workers.append(start(victim.settings.queue))
+    world.done()
+    world.saw("holders were killed", holds(world, *killed))
+    check_ledger(world, killed, jobs)
+    assert eventually(lambda: world.value("select count(*) from bgjob_exclusive") == 0)
+
+
+@both_types
+def test_a_holder_that_slept_longer_than_its_lease_changes_nothing_of_the_next_ones_claim(
+    world: World, type: Type
+) -> None:
+    holder = "select job_id, token from bgjob_exclusive"
+    world.enqueue(type, "a", exclusive="k", timed=True, hold="gate a")
+    first = world.start()
+    first.wait_for("effect", "a")
+    world.enqueue(type, "b", exclusive="k", timed=True, hold="gate b")
+    world.enqueue(type, "c", exclusive="k", timed=True)
+    assert eventually(lambda: world.value(WAITING, [["b", "c"]]) == 2)
+    first.stop()
+    second = world.start()
+    world.release("gate a", 2)
+    second.wait_for("completed", "a")
+    second.wait_for("effect", "b")
+    before = world.query(holder)
+    first.cont()
+    world.release("gate a", 1)
+    world.witness(first, "lost", "a")
+    # It goes on, and has had the time to release the key.
+    world.enqueue("plain", "d")
+    world.done("d")
+    assert world.query(holder) == before and before[0][0] == "b"
+    assert world.value(WAITING, [["c"]]) == 1
+    world.release("gate b", 1)
+    world.done()
+    spans = world.query("select job_id, attempt from run order by began")
+    assert spans == [("a", 1), ("a", 2), ("b", 1), ("c", 1)]
+    assert eventually(lambda: world.value("select count(*) from bgjob_exclusive") == 0)
+
+
+@both_types
+def test_a_key_whose_holder_was_killed_is_free_for_another_queue_after_its_lease(
+    world: World, type: Type
+) -> None:
+    world.enqueue(type, "a", queue="r", exclusive="k", hold="gate")
+    first = world.start(queue="r")
+    first.wait_for("effect", "a")
+    world.enqueue(type, "b", exclusive="k")
+    second = world.start()
+    assert eventually(lambda: world.value(WAITING, [["b"]]) == 1)
+    first.kill()
+    # Nobody is left who works for queue r.
+    world.witness(second, "completed", "b")
+    assert world.query("select id, token, deaths from bgjob_job") == [("a", None, 1)]
