@@ -791,13 +791,14 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
     """Lock the rows of keys; those that are not there are made.
 
     One that was only looked for might be deleted while it is waited for, and made anew by
-    somebody else: then it would be there, and not locked.
+    somebody else: then it would be there, and not locked. Where one is there it is locked
+    and not written, so that an old snapshot keeps one dead row of it a job, not three.
     """
     return Statement(
         """
         insert into bgjob_exclusive (key)
         select key from unnest(%(keys)s::text[]) as k (key)
-        on conflict (key) do update set job_id = bgjob_exclusive.job_id
+        on conflict (key) do update set job_id = excluded.job_id where false
         returning key
         """,
         {"keys": sorted(set(keys))},

@@ -1,11 +1,13 @@
 """Of the jobs that share a key one runs at a time, in the order in which they are due."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import psycopg
@@ -26,8 +28,9 @@ from bgjob import (
     Retry,
     Worker,
 )
-from bgjob._exchange import Release
-from bgjob._statements import Claimed, claim_any, lock_keys
+from bgjob._engine import Engine
+from bgjob._exchange import Committed, Exchange, Outcome, Release, Reply, Sleep
+from bgjob._statements import Claimed, Line, Swept, claim_any, lock_keys
 from bgjob._transaction import acquisition, conclusion
 
 PATIENCE = 20.0
@@ -466,6 +469,19 @@ def test_a_job_that_is_given_back_keeps_its_place(dsn: str, conn: psycopg.Connec
     assert ran == ["0", "1", "2"]
 
 
+def test_a_key_is_locked_until_the_end_of_the_transaction_and_not_written(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    ask(conn, [lock_keys(["k"])])
+    [before] = conn.execute("select ctid from bgjob_exclusive").fetchall()
+    with psycopg.connect(dsn) as other, conn.transaction():
+        ask(conn, [lock_keys(["k"])])
+        other.execute("set lock_timeout = '50ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            ask(other, [lock_keys(["a", "k"])])
+    assert conn.execute("select ctid from bgjob_exclusive").fetchall() == [before]
+
+
 def test_a_key_that_is_deleted_while_it_is_waited_for_is_locked_all_the_same(
     dsn: str, conn: psycopg.Connection
 ) -> None:
@@ -500,3 +516,84 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
         other.execute("select from bgjob_job where id = '0' for update")
         assert ask(conn, acquisition(Claimed(job, 1)))[-1] == []
     assert ask(conn, acquisition(Claimed(job, 1)))[-1] == ["0"]
+
+
+# -- what the engine makes of it ------------------------------------------------------------
+
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def engine_with(*keys: str, transactional: bool = False) -> tuple[Engine, list[Claimed]]:
+    """Make an engine that has claimed a job for each key, and has yet to acquire them."""
+    engine = Engine(
+        concurrency=len(keys),
+        poll_interval=1.0,
+        lease=30.0,
+        notify=False,
+        tokens=itertools.count(1),
+        transactional={"t"} if transactional else (),
+    )
+    jobs = [Job(f"job of {key}", "q", "t", None, 1, None, 0, NOON, NOON, NOON, key) for key in keys]
+    assert isinstance(engine.step(0.0), Exchange)
+    reply = Reply(swept=Swept(jobs, 0), lines=[Line(0, NOON, None, None)])
+    assert engine.acknowledge(reply, 0.0).run == []
+    return engine, [Claimed(job, 1) for job in jobs]
+
+
+def exchanges(engine: Engine, now: float, refused: Callable[[Exchange], bool]) -> list[Exchange]:
+    """Let the engine go on for some time; give what it sent, of which some was refused."""
+    end, sent = now + 5.0, []
+    while now < end:
+        match engine.step(now):
+            case Exchange() as exchange:
+                sent.append(exchange)
+                if refused(exchange):
+                    engine.reject(now)
+                else:
+                    granted = [c.job.id for c in exchange.acquire]
+                    settled = {c.job.id for c in exchange.complete}
+                    extended = {c.job.id for c in exchange.extend}
+                    engine.acknowledge(
+                        Reply(acquired=granted, settled=settled, extended=extended), now
+                    )
+            case Sleep(until):
+                now = until
+            case step:
+                raise AssertionError(step)
+    return sent
+
+
+def test_a_key_that_cannot_be_locked_holds_up_no_other() -> None:
+    engine, claimed = engine_with("a", "b", "c", "d")
+
+    def refused(exchange: Exchange) -> bool:
+        return any(c.job.exclusive == "a" for c in exchange.acquire)
+
+    sent = exchanges(engine, 0.0, refused)
+    taken = [c for exchange in sent if not refused(exchange) for c in exchange.acquire]
+    assert sorted(taken) == claimed[1:]
+    # What is refused stands alone, and is tried again.
+    alone = [e for e in sent if refused(e)][3:]
+    assert alone
+    assert all(len(e.acquire) == 1 and not e.claim and not e.extend for e in alone)
+
+
+@pytest.mark.parametrize("how", ["answered", "refused", "disconnected"])
+def test_the_key_of_a_job_that_its_own_transaction_settled_is_released_in_the_end(
+    how: str,
+) -> None:
+    engine, claimed = engine_with("a", "b", transactional=True)
+    exchanges(engine, 0.0, lambda _: False)
+    engine.finish([Outcome(c, Committed(Complete()), 0.1) for c in claimed])
+    if how == "refused":
+        sent = exchanges(engine, 10.0, lambda e: "a" in e.release)
+        assert ["b"] in [e.release for e in sent]
+    elif how == "disconnected":
+        step = engine.step(10.0)
+        assert isinstance(step, Exchange) and step.release == ["a", "b"]
+        engine.disconnect(10.0)
+        engine.reconnect()
+    sent = exchanges(engine, 20.0, lambda _: False)
+    released = [key for exchange in sent for key in exchange.release]
+    assert released == (["a"] if how == "refused" else ["a", "b"])
