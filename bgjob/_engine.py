@@ -613,6 +613,9 @@ class Engine:
                 result = result.otherwise
             if not isinstance(result, Release):
                 news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
+            if isinstance(result, Release) and claimed.job.exclusive is not None:
+                # It kept its due time, which is behind the marks.
+                self._marks.told({claimed.job.priority: claimed.job.next_run_at})
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
                 if isinstance(result, Retry) and result.priority is not None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from bgjob._calling import Calling, can_be_called
 from bgjob._duration import seconds
 from bgjob.errors import BgjobError, JobTimeoutError
-from bgjob.job import Job, check_name
+from bgjob.job import Job, check_name, check_priority
 from bgjob.result import (
     Backoff,
     BackoffPolicy,
@@ -20,7 +20,6 @@ from bgjob.result import (
     Reschedule,
     Result,
     Retry,
-    check_priority,
 )
 
 Exclusive: TypeAlias = bool | Callable[[Job], str | None]

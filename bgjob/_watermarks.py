@@ -17,7 +17,8 @@ after it was written starts at once, and not only when its window is due. (An
 older one that goes on hides the end of others: then the windows have to do.) A
 notification tells when its transaction began, and the next claim starts there.
 And a sweep over everything, which alone finds ended leases, is
-due at the poll interval, or at forty times its own cost where that is longer.
+due at the poll interval, or at forty times its own cost where that is longer:
+that of the cheaper one of the last two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,7 @@ class Watermarks:
         self._told_since: dict[int, datetime] = {}
         self._swept_at = -inf
         self._cost = 0.0
+        self._last_cost = poll_interval / REST  # what is affordable at every poll
         self.sweep_at = -inf
         """When the next sweep is due."""
 
@@ -144,5 +146,7 @@ class Watermarks:
         for line in lines:
             self._marks.setdefault(line.priority, _OLDEST if full else line.since)
         self._swept_at = now
-        self._cost = now - began
+        # One that took long by itself tells of a busy host, or of the first look at cold
+        # pages, and must not keep the worker blind for forty times as long.
+        self._cost, self._last_cost = min(self._last_cost, now - began), now - began
         self.sweep_at = now + max(self._poll_interval, REST * self._cost)

@@ -100,10 +100,7 @@ class EnqueueRequest:
                     "run_at must be an aware datetime, such as datetime.now(UTC): "
                     f"{self.run_at!r} has no time zone"
                 )
-        if type(self.priority) is not int or self.priority not in _SMALLINT:
-            raise ValueError(
-                f"priority must be an integer from -32768 to 32767, not {self.priority!r}"
-            )
+        check_priority(self.priority, "priority")
         if type(codec) is not JsonCodec:
             # Not the codec is kept but what it made, so that a copy of the request is one.
             object.__setattr__(self, "arg", _encoded(self.arg, self.type, codec))
@@ -216,6 +213,12 @@ class DeadJob(NamedTuple):
     def json(self) -> Any:
         """Decode `arg` as JSON; as Job.json."""
         return None if self.arg is None else orjson.loads(self.arg)
+
+
+def check_priority(priority: int, name: str) -> None:
+    """Raise ValueError that names it if it is no smallint."""
+    if type(priority) is not int or priority not in _SMALLINT:
+        raise ValueError(f"{name} must be an integer from -32768 to 32767, not {priority!r}")
 
 
 def check_name(what: str, name: str) -> None:

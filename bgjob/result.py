@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self, TypeAlias
 
 from bgjob._duration import Duration, seconds
+from bgjob.job import check_priority
 
 Error: TypeAlias = str | BaseException
 
@@ -149,12 +150,6 @@ class Backoff:
         delay = base * self.factor ** min(attempt - 1, 100) + step * (attempt - 1)
         delay = min(seconds(self.maximum, "maximum"), delay)
         return delay * random.uniform(1 - self.jitter, 1)  # noqa: S311
-
-
-def check_priority(priority: int, name: str) -> None:
-    """Raise ValueError that names it if it is no smallint."""
-    if type(priority) is not int or not -32768 <= priority <= 32767:  # noqa: PLR2004
-        raise ValueError(f"{name} must be an integer from -32768 to 32767, not {priority!r}")
 
 
 _LONGEST_ERROR = 10_000

@@ -3,6 +3,8 @@
 from datetime import UTC, datetime, timedelta
 from itertools import count
 
+import pytest
+
 from bgjob._engine import Engine
 from bgjob._exchange import (
     Claim,
@@ -588,22 +590,36 @@ def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:
     assert claim.marks == {0: earlier}
 
 
-def test_sweeps_that_cost_much_come_at_forty_times_their_cost() -> None:
+@pytest.mark.parametrize(("costs", "rest"), [([0.5], 1.0), ([0.5, 0.6], 20.0), ([0.5, 0.01], 1.0)])
+def test_sweeps_that_cost_much_time_and_again_come_at_forty_times_their_cost(
+    costs: list[float], rest: float
+) -> None:
     drive = Drive(poll_interval=1.0)
-    drive.exchange()
-    drive.now += 0.5
-    drive.engine.acknowledge(found(), drive.now)
+    for cost in costs:
+        while not isinstance(drive.next_exchange().claim, Sweep):
+            drive.answer()
+        drive.now += cost
+        drive.engine.acknowledge(found(), drive.now)
     swept_at = drive.now
-    looked: list[float] = []
-    while not looked:
-        match drive.step():
-            case Sleep(until):
-                drive.now = until
-            case Exchange() as exchange:
-                if isinstance(exchange.claim, Sweep):
-                    looked.append(drive.now)
-                drive.answer()
-    assert looked[0] == swept_at + 20.0
+    while not isinstance(drive.next_exchange().claim, Sweep):
+        drive.answer()
+    assert drive.now == pytest.approx(swept_at + rest)
+
+
+def test_a_job_with_a_key_that_goes_back_unstarted_is_looked_for_where_it_stays() -> None:
+    drive = Drive(concurrency=2)
+    drive.exchange()
+    late = NOON + timedelta(seconds=9)
+    keyed = job("a")._replace(exclusive="k")
+    news = drive.answer(found(keyed, job("b", due=late)))
+    drive.finish(*news.run)
+    drive.engine.withdrawn([])  # "a" had not been granted its key
+    exchange = drive.exchange()
+    assert exchange.postpone[0].delay is None
+    drive.answer(Reply(settled={"a", "b"}))
+    claim = drive.next_exchange().claim
+    assert isinstance(claim, Claim)
+    assert claim.marks == {0: NOON}
 
 
 # -- suspects -----------------------------------------------------------------------------------

@@ -578,9 +578,12 @@ def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
     marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=10.0, now=10.01)
     assert marks.start(20.0)[0] == {3: LONG_AGO}
     assert marks.sweep_at == pytest.approx(11.01)
-    assert marks.early_sweep_at == pytest.approx(10.41)
-    marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=20.0, now=21.0)
-    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(61.0)
+    marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=12.0, now=12.02)
+    assert marks.sweep_at == pytest.approx(13.02)
+    assert marks.early_sweep_at == pytest.approx(12.42)
+    for began in (20.0, 70.0):
+        marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=began, now=began + 1)
+    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(111.0)
 
 
 def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:
