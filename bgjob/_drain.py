@@ -22,7 +22,15 @@ from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
 from bgjob._statements import Claimed, Statement, claim_now, let_pass
-from bgjob._transaction import Ending, Transactions, acquisition, conclusion, routed, settlement
+from bgjob._transaction import (
+    Ending,
+    Transactions,
+    acquisition,
+    conclusion,
+    has_key,
+    routed,
+    settlement,
+)
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
@@ -220,8 +228,10 @@ def _steps(plan: _Plan) -> _Steps:
             )
         claimed, route = routed(Claimed(job, token, deaths), plan.mux)
         if claimed.job.exclusive is not None:
-            granted = yield from _all(acquisition(claimed))
-            if not granted[-1]:
+            granted = has_key((yield from _all(acquisition(claimed))))
+            if granted is None:
+                yield from _all(settlement(claimed, Release()))
+            if not granted:
                 continue  # another job has its key, and it waits
         result, error = yield from _one(route, claimed)
         ran.append(Ran(job, result))

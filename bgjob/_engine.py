@@ -154,6 +154,8 @@ class Engine:
         self._sent: deque[_Sent] = deque()
         self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
         self._keys_limit = _MOST // 2
+        self._keys_at = -inf  # when they may ask for them again
+        self._keys_pause = _MOMENT
         self._has_keys = False  # some job has had a key
         self._free: dict[str, None] = {}  # keys that are to be released, in order
         self._blocked_after = ""  # where to go on looking for such
@@ -317,7 +319,7 @@ class Engine:
                 case 1:
                     self._add_extensions(exchange, outcomes, now)
                 case 2:
-                    self._add_keys(exchange)
+                    self._add_keys(exchange, now)
                 case _:
                     self._add_claim(exchange, now)
             if self._careful and exchange:
@@ -385,13 +387,13 @@ class Engine:
         if self._has_keys:
             exchange.release += _keys(outcomes)
 
-    def _add_keys(self, exchange: Exchange) -> None:
+    def _add_keys(self, exchange: Exchange, now: float) -> None:
         if self._free:
             free = [*self._free][: self._keys_limit]
             exchange.release += free
             for key in free:
                 del self._free[key]
-        if self._wanting:
+        if self._wanting and now >= self._keys_at:
             count = min(len(self._wanting), self._keys_limit)
             exchange.acquire = [self._wanting.popleft() for _ in range(count)]
 
@@ -476,6 +478,8 @@ class Engine:
 
     def _wake_at(self, now: float) -> float:
         times = [now + self._poll_interval, self._refused_at]
+        if self._wanting:
+            times.append(self._keys_at)
         times += [batch.extend_at for batch in self._batches.values()]
         if not self._stopping:
             if self._suspects.hold_up(now):
@@ -624,19 +628,29 @@ class Engine:
 
     def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
         """Hand out the jobs that have their keys; the others have gone to wait."""
+        locked: list[Claimed] = []
         for claimed in sent.exchange.acquire:
             batch = self._batches.get(claimed.token)
             if batch is None or claimed.job.id not in batch.jobs:
                 self._running -= 1  # lost while this was under way
-            elif claimed.job.id in reply.acquired:
+                self._lost.discard(claimed)
+                continue
+            has_key = reply.acquired.get((claimed.job.id, claimed.token), False)
+            if has_key:
                 news.run.append(claimed)
                 if claimed.deaths:
                     self._suspects.claimed(claimed.deaths, now)  # it proves itself from here on
+            elif has_key is None:
+                locked.append(claimed)
             else:
                 self._running -= 1
                 self._drop(claimed)
-        if sent.exchange.acquire and not self._running:
-            self._suspects.ended()
+        if sent.exchange.acquire:
+            self._wanting += locked
+            self._keys_at = now + self._keys_pause if locked else -inf
+            self._keys_pause = min(2 * self._keys_pause, _PAUSE) if locked else _MOMENT
+            if not self._running:
+                self._suspects.ended()
         if sent.exchange.acquire or sent.exchange.release:
             self._keys_limit = min(2 * self._keys_limit, _MOST // 2)
         if reply.woken:

@@ -260,7 +260,8 @@ class Reply:
     lines: list[Line] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
     locked: None = None
-    acquired: list[str] = field(default_factory=list)
+    acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
+    """Whether the job of an id and token has its key; as `acquire`."""
     woken: list[Woken] = field(default_factory=list)
     blocked: Blocked = field(default_factory=lambda: Blocked([], ""))
 

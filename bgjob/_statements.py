@@ -807,13 +807,17 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
     )
 
 
-def acquire(queue: str, claimed: Sequence[Claimed]) -> Statement[list[str]]:
-    """Let claimed jobs have their keys, which are locked; the ids of those that have them.
+def acquire(
+    queue: str, claimed: Sequence[Claimed]
+) -> Statement[dict[tuple[str, int], bool | None]]:
+    """Let claimed jobs have their keys, which are locked; tell by id and token who has its own.
 
-    The others go back and wait aside, and with them the other due jobs of a key
-    that is held, so that no claim meets them. Of one key and queue the job that
-    was due first goes first, also where it waits or another worker has just
-    claimed it.
+    Nothing was decided, None, where others have locked the job's row, as a claim
+    does that meets it a moment too late; one that is held no more is missing.
+    Those that cannot have theirs go back and wait aside, and with them the other
+    due jobs of a key that is held, so that no claim meets them. Of one key and
+    queue the job that was due first goes first, also where it waits or another
+    worker has just claimed it.
     """
     return Statement(
         f"""
@@ -878,7 +882,12 @@ def acquire(queue: str, claimed: Sequence[Claimed]) -> Statement[list[str]]:
                 select id from wanted where id not in (select id from granted)
             )) and j.id = w.id
         )
-        select id from granted
+        select j.id, j.token, case
+            when j.id in (select id from granted) then true
+            when j.id in (select id from wanted) then false
+        end
+        from bgjob_job j
+        where j.id = any (%(ids)s::text[]) and j.token = any (%(tokens)s::bigint[])
         """,
         {
             "queue": queue,
@@ -888,7 +897,7 @@ def acquire(queue: str, claimed: Sequence[Claimed]) -> Statement[list[str]]:
             "deaths": [c.deaths for c in claimed],
             "most": 1000,
         },
-        _column,
+        lambda rows: {(id_, token): has_it for id_, token, has_it in rows},
         prepare=False,
     )
 

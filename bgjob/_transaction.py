@@ -15,7 +15,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import psycopg
 from psycopg import AsyncCursor, Cursor
@@ -131,9 +131,15 @@ def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToD
 
 
 def acquisition(claimed: Claimed) -> list[Statement[Any]]:
-    """Give the statements that grant one job its key; the last gives its id, if it has it."""
+    """Give the statements that grant one job its key; `has_key` reads their answers."""
     exchange = Exchange(acquire=[claimed])
     return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
+
+
+def has_key(answers: list[Any]) -> bool | None:
+    """Tell whether a job got its key; None where nothing was decided, and it must be given back."""
+    [answer] = answers[-1].values() or [False]
+    return cast("bool | None", answer)
 
 
 _FORBIDDEN = (

@@ -22,10 +22,19 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from bgjob import _statements
 from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo, options
 from bgjob._duration import Duration, seconds
-from bgjob._exchange import Committed, Doubtful, Fenced
+from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._statements import Claimed, Statement, Suspect
-from bgjob._transaction import Ending, Transactions, acquisition, conclusion, routed, unblocking
+from bgjob._transaction import (
+    Ending,
+    Transactions,
+    acquisition,
+    conclusion,
+    has_key,
+    routed,
+    settlement,
+    unblocking,
+)
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
@@ -265,8 +274,14 @@ class Client:
         while True:
             suspects = self._run(claim, None) or self._unblocked(queue, claim)
             claimed, route = routed(_only(suspects, queue, token), mux)
-            if claimed.job.exclusive is None or self._run_all(acquisition(claimed))[-1]:
-                break  # else it waits for its key: take another
+            if claimed.job.exclusive is None:
+                break
+            granted = has_key(self._run_all(acquisition(claimed)))
+            if granted:
+                break
+            if granted is None:
+                self._run_all(settlement(claimed, Release()))
+            # Else it waits for its key: take another.
         job = claimed.job
         ends_at = monotonic() + lease
         ending: Ending
@@ -585,8 +600,14 @@ class AsyncClient:
         while True:
             suspects = await self._run(claim, None) or await self._unblocked(queue, claim)
             claimed, route = routed(_only(suspects, queue, token), mux)
-            if claimed.job.exclusive is None or (await self._run_all(acquisition(claimed)))[-1]:
-                break  # else it waits for its key: take another
+            if claimed.job.exclusive is None:
+                break
+            granted = has_key(await self._run_all(acquisition(claimed)))
+            if granted:
+                break
+            if granted is None:
+                await self._run_all(settlement(claimed, Release()))
+            # Else it waits for its key: take another.
         ends_at = monotonic() + lease
         ending: Ending
         if not isinstance(route, Route):

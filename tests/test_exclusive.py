@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import psycopg
 import pytest
+from psycopg.pq import TransactionStatus
 
 from bgjob import (
     AsyncClient,
@@ -32,6 +33,7 @@ from bgjob._engine import Engine
 from bgjob._exchange import Committed, Exchange, Outcome, Release, Reply, Sleep
 from bgjob._statements import Claimed, Line, Swept, claim_any, lock_keys
 from bgjob._transaction import acquisition, conclusion
+from bgjob.testing import drain
 
 PATIENCE = 20.0
 NEVER = 3600.0
@@ -256,6 +258,42 @@ async def _keeps_keys(dsn: str) -> None:
     assert ran == ["a", "b"]
 
 
+@pytest.mark.parametrize("by", ["do", "async do", "drain", "worker"])
+def test_a_job_that_others_look_at_when_it_wants_its_key_runs_soon(
+    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker], by: str
+) -> None:
+    attempts: list[int] = []
+    other = psycopg.connect(dsn)
+
+    def key(job: Job) -> str:
+        # Between the claim of a job and the question for its key.
+        if not other.closed and other.info.transaction_status == TransactionStatus.IDLE:
+            other.execute("select from bgjob_job for update")
+            threading.Timer(0.1, other.close).start()
+        return "k"
+
+    mux = Mux().register("t", lambda job: attempts.append(job.attempt), exclusive=key)
+
+    async def do() -> None:
+        async with AsyncClient(dsn) as client:
+            await client.do("q", mux)
+
+    with Client(dsn) as client:
+        client.enqueue(keyed(None, "a"))
+        match by:
+            case "do":
+                client.do("q", mux)
+            case "async do":
+                asyncio.run(do())
+            case "drain":
+                assert [ran.job.id for ran in drain(client, "q", mux)] == ["a"]
+            case _:
+                crew(mux, poll_interval=NEVER)
+    assert eventually(lambda: count(conn, "bgjob_job") == 0)
+    assert other.closed
+    assert attempts == [1]
+
+
 def test_a_dead_job_keeps_its_key(dsn: str, conn: psycopg.Connection) -> None:
     with Client(dsn) as client:
         client.enqueue(keyed("k", "a"))
@@ -412,7 +450,7 @@ def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) 
     """Claim a job that has a key, and the key, as a worker that does no more."""
     [[[(job, deaths)]]] = [ask(conn, [claim_any(queue, lease=lease, token=token)])]
     claimed = Claimed(job, token, deaths)
-    assert ask(conn, acquisition(claimed))[-1] == [job.id]
+    assert ask(conn, acquisition(claimed))[-1] == {(job.id, 1): True}
     return claimed
 
 
@@ -515,8 +553,9 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
     conn.execute("set lock_timeout = '50ms'")
     with psycopg.connect(dsn) as other:
         other.execute("select from bgjob_job where id = '0' for update")
-        assert ask(conn, acquisition(Claimed(job, 1)))[-1] == []
-    assert ask(conn, acquisition(Claimed(job, 1)))[-1] == ["0"]
+        assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): None}
+    assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): True}
+    assert ask(conn, acquisition(Claimed(job, 2)))[-1] == {}
 
 
 # -- what the engine makes of it ------------------------------------------------------------
@@ -552,7 +591,7 @@ def exchanges(engine: Engine, now: float, refused: Callable[[Exchange], bool]) -
                 if refused(exchange):
                     engine.reject(now)
                 else:
-                    granted = [c.job.id for c in exchange.acquire]
+                    granted = dict.fromkeys(((c.job.id, c.token) for c in exchange.acquire), True)
                     settled = {c.job.id for c in exchange.complete}
                     extended = {c.job.id for c in exchange.extend}
                     engine.acknowledge(
@@ -579,6 +618,40 @@ def test_a_key_that_cannot_be_locked_holds_up_no_other() -> None:
     alone = [e for e in sent[last:] if refused(e)]
     assert alone
     assert all(len(e.acquire) == 1 and not e.claim and not e.extend for e in alone)
+
+
+def test_a_job_that_others_had_locked_asks_for_its_key_again_and_soon() -> None:
+    engine, claimed = engine_with("a", "b")
+    now, asked, ran = 1.0, list[float](), list[Claimed]()
+    while len(ran) < 2:
+        match engine.step(now):
+            case Exchange(acquire=[]):
+                engine.acknowledge(Reply(), now)
+            case Exchange() as exchange:
+                asked.append(now)
+                # "b" is locked until it has been asked for ten times.
+                is_locked = len(asked) < 10
+                granted = {
+                    (c.job.id, c.token): None if is_locked and c == claimed[1] else True
+                    for c in exchange.acquire
+                }
+                ran += engine.acknowledge(Reply(acquired=granted), now).run
+            case Sleep(until):
+                now = until
+            case step:
+                raise AssertionError(step)
+    assert ran == claimed
+    pauses = [after - before for before, after in itertools.pairwise(asked)]
+    assert pauses == pytest.approx([0.002, 0.004, 0.008, 0.016, 0.032, *4 * [0.05]])
+
+
+def test_a_job_that_is_lost_before_it_has_its_key_is_forgotten() -> None:
+    engine, [claimed] = engine_with("a")
+    step = engine.step(1.0)
+    assert isinstance(step, Exchange)
+    assert step.acquire == [claimed]
+    assert engine.acknowledge(Reply(acquired={(claimed.job.id, 9): True}), 1.0).run == []
+    assert engine.in_flight == 0
 
 
 @pytest.mark.parametrize("how", ["answered", "refused", "disconnected"])

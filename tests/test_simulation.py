@@ -154,9 +154,13 @@ class Table:
                     reply.suspects = [Suspect(job, self.rows[job.id].deaths)]
         return reply
 
-    def acquire(self, claimed: list[Claimed], *, began: int, at: float) -> list[str]:
+    def acquire(
+        self, claimed: list[Claimed], *, began: int, at: float
+    ) -> dict[tuple[str, int], bool | None]:
         """Grant keys; put aside those that cannot have theirs, and what waits for the same."""
-        rows = {id_: self.rows[id_] for id_ in self._match(claimed)}
+        found = [self.rows[id_] for id_ in self._match(claimed)]
+        held = [(row.id, row.token) for row in found if row.token is not None]
+        rows = {row.id: row for row in self._unlocked(found, len(found), at)}
         keys = {c.job.id: str(c.job.exclusive) for c in claimed}
         deaths = {c.job.id: c.deaths for c in claimed}
         granted = []
@@ -188,7 +192,7 @@ class Table:
                 for row in self.rows.values():
                     if row.key == key and row.token is None and row.due <= began:
                         row.waits = True
-        return granted
+        return {key: None if key[0] not in rows else key[0] in granted for key in held}
 
     def release(self, keys: list[str], *, at: float) -> list[Woken]:
         """Wake the first that waits for each key that is free."""
@@ -526,7 +530,7 @@ class History:
         [jobs, _] = self.table.sweep(limit, token, began=self.db_now, now=self.db_now, at=self.now)
         keyed = [Claimed(job, token) for job in jobs if job.exclusive is not None]
         granted = self.table.acquire(keyed, began=self.db_now, at=self.now)
-        jobs = [job for job in jobs if job.exclusive is None or job.id in granted]
+        jobs = [job for job in jobs if job.exclusive is None or granted.get((job.id, token))]
         done = Exchange(
             complete=[Claimed(job, token) for job in jobs],
             release=[job.exclusive for job in jobs if job.exclusive is not None],
