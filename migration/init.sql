@@ -2,9 +2,12 @@
 -- schema: bgjob finds its tables through search_path.
 
 create table bgjob_job (
-    id          text        not null,
-    queue       text        not null,
-    type        text        not null,
+    -- A length, not a check of it: that would be made again at each claim (a tenth of what
+    -- a claim costs the server). In the order of bytes ids are found in less time than by
+    -- the rules of a language (a tenth of what it costs to delete a job).
+    id          varchar(255) collate "C" not null,
+    queue       varchar(255) collate "C" not null,
+    type        varchar(255) not null,
     arg         bytea,
     attempt     integer     not null default 0,
     last_error  text,
@@ -14,7 +17,7 @@ create table bgjob_job (
     deaths      smallint    not null default 0,
     -- No two jobs with one key run at once. Those that were claimed while it was
     -- held wait aside, in no claim's way, until it is free.
-    exclusive   text,
+    exclusive   varchar(255) collate "C",
     waits       boolean     not null default false,
     next_run_at timestamptz not null default clock_timestamp(),
     -- A claim: who holds the job, and until when. No index may cover these
@@ -26,10 +29,10 @@ create table bgjob_job (
     created_at  timestamptz not null default clock_timestamp(),
     updated_at  timestamptz not null default clock_timestamp(),
     constraint bgjob_job_pkey primary key (id),
-    constraint bgjob_job_id_check check (char_length(id) between 1 and 255),
-    constraint bgjob_job_queue_check check (char_length(queue) between 1 and 255),
-    constraint bgjob_job_type_check check (char_length(type) between 1 and 255),
-    constraint bgjob_job_exclusive_check check (char_length(exclusive) between 1 and 255)
+    constraint bgjob_job_id_check check (id <> ''),
+    constraint bgjob_job_queue_check check (queue <> ''),
+    constraint bgjob_job_type_check check (type <> ''),
+    constraint bgjob_job_exclusive_check check (exclusive <> '')
 ) with (
     -- A claim makes a row 16 bytes longer, so that pages filled to a half have no room for
     -- the last few. To claim and delete a job wrote 357 bytes of WAL at 45, with every claim
