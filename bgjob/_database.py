@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from bgjob import schema
 from bgjob._connection import Connection, check_conninfo, options
-from bgjob._statements import Statement, schema_comment
+from bgjob._statements.session import schema_comment
+from bgjob._statements.statement import Statement
 from bgjob.client import Client
 from bgjob.errors import BgjobError
 

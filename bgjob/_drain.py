@@ -21,7 +21,10 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
-from bgjob._statements import Claimed, Statement, claim_now, let_pass
+from bgjob._statements.claims import claim_now
+from bgjob._statements.settlements import Claimed
+from bgjob._statements.statement import Statement
+from bgjob._statements.views import let_pass
 from bgjob._transaction import (
     Ending,
     Transactions,

@@ -61,7 +61,7 @@ from bgjob._exchange import (
 from bgjob._pace import Pace
 from bgjob._parking import Parking
 from bgjob._route import Wants
-from bgjob._statements import Claimed
+from bgjob._statements.settlements import Claimed
 from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job

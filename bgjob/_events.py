@@ -20,7 +20,7 @@ from bgjob._exchange import (
     TimedOut,
 )
 from bgjob._route import Wants
-from bgjob._statements import Claimed
+from bgjob._statements.settlements import Claimed
 from bgjob.job import Job
 from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry

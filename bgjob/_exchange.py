@@ -6,34 +6,30 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._route import Wants
-from bgjob._statements import (
-    Blocked,
-    Buried,
-    Claimed,
+from bgjob._statements.claims import (
     Horizon,
     Line,
-    Postponed,
-    Statement,
     Suspect,
     Swept,
-    Woken,
-    acquire,
-    blocked,
-    bury,
     claim,
     claim_suspect,
-    complete,
-    extend,
     free,
     horizon,
-    lock_keys,
-    park,
-    postpone,
-    release,
     survey,
     sweep,
-    unpark,
 )
+from bgjob._statements.keys import Blocked, Woken, acquire, blocked, lock_keys, release
+from bgjob._statements.notices import park, unpark
+from bgjob._statements.settlements import (
+    Buried,
+    Claimed,
+    Postponed,
+    bury,
+    complete,
+    extend,
+    postpone,
+)
+from bgjob._statements.statement import Statement
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
 

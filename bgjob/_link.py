@@ -20,7 +20,9 @@ from typing_extensions import override
 from bgjob import schema
 from bgjob._connection import Recipe, Silence, options
 from bgjob._exchange import Exchange, Notice, Reply
-from bgjob._statements import Statement, backend, lacks, listen, schema_comment, session
+from bgjob._statements.notices import listen
+from bgjob._statements.session import backend, lacks, schema_comment, session
+from bgjob._statements.statement import Statement
 
 _PATIENCE = 10.0
 """Seconds without a sign of the server, after which it is given up."""

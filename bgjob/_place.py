@@ -9,7 +9,7 @@ from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
 from psycopg.rows import tuple_row
 
 from bgjob._connection import Recipe, check_conninfo, options
-from bgjob._statements import Statement
+from bgjob._statements.statement import Statement
 from bgjob.client import AsyncClient, Client
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from typing import cast
 
 from bgjob._exchange import Outcome, Release
 from bgjob._fork import Lineage
-from bgjob._statements import Claimed
+from bgjob._statements.settlements import Claimed
 from bgjob._timeouts import Timeouts
 from bgjob._transaction import Ending, Transactions
 from bgjob.errors import JobTimeoutError, LoopBlockedError

@@ -14,7 +14,7 @@ from typing import Any
 
 from bgjob._exchange import Outcome
 from bgjob._route import Route
-from bgjob._statements import Claimed
+from bgjob._statements.settlements import Claimed
 from bgjob.job import Job
 
 _UNWINDING = 1.0

@@ -28,7 +28,8 @@ from bgjob._connection import Recipe, options
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._route import Route, Wants
-from bgjob._statements import COMMIT, ROLLBACK, Claimed, Statement, begin, claim_of_transaction
+from bgjob._statements.settlements import COMMIT, ROLLBACK, Claimed, begin, claim_of_transaction
+from bgjob._statements.statement import Statement
 from bgjob.mux import Mux
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import inf
 
-from bgjob._statements import Horizon, Line
+from bgjob._statements.claims import Horizon, Line
 from bgjob.job import Job
 
 _FIRST_WINDOW = 1 / 64  # seconds

@@ -19,12 +19,14 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob import _statements
 from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo, options
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
-from bgjob._statements import Claimed, Statement, Suspect
+from bgjob._statements import claims, enqueues, keys, pauses, views
+from bgjob._statements.claims import Suspect
+from bgjob._statements.settlements import Claimed
+from bgjob._statements.statement import Statement
 from bgjob._transaction import (
     Ending,
     Transactions,
@@ -166,7 +168,7 @@ class Client:
 
         """
         request = _request(request, options)
-        statement = _statements.enqueue(request, notify=self._notify)
+        statement = enqueues.enqueue(request, notify=self._notify)
         if not self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
         return request.id
@@ -218,7 +220,7 @@ class Client:
                 if on_conflict == "raise" and self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
                     continue
-                statement = _statements.enqueue_many(chunk, notify=self._notify)
+                statement = enqueues.enqueue_many(chunk, notify=self._notify)
                 ids += _placed(chunk, _execute(connection, statement), on_conflict)
         return ids
 
@@ -239,7 +241,7 @@ class Client:
         except UniqueViolation:
             return False  # which ids are taken is for an insert to tell
         if self._notify:
-            _execute(connection, _statements.tell_many(chunk))
+            _execute(connection, enqueues.tell_many(chunk))
         return True
 
     def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
@@ -270,7 +272,7 @@ class Client:
             raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
         lease = seconds(lease, "lease")
         token = randbits(63)
-        claim = _statements.claim_any(queue, lease=lease, token=token)
+        claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
             suspects = self._run(claim, None) or self._unblocked(queue, claim)
             claimed, route = routed(_only(suspects, queue, token), mux)
@@ -310,7 +312,7 @@ class Client:
             conn: a connection of the caller's.
 
         """
-        return self._run(_statements.stats(queue), conn)
+        return self._run(views.stats(queue), conn)
 
     def pause(
         self,
@@ -345,11 +347,11 @@ class Client:
         self._run(_pause(queue, until), conn)
         if conn is None:
             deadline = monotonic() + _PATIENCE
-            claims = self._run(_statements.claims_under_way(), None)
-            while claims:
+            under_way = self._run(pauses.claims_under_way(), None)
+            while under_way:
                 _check_patience(queue, deadline)
                 sleep(_LOOK)
-                claims &= self._run(_statements.claims_under_way(), None)
+                under_way &= self._run(pauses.claims_under_way(), None)
 
     def resume(self, queue: str, *, conn: psycopg.Connection[Any] | None = None) -> bool:
         """End the pause of a queue, and wake its workers; whether it was paused.
@@ -360,11 +362,11 @@ class Client:
                 commits.
 
         """
-        return self._run(_statements.resume(queue), conn)
+        return self._run(pauses.resume(queue), conn)
 
     def paused(self, *, conn: psycopg.Connection[Any] | None = None) -> dict[str, datetime | None]:
         """Give the queues that are paused, each with the end of its pause, None for no end."""
-        return self._run(_statements.paused(), conn)
+        return self._run(pauses.paused(), conn)
 
     def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
@@ -442,10 +444,10 @@ class Client:
 
     def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
         """Claim again where jobs wait for keys that nobody has; a worker looks as it polls."""
-        look = _statements.blocked(queue, after="", limit=_MOST_KEYS)
-        if not (keys := self._run(look, None).keys):
+        look = keys.blocked(queue, after="", limit=_MOST_KEYS)
+        if not (blocked := self._run(look, None).keys):
             return []
-        self._run_all(unblocking(queue, keys))
+        self._run_all(unblocking(queue, blocked))
         return self._run(claim, None)
 
     def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
@@ -528,7 +530,7 @@ class AsyncClient:
     ) -> str:
         """Write a job; give its id. As Client.enqueue."""
         request = _request(request, options)
-        statement = _statements.enqueue(request, notify=self._notify)
+        statement = enqueues.enqueue(request, notify=self._notify)
         if not await self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
         return request.id
@@ -562,7 +564,7 @@ class AsyncClient:
                 if on_conflict == "raise" and await self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
                     continue
-                statement = _statements.enqueue_many(chunk, notify=self._notify)
+                statement = enqueues.enqueue_many(chunk, notify=self._notify)
                 ids += _placed(chunk, await _execute_async(connection, statement), on_conflict)
         return ids
 
@@ -584,7 +586,7 @@ class AsyncClient:
         except UniqueViolation:
             return False
         if self._notify:
-            await _execute_async(connection, _statements.tell_many(chunk))
+            await _execute_async(connection, enqueues.tell_many(chunk))
         return True
 
     async def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
@@ -596,7 +598,7 @@ class AsyncClient:
         mux.check_bound()
         lease = seconds(lease, "lease")
         token = randbits(63)
-        claim = _statements.claim_any(queue, lease=lease, token=token)
+        claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
             suspects = await self._run(claim, None) or await self._unblocked(queue, claim)
             claimed, route = routed(_only(suspects, queue, token), mux)
@@ -627,7 +629,7 @@ class AsyncClient:
         self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
     ) -> list[QueueStats]:
         """Count the jobs of each queue and type; as Client.stats."""
-        return await self._run(_statements.stats(queue), conn)
+        return await self._run(views.stats(queue), conn)
 
     async def pause(
         self,
@@ -640,21 +642,21 @@ class AsyncClient:
         await self._run(_pause(queue, until), conn)
         if conn is None:
             deadline = monotonic() + _PATIENCE
-            claims = await self._run(_statements.claims_under_way(), None)
-            while claims:
+            under_way = await self._run(pauses.claims_under_way(), None)
+            while under_way:
                 _check_patience(queue, deadline)
                 await asyncio.sleep(_LOOK)
-                claims &= await self._run(_statements.claims_under_way(), None)
+                under_way &= await self._run(pauses.claims_under_way(), None)
 
     async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
         """End the pause of a queue, and wake its workers; as Client.resume."""
-        return await self._run(_statements.resume(queue), conn)
+        return await self._run(pauses.resume(queue), conn)
 
     async def paused(
         self, *, conn: psycopg.AsyncConnection[Any] | None = None
     ) -> dict[str, datetime | None]:
         """Give the queues that are paused, and until when; as Client.paused."""
-        return await self._run(_statements.paused(), conn)
+        return await self._run(pauses.paused(), conn)
 
     async def close(self) -> None:
         """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
@@ -728,10 +730,10 @@ class AsyncClient:
             return await _execute_async(connection, statement, keep=keep)
 
     async def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
-        look = _statements.blocked(queue, after="", limit=_MOST_KEYS)
-        if not (keys := (await self._run(look, None)).keys):
+        look = keys.blocked(queue, after="", limit=_MOST_KEYS)
+        if not (blocked := (await self._run(look, None)).keys):
             return []
-        await self._run_all(unblocking(queue, keys))
+        await self._run_all(unblocking(queue, blocked))
         return await self._run(claim, None)
 
     async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
@@ -835,12 +837,10 @@ def _chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]
     return rest()
 
 
-def _copy_of(
-    connection: BaseConnection[Any], chunk: list[EnqueueRequest]
-) -> _statements.Copy | None:
+def _copy_of(connection: BaseConnection[Any], chunk: list[EnqueueRequest]) -> enqueues.Copy | None:
     if len(chunk) < _FEW or connection.pgconn.pipeline_status != PipelineStatus.OFF:
         return None
-    return _statements.copy_many(chunk)
+    return enqueues.copy_many(chunk)
 
 
 def _placed(
@@ -867,7 +867,7 @@ def _pause(queue: str, until: datetime | None) -> Statement[None]:
             "until must be an aware datetime, such as datetime.now(UTC) + timedelta(hours=1): "
             f"{until!r} has no time zone"
         )
-    return _statements.pause(queue, until)
+    return pauses.pause(queue, until)
 
 
 def _check_patience(queue: str, deadline: float) -> None:

@@ -10,9 +10,10 @@ from psycopg import AsyncConnection, Connection, Cursor
 from psycopg.rows import tuple_row
 from typing_extensions import Unpack
 
-from bgjob import _statements
 from bgjob._duration import Duration, seconds
-from bgjob._statements import DeadFilter, Statement
+from bgjob._statements import dead, enqueues
+from bgjob._statements.dead import DeadFilter
+from bgjob._statements.statement import Statement
 from bgjob.job import DeadJob
 
 T = TypeVar("T")
@@ -116,9 +117,9 @@ class Dlq:
             The ids that went back.
 
         """
-        requeued = self._run(_statements.dlq_requeue(_filter(ids, filters)), conn)
+        requeued = self._run(dead.requeue(_filter(ids, filters)), conn)
         if self._notify and requeued.queues:
-            self._run(_statements.tell_all(requeued.queues), conn)
+            self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
 
     def purge(
@@ -136,7 +137,7 @@ class Dlq:
             filters: those of DeadFilters.
 
         """
-        return self._run(_statements.dlq_purge(_filter(ids, filters)), conn)
+        return self._run(dead.purge(_filter(ids, filters)), conn)
 
 
 class AsyncDlq:
@@ -176,9 +177,9 @@ class AsyncDlq:
         **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
         """Move dead jobs back to their queues; as Dlq.requeue."""
-        requeued = await self._run(_statements.dlq_requeue(_filter(ids, filters)), conn)
+        requeued = await self._run(dead.requeue(_filter(ids, filters)), conn)
         if self._notify and requeued.queues:
-            await self._run(_statements.tell_all(requeued.queues), conn)
+            await self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
 
     async def purge(
@@ -189,7 +190,7 @@ class AsyncDlq:
         **filters: Unpack[DeadFilters],
     ) -> int:
         """Delete dead jobs for good; as Dlq.purge."""
-        return await self._run(_statements.dlq_purge(_filter(ids, filters)), conn)
+        return await self._run(dead.purge(_filter(ids, filters)), conn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ class DlqRetention:
 
     def run(self, conn: Connection[Any], /) -> float:
         """Delete up to 1,000 of them; give the seconds until it is to run again."""
-        statement = _statements.dlq_expire(seconds(self.age, "age"), limit=_BATCH)
+        statement = dead.expire(seconds(self.age, "age"), limit=_BATCH)
         cursor = Cursor(conn, row_factory=tuple_row).execute(statement.text, statement.params)
         full = statement.parse(cursor.fetchall()) == _BATCH
         return _SOON if full else seconds(self.every, "every")
@@ -228,7 +229,7 @@ def _list(
     ids: str | Iterable[str] | None, before: DeadJob | int | None, limit: int, filters: DeadFilters
 ) -> Statement[list[DeadJob]]:
     number = before.number if isinstance(before, DeadJob) else before
-    return _statements.dlq_list(_filter(ids, filters)._replace(before=number), limit=limit)
+    return dead.listed(_filter(ids, filters)._replace(before=number), limit=limit)
 
 
 def _filter(ids: str | Iterable[str] | None, filters: DeadFilters) -> DeadFilter:

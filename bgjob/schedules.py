@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.rows import tuple_row
 
-from bgjob import _schedules, schema
+from bgjob import schema
 from bgjob._duration import Duration, seconds
-from bgjob._statements import Statement
+from bgjob._statements import schedules as statements
+from bgjob._statements.statement import Statement
 from bgjob.schedule import Schedule
 
 T = TypeVar("T")
@@ -61,13 +62,13 @@ class Schedules:
 
         """
         if not self._registered:
-            schema.check_lacks(_run(conn, _schedules.schedule_lacks()))
-            _run(conn, _schedules.register(self._schedules))
+            schema.check_lacks(_run(conn, statements.schedule_lacks()))
+            _run(conn, statements.register(self._schedules))
             self._registered = True
-        states = _run(conn, _schedules.look(self._names))
+        states = _run(conn, statements.look(self._names))
         if len(states) < len(self._names):  # somebody removed one that is in use
-            _run(conn, _schedules.register([s for s in self._schedules if s.name not in states]))
-            states = _run(conn, _schedules.look(self._names))
+            _run(conn, statements.register([s for s in self._schedules if s.name not in states]))
+            states = _run(conn, statements.look(self._names))
         firings, waits = [], [self._poll_interval]
         for schedule in self._schedules:
             state = states.get(schedule.name)
@@ -80,7 +81,7 @@ class Schedules:
             if wait is not None:
                 waits.append(max(wait, 0.0))
         if firings:
-            _run(conn, _schedules.fire(firings))
+            _run(conn, statements.fire(firings))
         return min(waits)
 
 

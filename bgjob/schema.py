@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from bgjob._statements import Lack
+from bgjob._statements.session import Lack
 from bgjob.errors import SchemaError
 
 VERSION = 1

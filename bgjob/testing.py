@@ -13,7 +13,7 @@ import orjson
 from bgjob._drain import Ran, adrain, drain
 from bgjob._duration import Duration, seconds
 from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
-from bgjob._statements import live_jobs
+from bgjob._statements.views import live_jobs
 from bgjob.event import Event
 from bgjob.job import EnqueueRequest, Job
 

@@ -6,8 +6,8 @@ from typing import Any, Protocol, TypeVar
 
 from psycopg import AsyncConnection, Connection
 
-from bgjob import _schedules
-from bgjob._statements import Statement
+from bgjob._statements import schedules as statements
+from bgjob._statements.statement import Statement
 from bgjob.errors import UnknownScheduleError
 from bgjob.job import EnqueueRequest, new_id
 from bgjob.schedule import ScheduleStatus
@@ -49,7 +49,7 @@ class Timetable:
 
     def list(self, *, conn: Connection[Any] | None = None) -> builtins.list[ScheduleStatus]:
         """List the schedules by name, with their last and next ticks."""
-        return self._run(_schedules.listed(), conn)
+        return self._run(statements.listed(), conn)
 
     def pause(self, name: str, *, conn: Connection[Any] | None = None) -> None:
         """Let a schedule enqueue nothing, from when this has returned; its jobs go on.
@@ -58,7 +58,7 @@ class Timetable:
             UnknownScheduleError: there is none of this name.
 
         """
-        _check(name, found=self._run(_schedules.pause(name), conn))
+        _check(name, found=self._run(statements.pause(name), conn))
 
     def resume(self, name: str, *, conn: Connection[Any] | None = None) -> None:
         """Let a schedule go on with its next tick; those while it was paused are not missed.
@@ -67,7 +67,7 @@ class Timetable:
             UnknownScheduleError: there is none of this name.
 
         """
-        _check(name, found=self._run(_schedules.resume(name), conn))
+        _check(name, found=self._run(statements.resume(name), conn))
 
     def run(self, name: str, *, conn: Connection[Any] | None = None) -> str:
         """Enqueue a schedule's job now, once; give its id. Its ticks stay as they are.
@@ -78,7 +78,7 @@ class Timetable:
             UnknownScheduleError: there is none of this name.
 
         """
-        request = _request(name, self._run(_schedules.request_of(name), conn))
+        request = _request(name, self._run(statements.request_of(name), conn))
         return self._enqueue(request, conn=conn)
 
     def remove(self, name: str, *, conn: Connection[Any] | None = None) -> None:
@@ -88,7 +88,7 @@ class Timetable:
             UnknownScheduleError: there is none of this name.
 
         """
-        _check(name, found=self._run(_schedules.remove(name), conn))
+        _check(name, found=self._run(statements.remove(name), conn))
 
 
 class AsyncTimetable:
@@ -102,24 +102,24 @@ class AsyncTimetable:
         self, *, conn: AsyncConnection[Any] | None = None
     ) -> builtins.list[ScheduleStatus]:
         """List the schedules; as Timetable.list."""
-        return await self._run(_schedules.listed(), conn)
+        return await self._run(statements.listed(), conn)
 
     async def pause(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
         """Let a schedule enqueue nothing; as Timetable.pause."""
-        _check(name, found=await self._run(_schedules.pause(name), conn))
+        _check(name, found=await self._run(statements.pause(name), conn))
 
     async def resume(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
         """Let a schedule go on with its next tick; as Timetable.resume."""
-        _check(name, found=await self._run(_schedules.resume(name), conn))
+        _check(name, found=await self._run(statements.resume(name), conn))
 
     async def run(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> str:
         """Enqueue a schedule's job now, once; as Timetable.run."""
-        request = _request(name, await self._run(_schedules.request_of(name), conn))
+        request = _request(name, await self._run(statements.request_of(name), conn))
         return await self._enqueue(request, conn=conn)
 
     async def remove(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
         """Forget a schedule; as Timetable.remove."""
-        _check(name, found=await self._run(_schedules.remove(name), conn))
+        _check(name, found=await self._run(statements.remove(name), conn))
 
 
 def _check(name: str, *, found: bool) -> None:

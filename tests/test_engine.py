@@ -24,7 +24,8 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
-from bgjob._statements import Claimed, Horizon, Line, Suspect, Swept
+from bgjob._statements.claims import Horizon, Line, Suspect, Swept
+from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry

@@ -31,7 +31,9 @@ from bgjob import (
 )
 from bgjob._engine import Engine
 from bgjob._exchange import Committed, Exchange, Outcome, Release, Reply, Sleep
-from bgjob._statements import Claimed, Line, Swept, claim_any, lock_keys
+from bgjob._statements.claims import Line, Swept, claim_any
+from bgjob._statements.keys import lock_keys
+from bgjob._statements.settlements import Claimed
 from bgjob._transaction import acquisition, conclusion
 from bgjob.testing import drain
 

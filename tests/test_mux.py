@@ -33,7 +33,7 @@ from bgjob import (
     UnknownTypeError,
 )
 from bgjob._exchange import Doubtful, Exchange, Outcome
-from bgjob._statements import Claimed
+from bgjob._statements.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError
 from bgjob.mux import Middleware, Policy, Route

@@ -26,32 +26,21 @@ from psycopg.pq import ExecStatus
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._exchange import MOST_FREED
 from bgjob._link import _SESSION
-from bgjob._statements import (
+from bgjob._statements.claims import claim, claim_any, claim_suspect, free, survey, sweep
+from bgjob._statements.dead import DeadFilter, expire, listed
+from bgjob._statements.enqueues import enqueue, enqueue_many
+from bgjob._statements.keys import acquire, blocked, lock_keys, release
+from bgjob._statements.session import session
+from bgjob._statements.settlements import (
     Buried,
     Claimed,
-    DeadFilter,
     Postponed,
-    Statement,
-    acquire,
-    blocked,
     bury,
-    claim,
-    claim_any,
-    claim_suspect,
     complete,
-    dlq_expire,
-    dlq_list,
-    enqueue,
-    enqueue_many,
     extend,
-    free,
-    lock_keys,
     postpone,
-    release,
-    session,
-    survey,
-    sweep,
 )
+from bgjob._statements.statement import Statement
 
 MILLION = 1_000_000
 BATCH = 500
@@ -478,15 +467,15 @@ def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
     if analyzed:  # who never counted takes it that a queue has hardly any
         pages["a page of a queue"] = DeadFilter(queue="q", before=10_000)
     for name, where in pages.items():
-        explain = prepare(plans, name, dlq_list(where, limit=100))
-        Hot(dlq_list(where, limit=100), 100).check(run(plans, explain, "force_custom_plan"))
+        explain = prepare(plans, name, listed(where, limit=100))
+        Hot(listed(where, limit=100), 100).check(run(plans, explain, "force_custom_plan"))
     enter_session(plans)
     for age in (0.0, 3600.0):
-        expire = dlq_expire(age, limit=1000)
+        expiry = expire(age, limit=1000)
         for mode in PLAN_CACHE_MODES:
-            plan = run(plans, prepare(plans, f"expire {age} {mode}", expire), mode)
+            plan = run(plans, prepare(plans, f"expire {age} {mode}", expiry), mode)
             check_walks(plan)
-            Hot(expire, 1000).check(plan)
+            Hot(expiry, 1000).check(plan)
 
 
 @EVERY_STATISTICS

@@ -26,7 +26,7 @@ from bgjob import (
     UnknownScheduleError,
 )
 from bgjob._link import _SESSION
-from bgjob._schedules import fire, look
+from bgjob._statements.schedules import fire, look
 from bgjob.cron import Cron
 from bgjob.schedule import MOST_AT_ONCE, Firing, State
 

@@ -47,9 +47,10 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob import _schedules as schedules
-from bgjob import _statements as statements
-from bgjob._statements import Buried, Claimed, Postponed, Statement
+from bgjob._statements import schedules
+from bgjob._statements import claims, dead, enqueues, keys, pauses, settlements
+from bgjob._statements.settlements import Buried, Claimed, Postponed
+from bgjob._statements.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schedule import Firing
 
@@ -667,25 +668,25 @@ def _everything(group: str) -> list[Statement[Any]]:
     """Every statement of a role, each of which is refused whole if any privilege is missing."""
     request = EnqueueRequest("q", "t")
     claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k"]), 1)
-    where = statements.DeadFilter()
+    where = dead.DeadFilter()
     match group:
         case "producer":
             return [
-                statements.enqueue(request, notify=True),
-                statements.enqueue_many([request], notify=True),
+                enqueues.enqueue(request, notify=True),
+                enqueues.enqueue_many([request], notify=True),
             ]
         case "worker":
             return [
-                statements.sweep("q", limit=1, lease=1, token=1),
-                statements.survey("q"),
-                statements.extend([claimed], lease=1),
-                statements.complete([claimed]),
-                statements.postpone([Postponed(claimed, 0, "e", refund=False)]),
-                statements.bury([Buried(claimed, "e")]),
-                statements.lock_keys(["k"]),
-                statements.acquire("q", [claimed]),
-                statements.release("q", ["k"]),
-                statements.blocked("q", after="", limit=1),
+                claims.sweep("q", limit=1, lease=1, token=1),
+                claims.survey("q"),
+                settlements.extend([claimed], lease=1),
+                settlements.complete([claimed]),
+                settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),
+                settlements.bury([Buried(claimed, "e")]),
+                keys.lock_keys(["k"]),
+                keys.acquire("q", [claimed]),
+                keys.release("q", ["k"]),
+                keys.blocked("q", after="", limit=1),
             ]
         case "scheduler":
             schedule = Schedule("s", every=60, request=request)
@@ -697,11 +698,11 @@ def _everything(group: str) -> list[Statement[Any]]:
             ]
         case _:
             return [
-                statements.dlq_list(where, limit=1),
-                statements.dlq_requeue(where),
-                statements.dlq_purge(where),
-                statements.pause("q", None),
-                statements.resume("q"),
+                dead.listed(where, limit=1),
+                dead.requeue(where),
+                dead.purge(where),
+                pauses.pause("q", None),
+                pauses.resume("q"),
                 Statement("select * from bgjob_job", None, lambda _: None),
                 schedules.listed(),
                 schedules.resume("s"),

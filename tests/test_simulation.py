@@ -42,7 +42,9 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._pace import MOST_AHEAD
-from bgjob._statements import Blocked, Claimed, Line, Suspect, Swept, Woken
+from bgjob._statements.claims import Line, Suspect, Swept
+from bgjob._statements.keys import Blocked, Woken
+from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import REST
 from bgjob._suspects import proof
 from bgjob.job import Job
@@ -92,7 +94,7 @@ class Row:
 
 
 class Table:
-    """What bgjob_job and bgjob_dead_job hold, and what _statements.py makes of them."""
+    """What bgjob_job and bgjob_dead_job hold, and what the statements make of them."""
 
     def __init__(self, random: Random, lease: float) -> None:
         self._random = random

@@ -15,31 +15,29 @@ from test_plans import PLAN_CACHE_MODES, buffers, prepare, run
 
 from bgjob import EnqueueRequest, Job
 from bgjob._link import _SESSION
-from bgjob._statements import (
-    Buried,
-    Claimed,
+from bgjob._statements.claims import (
     Line,
-    Postponed,
-    Statement,
-    _text_array,
-    bury,
     claim,
     claim_any,
     claim_suspect,
-    complete,
-    enqueue,
-    enqueue_many,
-    extend,
     free,
     horizon,
-    listen,
-    park,
-    postpone,
-    session,
     survey,
     sweep,
-    unpark,
 )
+from bgjob._statements.enqueues import enqueue, enqueue_many
+from bgjob._statements.notices import listen, park, unpark
+from bgjob._statements.session import session
+from bgjob._statements.settlements import (
+    Buried,
+    Claimed,
+    Postponed,
+    bury,
+    complete,
+    extend,
+    postpone,
+)
+from bgjob._statements.statement import Statement, text_array
 from bgjob._watermarks import Watermarks
 
 T = TypeVar("T")
@@ -428,7 +426,7 @@ def test_a_postponed_job_has_the_priority_that_was_said_or_keeps_its_own(
 
 def test_hostile_ids_and_errors_pass_through_every_settlement(worker: psycopg.Connection) -> None:
     texts = ["NULL", "", "{}", 'a"b', "a\\b", "a,b", "'", " ", "%s", "é\U0001f600", "\n"]
-    assert worker.execute("select %s::text[]", [_text_array(texts)]).fetchall() == [(texts,)]
+    assert worker.execute("select %s::text[]", [text_array(texts)]).fetchall() == [(texts,)]
     ids = [f"{text}!" for text in texts]
     for id_ in ids:
         assert ask(worker, enqueue(EnqueueRequest("q", "t", id=id_), notify=False))

@@ -29,7 +29,7 @@ from test_worker import (
 import bgjob._control
 from bgjob import Client, Mux, SchemaError, Worker
 from bgjob._control import Control
-from bgjob._statements import schema_comment
+from bgjob._statements.session import schema_comment
 from bgjob.schema import init_sql
 
 __all__ = ["crew"]

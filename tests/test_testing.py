@@ -49,7 +49,7 @@ from bgjob.testing import (
     assert_not_enqueued,
     drain,
 )
-from bgjob._statements import _CLAIM_ANY, _CLAIM_NOW
+from bgjob._statements.claims import _CLAIM_ANY, _CLAIM_NOW
 
 Place: TypeAlias = Literal["transaction", "autocommit", "client", "string"]
 """What a test drains: its own connection, in two ways, or what makes connections of its own."""

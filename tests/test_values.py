@@ -30,7 +30,7 @@ from bgjob import (
     TypeRequiredError,
     UnknownTypeError,
 )
-from bgjob._statements import _text_array
+from bgjob._statements.statement import text_array
 from bgjob.job import new_id
 from bgjob.mux import Route
 from bgjob.result import error_text
@@ -635,4 +635,4 @@ def test_a_logged_exception_keeps_its_traceback(caplog: pytest.LogCaptureFixture
     ],
 )
 def test_an_array_literal_quotes_every_item(items: list[str], literal: str) -> None:
-    assert _text_array(items) == literal
+    assert text_array(items) == literal

@@ -40,7 +40,8 @@ from bgjob import (
 from bgjob._crew import Queues
 from bgjob._exchange import Exchange, Notice, Sweep
 from bgjob._link import Bell, Link
-from bgjob._statements import Claimed, Postponed, channel
+from bgjob._statements.notices import channel
+from bgjob._statements.settlements import Claimed, Postponed
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 

@@ -11,7 +11,7 @@ import orjson
 from bgjob import _arguments, _database, _table
 from bgjob._arguments import UsageError, add_command
 from bgjob._progress import progress, say
-from bgjob._statements import DeadFilter, dlq_ids
+from bgjob._statements.dead import DeadFilter, matching
 from bgjob.client import Client
 from bgjob.job import DeadJob
 
@@ -215,7 +215,7 @@ def _in_batches(
     if args.all == any(choice is not None for choice in (args.ids, *filters.values())):
         raise UsageError("give --queue, --type, --id or --older-than, or --all instead of them")
     with _database.opened(_database.find(args.dsn)) as client:
-        ids = client._run(dlq_ids(DeadFilter(args.ids, **filters)), None)  # noqa: SLF001
+        ids = client._run(matching(DeadFilter(args.ids, **filters)), None)  # noqa: SLF001
         if len(ids) <= _BATCH:
             return len(ids), act(client, ids, filters) if ids else 0
         done = 0

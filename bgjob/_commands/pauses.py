@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bgjob import _arguments, _database, _table
 from bgjob._arguments import UsageError, add_command
-from bgjob._statements import clock
+from bgjob._statements.session import clock
 
 if TYPE_CHECKING:
     from bgjob._arguments import Commands

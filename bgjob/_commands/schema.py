@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from bgjob import _arguments, _database, _table, schema
-from bgjob._statements import schema_comment
+from bgjob._statements.session import schema_comment
 from bgjob.errors import SchemaError
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from bgjob import (
     Worker,
 )
 from bgjob._exchange import Exchange
-from bgjob._statements import Statement
+from bgjob._statements.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
 from faults import oracle

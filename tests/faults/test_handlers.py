@@ -29,7 +29,7 @@ from bgjob import (
 )
 from bgjob._exchange import Exchange, Sweep
 from bgjob._link import Link
-from bgjob._statements import Claimed, Postponed
+from bgjob._statements.settlements import Claimed, Postponed
 from faults.world import PATIENCE, Local, World, eventually
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"

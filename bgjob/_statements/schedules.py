@@ -1,4 +1,4 @@
-"""The SQL of schedules; its rules are those of _statements.py.
+"""The SQL of schedules.
 
 No worker leads. Each looks, and whoever moves a schedule's tick forward from
 where it was seen enqueues the jobs, in the same statement. A row that another
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, LiteralString
 
-from bgjob._statements import Lack, Statement, channel, lacks
+from bgjob._statements.notices import channel
+from bgjob._statements.session import Lack, lacks
+from bgjob._statements.statement import Statement
 from bgjob.schedule import GRACE, Firing, Schedule, ScheduleStatus, State
 
 _NEEDS = (

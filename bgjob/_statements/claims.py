@@ -1,0 +1,325 @@
+"""Claim due jobs, set free those whose worker died, and see what else there is."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from operator import itemgetter
+from typing import LiteralString, NamedTuple
+
+from bgjob._statements.statement import Row, Statement, in_range
+from bgjob.job import Job
+
+JOB_COLUMNS = f"""
+    id, queue, type, arg, attempt, last_error, priority,
+    {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive
+"""
+
+# Each priority in use, without a scan over its rows.
+_PRIORITIES = """
+    with recursive line (priority) as (
+        (
+            select priority from bgjob_job where queue = %(queue)s and not waits
+            order by priority limit 1
+        )
+        union all
+        select (
+            select j.priority from bgjob_job j
+            where j.queue = %(queue)s and j.priority > line.priority and not j.waits
+            order by j.priority limit 1
+        ) from line where line.priority is not null
+    )
+"""
+
+
+_TAKE = """
+    token = %(token)s,
+    lease_until = clock_timestamp() + %(lease)s * interval '1 second',
+    attempt = least(attempt, 2147483646) + 1
+"""
+
+_FRESH = "j.lease_until is null and j.deaths <= 0"
+_ENDED = "j.lease_until <= now()"
+
+# Of no row: looked up once a statement, and nothing is read where the queue is paused.
+_UNPAUSED = """
+    not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
+"""
+
+
+def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
+    return f"""
+        {lines}
+        cross join lateral (
+            select j.ctid, j.lease_until is not null as ended from bgjob_job j
+            where j.queue = %(queue)s and j.priority = line.priority
+                and j.next_run_at >= line.since and j.next_run_at <= now() and not j.waits
+                and ({which})
+            order by j.next_run_at
+            limit %(limit)s
+            for update skip locked
+        ) as due
+        limit %(limit)s
+    """
+
+
+_LINES_FROM_MARKS = """
+    select due.ctid
+    from (
+        select priority, least(mark, now() - %(back)s * interval '1 second') as since
+        from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[]) as m (priority, mark)
+    ) as line
+"""
+
+_CLAIM = f"""
+    update bgjob_job set {_TAKE}
+    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{_FRESH} and {_UNPAUSED}")}))
+    returning {JOB_COLUMNS}
+"""
+
+# Most queues have one priority. Without the join an idle worker claims a job in 0.6
+# instead of 0.75 ms.
+_CLAIM_OF_ONE_PRIORITY = f"""
+    update bgjob_job set {_TAKE}
+    where ctid = any (array(
+        select j.ctid from bgjob_job j
+        where j.queue = %(queue)s and j.priority = %(priority)s
+            and j.next_run_at >=
+                least(%(mark)s::timestamptz, now() - %(back)s * interval '1 second')
+            and j.next_run_at <= now() and not j.waits and {_FRESH} and {_UNPAUSED}
+        order by j.next_run_at
+        limit %(limit)s
+        for update skip locked
+    ))
+    returning {JOB_COLUMNS}
+"""
+
+_LINES = f"""
+    {_PRIORITIES}
+    select due.ctid, due.ended
+    from (
+        select priority, timestamptz '-infinity' as since from line where priority is not null
+    ) as line
+"""
+
+# What was in flight when its worker died is only set free here: whichever of
+# those jobs killed it, the next attempt of each is a claim of its own. It is set
+# free while the queue is paused, too.
+_SWEEP = f"""
+    with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_ENDED}")}),
+    freed as (
+        update bgjob_job
+        set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+        where ctid = any (array(select ctid from due where ended))
+        returning 1
+    ), claimed as (
+        update bgjob_job set {_TAKE}
+        where ctid = any (array(select ctid from due where not ended))
+        returning {JOB_COLUMNS}
+    )
+    select claimed.*, freed.count
+    from (select count(*) from freed) as freed left join claimed on true
+"""
+
+_FREE = f"""
+    with freed as (
+        update bgjob_job
+        set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+        where ctid = any (array(
+            select due.ctid from ({_due(_LINES, _ENDED)}) as due
+        ))
+        returning 1
+    )
+    select count(*) from freed
+"""
+
+_CLAIM_SUSPECT = f"""
+    update bgjob_job set {_TAKE}
+    where ctid = any (array(
+        select j.ctid from bgjob_job j
+        where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
+            and j.next_run_at <= now() and not j.waits and {_UNPAUSED}
+        order by j.priority, j.next_run_at, j.deaths
+        limit 1
+        for update skip locked
+    ))
+    returning {JOB_COLUMNS}, deaths
+"""
+
+_CLAIM_ANY = f"""
+    update bgjob_job set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
+    where ctid = any (array(
+        select due.ctid from (
+            {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+        ) as due
+    ))
+    returning {JOB_COLUMNS}, deaths
+"""
+
+
+def claim(
+    queue: str,
+    *,
+    limit: int,
+    lease: float,
+    token: int,
+    marks: Mapping[int, datetime],
+    back: float,
+) -> Statement[list[Job]]:
+    """Claim due jobs of these priorities, from their marks or the last `back` seconds on.
+
+    They are taken in (priority, next_run_at) order, and come sorted so.
+    """
+    params: dict[str, object] = {
+        "queue": queue,
+        "limit": limit,
+        "lease": lease,
+        "token": token,
+        "back": back,
+    }
+    if len(marks) == 1:
+        [(priority, mark)] = marks.items()
+        params |= {"priority": priority, "mark": mark}
+        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _jobs_of_one_priority, binary=True)
+    priorities = sorted(marks)
+    params |= {"priorities": priorities, "marks": [marks[priority] for priority in priorities]}
+    return Statement(_CLAIM, params, _jobs, binary=True)
+
+
+class Horizon(NamedTuple):
+    """Which transactions may still bring rows, by their numbers."""
+
+    oldest: int
+    """All before this one have ended."""
+    next: int
+    """This one, and all after it, had not begun."""
+
+
+def horizon() -> Statement[Horizon]:
+    """Tell which transactions are under way."""
+    return Statement(
+        "select pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint "
+        "from pg_current_snapshot() as s",
+        None,
+        lambda rows: Horizon(*rows[0]),
+    )
+
+
+class Swept(NamedTuple):
+    """What a sweep found: jobs it claimed, and how many it set free as suspects."""
+
+    jobs: list[Job]
+    freed: int
+
+
+def sweep(queue: str, *, limit: int, lease: float, token: int) -> Statement[Swept]:
+    """Claim due jobs of every priority, wherever they lie; set free those whose lease has ended."""
+    return Statement(
+        _SWEEP,
+        {"queue": queue, "limit": limit, "lease": lease, "token": token},
+        _swept,
+        binary=True,
+    )
+
+
+def free(queue: str, *, limit: int) -> Statement[Swept]:
+    """Set free jobs whose lease has ended, and claim nothing."""
+    return Statement(_FREE, {"queue": queue, "limit": limit}, lambda rows: Swept([], rows[0][0]))
+
+
+class Suspect(NamedTuple):
+    """A job whose worker died, or lost the lease, so many times in a row."""
+
+    job: Job
+    deaths: int
+
+
+def claim_suspect(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+    """Claim the first due job of those that were in flight when their worker died."""
+    return Statement(
+        _CLAIM_SUSPECT,
+        {"queue": queue, "lease": lease, "token": token},
+        _suspects,
+        binary=True,
+    )
+
+
+def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+    """Claim the first due job, whatever became of its last worker."""
+    return Statement(
+        _CLAIM_ANY,
+        {"queue": queue, "limit": 1, "lease": lease, "token": token},
+        _suspects,
+        binary=True,
+        prepare=False,
+    )
+
+
+# The same jobs by the clock that goes on while a transaction is open, where now() stands still.
+_CLAIM_NOW = _CLAIM_ANY.replace("now()", "clock_timestamp()")
+
+
+def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+    """Claim the first due job, also one that this transaction has made due; as claim_any."""
+    return claim_any(queue, lease=lease, token=token)._replace(text=_CLAIM_NOW)
+
+
+class Line(NamedTuple):
+    """One priority of a queue."""
+
+    priority: int
+    since: datetime
+    """What was due earlier has been claimed, or may not be: long ago where the queue is paused."""
+    wait: float | None
+    """Seconds until the next job that is not due yet."""
+    deaths: int | None
+    """Those of the first suspect that may be claimed."""
+
+
+def survey(queue: str) -> Statement[list[Line]]:
+    """List the priorities in use, and of each when the next job is due, and the first suspect."""
+    return Statement(
+        f"""
+        {_PRIORITIES}
+        select line.priority,
+            case when {_UNPAUSED} then now() else '0001-01-02 00:00+00' end,
+            extract(epoch from (
+            select j.next_run_at from bgjob_job j
+            where j.queue = %(queue)s and j.priority = line.priority
+                and j.next_run_at > now() and j.next_run_at < 'infinity' and not j.waits
+            order by j.next_run_at limit 1
+        ) - clock_timestamp())::float8, (
+            select j.deaths from bgjob_job j
+            where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
+                and j.lease_until is null and j.next_run_at <= now() and not j.waits
+                and {_UNPAUSED}
+            order by j.next_run_at, j.deaths limit 1
+        )
+        from line where line.priority is not null
+        """,
+        {"queue": queue},
+        lambda rows: [Line(*row) for row in rows],
+    )
+
+
+# An update returns rows in no order. Of one priority they are sorted twice as fast.
+
+
+def _jobs(rows: Sequence[Row]) -> list[Job]:
+    return list(map(make_job, sorted(rows, key=_by_due)))
+
+
+def _jobs_of_one_priority(rows: Sequence[Row]) -> list[Job]:
+    return list(map(make_job, sorted(rows, key=_by_next_run_at)))
+
+
+def _swept(rows: Sequence[Row]) -> Swept:
+    return Swept(_jobs([row[:-1] for row in rows if row[0] is not None]), rows[0][-1])
+
+
+def _suspects(rows: Sequence[Row]) -> list[Suspect]:
+    return [Suspect(make_job(row[:-1]), row[-1]) for row in rows]
+
+
+_by_due = itemgetter(6, 7)  # priority and due time
+_by_next_run_at = itemgetter(7)
+make_job = partial(tuple.__new__, Job)  # a third of the time of Job(*row)

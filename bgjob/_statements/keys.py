@@ -1,0 +1,286 @@
+"""Exclusive keys: who may have one, who waits for it.
+
+What is decided about a key is decided while its row is locked, by a statement that
+begins after that, so that it sees all that was decided before. Rows are locked in the
+order of their keys, and no transaction locks twice. Rows of jobs are not waited for
+meanwhile, so that nobody has to wait for long.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from bgjob._statements.notices import LOCK_CLASS, bucket, channel
+from bgjob._statements.settlements import Claimed
+from bgjob._statements.statement import Statement, in_range, nothing
+
+# Its job is claimed: the claim's token is gone as soon as that is settled or freed. Not
+# `exists`: where a nested loop is off that becomes a hash of the whole table.
+_IS_HELD = """
+    (select true from bgjob_job h where h.id = e.job_id and h.token = e.token) is not null
+"""
+
+
+# Another job of the key and the queue of f, that was due before it. The order, here and
+# below, is that of one index only: with statistics of a drained table the planner took
+# bgjob_job_due, and walked over all that was due in the queue.
+_EARLIER = """
+    (
+        select true from bgjob_job o
+        where o.exclusive = f.key and {which} and o.queue = f.queue
+            and (o.next_run_at, o.id) < (f.next_run_at, f.id)
+        order by o.next_run_at, o.id
+        limit 1
+    ) is not null
+"""
+_EARLIER_WAITS = _EARLIER.format(which="o.waits")
+_EARLIER_IS_DUE = _EARLIER.format(which="not o.waits")
+
+
+def lock_keys(keys: Iterable[str]) -> Statement[None]:
+    """Lock the rows of keys; those that are not there are made.
+
+    One that was only looked for might be deleted while it is waited for, and made anew by
+    somebody else: then it would be there, and not locked. Where one is there it is locked
+    and not written, so that an old snapshot keeps one dead row of it a job, not three.
+    """
+    return Statement(
+        """
+        insert into bgjob_exclusive (key)
+        select key from unnest(%(keys)s::text[]) as k (key)
+        on conflict (key) do update set job_id = excluded.job_id where false
+        returning key
+        """,
+        {"keys": sorted(set(keys))},
+        nothing,
+        prepare=False,
+    )
+
+
+def acquire(
+    queue: str, claimed: Sequence[Claimed]
+) -> Statement[dict[tuple[str, int], bool | None]]:
+    """Let claimed jobs have their keys, which are locked; tell by id and token who has its own.
+
+    Nothing was decided, None, where others have locked the job's row, as a claim
+    does that meets it a moment too late; one that is held no more is missing.
+    Those that cannot have theirs go back and wait aside, and with them the other
+    due jobs of a key that is held, so that no claim meets them. Of one key and
+    queue the job that was due first goes first, also where it waits or another
+    worker has just claimed it.
+    """
+    return Statement(
+        f"""
+        with wanted as materialized (
+            select w.key, w.deaths, j.id, j.token, j.queue, j.next_run_at,
+                coalesce(e.job_id = j.id and e.token = j.token, false) as has_it
+            from unnest(
+                %(ids)s::text[], %(tokens)s::bigint[], %(keys)s::text[], %(deaths)s::smallint[]
+            ) as w (id, token, key, deaths)
+            join bgjob_job j on j.id = w.id and j.token = w.token
+            join bgjob_exclusive e on e.key = w.key
+            where j.id = any (%(ids)s::text[]) and e.key = any (%(keys)s::text[])
+            for update of j skip locked
+        ), first as materialized (
+            select distinct on (key) key, id, token, queue, next_run_at, has_it
+            from wanted order by key, has_it desc, next_run_at, id
+        ), granted as materialized (
+            select f.key, f.id, f.token
+            from first f join bgjob_exclusive e on e.key = f.key
+            where e.key = any (%(keys)s::text[]) and (
+                f.has_it or not ({_IS_HELD} or {_EARLIER_WAITS} or {_EARLIER_IS_DUE})
+            )
+        ), taken as (
+            update bgjob_exclusive e set job_id = g.id, token = g.token
+            from granted g
+            where e.key = any (%(keys)s::text[]) and e.key = g.key
+        ), aside as materialized (
+            select o.ctid
+            from (
+                select e.key from bgjob_exclusive e
+                where e.key = any (%(keys)s::text[])
+                    and ({_IS_HELD} or e.key in (select key from granted))
+            ) as k
+            -- Those of this queue only: they are a range of the index, however many are not
+            -- due. Another queue's workers find theirs.
+            cross join lateral (
+                select j.ctid from bgjob_job j
+                where j.exclusive = k.key and not j.waits and j.queue = %(queue)s
+                    and j.next_run_at <= now() and j.token is null
+                order by j.next_run_at, j.id
+                limit %(most)s
+                for update skip locked
+            ) as o
+            limit %(most)s
+        ), put_aside as (
+            update bgjob_job set waits = true where ctid = any (array(select ctid from aside))
+        ), named as (
+            update bgjob_job j set exclusive = w.key
+            from wanted w
+            where j.id = any (array(select id from granted)) and j.id = w.id
+                and j.exclusive is distinct from w.key
+        ), parked as (
+            update bgjob_job j
+            set exclusive = w.key,
+                waits = true,
+                token = null,
+                lease_until = null,
+                attempt = greatest(j.attempt, 1) - 1,
+                deaths = w.deaths
+            from wanted w
+            where j.id = any (array(
+                select id from wanted where id not in (select id from granted)
+            )) and j.id = w.id
+        )
+        select j.id, j.token, case
+            when j.id in (select id from granted) then true
+            when j.id in (select id from wanted) then false
+        end
+        from bgjob_job j
+        where j.id = any (%(ids)s::text[]) and j.token = any (%(tokens)s::bigint[])
+        """,
+        {
+            "queue": queue,
+            "ids": [c.job.id for c in claimed],
+            "tokens": [c.token for c in claimed],
+            "keys": [c.job.exclusive for c in claimed],
+            "deaths": [c.deaths for c in claimed],
+            "most": 1000,
+        },
+        lambda rows: {(id_, token): has_it for id_, token, has_it in rows},
+        prepare=False,
+    )
+
+
+class Woken(NamedTuple):
+    """A job that has waited for a key, and is due."""
+
+    priority: int
+    since: datetime
+
+
+def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
+    """Wake the first job that waits for each of these keys, which are locked and may be free.
+
+    Of each queue; gives those of this one, whose workers are notified as of an
+    enqueue. Those of others look when they poll.
+    """
+    return Statement(
+        f"""
+        with recursive free as materialized (
+            select e.key from bgjob_exclusive e
+            where e.key = any (%(keys)s::text[]) and not ({_IS_HELD})
+        ), line (key, queue) as (
+            select free.key, (
+                select j.queue from bgjob_job j where j.exclusive = free.key and j.waits
+                order by j.queue limit 1
+            ) from free
+            union all
+            select line.key, (
+                select j.queue from bgjob_job j
+                where j.exclusive = line.key and j.waits and j.queue > line.queue
+                order by j.queue limit 1
+            ) from line where line.queue is not null
+        ), unused as (
+            delete from bgjob_exclusive
+            where key = any (array(
+                select key from line group by key having count(queue) = 0
+            ))
+        ), first as materialized (
+            select f.id
+            from line
+            cross join lateral (
+                select line.key, j.id, j.queue, j.next_run_at from bgjob_job j
+                where j.exclusive = line.key and j.waits and j.queue = line.queue
+                order by j.next_run_at, j.id
+                limit 1
+                for update skip locked
+            ) as f
+            where not ({_EARLIER_IS_DUE})
+        ), woken as (
+            update bgjob_job set waits = false where id = any (array(select id from first))
+            returning queue, priority, {in_range("next_run_at")} as since
+        )
+        select priority, since, case
+            when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
+            then pg_notify(
+                %(channel)s, concat_ws(' ', extract(epoch from since), priority, queue)
+            )
+        end from woken where queue = %(queue)s
+        """,
+        {
+            "queue": queue,
+            "keys": sorted(set(keys)),
+            "class": LOCK_CLASS,
+            "bucket": bucket(queue),
+            "channel": channel(queue),
+        },
+        lambda rows: [Woken(*row[:2]) for row in rows],
+        prepare=False,
+    )
+
+
+_OF_KEY = """
+    (
+        select true from bgjob_job j
+        where j.exclusive = e.key and {which}
+        order by {order}
+        limit 1
+    )
+"""
+_WAITS_ANYWHERE = _OF_KEY.format(which="j.waits", order="j.queue")
+_WAITS_HERE = _OF_KEY.format(which="j.waits and j.queue = %(queue)s", order="j.next_run_at, j.id")
+_IS_DUE_HERE = _OF_KEY.format(
+    which="not j.waits and j.queue = %(queue)s and j.next_run_at <= now()",
+    order="j.next_run_at, j.id",
+)
+
+
+class Blocked(NamedTuple):
+    """Keys whose jobs wait for nothing."""
+
+    keys: list[str]
+    after: str
+    """Where to go on looking; empty at the end."""
+
+
+def blocked(queue: str, *, after: str, limit: int) -> Statement[Blocked]:
+    """Find keys whose jobs in this queue wait for nothing: nobody has them, or is about to.
+
+    Their holder died or was deleted, or its worker died before it had released them. A
+    holder of another queue, which may have no worker left, is set free here when its lease
+    has ended. Keys that nobody wants any more are found as well. It looks at the first `limit`
+    keys after one, so that no sweep walks over all of them.
+    """
+    return Statement(
+        f"""
+        with looked_at as materialized (
+            select key, job_id, token from bgjob_exclusive where key > %(after)s
+            order by key limit %(limit)s
+        ), ended as (
+            update bgjob_job
+            set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+            where ctid = any (array(
+                select h.ctid from looked_at e
+                cross join lateral (
+                    select j.ctid from bgjob_job j
+                    where j.id = e.job_id and j.token = e.token and j.queue <> %(queue)s
+                        and j.lease_until <= now()
+                    limit 1
+                    for update skip locked
+                ) as h
+            ))
+            returning id
+        )
+        select array(
+            select e.key from looked_at e
+            where (not ({_IS_HELD}) or e.job_id = any (array(select id from ended)))
+                and {_IS_DUE_HERE} is null
+                and ({_WAITS_HERE} is not null or {_WAITS_ANYWHERE} is null)
+        ), case when count(*) = %(limit)s then max(key) else '' end
+        from looked_at
+        """,
+        {"queue": queue, "after": after, "limit": limit},
+        lambda rows: Blocked(*rows[0]),
+        prepare=False,
+    )

@@ -1,0 +1,60 @@
+"""Who is notified of an enqueue: a lock and a channel for each bucket of queues."""
+
+from zlib import crc32
+
+from bgjob._statements.statement import Statement, nothing, scalar
+
+LOCK_CLASS = 0x62676A62
+"""The first key of bgjob's advisory locks; the second is the queue's bucket."""
+
+BUCKETS = 128
+"""Queues share this many locks and channels, so that 10,000 queues do not fill the lock table."""
+
+
+def bucket(queue: str) -> int:
+    """Give the number of the lock and channel that `queue` shares with others."""
+    return crc32(queue.encode()) % BUCKETS
+
+
+def channel(queue: str) -> str:
+    """Give the channel on which enqueues to `queue` are notified; for the payload see Notice."""
+    return f"bgjob_{bucket(queue)}"
+
+
+def listen(queue: str) -> Statement[None]:
+    """Receive the notifications of `queue` on this connection."""
+    return Statement(f"listen {channel(queue)}".encode(), None, nothing)
+
+
+def park(queue: str) -> Statement[str]:
+    """Ask every later enqueue to `queue` to notify, before this worker goes to sleep.
+
+    An enqueue shares the lock until its transaction ends, and notifies where it
+    cannot. 'parked': the lock is held, no enqueue is in flight unseen.
+    'covered': another worker sleeps and holds it. 'contended': enqueues are in
+    flight; look again soon.
+    """
+    return Statement(
+        """
+        select case
+            when pg_try_advisory_lock(%(class)s, %(bucket)s) then 'parked'
+            when not pg_try_advisory_lock_shared(%(class)s, %(bucket)s) then 'covered'
+            when pg_advisory_unlock_shared(%(class)s, %(bucket)s) then 'contended'
+        end
+        """,
+        {"class": LOCK_CLASS, "bucket": bucket(queue)},
+        scalar,
+    )
+
+
+def unpark(queue: str) -> Statement[None]:
+    """Stop asking for notifications, and wake whoever relied on it: one of them parks next.
+
+    The session holds no other lock of this kind; but this one twice where the
+    transaction that took it first was refused, which does not undo it.
+    """
+    return Statement(
+        "select pg_advisory_unlock_all(), pg_notify(%(channel)s, '')",
+        {"channel": channel(queue)},
+        nothing,
+    )

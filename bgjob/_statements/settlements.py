@@ -1,0 +1,188 @@
+"""Settle jobs that are claimed, extend their leases."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bgjob._statements.statement import Row, Statement, column, scalar, text_array
+from bgjob.job import Job
+
+
+class Claimed(NamedTuple):
+    """A job and the token of the claim that holds it."""
+
+    job: Job
+    token: int
+    deaths: int = 0
+    """How many workers in a row died, or lost the lease, before this claim."""
+
+
+def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
+    """Delete jobs that are done; the ids of those still held."""
+    ids = [c.job.id for c in claimed]
+
+    def all_or_some(rows: Sequence[Row]) -> list[str]:
+        [(some, count)] = rows
+        return ids if count == len(ids) else some or []
+
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_job
+            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+            returning id
+        )
+        -- Mostly all of them are, and need not be told one by one.
+        select case when count(*) < %(count)s then array_agg(id) end, count(*) from gone
+        """,
+        {**_held(claimed, ids), "count": len(ids)},
+        all_or_some,
+        prepare=False,
+    )
+
+
+def begin(token: int) -> bytes:
+    """Open the transaction of a handler, and mark it as the one that belongs to a claim.
+
+    One mark ends with the transaction, however that ends. The other is undone
+    by a rollback and outlives a commit. How long the handler may be idle in it
+    is for the lease to say.
+    """
+    return (
+        f"begin; set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'; "
+        "set local idle_in_transaction_session_timeout = 0"
+    ).encode()
+
+
+def claim_of_transaction() -> Statement[str | None]:
+    """Give the token of the claim that this transaction was opened for."""
+    return Statement("select current_setting('bgjob.claim', true)", None, scalar)
+
+
+COMMIT = (
+    b"commit; close all; set session authorization default; reset all; unlisten *; "
+    b"select pg_advisory_unlock_all(); discard temp; discard sequences"
+)
+"""Ends it, and what the handler may have left in the session: all that `discard all` would end,
+but for prepared statements."""
+
+ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
+"""Ends it otherwise; its second result is the token of a claim whose transaction was committed."""
+
+
+class Postponed(NamedTuple):
+    """A job that goes back to its queue."""
+
+    claimed: Claimed
+    delay: float | None
+    """Seconds from now; None keeps the due time."""
+    error: str | None
+    """None keeps the last one."""
+    refund: bool
+    """Whether the attempt is given back."""
+    deaths: int = 0
+    """What stays on record of workers that died."""
+    priority: int | None = None
+    """None keeps its own."""
+
+
+def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
+    """Give jobs back to their queue; the ids of those still held."""
+    return Statement(
+        """
+        update bgjob_job j
+        set token = null,
+            lease_until = null,
+            next_run_at = coalesce(
+                clock_timestamp() + p.delay * interval '1 second', j.next_run_at
+            ),
+            attempt = greatest(j.attempt, p.refund) - p.refund,
+            deaths = p.deaths,
+            last_error = coalesce(p.error, j.last_error),
+            priority = coalesce(p.priority, j.priority),
+            updated_at = clock_timestamp()
+        from unnest(
+            %(ids)s::text[], %(tokens)s::bigint[], %(delays)s::float8[],
+            %(errors)s::text[], %(refunds)s::int[], %(deaths)s::smallint[],
+            %(priorities)s::smallint[]
+        ) as p (id, token, delay, error, refund, deaths, priority)
+        where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
+        returning j.id
+        """,
+        {
+            "ids": [p.claimed.job.id for p in postponed],
+            "tokens": [p.claimed.token for p in postponed],
+            "delays": [p.delay for p in postponed],
+            "errors": [p.error for p in postponed],
+            "refunds": [int(p.refund) for p in postponed],
+            "deaths": [p.deaths for p in postponed],
+            "priorities": [p.priority for p in postponed],
+        },
+        column,
+        prepare=False,
+    )
+
+
+class Buried(NamedTuple):
+    """A job that goes to the dead-letter table."""
+
+    claimed: Claimed
+    error: str
+
+
+def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
+    """Move jobs to the dead-letter table; the ids of those still held."""
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_job
+            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+            returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
+                created_at, updated_at
+        )
+        insert into bgjob_dead_job (
+            job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
+            job_created_at, job_updated_at
+        )
+        select gone.id, queue, type, arg, attempt, b.error, priority, exclusive, next_run_at,
+            created_at, updated_at
+        from gone
+        join unnest(%(ids)s::text[], %(errors)s::text[]) as b (id, error) on b.id = gone.id
+        returning job_id
+        """,
+        {**_held([b.claimed for b in buried]), "errors": [b.error for b in buried]},
+        column,
+        prepare=False,
+    )
+
+
+def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
+    """Let leases end `lease` seconds from now; the ids of those still held.
+
+    A row that somebody has locked is passed over: the handler whose transaction
+    settles it, mostly, and the other leases must not wait for that.
+    """
+    return Statement(
+        """
+        with extended as (
+            update bgjob_job
+            set lease_until = clock_timestamp() + %(lease)s * interval '1 second'
+            where ctid = any (array(
+                select ctid from bgjob_job
+                where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+                for update skip locked
+            ))
+        )
+        select id from bgjob_job
+        where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+        """,
+        {**_held(claimed), "lease": lease},
+        column,
+    )
+
+
+def _held(claimed: Sequence[Claimed], ids: Sequence[str] | None = None) -> dict[str, object]:
+    return {
+        "ids": text_array(ids or [c.job.id for c in claimed]),
+        # Together these say which pairs may match: a worker never holds one id twice.
+        "tokens": list({c.token for c in claimed}),
+    }
