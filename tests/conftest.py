@@ -32,6 +32,8 @@ SETTINGS = {
     "full_page_writes": "off",
     "synchronous_commit": "off",
     "max_connections": "300",
+    # A database is dropped after nearly each test: that looks through all buffers.
+    "shared_buffers": "32MB",
 }
 
 server_dsn_key = pytest.StashKey[str]()

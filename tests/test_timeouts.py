@@ -249,7 +249,7 @@ def test_a_transaction_of_a_coroutine_that_is_cancelled_is_rolled_back(
     crew.start(mux, observer=observer)
     observer.wait_for("completed", "a")
     assert rows(conn, "select * from effect") == [("a", 2)]
-    assert transactions(conn) == 0
+    assert eventually(lambda: transactions(conn) == 0)
     assert len(observer.of("timed_out")) == 1
 
 

@@ -33,7 +33,8 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
-from faults.world import PATIENCE, TESTS, World, eventually
+from faults.nursery import TESTS
+from faults.world import PATIENCE, World, eventually
 
 NEVER = 3600.0
 

@@ -22,13 +22,12 @@ from psycopg.conninfo import make_conninfo
 from bgjob import AsyncClient, AsyncWorker, Client, EnqueueRequest, Mux, Worker
 from faults import oracle
 from faults.app import ENVIRONMENT, LEDGER, Event, Handlers, Recorder, Settings, children_of
+from faults.nursery import TESTS, Forked, fork
 
 T = TypeVar("T")
 
 PATIENCE = 30.0
 """Seconds after which a test that waits has failed."""
-
-TESTS = Path(__file__).parents[1]
 
 
 def eventually(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
@@ -85,16 +84,21 @@ class Process(Heard):
         self._file = Path(settings.events)
         self._file.touch()
         self._output = self._file.with_suffix(".log")
+        variables = {**os.environ, **env, ENVIRONMENT: settings.dump()}
         with self._output.open("wb") as output:
-            self._popen = subprocess.Popen(
-                [sys.executable, *argv],
-                cwd=TESTS,
-                env={**os.environ, **env, ENVIRONMENT: settings.dump()},
-                # The worker ends itself when the other end of this pipe closes.
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            # The worker ends itself when the other end of its standard input closes.
+            self._popen: Forked | subprocess.Popen[bytes]
+            if argv[0] == "-m" and not env:
+                self._popen = fork(*argv[1:], env=variables, output=output)
+            else:  # which an interpreter, or its loader, may have to see when it starts
+                self._popen = subprocess.Popen(
+                    [sys.executable, *argv],
+                    cwd=TESTS,
+                    env=variables,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
         self.pid = self._popen.pid
 
     def __repr__(self) -> str:
@@ -137,9 +141,12 @@ class Process(Heard):
 
     def stop(self) -> None:
         """Stop it, as a host that sleeps does; wait until it has stopped."""
-        self.signal(signal.SIGSTOP)
-        waited, status = os.waitpid(self.pid, os.WUNTRACED)
-        assert waited == self.pid and os.WIFSTOPPED(status), f"{self!r} ended: {self.output}"
+        if isinstance(self._popen, Forked):
+            stopped = self._popen.stop()
+        else:
+            self.signal(signal.SIGSTOP)
+            stopped = os.WIFSTOPPED(os.waitpid(self.pid, os.WUNTRACED)[1])
+        assert stopped, f"{self!r} ended: {self.output}"
         self.is_stopped = True
 
     def cont(self) -> None:

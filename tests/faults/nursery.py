@@ -1,0 +1,156 @@
+"""Worker processes in milliseconds: forks of one process that has imported everything.
+
+An interpreter that imports bgjob anew takes a quarter of a second of a core, hundreds of times.
+"""
+
+import atexit
+import functools
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import bgjob
+import bgjob.cli
+
+TESTS = Path(__file__).parents[1]
+
+__all__ = ["Forked", "bgjob", "fork"]
+
+
+class Nursery:
+    """The process that forks, as its owner sees it: the parent of all. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "faults.nursery", str(theirs.fileno())],
+                cwd=TESTS,
+                pass_fds=[theirs.fileno()],
+            )
+        self._answers = self._socket.makefile("rb")
+
+    def close(self) -> None:
+        """Let it end."""
+        self._answers.close()
+        self._socket.close()
+        self._popen.wait()
+
+    def fork(self, module: str, argv: Sequence[str], env: Mapping[str, str], *fds: int) -> int:
+        """Run a module as a program in a fork, with these as its standard files; give the pid."""
+        return int(self._ask(["fork", module, list(argv), dict(env)], fds))
+
+    def waitpid(self, pid: int, options: int) -> tuple[int, int]:
+        """As os.waitpid, of its child."""
+        [pid, status] = self._ask(["wait", pid, options])
+        return pid, status
+
+    def _ask(self, request: list[Any], fds: Sequence[int] = ()) -> Any:
+        with self._lock:
+            words = json.dumps(request).encode() + b"\n"
+            sent = socket.send_fds(self._socket, [words], fds)
+            self._socket.sendall(words[sent:])
+            return json.loads(self._answers.readline())
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    nursery = Nursery()
+    atexit.register(nursery.close)
+    return nursery
+
+
+class Forked:
+    """A process of the nursery's; as subprocess.Popen."""
+
+    def __init__(self, pid: int, stdin: IO[bytes]) -> None:
+        self.pid = pid
+        self.stdin: IO[bytes] | None = stdin
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Give its exit code, None while it has not ended."""
+        if self.returncode is None:
+            pid, status = _nursery().waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end."""
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def stop(self) -> bool:
+        """Stop it, and wait until it has stopped; False where it ended instead."""
+        self.send_signal(signal.SIGSTOP)
+        while self.returncode is None:
+            pid, status = _nursery().waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+            if pid and os.WIFSTOPPED(status):
+                return True
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+        return False
+
+
+def fork(module: str, *argv: str, env: Mapping[str, str], output: IO[bytes]) -> Forked:
+    """Run a module as a program; it reads a pipe, and writes to `output`."""
+    theirs, ours = os.pipe()
+    stdin = os.fdopen(ours, "wb")
+    try:
+        out = output.fileno()
+        return Forked(_nursery().fork(module, argv, env, theirs, out, out), stdin)
+    finally:
+        os.close(theirs)
+
+
+def _serve(owner: socket.socket) -> None:
+    """Fork, and wait, as the owner asks; in a fork, become what was asked for."""
+    while True:
+        words, fds, _, _ = socket.recv_fds(owner, 1 << 16, 3)
+        while words and not words.endswith(b"\n"):
+            words += owner.recv(1 << 16)
+        if not words:
+            return
+        match json.loads(words):
+            case ["fork", module, argv, env]:
+                answer: Any = os.fork()
+                if not answer:
+                    owner.close()
+                    for number, fd in enumerate(fds):
+                        os.dup2(fd, number)
+                        os.close(fd)
+                    os.environ.clear()
+                    os.environ.update(env)
+                    sys.argv[1:] = argv
+                    runpy.run_module(module, run_name="__main__", alter_sys=True)
+                    return
+                for fd in fds:
+                    os.close(fd)
+            case ["wait", pid, options]:
+                answer = os.waitpid(pid, options)
+        owner.sendall(json.dumps(answer).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
