@@ -39,7 +39,7 @@ _CLAIM = f"""
     where ctid = any (array(
         select ctid from bgjob_job
         where queue = '{QUEUE}' and priority = 0
-            and next_run_at >= %(mark)s and next_run_at <= now() and {_FREE}
+            and next_run_at >= %(mark)s and next_run_at <= now() and not waits and {_FREE}
         order by next_run_at
         limit {BATCH}
         for update skip locked
@@ -61,7 +61,8 @@ _CLAIM_ONE = f"""
     set token = 1, {_TAKE}
     where ctid = any (array(
         select ctid from bgjob_job
-        where queue = '{QUEUE}' and priority = 0 and next_run_at <= now() and {_FREE}
+        where queue = '{QUEUE}' and priority = 0 and next_run_at <= now()
+            and not waits and {_FREE}
         order by next_run_at
         limit 1
         for update skip locked
