@@ -617,7 +617,7 @@ class Engine:
                 result = result.otherwise
             if not isinstance(result, Release):
                 news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
-            if isinstance(result, Release) and claimed.job.exclusive is not None:
+            elif claimed.job.exclusive is not None:
                 # It kept its due time, which is behind the marks.
                 self._marks.told({claimed.job.priority: claimed.job.next_run_at})
             if not isinstance(result, Complete | MoveToDlq):
@@ -627,7 +627,7 @@ class Engine:
         return due_at
 
     def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
-        """Hand out the jobs that have their keys; the others have gone to wait."""
+        """Hand out the jobs that have their keys; others have gone to wait, or ask again soon."""
         locked: list[Claimed] = []
         for claimed in sent.exchange.acquire:
             batch = self._batches.get(claimed.token)

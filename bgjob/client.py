@@ -276,14 +276,12 @@ class Client:
         while True:
             suspects = self._run(claim, None) or self._unblocked(queue, claim)
             claimed, route = routed(_only(suspects, queue, token), mux)
-            if claimed.job.exclusive is None:
-                break
-            granted = has_key(self._run_all(acquisition(claimed)))
-            if granted:
-                break
+            if claimed.job.exclusive is None or (
+                granted := has_key(self._run_all(acquisition(claimed)))
+            ):
+                break  # else it waits for its key: take another
             if granted is None:
                 self._run_all(settlement(claimed, Release()))
-            # Else it waits for its key: take another.
         job = claimed.job
         ends_at = monotonic() + lease
         ending: Ending
@@ -602,14 +600,12 @@ class AsyncClient:
         while True:
             suspects = await self._run(claim, None) or await self._unblocked(queue, claim)
             claimed, route = routed(_only(suspects, queue, token), mux)
-            if claimed.job.exclusive is None:
-                break
-            granted = has_key(await self._run_all(acquisition(claimed)))
-            if granted:
-                break
+            if claimed.job.exclusive is None or (
+                granted := has_key(await self._run_all(acquisition(claimed)))
+            ):
+                break  # else it waits for its key: take another
             if granted is None:
                 await self._run_all(settlement(claimed, Release()))
-            # Else it waits for its key: take another.
         ends_at = monotonic() + lease
         ending: Ending
         if not isinstance(route, Route):

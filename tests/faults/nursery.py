@@ -19,12 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import bgjob
-import bgjob.cli
+import bgjob.cli  # noqa: F401 (with all that a worker needs)
 
 TESTS = Path(__file__).parents[1]
-
-__all__ = ["Forked", "bgjob", "fork"]
 
 
 class Nursery:
