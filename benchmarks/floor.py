@@ -122,19 +122,27 @@ def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = 
 
 
 @contextmanager
-def listening(dsn: str, started: Started) -> Iterator[Callable[[], object]]:
-    """Run a thread that listens, and claims one row when told; give what writes a row."""
+def listening(dsn: str, started: Started) -> Iterator[None]:
+    """Run a thread that listens, and claims one row when told."""
     stopping = threading.Event()
-    with connect(dsn) as producer, connect(dsn) as consumer:
+    with connect(dsn) as consumer:
         consumer.execute("listen bgjob_benchmark")
         thread = threading.Thread(target=_listen, args=(consumer, started, stopping))
         thread.start()
         try:
-            yield lambda: producer.execute(_TELL, [str(uuid4())])
+            yield
         finally:
             stopping.set()
-            producer.execute("notify bgjob_benchmark")
+            with connect(dsn) as waker:
+                waker.execute("notify bgjob_benchmark")
             thread.join()
+
+
+@contextmanager
+def telling(dsn: str) -> Iterator[Callable[[], object]]:
+    """Give what writes a row, and tells the thread that listens."""
+    with connect(dsn) as producer:
+        yield lambda: producer.execute(_TELL, [str(uuid4())])
 
 
 def _listen(

@@ -1,7 +1,8 @@
 """How long an idle worker takes to start a job, against a bare LISTEN loop that claims a row."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import floor
 import harness
@@ -29,6 +30,7 @@ def main(bench: Bench) -> Mapping[str, object]:
     return {
         "benchmark": "pickup",
         "jobs": count,
+        "producer": "another process",
         "floor": "a thread that listens, and claims one row when told",
         "threads": compare("threads", lambda started: started.plain),
         "coroutines": compare("coroutines", lambda started: started.coroutine),
@@ -42,9 +44,7 @@ def _worker(
     started = Started()
     mux = Mux().register("noop", handler(started))
     with Client(bench.dsn) as client, Worker(client, QUEUE, mux):
-        figures = work.pick_up(
-            count, chance, lambda: client.enqueue(EnqueueRequest(QUEUE, "noop")), started
-        )
+        figures = work.pick_up(bench, count, chance, _producer, started)
     work.check_left(bench)
     return figures
 
@@ -52,10 +52,16 @@ def _worker(
 def _floor(bench: Bench, count: int, chance: random.Random) -> Figures:
     bench.fresh()
     started = Started()
-    with floor.listening(bench.dsn, started) as enqueue:
-        figures = work.pick_up(count, chance, enqueue, started)
+    with floor.listening(bench.dsn, started):
+        figures = work.pick_up(bench, count, chance, floor.telling, started)
     work.check_left(bench)
     return figures
+
+
+@contextmanager
+def _producer(dsn: str) -> Iterator[Callable[[], object]]:
+    with Client(dsn) as client:
+        yield lambda: client.enqueue(EnqueueRequest(QUEUE, "noop"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What a hundred workers of one process cost while they are idle, among ten thousand queues."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from time import monotonic, sleep
 
 import floor
@@ -107,11 +108,8 @@ def _worker(bench: Bench, queues: int, watched: int, count: int, chance: random.
     _fill(bench, queues)
     started = Started()
     with Client(bench.dsn) as client, _watching(client, watched, started):
-
-        def enqueue() -> None:
-            client.enqueue(EnqueueRequest(f"queue-{chance.randint(1, watched)}", "noop"))
-
-        figures = work.pick_up(count, chance, enqueue, started)
+        producer = partial(_producer, watched, chance.random())
+        figures = work.pick_up(bench, count, chance, producer, started)
     work.check_left(bench, queues)  # the delayed ones
     return figures
 
@@ -119,10 +117,17 @@ def _worker(bench: Bench, queues: int, watched: int, count: int, chance: random.
 def _floor(bench: Bench, queues: int, count: int, chance: random.Random) -> Figures:
     _fill(bench, queues)
     started = Started()
-    with floor.listening(bench.dsn, started) as enqueue:
-        figures = work.pick_up(count, chance, enqueue, started)
+    with floor.listening(bench.dsn, started):
+        figures = work.pick_up(bench, count, chance, floor.telling, started)
     work.check_left(bench, queues)
     return figures
+
+
+@contextmanager
+def _producer(watched: int, seed: float, dsn: str) -> Iterator[Callable[[], object]]:
+    chance = random.Random(seed)
+    with Client(dsn) as client:
+        yield lambda: client.enqueue(EnqueueRequest(f"queue-{chance.randint(1, watched)}", "noop"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
 from time import monotonic, perf_counter, sleep
 from typing import Any
@@ -21,6 +22,8 @@ PATIENCE = 120.0
 _PAUSE = 0.005, 0.03  # seconds between two jobs for an idle worker, the least and the most
 
 _ANY_OF = "select from bgjob_job where id between %s and %s limit 1"
+
+_SPAWN = multiprocessing.get_context("spawn")
 
 Handler = Callable[[Job], Any]
 
@@ -167,19 +170,43 @@ class Started:
         return self.at
 
 
+Producer = Callable[[str], AbstractContextManager[Callable[[], object]]]
+"""Connects to a database; gives what enqueues a job."""
+
+
 def pick_up(
-    count: int, chance: random.Random, enqueue: Callable[[], object], started: Started
+    bench: Bench, count: int, chance: random.Random, producer: Producer, started: Started
 ) -> Figures:
-    """Enqueue at random intervals, each job for an idle worker; from the return to the start."""
+    """Enqueue at random intervals, each job for an idle worker; from the return to the start.
+
+    The producer is a process by itself. In this one it would contend with the worker for
+    the interpreter, and the later it were told of its commit the quicker were the start.
+    """
+    here, there = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_enqueue, args=(there, producer, bench.dsn), daemon=True)
+    process.start()
+    there.close()
+    here.recv()  # it is connected
     waited = []
     for _ in range(count):
         sleep(chance.uniform(*_PAUSE))
-        enqueue()
-        returned = perf_counter()
-        waited.append((started.wait() - returned) * 1000)
+        here.send(None)
+        at = started.wait()
+        waited.append((at - here.recv()) * 1000)
+    here.close()
+    process.join()
     if started.runs != count:
         raise RuntimeError(f"{started.runs} runs of {count} jobs")
     return {"p50_ms": percentile(waited, 0.5), "p99_ms": percentile(waited, 0.99)}
+
+
+def _enqueue(pipe: Connection, producer: Producer, dsn: str) -> None:
+    with producer(dsn) as enqueue, suppress(EOFError):
+        pipe.send(None)
+        while True:
+            pipe.recv()
+            enqueue()
+            pipe.send(perf_counter())  # one clock for all processes
 
 
 class Child:
@@ -189,9 +216,8 @@ class Child:
     """
 
     def __init__(self, function: Callable[..., object], *args: object) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._here, there = context.Pipe(duplex=False)
-        self._process = context.Process(target=_tell, args=(there, function, args), daemon=True)
+        self._here, there = _SPAWN.Pipe(duplex=False)
+        self._process = _SPAWN.Process(target=_tell, args=(there, function, args), daemon=True)
         self._process.start()
         there.close()
 

@@ -29,6 +29,9 @@ from bgjob.service import Rota
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
 
+_MOMENT = 0.001
+"""Seconds granted to a thread that is handed jobs: it wants the interpreter, and may be quick."""
+
 LAST_WORDS = 1.0
 """Seconds, after the grace period, to settle what has finished."""
 
@@ -256,8 +259,8 @@ class Control:
         try:
             if self._engine.flows(exchange):
                 self._stream(exchange)
-            else:
-                self._acknowledge(self._link.exchange(exchange))
+            elif self._acknowledge(self._link.exchange(exchange)):
+                self._sleep(monotonic() + _MOMENT)
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
@@ -274,7 +277,7 @@ class Control:
         with link.streaming():
             answer: Answer | None = link.send(exchange)
             while answer is not None:
-                link.receive(answer)
+                answer.wait()
                 self._collect()
                 now = monotonic()
                 due_at = min(self._rota.pressing_at, self._runner.next_timeout)
@@ -306,12 +309,14 @@ class Control:
             if events:
                 self._events.tell(events)
 
-    def _acknowledge(self, reply: Reply) -> None:
+    def _acknowledge(self, reply: Reply) -> bool:
+        """Hand out jobs and tell events; whether there were jobs."""
         news = self._engine.acknowledge(reply, monotonic())
         if news.run:
             self._runner.submit(news.run, quick=self._engine.is_quick)
         if news.events:
             self._events.tell(news.events)
+        return bool(news.run)
 
     def _sleep(self, until: float) -> None:
         if self._give_up_at is not None:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from math import ceil
 from time import monotonic
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -163,19 +163,44 @@ class _Connection(psycopg.Connection[TupleRow]):
 
 
 class Answer:
-    """The cursors of an exchange that was sent."""
+    """The cursors of an exchange that was sent; they are lent to it until it is read.
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[Statement[Any], str, psycopg.Cursor[TupleRow]]] = []
-        self.committed: psycopg.Cursor[TupleRow] | None = None
-        """What follows the commit."""
+    To make a cursor takes an idle worker a tenth of a millisecond.
+    """
+
+    def __init__(self, connection: _Connection, cursors: list[psycopg.Cursor[TupleRow]]) -> None:
+        self._connection = connection
+        self._spare = cursors
+        self._used: list[psycopg.Cursor[TupleRow]] = []
+        self._asked: list[tuple[Statement[Any], str, psycopg.Cursor[TupleRow]]] = []
+
+    def ask(self, statements: list[tuple[Statement[Any], str]]) -> None:
+        """Send statements, each for its part of the Reply."""
+        for statement, part in statements:
+            cursor = self._cursor()
+            cursor.execute(statement.text, statement.params, binary=statement.binary)
+            self._asked.append((statement, part, cursor))
+
+    def say(self, text: LiteralString) -> None:
+        """Send a word of which nothing is read, but that it was answered."""
+        self._cursor().execute(text)
+
+    def wait(self) -> None:
+        """Wait until the last that was sent is answered."""
+        self._used[-1].fetchall()
 
     def read(self) -> Reply:
         """Read what the server said."""
         reply = Reply()
-        for statement, part, cursor in self.asked:
+        for statement, part, cursor in self._asked:
             reply.add(part, statement.parse(cursor.fetchall()))
+        self._spare += self._used
         return reply
+
+    def _cursor(self) -> psycopg.Cursor[TupleRow]:
+        cursor = self._spare.pop() if self._spare else self._connection.cursor()
+        self._used.append(cursor)
+        return cursor
 
 
 class Link:
@@ -196,6 +221,7 @@ class Link:
         self._lease = lease
         self._notify = notify
         self._connection: _Connection | None = None
+        self._cursors: list[psycopg.Cursor[TupleRow]] = []  # to use again
         self._heard: Notice | None = None
         self.can_notify = False
         """Whether the open connection receives notifications."""
@@ -253,7 +279,7 @@ class Link:
             raise
         connection.slow = self._slow
         connection.patience = _PATIENCE
-        self._connection = connection
+        self._connection, self._cursors = connection, []
 
     def exchange(self, exchange: Exchange) -> Reply:
         """Run an exchange in one round trip and one transaction.
@@ -265,14 +291,16 @@ class Link:
         """
         statements = exchange.statements(self._queue, self._lease)
         if len(statements) == 1:
-            return self._ask(statements).read()  # a transaction by itself
-        with self.streaming():
-            answer = self._transact(statements)
+            answer = self._answer()
+            answer.ask(statements)  # a transaction by itself
+        else:
+            with self.streaming():
+                answer = self._transact(statements)
         return answer.read()
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let exchanges be sent before the last one's answer is read, by `send` and `receive`.
+        """Let exchanges be sent before the last one's answer is read; see `send`.
 
         Raises:
             psycopg.Error: as for `exchange`.
@@ -287,16 +315,10 @@ class Link:
                 connection.rollback()
 
     def send(self, exchange: Exchange) -> Answer:
-        """Send an exchange, as a transaction; give what `receive` waits for."""
+        """Send an exchange, as a transaction; give what to wait for, and to read later."""
         answer = self._transact(exchange.statements(self._queue, self._lease))
-        answer.committed = self._ready().execute("select")
+        answer.say("select")
         return answer
-
-    def receive(self, answer: Answer) -> None:
-        """Wait until what was sent is committed; its rows can be read later."""
-        self._ready()
-        assert answer.committed is not None  # noqa: S101 (send() made it)
-        answer.committed.fetchall()
 
     def _ready(self) -> _Connection:
         connection = self._connection
@@ -304,21 +326,16 @@ class Link:
             raise psycopg.OperationalError("the connection is closed")
         return connection
 
+    def _answer(self) -> Answer:
+        return Answer(self._ready(), self._cursors)
+
     def _transact(self, statements: list[tuple[Statement[Any], str]]) -> Answer:
         # The commit is sent with the rest: a process that is stopped, or cut off, while
         # it waits for the answers must not keep rows locked.
-        connection = self._ready()
-        connection.execute("begin")
-        answer = self._ask(statements)
-        connection.execute("commit")
-        return answer
-
-    def _ask(self, statements: list[tuple[Statement[Any], str]]) -> Answer:
-        connection, answer = self._ready(), Answer()
-        for statement, part in statements:
-            cursor = connection.cursor(binary=statement.binary)
-            cursor.execute(statement.text, statement.params)
-            answer.asked.append((statement, part, cursor))
+        answer = self._answer()
+        answer.say("begin")
+        answer.ask(statements)
+        answer.say("commit")
         return answer
 
     def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
@@ -337,10 +354,9 @@ class Link:
     def is_open(self) -> bool:
         """Whether the connection can carry another exchange."""
         connection = self._connection
-        return (
+        return (  # a closed one's status is UNKNOWN
             connection is not None
-            and not connection.closed
-            and connection.info.transaction_status == TransactionStatus.IDLE
+            and connection.pgconn.transaction_status == TransactionStatus.IDLE
         )
 
     def wait(self, bell: Bell, timeout: float) -> None:
@@ -362,9 +378,11 @@ class Link:
             poll.register(connection.fileno(), select.POLLIN)
         # Rounded up: poll() counts whole milliseconds, and would come back early.
         ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
-        if connection is not None and any(fd != bell.fileno() for fd, _ in ready):
-            connection.pgconn.consume_input()
-            self._take_notifies(connection)
+        rung = bell.fileno()
+        for fd, _ in ready:
+            if fd != rung and connection is not None:
+                connection.pgconn.consume_input()
+                self._take_notifies(connection)
 
     def _take_notifies(self, connection: _Connection) -> None:
         while notice := connection.pgconn.notifies():
@@ -394,8 +412,10 @@ class Link:
         self._hear(notice.pid, notice.payload)
 
     def _hear(self, pid: int, payload: str) -> None:
-        # Who has stopped asking to be notified has looked.
         notice = Notice.read(payload, self._queue)
-        own = self._connection is not None and pid == self._connection.info.backend_pid
-        if notice is not None and not (notice.relief and own):
-            self._heard = notice | self._heard if self._heard else notice
+        if notice is None:
+            return
+        connection = self._connection
+        if notice.relief and connection is not None and pid == connection.info.backend_pid:
+            return  # who has stopped asking to be notified has looked
+        self._heard = notice | self._heard if self._heard else notice

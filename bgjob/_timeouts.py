@@ -100,6 +100,8 @@ class Timeouts:
     @property
     def next_at(self) -> float:
         """When the first of them is to be given up."""
+        if not self._runs:
+            return inf
         # A copy, which is made at once: others begin and end meanwhile.
         return min((run.ends for run in self._runs.copy()), default=inf)
 
