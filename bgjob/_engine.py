@@ -30,8 +30,9 @@ Times are seconds of any monotonic clock. It holds to this:
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import repeat
 from math import inf
@@ -427,17 +428,19 @@ class Engine:
         marks = self._marks
         at = marks.sweep_at if self._more or self._told else marks.early_sweep_at
         token = next(self._tokens)
-        if now >= at or not self._marks.known:
-            exchange.claim = self._sweep(limit, token)
+        if now >= at or not marks.known:
+            self._add_sweep(exchange, limit, token)
         else:
-            # While it is parked no enqueue is in flight unseen.
-            watches = not self._parking.parked
-            if not watches:
-                self._marks.unwatched(now)
-            exchange.claim = Claim(limit, token, *self._marks.start(now), watches)
+            exchange.claim = Claim(limit, token, marks.start(now))
+            self._watch(exchange)
 
-    def _sweep(self, limit: int, token: int) -> Sweep:
-        return Sweep(limit, token, self._blocked_after)
+    def _add_sweep(self, exchange: Exchange, limit: int, token: int) -> None:
+        exchange.claim = Sweep(limit, token, self._blocked_after)
+        self._watch(exchange)
+
+    def _watch(self, exchange: Exchange) -> None:
+        if not self._parking.parked:  # while it is, no enqueue is under way unseen
+            exchange.watch = "claims" if self._marks.has_seen else "all"
 
     def _add_parking(self, exchange: Exchange, now: float) -> None:
         alone = not exchange
@@ -445,12 +448,14 @@ class Engine:
         if not alone and (self._careful or not (idle or self._parking.parked)):
             return
         exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
+        if exchange.park == "give":
+            exchange.watch = "claims"  # from here on they do not tell
         if exchange.park == "take" and alone and not self._careful:
             # The look that has to follow travels with it. A sweep's survey shows even
             # what becomes due between the transaction's beginning and the lock.
             limit = self._claimable
             if limit > 0 and now >= self._marks.early_sweep_at:
-                exchange.claim = self._sweep(limit, next(self._tokens))
+                self._add_sweep(exchange, limit, next(self._tokens))
 
     @property
     def _claimable(self) -> int:
@@ -466,7 +471,8 @@ class Engine:
         return (
             self._more
             or self._told
-            or now >= min(self._poll_at, self._marks.sweep_at, self._due_at, self._parking.look_at)
+            or now >= min(self._poll_at, self._due_at, self._parking.look_at)
+            or now >= min(self._marks.sweep_at, self._marks.look_back_at)
         )
 
     @property
@@ -487,6 +493,7 @@ class Engine:
                     times.append(self._suspects.wake_at(running=self._running))
             elif self._room() > 0:
                 times += [self._poll_at, self._due_at, self._parking.look_at]
+                times.append(self._marks.look_back_at)
             times.append(self._marks.sweep_at)
             free = self._has_room_for_others(now)
             times.append(self._parking.wake_at(now, free=free))
@@ -513,12 +520,21 @@ class Engine:
         due_at = self._settled(sent, reply, news, now)
         self._granted(sent, reply, now, news)
         self._extended(sent, reply, news)
-        if sent.exchange.park:
-            self._parking.answered(sent.exchange.park, reply.parked, now)
-            claim = sent.exchange.claim
-            if sent.exchange.park == "take" and not (claim and claim.looks):
-                self._look()  # what was committed before the lock was taken
+        park, seen = sent.exchange.park, reply.seen
+        if park:
+            self._parking.answered(park, reply.parked, now)
         self._claimed(sent, reply, now, news)
+        if seen is not None and park == "give":
+            self._marks.unparked(seen.at)
+        elif seen is not None:
+            self._marks.saw(seen, now)
+        if park == "take":
+            claim = sent.exchange.claim
+            looked = claim is not None and claim.looks
+            if self._parking.parked:
+                self._marks.parked(now, looked=looked and not self._more)
+            if not looked:
+                self._look()  # what was committed before the lock was taken
         # Its claim, and its survey, came before the settlements.
         self._due_at = min(self._due_at, due_at)
         if not self._idle and self._waits(now):
@@ -540,6 +556,8 @@ class Engine:
             self._keys_limit = max(max(len(wanting), len(free)) // 2, 1)
             self._wanting += wanting
             self._free.update(free)
+        if isinstance(sent.exchange.claim, Claim):
+            self._marks.told(sent.exchange.claim.marks)  # to start there again
         if sent.told:
             self._look()
         self._careful = _CAREFUL
@@ -740,11 +758,9 @@ class Engine:
                 waits = [line.wait for line in reply.lines if line.wait is not None]
                 self._due_at = now + max(min(waits), 0.0) if waits else inf
                 self._hold(_claimed(jobs, token), sent, now, news)
-            case Claim(limit, token):
+            case Claim(limit, token, starts):
                 jobs = reply.claimed
-                if reply.horizon is not None:
-                    self._marks.watched(reply.horizon, sent.at)
-                self._looked(jobs, now, full=len(jobs) == limit)
+                self._looked(jobs, now, starts, full=len(jobs) == limit)
                 if sent.vague and not self._more:
                     # What was told of may lie behind the marks, or have a priority that is
                     # not known yet, and when the next job is due only a sweep finds out.
@@ -756,15 +772,22 @@ class Engine:
                 self._hold(_claimed(jobs, token), sent, now, news)
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
-        self._marks.swept(reply.lines, full=full, began=sent.at, now=now)
+        self._marks.swept(reply.lines, reply.seen, full=full, began=sent.at, now=now)
         deaths = [line.deaths for line in reply.lines if line.deaths is not None]
         self._suspects.surveyed(deaths[0] if deaths else None, now)
 
-    def _looked(self, jobs: list[Job], now: float, *, full: bool) -> None:
+    def _looked(
+        self,
+        jobs: list[Job],
+        now: float,
+        starts: Mapping[int, datetime] | None = None,
+        *,
+        full: bool,
+    ) -> None:
         self._more = full
         self._poll_at = now + self._poll_interval
         self._parking.arrived(len(jobs), now)
-        self._marks.claimed(jobs, full=full)
+        self._marks.claimed(jobs, starts, full=full)
 
     def _hold(self, claimed: list[Claimed], sent: _Sent, now: float, news: News) -> None:
         if not claimed:

@@ -7,19 +7,19 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._route import Wants
 from bgjob._statements.claims import (
-    Horizon,
     Line,
     Suspect,
     Swept,
+    UnderWay,
     claim,
     claim_suspect,
     free,
-    horizon,
     survey,
     sweep,
+    under_way,
 )
 from bgjob._statements.keys import Blocked, Woken, acquire, blocked, lock_keys, release
-from bgjob._statements.notices import park, unpark
+from bgjob._statements.notices import EVERYTHING, LATER, park, unpark
 from bgjob._statements.settlements import (
     Buried,
     Claimed,
@@ -51,10 +51,6 @@ class Claim:
     token: int
     marks: dict[int, datetime]
     """First due time by priority."""
-    back: float
-    """Seconds before now from which on to look, where the marks are later."""
-    watches: bool = False
-    """Whether to tell which transactions are under way."""
     looks: ClassVar = True
     """Whether it answers a notification."""
 
@@ -98,6 +94,8 @@ class Exchange:
     """Keys whose jobs are settled, or wait for nothing."""
     park: Literal["take", "give"] | None = None
     claim: Claim | Sweep | ClaimSuspect | None = None
+    watch: Literal["claims", "all"] | None = None
+    """Whether to tell what is under way: all that claims have to know, or all that is."""
 
     def settle(self, outcome: "Outcome") -> None:
         """Add the settlement of a job."""
@@ -139,13 +137,11 @@ class Exchange:
                 plan.append((blocked(queue, after=after, limit=MOST_LOOKED_AT), "blocked"))
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
-            case Claim(limit, token, marks, back, watches):
-                statement = claim(
-                    queue, limit=limit, lease=lease, token=token, marks=marks, back=back
-                )
+            case Claim(limit, token, marks):
+                statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
                 plan.append((statement, "claimed"))
-                if watches:
-                    plan.append((horizon(), "horizon"))
+        if self.watch:
+            plan.append((under_way(surely=self.watch == "all"), "seen"))
         if self.complete:
             plan.append((complete(self.complete), "settled"))
         if self.postpone:
@@ -208,9 +204,9 @@ class Notice(NamedTuple):
     """What notifications told of a queue."""
 
     since: Mapping[int, datetime] = {}
-    """Something is due; by priority, when the first transaction began that enqueued."""
+    """By priority, when the first transaction began that enqueued."""
     later: bool = False
-    """Whether something was enqueued that is due later."""
+    """Whether something of it is due later, or may lie anywhere."""
     relief: bool = False
     """Whether the worker that asked to be notified has stopped asking."""
 
@@ -226,9 +222,10 @@ class Notice(NamedTuple):
             began, what, told = payload.split(" ", 2)
             if told != queue:
                 return None
-            if what == "-":
+            if what == EVERYTHING:
                 return cls(later=True)
-            return cls({int(what): datetime.fromtimestamp(float(began), UTC)})
+            since = {int(what.removesuffix(LATER)): datetime.fromtimestamp(float(began), UTC)}
+            return cls(since, later=what.endswith(LATER))
         except (ValueError, OverflowError, OSError):
             return None
 
@@ -251,7 +248,7 @@ class Reply:
     extended: set[str] = field(default_factory=set)
     parked: str | None = None
     claimed: list[Job] = field(default_factory=list)
-    horizon: Horizon | None = None
+    seen: UnderWay | None = None
     swept: Swept = field(default_factory=lambda: Swept([], 0))
     lines: list[Line] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)

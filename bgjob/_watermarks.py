@@ -3,39 +3,31 @@
 A claim that starts at the left edge of the index walks over every row that is
 running and over every dead row that some old snapshot keeps: measured, 82,000
 jobs/s fell to 28,000 after 200,000 jobs. So each claim starts at the last due
-time that was claimed, by priority.
+time that was claimed, by priority: its mark.
 
-Rows do appear behind that mark: producers commit late, and leases end. Three
-ways lead back. A claim may look back over the last moments before now, by a
-window: windows double, and each is due at an interval of its own length, so
-that a row that became visible d seconds late is found within about d again, at
-a cost that grows with the logarithm of d. Through a backlog, whose marks lie
-further back than the window, this costs nothing: a row behind them is later
-than that. When a transaction that was under way for longer has ended, the next
-claim looks back to where it may have begun: a job that was committed long
-after it was written starts at once, and not only when its window is due. (An
-older one that goes on hides the end of others: then the windows have to do.) A
-notification tells when its transaction began, and the next claim starts there.
-And a sweep over everything, which alone finds ended leases, is
+Rows do appear behind a mark: producers commit late, and leases end. Three ways
+lead back. Each claim that moves the marks sees which transactions are under
+way. When such a one has ended, the next claim starts where it may have begun to
+write: when the last claim began that had not seen it. What was under way while
+a worker was parked tells by a notification when it began, and the next claim
+starts there. And a sweep over everything, which alone finds ended leases, is
 due at the poll interval, or at forty times its own cost where that is longer:
 that of the cheaper one of the last two.
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import inf
 
-from bgjob._statements.claims import Horizon, Line
+from bgjob._statements.claims import Line, UnderWay
 from bgjob.job import Job
 
-_FIRST_WINDOW = 1 / 64  # seconds
-_LONG = 0.05
-"""Seconds from which on a transaction is looked after; shorter ones are the windows'."""
+_SLACK = timedelta(milliseconds=20)
+"""A row's due time is read a moment before its transaction gets a number."""
 
-_AGES = 1e9  # seconds
-
-_SLACK = 0.02
-"""Seconds between a worker's clock and the server's view of it."""
+_WALKS = 20
+"""How often one row is walked over at most, by claims that look back: one that looks back over
+a second comes a twentieth of a second after the one before."""
 
 REST = 40  # times the cost of a sweep: at most a fortieth of the time is spent on them
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
@@ -47,21 +39,14 @@ class Watermarks:
     def __init__(self, poll_interval: float) -> None:
         self._poll_interval = poll_interval
         self._marks: dict[int, datetime] = {}
-        # Windows from the longest to the shortest, each with the time it is due.
-        self._windows: list[tuple[float, float]] = []
-        window = _FIRST_WINDOW
-        while window < poll_interval:
-            self._windows.insert(0, (window, -inf))
-            window *= 2
-        # Transactions are followed by epochs: one lasts until all that were under way
-        # when it began have ended. Those began after the beginning of the one before.
-        self._epoch_began = self._epoch_before = inf
-        self._epoch_next = 0
-        # When all that had not ended told by itself. Never yet: of what is under way at
-        # first nobody knows since when.
-        self._unwatched_at = -_AGES
-        self._late_since = inf
         self._told_since: dict[int, datetime] = {}
+        # Transactions that have not been seen by the last claim that moved the marks have
+        # not written before it; of what is under way at first nobody knows since when.
+        self._seen_at = _OLDEST
+        self._under_way: dict[int, datetime] = {}  # since when at the earliest
+        self._late_since = _OLDEST
+        self._looked_back_at = -inf
+        self._look_back_at = inf
         self._swept_at = -inf
         self._cost = 0.0
         self._last_cost = poll_interval / REST  # what is affordable at every poll
@@ -74,27 +59,32 @@ class Watermarks:
         return bool(self._marks)
 
     @property
+    def has_seen(self) -> bool:
+        """Whether it is known what was under way at some time."""
+        return self._seen_at > _OLDEST
+
+    @property
     def early_sweep_at(self) -> float:
         """When a sweep can be afforded, before it is due."""
         return min(self.sweep_at, self._swept_at + REST * self._cost)
 
-    def start(self, now: float) -> tuple[dict[int, datetime], float]:
-        """Give the due time to claim from, by priority, and how far to look back from now."""
-        back = 0.0
-        for longest, (window, due) in enumerate(self._windows):
-            if due <= now:
-                # Looking back so far covers every shorter window as well.
-                self._windows[longest:] = [(w, now + w) for w, _ in self._windows[longest:]]
-                back = window
-                break
-        if self._late_since < now:
-            back = max(back, now - self._late_since + _SLACK)
-            self._late_since = inf
+    @property
+    def look_back_at(self) -> float:
+        """When to start where a transaction began that has ended."""
+        if self._look_back_at == inf or any(m > self._late_since for m in self._marks.values()):
+            return self._look_back_at
+        return inf  # what it wrote lies before the marks, as through a backlog
+
+    def start(self, now: float) -> dict[int, datetime]:
+        """Give the due time to claim from, by priority."""
         marks, told = dict(self._marks), self._told_since
         if told:
             marks.update((p, min(since, marks[p])) for p, since in told.items())
             told.clear()
-        return marks, back
+        if self._look_back_at <= now:
+            marks = {p: min(mark, self._late_since) for p, mark in marks.items()}
+            self._looked_back_at, self._look_back_at = now, inf
+        return marks
 
     def told(self, since: Mapping[int, datetime]) -> bool:
         """Learn when a transaction began that has enqueued; whether the priorities are known."""
@@ -104,31 +94,49 @@ class Watermarks:
             told[priority] = min(since[priority], told.get(priority, since[priority]))
         return known
 
-    def watched(self, horizon: Horizon, asked_at: float) -> None:
-        """Learn which transactions were under way when a claim was sent."""
-        if horizon.oldest >= self._epoch_next:
-            if asked_at - min(self._epoch_before, self._epoch_began) > _LONG:
-                first = self._epoch_before == inf
-                since = self._unwatched_at if first else self._epoch_before
-                self._late_since = min(self._late_since, since)
-            self._epoch_before, self._epoch_began = self._epoch_began, asked_at
-            self._epoch_next = horizon.next
+    def saw(self, seen: UnderWay, now: float) -> None:
+        """Learn which transactions were under way after a claim.
 
-    def unwatched(self, now: float) -> None:
-        """Learn that all that is under way is going to tell since when."""
-        self._epoch_began = self._epoch_before = inf
-        self._epoch_next = 0
-        self._unwatched_at = now
+        Where it claimed nothing the marks have not moved: what is written by those that
+        it may not have seen will lie before them.
+        """
+        followed = self._under_way
+        ended = followed.keys() - seen.numbers
+        if ended:
+            self._look_back(min(followed.pop(number) for number in ended), seen.at, now)
+        if seen.is_complete:
+            since = self._seen_at - _SLACK if self.has_seen else _OLDEST
+            self._under_way = {number: followed.get(number, since) for number in seen.numbers}
+            self._seen_at = seen.at
+
+    def parked(self, now: float, *, looked: bool) -> None:
+        """Learn that what is under way tells if it enqueues; `looked` says, at all before."""
+        if self._under_way and not looked:
+            self._look_back(min(self._under_way.values()), self._seen_at, now)
+        self._under_way.clear()
+
+    def unparked(self, at: datetime) -> None:
+        """Learn until when whatever enqueued told of it."""
+        self._seen_at = at
+
+    def _look_back(self, since: datetime, until: datetime, now: float) -> None:
+        if self._look_back_at < inf:
+            since = min(since, self._late_since)
+        rest = min((until - since).total_seconds() / _WALKS, self._poll_interval)
+        self._late_since, self._look_back_at = since, max(now, self._looked_back_at + rest)
 
     def retried(self, priority: int) -> None:
         """Learn that a job went back with this priority, which may have had none yet."""
         self._marks.setdefault(priority, _OLDEST)
 
-    def claimed(self, jobs: Sequence[Job], *, full: bool) -> None:
+    def claimed(
+        self, jobs: Sequence[Job], starts: Mapping[int, datetime] | None = None, *, full: bool
+    ) -> None:
         """Move the marks to what a claim brought, in its order.
 
         A full claim has seen nothing behind its last job, so that the mark of
-        that priority goes there even if that is back.
+        that priority goes there even if that is back; and for the priorities
+        behind it the next claim has to start where this one would have.
         """
         if not jobs:
             return
@@ -139,12 +147,28 @@ class Watermarks:
             if mark is None or job.next_run_at > mark:
                 self._marks[job.priority] = job.next_run_at
         if full:
-            self._marks[jobs[-1].priority] = jobs[-1].next_run_at
+            last = jobs[-1].priority
+            self._marks[last] = jobs[-1].next_run_at
+            if starts is not None and len(starts) > 1:
+                self.told({priority: starts[priority] for priority in starts if priority > last})
 
-    def swept(self, lines: Sequence[Line], *, full: bool, began: float, now: float) -> None:
-        """Learn the priorities in use from a sweep."""
+    def swept(
+        self,
+        lines: Sequence[Line],
+        seen: UnderWay | None,
+        *,
+        full: bool,
+        began: float,
+        now: float,
+    ) -> None:
+        """Learn the priorities in use from a sweep; what was under way after it comes next."""
+        # What it did not see is followed from here on, or has been written since then.
+        seen_at = seen.at if seen is not None and seen.is_complete else self._seen_at
         for line in lines:
-            self._marks.setdefault(line.priority, _OLDEST if full else line.since)
+            since = _OLDEST if full else min(line.since, seen_at)
+            self._marks.setdefault(line.priority, since)
+        if not full:
+            self._look_back_at = inf
         self._swept_at = now
         # One that took long by itself tells of a busy host, or of the first look at cold
         # pages, and must not keep the worker blind for forty times as long.

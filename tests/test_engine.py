@@ -1,7 +1,9 @@
 """What the engine decides, one situation at a time."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count
+from math import inf
 
 import pytest
 
@@ -24,7 +26,7 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
-from bgjob._statements.claims import Horizon, Line, Suspect, Swept
+from bgjob._statements.claims import Line, Suspect, Swept, UnderWay
 from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -451,7 +453,7 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     assert isinstance(exchange.claim, Sweep)
     assert exchange.park == "take"
     words = [part for _, part in exchange.statements("q", 30.0)]
-    assert words == ["parked", "swept", "lines", "blocked"]
+    assert words == ["parked", "swept", "lines", "blocked", "seen"]
     drive.answer(Reply(parked="parked"))
     assert drive.sleep() > drive.now + 9.0
 
@@ -516,62 +518,160 @@ def test_a_claim_starts_at_the_last_due_time_that_was_claimed() -> None:
     assert claim.marks == {0: late}
 
 
-def test_claims_look_back_in_windows_of_which_the_longest_comes_the_most_rarely() -> None:
-    drive = Drive(concurrency=1, poll_interval=1.0)
-    windows: dict[float, int] = {}
-    drive.claim("first")
-    drive.engine.finish([])
-    for number in range(1000):
-        drive.engine.wake(Notice(later=True))
-        drive.now += 0.002
-        if isinstance(step := drive.step(), Exchange) and isinstance(step.claim, Claim):
-            windows[step.claim.back] = windows.get(step.claim.back, 0) + 1
-        if isinstance(step, Exchange):
-            drive.answer(found())
-        if number == 0:
-            drive.finish(Claimed(job("first"), 1))
-    counts = [count for back, count in sorted(windows.items()) if back]
-    assert len(counts) == 6
-    assert counts == sorted(counts, reverse=True)
+def at(seconds: float) -> datetime:
+    return NOON + timedelta(seconds=seconds)
 
 
-def test_a_claim_looks_back_to_before_a_long_transaction_that_has_ended() -> None:
-    marks = Watermarks(poll_interval=0.01)  # too short for any window
-    for number in range(100):  # transaction 11 goes on beside short ones
-        now = 100 + number / 100
-        marks.watched(Horizon(oldest=min(10 + number, 11), next=10 + number), now)
-        assert marks.start(now)[1] == 0
-    marks.watched(Horizon(oldest=200, next=200), 101.0)
-    _, back = marks.start(101.001)
-    assert 0.98 < back < 1.05
-    assert marks.start(101.002)[1] == 0
+def saw(seconds: float, *numbers: int, claimed: bool = True) -> UnderWay:
+    return UnderWay(at(seconds), frozenset(numbers), is_complete=claimed)
 
 
-def test_a_transaction_that_was_under_way_before_anybody_watched_may_have_begun_at_any_time() -> (
-    None
-):
-    marks = Watermarks(poll_interval=0.01)
-    marks.watched(Horizon(oldest=11, next=20), 100.0)
-    marks.watched(Horizon(oldest=11, next=22), 100.3)
-    assert marks.start(100.3)[1] == 0
-    marks.watched(Horizon(oldest=30, next=30), 100.4)
-    assert marks.start(100.401)[1] > 1e8
+def moved_to(seconds: float) -> Watermarks:
+    """Make marks that a claim has moved; whatever was under way then has ended."""
+    marks = Watermarks(poll_interval=1.0)
+    marks.saw(saw(seconds), seconds)
+    marks.claimed([job("a", due=at(seconds))], full=False)
+    return marks
 
 
-def test_short_transactions_make_no_claim_look_back() -> None:
-    marks = Watermarks(poll_interval=0.01)
-    for number in range(100):
-        marks.watched(Horizon(oldest=number, next=number + 3), 100 + number / 200)
-        assert marks.start(100 + number / 200)[1] == 0
+def test_a_claim_looks_back_to_where_a_transaction_may_have_begun_that_has_ended() -> None:
+    marks = moved_to(1.0)
+    for tenth in range(20, 50):  # transaction 11 goes on among others
+        marks.saw(saw(tenth / 10, 11, tenth), tenth / 10)
+        marks.claimed([job("b", due=at(tenth / 10))], full=False)
+        since = marks.start(tenth / 10)[0]
+        assert tenth <= 21 or since > at(tenth / 10 - 0.3)
+    marks.saw(saw(5.0), 5.0)
+    assert marks.look_back_at < 5.2
+    assert at(0.9) < marks.start(5.2)[0] < at(1.0)
+    assert marks.start(5.3)[0] == at(4.9)
 
 
-def test_time_in_which_nobody_watched_is_no_long_transaction() -> None:
-    marks = Watermarks(poll_interval=0.01)
-    marks.watched(Horizon(oldest=10, next=10), 100.0)
-    marks.unwatched(100.0)
-    for number in range(5):
-        marks.watched(Horizon(oldest=90 + number, next=90 + number), 160 + number / 200)
-        assert marks.start(160 + number / 200)[1] == 0
+def test_what_was_under_way_before_anybody_looked_may_have_begun_at_any_time() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    marks.saw(saw(1.0, 11), 1.0)
+    marks.claimed([job("a", due=at(1.0))], full=False)
+    assert marks.start(1.1)[0] == at(1.0)
+    marks.saw(saw(2.0), 2.0)
+    assert marks.start(2.0)[0] < at(-1e9)
+
+
+def test_a_transaction_that_no_claim_has_overtaken_needs_no_look_back() -> None:
+    marks = moved_to(1.0)
+    marks.saw(saw(2.0, 11, claimed=False), 2.0)
+    marks.saw(saw(3.0, claimed=False), 3.0)
+    assert marks.look_back_at == inf
+    assert marks.start(3.0)[0] == at(1.0)
+
+
+def test_through_a_backlog_nothing_lies_behind_the_marks() -> None:
+    marks = moved_to(1.0)
+    marks.saw(saw(100.0, 11), 100.0)
+    marks.saw(saw(101.0, 12), 101.0)  # 11 began after 1.0
+    marks.start(101.0)
+    marks.claimed([job("b", due=at(2.0))], full=True)
+    marks.saw(saw(102.0, 13), 102.0)  # 12 began after 100.0
+    assert marks.look_back_at == inf
+    assert marks.start(102.0)[0] == at(2.0)
+
+
+def test_looks_back_rest_a_twentieth_of_what_they_look_back_over() -> None:
+    marks = moved_to(1.0)
+    marks.saw(saw(2.0, 11, 12), 2.0)
+    marks.claimed([job("b", due=at(2.0))], full=False)
+    marks.saw(saw(5.0, 12), 5.0)
+    assert marks.look_back_at == 5.0
+    marks.start(5.0)
+    marks.claimed([job("c", due=at(5.0))], full=False)
+    marks.saw(saw(5.0), 5.01)
+    assert marks.look_back_at == pytest.approx(5.2, abs=0.002)
+    assert marks.start(5.1)[0] == at(5.0)
+    assert marks.start(5.3)[0] < at(1.0)
+
+
+def test_a_worker_that_parks_looks_back_to_what_has_ended_before() -> None:
+    for looked in (False, True):
+        marks = moved_to(1.0)
+        marks.saw(saw(2.0, 11), 2.0)
+        marks.claimed([job("b", due=at(2.0))], full=False)
+        marks.parked(3.0, looked=looked)
+        assert (marks.start(3.0)[0] < at(1.0)) is not looked
+
+
+def test_of_what_enqueued_while_a_worker_was_parked_it_has_been_told() -> None:
+    marks = moved_to(1.0)
+    marks.parked(2.0, looked=True)
+    marks.unparked(at(3600.0))
+    marks.saw(saw(3601.0, 11), 3601.0)
+    marks.claimed([job("b", due=at(3601.0))], full=False)
+    marks.saw(saw(3602.0), 3602.0)
+    assert at(3599.0) < marks.start(3602.0)[0] < at(3600.0)
+
+
+def test_a_priority_that_a_sweep_finds_begins_where_something_may_have_been_overlooked() -> None:
+    marks = moved_to(1.0)
+    line = Line(5, at(3.0), None, None)
+    marks.swept([line], saw(3.0, claimed=False), full=False, began=3.0, now=3.0)
+    assert marks.start(3.0)[5] == at(1.0)
+    marks.swept([line._replace(priority=6)], saw(4.0), full=False, began=4.0, now=4.0)
+    assert marks.start(4.0)[6] == at(3.0)
+
+
+def test_a_worker_that_polls_does_not_wait_for_a_poll_to_look_back() -> None:
+    drive = Drive(concurrency=2, poll_interval=10.0)
+    drive.exchange()
+    drive.answer(replace(found(), seen=saw(0.0)))
+    drive.now += 10.0
+    drive.exchange()
+    reply = found(job("a", due=at(10.0)))
+    drive.finish(*drive.answer(replace(reply, seen=saw(10.0, 11))).run)
+    drive.answer(Reply(settled=set(settled(drive.exchange()))))
+    drive.now += 5.0
+    drive.engine.wake(Notice({0: at(14.0)}))
+    assert isinstance(drive.exchange().claim, Claim)
+    drive.answer(replace(found(), seen=saw(15.0, claimed=False)))
+    assert drive.exchange().claim is not None  # at once
+    drive.answer(replace(found(), seen=saw(15.0, claimed=False)))
+    assert drive.sleep() > drive.now + 4.0
+
+
+def test_an_idle_worker_that_polls_pays_no_heed_to_the_transactions_of_others() -> None:
+    drive = Drive(poll_interval=1.0)
+    drive.exchange()
+    drive.answer(replace(found(), seen=saw(0.0, 11)))
+    polls = 0
+    for number in range(12, 1000):
+        if isinstance(drive.step(), Exchange):
+            polls += 1
+            drive.answer(replace(found(), seen=saw(drive.now, number, claimed=False)))
+        drive.now += 0.01
+    assert polls <= 11
+
+
+def test_a_full_claim_leaves_what_it_was_told_of_a_later_priority_to_the_next() -> None:
+    drive = Drive(concurrency=1)
+    drive.exchange()
+    news = drive.answer(found(job("a", due=at(9.0), priority=5), job("b", due=at(9.0))))
+    drive.finish(*news.run)
+    drive.answer(Reply(settled=set(settled(drive.exchange()))))
+    drive.engine.wake(Notice({5: at(3.0)}))
+    drive.finish(*drive.claim("c"))
+    claim = drive.exchange().claim
+    assert isinstance(claim, Claim)
+    assert claim.marks[5] == at(3.0)
+
+
+def test_a_claim_that_is_refused_starts_there_again() -> None:
+    drive = Drive(concurrency=2, poll_interval=100.0)
+    drive.exchange()
+    news = drive.answer(found(job("a"), job("b", due=at(9.0))))
+    drive.finish(*news.run)
+    drive.engine.wake(Notice({0: at(3.0)}))
+    drive.exchange()
+    drive.engine.reject(drive.now)
+    while not isinstance(claim := drive.next_exchange().claim, Claim):
+        drive.answer(Reply(settled={"a", "b"}))
+    assert claim.marks == {0: at(3.0)}
 
 
 def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:

@@ -21,8 +21,8 @@ __all__ = ["client", "colour", "crew", "worker"]  # fixtures of other files, of 
 HELD: LiteralString = "select id from bgjob_job where token is not null order by id"
 
 CLAIMS: dict[str, Statement[Any]] = {
-    "claim": claim("q", limit=9, lease=60, token=1, marks=dict.fromkeys((0, 1), LONG_AGO), back=9),
-    "claim of one priority": claim("q", limit=9, lease=60, token=1, marks={0: LONG_AGO}, back=9),
+    "claim": claim("q", limit=9, lease=60, token=1, marks=dict.fromkeys((0, 1), LONG_AGO)),
+    "claim of one priority": claim("q", limit=9, lease=60, token=1, marks={0: LONG_AGO}),
     "sweep": sweep("q", limit=9, lease=60, token=1),
     "claim of a suspect": claim_suspect("q", lease=60, token=1),
     "claim of any": claim_any("q", lease=60, token=1),

@@ -299,7 +299,7 @@ FEW = 4 * PRIORITIES
 
 def claim_from(mark: datetime, limit: int) -> Statement[list[Job]]:
     marks = dict.fromkeys(range(PRIORITIES), mark)
-    return claim("q", limit=limit, lease=60, token=2, marks=marks, back=1)
+    return claim("q", limit=limit, lease=60, token=2, marks=marks)
 
 
 def settlements(held: list[Claimed]) -> dict[str, Hot]:

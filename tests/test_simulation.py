@@ -42,7 +42,7 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._pace import MOST_AHEAD
-from bgjob._statements.claims import Line, Suspect, Swept
+from bgjob._statements.claims import Line, Suspect, Swept, UnderWay
 from bgjob._statements.keys import Blocked, Woken
 from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import REST
@@ -87,10 +87,36 @@ class Row:
     deaths: int = 0
     key: str | None = None
     waits: bool = False
+    is_delayed: bool = False
     is_known: bool = False
     """Whether the worker itself put it back, and heard that this was done."""
     free_since: float = 0.0
     """On the worker's clock: when it was committed, given back, or last found locked."""
+
+
+class Transactions:
+    """The numbers that transactions have once they write something."""
+
+    def __init__(self) -> None:
+        self._numbers = count(1000)
+        self._running: set[int] = set()
+        self._last_ended = 999
+
+    def begin(self) -> int:
+        number = next(self._numbers)
+        self._running.add(number)
+        return number
+
+    def end(self, number: int) -> None:
+        self._running.discard(number)
+        self._last_ended = max(self._last_ended, number)
+
+    def seen(self, at: datetime, own: int | None) -> UnderWay:
+        """As a snapshot shows them: only those that began before one which has ended."""
+        shown = {n for n in self._running if n < self._last_ended}
+        if own is not None:
+            shown = {n for n in self._running if n < own}
+        return UnderWay(at, frozenset(shown), own is not None)
 
 
 class Table:
@@ -105,6 +131,7 @@ class Table:
         self.taken: dict[Key, int] = {}  # by claim: when its row went to another claim
         self.locked = 0.0  # the share of rows that others have locked
         self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
+        self.transactions = Transactions()
         self.granted: dict[Key, str] = {}
 
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
@@ -120,6 +147,7 @@ class Table:
                 row.token = row.lease_until = None
                 if postponed.delay is not None:
                     row.due = now + int(postponed.delay * SECOND)
+                    row.is_delayed = postponed.delay > 0
                 row.attempt -= postponed.refund
                 row.deaths = postponed.deaths
                 if postponed.priority is not None:
@@ -137,9 +165,8 @@ class Table:
         if exchange.release:
             reply.woken = self.release(exchange.release, at=at)
         match exchange.claim:
-            case Claim(limit, token, marks, back):
-                since = began - int(back * SECOND)
-                starts = {p: min((m - EPOCH) // MICROSECOND, since) for p, m in marks.items()}
+            case Claim(limit, token, marks):
+                starts = {p: (m - EPOCH) // MICROSECOND for p, m in marks.items()}
                 found = [
                     row
                     for row in self._due(began)
@@ -154,6 +181,12 @@ class Table:
                 found = [r for r in self._due(began) if r.deaths and r.lease_until is None]
                 for job in self.take(found, 1, token, now=now, at=at):
                     reply.suspects = [Suspect(job, self.rows[job.id].deaths)]
+        if exchange.watch:
+            writes = reply.claimed or reply.swept.jobs or reply.swept.freed
+            number = self.transactions.begin() if writes or exchange.watch == "all" else None
+            reply.seen = self.transactions.seen(EPOCH + began * MICROSECOND, number)
+            if number is not None:
+                self.transactions.end(number)
         return reply
 
     def acquire(
@@ -376,6 +409,8 @@ class History:
         self.slow = 0.0 if calm else random.choice([0.0, 0.02, 0.1])
         self.deaf = 0.0 if calm else random.choice([0.0, 0.2, 1.0])
         self.quick = random.random() < 0.4
+        self.calm = calm
+        self.sweeps_take = random.choice([0.0, 0.0, 0.3])  # over many dead rows
         self.peace_at = self.now + random.uniform(0.2, 6.0)
 
         self.engine = Engine(
@@ -429,6 +464,7 @@ class History:
         self.disturbed_at = self.now
         self.slow_until = self.refused_at = -inf
         self.sweep_cost = self.longest_cost = 0.0
+        self.known_at: dict[int, float] = {}  # the priorities, as the engine knows of them
         self.clock_stepped = False
         self.idle_turns = 0
         self.fruitless = 0
@@ -503,14 +539,17 @@ class History:
             row.key = random.choice("ab")
             if random.random() < self.named:
                 self.key_of[id_], row.key = row.key, None
+        row.is_delayed = delay > 0
         shares = self.notify and self.lock is None
         told = self.notify and not shares
         began = EPOCH + self.db_now * MICROSECOND
-        notice = Notice(later=True) if delay else Notice({row.priority: began})
+        notice = Notice({row.priority: began}, later=delay > 0)
         self.in_flight += shares
+        number = self.table.transactions.begin()
 
         def commit() -> None:
             self.in_flight -= shares
+            self.table.transactions.end(number)
             row.free_since = self.now
             self.table.rows[id_] = row
             self.enqueued.add(id_)
@@ -707,7 +746,7 @@ class History:
     def _exchange(self, exchange: Exchange) -> Exchange | None:
         """As _Control._exchange in worker.py; gives what was sent ahead, if anything."""
         self.idle_turns = 0
-        began, took, fate = self.now, self._round_trip(), self._fate(exchange)
+        began, took, fate = self.now, self._round_trip(exchange), self._fate(exchange)
         self.asked = exchange
         arrival = took * self.random.random()
         self._elapse(began + arrival)
@@ -757,9 +796,11 @@ class History:
                 known = any(line.deaths for line in reply.lines)
                 self.suspected_at = min(self.suspected_at, self.now) if known else inf
 
-    def _round_trip(self) -> float:
+    def _round_trip(self, exchange: Exchange) -> float:
         random = self.random
         took = random.uniform(0.0001, 0.002)
+        if isinstance(exchange.claim, Sweep):
+            took += self.sweeps_take
         if not self.peace and random.random() < self.slow:
             took = random.choice([0.05, 0.5, self.lease]) * random.random()
             self.slow_until = self.now + took
@@ -970,10 +1011,12 @@ class History:
         if not self.connected or self.breaking or self.give_up_at is not None:
             return
         self._check_freedom()
+        for priority in self.engine._marks._marks:
+            self.known_at.setdefault(priority, self.now)
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until, self.held_up_at)
-        patience = max(self.poll_interval, REST * self.longest_cost) + 0.05
+        patience = max(self.poll_interval, REST * self.longest_cost) + self.longest_cost + 0.05
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
             idle_since = max(idle_since, self.handed_at)
@@ -987,11 +1030,19 @@ class History:
                 # It need not wait for a poll.
                 promise(waited <= REST * self.longest_cost + 0.05, f"{row.id} is forgotten")
             promise(waited <= patience, f"{row.id}: due for {waited} s beside an idle slot")
+            if self.calm and row.priority in self.known_at and not (row.lease_until or row.deaths):
+                # However rarely a sweep comes.
+                told = self.notify and not row.is_delayed
+                waited = min(waited, self.now - self.known_at[row.priority])
+                most = 0.3 if told else self.poll_interval
+                prompt = waited <= most + 2 * self.sweeps_take + 0.1
+                promise(prompt, f"{row.id}: committed {waited} s ago, and not found")
 
     def _check_freedom(self) -> None:
         """A lease that has ended is noticed, whatever the worker is busy with."""
-        # One sweep may be full of earlier jobs; then the next one comes after a poll interval.
-        patience = max(self.poll_interval, REST * self.longest_cost) + self.poll_interval + 0.1
+        # One sweep may be full of earlier jobs; then the next one comes after another rest.
+        patience = max(self.poll_interval, (1 + (self.sweeps_take > 0)) * REST * self.longest_cost)
+        patience += self.longest_cost + self.poll_interval + 0.1
         since = max(self.disturbed_at, self.slow_until, self.refused_at + 4 * patience)
         now = self.db_now
         for row in self.table.rows.values():

@@ -17,13 +17,14 @@ from bgjob import EnqueueRequest, Job
 from bgjob._link import _SESSION
 from bgjob._statements.claims import (
     Line,
+    UnderWay,
     claim,
     claim_any,
     claim_suspect,
     free,
-    horizon,
     survey,
     sweep,
+    under_way,
 )
 from bgjob._statements.enqueues import enqueue, enqueue_many
 from bgjob._statements.notices import listen, park, unpark
@@ -95,7 +96,7 @@ def test_claims_and_extensions_are_heap_only_updates(worker: psycopg.Connection)
     fill(worker, 5_000)
     marks = dict.fromkeys(range(5), LONG_AGO)
     assert counted(sweep("q", limit=100, lease=60, token=1)) == (100, 100)
-    assert counted(claim("q", limit=100, lease=60, token=2, marks=marks, back=0)) == (100, 100)
+    assert counted(claim("q", limit=100, lease=60, token=2, marks=marks)) == (100, 100)
     held = [
         Claimed(Job._make([id_, *[None] * 10]), token)
         for id_, token in worker.execute("select id, token from bgjob_job where token is not null")
@@ -134,7 +135,7 @@ def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> 
                 if number % 2:
                     jobs = ask(mine, sweep("q", limit=37, lease=60, token=number)).jobs
                 else:
-                    marked = claim("q", limit=37, lease=60, token=number, marks=marks, back=0)
+                    marked = claim("q", limit=37, lease=60, token=number, marks=marks)
                     jobs = ask(mine, marked)
                 if not jobs:
                     return
@@ -160,7 +161,7 @@ def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Co
     ]
     marks = dict.fromkeys(range(5), LONG_AGO)
     jobs = ask(worker, sweep("q", limit=30, lease=60, token=1)).jobs
-    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks, back=0))
+    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks))
     assert [job.id for job in jobs] == expected
 
 
@@ -177,12 +178,11 @@ def test_a_claim_starts_at_its_marks_or_looks_back_from_now(worker: psycopg.Conn
             statement = claim("q", limit=9, lease=60, token=1, **options)
             return [job.id for job in ask(worker, statement)]
 
-    assert found(marks={0: mark}, back=0) == []
-    assert found(marks={0: mark}, back=50) == ["10"]
-    assert found(marks={0: mark}, back=500) == ["100", "10"]
-    assert found(marks={0: mark - timedelta(seconds=500)}, back=50) == ["100", "10"]
-    assert found(marks={1: LONG_AGO}, back=0) == []
-    assert found(marks={0: LONG_AGO, 1: LONG_AGO}, back=0) == ["1000", "100", "10"]
+    assert found(marks={0: mark}) == []
+    assert found(marks={0: mark - timedelta(seconds=50)}) == ["10"]
+    assert found(marks={0: mark - timedelta(seconds=500)}) == ["100", "10"]
+    assert found(marks={1: LONG_AGO}) == []
+    assert found(marks={0: LONG_AGO, 1: LONG_AGO}) == ["1000", "100", "10"]
 
 
 def spoil_leases(conn: psycopg.Connection) -> None:
@@ -228,7 +228,7 @@ def test_suspects_are_claimed_one_at_a_time_and_by_no_other_claim(
     fill(worker, 3)
     worker.execute("update bgjob_job set deaths = 2, attempt = 2 where id < 'q000003'")
     marks = dict.fromkeys(range(5), LONG_AGO)
-    others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks, back=0))
+    others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
     assert [job.id for job in others] == ["q000003"]
     assert ask(worker, sweep("q", limit=9, lease=60, token=2)) == ([], 0)
     taken = [ask(worker, claim_suspect("q", lease=60, token=3)) for _ in range(3)]
@@ -287,8 +287,8 @@ DEEPER = 20
 """The most pages more that a statement touches in a larger index: a level for each of its looks."""
 
 LOOKS: dict[str, Statement[Any]] = {
-    "claim": claim("q", limit=100, lease=60, token=1, marks={0: LONG_AGO, 1: LONG_AGO}, back=1),
-    "claim of one priority": claim("q", limit=100, lease=60, token=1, marks={1: LONG_AGO}, back=1),
+    "claim": claim("q", limit=100, lease=60, token=1, marks={0: LONG_AGO, 1: LONG_AGO}),
+    "claim of one priority": claim("q", limit=100, lease=60, token=1, marks={1: LONG_AGO}),
     "claim of a suspect": claim_suspect("q", lease=60, token=1),
     "sweep": sweep("q", limit=100, lease=60, token=1),
     "survey of a sweep": survey("q"),
@@ -529,17 +529,76 @@ def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
 # -- watermarks -------------------------------------------------------------------------------
 
 
-def test_a_transaction_under_way_holds_the_horizon(dsn: str, conn: psycopg.Connection) -> None:
+def number_of(conn: psycopg.Connection) -> int:
+    [(number,)] = conn.execute("select pg_current_xact_id()::text::bigint").fetchall()
+    return int(number)
+
+
+def test_after_a_claim_each_transaction_is_seen_that_is_under_way(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with psycopg.connect(dsn) as earlier, psycopg.connect(dsn) as other:
+        ask(earlier, enqueue(EnqueueRequest("q", "t"), notify=False))
+        with conn.transaction():
+            # None that began later has ended: a snapshot alone does not show it.
+            mine = number_of(conn)
+            seen = ask(conn, under_way(surely=False))
+        assert number_of(earlier) in seen.numbers
+        assert mine not in seen.numbers
+        assert seen.is_complete
+        ask(other, enqueue(EnqueueRequest("q", "t"), notify=False))
+        assert number_of(other) not in seen.numbers
+        earlier.commit()
+        with conn.transaction():
+            number_of(conn)
+            seen = ask(conn, under_way(surely=False))
+        assert number_of(other) in seen.numbers
+        assert number_of(earlier) not in seen.numbers
+
+
+def test_what_is_under_way_is_seen_surely_at_the_price_of_a_number(
+    dsn: str, conn: psycopg.Connection
+) -> None:
     with psycopg.connect(dsn) as other:
         ask(other, enqueue(EnqueueRequest("q", "t"), notify=False))
-        [(number,)] = other.execute("select pg_current_xact_id()::text::bigint").fetchall()
-        conn.execute("select pg_current_xact_id()")
-        under_way = ask(conn, horizon())
-        assert under_way.oldest <= number < under_way.next
-        other.commit()
-    deadline = time.monotonic() + 20  # the transactions of other tests count as well
-    while ask(conn, horizon()).oldest <= number:
-        assert time.monotonic() < deadline
+        seen = ask(conn, under_way(surely=True))
+        assert number_of(other) in seen.numbers
+        assert seen.is_complete
+        assert not ask(conn, under_way(surely=False)).is_complete
+        assert ask(conn, under_way(surely=False)).at >= seen.at
+
+
+def test_many_savepoints_of_others_are_not_all_listed(dsn: str, conn: psycopg.Connection) -> None:
+    with psycopg.connect(dsn) as other:
+        number_of(other)
+        other.execute(
+            """
+            do $$ begin for n in 1..3000 loop
+                begin perform pg_current_xact_id(); create temp table t (); drop table t;
+                exception when division_by_zero then null; end;
+            end loop; end $$
+            """
+        )
+        seen = ask(conn, under_way(surely=True))
+        assert number_of(other) in seen.numbers
+        assert len(seen.numbers) < 2000
+
+
+def test_a_bulk_reads_no_due_time_before_its_transaction_has_a_number(
+    conn: psycopg.Connection,
+) -> None:
+    conn.execute(
+        """
+        create function has_number() returns trigger language plpgsql as $$ begin
+            if pg_current_xact_id_if_assigned() is null then raise 'no number'; end if;
+            return new;
+        end $$;
+        create trigger has_number before insert on bgjob_job
+            for each row execute function has_number()
+        """
+    )
+    requests = [EnqueueRequest("q", "t") for _ in range(3)]
+    assert len(ask(conn, enqueue_many(requests, notify=False))) == 3
 
 
 def job_due(at: datetime, *, priority: int = 0) -> Job:
@@ -552,45 +611,34 @@ def test_a_mark_follows_the_last_due_time_that_was_claimed() -> None:
     assert not marks.known
     marks.claimed([job_due(LONG_AGO), job_due(LONG_AGO + second, priority=5)], full=False)
     assert marks.known
-    assert marks.start(0.0)[0] == {0: LONG_AGO, 5: LONG_AGO + second}
+    assert marks.start(0.0) == {0: LONG_AGO, 5: LONG_AGO + second}
     marks.claimed([job_due(LONG_AGO - second)], full=False)  # one found behind the mark
-    assert marks.start(0.0)[0][0] == LONG_AGO
+    assert marks.start(0.0)[0] == LONG_AGO
 
 
 def test_the_mark_of_a_full_claim_goes_back_to_its_last_job() -> None:
     marks = Watermarks(poll_interval=1.0)
     marks.claimed([job_due(LONG_AGO)], full=False)
     marks.claimed([job_due(LONG_AGO - timedelta(seconds=1))], full=True)
-    assert marks.start(0.0)[0] == {0: LONG_AGO - timedelta(seconds=1)}
-
-
-def test_a_row_that_became_visible_late_is_found_within_about_its_lateness_again() -> None:
-    marks = Watermarks(poll_interval=64.0)
-    marks.claimed([job_due(LONG_AGO)], full=False)
-    looks = [(n / 1000, marks.start(n / 1000)[1]) for n in range(200_000)]
-    for late in (0.01, 0.1, 0.5, 1, 5, 20):
-        far_enough = [now for now, back in looks if back >= late]
-        gaps = [b - a for a, b in zip(far_enough, far_enough[1:], strict=False)]
-        assert max(gaps) <= 2 * late + 0.1, late
-    # The look back costs little: most claims do not look back far.
-    assert sum(back for _, back in looks) / len(looks) < 0.2
+    assert marks.start(0.0) == {0: LONG_AGO - timedelta(seconds=1)}
 
 
 def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
     marks = Watermarks(poll_interval=1.0)
     assert marks.sweep_at < 0  # at once
-    marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=10.0, now=10.01)
-    assert marks.start(20.0)[0] == {3: LONG_AGO}
+    seen = UnderWay(LONG_AGO, frozenset(), is_complete=True)
+    marks.swept([Line(3, LONG_AGO, None, None)], seen, full=False, began=10.0, now=10.01)
+    assert marks.start(20.0) == {3: LONG_AGO}
     assert marks.sweep_at == pytest.approx(11.01)
-    marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=12.0, now=12.02)
+    marks.swept([Line(3, LONG_AGO, None, None)], None, full=False, began=12.0, now=12.02)
     assert marks.sweep_at == pytest.approx(13.02)
     assert marks.early_sweep_at == pytest.approx(12.42)
     for began in (20.0, 70.0):
-        marks.swept([Line(3, LONG_AGO, None, None)], full=False, began=began, now=began + 1)
+        marks.swept([Line(3, LONG_AGO, None, None)], None, full=False, began=began, now=began + 1)
     assert marks.sweep_at == marks.early_sweep_at == pytest.approx(111.0)
 
 
 def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:
     marks = Watermarks(poll_interval=1.0)
-    marks.swept([Line(3, LONG_AGO, None, None)], full=True, began=0.0, now=0.0)
-    assert marks.start(0.0)[0][3] < LONG_AGO
+    marks.swept([Line(3, LONG_AGO, None, None)], None, full=True, began=0.0, now=0.0)
+    assert marks.start(0.0)[3] < LONG_AGO

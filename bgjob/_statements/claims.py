@@ -65,8 +65,8 @@ def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
 _LINES_FROM_MARKS = """
     select due.ctid
     from (
-        select priority, least(mark, now() - %(back)s * interval '1 second') as since
-        from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[]) as m (priority, mark)
+        select priority, since
+        from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[]) as m (priority, since)
     ) as line
 """
 
@@ -83,9 +83,8 @@ _CLAIM_OF_ONE_PRIORITY = f"""
     where ctid = any (array(
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.priority = %(priority)s
-            and j.next_run_at >=
-                least(%(mark)s::timestamptz, now() - %(back)s * interval '1 second')
-            and j.next_run_at <= now() and not j.waits and {_FRESH} and {_UNPAUSED}
+            and j.next_run_at >= %(mark)s::timestamptz and j.next_run_at <= now()
+            and not j.waits and {_FRESH} and {_UNPAUSED}
         order by j.next_run_at
         limit %(limit)s
         for update skip locked
@@ -163,9 +162,8 @@ def claim(
     lease: float,
     token: int,
     marks: Mapping[int, datetime],
-    back: float,
 ) -> Statement[list[Job]]:
-    """Claim due jobs of these priorities, from their marks or the last `back` seconds on.
+    """Claim due jobs of these priorities, from their marks on.
 
     They are taken in (priority, next_run_at) order, and come sorted so.
     """
@@ -174,7 +172,6 @@ def claim(
         "limit": limit,
         "lease": lease,
         "token": token,
-        "back": back,
     }
     if len(marks) == 1:
         [(priority, mark)] = marks.items()
@@ -185,23 +182,44 @@ def claim(
     return Statement(_CLAIM, params, _jobs, binary=True)
 
 
-class Horizon(NamedTuple):
-    """Which transactions may still bring rows, by their numbers."""
+class UnderWay(NamedTuple):
+    """Which transactions have written something, and not ended."""
 
-    oldest: int
-    """All before this one have ended."""
-    next: int
-    """This one, and all after it, had not begun."""
+    at: datetime
+    """When the transaction of the claim before it began."""
+    numbers: frozenset[int]
+    is_complete: bool
+    """Whether all are among them that have a lower number than those to come."""
 
 
-def horizon() -> Statement[Horizon]:
-    """Tell which transactions are under way."""
-    return Statement(
-        "select pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint "
-        "from pg_current_snapshot() as s",
-        None,
-        lambda rows: Horizon(*rows[0]),
-    )
+_MOST_HIDDEN = 1000  # one that makes many savepoints uses up as many numbers
+
+_UNDER_WAY = """
+    select now(), {number}::text::bigint, pg_current_snapshot()::text
+"""
+
+
+def under_way(*, surely: bool) -> Statement[UnderWay]:
+    """Tell which transactions are under way after a claim.
+
+    Args:
+        surely: make it complete also where this transaction has not claimed anything, at
+            the price of one number.
+
+    """
+    number = "pg_current_xact_id()" if surely else "pg_current_xact_id_if_assigned()"
+    return Statement(_UNDER_WAY.format(number=number), None, _read_under_way)
+
+
+def _read_under_way(rows: Sequence[Row]) -> UnderWay:
+    [(at, own, snapshot)] = rows
+    # Lowest, the one after the highest that has ended, and those between that have not.
+    # What has begun after that one is found between it and the own number.
+    _, after, between = snapshot.split(":")
+    numbers = {int(number) for number in between.split(",") if number}
+    if own is not None:
+        numbers.update(range(int(after), min(own, int(after) + _MOST_HIDDEN)))
+    return UnderWay(at, frozenset(numbers), own is not None)
 
 
 class Swept(NamedTuple):

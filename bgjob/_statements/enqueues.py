@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import LiteralString, NamedTuple
 
 from bgjob._duration import seconds
-from bgjob._statements.notices import LOCK_CLASS, bucket, channel
+from bgjob._statements.notices import EVERYTHING, LATER, LOCK_CLASS, bucket, channel
 from bgjob._statements.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
 
@@ -28,7 +28,7 @@ _ENQUEUE_OTHERS = """
 """
 
 # Since when its transaction has been under way: how far behind the others it may be; the
-# priority, or where it is due later only a sign for that; the queue.
+# priority, with a sign where it is due later; the queue.
 _TELL = """
     case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
         then pg_notify(
@@ -86,14 +86,17 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
 
     The rows are written in the order of their ids, so that two calls with the
     same ids wait for each other and do not deadlock; their due times keep the
-    order of the call.
+    order of the call. The transaction gets its number before the first of them:
+    a worker takes it that one with a higher number has not written before.
     """
     tell = "," + _TELL_MANY.format(condition="exists (select from written)")
     return Statement(
         f"""
         with request as (
             select id, queue, type, arg, priority, exclusive, position,
-                greatest(run_at, clock_timestamp()) + delay * interval '1 second' as next_run_at
+                greatest(
+                    run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
+                ) + delay * interval '1 second' as next_run_at
             from unnest(
                 %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)b::bytea[],
                 %(priorities)s::smallint[], %(exclusives)s::text[],
@@ -137,7 +140,7 @@ def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
 
 
 def _what(request: EnqueueRequest) -> str:
-    return "-" if _is_later(request) else str(request.priority)
+    return f"{request.priority}{LATER if _is_later(request) else ''}"
 
 
 def _is_later(request: EnqueueRequest) -> bool:
@@ -176,7 +179,7 @@ def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
 
 def tell_all(queues: Iterable[str]) -> Statement[None]:
     """Let the workers of these queues look at all that is there when the transaction commits."""
-    return _tell({(queue, "-") for queue in queues})
+    return _tell({(queue, EVERYTHING) for queue in queues})
 
 
 def _tell(told: Collection[tuple[str, str]]) -> Statement[None]:

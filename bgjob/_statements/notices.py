@@ -10,6 +10,12 @@ LOCK_CLASS = 0x62676A62
 BUCKETS = 128
 """Queues share this many locks and channels, so that 10,000 queues do not fill the lock table."""
 
+LATER = "+"
+"""Follows the priority where a job is due later."""
+
+EVERYTHING = "-"
+"""Instead of a priority: jobs may lie anywhere."""
+
 
 def bucket(queue: str) -> int:
     """Give the number of the lock and channel that `queue` shares with others."""
