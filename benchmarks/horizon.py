@@ -125,7 +125,8 @@ def _stragglers(bench: Bench, count: int, chance: random.Random, *, notify: bool
     ):
         ran.expect(1)
         first = client.enqueue(EnqueueRequest(QUEUE, "noop"))
-        ran.wait()  # it has looked at everything once, dead rows and all
+        ran.wait()
+        sleep(3 * _POLL_INTERVAL)  # it has looked at everything twice, dead rows and all, and rests
         with _flowing(client) as ids:
             for _ in range(count):
                 late.append(client.enqueue(EnqueueRequest(QUEUE, "straggler"), conn=connection))
