@@ -400,7 +400,7 @@ class History:
 
         # What kind of history this is.
         self.concurrency = random.choice([1, 1, 2, 3, 10, 50])
-        self.poll_interval = random.choice([0.02, 0.2, 0.5, 1.0, 1.0, 5.0])
+        self.poll_interval = random.choice([0.05, 0.2, 0.5, 1.0, 1.0, 5.0])
         self.lease = random.choice([1.0, 1.0, 2.0, 5.0, 30.0])
         self.notify = random.random() < 0.8
         calm = random.random() < 0.3
@@ -972,9 +972,10 @@ class History:
             self._check_leases()
             self._check_idleness()
         if self.peace and self.give_up_at is None:
-            poisoned = {self._key(id_) for id_ in self.poison} - {None}
-            left = {id_ for id_ in self.table.rows if self._key(id_) not in poisoned}
-            left -= self.poison
+            left = set(self.table.rows)
+            if self.poison:
+                poisoned = {self._key(id_) for id_ in self.poison} - {None}
+                left = {id_ for id_ in left - self.poison if self._key(id_) not in poisoned}
             if not left and self.in_flight == 0:
                 self._ask_to_stop()
                 return
