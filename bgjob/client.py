@@ -229,6 +229,7 @@ class Client:
         copy = _copy_of(connection, chunk)
         if copy is None:
             return False
+        _execute(connection, enqueues.begin_copy())
         try:
             with (
                 connection.transaction(),
@@ -572,6 +573,7 @@ class AsyncClient:
         copy = _copy_of(connection, chunk)
         if copy is None:
             return False
+        await _execute_async(connection, enqueues.begin_copy())
         try:
             async with (
                 connection.transaction(),

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -15,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from nursery import fork
 
 from bgjob import Client, EnqueueRequest, cli
 
@@ -224,16 +223,14 @@ class Command:
     def __init__(self, args: list[str], folder: Path, env: dict[str, str]) -> None:
         self._out = folder / "stdout"
         self._err = folder / "stderr"
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env}
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                # -P: the current directory is on the module path by the command's own doing.
-                [sys.executable, "-P", "-W", "error", "-m", "bgjob", "worker", *args],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
+            # The current directory is on the module path by the command's own doing.
+            self.process = fork(
+                "bgjob", "worker", *args, env=env, output=out, errors=err, cwd=folder
             )
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     @property
     def out(self) -> str:
@@ -281,7 +278,7 @@ def start(dsn: str, tmp_path: Path) -> Iterator[Start]:
     yield start
     for command in commands:
         command.process.kill()
-        command.process.wait()
+        command.process.wait(PATIENCE)
 
 
 @pytest.fixture

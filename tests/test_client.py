@@ -355,6 +355,25 @@ def test_a_bulk_enqueue_writes_every_setting_and_gives_the_ids_in_order(
     assert written == [(r.id, r.queue, r.type, r.payload, r.priority) for r in batch]
 
 
+@few_and_many
+def test_a_bulk_enqueue_reads_no_due_time_before_its_transaction_has_a_number(
+    client: Any, conn: psycopg.Connection, size: int
+) -> None:
+    # A worker takes it that what has a later number than its claim is due later, too.
+    conn.execute(
+        """
+        create function has_number() returns trigger language plpgsql as $$ begin
+            if pg_current_xact_id_if_assigned() is null then raise 'no number'; end if;
+            return new;
+        end $$;
+        create trigger has_number before insert on bgjob_job
+            for each row execute function has_number()
+        """
+    )
+    client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(size)])
+    assert count(conn) == size
+
+
 def test_a_bulk_enqueue_needs_a_request(client: Any) -> None:
     with pytest.raises(RequestsRequiredError, match="at least one"):
         client.bulk_enqueue([])

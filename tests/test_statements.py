@@ -584,23 +584,6 @@ def test_many_savepoints_of_others_are_not_all_listed(dsn: str, conn: psycopg.Co
         assert len(seen.numbers) < 2000
 
 
-def test_a_bulk_reads_no_due_time_before_its_transaction_has_a_number(
-    conn: psycopg.Connection,
-) -> None:
-    conn.execute(
-        """
-        create function has_number() returns trigger language plpgsql as $$ begin
-            if pg_current_xact_id_if_assigned() is null then raise 'no number'; end if;
-            return new;
-        end $$;
-        create trigger has_number before insert on bgjob_job
-            for each row execute function has_number()
-        """
-    )
-    requests = [EnqueueRequest("q", "t") for _ in range(3)]
-    assert len(ask(conn, enqueue_many(requests, notify=False))) == 3
-
-
 def job_due(at: datetime, *, priority: int = 0) -> Job:
     return Job("id", "q", "t", None, 1, None, priority, at, at, at)
 

@@ -33,7 +33,7 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
-from faults.nursery import TESTS
+from nursery import TESTS
 from faults.world import PATIENCE, World, eventually
 
 NEVER = 3600.0

@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from bgjob import AsyncClient, AsyncWorker, Client, EnqueueRequest, Mux, Worker
 from faults import oracle
 from faults.app import ENVIRONMENT, LEDGER, Event, Handlers, Recorder, Settings, children_of
-from faults.nursery import TESTS, Forked, fork
+from nursery import TESTS, Forked, fork
 
 T = TypeVar("T")
 

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import bgjob.cli  # noqa: F401 (with all that a worker needs)
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 
 
 class Nursery:
@@ -32,7 +33,7 @@ class Nursery:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "faults.nursery", str(theirs.fileno())],
+                [sys.executable, "-m", "nursery", str(theirs.fileno())],
                 cwd=TESTS,
                 pass_fds=[theirs.fileno()],
             )
@@ -44,9 +45,11 @@ class Nursery:
         self._socket.close()
         self._popen.wait()
 
-    def fork(self, module: str, argv: Sequence[str], env: Mapping[str, str], *fds: int) -> int:
+    def fork(
+        self, module: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path, *fds: int
+    ) -> int:
         """Run a module as a program in a fork, with these as its standard files; give the pid."""
-        return int(self._ask(["fork", module, list(argv), dict(env)], fds))
+        return int(self._ask(["fork", module, list(argv), dict(env), str(cwd)], fds))
 
     def waitpid(self, pid: int, options: int) -> tuple[int, int]:
         """As os.waitpid, of its child."""
@@ -98,6 +101,10 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        """Kill it, if it has not ended."""
+        self.send_signal(signal.SIGKILL)
+
     def stop(self) -> bool:
         """Stop it, and wait until it has stopped; False where it ended instead."""
         self.send_signal(signal.SIGSTOP)
@@ -111,13 +118,23 @@ class Forked:
         return False
 
 
-def fork(module: str, *argv: str, env: Mapping[str, str], output: IO[bytes]) -> Forked:
-    """Run a module as a program; it reads a pipe, and writes to `output`."""
+def fork(
+    module: str,
+    *argv: str,
+    env: Mapping[str, str],
+    output: IO[bytes],
+    errors: IO[bytes] | None = None,
+    cwd: Path = TESTS,
+) -> Forked:
+    """Run a module as a program; it reads a pipe, and writes to `output`.
+
+    As with `python -P`, and `-W error` where PYTHONWARNINGS says so.
+    """
     theirs, ours = os.pipe()
     stdin = os.fdopen(ours, "wb")
+    files = theirs, output.fileno(), (errors or output).fileno()
     try:
-        out = output.fileno()
-        return Forked(_nursery().fork(module, argv, env, theirs, out, out), stdin)
+        return Forked(_nursery().fork(module, argv, env, cwd, *files), stdin)
     finally:
         os.close(theirs)
 
@@ -132,7 +149,7 @@ def _serve(owner: socket.socket) -> None:
         if not words:
             return
         match json.loads(words):
-            case ["fork", module, argv, env]:
+            case ["fork", module, argv, env, cwd]:
                 answer: Any = os.fork()
                 if not answer:
                     owner.close()
@@ -142,6 +159,11 @@ def _serve(owner: socket.socket) -> None:
                     os.environ.clear()
                     os.environ.update(env)
                     sys.argv[1:] = argv
+                    os.chdir(cwd)
+                    if Path(cwd) != TESTS:
+                        sys.path[:1] = filter(None, env["PYTHONPATH"].split(os.pathsep))
+                    if env.get("PYTHONWARNINGS") == "error":
+                        warnings.simplefilter("error")
                     runpy.run_module(module, run_name="__main__", alter_sys=True)
                     return
                 for fd in fds:
