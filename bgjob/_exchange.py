@@ -240,6 +240,10 @@ class Notice(NamedTuple):
         )
 
 
+_NOTHING_SWEPT = Swept([], 0)
+_NOTHING_BLOCKED = Blocked([], "")
+
+
 @dataclass(slots=True)
 class Reply:
     """The server's answer to an exchange."""
@@ -249,14 +253,14 @@ class Reply:
     parked: str | None = None
     claimed: list[Job] = field(default_factory=list)
     seen: UnderWay | None = None
-    swept: Swept = field(default_factory=lambda: Swept([], 0))
+    swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
     locked: None = None
     acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
     """Whether the job of an id and token has its key; as `acquire`."""
     woken: list[Woken] = field(default_factory=list)
-    blocked: Blocked = field(default_factory=lambda: Blocked([], ""))
+    blocked: Blocked = _NOTHING_BLOCKED
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""
