@@ -165,7 +165,7 @@ class _Connection(psycopg.Connection[TupleRow]):
 class Answer:
     """The cursors of an exchange that was sent; they are lent to it until it is read.
 
-    To make a cursor takes an idle worker a tenth of a millisecond.
+    To make them anew is a noticeable part of what an idle worker needs for a claim.
     """
 
     def __init__(self, connection: _Connection, cursors: list[psycopg.Cursor[TupleRow]]) -> None:

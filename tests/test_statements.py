@@ -165,7 +165,7 @@ def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Co
     assert [job.id for job in jobs] == expected
 
 
-def test_a_claim_starts_at_its_marks_or_looks_back_from_now(worker: psycopg.Connection) -> None:
+def test_a_claim_starts_at_its_marks(worker: psycopg.Connection) -> None:
     worker.execute(
         "insert into bgjob_job (id, queue, type, priority, next_run_at) "
         "select ago::text, 'q', 't', 0, now() - ago * interval '1 s' "

@@ -195,8 +195,9 @@ class UnderWay(NamedTuple):
 _MOST_HIDDEN = 1000  # one that makes many savepoints uses up as many numbers
 
 _UNDER_WAY = """
-    select now(), {number}::text::bigint, pg_current_snapshot()::text
+    select now(), pg_current_xact_id_if_assigned()::text::bigint, pg_current_snapshot()::text
 """
+_SURELY_UNDER_WAY = _UNDER_WAY.replace("_if_assigned", "")
 
 
 def under_way(*, surely: bool) -> Statement[UnderWay]:
@@ -207,8 +208,7 @@ def under_way(*, surely: bool) -> Statement[UnderWay]:
             the price of one number.
 
     """
-    number = "pg_current_xact_id()" if surely else "pg_current_xact_id_if_assigned()"
-    return Statement(_UNDER_WAY.format(number=number), None, _read_under_way)
+    return Statement(_SURELY_UNDER_WAY if surely else _UNDER_WAY, None, _read_under_way)
 
 
 def _read_under_way(rows: Sequence[Row]) -> UnderWay:
