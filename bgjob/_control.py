@@ -17,7 +17,7 @@ from psycopg.errors import ReadOnlySqlTransaction
 from bgjob._connection import Recipe, Silence
 from bgjob._engine import Engine
 from bgjob._events import Events
-from bgjob._exchange import Exchange, Reply, Sleep, Stop, TimedOut, Withdraw
+from bgjob._exchange import Exchange, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
 from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link
 from bgjob._runner import Runner, inside
@@ -72,9 +72,10 @@ class Control:
             queue,
             lease=lease,
             notify=notify,
-            # What was taken for quick jobs, and given one slot, may not be quick.
-            slow=lambda: self._runner.spread() if self.has_run else None,
+            meanwhile=self._meanwhile,
         )
+        self._awaits_flow = False  # it waits for an answer, and has planned nothing to follow
+        self._following: Plan | None = None
         self._events = events
         # Made by start(): a thread that was made before a fork cannot start after it.
         self._thread: threading.Thread | None = None
@@ -273,21 +274,40 @@ class Control:
 
     def _stream(self, exchange: Exchange) -> None:
         """Exchange for as long as jobs flow, each answer worked on while the next is made."""
-        engine, link = self._engine, self._link
+        link = self._link
         with link.streaming():
-            answer: Answer | None = link.send(exchange)
+            answer: Answer | None = link.send(link.plan(exchange))
             while answer is not None:
-                answer.wait()
-                self._collect()
-                now = monotonic()
-                due_at = min(self._rota.pressing_at, self._runner.next_timeout)
-                goes_on = self._give_up_at is None and now < due_at
-                ahead = engine.ahead(now) if goes_on else None
+                self._awaits_flow = True
                 try:
-                    coming = link.send(ahead) if ahead else None
+                    answer.wait()
+                    following = self._follow() if self._awaits_flow else self._following
+                finally:
+                    self._awaits_flow, self._following = False, None
+                try:
+                    coming = link.send(following) if following else None
                 finally:
                     self._acknowledge(answer.read())
                 answer = coming
+
+    def _follow(self) -> Plan | None:
+        """Plan what follows the exchange under way, if jobs flow."""
+        self._collect()
+        now = monotonic()
+        due_at = min(self._rota.pressing_at, self._runner.next_timeout)
+        goes_on = self._give_up_at is None and now < due_at
+        ahead = self._engine.ahead(now) if goes_on else None
+        return self._link.plan(ahead) if ahead else None
+
+    def _meanwhile(self) -> None:
+        """Use the time while the server works."""
+        if not self.has_run:
+            return
+        self._runner.spread()  # what was taken for quick jobs, and given one slot, may not be
+        if self._awaits_flow and self._runner.is_idle:
+            # All that will be settled next is known: the server is not to wait for its words.
+            self._following = self._follow()
+            self._awaits_flow = self._following is None
 
     def _serve(self) -> None:
         self._rota.run(self._link.lend, monotonic, self._service_failed)

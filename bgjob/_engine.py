@@ -4,10 +4,11 @@ The engine reads no clock, opens no socket and starts no thread. Whoever drives
 it says what happened and what time it is, and asks for the next step:
 
     step(now)        what to do: Exchange, Withdraw, Sleep or Stop
-    ahead(now)       while jobs flow: the next exchange, to send before the one
-                     that has been answered is acknowledged
+    ahead(now)       while jobs flow: the next exchange, to send when the one under
+                     way is answered and before that is acknowledged
     acknowledge()    the exchange was committed; gives jobs to run, and events
-    reject()         the server refused the exchange: nothing of it happened
+    reject()         the server refused the exchange: nothing of it happened, and
+                     the one that was to follow was not sent
     disconnect()     the connection broke: the exchange happened, or did not
     reconnect()      there is a connection again
     finish()         handlers ended; gives events
@@ -153,6 +154,7 @@ class Engine:
         self._refused_pause = _PAUSE
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
         self._sent: deque[_Sent] = deque()
+        self._answered_at = -inf
         self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
         self._keys_limit = _MOST // 2
         self._keys_at = -inf  # when they may ask for them again
@@ -341,10 +343,10 @@ class Engine:
         return self._more and exchange.claim is not None and exchange.claim.limit >= self.bulky
 
     def ahead(self, now: float) -> Exchange | None:
-        """Give the next exchange while the last one is answered and not acknowledged.
+        """Give the next exchange while the last one is under way, or not acknowledged.
 
-        So the server works while its answer is worked on. None unless jobs flow
-        and nothing else is to do.
+        It is sent as soon as that is answered, so that the server works while its
+        answer is worked on. None unless jobs flow and nothing else is to do.
         """
         exchange = Exchange()
         outcomes: list[Outcome] = []
@@ -505,7 +507,8 @@ class Engine:
     def acknowledge(self, reply: Reply, now: float) -> News:
         """Take the answer to an exchange, which was committed."""
         sent, news = self._answered(), News()
-        self._pace.exchanged(now - sent.at)
+        self._pace.exchanged(now - max(sent.at, self._answered_at))
+        self._answered_at = now
         self._not_before, self._pause = -inf, _PAUSE
         self._careful = max(self._careful - 1, 0)
         if not self._careful:
@@ -550,16 +553,15 @@ class Engine:
         neither a slot nor its neighbours.
         """
         sent = self._answered()
+        while self._sent:
+            self._take_back(self._sent.pop())
         wanting, free = sent.exchange.acquire, self._freed(sent)
         if wanting or free:
             # As with outcomes: a key that cannot be locked comes to stand alone, and last.
             self._keys_limit = max(max(len(wanting), len(free)) // 2, 1)
             self._wanting += wanting
             self._free.update(free)
-        if isinstance(sent.exchange.claim, Claim):
-            self._marks.told(sent.exchange.claim.marks)  # to start there again
-        if sent.told:
-            self._look()
+        self._claim_again(sent)
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
             self._refused += sent.outcomes
@@ -577,14 +579,23 @@ class Engine:
         """Take it that the connection is gone; an exchange under way happened, or did not."""
         while self._sent:
             sent = self._sent.pop()
-            outcomes = sent.outcomes
-            self._wanting.extendleft(reversed(sent.exchange.acquire))
-            self._free.update(self._freed(sent))
-            self._unsure.update(outcome.claimed for outcome in outcomes)
-            self._pending.extendleft(reversed(outcomes))
+            self._unsure.update(outcome.claimed for outcome in sent.outcomes)
+            self._take_back(sent)
         self._parking.lose()
         self._look()
         self._rest(now)
+
+    def _take_back(self, sent: _Sent) -> None:
+        self._wanting.extendleft(reversed(sent.exchange.acquire))
+        self._free.update(self._freed(sent))
+        self._pending.extendleft(reversed(sent.outcomes))
+        self._claim_again(sent)
+
+    def _claim_again(self, sent: _Sent) -> None:
+        if isinstance(sent.exchange.claim, Claim):
+            self._marks.told(sent.exchange.claim.marks)  # to start there again
+        if sent.told:
+            self._look()
 
     def reconnect(self) -> None:
         """There is a connection again: look at everything."""

@@ -80,6 +80,10 @@ class ClaimSuspect:
     looks: ClassVar = False
 
 
+Plan: TypeAlias = list[tuple[Statement[Any], str]]
+"""Statements in the order in which they must run, each with its part of the Reply."""
+
+
 @dataclass(slots=True)
 class Exchange:
     """One round trip in one transaction; an empty part is left out."""
@@ -121,9 +125,9 @@ class Exchange:
             case Committed() | Fenced() | Wants():
                 raise AssertionError("it is settled, or not to be settled")
 
-    def statements(self, queue: str, lease: float) -> list[tuple[Statement[Any], str]]:
-        """Give the SQL in the order in which it must run, each with its part of the Reply."""
-        plan: list[tuple[Statement[Any], str]] = []
+    def statements(self, queue: str, lease: float) -> Plan:
+        """Give the SQL."""
+        plan: Plan = []
         if self.park == "take":
             plan.append((park(queue), "parked"))  # what the claim does not see notifies
         # The claim comes first: its jobs are read while the server settles others.

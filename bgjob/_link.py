@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from bgjob import schema
 from bgjob._connection import Recipe, Silence, options
-from bgjob._exchange import Exchange, Notice, Reply
+from bgjob._exchange import Exchange, Notice, Plan, Reply
 from bgjob._statements.notices import listen
 from bgjob._statements.session import backend, lacks, schema_comment, session
 from bgjob._statements.statement import Statement
@@ -27,8 +27,8 @@ from bgjob._statements.statement import Statement
 _PATIENCE = 10.0
 """Seconds without a sign of the server, after which it is given up."""
 
-_MOMENT = 0.002
-"""Seconds, after which it is told that an answer is slow."""
+_MOMENT = 0.001
+"""Seconds of waiting for the server after which there is time for something else."""
 
 _LONGEST_SLEEP = 3600.0
 
@@ -128,7 +128,7 @@ class _Connection(psycopg.Connection[TupleRow]):
     patience: float = _PATIENCE
     """Seconds without a sign of the server, after which it is given up."""
 
-    slow: Callable[[], object] = staticmethod(lambda: None)
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
     """Called where an answer takes more than a moment."""
 
     @override
@@ -142,7 +142,7 @@ class _Connection(psycopg.Connection[TupleRow]):
             while True:
                 ready = poll.poll(_MOMENT * 1000)
                 if not ready:
-                    self.slow()
+                    self.meanwhile()
                     ready = poll.poll(self.patience * 1000)
                 if not ready:
                     raise Silence(self.patience)
@@ -174,9 +174,9 @@ class Answer:
         self._used: list[psycopg.Cursor[TupleRow]] = []
         self._asked: list[tuple[Statement[Any], str, psycopg.Cursor[TupleRow]]] = []
 
-    def ask(self, statements: list[tuple[Statement[Any], str]]) -> None:
+    def ask(self, plan: Plan) -> None:
         """Send statements, each for its part of the Reply."""
-        for statement, part in statements:
+        for statement, part in plan:
             cursor = self._cursor()
             cursor.execute(statement.text, statement.params, binary=statement.binary)
             self._asked.append((statement, part, cursor))
@@ -213,9 +213,9 @@ class Link:
         *,
         lease: float,
         notify: bool,
-        slow: Callable[[], object] = lambda: None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
-        self._slow = slow
+        self._meanwhile = meanwhile
         self._recipe = recipe
         self._queue = queue
         self._lease = lease
@@ -277,7 +277,7 @@ class Link:
         except BaseException:
             connection.close()
             raise
-        connection.slow = self._slow
+        connection.meanwhile = self._meanwhile
         connection.patience = _PATIENCE
         self._connection, self._cursors = connection, []
 
@@ -289,14 +289,18 @@ class Link:
                 `is_open` is False.
 
         """
-        statements = exchange.statements(self._queue, self._lease)
-        if len(statements) == 1:
+        plan = self.plan(exchange)
+        if len(plan) == 1:
             answer = self._answer()
-            answer.ask(statements)  # a transaction by itself
+            answer.ask(plan)  # a transaction by itself
         else:
             with self.streaming():
-                answer = self._transact(statements)
+                answer = self._transact(plan)
         return answer.read()
+
+    def plan(self, exchange: Exchange) -> Plan:
+        """Put an exchange into words, so that nothing but to send them is left to do."""
+        return exchange.statements(self._queue, self._lease)
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -314,9 +318,9 @@ class Link:
             if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
 
-    def send(self, exchange: Exchange) -> Answer:
+    def send(self, plan: Plan) -> Answer:
         """Send an exchange, as a transaction; give what to wait for, and to read later."""
-        answer = self._transact(exchange.statements(self._queue, self._lease))
+        answer = self._transact(plan)
         answer.say("select")
         return answer
 
@@ -329,12 +333,12 @@ class Link:
     def _answer(self) -> Answer:
         return Answer(self._ready(), self._cursors)
 
-    def _transact(self, statements: list[tuple[Statement[Any], str]]) -> Answer:
+    def _transact(self, plan: Plan) -> Answer:
         # The commit is sent with the rest: a process that is stopped, or cut off, while
         # it waits for the answers must not keep rows locked.
         answer = self._answer()
         answer.say("begin")
-        answer.ask(statements)
+        answer.ask(plan)
         answer.say("commit")
         return answer
 

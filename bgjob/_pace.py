@@ -12,6 +12,9 @@ _AHEAD = 0.02
 """Seconds of work claimed beyond the slots, or two round trips where they take longer: quick
 jobs arrive in large batches, and slower ones are not claimed before there is a slot."""
 
+_GROWTH = 4
+"""How many times as many jobs as before a claim may bring while they prove to be quick."""
+
 _STALE = 0.1
 """Seconds without a claim after which jobs that were claimed ahead and have not started are
 given back: they are slower than those before them were."""
@@ -30,7 +33,7 @@ class Pace:
         self.slots = concurrency
         """How many there are now."""
         self._took = inf  # seconds in a handler, of late
-        self._ramp = concurrency  # a few quick jobs prove little: it doubles from claim to claim
+        self._ramp = concurrency  # a few quick jobs prove little: it grows from claim to claim
         self._round_trip = 0.0
         self._claimed_at = -inf
 
@@ -60,7 +63,7 @@ class Pace:
     def claimed(self, now: float) -> None:
         """Learn that a claim brought jobs."""
         self._claimed_at = now
-        self._ramp = min(2 * self._ramp, MOST_AHEAD)
+        self._ramp = min(_GROWTH * self._ramp, MOST_AHEAD)
 
     def stale_at(self, running: int) -> float:
         """Give the time at which those of the running that have not started are to go back."""

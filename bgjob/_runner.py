@@ -144,6 +144,11 @@ class Runner:
         return bool(self._outcomes)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether each job that was submitted has its outcome, but for those given up."""
+        return not self._jobs and self._free == self._concurrency
+
+    @property
     def tasks(self) -> set[asyncio.Task[None]]:
         """The tasks that run on the loop."""
         return set(self._tasks)

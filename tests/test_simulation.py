@@ -101,6 +101,8 @@ class Transactions:
         self._numbers = count(1000)
         self._running: set[int] = set()
         self._last_ended = 999
+        self.of_old: frozenset[int] | None = None
+        """What was under way when a worker looked for the first time."""
 
     def begin(self) -> int:
         number = next(self._numbers)
@@ -116,6 +118,8 @@ class Transactions:
         shown = {n for n in self._running if n < self._last_ended}
         if own is not None:
             shown = {n for n in self._running if n < own}
+            if self.of_old is None:
+                self.of_old = frozenset(shown)
         return UnderWay(at, frozenset(shown), own is not None)
 
 
@@ -469,6 +473,7 @@ class History:
         self.idle_turns = 0
         self.fruitless = 0
         self.happened_at = self.now
+        self.old_at = -inf  # when the last transaction has ended that was under way at first
         self.stop_at = inf
         self.give_up_at: float | None = None
         self.grace = inf
@@ -550,6 +555,8 @@ class History:
         def commit() -> None:
             self.in_flight -= shares
             self.table.transactions.end(number)
+            if number in (self.table.transactions.of_old or ()):
+                self.old_at = self.now
             row.free_since = self.now
             self.table.rows[id_] = row
             self.enqueued.add(id_)
@@ -757,6 +764,7 @@ class History:
             reply = self._carry_out(exchange, db_began, self.session)
         elif fate == "happens later":
             self._at(self.random.random(), lambda: self._carry_out(exchange, self.db_now, None))
+        ahead = self._follow() if self.random.random() < 0.5 else None
         self._elapse(max(began + took, self.now))
         settled = self._settled_in(exchange)
         match fate:
@@ -764,11 +772,7 @@ class History:
                 if isinstance(exchange.claim, Sweep):
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
-                outcomes, self.outcomes = self.outcomes, []
-                self._tell(self.engine.finish(outcomes))
-                ahead = None
-                if self.streams and self.give_up_at is None:
-                    ahead = self.engine.ahead(self.now)
+                ahead = ahead or self._follow()
                 if ahead is not None:
                     coming = len(reply.claimed) + len(reply.swept.jobs) + len(reply.suspects)
                     self._check_exchange(ahead, coming=coming)
@@ -787,6 +791,13 @@ class History:
                 self.unsure.update((c.job.id, c.token) for c in settled)
                 self._disconnect()
         return None
+
+    def _follow(self) -> Exchange | None:
+        """As _Control._follow."""
+        outcomes, self.outcomes = self.outcomes, []
+        self._tell(self.engine.finish(outcomes))
+        goes_on = self.streams and self.give_up_at is None
+        return self.engine.ahead(self.now) if goes_on else None
 
     def _suspect(self, exchange: Exchange, reply: Reply) -> None:
         match exchange.claim:
@@ -1017,7 +1028,7 @@ class History:
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until, self.held_up_at)
-        patience = max(self.poll_interval, REST * self.longest_cost) + self.longest_cost + 0.05
+        patience = max(self.poll_interval, REST * self.longest_cost) + self.longest_cost + 0.2
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
             idle_since = max(idle_since, self.handed_at)
@@ -1027,13 +1038,17 @@ class History:
                 continue  # others may come first: the deadline holds for it
             free_at = max(row.due, row.lease_until or 0)
             waited = min((now - free_at) / SECOND, self.now - max(row.free_since, idle_since))
-            if row.is_known and self.disturbed_at < row.free_since and not self.refused:
+            disturbed_at = inf if self.refused else max(self.disturbed_at, self.refused_at)
+            if row.is_known and disturbed_at < row.free_since:
                 # It need not wait for a poll.
                 promise(waited <= REST * self.longest_cost + 0.05, f"{row.id} is forgotten")
             promise(waited <= patience, f"{row.id}: due for {waited} s beside an idle slot")
             if self.calm and row.priority in self.known_at and not (row.lease_until or row.deaths):
                 # However rarely a sweep comes.
-                told = self.notify and not row.is_delayed
+                # Nobody knows when what was under way at first had begun: so wide a look
+                # rests for a poll interval, and what others wrote meanwhile with it.
+                old = self.now < self.old_at + self.poll_interval
+                told = self.notify and not row.is_delayed and not old
                 waited = min(waited, self.now - self.known_at[row.priority])
                 most = 0.3 if told else self.poll_interval
                 prompt = waited <= most + 2 * self.sweeps_take + 0.1

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bgjob._statements.statement import Row, Statement, column, scalar, text_array
+from bgjob._statements.statement import Row, Statement, column, number_array, scalar, text_array
 from bgjob.job import Job
 
 
@@ -184,5 +184,5 @@ def _held(claimed: Sequence[Claimed], ids: Sequence[str] | None = None) -> dict[
     return {
         "ids": text_array(ids or [c.job.id for c in claimed]),
         # Together these say which pairs may match: a worker never holds one id twice.
-        "tokens": list({c.token for c in claimed}),
+        "tokens": number_array(list({c.token for c in claimed})),
     }
