@@ -1,15 +1,18 @@
 """Whether a worker drains its queue as fast in a table that is full of jobs for others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from time import sleep
 
 import harness
 import work
-from figures import Figures, at_least
+from figures import Figures, at_least, at_most
 from harness import Bench
+from work import Ran
 
-from bgjob import Client
+from bgjob import Client, Mux, Worker
 
 _QUEUES = 100
+_COUNTED = 1.0  # seconds until what a session counted that has ended is told
 
 # The delayed ones are in the queue that is drained, next to what is due; the due ones
 # in queues on both sides of it.
@@ -39,20 +42,50 @@ def main(bench: Bench) -> Mapping[str, object]:
             "floor": "the empty table",
             "crowd": bench.compare(
                 "crowd",
-                lambda: _crowded(crowded, count, 2 * each),
+                lambda: work.drain(crowded, _add(crowded, count, 2 * each), lambda ran: ran.plain),
                 lambda: work.drain(bench, work.fill(bench, count), lambda ran: ran.plain),
                 {"jobs_per_s": at_least(0.95)},
+            ),
+            "looked_at": bench.compare(
+                "looked at",
+                lambda: _look(crowded, _add(crowded, count, 2 * each)),
+                lambda: _look(bench, work.fill(bench, count)),
+                {"pages_per_job": at_most(1.05)},
             ),
         }
 
 
-def _crowded(bench: Bench, count: int, others: int) -> Figures:
+def _add(bench: Bench, count: int, others: int) -> list[str]:
     requests = work.requests(count)
     with Client(bench.dsn) as client:
         client.bulk_enqueue(requests)
     bench.settle()
     work.check_left(bench, count + others)
-    return work.drain(bench, [request.id for request in requests], lambda ran: ran.plain)
+    return [request.id for request in requests]
+
+
+def _look(bench: Bench, ids: Sequence[str]) -> Figures:
+    """Drain; tell how often a page of the table, or of an index of its, was looked at."""
+    before = _pages(bench)
+    ran = Ran(len(ids))
+    with Client(bench.dsn) as client:
+        mux = Mux().register("noop", ran.plain)
+        with Worker(client, work.QUEUE, mux, concurrency=work.CONCURRENCY):
+            ran.wait()
+    work.check(ran.ids, ids)
+    return {"pages_per_job": (_pages(bench) - before) / len(ids)}
+
+
+def _pages(bench: Bench) -> int:
+    sleep(_COUNTED)
+    row = bench.admin.execute(
+        """
+        select heap_blks_read + heap_blks_hit + idx_blks_read + idx_blks_hit
+        from pg_statio_all_tables where relid = 'bgjob_job'::regclass
+        """
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 if __name__ == "__main__":

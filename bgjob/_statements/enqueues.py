@@ -28,26 +28,31 @@ _ENQUEUE_OTHERS = """
 """
 
 # Since when its transaction has been under way: how far behind the others it may be; the
-# priority, with a sign where it is due later; the queue.
-_TELL = """
-    case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
+# priority, with a sign where it is due later; the queue. What is no parameter is not sent.
+_TELL: LiteralString = """
+    case when not pg_try_advisory_xact_lock_shared({lock_class}, %(bucket)s)
         then pg_notify(
-            %(channel)s, concat_ws(' ', extract(epoch from now()), %(what)s::text, queue)
+            concat('bgjob_', %(bucket)s),
+            concat_ws(' ', extract(epoch from now()), priority || '{sign}', queue)
         ) end
 """
+_TELL_NOW = _TELL.format(lock_class=LOCK_CLASS, sign="")
+_TELL_LATER = _TELL.format(lock_class=LOCK_CLASS, sign=LATER)
 
-# By whether it is plain, and whether to tell; made once, and as fast as a bare insert.
-_ENQUEUES: Mapping[tuple[bool, bool], LiteralString] = {
-    (True, False): _ENQUEUE + "true",
-    (True, True): _ENQUEUE + _TELL,
-    (False, False): _ENQUEUE_OTHERS + "true",
-    (False, True): _ENQUEUE_OTHERS + _TELL,
+# By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
+_ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
+    (plain, later, notify): (_ENQUEUE if plain else _ENQUEUE_OTHERS)
+    + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
+    for plain in (True, False)
+    for later in (True, False)
+    for notify in (True, False)
 }
 
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; whether it was written, False where its id is taken."""
-    plain = request.exclusive is None and not _is_later(request)
+    later = bool(request.delay or request.run_at)
+    plain = request.exclusive is None and not later
     params: dict[str, object] = {
         "id": request.id,
         "queue": request.queue,
@@ -62,10 +67,8 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
             "delay": seconds(request.delay, "delay"),
         }
     if notify:
-        number = bucket(request.queue)
-        params |= {"class": LOCK_CLASS, "bucket": number, "channel": f"bgjob_{number}"}
-        params["what"] = _what(request)
-    return Statement(_ENQUEUES[plain, notify], params, bool)
+        params["bucket"] = bucket(request.queue)
+    return Statement(_ENQUEUES[plain, later, notify], params, bool)
 
 
 _TELL_MANY = """
@@ -122,7 +125,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             "exclusives": [r.exclusive for r in requests],
             "run_ats": [r.run_at for r in requests],
             "delays": number_array([seconds(r.delay, "delay") for r in requests]),
-            **_told({(r.queue, _what(r)) for r in requests}),
+            **_told(_whats(requests)),
         },
         lambda rows: set(rows[0][0]),
         binary=True,
@@ -139,12 +142,9 @@ def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
     }
 
 
-def _what(request: EnqueueRequest) -> str:
-    return f"{request.priority}{LATER if _is_later(request) else ''}"
-
-
-def _is_later(request: EnqueueRequest) -> bool:
-    return bool(request.delay or request.run_at)
+def _whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
+    told = {(r.queue, r.priority, bool(r.delay or r.run_at)) for r in requests}
+    return {(queue, f"{priority}{LATER if later else ''}") for queue, priority, later in told}
 
 
 def begin_copy() -> Statement[None]:
@@ -173,13 +173,14 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     return Copy(
         "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",
         ("text", "text", "text", "bytea", "int2"),
-        [(r.id, r.queue, r.type, r.payload, r.priority) for r in requests],
+        # One at a time, while the server writes those before it.
+        ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests),
     )
 
 
 def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
     """Wake the workers of these requests' queues when the transaction commits."""
-    return _tell({(r.queue, _what(r)) for r in requests})
+    return _tell(_whats(requests))
 
 
 def tell_all(queues: Iterable[str]) -> Statement[None]:
