@@ -5,11 +5,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from queue import SimpleQueue
 from typing import Any
 from uuid import uuid4
 
 import psycopg
-from work import QUEUE, Started
+from work import QUEUE
 
 from bgjob import EnqueueRequest
 
@@ -122,12 +123,12 @@ def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = 
 
 
 @contextmanager
-def listening(dsn: str, started: Started) -> Iterator[None]:
-    """Run a thread that listens, and claims one row when told."""
+def listening(dsn: str, start: Callable[[], object]) -> Iterator[None]:
+    """Run a thread that listens, and claims one row and starts it when told."""
     stopping = threading.Event()
     with connect(dsn) as consumer:
         consumer.execute("listen bgjob_benchmark")
-        thread = threading.Thread(target=_listen, args=(consumer, started, stopping))
+        thread = threading.Thread(target=_listen, args=(consumer, start, stopping))
         thread.start()
         try:
             yield
@@ -139,6 +140,30 @@ def listening(dsn: str, started: Started) -> Iterator[None]:
 
 
 @contextmanager
+def another_thread(start: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """Give what starts something on another thread, and waits until that has been done."""
+    asked: SimpleQueue[bool] = SimpleQueue()
+    answered: SimpleQueue[None] = SimpleQueue()
+
+    def serve() -> None:
+        while asked.get():
+            start()
+            answered.put(None)
+
+    def hand_over() -> None:
+        asked.put(True)
+        answered.get()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield hand_over
+    finally:
+        asked.put(False)
+        thread.join()
+
+
+@contextmanager
 def telling(dsn: str) -> Iterator[Callable[[], object]]:
     """Give what writes a row, and tells the thread that listens."""
     with connect(dsn) as producer:
@@ -146,7 +171,7 @@ def telling(dsn: str) -> Iterator[Callable[[], object]]:
 
 
 def _listen(
-    connection: psycopg.Connection[Any], started: Started, stopping: threading.Event
+    connection: psycopg.Connection[Any], start: Callable[[], object], stopping: threading.Event
 ) -> None:
     # Not connection.notifies(): it takes a lock and a selector for each wait.
     told: list[psycopg.Notify] = []  # came with the answer to a statement
@@ -159,5 +184,5 @@ def _listen(
                 pass
         told.clear()
         for row in connection.execute(_CLAIM_ONE).fetchall():
-            started.now()
+            start()
             connection.execute("delete from bgjob_job where id = %s and token = 1", [row[0]])

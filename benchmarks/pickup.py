@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import floor
 import harness
@@ -34,6 +34,12 @@ def main(bench: Bench) -> Mapping[str, object]:
         "floor": "a thread that listens, and claims one row when told",
         "threads": compare("threads", lambda started: started.plain),
         "coroutines": compare("coroutines", lambda started: started.coroutine),
+        # What is left of a worker that has another thread for its handlers, and nothing else.
+        "handed_over": bench.compare(
+            "handed over",
+            lambda: _floor(bench, count, chance, hands_over=True),
+            lambda: _floor(bench, count, chance),
+        ),
     }
 
 
@@ -49,10 +55,11 @@ def _worker(
     return figures
 
 
-def _floor(bench: Bench, count: int, chance: random.Random) -> Figures:
+def _floor(bench: Bench, count: int, chance: random.Random, *, hands_over: bool = False) -> Figures:
     bench.fresh()
     started = Started()
-    with floor.listening(bench.dsn, started):
+    way = floor.another_thread(started.now) if hands_over else nullcontext(started.now)
+    with way as start, floor.listening(bench.dsn, start):
         figures = work.pick_up(bench, count, chance, floor.telling, started)
     work.check_left(bench)
     return figures

@@ -117,7 +117,7 @@ def _worker(bench: Bench, queues: int, watched: int, count: int, chance: random.
 def _floor(bench: Bench, queues: int, count: int, chance: random.Random) -> Figures:
     _fill(bench, queues)
     started = Started()
-    with floor.listening(bench.dsn, started):
+    with floor.listening(bench.dsn, started.now):
         figures = work.pick_up(bench, count, chance, floor.telling, started)
     work.check_left(bench, queues)
     return figures
