@@ -33,7 +33,7 @@ _TELL: LiteralString = """
     case when not pg_try_advisory_xact_lock_shared({lock_class}, %(bucket)s)
         then pg_notify(
             concat('bgjob_', %(bucket)s),
-            concat_ws(' ', extract(epoch from now()), priority || '{sign}', queue)
+            concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)
         ) end
 """
 _TELL_NOW = _TELL.format(lock_class=LOCK_CLASS, sign="")
