@@ -574,7 +574,9 @@ def test_an_old_snapshot_makes_neither_claims_nor_pick_ups_dearer(
     print("read for a job, by tenths:", *[f"{read:.2f}" for read in by_tenths])
     print(f"read for a pick-up: {first_pick_up:g} at first, {last_pick_up:g} at last")
     world.saw("the snapshot keeps what is dead", kept)
-    assert by_tenths[-1] <= 2 * by_tenths[0] + 1
+    # In one of them a wide look may fall, where a transaction has ended that was under way
+    # when the worker started: another test's, say.
+    assert median(by_tenths[5:]) <= 2 * by_tenths[0] + 1
     assert last_pick_up <= 2 * first_pick_up + 10
     worker.wait_for("completed", times=11 * batch)
 
