@@ -30,14 +30,14 @@ _ENQUEUE_OTHERS = """
 # Since when its transaction has been under way: how far behind the others it may be; the
 # priority, with a sign where it is due later; the queue. What is no parameter is not sent.
 _TELL: LiteralString = """
-    case when not pg_try_advisory_xact_lock_shared({lock_class}, %(bucket)s)
+    case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
         then pg_notify(
             concat('bgjob_', %(bucket)s),
             concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)
         ) end
 """
-_TELL_NOW = _TELL.format(lock_class=LOCK_CLASS, sign="")
-_TELL_LATER = _TELL.format(lock_class=LOCK_CLASS, sign=LATER)
+_TELL_NOW = _TELL.format(sign="")
+_TELL_LATER = _TELL.format(sign=LATER)
 
 # By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
@@ -67,7 +67,7 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
             "delay": seconds(request.delay, "delay"),
         }
     if notify:
-        params["bucket"] = bucket(request.queue)
+        params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
     return Statement(_ENQUEUES[plain, later, notify], params, bool)
 
 
