@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import LiteralString, NamedTuple
 
 from bgjob._duration import seconds
-from bgjob._statements.notices import EVERYTHING, LATER, LOCK_CLASS, bucket, channel
+from bgjob._statements.notices import CHANNEL, EVERYTHING, LATER, LOCK_CLASS, bucket, channel
 from bgjob._statements.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
 
@@ -28,16 +28,16 @@ _ENQUEUE_OTHERS = """
 """
 
 # Since when its transaction has been under way: how far behind the others it may be; the
-# priority, with a sign where it is due later; the queue. What is no parameter is not sent.
+# priority, with a sign where it is due later; the queue.
 _TELL: LiteralString = """
     case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
         then pg_notify(
-            concat('bgjob_', %(bucket)s),
+            concat('{channel}', %(bucket)s),
             concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)
         ) end
 """
-_TELL_NOW = _TELL.format(sign="")
-_TELL_LATER = _TELL.format(sign=LATER)
+_TELL_NOW = _TELL.format(channel=CHANNEL, sign="")
+_TELL_LATER = _TELL.format(channel=CHANNEL, sign=LATER)
 
 # By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {

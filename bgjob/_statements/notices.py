@@ -10,6 +10,9 @@ LOCK_CLASS = 0x62676A62
 BUCKETS = 128
 """Queues share this many locks and channels, so that 10,000 queues do not fill the lock table."""
 
+CHANNEL = "bgjob_"
+"""What the name of a channel begins with; the bucket follows."""
+
 LATER = "+"
 """Follows the priority where a job is due later."""
 
@@ -24,7 +27,7 @@ def bucket(queue: str) -> int:
 
 def channel(queue: str) -> str:
     """Give the channel on which enqueues to `queue` are notified; for the payload see Notice."""
-    return f"bgjob_{bucket(queue)}"
+    return f"{CHANNEL}{bucket(queue)}"
 
 
 def listen(queue: str) -> Statement[None]:
