@@ -230,6 +230,8 @@ def test_a_shutdown_waits_for_the_handlers_of_all_queues(
     settled: list[bool] = []
     ending = threading.Thread(target=lambda: settled.append(crew.shutdown(worker, timeout=None)))
     ending.start()
+    # Asked a moment later, the queue would have claimed the job that waits.
+    assert eventually(lambda: all(c._give_up_at is not None for c in worker._crew._controls))
     gates["a"].released.set()
     assert eventually(lambda: row(conn, "select count(*) from bgjob_job where id = 'a'") == (0,))
     assert ending.is_alive()
