@@ -30,13 +30,14 @@ Times are seconds of any monotonic clock. It holds to this:
 - Every step has something to do, or names the time to sleep to.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import repeat
 from math import inf
+from operator import itemgetter
 
 from bgjob._exchange import (
     MOST_FREED,
@@ -82,6 +83,7 @@ _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
 
 
+_token = itemgetter(1)
 _make_claimed = partial(tuple.__new__, Claimed)  # half the time of Claimed(...)
 
 
@@ -101,6 +103,8 @@ class _Batch:
     expires: float
     extend_at: float
     jobs: dict[str, Claimed]
+    places: Sequence[str]
+    """Where their rows were, if it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +389,10 @@ class Engine:
                 completed.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
+        for token, count in Counter(map(_token, completed)).items():
+            batch = self._batches.get(token)
+            if batch is not None and batch.places and count == len(batch.jobs):
+                exchange.places[token] = batch.places
 
     def _add_releases(self, exchange: Exchange, outcomes: list[Outcome]) -> None:
         if self._has_keys:
@@ -623,7 +631,18 @@ class Engine:
     def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> float:
         """Tell of what is settled; give the time at which the first of it is due again."""
         settled, due_at, events = reply.settled, inf, news.events
-        for outcome in sent.outcomes:
+        outcomes, places = sent.outcomes, sent.exchange.places
+        if places and len(settled) < len(outcomes):
+            outcomes = self._found(sent, settled)
+        elif places and not self._unsure:
+            batches = [b for t in places if (b := self._batches.get(t)) is not None]
+            if len(outcomes) == sum(len(batch.jobs) for batch in batches):
+                # Whole claims, and nothing else: not each job for itself.
+                for token in places:
+                    del self._batches[token]
+                events += outcomes
+                return due_at
+        for outcome in outcomes:
             claimed, result, took = outcome
             batch = self._drop(claimed)
             if batch is None:
@@ -654,6 +673,21 @@ class Engine:
                 if isinstance(result, Retry) and result.priority is not None:
                     self._marks.retried(result.priority)
         return due_at
+
+    def _found(self, sent: _Sent, settled: set[str]) -> list[Outcome]:
+        """Leave out those that were not at their places: they are sought by their ids next."""
+        found: list[Outcome] = []
+        astray: list[Outcome] = []
+        for outcome in sent.outcomes:
+            job, token, _ = outcome.claimed
+            batch = self._batches.get(token) if token in sent.exchange.places else None
+            if batch is None or job.id in settled or job.id not in batch.jobs:
+                found.append(outcome)
+            else:
+                batch.places = ()
+                astray.append(outcome)
+        self._pending.extendleft(reversed(astray))
+        return found
 
     def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
         """Hand out the jobs that have their keys; others have gone to wait, or ask again soon."""
@@ -729,7 +763,8 @@ class Engine:
         self._lost |= lost - finished - wanting
         self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
-            self._drop(claimed)
+            if (batch := self._drop(claimed)) is not None:
+                batch.places = ()  # an outcome under way may count for one that it has no more
             news.events.append(LeaseLost(claimed.job))
 
     def _waits(self, now: float) -> bool:
@@ -770,7 +805,7 @@ class Engine:
                 self._due_at = now + max(min(waits), 0.0) if waits else inf
                 self._hold(_claimed(jobs, token), sent, now, news)
             case Claim(limit, token, starts):
-                jobs = reply.claimed
+                jobs, places = reply.claimed
                 self._looked(jobs, now, starts, full=len(jobs) == limit)
                 if sent.vague and not self._more:
                     # What was told of may lie behind the marks, or have a priority that is
@@ -780,7 +815,7 @@ class Engine:
                     # and its settlement may travel with the sweep.
                     soon = max(self._marks.early_sweep_at, now + _MOMENT if jobs else now)
                     self._marks.sweep_at = min(self._marks.sweep_at, soon)
-                self._hold(_claimed(jobs, token), sent, now, news)
+                self._hold(_claimed(jobs, token), sent, now, news, places)
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
         self._marks.swept(reply.lines, reply.seen, full=full, began=sent.at, now=now)
@@ -800,7 +835,14 @@ class Engine:
         self._parking.arrived(len(jobs), now)
         self._marks.claimed(jobs, starts, full=full)
 
-    def _hold(self, claimed: list[Claimed], sent: _Sent, now: float, news: News) -> None:
+    def _hold(
+        self,
+        claimed: list[Claimed],
+        sent: _Sent,
+        now: float,
+        news: News,
+        places: Sequence[str] = (),
+    ) -> None:
         if not claimed:
             return
         self._idle = False
@@ -815,6 +857,7 @@ class Engine:
             sent.at + self._lease,
             sent.at + self._lease / 3,
             {c.job.id: c for c in claimed},
+            places,
         )
         self._running += len(claimed)
         keyed = [c for c in claimed if c.job.exclusive is not None]

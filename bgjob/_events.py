@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import assert_never
+from typing import TypeGuard, assert_never
 
 from bgjob._audience import listener
 from bgjob._exchange import (
@@ -74,6 +74,11 @@ class Events:
 
     def tell(self, events: Iterable[Event | BaseException]) -> None:
         """Tell of events, in order, soon."""
+        if self._job_completed is None:
+            # Most events are completions: to hear none of them is to be left in peace.
+            events = [event for event in events if not _is_completion(event)]
+            if not events:
+                return
         with self._ready:
             self._waiting.extend(events)
             while len(self._waiting) > _MOST:
@@ -116,11 +121,10 @@ class Events:
                 )
             completed = self._job_completed
             for event in waiting:
-                # Most events are completions, and this loop competes with the handlers.
+                # This loop competes with the handlers.
                 try:
-                    if type(event) is Outcome and type(event.result) is Complete:
-                        if completed is not None:
-                            completed(event.claimed.job)
+                    if completed is not None and _is_completion(event):
+                        completed(event.claimed.job)
                     else:
                         self._tell(event)
                 except BaseException:
@@ -153,6 +157,10 @@ class Events:
                 observer.worker_error(event)
             case _:
                 assert_never(event)
+
+
+def _is_completion(event: Event | BaseException) -> TypeGuard[Outcome]:
+    return type(event) is Outcome and type(event.result) is Complete
 
 
 def _name(event: Event | BaseException) -> str:

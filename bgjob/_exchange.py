@@ -1,6 +1,6 @@
 """The words between the engine and whoever drives it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -10,6 +10,7 @@ from bgjob._statements.claims import (
     Line,
     Suspect,
     Swept,
+    Taken,
     UnderWay,
     claim,
     claim_suspect,
@@ -26,6 +27,7 @@ from bgjob._statements.settlements import (
     Postponed,
     bury,
     complete,
+    complete_at,
     extend,
     postpone,
 )
@@ -89,6 +91,8 @@ class Exchange:
     """One round trip in one transaction; an empty part is left out."""
 
     complete: list[Claimed] = field(default_factory=list)
+    places: dict[int, Sequence[str]] = field(default_factory=dict)
+    """Where the rows of claims were, by token, all of whose jobs `complete` has."""
     postpone: list[Postponed] = field(default_factory=list)
     bury: list[Buried] = field(default_factory=list)
     extend: list[Claimed] = field(default_factory=list)
@@ -146,8 +150,12 @@ class Exchange:
                 plan.append((statement, "claimed"))
         if self.watch:
             plan.append((under_way(surely=self.watch == "all"), "seen"))
-        if self.complete:
-            plan.append((complete(self.complete), "settled"))
+        found = [c.job.id for c in self.complete if c.token in self.places]
+        if found:
+            plan.append((complete_at(self.places, found), "settled"))
+        if len(found) < len(self.complete):
+            others = [c for c in self.complete if c.token not in self.places]
+            plan.append((complete(others), "settled"))
         if self.postpone:
             plan.append((postpone(self.postpone), "settled"))
         if self.bury:
@@ -244,6 +252,7 @@ class Notice(NamedTuple):
         )
 
 
+_NOTHING_TAKEN = Taken([], [])
 _NOTHING_SWEPT = Swept([], 0)
 _NOTHING_BLOCKED = Blocked([], "")
 
@@ -255,7 +264,7 @@ class Reply:
     settled: set[str] = field(default_factory=set)
     extended: set[str] = field(default_factory=set)
     parked: str | None = None
-    claimed: list[Job] = field(default_factory=list)
+    claimed: Taken = _NOTHING_TAKEN
     seen: UnderWay | None = None
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)

@@ -26,7 +26,7 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
-from bgjob._statements.claims import Line, Suspect, Swept, UnderWay
+from bgjob._statements.claims import Line, Suspect, Swept, Taken, UnderWay
 from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -117,7 +117,8 @@ def found(
 ) -> Reply:
     """Make the answer to a claim of any kind but a suspect's."""
     lines = [Line(0, NOON, wait, deaths) for wait in waits or (None,)]
-    return Reply(claimed=list(jobs), swept=Swept(list(jobs), freed), lines=lines)
+    taken = Taken(list(jobs), [f"(0,{job.id})" for job in jobs])
+    return Reply(claimed=taken, swept=Swept(list(jobs), freed), lines=lines)
 
 
 def settled(exchange: Exchange) -> list[str]:
@@ -269,6 +270,68 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
     drive.engine.reconnect()
     assert settled(drive.exchange()) == ["a"]
     assert drive.answer(Reply()).events == [LeaseLost(a.job), QueueIsEmpty()]
+
+
+def flowing(drive: Drive, *names: str) -> list[Claimed]:
+    """Let the engine claim from its marks, and give it these jobs."""
+    drive.engine.wake(Notice(since={0: NOON}))
+    while not isinstance(drive.next_exchange().claim, Claim):
+        drive.answer(found())
+        drive.engine.wake(Notice(since={0: NOON}))
+    return drive.answer(found(*map(job, names))).run
+
+
+def test_a_claim_is_settled_at_its_places_once_all_of_it_is_done() -> None:
+    drive = Drive(concurrency=4)
+    a, b, c = flowing(drive, "a", "b", "c")
+    drive.finish(a)
+    assert not drive.exchange().places
+    drive.answer(Reply(settled={"a"}))
+    drive.finish(b)
+    drive.finish(c, result=Retry(60.0))
+    assert not drive.exchange().places
+    drive.answer(Reply(settled={"b", "c"}))
+    d, e = flowing(drive, "d", "e")
+    drive.finish(d, e)
+    exchange = drive.exchange()
+    assert exchange.places == {d.token: ["(0,d)", "(0,e)"]}
+    assert exchange.complete == [d, e]
+    assert drive.answer(Reply(settled={"d", "e"})).events[:2] == [
+        Outcome(d, Complete(), 1.0),
+        Outcome(e, Complete(), 1.0),
+    ]
+
+
+def test_what_is_not_at_its_place_is_sought_by_its_id_before_it_counts_as_lost() -> None:
+    drive = Drive(concurrency=4)
+    a, b, c = flowing(drive, "a", "b", "c")
+    drive.finish(a, b, c)
+    assert drive.exchange().places
+    assert drive.answer(Reply(settled={"a"})).events == [Outcome(a, Complete(), 1.0)]
+    exchange = drive.exchange()
+    assert exchange.complete == [b, c]
+    assert not exchange.places
+    events = drive.answer(Reply(settled={"b"})).events
+    assert events[:2] == [Outcome(b, Complete(), 1.0), LeaseLost(c.job)]
+
+
+def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
+    drive = Drive(concurrency=2, lease=3.0)
+    drive.engine.bulky = 1
+    drive.finish(*drive.claim("quick"), took=1e-6)
+    claimed = flowing(drive, *map(str, range(10)))  # as many as were asked for: there are more
+    drive.exchange()
+    drive.finish(claimed[0], took=1e-6)
+    ahead = drive.engine.ahead(drive.now)
+    assert ahead is not None
+    assert ahead.complete == claimed[:1]
+    drive.now += 3.0
+    assert drive.answer(found(claimed[0].job)).events == [LeaseLost(claimed[0].job)]
+    drive.lose()
+    drive.finish(*claimed[1:-1])
+    exchange = drive.next_exchange()
+    assert exchange.complete == claimed[:-1]
+    assert not exchange.places
 
 
 def test_a_refused_settlement_is_halved_until_the_poisonous_outcome_stands_alone() -> None:

@@ -26,7 +26,7 @@ from psycopg.pq import ExecStatus
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._exchange import MOST_FREED
 from bgjob._link import _SESSION
-from bgjob._statements.claims import claim, claim_any, claim_suspect, free, survey, sweep
+from bgjob._statements.claims import Taken, claim, claim_any, claim_suspect, free, survey, sweep
 from bgjob._statements.dead import DeadFilter, expire, listed
 from bgjob._statements.enqueues import enqueue, enqueue_many
 from bgjob._statements.keys import acquire, blocked, lock_keys, release
@@ -37,6 +37,7 @@ from bgjob._statements.settlements import (
     Postponed,
     bury,
     complete,
+    complete_at,
     extend,
     postpone,
 )
@@ -292,12 +293,13 @@ HELD = [
     Claimed(Job(f"{n:07}", "q", "t", None, 1, None, 0, LONG_AGO, LONG_AGO, LONG_AGO), 1)
     for n in range(1, BATCH + 1)
 ]
+PLACES = {1: [f"({n // 50},{n % 50 + 1})" for n in range(BATCH)]}
 REQUESTS = [EnqueueRequest("q", "t", {"n": n}) for n in range(2 * BATCH)]
 PRIORITIES = 5
 FEW = 4 * PRIORITIES
 
 
-def claim_from(mark: datetime, limit: int) -> Statement[list[Job]]:
+def claim_from(mark: datetime, limit: int) -> Statement[Taken]:
     marks = dict.fromkeys(range(PRIORITIES), mark)
     return claim("q", limit=limit, lease=60, token=2, marks=marks)
 
@@ -324,6 +326,7 @@ WORKERS = {
     "claim a suspect": Hot(claim_suspect("q", lease=60, token=2), 1, 1),
     "claim a suspect where there is none": Hot(claim_suspect("fresh", lease=60, token=2), 0, 0),
     "extend": Hot(extend(HELD, lease=60), BATCH, BATCH),
+    "complete where they were": Hot(complete_at(PLACES, [c.job.id for c in HELD]), BATCH),
     **settlements(HELD),
     **settlements(HELD[:1]),
 }

@@ -669,6 +669,7 @@ def _everything(group: str) -> list[Statement[Any]]:
     request = EnqueueRequest("q", "t")
     claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k"]), 1)
     where = dead.DeadFilter()
+    marks = {0: datetime.now(UTC)}
     match group:
         case "producer":
             return [
@@ -677,10 +678,13 @@ def _everything(group: str) -> list[Statement[Any]]:
             ]
         case "worker":
             return [
+                claims.claim("q", limit=1, lease=1, token=1, marks=marks),
+                claims.claim("q", limit=1, lease=1, token=1, marks={**marks, 1: marks[0]}),
                 claims.sweep("q", limit=1, lease=1, token=1),
                 claims.survey("q"),
                 settlements.extend([claimed], lease=1),
                 settlements.complete([claimed]),
+                settlements.complete_at({1: ["(0,1)"]}, ["x"]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),
                 settlements.bury([Buried(claimed, "e")]),
                 keys.lock_keys(["k"]),

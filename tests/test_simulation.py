@@ -42,7 +42,7 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._pace import MOST_AHEAD
-from bgjob._statements.claims import Line, Suspect, Swept, UnderWay
+from bgjob._statements.claims import Line, Suspect, Swept, Taken, UnderWay
 from bgjob._statements.keys import Blocked, Woken
 from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import REST
@@ -87,6 +87,7 @@ class Row:
     deaths: int = 0
     key: str | None = None
     waits: bool = False
+    place: str = ""
     is_delayed: bool = False
     is_known: bool = False
     """Whether the worker itself put it back, and heard that this was done."""
@@ -134,6 +135,8 @@ class Table:
         self.settled: dict[Key, str] = {}  # by claim: done, dead or postponed
         self.taken: dict[Key, int] = {}  # by claim: when its row went to another claim
         self.locked = 0.0  # the share of rows that others have locked
+        self.moves = False  # whether others write rows that are claimed
+        self._places = map(str, count())
         self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
         self.transactions = Transactions()
         self.granted: dict[Key, str] = {}
@@ -141,7 +144,14 @@ class Table:
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
         """Run the statements of an exchange; `began` is the transaction's now()."""
         reply = Reply()
-        for id_ in self._match(exchange.complete):
+        done = {(c.job.id, c.token) for c in exchange.complete}
+        for claimed in [row for row in self.rows.values() if row.token in exchange.places]:
+            assert claimed.token is not None
+            sure = (claimed.id, claimed.token) in done
+            promise(sure, f"{claimed.id}: may be deleted, wherever it lies, and is not done")
+            if claimed.place in exchange.places[claimed.token]:
+                self._end(claimed.id, "done", reply)
+        for id_ in self._match([c for c in exchange.complete if c.token not in exchange.places]):
             self._end(id_, "done", reply)
         for postponed in exchange.postpone:
             id_, token = postponed.claimed.job.id, postponed.claimed.token
@@ -163,6 +173,7 @@ class Table:
             self._end(id_, "dead", reply)
         for id_ in self._match(exchange.extend):
             self.rows[id_].lease_until = now + self._lease
+            self.rows[id_].place = next(self._places)
             reply.extended.add(id_)
         if exchange.acquire:
             reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
@@ -176,7 +187,11 @@ class Table:
                     for row in self._due(began)
                     if self._is_fresh(row) and row.due >= starts.get(row.priority, inf)
                 ]
-                reply.claimed = self.take(found, limit, token, now=now, at=at)
+                jobs = self.take(found, limit, token, now=now, at=at)
+                reply.claimed = Taken(jobs, [self.rows[job.id].place for job in jobs])
+                for job in jobs if self.moves else []:
+                    if job.id.endswith("5"):
+                        self.rows[job.id].place = next(self._places)
             case Sweep(limit, token):
                 reply.swept = self.sweep(limit, token, began=began, now=now, at=at)
                 reply.lines = self._survey(began=began, now=now)
@@ -186,7 +201,7 @@ class Table:
                 for job in self.take(found, 1, token, now=now, at=at):
                     reply.suspects = [Suspect(job, self.rows[job.id].deaths)]
         if exchange.watch:
-            writes = reply.claimed or reply.swept.jobs or reply.swept.freed
+            writes = reply.claimed.jobs or reply.swept.jobs or reply.swept.freed
             number = self.transactions.begin() if writes or exchange.watch == "all" else None
             reply.seen = self.transactions.seen(EPOCH + began * MICROSECOND, number)
             if number is not None:
@@ -317,6 +332,7 @@ class Table:
             row.token = token
             row.is_known = False
             row.lease_until = now + self._lease
+            row.place = next(self._places)
             row.attempt += 1
             when = EPOCH + row.due * MICROSECOND
             kind = "transactional" if row.id.endswith(("3", "7")) else "ordinary"
@@ -432,6 +448,7 @@ class History:
         self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
+        self.table.moves = seed % 4 > 1
         self.clock_offset = 0.0
 
         # The connection.
@@ -774,7 +791,7 @@ class History:
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
                 ahead = ahead or self._follow()
                 if ahead is not None:
-                    coming = len(reply.claimed) + len(reply.swept.jobs) + len(reply.suspects)
+                    coming = len(reply.claimed.jobs) + len(reply.swept.jobs) + len(reply.suspects)
                     self._check_exchange(ahead, coming=coming)
                 self._suspect(exchange, reply)
                 news = self.engine.acknowledge(reply, self.now)

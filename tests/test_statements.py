@@ -35,6 +35,7 @@ from bgjob._statements.settlements import (
     Postponed,
     bury,
     complete,
+    complete_at,
     extend,
     postpone,
 )
@@ -136,7 +137,7 @@ def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> 
                     jobs = ask(mine, sweep("q", limit=37, lease=60, token=number)).jobs
                 else:
                     marked = claim("q", limit=37, lease=60, token=number, marks=marks)
-                    jobs = ask(mine, marked)
+                    jobs = ask(mine, marked).jobs
                 if not jobs:
                     return
                 got[number] += [job.id for job in jobs]
@@ -161,7 +162,7 @@ def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Co
     ]
     marks = dict.fromkeys(range(5), LONG_AGO)
     jobs = ask(worker, sweep("q", limit=30, lease=60, token=1)).jobs
-    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks))
+    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks)).jobs
     assert [job.id for job in jobs] == expected
 
 
@@ -176,7 +177,7 @@ def test_a_claim_starts_at_its_marks(worker: psycopg.Connection) -> None:
     def found(**options: Any) -> list[str]:
         with worker.transaction(force_rollback=True):
             statement = claim("q", limit=9, lease=60, token=1, **options)
-            return [job.id for job in ask(worker, statement)]
+            return [job.id for job in ask(worker, statement).jobs]
 
     assert found(marks={0: mark}) == []
     assert found(marks={0: mark - timedelta(seconds=50)}) == ["10"]
@@ -229,7 +230,7 @@ def test_suspects_are_claimed_one_at_a_time_and_by_no_other_claim(
     worker.execute("update bgjob_job set deaths = 2, attempt = 2 where id < 'q000003'")
     marks = dict.fromkeys(range(5), LONG_AGO)
     others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
-    assert [job.id for job in others] == ["q000003"]
+    assert [job.id for job in others.jobs] == ["q000003"]
     assert ask(worker, sweep("q", limit=9, lease=60, token=2)) == ([], 0)
     taken = [ask(worker, claim_suspect("q", lease=60, token=3)) for _ in range(3)]
     assert [[(s.job.id, s.job.attempt, s.deaths) for s in suspects] for suspects in taken] == [
@@ -344,6 +345,40 @@ def test_delayed_jobs_of_a_higher_priority_in_front_are_not_looked_at(
     conn.execute("analyze bgjob_job")
     many = touched()
     assert {look: pages for look, pages in many.items() if pages > few[look] + DEEPER} == {}
+
+
+# -- settlements at places ------------------------------------------------------------------
+
+
+def test_a_claim_is_settled_where_its_rows_are(worker: psycopg.Connection) -> None:
+    fill(worker, 9)
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    first, second = (
+        ask(worker, claim("q", limit=3, lease=60, token=token, marks=marks)) for token in (1, 2)
+    )
+    ids = [job.id for job in [*first.jobs, *second.jobs]]
+    places = {1: first.places, 2: second.places}
+    assert ask(worker, complete_at(places, ids)) == ids
+    left = "select count(*), count(token), count(*) filter (where id = any (%s)) from bgjob_job"
+    assert worker.execute(left, [ids]).fetchall() == [(3, 0, 0)]
+
+
+@pytest.mark.parametrize("marks", [{0: LONG_AGO}, {0: LONG_AGO, 1: LONG_AGO}], ids=["one", "two"])
+def test_what_was_written_or_taken_since_the_claim_stays(
+    worker: psycopg.Connection, marks: dict[int, datetime]
+) -> None:
+    fill(worker, 20)
+    jobs, places = ask(worker, claim("q", limit=4, lease=60, token=1, marks=marks))
+    written, taken, *others = [job.id for job in jobs]
+    worker.execute("update bgjob_job set attempt = attempt where id = %s", [written])
+    worker.execute("update bgjob_job set token = 2 where id = %s", [taken])
+    # Another's row where one of them was.
+    [(place,)] = worker.execute("select ctid::text from bgjob_job where id = %s", [taken])
+    ids = [job.id for job in jobs]
+    assert set(ask(worker, complete_at({1: [*places, place]}, ids))) == set(others)
+    assert ask(worker, complete([Claimed(job, 1) for job in jobs])) == [written]
+    left = worker.execute("select id, token from bgjob_job where token is not null")
+    assert left.fetchall() == [(taken, 2)]
 
 
 # -- fences ------------------------------------------------------------------------------

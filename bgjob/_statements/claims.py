@@ -73,7 +73,7 @@ _LINES_FROM_MARKS = """
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
     where ctid = any (array({_due(_LINES_FROM_MARKS, f"{_FRESH} and {_UNPAUSED}")}))
-    returning {JOB_COLUMNS}
+    returning {JOB_COLUMNS}, ctid::text
 """
 
 # Most queues have one priority. Without the join an idle worker claims a job in 0.6
@@ -89,7 +89,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         limit %(limit)s
         for update skip locked
     ))
-    returning {JOB_COLUMNS}
+    returning {JOB_COLUMNS}, ctid::text
 """
 
 _LINES = f"""
@@ -155,6 +155,14 @@ _CLAIM_ANY = f"""
 """
 
 
+class Taken(NamedTuple):
+    """What a claim took."""
+
+    jobs: list[Job]
+    places: list[str]
+    """Where their rows are, until they are written again."""
+
+
 def claim(
     queue: str,
     *,
@@ -162,7 +170,7 @@ def claim(
     lease: float,
     token: int,
     marks: Mapping[int, datetime],
-) -> Statement[list[Job]]:
+) -> Statement[Taken]:
     """Claim due jobs of these priorities, from their marks on.
 
     They are taken in (priority, next_run_at) order, and come sorted so.
@@ -176,10 +184,10 @@ def claim(
     if len(marks) == 1:
         [(priority, mark)] = marks.items()
         params |= {"priority": priority, "mark": mark}
-        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _jobs_of_one_priority, binary=True)
+        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _taken_of_one_priority, binary=True)
     priorities = sorted(marks)
     params |= {"priorities": priorities, "marks": [marks[priority] for priority in priorities]}
-    return Statement(_CLAIM, params, _jobs, binary=True)
+    return Statement(_CLAIM, params, _taken, binary=True)
 
 
 class UnderWay(NamedTuple):
@@ -322,22 +330,28 @@ def survey(queue: str) -> Statement[list[Line]]:
 # An update returns rows in no order. Of one priority they are sorted twice as fast.
 
 
+def _taken(rows: Sequence[Row]) -> Taken:
+    return Taken(_jobs(sorted(rows, key=_by_due)), [row[-1] for row in rows])
+
+
+def _taken_of_one_priority(rows: Sequence[Row]) -> Taken:
+    return Taken(_jobs(sorted(rows, key=_by_next_run_at)), [row[-1] for row in rows])
+
+
 def _jobs(rows: Sequence[Row]) -> list[Job]:
-    return list(map(make_job, sorted(rows, key=_by_due)))
-
-
-def _jobs_of_one_priority(rows: Sequence[Row]) -> list[Job]:
-    return list(map(make_job, sorted(rows, key=_by_next_run_at)))
+    return list(map(make_job, map(_job_columns, rows)))
 
 
 def _swept(rows: Sequence[Row]) -> Swept:
-    return Swept(_jobs([row[:-1] for row in rows if row[0] is not None]), rows[0][-1])
+    found = [row for row in rows if row[0] is not None]
+    return Swept(_jobs(sorted(found, key=_by_due)), rows[0][-1])
 
 
 def _suspects(rows: Sequence[Row]) -> list[Suspect]:
-    return [Suspect(make_job(row[:-1]), row[-1]) for row in rows]
+    return [Suspect(job, row[-1]) for job, row in zip(_jobs(rows), rows, strict=True)]
 
 
+_job_columns = itemgetter(slice(len(Job._fields)))
 _by_due = itemgetter(6, 7)  # priority and due time
 _by_next_run_at = itemgetter(7)
 make_job = partial(tuple.__new__, Job)  # a third of the time of Job(*row)

@@ -1,7 +1,9 @@
 """Settle jobs that are claimed, extend their leases."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import LiteralString, NamedTuple
 
 from bgjob._statements.statement import Row, Statement, column, number_array, scalar, text_array
 from bgjob.job import Job
@@ -16,28 +18,62 @@ class Claimed(NamedTuple):
     """How many workers in a row died, or lost the lease, before this claim."""
 
 
+# Mostly all of them are, and need not be told one by one.
+_ALL_OR_SOME: LiteralString = """
+    select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
+"""
+
+
 def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
     """Delete jobs that are done; the ids of those still held."""
     ids = [c.job.id for c in claimed]
-
-    def all_or_some(rows: Sequence[Row]) -> list[str]:
-        [(some, count)] = rows
-        return ids if count == len(ids) else some or []
-
     return Statement(
-        """
+        f"""
         with gone as (
             delete from bgjob_job
             where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
             returning id
         )
-        -- Mostly all of them are, and need not be told one by one.
-        select case when count(*) < %(count)s then array_agg(id) end, count(*) from gone
+        {_ALL_OR_SOME}
         """,
         {**_held(claimed, ids), "count": len(ids)},
-        all_or_some,
+        partial(_all_or_some, ids),
         prepare=False,
     )
+
+
+def complete_at(places: Mapping[int, Sequence[str]], ids: list[str]) -> Statement[list[str]]:
+    """Delete all jobs of claims, which are done, where their rows were; the ids of those found.
+
+    That takes half of the time of `complete`. A row that was written since is elsewhere,
+    and stays. What holds the token of such a claim is done, wherever it lies.
+
+    Args:
+        places: by token.
+        ids: of all of them.
+
+    """
+    return Statement(
+        f"""
+        with gone as (
+            delete from bgjob_job
+            where ctid = any (%(places)s::tid[]) and token = any (%(tokens)s::bigint[])
+            returning id
+        )
+        {_ALL_OR_SOME}
+        """,
+        {
+            "places": text_array([*chain.from_iterable(places.values())]),
+            "tokens": number_array([*places]),
+            "count": len(ids),
+        },
+        partial(_all_or_some, ids),
+    )
+
+
+def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
+    [[some]] = rows
+    return ids if some is None else some
 
 
 def begin(token: int) -> bytes:
