@@ -81,6 +81,7 @@ class Bench:
         self.admin.execute("vacuum (analyze) bgjob_job")
         self.admin.execute("checkpoint")
         gc.collect()
+        gc.freeze()  # as `bgjob worker` does with what was imported
 
     def jobs(self) -> int:
         """Count the live jobs."""

@@ -36,8 +36,8 @@ _outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
 inside: ContextVar["Runner | None"] = ContextVar("bgjob_inside", default=None)
 """The runner whose handler is running in this context."""
 
-_BEFORE_YIELD = 100
-"""Jobs that one task runs before it lets the loop's other tasks run."""
+_TURN = 0.001
+"""Seconds for which one task runs jobs before it lets the loop's other tasks run."""
 
 
 class _Thread:
@@ -381,7 +381,7 @@ class Runner:
             self._mux.route,
             self._started,
         )
-        ran = 0
+        turned = perf_counter()
         while not self._closed:
             if claimed is None:
                 try:
@@ -423,9 +423,9 @@ class Runner:
                 outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = None
-            ran += 1
-            if ran % _BEFORE_YIELD == 0:
+            if perf_counter() - turned > _TURN:
                 await asyncio.sleep(0)
+                turned = perf_counter()
 
     async def _run_async(self, route: Route, claimed: Claimed) -> Ending | None:
         """Run a handler that has a transaction or a timeout; None if it was given up."""

@@ -29,6 +29,7 @@ NOISE = 4.0
 JOBS = """
 import asyncio
 import atexit
+import gc
 import logging
 import multiprocessing
 import os
@@ -58,6 +59,11 @@ def hello(job):
 @mux.handler("hello_async")
 async def hello_async(job):
     say("hello", job.id)
+
+
+@mux.handler("frozen")
+def frozen(job):
+    say("frozen:", all(looked_at is not mux for looked_at in gc.get_objects()))
 
 
 @mux.handler("gate")
@@ -331,6 +337,15 @@ def test_serves_what_a_factory_makes(start: Start, client: Client, name: str) ->
     command = start(f"jobs:{name}")
     enqueue(client, "hello_async")
     command.heard("hello a")
+    assert command.stopped() == 0
+
+
+def test_what_the_program_has_imported_is_never_looked_at_by_the_garbage_collector_again(
+    start: Start, client: Client
+) -> None:
+    command = start("jobs:worker")
+    enqueue(client, "frozen")
+    command.heard("frozen: True")
     assert command.stopped() == 0
 
 

@@ -39,9 +39,12 @@ from bgjob import (
 )
 from bgjob._crew import Queues
 from bgjob._exchange import Exchange, Notice, Sweep
+from bgjob._fork import Lineage
 from bgjob._link import Bell, Link
+from bgjob._runner import Runner
 from bgjob._statements.notices import channel
 from bgjob._statements.settlements import Claimed, Postponed
+from bgjob._transaction import Transactions
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 
@@ -554,6 +557,46 @@ def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connecti
     observer.wait_for("completed", "mine")
     observer.wait_for("empty", "q")
     assert rows(conn, "select id, attempt from bgjob_job") == [("other", 0)]
+
+
+def test_coroutines_that_compute_let_the_loop_turn_between_them() -> None:
+    turns: list[None] = []
+    seen: list[int] = []
+    ended = threading.Event()
+
+    async def other() -> None:
+        while len(seen) < 10:
+            turns.append(None)
+            await asyncio.sleep(0)
+        ended.set()
+
+    others: list[asyncio.Task[None]] = []
+
+    async def body(job: Job) -> None:
+        if not others:
+            others.append(asyncio.create_task(other()))
+        seen.append(len(turns))
+        time.sleep(0.002)  # noqa: ASYNC251
+
+    runner = Runner(
+        Mux().register("t", body),
+        Transactions(("", {}), lineage := Lineage()),
+        lineage,
+        queue="q",
+        concurrency=1,
+        started=None,
+        timed_out=lambda *_: None,
+        finished=lambda: None,
+    )
+    runner.open()
+    try:
+        now = datetime.now(UTC)
+        jobs = [Job(str(n), "q", "t", None, 1, None, 0, now, now, now) for n in range(10)]
+        runner.submit([Claimed(job, 1) for job in jobs])
+        assert ended.wait(PATIENCE)
+    finally:
+        runner.close()
+    assert seen == sorted(set(seen))
 
 
 # -- when a job starts ----------------------------------------------------------------------
