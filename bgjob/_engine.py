@@ -261,6 +261,7 @@ class Engine:
         if batch is None or job.id not in batch.jobs:
             return False  # lost: it is dropped with the others
         batch.jobs[job.id] = claimed
+        batch.places = ()  # its row is written with its key
         self._wanting.append(claimed)
         self._has_keys = True
         return True
@@ -739,6 +740,7 @@ class Engine:
             if batch is None or claimed.job.id not in batch.jobs:
                 continue  # its own transaction has settled it meanwhile
             batch.extend_at = sent.at + self._lease / 3
+            batch.places = ()
             if claimed.job.id in reply.extended:
                 batch.expires = sent.at + self._lease
             elif claimed not in self._unsure and claimed.job.type not in self._transactional:

@@ -26,6 +26,7 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
+from bgjob._route import Wants
 from bgjob._statements.claims import Line, Suspect, Swept, Taken, UnderWay
 from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import Watermarks
@@ -50,6 +51,7 @@ class Drive:
         poll_interval: float = 1.0,
         lease: float = 30.0,
         notify: bool = False,
+        names_keys: bool = False,
     ) -> None:
         self.now = 100.0
         self.engine = Engine(
@@ -58,6 +60,7 @@ class Drive:
             lease=lease,
             notify=notify,
             tokens=count(1),
+            names_keys=names_keys,
         )
 
     def step(self) -> Step:
@@ -300,6 +303,31 @@ def test_a_claim_is_settled_at_its_places_once_all_of_it_is_done() -> None:
         Outcome(d, Complete(), 1.0),
         Outcome(e, Complete(), 1.0),
     ]
+
+
+def test_a_claim_whose_rows_were_written_is_not_settled_at_its_places() -> None:
+    drive = Drive(concurrency=4, lease=3.0, poll_interval=10.0)
+    a, b = flowing(drive, "a", "b")
+    drive.now += 1.0
+    while not drive.exchange().extend:
+        drive.answer()
+    drive.answer(Reply(extended={"a", "b"}))
+    drive.finish(a, b)
+    exchange = drive.exchange()
+    assert exchange.complete == [a, b]
+    assert not exchange.places
+
+
+def test_a_claim_whose_jobs_were_given_keys_is_not_settled_at_its_places() -> None:
+    drive = Drive(concurrency=4, names_keys=True)
+    a, b = flowing(drive, "a", "b")
+    drive.engine.finish([Outcome(a, Wants("key"), None)])
+    assert [c.job.id for c in drive.exchange().acquire] == ["a"]
+    (keyed,) = drive.answer(Reply(acquired={("a", a.token): True})).run
+    drive.finish(keyed, b)
+    exchange = drive.exchange()
+    assert exchange.complete == [keyed, b]
+    assert not exchange.places
 
 
 def test_what_is_not_at_its_place_is_sought_by_its_id_before_it_counts_as_lost() -> None:

@@ -581,6 +581,23 @@ def test_an_old_snapshot_makes_neither_claims_nor_pick_ups_dearer(
     worker.wait_for("completed", times=11 * batch)
 
 
+@both_colours
+def test_a_table_that_is_rewritten_while_its_jobs_are_held_loses_none(
+    world: World, colour: Colour
+) -> None:
+    # A claim tells where its rows are, and each of these moves them all.
+    enqueue(world, "plain", count=300)
+    worker = start(world, colour, concurrency=10, lease=LONG)
+    rewritten = 0
+    while world.live():
+        world.query("vacuum full bgjob_job")
+        rewritten += 1
+    assert rewritten > 1
+    world.witness(worker, "completed", times=300)
+    assert worker.of("lost", "retried", "error") == []
+    assert all(world.rows(id) == 1 for id in world.jobs)
+
+
 # -- 21: PgBouncer in transaction mode -------------------------------------------------------
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, 0)"
