@@ -382,7 +382,7 @@ class Runner:
             self._mux.route,
             self._started,
         )
-        turned = perf_counter()
+        self._last, turned = me, perf_counter()
         while not self._closed:
             if claimed is None:
                 try:
