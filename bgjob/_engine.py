@@ -390,7 +390,7 @@ class Engine:
                 completed.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
-        for token, count in Counter(map(_token, completed)).items():
+        for token, count in Counter(map(_token, completed)).items() if completed else ():
             batch = self._batches.get(token)
             if batch is not None and batch.places and count == len(batch.jobs):
                 exchange.places[token] = batch.places

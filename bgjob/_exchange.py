@@ -150,12 +150,13 @@ class Exchange:
                 plan.append((statement, "claimed"))
         if self.watch:
             plan.append((under_way(surely=self.watch == "all"), "seen"))
-        found = [c.job.id for c in self.complete if c.token in self.places]
-        if found:
+        if self.places:
+            found = [c.job.id for c in self.complete if c.token in self.places]
             plan.append((complete_at(self.places, found), "settled"))
-        if len(found) < len(self.complete):
+        if self.complete:
             others = [c for c in self.complete if c.token not in self.places]
-            plan.append((complete(others), "settled"))
+            if others:
+                plan.append((complete(others), "settled"))
         if self.postpone:
             plan.append((postpone(self.postpone), "settled"))
         if self.bury:
