@@ -390,7 +390,12 @@ class Engine:
                 completed.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
-        for token, count in Counter(map(_token, completed)).items() if completed else ():
+        if completed:
+            self._add_places(exchange)
+
+    def _add_places(self, exchange: Exchange) -> None:
+        """Tell where those rows are whose whole claim is done."""
+        for token, count in Counter(map(_token, exchange.complete)).items():
             batch = self._batches.get(token)
             if batch is not None and batch.places and count == len(batch.jobs):
                 exchange.places[token] = batch.places

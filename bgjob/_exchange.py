@@ -150,13 +150,13 @@ class Exchange:
                 plan.append((statement, "claimed"))
         if self.watch:
             plan.append((under_way(surely=self.watch == "all"), "seen"))
+        others = self.complete
         if self.places:
-            found = [c.job.id for c in self.complete if c.token in self.places]
-            plan.append((complete_at(self.places, found), "settled"))
-        if self.complete:
-            others = [c for c in self.complete if c.token not in self.places]
-            if others:
-                plan.append((complete(others), "settled"))
+            ids = [c.job.id for c in others if c.token in self.places]
+            plan.append((complete_at(self.places, ids), "settled"))
+            others = [c for c in others if c.token not in self.places]
+        if others:
+            plan.append((complete(others), "settled"))
         if self.postpone:
             plan.append((postpone(self.postpone), "settled"))
         if self.bury:

@@ -93,7 +93,7 @@ class Runner:
         self._loop = loop
         self._loop_thread: threading.Thread | None = None
         self._tasks: dict[asyncio.Task[None], _Task] = {}
-        self._last: _Task | None = None  # which ran a job
+        self._last: _Task | None = None  # of them, that ran a job
         self._beat_at = inf  # when the loop was asked for a sign of life that has not come
         self._beat_due = -inf
         self._beat_told = False
@@ -423,7 +423,7 @@ class Runner:
                     await _absorb_cancellation(task)
                 outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
-            claimed = None
+            claimed = me.claimed = None
             if self._last is not me:
                 self._last, turned = me, perf_counter()  # others have run since
             elif perf_counter() - turned > _TURN:

@@ -78,8 +78,8 @@ def _serve(
         if lifeline is not None:
             ending.follow(lifeline)
         loaded = load(target, choice)
-        # What was imported lives as long as the process. To walk over it again and again
-        # holds up handlers and server, by a twentieth of a drain.
+        # What was imported lives as long as the process: to walk over it at each full
+        # collection only holds up handlers and server.
         gc.collect()
         gc.freeze()
     ending.obey_signals()  # also where the program has set up handlers of its own

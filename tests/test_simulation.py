@@ -144,13 +144,8 @@ class Table:
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
         """Run the statements of an exchange; `began` is the transaction's now()."""
         reply = Reply()
-        done = {(c.job.id, c.token) for c in exchange.complete}
-        for claimed in [row for row in self.rows.values() if row.token in exchange.places]:
-            assert claimed.token is not None
-            sure = (claimed.id, claimed.token) in done
-            promise(sure, f"{claimed.id}: may be deleted, wherever it lies, and is not done")
-            if claimed.place in exchange.places[claimed.token]:
-                self._end(claimed.id, "done", reply)
+        if exchange.places:
+            self._complete_at(exchange, reply)
         for id_ in self._match([c for c in exchange.complete if c.token not in exchange.places]):
             self._end(id_, "done", reply)
         for postponed in exchange.postpone:
@@ -376,6 +371,16 @@ class Table:
                 promise((id_, row.token) in asked, f"{id_}: hit by the statement of another claim")
                 held.append(id_)
         return held
+
+    def _complete_at(self, exchange: Exchange, reply: Reply) -> None:
+        """As `ctid = any (...) and token = any (...)`: rows may have been moved to any place."""
+        done = {(c.job.id, c.token) for c in exchange.complete}
+        for row in [row for row in self.rows.values() if row.token in exchange.places]:
+            assert row.token is not None
+            sure = (row.id, row.token) in done
+            promise(sure, f"{row.id}: may be deleted, wherever it lies, and is not done")
+            if row.place in exchange.places[row.token]:
+                self._end(row.id, "done", reply)
 
     def _end(self, id_: str, how: str, reply: Reply) -> None:
         row = self.rows.pop(id_)

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, LiteralString
 
@@ -37,11 +37,11 @@ from bgjob import (
     SchemaError,
     Worker,
 )
+from bgjob import _runner
 from bgjob._crew import Queues
 from bgjob._exchange import Exchange, Notice, Sweep
 from bgjob._fork import Lineage
 from bgjob._link import Bell, Link
-from bgjob._runner import Runner
 from bgjob._statements.notices import channel
 from bgjob._statements.settlements import Claimed, Postponed
 from bgjob._transaction import Transactions
@@ -559,26 +559,10 @@ def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connecti
     assert rows(conn, "select id, attempt from bgjob_job") == [("other", 0)]
 
 
-def test_coroutines_that_compute_let_the_loop_turn_between_them() -> None:
-    turns: list[None] = []
-    seen: list[int] = []
-    ended = threading.Event()
-
-    async def other() -> None:
-        while len(seen) < 10:
-            turns.append(None)
-            await asyncio.sleep(0)
-        ended.set()
-
-    others: list[asyncio.Task[None]] = []
-
-    async def body(job: Job) -> None:
-        if not others:
-            others.append(asyncio.create_task(other()))
-        seen.append(len(turns))
-        time.sleep(0.002)  # noqa: ASYNC251
-
-    runner = Runner(
+@contextmanager
+def running(body: Handler, *ids: str) -> Iterator[_runner.Runner]:
+    """Let a runner by itself run jobs, one after the other."""
+    runner = _runner.Runner(
         Mux().register("t", body),
         Transactions(("", {}), lineage := Lineage()),
         lineage,
@@ -591,12 +575,48 @@ def test_coroutines_that_compute_let_the_loop_turn_between_them() -> None:
     runner.open()
     try:
         now = datetime.now(UTC)
-        jobs = [Job(str(n), "q", "t", None, 1, None, 0, now, now, now) for n in range(10)]
+        jobs = (Job(id_, "q", "t", None, 1, None, 0, now, now, now) for id_ in ids)
         runner.submit([Claimed(job, 1) for job in jobs])
-        assert ended.wait(PATIENCE)
+        yield runner
     finally:
         runner.close()
+
+
+def test_coroutines_that_compute_let_the_loop_turn_between_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_runner, "_TURN", 0.0)  # each of them computes for longer
+    turns: list[None] = []
+    seen: list[int] = []
+    others: list[asyncio.Task[None]] = []
+    ended = threading.Event()
+
+    async def other() -> None:
+        while len(seen) < 10:
+            turns.append(None)
+            await asyncio.sleep(0)
+        ended.set()
+
+    async def body(_: Job) -> None:
+        if not others:
+            others.append(asyncio.create_task(other()))
+        seen.append(len(turns))
+
+    with running(body, *map(str, range(10))):
+        assert ended.wait(PATIENCE)
     assert seen == sorted(set(seen))
+
+
+@both_styles
+def test_nothing_of_a_job_is_kept_by_the_slot_that_ran_it(style: Style) -> None:
+    def alive() -> bool:
+        return any(type(o) is Job and o.id == "to be forgotten" for o in gc.get_objects())
+
+    with running(handler(style, lambda _: None), "to be forgotten") as runner:
+        assert eventually(lambda: runner.is_idle and runner.has_outcomes)
+        assert alive()
+        runner.collect()
+        assert eventually(lambda: not alive())
 
 
 # -- when a job starts ----------------------------------------------------------------------

@@ -18,24 +18,24 @@ class Claimed(NamedTuple):
     """How many workers in a row died, or lost the lease, before this claim."""
 
 
-# Mostly all of them are, and need not be told one by one.
-_ALL_OR_SOME: LiteralString = """
+_COMPLETE: LiteralString = """
+    with gone as (
+        delete from bgjob_job
+        where {found} and token = any (%(tokens)s::bigint[])
+        returning id
+    )
+    -- Mostly all of them are, and need not be told one by one.
     select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
 """
+_COMPLETE_BY_ID = _COMPLETE.format(found="id = any (%(ids)s::text[])")
+_COMPLETE_AT = _COMPLETE.format(found="ctid = any (%(places)s::tid[])")
 
 
 def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
     """Delete jobs that are done; the ids of those still held."""
     ids = [c.job.id for c in claimed]
     return Statement(
-        f"""
-        with gone as (
-            delete from bgjob_job
-            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-            returning id
-        )
-        {_ALL_OR_SOME}
-        """,
+        _COMPLETE_BY_ID,
         {**_held(claimed, ids), "count": len(ids)},
         partial(_all_or_some, ids),
         prepare=False,
@@ -45,8 +45,8 @@ def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
 def complete_at(places: Mapping[int, Sequence[str]], ids: list[str]) -> Statement[list[str]]:
     """Delete all jobs of claims, which are done, where their rows were; the ids of those found.
 
-    That takes half of the time of `complete`. A row that was written since is elsewhere,
-    and stays. What holds the token of such a claim is done, wherever it lies.
+    No index is walked down for each, as by `complete`. A row that was written since is
+    elsewhere, and stays. What holds the token of such a claim is done, wherever it lies.
 
     Args:
         places: by token.
@@ -54,14 +54,7 @@ def complete_at(places: Mapping[int, Sequence[str]], ids: list[str]) -> Statemen
 
     """
     return Statement(
-        f"""
-        with gone as (
-            delete from bgjob_job
-            where ctid = any (%(places)s::tid[]) and token = any (%(tokens)s::bigint[])
-            returning id
-        )
-        {_ALL_OR_SOME}
-        """,
+        _COMPLETE_AT,
         {
             "places": text_array([*chain.from_iterable(places.values())]),
             "tokens": number_array([*places]),
