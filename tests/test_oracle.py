@@ -60,6 +60,18 @@ def test_a_job_that_is_neither_done_nor_live_nor_dead_is_lost(world: World, type
     assert "1 jobs are lost: ['a" in judge(world)
 
 
+def test_a_job_without_a_ledger_is_lost_unless_its_end_was_told(world: World) -> None:
+    worker = world.worker(world.mux())
+    world.enqueue("plain", "done", mute=True, ledger=False)
+    world.done()
+    worker.wait_for("completed", "done")
+    worker.shutdown()
+    world.enqueue("plain", "seen", "gone", ledger=False)
+    world.query("delete from bgjob_job")
+    world.end("seen")
+    assert "1 jobs are lost: ['gone" in judge(world)
+
+
 def test_a_child_that_a_committed_parent_enqueued_may_not_be_lost(world: World) -> None:
     world.worker(world.mux())
     world.enqueue("transactional", "a", children=2)

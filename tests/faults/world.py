@@ -66,6 +66,11 @@ class Heard:
         happened = eventually(lambda: self.heard(name, id, times=times), timeout)
         assert happened, f"{name} {id or ''} did not happen {times} times: {self.tail()}"
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether it had the time to tell of all that it did."""
+        raise NotImplementedError
+
     def tail(self) -> str:
         """What happened last, for a message."""
         return "\n".join(map(str, self.events()[-40:]))
@@ -113,6 +118,10 @@ class Process(Heard):
     def runs(self) -> bool:
         """Whether it is alive and not stopped."""
         return self.alive and not self.is_stopped
+
+    @property
+    def ended_well(self) -> bool:
+        return self._popen.poll() == 0
 
     @property
     def output(self) -> str:
@@ -208,6 +217,10 @@ class Local(Heard):
         """Whether it has not been shut down by `shutdown`."""
         return not self._ended
 
+    @property
+    def ended_well(self) -> bool:
+        return True
+
     def shutdown(self, timeout: float = 5.0) -> bool:
         """Shut it down; whether every job that had started is settled."""
         self._ended = True
@@ -279,6 +292,7 @@ class World:
         dsn: the database, directly.
         client: a Client on it.
         jobs: what was acknowledged, by id.
+        ended: the jobs whose end the test saw, where no worker of the world tells of it.
         named: the errors and events that the test named and saw.
 
     """
@@ -289,6 +303,7 @@ class World:
         self.lease = lease
         self.poll_interval = poll_interval
         self.jobs: dict[str, Acknowledged] = {}
+        self.ended: set[str] = set()
         self.named: list[str] = []
         self.processes: list[Process] = []
         self.locals: list[Local] = []
@@ -416,10 +431,14 @@ class World:
         """Say that these jobs were enqueued: the oracle holds the library to them.
 
         `ledger=False` is for jobs whose handlers write no ledger: then one that is neither live
-        nor dead counts as done.
+        nor dead counts as done where a worker of the world told of its end, or the test (`end`).
         """
         for id in ids:
             self.jobs[id] = Acknowledged(id, type, arg, ledger)
+
+    def end(self, *ids: str) -> None:
+        """Say that the test itself saw these jobs end, which no worker of the world ran."""
+        self.ended.update(ids)
 
     def children(self, id: str) -> list[str]:
         """The ids of the children that a job enqueues."""
