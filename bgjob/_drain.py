@@ -7,6 +7,7 @@ in its own way.
 import asyncio
 from collections.abc import Generator
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import wraps
 from secrets import randbits
@@ -142,7 +143,8 @@ def drain(
             while True:
                 try:
                     if isinstance(step, _Run):
-                        answer: object = _run(step, conn, recipe, runner)
+                        # Each in a context of its own, which is not the test's.
+                        answer: object = copy_context().run(_run, step, conn, recipe, runner)
                     else:
                         answer = ask(conn, step)
                 except BaseException as error:
@@ -183,7 +185,9 @@ async def adrain(
                 while True:
                     try:
                         if isinstance(step, _Run):
-                            answer: object = await _run_async(step, conn, recipe)
+                            answer: object = await asyncio.create_task(
+                                _run_async(step, conn, recipe)
+                            )
                         else:
                             answer = await ask_async(conn, step)
                     except BaseException as error:
@@ -229,7 +233,7 @@ def _steps(plan: _Plan) -> _Steps:
                 f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
                 "it enqueue or reschedule itself without a delay? Give drain() a limit"
             )
-        claimed, route = routed(Claimed(job, token, deaths), plan.mux)
+        claimed, route = copy_context().run(routed, Claimed(job, token, deaths), plan.mux)
         if claimed.job.exclusive is not None:
             granted = has_key((yield from _all(acquisition(claimed))))
             if granted is None:
@@ -318,12 +322,12 @@ def _run(
     route, claimed = step
     if not route.is_transactional:
         if route.is_coroutine:
-            return runner.run(_awaited(route, claimed.job))
+            return runner.run(_awaited(route, claimed.job), context=copy_context())
         return route.run(claimed.job)
     if recipe is not None:
         with closing(Transactions(recipe, Lineage())) as transactions:
             if route.is_coroutine:
-                return runner.run(transactions.run_async(route, claimed))
+                return runner.run(transactions.run_async(route, claimed), context=copy_context())
             return transactions.run(route, claimed)
     if route.is_coroutine:
         raise _wrong_colour(route, "a coroutine function and needs an AsyncConnection: use adrain")

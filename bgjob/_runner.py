@@ -14,7 +14,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from functools import partial
 from math import inf
 from time import perf_counter
@@ -22,13 +22,14 @@ from typing import cast
 
 from bgjob._exchange import Outcome, Release
 from bgjob._fork import Lineage
+from bgjob._route import Wants
 from bgjob._statements.settlements import Claimed
 from bgjob._timeouts import Timeouts
 from bgjob._transaction import Ending, Transactions
 from bgjob.errors import JobTimeoutError, LoopBlockedError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
-from bgjob.result import Complete
+from bgjob.result import Complete, MoveToDlq, Retry
 
 _COMPLETE = Complete()
 _outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
@@ -82,6 +83,11 @@ class Runner:
         self._started = started
         self._timed_out = timed_out
         self._finished = finished
+        # Each job runs in a copy of it, so that what one sets is not seen by the next. It is
+        # empty: what a job finds does not depend on which thread started its slot.
+        self._context = Context()
+        self._context.run(inside.set, self)
+        self._route = self._isolated if mux.names_keys else mux.route
         self._jobs: deque[Claimed] = deque()
         self._outcomes: deque[Outcome] = deque()
         self._lock = threading.Lock()
@@ -253,6 +259,10 @@ class Runner:
         self._finished()  # it may be wanted
         return has_slot
 
+    def _isolated(self, job: Job, deaths: int) -> Route | Wants | Retry | MoveToDlq:
+        """Route a job; a callable that gives its key leaves nothing behind either."""
+        return self._context.copy().run(self._mux.route, job, deaths)
+
     def _let_rest(self, thread: _Thread | None) -> None:
         if thread is not None:
             if self._closed:
@@ -285,7 +295,6 @@ class Runner:
         ).start()
 
     def _thread(self, me: _Thread) -> None:
-        inside.set(self)
         me.rest.acquire()
         while not self._closed:
             claimed, me.claimed = me.claimed, None
@@ -294,11 +303,12 @@ class Runner:
 
     def _work(self, me: _Thread, claimed: Claimed | None) -> None:
         """Run jobs on this thread until there are none, or the slot moves to the loop."""
-        take, outcomes, route_of, started = (
+        take, outcomes, route_of, started, copy = (
             self._jobs.popleft,
             self._outcomes,
-            self._mux.route,
+            self._route,
             self._started,
+            self._context.copy,
         )
         while True:
             if claimed is None:
@@ -318,14 +328,15 @@ class Runner:
                 self._on_loop(1, claimed)
                 return
             else:
+                context = copy()  # costs 45 ns
                 if started is not None:
-                    started(job)
+                    context.run(started, job)
                 began = perf_counter()
                 result: Ending | None
                 if route.is_simple:
-                    result = route.run(job)
+                    result = context.run(route.run, job)
                 else:
-                    result = self._run(route, claimed)
+                    result = context.run(self._run, route, claimed)
                     if result is None:
                         claimed = None
                         if self._come_back(me):
@@ -366,20 +377,26 @@ class Runner:
     def _start_tasks(self, count: int, claimed: Claimed | None) -> None:
         assert self._loop is not None  # noqa: S101
         for _ in range(count):
-            me = _Task()
-            task = self._loop.create_task(self._task(me, claimed), name=f"bgjob-{self._queue}")
+            me, context = _Task(), self._context.copy()
+            task = self._loop.create_task(
+                self._task(me, claimed, context), name=f"bgjob-{self._queue}", context=context
+            )
             self._tasks[task] = me
             task.add_done_callback(self._tasks.pop)
 
-    async def _task(self, me: _Task, claimed: Claimed | None) -> None:
-        """Run jobs on the loop until there are none, or the slot moves to a thread."""
-        inside.set(self)
+    async def _task(self, me: _Task, claimed: Claimed | None, context: Context) -> None:
+        """Run jobs on the loop until there are none, or the slot moves.
+
+        It moves to a thread with a plain job, and to another task after one that changed
+        `context`, this task's. To compare costs 30 ns a job, a task 5 µs.
+        """
+        clean = context.copy()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
         take, outcomes, route_of, started = (
             self._jobs.popleft,
             self._outcomes,
-            self._mux.route,
+            self._route,
             self._started,
         )
         self._last, turned = me, perf_counter()
@@ -424,6 +441,9 @@ class Runner:
                 outcomes.append(_outcome((claimed, result, perf_counter() - began)))
                 self._finished()
             claimed = me.claimed = None
+            if not _is_same(context, clean):
+                self._start_tasks(1, None)
+                return
             if self._last is not me:
                 self._last, turned = me, perf_counter()  # others have run since
             elif perf_counter() - turned > _TURN:
@@ -458,6 +478,13 @@ class Runner:
             loop = self._loop
             ending = asyncio.gather(*self._tasks, return_exceptions=True)
             ending.add_done_callback(lambda _: loop.stop())
+
+
+def _is_same(context: Context, clean: Context) -> bool:
+    try:
+        return context == clean
+    except Exception:  # values that cannot be compared: one of them is new
+        return False
 
 
 async def _absorb_cancellation(task: asyncio.Task[None]) -> None:

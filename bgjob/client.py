@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextvars import copy_context
 from datetime import datetime
 from functools import cached_property
 from itertools import islice
@@ -276,7 +277,7 @@ class Client:
         claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
             suspects = self._run(claim, None) or self._unblocked(queue, claim)
-            claimed, route = routed(_only(suspects, queue, token), mux)
+            claimed, route = copy_context().run(routed, _only(suspects, queue, token), mux)
             if claimed.job.exclusive is None or (
                 granted := has_key(self._run_all(acquisition(claimed)))
             ):
@@ -292,9 +293,9 @@ class Client:
             ending = asyncio.run(_run_async(route, claimed, self.recipe))
         elif route.is_transactional:
             with closing(Transactions(self.recipe, Lineage())) as transactions:
-                ending = transactions.run(route, claimed)
+                ending = copy_context().run(transactions.run, route, claimed)
         else:
-            ending = route.run(job)
+            ending = copy_context().run(route.run, job)
         settled = any(self._run_all(conclusion(claimed, ending))[:1])
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
@@ -601,7 +602,7 @@ class AsyncClient:
         claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
             suspects = await self._run(claim, None) or await self._unblocked(queue, claim)
-            claimed, route = routed(_only(suspects, queue, token), mux)
+            claimed, route = copy_context().run(routed, _only(suspects, queue, token), mux)
             if claimed.job.exclusive is None or (
                 granted := has_key(await self._run_all(acquisition(claimed)))
             ):
@@ -613,7 +614,8 @@ class AsyncClient:
         if not isinstance(route, Route):
             ending = route
         elif route.is_coroutine:
-            ending = await _run_async(route, claimed, self.recipe)
+            # A task, for what the handler sets is not the caller's.
+            ending = await asyncio.create_task(_run_async(route, claimed, self.recipe))
         elif route.is_transactional:
             with closing(Transactions(self.recipe, Lineage())) as transactions:
                 ending = await asyncio.to_thread(transactions.run, route, claimed)
