@@ -7,13 +7,16 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.errors import FeatureNotSupported, SyntaxError
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
@@ -37,6 +40,8 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
+from bgjob._statements import enqueues
+from bgjob.schema import init_sql
 
 HOSTILE = [
     "'; drop table bgjob_job; --",
@@ -180,6 +185,23 @@ def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def both(*calls: Callable[[], Any], conn: psycopg.Connection, then: Callable[[], Any]) -> list[Any]:
+    """Start calls, each when the one before waits for a lock or has ended; then do the last."""
+    waiting = """
+        select count(*) from pg_stat_activity
+        where wait_event_type = 'Lock' and datname = current_database()
+    """
+    with ThreadPoolExecutor(len(calls)) as pool:
+        futures: list[Future[Any]] = []
+        for call in calls:
+            futures.append(pool.submit(call))
+            assert eventually(
+                lambda: row(conn, waiting)[0] + sum(f.done() for f in futures) == len(futures)
+            )
+        then()
+        return [future.result() for future in futures]
 
 
 def requests(*ids: str, **options: Any) -> list[EnqueueRequest]:
@@ -498,6 +520,59 @@ def test_two_bulk_enqueues_in_opposite_order_do_not_deadlock(
         )
         referee.join()
     assert sorted(id_ for ids in placed for id_ in ids if id_) == ids
+
+
+@pytest.mark.parametrize("first", ["copy", "insert"])
+def test_a_copy_and_an_insert_of_the_same_ids_wait_for_each_other_in_any_collation(
+    dsn: str, conn: psycopg.Connection, first: str
+) -> None:
+    # By their bytes the ids with B come first, in a language those with a.
+    ids = sorted(f"{letter}{n:03}" for n in range(300) for letter in "aB")
+    name = f"{conn.info.dbname}_und"
+    und = make_conninfo(dsn, dbname=name)
+    made = sql.SQL("create database {} template template0 locale_provider icu icu_locale 'und'")
+    try:
+        conn.execute(made.format(sql.Identifier(name)))
+    except (SyntaxError, FeatureNotSupported):
+        pytest.skip("this server has no collation but that of bytes")
+    try:
+        with (
+            psycopg.connect(und, autocommit=True) as conn_,
+            psycopg.connect(und) as blocker,
+            psycopg.connect(und) as copying,
+            psycopg.connect(und) as inserting,
+            Client(und) as client,
+        ):
+            conn_.execute(init_sql().encode())
+            assert row(conn_, "select 'a' collate \"default\" < 'B'") == (True,)
+            client.enqueue(EnqueueRequest("q", "t", id="a150"), conn=blocker)
+
+            def copy() -> Any:
+                with copying:
+                    return client.bulk_enqueue(requests(*ids), conn=copying)
+
+            def insert() -> Any:
+                with inserting:
+                    return client.bulk_enqueue(
+                        requests(*reversed(ids)), on_conflict="skip", conn=inserting
+                    )
+
+            calls = [copy, insert] if first == "copy" else [insert, copy]
+            with suppress(JobAlreadyExistsError):
+                both(*calls, conn=conn_, then=blocker.rollback)
+    finally:
+        conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def test_a_bulk_enqueue_writes_in_the_order_of_bytes_whatever_the_databases_collation(
+    conn: psycopg.Connection,
+) -> None:
+    statement = enqueues.enqueue_many(requests("a", "b"), notify=False)
+    assert isinstance(statement.text, str)
+    plan = conn.execute("explain (verbose) " + statement.text, statement.params).fetchall()
+    keys = [line for (line,) in plan if "Sort Key" in line]
+    assert len(keys) == 1
+    assert 'COLLATE "C"' in keys[0]
 
 
 def test_the_due_times_of_a_bulk_enqueue_keep_its_order(
@@ -1074,6 +1149,73 @@ def test_a_retention_refuses_bad_options_by_name() -> None:
         DlqRetention("30 d")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every must be at least 1 second, not 0"):
         DlqRetention(1, every=0)
+
+
+def test_a_job_that_two_requeues_meet_goes_back_once_whenever_it_runs(
+    colour: Colour, client: Any, dsn: str, conn: psycopg.Connection
+) -> None:
+    bury(client, *requests("a", "b"))
+    runs: list[str] = []
+    mux = Mux().register("t", lambda job: runs.append(job.id))
+
+    def second() -> Any:
+        with Client(dsn) as other:
+            return other.dlq.requeue("b")
+
+    def drain() -> None:
+        with Client(dsn) as other, suppress(EmptyQueueError):
+            while True:
+                other.do("q", mux)
+
+    def let_go() -> None:
+        drain()  # what the second call has moved, if it did not wait
+        blocker.rollback()
+
+    with psycopg.connect(dsn) as blocker, Client(dsn) as other:
+        # The first call waits here, with a snapshot that is older than what the second one does.
+        other.enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
+        back = both(lambda: client.dlq.requeue(queue="q"), second, conn=conn, then=let_go)
+    drain()
+    assert sorted(runs) == ["a", "b"]
+    assert sorted(id_ for ids in back for id_ in ids) == ["a", "b"]
+    assert client.dlq.list() == []
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["purge waits", "requeue waits"])
+def test_a_purge_and_a_requeue_of_the_same_jobs_wait_for_each_other(
+    client: Any, dsn: str, conn: psycopg.Connection, order: int
+) -> None:
+    ids = [f"{n:03}" for n in range(200)]
+    bury(client, *requests(*ids))
+    # Purged in another order than that in which they died.
+    conn.execute("create index on bgjob_dead_job (type, queue, id desc)")
+
+    def meanwhile(call: Callable[[Client], Any]) -> Callable[[], Any]:
+        def called() -> Any:
+            with Client(dsn) as other:
+                return call(other)
+
+        return called
+
+    calls = [
+        meanwhile(lambda other: len(other.dlq.requeue(queue="q", type="t"))),
+        meanwhile(lambda other: other.dlq.purge(queue="q", type="t")),
+    ]
+    with psycopg.connect(dsn) as blocker:
+        blocker.execute("select from bgjob_dead_job where job_id = '100' for update")
+        moved = both(*calls[::order], conn=conn, then=blocker.rollback)
+    assert sorted(moved) == [0, len(ids)]
+
+
+def test_a_retention_does_not_wait_for_what_is_requeued(
+    client: Any, dsn: str, conn: psycopg.Connection
+) -> None:
+    bury(client, *requests("a", "b"))
+    with psycopg.connect(dsn) as other, Client(dsn) as plain:
+        assert plain.dlq.requeue("a", conn=other) == ["a"]
+        conn.execute("set lock_timeout = '1s'")
+        DlqRetention(age=0).run(conn)
+        assert [dead.id for dead in client.dlq.list()] == ["a"]
 
 
 def test_the_dlq_works_inside_the_callers_transaction(

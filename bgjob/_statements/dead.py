@@ -80,31 +80,42 @@ class Requeued(NamedTuple):
     queues: set[str]
 
 
+# A job that is moved or deleted is locked before, in the order of the numbers. A statement whose
+# snapshot is older than another one's commit still sees what that one has moved: locked first, it
+# is gone, and is neither inserted a second time nor waited for in two orders.
+_LOCKED: LiteralString = """
+    select id, job_id from bgjob_dead_job where id = any (array({which}))
+    order by id for update {others}
+"""
+
+
 def requeue(where: DeadFilter) -> Statement[Requeued]:
     """Move dead jobs back to their queues, due now.
 
     Of several dead jobs with one id the latest goes back. One whose id a live
-    job has stays dead.
+    job has stays dead. What another session moves or purges meanwhile is waited for, and
+    is left to it.
+    """
+    latest: LiteralString = f"""
+        select distinct on (job_id) id from bgjob_dead_job where {where.condition}
+        order by job_id, id desc
     """
     return Statement(
         f"""
-        with latest as (
-            select distinct on (job_id) id from bgjob_dead_job where {where.condition}
-            order by job_id, id desc
-        ), back as (
+        with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
                 id, queue, type, arg, last_error, priority, exclusive, created_at
             )
             select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at
             from bgjob_dead_job
-            where id = any (array(select id from latest))
-            order by job_id
+            where id = any (array(select id from locked))
+            order by job_id collate "C"
             on conflict (id) do nothing
             returning id
         )
         delete from bgjob_dead_job d
-        using latest, back
-        where d.id = latest.id and d.job_id = back.id
+        using locked, back
+        where d.id = locked.id and locked.job_id = back.id
         returning d.job_id, d.queue
         """,
         where.params,
@@ -115,9 +126,12 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
 
 def purge(where: DeadFilter) -> Statement[int]:
     """Delete dead jobs; how many."""
+    which: LiteralString = f"select id from bgjob_dead_job where {where.condition}"
     return Statement(
         f"""
-        with gone as (delete from bgjob_dead_job where {where.condition} returning id)
+        with locked as materialized ({_LOCKED.format(which=which, others="")}), gone as (
+            delete from bgjob_dead_job where id = any (array(select id from locked)) returning id
+        )
         select count(*) from gone
         """,
         where.params,
@@ -129,14 +143,23 @@ def purge(where: DeadFilter) -> Statement[int]:
 def expire(age: float, *, limit: int) -> Statement[int]:
     """Delete those of the first `limit` dead jobs that died longer ago than `age`; how many.
 
-    They are numbered as they die: where the first of them are younger, all are.
+    They are numbered as they die: where the first of them are younger, all are. Those that
+    another session has locked, to requeue them for example, are left to it: a worker's control
+    thread does not wait.
+    """
+    old: LiteralString = """
+        select id from (
+            select id, moved_at from bgjob_dead_job order by id limit %(limit)s
+        ) as first
+        where moved_at < clock_timestamp() - %(age)s * interval '1 second'
     """
     return Statement(
-        """
-        with gone as (
+        f"""
+        with locked as materialized (
+            {_LOCKED.format(which=old, others="skip locked")}
+        ), gone as (
             delete from bgjob_dead_job
-            where id = any (array(select id from bgjob_dead_job order by id limit %(limit)s))
-                and moved_at < clock_timestamp() - %(age)s * interval '1 second'
+            where id = any (array(select id from locked))
             returning id
         )
         select count(*) from gone

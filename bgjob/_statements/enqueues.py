@@ -87,8 +87,8 @@ _TELL_MANY = """
 def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Statement[set[str]]:
     """Write jobs; the ids that were written, without those that are taken.
 
-    The rows are written in the order of their ids, so that two calls with the
-    same ids wait for each other and do not deadlock; their due times keep the
+    The rows are written in the order of their ids' bytes, as those of a COPY are, so that two
+    calls with the same ids wait for each other and do not deadlock; their due times keep the
     order of the call. The transaction gets its number before the first of them:
     a worker takes it that one with a higher number has not written before.
     """
@@ -110,7 +110,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
         ), written as (
             insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
             select id, queue, type, arg, priority, exclusive, next_run_at from request
-            order by id, position
+            order by id collate "C", position
             on conflict (id) do nothing
             returning id
         )
