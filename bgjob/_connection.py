@@ -1,20 +1,36 @@
-"""Connections that give up on a server that has gone silent."""
+"""What connections of the library and of its users need from psycopg.
+
+Connections here give up on a server that has gone silent. Cursors here read and
+write values in psycopg's own ways, whatever the program has registered for its own SQL.
+"""
 
 import contextlib
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from math import inf
 from typing import Any, TypeAlias
 
 import psycopg
-from psycopg.abc import RV, PQGen
+from psycopg import postgres
+from psycopg._encodings import pg2pyenc
+from psycopg.abc import RV, AdaptContext, Buffer, PQGen
+from psycopg.adapt import AdaptersMap, Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Format
+from psycopg.rows import TupleRow, tuple_row
+from psycopg.types import TypesRegistry
+from psycopg.types.array import ListBinaryDumper, register_all_arrays
 from typing_extensions import override
 
 Recipe: TypeAlias = tuple[str, Mapping[str, Any]]
 """How to connect: a connection string, and keyword arguments."""
 
-_CONNECT_TIMEOUT = 10  # seconds
+_DEFAULTS: dict[str, Any] = {
+    "connect_timeout": 10,  # seconds
+    # Of all settings this one is known to poolers, and is asked for while connecting.
+    "client_encoding": "UTF8",
+}
 
 
 def check_conninfo(text: str) -> str:
@@ -38,7 +54,154 @@ def check_conninfo(text: str) -> str:
 def options(recipe: Recipe) -> dict[str, Any]:
     """Give the arguments with which to connect as a recipe says."""
     conninfo, kwargs = recipe
-    return {"connect_timeout": _CONNECT_TIMEOUT, **conninfo_to_dict(conninfo), **kwargs}
+    return _DEFAULTS | conninfo_to_dict(conninfo) | dict(kwargs)
+
+
+# -- values ---------------------------------------------------------------------------
+
+
+class Texts(list[str | None]):
+    """A parameter of type text[] that may hold None.
+
+    psycopg writes lists as text, where a null is read as the word under `array_nulls = off`.
+    """
+
+
+class Payloads(list[bytes | None]):
+    """A parameter of type bytea[]; as Texts, and for `standard_conforming_strings = off`."""
+
+
+class Times(list[datetime | None]):
+    """A parameter of type timestamptz[]; as Texts."""
+
+
+class Floats(list[float | None]):
+    """A parameter of type float8[]; as Texts."""
+
+
+class Smallints(list[int | None]):
+    """A parameter of type int2[]; as Texts."""
+
+
+class ErrorTexts(list[str | None]):
+    r"""A parameter of type text[]; what the server cannot hold is written as in `\u2713`."""
+
+
+_ARRAYS = {
+    Texts: "text",
+    ErrorTexts: "text",
+    Payloads: "bytea",
+    Times: "timestamptz",
+    Floats: "float8",
+    Smallints: "int2",
+}
+
+
+class _ErrorTextDumper(Dumper):
+    """Writes text in what both the server's and the client's encoding have."""
+
+    format = Format.BINARY
+
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        self._codecs = ["utf-8"]
+        if self.connection is not None:
+            names = "server_encoding", "client_encoding"
+            found = [_codec(self.connection.pgconn.parameter_status(n.encode())) for n in names]
+            self._codecs = found
+
+    @override
+    def dump(self, obj: str) -> bytes:
+        data = b""
+        for codec in self._codecs:
+            data = obj.encode(codec, "backslashreplace")
+            obj = data.decode(codec)
+        return data
+
+
+def _codec(name: bytes | None) -> str:
+    """Return Python's name of an encoding; what has none, and SQL_ASCII, takes any bytes."""
+    try:
+        return pg2pyenc(name or b"SQL_ASCII").replace("ascii", "utf-8")
+    except psycopg.NotSupportedError:
+        return "ascii"
+
+
+class _ArrayDumper(ListBinaryDumper):
+    def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
+        super().__init__(cls, context)
+        if cls is ErrorTexts:
+            self.sub_dumper = _ErrorTextDumper(str, context)
+
+
+class _Context:
+    """psycopg's own adapters, without what a program has registered globally."""
+
+    connection = None
+
+    def __init__(self) -> None:
+        types = TypesRegistry()
+        postgres.register_default_types(types)
+        self.adapters = AdaptersMap(types=types)
+        postgres.register_default_adapters(self)
+        register_all_arrays(self)
+        for cls, name in _ARRAYS.items():
+            info = types[name]
+            attributes = {"oid": info.array_oid, "element_oid": info.oid}
+            dumper = type(f"_{cls.__name__}Dumper", (_ArrayDumper,), attributes)
+            self.adapters.register_dumper(cls, dumper)
+
+
+class _TextLoader(Loader):
+    """Reads text where the client's encoding is SQL_ASCII; psycopg would give bytes."""
+
+    @override
+    def load(self, data: Buffer) -> str:
+        return str(data, "utf-8")
+
+
+class _BinaryTextLoader(_TextLoader):
+    format = Format.BINARY
+
+
+_ADAPTERS = _Context().adapters
+
+_ADAPTERS_OF_SQL_ASCII = AdaptersMap(_ADAPTERS)
+for _name in ("text", "varchar", "bpchar", "name"):
+    _ADAPTERS_OF_SQL_ASCII.register_loader(_name, _TextLoader)
+    _ADAPTERS_OF_SQL_ASCII.register_loader(_name, _BinaryTextLoader)
+
+
+def _adapters(connection: psycopg.BaseConnection[Any]) -> AdaptersMap:
+    is_ascii = connection.pgconn.parameter_status(b"client_encoding") == b"SQL_ASCII"
+    return _ADAPTERS_OF_SQL_ASCII if is_ascii else _ADAPTERS
+
+
+class Cursor(psycopg.Cursor[TupleRow]):
+    """A cursor for the library's statements, on any connection."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        super().__init__(connection, row_factory=tuple_row)
+
+    @property
+    @override
+    def adapters(self) -> AdaptersMap:
+        return _adapters(self.connection)
+
+
+class AsyncCursor(psycopg.AsyncCursor[TupleRow]):
+    """As Cursor, of an AsyncConnection."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        super().__init__(connection, row_factory=tuple_row)
+
+    @property
+    @override
+    def adapters(self) -> AdaptersMap:
+        return _adapters(self.connection)
+
+
+# -- connections -----------------------------------------------------------------------
 
 
 class Silence(psycopg.OperationalError):

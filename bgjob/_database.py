@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from bgjob import schema
-from bgjob._connection import Connection, check_conninfo, options
+from bgjob._connection import Connection, Cursor, check_conninfo, options
 from bgjob._statements.session import schema_comment
 from bgjob._statements.statement import Statement
 from bgjob.client import Client
@@ -59,7 +59,9 @@ def connect(dsn: str) -> Connection:
 
 def ask(conn: Connection, statement: Statement[T]) -> T:
     """Execute a statement; give what it says."""
-    return statement.parse(conn.execute(statement.text, statement.params).fetchall())
+    return statement.parse(
+        Cursor(conn).execute(statement.text, statement.params, binary=True).fetchall()
+    )
 
 
 @contextmanager

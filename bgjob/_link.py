@@ -18,10 +18,10 @@ from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
 from bgjob import schema
-from bgjob._connection import Recipe, Silence, options
+from bgjob._connection import Cursor, Recipe, Silence, options
 from bgjob._exchange import Exchange, Notice, Plan, Reply
 from bgjob._statements.notices import listen
-from bgjob._statements.session import backend, lacks, schema_comment, session
+from bgjob._statements.session import WORKER_SETTINGS, backend, lacks, schema_comment, session
 from bgjob._statements.statement import Statement
 
 _PATIENCE = 10.0
@@ -32,36 +32,8 @@ _MOMENT = 0.001
 
 _LONGEST_SLEEP = 3600.0
 
-_SESSION = {
-    "application_name": "bgjob",
-    # Whatever the database or the role defaults to.
-    "default_transaction_isolation": "read committed",
-    "idle_in_transaction_session_timeout": "0",
-    "idle_session_timeout": "0",
-    "lock_timeout": "5s",
-    "statement_timeout": "10s",
-    "timezone": "UTC",
-    # The plans of the claim are index scans in order, whatever the statistics
-    # say: those of a queue are always wrong.
-    "enable_seqscan": "off",
-    "enable_bitmapscan": "off",
-    "enable_sort": "off",
-    # Only the index of the suspects has their whole order: no other may be sorted to it.
-    "enable_incremental_sort": "off",
-    # A batch is joined by hashing. Where the planner expects no row, as after a vacuum of a
-    # drained table, it would compare each with each: 75 ms for 500 retries.
-    "enable_nestloop": "off",
-    "jit": "off",
-    # With those settings one plan serves any parameters; a sweep was planned anew each
-    # time, in 0.2 ms, and ran for 0.07.
-    "plan_cache_mode": "force_generic_plan",
-}
-
 # Of an exchange that the server refused, or that could not be put into words.
 _UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
-
-# A host that falls asleep between two words of a transaction must not keep its rows locked.
-_SESSION_17 = {"transaction_timeout": "20s"}
 
 _EVENTS = {
     Wait.R: select.POLLIN,
@@ -168,17 +140,17 @@ class Answer:
     To make them anew is a noticeable part of what an idle worker needs for a claim.
     """
 
-    def __init__(self, connection: _Connection, cursors: list[psycopg.Cursor[TupleRow]]) -> None:
+    def __init__(self, connection: _Connection, cursors: list[Cursor]) -> None:
         self._connection = connection
         self._spare = cursors
-        self._used: list[psycopg.Cursor[TupleRow]] = []
-        self._asked: list[tuple[Statement[Any], str, psycopg.Cursor[TupleRow]]] = []
+        self._used: list[Cursor] = []
+        self._asked: list[tuple[Statement[Any], str, Cursor]] = []
 
     def ask(self, plan: Plan) -> None:
         """Send statements, each for its part of the Reply."""
         for statement, part in plan:
             cursor = self._cursor()
-            cursor.execute(statement.text, statement.params, binary=statement.binary)
+            cursor.execute(statement.text, statement.params, binary=True)
             self._asked.append((statement, part, cursor))
 
     def say(self, text: LiteralString) -> None:
@@ -197,8 +169,8 @@ class Answer:
         self._spare += self._used
         return reply
 
-    def _cursor(self) -> psycopg.Cursor[TupleRow]:
-        cursor = self._spare.pop() if self._spare else self._connection.cursor()
+    def _cursor(self) -> Cursor:
+        cursor = self._spare.pop() if self._spare else Cursor(self._connection)
         self._used.append(cursor)
         return cursor
 
@@ -221,7 +193,7 @@ class Link:
         self._lease = lease
         self._notify = notify
         self._connection: _Connection | None = None
-        self._cursors: list[psycopg.Cursor[TupleRow]] = []  # to use again
+        self._cursors: list[Cursor] = []  # to use again
         self._heard: Notice | None = None
         self.can_notify = False
         """Whether the open connection receives notifications."""
@@ -253,6 +225,7 @@ class Link:
             "row_factory": tuple_row,
             "cursor_factory": None,
             "context": None,
+            "client_encoding": "UTF8",
         }
         connection = _Connection.connect(**settings | ours)
         connection.patience = max(end - monotonic(), 0.1)
@@ -266,8 +239,7 @@ class Link:
                 )
             direct = answers.pid == connection.info.backend_pid
             if direct:
-                recent = connection.info.server_version >= 17_00_00  # noqa: PLR2004
-                self._run(connection, session(_SESSION | (_SESSION_17 if recent else {})))
+                self._run(connection, session(answers.pid, WORKER_SETTINGS))
             schema.check_version(self._run(connection, schema_comment()))
             schema.check_lacks(self._run(connection, lacks()))
             self.can_notify = self._notify and direct
@@ -337,7 +309,7 @@ class Link:
         # The commit is sent with the rest: a process that is stopped, or cut off, while
         # it waits for the answers must not keep rows locked.
         answer = self._answer()
-        answer.say("begin")
+        answer.say("begin isolation level read committed")
         answer.ask(plan)
         answer.say("commit")
         return answer
@@ -409,7 +381,7 @@ class Link:
             connection.close()
 
     def _run(self, connection: _Connection, statement: Statement[Any]) -> Any:
-        cursor = connection.execute(statement.text, statement.params)
+        cursor = Cursor(connection).execute(statement.text, statement.params, binary=True)
         return statement.parse(cursor.fetchall() if cursor.description else [])
 
     def _notice(self, notice: psycopg.Notify) -> None:

@@ -5,10 +5,9 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
-from psycopg.rows import tuple_row
+from psycopg import AsyncConnection, Connection
 
-from bgjob._connection import Recipe, check_conninfo, options
+from bgjob._connection import AsyncCursor, Cursor, Recipe, check_conninfo, options
 from bgjob._statements.statement import Statement
 from bgjob.client import AsyncClient, Client
 
@@ -40,10 +39,8 @@ def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]
 
 def ask(conn: Connection[Any], statement: Statement[T]) -> T:
     """Run a statement, whatever factories the connection has."""
-    cursor = Cursor(conn, row_factory=tuple_row)
-    cursor.execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
-    )
+    cursor = Cursor(conn)
+    cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
     return statement.parse(cursor.fetchall())
 
 
@@ -69,8 +66,6 @@ async def connected_async(
 
 async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
     """As ask."""
-    cursor = AsyncCursor(conn, row_factory=tuple_row)
-    await cursor.execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
-    )
+    cursor = AsyncCursor(conn)
+    await cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
     return statement.parse(await cursor.fetchall())

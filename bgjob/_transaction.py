@@ -18,13 +18,12 @@ from math import inf
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import psycopg
-from psycopg import AsyncCursor, Cursor
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob import _connection
-from bgjob._connection import Recipe, options
+from bgjob._connection import AsyncCursor, Cursor, Recipe, options
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._route import Route, Wants
@@ -276,7 +275,8 @@ class Transactions:
         # What the handler set for itself is not the next one's.
         own: Any = connection
         own.row_factory = self._options.get("row_factory") or tuple_row
-        factory = Cursor if isinstance(connection, _Connection) else AsyncCursor
+        is_plain = isinstance(connection, _Connection)
+        factory = psycopg.Cursor if is_plain else psycopg.AsyncCursor
         own.cursor_factory = self._options.get("cursor_factory") or factory
         status = connection.info.transaction_status
         return not self._closed and status == TransactionStatus.IDLE
@@ -316,11 +316,12 @@ class Transactions:
                 if _is_over(connection):
                     return None
                 with connection.pipeline():
-                    cursors = [Cursor(connection, row_factory=tuple_row) for _ in statements]
+                    cursors = [Cursor(connection) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
                         cursor.execute(
                             statement.text,
                             statement.params,
+                            binary=True,
                             prepare=statement.prepare,
                         )
                     return [s.parse(c.fetchall()) for s, c in zip(statements, cursors, strict=True)]
@@ -330,7 +331,7 @@ class Transactions:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
-                    cursor = Cursor(connection, row_factory=tuple_row).execute(ROLLBACK)
+                    cursor = Cursor(connection).execute(ROLLBACK)
                     cursor.nextset()
                     return cursor.fetchall()[0][0]
         return None
@@ -372,11 +373,12 @@ class Transactions:
                 if _is_over(connection):
                     return None
                 async with connection.pipeline():
-                    cursors = [AsyncCursor(connection, row_factory=tuple_row) for _ in statements]
+                    cursors = [AsyncCursor(connection) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
                         await cursor.execute(
                             statement.text,
                             statement.params,
+                            binary=True,
                             prepare=statement.prepare,
                         )
                     return [
@@ -389,7 +391,7 @@ class Transactions:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
-                    cursor = AsyncCursor(connection, row_factory=tuple_row)
+                    cursor = AsyncCursor(connection)
                     await cursor.execute(ROLLBACK)
                     cursor.nextset()
                     return (await cursor.fetchall())[0][0]

@@ -14,18 +14,26 @@ from time import monotonic, sleep
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import psycopg
-from psycopg import AsyncCursor, BaseConnection, Cursor
+from psycopg import BaseConnection
 from psycopg.errors import DeadlockDetected, UniqueViolation
 from psycopg.pq import PipelineStatus, TransactionStatus
-from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob._connection import AsyncConnection, Connection, Recipe, check_conninfo, options
+from bgjob._connection import (
+    AsyncConnection,
+    AsyncCursor,
+    Connection,
+    Cursor,
+    Recipe,
+    check_conninfo,
+    options,
+)
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._statements import claims, enqueues, keys, pauses, views
 from bgjob._statements.claims import Suspect
+from bgjob._statements.session import session
 from bgjob._statements.settlements import Claimed
 from bgjob._statements.statement import Statement
 from bgjob._transaction import (
@@ -83,18 +91,18 @@ class _Connection(Connection):
     patience = _PATIENCE
 
     @cached_property
-    def enqueuing(self) -> Cursor[Any]:
+    def enqueuing(self) -> Cursor:
         """A cursor that is kept: to make one takes longer than to send a row."""
-        return Cursor(self, row_factory=tuple_row)
+        return Cursor(self)
 
 
 class _AsyncConnection(AsyncConnection):
     patience = _PATIENCE
 
     @cached_property
-    def enqueuing(self) -> AsyncCursor[Any]:
+    def enqueuing(self) -> AsyncCursor:
         """As that of _Connection."""
-        return AsyncCursor(self, row_factory=tuple_row)
+        return AsyncCursor(self)
 
 
 class Client:
@@ -400,6 +408,7 @@ class Client:
                 self._own = ConnectionPool(
                     connection_class=_Connection,
                     kwargs=options(self.recipe) | {"autocommit": True},
+                    configure=_configure,
                     timeout=_PATIENCE,
                     reconnect_timeout=_PATIENCE,
                     min_size=0,
@@ -463,6 +472,11 @@ class Client:
             return [s.parse(c.fetchall()) for s, c in answers]
 
 
+def _configure(connection: psycopg.Connection[Any]) -> None:
+    statement = session(connection.info.backend_pid)
+    Cursor(connection).execute(statement.text, statement.params)
+
+
 def _execute(
     connection: psycopg.Connection[Any], statement: Statement[T], *, keep: bool = False
 ) -> T:
@@ -471,16 +485,14 @@ def _execute(
     if keep and isinstance(connection, _Connection):
         cursor = connection.enqueuing
     else:
-        cursor = Cursor(connection, row_factory=tuple_row)
-    cursor.execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
-    )
+        cursor = Cursor(connection)
+    cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
     return statement.parse(cursor.fetchall())
 
 
-def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Cursor[Any]:
-    return Cursor(connection, row_factory=tuple_row).execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Cursor:
+    return Cursor(connection).execute(
+        statement.text, statement.params, binary=True, prepare=statement.prepare
     )
 
 
@@ -687,6 +699,7 @@ class AsyncClient:
             self._own = AsyncConnectionPool(
                 connection_class=_AsyncConnection,
                 kwargs=options(self.recipe) | {"autocommit": True},
+                configure=_configure_async,
                 timeout=_PATIENCE,
                 reconnect_timeout=_PATIENCE,
                 min_size=0,
@@ -749,24 +762,27 @@ class AsyncClient:
             return [s.parse(await c.fetchall()) for s, c in answers]
 
 
+async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
+    statement = session(connection.info.backend_pid)
+    await AsyncCursor(connection).execute(statement.text, statement.params)
+
+
 async def _execute_async(
     connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keep: bool = False
 ) -> T:
     if keep and isinstance(connection, _AsyncConnection):
         cursor = connection.enqueuing
     else:
-        cursor = AsyncCursor(connection, row_factory=tuple_row)
-    await cursor.execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
-    )
+        cursor = AsyncCursor(connection)
+    await cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
     return statement.parse(await cursor.fetchall())
 
 
 async def _ask_async(
     connection: psycopg.AsyncConnection[Any], statement: Statement[Any]
-) -> AsyncCursor[Any]:
-    return await AsyncCursor(connection, row_factory=tuple_row).execute(
-        statement.text, statement.params, binary=statement.binary, prepare=statement.prepare
+) -> AsyncCursor:
+    return await AsyncCursor(connection).execute(
+        statement.text, statement.params, binary=True, prepare=statement.prepare
     )
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol, TypedDict, TypeVar
 
-from psycopg import AsyncConnection, Connection, Cursor
-from psycopg.rows import tuple_row
+from psycopg import AsyncConnection, Connection
 from typing_extensions import Unpack
 
+from bgjob._connection import Cursor
 from bgjob._duration import Duration, seconds
 from bgjob._statements import dead, enqueues
 from bgjob._statements.dead import DeadFilter
@@ -220,7 +220,7 @@ class DlqRetention:
     def run(self, conn: Connection[Any], /) -> float:
         """Delete up to 1,000 of them; give the seconds until it is to run again."""
         statement = dead.expire(seconds(self.age, "age"), limit=_BATCH)
-        cursor = Cursor(conn, row_factory=tuple_row).execute(statement.text, statement.params)
+        cursor = Cursor(conn).execute(statement.text, statement.params, binary=True)
         full = statement.parse(cursor.fetchall()) == _BATCH
         return _SOON if full else seconds(self.every, "every")
 

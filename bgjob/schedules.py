@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg.rows import tuple_row
 
 from bgjob import schema
+from bgjob._connection import Cursor
 from bgjob._duration import Duration, seconds
 from bgjob._statements import schedules as statements
 from bgjob._statements.statement import Statement
@@ -86,5 +86,5 @@ class Schedules:
 
 
 def _run(conn: psycopg.Connection[Any], statement: Statement[T]) -> T:
-    cursor = conn.cursor(row_factory=tuple_row).execute(statement.text, statement.params)
+    cursor = Cursor(conn).execute(statement.text, statement.params, binary=True)
     return statement.parse(cursor.fetchall() if cursor.description else [])

@@ -25,12 +25,11 @@ from psycopg.pq import ExecStatus
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._exchange import MOST_FREED
-from bgjob._link import _SESSION
 from bgjob._statements.claims import Taken, claim, claim_any, claim_suspect, free, survey, sweep
 from bgjob._statements.dead import DeadFilter, expire, listed
 from bgjob._statements.enqueues import enqueue, enqueue_many
 from bgjob._statements.keys import acquire, blocked, lock_keys, release
-from bgjob._statements.session import session
+from bgjob._statements.session import WORKER_SETTINGS, session
 from bgjob._statements.settlements import (
     Buried,
     Claimed,
@@ -392,7 +391,7 @@ EVERY_SIZE = pytest.mark.parametrize("jobs", [10, MILLION])
 
 def enter_session(conn: psycopg.Connection) -> None:
     """Take the settings of a worker's session."""
-    settings = session(_SESSION)
+    settings = session(conn.info.backend_pid, WORKER_SETTINGS)
     conn.execute(cast(Any, settings.text), settings.params)
 
 

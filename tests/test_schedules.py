@@ -25,7 +25,7 @@ from bgjob import (
     SchemaError,
     UnknownScheduleError,
 )
-from bgjob._link import _SESSION
+from bgjob._statements.session import WORKER_SETTINGS
 from bgjob._statements.schedules import fire, look
 from bgjob.cron import Cron
 from bgjob.schedule import MOST_AT_ONCE, Firing, State
@@ -535,7 +535,9 @@ def test_a_worker_with_schedules_says_what_grant_or_table_it_lacks(
     crew.start(Mux())  # others do not need it
 
 
-@pytest.mark.parametrize("settings", [{}, _SESSION], ids=["any session", "a worker's session"])
+@pytest.mark.parametrize(
+    "settings", [{}, WORKER_SETTINGS], ids=["any session", "a worker's session"]
+)
 def test_a_look_does_not_read_all_jobs_whatever_the_statistics_say(
     conn: psycopg.Connection, settings: dict[str, str]
 ) -> None:

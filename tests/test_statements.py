@@ -14,7 +14,6 @@ from psycopg import ClientCursor
 from test_plans import PLAN_CACHE_MODES, buffers, prepare, run
 
 from bgjob import EnqueueRequest, Job
-from bgjob._link import _SESSION
 from bgjob._statements.claims import (
     Line,
     UnderWay,
@@ -28,7 +27,7 @@ from bgjob._statements.claims import (
 )
 from bgjob._statements.enqueues import enqueue, enqueue_many
 from bgjob._statements.notices import listen, park, unpark
-from bgjob._statements.session import session
+from bgjob._statements.session import WORKER_SETTINGS, session
 from bgjob._statements.settlements import (
     Buried,
     Claimed,
@@ -48,7 +47,7 @@ LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 def ask(conn: psycopg.Connection, statement: Statement[T]) -> T:
-    cursor = conn.execute(cast(Any, statement.text), statement.params, binary=statement.binary)
+    cursor = conn.execute(cast(Any, statement.text), statement.params, binary=True)
     return statement.parse(cursor.fetchall() if cursor.description else [])
 
 
@@ -66,7 +65,7 @@ def fill(conn: psycopg.Connection, count: int, *, queue: str = "q") -> None:
 def worker(dsn: str) -> Iterator[psycopg.Connection]:
     """A connection with the session of a worker."""
     with psycopg.connect(dsn, autocommit=True) as conn:
-        ask(conn, session(_SESSION))
+        ask(conn, session(conn.info.backend_pid, WORKER_SETTINGS))
         yield conn
 
 
@@ -130,7 +129,7 @@ def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> 
     def work(number: int) -> None:
         marks = dict.fromkeys(range(5), LONG_AGO)
         with psycopg.connect(dsn, autocommit=True) as mine:
-            ask(mine, session(_SESSION))
+            ask(mine, session(conn.info.backend_pid, WORKER_SETTINGS))
             start.wait(10)
             while True:
                 if number % 2:

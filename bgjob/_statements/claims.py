@@ -184,10 +184,10 @@ def claim(
     if len(marks) == 1:
         [(priority, mark)] = marks.items()
         params |= {"priority": priority, "mark": mark}
-        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _taken_of_one_priority, binary=True)
+        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _taken_of_one_priority)
     priorities = sorted(marks)
     params |= {"priorities": priorities, "marks": [marks[priority] for priority in priorities]}
-    return Statement(_CLAIM, params, _taken, binary=True)
+    return Statement(_CLAIM, params, _taken)
 
 
 class UnderWay(NamedTuple):
@@ -243,7 +243,6 @@ def sweep(queue: str, *, limit: int, lease: float, token: int) -> Statement[Swep
         _SWEEP,
         {"queue": queue, "limit": limit, "lease": lease, "token": token},
         _swept,
-        binary=True,
     )
 
 
@@ -265,7 +264,6 @@ def claim_suspect(queue: str, *, lease: float, token: int) -> Statement[list[Sus
         _CLAIM_SUSPECT,
         {"queue": queue, "lease": lease, "token": token},
         _suspects,
-        binary=True,
     )
 
 
@@ -275,7 +273,6 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect
         _CLAIM_ANY,
         {"queue": queue, "limit": 1, "lease": lease, "token": token},
         _suspects,
-        binary=True,
         prepare=False,
     )
 

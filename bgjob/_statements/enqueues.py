@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import LiteralString, NamedTuple
 
+from bgjob._connection import Payloads, Texts, Times
 from bgjob._duration import seconds
 from bgjob._statements.notices import CHANNEL, EVERYTHING, LATER, LOCK_CLASS, bucket, channel
 from bgjob._statements.statement import Row, Statement, nothing, number_array, text_array
@@ -101,7 +102,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
                     run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
                 ) + delay * interval '1 second' as next_run_at
             from unnest(
-                %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)b::bytea[],
+                %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)s::bytea[],
                 %(priorities)s::smallint[], %(exclusives)s::text[],
                 %(run_ats)s::timestamptz[], %(delays)s::float8[]
             ) with ordinality as r (
@@ -120,15 +121,14 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             "ids": text_array([r.id for r in requests]),
             "queues": text_array([r.queue for r in requests]),
             "types": text_array([r.type for r in requests]),
-            "args": [r.payload for r in requests],
+            "args": Payloads(r.payload for r in requests),
             "priorities": number_array([r.priority for r in requests]),
-            "exclusives": [r.exclusive for r in requests],
-            "run_ats": [r.run_at for r in requests],
+            "exclusives": Texts(r.exclusive for r in requests),
+            "run_ats": Times(r.run_at for r in requests),
             "delays": number_array([seconds(r.delay, "delay") for r in requests]),
             **_told(_whats(requests)),
         },
         lambda rows: set(rows[0][0]),
-        binary=True,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, LiteralString
 
+from bgjob._connection import Payloads, Texts, Times
 from bgjob._statements.notices import channel
 from bgjob._statements.session import Lack, lacks
 from bgjob._statements.statement import Statement
@@ -71,9 +72,9 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
             "specs": [s.spec for s in schedules],
             "queues": [s.request.queue for s in schedules],
             "types": [s.request.type for s in schedules],
-            "args": [s.request.payload for s in schedules],
+            "args": Payloads(s.request.payload for s in schedules),
             "priorities": [s.request.priority for s in schedules],
-            "exclusives": [s.request.exclusive for s in schedules],
+            "exclusives": Texts(s.request.exclusive for s in schedules),
             "grace": GRACE,
         },
         lambda _: None,
@@ -147,16 +148,18 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             "names": [s.name for s, _, _ in firings],
             "seens": [seen for _, seen, _ in firings],
             "ticks": [firing.tick for _, _, firing in firings],
-            "last_run_ats": [f.ticks[-1] if f.ticks else None for _, _, f in firings],
-            "last_job_ids": [s.job_id(f.ticks[-1]) if f.ticks else None for s, _, f in firings],
-            "next_run_ats": [firing.next_run_at for _, _, firing in firings],
+            "last_run_ats": Times(f.ticks[-1] if f.ticks else None for _, _, f in firings),
+            "last_job_ids": Texts(
+                s.job_id(f.ticks[-1]) if f.ticks else None for s, _, f in firings
+            ),
+            "next_run_ats": Times(firing.next_run_at for _, _, firing in firings),
             "job_names": [s.name for s, _ in jobs],
             "ids": [s.job_id(tick) for s, tick in jobs],
             "queues": [s.request.queue for s, _ in jobs],
             "types": [s.request.type for s, _ in jobs],
-            "args": [s.request.payload for s, _ in jobs],
+            "args": Payloads(s.request.payload for s, _ in jobs),
             "priorities": [s.request.priority for s, _ in jobs],
-            "exclusives": [s.request.exclusive for s, _ in jobs],
+            "exclusives": Texts(s.request.exclusive for s, _ in jobs),
             "channels": [channel(s.request.queue) for s, _ in jobs],
         },
         lambda _: None,

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import chain
 from typing import LiteralString, NamedTuple
 
+from bgjob._connection import ErrorTexts, Floats, Smallints
 from bgjob._statements.statement import Row, Statement, column, number_array, scalar, text_array
 from bgjob.job import Job
 
@@ -140,11 +141,11 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
         {
             "ids": [p.claimed.job.id for p in postponed],
             "tokens": [p.claimed.token for p in postponed],
-            "delays": [p.delay for p in postponed],
-            "errors": [p.error for p in postponed],
+            "delays": Floats(p.delay for p in postponed),
+            "errors": ErrorTexts(p.error for p in postponed),
             "refunds": [int(p.refund) for p in postponed],
             "deaths": [p.deaths for p in postponed],
-            "priorities": [p.priority for p in postponed],
+            "priorities": Smallints(p.priority for p in postponed),
         },
         column,
         prepare=False,
@@ -178,7 +179,7 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
         join unnest(%(ids)s::text[], %(errors)s::text[]) as b (id, error) on b.id = gone.id
         returning job_id
         """,
-        {**_held([b.claimed for b in buried]), "errors": [b.error for b in buried]},
+        {**_held([b.claimed for b in buried]), "errors": ErrorTexts(b.error for b in buried)},
         column,
         prepare=False,
     )

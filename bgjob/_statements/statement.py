@@ -13,7 +13,6 @@ class Statement(NamedTuple, Generic[T_co]):
     text: LiteralString | bytes
     params: Mapping[str, object] | None
     parse: Callable[[Sequence[Row]], T_co]
-    binary: bool = False
     prepare: bool | None = None
     """False where a session with PostgreSQL's own settings must plan it each time: a plan that
     it keeps from a table of one page scans the whole table when that has grown. A worker's

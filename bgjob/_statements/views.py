@@ -73,5 +73,4 @@ def live_jobs() -> Statement[list[Job]]:
         f"select {JOB_COLUMNS} from bgjob_job order by queue, priority, next_run_at, id",
         None,
         lambda rows: list(map(make_job, rows)),
-        binary=True,
     )

@@ -1,0 +1,286 @@
+"""What a session inherits of its database, its role or its program changes nothing."""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
+from psycopg_pool import ConnectionPool
+from test_worker import NEVER, Crew, Recorder, crew, eventually
+
+from bgjob import (
+    Client,
+    DlqRetention,
+    EnqueueRequest,
+    Job,
+    MoveToDlq,
+    Mux,
+    Retry,
+    Schedule,
+    Schedules,
+)
+
+
+__all__ = ["crew"]  # the fixture of test_worker, of both colours
+
+EVERY_BYTE = bytes(range(256)) + b"\\'\\\\"
+NAMES = ["a", "NULL", "null", "\\", 'quo"te', "it's", "{}", "a,b"]
+
+STRANGE = {
+    "datestyle": "SQL, DMY",
+    "intervalstyle": "sql_standard",
+    "timezone": "Asia/Kathmandu",
+    "standard_conforming_strings": "off",
+    "array_nulls": "off",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "transform_null_equals": "on",
+    "client_encoding": "LATIN1",
+    "default_transaction_isolation": "repeatable read",
+    "default_transaction_deferrable": "on",
+    "row_security": "off",
+    "synchronous_commit": "off",
+    "plan_cache_mode": "force_generic_plan",
+    "enable_indexscan": "off",
+}
+STRANGER = {
+    **STRANGE,
+    "datestyle": "German",
+    "intervalstyle": "iso_8601",
+    "default_transaction_isolation": "serializable",
+    "client_encoding": "EUC_JP",
+    "plan_cache_mode": "force_custom_plan",
+}
+STRANGEST = {"datestyle": "Postgres, MDY", "intervalstyle": "postgres_verbose"}
+EVERY_STRANGENESS = pytest.mark.parametrize("settings", [STRANGE, STRANGER, STRANGEST])
+
+
+def inherit(dsn: str, settings: dict[str, str]) -> None:
+    """Let each later session of the database begin with these."""
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        for name, value in settings.items():
+            conn.execute(
+                sql.SQL("alter database {} set {} = {}").format(
+                    sql.Identifier(conn.info.dbname), sql.Identifier(name), value
+                )
+            )
+
+
+def fill(client: Client, conn: psycopg.Connection[Any] | None = None) -> set[str]:
+    """Enqueue in each way there is; the ids of the jobs, which are due within a second."""
+    ids = []
+    for n, name in enumerate(NAMES):
+        request = EnqueueRequest(name, "t", EVERY_BYTE, id=f"one-{n}", exclusive=name)
+        ids.append(client.enqueue(request, conn=conn))
+    soon = datetime.now(UTC) + timedelta(seconds=0.1)
+    ids.append(client.enqueue(EnqueueRequest("a", "t", id="timed", run_at=soon), conn=conn))
+    ids.append(client.enqueue(EnqueueRequest("a", "t", id="late", delay=0.125), conn=conn))
+    ids.append(client.enqueue(EnqueueRequest("a", "t", id="bare"), conn=conn))
+    mixed = [
+        EnqueueRequest("a", "t", None, id="none"),
+        EnqueueRequest("a", "t", EVERY_BYTE, id="bytes", exclusive="NULL"),
+        EnqueueRequest("a", "t", b"NULL", id="word", run_at=soon),
+    ]
+    alike = [
+        EnqueueRequest("a", "t", None, id="delayed", delay=0.1),
+        EnqueueRequest("a", "t", None, id="plain"),
+    ]
+    for requests in (mixed, alike):
+        written = client.bulk_enqueue(requests, on_conflict="skip", conn=conn)
+        ids += [id_ for id_ in written if id_]
+    copied = [EnqueueRequest("a", "t", EVERY_BYTE, id=f"copied-{n:04}") for n in range(600)]
+    client.bulk_enqueue(copied, conn=conn)
+    return {*ids, *(request.id for request in copied)}
+
+
+def is_intact(client: Client) -> None:
+    """Fail where a payload or a key is not as it was given."""
+    with client._connection(None) as conn:  # noqa: SLF001
+        found = dict(
+            conn.execute("select id, coalesce(exclusive, '-none-') from bgjob_job").fetchall()
+        )
+        payloads = dict(conn.execute("select id, arg from bgjob_job", binary=True).fetchall())
+    assert [found[f"one-{n}"] for n in range(len(NAMES))] == NAMES
+    keys = [found[id_] for id_ in ("none", "bytes", "word", "delayed", "plain", "timed")]
+    assert keys == ["-none-", "NULL", *["-none-"] * 4]
+    nothing = {"none", "delayed", "plain", "timed", "late", "bare"}
+    assert {id_ for id_, arg in payloads.items() if arg is None} == nothing
+    assert payloads["word"] == b"NULL"
+    assert {arg for id_, arg in payloads.items() if id_ not in nothing | {"word"}} == {EVERY_BYTE}
+
+
+@EVERY_STRANGENESS
+def test_a_client_writes_and_reads_the_same_whatever_its_sessions_inherit(
+    dsn: str, settings: dict[str, str]
+) -> None:
+    inherit(dsn, settings)
+    with Client(dsn) as client:
+        assert len(fill(client)) == 616
+        is_intact(client)
+        look_around(client)
+
+
+@EVERY_STRANGENESS
+@pytest.mark.parametrize("threshold", [0, 5, None])
+def test_a_callers_session_keeps_its_settings_and_the_jobs_are_the_same(
+    dsn: str, settings: dict[str, str], threshold: int | None
+) -> None:
+    inherit(dsn, settings)
+    kwargs = {"prepare_threshold": threshold}
+    with (
+        ConnectionPool(dsn, kwargs=kwargs, min_size=1, max_size=2) as pool,
+        Client(pool) as client,
+        psycopg.connect(dsn, prepare_threshold=threshold) as conn,
+    ):
+        assert len(fill(client, conn)) == 616
+        conn.commit()
+        is_intact(Client(dsn))
+        look_around(client)
+        [[found]] = conn.execute("select current_setting('datestyle')").fetchall()
+        assert found.startswith(settings["datestyle"].split(",")[0])
+
+
+def look_around(client: Client) -> None:
+    """Use what else a client has."""
+    until = datetime.now(UTC) + timedelta(hours=1)
+    client.pause("a", until)
+    client.pause("NULL")
+    assert client.paused() == {"a": until, "NULL": None}
+    assert client.resume("a")
+    assert client.resume("NULL")
+    assert {(s.queue, s.type) for s in client.stats()} == {(name, "t") for name in NAMES}
+    mux = Mux().register("t", lambda _: MoveToDlq("Müßiggang"))
+    client.do("NULL", mux)
+    [dead] = client.dlq.list(moved_after=datetime.now(UTC) - timedelta(hours=1))
+    assert (dead.id, dead.arg, dead.last_error) == ("one-1", EVERY_BYTE, "Müßiggang")
+    assert abs(dead.moved_at - datetime.now(UTC)) < timedelta(minutes=5)
+    assert client.dlq.requeue(ids="one-1") == ["one-1"]
+    client.do("NULL", Mux().register("t", lambda _: Retry(delay=0.125, error="ärgerlich")))
+    client.do("\\", Mux().register("t", lambda _: None))
+
+
+@EVERY_STRANGENESS
+def test_a_worker_works_the_same_whatever_its_sessions_inherit(
+    crew: Crew, dsn: str, settings: dict[str, str]
+) -> None:
+    inherit(dsn, settings)
+    done: dict[str, bytes | None] = {}
+    fails = {"timed", "one-2", "copied-0001", "copied-0002"}
+
+    def handle(job: Job) -> None:
+        if job.id in fails and job.attempt == 1:
+            raise ValueError("Müßiggang")
+        done[job.id] = job.arg
+
+    mux = Mux().register("t", handle, max_attempts=3)
+    mux.register("fatal", lambda _: MoveToDlq("Müßiggang"))
+    recorder = Recorder()
+    schedules = Schedules(
+        [
+            Schedule("s", request=EnqueueRequest("a", "t", EVERY_BYTE), every=1),
+            Schedule("k", request=EnqueueRequest("a", "t", exclusive="NULL"), after_completion=1),
+        ],
+        poll_interval=0.05,
+    )
+    with Client(dsn) as client:
+        ids = fill(client)
+        client.enqueue(EnqueueRequest("a", "fatal", EVERY_BYTE, id="f"))
+        crew.start(
+            mux,
+            dict.fromkeys(NAMES, 2),
+            observer=recorder,
+            poll_interval=0.1,
+            lease=1,
+            services=[schedules, DlqRetention(3600)],
+        )
+        assert eventually(
+            lambda: ids <= done.keys() and any(key.startswith("schedule:k:") for key in done)
+        ), ids - done.keys()
+        assert eventually(lambda: any(key.startswith("schedule:s:") for key in done))
+        assert {arg for key, arg in done.items() if key.startswith("schedule:s:")} == {EVERY_BYTE}
+        assert done["bytes"] == EVERY_BYTE
+        assert done["word"] == b"NULL"
+        assert {s.name: s.last_run_at for s in client.schedules.list()}["s"] is not None
+        [dead] = client.dlq.list()
+        assert (dead.id, dead.arg, dead.last_error) == ("f", EVERY_BYTE, "Müßiggang")
+    assert not recorder.of("error")
+
+
+# -- what a program registers for its own SQL ---------------------------------------------
+
+
+class Loud(TimestamptzLoader):
+    """A loader of a program that has times of a class of its own."""
+
+    def load(self, data: Any) -> Any:
+        return f"time {bytes(data)!r}"
+
+
+class LoudBinary(TimestamptzBinaryLoader):
+    def load(self, data: Any) -> Any:
+        return "a time"
+
+
+class LoudText(psycopg.adapt.Loader):
+    def load(self, data: Any) -> Any:
+        return ["text", bytes(data)]
+
+
+class LoudBinaryText(LoudText):
+    format = psycopg.pq.Format.BINARY
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Registers such loaders for all connections, and takes them back."""
+    with contextlib.ExitStack() as stack:
+        adapters = psycopg.adapters
+        for oid, loaders in (
+            ("timestamptz", (Loud, LoudBinary)),
+            ("text", (LoudText, LoudBinaryText)),
+            ("varchar", (LoudText, LoudBinaryText)),
+        ):
+            for loader in loaders:
+                number = adapters.types[oid].oid
+                before = adapters.get_loader(number, loader.format)
+                assert before is not None
+                stack.callback(adapters.register_loader, number, before)
+                adapters.register_loader(oid, loader)
+        yield
+
+
+def test_what_a_program_registers_for_its_own_values_is_not_asked_for_the_librarys(
+    registered: None, crew: Crew, dsn: str
+) -> None:
+    seen: list[Any] = []
+
+    def handle(job: Job, conn: psycopg.Connection[Any]) -> None:
+        seen.append(job)
+        seen.extend(conn.execute("select now(), 'x'::text").fetchall())
+
+    mux = Mux().register("t", handle, transactional=True)
+    recorder = Recorder()
+    schedules = Schedules([Schedule("s", request=EnqueueRequest("q", "other"), every=1)])
+    crew.start(mux, observer=recorder, services=[schedules])
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t", id="a", delay=0.05))
+        assert eventually(lambda: len(seen) >= 2)
+        job, (time, text) = seen
+        assert abs(job.next_run_at - datetime.now(UTC)) < timedelta(minutes=1)
+        assert (job.id, time[:4], text) == ("a", "time", ["text", b"x"])  # a handler keeps its own
+        [status] = client.schedules.list()
+        assert (status.name, status.queue) == ("s", "q")
+    assert not recorder.of("error")
+
+
+def test_a_connection_string_may_ask_for_any_encoding(crew: Crew, dsn: str) -> None:
+    with Client(make_conninfo(dsn, client_encoding="LATIN1")) as client:
+        client.enqueue(EnqueueRequest("q", "t", id="ä✓"))
+        client.do("q", Mux().register("t", lambda _: MoveToDlq("✓")))
+        [dead] = client.dlq.list()
+        assert (dead.id, dead.last_error) == ("ä✓", "✓")
