@@ -270,7 +270,10 @@ class Engine:
         """Jobs were taken back before they started; they return to the queue."""
         claimed = [*claimed, *self._wanting]
         self._wanting.clear()
+        finished = len(self._pending)
         self.finish([Outcome(c, Release(), None) for c in claimed])
+        # They go first: nothing is claimed before they are back in their places.
+        self._pending.rotate(len(self._pending) - finished)
 
     def wake(self, notice: Notice) -> None:
         """Something was enqueued, or nobody else asks to be notified any more."""
@@ -360,6 +363,8 @@ class Engine:
             or self._stopping
             or self._parking.parked
             or self._wanting
+            or self._gives_back
+            or any(sent.exchange.give_back for sent in self._sent)
             or self._suspects.hold_up(now)
             or any(batch.extend_at <= now for batch in self._batches.values())
         )
@@ -390,6 +395,7 @@ class Engine:
                 completed.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
+        exchange.is_parked = self._parking.parked
         if completed:
             self._add_places(exchange)
 
@@ -421,8 +427,8 @@ class Engine:
             exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
 
     def _add_claim(self, exchange: Exchange, now: float) -> None:
-        if self._stopping:
-            return
+        if self._stopping or exchange.give_back or self._gives_back:
+            return  # what was not started is due before what would be claimed now
         limit = self._claimable
         held_up = self._suspects.hold_up(now)
         if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
@@ -472,6 +478,10 @@ class Engine:
             limit = self._claimable
             if limit > 0 and now >= self._marks.early_sweep_at:
                 self._add_sweep(exchange, limit, next(self._tokens))
+
+    @property
+    def _gives_back(self) -> bool:
+        return bool(self._pending) and type(self._pending[0].result) is Release
 
     @property
     def _claimable(self) -> int:
@@ -607,7 +617,7 @@ class Engine:
 
     def _claim_again(self, sent: _Sent) -> None:
         if isinstance(sent.exchange.claim, Claim):
-            self._marks.told(sent.exchange.claim.marks)  # to start there again
+            self._marks.again(sent.exchange.claim.marks)
         if sent.told:
             self._look()
 
@@ -669,11 +679,12 @@ class Engine:
                 result = result.result if isinstance(result, Doubtful) else result
             elif isinstance(result, Doubtful):
                 result = result.otherwise
-            if not isinstance(result, Release):
-                news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
-            elif claimed.job.exclusive is not None:
+            if isinstance(result, Release):
                 # It kept its due time, which is behind the marks.
-                self._marks.told({claimed.job.priority: claimed.job.next_run_at})
+                known = self._marks.told({claimed.job.priority: claimed.job.next_run_at})
+                self._look(thoroughly=not known)
+                continue
+            news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
                 if isinstance(result, Retry) and result.priority is not None:
@@ -813,6 +824,7 @@ class Engine:
                 self._hold(_claimed(jobs, token), sent, now, news)
             case Claim(limit, token, starts):
                 jobs, places = reply.claimed
+                self._marks.answered()
                 self._looked(jobs, now, starts, full=len(jobs) == limit)
                 if sent.vague and not self._more:
                     # What was told of may lie behind the marks, or have a priority that is

@@ -29,6 +29,7 @@ from bgjob._statements.settlements import (
     complete,
     complete_at,
     extend,
+    give_back,
     postpone,
 )
 from bgjob._statements.statement import Statement
@@ -95,6 +96,11 @@ class Exchange:
     """Where the rows of claims were, by token, all of whose jobs `complete` has."""
     postpone: list[Postponed] = field(default_factory=list)
     bury: list[Buried] = field(default_factory=list)
+    give_back: list[Claimed] = field(default_factory=list)
+    """Jobs that did not start."""
+    is_parked: bool = False
+    """Whether this session holds the notify lock, so that the server cannot tell from it
+    whether another worker sleeps."""
     extend: list[Claimed] = field(default_factory=list)
     acquire: list[Claimed] = field(default_factory=list)
     """Jobs that want their keys."""
@@ -119,11 +125,7 @@ class Exchange:
             case Reschedule():
                 self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
             case Release():
-                # Behind its neighbours; but of those that share a key it stays the first.
-                delay = 0.0 if claimed.job.exclusive is None else None
-                self.postpone.append(
-                    Postponed(claimed, delay, None, refund=True, deaths=claimed.deaths)
-                )
+                self.give_back.append(claimed)
             case MoveToDlq(error):
                 self.bury.append(Buried(claimed, error_text(error) or ""))
             case Committed() | Fenced() | Wants():
@@ -161,6 +163,8 @@ class Exchange:
             plan.append((postpone(self.postpone), "settled"))
         if self.bury:
             plan.append((bury(self.bury), "settled"))
+        if self.give_back:
+            plan.append((give_back(queue, self.give_back, tell=self.is_parked), "settled"))
         if self.extend:
             plan.append((extend(self.extend, lease=lease), "extended"))
         if self.acquire or self.release:
@@ -180,6 +184,7 @@ class Exchange:
             self.complete
             or self.postpone
             or self.bury
+            or self.give_back
             or self.extend
             or self.acquire
             or self.release

@@ -15,6 +15,7 @@ due at the poll interval, or at forty times its own cost where that is longer:
 that of the cheaper one of the last two.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from math import inf
@@ -40,6 +41,8 @@ class Watermarks:
         self._poll_interval = poll_interval
         self._marks: dict[int, datetime] = {}
         self._told_since: dict[int, datetime] = {}
+        # Of each claim under way, where it starts before the marks.
+        self._looking: deque[dict[int, datetime]] = deque()
         # Transactions that have not been seen by the last claim that moved the marks have
         # not written before it; of what is under way at first nobody knows since when.
         self._seen_at = _OLDEST
@@ -78,13 +81,24 @@ class Watermarks:
     def start(self, now: float) -> dict[int, datetime]:
         """Give the due time to claim from, by priority."""
         marks, told = dict(self._marks), self._told_since
-        if told:
-            marks.update((p, min(since, marks[p])) for p, since in told.items())
-            told.clear()
+        # One that is sent before the last is answered may have to go on where that ends.
+        for since in (told, *self._looking):
+            marks.update((p, min(at, marks[p])) for p, at in since.items())
+        told.clear()
         if self._look_back_at <= now:
             marks = {p: min(mark, self._late_since) for p, mark in marks.items()}
             self._looked_back_at, self._look_back_at = now, inf
+        self._looking.append({p: m for p, m in marks.items() if m < self._marks[p]})
         return marks
+
+    def answered(self) -> None:
+        """Record that the first claim under way was answered."""
+        self._looking.popleft()
+
+    def again(self, starts: Mapping[int, datetime]) -> None:
+        """Record that the last claim under way was not answered: the next starts there again."""
+        self._looking.pop()
+        self.told(starts)
 
     def told(self, since: Mapping[int, datetime]) -> bool:
         """Learn when a transaction began that has enqueued; whether the priorities are known."""

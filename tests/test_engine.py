@@ -129,6 +129,7 @@ def settled(exchange: Exchange) -> list[str]:
         *(c.job.id for c in exchange.complete),
         *(p.claimed.job.id for p in exchange.postpone),
         *(b.claimed.job.id for b in exchange.bury),
+        *(c.job.id for c in exchange.give_back),
     ]
 
 
@@ -197,7 +198,7 @@ def test_jobs_claimed_ahead_that_do_not_start_are_given_back() -> None:
     drive.engine.withdrawn([waiting])
     assert drive.engine.in_flight == 1
     exchange = drive.exchange()
-    assert [(p.claimed, p.delay, p.refund) for p in exchange.postpone] == [(waiting, 0, True)]
+    assert exchange.give_back == [waiting]
     assert drive.answer(Reply(settled={"c"})).events == []
 
 
@@ -648,10 +649,12 @@ def test_a_claim_looks_back_to_where_a_transaction_may_have_begun_that_has_ended
         marks.saw(saw(tenth / 10, 11, tenth), tenth / 10)
         marks.claimed([job("b", due=at(tenth / 10))], full=False)
         since = marks.start(tenth / 10)[0]
+        marks.answered()
         assert tenth <= 21 or since > at(tenth / 10 - 0.3)
     marks.saw(saw(5.0), 5.0)
     assert marks.look_back_at < 5.2
     assert at(0.9) < marks.start(5.2)[0] < at(1.0)
+    marks.answered()
     assert marks.start(5.3)[0] == at(4.9)
 
 
@@ -677,6 +680,7 @@ def test_through_a_backlog_nothing_lies_behind_the_marks() -> None:
     marks.saw(saw(100.0, 11), 100.0)
     marks.saw(saw(101.0, 12), 101.0)  # 11 began after 1.0
     marks.start(101.0)
+    marks.answered()
     marks.claimed([job("b", due=at(2.0))], full=True)
     marks.saw(saw(102.0, 13), 102.0)  # 12 began after 100.0
     assert marks.look_back_at == inf
@@ -690,6 +694,7 @@ def test_looks_back_rest_a_twentieth_of_what_they_look_back_over() -> None:
     marks.saw(saw(5.0, 12), 5.0)
     assert marks.look_back_at == 5.0
     marks.start(5.0)
+    marks.answered()
     marks.claimed([job("c", due=at(5.0))], full=False)
     marks.saw(saw(5.0), 5.01)
     assert marks.look_back_at == pytest.approx(5.2, abs=0.002)
@@ -769,6 +774,17 @@ def test_a_full_claim_leaves_what_it_was_told_of_a_later_priority_to_the_next() 
     assert claim.marks[5] == at(3.0)
 
 
+def test_a_claim_sent_ahead_starts_where_the_one_before_it_was_told_to() -> None:
+    marks = moved_to(5.0)
+    marks.told({0: at(1.0)})
+    assert marks.start(6.0) == marks.start(6.0) == {0: at(1.0)}
+    marks.claimed([job("a", due=at(2.0))], {0: at(1.0)}, full=True)
+    marks.answered()
+    marks.claimed([job("b", due=at(3.0))], {0: at(1.0)}, full=True)
+    marks.answered()
+    assert marks.start(6.0) == {0: at(3.0)}
+
+
 def test_a_claim_that_is_refused_starts_there_again() -> None:
     drive = Drive(concurrency=2, poll_interval=100.0)
     drive.exchange()
@@ -815,16 +831,20 @@ def test_sweeps_that_cost_much_time_and_again_come_at_forty_times_their_cost(
     assert drive.now == pytest.approx(swept_at + rest)
 
 
-def test_a_job_with_a_key_that_goes_back_unstarted_is_looked_for_where_it_stays() -> None:
+@pytest.mark.parametrize("key", ["k", None])
+def test_what_goes_back_unstarted_is_looked_for_where_it_stays_and_nothing_claimed_before(
+    key: str | None,
+) -> None:
     drive = Drive(concurrency=2)
     drive.exchange()
     late = NOON + timedelta(seconds=9)
-    keyed = job("a")._replace(exclusive="k")
-    news = drive.answer(found(keyed, job("b", due=late)))
-    drive.finish(*news.run)
-    drive.engine.withdrawn([])  # "a" had not been granted its key
+    news = drive.answer(found(job("a")._replace(exclusive=key), job("b", due=late)))
+    drive.finish(*(c for c in news.run if c.job.id == "b"))
+    drive.engine.withdrawn([c for c in news.run if c.job.id == "a"])  # or it wanted its key
     exchange = drive.exchange()
-    assert exchange.postpone[0].delay is None
+    assert [c.job.id for c in exchange.give_back] == ["a"]
+    assert exchange.claim is None
+    assert drive.engine.ahead(drive.now) is None
     drive.answer(Reply(settled={"a", "b"}))
     claim = drive.next_exchange().claim
     assert isinstance(claim, Claim)
@@ -891,8 +911,8 @@ def test_a_suspect_that_did_not_start_stays_one() -> None:
     drive.engine.shutdown()
     assert drive.step() == Withdraw()
     drive.engine.withdrawn(suspects)
-    (released,) = drive.exchange().postpone
-    assert (released.deaths, released.refund) == (2, True)
+    (released,) = drive.exchange().give_back
+    assert released.deaths == 2
 
 
 # -- the end ------------------------------------------------------------------------------------
@@ -905,7 +925,7 @@ def test_shutdown_gives_back_what_has_not_started_and_waits_for_what_has() -> No
     assert drive.step() == Withdraw()
     drive.engine.withdrawn([b])
     exchange = drive.exchange()
-    assert [(p.claimed, p.refund) for p in exchange.postpone] == [(b, True)]
+    assert exchange.give_back == [b]
     drive.answer(Reply(settled={"b"}))
     assert drive.sleep() > drive.now
     drive.finish(a)
@@ -967,7 +987,7 @@ def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> N
             drive.now = step.until
     drive.engine.withdrawn(waiting)
     released = drive.exchange()
-    assert [postponed.refund for postponed in released.postpone] == [True] * 3
+    assert released.give_back == waiting
     assert released.claim is None or released.claim.limit == 0
     drive.answer(Reply(settled=set(settled(released))))
     for _ in range(20):  # sweeps free suspects all the while

@@ -38,6 +38,7 @@ from bgjob._statements.settlements import (
     complete,
     complete_at,
     extend,
+    give_back,
     postpone,
 )
 from bgjob._statements.statement import Statement
@@ -309,6 +310,7 @@ def settlements(held: list[Claimed]) -> dict[str, Hot]:
     return {
         f"complete {count}": Hot(complete(held), count),
         f"postpone {count}": Hot(postpone(retries), count),
+        f"give back {count}": Hot(give_back("q", held, tell=False), count),
         f"bury {count}": Hot(bury([Buried(c, "why") for c in held]), count),
     }
 

@@ -88,6 +88,8 @@ class Row:
     key: str | None = None
     waits: bool = False
     place: str = ""
+    has_gone_back: bool = False
+    """Whether the worker gave it back unstarted, and nobody has claimed it since."""
     is_delayed: bool = False
     is_known: bool = False
     """Whether the worker itself put it back, and heard that this was done."""
@@ -154,9 +156,8 @@ class Table:
             if row is not None and row.token == token:
                 self.settled[id_, token] = "postponed"
                 row.token = row.lease_until = None
-                if postponed.delay is not None:
-                    row.due = now + int(postponed.delay * SECOND)
-                    row.is_delayed = postponed.delay > 0
+                row.due = now + int(postponed.delay * SECOND)
+                row.is_delayed = postponed.delay > 0
                 row.attempt -= postponed.refund
                 row.deaths = postponed.deaths
                 if postponed.priority is not None:
@@ -164,6 +165,16 @@ class Table:
                 row.is_known = True
                 row.free_since = at
                 reply.settled.add(id_)
+        for id_ in self._match(exchange.give_back):
+            row = self.rows[id_]
+            assert row.token is not None
+            self.settled[id_, row.token] = "postponed"
+            row.token = row.lease_until = None
+            row.attempt -= 1
+            row.deaths = {c.job.id: c.deaths for c in exchange.give_back}[id_]
+            row.is_known = row.has_gone_back = True
+            row.free_since = at
+            reply.settled.add(id_)
         for id_ in self._match([buried.claimed for buried in exchange.bury]):
             self._end(id_, "dead", reply)
         for id_ in self._match(exchange.extend):
@@ -325,7 +336,7 @@ class Table:
         jobs = []
         for row in rows:
             row.token = token
-            row.is_known = False
+            row.is_known = row.has_gone_back = False
             row.lease_until = now + self._lease
             row.place = next(self._places)
             row.attempt += 1
@@ -784,6 +795,7 @@ class History:
         reply = Reply()
         if fate in ("answered", "answer lost"):
             reply = self._carry_out(exchange, db_began, self.session)
+            self._check_places(reply, db_began)
         elif fate == "happens later":
             self._at(self.random.random(), lambda: self._carry_out(exchange, self.db_now, None))
         ahead = self._follow() if self.random.random() < 0.5 else None
@@ -900,6 +912,7 @@ class History:
             *exchange.complete,
             *(p.claimed for p in exchange.postpone),
             *(b.claimed for b in exchange.bury),
+            *exchange.give_back,
         ]
 
     # -- promises ------------------------------------------------------------------------------
@@ -921,6 +934,17 @@ class History:
                 promise(not self.engine.in_flight or waited, "a suspect is not alone")
         for key in [(c.job.id, c.token) for c in self._settled_in(exchange)]:
             promise(self.handed.get(key) != "told", f"{key}: settles again what is settled")
+
+    def _check_places(self, reply: Reply, began: int) -> None:
+        """What was given back unstarted runs before what is due later."""
+        jobs = reply.claimed.jobs or reply.swept.jobs
+        if not (self.calm and jobs):
+            return
+        priority, due = max((job.priority, job.next_run_at) for job in jobs)
+        for row in self.table.rows.values():
+            if row.has_gone_back and not (row.waits or row.deaths) and row.due <= began:
+                kept = (row.priority, EPOCH + row.due * MICROSECOND) >= (priority, due)
+                promise(kept, f"{row.id}: overtaken after it was given back")
 
     def _hear(self, news: News, sent_at: float) -> None:
         for claimed in news.run:

@@ -14,6 +14,7 @@ from psycopg import ClientCursor
 from test_plans import PLAN_CACHE_MODES, buffers, prepare, run
 
 from bgjob import EnqueueRequest, Job
+from bgjob._exchange import Notice
 from bgjob._statements.claims import (
     Line,
     UnderWay,
@@ -36,6 +37,7 @@ from bgjob._statements.settlements import (
     complete,
     complete_at,
     extend,
+    give_back,
     postpone,
 )
 from bgjob._statements.statement import Statement, text_array
@@ -388,10 +390,11 @@ def test_what_was_written_or_taken_since_the_claim_stays(
     [
         complete,
         lambda held: postpone([Postponed(c, 0.0, "why", refund=True) for c in held]),
+        lambda held: give_back("q", held, tell=False),
         lambda held: bury([Buried(c, "why") for c in held]),
         lambda held: extend(held, lease=3600),
     ],
-    ids=["complete", "postpone", "bury", "extend"],
+    ids=["complete", "postpone", "give_back", "bury", "extend"],
 )
 def test_a_settlement_touches_only_what_its_token_still_holds(
     worker: psycopg.Connection, settle: Callable[[list[Claimed]], Statement[list[str]]]
@@ -436,6 +439,34 @@ def test_a_postponed_job_is_free_due_and_charged_as_it_was_said(
     for row, delay in zip(found, (0.0, 50.5, 100.0), strict=True):
         assert row[4] >= before + timedelta(seconds=delay)
         assert row[5] >= before
+
+
+@pytest.mark.parametrize("sleeper", ["nobody", "another session", "its own session"])
+def test_a_job_that_is_given_back_is_as_before_its_claim_and_sleeping_workers_hear_of_it(
+    worker: psycopg.Connection, dsn: str, sleeper: str
+) -> None:
+    fill(worker, 3)
+    worker.execute("update bgjob_job set priority = 2, deaths = 0")
+    columns = (
+        "select id, attempt, token, lease_until, next_run_at, priority from bgjob_job order by id"
+    )
+    before = worker.execute(columns).fetchall()
+    held = claimed(worker, 3)
+    with psycopg.connect(dsn, autocommit=True) as other:
+        ask(other, listen("q"))
+        if sleeper != "nobody":
+            assert ask(other if sleeper == "another session" else worker, park("q")) == "parked"
+        told = ask(worker, give_back("q", held, tell=sleeper == "its own session"))
+        assert sorted(told) == sorted(c.job.id for c in held)
+        assert worker.execute(columns).fetchall() == before
+        since = min(c.job.next_run_at for c in held)
+        heard = (
+            [n.payload for n in other.notifies(timeout=5, stop_after=1)]
+            if (sleeper != "nobody")
+            else [n.payload for n in other.notifies(timeout=0)]
+        )
+    expected = [] if sleeper == "nobody" else [Notice({2: since})]
+    assert [Notice.read(payload, "q") for payload in heard] == expected
 
 
 def test_a_postponed_job_has_the_priority_that_was_said_or_keeps_its_own(

@@ -42,8 +42,10 @@ from bgjob._crew import Queues
 from bgjob._exchange import Exchange, Notice, Sweep
 from bgjob._fork import Lineage
 from bgjob._link import Bell, Link
+from bgjob._place import ask
+from bgjob._statements.claims import claim_any
 from bgjob._statements.notices import channel
-from bgjob._statements.settlements import Claimed, Postponed
+from bgjob._statements.settlements import Claimed, Postponed, give_back
 from bgjob._transaction import Transactions
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
@@ -514,6 +516,45 @@ def test_by_default_jobs_run_one_at_a_time_in_order_of_priority_and_due_time(
     crew.start(Mux().register("t", lambda job: order.append(job.id)), poll_interval=NEVER)
     assert all_done(conn)
     assert order == expected
+
+
+def test_jobs_keep_their_order_around_one_that_is_slow(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    conn.execute(
+        "insert into bgjob_job (id, queue, type, priority, next_run_at) "
+        "select n::text, 'q', 't', n / 2500, now() - interval '1 h' + n * interval '1 ms' "
+        "from generate_series(1, 4000) n"
+    )
+    expected = [
+        id_ for (id_,) in rows(conn, "select id from bgjob_job order by priority, next_run_at")
+    ]
+    order: list[str] = []
+
+    def run(job: Job) -> None:
+        order.append(job.id)
+        if job.id == "1500":
+            time.sleep(0.4)  # what was claimed with it goes back meanwhile
+
+    crew.start(Mux().register("t", run), poll_interval=NEVER)
+    assert all_done(conn)
+    assert order == expected
+
+
+def test_a_sleeping_worker_hears_of_a_job_that_another_gives_back(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    crew.start(Mux().register("t", lambda _: None), poll_interval=NEVER)
+    assert eventually(
+        lambda: rows(conn, "select 1 from pg_locks where locktype = 'advisory'") != []
+    )
+    with conn.transaction():  # so that nobody hears of the job before it is claimed
+        conn.execute(
+            "insert into bgjob_job (id, queue, type, next_run_at) values ('a', 'q', 't', now())"
+        )
+        [(job, _)] = ask(conn, claim_any("q", lease=NEVER, token=1))
+    ask(conn, give_back("q", [Claimed(job, 1)], tell=False))
+    assert all_done(conn)
 
 
 def test_two_workers_never_run_the_same_job_twice(crew: Crew, conn: psycopg.Connection) -> None:

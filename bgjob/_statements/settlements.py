@@ -6,7 +6,16 @@ from itertools import chain
 from typing import LiteralString, NamedTuple
 
 from bgjob._connection import ErrorTexts, Floats, Smallints
-from bgjob._statements.statement import Row, Statement, column, number_array, scalar, text_array
+from bgjob._statements.notices import LOCK_CLASS, bucket, channel
+from bgjob._statements.statement import (
+    Row,
+    Statement,
+    column,
+    in_range,
+    number_array,
+    scalar,
+    text_array,
+)
 from bgjob.job import Job
 
 
@@ -103,8 +112,8 @@ class Postponed(NamedTuple):
     """A job that goes back to its queue."""
 
     claimed: Claimed
-    delay: float | None
-    """Seconds from now; None keeps the due time."""
+    delay: float
+    """Seconds from now."""
     error: str | None
     """None keeps the last one."""
     refund: bool
@@ -122,9 +131,7 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
         update bgjob_job j
         set token = null,
             lease_until = null,
-            next_run_at = coalesce(
-                clock_timestamp() + p.delay * interval '1 second', j.next_run_at
-            ),
+            next_run_at = clock_timestamp() + p.delay * interval '1 second',
             attempt = greatest(j.attempt, p.refund) - p.refund,
             deaths = p.deaths,
             last_error = coalesce(p.error, j.last_error),
@@ -148,6 +155,57 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             "priorities": Smallints(p.priority for p in postponed),
         },
         column,
+        prepare=False,
+    )
+
+
+def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statement[list[str]]:
+    """Return jobs that did not start to the queue as they were; the ids of those still held.
+
+    They keep their due times, so that they run before what is due later. The workers that
+    sleep are notified from where on to look, as of an enqueue.
+
+    Args:
+        queue: theirs.
+        claimed: the jobs.
+        tell: notify without a look at the notify lock, because this session holds it.
+
+    """
+    return Statement(
+        f"""
+        with given as (
+            update bgjob_job j
+            set token = null,
+                lease_until = null,
+                attempt = greatest(j.attempt, 1) - 1,
+                deaths = g.deaths,
+                updated_at = clock_timestamp()
+            from unnest(
+                %(ids)s::text[], %(tokens)s::bigint[], %(deaths)s::smallint[]
+            ) as g (id, token, deaths)
+            where j.id = any (%(ids)s::text[]) and j.id = g.id and j.token = g.token
+            returning j.id, j.priority, {in_range("j.next_run_at")} as since
+        ), told as materialized (
+            select priority, min(since) as since from given group by priority
+        )
+        select array(select id from given), (
+            select count(pg_notify(
+                %(channel)s, concat_ws(' ', extract(epoch from since), priority, %(queue)s::text)
+            ))
+            from told where %(tell)s or not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
+        )
+        """,
+        {
+            "ids": [c.job.id for c in claimed],
+            "tokens": [c.token for c in claimed],
+            "deaths": [c.deaths for c in claimed],
+            "queue": queue,
+            "tell": tell,
+            "class": LOCK_CLASS,
+            "bucket": bucket(queue),
+            "channel": channel(queue),
+        },
+        scalar,
         prepare=False,
     )
 
