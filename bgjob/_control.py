@@ -144,6 +144,7 @@ class Control:
                 started=self._events.started,
                 timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
                 finished=self._bell.ring,
+                hindered=self._events.error,
                 loop=loop,
             )
             self._ends.callback(self._runner.close)
@@ -163,6 +164,7 @@ class Control:
         if self._give_up_at is None or give_up_at < self._give_up_at:
             self._give_up_at = give_up_at
         if self.has_run:
+            self._transactions.leave()
             self._bell.shout()
 
     @property

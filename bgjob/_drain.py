@@ -28,6 +28,7 @@ from bgjob._statements.statement import Statement
 from bgjob._statements.views import let_pass
 from bgjob._transaction import (
     Ending,
+    NotBegun,
     Transactions,
     acquisition,
     conclusion,
@@ -129,6 +130,8 @@ def drain(
         TypeError: a coroutine handler wants the test's transaction: use adrain.
         RuntimeError: there are coroutine handlers, and a loop runs in this thread.
         KeyboardInterrupt, SystemExit: the handler's, whatever `on_error` says.
+        psycopg.Error: the database's. Where a transactional handler got no connection, its job
+            is due again, with its attempt.
 
     """
     __tracebackhide__ = True
@@ -274,6 +277,8 @@ def _one(
         raise
     if isinstance(ending, Committed):
         return ending.result, None
+    if isinstance(ending, NotBegun):
+        raise ending.error
     held = any(answers[:1])
     if isinstance(ending, Doubtful):
         ending = ending.otherwise if held else ending.result

@@ -89,9 +89,11 @@ class Events:
     def error(self, error: BaseException) -> None:
         """Tell of trouble, at most once a second: a database that is away stays away."""
         now = time.monotonic()
-        if now >= self._error_at + 1:
+        with self._ready:  # slots may be in trouble together
+            if now < self._error_at + 1:
+                return
             self._error_at = now
-            self.tell([error])
+        self.tell([error])
 
     def close(self, timeout: float) -> None:
         """Tell what waits, for at most so many seconds, and end the thread."""

@@ -25,7 +25,7 @@ from bgjob._fork import Lineage
 from bgjob._route import Wants
 from bgjob._statements.settlements import Claimed
 from bgjob._timeouts import Timeouts
-from bgjob._transaction import Ending, Transactions
+from bgjob._transaction import Ending, NotBegun, Transactions
 from bgjob.errors import JobTimeoutError, LoopBlockedError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
@@ -74,6 +74,7 @@ class Runner:
         started: Callable[[Job], None] | None,
         timed_out: Callable[[Job, float], None],
         finished: Callable[[], None],
+        hindered: Callable[[BaseException], None],
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._mux = mux
@@ -83,6 +84,7 @@ class Runner:
         self._started = started
         self._timed_out = timed_out
         self._finished = finished
+        self._hindered = hindered
         # Each job runs in a copy of it, so that what one sets is not seen by the next. It is
         # empty: what a job finds does not depend on which thread started its slot.
         self._context = Context()
@@ -329,10 +331,10 @@ class Runner:
                 return
             else:
                 context = copy()  # costs 45 ns
-                if started is not None:
+                if started is not None and not route.is_transactional:
                     context.run(started, job)
                 began = perf_counter()
-                result: Ending | None
+                result: Ending | Release | None
                 if route.is_simple:
                     result = context.run(route.run, job)
                 else:
@@ -344,18 +346,23 @@ class Runner:
                         return
                 if self._lineage.is_child:
                     self._lineage.end(getattr(result, "error", None))
-                outcomes.append(_outcome((claimed, result, perf_counter() - began)))
+                took = None if isinstance(result, Release) else perf_counter() - began
+                outcomes.append(_outcome((claimed, result, took)))
                 self._finished()
             claimed = None
 
-    def _run(self, route: Route, claimed: Claimed) -> Ending | None:
+    def _run(self, route: Route, claimed: Claimed) -> Ending | Release | None:
         """Run a handler that has a transaction or a timeout; None if it was given up."""
         run = None if route.timeout is None else self._timeouts.limit(route, claimed)
         if run is not None:
             route = run.route
         result: Ending
         if route.is_transactional:
-            result = self._transactions.run(route, claimed)
+            result = self._transactions.run(route, claimed, self._started)
+            if isinstance(result, NotBegun):
+                self._hindered(result.error)
+                self._transactions.rest()
+                return Release()
         else:
             result = route.run(claimed.job)
         return None if run is not None and run.is_given_up else result
@@ -416,11 +423,11 @@ class Runner:
                 self._on_thread(claimed)
                 return
             else:
-                if started is not None:
+                if started is not None and not route.is_transactional:
                     started(job)
                 me.claimed = claimed
                 began = perf_counter()
-                result: Ending | None
+                result: Ending | Release | None
                 try:
                     if route.is_simple:
                         returned = await route.handler(job)
@@ -438,7 +445,8 @@ class Runner:
                     self._lineage.end(getattr(result, "error", None))
                 if task.cancelling():
                     await _absorb_cancellation(task)
-                outcomes.append(_outcome((claimed, result, perf_counter() - began)))
+                took = None if isinstance(result, Release) else perf_counter() - began
+                outcomes.append(_outcome((claimed, result, took)))
                 self._finished()
             claimed = me.claimed = None
             if not _is_same(context, clean):
@@ -450,14 +458,18 @@ class Runner:
                 await asyncio.sleep(0)
                 turned = perf_counter()
 
-    async def _run_async(self, route: Route, claimed: Claimed) -> Ending | None:
+    async def _run_async(self, route: Route, claimed: Claimed) -> Ending | Release | None:
         """Run a handler that has a transaction or a timeout; None if it was given up."""
         run = None if route.timeout is None else self._timeouts.limit(route, claimed)
         if run is not None:
             route = run.route
         result: Ending
         if route.is_transactional:
-            result = await self._transactions.run_async(route, claimed)
+            result = await self._transactions.run_async(route, claimed, self._started)
+            if isinstance(result, NotBegun):
+                self._hindered(result.error)
+                await self._transactions.rest_async()
+                return Release()
         else:
             try:
                 result = route.judge(claimed.job, await route.handler(claimed.job))

@@ -3,18 +3,22 @@
 The handler is given a connection with a transaction open, and what it answers
 is stored in that transaction: both commit, or neither does. A retry and an
 exception roll it back, and are stored afterwards like any other handler's.
+Without a connection the handler is not entered, and no attempt has begun.
 
 What happens is written once, as a generator of steps; each colour takes them
 in its own way.
 """
 
+import asyncio
 import contextlib
 import sys
+import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
+from time import monotonic
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import psycopg
@@ -29,15 +33,31 @@ from bgjob._fork import Lineage
 from bgjob._route import Route, Wants
 from bgjob._statements.settlements import COMMIT, ROLLBACK, Claimed, begin, claim_of_transaction
 from bgjob._statements.statement import Statement
+from bgjob.job import Job
 from bgjob.mux import Mux
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 _PATIENCE = 10.0
 """Seconds without a sign of the server, outside the handler."""
 
+_FIRST_PAUSE = 0.05
+"""Seconds for which a slot rests after it could not connect; doubles with each failure."""
+_LONGEST_PAUSE = 1.0
+
+_NAP = 0.2
+"""Seconds after which a coroutine that rests looks whether the worker shuts down."""
+
 T = TypeVar("T")
 
-Ending: TypeAlias = Result | Committed | Doubtful | Fenced
+
+@dataclass(frozen=True, slots=True)
+class NotBegun:
+    """The handler was not entered: its transaction could not be opened."""
+
+    error: BaseException
+
+
+Ending: TypeAlias = Result | Committed | Doubtful | Fenced | NotBegun
 """How it ended: settled already, or a result that is still to be stored."""
 
 
@@ -116,6 +136,8 @@ def conclusion(claimed: Claimed, ending: Ending | Release) -> list[Statement[Any
         return []
     job = claimed.job
     releases = [] if job.exclusive is None else unblocking(job.queue, [job.exclusive])
+    if isinstance(ending, NotBegun):
+        ending = Release()
     return releases if isinstance(ending, Committed) else settlement(claimed, ending) + releases
 
 
@@ -202,13 +224,26 @@ class Transactions:
         self._idle_async: deque[_AsyncConnection] = deque()
         self._handling: set[_Connection | _AsyncConnection] = set()
         self._closed = False
+        self._leaving = threading.Event()
+        self._pause, self._pause_grows_at = _FIRST_PAUSE, -inf
 
-    def run(self, route: Route, claimed: Claimed) -> Ending:
-        """Run a plain handler; nothing it raises escapes."""
+    def run(
+        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
+    ) -> Ending:
+        """Run a plain handler; nothing it raises escapes.
+
+        Args:
+            route: whose handler it is.
+            claimed: the job.
+            started: called when the transaction is open, before the handler.
+
+        """
         try:
             connection = self._begin(claimed)
-        except Exception as error:
-            return route.failed(claimed.job, error)
+        except BaseException as error:
+            return NotBegun(error)
+        if started is not None:
+            started(claimed.job)
         steps = _steps(route, claimed)
         try:
             step = next(steps)
@@ -230,12 +265,16 @@ class Transactions:
             connection.close()
             raise
 
-    async def run_async(self, route: Route, claimed: Claimed) -> Ending:
-        """Run a coroutine handler; nothing it raises escapes."""
+    async def run_async(
+        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
+    ) -> Ending:
+        """Run a coroutine handler; as `run`."""
         try:
             connection = await self._begin_async(claimed)
         except BaseException as error:
-            return route.failed(claimed.job, error)
+            return NotBegun(error)
+        if started is not None:
+            started(claimed.job)
         steps = _steps(route, claimed)
         try:
             step = next(steps)
@@ -256,6 +295,33 @@ class Transactions:
         except BaseException:
             await connection.close()
             raise
+
+    def rest(self) -> None:
+        """Wait before the next attempt to connect; returns at once where the worker shuts down.
+
+        A slot that could not connect keeps its job for as long: to give it back immediately
+        would be to claim it again immediately.
+        """
+        self._leaving.wait(self._next_pause())
+
+    async def rest_async(self) -> None:
+        """Wait before the next attempt to connect; as `rest`, and where the task is cancelled."""
+        end = monotonic() + self._next_pause()
+        with contextlib.suppress(asyncio.CancelledError):
+            # Another thread says that it is over: there is no event of the loop to wait for.
+            while (left := end - monotonic()) > 0 and not self._leaving.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(min(left, _NAP))
+
+    def _next_pause(self) -> float:
+        now = monotonic()
+        if now >= self._pause_grows_at:  # once for all slots that have failed together
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._pause_grows_at = now + self._pause
+        return self._pause
+
+    def leave(self) -> None:
+        """Wait for no connection any more: the worker shuts down."""
+        self._leaving.set()
 
     def doubt(self) -> None:
         """Wait no longer for what was asked before a network that is back went silent."""
@@ -290,15 +356,17 @@ class Transactions:
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
                 connection.execute(begin(claimed.token))
-            except psycopg.Error:
+            except BaseException as error:
                 connection.close()
-                if kept is None:
+                if kept is None or not isinstance(error, psycopg.Error):
                     raise
             else:
                 return connection
 
     def _connect(self) -> _Connection:
-        return _Connection.connect(**self._options)
+        connection = _Connection.connect(**self._options)
+        self._pause = _FIRST_PAUSE
+        return connection
 
     def _take(self, step: _Step, connection: _Connection, route: Route, claimed: Claimed) -> object:
         match step:
@@ -353,7 +421,9 @@ class Transactions:
                 return connection
 
     async def _connect_async(self) -> _AsyncConnection:
-        return await _AsyncConnection.connect(**self._options)
+        connection = await _AsyncConnection.connect(**self._options)
+        self._pause = _FIRST_PAUSE
+        return connection
 
     async def _take_async(
         self, step: _Step, connection: _AsyncConnection, route: Route, claimed: Claimed

@@ -38,6 +38,7 @@ from bgjob._statements.settlements import Claimed
 from bgjob._statements.statement import Statement
 from bgjob._transaction import (
     Ending,
+    NotBegun,
     Transactions,
     acquisition,
     conclusion,
@@ -274,7 +275,8 @@ class Client:
             RuntimeError: there are coroutine handlers, and a loop runs in this thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
-            psycopg.Error: the database's; the job is due again when its lease ends.
+            psycopg.Error: the database's; the job is due again when its lease ends, or
+                immediately, with its attempt, where a transactional handler got no connection.
 
         """
         mux.check_bound()
@@ -917,6 +919,8 @@ def _result(
     """Give the result that was stored; pass on an interrupt; raise LeaseLostError."""
     if isinstance(ending, Committed):
         return ending.result
+    if isinstance(ending, NotBegun):
+        raise ending.error
     if isinstance(ending, Doubtful):
         if not settled and alive:
             return ending.result  # nobody else can have had it: the commit was done

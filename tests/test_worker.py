@@ -612,6 +612,7 @@ def running(body: Handler, *ids: str) -> Iterator[_runner.Runner]:
         started=None,
         timed_out=lambda *_: None,
         finished=lambda: None,
+        hindered=lambda _: None,
     )
     runner.open()
     try:
