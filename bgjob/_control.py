@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
@@ -59,6 +59,7 @@ class Control:
         lease: float,
         events: Events,
         notify: bool,
+        served: Collection[str],
         rota: Rota,
     ) -> None:
         self._recipe = recipe
@@ -72,6 +73,7 @@ class Control:
             queue,
             lease=lease,
             notify=notify,
+            served=served,
             meanwhile=self._meanwhile,
         )
         self._awaits_flow = False  # it waits for an answer, and has planned nothing to follow

@@ -65,6 +65,7 @@ class Crew:
                     lease=held,
                     events=self._events,
                     notify=notify,
+                    served=slots_of.keys(),
                     rota=rota,
                 )
             )

@@ -25,6 +25,8 @@ Times are seconds of any monotonic clock. It holds to this:
 - No more jobs are claimed than free slots and the jobs' quickness justify.
 - A lease is extended when a third of it has passed, whether its job runs,
   waits for a slot, or waits for its settlement to be taken.
+- After an outage that was longer than the lease the worker settles and extends
+  before it claims. Its sweeps never free a job that it holds itself.
 - A job whose last worker died is claimed alone; see _suspects.py.
 - A job with an exclusive key is handed out once the server has granted the key.
 - Every step has something to do, or names the time to sleep to.
@@ -429,10 +431,14 @@ class Engine:
     def _add_claim(self, exchange: Exchange, now: float) -> None:
         if self._stopping or exchange.give_back or self._gives_back:
             return  # what was not started is due before what would be claimed now
+        if not self._careful and any(
+            batch.expires <= now and batch.extend_at <= now for batch in self._batches.values()
+        ):
+            return  # this exchange settles and extends what another worker may free
         limit = self._claimable
         held_up = self._suspects.hold_up(now)
         if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
-            exchange.claim = Sweep(0, next(self._tokens))
+            exchange.claim = Sweep(0, next(self._tokens), held=self._held)
             return
         if (
             held_up
@@ -457,8 +463,14 @@ class Engine:
             self._watch(exchange)
 
     def _add_sweep(self, exchange: Exchange, limit: int, token: int) -> None:
-        exchange.claim = Sweep(limit, token, self._blocked_after)
+        exchange.claim = Sweep(limit, token, self._blocked_after, self._held)
         self._watch(exchange)
+
+    @property
+    def _held(self) -> tuple[int, ...]:
+        """Tokens whose jobs no sweep of this worker may free, though their lease has ended."""
+        sent = (sent.exchange.claim.token for sent in self._sent if sent.exchange.claim)
+        return *self._batches, *sent
 
     def _watch(self, exchange: Exchange) -> None:
         if not self._parking.parked:  # while it is, no enqueue is under way unseen

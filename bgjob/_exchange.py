@@ -1,6 +1,6 @@
 """The words between the engine and whoever drives it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -67,6 +67,8 @@ class Sweep:
     token: int
     after: str = ""
     """The key after which to look for such as are blocked."""
+    held: tuple[int, ...] = ()
+    """Tokens of the worker itself, whose jobs it does not free."""
 
     @property
     def looks(self) -> bool:
@@ -131,20 +133,22 @@ class Exchange:
             case Committed() | Fenced() | Wants():
                 raise AssertionError("it is settled, or not to be settled")
 
-    def statements(self, queue: str, lease: float) -> Plan:
-        """Give the SQL."""
+    def statements(self, queue: str, lease: float, served: Collection[str] = ()) -> Plan:
+        """Return the SQL; `served` are the queues of the same worker."""
         plan: Plan = []
         if self.park == "take":
             plan.append((park(queue), "parked"))  # what the claim does not see notifies
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
-            case Sweep(0):
-                plan.append((free(queue, limit=MOST_FREED), "swept"))
+            case Sweep(0, held=held):
+                plan.append((free(queue, limit=MOST_FREED, held=held), "swept"))
                 plan.append((survey(queue), "lines"))
-            case Sweep(limit, token, after):
-                plan.append((sweep(queue, limit=limit, lease=lease, token=token), "swept"))
+            case Sweep(limit, token, after, held):
+                sweeps = sweep(queue, limit=limit, lease=lease, token=token, held=held)
+                plan.append((sweeps, "swept"))
                 plan.append((survey(queue), "lines"))
-                plan.append((blocked(queue, after=after, limit=MOST_LOOKED_AT), "blocked"))
+                unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
+                plan.append((unheld, "blocked"))
             case ClaimSuspect(token):
                 plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
             case Claim(limit, token, marks):

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import ceil
 from time import monotonic
 from typing import Any, LiteralString
@@ -185,11 +185,13 @@ class Link:
         *,
         lease: float,
         notify: bool,
+        served: Collection[str] = (),
         meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         self._meanwhile = meanwhile
         self._recipe = recipe
         self._queue = queue
+        self._served = served
         self._lease = lease
         self._notify = notify
         self._connection: _Connection | None = None
@@ -272,7 +274,7 @@ class Link:
 
     def plan(self, exchange: Exchange) -> Plan:
         """Put an exchange into words, so that nothing but to send them is left to do."""
-        return exchange.statements(self._queue, self._lease)
+        return exchange.statements(self._queue, self._lease, self._served)
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:

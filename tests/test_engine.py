@@ -236,6 +236,68 @@ def test_a_job_whose_lease_another_worker_took_is_told_lost_once_and_its_result_
     assert settled(exchange) == []
 
 
+def test_after_an_outage_longer_than_the_lease_a_worker_settles_and_extends_before_it_claims() -> (
+    None
+):
+    drive = Drive(concurrency=3, lease=2.0)
+    finished, running = drive.claim("finished", "running")
+    drive.engine.disconnect(drive.now)
+    drive.finish(finished)
+    drive.now += 5.0
+    drive.engine.reconnect()
+    first = drive.exchange()
+    assert settled(first) == ["finished"]
+    assert first.extend == [running]
+    assert first.claim is None
+    drive.answer(Reply(settled={"finished"}, extended={"running"}))
+    assert isinstance(drive.exchange().claim, Sweep)
+
+
+def test_no_sweep_frees_what_the_worker_itself_holds() -> None:
+    drive = Drive(concurrency=3, lease=2.0)
+    (held,) = drive.claim("a")
+    drive.engine.reconnect()
+    claim = drive.exchange().claim
+    assert isinstance(claim, Sweep)
+    assert claim.held == (held.token,)
+
+
+def test_a_worker_without_a_slot_frees_none_of_its_own_leases_either() -> None:
+    drive = Drive(concurrency=1, lease=30.0, poll_interval=2.0)
+    (held,) = drive.claim("a")
+    claim = drive.next_exchange().claim
+    assert isinstance(claim, Sweep)
+    assert (claim.limit, claim.held) == (0, (held.token,))
+
+
+def test_a_claim_is_held_before_it_is_acknowledged() -> None:
+    drive = Drive(concurrency=2)
+    drive.engine.bulky = 1
+    drive.finish(*drive.claim("quick"), took=1e-6)
+    claimed = flowing(drive, *map(str, range(10)))
+    under_way = drive.exchange().claim
+    drive.finish(claimed[0], took=1e-6)
+    drive.engine.reconnect()  # the next look is a sweep
+    ahead = drive.engine.ahead(drive.now)
+    assert ahead is not None
+    assert isinstance(ahead.claim, Sweep)
+    assert under_way is not None
+    assert under_way.token in ahead.claim.held
+
+
+def test_an_extension_that_is_refused_again_and_again_does_not_stop_claims() -> None:
+    drive = Drive(concurrency=3, lease=2.0)
+    drive.claim("a")
+    drive.now += 5.0
+    for _ in range(20):
+        if drive.exchange().claim is not None:
+            break
+        drive.engine.reject(drive.now)
+        drive.now += 0.5
+    else:
+        raise AssertionError("nothing is claimed")
+
+
 # -- settlements --------------------------------------------------------------------------
 
 
@@ -273,7 +335,7 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
     drive.now += 3.0
     drive.engine.reconnect()
     assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == [LeaseLost(a.job), QueueIsEmpty()]
+    assert drive.answer(Reply()).events == [LeaseLost(a.job)]
 
 
 def flowing(drive: Drive, *names: str) -> list[Claimed]:
@@ -898,7 +960,7 @@ def test_a_worker_without_a_free_slot_frees_what_others_hold_no_more() -> None:
     drive = Drive(concurrency=1, poll_interval=2.0)
     drive.claim("slow")
     swept_at = drive.now
-    assert drive.next_exchange().claim == Sweep(0, 2)
+    assert drive.next_exchange().claim == Sweep(0, 2, held=(1,))
     assert drive.now == swept_at + 2.0
 
 

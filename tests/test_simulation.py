@@ -136,6 +136,7 @@ class Table:
         self.ended: dict[str, str] = {}  # by job: done or dead
         self.settled: dict[Key, str] = {}  # by claim: done, dead or postponed
         self.taken: dict[Key, int] = {}  # by claim: when its row went to another claim
+        self.freed: list[Key] = []  # by sweeps, in their order
         self.locked = 0.0  # the share of rows that others have locked
         self.moves = False  # whether others write rows that are claimed
         self._places = map(str, count())
@@ -198,8 +199,8 @@ class Table:
                 for job in jobs if self.moves else []:
                     if job.id.endswith("5"):
                         self.rows[job.id].place = next(self._places)
-            case Sweep(limit, token):
-                reply.swept = self.sweep(limit, token, began=began, now=now, at=at)
+            case Sweep(limit, token, held=held):
+                reply.swept = self.sweep(limit, token, began=began, now=now, at=at, held=held)
                 reply.lines = self._survey(began=began, now=now)
                 reply.blocked = Blocked(self._blocked(began), "")
             case ClaimSuspect(token):
@@ -288,18 +289,29 @@ class Table:
             )
         ]
 
-    def sweep(self, limit: int, token: int, *, began: int, now: int, at: float) -> Swept:
-        """Take fresh rows, and free those whose lease has ended."""
+    def sweep(
+        self,
+        limit: int,
+        token: int,
+        *,
+        began: int,
+        now: int,
+        at: float,
+        held: tuple[int, ...] = (),
+    ) -> Swept:
+        """Take fresh rows, and free those whose lease has ended and that have no held token."""
         found = [
             row
             for row in self._due(began)
-            if (limit and self._is_fresh(row)) or self._has_ended(row, began)
+            if (limit and self._is_fresh(row))
+            or (self._has_ended(row, began) and row.token not in held)
         ]
         walked = self._unlocked(found, limit or MOST_FREED, at)
         freed = 0
         for row in walked:
             if row.token is not None:
                 self.taken[row.id, row.token] = now
+                self.freed.append((row.id, row.token))
                 row.token = row.lease_until = None
                 row.deaths += 1
                 row.free_since = at
@@ -466,6 +478,7 @@ class History:
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
         self.table.moves = seed % 4 > 1
         self.clock_offset = 0.0
+        self.starved = 0.0  # seconds for which the control thread is about to stop
 
         # The connection.
         self.session = 1
@@ -544,6 +557,8 @@ class History:
             self._at(span * random.random(), self._break)
         for _ in range(random.choice([0, 0, 0, 2])):
             self._at(span * random.random(), self._step_clock)
+        for _ in range(random.choice([0, 0, 0, 1])):
+            self._at(span * random.random(), self._starve)
         if random.random() < 0.15:
             self.poison = {f"job-{random.randrange(5)}" for _ in range(2)}
             self.healing = random.random() < 0.5
@@ -635,6 +650,11 @@ class History:
 
     def _break(self) -> None:
         self.breaking = self.woken = True
+
+    def _starve(self) -> None:
+        """Stop the control thread for longer than the lease, as SIGSTOP does."""
+        self.starved = self.lease * self.random.uniform(1.0, 2.0)
+        self._wake()
 
     def _step_clock(self) -> None:
         self.clock_offset += self.random.uniform(-0.2, 0.2) * self.lease
@@ -731,6 +751,12 @@ class History:
     def _turn(self) -> None:
         """As _Control._turn in worker.py."""
         self._elapse(self.now + self.random.random() * 2e-5)
+        if self.starved:
+            starved, self.starved = self.starved, 0.0
+            self._elapse(self.now + starved)
+            self.peace_at = max(self.peace_at, self.now)
+            self._disturb()
+            self._happened()
         engine = self.engine
         outcomes, self.outcomes = self.outcomes, []
         self._tell(engine.finish(outcomes))
@@ -869,7 +895,10 @@ class History:
         return "answered"
 
     def _carry_out(self, exchange: Exchange, began: int, session: int | None) -> Reply:
+        freed = len(self.table.freed)
         reply = self.table.carry_out(exchange, began=began, now=self.db_now, at=self.now)
+        for key in self.table.freed[freed:]:
+            promise(key not in self.live, f"{key}: freed by the worker that holds it")
         if session is None:
             return reply
         if exchange.park == "take":
@@ -921,6 +950,7 @@ class History:
         promise(bool(exchange), "an empty exchange")
         if exchange.claim is not None:
             promise(not self.stopping, "claims after shutdown")
+            self._check_order()
             wanted = self.engine.in_flight + coming + exchange.claim.limit
             if isinstance(exchange.claim, Sweep) and not exchange.claim.limit:
                 return
@@ -945,6 +975,15 @@ class History:
             if row.has_gone_back and not (row.waits or row.deaths) and row.due <= began:
                 kept = (row.priority, EPOCH + row.due * MICROSECOND) >= (priority, due)
                 promise(kept, f"{row.id}: overtaken after it was given back")
+
+    def _check_order(self) -> None:
+        """After an outage it settles and extends before others are served."""
+        if self.clock_stepped or self.engine._careful:
+            return  # after a refusal the kinds of work take turns
+        for id_, token in self.live:
+            row = self.table.rows.get(id_)
+            late = row is not None and row.token == token and (row.lease_until or 0) <= self.db_now
+            promise(not late, f"{id_}: not extended before a claim")
 
     def _hear(self, news: News, sent_at: float) -> None:
         for claimed in news.run:

@@ -224,6 +224,19 @@ def test_what_is_held_no_more_is_freed_without_claiming_anything(
     ]
 
 
+def test_what_the_worker_itself_holds_is_not_freed(worker: psycopg.Connection) -> None:
+    fill(worker, 3)
+    worker.execute(
+        "update bgjob_job set lease_until = clock_timestamp() - interval '1 ms', attempt = 1, "
+        "token = case id when 'q000001' then 8 when 'q000002' then 9 end"
+    )
+    tokens = "select token from bgjob_job order by id"
+    assert ask(worker, free("q", limit=9, held=[8, 9])) == ([], 1)  # spoiled: it has no token
+    assert worker.execute(tokens).fetchall() == [(8,), (9,), (None,)]
+    assert ask(worker, sweep("q", limit=9, lease=60, token=1, held=[8])).freed == 1
+    assert worker.execute(tokens).fetchall()[:2] == [(8,), (None,)]
+
+
 def test_suspects_are_claimed_one_at_a_time_and_by_no_other_claim(
     worker: psycopg.Connection,
 ) -> None:

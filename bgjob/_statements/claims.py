@@ -6,7 +6,7 @@ from functools import partial
 from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
-from bgjob._statements.statement import Row, Statement, in_range
+from bgjob._statements.statement import Row, Statement, in_range, number_array
 from bgjob.job import Job
 
 JOB_COLUMNS = f"""
@@ -38,7 +38,10 @@ _TAKE = """
 """
 
 _FRESH = "j.lease_until is null and j.deaths <= 0"
-_ENDED = "j.lease_until <= now()"
+
+# A worker that was starved, or had no server, finds its own leases ended. What it holds it
+# extends or settles; it never frees it. A row spoiled by hand may have no token.
+_ENDED = "j.lease_until <= now() and (j.token <> all (%(held)s::bigint[])) is not false"
 
 # Of no row: looked up once a statement, and nothing is read where the queue is paused.
 _UNPAUSED = """
@@ -237,18 +240,33 @@ class Swept(NamedTuple):
     freed: int
 
 
-def sweep(queue: str, *, limit: int, lease: float, token: int) -> Statement[Swept]:
-    """Claim due jobs of every priority, wherever they lie; set free those whose lease has ended."""
+def sweep(
+    queue: str, *, limit: int, lease: float, token: int, held: Sequence[int] = ()
+) -> Statement[Swept]:
+    """Claim due jobs of every priority, wherever they lie; free those whose lease has ended.
+
+    Jobs that have one of the tokens `held` are not freed: the worker itself holds them.
+    """
     return Statement(
         _SWEEP,
-        {"queue": queue, "limit": limit, "lease": lease, "token": token},
+        {
+            "queue": queue,
+            "limit": limit,
+            "lease": lease,
+            "token": token,
+            "held": number_array(held),
+        },
         _swept,
     )
 
 
-def free(queue: str, *, limit: int) -> Statement[Swept]:
-    """Set free jobs whose lease has ended, and claim nothing."""
-    return Statement(_FREE, {"queue": queue, "limit": limit}, lambda rows: Swept([], rows[0][0]))
+def free(queue: str, *, limit: int, held: Sequence[int] = ()) -> Statement[Swept]:
+    """Free jobs whose lease has ended and that have none of the tokens `held`; claim nothing."""
+    return Statement(
+        _FREE,
+        {"queue": queue, "limit": limit, "held": number_array(held)},
+        lambda rows: Swept([], rows[0][0]),
+    )
 
 
 class Suspect(NamedTuple):
@@ -271,7 +289,7 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect
     """Claim the first due job, whatever became of its last worker."""
     return Statement(
         _CLAIM_ANY,
-        {"queue": queue, "limit": 1, "lease": lease, "token": token},
+        {"queue": queue, "limit": 1, "lease": lease, "token": token, "held": number_array(())},
         _suspects,
         prepare=False,
     )

@@ -6,7 +6,7 @@ order of their keys, and no transaction locks twice. Rows of jobs are not waited
 meanwhile, so that nobody has to wait for long.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -244,13 +244,17 @@ class Blocked(NamedTuple):
     """Where to go on looking; empty at the end."""
 
 
-def blocked(queue: str, *, after: str, limit: int) -> Statement[Blocked]:
+def blocked(
+    queue: str, *, after: str, limit: int, served: Collection[str] = ()
+) -> Statement[Blocked]:
     """Find keys whose jobs in this queue wait for nothing: nobody has them, or is about to.
 
     Their holder died or was deleted, or its worker died before it had released them. A
     holder of another queue, which may have no worker left, is set free here when its lease
-    has ended. Keys that nobody wants any more are found as well. It looks at the first `limit`
-    keys after one, so that no sweep walks over all of them.
+    has ended. A holder of a queue in `served`, those of the same worker, is not: that worker
+    frees it by its own sweep, and not while it holds it. Keys that nobody wants any more are
+    found as well. It looks at the first `limit` keys after one, so that no sweep walks over
+    all of them.
     """
     return Statement(
         f"""
@@ -264,8 +268,8 @@ def blocked(queue: str, *, after: str, limit: int) -> Statement[Blocked]:
                 select h.ctid from looked_at e
                 cross join lateral (
                     select j.ctid from bgjob_job j
-                    where j.id = e.job_id and j.token = e.token and j.queue <> %(queue)s
-                        and j.lease_until <= now()
+                    where j.id = e.job_id and j.token = e.token
+                        and j.queue <> all (%(served)s::text[]) and j.lease_until <= now()
                     limit 1
                     for update skip locked
                 ) as h
@@ -280,7 +284,7 @@ def blocked(queue: str, *, after: str, limit: int) -> Statement[Blocked]:
         ), case when count(*) = %(limit)s then max(key) else '' end
         from looked_at
         """,
-        {"queue": queue, "after": after, "limit": limit},
+        {"queue": queue, "after": after, "limit": limit, "served": [queue, *served]},
         lambda rows: Blocked(*rows[0]),
         prepare=False,
     )
