@@ -6,7 +6,7 @@ write values in psycopg's own ways, whatever the program has registered for its 
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from math import inf
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from psycopg._encodings import pg2pyenc
 from psycopg.abc import RV, AdaptContext, Buffer, PQGen
 from psycopg.adapt import AdaptersMap, Dumper, Loader
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.errors import UntranslatableCharacter
 from psycopg.pq import Format
 from psycopg.rows import TupleRow, tuple_row
 from psycopg.types import TypesRegistry
@@ -95,6 +96,9 @@ _ARRAYS = {
     Floats: "float8",
     Smallints: "int2",
 }
+
+
+_SHOWN = 40  # characters
 
 
 class _ErrorTextDumper(Dumper):
@@ -199,6 +203,30 @@ class AsyncCursor(psycopg.AsyncCursor[TupleRow]):
     @override
     def adapters(self) -> AdaptersMap:
         return _adapters(self.connection)
+
+
+UNENCODABLE = (UntranslatableCharacter, UnicodeEncodeError)
+"""What is raised where a parameter has characters that the database cannot hold."""
+
+
+def unencodable(
+    connection: psycopg.BaseConnection[Any], values: Iterable[object], error: Exception
+) -> Exception:
+    """Return the error that names the text, among these, that the database cannot hold."""
+    texts = [text for v in values for text in (v if isinstance(v, list) else (v,))]
+    for name in (b"server_encoding", b"client_encoding"):
+        encoding = connection.pgconn.parameter_status(name) or b""
+        codec = _codec(encoding)
+        for text in texts:
+            if isinstance(text, str) and text.encode(codec, "ignore").decode(codec) != text:
+                at = next(i for i, c in enumerate(text) if not c.encode(codec, "ignore"))
+                shown = text if len(text) < _SHOWN else text[max(0, at - _SHOWN) : at + _SHOWN]
+                return ValueError(
+                    f"{shown!r} cannot be stored: the encoding {encoding.decode()} of the "
+                    "database, or of the connection, does not have all its characters; give "
+                    "another name, or use a database in UTF8"
+                )
+    return error
 
 
 # -- connections -----------------------------------------------------------------------

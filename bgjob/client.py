@@ -20,6 +20,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._connection import (
+    UNENCODABLE,
     AsyncConnection,
     AsyncCursor,
     Connection,
@@ -27,6 +28,7 @@ from bgjob._connection import (
     Recipe,
     check_conninfo,
     options,
+    unencodable,
 )
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
@@ -172,6 +174,7 @@ class Client:
                 EnqueueRequest.of; a TypeError also for options beside a request.
             JobAlreadyExistsError: a live job has the id. Nothing was written,
                 and the caller's transaction goes on.
+            ValueError: a name that the database's encoding cannot hold.
             psycopg.Error: the database's. After a lost connection it is not
                 known whether the job was written: a request with an id can
                 safely be enqueued again.
@@ -204,6 +207,7 @@ class Client:
             RequestsRequiredError: there is no request.
             JobAlreadyExistsError: an id is taken, or stands twice in the
                 requests. Nothing was written, and the caller's transaction goes on.
+            ValueError: as enqueue.
             psycopg.Error: the database's. Two calls of over 10,000 requests that
                 share ids may deadlock: it is tried again where `requests` is a
                 list or a tuple and `conn` is not given.
@@ -251,6 +255,9 @@ class Client:
                     stream.write_row(row)
         except UniqueViolation:
             return False  # which ids are taken is for an insert to tell
+        except UNENCODABLE as error:
+            names = [name for r in chunk for name in (r.id, r.queue, r.type)]
+            raise unencodable(connection, names, error) from error
         if self._notify:
             _execute(connection, enqueues.tell_many(chunk))
         return True
@@ -488,7 +495,10 @@ def _execute(
         cursor = connection.enqueuing
     else:
         cursor = Cursor(connection)
-    cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
+    try:
+        cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
+    except UNENCODABLE as error:
+        raise unencodable(connection, (statement.params or {}).values(), error) from error
     return statement.parse(cursor.fetchall())
 
 
@@ -600,6 +610,9 @@ class AsyncClient:
                     await stream.write_row(row)
         except UniqueViolation:
             return False
+        except UNENCODABLE as error:
+            names = [name for r in chunk for name in (r.id, r.queue, r.type)]
+            raise unencodable(connection, names, error) from error
         if self._notify:
             await _execute_async(connection, enqueues.tell_many(chunk))
         return True
@@ -776,7 +789,12 @@ async def _execute_async(
         cursor = connection.enqueuing
     else:
         cursor = AsyncCursor(connection)
-    await cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
+    try:
+        await cursor.execute(
+            statement.text, statement.params, binary=True, prepare=statement.prepare
+        )
+    except UNENCODABLE as error:
+        raise unencodable(connection, (statement.params or {}).values(), error) from error
     return statement.parse(await cursor.fetchall())
 
 

@@ -128,13 +128,21 @@ class Databases:
         self._strategy: LiteralString = "strategy file_copy" if new_enough else ""
 
     @contextlib.contextmanager
-    def make(self, *, template: str = "template1", prefix: str = "t") -> Iterator[tuple[str, str]]:
-        """Give the name and the DSN of a new database, and drop it after."""
+    def make(
+        self, *, template: str = "template1", prefix: str = "t", encoding: str | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """Give the name and the DSN of a new database, and drop it after.
+
+        An encoding of its own needs the template `template0`.
+        """
         name = f"{prefix}_{self._worker}_{next(self._numbers)}"
         identifier = sql.Identifier(name)
         self._admin.execute(
-            sql.SQL("create database {} template {} {}").format(
-                identifier, sql.Identifier(template), sql.SQL(self._strategy)
+            sql.SQL("create database {} template {} {} {}").format(
+                identifier,
+                sql.Identifier(template),
+                sql.SQL(self._strategy),
+                sql.SQL("encoding {} locale 'C'").format(encoding) if encoding else sql.SQL(""),
             )
         )
         try:

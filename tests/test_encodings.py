@@ -1,0 +1,150 @@
+"""A database of any encoding: what it cannot hold is escaped, or refused where it is written."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import MIGRATION, Databases
+from test_worker import Crew, Recorder, eventually
+
+from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
+from bgjob.testing import drain
+
+HELD = {"LATIN1": "é", "EUC_JP": "エラー", "WIN1252": "€", "SQL_ASCII": "é€✓😀"}
+TEXT = {name: f"5 € {held} ✓ 😀" for name, held in HELD.items()}
+STORED = {
+    "LATIN1": r"5 \u20ac é \u2713 \U0001f600",
+    "EUC_JP": r"5 \u20ac エラー \u2713 \U0001f600",
+    "WIN1252": r"5 € € \u2713 \U0001f600",
+    "SQL_ASCII": TEXT["SQL_ASCII"],
+}
+EVERY_BYTE = bytes(range(256))
+
+
+@pytest.fixture(params=list(HELD))
+def encoding(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def dsn(databases: Databases, encoding: str) -> Iterator[str]:
+    """The DSN of a database of that encoding, with the schema."""
+    with databases.make(template="template0", encoding=encoding) as (_, dsn):
+        with psycopg.connect(dsn) as conn:
+            conn.execute(MIGRATION.read_bytes())
+        yield dsn
+
+
+@pytest.fixture(params=[False, True], ids=["Worker", "AsyncWorker"])
+def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
+    crew = Crew(dsn, is_async=request.param)
+    try:
+        yield crew
+    finally:
+        crew.close()
+
+
+def errors(client: Client) -> dict[str, str | None]:
+    return {dead.id: dead.last_error for dead in client.dlq.list()}
+
+
+def test_an_error_text_that_the_server_cannot_hold_is_stored_in_escaped_form(
+    crew: Crew, dsn: str, encoding: str
+) -> None:
+    text, held = TEXT[encoding], HELD[encoding]
+
+    def bury(job: Job) -> MoveToDlq:
+        return MoveToDlq(text)
+
+    async def bury_async(job: Job) -> MoveToDlq:
+        return MoveToDlq(text)
+
+    def bury_with(job: Job, conn: psycopg.Connection[Any]) -> MoveToDlq:
+        conn.execute("select 1")
+        return MoveToDlq(text)
+
+    async def bury_async_with(job: Job, conn: psycopg.AsyncConnection[Any]) -> MoveToDlq:
+        return MoveToDlq(text)
+
+    def fail(job: Job) -> None:
+        raise ValueError(text)
+
+    mux = Mux().register("plain", bury).register("coroutine", bury_async)
+    mux.register("transactional", bury_with, transactional=True)
+    mux.register("both", bury_async_with, transactional=True)
+    mux.register("fails", fail, max_attempts=2, backoff=lambda _: 0.0)
+    mux.register("t", lambda job: None)
+    types = ["plain", "coroutine", "transactional", "both", "fails"]
+    recorder = Recorder()
+    with Client(dsn) as client:
+        for kind in types:
+            client.enqueue(EnqueueRequest("q", kind, EVERY_BYTE, id=f"{kind} {held}"))
+        request = EnqueueRequest(f"q{held}", "t", id=held, exclusive=held)
+        assert client.bulk_enqueue([request]) == [held]
+        assert client.bulk_enqueue([request], on_conflict="skip") == [None]
+        schedule = Schedule(held, request=EnqueueRequest("s", "t", EVERY_BYTE), every=1)
+        crew.start(
+            mux,
+            {"q": 2, f"q{held}": 1},
+            observer=recorder,
+            services=[Schedules([schedule])],
+            poll_interval=0.1,
+        )
+        assert eventually(lambda: len(errors(client)) == len(types)), recorder.events
+        found = errors(client)
+        stored = STORED[encoding]
+        assert found.pop(f"fails {held}") == f"ValueError: {stored}"
+        assert set(found.values()) == {stored}
+        assert {dead.arg for dead in client.dlq.list()} == {EVERY_BYTE}
+        assert eventually(lambda: recorder.of("completed") == [("completed", held, 1)])
+        assert [status.name for status in client.schedules.list()] == [held]
+        assert client.dlq.requeue(error=held if encoding != "WIN1252" else "5 ")
+    assert not recorder.of("error"), recorder.of("error")
+
+
+def test_a_job_that_is_run_by_hand_may_fail_with_any_text(dsn: str, encoding: str) -> None:
+    mux = Mux().register("t", lambda _: MoveToDlq(TEXT[encoding]))
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t", id="a"))
+        client.do("q", mux)
+        client.enqueue(EnqueueRequest("q", "t", id="b"))
+        drain(client, "q", mux)
+        assert errors(client) == dict.fromkeys("ab", STORED[encoding])
+    with psycopg.connect(dsn) as conn:  # in the encoding of the database
+        Client(dsn).enqueue(EnqueueRequest("q", "t", id="c"), conn=conn)
+        drain(conn, "q", mux)
+        conn.commit()
+    assert errors(Client(dsn)) == dict.fromkeys("abc", STORED[encoding])
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "EUC_JP", "WIN1252"], indirect=True)
+def test_a_name_that_the_database_cannot_hold_is_refused_where_it_is_enqueued(
+    dsn: str, encoding: str
+) -> None:
+    names: dict[str, Any] = {"queue": "q", "type": "t", "id": "i", "exclusive": "k"}
+    with Client(dsn) as client, psycopg.connect(dsn) as conn:
+        for name in names:
+            for own in (None, conn):
+                request = EnqueueRequest(**{**names, name: "✓"})
+                with pytest.raises(ValueError, match=f"✓.*{encoding}"):
+                    client.enqueue(request, conn=own)
+                with pytest.raises(ValueError, match=f"✓.*{encoding}"):
+                    client.bulk_enqueue([request], conn=own)
+                if name != "exclusive":
+                    many = [EnqueueRequest(**{**names, name: f"✓{n:04}"}) for n in range(600)]
+                    with pytest.raises(ValueError, match=f"✓0.*{encoding}"):
+                        client.bulk_enqueue(many, conn=own)
+                conn.rollback()
+
+        async def enqueue() -> None:
+            async with AsyncClient(dsn) as other:
+                with pytest.raises(ValueError, match=f"✓.*{encoding}"):
+                    await other.enqueue(EnqueueRequest("q", "✓"))
+                with pytest.raises(ValueError, match=f"✓.*{encoding}"):
+                    await other.bulk_enqueue([EnqueueRequest("q", "✓")])
+
+        asyncio.run(enqueue())
+        assert client.stats() == []
+        client.enqueue(EnqueueRequest("q", "t"))
