@@ -232,6 +232,11 @@ def unencodable(
 # -- connections -----------------------------------------------------------------------
 
 
+def is_two_phase(connection: psycopg.BaseConnection[Any] | None) -> bool:
+    """Whether a two-phase transaction is open, begun with `tpc_begin`: it must not notify."""
+    return connection is not None and connection._tpc is not None  # noqa: SLF001
+
+
 class Silence(psycopg.OperationalError):
     """The server did not answer."""
 

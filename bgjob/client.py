@@ -27,6 +27,7 @@ from bgjob._connection import (
     Cursor,
     Recipe,
     check_conninfo,
+    is_two_phase,
     options,
     unencodable,
 )
@@ -165,7 +166,8 @@ class Client:
             request: the job: a request, or a typed job, a value of a dataclass, say, whose
                 class names the type and may name the queue. As EnqueueRequest.of.
             conn: a connection of the caller's: the job is written in its
-                transaction and exists if that commits.
+                transaction and exists if that commits. Where that was begun with
+                `tpc_begin` no worker is notified: they find the job when they poll.
             options: queue, id, delay, run_at and priority of a typed job, as those
                 of a request; they go before what the class says.
 
@@ -181,7 +183,7 @@ class Client:
 
         """
         request = _request(request, options)
-        statement = enqueues.enqueue(request, notify=self._notify)
+        statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         if not self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
         return request.id
@@ -234,7 +236,9 @@ class Client:
                 if on_conflict == "raise" and self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
                     continue
-                statement = enqueues.enqueue_many(chunk, notify=self._notify)
+                statement = enqueues.enqueue_many(
+                    chunk, notify=self._notify and not is_two_phase(conn)
+                )
                 ids += _placed(chunk, _execute(connection, statement), on_conflict)
         return ids
 
@@ -258,7 +262,7 @@ class Client:
         except UNENCODABLE as error:
             names = [name for r in chunk for name in (r.id, r.queue, r.type)]
             raise unencodable(connection, names, error) from error
-        if self._notify:
+        if self._notify and not is_two_phase(connection):
             _execute(connection, enqueues.tell_many(chunk))
         return True
 
@@ -379,7 +383,7 @@ class Client:
                 commits.
 
         """
-        return self._run(pauses.resume(queue), conn)
+        return self._run(pauses.resume(queue, notify=not is_two_phase(conn)), conn)
 
     def paused(self, *, conn: psycopg.Connection[Any] | None = None) -> dict[str, datetime | None]:
         """Give the queues that are paused, each with the end of its pause, None for no end."""
@@ -554,7 +558,7 @@ class AsyncClient:
     ) -> str:
         """Write a job; give its id. As Client.enqueue."""
         request = _request(request, options)
-        statement = enqueues.enqueue(request, notify=self._notify)
+        statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         if not await self._run(statement, conn, keep=True):
             raise JobAlreadyExistsError([request.id])
         return request.id
@@ -588,7 +592,9 @@ class AsyncClient:
                 if on_conflict == "raise" and await self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
                     continue
-                statement = enqueues.enqueue_many(chunk, notify=self._notify)
+                statement = enqueues.enqueue_many(
+                    chunk, notify=self._notify and not is_two_phase(conn)
+                )
                 ids += _placed(chunk, await _execute_async(connection, statement), on_conflict)
         return ids
 
@@ -613,7 +619,7 @@ class AsyncClient:
         except UNENCODABLE as error:
             names = [name for r in chunk for name in (r.id, r.queue, r.type)]
             raise unencodable(connection, names, error) from error
-        if self._notify:
+        if self._notify and not is_two_phase(connection):
             await _execute_async(connection, enqueues.tell_many(chunk))
         return True
 
@@ -677,7 +683,7 @@ class AsyncClient:
 
     async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
         """End the pause of a queue, and wake its workers; as Client.resume."""
-        return await self._run(pauses.resume(queue), conn)
+        return await self._run(pauses.resume(queue, notify=not is_two_phase(conn)), conn)
 
     async def paused(
         self, *, conn: psycopg.AsyncConnection[Any] | None = None

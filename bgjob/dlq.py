@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypedDict, TypeVar
 from psycopg import AsyncConnection, Connection
 from typing_extensions import Unpack
 
-from bgjob._connection import Cursor
+from bgjob._connection import Cursor, is_two_phase
 from bgjob._duration import Duration, seconds
 from bgjob._statements import dead, enqueues
 from bgjob._statements.dead import DeadFilter
@@ -118,7 +118,7 @@ class Dlq:
 
         """
         requeued = self._run(dead.requeue(_filter(ids, filters)), conn)
-        if self._notify and requeued.queues:
+        if self._notify and requeued.queues and not is_two_phase(conn):
             self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
 
@@ -178,7 +178,7 @@ class AsyncDlq:
     ) -> builtins.list[str]:
         """Move dead jobs back to their queues; as Dlq.requeue."""
         requeued = await self._run(dead.requeue(_filter(ids, filters)), conn)
-        if self._notify and requeued.queues:
+        if self._notify and requeued.queues and not is_two_phase(conn):
             await self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
 

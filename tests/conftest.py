@@ -32,6 +32,7 @@ SETTINGS = {
     "full_page_writes": "off",
     "synchronous_commit": "off",
     "max_connections": "300",
+    "max_prepared_transactions": "20",
     # A database is dropped after nearly each test: that looks through all buffers.
     "shared_buffers": "32MB",
 }

@@ -5,7 +5,15 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._connection import Payloads, Texts, Times
 from bgjob._duration import seconds
-from bgjob._statements.notices import CHANNEL, EVERYTHING, LATER, LOCK_CLASS, bucket, channel
+from bgjob._statements.notices import (
+    CHANNEL,
+    EVERYTHING,
+    LATER,
+    LOCK_CLASS,
+    NOTIFY,
+    bucket,
+    channel,
+)
 from bgjob._statements.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
 
@@ -31,14 +39,19 @@ _ENQUEUE_OTHERS = """
 # Since when its transaction has been under way: how far behind the others it may be; the
 # priority, with a sign where it is due later; the queue.
 _TELL: LiteralString = """
-    case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
-        then pg_notify(
-            concat('{channel}', %(bucket)s),
-            concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)
-        ) end
+    case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s) then {notify} end
 """
-_TELL_NOW = _TELL.format(channel=CHANNEL, sign="")
-_TELL_LATER = _TELL.format(channel=CHANNEL, sign=LATER)
+_PAYLOAD: LiteralString = (
+    "concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)"
+)
+_TELL_NOW, _TELL_LATER = (
+    _TELL.format(
+        notify=NOTIFY.format(
+            channel=f"concat('{CHANNEL}', %(bucket)s)", payload=_PAYLOAD.format(sign=sign)
+        )
+    )
+    for sign in ("", LATER)
+)
 
 # By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
@@ -74,7 +87,7 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
 
 _TELL_MANY = """
     (
-        select count(pg_notify(channel, concat_ws(' ', extract(epoch from now()), what, queue)))
+        select count({notify})
         from unnest(
             %(told_queues)s::text[], %(told_whats)s::text[], %(told_channels)s::text[],
             %(told_buckets)s::int[]
@@ -83,6 +96,9 @@ _TELL_MANY = """
             and not pg_try_advisory_xact_lock_shared(%(class)s, told.bucket)
     )
 """
+_TELL_MANY_ON = NOTIFY.format(
+    channel="channel", payload="concat_ws(' ', extract(epoch from now()), what, queue)"
+)
 
 
 def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Statement[set[str]]:
@@ -93,7 +109,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
     order of the call. The transaction gets its number before the first of them:
     a worker takes it that one with a higher number has not written before.
     """
-    tell = "," + _TELL_MANY.format(condition="exists (select from written)")
+    tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
     return Statement(
         f"""
         with request as (
@@ -189,4 +205,6 @@ def tell_all(queues: Iterable[str]) -> Statement[None]:
 
 
 def _tell(told: Collection[tuple[str, str]]) -> Statement[None]:
-    return Statement(f"select {_TELL_MANY.format(condition='true')}", _told(told), nothing)
+    return Statement(
+        f"select {_TELL_MANY.format(notify=_TELL_MANY_ON, condition='true')}", _told(told), nothing
+    )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from bgjob._statements.notices import LOCK_CLASS, bucket, channel
+from bgjob._statements.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._statements.settlements import Claimed
 from bgjob._statements.statement import Statement, in_range, nothing
 
@@ -159,6 +159,11 @@ class Woken(NamedTuple):
     since: datetime
 
 
+_NOTIFY_OF_WOKEN = NOTIFY.format(
+    channel="%(channel)s", payload="concat_ws(' ', extract(epoch from since), priority, queue)"
+)
+
+
 def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
     """Wake the first job that waits for each of these keys, which are locked and may be free.
 
@@ -203,9 +208,7 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
         )
         select priority, since, case
             when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
-            then pg_notify(
-                %(channel)s, concat_ws(' ', extract(epoch from since), priority, queue)
-            )
+            then {_NOTIFY_OF_WOKEN}
         end from woken where queue = %(queue)s
         """,
         {

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from bgjob._statements.notices import channel
+from bgjob._statements.notices import NOTIFY, channel
 from bgjob._statements.statement import Statement, in_range, nothing, scalar
 
 
@@ -43,15 +43,21 @@ def claims_under_way() -> Statement[set[str]]:
     )
 
 
-def resume(queue: str) -> Statement[bool]:
+_NOTIFY_OF_RESUMED = NOTIFY.format(
+    channel="%(channel)s",
+    payload="concat_ws(' ', extract(epoch from now()), '-', %(queue)s::text)",
+)
+
+
+def resume(queue: str, *, notify: bool = True) -> Statement[bool]:
     """Let a queue's jobs be claimed again, and wake its workers; whether it was paused."""
     return Statement(
-        """
+        f"""
         with gone as (
             delete from bgjob_pause where queue = %(queue)s returning until > now() as was_paused
         )
         select exists (select from gone where was_paused),
-            pg_notify(%(channel)s, concat_ws(' ', extract(epoch from now()), '-', %(queue)s::text))
+            {_NOTIFY_OF_RESUMED if notify else "null"}
         """,
         {"queue": queue, "channel": channel(queue)},
         scalar,

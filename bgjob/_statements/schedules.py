@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, LiteralString
 
 from bgjob._connection import Payloads, Texts, Times
-from bgjob._statements.notices import channel
+from bgjob._statements.notices import NOTIFY, channel
 from bgjob._statements.session import Lack, lacks
 from bgjob._statements.statement import Statement
 from bgjob.schedule import GRACE, Firing, Schedule, ScheduleStatus, State
@@ -97,6 +97,12 @@ def look(names: Sequence[str]) -> Statement[dict[str, State]]:
     )
 
 
+_NOTIFY_OF_FIRED = NOTIFY.format(
+    channel="told.channel",
+    payload="concat_ws(' ', extract(epoch from now()), told.priority, told.queue)",
+)
+
+
 def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None]:
     """Move schedules on, each from the tick that was seen, and enqueue their jobs.
 
@@ -105,7 +111,7 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
     """
     jobs = [(s, tick) for s, _, firing in firings for tick in firing.ticks]
     return Statement(
-        """
+        f"""
         with due as materialized (
             select d.*
             from unnest(
@@ -136,9 +142,7 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             on conflict (id) do nothing
             returning id
         )
-        select count(pg_notify(
-            told.channel, concat_ws(' ', extract(epoch from now()), told.priority, told.queue)
-        ))
+        select count({_NOTIFY_OF_FIRED})
         from written
         join unnest(
             %(ids)s::text[], %(queues)s::text[], %(priorities)s::smallint[], %(channels)s::text[]

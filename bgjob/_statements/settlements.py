@@ -6,7 +6,7 @@ from itertools import chain
 from typing import LiteralString, NamedTuple
 
 from bgjob._connection import ErrorTexts, Floats, Smallints
-from bgjob._statements.notices import LOCK_CLASS, bucket, channel
+from bgjob._statements.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._statements.statement import (
     Row,
     Statement,
@@ -159,6 +159,12 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
     )
 
 
+_NOTIFY_OF_GIVEN = NOTIFY.format(
+    channel="%(channel)s",
+    payload="concat_ws(' ', extract(epoch from since), priority, %(queue)s::text)",
+)
+
+
 def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statement[list[str]]:
     """Return jobs that did not start to the queue as they were; the ids of those still held.
 
@@ -189,9 +195,7 @@ def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statemen
             select priority, min(since) as since from given group by priority
         )
         select array(select id from given), (
-            select count(pg_notify(
-                %(channel)s, concat_ws(' ', extract(epoch from since), priority, %(queue)s::text)
-            ))
+            select count({_NOTIFY_OF_GIVEN})
             from told where %(tell)s or not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
         )
         """,
