@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 T = TypeVar("T")
 
 LIMIT = 1 << 20
+Side = Literal["after", "before", "abandoned"]
 BEGINS = re.compile(r"\s*begin\b", re.IGNORECASE)
 COMMITS = re.compile(r"\s*commit\b", re.IGNORECASE)
 ENDS = re.compile(r"\s*(commit|rollback(?! +to\b))\b", re.IGNORECASE)
@@ -141,6 +142,8 @@ class _Pair:
         self.server: asyncio.StreamWriter | None = None
         self.lost = False
         """Whether nothing passes any more."""
+        self.is_abandoned = False
+        """Whether the server is never to hear of it: its end stays open, with nobody behind it."""
         self.cut: threading.Event | None = None
         """Set once the server has answered all that it was sent, and both ends are cut."""
         self.unanswered = 0
@@ -181,9 +184,7 @@ class Proxy(Service):
         super().__init__(dsn)
         self._mode: Literal["forward", "silent", "cut"] = "forward"
         self._pairs: set[_Pair] = set()
-        self._trap: tuple[tuple[str, ...], Literal["after", "before"], threading.Event] | None = (
-            None
-        )
+        self._trap: tuple[tuple[str, ...], Side, threading.Event] | None = None
         self._restored = asyncio.Event()
 
     def forward(self, *, old: Literal["reset", "dead"] = "reset") -> None:
@@ -198,7 +199,7 @@ class Proxy(Service):
 
         async def act() -> None:
             for pair in self._pairs:
-                if pair.lost:
+                if pair.lost and not pair.is_abandoned:
                     reset(pair.server)
                     if old == "reset":
                         reset(pair.client)
@@ -215,6 +216,19 @@ class Proxy(Service):
             self._restored.clear()
             for pair in self._pairs:
                 pair.lost = True
+
+        self.call(act)
+
+    def abandon(self) -> None:
+        """Lose each connection that is open, as when its host loses power: nobody is told.
+
+        Nothing passes any more, and the server's end stays open until the server, or the proxy,
+        closes it. New connections are forwarded.
+        """
+
+        async def act() -> None:
+            for pair in self._pairs:
+                pair.lost = pair.is_abandoned = True
 
         self.call(act)
 
@@ -240,7 +254,11 @@ class Proxy(Service):
         """Cut the next connection that commits a transaction with all of `sql`, its commit unsent."""
         return self._set_trap(sql, "before")
 
-    def _set_trap(self, sql: tuple[str, ...], side: Literal["after", "before"]) -> threading.Event:
+    def abandon_before_commit(self, *sql: str) -> threading.Event:
+        """Abandon the next connection that commits a transaction with all of `sql`, its commit unsent."""
+        return self._set_trap(sql, "abandoned")
+
+    def _set_trap(self, sql: tuple[str, ...], side: Side) -> threading.Event:
         event = threading.Event()
         self._trap = (sql, side, event)
         return event
@@ -260,8 +278,10 @@ class Proxy(Service):
             if not pair.lost and pair.server is not None:
                 pair.server.close()
         finally:
-            if pair.lost and self._mode == "silent":
-                # The server does not hear that its client is gone.
+            # The server does not hear that its client is gone.
+            if pair.is_abandoned and answering is not None:
+                await asyncio.wait([answering])
+            elif pair.lost and self._mode == "silent":
                 await self._restored.wait()
             if answering is not None:
                 answering.cancel()
@@ -277,13 +297,18 @@ class Proxy(Service):
             trap = None if sql is None or self._trap is None or pair.lost else self._trap
             if trap is not None and sql is not None and all(text in sql for text in trap[0]):
                 self._trap = None
-                if trap[1] == "before":
-                    pair.reset()
-                    trap[2].set()
-                    return
-                pair.cut = trap[2]
-                if kind == b"E":
-                    message += b"S\0\0\0\4"  # a Sync: the server says when it has committed
+                match trap[1]:
+                    case "before":
+                        pair.reset()
+                        trap[2].set()
+                        return
+                    case "abandoned":
+                        pair.lost = pair.is_abandoned = True
+                        trap[2].set()
+                    case "after":
+                        pair.cut = trap[2]
+                        if kind == b"E":
+                            message += b"S\0\0\0\4"  # a Sync: the server says when it has committed
             if pair.server is not None and not pair.lost:
                 if pair.cut is not None or kind in {b"", b"Q", b"S"}:
                     pair.unanswered += 1
