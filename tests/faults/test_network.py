@@ -1,4 +1,4 @@
-"""Faults 16 and 17: a network that goes silent, and connections that are cut at a commit."""
+"""Faults 16, 17 and 31: networks that go silent, connections cut at a commit, hosts that vanish."""
 
 import inspect
 import threading
@@ -391,3 +391,37 @@ def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is
     }
     assert heard == outcomes[then]
     assert world.rows("a", "transactional") == 1
+
+
+# -- 31: a worker's host vanishes, and its sessions stay half open ----------------------------
+
+
+@both_colours
+def test_31_the_notify_lock_of_a_host_that_vanished_makes_nobody_deaf(
+    proxy: Proxy, world: World, colour: Colour
+) -> None:
+    first = world.start(colour=colour, dsn=proxy.dsn(world.dsn), poll_interval=30.0)
+    lock = (
+        "select pid from pg_locks where locktype = 'advisory' and granted "
+        "and database = (select oid from pg_database where datname = current_database())"
+    )
+    assert eventually(lambda: world.query(lock))
+    proxy.abandon()
+    first.kill()
+    second = world.start(colour=colour, poll_interval=30.0)
+    second.wait_for("empty")
+    [(holder,)] = world.query(lock)
+    world.saw("the server believes that the worker is alive", holder)
+    took = []
+    for n in range(3):
+        world.enqueue("plain", f"{n}")
+        began = time.monotonic()
+        second.wait_for("started", f"{n}")
+        took.append(time.monotonic() - began)
+        second.wait_for("completed", f"{n}")
+    print(f"picked up after {max(took):.3f} s")
+    assert max(took) < 2.0
+    # An idle session costs its server a place and the producers a notification each; it is
+    # the server's keepalive that ends it.
+    assert world.query(lock) == [(holder,)]
+    world.query("select pg_terminate_backend(%s, 30000)", [holder])
