@@ -253,18 +253,24 @@ def test_ten_crashes_of_the_server_under_load_lose_nothing(
 
 @both_colours
 @pytest.mark.parametrize(
-    "away", [4.0, pytest.param(60.0, marks=[pytest.mark.soak, pytest.mark.timeout(180)])]
+    "away", [3.0, pytest.param(60.0, marks=[pytest.mark.soak, pytest.mark.timeout(180)])]
 )
-def test_a_worker_waits_for_a_database_that_is_away_and_says_so_once_a_second(
+def test_a_worker_waits_for_a_database_that_is_away_and_runs_nothing_twice(
     hurt: World, server: EmbeddedServer, colour: Colour, away: float
 ) -> None:
-    worker = hurt.start(colour=colour)
+    # The only worker there is, and a database that is away for several leases.
+    assert away >= 3 * hurt.lease
+    worker = hurt.start(colour=colour, concurrency=8)
     enqueue(hurt, "plain", "quick")
     hurt.done()
-    enqueue(hurt, "plain", "a", linger=2.0)
-    enqueue(hurt, "transactional", "b", linger=2.0)
-    worker.wait_for("effect", "a")
-    worker.wait_for("effect", "b")
+    enqueue(hurt, "plain", "ends while it is away", linger=away / 2)
+    enqueue(hurt, "plain", "ends after it", linger=away + 1.5)
+    enqueue(hurt, "plain", "has a key", linger=away + 1.5, exclusive="key")
+    enqueue(hurt, "plain", "has the key next", exclusive="key")
+    enqueue(hurt, "plain", "raises", linger=away / 2, then="raise", until=2)
+    enqueue(hurt, "transactional", "b", linger=away / 2)
+    for id in ("ends while it is away", "ends after it", "has a key", "raises", "b"):
+        worker.wait_for("effect", id)
     told, began = len(worker.of("error")), time.monotonic()
     server.stop("fast")
     time.sleep(away)
@@ -279,6 +285,12 @@ def test_a_worker_waits_for_a_database_that_is_away_and_says_so_once_a_second(
     assert told <= passed + 1
     hurt.done()
     hurt.witness(worker, "completed", "c")
+    assert not worker.of("lost")
+    # A transaction ends with its server. What has no part in the database did not run again.
+    runs = Counter(event[1] for event in worker.of("started"))
+    assert runs == Counter(list(hurt.jobs)) + Counter({"b": 1, "raises": 1})
+    for id in hurt.jobs:
+        assert hurt.rows(id) == runs[id] - (id == "b"), id
 
 
 # -- 18: fail-over to a read-only server; low timeouts; serializable -------------------------

@@ -92,14 +92,17 @@ def test_workers_killed_at_random_under_load_lose_nothing_and_repeat_no_transact
         "group by k.id, k.lease_until",
         [list(ids), list(pids), list(leases)],
     )
-    assert again
+    # A settlement may have been under way when its worker was killed.
+    assert len(set(ids) - {id for id, _ in again}) <= 2
+    longest = max(late for _, late in again)
     print(
         f"seed {seed}: {len(world.jobs)} jobs, 6 kills, {len(left)} jobs in flight at them; "
         f"freed at most {watch.longest:.2f} s after the end of their lease of {world.lease:g} s, "
-        f"done again elsewhere at most {max(late for _, late in again):.2f} s after it"
+        f"done again elsewhere at most {longest:.2f} s after it"
     )
     world.saw("jobs of killed workers ran elsewhere", again)
     assert watch.longest <= world.poll_interval + SLACK
+    assert longest <= world.poll_interval + SLACK
 
 
 # -- 2: kill -9 between the handler's effect and its settlement ----------------------------
