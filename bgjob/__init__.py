@@ -6,6 +6,7 @@ from bgjob.codec import Codec, JsonCodec, RawCodec
 from bgjob.dlq import DlqRetention
 from bgjob.errors import (
     BgjobError,
+    ClientClosedError,
     EmptyQueueError,
     JobAlreadyExistsError,
     JobTimeoutError,
@@ -47,6 +48,7 @@ __all__ = [
     "Backoff",
     "BgjobError",
     "Client",
+    "ClientClosedError",
     "Codec",
     "Complete",
     "DeadJob",

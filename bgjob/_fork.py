@@ -1,15 +1,27 @@
-"""What a handler that forks leaves behind: a child with a copy of the worker.
+"""What a fork leaves in the child: copies of clients and workers, which must not be used.
 
-The copy must not work: its connections are the parent's, and so are the jobs
-that wait in it. A child that comes out of its handler ends there.
+Their connections are the parent's, and so are the jobs that wait in a worker. A client gets other
+connections; a child that comes out of its handler ends there.
 """
 
 import contextlib
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import NoReturn, Protocol
 from weakref import WeakSet
+
+
+class _Watched(Protocol):
+    def in_child(self) -> None: ...
+
+
+_watched: WeakSet[_Watched] = WeakSet()
+
+
+def watch(watched: _Watched) -> None:
+    """Call `in_child` in every child that is forked while the object lives."""
+    _watched.add(watched)
 
 
 class Lineage:
@@ -17,7 +29,11 @@ class Lineage:
 
     def __init__(self) -> None:
         self.is_child = False
-        _lineages.add(self)
+        watch(self)
+
+    def in_child(self) -> None:
+        """Remember it."""
+        self.is_child = True
 
     def end(self, error: object) -> NoReturn:
         """End the child, as the handler's `error` says, without a word to the parent's server."""
@@ -34,12 +50,9 @@ class Lineage:
         os._exit(code if isinstance(code, int) else 1)
 
 
-_lineages: WeakSet[Lineage] = WeakSet()
-
-
 def _forked() -> None:
-    for lineage in _lineages:
-        lineage.is_child = True
+    for watched in _watched:
+        watched.in_child()
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -1,13 +1,11 @@
 """Writes jobs; claims and runs a single one."""
 
 import asyncio
-import os
-import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import copy_context
 from datetime import datetime
-from functools import cached_property
+from functools import partial
 from itertools import islice
 from secrets import randbits
 from time import monotonic, sleep
@@ -21,9 +19,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._connection import (
     UNENCODABLE,
-    AsyncConnection,
     AsyncCursor,
-    Connection,
     Cursor,
     Recipe,
     check_conninfo,
@@ -34,6 +30,15 @@ from bgjob._connection import (
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
+from bgjob._pool import (
+    PATIENCE,
+    AsyncBorrowedPool,
+    AsyncPool,
+    AsyncPooledConnection,
+    BorrowedPool,
+    Pool,
+    PooledConnection,
+)
 from bgjob._statements import claims, enqueues, keys, pauses, views
 from bgjob._statements.claims import Suspect
 from bgjob._statements.session import session
@@ -75,7 +80,6 @@ _CHUNK = 10_000
 _FEW = 500
 """Requests below which COPY's round trips cost more than they save."""
 
-_POOL_SIZE = 10
 _DO_LEASE = 300.0
 
 _MOST_KEYS = 1_000_000
@@ -87,36 +91,15 @@ _DEADLOCKS = 3
 _LOOK = 0.005
 """Seconds between two looks whether the claims that a pause found under way have ended."""
 
-_PATIENCE = 30.0
-"""Seconds without a sign of the server, or without a connection, before an operation fails."""
-
-
-class _Connection(Connection):
-    patience = _PATIENCE
-
-    @cached_property
-    def enqueuing(self) -> Cursor:
-        """A cursor that is kept: to make one takes longer than to send a row."""
-        return Cursor(self)
-
-
-class _AsyncConnection(AsyncConnection):
-    patience = _PATIENCE
-
-    @cached_property
-    def enqueuing(self) -> AsyncCursor:
-        """As that of _Connection."""
-        return AsyncCursor(self)
-
 
 class Client:
     """Writes jobs to PostgreSQL, and reads the dead-letter table. Thread-safe.
 
     Args:
         source: a connection string, or a psycopg_pool.ConnectionPool of yours. From
-            a string the client makes a pool at its first use, of at most 10
-            connections, and closes it with `close()`; a fork gets a new one;
-            a server that is silent for 30 s raises psycopg.OperationalError.
+            a string the client opens up to 10 connections as it needs them, and
+            closes them with `close()`; a forked child gets others; a server that
+            is silent, or away, for 30 s raises psycopg.OperationalError.
             Your own pool is only borrowed, with the timeouts you gave it.
         notify: whether enqueues wake workers that sleep; True by default. Switch
             it off where nobody listens: behind a pooler in transaction mode the
@@ -131,9 +114,11 @@ class Client:
     def __init__(self, source: str | ConnectionPool[Any], *, notify: bool = True) -> None:
         self._source = check_conninfo(source) if isinstance(source, str) else source
         self._notify = notify
-        self._own: ConnectionPool[_Connection] | None = None
-        self._pid: int | None = None  # the process that uses it
-        self._lock = threading.Lock()
+        self._pool: Pool | BorrowedPool = (
+            Pool(partial(options, (source, {})), _configure, patience=PATIENCE)
+            if isinstance(source, str)
+            else BorrowedPool(source)
+        )
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = Timetable(self._run, self.enqueue)
@@ -367,7 +352,7 @@ class Client:
         """
         self._run(_pause(queue, until), conn)
         if conn is None:
-            deadline = monotonic() + _PATIENCE
+            deadline = monotonic() + PATIENCE
             under_way = self._run(pauses.claims_under_way(), None)
             while under_way:
                 _check_patience(queue, deadline)
@@ -390,11 +375,11 @@ class Client:
         return self._run(pauses.paused(), conn)
 
     def close(self) -> None:
-        """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
-        with self._lock:
-            pool, self._own = self._own, None
-        if pool is not None and self._pid == os.getpid():
-            pool.close()
+        """Close the client's own connections; a pool that was passed in stays open. Idempotent.
+
+        A closed client stays closed: whatever is asked of it raises ClientClosedError.
+        """
+        self._pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -410,28 +395,6 @@ class Client:
         """How a worker opens a connection of its own."""
         return _recipe(self._source)
 
-    def _pool(self) -> ConnectionPool[Any]:
-        if not isinstance(self._source, str):
-            self._pid = _same_process(self._pid)
-            return self._source
-        with self._lock:
-            if self._own is None or self._pid != os.getpid():
-                # The parent's pool is left alone: its sockets are the parent's.
-                self._pid = os.getpid()
-                self._own = ConnectionPool(
-                    connection_class=_Connection,
-                    kwargs=options(self.recipe) | {"autocommit": True},
-                    configure=_configure,
-                    timeout=_PATIENCE,
-                    reconnect_timeout=_PATIENCE,
-                    min_size=0,
-                    max_size=_POOL_SIZE,
-                    open=False,
-                    name="bgjob",
-                )
-                self._own.open()
-            return self._own
-
     @contextmanager
     def _connection(
         self, conn: psycopg.Connection[Any] | None
@@ -441,8 +404,8 @@ class Client:
             return
         # Not pool.connection(): it would commit, and there is nothing to commit. One
         # statement is a transaction by itself, and one round trip.
-        pool = self._pool()
-        pooled = pool.getconn()
+        pool: Any = self._pool
+        pooled = pool.take()
         try:
             if pooled.autocommit:
                 yield pooled
@@ -454,7 +417,7 @@ class Client:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
                     pooled.autocommit = False
         finally:
-            pool.putconn(pooled)
+            pool.give_back(pooled)
 
     def _run(
         self, statement: Statement[T], conn: psycopg.Connection[Any] | None, *, keep: bool = False
@@ -495,7 +458,7 @@ def _execute(
 ) -> T:
     # A plain cursor, whatever factories the caller's connection has. One that is kept
     # keeps its rows, too: only an enqueue has none to speak of.
-    if keep and isinstance(connection, _Connection):
+    if keep and isinstance(connection, PooledConnection):
         cursor = connection.enqueuing
     else:
         cursor = Cursor(connection)
@@ -528,8 +491,11 @@ class AsyncClient:
     def __init__(self, source: str | AsyncConnectionPool[Any], *, notify: bool = True) -> None:
         self._source = check_conninfo(source) if isinstance(source, str) else source
         self._notify = notify
-        self._own: AsyncConnectionPool[_AsyncConnection] | None = None
-        self._pid: int | None = None  # the process that uses it
+        self._pool: AsyncPool | AsyncBorrowedPool = (
+            AsyncPool(partial(options, (source, {})), _configure_async, patience=PATIENCE)
+            if isinstance(source, str)
+            else AsyncBorrowedPool(source)
+        )
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
@@ -674,7 +640,7 @@ class AsyncClient:
         """Let no worker claim from a queue; as Client.pause."""
         await self._run(_pause(queue, until), conn)
         if conn is None:
-            deadline = monotonic() + _PATIENCE
+            deadline = monotonic() + PATIENCE
             under_way = await self._run(pauses.claims_under_way(), None)
             while under_way:
                 _check_patience(queue, deadline)
@@ -692,10 +658,8 @@ class AsyncClient:
         return await self._run(pauses.paused(), conn)
 
     async def close(self) -> None:
-        """Close the client's own pool; a pool that was passed in stays open. Idempotent."""
-        pool, self._own = self._own, None
-        if pool is not None and self._pid == os.getpid():
-            await pool.close()
+        """Close the client's own connections; as Client.close."""
+        await self._pool.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -711,26 +675,6 @@ class AsyncClient:
         """How a worker opens a connection of its own."""
         return _recipe(self._source)
 
-    async def _pool(self) -> AsyncConnectionPool[Any]:
-        if not isinstance(self._source, str):
-            self._pid = _same_process(self._pid)
-            return self._source
-        if self._own is None or self._pid != os.getpid():
-            self._pid = os.getpid()
-            self._own = AsyncConnectionPool(
-                connection_class=_AsyncConnection,
-                kwargs=options(self.recipe) | {"autocommit": True},
-                configure=_configure_async,
-                timeout=_PATIENCE,
-                reconnect_timeout=_PATIENCE,
-                min_size=0,
-                max_size=_POOL_SIZE,
-                open=False,
-                name="bgjob",
-            )
-            await self._own.open()
-        return self._own
-
     @asynccontextmanager
     async def _connection(
         self, conn: psycopg.AsyncConnection[Any] | None
@@ -738,8 +682,8 @@ class AsyncClient:
         if conn is not None:
             yield conn
             return
-        pool = await self._pool()
-        pooled = await pool.getconn()
+        pool: Any = self._pool
+        pooled = await pool.take()
         try:
             if pooled.autocommit:
                 yield pooled
@@ -751,7 +695,7 @@ class AsyncClient:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
                     await pooled.set_autocommit(False)
         finally:
-            await pool.putconn(pooled)
+            await pool.give_back(pooled)
 
     async def _run(
         self,
@@ -791,7 +735,7 @@ async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
 async def _execute_async(
     connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keep: bool = False
 ) -> T:
-    if keep and isinstance(connection, _AsyncConnection):
+    if keep and isinstance(connection, AsyncPooledConnection):
         cursor = connection.enqueuing
     else:
         cursor = AsyncCursor(connection)
@@ -824,16 +768,6 @@ def _recipe(source: str | ConnectionPool[Any] | AsyncConnectionPool[Any]) -> Rec
             "conninfo or kwargs are callables; give the Client a connection string"
         )
     return source.conninfo, dict(source.kwargs or {})
-
-
-def _same_process(pid: int | None) -> int:
-    here = os.getpid()
-    if pid not in (None, here):
-        raise BgjobError(
-            "the pool of this client was used before the fork, and its sockets are the parent's: "
-            "make a pool and a client in the child, or give the client a connection string"
-        )
-    return here
 
 
 _BEGIN = "select"
@@ -916,7 +850,7 @@ def _check_patience(queue: str, deadline: float) -> None:
     if monotonic() > deadline:
         raise BgjobError(
             f"queue {queue!r} is paused, but a transaction that may have begun to claim before "
-            f"has not ended for {_PATIENCE:g} s: look for it in pg_stat_activity"
+            f"has not ended for {PATIENCE:g} s: look for it in pg_stat_activity"
         )
 
 

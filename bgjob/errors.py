@@ -54,6 +54,10 @@ class JobAlreadyExistsError(BgjobError):
         )
 
 
+class ClientClosedError(BgjobError):
+    """The client was closed; a new one has to be made."""
+
+
 class EmptyQueueError(BgjobError):
     """No job of the queue is due now."""
 

@@ -4,12 +4,16 @@ import asyncio
 import inspect
 import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, LiteralString
 
 import psycopg
@@ -23,7 +27,9 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from bgjob import (
     AsyncClient,
     AsyncWorker,
+    BgjobError,
     Client,
+    ClientClosedError,
     Complete,
     DlqRetention,
     EmptyQueueError,
@@ -105,9 +111,9 @@ class Colour:
             )
         return self._closed_later(psycopg.connect(self.dsn, **options))
 
-    def pool(self, **kwargs: Any) -> Any:
+    def pool(self, *, size: int = 1, **kwargs: Any) -> Any:
         kind: Any = AsyncConnectionPool if self.is_async else ConnectionPool
-        pool = kind(self.dsn, min_size=1, max_size=1, timeout=10, open=False, kwargs=kwargs)
+        pool = kind(self.dsn, min_size=1, max_size=size, timeout=10, open=False, kwargs=kwargs)
         blocking = self._closed_later(pool)
         blocking.open()
         return blocking
@@ -124,9 +130,9 @@ class Colour:
                 stack.enter_context(pipeline)
             yield
 
-    def at_once(self, *calls: Callable[[Any], Any]) -> list[Any]:
+    def at_once(self, *calls: Callable[[Any], Any], client: Any = None) -> list[Any]:
         """Make calls of one client at the same time, each given the client."""
-        client = self.client().target
+        client = (client or self.client()).target
         if self.is_async:
 
             async def gathered() -> list[Any]:
@@ -187,18 +193,31 @@ def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
     return True
 
 
+def sessions(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
+    """The processes of this database's other sessions."""
+    return rows(
+        conn,
+        "select pid from pg_stat_activity where datname = current_database() "
+        "and pid <> pg_backend_pid() and backend_type = 'client backend'",
+    )
+
+
+def waiting(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
+    return rows(
+        conn,
+        "select pid from pg_stat_activity where wait_event_type = 'Lock' "
+        "and datname = current_database()",
+    )
+
+
 def both(*calls: Callable[[], Any], conn: psycopg.Connection, then: Callable[[], Any]) -> list[Any]:
     """Start calls, each when the one before waits for a lock or has ended; then do the last."""
-    waiting = """
-        select count(*) from pg_stat_activity
-        where wait_event_type = 'Lock' and datname = current_database()
-    """
     with ThreadPoolExecutor(len(calls)) as pool:
         futures: list[Future[Any]] = []
         for call in calls:
             futures.append(pool.submit(call))
             assert eventually(
-                lambda: row(conn, waiting)[0] + sum(f.done() for f in futures) == len(futures)
+                lambda: len(waiting(conn)) + sum(f.done() for f in futures) == len(futures)
             )
         then()
         return [future.result() for future in futures]
@@ -803,11 +822,119 @@ def test_a_handler_may_use_the_only_connection_of_its_pool(
     assert rows(conn, "select id from bgjob_job") == [("child",)]
 
 
-def test_a_client_is_closed_more_than_once(client: Any) -> None:
+def test_a_closed_client_stays_closed_and_says_so(
+    colour: Colour, client: Any, conn: psycopg.Connection
+) -> None:
+    client.enqueue(EnqueueRequest("q", "t", id="a"))
     client.close()
+    calls: list[Callable[[], Any]] = [
+        lambda: client.enqueue(EnqueueRequest("q", "t", id="b")),
+        lambda: client.bulk_enqueue(requests("b")),
+        lambda: client.do("q", returning(None)),
+        lambda: client.dlq.list(),
+        lambda: client.stats(),
+    ]
+    for call in calls:
+        with pytest.raises(ClientClosedError, match="make a new one"):
+            call()
+    client.close()
+    assert rows(conn, "select id from bgjob_job") == [("a",)]
+    assert eventually(lambda: sessions(conn) == [])
+
+    pool = colour.pool()
+    borrower = colour.client(pool)
+    borrower.close()
+    with pytest.raises(ClientClosedError, match="make a new one"):
+        borrower.enqueue(EnqueueRequest("q", "t", id="b"))
+    pool.putconn(pool.getconn())
+
+
+def test_what_a_client_does_while_it_is_closed_is_done(colour: Colour, dsn: str) -> None:
+    with psycopg.connect(dsn) as blocker, psycopg.connect(dsn, autocommit=True) as conn:
+        client = colour.client().target
+        Client(dsn).enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
+
+        async def closed_meanwhile() -> str:
+            task = asyncio.create_task(client.enqueue(EnqueueRequest("q", "t", id="a")))
+            await asyncio.to_thread(eventually, lambda: len(waiting(conn)) == 1)
+            await client.close()
+            blocker.rollback()
+            return str(await task)
+
+        if colour.is_async:
+            assert colour.run(closed_meanwhile()) == "a"
+        else:
+            with ThreadPoolExecutor() as threads:
+                call = threads.submit(client.enqueue, EnqueueRequest("q", "t", id="a"))
+                assert eventually(lambda: len(waiting(conn)) == 1)
+                client.close()
+                blocker.rollback()
+                assert call.result() == "a"
+        assert count(conn) == 1
+        assert eventually(lambda: len(sessions(conn)) == 1)  # the blocker's
+
+
+@pytest.mark.parametrize("source", ["string", "pool"])
+def test_sessions_that_the_server_ended_while_they_were_idle_fail_nothing(
+    colour: Colour, dsn: str, conn: psycopg.Connection, source: str
+) -> None:
+    client = colour.client(colour.pool(size=3) if source == "pool" else dsn)
+    calls: list[Callable[[Any], Any]] = [
+        lambda c: c.enqueue(EnqueueRequest("q", "t")),
+        lambda c: c.bulk_enqueue(requests("a")),
+        lambda c: c.bulk_enqueue(requests(*(f"{n:04}" for n in range(600)))),  # a COPY
+        lambda c: c.stats(),
+        lambda c: c.do("q", returning(None)),
+    ]
+    for call in calls:
+        colour.at_once(*[lambda c: c.enqueue(EnqueueRequest("q", "t"))] * 4, client=client)
+        ended = sessions(conn)
+        assert ended
+        conn.execute(
+            "select pg_terminate_backend(pid) from unnest(%s) pid", [[p for (p,) in ended]]
+        )
+        assert eventually(lambda: not {*ended} & {*sessions(conn)})
+        colour.at_once(call, client=client)
+
+
+def test_a_low_idle_session_timeout_fails_no_enqueue(
+    colour: Colour, dsn: str, conn: psycopg.Connection
+) -> None:
+    database = sql.Identifier(conn.info.dbname)
+    conn.execute(sql.SQL("alter database {} set idle_session_timeout = '50ms'").format(database))
+    own, borrower = colour.client(), colour.client(colour.pool())
+    for _ in range(4):
+        borrower.enqueue(EnqueueRequest("q", "t"))
+        own.enqueue(EnqueueRequest("q", "t"))
+        # A session of the user's pool ends, one of the client's own does not.
+        assert eventually(lambda: len(sessions(conn)) == 1)
+    assert count(conn) == 8
+
+
+def test_connections_that_were_idle_for_long_are_closed_and_old_ones_replaced(
+    colour: Colour, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = colour.client()
+    with psycopg.connect(colour.dsn) as blocker:
+        Client(colour.dsn).enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
+        skip = [lambda c: c.bulk_enqueue(requests("a"), on_conflict="skip")] * 3
+        with ThreadPoolExecutor(1) as threads:
+            calls = threads.submit(colour.at_once, *skip, client=client)
+            assert eventually(lambda: len(waiting(conn)) == 3)
+            blocker.rollback()
+            calls.result()
+    assert eventually(lambda: len(sessions(conn)) == 3)
     client.enqueue(EnqueueRequest("q", "t"))
-    client.close()
-    client.close()
+    assert len(sessions(conn)) == 3
+    monkeypatch.setattr("bgjob._pool._IDLE", 0.0)
+    client.enqueue(EnqueueRequest("q", "t"))
+    assert eventually(lambda: len(sessions(conn)) == 1)
+    [before] = sessions(conn)
+    client.enqueue(EnqueueRequest("q", "t"))
+    assert sessions(conn) == [before]
+    monkeypatch.setattr("bgjob._pool._AGE", 0.0)
+    client.enqueue(EnqueueRequest("q", "t"))
+    assert eventually(lambda: sessions(conn) not in ([before], []) and len(sessions(conn)) == 1)
 
 
 def test_leaving_a_client_closes_it(colour: Colour, conn: psycopg.Connection) -> None:
@@ -862,6 +989,50 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child(
         ("child",),
         ("parent",),
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_is_not_held_up_by_the_parents_threads_that_use_its_client(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with (
+        Client(dsn) as client,
+        psycopg.connect(dsn) as blocker,
+        ThreadPoolExecutor(10) as threads,  # as many as there are connections
+    ):
+        Client(dsn).enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
+        skip = partial(client.bulk_enqueue, requests("a"), on_conflict="skip")
+        calls = [threads.submit(skip) for _ in range(10)]
+        assert eventually(lambda: len(waiting(conn)) == 10)
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(10)
+                client.enqueue(EnqueueRequest("q", "t", id="child"))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        blocker.rollback()
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert sum(call.result() == ["a"] for call in calls) == 1
+
+
+LEFT_OPEN = """
+import sys, threading
+from bgjob import Client, EnqueueRequest
+
+client = Client(sys.argv[1])
+client.enqueue(EnqueueRequest("q", "t"))
+print([thread.name for thread in threading.enumerate()])
+"""
+
+
+def test_a_program_that_does_not_close_its_client_ends_at_once(dsn: str) -> None:
+    # On Python 3.13.0 a thread that waits for work held the end up for 5 s.
+    script = [sys.executable, "-W", "error", "-c", LEFT_OPEN, dsn]
+    ended = subprocess.run(script, capture_output=True, text=True, timeout=15)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "['MainThread']\n", "")
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -518,7 +518,7 @@ def test_a_pause_that_is_over_is_refused_and_ends_no_other(run: Run, dsn: str, a
 def test_a_pause_that_a_transaction_holds_up_is_told(
     run: Run, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bgjob.client._PATIENCE", 0.1)
+    monkeypatch.setattr("bgjob.client.PATIENCE", 0.1)
     with conn.transaction():
         conn.execute("lock table bgjob_job in row exclusive mode")
         conn.execute("select from bgjob_pause")

@@ -300,7 +300,7 @@ def test_a_pause_for_which_a_transaction_does_not_end_says_so(
     colour: Colour, worker: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pausing = colour.client()
-    monkeypatch.setattr("bgjob.client._PATIENCE", 0.1)
+    monkeypatch.setattr("bgjob.client.PATIENCE", 0.1)
     with worker.transaction():
         ask(worker, sweep("q", limit=1, lease=60, token=1))
         with pytest.raises(

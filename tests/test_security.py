@@ -1153,7 +1153,7 @@ def test_a_client_with_a_wrong_dsn_shows_no_password(
     crew: Crew, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A client waits for a while whether the server comes back; it says the same after a second.
-    monkeypatch.setattr("bgjob.client._PATIENCE", 1.0)
+    monkeypatch.setattr("bgjob.client.PATIENCE", 1.0)
 
     def use(dsn: str) -> None:
         client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)

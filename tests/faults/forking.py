@@ -92,6 +92,47 @@ def pool() -> None:
         client.enqueue(request("after"))
 
 
+def unused_pool() -> None:
+    """Use a pool that was opened before the fork for the first time in the child.
+
+    With a client that was made before the fork, as under `gunicorn --preload`, and with another.
+    """
+    with ConnectionPool(SETTINGS.dsn, min_size=1, max_size=1) as pool:
+        pool.wait()
+        client = Client(pool)
+
+        def body() -> None:
+            tried("enqueue", lambda: client.enqueue(request("child")))
+            tried("enqueue", lambda: Client(pool).enqueue(request("child")))
+
+        fork(body, end=os._exit)
+        client.enqueue(request("after"))
+
+
+async def async_unused_pool() -> None:
+    async with AsyncConnectionPool(SETTINGS.dsn, min_size=1, max_size=1) as pool:
+        await pool.wait()
+        client = AsyncClient(pool)
+        fork(
+            lambda: tried("enqueue", lambda: asyncio.run(client.enqueue(request("child")))),
+            end=os._exit,
+        )
+        await client.enqueue(request("after"))
+
+
+def pool_of_child() -> None:
+    """Make a pool before the fork, and open it in the child."""
+    pool = ConnectionPool(SETTINGS.dsn, min_size=1, max_size=1, open=False)
+    client = Client(pool)
+
+    def body() -> None:
+        with pool:
+            tried("enqueue", lambda: client.enqueue(request("child")))
+            tried("enqueue", lambda: Client(pool).enqueue(request("of a client of the child")))
+
+    fork(body, end=os._exit)
+
+
 async def async_pool() -> None:
     async with AsyncConnectionPool(SETTINGS.dsn, min_size=1, max_size=1) as pool:
         client = AsyncClient(pool)
@@ -248,6 +289,9 @@ CASES: dict[str, Callable[[], None] | Callable[[], Coroutine[Any, Any, None]]] =
         async_client,
         pool,
         async_pool,
+        unused_pool,
+        async_unused_pool,
+        pool_of_child,
         worker,
         async_worker,
         made,

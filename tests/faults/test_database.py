@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -291,6 +292,36 @@ def test_a_worker_waits_for_a_database_that_is_away_and_runs_nothing_twice(
     assert runs == Counter(list(hurt.jobs)) + Counter({"b": 1, "raises": 1})
     for id in hurt.jobs:
         assert hurt.rows(id) == runs[id] - (id == "b"), id
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
+def test_a_client_is_back_half_a_second_after_the_server(
+    hurt: World, server: EmbeddedServer, is_async: bool
+) -> None:
+    client: Any = AsyncClient(hurt.dsn) if is_async else Client(hurt.dsn)
+
+    def call(id: str) -> float:
+        answer = client.enqueue(EnqueueRequest("q", "plain", id=id))
+        hurt.run(answer) if is_async else None
+        hurt.acknowledge(id)
+        return time.monotonic()
+
+    with ThreadPoolExecutor() as threads:
+        call("before")
+        server.stop("fast")
+        enqueued = threads.submit(call, "meanwhile")
+        # psycopg_pool would try again 1 s and 3 s after its first attempt.
+        time.sleep(1.2)
+        server.start()
+        back = time.monotonic()
+        late = enqueued.result() - back
+    print(f"the first enqueue returned {late:.2f} s after the server was back")
+    assert late < 0.75
+    call("after")
+    hurt.run(client.close()) if is_async else client.close()
+    hurt.saw("an enqueue waits for the server", late > 0)
+    hurt.start()
+    hurt.done()
 
 
 # -- 18: fail-over to a read-only server; low timeouts; serializable -------------------------

@@ -185,13 +185,14 @@ def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_i
     connect_timeout: int,
 ) -> None:
     for module, name, value in [
-        (bgjob.client, "_PATIENCE", patience),
-        (bgjob.client._Connection, "patience", patience),
-        (bgjob.client._AsyncConnection, "patience", patience),
-        (bgjob._connection, "_CONNECT_TIMEOUT", connect_timeout),
+        (bgjob.client, "PATIENCE", patience),
+        (bgjob._pool.PooledConnection, "patience", patience),
+        (bgjob._pool.AsyncPooledConnection, "patience", patience),
     ]:
         assert value <= getattr(module, name)
         monkeypatch.setattr(module, name, value)
+    assert connect_timeout <= bgjob._connection._DEFAULTS["connect_timeout"]
+    monkeypatch.setitem(bgjob._connection._DEFAULTS, "connect_timeout", connect_timeout)
     dsn = proxy.dsn(world.dsn)
     clients: dict[str, Client | AsyncClient] = {}
     calls: dict[str, Callable[[], Any]] = {}

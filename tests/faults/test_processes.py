@@ -475,6 +475,29 @@ def test_a_forked_child_never_shares_a_connection_of_the_pool_that_its_client_bo
     assert pids["before"] == pids["after"]
 
 
+@pytest.mark.parametrize("case", ["unused_pool", "async_unused_pool"])
+def test_a_forked_child_refuses_a_pool_that_was_opened_before_and_not_used(
+    world: World, case: str
+) -> None:
+    world.query(NOTE_SESSIONS)
+    process = world.command("-m", "faults.forking", case)
+    assert process.wait() == 0, process.output
+    assert process.of("child") == [("child", 0)]
+    for _, _, error in process.of("refused"):
+        world.saw(error)
+        assert "fork" in error
+    assert process.of("accepted") == []
+    assert list(sessions(world, "INSERT")) == ["after"]
+
+
+def test_a_forked_child_may_open_a_pool_that_was_made_before(world: World) -> None:
+    world.query(NOTE_SESSIONS)
+    process = world.command("-m", "faults.forking", "pool_of_child")
+    assert process.wait() == 0, process.output
+    world.witness(process, "accepted")
+    assert list(sessions(world, "INSERT")) == ["child", "of a client of the child"]
+
+
 @pytest.mark.parametrize("case", ["worker", "async_worker"])
 def test_a_running_worker_is_refused_to_a_forked_child_and_works_on(
     world: World, case: str
