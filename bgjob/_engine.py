@@ -484,7 +484,10 @@ class Engine:
         exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
         if exchange.park == "give":
             exchange.watch = "claims"  # from here on they do not tell
-        if exchange.park == "take" and alone and not self._careful:
+        if exchange.park == "take":
+            exchange.is_deputy = self._parking.is_deputy
+            exchange.relieve = self._parking.relieves
+        if exchange.park == "take" and alone and self._parking.polls and not self._careful:
             # The look that has to follow travels with it. A sweep's survey shows even
             # what becomes due between the transaction's beginning and the lock.
             limit = self._claimable
@@ -560,6 +563,7 @@ class Engine:
         self._granted(sent, reply, now, news)
         self._extended(sent, reply, news)
         park, seen = sent.exchange.park, reply.seen
+        was_covered = self._parking.is_covered
         if park:
             self._parking.answered(park, reply.parked, now)
         self._claimed(sent, reply, now, news)
@@ -572,7 +576,7 @@ class Engine:
             looked = claim is not None and claim.looks
             if self._parking.parked:
                 self._marks.parked(now, looked=looked and not self._more)
-            if not looked:
+            if not looked and not (was_covered and self._parking.is_covered):
                 self._look()  # what was committed before the lock was taken
         # Its claim, and its survey, came before the settlements.
         self._due_at = min(self._due_at, due_at)

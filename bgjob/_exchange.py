@@ -109,6 +109,10 @@ class Exchange:
     release: list[str] = field(default_factory=list)
     """Keys whose jobs are settled, or wait for nothing."""
     park: Literal["take", "give"] | None = None
+    is_deputy: bool = False
+    """With "take": whether this session is the deputy already."""
+    relieve: bool = False
+    """With "take": whether others have to look if the lock is had; as `notices.park`."""
     claim: Claim | Sweep | ClaimSuspect | None = None
     watch: Literal["claims", "all"] | None = None
     """Whether to tell what is under way: all that claims have to know, or all that is."""
@@ -137,7 +141,9 @@ class Exchange:
         """Return the SQL; `served` are the queues of the same worker."""
         plan: Plan = []
         if self.park == "take":
-            plan.append((park(queue), "parked"))  # what the claim does not see notifies
+            # What the claim does not see notifies.
+            taking = park(queue, is_deputy=self.is_deputy, relieve=self.relieve)
+            plan.append((taking, "parked"))
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
             case Sweep(0, held=held):

@@ -662,6 +662,45 @@ def test_a_worker_that_cannot_park_looks_again_after_pauses_that_double() -> Non
     assert pauses == [0.002, 0.004, 0.008, 0.016]
 
 
+@pytest.mark.parametrize(("answer", "rest"), [("deputy", 0.2), ("covered", 1.0)])
+def test_a_worker_that_relies_on_another_tries_for_its_lock_and_then_lets_all_look(
+    answer: str, rest: float
+) -> None:
+    drive = Drive(notify=True, poll_interval=10.0)
+    drive.drain(parked=answer)
+    for _ in range(3):
+        slept_at = drive.now
+        exchange = drive.next_exchange()
+        assert rest - 0.01 < drive.now - slept_at < rest + 0.01
+        assert (exchange.park, exchange.claim, exchange.relieve) == ("take", None, True)
+        assert exchange.is_deputy is (answer == "deputy")
+        drive.answer(Reply(parked=answer))
+    drive.next_exchange()
+    drive.answer(Reply(parked="parked"))
+    assert drive.exchange().claim is not None  # nobody was notified meanwhile
+    drive.answer()
+    assert drive.sleep() > drive.now + 5.0
+
+
+def test_a_lock_that_was_given_up_is_taken_without_a_word() -> None:
+    drive = Drive(notify=True, poll_interval=10.0)
+    drive.drain(parked="covered")
+    drive.engine.wake(Notice(relief=True))
+    while (exchange := drive.exchange()).park is None:
+        drive.answer()
+    assert not exchange.relieve
+
+
+def test_beside_an_enqueue_that_stays_open_a_worker_looks_five_times_a_second() -> None:
+    drive = Drive(notify=True, poll_interval=10.0)
+    until, exchanges = drive.now + 20.0, 0
+    while drive.now < until:
+        exchange = drive.next_exchange()
+        exchanges += 1
+        drive.answer(Reply(parked="contended" if exchange.park else None))
+    assert exchanges < 220
+
+
 def test_a_worker_that_stopped_relying_on_notifications_looks_while_jobs_flow() -> None:
     drive = Drive(concurrency=300, notify=True)
     drive.drain()

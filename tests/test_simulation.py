@@ -489,6 +489,9 @@ class History:
         self.notified: Notice | None = None
         self.lock: int | Literal["rival"] | None = None  # the session that holds it
         self.in_flight = 0  # enqueues that share the lock
+        self.contended_at = -inf
+        self.rivals_die = calm and random.random() < 0.3
+        self.has_deputy = random.random() < 0.3  # a rival, that does nothing else
 
         # The handlers.
         self.waiting: deque[Claimed] = deque()
@@ -546,6 +549,9 @@ class History:
             self.stop_at = self.now + span * random.random() * 1.2
             self.grace = random.choice([0.0, 0.1, 1.0, inf])
         if calm:
+            if self.rivals_die and self.notify:
+                self.lock = "rival"
+                self._at(span * random.random(), self._rival_dies)
             return
         for _ in range(random.choice([0, 0, 1, 5])):
             self._at(span * random.random(), self._rival_claims)
@@ -642,6 +648,15 @@ class History:
         if self.lock is None and not self.in_flight and self.notify:
             self.lock = "rival"
             self._at(self.random.random() * 2, self._rival_gives)
+
+    def _rival_dies(self) -> None:
+        """The worker that holds the notify lock is killed; its successor gets it later, if ever."""
+        if self.lock == "rival":
+            self.lock = None
+        elif self.lock is None and not self.in_flight:
+            self.lock = "rival"
+        if not self.peace:
+            self._at(self.random.random(), self._rival_dies)
 
     def _rival_gives(self) -> None:
         self.lock = None
@@ -902,11 +917,16 @@ class History:
         if session is None:
             return reply
         if exchange.park == "take":
-            if self.lock is None or self.lock == session:
-                reply.parked = "contended" if self.in_flight else "parked"
-                self.lock = None if self.in_flight else session
-            else:
+            is_free = self.lock in (None, session)
+            if is_free and not self.in_flight:
+                reply.parked, self.lock = "parked", session
+            elif self.has_deputy:
                 reply.parked = "covered"
+                self.contended_at = self.now if is_free else self.contended_at
+            else:
+                reply.parked = "contended" if is_free else "deputy"
+                if is_free:
+                    self.lock = None
         elif exchange.park == "give":
             promise(self.lock == session, "gives a lock that it does not hold")
             self.lock = None
@@ -1135,7 +1155,9 @@ class History:
                 old = self.now < self.old_at + self.poll_interval
                 told = self.notify and not row.is_delayed and not old
                 waited = min(waited, self.now - self.known_at[row.priority])
-                most = 0.3 if told else self.poll_interval
+                most = 0.3 if told and not self.has_deputy else self.poll_interval
+                if told and self.now > self.contended_at + self.poll_interval + 2.0:
+                    most = min(most, 1.3)
                 prompt = waited <= most + 2 * self.sweeps_take + 0.1
                 promise(prompt, f"{row.id}: committed {waited} s ago, and not found")
 

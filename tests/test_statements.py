@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar, cast
 
@@ -556,7 +557,7 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
         assert ask(sleeper, park("r")) == "parked"
         more = [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
         assert sorted(queues(enqueue_many(more, notify=True))) == ["q", "r"]
-        assert ask(conn, park("q")) == "covered"
+        assert ask(conn, park("q")) == "deputy"
         ask(sleeper, unpark("q"))
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == [""]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == []
@@ -591,6 +592,28 @@ def test_a_worker_that_parked_twice_unparks_once(dsn: str) -> None:
         assert held == 0
 
 
+def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str) -> None:
+    with ExitStack() as stack:
+        holder, deputy, other = (
+            stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(3)
+        )
+        assert ask(holder, park("q")) == "parked"
+        assert ask(deputy, park("q")) == "deputy"
+        assert ask(deputy, park("q", is_deputy=True)) == "deputy"
+        assert ask(other, park("q")) == "covered"
+        ask(other, listen("q"))
+        holder.close()
+        took = "select count(*) from pg_locks where locktype = 'advisory'"
+        while deputy.execute(took).fetchall() != [(1,)]:  # the server has to notice
+            pass
+        assert ask(deputy, park("q", is_deputy=True, relieve=True)) == "parked"
+        assert [n.payload for n in other.notifies(timeout=30, stop_after=1)] == [""]
+        assert ask(other, park("q")) == "deputy"  # its place was free
+        deputy.close()
+        while other.execute(took).fetchall() != [(1,)]:
+            pass
+
+
 def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
     dsn: str, conn: psycopg.Connection
 ) -> None:
@@ -598,7 +621,7 @@ def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
         with conn.transaction():
             ask(conn, enqueue(EnqueueRequest("q", "t"), notify=True))
             assert ask(sleeper, park("q")) == "contended"
-        assert ask(sleeper, park("q")) == "parked"
+        assert ask(sleeper, park("q", is_deputy=True)) == "parked"
         locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
         [(held,)] = conn.execute(locks, [sleeper.info.backend_pid])
         assert held == 1

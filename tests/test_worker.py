@@ -44,7 +44,7 @@ from bgjob._fork import Lineage
 from bgjob._link import Bell, Link
 from bgjob._place import ask
 from bgjob._statements.claims import claim_any
-from bgjob._statements.notices import channel
+from bgjob._statements.notices import LOCK_CLASS, channel
 from bgjob._statements.settlements import Claimed, Postponed, give_back
 from bgjob._transaction import Transactions
 from bgjob.mux import Handler
@@ -245,8 +245,8 @@ def sleeper(conn: psycopg.Connection) -> int | None:
     found = rows(
         conn,
         "select pid from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
-        "and granted and database = (select oid from pg_database where datname = "
-        "current_database())",
+        f"and granted and classid = {LOCK_CLASS} and database = "
+        "(select oid from pg_database where datname = current_database())",
     )
     return found[0][0] if found else None
 

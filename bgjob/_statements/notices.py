@@ -6,7 +6,10 @@ from zlib import crc32
 from bgjob._statements.statement import Statement, nothing, scalar
 
 LOCK_CLASS = 0x62676A62
-"""The first key of bgjob's advisory locks; the second is the queue's bucket."""
+"""The first key of the notify lock; the second is the queue's bucket."""
+
+DEPUTY_CLASS = LOCK_CLASS + 1
+"""The first key of the lock of the deputy, who watches for the end of the notify lock's holder."""
 
 BUCKETS = 128
 """Queues share this many locks and channels, so that 10,000 queues do not fill the lock table."""
@@ -45,23 +48,47 @@ def listen(queue: str) -> Statement[None]:
     return Statement(f"listen {channel(queue)}".encode(), None, nothing)
 
 
-def park(queue: str) -> Statement[str]:
+def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> Statement[str]:
     """Ask every later enqueue to `queue` to notify, before this worker goes to sleep.
 
     An enqueue shares the lock until its transaction ends, and notifies where it
-    cannot. 'parked': the lock is held, no enqueue is in flight unseen.
-    'covered': another worker sleeps and holds it. 'contended': enqueues are in
-    flight; look again soon.
+    cannot. Of the workers that cannot have the lock one is the deputy, and tries again soon.
+
+    Returns 'parked': the lock is held, no enqueue is in flight unseen. 'deputy': another worker
+    holds it, and this one is the deputy. 'contended': enqueues are in flight, and this one is
+    the deputy. 'covered': another worker is the deputy.
+
+    Args:
+        queue: the queue.
+        is_deputy: whether this session is known to be the deputy.
+        relieve: let the other workers look if the lock is taken, because nobody may have been
+            notified for a while.
+
     """
     return Statement(
         """
-        select case
-            when pg_try_advisory_lock(%(class)s, %(bucket)s) then 'parked'
-            when not pg_try_advisory_lock_shared(%(class)s, %(bucket)s) then 'covered'
-            when pg_advisory_unlock_shared(%(class)s, %(bucket)s) then 'contended'
-        end
+        select answer,
+            case when answer = 'parked' and %(relieve)s then pg_notify(%(channel)s, '') end,
+            case when answer = 'parked' and %(is_deputy)s
+                then pg_advisory_unlock(%(deputy)s, %(bucket)s) end
+        from (
+            select case
+                when pg_try_advisory_lock(%(class)s, %(bucket)s) then 'parked'
+                when not (%(is_deputy)s or pg_try_advisory_lock(%(deputy)s, %(bucket)s))
+                    then 'covered'
+                when not pg_try_advisory_lock_shared(%(class)s, %(bucket)s) then 'deputy'
+                when pg_advisory_unlock_shared(%(class)s, %(bucket)s) then 'contended'
+            end as answer
+        ) as lock
         """,
-        {"class": LOCK_CLASS, "bucket": bucket(queue)},
+        {
+            "class": LOCK_CLASS,
+            "deputy": DEPUTY_CLASS,
+            "bucket": bucket(queue),
+            "channel": channel(queue),
+            "is_deputy": is_deputy,
+            "relieve": relieve,
+        },
         scalar,
     )
 
@@ -69,8 +96,8 @@ def park(queue: str) -> Statement[str]:
 def unpark(queue: str) -> Statement[None]:
     """Stop asking for notifications, and wake whoever relied on it: one of them parks next.
 
-    The session holds no other lock of this kind; but this one twice where the
-    transaction that took it first was refused, which does not undo it.
+    The session holds no other locks of this kind than the deputy's; but this one twice where
+    the transaction that took it first was refused, which does not undo it.
     """
     return Statement(
         "select pg_advisory_unlock_all(), " + NOTIFY.format(channel="%(channel)s", payload="''"),

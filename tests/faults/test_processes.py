@@ -552,3 +552,44 @@ def test_a_child_forked_by_a_handler_runs_no_job_and_shares_no_connection(
     assert world.rows("forks and commits") == 1
     assert sorted(id for _, id, _ in process.of("effect")) == sorted(ids)
     assert process.of("lost", "retried", "buried") == []
+
+
+# -- the worker that is notified for all dies -----------------------------------------------
+
+
+NOTIFY_LOCKS = (
+    "select count(*) from pg_locks where locktype = 'advisory' and granted "
+    "and database = (select oid from pg_database where datname = current_database())"
+)
+
+
+def pick_up(world: World) -> float:
+    """Enqueue a job; the seconds until its handler ran."""
+    [[before]] = world.query("select clock_timestamp()")
+    [id] = world.enqueue("plain")
+    assert eventually(lambda: world.rows(id))
+    seconds: float = (
+        world.value("select at from ledger where job_id = %s", [id]) - before
+    ).total_seconds()
+    return seconds
+
+
+def test_the_death_of_the_worker_that_is_notified_makes_no_other_deaf(world: World) -> None:
+    workers = []
+    for locks in (1, 2, 2, 2):  # it holds the notify lock, is its deputy, relies on them
+        workers.append(world.start(poll_interval=10.0, lease=30.0))
+        expected = locks
+        assert eventually(lambda: world.value(NOTIFY_LOCKS) == expected)
+    held, deputy, *_ = workers
+    held.kill()
+    one = pick_up(world)
+    # The deputy took the lock, and another its place.
+    assert eventually(lambda: world.value(NOTIFY_LOCKS) == 2)
+    deputy.kill()
+    workers[2].kill()
+    both = pick_up(world)
+    print(f"picked up {one:.3f} s after the holder's death, {both:.3f} s after a second and third")
+    assert one < 1.0
+    assert both < 2.0
+    world.saw("three workers killed", [one, both])
+    world.done()

@@ -376,3 +376,23 @@ def test_30_an_enqueue_into_ten_thousand_queues_takes_few_locks_and_wakes_who_sl
         # By notification: no poll comes before ten minutes are over.
         world.witness(worker, "completed", f"a {n}")
     assert world.live() == QUEUES - len(sleepers)
+
+
+def test_idle_workers_beside_an_enqueue_that_stays_open_ask_the_server_seldom(
+    world: World,
+) -> None:
+    commits = "select xact_commit from pg_stat_database where datname = current_database()"
+    workers = [world.worker(world.mux(), poll_interval=1.0, lease=30.0) for _ in range(5)]
+    with psycopg.connect(world.dsn) as producer:
+        [id] = world.enqueue("plain", conn=producer)
+        threading.Event().wait(1.5)  # what a session counts, it reports once a second
+        before = world.value(commits)
+        threading.Event().wait(3.0)
+        a_second = (world.value(commits) - before) / 3
+    print(f"{a_second:.1f} transactions/s of five idle workers beside an open enqueue")
+    assert a_second < 60
+    world.saw("transactions", a_second)
+    world.acknowledge(id)
+    world.done()
+    for worker in workers:
+        worker.shutdown()
