@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
 from time import monotonic
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import psycopg
+from psycopg.abc import RV, PQGen
+from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGconn
 from psycopg.rows import tuple_row
 from typing_extensions import override
 
@@ -31,7 +34,14 @@ from bgjob._connection import AsyncCursor, Cursor, Recipe, options
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._route import Route, Wants
-from bgjob._statements.settlements import COMMIT, ROLLBACK, Claimed, begin, claim_of_transaction
+from bgjob._statements.settlements import (
+    COMMIT,
+    DEALLOCATE,
+    ROLLBACK,
+    Claimed,
+    begin,
+    claim_of_transaction,
+)
 from bgjob._statements.statement import Statement
 from bgjob.job import Job
 from bgjob.mux import Mux
@@ -46,8 +56,6 @@ _LONGEST_PAUSE = 1.0
 
 _NAP = 0.2
 """Seconds after which a coroutine that rests looks whether the worker shuts down."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +178,28 @@ _FORBIDDEN = (
 )
 
 
+_ENDED = "the handler that was given this connection has ended, and its transaction with it"
+
+_GONE = psycopg.pq.PGconn.connect_start(b"host=/")
+"""What a handler's connection holds when its session has gone on to the next one."""
+_GONE.finish()
+
+_NOBODY = object()
+
+
 class _Connection(_connection.Connection):
     token = ""
     ended_by: str | None = None
     """The token of the claim, where the handler closed what it had ended before."""
+    user: object = None
+    """The only one who may use it, since the handler has ended: a thread's number, or a task."""
+
+    @override
+    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        # What the handler has left behind comes here with each statement, after the lock.
+        if self.user is not None and self.user != threading.get_ident():
+            raise psycopg.ProgrammingError(_ENDED)
+        return super().wait(gen, *args, **kwargs)
 
     @override
     def close(self) -> None:
@@ -194,6 +220,14 @@ class _AsyncConnection(_connection.AsyncConnection):
     token = ""
     ended_by: str | None = None
     """As _Connection.ended_by."""
+    user: object = None
+    """As _Connection.user."""
+
+    @override
+    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        if self.user is not None and self.user is not asyncio.current_task():
+            raise psycopg.ProgrammingError(_ENDED)
+        return await super().wait(gen, *args, **kwargs)
 
     @override
     async def close(self) -> None:
@@ -211,17 +245,21 @@ class _AsyncConnection(_connection.AsyncConnection):
 
 
 class Transactions:
-    """Connections for transactional handlers: one for each that runs, kept for the next.
+    """Connections for transactional handlers: a session for each that runs, kept for the next.
 
     They belong to nobody else, so that handlers which wait for a pool never
-    wait for each other. Thread-safe.
+    wait for each other. Each handler gets a connection object of its own, which
+    loses the session with the commit: what a handler does to it, or through it
+    after its end, does not reach the next one. Thread-safe.
     """
 
     def __init__(self, recipe: Recipe, lineage: Lineage) -> None:
         self._lineage = lineage
         self._options: dict[str, Any] = {**options(recipe), "autocommit": True}
-        self._idle: deque[_Connection] = deque()
-        self._idle_async: deque[_AsyncConnection] = deque()
+        # Through a pooler that forbids prepared statements others would lose theirs.
+        prepares = self._options.get("prepare_threshold", 0) is not None
+        self._commit = COMMIT + DEALLOCATE if prepares else COMMIT
+        self._idle: deque[PGconn] = deque()
         self._handling: set[_Connection | _AsyncConnection] = set()
         self._closed = False
         self._leaving = threading.Event()
@@ -257,7 +295,7 @@ class Transactions:
         except StopIteration as stop:
             ending: Ending = stop.value
             if isinstance(ending, Committed) and self._may_keep(connection):
-                self._idle.append(connection)
+                self._idle.append(_taken_from(connection))
             else:
                 connection.close()
             return ending
@@ -288,7 +326,7 @@ class Transactions:
         except StopIteration as stop:
             ending: Ending = stop.value
             if isinstance(ending, Committed) and self._may_keep(connection):
-                self._idle_async.append(connection)
+                self._idle.append(_taken_from(connection))
             else:
                 await connection.close()
             return ending
@@ -332,30 +370,41 @@ class Transactions:
         """Close what is idle; a connection in use closes after its handler."""
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
-        while self._idle_async:
-            with contextlib.suppress(StopIteration):
-                self._idle_async.pop().close().send(None)  # there is nothing to await in it
+            self._idle.pop().finish()
 
     def _may_keep(self, connection: _Connection | _AsyncConnection) -> bool:
-        # What the handler set for itself is not the next one's.
+        return not self._closed and connection.info.transaction_status == TransactionStatus.IDLE
+
+    def _furnish(self, connection: _Connection | _AsyncConnection) -> None:
+        """Set what psycopg sets on the connections that it opens."""
         own: Any = connection
         own.row_factory = self._options.get("row_factory") or tuple_row
-        is_plain = isinstance(connection, _Connection)
-        factory = psycopg.Cursor if is_plain else psycopg.AsyncCursor
-        own.cursor_factory = self._options.get("cursor_factory") or factory
-        status = connection.info.transaction_status
-        return not self._closed and status == TransactionStatus.IDLE
+        if factory := self._options.get("cursor_factory"):
+            own.cursor_factory = factory
+        if context := self._options.get("context"):
+            own._adapters = AdaptersMap(context.adapters)  # noqa: SLF001
+        own._autocommit = True  # noqa: SLF001
+        own.prepare_threshold = self._options.get("prepare_threshold", 5)
+
+    def _kept(self) -> PGconn | None:
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()
+        return None
 
     # -- plain ----------------------------------------------------------------------
 
     def _begin(self, claimed: Claimed) -> _Connection:
         while True:
-            kept = _pop(self._idle)
-            connection = kept or self._connect()
+            kept = self._kept()
+            if kept is None:
+                connection = self._connect()
+            else:
+                connection = _Connection(kept)
+                self._furnish(connection)
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
-                connection.execute(begin(claimed.token))
+                # Several commands in one string, which cannot be prepared.
+                Cursor(connection).execute(begin(claimed.token), prepare=False)
             except BaseException as error:
                 connection.close()
                 if kept is None or not isinstance(error, psycopg.Error):
@@ -377,7 +426,7 @@ class Transactions:
                     return route.handler(claimed.job, connection)
                 finally:
                     self._handling.discard(connection)
-                    connection.patience = _PATIENCE
+                    connection.user, connection.patience = threading.get_ident(), _PATIENCE
                     if self._lineage.is_child:
                         self._lineage.end(sys.exc_info()[1])
             case _Ask(statements):
@@ -394,12 +443,12 @@ class Transactions:
                         )
                     return [s.parse(c.fetchall()) for s, c in zip(statements, cursors, strict=True)]
             case _End.COMMIT:
-                connection.execute(COMMIT)
+                Cursor(connection).execute(self._commit, prepare=False)
             case _End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
-                    cursor = Cursor(connection).execute(ROLLBACK)
+                    cursor = Cursor(connection).execute(ROLLBACK, prepare=False)
                     cursor.nextset()
                     return cursor.fetchall()[0][0]
         return None
@@ -408,11 +457,15 @@ class Transactions:
 
     async def _begin_async(self, claimed: Claimed) -> _AsyncConnection:
         while True:
-            kept = _pop(self._idle_async)
-            connection = kept or await self._connect_async()
+            kept = self._kept()
+            if kept is None:
+                connection = await self._connect_async()
+            else:
+                connection = _AsyncConnection(kept)
+                self._furnish(connection)
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
-                await connection.execute(begin(claimed.token))
+                await AsyncCursor(connection).execute(begin(claimed.token), prepare=False)
             except BaseException as error:
                 await connection.close()
                 if kept is None or not isinstance(error, psycopg.Error):
@@ -436,7 +489,7 @@ class Transactions:
                     return await route.awaited(claimed.job, connection)
                 finally:
                     self._handling.discard(connection)
-                    connection.patience = _PATIENCE
+                    connection.user, connection.patience = asyncio.current_task(), _PATIENCE
                     if self._lineage.is_child:
                         self._lineage.end(sys.exc_info()[1])
             case _Ask(statements):
@@ -456,22 +509,23 @@ class Transactions:
                         for s, c in zip(statements, cursors, strict=True)
                     ]
             case _End.COMMIT:
-                await connection.execute(COMMIT)
+                await AsyncCursor(connection).execute(self._commit, prepare=False)
             case _End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
                     cursor = AsyncCursor(connection)
-                    await cursor.execute(ROLLBACK)
+                    await cursor.execute(ROLLBACK, prepare=False)
                     cursor.nextset()
                     return (await cursor.fetchall())[0][0]
         return None
 
 
-def _pop(idle: deque[T]) -> T | None:
-    with contextlib.suppress(IndexError):
-        return idle.pop()
-    return None
+def _taken_from(connection: _Connection | _AsyncConnection) -> PGconn:
+    """Take the session from the connection of a handler that has ended."""
+    session: PGconn = connection.pgconn
+    connection.user, connection.pgconn = _NOBODY, _GONE
+    return session
 
 
 def _is_over(connection: psycopg.BaseConnection[Any]) -> bool:

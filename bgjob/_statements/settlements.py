@@ -84,10 +84,12 @@ def begin(token: int) -> bytes:
 
     One mark ends with the transaction, however that ends. The other is undone
     by a rollback and outlives a commit. How long the handler may be idle in it
-    is for the lease to say.
+    is for the lease to say. Whatever the default level is, an extension of the
+    lease must not make the settlement fail.
     """
     return (
-        f"begin; set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'; "
+        "begin isolation level read committed; "
+        f"set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'; "
         "set local idle_in_transaction_session_timeout = 0"
     ).encode()
 
@@ -103,6 +105,9 @@ COMMIT = (
 )
 """Ends it, and what the handler may have left in the session: all that `discard all` would end,
 but for prepared statements."""
+
+DEALLOCATE = b"; deallocate all"
+"""Ends those, too, after COMMIT."""
 
 ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
 """Ends it otherwise; its second result is the token of a claim whose transaction was committed."""

@@ -450,14 +450,13 @@ def test_low_timeouts_do_not_end_the_transaction_of_a_handler_that_takes_its_tim
 def test_workers_are_indifferent_to_serializable_as_the_default(world: World) -> None:
     name = world.value("select current_database()")
     world.query(f"alter database {name} set default_transaction_isolation = 'serializable'")
-    workers = [
-        start(world, colour, lease=LONG, max_attempts=None) for colour in ("thread", "async")
-    ]
-    for _ in range(3):
+    workers = [start(world, colour, max_attempts=None) for colour in ("thread", "async")]
+    # The leases are extended while some of the transactions are open.
+    for linger in (0.0, 0.5, 0.0):
         enqueue(world, "plain", count=10, children=1)
-        enqueue(world, "transactional", count=10, children=1)
+        enqueue(world, "transactional", count=10, children=1, linger=linger)
     world.done()
-    eventually(lambda: world.live() == 0)
+    assert eventually(lambda: world.live() == 0)
     assert world.value("select count(*) from bgjob_dead_job") == 0
     for worker in workers:
         world.witness(worker, "completed")

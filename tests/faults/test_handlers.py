@@ -1126,6 +1126,7 @@ def test_12_what_a_handler_sets_on_its_connection_does_not_reach_the_next_job(
 
     def spoil(job: Job, conn: psycopg.Connection[Any]) -> None:
         rows.append(conn.execute("select 1 as n").fetchone())
+        conn.execute("do $$ begin raise notice 'heard by whom?'; end $$")
         conn.row_factory = dict_row
         conn.prepare_threshold = None
         conn.add_notice_handler(lambda _: rows.append("notice"))
@@ -1133,6 +1134,7 @@ def test_12_what_a_handler_sets_on_its_connection_does_not_reach_the_next_job(
 
     async def spoil_async(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
         rows.append(await (await conn.execute("select 1 as n")).fetchone())
+        await conn.execute("do $$ begin raise notice 'heard by whom?'; end $$")
         conn.row_factory = dict_row
         conn.prepare_threshold = None
         conn.add_notice_handler(lambda _: rows.append("notice"))

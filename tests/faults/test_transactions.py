@@ -1,20 +1,25 @@
 """Transactional handlers whose connections cannot be had, are lost, or are left in disorder."""
 
+import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, LiteralString, TypeAlias
 
 import psycopg
 import pytest
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
 from psycopg.conninfo import make_conninfo
+from psycopg.rows import dict_row, tuple_row
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob import AsyncClient, Client, Job, Mux
+from bgjob import AsyncClient, AsyncWorker, Client, Complete, Job, Mux, Worker
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
-from faults.world import World, eventually
+from faults.world import PATIENCE, World, eventually
 
 Host = Literal["Worker-plain", "Worker-coroutine", "AsyncWorker-coroutine"]
 hosts = pytest.mark.parametrize(
@@ -172,3 +177,268 @@ def test_a_restart_under_transactional_jobs_of_one_attempt_buries_none_that_was_
     [buried] = hurt.query("select array_agg(job_id) from bgjob_dead_job")[0]
     assert set(buried or ()) <= set(effects.called)
     assert set(ids) == set(effects.called)
+
+
+# -- 12: nothing of one job reaches the next, and nothing of it commits there -------------------
+
+
+class _Number(Loader):
+    """Reads every number as 42."""
+
+    def load(self, data: Buffer) -> int:
+        return 42
+
+
+def _shout(conn: psycopg.Connection[Any], said: list[str]) -> None:
+    conn.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
+
+
+def _hear(conn: psycopg.Connection[Any], said: list[str]) -> None:
+    conn.add_notify_handler(lambda notify: said.append(notify.payload))
+    conn.execute("listen news")
+
+
+def _say(conn: psycopg.Connection[Any]) -> None:
+    conn.execute("do $$ begin raise notice 'notice'; end $$")
+    conn.execute("notify news, 'news'")
+
+
+Spoil: TypeAlias = Callable[[psycopg.Connection[Any], list[str]], object]
+
+
+def _statement(text: LiteralString) -> Spoil:
+    return lambda conn, _: conn.execute(text)
+
+
+def _attribute(name: str, value: object) -> Spoil:
+    return lambda conn, _: setattr(conn, name, value)
+
+
+LEFT: dict[str, Spoil] = {
+    "row factory": _attribute("row_factory", dict_row),
+    "cursor factory": _attribute("cursor_factory", psycopg.ClientCursor),
+    "threshold": _attribute("prepare_threshold", None),
+    "notice handler": _shout,
+    "notify handler": _hear,
+    "loader": lambda conn, _: conn.adapters.register_loader("int4", _Number),
+    "search_path": _statement("set search_path to elsewhere, public"),
+    "setting": _statement("set work_mem = '1MB'"),
+    "own setting": _statement("set my.own = 'set'"),
+    "isolation": _statement(
+        "set session characteristics as transaction isolation level serializable"
+    ),
+    "temporary table": _statement("create temp table ledger (like public.ledger including all)"),
+    "prepared statement": _statement("prepare p as select 1"),
+    "cursor": _statement("declare c cursor with hold for select 1"),
+    "lock": _statement("select pg_advisory_lock(7)"),
+    "listen": _statement("listen news"),
+}
+
+STATE = """
+    select current_setting('search_path'), current_setting('work_mem'),
+        coalesce(current_setting('my.own', true), ''),
+        current_setting('default_transaction_isolation'), to_regclass('ledger')::text,
+        (select count(*) from pg_prepared_statements),
+        (select count(*) from pg_cursors),
+        (select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()),
+        array(select pg_listening_channels())
+"""
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_nothing_that_a_handler_leaves_on_its_connection_is_seen_by_the_next(
+    world: World, left: str
+) -> None:
+    world.query("create schema elsewhere")
+    seen: list[tuple[Any, ...]] = []
+    sessions: set[int] = set()
+    said: dict[str, list[str]] = {}
+
+    def handler(job: Job, conn: psycopg.Connection[Any]) -> None:
+        attributes = (conn.row_factory, conn.cursor_factory, conn.prepare_threshold)
+        state = psycopg.Cursor(conn, row_factory=tuple_row).execute(STATE).fetchone()
+        number = conn.execute("select 1").fetchone()
+        seen.append((attributes, state, number))
+        sessions.add(conn.info.backend_pid)
+        _say(conn)
+        conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        LEFT[left](conn, said.setdefault(job.id, []))
+        if len(said) == 1:
+            _say(conn)
+
+    world.enqueue_many("transactional", 3)
+    mux = Mux().register("transactional", handler, transactional=True, max_attempts=1)
+    worker = world.worker(mux, lease=LONG)
+    world.done()
+    world.witness(worker, "completed", times=3)
+    assert len(sessions) == 1  # it is kept all the same
+    assert seen == [seen[0]] * 3
+    assert seen[0][2] == (1,)
+    # The first has heard itself, and nobody hears what others say.
+    first, *others = said.values()
+    assert (first, others) in (([], [[], []]), (["notice"], [[], []]), (["news"], [[], []]))
+
+
+def test_nothing_that_a_coroutine_leaves_on_its_connection_is_seen_by_the_next(
+    world: World,
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    said: list[str] = []
+
+    async def handler(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
+        row = await (await conn.execute("select 1")).fetchone()
+        seen.append((conn.info.backend_pid, conn.row_factory, conn.prepare_threshold, row))
+        await conn.execute("do $$ begin raise notice 'notice'; end $$")
+        conn.row_factory = dict_row
+        conn.prepare_threshold = None
+        conn.adapters.register_loader("int4", _Number)
+        conn.add_notice_handler(lambda _: said.append(job.id))
+        await conn.execute("prepare p as select 1")
+        await conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+
+    world.enqueue_many("transactional", 3)
+    mux = Mux().register("transactional", handler, transactional=True, max_attempts=1)
+    worker = world.worker(mux, is_async=True, lease=LONG)
+    world.done()
+    world.witness(worker, "completed", times=3)
+    assert seen == [seen[0]] * 3
+    assert not said
+
+
+def test_a_statement_that_a_thread_sends_after_its_handler_has_ended_is_refused(
+    world: World,
+) -> None:
+    world.query("create table late (job_id text)")
+    refused: list[BaseException] = []
+    threads: list[threading.Thread] = []
+    ready = threading.Event()
+
+    def insert(conn: psycopg.Connection[Any], cursor: psycopg.Cursor[Any], id: str) -> None:
+        for execute in (cursor.execute, conn.execute):
+            try:
+                while True:
+                    execute("insert into late values (%s)", [id])
+                    ready.set()
+            except psycopg.Error as error:
+                refused.append(error)
+
+    def handler(job: Job, conn: psycopg.Connection[Any]) -> None:
+        conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        ready.clear()
+        threads.append(threading.Thread(target=insert, args=(conn, conn.cursor(), job.id)))
+        threads[-1].start()
+        assert ready.wait(PATIENCE)
+
+    ids = world.enqueue_many("transactional", 20)
+    mux = Mux().register("transactional", handler, transactional=True, max_attempts=1)
+    worker = world.worker(mux, lease=LONG)
+    world.done()
+    world.witness(worker, "completed", times=len(ids))
+    for thread in threads:
+        thread.join(PATIENCE)
+    world.saw("that late statements are refused", len(refused) == 2 * len(ids))
+    # Each was committed with its own job, or not at all.
+    strays = "select count(*) from late l join ledger r using (job_id) where l.xmin <> r.xmin"
+    assert world.value(strays) == 0
+    assert world.value("select count(distinct job_id) from late") == len(ids)
+
+
+def test_a_statement_that_a_task_sends_after_its_handler_has_ended_is_refused(
+    world: World,
+) -> None:
+    world.query("create table late (job_id text)")
+    refused: list[BaseException] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def insert(conn: psycopg.AsyncConnection[Any], ready: asyncio.Event, id: str) -> None:
+        try:
+            while True:
+                await conn.execute("insert into late values (%s)", [id])
+                ready.set()
+        except psycopg.Error as error:
+            refused.append(error)
+
+    async def handler(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
+        await conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        ready = asyncio.Event()
+        tasks.add(asyncio.create_task(insert(conn, ready, job.id)))
+        await ready.wait()
+
+    ids = world.enqueue_many("transactional", 20)
+    mux = Mux().register("transactional", handler, transactional=True, max_attempts=1)
+    worker = world.worker(mux, is_async=True, lease=LONG)
+    world.done()
+    world.witness(worker, "completed", times=len(ids))
+    world.saw("that late statements are refused", eventually(lambda: len(refused) == len(ids)))
+    strays = "select count(*) from late l join ledger r using (job_id) where l.xmin <> r.xmin"
+    assert world.value(strays) == 0
+    assert world.value("select count(distinct job_id) from late") == len(ids)
+
+
+# -- 13: settings of the database and of the client do not reach the library's transactions -----
+
+
+@pytest.mark.parametrize("threshold", [0, 1, None])
+@pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
+def test_transactional_handlers_work_whatever_a_client_prepares(
+    world: World, is_async: bool, threshold: int | None
+) -> None:
+    effects = Effects()
+    ids = world.enqueue_many("transactional", 3)
+    mux = effects.mux("AsyncWorker-coroutine" if is_async else "Worker-plain", max_attempts=1)
+    options: dict[str, Any] = {
+        "min_size": 1,
+        "open": False,
+        "kwargs": {"prepare_threshold": threshold},
+    }
+
+    async def work_async() -> None:
+        async with AsyncConnectionPool(world.dsn, **options) as pool, AsyncClient(pool) as client:
+            assert await client.do("q", mux) == Complete()
+            async with AsyncWorker(client, "q", mux, poll_interval=0.05):
+                await asyncio.to_thread(world.done)
+
+    if is_async:
+        world.run(work_async())
+    else:
+        with ConnectionPool(world.dsn, **options) as pool, Client(pool) as client:
+            assert client.do("q", mux) == Complete()
+            with Worker(client, "q", mux, poll_interval=0.05):
+                world.done()
+    assert effects.called == Counter(ids)
+    world.saw("that all have completed", world.value("select count(*) from ledger") == len(ids))
+
+
+@pytest.mark.parametrize("level", ["repeatable read", "serializable"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
+def test_a_transaction_outlives_the_extension_of_its_lease_whatever_the_default_isolation(
+    world: World, level: str, is_async: bool
+) -> None:
+    name = world.value("select current_database()")
+    world.query(f"alter database {name} set default_transaction_isolation = '{level}'")
+    until = "select lease_until from bgjob_job where id = %s"
+    levels = []
+
+    def wait(id: str) -> None:
+        before = world.value(until, [id])
+        assert eventually(lambda: world.value(until, [id]) > before)
+
+    def plain(job: Job, conn: psycopg.Connection[Any]) -> None:
+        levels.append(conn.execute("show transaction_isolation").fetchone())
+        conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        wait(job.id)
+
+    async def coroutine(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
+        levels.append(await (await conn.execute("show transaction_isolation")).fetchone())
+        await conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        await asyncio.to_thread(wait, job.id)
+
+    register: Any = Mux().register
+    handler = coroutine if is_async else plain
+    mux = register("transactional", handler, transactional=True, max_attempts=1)
+    world.enqueue("transactional", "a", "b")
+    worker = world.worker(mux, is_async=is_async, concurrency=2)
+    for id in "ab":
+        world.witness(worker, "completed", id)
+    assert levels == [("read committed",)] * 2
+    assert not worker.of("error", "retried", "buried", "lost")
