@@ -1,7 +1,8 @@
 """Writes jobs; claims and runs a single one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import copy_context
 from datetime import datetime
@@ -496,6 +497,10 @@ class AsyncClient:
             if isinstance(source, str)
             else AsyncBorrowedPool(source)
         )
+        self._begun: set[asyncio.Task[Any]] = set()
+        """Tasks that are under way; the event loop itself holds none."""
+        self._left: set[asyncio.Task[Any]] = set()
+        """Those of them whose caller was cancelled."""
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
@@ -593,10 +598,46 @@ class AsyncClient:
         """Claim one due job, run its handler, and store the result. As Client.do.
 
         A coroutine handler is awaited here, a plain one runs on a thread, whatever
-        its timeout.
+        its timeout. Where the call is cancelled, a coroutine handler is cancelled with
+        it, and the attempt has failed; a plain one cannot be: it goes on, and its
+        result is stored once it has ended. `close` waits for that.
         """
         mux.check_bound()
-        lease = seconds(lease, "lease")
+        claiming = self._begin(self._claimed(queue, mux, seconds(lease, "lease")))
+        try:
+            claimed, route, ends_at = await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            self._leave(self._begin(self._give_back(claiming)))
+            raise
+        if isinstance(route, Route) and route.is_coroutine:
+            # A task, for what the handler sets is not the caller's.
+            handling = asyncio.create_task(_run_async(route, claimed, self.recipe))
+            try:
+                result: Ending | Release = await handling
+            except asyncio.CancelledError:
+                result = Release()  # the handler had not begun
+            concluding = self._begin(self._concluded(claimed, result))
+        else:
+            concluding = self._begin(self._run_plain(claimed, route))
+        try:
+            ending, settled = await asyncio.shield(concluding)
+        except asyncio.CancelledError:
+            self._leave(concluding)
+            raise
+        if isinstance(ending, Release):
+            raise asyncio.CancelledError
+        return _result(
+            claimed,
+            ending,
+            settled=settled,
+            lease=seconds(lease, "lease"),
+            alive=monotonic() < ends_at,
+        )
+
+    async def _claimed(
+        self, queue: str, mux: Mux, lease: float
+    ) -> tuple[Claimed, Route | Retry | MoveToDlq, float]:
+        """Claim a job that has its key; with its route, and the local time its lease ends."""
         token = randbits(63)
         claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
@@ -605,24 +646,64 @@ class AsyncClient:
             if claimed.job.exclusive is None or (
                 granted := has_key(await self._run_all(acquisition(claimed)))
             ):
-                break  # else it waits for its key: take another
+                return claimed, route, monotonic() + lease
+            # Else it waits for its key: take another.
             if granted is None:
                 await self._run_all(settlement(claimed, Release()))
-        ends_at = monotonic() + lease
-        ending: Ending
+
+    async def _run_plain(
+        self, claimed: Claimed, route: Route | Retry | MoveToDlq
+    ) -> tuple[Ending | Release, bool]:
+        """Run a plain handler on a thread, and store its result; as _concluded."""
         if not isinstance(route, Route):
-            ending = route
-        elif route.is_coroutine:
-            # A task, for what the handler sets is not the caller's.
-            ending = await asyncio.create_task(_run_async(route, claimed, self.recipe))
-        elif route.is_transactional:
-            with closing(Transactions(self.recipe, Lineage())) as transactions:
-                ending = await asyncio.to_thread(transactions.run, route, claimed)
-        else:
-            ending = await asyncio.to_thread(route.run, claimed.job)
-        answers = await asyncio.shield(self._run_all(conclusion(claimed, ending)))
-        settled = any(answers[:1])
-        return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
+            return await self._concluded(claimed, route)
+        loop, run = asyncio.get_running_loop(), copy_context().run
+        call: Callable[[], Ending]
+        if not route.is_transactional:
+            call = partial(run, route.run, claimed.job)
+            return await self._concluded(claimed, await _uncancelled(loop, call))
+        with closing(Transactions(self.recipe, Lineage())) as transactions:
+            call = partial(run, transactions.run, route, claimed)
+            ending = await _uncancelled(loop, call)
+        return await self._concluded(claimed, ending)
+
+    async def _concluded(
+        self, claimed: Claimed, ending: Ending | Release
+    ) -> tuple[Ending | Release, bool]:
+        """Store how a job ended; gives that, and whether it was still held."""
+        statements = conclusion(claimed, ending)
+        try:
+            answers = await self._run_all(statements)
+        except asyncio.CancelledError:  # the loop ends; to store it twice does no harm
+            answers = await self._run_all(statements)
+        return ending, any(answers[:1])
+
+    async def _give_back(
+        self, claiming: "asyncio.Task[tuple[Claimed, Route | Retry | MoveToDlq, float]]"
+    ) -> None:
+        """Give back what is claimed for a call that was cancelled meanwhile."""
+        with suppress(EmptyQueueError):
+            claimed, *_ = await claiming
+            await self._concluded(claimed, Release())
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Begin what goes on when the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return task
+
+    def _leave(self, task: "asyncio.Task[Any]") -> None:
+        """Let a task go on for a caller that was cancelled."""
+        self._left.add(task)
+        task.add_done_callback(self._has_ended)
+
+    def _has_ended(self, task: "asyncio.Task[Any]") -> None:
+        self._left.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logging.getLogger("bgjob").warning(
+                "the result of a do() that was cancelled could not be stored: %s", error
+            )
 
     async def stats(
         self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
@@ -658,7 +739,12 @@ class AsyncClient:
         return await self._run(pauses.paused(), conn)
 
     async def close(self) -> None:
-        """Close the client's own connections; as Client.close."""
+        """Close the client's own connections; as Client.close.
+
+        It waits for the plain handlers of calls of `do` that were cancelled.
+        """
+        while self._left:
+            await asyncio.wait(self._left)
         await self._pool.close()
 
     async def __aenter__(self) -> Self:
@@ -869,6 +955,17 @@ async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
         return route.judge(claimed.job, await route.awaited(claimed.job))
     except BaseException as error:
         return route.failed(claimed.job, error)
+
+
+async def _uncancelled(loop: asyncio.AbstractEventLoop, call: Callable[[], T]) -> T:
+    """Make a call on a thread, and wait for its end, also where the event loop ends."""
+    future = loop.run_in_executor(None, call)
+    while True:
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if future.done():
+                raise
 
 
 def _result(

@@ -767,6 +767,84 @@ def test_do_drops_its_result_where_the_lease_was_lost(
     assert client.dlq.list() == []
 
 
+@pytest.mark.parametrize("transactional", [False, True])
+def test_a_cancelled_do_stores_what_its_plain_handler_gives_once_it_has_ended(
+    dsn: str, conn: psycopg.Connection, transactional: bool
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    runs: list[str] = []
+
+    def slow(job: Job, *_: object) -> Result:
+        runs.append(job.id)
+        started.set()
+        assert go_on.wait(20)
+        return MoveToDlq("why")
+
+    register: Any = Mux().register
+    mux = register("t", slow, transactional=transactional)
+
+    async def cancelled() -> None:
+        async with AsyncClient(dsn) as client:
+            await client.enqueue(EnqueueRequest("q", "t", id="a", exclusive="k"))
+            doing = asyncio.create_task(client.do("q", mux))
+            assert await asyncio.to_thread(started.wait, 20)
+            doing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await doing  # which does not wait for the thread
+            with pytest.raises(EmptyQueueError):
+                await client.do("q", mux)  # nothing runs beside itself
+            go_on.set()
+        assert rows(conn, "select job_id, last_error from bgjob_dead_job") == [("a", "why")]
+
+    asyncio.run(cancelled())
+    assert runs == ["a"]
+    assert count(conn) == 0
+
+
+def test_a_program_that_ends_after_a_cancelled_do_has_stored_what_its_handler_gave(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Job) -> None:
+        started.set()
+        assert go_on.wait(20)
+
+    async def main(client: AsyncClient) -> None:
+        await client.enqueue(EnqueueRequest("q", "t"))
+        doing = asyncio.create_task(client.do("q", Mux().register("t", slow)))
+        assert await asyncio.to_thread(started.wait, 20)
+        doing.cancel()
+        with suppress(asyncio.CancelledError):
+            await doing
+        # While the event loop waits for what is left of the program.
+        asyncio.get_running_loop().call_later(0.1, go_on.set)
+
+    asyncio.run(main(AsyncClient(dsn)))
+    assert count(conn) == 0
+
+
+def test_a_do_that_is_cancelled_while_it_claims_gives_the_job_back(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    runs: list[Job] = []
+
+    async def cancelled() -> None:
+        async with AsyncClient(dsn) as client:
+            await client.enqueue(EnqueueRequest("q", "t", id="a"))
+            with psycopg.connect(dsn) as blocker:
+                blocker.execute("lock table bgjob_job in exclusive mode")
+                doing = asyncio.create_task(client.do("q", Mux().register("t", runs.append)))
+                assert await asyncio.to_thread(eventually, lambda: len(waiting(conn)) == 1)
+                doing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await doing
+
+    asyncio.run(cancelled())
+    assert rows(conn, "select id, attempt, token from bgjob_job") == [("a", 0, None)]
+    assert runs == []
+
+
 def test_no_transaction_is_open_while_a_handler_runs(client: Any, conn: psycopg.Connection) -> None:
     def sessions(_: Job) -> Result:
         states = rows(
