@@ -12,7 +12,13 @@ from secrets import randbits
 from time import monotonic
 
 import psycopg
-from psycopg.errors import ReadOnlySqlTransaction
+from psycopg.errors import (
+    DatatypeMismatch,
+    FeatureNotSupported,
+    InvalidSqlStatementName,
+    ReadOnlySqlTransaction,
+    UndefinedFunction,
+)
 
 from bgjob._connection import Recipe, Silence
 from bgjob._engine import Engine
@@ -22,7 +28,7 @@ from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link
 from bgjob._runner import Runner, inside
 from bgjob._transaction import Transactions
-from bgjob.errors import BgjobError
+from bgjob.errors import BgjobError, ScheduleError
 from bgjob.mux import Mux
 from bgjob.service import Rota
 
@@ -38,6 +44,9 @@ LAST_WORDS = 1.0
 _MOST_FAULTS = 5
 """Faults of its own that it survives within so many seconds; more would come again."""
 _FAULTS_WITHIN = 10.0
+
+_STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, DatatypeMismatch)
+"""What a prepared statement fails with after its table has changed, or has been made anew."""
 
 _log = logging.getLogger("bgjob")
 
@@ -270,6 +279,8 @@ class Control:
             if self._must_reconnect(error):
                 raise
             self._events.error(error)
+            if isinstance(error, _STALE):
+                self._link.forget_plans()
             self._engine.reject(monotonic())
 
     def _must_reconnect(self, error: psycopg.Error) -> bool:
@@ -322,7 +333,8 @@ class Control:
         self._events.error(error)
 
     def _service_cannot_start(self, error: BaseException) -> None:
-        if isinstance(error, BgjobError) or not isinstance(error, Exception):
+        is_told = isinstance(error, Exception) and not isinstance(error, BgjobError)
+        if not is_told and not isinstance(error, ScheduleError):
             raise error
         self._service_failed(error)
 

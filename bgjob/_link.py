@@ -272,6 +272,11 @@ class Link:
                 answer = self._transact(plan)
         return answer.read()
 
+    def forget_plans(self) -> None:
+        """Prepare all statements anew, after the tables have changed under their plans."""
+        # psycopg forgets what it has prepared when it sees a rollback.
+        Cursor(self._ready()).execute("rollback", prepare=False)
+
     def plan(self, exchange: Exchange) -> Plan:
         """Put an exchange into words, so that nothing but to send them is left to do."""
         return exchange.statements(self._queue, self._lease, self._served)

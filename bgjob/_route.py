@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from bgjob._calling import Calling, can_be_called
 from bgjob._duration import seconds
 from bgjob.errors import BgjobError, JobTimeoutError
-from bgjob.job import Job, check_name, check_priority
+from bgjob.job import Job, check_key, check_name, check_priority
 from bgjob.result import (
     Backoff,
     BackoffPolicy,
@@ -109,7 +109,8 @@ class Route:
             return f"type:{self.type}" if self.exclusive else None
         key = self.exclusive(job)
         if key is not None:
-            check_name(f"the exclusive key of a job of type {self.type!r}", key)
+            what = f"the exclusive key of a job of type {self.type!r}"
+            check_key(what, key, job.queue, job.id)
         return key
 
     def run(self, job: Job) -> Result:

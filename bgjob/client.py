@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import psycopg
 from psycopg import BaseConnection
-from psycopg.errors import DeadlockDetected, UniqueViolation
+from psycopg.errors import DeadlockDetected, ProtocolViolation, UniqueViolation
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
@@ -243,8 +243,10 @@ class Client:
                 stream.set_types(copy.types)
                 for row in copy.rows:
                     stream.write_row(row)
-        except UniqueViolation:
-            return False  # which ids are taken is for an insert to tell
+        except (UniqueViolation, ProtocolViolation):
+            return (
+                False  # which ids are taken is for an insert to tell; or a column has another type
+            )
         except UNENCODABLE as error:
             names = [name for r in chunk for name in (r.id, r.queue, r.type)]
             raise unencodable(connection, names, error) from error
@@ -585,7 +587,7 @@ class AsyncClient:
                 stream.set_types(copy.types)
                 for row in copy.rows:
                     await stream.write_row(row)
-        except UniqueViolation:
+        except (UniqueViolation, ProtocolViolation):
             return False
         except UNENCODABLE as error:
             names = [name for r in chunk for name in (r.id, r.queue, r.type)]

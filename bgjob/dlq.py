@@ -220,7 +220,9 @@ class DlqRetention:
     def run(self, conn: Connection[Any], /) -> float:
         """Delete up to 1,000 of them; give the seconds until it is to run again."""
         statement = dead.expire(seconds(self.age, "age"), limit=_BATCH)
-        cursor = Cursor(conn).execute(statement.text, statement.params, binary=True)
+        cursor = Cursor(conn).execute(
+            statement.text, statement.params, binary=True, prepare=statement.prepare
+        )
         full = statement.parse(cursor.fetchall()) == _BATCH
         return _SOON if full else seconds(self.every, "every")
 

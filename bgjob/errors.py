@@ -3,7 +3,7 @@
 Errors of the database are psycopg's own and pass through unchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class BgjobError(Exception):
@@ -56,6 +56,26 @@ class JobAlreadyExistsError(BgjobError):
 
 class ClientClosedError(BgjobError):
     """The client was closed; a new one has to be made."""
+
+
+class ScheduleError(BgjobError):
+    """Some schedules of a worker could not be enqueued, or had to be set right; the others were.
+
+    Told to the observer (`worker_error`). Each is tried again after a second, which
+    doubles up to a minute.
+
+    Attributes:
+        problems: what happened, by the name of the schedule.
+        wait: seconds until the others are due again.
+
+    """
+
+    def __init__(self, problems: Mapping[str, Exception], wait: float) -> None:
+        self.problems = dict(problems)
+        self.wait = wait
+        [name, error], *more = self.problems.items()
+        others = f"; and {len(more)} more" if more else ""
+        super().__init__(f"schedule {name!r}{others}: {error}")
 
 
 class EmptyQueueError(BgjobError):

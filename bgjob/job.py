@@ -21,6 +21,9 @@ from bgjob.codec import (
 )
 from bgjob.errors import QueueRequiredError, TypeRequiredError
 
+_LONGEST_KEY = 2600
+"""Bytes of a key, queue and id together: a row of an index has at most 2,704 bytes."""
+
 _LONGEST_NAME = 255
 _SMALLINT = range(-32768, 32768)
 _JSON = JsonCodec()
@@ -54,9 +57,10 @@ class EnqueueRequest:
         run_at: an aware datetime at which the job is due, instead of a delay;
             one in the past means now.
         priority: -32768 to 32767, 0 by default; lower runs first.
-        exclusive: a key of 1 to 255 characters, no NUL: of all jobs that share
-            it, in any queue and on any host, one runs at a time, and those of
-            a queue in the order in which they are due. None by default.
+        exclusive: a key of 1 to 255 characters, and with queue and id of at most
+            2,600 bytes: of all jobs that share it, in any queue and on any host,
+            one runs at a time, and those of a queue in the order in which they
+            are due. None by default.
         codec: how `arg` is encoded if it is not None; only for the constructor.
             JSON by default. The handler has to be registered with the same.
 
@@ -90,7 +94,7 @@ class EnqueueRequest:
         check_name("type", self.type)
         check_name("id", self.id)
         if self.exclusive is not None:
-            check_name("exclusive", self.exclusive)
+            check_key("exclusive", self.exclusive, self.queue, self.id)
         seconds(self.delay, "delay")
         if self.run_at is not None:
             if self.delay:
@@ -236,6 +240,17 @@ def check_name(what: str, name: str) -> None:
             raise ValueError(
                 f"{what} must be valid Unicode, without surrogates: {name!r}"
             ) from None
+
+
+def check_key(what: str, key: str, queue: str, id_: str) -> None:
+    """Raise TypeError or ValueError if the index of keys could not hold this key of a job."""
+    check_name(what, key)
+    size = sum(len(name.encode()) for name in (key, queue, id_))
+    if size > _LONGEST_KEY:
+        raise ValueError(
+            f"{what}, the queue and the id must have at most {_LONGEST_KEY} bytes together, not "
+            f"{size}: give a shorter key, a hash of it, say"
+        )
 
 
 _last_id = 0

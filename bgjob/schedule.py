@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from bgjob._duration import Duration, seconds
 from bgjob.cron import Cron
-from bgjob.job import EnqueueRequest, check_name
+from bgjob.job import EnqueueRequest, check_key, check_name
 
 Missed: TypeAlias = Literal["one", "all", "skip"]
 
@@ -161,6 +161,9 @@ class Schedule:
             raise TypeError(f"request must be an EnqueueRequest, not {type(self.request).__name__}")
         if self.request.delay or self.request.run_at is not None:
             raise ValueError("its request must have no delay and no run_at: its job is due at once")
+        if self.request.exclusive is not None:
+            id_ = self.job_id(datetime.max.replace(tzinfo=UTC))
+            check_key("exclusive", self.request.exclusive, self.request.queue, id_)
         if self.missed not in get_args(Missed):
             raise ValueError(f"missed must be 'one', 'all' or 'skip', not {self.missed!r}")
         if self.cron is None and self.tz != "UTC":
@@ -191,6 +194,8 @@ class Schedule:
         if state.paused:
             return None
         tick, planned, now = state.tick, state.next_run_at, state.now
+        if self.is_ahead(state):
+            return self._set_back(tick, now)
         if isinstance(self.rule, AfterCompletion):
             if planned is None:
                 ended = not state.running
@@ -209,6 +214,27 @@ class Schedule:
         if self._is_too_late(last, now):
             ticks = ()
         return Firing(last, self.rule.after(last), ticks)
+
+    def is_ahead(self, state: State) -> bool:
+        """Whether its next tick cannot come: the clock was set back, or a row written by hand.
+
+        A clock that was set back by less than a minute is waited for: no tick comes twice.
+        """
+        latest = state.now + GRACE
+        if isinstance(self.rule, AfterCompletion):
+            planned = state.next_run_at
+            return planned is not None and planned > latest + self.rule.interval
+        return state.tick > latest
+
+    def _set_back(self, tick: datetime, now: datetime) -> Firing:
+        match self.rule:
+            case AfterCompletion(interval):
+                return Firing(min(tick, now), now + interval)
+            case Every(interval):  # in step with the ticks before
+                tick -= -((now - tick) // interval) * interval
+            case _:
+                tick = now
+        return Firing(tick, self.rule.after(tick))
 
     def wait(self, state: State, firing: Firing | None) -> float | None:
         """Give the seconds until the next step, once `firing` is done; None if unknown."""

@@ -1,19 +1,37 @@
 """Schedules as a service of workers: any number of them, one job a tick."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import monotonic
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.errors import ReadOnlySqlTransaction
+from psycopg.pq import TransactionStatus
 
 from bgjob import schema
 from bgjob._connection import Cursor
 from bgjob._duration import Duration, seconds
 from bgjob._statements import schedules as statements
 from bgjob._statements.statement import Statement
+from bgjob.errors import BgjobError, ScheduleError
 from bgjob.schedule import Schedule
 
 T = TypeVar("T")
+U = TypeVar("U")
+
+_FIRST_PAUSE = 1.0
+"""Seconds before a schedule that failed is tried again; doubles."""
+
+_LONGEST_PAUSE = 60.0
+
+_OF_NONE = (psycopg.OperationalError, psycopg.InterfaceError, ReadOnlySqlTransaction)
+"""What is about no schedule in particular."""
+
+_AHEAD = (
+    "it was ahead of the database's clock, which has been set back, or its row was written by "
+    "hand; it goes on from now, and its ticks since then may come a second time"
+)
 
 
 class Schedules:
@@ -21,8 +39,9 @@ class Schedules:
 
     Any number of workers may have the same schedules, and none leads: whichever
     moves a schedule's tick forward in the database enqueues its job, in the
-    same statement. What a tick is, the code says; when it is, the database's clock. Of two
-    versions of a schedule in a rolling deploy each worker goes by its own, from
+    same statement. One that cannot be enqueued stops no other, and the observer is
+    told (ScheduleError). What a tick is, the code says; when it is, the database's clock.
+    Of two versions of a schedule in a rolling deploy each worker goes by its own, from
     one common tick. A schedule that no worker has any more is enqueued no more, and
     listed until it is removed.
 
@@ -52,39 +71,93 @@ class Schedules:
         if self._poll_interval < 0.05:  # noqa: PLR2004
             raise ValueError(f"poll_interval must be at least 0.05 s, not {poll_interval!r}")
         self._registered = False
+        self._retry_at: dict[str, float] = {}  # of those that had a problem
+        self._pauses: dict[str, float] = {}
 
     def run(self, conn: psycopg.Connection[Any], /) -> float:
         """Enqueue what is due; as Service.run.
 
         Raises:
             SchemaError: the table is missing, or a grant.
+            ScheduleError: some schedules could not be enqueued; the others were.
             psycopg.Error: the database's; the ticks are due still.
 
         """
+        now = monotonic()
+        problems: dict[str, Exception] = {}
+        schedules = [s for s in self._schedules if self._retry_at.get(s.name, now) <= now]
         if not self._registered:
             schema.check_lacks(_run(conn, statements.schedule_lacks()))
-            _run(conn, statements.register(self._schedules))
+            problems |= _apart(conn, statements.register, [(s.name, s) for s in schedules])
             self._registered = True
-        states = _run(conn, statements.look(self._names))
-        if len(states) < len(self._names):  # somebody removed one that is in use
-            _run(conn, statements.register([s for s in self._schedules if s.name not in states]))
-            states = _run(conn, statements.look(self._names))
+        names = [s.name for s in schedules]
+        states = _run(conn, statements.look(names))
+        missing = [(s.name, s) for s in schedules if s.name not in states.keys() | problems.keys()]
+        if missing:  # somebody removed one that is in use
+            problems |= _apart(conn, statements.register, missing)
+            states |= _run(conn, statements.look([name for name, _ in missing]))
         firings, waits = [], [self._poll_interval]
-        for schedule in self._schedules:
+        for schedule in schedules:
             state = states.get(schedule.name)
             if state is None:
                 continue
-            firing = schedule.firing(state)
+            try:
+                firing = schedule.firing(state)
+                wait = schedule.wait(state, firing)
+            except Exception as error:  # of this one only
+                problems[schedule.name] = error
+                continue
             if firing is not None:
-                firings.append((schedule, state.tick, firing))
-            wait = schedule.wait(state, firing)
+                firings.append((schedule.name, (schedule, state.tick, firing)))
+                if schedule.is_ahead(state):
+                    problems[schedule.name] = BgjobError(_AHEAD)
             if wait is not None:
                 waits.append(max(wait, 0.0))
         if firings:
-            _run(conn, statements.fire(firings))
+            problems |= _apart(conn, statements.fire, firings)
+        self._put_off(names, problems)
+        if problems:
+            raise ScheduleError(problems, min(waits)) from next(iter(problems.values()))
         return min(waits)
 
+    def _put_off(self, names: Iterable[str], problems: Mapping[str, Exception]) -> None:
+        """Try those with a problem again later, and no sooner."""
+        for name in names:
+            if name not in problems or isinstance(problems[name], BgjobError):
+                self._pauses.pop(name, None)
+                self._retry_at.pop(name, None)
+            else:
+                pause = self._pauses.get(name, _FIRST_PAUSE)
+                self._retry_at[name] = monotonic() + pause
+                self._pauses[name] = min(2 * pause, _LONGEST_PAUSE)
 
-def _run(conn: psycopg.Connection[Any], statement: Statement[T]) -> T:
-    cursor = Cursor(conn).execute(statement.text, statement.params, binary=True)
+
+def _apart(
+    conn: psycopg.Connection[Any],
+    make: Callable[[Sequence[T]], Statement[None]],
+    items: Sequence[tuple[str, T]],
+) -> dict[str, Exception]:
+    """Run a statement for all items; the errors of those that it refuses, by name.
+
+    Where it fails, it is run for each half, so that one is found among n in 2 log n statements.
+    What has nothing to do with an item is raised.
+    """
+    try:
+        _run(conn, make([item for _, item in items]))
+    except _OF_NONE:
+        raise
+    except Exception as error:
+        if conn.info.transaction_status != TransactionStatus.IDLE:
+            raise
+        if len(items) == 1:
+            return {items[0][0]: error}
+        half = len(items) // 2
+        return _apart(conn, make, items[:half]) | _apart(conn, make, items[half:])
+    return {}
+
+
+def _run(conn: psycopg.Connection[Any], statement: Statement[U]) -> U:
+    cursor = Cursor(conn).execute(
+        statement.text, statement.params, binary=True, prepare=statement.prepare
+    )
     return statement.parse(cursor.fetchall() if cursor.description else [])

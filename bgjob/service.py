@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import psycopg
 
+from bgjob.errors import ScheduleError
+
 _FIRST_PAUSE = 1.0
 """Seconds before a service that failed is run again; doubles."""
 
@@ -92,6 +94,9 @@ class Rota:
                     continue
                 try:
                     wait = _checked(lend(duty.service.run), duty.service)
+                except ScheduleError as error:
+                    duty.due_at, duty.pause = clock() + error.wait, _FIRST_PAUSE
+                    failed(error)
                 except BaseException as error:  # whatever it raises, even SystemExit
                     duty.due_at = clock() + duty.pause
                     duty.pause = min(2 * duty.pause, _LONGEST_PAUSE)

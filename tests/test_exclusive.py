@@ -27,6 +27,7 @@ from bgjob import (
     Reschedule,
     Result,
     Retry,
+    Schedule,
     Worker,
 )
 from bgjob._engine import Engine
@@ -674,3 +675,36 @@ def test_the_key_of_a_job_that_its_own_transaction_settled_is_released_in_the_en
     sent = exchanges(engine, 20.0, lambda _: False)
     released = [key for exchange in sent for key in exchange.release]
     assert released == (["a"] if how == "refused" else ["a", "b"])
+
+
+# -- long keys --------------------------------------------------------------------------------
+
+WIDE = "😀" * 255
+
+
+def test_a_key_that_no_index_could_hold_is_refused_where_it_is_enqueued() -> None:
+    with pytest.raises(ValueError, match=r"at most 2600 bytes together.*shorter key"):
+        EnqueueRequest(WIDE, "t", id=WIDE, exclusive=WIDE)
+    request = EnqueueRequest("q", "t", exclusive=WIDE[:100])
+    with pytest.raises(ValueError, match="at most 2600 bytes"):
+        Schedule("😀" * 200, request=EnqueueRequest(WIDE, "t", exclusive=WIDE), every=60)
+    Schedule("😀" * 200, request=request, every=60)
+
+
+def test_the_longest_key_is_held_and_one_that_is_too_long_fails_alone(
+    dsn: str,
+) -> None:
+    done: list[str] = []
+    mux = Mux().register("t", lambda job: done.append(job.id))
+    mux.register("wide", lambda _: None, exclusive=lambda _: WIDE, max_attempts=1)
+    ids = [f"{n}".ljust(255, "x") for n in range(3)]
+    long = [EnqueueRequest(WIDE, "t", id=id_, exclusive="k" * 255) for id_ in ids]
+    edge = [EnqueueRequest(WIDE, "t", id=WIDE[:-1] + n, exclusive="é" * 255) for n in "ab"]
+    with Client(dsn) as client, Worker(client, WIDE, mux, poll_interval=0.1):
+        client.bulk_enqueue([*long, *edge])
+        client.enqueue(EnqueueRequest(WIDE, "wide", id=WIDE))
+        assert eventually(lambda: len(done) == 5)
+        assert eventually(lambda: len(client.dlq.list()) == 1)
+        [dead] = client.dlq.list()
+        assert dead.id == WIDE
+        assert "at most 2600 bytes" in str(dead.last_error)

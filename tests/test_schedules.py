@@ -4,6 +4,7 @@ import asyncio
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString, cast
 from zoneinfo import ZoneInfo
@@ -21,6 +22,7 @@ from bgjob import (
     Mux,
     Schedule,
     Schedules,
+    ScheduleError,
     ScheduleStatus,
     SchemaError,
     UnknownScheduleError,
@@ -313,9 +315,10 @@ def test_what_counts_from_the_end_of_a_run_waits_for_it() -> None:
 # -- in the database ------------------------------------------------------------------------
 
 
-def schedule(name: str = "s", **options: Any) -> Schedule:
+def schedule(name: str = "s", *, exclusive: str | None = None, **options: Any) -> Schedule:
     rule = {} if {"cron", "after_completion"} & set(options) else {"every": 300}
-    return Schedule(name, **{"request": REQUEST, **rule, **options})
+    request = replace(REQUEST, arg=REQUEST.payload, exclusive=exclusive)
+    return Schedule(name, **{"request": request, **rule, **options})
 
 
 def jobs(conn: psycopg.Connection, name: str = "s") -> list[str]:
@@ -455,11 +458,11 @@ def test_a_job_and_its_tick_are_written_together_or_not_at_all(conn: psycopg.Con
     service.run(conn)
     last = set_back(conn, "5 minutes")
     conn.execute("alter table bgjob_job add constraint full_up check (false)")
-    with pytest.raises(psycopg.errors.CheckViolation):
+    with pytest.raises(ScheduleError, match="full_up"):
         service.run(conn)
     assert (tick(conn), jobs(conn)) == (last, [])
     conn.execute("alter table bgjob_job drop constraint full_up")
-    service.run(conn)
+    Schedules([schedule()]).run(conn)
     assert jobs(conn) == [schedule().job_id(last + timedelta(minutes=5))]
 
 
@@ -563,6 +566,144 @@ def test_a_look_does_not_read_all_jobs_whatever_the_statistics_say(
     assert reads["Actual Rows"] == 1
 
 
+# -- one that cannot go on ------------------------------------------------------------------
+
+AHEAD = pytest.mark.parametrize(
+    "tick", ["'infinity'", "clock_timestamp() + interval '1 hour'", "'9999-12-31 00:00+00'"]
+)
+
+
+@AHEAD
+@pytest.mark.parametrize(
+    "options", [{"every": 300}, {"cron": "*/5 * * * *"}, {"missed": "all", "every": 300}]
+)
+def test_a_schedule_that_is_ahead_of_the_clock_is_set_right_and_told_and_stops_no_other(
+    conn: psycopg.Connection, tick: LiteralString, options: dict[str, Any]
+) -> None:
+    service = Schedules([schedule("a"), schedule("s", **options), schedule("z")])
+    service.run(conn)
+    before = set_back(conn, "1 hour")
+    conn.execute(f"update bgjob_schedule set tick = {tick} where name = 's'")
+    for name in "az":
+        set_back(conn, "6 minutes", name)
+    with pytest.raises(ScheduleError, match="schedule 's': it was ahead of the database's clock"):
+        service.run(conn)
+    assert len(jobs(conn, "a")) == len(jobs(conn, "z")) == 1
+    [(state, next_run_at)] = rows(
+        conn,
+        "select clock_timestamp() - tick between '0 s' and '5 min', next_run_at "
+        "from bgjob_schedule where name = 's'",
+    )
+    assert state
+    assert next_run_at - datetime.now(UTC) <= 5 * MINUTE
+    if "cron" not in options and tick.startswith("clock"):
+        # An interval keeps its step: its ticks are whole intervals from those before.
+        seen = row(conn, "select tick from bgjob_schedule where name = 's'")[0]
+        assert (seen - before) % (5 * MINUTE) > timedelta(0)
+    assert service.run(conn) <= 1.0  # and tells it once
+    set_back(conn, "6 minutes")
+    service.run(conn)
+    assert len(jobs(conn)) >= 1
+
+
+@pytest.mark.parametrize("step", ["infinity", "1 hour"])
+def test_an_interval_after_completion_that_is_ahead_of_the_clock_is_set_right(
+    conn: psycopg.Connection, step: str
+) -> None:
+    service = Schedules([schedule(after_completion=300)])
+    service.run(conn)
+    at = "'infinity'" if step == "infinity" else "next_run_at + interval '1 hour'"
+    conn.execute(cast(Any, f"update bgjob_schedule set next_run_at = {at}"))
+    with pytest.raises(ScheduleError, match="ahead"):
+        service.run(conn)
+    [(wait,)] = rows(conn, "select next_run_at - clock_timestamp() from bgjob_schedule")
+    assert 4 * MINUTE < wait <= 5 * MINUTE
+    service.run(conn)
+
+
+def test_a_clock_that_was_set_back_by_seconds_is_waited_for_and_no_tick_comes_twice(
+    conn: psycopg.Connection,
+) -> None:
+    service = Schedules([schedule()])
+    service.run(conn)
+    ahead = row(
+        conn,
+        "update bgjob_schedule set tick = clock_timestamp() + interval '30 s' returning tick",
+    )
+    service.run(conn)
+    assert row(conn, "select tick from bgjob_schedule") == ahead
+
+
+@pytest.mark.parametrize("tick", ["-infinity", "0001-01-01 00:00+00 BC"])
+def test_a_tick_of_long_ago_is_a_missed_one(conn: psycopg.Connection, tick: str) -> None:
+    service = Schedules([schedule()])
+    service.run(conn)
+    conn.execute("update bgjob_schedule set tick = %s::text::timestamptz", [tick])
+    service.run(conn)
+    assert len(jobs(conn)) == 1
+    assert service.run(conn) <= 1.0
+
+
+def test_a_schedule_whose_job_is_refused_stops_no_other_and_goes_on_when_it_is_not(
+    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"s{n:02}" for n in range(40)]
+    bad = {"s07", "s21"}
+    service = Schedules([schedule(name, exclusive=name) for name in names])
+    service.run(conn)
+    conn.execute("alter table bgjob_job add check (exclusive not in ('s07', 's21'))")
+    now = [1000.0]
+    monkeypatch.setattr("bgjob.schedules.monotonic", lambda: now[0])
+
+    def tick_all() -> set[str]:
+        conn.execute("delete from bgjob_job")
+        for name in names:
+            set_back(conn, "6 minutes", name)
+        try:
+            service.run(conn)
+        finally:
+            found = {key for (key,) in rows(conn, "select exclusive from bgjob_job")}
+        return found
+
+    for pause in (1, 2, 4, 8, 16, 32, 60, 60):
+        with pytest.raises(ScheduleError, match=r"schedule 's07'; and 1 more: .*check") as caught:
+            tick_all()
+        assert caught.value.problems.keys() == bad
+        assert {key for (key,) in rows(conn, "select exclusive from bgjob_job")} == {*names} - bad
+        now[0] += pause - 0.01
+        assert tick_all() == {*names} - bad  # they rest, and the others go on
+        now[0] += 0.02
+    conn.execute("alter table bgjob_job drop constraint bgjob_job_exclusive_check1")
+    assert tick_all() == {*names}
+
+
+def test_a_schedule_that_cannot_be_registered_stops_no_other(conn: psycopg.Connection) -> None:
+    conn.execute("alter table bgjob_schedule add check (name <> 'bad')")
+    service = Schedules([schedule(name) for name in ("a", "bad", "c")])
+    for _ in range(2):
+        with pytest.raises(ScheduleError, match="schedule 'bad'"):
+            Schedules([schedule(name) for name in ("a", "bad", "c")]).run(conn)
+    with pytest.raises(ScheduleError):
+        service.run(conn)
+    for name in "ac":
+        set_back(conn, "6 minutes", name)
+    service.run(conn)
+    assert len(jobs(conn, "a")) == len(jobs(conn, "c")) == 1
+
+
+def test_a_worker_starts_with_a_bad_schedule_and_says_so(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    conn.execute("alter table bgjob_schedule add check (name <> 'bad')")
+    recorder = Recorder()
+    services = [Schedules([schedule("bad", every=1), schedule("good", every=1)])]
+    crew.start(Mux().register("t", lambda _: None), observer=recorder, services=services)
+    recorder.wait_for("completed")
+    [_, error] = recorder.of("error")[0]
+    assert isinstance(error, ScheduleError)
+    assert "bad" in str(error)
+
+
 # -- from a client --------------------------------------------------------------------------
 
 
@@ -604,6 +745,58 @@ def test_schedules_are_listed_with_their_last_and_next_ticks(
         ScheduleStatus("a", "0 9 * * * Europe/Berlin", "q", "t", False, None, nine),
         ScheduleStatus("b", "every 0:05:00", "q", "t", False, last + five, last + 2 * five),
     ]
+
+
+def test_a_schedule_of_infinite_times_is_listed_with_the_others(
+    timetable: Timetable, conn: psycopg.Connection
+) -> None:
+    Schedules([schedule("a"), schedule("b")]).run(conn)
+    conn.execute(
+        "update bgjob_schedule set tick = 'infinity', last_run_at = '-infinity', "
+        "next_run_at = 'infinity' where name = 'a'"
+    )
+    a, b = timetable.list()
+    assert (a.name, a.last_run_at, a.next_run_at) == ("a", None, None)
+    assert b.next_run_at is not None
+
+
+def test_a_column_that_changes_its_type_under_live_sessions_stops_nothing(
+    crew: Crew, timetable: Timetable, conn: psycopg.Connection
+) -> None:
+    done: list[str] = []
+    mux = Mux().register("t", lambda job: done.append(job.id))
+    services = [Schedules([schedule(every=1)])]
+    crew.start(mux, services=services, poll_interval=0.1)
+    with Client(crew.dsn) as client:
+
+        def use() -> None:
+            """Prepare whatever a session prepares, and keep its plans."""
+            for n in range(12):
+                client.enqueue(EnqueueRequest("q", "t"))
+                client.enqueue(EnqueueRequest("q", "t", delay=0.01, exclusive="k"))
+                client.bulk_enqueue([EnqueueRequest("q", "t")] * 1)
+                timetable.list()
+                client.dlq.list()
+                client.dlq.requeue(ids="none")
+                client.stats()
+                client.paused()
+                client.resume(f"q{n}")
+            assert eventually(lambda: not client.stats())
+
+        use()
+        for change in (
+            "bgjob_job alter id type varchar(300), alter queue type text, alter type type text",
+            "bgjob_job alter attempt type bigint, alter deaths type int, alter last_error type varchar",
+            "bgjob_dead_job alter job_id type varchar, alter attempt type bigint",
+            "bgjob_schedule alter name type varchar, alter spec type varchar",
+            "bgjob_schedule alter queue type varchar, alter last_job_id type varchar",
+            "bgjob_pause alter queue type varchar",
+            "bgjob_exclusive alter key type varchar",
+        ):
+            conn.execute(cast(Any, f"alter table {change}"))
+            use()
+        ticks = sum(id_.startswith("schedule:") for id_ in done)
+        assert eventually(lambda: sum(id_.startswith("schedule:") for id_ in done) > ticks)
 
 
 def test_a_paused_schedule_enqueues_nothing_and_its_ticks_are_not_missed(

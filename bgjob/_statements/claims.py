@@ -291,7 +291,6 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect
         _CLAIM_ANY,
         {"queue": queue, "limit": 1, "lease": lease, "token": token, "held": number_array(())},
         _suspects,
-        prepare=False,
     )
 
 

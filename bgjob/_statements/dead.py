@@ -57,7 +57,6 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
         """,
         {**where.params, "limit": limit},
         lambda rows: [DeadJob._make(row) for row in rows],
-        prepare=False,
     )
 
 
@@ -120,7 +119,6 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
         """,
         where.params,
         lambda rows: Requeued(column(rows), {queue for _, queue in rows}),
-        prepare=False,
     )
 
 
@@ -136,7 +134,6 @@ def purge(where: DeadFilter) -> Statement[int]:
         """,
         where.params,
         scalar,
-        prepare=False,
     )
 
 

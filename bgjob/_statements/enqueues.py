@@ -82,7 +82,7 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
         }
     if notify:
         params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
-    return Statement(_ENQUEUES[plain, later, notify], params, bool)
+    return Statement(_ENQUEUES[plain, later, notify], params, bool, prepare=None)
 
 
 _TELL_MANY = """
@@ -131,7 +131,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             on conflict (id) do nothing
             returning id
         )
-        select array(select id from written) {tell if notify else ""}
+        select array(select id::text collate "default" from written) {tell if notify else ""}
         """,
         {
             "ids": text_array([r.id for r in requests]),
@@ -145,6 +145,7 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             **_told(_whats(requests)),
         },
         lambda rows: set(rows[0][0]),
+        prepare=None,
     )
 
 
@@ -165,7 +166,7 @@ def _whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
 
 def begin_copy() -> Statement[None]:
     """Give the transaction its number before the first due time is read; see enqueue_many."""
-    return Statement("select pg_current_xact_id() is null", None, nothing)
+    return Statement("select pg_current_xact_id() is null", None, nothing, prepare=None)
 
 
 class Copy(NamedTuple):

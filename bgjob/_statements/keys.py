@@ -53,7 +53,6 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
         """,
         {"keys": sorted(set(keys))},
         nothing,
-        prepare=False,
     )
 
 
@@ -148,7 +147,6 @@ def acquire(
             "most": 1000,
         },
         lambda rows: {(id_, token): has_it for id_, token, has_it in rows},
-        prepare=False,
     )
 
 
@@ -219,7 +217,6 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
             "channel": channel(queue),
         },
         lambda rows: [Woken(*row[:2]) for row in rows],
-        prepare=False,
     )
 
 
@@ -289,5 +286,4 @@ def blocked(
         """,
         {"queue": queue, "after": after, "limit": limit, "served": [queue, *served]},
         lambda rows: Blocked(*rows[0]),
-        prepare=False,
     )

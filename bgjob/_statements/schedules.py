@@ -12,7 +12,7 @@ from typing import Any, LiteralString
 from bgjob._connection import Payloads, Texts, Times
 from bgjob._statements.notices import NOTIFY, channel
 from bgjob._statements.session import Lack, lacks
-from bgjob._statements.statement import Statement
+from bgjob._statements.statement import Statement, finite, in_range
 from bgjob.schedule import GRACE, Firing, Schedule, ScheduleStatus, State
 
 _NEEDS = (
@@ -81,11 +81,15 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
     )
 
 
+# An infinite time must not keep the others from being read: it is brought into Python's range.
+_NEXT_RUN_AT = f"case when next_run_at is not null then {in_range('next_run_at')} end"
+
+
 def look(names: Sequence[str]) -> Statement[dict[str, State]]:
     """Tell how far schedules are, by name."""
     return Statement(
-        """
-        select name, tick, next_run_at, paused,
+        f"""
+        select name, {in_range("tick")}, {_NEXT_RUN_AT}, paused,
             -- Not `exists`: with statistics of an empty table that may be planned as a hash of all.
             coalesce((select true from bgjob_job j where j.id = s.last_job_id), false),
             clock_timestamp()
@@ -119,7 +123,8 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
                 %(last_run_ats)s::timestamptz[], %(last_job_ids)s::text[],
                 %(next_run_ats)s::timestamptz[]
             ) as d (name, seen, tick, last_run_at, last_job_id, next_run_at)
-            join bgjob_schedule s on s.name = d.name and s.tick = d.seen and not s.paused
+            join bgjob_schedule s on s.name = d.name and {in_range("s.tick")} = d.seen
+                and not s.paused
             where s.name = any (%(names)s::text[])
             for update of s skip locked
         ), moved as (
@@ -176,9 +181,9 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
 def listed() -> Statement[list[ScheduleStatus]]:
     """List all schedules."""
     return Statement(
-        """
-        select name, spec, queue, type, paused, last_run_at,
-            case when not paused then next_run_at end
+        f"""
+        select name, spec, queue, type, paused, {finite("last_run_at")},
+            case when not paused then {finite("next_run_at")} end
         from bgjob_schedule order by name
         """,
         None,

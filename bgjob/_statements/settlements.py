@@ -48,7 +48,6 @@ def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
         _COMPLETE_BY_ID,
         {**_held(claimed, ids), "count": len(ids)},
         partial(_all_or_some, ids),
-        prepare=False,
     )
 
 
@@ -96,7 +95,7 @@ def begin(token: int) -> bytes:
 
 def claim_of_transaction() -> Statement[str | None]:
     """Give the token of the claim that this transaction was opened for."""
-    return Statement("select current_setting('bgjob.claim', true)", None, scalar)
+    return Statement("select current_setting('bgjob.claim', true)", None, scalar, prepare=None)
 
 
 COMMIT = (
@@ -160,7 +159,6 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             "priorities": Smallints(p.priority for p in postponed),
         },
         column,
-        prepare=False,
     )
 
 
@@ -215,7 +213,6 @@ def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statemen
             "channel": channel(queue),
         },
         scalar,
-        prepare=False,
     )
 
 
@@ -248,7 +245,6 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
         """,
         {**_held([b.claimed for b in buried]), "errors": ErrorTexts(b.error for b in buried)},
         column,
-        prepare=False,
     )
 
 

@@ -13,16 +13,24 @@ class Statement(NamedTuple, Generic[T_co]):
     text: LiteralString | bytes
     params: Mapping[str, object] | None
     parse: Callable[[Sequence[Row]], T_co]
-    prepare: bool | None = None
-    """False where a session with PostgreSQL's own settings must plan it each time: a plan that
-    it keeps from a table of one page scans the whole table when that has grown. A worker's
-    connection plans for any size, and keeps its plans."""
+    prepare: bool | None = False
+    """None where a session of PostgreSQL's own settings may keep its plan, False where not: the
+    plan of a table of one page scans the whole table when that has grown, and one whose answer
+    has columns fails for ever when one of them changes its type. A worker's connection plans for
+    any size, keeps its plans, and forgets those that fail."""
 
 
 # A column spoiled by hand must not stop its neighbours: infinite times are
 # brought into Python's range, and an attempt at the end of integer stays there.
 def in_range(column: LiteralString) -> LiteralString:
     return f"least(greatest({column}, '0001-01-02 00:00+00'), '9999-12-30 00:00+00')"
+
+
+def finite(column: LiteralString) -> LiteralString:
+    """Return null where Python has no such time."""
+    return (
+        f"case when {column} > '0001-01-02 00:00+00' and {column} < '9999-12-30' then {column} end"
+    )
 
 
 def nothing(_: Sequence[Row]) -> None:

@@ -36,7 +36,6 @@ def stats(queue: str | None) -> Statement[list[QueueStats]]:
         _COUNTED.format(waits=waits, where=where),
         None if queue is None else {"queue": queue},
         lambda rows: [QueueStats._make(row) for row in rows],
-        prepare=False,
     )
 
 
