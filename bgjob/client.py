@@ -13,8 +13,14 @@ from time import monotonic, sleep
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import psycopg
-from psycopg import BaseConnection
-from psycopg.errors import DeadlockDetected, ProtocolViolation, UniqueViolation
+from psycopg import BaseConnection, IsolationLevel
+from psycopg.errors import (
+    DeadlockDetected,
+    IdleSessionTimeout,
+    ProtocolViolation,
+    SerializationFailure,
+    UniqueViolation,
+)
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
@@ -61,6 +67,7 @@ from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     BgjobError,
     EmptyQueueError,
+    EnqueueConflictError,
     JobAlreadyExistsError,
     LeaseLostError,
     RequestsRequiredError,
@@ -86,8 +93,11 @@ _DO_LEASE = 300.0
 _MOST_KEYS = 1_000_000
 """Exclusive keys that are looked at where no job is due."""
 
-_DEADLOCKS = 3
-"""Deadlocks that a bulk enqueue survives: each costs the server's deadlock_timeout."""
+_NOTHING_WRITTEN = (DeadlockDetected, SerializationFailure, IdleSessionTimeout)
+"""Errors after which a statement, or a transaction, of the client's own can be repeated."""
+
+_REPETITIONS = 3
+"""Each deadlock costs the server's deadlock_timeout."""
 
 _LOOK = 0.005
 """Seconds between two looks whether the claims that a pause found under way have ended."""
@@ -162,15 +172,25 @@ class Client:
                 EnqueueRequest.of; a TypeError also for options beside a request.
             JobAlreadyExistsError: a live job has the id. Nothing was written,
                 and the caller's transaction goes on.
+            EnqueueConflictError: in a transaction of the caller's, of repeatable read
+                or serializable, in which that cannot be seen: it has to be repeated.
+                A psycopg.errors.SerializationFailure, too.
             ValueError: a name that the database's encoding cannot hold.
             psycopg.Error: the database's. After a lost connection it is not
-                known whether the job was written: a request with an id can
-                safely be enqueued again.
+                known whether the job was written. A request with an id can be
+                enqueued again: it is refused while the first one's job is live.
+                Where that has run meanwhile, it is written, and runs, again.
 
         """
         request = _request(request, options)
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
-        if not self._run(statement, conn, keep=True):
+        try:
+            is_written = self._run(statement, conn, keep=True)
+        except SerializationFailure as error:
+            if conn is None:
+                raise
+            raise EnqueueConflictError([request.id]) from error
+        if not is_written:
             raise JobAlreadyExistsError([request.id])
         return request.id
 
@@ -195,15 +215,15 @@ class Client:
             RequestsRequiredError: there is no request.
             JobAlreadyExistsError: an id is taken, or stands twice in the
                 requests. Nothing was written, and the caller's transaction goes on.
-            ValueError: as enqueue.
+            EnqueueConflictError, ValueError: as enqueue.
             psycopg.Error: the database's. Two calls of over 10,000 requests that
                 share ids may deadlock: it is tried again where `requests` is a
                 list or a tuple and `conn` is not given.
 
         """
         if conn is None and isinstance(requests, list | tuple):
-            for _ in range(_DEADLOCKS):
-                with suppress(DeadlockDetected):
+            for _ in range(_REPETITIONS):
+                with suppress(*_NOTHING_WRITTEN):
                     return self._bulk_enqueue(requests, on_conflict, None)
         return self._bulk_enqueue(requests, on_conflict, conn)
 
@@ -217,7 +237,11 @@ class Client:
         ids: list[str | None] = []
         if conn is not None and _may_begin(conn):
             conn.execute(_BEGIN)
-        with self._connection(conn) as connection, connection.transaction():
+        with (
+            self._connection(conn) as connection,
+            _levelled(connection, is_own=conn is None),
+            connection.transaction(),
+        ):
             for chunk in chunks:
                 if on_conflict == "raise" and self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
@@ -225,7 +249,13 @@ class Client:
                 statement = enqueues.enqueue_many(
                     chunk, notify=self._notify and not is_two_phase(conn)
                 )
-                ids += _placed(chunk, _execute(connection, statement), on_conflict)
+                try:
+                    written = _execute(connection, statement)
+                except SerializationFailure as error:
+                    if conn is None:
+                        raise
+                    raise EnqueueConflictError([request.id for request in chunk]) from error
+                ids += _placed(chunk, written, on_conflict)
         return ids
 
     def _copied(self, connection: psycopg.Connection[Any], chunk: list[EnqueueRequest]) -> bool:
@@ -427,8 +457,14 @@ class Client:
     ) -> T:
         if conn is not None:
             return _execute(conn, statement)
-        with self._connection(None) as connection:
-            return _execute(connection, statement, keep=keep)
+        repetitions = 0
+        while True:
+            try:
+                with self._connection(None) as connection:
+                    return _execute(connection, statement, keep=keep)
+            except _NOTHING_WRITTEN:
+                if (repetitions := repetitions + 1) > _REPETITIONS:
+                    raise
 
     def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
         """Claim again where jobs wait for keys that nobody has; a worker looks as it polls."""
@@ -454,6 +490,21 @@ class Client:
 def _configure(connection: psycopg.Connection[Any]) -> None:
     statement = session(connection.info.backend_pid)
     Cursor(connection).execute(statement.text, statement.params)
+
+
+@contextmanager
+def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[None]:
+    """Let transactions that are begun be read committed, whatever a borrowed pool says."""
+    level = connection.isolation_level
+    if not is_own or level == IsolationLevel.READ_COMMITTED:
+        yield
+        return
+    connection.isolation_level = IsolationLevel.READ_COMMITTED
+    try:
+        yield
+    finally:
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            connection.isolation_level = level
 
 
 def _execute(
@@ -532,7 +583,13 @@ class AsyncClient:
         """Write a job; give its id. As Client.enqueue."""
         request = _request(request, options)
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
-        if not await self._run(statement, conn, keep=True):
+        try:
+            is_written = await self._run(statement, conn, keep=True)
+        except SerializationFailure as error:
+            if conn is None:
+                raise
+            raise EnqueueConflictError([request.id]) from error
+        if not is_written:
             raise JobAlreadyExistsError([request.id])
         return request.id
 
@@ -545,8 +602,8 @@ class AsyncClient:
     ) -> list[str | None]:
         """Write jobs, all or none; give their ids, in order. As Client.bulk_enqueue."""
         if conn is None and isinstance(requests, list | tuple):
-            for _ in range(_DEADLOCKS):
-                with suppress(DeadlockDetected):
+            for _ in range(_REPETITIONS):
+                with suppress(*_NOTHING_WRITTEN):
                     return await self._bulk_enqueue(requests, on_conflict, None)
         return await self._bulk_enqueue(requests, on_conflict, conn)
 
@@ -560,7 +617,11 @@ class AsyncClient:
         ids: list[str | None] = []
         if conn is not None and _may_begin(conn):
             await conn.execute(_BEGIN)
-        async with self._connection(conn) as connection, connection.transaction():
+        async with (
+            self._connection(conn) as connection,
+            _levelled_async(connection, is_own=conn is None),
+            connection.transaction(),
+        ):
             for chunk in chunks:
                 if on_conflict == "raise" and await self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
@@ -568,7 +629,13 @@ class AsyncClient:
                 statement = enqueues.enqueue_many(
                     chunk, notify=self._notify and not is_two_phase(conn)
                 )
-                ids += _placed(chunk, await _execute_async(connection, statement), on_conflict)
+                try:
+                    written = await _execute_async(connection, statement)
+                except SerializationFailure as error:
+                    if conn is None:
+                        raise
+                    raise EnqueueConflictError([request.id for request in chunk]) from error
+                ids += _placed(chunk, written, on_conflict)
         return ids
 
     async def _copied(
@@ -792,8 +859,16 @@ class AsyncClient:
         *,
         keep: bool = False,
     ) -> T:
-        async with self._connection(conn) as connection:
-            return await _execute_async(connection, statement, keep=keep)
+        if conn is not None:
+            return await _execute_async(conn, statement)
+        repetitions = 0
+        while True:
+            try:
+                async with self._connection(None) as connection:
+                    return await _execute_async(connection, statement, keep=keep)
+            except _NOTHING_WRITTEN:
+                if (repetitions := repetitions + 1) > _REPETITIONS:
+                    raise
 
     async def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
         look = keys.blocked(queue, after="", limit=_MOST_KEYS)
@@ -818,6 +893,22 @@ class AsyncClient:
 async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
     statement = session(connection.info.backend_pid)
     await AsyncCursor(connection).execute(statement.text, statement.params)
+
+
+@asynccontextmanager
+async def _levelled_async(
+    connection: psycopg.AsyncConnection[Any], *, is_own: bool
+) -> AsyncIterator[None]:
+    level = connection.isolation_level
+    if not is_own or level == IsolationLevel.READ_COMMITTED:
+        yield
+        return
+    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+    try:
+        yield
+    finally:
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            await connection.set_isolation_level(level)
 
 
 async def _execute_async(

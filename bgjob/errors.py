@@ -1,9 +1,11 @@
 """The errors bgjob raises itself; each says what to do about it.
 
-Errors of the database are psycopg's own and pass through unchanged.
+Errors of the database are psycopg's own and pass through unchanged, but for one that says more.
 """
 
 from collections.abc import Mapping, Sequence
+
+from psycopg.errors import SerializationFailure
 
 
 class BgjobError(Exception):
@@ -47,10 +49,29 @@ class JobAlreadyExistsError(BgjobError):
 
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = tuple(ids)
-        shown = ", ".join(repr(id_) for id_ in self.ids[:5])
-        more = f" and {len(self.ids) - 5} more" if len(self.ids) > 5 else ""  # noqa: PLR2004
         super().__init__(
-            f"job already exists: {shown}{more}; choose another id, or treat the job as enqueued"
+            f"job already exists: {_shown(self.ids)}; choose another id, or treat the job as "
+            "enqueued"
+        )
+
+
+class EnqueueConflictError(BgjobError, SerializationFailure):
+    """The caller's transaction cannot enqueue a job, and has to be repeated.
+
+    Its isolation level is repeatable read or serializable, and another transaction has taken the
+    id since it began. In read committed that is a JobAlreadyExistsError, and nothing is lost.
+
+    Attributes:
+        ids: the ids that were to be enqueued.
+
+    """
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = tuple(ids)
+        super().__init__(
+            f"this transaction cannot enqueue {_shown(self.ids)}: since it began another one has "
+            "taken an id that it does not see (or, under serializable, has written what it read); "
+            "roll back and repeat the whole transaction, or begin it in read committed"
         )
 
 
@@ -118,3 +139,8 @@ class JobTimeoutError(BgjobError, TimeoutError):
 
 class SchemaError(BgjobError):
     """The tables are missing, not this library's version, or not granted to the role."""
+
+
+def _shown(ids: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, ids[:5]))
+    return f"{shown} and {len(ids) - 5} more" if len(ids) > 5 else shown  # noqa: PLR2004

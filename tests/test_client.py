@@ -33,6 +33,7 @@ from bgjob import (
     Complete,
     DlqRetention,
     EmptyQueueError,
+    EnqueueConflictError,
     EnqueueRequest,
     Job,
     JobAlreadyExistsError,
@@ -338,6 +339,107 @@ def test_a_taken_id_does_not_abort_the_callers_transaction(
     client.enqueue(EnqueueRequest("q", "t", id="c"), conn=caller)
     caller.commit()
     assert rows(conn, "select id from bgjob_job order by id") == [("a",), ("c",)]
+
+
+LEVELS = list(psycopg.IsolationLevel)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_enqueue_joins_a_transaction_of_any_isolation_level(
+    colour: Colour, client: Any, conn: psycopg.Connection, level: psycopg.IsolationLevel
+) -> None:
+    many = [f"{n:03}" for n in range(600)]  # a COPY
+    client.enqueue(EnqueueRequest("q", "t", id="taken"))
+    caller = colour.connect()
+    caller.execute(
+        sql.SQL("set default_transaction_isolation = {}").format(
+            level.name.lower().replace("_", " ")
+        )
+    )
+    caller.commit()
+    client.enqueue(EnqueueRequest("q", "t", id="a"), conn=caller)
+    client.bulk_enqueue(requests("b", "c"), conn=caller)
+    client.bulk_enqueue(requests(*many), conn=caller)
+    with pytest.raises(JobAlreadyExistsError):
+        client.enqueue(EnqueueRequest("q", "t", id="taken"), conn=caller)
+    with pytest.raises(JobAlreadyExistsError):
+        client.bulk_enqueue(requests(*many, "taken"), conn=caller)
+    assert client.bulk_enqueue(requests("taken", "d"), conn=caller, on_conflict="skip") == [
+        None,
+        "d",
+    ]
+    assert count(conn) == 1
+    caller.commit()
+    assert count(conn) == 605
+
+
+@pytest.mark.parametrize("bulk", [0, 1, 600])
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_id_that_was_taken_since_the_callers_transaction_began_is_told_by_name(
+    colour: Colour,
+    client: Any,
+    conn: psycopg.Connection,
+    level: psycopg.IsolationLevel,
+    bulk: int,
+) -> None:
+    def enqueue() -> None:
+        if bulk:
+            client.bulk_enqueue(requests(*(f"{n:03}" for n in range(bulk))), conn=caller)
+        else:
+            client.enqueue(EnqueueRequest("q", "t", id="000"), conn=caller)
+
+    caller = colour.connect()
+    caller.execute("begin isolation level " + level.name.lower().replace("_", " "))
+    caller.execute("select count(*) from bgjob_job")
+    colour.client().enqueue(EnqueueRequest("q", "t", id="000"))
+    if level < psycopg.IsolationLevel.REPEATABLE_READ:
+        with pytest.raises(JobAlreadyExistsError):
+            enqueue()
+        client.enqueue(EnqueueRequest("q", "t", id="a"), conn=caller)
+        caller.commit()
+        assert count(conn) == 2
+        return
+    with pytest.raises(EnqueueConflictError, match="'000'.* repeat the whole transaction") as told:
+        enqueue()
+    assert isinstance(told.value, psycopg.errors.SerializationFailure)
+    assert told.value.ids[0] == "000"
+    caller.rollback()
+    with pytest.raises(JobAlreadyExistsError):
+        enqueue()
+
+
+@pytest.mark.parametrize("source", ["string", "pool"])
+def test_a_clients_own_transactions_do_not_mind_the_databases_isolation_level(
+    colour: Colour, client: Any, dsn: str, conn: psycopg.Connection, source: str
+) -> None:
+    bury(client, *requests("dead"))
+    database = sql.Identifier(conn.info.dbname)
+    alter = "alter database {} set default_transaction_isolation = 'repeatable read'"
+    conn.execute(sql.SQL(alter).format(database))
+    client = colour.client(colour.pool() if source == "pool" else dsn)
+
+    def taken(call: Callable[[], Any]) -> Callable[[], Any]:
+        def called() -> Any:
+            with pytest.raises(JobAlreadyExistsError):
+                call()
+
+        return called
+
+    calls = [
+        taken(lambda: client.enqueue(EnqueueRequest("q", "t", id="a"))),
+        taken(lambda: client.bulk_enqueue(requests("a"))),
+        taken(lambda: client.bulk_enqueue(r for r in requests("a"))),
+        lambda: client.dlq.requeue("dead"),
+    ]
+    for call in calls:
+        with psycopg.connect(dsn) as blocker:
+            blocker.execute("delete from bgjob_job")
+            blocker.commit()
+            Client(dsn).enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
+            blocker.execute("delete from bgjob_dead_job")
+            both(call, conn=conn, then=blocker.commit)
+            if call is calls[-2]:
+                bury(Client(dsn), *requests("dead"))
 
 
 def test_a_job_in_an_open_transaction_is_not_seen(colour: Colour, client: Any) -> None:
