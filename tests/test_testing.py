@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -981,6 +982,22 @@ def test_the_fixtures_serve_several_processes(project: Run, tmp_path: Path) -> N
     run = project("-n", "2", "--deselect", "test_shop.py::test_a_failure_is_the_handlers")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "5 passed" in run.stdout
+
+
+def test_two_containers_that_share_a_server_never_name_a_database_alike(empty_dsn: str) -> None:
+    # In two containers the process ids are the same, too.
+    containers = []
+    for _ in range(2):
+        spec = find_spec("bgjob.ext.pytest_plugin")
+        assert spec is not None and spec.loader is not None
+        containers.append(module_from_spec(spec))
+        spec.loader.exec_module(containers[-1])
+    with ExitStack() as stack:
+        names = [
+            stack.enter_context(container._database(empty_dsn, "template1"))[0]
+            for container in containers
+        ]
+        assert len(set(names)) == 2
 
 
 def test_the_module_for_tests_needs_no_pytest() -> None:

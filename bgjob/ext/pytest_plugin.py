@@ -10,8 +10,7 @@ of its own. Override `bgjob_migrate` to have your own tables beside bgjob's, and
 use a server that is there already.
 """
 
-import itertools
-import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +26,6 @@ from bgjob.schema import init_sql
 
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 """Nobody needs the data of a test after a power failure."""
-
-_numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +91,9 @@ def bgjob_conn(bgjob_dsn: str) -> Iterator[Connection[Any]]:
 
 @contextmanager
 def _database(server_dsn: str, template: str) -> Iterator[tuple[str, str]]:
-    # Several processes may share a server that is there already.
-    name = f"bgjob_test_{os.getpid()}_{next(_numbers)}"
+    # Several processes may share a server that is there already, and in containers their
+    # process ids may be the same.
+    name = f"bgjob_test_{secrets.token_hex(8)}"
     with psycopg.connect(server_dsn, autocommit=True) as admin:
         admin.execute(
             sql.SQL("create database {} template {}").format(
