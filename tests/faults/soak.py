@@ -31,6 +31,18 @@ MAX_ATTEMPTS = 25
 BACKLOG = 200
 """Live jobs at which the producers wait."""
 
+SLOTS = {"thread": 8, "async": 250}
+"""Concurrency by colour: the coroutine workers always have a slot free."""
+
+CROWD = 200
+"""Jobs in flight when two workers are killed at once."""
+
+CROWD_EVERY = 60.0
+"""Seconds from one crowd to the next."""
+
+DEFAULTS = "alter database {} set default_transaction_isolation = 'repeatable read'"
+"""What the administrator of this database likes."""
+
 GAP = 1.5
 """Seconds from one fault to the next, on average."""
 
@@ -42,6 +54,9 @@ PEACE = 300.0
 
 NETWORK_LIMIT = 15.0
 """Seconds after the network's return in which a worker is to work again."""
+
+RECOVERY = "from a lease's end until its job was claimed again"
+DELAY = "from due to its first claim while a worker had slots free"
 
 INDEXES = """
     create index on ledger (job_id);
@@ -135,13 +150,15 @@ class Producer:
         arg: dict[str, Any] = {}
         delay = 0.0
         match dice.choices(
-            ["quick", "short", "slow", "block", "again", "reschedule", "parent", "dlq"],
-            [50, 20, 1, 0.3, 12, 6, 6, 1],
+            ["quick", "short", "slow", "long", "block", "again", "reschedule", "parent", "dlq"],
+            [50, 20, 1, 0.5, 0.3, 12, 6, 6, 1],
         ):
             case ["short"]:
                 arg = {dice.choice(["sleep", "linger"]): dice.uniform(0, 0.3)}
             case ["slow"]:
                 arg = {dice.choice(["sleep", "linger"]): dice.uniform(0.5, 3) * LEASE}
+            case ["long"]:
+                arg = {dice.choice(["sleep", "linger"]): GRACE + dice.uniform(1, 6)}
             case ["block"]:
                 arg = {"block": dice.uniform(0.2, 1.5) * LEASE}
             case ["again"]:
@@ -183,6 +200,7 @@ class Producer:
             time.sleep(1)
             try:
                 with psycopg.connect(self._world.dsn, connect_timeout=10) as conn:
+                    conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
                     written = self._direct.bulk_enqueue(requests, on_conflict="skip", conn=conn)
                     [[done]] = conn.execute(_ANYWHERE, [ids, ids]).fetchall()
                     if None in written or done:
@@ -208,6 +226,11 @@ class Monitor:
         longest_claim: seconds at most from a lease's end until its job was freed.
         longest_locked: the same, where a session that was left behind has locked the row.
         longest_wait: and until it was claimed again, for jobs that kill nobody.
+        ready_since: since when there is a worker that has slots free and that no fault keeps
+            from claiming; None where there is none. For others to set.
+        longest_delay: seconds at most for which a due job that no worker had claimed before
+            waited for its first claim, while there was such a worker.
+        delayed: which job that was, and when.
 
     """
 
@@ -218,9 +241,13 @@ class Monitor:
         self.longest_claim = 0.0
         self.longest_locked = 0.0
         self.longest_wait = 0.0
+        self.ready_since: float | None = None
+        self.longest_delay = 0.0
+        self.delayed = ""
         self.failure: BaseException | None = None
         self._world = world
         self._ended: dict[str, tuple[int, float]] = {}  # by id: the attempt, and the lease's end
+        self._due: dict[str, float] = {}  # by id: since when it was seen to be due
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor")
 
@@ -251,7 +278,25 @@ class Monitor:
                     self._look(conn)
             self._end.wait(0.1)
 
+    def _look_for_delays(self, conn: psycopg.Connection[Any]) -> None:
+        """Note for how long due jobs have waited that were never claimed."""
+        rows = conn.execute(
+            "select id, extract(epoch from clock_timestamp())::float8 from bgjob_job "
+            "where attempt = 0 and token is null and next_run_at <= clock_timestamp()"
+        ).fetchall()
+        # Since it was seen, not since it was due: it may have been committed late.
+        self._due = {id: self._due.get(id, now) for id, now in rows}
+        ready_since = self.ready_since
+        if ready_since is None:
+            return
+        for id, now in rows:
+            delay = now - max(self._due[id], ready_since, self.server_since)
+            if delay > self.longest_delay:
+                self.longest_delay = delay
+                self.delayed = f"{id} at {time.strftime('%H:%M:%S', time.gmtime(now))}"
+
     def _look(self, conn: psycopg.Connection[Any]) -> None:
+        self._look_for_delays(conn)
         [[self.backlog]] = conn.execute("select count(*) from bgjob_job").fetchall()
         rows = conn.execute(
             "select id, attempt, extract(epoch from lease_until)::float8,"
@@ -332,6 +377,17 @@ class Slot:
     recovery: Recovery | None = None
 
     @property
+    def in_flight(self) -> set[str]:
+        """The jobs that its process has started, and of whose end it has not told."""
+        running: set[str] = set()
+        for name, *details in self.process.events() if self.process is not None else ():
+            if name == "started":
+                running.add(details[0])
+            elif name in ("completed", "retried", "rescheduled", "buried", "lost"):
+                running.discard(details[0])
+        return running
+
+    @property
     def works(self) -> bool:
         """Whether there is nothing to keep it from taking a job."""
         return self.is_ready and not self.is_cut_off
@@ -356,6 +412,8 @@ class Report:
     wrong_ends: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
     longest: dict[str, float] = field(default_factory=dict)
+    delayed: str = ""
+    """Which innocent was delayed for longest."""
 
     def text(self) -> str:
         """All of it, a line each."""
@@ -372,7 +430,25 @@ class Report:
         ):
             lines.append(f"{len(found):9,} {what}" + "".join(f"\n          {f}" for f in found[:5]))
         lines += [f"{seconds:9.2f} s {what}" for what, seconds in self.longest.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        """What is asked first, a line each."""
+        kills = self.happened["kills"] + self.happened["workers killed by their jobs"]
+        counts = {
+            "jobs": self.jobs["jobs acknowledged"] + self.jobs["jobs that jobs enqueued"],
+            "kills": kills,
+            "restarts of the server": self.happened["server restarts"],
+            "graceful ends": self.happened["graceful ends"],
+            "lost": len(self.lost),
+            "doubled transactional effects": len(self.duplicated),
+        }
+        lines = [f"{count:9,} {what}" for what, count in counts.items()]
+        return [
+            *lines,
+            f"{self.longest[RECOVERY]:9.2f} s longest recovery, {RECOVERY}",
+            f"{self.longest[DELAY]:9.2f} s longest delay of an innocent, {DELAY} {self.delayed}",
+        ]
 
     @property
     def is_good(self) -> bool:
@@ -421,6 +497,7 @@ class Soak:
         world = self._world
         world.lease, world.poll_interval = LEASE, POLL_INTERVAL
         world.query(INDEXES)
+        world.query(DEFAULTS.format(world.value("select quote_ident(current_database())")))
         with contextlib.ExitStack() as stack:
             proxies = [stack.enter_context(Proxy(world.dsn)) for _ in range(3)]
             self._slots = [
@@ -483,6 +560,7 @@ class Soak:
         began = time.time()
         next_fault = began + self._dice.expovariate(1 / GAP)
         next_killer = began + self._dice.uniform(3, 10)
+        next_crowd = began + self._dice.uniform(10, 20)
         next_word = began + 60
         while (now := time.time()) < began + self._seconds:
             self._tick(now)
@@ -493,6 +571,9 @@ class Soak:
                 kind = self._dice.choice(["plain", "transactional"])
                 self._killers.produce(kind, {"then": "kill"})
                 next_killer = now + self._dice.uniform(0.7, 1.3) * KILLER_EVERY
+            if now >= next_crowd:
+                self._gather_a_crowd(now)
+                next_crowd = now + self._dice.uniform(0.7, 1.3) * CROWD_EVERY
             if now >= next_word:
                 self._say(f"{now - began:.0f} s, {len(self._world.jobs):,} jobs")
                 next_word += 60
@@ -512,6 +593,12 @@ class Soak:
             self._monitor.working_since = None
         elif self._monitor.working_since is None:
             self._monitor.working_since = now
+        # The one that no network lies before, and that has slots free.
+        direct = self._slots[1]
+        if not direct.works:
+            self._monitor.ready_since = None
+        elif self._monitor.ready_since is None:
+            self._monitor.ready_since = now
         parts: list[Monitor | Producer] = [self._monitor, *self._producers]
         for part in parts:
             if part.failure is not None:
@@ -546,6 +633,7 @@ class Soak:
             str(GRACE),
             dsn=self._world.dsn if slot.proxy is None else slot.proxy.dsn(self._world.dsn),
             colour=slot.colour,
+            concurrency=SLOTS[slot.colour],
             max_attempts=MAX_ATTEMPTS,
             backoff=0.2,
             grace=GRACE,
@@ -557,6 +645,8 @@ class Soak:
         if code == -signal.SIGKILL:
             self.report.happened["workers killed by their jobs"] += not slot.is_killed
         elif asked_at is not None and code == 0:
+            self.report.happened["graceful ends"] += 1
+            self.report.happened["graceful ends within jobs"] += bool(slot.in_flight)
             self._note("from SIGTERM to a worker's end", time.time() - asked_at)
         elif code == 1 and asked_at is None and "is running" not in process.output:
             self.report.happened["starts that found no server"] += 1
@@ -580,6 +670,7 @@ class Soak:
             self._stop_for_a_while: 3,
             self._terminate: 3,
             self._restart_server: 1,
+            self._take_server_away: 0.5,
             self._end_sessions: 2,
             self._silence: 1.5,
             self._cut: 2,
@@ -633,18 +724,51 @@ class Soak:
         self.report.happened["SIGTERMs"] += 1
         return True
 
-    def _restart_server(self, _: float) -> bool:
+    def _gather_a_crowd(self, now: float) -> None:
+        """Have many jobs in flight in two workers, and kill both at once."""
+        for _ in range(8):  # which do not all open their connections in one moment
+            self._killers.produce(
+                "plain", {"sleep": self._dice.uniform(2.5, 4.5)}, count=CROWD // 8
+            )
+
+        def kill() -> None:
+            slots = [self._slots[1], self._slots[3]]
+            victims = [slot for slot in slots if slot.process is not None and slot.process.alive]
+            flying = 0
+            for slot in victims:
+                flying += len(slot.in_flight)
+                self._disturb(slot)
+                slot.is_killed = True
+                slot.process.signal(signal.SIGKILL)  # type: ignore[union-attr]
+            self.report.happened["kills"] += len(victims)
+            if len(victims) == len(slots):
+                self.report.happened["two workers killed at once"] += 1
+                self.report.happened["jobs in flight in two workers killed at once"] += flying
+
+        self._at(now + 2.0, kill)
+
+    def _take_server_away(self, now: float) -> bool:
+        """Stop the server for longer than the lease."""
+        return self._restart(
+            now, self._dice.uniform(1.5, 3) * LEASE, "server away for longer than the lease"
+        )
+
+    def _restart_server(self, now: float) -> bool:
+        return self._restart(now, self._dice.uniform(0, 2))
+
+    def _restart(self, _: float, away: float, what: str | None = None) -> bool:
         mode: Literal["fast", "immediate"] = self._dice.choice(["fast", "immediate"])
         for recovery in self._recoveries:
             recovery.until = recovery.until or time.time()
         for slot in self._slots:
             slot.recovery = None
         self._server.stop(mode)
-        time.sleep(self._dice.uniform(0, 2))
+        time.sleep(away)
         self._server.start()
         self._monitor.server_since = time.time()
         self._recoveries.append(Recovery("server", time.time()))
-        self.report.happened[f"server restarts, {mode}"] += 1
+        self.report.happened[what or f"server restarts, {mode}"] += 1
+        self.report.happened["server restarts"] += 1
         return True
 
     def _end_sessions(self, _: float) -> bool:
@@ -797,7 +921,9 @@ class Soak:
         report, monitor = self.report, self._monitor
         self._note("from a lease's end until its job was freed", monitor.longest_claim)
         self._note("the same, where a session has locked the row", monitor.longest_locked)
-        self._note("from a lease's end until its job was claimed again", monitor.longest_wait)
+        self._note(RECOVERY, monitor.longest_wait)
+        self._note(DELAY, monitor.longest_delay)
+        report.delayed = monitor.delayed
         for recovery in self._recoveries:
             [[found]] = self._world.query(
                 "select extract(epoch from min(at))::float8 from ledger "

@@ -6,14 +6,25 @@ BGJOB_SOAK_SECONDS says how long (1,800 by default), BGJOB_SOAK_SEED what happen
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from bgjob.ext.embedded import EmbeddedServer
+from conftest import find_tmp_dir
 from faults.soak import PEACE, Soak
 from faults.world import World
 
 SECONDS = float(os.environ.get("BGJOB_SOAK_SECONDS", "1800"))
+
+
+@pytest.fixture(scope="module")
+def server(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
+    """A server with a connection for each of a crowd of handlers."""
+    settings = {"fsync": "off", "max_connections": "800"}
+    with EmbeddedServer(bin_dir=bin_dir, tmp_dir=find_tmp_dir(), settings=settings) as server:
+        yield server
 
 
 @pytest.mark.soak
