@@ -5,13 +5,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from math import inf
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from types import FrameType
+from typing import Any, TypeAlias
+
+_Disposition: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +36,47 @@ class Notice(Enum):
     ENDED = auto()
 
 
+class _Forks:
+    """Lets a child that a handler forks, for multiprocessing say, end as it would without us.
+
+    A signal that comes while Python prepares the child is noted by the handler that the child has
+    inherited, and then forgotten. So signals wait in the thread that forks until the child has the
+    dispositions of before.
+    """
+
+    def __init__(self, before: Sequence[tuple[signal.Signals, _Disposition]]) -> None:
+        self._before = before
+        self._pid = 0
+        self._forking = threading.local()
+
+    def guard(self) -> None:
+        """Begin, in this process."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            os.register_at_fork(
+                before=self._block, after_in_parent=self._unblock, after_in_child=self._restore
+            )
+
+    def _block(self) -> None:
+        if self._pid == os.getpid():  # what a child forks is the child's own affair
+            self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def _unblock(self) -> None:
+        mask = self._forking.__dict__.pop("mask", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _restore(self) -> None:
+        if "mask" not in self._forking.__dict__:
+            return
+        for signum, disposition in self._before:
+            ignored = disposition == signal.SIG_IGN
+            signal.signal(signum, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        self._unblock()  # what has come ends the child here: nobody hears what a hook raises
+        for signum, disposition in self._before:
+            signal.signal(signum, disposition)
+
+
 class Ending:
     """Answers signals, and ends the process when its time is over."""
 
@@ -51,11 +95,12 @@ class Ending:
         self._begun: SimpleQueue[None] = SimpleQueue()
         # Started now, because what answers a signal must not start a thread.
         threading.Thread(target=self._watch, name="bgjob-ending", daemon=True).start()
-        self._pid = os.getpid()
-        self._before = [(signum, signal.getsignal(signum)) for signum in _SIGNALS]
+        self._before = [(signum, signal.getsignal(signum) or signal.SIG_DFL) for signum in _SIGNALS]
+        self._forks = _Forks(self._before)
 
     def obey_signals(self) -> None:
         """Take over the signals that ask a process to end."""
+        self._forks.guard()
         for signum in _SIGNALS:
             signal.signal(signum, self._answer)
 
@@ -87,12 +132,6 @@ class Ending:
             self._interrupts = False
 
     def _answer(self, signum: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            # A child that a handler forked, for multiprocessing say, ends as it would without us.
-            for each, answer in self._before:
-                signal.signal(each, answer)
-            os.kill(os.getpid(), signum)
-            return
         if self.signum:
             if not self._may_hear_more:
                 os._exit(128 + signum)

@@ -33,6 +33,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -135,23 +136,21 @@ def leaves_at_exit(job):
     say("entered")
 
 
-def tell_and_wait(pipe):
-    pipe.send("started")
-    time.sleep(LONG)
-
-
 @mux.handler("forks")
 def forks(job):
     # As for any program, a fork of one that has threads is not without its dangers.
     warnings.simplefilter("ignore", DeprecationWarning)
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    child = context.Process(target=tell_and_wait, args=(there,))
-    child.start()
-    here.recv()  # Python forgets what a child is sent while it is being forked
-    child.terminate()
-    child.join()
-    say("the child's exit code:", child.exitcode)
+    # Before the child has run a line of Python's.
+    children = [context.Process(target=time.sleep, args=(LONG,)) for _ in range(12)]
+    for child in children:
+        child.start()
+        os.kill(child.pid, getattr(signal, job.id))
+    for child in children:
+        child.join(0.5)
+    say("alive:", sum(child.is_alive() for child in children))
+    for child in children:
+        child.kill()
 
 
 @mux.handler("stops_the_worker")
@@ -608,10 +607,14 @@ def test_exits_with_1_when_the_worker_ends_by_itself(
     assert command.err.endswith(words)
 
 
-def test_a_signal_still_ends_the_processes_that_handlers_fork(start: Start, client: Client) -> None:
-    enqueue(client, "forks")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_processes_that_handlers_fork_however_early_it_comes(
+    start: Start, client: Client, name: str
+) -> None:
+    enqueue(client, "forks", name)
     command = start("jobs:worker")
-    command.heard(f"the child's exit code: {-signal.SIGTERM}")
+    command.heard("alive: ")
+    assert "alive: 0" in command.out
     assert command.stopped() == 0
 
 
