@@ -1,10 +1,10 @@
 """Who hears a worker: an observer, a function, several of them, or only some of the events."""
 
 import inspect
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
+from bgjob._logger import log as _log
 from bgjob.event import (
     Event,
     JobCompleted,
@@ -39,8 +39,6 @@ _METHODS: Mapping[str, Callable[..., Event]] = {
 }
 
 _Tell: TypeAlias = Callable[..., object]
-
-_log = logging.getLogger("bgjob")
 
 
 def audience(observer: Audience | None) -> Observer:

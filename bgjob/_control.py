@@ -1,7 +1,6 @@
 """The control thread between the engine, one connection and the handlers of one queue."""
 
 import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
@@ -26,6 +25,7 @@ from bgjob._events import Events
 from bgjob._exchange import Exchange, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
 from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link
+from bgjob._logger import log as _log
 from bgjob._runner import Runner, inside
 from bgjob._transaction import Transactions
 from bgjob.errors import BgjobError, ScheduleError
@@ -47,8 +47,6 @@ _FAULTS_WITHIN = 10.0
 
 _STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, DatatypeMismatch)
 """What a prepared statement fails with after its table has changed, or has been made anew."""
-
-_log = logging.getLogger("bgjob")
 
 
 class Control:

@@ -1,6 +1,5 @@
 """Tells an observer of events, on a thread of its own."""
 
-import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from bgjob._exchange import (
     Release,
     TimedOut,
 )
+from bgjob._logger import log as _log
 from bgjob._route import Wants
 from bgjob._statements.settlements import Claimed
 from bgjob.job import Job
@@ -27,8 +27,6 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
 _MOST = 100_000
 """Events that wait for a blocked observer; later ones are dropped, and counted in the log."""
-
-_log = logging.getLogger("bgjob")
 
 
 class Events:

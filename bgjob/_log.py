@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -45,8 +46,9 @@ def set_up(level: str | None, format: Format | None, *, with_pid: bool = False) 
     Args:
         level: the least level that is shown; None for INFO, so that retries and trouble are
             seen, or for what the program has set up. One that is given counts in any case.
-        format: None for text, or for what the program has set up. One that is given replaces
-            the program's own handlers.
+        format: None for text, or for what the program has set up: what a handler of a logger of
+            its own has written is not written again. One that is given replaces the program's
+            own handlers, those of other loggers where they write to the terminal.
         with_pid: whether lines of text carry the process id, because several processes write
             to the same place.
 
@@ -61,10 +63,35 @@ def set_up(level: str | None, format: Format | None, *, with_pid: bool = False) 
                 f"%(asctime)s {'%(process)d ' if with_pid else ''}%(levelname)s %(message)s"
             )
         )
+        if format is None:
+            handler.addFilter(_is_unhandled)
+        else:
+            _remove_handlers()
         own = root.level if root.handlers else logging.INFO
         logging.basicConfig(level=level or own, handlers=[handler], force=True)
     elif level is not None:
         root.setLevel(level)
+
+
+def _is_unhandled(record: logging.LogRecord) -> bool:
+    """Whether no logger below the root has handlers of its own for a record.
+
+    The program has set those up, and would see the line twice.
+    """
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        if any(not isinstance(each, logging.NullHandler) for each in logger.handlers):
+            return False
+        logger = logger.parent
+    return True
+
+
+def _remove_handlers() -> None:
+    """Remove the handlers that loggers below the root have for the terminal."""
+    for logger in logging.Logger.manager.loggerDict.values():
+        for handler in list(getattr(logger, "handlers", ())):
+            if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
+                logger.removeHandler(handler)  # type: ignore[union-attr]
 
 
 def as_json(message: str, error: BaseException | None) -> str:

@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from types import FrameType
 
+from bgjob._logger import log as _log
 from bgjob.errors import BgjobError
 
 _FIRST_PAUSE = 0.1  # seconds before what died is started again; doubles
@@ -27,8 +28,6 @@ _LONGEST_PAUSE = 10.0
 _MOST_DEATHS = 5
 _WINDOW = 10.0  # seconds: more deaths in it than that, and nothing is started again
 _LATE = 2.0  # seconds after the grace period in which a child has to end
-
-_log = logging.getLogger("bgjob")
 
 
 class ProcessesError(BgjobError):

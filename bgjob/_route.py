@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import logging
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias
 
 from bgjob._calling import Calling, can_be_called
 from bgjob._duration import seconds
+from bgjob._logger import log as _log
 from bgjob.errors import BgjobError, JobTimeoutError
 from bgjob.job import Job, check_key, check_name, check_priority
 from bgjob.result import (
@@ -29,8 +29,6 @@ BACKOFF = Backoff()
 """The default one."""
 
 _COMPLETE = Complete()
-
-_log = logging.getLogger("bgjob")
 
 
 @dataclass(frozen=True, slots=True)

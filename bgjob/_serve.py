@@ -8,7 +8,6 @@ time is over, whatever still hangs in it.
 
 import asyncio
 import gc
-import logging
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import psycopg
 
 from bgjob._ending import Ending, Notice, flush
+from bgjob._logger import log as _log
 from bgjob._target import AnyWorker, Choice, TargetError, check, load
 from bgjob.errors import BgjobError
 from bgjob.worker import AsyncWorker, Worker
-
-_log = logging.getLogger("bgjob")
 
 
 class ServeError(BgjobError):

@@ -1,7 +1,6 @@
 """Writes jobs; claims and runs a single one."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import copy_context
@@ -37,6 +36,7 @@ from bgjob._connection import (
 from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
+from bgjob._logger import log
 from bgjob._pool import (
     PATIENCE,
     AsyncBorrowedPool,
@@ -770,9 +770,7 @@ class AsyncClient:
     def _has_ended(self, task: "asyncio.Task[Any]") -> None:
         self._left.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logging.getLogger("bgjob").warning(
-                "the result of a do() that was cancelled could not be stored: %s", error
-            )
+            log.warning("the result of a do() that was cancelled could not be stored: %s", error)
 
     async def stats(
         self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from typing_extensions import override
 
+from bgjob._logger import log
 from bgjob.job import Job
 
 
@@ -106,12 +107,13 @@ class LoggingObserver(NoopObserver):
     timeout as `job_timeout`.
 
     Args:
-        logger: where to log; the logger `bgjob` by default.
+        logger: where to log; the logger `bgjob` by default, which a configuration that
+            disables existing loggers does not silence: its level does.
 
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
-        self._logger = logger or logging.getLogger("bgjob")
+        self._logger = log if logger is None else logger
 
     def _log(
         self,

@@ -866,6 +866,84 @@ def test_json_lines_hold_the_last_words_too(start: Start, tmp_path: Path) -> Non
     assert "ZeroDivisionError" in told["exception"]
 
 
+def test_a_logger_of_the_programs_own_prints_its_lines_once(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from jobs import *\n"
+        "shop = logging.getLogger('shop')\n"
+        "shop.addHandler(logging.StreamHandler())\n"
+        "logging.getLogger('library').addHandler(logging.NullHandler())\n"
+        "@mux.handler('sells')\n"
+        "def sells(job):\n"
+        "    logging.getLogger('shop.cart').warning('sold one')\n"
+        "    logging.getLogger('library').info('bought one')\n"
+    )
+    enqueue(client, "sells")
+    enqueue(client, "fails", "b")
+    command = start("own:worker")
+    for line in ("bought one", "it failed"):
+        command.heard(line)
+    assert command.stopped() == 0
+    # A library's logger has no handlers of its own to speak of.
+    assert [command.err.count(line) for line in ("sold one", "bought one")] == [1, 1]
+
+
+def test_json_lines_replace_what_a_logger_of_the_programs_own_prints(
+    start: Start, client: Client, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from jobs import *\n"
+        "logging.getLogger('shop').addHandler(logging.StreamHandler())\n"
+        "logging.getLogger('shop').addHandler(logging.FileHandler('shop.log'))\n"
+        "@mux.handler('sells')\n"
+        "def sells(job):\n"
+        "    logging.getLogger('shop.cart').warning('sold one')\n"
+    )
+    enqueue(client, "sells")
+    command = start("own:worker", "--log-format", "json")
+    command.heard("sold one")
+    assert command.stopped() == 0
+    lines = [json.loads(line) for line in command.err.splitlines()]
+    assert [line["logger"] for line in lines if line["message"] == "sold one"] == ["shop.cart"]
+    assert (tmp_path / "shop.log").read_text() == "sold one\n"
+
+
+@pytest.mark.parametrize("way", ["dictConfig", "fileConfig"])
+def test_a_configuration_that_disables_existing_loggers_does_not_silence_the_worker(
+    start: Start, client: Client, tmp_path: Path, way: str
+) -> None:
+    # As Alembic's stock env.py does, here within a job.
+    (tmp_path / "alembic.ini").write_text(
+        "[loggers]\nkeys=root\n[handlers]\nkeys=console\n[formatters]\nkeys=own\n"
+        "[logger_root]\nlevel=WARNING\nhandlers=console\n"
+        "[handler_console]\nclass=StreamHandler\nargs=(sys.stderr,)\nformatter=own\n"
+        "[formatter_own]\nformat=own: %(message)s\n"
+    )
+    (tmp_path / "own.py").write_text(
+        "import logging.config\n"
+        "from jobs import *\n"
+        "def configure():\n"
+        f"    if {way == 'fileConfig'}:\n"
+        "        logging.config.fileConfig('alembic.ini')\n"
+        "    else:\n"
+        "        logging.config.dictConfig({'version': 1,\n"
+        "            'formatters': {'own': {'format': 'own: %(message)s'}},\n"
+        "            'handlers': {'console': {'class': 'logging.StreamHandler',\n"
+        "                'formatter': 'own'}},\n"
+        "            'root': {'level': 'WARNING', 'handlers': ['console']}})\n"
+        "@mux.handler('migrates', max_attempts=1)\n"
+        "def migrates(job):\n"
+        "    configure()\n"
+        "    raise ValueError('no such table')\n"
+    )
+    enqueue(client, "migrates")
+    command = start("own:worker")
+    command.heard("own: migrates a (attempt 1)")
+    assert "no such table" in command.err
+    assert command.stopped() == 0
+
+
 # -- arguments -----------------------------------------------------------------------------
 
 

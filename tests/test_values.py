@@ -613,6 +613,27 @@ def test_an_empty_queue_is_logged_quietly_and_trouble_as_an_error(
     ]
 
 
+def test_the_librarys_logger_is_silenced_by_its_level_and_not_by_being_disabled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logger = logging.getLogger("bgjob")
+    logger.disabled = True
+    observer = LoggingObserver()
+    observer.job_moved_to_dlq(a_job(), "why")
+    assert [(r.name, r.funcName, r.filename) for r in caplog.records] == [
+        ("bgjob", "_log", "observer.py")
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.CRITICAL, logger="bgjob"):
+        observer.job_moved_to_dlq(a_job(), "why")
+    assert caplog.records == []
+    mine = logging.getLogger("mine")
+    mine.disabled = True
+    LoggingObserver(mine).job_moved_to_dlq(a_job(), "why")
+    assert caplog.records == []
+    mine.disabled = False
+
+
 def test_a_logged_exception_keeps_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     error = ValueError("why")
     LoggingObserver().job_moved_to_dlq(a_job(), error)
