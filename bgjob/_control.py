@@ -15,6 +15,7 @@ from psycopg.errors import (
     DatatypeMismatch,
     FeatureNotSupported,
     InvalidSqlStatementName,
+    LockNotAvailable,
     ReadOnlySqlTransaction,
     UndefinedFunction,
 )
@@ -276,10 +277,11 @@ class Control:
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
-            self._events.error(error)
             if isinstance(error, _STALE):
                 self._link.forget_plans()
-            self._engine.reject(monotonic())
+            for_lock = isinstance(error, LockNotAvailable)
+            if self._engine.reject(monotonic(), for_lock=for_lock):
+                self._events.error(error)
 
     def _must_reconnect(self, error: psycopg.Error) -> bool:
         # A primary that became a standby: the next one may be elsewhere.
@@ -350,6 +352,14 @@ class Control:
             self._runner.submit(news.run, quick=self._engine.is_quick)
         if news.events:
             self._events.tell(news.events)
+        if news.locked:
+            self._events.error(
+                BgjobError(
+                    f"jobs {news.locked[:10]} of queue {self._queue!r} wait to be stored: another "
+                    "session has locked their rows, or their keys, for some seconds: end its "
+                    "transaction (pg_locks and pg_stat_activity show it)"
+                )
+            )
         return bool(news.run)
 
     def _sleep(self, until: float) -> None:

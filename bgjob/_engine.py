@@ -7,8 +7,8 @@ it says what happened and what time it is, and asks for the next step:
     ahead(now)       while jobs flow: the next exchange, to send when the one under
                      way is answered and before that is acknowledged
     acknowledge()    the exchange was committed; gives jobs to run, and events
-    reject()         the server refused the exchange: nothing of it happened, and
-                     the one that was to follow was not sent
+    reject()         the server refused the exchange, for a lock or another reason:
+                     nothing of it happened, and the one that was to follow was not sent
     disconnect()     the connection broke: the exchange happened, or did not
     reconnect()      there is a connection again
     finish()         handlers ended; gives events
@@ -23,6 +23,8 @@ Times are seconds of any monotonic clock. It holds to this:
 - Each claimed job is settled or given back once. An outcome is kept until its
   settlement is acknowledged, and sent again as often as that takes.
 - No more jobs are claimed than free slots and the jobs' quickness justify.
+- A row that another session has locked delays its own settlement only. When an exchange
+  was refused for a lock, the engine asks which of its rows are locked. Those wait apart.
 - A lease is extended when a third of it has passed, whether its job runs,
   waits for a slot, or waits for its settlement to be taken.
 - After an outage that was longer than the lease the worker settles and extends
@@ -83,6 +85,10 @@ _MOMENT = 0.002
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
+
+
+_LONG_LOCKED = 5.0
+"""Seconds for which rows wait apart before it is told."""
 
 
 _token = itemgetter(1)
@@ -158,6 +164,14 @@ class Engine:
         self._refused: deque[Outcome] = deque()  # refused alone: they wait apart from the others
         self._refused_at = inf  # when the first of them is tried again
         self._refused_pause = _PAUSE
+        # Rows, and keys, that others may have locked; none of them holds a slot.
+        self._apart: list[Outcome] = []
+        self._apart_wanting: list[Claimed] = []
+        self._apart_free: dict[str, None] = {}
+        self._apart_at = inf  # when to ask again which of them are locked
+        self._apart_pause = _PAUSE
+        self._apart_since = inf
+        self._has_probed = False  # none was, and an exchange was refused for a lock all the same
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
         self._sent: deque[_Sent] = deque()
         self._answered_at = -inf
@@ -194,7 +208,8 @@ class Engine:
     def unsettled(self) -> int:
         """Jobs that are claimed and not settled."""
         sent = sum(len(sent.outcomes) for sent in self._sent)
-        return self._running + len(self._pending) + len(self._refused) + sent
+        apart = len(self._apart) + len(self._apart_wanting)
+        return self._running + len(self._pending) + len(self._refused) + apart + sent
 
     @property
     def slots(self) -> int:
@@ -304,12 +319,14 @@ class Engine:
         if self._stopping and not self._withdrew:
             self._withdrew = True
             return Withdraw()
-        if self._stopping and self._wanting:
+        if self._stopping and (self._wanting or self._apart_wanting):
+            self._want_again(self._apart_wanting)
+            self._apart_wanting = []
             self.withdrawn([])
         if now >= self._pace.stale_at(self._running):
             self._pace.slow_down(now)
             return Withdraw()
-        settled = not self._pending and not self._refused and not self._free
+        settled = not (self._pending or self._refused or self._free or self._apart)
         done = settled and (self._abandoned or not self._running)
         if self._stopping and done and not self._parking.parked:
             return Stop(self._running)
@@ -318,6 +335,9 @@ class Engine:
 
         exchange = Exchange()
         outcomes: list[Outcome] = []
+        if now >= self._apart_at:
+            self._add_probe(exchange)
+            return self._send(exchange, outcomes, now)
         if now >= self._refused_at:
             outcomes.append(self._refused.popleft())
             exchange.settle(outcomes[0])
@@ -422,6 +442,13 @@ class Engine:
             count = min(len(self._wanting), self._keys_limit)
             exchange.acquire = [self._wanting.popleft() for _ in range(count)]
 
+    def _add_probe(self, exchange: Exchange) -> None:
+        """Ask which of the rows that wait apart are locked."""
+        exchange.probe = [outcome.claimed for outcome in self._apart]
+        wanting = [str(claimed.job.exclusive) for claimed in self._apart_wanting]
+        exchange.probe_keys = [*_keys(self._apart), *wanting, *self._apart_free]
+        self._apart_at = inf
+
     def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
         due = [batch for batch in self._batches.values() if batch.extend_at <= now]
         if due:
@@ -503,7 +530,7 @@ class Engine:
         return min(self._room(), _MOST // 2)
 
     def _room(self) -> int:
-        if len(self._refused) >= _MOST:
+        if len(self._refused) + len(self._apart) + len(self._apart_wanting) >= _MOST:
             return 0
         asked = sum(sent.exchange.claim.limit for sent in self._sent if sent.exchange.claim)
         return self.capacity - self._running - asked
@@ -524,7 +551,7 @@ class Engine:
         return self._has_free_slot and not self._suspects.hold_up(now)
 
     def _wake_at(self, now: float) -> float:
-        times = [now + self._poll_interval, self._refused_at]
+        times = [now + self._poll_interval, self._refused_at, self._apart_at]
         if self._wanting:
             times.append(self._keys_at)
         times += [batch.extend_at for batch in self._batches.values()]
@@ -559,6 +586,9 @@ class Engine:
                 self._pending.extend(self._refused)
                 self._refused.clear()
                 self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
+            self._has_probed = False
+        if sent.exchange.probes:
+            self._probed(reply, news, now)
         due_at = self._settled(sent, reply, news, now)
         self._granted(sent, reply, now, news)
         self._extended(sent, reply, news)
@@ -585,16 +615,26 @@ class Engine:
             news.events.append(QueueIsEmpty(self._queue))
         return news
 
-    def reject(self, now: float) -> None:
-        """Take it that the server refused the exchange: nothing of it happened.
+    def reject(self, now: float, *, for_lock: bool = False) -> bool:
+        """Record that the server refused the exchange: nothing of it happened.
 
         Its outcomes are tried again in smaller parts and after the others, until
         the one that is refused stands alone. That one waits apart, and keeps
         neither a slot nor its neighbours.
+
+        Where it was refused for a lock, the engine asks which rows are locked. Only they
+        are left apart. Returns False in that case: there is nothing to tell.
         """
         sent = self._answered()
         while self._sent:
             self._take_back(self._sent.pop())
+        if sent.exchange.probes:
+            self._apart_at = now + self._apart_pause
+        elif for_lock and not self._has_probed and self._leave_apart(sent):
+            self._apart_at = now
+            self._claim_again(sent)
+            self._careful = _CAREFUL
+            return False
         wanting, free = sent.exchange.acquire, self._freed(sent)
         if wanting or free:
             # As with outcomes: a key that cannot be locked comes to stand alone, and last.
@@ -609,11 +649,51 @@ class Engine:
                 self._refused_pause = self._longer(self._refused_pause)
             if sent.again or self._refused_at == inf:
                 self._refused_at = now + self._refused_pause
-            return
+            return True
         if sent.outcomes:
             self._settle_limit = len(sent.outcomes) // 2
             self._pending += sent.outcomes
         self._rest(now)
+        return True
+
+    def _leave_apart(self, sent: _Sent) -> bool:
+        """Leave apart what an exchange has locked; False if it was nothing."""
+        wanting, free = sent.exchange.acquire, self._freed(sent)
+        self._apart += sent.outcomes
+        self._apart_wanting += wanting
+        self._apart_free.update(free)
+        self._running -= len(wanting)
+        return bool(sent.outcomes or wanting or free)
+
+    def _probed(self, reply: Reply, news: News, now: float) -> None:
+        """Go on with what others have not locked; ask of the rest again, ever more seldom."""
+        barred, keys = {*reply.barred}, {*reply.barred_keys}
+
+        def is_barred(claimed: Claimed) -> bool:
+            return claimed.job.id in barred or claimed.job.exclusive in keys
+
+        self._pending.extend(o for o in self._apart if not is_barred(o.claimed))
+        self._apart = [o for o in self._apart if is_barred(o.claimed)]
+        self._want_again([c for c in self._apart_wanting if c.job.exclusive not in keys])
+        self._apart_wanting = [c for c in self._apart_wanting if c.job.exclusive in keys]
+        self._free.update(dict.fromkeys(key for key in self._apart_free if key not in keys))
+        self._apart_free = {key: None for key in self._apart_free if key in keys}
+        # One that is refused for a lock now waits for rows that are not the worker's.
+        self._has_probed = not (barred or keys)
+        if self._has_probed:
+            self._apart_pause, self._apart_since = _PAUSE, inf
+            return
+        self._apart_at = now + self._apart_pause
+        self._apart_pause = self._longer(self._apart_pause)
+        self._apart_since = min(self._apart_since, now)
+        if now >= self._apart_since + _LONG_LOCKED:
+            self._apart_since = now
+            ids = [o.claimed.job.id for o in self._apart]
+            news.locked = [*ids, *(c.job.id for c in self._apart_wanting)]
+
+    def _want_again(self, claimed: Sequence[Claimed]) -> None:
+        self._wanting += claimed
+        self._running += len(claimed)
 
     def disconnect(self, now: float) -> None:
         """Take it that the connection is gone; an exchange under way happened, or did not."""
@@ -626,6 +706,8 @@ class Engine:
         self._rest(now)
 
     def _take_back(self, sent: _Sent) -> None:
+        if sent.exchange.probes:
+            self._apart_at = -inf
         self._wanting.extendleft(reversed(sent.exchange.acquire))
         self._free.update(self._freed(sent))
         self._pending.extendleft(reversed(sent.outcomes))
@@ -784,7 +866,11 @@ class Engine:
         """Give up claims that others have: drop their outcomes, those to come as well."""
         lost = set(claims)
         sent = [outcome for sent in self._sent for outcome in sent.outcomes]
-        finished = {o.claimed for o in [*self._pending, *self._refused, *sent]} & lost
+        waiting = [*self._pending, *self._refused, *self._apart]
+        finished = {o.claimed for o in [*waiting, *sent]} & lost
+        apart = lost & set(self._apart_wanting)  # counted as if they had ended
+        self._apart = [o for o in self._apart if o.claimed not in lost]
+        self._apart_wanting = [c for c in self._apart_wanting if c not in apart]
         self._pending = deque(o for o in self._pending if o.claimed not in lost)
         self._refused = deque(o for o in self._refused if o.claimed not in lost)
         if not self._refused:
@@ -794,7 +880,7 @@ class Engine:
         if wanting:
             self._wanting = deque(c for c in self._wanting if c not in wanting)
             self._running -= len(wanting)
-        self._lost |= lost - finished - wanting
+        self._lost |= lost - finished - wanting - apart
         self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
             if (batch := self._drop(claimed)) is not None:
@@ -883,9 +969,12 @@ class Engine:
         self._idle = False
         self._pace.claimed(now)
         expired = [b for b in self._batches.values() if b.expires <= now]
-        if expired:
+        if expired or self._unsure:
+            # Two claims of one job must not meet in one statement: it would hit either.
             again = {c.job.id for c in claimed}
-            ours = [c for b in expired for c in b.jobs.values() if c.job.id in again]
+            doubtful = (b for c in self._unsure if (b := self._batches.get(c.token)) is not None)
+            batches = {id(b): b for b in [*expired, *doubtful]}.values()
+            ours = [c for b in batches for c in b.jobs.values() if c.job.id in again]
             if ours:
                 self._lose(ours, news)  # to ourselves
         self._batches[claimed[0].token] = _Batch(

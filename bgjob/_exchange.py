@@ -19,12 +19,21 @@ from bgjob._statements.claims import (
     sweep,
     under_way,
 )
-from bgjob._statements.keys import Blocked, Woken, acquire, blocked, lock_keys, release
+from bgjob._statements.keys import (
+    Blocked,
+    Woken,
+    acquire,
+    barred_keys,
+    blocked,
+    lock_keys,
+    release,
+)
 from bgjob._statements.notices import EVERYTHING, LATER, park, unpark
 from bgjob._statements.settlements import (
     Buried,
     Claimed,
     Postponed,
+    barred,
     bury,
     complete,
     complete_at,
@@ -108,6 +117,10 @@ class Exchange:
     """Jobs that want their keys."""
     release: list[str] = field(default_factory=list)
     """Keys whose jobs are settled, or wait for nothing."""
+    probe: list[Claimed] = field(default_factory=list)
+    """Jobs whose rows others may have locked."""
+    probe_keys: list[str] = field(default_factory=list)
+    """Keys whose rows others may have locked."""
     park: Literal["take", "give"] | None = None
     is_deputy: bool = False
     """With "take": whether this session is the deputy already."""
@@ -136,6 +149,11 @@ class Exchange:
                 self.bury.append(Buried(claimed, error_text(error) or ""))
             case Committed() | Fenced() | Wants():
                 raise AssertionError("it is settled, or not to be settled")
+
+    @property
+    def probes(self) -> bool:
+        """Whether it asks what others have locked."""
+        return bool(self.probe or self.probe_keys)
 
     def statements(self, queue: str, lease: float, served: Collection[str] = ()) -> Plan:
         """Return the SQL; `served` are the queues of the same worker."""
@@ -184,6 +202,10 @@ class Exchange:
             plan.append((acquire(queue, self.acquire), "acquired"))
         if self.release:
             plan.append((release(queue, self.release), "woken"))
+        if self.probe:
+            plan.append((barred(self.probe), "barred"))
+        if self.probe_keys:
+            plan.append((barred_keys(self.probe_keys), "barred_keys"))
         if self.park == "give":
             plan.append((unpark(queue), "parked"))
         return plan
@@ -198,6 +220,7 @@ class Exchange:
             or self.extend
             or self.acquire
             or self.release
+            or self.probes
             or self.park
             or self.claim
         )
@@ -290,6 +313,8 @@ class Reply:
     """Whether the job of an id and token has its key; as `acquire`."""
     woken: list[Woken] = field(default_factory=list)
     blocked: Blocked = _NOTHING_BLOCKED
+    barred: Sequence[str] = ()
+    barred_keys: Sequence[str] = ()
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""
@@ -381,3 +406,5 @@ class News:
 
     run: list[Claimed] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    locked: list[str] = field(default_factory=list)
+    """Jobs whose rows, or keys, others have locked for so long that it is to be told."""

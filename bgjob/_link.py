@@ -21,7 +21,14 @@ from bgjob import schema
 from bgjob._connection import Cursor, Recipe, Silence, options
 from bgjob._exchange import Exchange, Notice, Plan, Reply
 from bgjob._statements.notices import listen
-from bgjob._statements.session import WORKER_SETTINGS, backend, lacks, schema_comment, session
+from bgjob._statements.session import (
+    SERVICE_SETTINGS,
+    WORKER_SETTINGS,
+    backend,
+    lacks,
+    schema_comment,
+    session,
+)
 from bgjob._statements.statement import Statement
 
 _PATIENCE = 10.0
@@ -324,11 +331,15 @@ class Link:
     def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
         """Let a service use the connection; what it leaves uncommitted is rolled back."""
         connection = self._ready()
+        pid = connection.info.backend_pid
+        self._run(connection, session(pid, SERVICE_SETTINGS))
         try:
             wait = use(connection)
         finally:
             if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
+            if self.is_open:
+                self._run(connection, session(pid, WORKER_SETTINGS))
         if not self.is_open:
             raise psycopg.OperationalError("a service closed the connection, or left it busy")
         return wait

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from itertools import count
+from itertools import count, pairwise
 from math import inf
 
 import pytest
@@ -477,6 +477,78 @@ def test_a_poisonous_outcome_does_not_keep_its_slot() -> None:
             case Exchange():
                 drive.answer(Reply(extended={"poisonous"}))
     raise AssertionError("nothing was claimed beside it")
+
+
+def test_of_what_was_refused_for_a_lock_only_the_locked_rows_wait() -> None:
+    drive = Drive(concurrency=4)
+    jobs = drive.claim("a", "b", "locked", "c")
+    drive.finish(*jobs)
+    exchange = drive.exchange()
+    assert len(settled(exchange)) == 4
+    assert not drive.engine.reject(drive.now, for_lock=True)
+    probe = drive.exchange()
+    assert [c.job.id for c in probe.probe] == settled(exchange)
+    assert settled(probe) == []
+    refused_at = drive.now
+    drive.answer(Reply(barred=["locked"]))
+    while not settled(exchange := drive.next_exchange()):
+        drive.answer()
+    assert settled(exchange) == ["a", "b", "c"]
+    assert drive.now - refused_at < 0.05
+    drive.answer(Reply(settled={"a", "b", "c"}))
+    asked: list[float] = []
+    while len(asked) < 5:  # ever more seldom, and nothing waits for it
+        exchange = drive.next_exchange()
+        assert "locked" not in settled(exchange)
+        if exchange.probe:
+            asked.append(drive.now)
+        drive.answer(Reply(barred=["locked"] if exchange.probe else ()))
+    pauses = [after - before for before, after in pairwise(asked)]
+    assert pauses == sorted(pauses)
+    while not drive.next_exchange().probe:
+        drive.answer()
+    drive.answer()
+    while not settled(exchange := drive.next_exchange()):
+        drive.answer()
+    assert settled(exchange) == ["locked"]
+    assert [
+        e.claimed.job.id
+        for e in drive.answer(Reply(settled={"locked"})).events[:1]
+        if isinstance(e, Outcome)
+    ] == ["locked"]
+
+
+def test_a_lock_that_is_on_none_of_its_rows_makes_the_engine_halve_what_was_refused() -> None:
+    drive = Drive(concurrency=4)
+    drive.finish(*drive.claim("a", "b", "poisonous", "c"))
+    done: set[str] = set()
+    ends = drive.now + 3.0
+    while drive.now < ends:
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange if "poisonous" in settled(exchange):
+                drive.now += 0.1
+                drive.engine.reject(drive.now, for_lock=True)
+            case Exchange() as exchange:
+                done |= set(settled(exchange))
+                drive.answer(Reply(settled=set(settled(exchange))))
+    assert done == {"a", "b", "c"}
+
+
+def test_a_row_that_stays_locked_is_told_after_some_seconds() -> None:
+    drive = Drive(concurrency=1)
+    drive.finish(*drive.claim("a"))
+    drive.exchange()
+    refused_at = drive.now
+    drive.engine.reject(drive.now, for_lock=True)
+    told: list[str] = []
+    while not told:
+        exchange = drive.next_exchange()
+        barred = [c.job.id for c in exchange.probe]
+        told = drive.answer(Reply(barred=barred, extended={"a"})).locked
+    assert told == ["a"]
+    assert 5.0 <= drive.now - refused_at < 8.0
 
 
 def test_what_was_to_follow_a_refused_exchange_comes_again() -> None:

@@ -623,6 +623,23 @@ def test_a_key_that_cannot_be_locked_holds_up_no_other() -> None:
     assert all(len(e.acquire) == 1 and not e.claim and not e.extend for e in alone)
 
 
+def test_a_key_that_others_have_locked_holds_no_slot() -> None:
+    engine, claimed = engine_with("a", "b")
+    step = engine.step(0.0)
+    assert isinstance(step, Exchange)
+    assert step.acquire == claimed
+    engine.reject(0.1, for_lock=True)
+    step = engine.step(0.1)
+    assert isinstance(step, Exchange)
+    assert step.probe_keys == ["a", "b"]
+    assert engine.in_flight == 0
+    engine.acknowledge(Reply(barred_keys=["a"]), 0.1)
+    assert engine.in_flight == 1
+    sent = exchanges(engine, 0.1, lambda _: False)
+    assert [c for exchange in sent for c in exchange.acquire] == claimed[1:] + claimed[:1]
+    assert engine.in_flight == 2
+
+
 def test_a_job_that_others_had_locked_asks_for_its_key_again_and_soon() -> None:
     engine, claimed = engine_with("a", "b")
     now, asked, ran = 1.0, list[float](), list[Claimed]()

@@ -54,6 +54,7 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 SECOND = 1_000_000  # microseconds: the table's times are integers, as PostgreSQL's are
+LOCK_TIMEOUT = 0.1
 LAST_WORDS = 1.0  # seconds that the worker grants its engine after the grace period
 
 Key = tuple[str, int]
@@ -138,6 +139,7 @@ class Table:
         self.taken: dict[Key, int] = {}  # by claim: when its row went to another claim
         self.freed: list[Key] = []  # by sweeps, in their order
         self.locked = 0.0  # the share of rows that others have locked
+        self.barred: set[str] = set()  # jobs whose rows a stranger has locked
         self.moves = False  # whether others write rows that are claimed
         self._places = map(str, count())
         self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
@@ -147,6 +149,7 @@ class Table:
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
         """Run the statements of an exchange; `began` is the transaction's now()."""
         reply = Reply()
+        reply.barred = [id_ for id_ in self._match(exchange.probe) if id_ in self.barred]
         if exchange.places:
             self._complete_at(exchange, reply)
         for id_ in self._match([c for c in exchange.complete if c.token not in exchange.places]):
@@ -179,8 +182,9 @@ class Table:
         for id_ in self._match([buried.claimed for buried in exchange.bury]):
             self._end(id_, "dead", reply)
         for id_ in self._match(exchange.extend):
-            self.rows[id_].lease_until = now + self._lease
-            self.rows[id_].place = next(self._places)
+            if id_ not in self.barred:
+                self.rows[id_].lease_until = now + self._lease
+                self.rows[id_].place = next(self._places)
             reply.extended.add(id_)
         if exchange.acquire:
             reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
@@ -338,7 +342,7 @@ class Table:
     def _unlocked(self, rows: list[Row], limit: int, at: float) -> list[Row]:
         free = []
         for row in rows:
-            if self.locked and self._random.random() < self.locked:
+            if row.id in self.barred or (self.locked and self._random.random() < self.locked):
                 row.free_since, row.is_known = at, False
             else:
                 free.append(row)
@@ -491,6 +495,9 @@ class History:
         self.in_flight = 0  # enqueues that share the lock
         self.contended_at = -inf
         self.rivals_die = calm and random.random() < 0.3
+        self.strangers = calm and random.random() < 0.3  # they lock rows for some seconds
+        self.barred_at: dict[str, float] = {}  # when they let go
+        self.finished: dict[Key, float] = {}
         self.has_deputy = random.random() < 0.3  # a rival, that does nothing else
 
         # The handlers.
@@ -548,6 +555,8 @@ class History:
         if random.random() < 0.3:
             self.stop_at = self.now + span * random.random() * 1.2
             self.grace = random.choice([0.0, 0.1, 1.0, inf])
+        if self.strangers:
+            self._at(span * random.random(), self._lock_row)
         if calm:
             if self.rivals_die and self.notify:
                 self.lock = "rival"
@@ -649,6 +658,21 @@ class History:
             self.lock = "rival"
             self._at(self.random.random() * 2, self._rival_gives)
 
+    def _lock_row(self) -> None:
+        """A stranger locks the row of a job that is claimed, for some seconds."""
+        held = sorted(row.id for row in self.table.rows.values() if row.token is not None)
+        if held:
+            id_ = self.random.choice(held)
+            self.table.barred.add(id_)
+
+            def let_go() -> None:
+                self.table.barred.discard(id_)
+                self.barred_at[id_] = self.now
+
+            self._at(self.random.uniform(0.05, 3.0), let_go)
+        if not self.peace:
+            self._at(self.random.random(), self._lock_row)
+
     def _rival_dies(self) -> None:
         """The worker that holds the notify lock is killed; its successor gets it later, if ever."""
         if self.lock == "rival":
@@ -706,6 +730,7 @@ class History:
         if not self.busy and not self.waiting:
             self.alone_until = -inf
         self.outcomes.append(self._transact(Outcome(claimed, self._result(), took)))
+        self.finished[claimed.job.id, claimed.token] = self.now
         self.woken = True
         self._happened()
         self._start_handlers()
@@ -828,6 +853,12 @@ class History:
         """As _Control._exchange in worker.py; gives what was sent ahead, if anything."""
         self.idle_turns = 0
         began, took, fate = self.now, self._round_trip(exchange), self._fate(exchange)
+        if self._waits_for_lock(exchange):
+            self._elapse(began + LOCK_TIMEOUT)
+            told = self.engine.reject(self.now, for_lock=True)
+            promise(not told, "tells of a lock that delays a moment only")
+            self._happened()
+            return None
         self.asked = exchange
         arrival = took * self.random.random()
         self._elapse(began + arrival)
@@ -873,6 +904,10 @@ class History:
         self._tell(self.engine.finish(outcomes))
         goes_on = self.streams and self.give_up_at is None
         return self.engine.ahead(self.now) if goes_on else None
+
+    def _waits_for_lock(self, exchange: Exchange) -> bool:
+        settled = self.table._match(self._settled_in(exchange))
+        return not self.table.barred.isdisjoint(settled)
 
     def _suspect(self, exchange: Exchange, reply: Reply) -> None:
         match exchange.claim:
@@ -1003,7 +1038,13 @@ class History:
         for id_, token in self.live:
             row = self.table.rows.get(id_)
             late = row is not None and row.token == token and (row.lease_until or 0) <= self.db_now
+            late = late and not self._cannot_be_extended(id_)
             promise(not late, f"{id_}: not extended before a claim")
+
+    def _cannot_be_extended(self, id_: str) -> bool:
+        """Whether a stranger has the row locked, or had until the last extension."""
+        let_go = self.now < self.barred_at.get(id_, -inf) + self.lease / 2
+        return id_ in self.table.barred or let_go
 
     def _hear(self, news: News, sent_at: float) -> None:
         for claimed in news.run:
@@ -1086,6 +1127,7 @@ class History:
             self.held_up_at = max(self.held_up_at, min(self.now, self.alone_until))
         if len(self.enqueued) < 100 or self.random.random() < 0.05:
             self._check_leases()
+            self._check_settlements()
             self._check_idleness()
         if self.peace and self.give_up_at is None:
             left = set(self.table.rows)
@@ -1113,6 +1155,19 @@ class History:
             + (self.keys > 0) * (4 * self.lease + 4 * self.poll_interval)
         )
 
+    def _check_settlements(self) -> None:
+        """A row that a stranger has locked delays no other's settlement by more than 0.3 s."""
+        if not self.calm or self.give_up_at is not None:
+            return
+        for key in [key for key in self.finished if self.handed.get(key) is not None]:
+            del self.finished[key]
+        for (id_, token), at in self.finished.items():
+            row = self.table.rows.get(id_)
+            if row is not None and row.token == token and id_ not in self.table.barred:
+                since = max(at, self.barred_at.get(id_, -inf) + self.poll_interval)
+                waited = self.now - since - 2 * self.sweeps_take
+                promise(waited <= 0.3, f"{id_}: finished, and not settled for {waited} s")
+
     def _check_leases(self) -> None:
         if not self.connected or self.breaking or self.now < self.disturbed_at + self.lease:
             return
@@ -1122,6 +1177,8 @@ class History:
         for id_, token in self.live:
             row = self.table.rows.get(id_)
             held = row is not None and row.token == token and (row.lease_until or 0) > now
+            if self._cannot_be_extended(id_):
+                continue
             promise(held or (id_, token) in self.unsure, f"{id_}: its lease ended")
 
     def _check_idleness(self) -> None:
@@ -1139,6 +1196,8 @@ class History:
             idle_since = max(idle_since, self.handed_at)
         now = self.db_now
         for row in self.table.rows.values():
+            if self._cannot_be_extended(row.id):
+                continue
             if row.waits or row.key is not None or row.id in self.key_of:
                 continue  # others may come first: the deadline holds for it
             free_at = max(row.due, row.lease_until or 0)
@@ -1158,7 +1217,7 @@ class History:
                 most = 0.3 if told and not self.has_deputy else self.poll_interval
                 if told and self.now > self.contended_at + self.poll_interval + 2.0:
                     most = min(most, 1.3)
-                prompt = waited <= most + 2 * self.sweeps_take + 0.1
+                prompt = waited <= most + 2 * self.sweeps_take + 0.1 + 0.3 * self.strangers
                 promise(prompt, f"{row.id}: committed {waited} s ago, and not found")
 
     def _check_freedom(self) -> None:
@@ -1169,7 +1228,12 @@ class History:
         since = max(self.disturbed_at, self.slow_until, self.refused_at + 4 * patience)
         now = self.db_now
         for row in self.table.rows.values():
-            if self.table.locked or row.lease_until is None or row.due > now:
+            if (
+                self._cannot_be_extended(row.id)
+                or self.table.locked
+                or row.lease_until is None
+                or row.due > now
+            ):
                 continue
             ended = min((now - row.lease_until) / SECOND, self.now - since)
             promise(ended <= patience, f"{row.id}: its lease ended {ended} s ago")

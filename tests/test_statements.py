@@ -28,12 +28,14 @@ from bgjob._statements.claims import (
     under_way,
 )
 from bgjob._statements.enqueues import enqueue, enqueue_many
+from bgjob._statements.keys import barred_keys
 from bgjob._statements.notices import listen, park, unpark
 from bgjob._statements.session import WORKER_SETTINGS, session
 from bgjob._statements.settlements import (
     Buried,
     Claimed,
     Postponed,
+    barred,
     bury,
     complete,
     complete_at,
@@ -481,6 +483,26 @@ def test_a_job_that_is_given_back_is_as_before_its_claim_and_sleeping_workers_he
         )
     expected = [] if sleeper == "nobody" else [Notice({2: since})]
     assert [Notice.read(payload, "q") for payload in heard] == expected
+
+
+def test_rows_and_keys_that_others_have_locked_are_told_without_waiting(
+    worker: psycopg.Connection, dsn: str
+) -> None:
+    fill(worker, 4)
+    held = claimed(worker, 4)
+    taken, gone, locked, free = sorted(held)
+    worker.execute("update bgjob_job set token = 9 where id = %s", [taken.job.id])
+    worker.execute("delete from bgjob_job where id = %s", [gone.job.id])
+    worker.execute("insert into bgjob_exclusive (key) values ('k'), ('l')")
+    with psycopg.connect(dsn) as other:
+        other.execute(
+            "select from bgjob_job where id = any (%s) for update", [[taken.job.id, locked.job.id]]
+        )
+        other.execute("select from bgjob_exclusive where key = 'l' for update")
+        assert ask(worker, barred(held)) == [locked.job.id]
+        assert ask(worker, barred_keys(["k", "l", "m"])) == ["l"]
+    assert ask(worker, barred([locked, free])) == []
+    assert ask(worker, barred_keys(["k", "l", "m"])) == []
 
 
 def test_a_postponed_job_has_the_priority_that_was_said_or_keeps_its_own(

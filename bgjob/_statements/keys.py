@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bgjob._statements.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._statements.settlements import Claimed
-from bgjob._statements.statement import Statement, in_range, nothing
+from bgjob._statements.statement import Statement, column, in_range, nothing
 
 # Its job is claimed: the claim's token is gone as soon as that is settled or freed. Not
 # `exists`: where a nested loop is off that becomes a hash of the whole table.
@@ -53,6 +53,23 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
         """,
         {"keys": sorted(set(keys))},
         nothing,
+    )
+
+
+def barred_keys(keys: Iterable[str]) -> Statement[list[str]]:
+    """List the keys whose rows other sessions have locked; it waits for nothing."""
+    return Statement(
+        """
+        with free as materialized (
+            select key from bgjob_exclusive where key = any (%(keys)s::text[])
+            for update skip locked
+        )
+        select key from bgjob_exclusive
+        where key = any (%(keys)s::text[]) and key not in (select key from free)
+        """,
+        {"keys": sorted(set(keys))},
+        column,
+        prepare=False,
     )
 
 

@@ -33,7 +33,8 @@ none of these matters. A setting that this server does not have is left out.
 
 WORKER_SETTINGS = SETTINGS | {
     "idle_in_transaction_session_timeout": "0",
-    "lock_timeout": "5s",
+    # A row that cannot be had is left for later, and delays only its own job; see Engine.reject.
+    "lock_timeout": "100ms",
     "statement_timeout": "10s",
     # A host that falls asleep within a transaction must not keep its rows locked.
     "transaction_timeout": "20s",
@@ -53,6 +54,9 @@ WORKER_SETTINGS = SETTINGS | {
     "plan_cache_mode": "force_generic_plan",
 }
 """Settings of the session in which a worker claims and settles."""
+
+SERVICE_SETTINGS = {"lock_timeout": "5s"}
+"""What differs while a service has that session: it waits for a lock, and cannot try later."""
 
 
 def schema_comment() -> Statement[str | None]:

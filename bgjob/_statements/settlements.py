@@ -273,6 +273,28 @@ def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
     )
 
 
+def barred(claimed: Sequence[Claimed]) -> Statement[list[str]]:
+    """List the ids of jobs, still held, whose rows other sessions have locked.
+
+    It waits for nothing. The rows that it locks are free again when its transaction ends.
+    """
+    return Statement(
+        """
+        with free as materialized (
+            select id from bgjob_job
+            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+            for update skip locked
+        )
+        select id from bgjob_job
+        where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+            and id not in (select id from free)
+        """,
+        _held(claimed),
+        column,
+        prepare=False,
+    )
+
+
 def _held(claimed: Sequence[Claimed], ids: Sequence[str] | None = None) -> dict[str, object]:
     return {
         "ids": text_array(ids or [c.job.id for c in claimed]),

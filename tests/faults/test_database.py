@@ -89,9 +89,14 @@ def locked(world: World, statement: LiteralString) -> Iterator[None]:
 
 def waiting(world: World, where: LiteralString = "true") -> int:
     """The worker's session that waits for a lock."""
-    assert eventually(lambda: sessions(world, f"{WAITS} and {where}"))
-    [pid] = sessions(world, f"{WAITS} and {where}")
-    return pid
+    found: list[int] = []
+
+    def is_waiting() -> bool:
+        found[:] = sessions(world, f"{WAITS} and {where}")
+        return bool(found)
+
+    assert eventually(is_waiting)
+    return found[0]
 
 
 @both_colours
@@ -130,7 +135,8 @@ def test_a_settlement_that_is_terminated_is_made_again(
     world.enqueue("plain", "a", hold="gate", then=then, until=2)
     worker = start(world, colour, lease=LONG)
     worker.wait_for("effect", "a")
-    with locked(world, "select from bgjob_job where id = 'a' for update"):
+    # It waits for a tenth of a second, again and again.
+    with locked(world, "lock table bgjob_job in share row exclusive mode"):
         world.release("gate", 1, 2)
         terminate(world, waiting(world))
     world.done()
@@ -416,20 +422,59 @@ def test_low_timeouts_break_off_nothing_that_a_worker_does_itself(
     world.enqueue("plain", "a", hold="gate")
     worker = start(world, colour, ledger=ledger, lease=LONG, poll_interval=0.5)
     worker.wait_for("effect", "a")
-    # The settlement waits for longer than any of them, and so does the worker between its polls.
+    # A locked row is for longer out of reach than any of them; the others are settled.
     with locked(
         world,
         "set statement_timeout = 0; set idle_in_transaction_session_timeout = 0;"
         " select from bgjob_job where id = 'a' for update",
     ):
         world.release("gate", 1)
-        pid = waiting(world)
-        time.sleep(0.3)
-        assert waiting(world) == pid
+        world.enqueue("plain", "b")
+        worker.wait_for("completed", "b")
+        assert not worker.of("error")
     world.done()
     world.witness(worker, "completed", "a")
     assert not worker.of("error", "retried", "lost")
     assert world.rows("a") == 1
+
+
+@both_colours
+@pytest.mark.parametrize("what", ["row", "key"])
+def test_a_row_that_another_session_has_locked_delays_its_own_settlement_only(
+    world: World, colour: Colour, what: str
+) -> None:
+    exclusive = "k" if what == "key" else None
+    world.enqueue("plain", "locked", hold="gate", exclusive=exclusive)
+    world.enqueue("plain", "slow", linger=2.5)
+    worker = start(world, colour, concurrency=2, lease=1.0)
+    worker.wait_for("effect", "locked")
+    worker.wait_for("effect", "slow")
+    lock: LiteralString = (
+        "select from bgjob_exclusive where key = 'k' for update"
+        if what == "key"
+        else "select from bgjob_job where id = 'locked' for update"
+    )
+    paces = []
+    with locked(world, lock):
+        world.release("gate", *range(1, 9))
+        if what == "key":
+            world.enqueue("plain", "next", exclusive="k")
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            [id] = world.enqueue("plain", delay=0.05)
+            # From when it is due until it is settled.
+            assert eventually(lambda: not world.live(id))  # noqa: B023
+            at = "select (clock_timestamp() - at) from ledger where job_id = %s"
+            due = world.value(at, [id])
+            paces.append(due.total_seconds())
+        assert not worker.heard("completed", "locked")
+    world.done()
+    print(f"{what}: neighbours were settled within {median(paces):.3f} s, {max(paces):.3f} s")
+    assert median(paces) < 0.5
+    world.witness(worker, "completed", "locked")
+    assert world.rows("slow") == 1
+    twice = "select job_id from ledger where kind <> 'gate' group by 1 having count(*) > 1"
+    assert world.query(twice) == []
 
 
 @both_colours
