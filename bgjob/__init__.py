@@ -44,6 +44,8 @@ from bgjob.schedules import Schedules
 from bgjob.stats import QueueStats
 from bgjob.worker import AsyncWorker, Worker
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AsyncClient",
     "AsyncWorker",
@@ -97,5 +99,6 @@ __all__ = [
     "UnknownTypeError",
     "Worker",
     "WorkerError",
+    "__version__",
     "only",
 ]

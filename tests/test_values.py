@@ -1,6 +1,7 @@
 """Values check themselves when they are made, and say what was wrong with them."""
 
 import functools
+import importlib.metadata
 import logging
 import threading
 import uuid
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import bgjob
 from bgjob import (
     Backoff,
     BgjobError,
@@ -565,6 +567,13 @@ def test_a_mux_knows_coroutine_handlers(handler: Any, is_coroutine: bool) -> Non
     mux = Mux().register("t", handler)
     assert mux.has_coroutines is is_coroutine
     assert the_route(handler).is_coroutine is is_coroutine
+
+
+# -- the package ------------------------------------------------------------------------------
+
+
+def test_the_package_tells_its_version() -> None:
+    assert bgjob.__version__ == importlib.metadata.version("bgjob")
 
 
 # -- observers --------------------------------------------------------------------------------

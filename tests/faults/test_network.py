@@ -258,8 +258,9 @@ def trap(proxy: Proxy, moment: str, *sql: str) -> threading.Event:
 @both_clients
 @both_moments
 @pytest.mark.parametrize("how", ["enqueue", "bulk_enqueue", "transaction"])
-def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated(
-    proxy: Proxy, world: World, is_async: bool, moment: str, how: str
+@pytest.mark.parametrize("is_done", [False, True], ids=["live meanwhile", "done meanwhile"])
+def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated_while_its_job_is_live(
+    proxy: Proxy, world: World, is_async: bool, moment: str, how: str, is_done: bool
 ) -> None:
     dsn = proxy.dsn(world.dsn)
     client: Any = AsyncClient(dsn) if is_async else Client(dsn)
@@ -287,7 +288,15 @@ def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated(
         assert cut.wait(PATIENCE)
         world.saw(str(lost.value))
         assert world.live("a") == (moment == "after")
-        if moment == "after":
+        if is_done:
+            world.start()
+        if moment == "after" and is_done:
+            # An id is free once its job is done: the repetition is another job.
+            assert eventually(lambda: world.live("a") == 0)
+            assert world.rows("a") == 1
+            enqueue()
+            world.acknowledge("a")
+        elif moment == "after":
             world.acknowledge("a")
             with pytest.raises(JobAlreadyExistsError) as taken:
                 enqueue()
@@ -297,10 +306,11 @@ def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated(
         else:
             enqueue()
             world.acknowledge("a")
-        assert world.live("a") == 1
-    world.start()
+        if not is_done:
+            assert world.live("a") == 1
+            world.start()
     world.done()
-    assert world.rows("a") == 1
+    assert world.rows("a") == (2 if moment == "after" and is_done else 1)
 
 
 def told(worker: Process, id: str) -> list[tuple[str, int]]:
