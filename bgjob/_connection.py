@@ -29,6 +29,11 @@ Recipe: TypeAlias = tuple[str, Mapping[str, Any]]
 
 _DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10,  # seconds
+    # Of a network that is gone nobody else tells, for two hours by default.
+    "keepalives_idle": 30,  # seconds
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # milliseconds
     # Of all settings this one is known to poolers, and is asked for while connecting.
     "client_encoding": "UTF8",
 }

@@ -234,7 +234,7 @@ class Control:
                 return False
         runner.spread()
         if runner.next_timeout <= now:
-            runner.expire(now)
+            engine.give_up(runner.expire(now))
         self._collect()
         if notice := self._link.take_notice():
             engine.wake(notice)

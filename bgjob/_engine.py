@@ -12,6 +12,7 @@ it says what happened and what time it is, and asks for the next step:
     disconnect()     the connection broke: the exchange happened, or did not
     reconnect()      there is a connection again
     finish()         handlers ended; gives events
+    give_up()        handlers did not end in time: their transactions must
     withdrawn()      what a Withdraw took back
     wake()           a notification came
     slots            how many there are: some may be lost, and come back
@@ -68,7 +69,7 @@ from bgjob._exchange import (
 from bgjob._pace import Pace
 from bgjob._parking import Parking
 from bgjob._route import Wants
-from bgjob._statements.settlements import Claimed
+from bgjob._statements.settlements import Claimed, session_name
 from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -181,6 +182,7 @@ class Engine:
         self._keys_pause = _MOMENT
         self._has_keys = False  # some job has had a key
         self._free: dict[str, None] = {}  # keys that are to be released, in order
+        self._doomed: list[str] = []  # sessions of claims that were given up
         self._blocked_after = ""  # where to go on looking for such
         self._stopping = self._abandoned = self._withdrew = False
 
@@ -283,6 +285,10 @@ class Engine:
         self._has_keys = True
         return True
 
+    def give_up(self, claims: Iterable[Claimed]) -> None:
+        """End the sessions of transactional handlers whose jobs have failed before they end."""
+        self._doomed += [session_name(c) for c in claims if c.job.type in self._transactional]
+
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""
         claimed = [*claimed, *self._wanting]
@@ -326,7 +332,8 @@ class Engine:
         if now >= self._pace.stale_at(self._running):
             self._pace.slow_down(now)
             return Withdraw()
-        settled = not (self._pending or self._refused or self._free or self._apart)
+        held = self._pending or self._refused or self._free or self._apart
+        settled = not (held or self._doomed)
         done = settled and (self._abandoned or not self._running)
         if self._stopping and done and not self._parking.parked:
             return Stop(self._running)
@@ -335,6 +342,10 @@ class Engine:
 
         exchange = Exchange()
         outcomes: list[Outcome] = []
+        if self._doomed:
+            # By itself: a server that refuses it must not refuse others' settlements.
+            exchange.end, self._doomed = self._doomed, []
+            return self._send(exchange, outcomes, now)
         if now >= self._apart_at:
             self._add_probe(exchange)
             return self._send(exchange, outcomes, now)
@@ -385,6 +396,7 @@ class Engine:
             or self._stopping
             or self._parking.parked
             or self._wanting
+            or self._doomed
             or self._gives_back
             or any(sent.exchange.give_back for sent in self._sent)
             or self._suspects.hold_up(now)
@@ -708,6 +720,7 @@ class Engine:
     def _take_back(self, sent: _Sent) -> None:
         if sent.exchange.probes:
             self._apart_at = -inf
+        self._doomed += sent.exchange.end
         self._wanting.extendleft(reversed(sent.exchange.acquire))
         self._free.update(self._freed(sent))
         self._pending.extendleft(reversed(sent.outcomes))

@@ -37,6 +37,7 @@ from bgjob._statements.settlements import (
     bury,
     complete,
     complete_at,
+    end_sessions,
     extend,
     give_back,
     postpone,
@@ -121,6 +122,8 @@ class Exchange:
     """Jobs whose rows others may have locked."""
     probe_keys: list[str] = field(default_factory=list)
     """Keys whose rows others may have locked."""
+    end: Sequence[str] = ()
+    """Sessions of handlers whose claims were given up; as `session_name`."""
     park: Literal["take", "give"] | None = None
     is_deputy: bool = False
     """With "take": whether this session is the deputy already."""
@@ -158,6 +161,8 @@ class Exchange:
     def statements(self, queue: str, lease: float, served: Collection[str] = ()) -> Plan:
         """Return the SQL; `served` are the queues of the same worker."""
         plan: Plan = []
+        if self.end:
+            plan.append((end_sessions(self.end), "ended"))
         if self.park == "take":
             # What the claim does not see notifies.
             taking = park(queue, is_deputy=self.is_deputy, relieve=self.relieve)
@@ -221,6 +226,7 @@ class Exchange:
             or self.acquire
             or self.release
             or self.probes
+            or self.end
             or self.park
             or self.claim
         )
@@ -309,6 +315,7 @@ class Reply:
     lines: list[Line] = field(default_factory=list)
     suspects: list[Suspect] = field(default_factory=list)
     locked: None = None
+    ended: None = None
     acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
     """Whether the job of an id and token has its key; as `acquire`."""
     woken: list[Woken] = field(default_factory=list)

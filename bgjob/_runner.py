@@ -172,15 +172,20 @@ class Runner:
         """The slots that are left: without those whose jobs have timed out and do not end."""
         return self._concurrency - self._timeouts.missing
 
-    def expire(self, now: float) -> None:
-        """Fail the jobs whose time is over, and that do not end; others take their slots."""
-        for run in self._timeouts.overdue(now):
+    def expire(self, now: float) -> list[Claimed]:
+        """Fail the jobs whose time is over, and that do not end; others take their slots.
+
+        Returns those jobs.
+        """
+        overdue = self._timeouts.overdue(now)
+        for run in overdue:
             if self._timeouts.lose():
                 with self._lock:
                     self._free += 1
             self._timed_out(run.claimed.job, run.timeout)
             self._done(run.fail(now))
         self.spread()
+        return [run.claimed for run in overdue]
 
     def blocked(self, now: float, patience: float) -> LoopBlockedError | None:
         """Tell once of a loop that has not turned for so many seconds; asked now and then."""

@@ -404,7 +404,7 @@ class Transactions:
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
                 # Several commands in one string, which cannot be prepared.
-                Cursor(connection).execute(begin(claimed.token), prepare=False)
+                Cursor(connection).execute(_begin(connection, claimed), prepare=False)
             except BaseException as error:
                 connection.close()
                 if kept is None or not isinstance(error, psycopg.Error):
@@ -465,7 +465,7 @@ class Transactions:
                 self._furnish(connection)
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
-                await AsyncCursor(connection).execute(begin(claimed.token), prepare=False)
+                await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
             except BaseException as error:
                 await connection.close()
                 if kept is None or not isinstance(error, psycopg.Error):
@@ -526,6 +526,10 @@ def _taken_from(connection: _Connection | _AsyncConnection) -> PGconn:
     session: PGconn = connection.pgconn
     connection.user, connection.pgconn = _NOBODY, _GONE
     return session
+
+
+def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:
+    return begin(claimed, over_tcp=not connection.info.host.startswith("/"))
 
 
 def _is_over(connection: psycopg.BaseConnection[Any]) -> bool:

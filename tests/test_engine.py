@@ -1,6 +1,7 @@
 """What the engine decides, one situation at a time."""
 
 from dataclasses import replace
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
 from math import inf
@@ -28,7 +29,7 @@ from bgjob._exchange import (
 )
 from bgjob._route import Wants
 from bgjob._statements.claims import Line, Suspect, Swept, Taken, UnderWay
-from bgjob._statements.settlements import Claimed
+from bgjob._statements.settlements import Claimed, session_name
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
@@ -52,6 +53,7 @@ class Drive:
         lease: float = 30.0,
         notify: bool = False,
         names_keys: bool = False,
+        transactional: Collection[str] = (),
     ) -> None:
         self.now = 100.0
         self.engine = Engine(
@@ -61,6 +63,7 @@ class Drive:
             notify=notify,
             tokens=count(1),
             names_keys=names_keys,
+            transactional=transactional,
         )
 
     def step(self) -> Step:
@@ -1177,3 +1180,47 @@ def test_an_engine_claims_again_as_soon_as_a_slot_is_back() -> None:
     claim = drive.exchange().claim
     assert claim is not None
     assert claim.limit == 1
+
+
+# -- sessions of transactional handlers that do not end -------------------------------------
+
+
+def given_up(drive: Drive) -> tuple[Claimed, list[str]]:
+    """Give up the handler of a transactional job; it, and the name of its session."""
+    [claimed] = drive.claim("a")
+    drive.engine.give_up([claimed])
+    drive.finish(claimed, result=Retry(0.0))
+    return claimed, [session_name(claimed)]
+
+
+def test_the_session_of_a_handler_that_is_given_up_is_ended_before_its_job_is_settled() -> None:
+    drive = Drive(transactional={"t"})
+    claimed, names = given_up(drive)
+    exchange = drive.exchange()
+    assert (exchange.end, settled(exchange), exchange.claim) == (names, [], None)
+    drive.answer()
+    assert settled(drive.exchange()) == [claimed.job.id]
+
+
+def test_a_session_is_ended_once_more_where_nobody_knows_whether_it_was() -> None:
+    drive = Drive(transactional={"t"})
+    _, names = given_up(drive)
+    assert drive.exchange().end == names
+    drive.lose()
+    assert drive.exchange().end == names
+
+
+def test_a_server_that_refuses_to_end_a_session_refuses_nothing_else() -> None:
+    drive = Drive(transactional={"t"})
+    claimed, names = given_up(drive)
+    assert drive.exchange().end == names
+    drive.engine.reject(drive.now)
+    exchange = drive.next_exchange()
+    assert not exchange.end
+    assert settled(exchange) == [claimed.job.id]
+
+
+def test_a_handler_without_a_transaction_has_no_session_to_end() -> None:
+    drive = Drive()
+    claimed, _ = given_up(drive)
+    assert settled(drive.exchange()) == [claimed.job.id]

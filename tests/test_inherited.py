@@ -24,6 +24,7 @@ from bgjob import (
     Schedule,
     Schedules,
 )
+from bgjob._connection import options
 
 
 __all__ = ["crew"]  # the fixture of test_worker, of both colours
@@ -284,3 +285,10 @@ def test_a_connection_string_may_ask_for_any_encoding(crew: Crew, dsn: str) -> N
         client.do("q", Mux().register("t", lambda _: MoveToDlq("✓")))
         [dead] = client.dlq.list()
         assert (dead.id, dead.last_error) == ("ä✓", "✓")
+
+
+def test_the_users_word_counts_more_than_the_librarys_about_keepalives() -> None:
+    ours = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    assert options(("host=h", {})).items() >= {**ours, "tcp_user_timeout": 60_000}.items()
+    assert options(("host=h keepalives_idle=7", {}))["keepalives_idle"] == "7"
+    assert options(("host=h", {"tcp_user_timeout": 0}))["tcp_user_timeout"] == 0

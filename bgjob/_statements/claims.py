@@ -6,6 +6,7 @@ from functools import partial
 from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
+from bgjob._statements.session import IS_OURS
 from bgjob._statements.statement import Row, Statement, in_range, number_array
 from bgjob.job import Job
 
@@ -53,7 +54,7 @@ def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
     return f"""
         {lines}
         cross join lateral (
-            select j.ctid, j.lease_until is not null as ended from bgjob_job j
+            select j.ctid, j.lease_until is not null as ended, j.id, j.token from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
                 and j.next_run_at >= line.since and j.next_run_at <= now() and not j.waits
                 and ({which})
@@ -97,10 +98,24 @@ _CLAIM_OF_ONE_PRIORITY = f"""
 
 _LINES = f"""
     {_PRIORITIES}
-    select due.ctid, due.ended
+    select due.ctid, due.ended, due.id, due.token
     from (
         select priority, timestamptz '-infinity' as since from line where priority is not null
     ) as line
+"""
+
+# The handler of a claim that is freed may live on in its transaction, in a worker that is
+# stopped or cut off, and keep locks that the next attempt needs: its session ends. Nearly
+# always there is none. Named as by `session_name` in settlements.py.
+_END_SESSIONS = f"""
+    case when exists (select from due where ended) then (
+        select count(pg_terminate_backend(a.pid)) from pg_stat_activity a
+        where {IS_OURS} and a.application_name = any (array(
+            select format(
+                'bgjob %%s %%s', token, left(encode(sha256(convert_to(id, 'UTF8')), 'hex'), 16)
+            ) from due where ended
+        ))
+    ) end
 """
 
 # What was in flight when its worker died is only set free here: whichever of
@@ -118,20 +133,20 @@ _SWEEP = f"""
         where ctid = any (array(select ctid from due where not ended))
         returning {JOB_COLUMNS}
     )
-    select claimed.*, freed.count
-    from (select count(*) from freed) as freed left join claimed on true
+    select claimed.*, freed.ended, freed.count
+    from (select count(*), {_END_SESSIONS} as ended from freed) as freed
+    left join claimed on true
 """
 
 _FREE = f"""
-    with freed as (
+    with due as materialized ({_due(_LINES, _ENDED)}),
+    freed as (
         update bgjob_job
         set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
-        where ctid = any (array(
-            select due.ctid from ({_due(_LINES, _ENDED)}) as due
-        ))
+        where ctid = any (array(select ctid from due))
         returning 1
     )
-    select count(*) from freed
+    select {_END_SESSIONS}, count(*) from freed
 """
 
 _CLAIM_SUSPECT = f"""
@@ -265,7 +280,7 @@ def free(queue: str, *, limit: int, held: Sequence[int] = ()) -> Statement[Swept
     return Statement(
         _FREE,
         {"queue": queue, "limit": limit, "held": number_array(held)},
-        lambda rows: Swept([], rows[0][0]),
+        lambda rows: Swept([], rows[0][-1]),
     )
 
 

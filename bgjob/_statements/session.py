@@ -24,6 +24,11 @@ SETTINGS = {
     "default_transaction_deferrable": "off",
     # An idle session of the library is not a forgotten one.
     "idle_session_timeout": "0",
+    # One whose host has vanished is.
+    "tcp_keepalives_idle": "30",  # seconds
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "60s",
 }
 """Settings of each session of the library's own, whatever database and role default to.
 
@@ -151,6 +156,12 @@ def lacks(
         },
         lambda rows: [Lack(*row) for row in rows],
     )
+
+
+IS_OURS = """
+    a.datname = current_database() and a.usename = session_user and pg_has_role(a.usesysid, 'usage')
+"""
+"""Of pg_stat_activity: whether this role may end the session `a`, and it works for the same one."""
 
 
 class Backend(NamedTuple):

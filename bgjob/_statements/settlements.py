@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from typing import LiteralString, NamedTuple
 
 from bgjob._connection import ErrorTexts, Floats, Smallints
 from bgjob._statements.notices import LOCK_CLASS, NOTIFY, bucket, channel
+from bgjob._statements.session import IS_OURS
 from bgjob._statements.statement import (
     Row,
     Statement,
     column,
     in_range,
+    nothing,
     number_array,
     scalar,
     text_array,
@@ -78,24 +81,78 @@ def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
     return ids if some is None else some
 
 
-def begin(token: int) -> bytes:
+def session_name(claimed: Claimed) -> str:
+    """Return what the session of a transactional handler is called while it holds this claim.
+
+    No other claim, of no other worker or schema, has the same name: tokens are random. It is
+    written out in SQL as well, in claims.py.
+    """
+    digest = sha256(claimed.job.id.encode()).hexdigest()[:_DIGITS]
+    return f"bgjob {claimed.token:d} {digest}"
+
+
+_DIGITS = 16
+
+# An unused connection whose other end has vanished would keep its locks for two hours.
+_KEEPALIVE = (
+    "; set local tcp_keepalives_idle = 30; set local tcp_keepalives_interval = 10; "
+    "set local tcp_keepalives_count = 3"
+)
+
+
+def begin(claimed: Claimed, *, over_tcp: bool) -> bytes:
     """Open the transaction of a handler, and mark it as the one that belongs to a claim.
 
     One mark ends with the transaction, however that ends. The other is undone
     by a rollback and outlives a commit. How long the handler may be idle in it
-    is for the lease to say. Whatever the default level is, an extension of the
-    lease must not make the settlement fail.
+    is for the lease to say: whoever frees the claim ends the session, which it
+    knows by its name. Whatever the default level is, an extension of the lease
+    must not make the settlement fail.
     """
     return (
         "begin isolation level read committed; "
-        f"set local bgjob.claim = '{token:d}'; set bgjob.committed = '{token:d}'; "
-        "set local idle_in_transaction_session_timeout = 0"
+        f"set local bgjob.claim = '{claimed.token:d}'; "
+        f"set bgjob.committed = '{claimed.token:d}'; "
+        f"set local application_name = '{session_name(claimed)}'; "
+        f"set local idle_in_transaction_session_timeout = 0{_KEEPALIVE if over_tcp else ''}"
     ).encode()
 
 
+_IDLE = 10_000
+"""Milliseconds for which a transaction whose handler has ended may wait for its worker."""
+
+
 def claim_of_transaction() -> Statement[str | None]:
-    """Give the token of the claim that this transaction was opened for."""
-    return Statement("select current_setting('bgjob.claim', true)", None, scalar, prepare=None)
+    """Give the token of the claim that this transaction was opened for.
+
+    From here on its job's row is about to be locked, and a sweep would pass it over: a worker
+    that is stopped now must not keep the transaction open.
+    """
+    return Statement(
+        "select current_setting('bgjob.claim', true), "
+        f"set_config('idle_in_transaction_session_timeout', '{_IDLE:d}', true)",
+        None,
+        scalar,
+        prepare=None,
+    )
+
+
+def end_sessions(names: Sequence[str]) -> Statement[None]:
+    """End the sessions of handlers whose claims were freed or given up, with their locks.
+
+    Args:
+        names: as of `session_name`. Sessions of other roles are left alone.
+
+    """
+    return Statement(
+        f"""
+        select pg_terminate_backend(a.pid) from pg_stat_activity a
+        where a.application_name = any (%(names)s::text[]) and {IS_OURS}
+        """,
+        {"names": text_array(names)},
+        nothing,
+        prepare=False,
+    )
 
 
 COMMIT = (

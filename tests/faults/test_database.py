@@ -67,7 +67,7 @@ def sessions(world: World, where: LiteralString = "true") -> list[int]:
     """The server processes of the worker's connections."""
     query = (
         "select pid from pg_stat_activity where datname = current_database() "
-        f"and application_name in ('bgjob', 'worker') and {where}"
+        f"and (application_name ^@ 'bgjob' or application_name = 'worker') and {where}"
     )
     return [pid for (pid,) in world.query(query)]
 

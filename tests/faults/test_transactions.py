@@ -5,7 +5,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from typing import Any, Literal, LiteralString, TypeAlias
 
 import psycopg
@@ -17,8 +18,10 @@ from psycopg.rows import dict_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob import AsyncClient, AsyncWorker, Client, Complete, Job, Mux, Worker
+from bgjob._statements.settlements import Claimed, end_sessions, session_name
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
+from faults.proxy import Proxy
 from faults.world import PATIENCE, World, eventually
 
 Host = Literal["Worker-plain", "Worker-coroutine", "AsyncWorker-coroutine"]
@@ -442,3 +445,129 @@ def test_a_transaction_outlives_the_extension_of_its_lease_whatever_the_default_
         world.witness(worker, "completed", id)
     assert levels == [("read committed",)] * 2
     assert not worker.of("error", "retried", "buried", "lost")
+
+
+# -- 11: whoever gives up or frees a claim ends its transaction, with its locks ------------------
+
+
+ONE_AT_A_TIME = "create unique index on ledger (job_id) where kind = 'transactional'"
+"""A second attempt waits for what the first has written and not ended."""
+
+
+@hosts
+def test_a_transaction_that_has_timed_out_gives_its_locks_to_the_next_attempt(
+    world: World, host: Host
+) -> None:
+    world.query(ONE_AT_A_TIME)
+    neighbours: set[int] = set()
+    released = threading.Event()
+
+    def plain(job: Job, conn: psycopg.Connection[Any]) -> None:
+        conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        if job.id == "neighbour":
+            neighbours.add(conn.info.backend_pid)
+        if job.attempt == 1:
+            released.wait(PATIENCE)
+
+    async def coroutine(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
+        await conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        if job.id == "neighbour":
+            neighbours.add(conn.info.backend_pid)
+        while job.attempt == 1 and not released.is_set():
+            try:
+                await asyncio.sleep(0.02)
+            except asyncio.CancelledError:
+                continue  # it will not be told
+
+    mux = Mux()
+    handler = plain if host == "Worker-plain" else coroutine
+    register: Any = mux.register
+    policy: dict[str, Any] = {"transactional": True, "max_attempts": 2, "backoff": lambda _: 0.0}
+    register("transactional", handler, timeout=0.2, **policy)
+    register("untimed", handler, **policy)
+    # Claimed together: they have one token.
+    world.enqueue("transactional", "a", "b")
+    world.enqueue("untimed", "neighbour")
+    began = time.monotonic()
+    worker = world.worker(mux, is_async=host.startswith("Async"), concurrency=4, lease=LONG)
+    for id in "ab":
+        world.witness(worker, "timed_out", id)
+        worker.wait_for("completed", id)
+    assert time.monotonic() - began < 8  # seconds: about two for a coroutine that is cancelled
+    assert not worker.of("buried")
+    released.set()
+    worker.wait_for("completed", "neighbour")
+    assert worker.of("completed")[-1] == ("completed", "neighbour", 1)
+    assert len(neighbours) == 1
+    assert sorted(world.query("select job_id, attempt from ledger")) == [
+        ("a", 2),
+        ("b", 2),
+        ("neighbour", 1),
+    ]
+
+
+@pytest.mark.parametrize("colour", ["thread", "async"])
+def test_the_transaction_of_a_worker_that_is_stopped_ends_when_its_claim_is_freed(
+    world: World, colour: Literal["thread", "async"]
+) -> None:
+    world.query(ONE_AT_A_TIME)
+    world.enqueue("transactional", "a", hold="gate")
+    first = world.start(colour=colour)
+    first.wait_for("effect", "a")
+    first.stop()
+    stopped = time.monotonic()
+    second = world.start(colour=colour)
+    world.release("gate", 1, 2)
+    second.wait_for("completed", "a")
+    took = time.monotonic() - stopped
+    print(f"completed {took:.2f} s after the stop, lease {world.lease:g} s")
+    assert took < world.lease + 8  # seconds; for ever before
+    first.cont()
+    world.witness(first, "lost", "a")
+    assert world.query("select attempt from ledger where job_id = 'a'") == [(2,)]
+
+
+def test_the_transaction_of_a_worker_whose_host_vanished_ends_when_its_claim_is_freed(
+    world: World,
+) -> None:
+    world.query(ONE_AT_A_TIME)
+    world.enqueue("transactional", "a", hold="gate")
+    with Proxy(world.dsn) as proxy:
+        first = world.start(dsn=proxy.dsn(world.dsn))
+        first.wait_for("effect", "a")
+        proxy.abandon()
+        first.kill()
+        second = world.start()
+        world.release("gate", 2)
+        world.witness(second, "completed", "a")
+        assert world.query("select attempt from ledger where job_id = 'a'") == [(2,)]
+        # The proxy's other session is half open: only the server's keepalive would end it.
+        world.query(
+            "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
+            "where datname = current_database() and pid <> pg_backend_pid() "
+            "and application_name ^@ 'bgjob'"
+        )
+        second.wait_for("empty")
+
+
+def test_freeing_a_claim_ends_no_other_session(world: World) -> None:
+    def name(id: str, token: int) -> str:
+        now = datetime.now(UTC)
+        return session_name(Claimed(Job(id, "q", "t", None, 1, None, 0, now, now, now), token))
+
+    names = [name("a", 1), name("a", 2), name("b", 1)]
+    assert len(set(names)) == 3
+    assert max(map(len, names)) <= 63
+    assert len(name("ä" * 255, 2**63 - 1)) <= 63
+    with ExitStack() as stack:
+        conns = [
+            stack.enter_context(psycopg.connect(world.dsn, application_name=name)) for name in names
+        ]
+        with psycopg.connect(world.dsn, autocommit=True) as conn:
+            statement = end_sessions(names[:1])
+            conn.execute(statement.text, statement.params)
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            conns[0].execute("select 1")
+        for conn in conns[1:]:
+            conn.execute("select 1")
+    world.saw("the session of the claim was ended")
