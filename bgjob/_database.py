@@ -70,8 +70,7 @@ def opened(dsn: str) -> Iterator[Client]:
 
     Raises:
         SchemaError: the tables are missing or of another version.
-        psycopg.Error: the server cannot be reached. A client's pool would try for 30 s, and
-            then know no reason.
+        psycopg.Error: the server cannot be reached. A client would try for 30 s.
 
     """
     with connect(dsn) as conn:

@@ -220,7 +220,7 @@ class Pool:
 
 
 class AsyncPool:
-    """Connections of an async client's own; as Pool, for the tasks of one event loop."""
+    """Connections of an async client's own; as Pool, for the tasks of one event loop at a time."""
 
     def __init__(
         self,
@@ -239,11 +239,14 @@ class AsyncPool:
     def in_child(self) -> None:
         """Begin anew; as Pool.in_child."""
         self._home: _Home[AsyncPooledConnection] = _Home()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._places = asyncio.Semaphore(_SIZE)
 
     async def take(self) -> AsyncPooledConnection:
         """Take a connection, in autocommit; as Pool.take."""
         self._check_open()
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            self._loop, self._places = loop, asyncio.Semaphore(_SIZE)
         home, places = self._home, self._places
         until = monotonic() + self._patience
         if places.locked():

@@ -532,7 +532,7 @@ def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Curs
 class AsyncClient:
     """Writes jobs to PostgreSQL, and reads the dead-letter table; as Client, awaited.
 
-    For use from the tasks of one event loop.
+    For use from the tasks of one event loop at a time.
 
     Args:
         source: a connection string, or a psycopg_pool.AsyncConnectionPool of

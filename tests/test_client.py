@@ -1171,6 +1171,21 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child(
     ]
 
 
+def test_an_async_client_serves_one_event_loop_after_another(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    client = AsyncClient(dsn)
+
+    async def enqueue() -> None:
+        await asyncio.gather(*(client.enqueue(EnqueueRequest("q", "t")) for _ in range(30)))
+
+    for _ in range(2):
+        asyncio.run(enqueue())
+    asyncio.run(client.close())
+    assert count(conn) == 60
+    assert eventually(lambda: sessions(conn) == [])
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_is_not_held_up_by_the_parents_threads_that_use_its_client(
     dsn: str, conn: psycopg.Connection
