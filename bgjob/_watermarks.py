@@ -33,6 +33,10 @@ a second comes a twentieth of a second after the one before."""
 REST = 40  # times the cost of a sweep: at most a fortieth of the time is spent on them
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
 
+_MOST_UNUSED = 50
+"""Priorities without a job that keep their marks. With those of 20,000 priorities, each used once,
+a claim took 123 ms; the marks that are forgotten are left to the sweeps."""
+
 
 class Watermarks:
     """The marks of one queue, and when to look behind them."""
@@ -83,7 +87,7 @@ class Watermarks:
         marks, told = dict(self._marks), self._told_since
         # One that is sent before the last is answered may have to go on where that ends.
         for since in (told, *self._looking):
-            marks.update((p, min(at, marks[p])) for p, at in since.items())
+            marks.update((p, min(at, marks[p])) for p, at in since.items() if p in marks)
         told.clear()
         if self._look_back_at <= now:
             marks = {p: min(mark, self._late_since) for p, mark in marks.items()}
@@ -183,8 +187,17 @@ class Watermarks:
             self._marks.setdefault(line.priority, since)
         if not full:
             self._look_back_at = inf
+            self._forget_all_but({line.priority for line in lines})
         self._swept_at = now
         # One that took long by itself tells of a busy host, or of the first look at cold
         # pages, and must not keep the worker blind for forty times as long.
         self._cost, self._last_cost = min(self._last_cost, now - began), now - began
         self.sweep_at = now + max(self._poll_interval, REST * self._cost)
+
+    def _forget_all_but(self, used: set[int]) -> None:
+        """Forget the marks of priorities without a job, but for those used last."""
+        unused = self._marks.keys() - used
+        if len(unused) > _MOST_UNUSED:
+            for priority in sorted(unused, key=self._marks.__getitem__)[:-_MOST_UNUSED]:
+                del self._marks[priority]
+                self._told_since.pop(priority, None)

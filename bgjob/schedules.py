@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._statements import schedules as statements
 from bgjob._statements.statement import Statement
 from bgjob.errors import BgjobError, ScheduleError
-from bgjob.schedule import Schedule
+from bgjob.schedule import Schedule, State
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -71,6 +72,8 @@ class Schedules:
         if self._poll_interval < 0.05:  # noqa: PLR2004
             raise ValueError(f"poll_interval must be at least 0.05 s, not {poll_interval!r}")
         self._registered = False
+        # By name, of those that wait for a tick: what was seen of them, and that tick.
+        self._coming: dict[str, tuple[State, datetime]] = {}
         self._retry_at: dict[str, float] = {}  # of those that had a problem
         self._pauses: dict[str, float] = {}
 
@@ -101,6 +104,9 @@ class Schedules:
             state = states.get(schedule.name)
             if state is None:
                 continue
+            if (until := self._waits_until(state)) is not None:
+                waits.append((until - state.now).total_seconds())
+                continue
             try:
                 firing = schedule.firing(state)
                 wait = schedule.wait(state, firing)
@@ -113,12 +119,29 @@ class Schedules:
                     problems[schedule.name] = BgjobError(_AHEAD)
             if wait is not None:
                 waits.append(max(wait, 0.0))
+                if firing is None:
+                    until = state.now + timedelta(seconds=wait)
+                    self._coming[schedule.name] = state, until
         if firings:
             problems |= _apart(conn, statements.fire, firings)
         self._put_off(names, problems)
         if problems:
             raise ScheduleError(problems, min(waits)) from next(iter(problems.values()))
         return min(waits)
+
+    def _waits_until(self, state: State) -> datetime | None:
+        """Return the next tick of a schedule if it is still to come.
+
+        To find it anew took 0.1 ms of each schedule at each look.
+        """
+        seen, until = self._coming.get(state.name, (None, state.now))
+        if (
+            seen is not None
+            and seen._replace(now=state.now) == state
+            and (seen.now <= state.now < until)
+        ):
+            return until
+        return None
 
     def _put_off(self, names: Iterable[str], problems: Mapping[str, Exception]) -> None:
         """Try those with a problem again later, and no sooner."""

@@ -961,6 +961,19 @@ def test_a_claim_sent_ahead_starts_where_the_one_before_it_was_told_to() -> None
     assert marks.start(6.0) == {0: at(3.0)}
 
 
+def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    used_once = [job(str(n), priority=n, due=at(n)) for n in range(500)]
+    marks.claimed(used_once, full=False)
+    lines = [Line(0, at(0), None, None)]
+    marks.swept(lines, None, full=True, began=1.0, now=1.0)
+    assert len(marks.start(1.0)) == 500  # it has not seen everything
+    marks.swept(lines, None, full=False, began=2.0, now=2.0)
+    # What is in use stays, and what was used last.
+    assert sorted(marks.start(2.0)) == [0, *range(450, 500)]
+    assert not marks.told({7: at(0)})
+
+
 def test_a_claim_that_is_refused_starts_there_again() -> None:
     drive = Drive(concurrency=2, poll_interval=100.0)
     drive.exchange()

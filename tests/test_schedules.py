@@ -27,6 +27,7 @@ from bgjob import (
     SchemaError,
     UnknownScheduleError,
 )
+from bgjob import cron
 from bgjob._statements.session import WORKER_SETTINGS
 from bgjob._statements.schedules import fire, look
 from bgjob.cron import Cron
@@ -916,3 +917,29 @@ def test_no_tick_is_enqueued_once_a_pause_has_returned(
     assert jobs(conn) == paused
     timetable.resume("s")
     assert eventually(lambda: len(jobs(conn)) > len(paused))
+
+
+def test_a_look_finds_no_tick_anew_that_is_still_to_come(
+    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However many there are: no cache helps over 4,096 of them.
+    made = [Schedule(f"{n:02}", cron=f"{n} 3 1 1 *", request=REQUEST) for n in range(50)]
+    service = Schedules(made)
+    for _ in range(2):  # the first writes their next ticks
+        assert service.run(conn) == 1.0
+    found: list[str] = []
+    real = cron._next
+
+    def find(expression: str, wall: datetime) -> datetime:
+        found.append(expression)
+        return real(expression, wall)
+
+    monkeypatch.setattr(cron, "_next", find)
+    cron._after.cache_clear()
+    assert service.run(conn) == 1.0
+    assert found == []
+    conn.execute("update bgjob_schedule set tick = tick - interval '2 years' where name = '42'")
+    service.run(conn)
+    assert set(found) == {made[42].cron}
+    [(id_,)] = conn.execute("select id from bgjob_job").fetchall()
+    assert id_.startswith("schedule:42:")
