@@ -12,12 +12,14 @@ from time import monotonic
 
 import psycopg
 from psycopg.errors import (
+    CharacterNotInRepertoire,
     DatatypeMismatch,
     FeatureNotSupported,
     InvalidSqlStatementName,
     LockNotAvailable,
     ReadOnlySqlTransaction,
     UndefinedFunction,
+    UntranslatableCharacter,
 )
 
 from bgjob._connection import Recipe, Silence
@@ -25,7 +27,7 @@ from bgjob._engine import Engine
 from bgjob._events import Events
 from bgjob._exchange import Exchange, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
 from bgjob._fork import Lineage
-from bgjob._link import Answer, Bell, Link
+from bgjob._link import Answer, Bell, Link, UnreadError
 from bgjob._logger import log as _log
 from bgjob._runner import Runner, inside
 from bgjob._transaction import Transactions
@@ -247,6 +249,9 @@ class Control:
         if now >= self._rota.pressing_at:
             self._serve()
             return True
+        if self._link.unread:
+            self._bury_unread()
+            return True
         match engine.step(now):
             case Exchange() as exchange:
                 self._exchange(exchange)
@@ -277,11 +282,31 @@ class Control:
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
+            if isinstance(error, UnreadError):
+                self._events.error(error)
+                self._engine.disconnect(monotonic())  # it happened, or did not
+                return
             if isinstance(error, _STALE):
                 self._link.forget_plans()
+            elif isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire):
+                self._link.use_server_encoding()
             for_lock = isinstance(error, LockNotAvailable)
             if self._engine.reject(monotonic(), for_lock=for_lock):
                 self._events.error(error)
+
+    def _bury_unread(self) -> None:
+        for unread in self._link.unread:
+            text = (
+                f"job {unread.id} of queue {self._queue!r} could not be read, and was moved to the "
+                f"dead-letter table: {unread.error}"
+            )
+            self._events.tell([BgjobError(text)])
+        try:
+            self._link.bury_unread()
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)  # they are left to their leases
 
     def _must_reconnect(self, error: psycopg.Error) -> bool:
         # A primary that became a standby: the next one may be elsewhere.
@@ -302,7 +327,7 @@ class Control:
                 try:
                     coming = link.send(following) if following else None
                 finally:
-                    self._acknowledge(answer.read())
+                    self._acknowledge(link.read(answer))
                 answer = coming
 
     def _follow(self) -> Plan | None:
@@ -310,7 +335,7 @@ class Control:
         self._collect()
         now = monotonic()
         due_at = min(self._rota.pressing_at, self._runner.next_timeout)
-        goes_on = self._give_up_at is None and now < due_at
+        goes_on = self._give_up_at is None and now < due_at and not self._link.unread
         ahead = self._engine.ahead(now) if goes_on else None
         return self._link.plan(ahead) if ahead else None
 

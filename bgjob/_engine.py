@@ -928,7 +928,7 @@ class Engine:
                     self._marks.sweep_at = self._marks.early_sweep_at
             case Sweep(limit, token):
                 jobs, freed = reply.swept
-                self._looked(jobs, now, full=len(jobs) + freed == limit)
+                self._looked(jobs, now, full=len(jobs) + freed + reply.unread == limit)
                 self._swept(reply, sent, now, full=self._more)
                 if freed and self._more:
                     self._marks.sweep_at = -inf  # there may be more to free than there are slots
@@ -940,7 +940,7 @@ class Engine:
             case Claim(limit, token, starts):
                 jobs, places = reply.claimed
                 self._marks.answered()
-                self._looked(jobs, now, starts, full=len(jobs) == limit)
+                self._looked(jobs, now, starts, full=len(jobs) + reply.unread == limit)
                 if sent.vague and not self._more:
                     # What was told of may lie behind the marks, or have a priority that is
                     # not known yet, and when the next job is due only a sweep finds out.

@@ -322,6 +322,8 @@ class Reply:
     blocked: Blocked = _NOTHING_BLOCKED
     barred: Sequence[str] = ()
     barred_keys: Sequence[str] = ()
+    unread: int = 0
+    """Jobs that were claimed and could not be read."""
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""

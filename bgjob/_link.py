@@ -7,12 +7,13 @@ import socket
 from collections.abc import Callable, Collection, Iterator
 from math import ceil
 from time import monotonic
-from typing import Any, LiteralString
+from typing import Any, LiteralString, NamedTuple, cast
 
 import psycopg
+from psycopg._encodings import pg2pyenc
 from psycopg.abc import RV, PQGen
 from psycopg.conninfo import timeout_from_conninfo
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import TupleRow, tuple_row
 from psycopg.waiting import Ready, Wait
 from typing_extensions import override
@@ -29,6 +30,7 @@ from bgjob._statements.session import (
     schema_comment,
     session,
 )
+from bgjob._statements.settlements import bury_unread
 from bgjob._statements.statement import Statement
 
 _PATIENCE = 10.0
@@ -141,6 +143,32 @@ class _Connection(psycopg.Connection[TupleRow]):
             raise
 
 
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Make a refusal of what is raised before a statement is sent, so that no other suffers."""
+    try:
+        yield
+    except psycopg.Error:
+        raise
+    except Exception as error:
+        raise psycopg.DataError(f"a statement could not be sent: {error!r}") from error
+
+
+class UnreadError(psycopg.DataError):
+    """The exchange was committed, and its answer could not be read."""
+
+
+class Unread(NamedTuple):
+    """A claimed job that could not be read."""
+
+    place: str
+    """Where its row is."""
+    token: int
+    id: str
+    """In the notation of Python's bytes."""
+    error: Exception
+
+
 class Answer:
     """The cursors of an exchange that was sent; they are lent to it until it is read.
 
@@ -151,13 +179,15 @@ class Answer:
         self._connection = connection
         self._spare = cursors
         self._used: list[Cursor] = []
+        self.unread: list[Unread] = []
         self._asked: list[tuple[Statement[Any], str, Cursor]] = []
 
     def ask(self, plan: Plan) -> None:
         """Send statements, each for its part of the Reply."""
         for statement, part in plan:
             cursor = self._cursor()
-            cursor.execute(statement.text, statement.params, binary=True)
+            with _refusing():
+                cursor.execute(statement.text, statement.params, binary=True)
             self._asked.append((statement, part, cursor))
 
     def say(self, text: LiteralString) -> None:
@@ -172,9 +202,35 @@ class Answer:
         """Read what the server said."""
         reply = Reply()
         for statement, part, cursor in self._asked:
-            reply.add(part, statement.parse(cursor.fetchall()))
+            try:
+                rows = cursor.fetchall()
+            except Exception as error:
+                if cursor.pgresult is None or cursor.pgresult.status != ExecStatus.TUPLES_OK:
+                    raise  # the server's
+                rows = self._readable(statement, cursor, error)
+            reply.add(part, statement.parse(rows))
+        reply.unread = len(self.unread)
         self._spare += self._used
         return reply
+
+    def _readable(
+        self, statement: Statement[Any], cursor: Cursor, error: Exception
+    ) -> list[TupleRow]:
+        """Read a claim row by row, and note those that cannot be read."""
+        result, rows = cursor.pgresult, []
+        names = [column.name for column in cursor.description or ()]
+        if result is None or "ctid" not in names or statement.params is None:
+            raise UnreadError(f"the server's answer could not be read: {error}") from error
+        for number in range(result.ntuples):
+            cursor.scroll(number, "absolute")
+            try:
+                rows += [row for row in [cursor.fetchone()] if row is not None]
+            except Exception as problem:
+                place = (result.get_value(number, names.index("ctid")) or b"").decode()
+                id_ = repr(result.get_value(number, 0) or b"")[1:]
+                token = cast("int", statement.params["token"])
+                self.unread.append(Unread(place, token, id_, problem))
+        return rows
 
     def _cursor(self) -> Cursor:
         cursor = self._spare.pop() if self._spare else Cursor(self._connection)
@@ -204,6 +260,8 @@ class Link:
         self._connection: _Connection | None = None
         self._cursors: list[Cursor] = []  # to use again
         self._heard: Notice | None = None
+        self.unread: list[Unread] = []
+        """Claimed jobs that could not be read, and are to be buried."""
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
@@ -277,7 +335,30 @@ class Link:
         else:
             with self.streaming():
                 answer = self._transact(plan)
-        return answer.read()
+        return self.read(answer)
+
+    def read(self, answer: Answer) -> Reply:
+        """Read an answer; what cannot be read of a claim is in `unread`."""
+        reply = answer.read()
+        self.unread += answer.unread
+        return reply
+
+    def bury_unread(self) -> None:
+        """Move the jobs that could not be read to the dead-letter table."""
+        unread, self.unread = self.unread, []
+        text = f"the job could not be read: {unread[0].error}"
+        places, tokens = [u.place for u in unread], [u.token for u in unread]
+        self._run(self._ready(), bury_unread(places, tokens, text))
+
+    def use_server_encoding(self) -> None:
+        """Let text come as it is stored: some of it has no equivalent in UTF-8."""
+        connection = self._ready()
+        encoding = connection.info.parameter_status("server_encoding") or ""
+        with contextlib.suppress(psycopg.NotSupportedError):
+            pg2pyenc(encoding.encode())  # some Python does not know
+            self._run(
+                connection, session(connection.info.backend_pid, {"client_encoding": encoding})
+            )
 
     def forget_plans(self) -> None:
         """Prepare all statements anew, after the tables have changed under their plans."""
@@ -286,7 +367,8 @@ class Link:
 
     def plan(self, exchange: Exchange) -> Plan:
         """Put an exchange into words, so that nothing but to send them is left to do."""
-        return exchange.statements(self._queue, self._lease, self._served)
+        with _refusing():
+            return exchange.statements(self._queue, self._lease, self._served)
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:

@@ -148,3 +148,49 @@ def test_a_name_that_the_database_cannot_hold_is_refused_where_it_is_enqueued(
         asyncio.run(enqueue())
         assert client.stats() == []
         client.enqueue(EnqueueRequest("q", "t"))
+
+
+# -- a row that cannot be read ---------------------------------------------------------------
+
+# In SQL_ASCII psycopg cannot decode it; in WIN1252 the server cannot convert it.
+UNREADABLE = {"SQL_ASCII": b"bad\xff\xfe", "WIN1252": b"bad\x81"}
+
+
+@pytest.mark.parametrize("encoding", list(UNREADABLE), indirect=True)
+@pytest.mark.parametrize("state", ["due", "held", "died"])
+def test_a_job_that_nobody_can_read_is_buried_and_its_neighbours_complete(
+    crew: Crew, dsn: str, encoding: str, state: str
+) -> None:
+    done: list[str] = []
+    recorder = Recorder()
+    with Client(dsn) as client, psycopg.connect(dsn, autocommit=True) as conn:
+        client.bulk_enqueue([EnqueueRequest("q", "t", id=f"a{n:03}") for n in range(120)])
+        conn.execute(
+            "select set_config('client_encoding', current_setting('server_encoding'), false)"
+        )
+        conn.execute(
+            b"update bgjob_job set id = '%s' || id where id in ('a007', 'a064', 'a119')"
+            % UNREADABLE[encoding]
+        )
+        if state == "held":
+            conn.execute("update bgjob_job set token = 1, lease_until = now() - interval '1 s'")
+        elif state == "died":
+            conn.execute("update bgjob_job set deaths = 1 where id like 'bad%'")
+        crew.start(
+            Mux().register("t", lambda job: done.append(job.id)),
+            observer=recorder,
+            poll_interval=0.1,
+            lease=2,
+            concurrency=8,
+        )
+        assert eventually(lambda: len(set(done)) == 117), recorder.of("error")
+        assert eventually(lambda: len(client.dlq.list()) == 3), recorder.of("error")
+        found = [(dead.id, dead.arg, dead.last_error) for dead in client.dlq.list()]
+        for id_, arg, error in found:
+            assert id_.startswith(("bad\\377\\376a", "bad\\201a"))
+            assert (arg, "could not be read" in str(error)) == (None, True)
+        assert len(done) == 117
+        assert any("could not be read" in str(error) for _, error in recorder.of("error"))
+        assert eventually(
+            lambda: [(s.due, s.running, s.dead) for s in client.stats()] == [(0, 0, 3)]
+        )

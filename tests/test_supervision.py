@@ -27,8 +27,10 @@ from test_worker import (
 )
 
 import bgjob._control
-from bgjob import Client, Mux, SchemaError, Worker
+from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
+from bgjob._connection import Cursor
 from bgjob._control import Control
+from bgjob._exchange import Exchange
 from bgjob._statements.session import schema_comment
 from bgjob.schema import init_sql
 
@@ -274,6 +276,7 @@ PROGRAM = """
 import os
 from bgjob import Client, Mux, Worker
 from bgjob._control import Control
+from bgjob._exchange import Exchange
 
 def broken(control):
     raise RuntimeError("the turn is broken")
@@ -322,3 +325,56 @@ def test_the_command_exits_with_1_and_says_so_where_nobody_answers(tmp_path: Pat
         )
     assert ended.returncode == 1, ended.stderr
     assert "timeout" in ended.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("where", ["statements", "execute"])
+def test_whatever_is_raised_before_an_exchange_is_sent_is_a_refusal_of_that_exchange(
+    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    spoiled = threading.Event()
+    spoiled.set()
+    if where == "statements":
+        make = Exchange.statements
+
+        def statements(self: Exchange, *args: Any) -> Any:
+            if spoiled.is_set() and any(b.claimed.job.id == "bad" for b in self.bury):
+                raise RuntimeError("no words for it")
+            return make(self, *args)
+
+        monkeypatch.setattr(Exchange, "statements", statements)
+    else:
+        execute = Cursor.execute
+
+        def refuse(self: Cursor, query: Any, params: Any = None, **options: Any) -> Any:
+            if (
+                spoiled.is_set()
+                and "insert into bgjob_dead_job" in str(query)
+                and "bad" in str(params)
+            ):
+                raise RuntimeError("no words for it")
+            return execute(self, query, params, **options)
+
+        monkeypatch.setattr(Cursor, "execute", refuse)
+    done: list[str] = []
+    recorder = Recorder()
+    crew.enqueue(*(f"a{n:03}" for n in range(100)), "bad")
+
+    def handle(job: Job) -> MoveToDlq | None:
+        done.append(job.id)
+        return MoveToDlq("bad") if job.id == "bad" else None
+
+    worker = crew.start(
+        Mux().register("t", handle),
+        observer=recorder,
+        poll_interval=0.1,
+        concurrency=4,
+    )
+    ids = "select count(*) from bgjob_job"
+    assert eventually(lambda: len(done) == 101 and row(conn, ids) == (1,)), recorder.events
+    assert eventually(lambda: "no words for it" in str(recorder.of("error")))
+    crew.enqueue("later")
+    assert eventually(lambda: "later" in done)
+    assert worker.failure is None
+    spoiled.clear()
+    assert eventually(lambda: row(conn, ids) == (0,))
+    assert done.count("bad") == 1

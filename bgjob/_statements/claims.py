@@ -113,7 +113,9 @@ _END_SESSIONS = f"""
         where {IS_OURS} and a.application_name = any (array(
             select format(
                 'bgjob %%s %%s', token, left(encode(sha256(convert_to(id, 'UTF8')), 'hex'), 16)
-            ) from due where ended
+            )
+            -- Elsewhere an id may have no equivalent in UTF8.
+            from due where ended and (getdatabaseencoding() = 'UTF8' or id ~ '^[ -~]+$')
         ))
     ) end
 """
@@ -131,7 +133,7 @@ _SWEEP = f"""
     ), claimed as (
         update bgjob_job set {_TAKE}
         where ctid = any (array(select ctid from due where not ended))
-        returning {JOB_COLUMNS}
+        returning {JOB_COLUMNS}, ctid::text
     )
     select claimed.*, freed.ended, freed.count
     from (select count(*), {_END_SESSIONS} as ended from freed) as freed
@@ -159,7 +161,7 @@ _CLAIM_SUSPECT = f"""
         limit 1
         for update skip locked
     ))
-    returning {JOB_COLUMNS}, deaths
+    returning {JOB_COLUMNS}, ctid::text, deaths
 """
 
 _CLAIM_ANY = f"""
@@ -169,7 +171,7 @@ _CLAIM_ANY = f"""
             {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
         ) as due
     ))
-    returning {JOB_COLUMNS}, deaths
+    returning {JOB_COLUMNS}, ctid::text, deaths
 """
 
 
@@ -373,7 +375,8 @@ def _jobs(rows: Sequence[Row]) -> list[Job]:
 
 def _swept(rows: Sequence[Row]) -> Swept:
     found = [row for row in rows if row[0] is not None]
-    return Swept(_jobs(sorted(found, key=_by_due)), rows[0][-1])
+    freed = rows[0][-1] if rows else 0
+    return Swept(_jobs(sorted(found, key=_by_due)), freed)
 
 
 def _suspects(rows: Sequence[Row]) -> list[Suspect]:

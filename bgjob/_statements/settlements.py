@@ -305,6 +305,35 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
     )
 
 
+# As its bytes, those that are not ASCII in octal: what nobody can read must not keep the
+# dead-letter table from being listed.
+def _bytes_of(column: LiteralString) -> LiteralString:
+    return f"encode(convert_to({column}, getdatabaseencoding()), 'escape')"
+
+
+_BURY_UNREAD = f"""
+    with gone as (
+        delete from bgjob_job
+        where ctid = any (%(places)s::tid[]) and token = any (%(tokens)s::bigint[])
+        returning *
+    )
+    insert into bgjob_dead_job (
+        job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
+        job_created_at, job_updated_at
+    )
+    select {_bytes_of("id")}, {_bytes_of("queue")}, {_bytes_of("type")}, arg, attempt,
+        %(error)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at, updated_at
+    from gone
+    returning true
+"""
+
+
+def bury_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Statement[None]:
+    """Move claimed jobs that could not be read to the dead-letter table, from where they are."""
+    params = {"places": text_array(places), "tokens": number_array(tokens), "error": error}
+    return Statement(_BURY_UNREAD, params, nothing)
+
+
 def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
     """Let leases end `lease` seconds from now; the ids of those still held.
 
