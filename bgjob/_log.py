@@ -74,14 +74,16 @@ def set_up(level: str | None, format: Format | None, *, with_pid: bool = False) 
 
 
 def _is_unhandled(record: logging.LogRecord) -> bool:
-    """Whether no logger below the root has handlers of its own for a record.
+    """Whether no logger below the root has a handler of its own that shows a record.
 
-    The program has set those up, and would see the line twice.
+    The program has set those up, and the line would be there twice.
     """
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.parent is not None:
-        if any(not isinstance(each, logging.NullHandler) for each in logger.handlers):
-            return False
+        for handler in logger.handlers:
+            is_shown = not isinstance(handler, logging.NullHandler | logging.FileHandler)
+            if is_shown and handler.level <= record.levelno:
+                return False
         logger = logger.parent
     return True
 

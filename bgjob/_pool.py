@@ -251,7 +251,8 @@ class AsyncPool:
         until = monotonic() + self._patience
         if places.locked():
             try:
-                await asyncio.wait_for(places.acquire(), self._patience)
+                async with asyncio.timeout(self._patience):
+                    await places.acquire()
             except TimeoutError:
                 raise _all_in_use(self._patience) from None
         else:

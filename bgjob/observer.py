@@ -113,7 +113,7 @@ class LoggingObserver(NoopObserver):
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
-        self._logger = log if logger is None else logger
+        self._logger = log if logger in (None, log.logger) else logger
 
     def _log(
         self,

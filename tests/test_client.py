@@ -1171,6 +1171,40 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child(
     ]
 
 
+def test_a_client_whose_connections_are_all_in_use_for_long_says_so(
+    colour: Colour, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bgjob.client.PATIENCE", 0.2)
+    client = colour.client()
+
+    refused = threading.Event()
+    too_many = pytest.raises(psycopg.OperationalError, match="all 10 connections .* in use")
+
+    async def enqueue_async(c: AsyncClient) -> None:
+        with too_many:
+            await c.enqueue(EnqueueRequest("q", "t"))
+        refused.set()
+
+    def enqueue(c: Client) -> None:
+        assert eventually(lambda: len(waiting(conn)) == 10)
+        with too_many:
+            c.enqueue(EnqueueRequest("q", "t"))
+        refused.set()
+
+    skip: list[Callable[[Any], Any]] = [
+        lambda c: c.bulk_enqueue(requests("a"), on_conflict="skip")
+    ] * 10
+    with psycopg.connect(colour.dsn) as blocker, ThreadPoolExecutor(1) as threads:
+        Client(colour.dsn).enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
+        late: Any = enqueue_async if colour.is_async else enqueue
+        calls = threads.submit(colour.at_once, *skip, late, client=client)
+        assert refused.wait(20)
+        blocker.rollback()
+        calls.result()
+    client.enqueue(EnqueueRequest("q", "t"))
+    assert count(conn) == 2
+
+
 def test_an_async_client_serves_one_event_loop_after_another(
     dsn: str, conn: psycopg.Connection
 ) -> None:

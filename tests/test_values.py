@@ -626,13 +626,12 @@ def test_the_librarys_logger_is_silenced_by_its_level_and_not_by_being_disabled(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     logger = logging.getLogger("bgjob")
-    logger.disabled = True
-    observer = LoggingObserver()
-    observer.job_moved_to_dlq(a_job(), "why")
-    assert [(r.name, r.funcName, r.filename) for r in caplog.records] == [
-        ("bgjob", "_log", "observer.py")
-    ]
-    caplog.clear()
+    for observer in (LoggingObserver(), LoggingObserver(logger)):
+        logger.disabled = True
+        observer.job_moved_to_dlq(a_job(), "why")
+        [record] = caplog.records
+        assert (record.name, record.funcName, record.filename) == ("bgjob", "_log", "observer.py")
+        caplog.clear()
     with caplog.at_level(logging.CRITICAL, logger="bgjob"):
         observer.job_moved_to_dlq(a_job(), "why")
     assert caplog.records == []
