@@ -260,6 +260,7 @@ class Link:
         self._connection: _Connection | None = None
         self._cursors: list[Cursor] = []  # to use again
         self._heard: Notice | None = None
+        self._has_opened = False
         self.unread: list[Unread] = []
         """Claimed jobs that could not be read, and are to be buried."""
         self.can_notify = False
@@ -307,7 +308,10 @@ class Link:
             direct = answers.pid == connection.info.backend_pid
             if direct:
                 self._run(connection, session(answers.pid, WORKER_SETTINGS))
-            schema.check_version(self._run(connection, schema_comment()))
+            # One that has worked with the tables goes on while they have what its statements
+            # need, whatever they are called: a deploy may have changed them meanwhile.
+            check = schema.check_tables if self._has_opened else schema.check_version
+            check(self._run(connection, schema_comment()))
             schema.check_lacks(self._run(connection, lacks()))
             self.can_notify = self._notify and direct
             if self.can_notify:
@@ -318,7 +322,7 @@ class Link:
             raise
         connection.meanwhile = self._meanwhile
         connection.patience = _PATIENCE
-        self._connection, self._cursors = connection, []
+        self._connection, self._cursors, self._has_opened = connection, [], True
 
     def exchange(self, exchange: Exchange) -> Reply:
         """Run an exchange in one round trip and one transaction.

@@ -1,5 +1,6 @@
 """The schema's text and version."""
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -8,7 +9,9 @@ from bgjob._statements.session import Lack
 from bgjob.errors import SchemaError
 
 VERSION = 1
-"""The schema version this library works with; `migration/init.sql` carries it as a comment."""
+"""The schema version this library needs; `migration/init.sql` carries it as a comment."""
+
+_COMMENT = re.compile(r"bgjob schema ([0-9]{1,9})(?:, works with ([0-9]{1,9}))?")
 
 
 def init_sql() -> str:
@@ -19,8 +22,18 @@ def init_sql() -> str:
     return path.read_text("utf-8")
 
 
-def check_version(comment: str | None) -> None:
-    """Raise SchemaError unless the comment on bgjob_job names this version."""
+def versions(comment: str | None) -> tuple[int, int] | None:
+    """Return the schema's version, and the oldest that its libraries may need; None if unknown.
+
+    'bgjob schema 2, works with 1' is version 2, and whatever needs version 1 works with it: it
+    has more, such as a column that may be null. Without that it works with its own version only.
+    """
+    match = _COMMENT.fullmatch(comment or "")
+    return match and (int(match[1]), int(match[2] or match[1]))
+
+
+def check_tables(comment: str | None) -> None:
+    """Raise SchemaError unless the tables are there."""
     if comment is None:
         raise SchemaError(
             "the tables bgjob_job, bgjob_dead_job, bgjob_exclusive and bgjob_pause are not in the "
@@ -28,14 +41,20 @@ def check_version(comment: str | None) -> None:
             "apply migration/init.sql (bgjob.schema.init_sql()) to this database, "
             "or set the search_path to the schema that has them, and grant its usage to this role"
         )
-    name, _, version = comment.rpartition(" ")
-    if name != "bgjob schema" or not version.isdecimal():
+
+
+def check_version(comment: str | None) -> None:
+    """Raise SchemaError unless the comment on bgjob_job names a version to work with."""
+    check_tables(comment)
+    found = versions(comment)
+    if found is None:
         raise SchemaError(
             f"the comment on table bgjob_job is {comment!r}, not 'bgjob schema {VERSION}'; "
             "apply migration/init.sql completely, with its last statement"
         )
-    if int(version) != VERSION:
-        remedy = "upgrade the schema" if int(version) < VERSION else "upgrade the bgjob package"
+    version, oldest = found
+    if not oldest <= VERSION <= version:
+        remedy = "upgrade the schema" if version < VERSION else "upgrade the bgjob package"
         raise SchemaError(
             f"table bgjob_job has schema version {version}, this bgjob needs {VERSION}: {remedy}"
         )

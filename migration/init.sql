@@ -115,4 +115,6 @@ create table bgjob_pause (
     constraint bgjob_pause_pkey primary key (queue)
 );
 
+-- A later version to which only something was added, such as a column that may be null, says
+-- 'bgjob schema 2, works with 1': then what needs version 1 starts with it as well.
 comment on table bgjob_job is 'bgjob schema 1';

@@ -661,6 +661,9 @@ def test_checks_the_databases_schema(run: Run, conn: psycopg.Connection) -> None
         "needed": version,
         "error": None,
     }
+    conn.execute("comment on table bgjob_job is 'bgjob schema 3, works with 1'")
+    told = "the tables have schema version 3, which works with 1\n"
+    assert run("schema", "--check") == (0, told, "")
     conn.execute("comment on table bgjob_job is 'bgjob schema 99'")
     status, out, err = run("schema", "--check", "--json")
     found = json.loads(out)

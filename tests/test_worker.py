@@ -1445,6 +1445,11 @@ def test_an_observer_is_told_each_time_the_queue_has_become_empty(crew: Crew) ->
         ("comment on table bgjob_job is 'ours'", "apply migration/init.sql completely"),
         ("comment on table bgjob_job is 'bgjob schema 0'", "version 0, .*: upgrade the schema"),
         ("comment on table bgjob_job is 'bgjob schema 99'", "version 99, .*: upgrade the bgjob"),
+        (
+            "comment on table bgjob_job is 'bgjob schema 4, works with 2'",
+            "version 4, .* needs 1: upgrade the bgjob",
+        ),
+        ("comment on table bgjob_job is 'bgjob schema 2, works'", "migration/init.sql completely"),
         ("create schema s; alter table bgjob_job set schema s", "set the search_path"),
     ],
 )
@@ -1456,6 +1461,46 @@ def test_a_worker_refuses_a_schema_that_is_not_its_own_and_names_the_remedy(
     with pytest.raises(SchemaError, match=remedy):
         crew.run(worker.run())
     crew.shutdown(worker)
+
+
+def test_a_deploy_that_adds_a_column_stops_no_worker_before_it(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    observer = Recorder()
+    mux = Mux().register("t", lambda _: Complete())
+    crew.start(mux, observer=observer, poll_interval=0.1)
+    crew.enqueue("a")
+    observer.wait_for("completed", "a")
+    conn.execute(
+        "alter table bgjob_job add column colour text; "
+        "comment on table bgjob_job is 'bgjob schema 2, works with 1'"
+    )
+    terminate_workers(conn)
+    crew.enqueue("b")
+    observer.wait_for("completed", "b")
+    other = Recorder()
+    crew.start(mux, observer=other, queue="r")  # one that starts works as well
+    crew.enqueue("c", queue="r")
+    other.wait_for("completed", "c")
+
+
+@pytest.mark.parametrize("comment", ["'bgjob schema 2'", "'ours'", "null"])
+def test_a_worker_goes_on_after_a_deploy_while_the_tables_have_what_it_needs(
+    crew: Crew, conn: psycopg.Connection, comment: LiteralString
+) -> None:
+    observer = Recorder()
+    mux = Mux().register("t", lambda _: Complete())
+    crew.start(mux, observer=observer, poll_interval=0.1)
+    conn.execute(f"comment on table bgjob_job is {comment}")
+    terminate_workers(conn)
+    crew.enqueue("a")
+    observer.wait_for("completed", "a")
+    conn.execute("alter table bgjob_job rename column deaths to lives")
+    terminate_workers(conn)
+    assert eventually(lambda: "no column deaths" in str(observer.of("error")))
+    conn.execute("alter table bgjob_job rename column lives to deaths")
+    crew.enqueue("b")
+    observer.wait_for("completed", "b")
 
 
 def test_a_worker_that_could_not_start_can_be_run_again(crew: Crew, empty_dsn: str) -> None:

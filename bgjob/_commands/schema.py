@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     with _database.connect(_database.find(args.dsn)) as conn:
         comment = _database.ask(conn, schema_comment())
-    version = (comment or "").rpartition(" ")[-1]
+    version, _ = schema.versions(comment) or (None, None)
     found = {
-        "version": int(version) if version.isdecimal() else None,
+        "version": version,
         "needed": schema.VERSION,
     }
     try:
@@ -60,5 +60,6 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         _table.write_json({"ok": True, **found, "error": None})
     else:
-        sys.stdout.write(f"the tables have schema version {schema.VERSION}, as needed\n")
+        works = "as needed" if version == schema.VERSION else f"which works with {schema.VERSION}"
+        sys.stdout.write(f"the tables have schema version {version}, {works}\n")
     return 0
