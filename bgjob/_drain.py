@@ -223,20 +223,20 @@ def _steps(plan: _Plan) -> _Steps:
     left = plan.within
     while len(ran) != plan.limit:
         token = randbits(63)
-        suspects = yield claim_now(plan.queue, lease=_LEASE, token=token)
-        if not suspects:
+        jobs = yield claim_now(plan.queue, lease=_LEASE, token=token)
+        if not jobs:
             if not left:
                 break
             left -= yield let_pass(plan.queue, left)
             continue
-        [(job, deaths)] = suspects
+        [job] = jobs
         if plan.limit is None and len(ran) == _ENDLESS:
-            yield from _all(conclusion(Claimed(job, token, deaths), Release()))
+            yield from _all(conclusion(Claimed(job, token), Release()))
             raise BgjobError(
                 f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
                 "it enqueue or reschedule itself without a delay? Give drain() a limit"
             )
-        claimed, route = copy_context().run(routed, Claimed(job, token, deaths), plan.mux)
+        claimed, route = copy_context().run(routed, Claimed(job, token), plan.mux)
         if claimed.job.exclusive is not None:
             granted = has_key((yield from _all(acquisition(claimed))))
             if granted is None:

@@ -30,7 +30,8 @@ Times are seconds of any monotonic clock. It holds to this:
   waits for a slot, or waits for its settlement to be taken.
 - After an outage that was longer than the lease the worker settles and extends
   before it claims. Its sweeps never free a job that it holds itself.
-- A job whose last worker died is claimed alone; see _suspects.py.
+- Jobs that two workers died with are claimed in groups, until the killer is
+  alone; see _isolation.py.
 - A job with an exclusive key is handed out once the server has granted the key.
 - Every step has something to do, or names the time to sleep to.
 """
@@ -47,7 +48,7 @@ from operator import itemgetter
 from bgjob._exchange import (
     MOST_FREED,
     Claim,
-    ClaimSuspect,
+    ClaimGroup,
     Committed,
     Doubtful,
     Event,
@@ -66,11 +67,11 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
+from bgjob._isolation import Isolation
 from bgjob._pace import Pace
 from bgjob._parking import Parking
 from bgjob._route import Wants
 from bgjob._statements.settlements import Claimed, session_name
-from bgjob._suspects import Suspects
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Retry
@@ -97,7 +98,7 @@ _make_claimed = partial(tuple.__new__, Claimed)  # half the time of Claimed(...)
 
 
 def _claimed(jobs: Iterable[Job], token: int) -> list[Claimed]:
-    return list(map(_make_claimed, zip(jobs, repeat(token), repeat(0))))
+    return list(map(_make_claimed, zip(jobs, repeat(token), repeat(True))))
 
 
 def _keys(outcomes: Iterable[Outcome]) -> list[str]:
@@ -187,7 +188,7 @@ class Engine:
         self._stopping = self._abandoned = self._withdrew = False
 
         self._marks = Watermarks(poll_interval)
-        self._suspects = Suspects()
+        self._isolation = Isolation()
         self._idle = False  # the observer knows that the queue is empty
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
@@ -241,9 +242,9 @@ class Engine:
         """
         if self._names_keys:
             outcomes = [outcome for outcome in outcomes if not self._wants(outcome)]
+        if self._isolation.has_group:
+            self._isolation.ended(outcome.claimed for outcome in outcomes)
         self._running -= len(outcomes)
-        if not self._running:
-            self._suspects.ended()
         self._pace.finished(outcomes)
         if self._lost:
             lost = {outcome.claimed for outcome in outcomes} & self._lost
@@ -274,8 +275,8 @@ class Engine:
     def _wants(self, outcome: Outcome) -> bool:
         if not isinstance(outcome.result, Wants):
             return False
-        job, token, deaths = outcome.claimed
-        claimed = Claimed(job._replace(exclusive=outcome.result.key), token, deaths)
+        job, token, is_charged = outcome.claimed
+        claimed = Claimed(job._replace(exclusive=outcome.result.key), token, is_charged)
         batch = self._batches.get(token)
         if batch is None or job.id not in batch.jobs:
             return False  # lost: it is dropped with the others
@@ -399,7 +400,7 @@ class Engine:
             or self._doomed
             or self._gives_back
             or any(sent.exchange.give_back for sent in self._sent)
-            or self._suspects.hold_up(now)
+            or self._is_held_up(now)
             or any(batch.extend_at <= now for batch in self._batches.values())
         )
         if self._more and quiet:
@@ -475,16 +476,17 @@ class Engine:
         ):
             return  # this exchange settles and extends what another worker may free
         limit = self._claimable
-        held_up = self._suspects.hold_up(now)
+        held_up = self._is_held_up(now)
         if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
             exchange.claim = Sweep(0, next(self._tokens), held=self._held)
             return
         if (
             held_up
             and self._has_free_slot
-            and self._suspects.are_wanted(now, running=self._running)
+            and self._isolation.wants_group(now, running=self._running)
         ):
-            exchange.claim = ClaimSuspect(next(self._tokens))
+            free = min(self._pace.slots - self._running, _MOST // 2)
+            exchange.claim = ClaimGroup(free, next(self._tokens))
         if limit <= 0 or held_up:
             return
         if not self._wants_claim(now):
@@ -560,7 +562,18 @@ class Engine:
         return self._running < self._pace.slots
 
     def _has_room_for_others(self, now: float) -> bool:
-        return self._has_free_slot and not self._suspects.hold_up(now)
+        return self._has_free_slot and not self._is_held_up(now)
+
+    def _is_held_up(self, now: float) -> bool:
+        """Whether nothing but a group of suspects may be claimed."""
+        isolation = self._isolation
+        if not isolation.is_needed:
+            return False
+        was_held_up = isolation.has_begun
+        is_held_up = isolation.holds_up(now, is_free=self._has_free_slot)
+        if was_held_up and not is_held_up:
+            self._look()
+        return is_held_up
 
     def _wake_at(self, now: float) -> float:
         times = [now + self._poll_interval, self._refused_at, self._apart_at]
@@ -568,10 +581,10 @@ class Engine:
             times.append(self._keys_at)
         times += [batch.extend_at for batch in self._batches.values()]
         if not self._stopping:
-            if self._suspects.hold_up(now):
-                if self._has_free_slot:
-                    times.append(self._suspects.wake_at(running=self._running))
-            elif self._room() > 0:
+            is_held_up = self._is_held_up(now)
+            if self._isolation.is_needed:
+                times.append(self._isolation.wake_at(now))
+            if not is_held_up and self._room() > 0:
                 times += [self._poll_at, self._due_at, self._parking.look_at]
                 times.append(self._marks.look_back_at)
             times.append(self._marks.sweep_at)
@@ -675,6 +688,7 @@ class Engine:
         self._apart_wanting += wanting
         self._apart_free.update(free)
         self._running -= len(wanting)
+        self._isolation.ended(wanting)
         return bool(sent.outcomes or wanting or free)
 
     def _probed(self, reply: Reply, news: News, now: float) -> None:
@@ -706,6 +720,7 @@ class Engine:
     def _want_again(self, claimed: Sequence[Claimed]) -> None:
         self._wanting += claimed
         self._running += len(claimed)
+        self._isolation.resumed(claimed)
 
     def disconnect(self, now: float) -> None:
         """Take it that the connection is gone; an exchange under way happened, or did not."""
@@ -824,24 +839,22 @@ class Engine:
             batch = self._batches.get(claimed.token)
             if batch is None or claimed.job.id not in batch.jobs:
                 self._running -= 1  # lost while this was under way
+                self._isolation.ended([claimed])
                 self._lost.discard(claimed)
                 continue
             has_key = reply.acquired.get((claimed.job.id, claimed.token), False)
             if has_key:
                 news.run.append(claimed)
-                if claimed.deaths:
-                    self._suspects.claimed(claimed.deaths, now)  # it proves itself from here on
             elif has_key is None:
                 locked.append(claimed)
             else:
                 self._running -= 1
+                self._isolation.ended([claimed])
                 self._drop(claimed)
         if sent.exchange.acquire:
             self._wanting += locked
             self._keys_at = now + self._keys_pause if locked else -inf
             self._keys_pause = min(2 * self._keys_pause, _PAUSE) if locked else _MOMENT
-            if not self._running:
-                self._suspects.ended()
         if sent.exchange.acquire or sent.exchange.release:
             self._keys_limit = min(2 * self._keys_limit, _MOST // 2)
         if reply.woken:
@@ -893,6 +906,7 @@ class Engine:
         if wanting:
             self._wanting = deque(c for c in self._wanting if c not in wanting)
             self._running -= len(wanting)
+            self._isolation.ended(wanting)
         self._lost |= lost - finished - wanting - apart
         self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
@@ -907,31 +921,30 @@ class Engine:
             or self._sent
             or self._more
             or self._told
-            or self._suspects.hold_up(now)
+            or self._isolation.is_needed
             or not self._parking.settled(now)
         )
 
     def _claimed(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
         match sent.exchange.claim:
-            case ClaimSuspect(token):
-                if reply.suspects:
-                    [(job, deaths)] = reply.suspects
-                    self._suspects.claimed(deaths, now)
-                    self._hold([Claimed(job, token, deaths)], sent, now, news)
-                else:
-                    # What the sweep that found them left aside comes next.
-                    self._suspects.surveyed(None, now)
-                    self._more, self._marks.sweep_at = True, self._marks.early_sweep_at
+            case ClaimGroup(_, token):
+                is_charged = len(reply.group) + reply.unread == 1
+                self._isolation.claimed(token, len(reply.group))
+                group = [Claimed(job, token, is_charged) for job in reply.group]
+                self._hold(group, sent, now, news)
             case Sweep(0):
                 self._swept(reply, sent, now, full=True)
+                if reply.swept.freed:
+                    self._look()
                 if reply.swept.freed == MOST_FREED:
                     self._marks.sweep_at = self._marks.early_sweep_at
             case Sweep(limit, token):
                 jobs, freed = reply.swept
                 self._looked(jobs, now, full=len(jobs) + freed + reply.unread == limit)
                 self._swept(reply, sent, now, full=self._more)
-                if freed and self._more:
-                    self._marks.sweep_at = -inf  # there may be more to free than there are slots
+                if freed:
+                    # What was freed is claimed next, and there may be more to free.
+                    self._marks.sweep_at = -inf
                 self._free.update(dict.fromkeys(reply.blocked.keys))
                 self._blocked_after = reply.blocked.after
                 waits = [line.wait for line in reply.lines if line.wait is not None]
@@ -953,8 +966,7 @@ class Engine:
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
         self._marks.swept(reply.lines, reply.seen, full=full, began=sent.at, now=now)
-        deaths = [line.deaths for line in reply.lines if line.deaths is not None]
-        self._suspects.surveyed(deaths[0] if deaths else None, now)
+        self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
 
     def _looked(
         self,
@@ -964,6 +976,7 @@ class Engine:
         *,
         full: bool,
     ) -> None:
+        self._isolation.others_looked(now)
         self._more = full
         self._poll_at = now + self._poll_interval
         self._parking.arrived(len(jobs), now)

@@ -8,12 +8,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 from bgjob._route import Wants
 from bgjob._statements.claims import (
     Line,
-    Suspect,
     Swept,
     Taken,
     UnderWay,
     claim,
-    claim_suspect,
+    claim_group,
     free,
     survey,
     sweep,
@@ -50,7 +49,7 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_t
 
 
 MOST_FREED = 1000
-"""Suspects that one sweep sets free, where it claims nothing."""
+"""Jobs that one sweep sets free, where it claims nothing."""
 
 MOST_LOOKED_AT = 2000
 """Keys that one sweep looks at."""
@@ -70,10 +69,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Claim up to `limit` jobs wherever they lie; free suspects; survey."""
+    """Claim up to `limit` jobs wherever they lie; free ended leases; survey."""
 
     limit: int
-    """0 frees suspects only."""
+    """0 frees ended leases only."""
     token: int
     after: str = ""
     """The key after which to look for such as are blocked."""
@@ -87,11 +86,11 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimSuspect:
-    """Claim one of the jobs whose last worker died."""
+class ClaimGroup:
+    """Claim up to `limit` suspects, for one of which workers may have died."""
 
+    limit: int
     token: int
-    limit: ClassVar = 1
     looks: ClassVar = False
 
 
@@ -129,7 +128,7 @@ class Exchange:
     """With "take": whether this session is the deputy already."""
     relieve: bool = False
     """With "take": whether others have to look if the lock is had; as `notices.park`."""
-    claim: Claim | Sweep | ClaimSuspect | None = None
+    claim: Claim | Sweep | ClaimGroup | None = None
     watch: Literal["claims", "all"] | None = None
     """Whether to tell what is under way: all that claims have to know, or all that is."""
 
@@ -178,8 +177,9 @@ class Exchange:
                 plan.append((survey(queue), "lines"))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append((unheld, "blocked"))
-            case ClaimSuspect(token):
-                plan.append((claim_suspect(queue, lease=lease, token=token), "suspects"))
+            case ClaimGroup(limit, token):
+                group = claim_group(queue, limit=limit, lease=lease, token=token)
+                plan.append((group, "group"))
             case Claim(limit, token, marks):
                 statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
                 plan.append((statement, "claimed"))
@@ -313,7 +313,7 @@ class Reply:
     seen: UnderWay | None = None
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
-    suspects: list[Suspect] = field(default_factory=list)
+    group: list[Job] = field(default_factory=list)
     locked: None = None
     ended: None = None
     acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)

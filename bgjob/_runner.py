@@ -266,9 +266,9 @@ class Runner:
         self._finished()  # it may be wanted
         return has_slot
 
-    def _isolated(self, job: Job, deaths: int) -> Route | Wants | Retry | MoveToDlq:
+    def _isolated(self, job: Job) -> Route | Wants | Retry | MoveToDlq:
         """Route a job; a callable that gives its key leaves nothing behind either."""
-        return self._context.copy().run(self._mux.route, job, deaths)
+        return self._context.copy().run(self._mux.route, job)
 
     def _let_rest(self, thread: _Thread | None) -> None:
         if thread is not None:
@@ -325,8 +325,8 @@ class Runner:
                     if self._give_up_slot(me):
                         return
                     continue
-            job, _, deaths = claimed
-            route = route_of(job, deaths)
+            job = claimed.job
+            route = route_of(job)
             if not isinstance(route, Route):
                 self._done(Outcome(claimed, route, None))
             elif route.is_coroutine:
@@ -420,8 +420,8 @@ class Runner:
                     if self._give_up_slot(None):
                         return
                     continue
-            job, _, deaths = claimed
-            route = route_of(job, deaths)
+            job = claimed.job
+            route = route_of(job)
             if not isinstance(route, Route):
                 self._done(Outcome(claimed, route, None))
             elif not route.is_coroutine:

@@ -151,13 +151,13 @@ def conclusion(claimed: Claimed, ending: Ending | Release) -> list[Statement[Any
 
 def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToDlq]:
     """Give the claim, with the key that its handler wants for it, and its route or result."""
-    job, token, deaths = claimed
-    route = mux.route(job, deaths)
+    job, token, is_charged = claimed
+    route = mux.route(job)
     if isinstance(route, Wants):
         job = job._replace(exclusive=route.key)
-        route = mux.route(job, deaths)
+        route = mux.route(job)
     assert not isinstance(route, Wants)  # noqa: S101 (it has one)
-    return Claimed(job, token, deaths), route
+    return Claimed(job, token, is_charged), route
 
 
 def acquisition(claimed: Claimed) -> list[Statement[Any]]:

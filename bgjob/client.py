@@ -47,7 +47,6 @@ from bgjob._pool import (
     PooledConnection,
 )
 from bgjob._statements import claims, enqueues, keys, pauses, views
-from bgjob._statements.claims import Suspect
 from bgjob._statements.session import session
 from bgjob._statements.settlements import Claimed
 from bgjob._statements.statement import Statement
@@ -72,7 +71,7 @@ from bgjob.errors import (
     LeaseLostError,
     RequestsRequiredError,
 )
-from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
+from bgjob.job import EnqueueOptions, EnqueueRequest, Job, check_name
 from bgjob.mux import Mux, Route
 from bgjob.result import MoveToDlq, Result, Retry
 from bgjob.stats import QueueStats
@@ -315,8 +314,8 @@ class Client:
         token = randbits(63)
         claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
-            suspects = self._run(claim, None) or self._unblocked(queue, claim)
-            claimed, route = copy_context().run(routed, _only(suspects, queue, token), mux)
+            jobs = self._run(claim, None) or self._unblocked(queue, claim)
+            claimed, route = copy_context().run(routed, _only(jobs, queue, token), mux)
             if claimed.job.exclusive is None or (
                 granted := has_key(self._run_all(acquisition(claimed)))
             ):
@@ -466,7 +465,7 @@ class Client:
                 if (repetitions := repetitions + 1) > _REPETITIONS:
                     raise
 
-    def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
+    def _unblocked(self, queue: str, claim: Statement[list[Job]]) -> list[Job]:
         """Claim again where jobs wait for keys that nobody has; a worker looks as it polls."""
         look = keys.blocked(queue, after="", limit=_MOST_KEYS)
         if not (blocked := self._run(look, None).keys):
@@ -710,8 +709,8 @@ class AsyncClient:
         token = randbits(63)
         claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
-            suspects = await self._run(claim, None) or await self._unblocked(queue, claim)
-            claimed, route = copy_context().run(routed, _only(suspects, queue, token), mux)
+            jobs = await self._run(claim, None) or await self._unblocked(queue, claim)
+            claimed, route = copy_context().run(routed, _only(jobs, queue, token), mux)
             if claimed.job.exclusive is None or (
                 granted := has_key(await self._run_all(acquisition(claimed)))
             ):
@@ -868,7 +867,7 @@ class AsyncClient:
                 if (repetitions := repetitions + 1) > _REPETITIONS:
                     raise
 
-    async def _unblocked(self, queue: str, claim: Statement[list[Suspect]]) -> list[Suspect]:
+    async def _unblocked(self, queue: str, claim: Statement[list[Job]]) -> list[Job]:
         look = keys.blocked(queue, after="", limit=_MOST_KEYS)
         if not (blocked := (await self._run(look, None)).keys):
             return []
@@ -1031,11 +1030,11 @@ def _check_patience(queue: str, deadline: float) -> None:
         )
 
 
-def _only(suspects: list[Suspect], queue: str, token: int) -> Claimed:
-    if not suspects:
+def _only(jobs: list[Job], queue: str, token: int) -> Claimed:
+    if not jobs:
         raise EmptyQueueError(f"no job of queue {queue!r} is due now, or the queue is paused")
-    [(job, deaths)] = suspects
-    return Claimed(job, token, deaths)
+    [job] = jobs
+    return Claimed(job, token)
 
 
 async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:

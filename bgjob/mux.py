@@ -58,6 +58,9 @@ _H = TypeVar("_H", bound=Callable[..., Any])
 
 _MAX_ATTEMPTS = 25
 
+_GRANTED = 2
+"""Attempts beyond the last one for a job that was in flight when its worker died."""
+
 
 class Policy(TypedDict, total=False):
     """The options of a job type; Mux.register tells what they mean."""
@@ -335,14 +338,12 @@ class Mux:
                     "give do() a mux.bound(state)"
                 )
 
-    def route(self, job: Job, deaths: int = 0) -> Route | Wants | Retry | MoveToDlq:
-        """Give the route of a claimed job, or the result of one that must not run, or not yet.
+    def route(self, job: Job) -> Route | Wants | Retry | MoveToDlq:
+        """Return the route of a claimed job, or the result of one that must not run, or not yet.
 
-        Args:
-            job: the job.
-            deaths: how many workers in a row died with it. One proves nothing
-                against it, for it was not alone: it then gets its last run again.
-
+        A job whose last attempt was interrupted by the death of its worker is granted two
+        more. They were charged for deaths that others may have caused: a job is first claimed
+        alone at its third death; see _isolation.py.
         """
         route = self._routes.get(job.type)
         if route is None:
@@ -352,7 +353,8 @@ class Mux:
                     "then requeue the job"
                 )
             )
-        if not (route.max_attempts is None or job.attempt <= route.max_attempts or deaths == 1):
+        most = route.max_attempts
+        if most is not None and job.attempt > most + _GRANTED:
             return route.exhausted(job)
         if route.exclusive and job.exclusive is None:
             try:

@@ -11,7 +11,7 @@ import pytest
 from bgjob._engine import Engine
 from bgjob._exchange import (
     Claim,
-    ClaimSuspect,
+    ClaimGroup,
     Event,
     Exchange,
     LeaseLost,
@@ -28,7 +28,7 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._route import Wants
-from bgjob._statements.claims import Line, Suspect, Swept, Taken, UnderWay
+from bgjob._statements.claims import Line, Swept, Taken, UnderWay
 from bgjob._statements.settlements import Claimed, session_name
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -119,10 +119,10 @@ class Drive:
 
 
 def found(
-    *jobs: Job, waits: tuple[float, ...] = (), deaths: int | None = None, freed: int = 0
+    *jobs: Job, waits: tuple[float, ...] = (), suspects: bool = False, freed: int = 0
 ) -> Reply:
-    """Make the answer to a claim of any kind but a suspect's."""
-    lines = [Line(0, NOON, wait, deaths) for wait in waits or (None,)]
+    """Make the answer to a claim of any kind but a group's."""
+    lines = [Line(0, NOON, wait, suspects) for wait in waits or (None,)]
     taken = Taken(list(jobs), [f"(0,{job.id})" for job in jobs])
     return Reply(claimed=taken, swept=Swept(list(jobs), freed), lines=lines)
 
@@ -899,7 +899,7 @@ def test_of_what_enqueued_while_a_worker_was_parked_it_has_been_told() -> None:
 
 def test_a_priority_that_a_sweep_finds_begins_where_something_may_have_been_overlooked() -> None:
     marks = moved_to(1.0)
-    line = Line(5, at(3.0), None, None)
+    line = Line(5, at(3.0), None, has_suspects=False)
     marks.swept([line], saw(3.0, claimed=False), full=False, began=3.0, now=3.0)
     assert marks.start(3.0)[5] == at(1.0)
     marks.swept([line._replace(priority=6)], saw(4.0), full=False, began=4.0, now=4.0)
@@ -965,7 +965,7 @@ def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() 
     marks = Watermarks(poll_interval=1.0)
     used_once = [job(str(n), priority=n, due=at(n)) for n in range(500)]
     marks.claimed(used_once, full=False)
-    lines = [Line(0, at(0), None, None)]
+    lines = [Line(0, at(0), None, has_suspects=False)]
     marks.swept(lines, None, full=True, began=1.0, now=1.0)
     assert len(marks.start(1.0)) == 500  # it has not seen everything
     marks.swept(lines, None, full=False, began=2.0, now=2.0)
@@ -1043,44 +1043,139 @@ def test_what_goes_back_unstarted_is_looked_for_where_it_stays_and_nothing_claim
 # -- suspects -----------------------------------------------------------------------------------
 
 
-def test_what_was_in_flight_when_its_worker_died_is_claimed_one_at_a_time() -> None:
+def group(*names: str) -> Reply:
+    """Make the answer to the claim of a group."""
+    return Reply(group=[job(name) for name in names])
+
+
+def group_claim(drive: Drive) -> ClaimGroup:
+    """Let time pass until a group is claimed."""
+    claim = drive.next_exchange().claim
+    assert isinstance(claim, ClaimGroup), claim
+    return claim
+
+
+def test_suspects_are_claimed_in_groups_one_after_the_other() -> None:
     drive = Drive(concurrency=4)
     drive.exchange()
-    drive.answer(found(deaths=1, freed=2))
-    for name in ("a", "b"):
-        assert isinstance(drive.exchange().claim, ClaimSuspect)
-        (suspect,) = drive.answer(Reply(suspects=[Suspect(job(name), 1)])).run
-        assert suspect.deaths == 1
-        drive.finish(suspect)
-    assert isinstance(drive.exchange().claim, ClaimSuspect)
-    drive.answer(Reply(settled={"b"}))
+    drive.answer(found(suspects=True))
+    for names in (["a", "b"], ["c"]):
+        assert group_claim(drive).limit == 4
+        suspects = drive.answer(group(*names)).run
+        assert [claimed.is_charged for claimed in suspects] == [len(names) == 1] * len(names)
+        assert isinstance(drive.step(), Sleep)  # until they have ended
+        drive.finish(*suspects)
+    exchange = drive.exchange()
+    assert isinstance(exchange.claim, ClaimGroup)
+    assert settled(exchange) == ["c"]
+    drive.answer(Reply(settled={"c"}))
+    # There are no more: nothing is held up.
     assert isinstance(drive.exchange().claim, Sweep | Claim)
 
 
-def test_a_suspect_waits_for_handlers_to_end_but_not_for_ever() -> None:
+def test_a_group_waits_for_running_handlers_for_half_a_second_at_most() -> None:
     drive = Drive(concurrency=4, poll_interval=9.0, lease=300.0)
     drive.claim("slow")
     drive.now += 9.0
     assert isinstance(drive.exchange().claim, Sweep)
-    drive.answer(found(deaths=2))
+    drive.answer(found(suspects=True))
     known_at = drive.now
     drive.engine.wake(Notice(later=True))
-    assert isinstance(drive.next_exchange().claim, ClaimSuspect)
-    assert drive.now == known_at + 2.0
+    assert group_claim(drive).limit == 3
+    assert drive.now == known_at + 0.5
 
 
-def test_nothing_is_claimed_beside_a_suspect_until_it_has_proved_itself() -> None:
+def test_others_are_held_up_by_a_group_for_a_second_at_most_and_run_beside_it_after_that() -> None:
     drive = Drive(concurrency=4, poll_interval=9.0)
     drive.exchange()
-    drive.answer(found(deaths=3))
-    drive.exchange()
-    drive.answer(Reply(suspects=[Suspect(job("a"), 3)]))
-    claimed_at = drive.now
+    drive.answer(found(suspects=True))
+    known_at = drive.now
+    group_claim(drive)
+    drive.answer(group("a", "b"))
     drive.engine.wake(Notice(later=True))
-    assert isinstance(drive.next_exchange().claim, ClaimSuspect)
-    assert drive.now == claimed_at + 4.0
-    drive.answer(Reply())
+    claim = drive.next_exchange().claim
+    assert isinstance(claim, Claim | Sweep)
+    assert claim.limit == 2
+    assert known_at < drive.now <= known_at + 1.0
+    # The group still runs: there is no second one beside it.
+    drive.answer(found(suspects=True))
+    for _ in range(20):
+        assert not isinstance(drive.next_exchange().claim, ClaimGroup)
+        drive.answer(found(suspects=True))
+        drive.now += 1.0
+
+
+def test_between_two_hold_ups_others_are_claimed_for_as_long_as_they_were_held_up() -> None:
+    drive = Drive(concurrency=1, poll_interval=0.1)
+    drive.exchange()
+    drive.answer(found(suspects=True))
+    turns: list[tuple[str, float]] = []
+    while len(turns) < 40:
+        match drive.step():
+            case Exchange(claim=ClaimGroup()):
+                turns.append(("group", drive.now))
+                suspects = drive.answer(group(f"job-{len(turns)}")).run
+                drive.now += 0.4
+                drive.finish(*suspects)
+            case Exchange() as exchange:
+                if exchange.claim is not None and exchange.claim.limit:
+                    turns.append(("others", drive.now))
+                drive.answer(replace(found(suspects=True), settled=set(settled(exchange))))
+            case Sleep(until):
+                drive.now = until
+    # Two groups fit into the first half of a second.
+    kinds = [kind for kind, _ in turns]
+    assert "group group group" not in " ".join(kinds)
+    for (kind, at), (following, then) in pairwise(turns):
+        if (kind, following) == ("group", "others"):
+            since = then
+        elif (kind, following) == ("others", "group"):
+            assert then >= since + 0.4
+        assert then - at <= 1.0
+
+
+def test_a_worker_whose_suspects_others_have_claimed_holds_nothing_up() -> None:
+    drive = Drive(concurrency=4)
+    drive.exchange()
+    drive.answer(found(suspects=True))
+    group_claim(drive)
+    drive.engine.wake(Notice(later=True))
+    drive.answer(group())
     assert isinstance(drive.exchange().claim, Claim | Sweep)
+
+
+def test_of_one_slot_suspects_and_others_have_it_in_turn() -> None:
+    drive = Drive(concurrency=1, poll_interval=1.0, lease=300.0)
+    running: list[Claimed] = []
+    kinds: list[str] = []
+    ends_at = 0.0
+    while len(kinds) < 9:
+        drive.engine.wake(Notice(later=True))
+        match drive.step():
+            case Exchange(claim=claim, extend=extend) as exchange:
+                reply = Reply(lines=found(suspects=True).lines)
+                if claim is not None and claim.limit:
+                    reply = group("a") if isinstance(claim, ClaimGroup) else found(job("b"))
+                    kinds.append(type(claim).__name__)
+                    ends_at = drive.now + 10.0  # longer than anything is held up
+                reply.lines = found(suspects=True).lines
+                reply.settled = set(settled(exchange))
+                reply.extended = {c.job.id for c in extend}
+                running += drive.answer(reply).run
+            case Sleep(until):
+                drive.now = min(until, ends_at)
+                if drive.now == ends_at:
+                    drive.finish(*running, took=10.0)
+                    running.clear()
+    turns = [kind == "ClaimGroup" for kind in kinds[1:]]
+    assert turns == [True, False] * 4
+
+
+def test_what_a_dead_worker_held_is_claimed_as_soon_as_it_is_freed() -> None:
+    drive = Drive(concurrency=2, poll_interval=9.0)
+    drive.exchange()
+    drive.answer(found(freed=1))
+    assert isinstance(drive.exchange().claim, Sweep)
 
 
 def test_a_worker_without_a_free_slot_frees_what_others_hold_no_more() -> None:
@@ -1091,17 +1186,19 @@ def test_a_worker_without_a_free_slot_frees_what_others_hold_no_more() -> None:
     assert drive.now == swept_at + 2.0
 
 
-def test_a_suspect_that_did_not_start_stays_one() -> None:
-    drive = Drive()
-    drive.exchange()
-    drive.answer(found(deaths=2))
-    drive.exchange()
-    suspects = drive.answer(Reply(suspects=[Suspect(job("a"), 2)])).run
-    drive.engine.shutdown()
-    assert drive.step() == Withdraw()
-    drive.engine.withdrawn(suspects)
-    (released,) = drive.exchange().give_back
-    assert released.deaths == 2
+def test_a_group_that_did_not_start_goes_back_as_it_was() -> None:
+    for names in (["a"], ["a", "b"]):
+        drive = Drive(concurrency=4)
+        drive.exchange()
+        drive.answer(found(suspects=True))
+        group_claim(drive)
+        suspects = drive.answer(group(*names)).run
+        drive.engine.shutdown()
+        assert drive.step() == Withdraw()
+        drive.engine.withdrawn(suspects)
+        given = drive.exchange().give_back
+        # What charged nothing refunds nothing.
+        assert [claimed.is_charged for claimed in given] == [len(names) == 1] * len(names)
 
 
 # -- the end ------------------------------------------------------------------------------------

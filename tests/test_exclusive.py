@@ -451,8 +451,8 @@ def ask(conn: psycopg.Connection, statements: list[Any]) -> list[Any]:
 
 def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) -> Claimed:
     """Claim a job that has a key, and the key, as a worker that does no more."""
-    [[[(job, deaths)]]] = [ask(conn, [claim_any(queue, lease=lease, token=token)])]
-    claimed = Claimed(job, token, deaths)
+    [[[job]]] = [ask(conn, [claim_any(queue, lease=lease, token=token)])]
+    claimed = Claimed(job, token)
     assert ask(conn, acquisition(claimed))[-1] == {(job.id, 1): True}
     return claimed
 
@@ -552,7 +552,7 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
 ) -> None:
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", "0"), keyed("k", "1")])
-    [[[(job, _)]]] = [ask(conn, [claim_any("q", lease=NEVER, token=1)])]
+    [[[job]]] = [ask(conn, [claim_any("q", lease=NEVER, token=1)])]
     conn.execute("set lock_timeout = '50ms'")
     with psycopg.connect(dsn) as other:
         other.execute("select from bgjob_job where id = '0' for update")
@@ -579,7 +579,7 @@ def engine_with(*keys: str, transactional: bool = False) -> tuple[Engine, list[C
     )
     jobs = [Job(f"job of {key}", "q", "t", None, 1, None, 0, NOON, NOON, NOON, key) for key in keys]
     assert isinstance(engine.step(0.0), Exchange)
-    reply = Reply(swept=Swept(jobs, 0), lines=[Line(0, NOON, None, None)])
+    reply = Reply(swept=Swept(jobs, 0), lines=[Line(0, NOON, None, has_suspects=False)])
     assert engine.acknowledge(reply, 0.0).run == []
     return engine, [Claimed(job, 1) for job in jobs]
 

@@ -12,7 +12,7 @@ from test_statements import LONG_AGO, ask, worker
 from test_worker import NEVER, Crew, Gate, Recorder, crew, eventually, sleeper
 
 from bgjob import BgjobError, Client, EmptyQueueError, EnqueueRequest, Job, Mux
-from bgjob._statements.claims import claim, claim_any, claim_suspect, free, survey, sweep
+from bgjob._statements.claims import claim, claim_any, claim_group, free, survey, sweep
 from bgjob._statements.pauses import claims_under_way
 from bgjob._statements.statement import Statement
 
@@ -24,7 +24,7 @@ CLAIMS: dict[str, Statement[Any]] = {
     "claim": claim("q", limit=9, lease=60, token=1, marks=dict.fromkeys((0, 1), LONG_AGO)),
     "claim of one priority": claim("q", limit=9, lease=60, token=1, marks={0: LONG_AGO}),
     "sweep": sweep("q", limit=9, lease=60, token=1),
-    "claim of a suspect": claim_suspect("q", lease=60, token=1),
+    "claim of a group": claim_group("q", limit=9, lease=60, token=1),
     "claim of any": claim_any("q", lease=60, token=1),
 }
 
@@ -41,7 +41,7 @@ def test_no_claim_takes_a_job_of_a_paused_queue(
     client: Any, worker: psycopg.Connection, name: str
 ) -> None:
     client.bulk_enqueue(requests("fresh", "suspect"))
-    worker.execute("update bgjob_job set deaths = 1 where id = 'suspect'")
+    worker.execute("update bgjob_job set deaths = 2 where id = 'suspect'")
     client.pause("other")
     client.pause("q")
     ask(worker, CLAIMS[name])
@@ -75,11 +75,11 @@ def test_a_suspect_of_a_paused_queue_keeps_no_worker_busy(
     client: Any, worker: psycopg.Connection
 ) -> None:
     client.bulk_enqueue(requests("a"))
-    worker.execute("update bgjob_job set deaths = 1")
+    worker.execute("update bgjob_job set deaths = 2")
     client.pause("q")
-    assert [line.deaths for line in ask(worker, survey("q"))] == [None]
+    assert [line.has_suspects for line in ask(worker, survey("q"))] == [False]
     client.resume("q")
-    assert [line.deaths for line in ask(worker, survey("q"))] == [1]
+    assert [line.has_suspects for line in ask(worker, survey("q"))] == [True]
 
 
 # -- workers --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from psycopg.pq import ExecStatus
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._exchange import MOST_FREED
-from bgjob._statements.claims import Taken, claim, claim_any, claim_suspect, free, survey, sweep
+from bgjob._statements.claims import Taken, claim, claim_any, claim_group, free, survey, sweep
 from bgjob._statements.dead import DeadFilter, expire, listed
 from bgjob._statements.enqueues import enqueue, enqueue_many
 from bgjob._statements.keys import acquire, blocked, lock_keys, release
@@ -81,7 +81,7 @@ FILL = """
             when n <= part then timestamptz '2100-01-01 00:00+00'
             when n <= 2 * part then '2020-01-02 00:00+00'
         end,
-        (n > 2 * part and n <= 3 * part)::int
+        2 * (n > 2 * part and n <= 3 * part)::int
     from generate_series(1, %(jobs)s) n, greatest(1, %(jobs)s / 2000) part
 """
 
@@ -162,7 +162,7 @@ def make_tables(conn: psycopg.Connection) -> None:
     conn.execute("delete from bgjob_exclusive where key not like 'next%'")
     conn.execute("analyze bgjob_job, bgjob_exclusive")
     make_table(conn, "of suspects", 10_000)
-    conn.execute("update bgjob_job set deaths = 1, token = null, lease_until = null")
+    conn.execute("update bgjob_job set deaths = 2, token = null, lease_until = null")
     conn.execute("analyze bgjob_job")
     make_table(conn, "of a million jobs", MILLION)
     conn.execute("analyze bgjob_job, bgjob_exclusive")
@@ -324,8 +324,10 @@ WORKERS = {
     "free": Hot(free("q", limit=MOST_FREED), MILLION // 4 + EDGE, MOST_FREED),
     "survey": Hot(survey("q"), FEW),
     "survey without suspects": Hot(survey("fresh"), FEW),
-    "claim a suspect": Hot(claim_suspect("q", lease=60, token=2), 1, 1),
-    "claim a suspect where there is none": Hot(claim_suspect("fresh", lease=60, token=2), 0, 0),
+    "claim a group": Hot(claim_group("q", limit=50, lease=60, token=2), 100, 100),
+    "claim a group where there is none": Hot(
+        claim_group("fresh", limit=50, lease=60, token=2), PRIORITIES, 0
+    ),
     "extend": Hot(extend(HELD, lease=60), BATCH, BATCH),
     "complete where they were": Hot(complete_at(PLACES, [c.job.id for c in HELD]), BATCH),
     **settlements(HELD),

@@ -21,7 +21,7 @@ from bgjob._statements.claims import (
     UnderWay,
     claim,
     claim_any,
-    claim_suspect,
+    claim_group,
     free,
     survey,
     sweep,
@@ -204,14 +204,17 @@ def test_a_sweep_passes_over_what_is_held_and_frees_what_is_held_no_more(
 ) -> None:
     fill(worker, 3)
     spoil_leases(worker)
-    assert [line.deaths for line in ask(worker, survey("q"))] == [None] * 3
+    assert not any(line.has_suspects for line in ask(worker, survey("q")))
     swept = ask(worker, sweep("q", limit=9, lease=60, token=1))
     assert [(job.id, job.attempt) for job in swept.jobs] == [("q000003", 1)]
     assert swept.freed == 1
     assert worker.execute(
         "select token, attempt, deaths from bgjob_job where id = 'q000002'"
     ).fetchall() == [(None, 1, 1)]
-    assert sorted(line.deaths or 0 for line in ask(worker, survey("q"))) == [0, 0, 1]
+    # One death makes no suspect.
+    assert not any(line.has_suspects for line in ask(worker, survey("q")))
+    worker.execute("update bgjob_job set deaths = 2 where deaths = 1")
+    assert all(line.has_suspects for line in ask(worker, survey("q")))
 
 
 def test_what_is_held_no_more_is_freed_without_claiming_anything(
@@ -240,21 +243,52 @@ def test_what_the_worker_itself_holds_is_not_freed(worker: psycopg.Connection) -
     assert worker.execute(tokens).fetchall()[:2] == [(8,), (None,)]
 
 
-def test_suspects_are_claimed_one_at_a_time_and_by_no_other_claim(
+def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_claim(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 20)
+    # One of them has one death, as a fresh job may.
+    worker.execute(
+        "update bgjob_job set attempt = 2, deaths = case when id < 'q000009' then 3 "
+        "when id < 'q000019' then 2 when id = 'q000019' then 1 else 0 end"
+    )
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
+    assert {job.id for job in others.jobs} == {"q000019", "q000020"}
+    assert ask(worker, sweep("q", limit=9, lease=60, token=2)) == ([], 0)
+    groups = [ask(worker, claim_group("q", limit=9, lease=60, token=n)) for n in range(3, 13)]
+    # Half of what is left of the class; a suspect that is alone is charged an attempt.
+    assert [len(group) for group in groups] == [4, 2, 1, 1, 5, 3, 1, 1, 0, 0]
+    assert all(job.id < "q000009" for group in groups[:4] for job in group)
+    for group in groups:
+        assert {job.attempt for job in group} <= {3 if len(group) == 1 else 2}
+    assert worker.execute("select count(*) from bgjob_job where token is null").fetchall() == [(0,)]
+
+
+def test_a_group_is_no_larger_than_the_free_slots(worker: psycopg.Connection) -> None:
+    fill(worker, 20)
+    worker.execute("update bgjob_job set deaths = 2")
+    assert len(ask(worker, claim_group("q", limit=7, lease=60, token=1))) == 7
+    assert len(ask(worker, claim_group("q", limit=1, lease=60, token=2))) == 1
+    assert len(ask(worker, claim_group("q", limit=9, lease=60, token=3))) == 6
+
+
+def test_what_did_not_start_goes_back_with_what_it_was_charged(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
-    worker.execute("update bgjob_job set deaths = 2, attempt = 2 where id < 'q000003'")
-    marks = dict.fromkeys(range(5), LONG_AGO)
-    others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
-    assert [job.id for job in others.jobs] == ["q000003"]
-    assert ask(worker, sweep("q", limit=9, lease=60, token=2)) == ([], 0)
-    taken = [ask(worker, claim_suspect("q", lease=60, token=3)) for _ in range(3)]
-    assert [[(s.job.id, s.job.attempt, s.deaths) for s in suspects] for suspects in taken] == [
-        [("q000001", 3, 2)],
-        [("q000002", 3, 2)],
-        [],
+    worker.execute("update bgjob_job set deaths = 5, attempt = 4")
+    before = worker.execute("select id, attempt, deaths from bgjob_job order by id").fetchall()
+    group = ask(worker, claim_group("q", limit=9, lease=60, token=1))
+    alone = ask(worker, claim_group("q", limit=9, lease=60, token=2))
+    assert (len(group), len(alone)) == (2, 1)
+    claims = [
+        *(Claimed(job, 1, is_charged=False) for job in group),
+        *(Claimed(job, 2) for job in alone),
     ]
+    ask(worker, give_back("q", claims, tell=False))
+    after = worker.execute("select id, attempt, deaths from bgjob_job order by id").fetchall()
+    assert after == before
 
 
 def test_one_job_is_claimed_whatever_became_of_its_last_worker(
@@ -264,9 +298,9 @@ def test_one_job_is_claimed_whatever_became_of_its_last_worker(
     spoil_leases(worker)
     worker.execute("update bgjob_job set deaths = 4 where id = 'q000003'")
     taken = [ask(worker, claim_any("q", lease=60, token=3)) for _ in range(3)]
-    assert [(s.job.id, s.job.attempt, s.deaths) for suspects in taken for s in suspects] == [
-        ("q000002", 2, 1),
-        ("q000003", 1, 4),
+    assert [(job.id, job.attempt) for jobs in taken for job in jobs] == [
+        ("q000002", 2),
+        ("q000003", 1),
     ]
 
 
@@ -307,7 +341,7 @@ DEEPER = 20
 LOOKS: dict[str, Statement[Any]] = {
     "claim": claim("q", limit=100, lease=60, token=1, marks={0: LONG_AGO, 1: LONG_AGO}),
     "claim of one priority": claim("q", limit=100, lease=60, token=1, marks={1: LONG_AGO}),
-    "claim of a suspect": claim_suspect("q", lease=60, token=1),
+    "claim of a group": claim_group("q", limit=9, lease=60, token=1),
     "sweep": sweep("q", limit=100, lease=60, token=1),
     "survey of a sweep": survey("q"),
     "free": free("q", limit=100),
@@ -332,7 +366,7 @@ def test_delayed_jobs_of_a_higher_priority_in_front_are_not_looked_at(
     conn.execute(
         "insert into bgjob_job (id, queue, type, arg, priority, next_run_at, deaths) "
         "select 'due ' || n, 'q', 't', '{}', 1, "
-        "now() - interval '1 hour' + n * interval '1 ms', (n <= 5)::int "
+        "now() - interval '1 hour' + n * interval '1 ms', 2 * (n <= 5)::int "
         "from generate_series(1, 1000) n"
     )
     explains = {name: prepare(worker, name, statement) for name, statement in LOOKS.items()}
@@ -734,18 +768,28 @@ def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
     marks = Watermarks(poll_interval=1.0)
     assert marks.sweep_at < 0  # at once
     seen = UnderWay(LONG_AGO, frozenset(), is_complete=True)
-    marks.swept([Line(3, LONG_AGO, None, None)], seen, full=False, began=10.0, now=10.01)
+    marks.swept(
+        [Line(3, LONG_AGO, None, has_suspects=False)], seen, full=False, began=10.0, now=10.01
+    )
     assert marks.start(20.0) == {3: LONG_AGO}
     assert marks.sweep_at == pytest.approx(11.01)
-    marks.swept([Line(3, LONG_AGO, None, None)], None, full=False, began=12.0, now=12.02)
+    marks.swept(
+        [Line(3, LONG_AGO, None, has_suspects=False)], None, full=False, began=12.0, now=12.02
+    )
     assert marks.sweep_at == pytest.approx(13.02)
     assert marks.early_sweep_at == pytest.approx(12.42)
     for began in (20.0, 70.0):
-        marks.swept([Line(3, LONG_AGO, None, None)], None, full=False, began=began, now=began + 1)
+        marks.swept(
+            [Line(3, LONG_AGO, None, has_suspects=False)],
+            None,
+            full=False,
+            began=began,
+            now=began + 1,
+        )
     assert marks.sweep_at == marks.early_sweep_at == pytest.approx(111.0)
 
 
 def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:
     marks = Watermarks(poll_interval=1.0)
-    marks.swept([Line(3, LONG_AGO, None, None)], None, full=True, began=0.0, now=0.0)
+    marks.swept([Line(3, LONG_AGO, None, has_suspects=False)], None, full=True, began=0.0, now=0.0)
     assert marks.start(0.0)[3] < LONG_AGO

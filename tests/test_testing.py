@@ -381,10 +381,10 @@ def test_a_job_whose_worker_died_at_its_last_attempt_goes_to_the_dlq(
 ) -> None:
     conn.execute(
         "insert into bgjob_job (id, queue, type, attempt, deaths, token, lease_until) "
-        "values ('killer', 'q', 't', 2, 1, 7, clock_timestamp() - interval '1 s')"
+        "values ('killer', 'q', 't', 4, 3, 7, clock_timestamp() - interval '1 s')"
     )
     [(job, result)] = drain(dsn, "q", Mux().register("t", noop, max_attempts=2))
-    assert job.attempt == 3
+    assert job.attempt == 5
     assert isinstance(result, MoveToDlq) and "out of attempts" in str(result.error)
 
 

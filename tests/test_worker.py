@@ -552,7 +552,7 @@ def test_a_sleeping_worker_hears_of_a_job_that_another_gives_back(
         conn.execute(
             "insert into bgjob_job (id, queue, type, next_run_at) values ('a', 'q', 't', now())"
         )
-        [(job, _)] = ask(conn, claim_any("q", lease=NEVER, token=1))
+        [job] = ask(conn, claim_any("q", lease=NEVER, token=1))
     ask(conn, give_back("q", [Claimed(job, 1)], tell=False))
     assert all_done(conn)
 
@@ -1112,7 +1112,7 @@ def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
     crew.enqueue("killer", "last chance")
     conn.execute(
         "update bgjob_job set token = 1, lease_until = clock_timestamp() - interval '1 s', "
-        "last_error = 'why', deaths = 1, attempt = case id when 'killer' then 3 else 2 end"
+        "last_error = 'why', deaths = 1, attempt = case id when 'killer' then 5 else 4 end"
     )
     crew.start(Mux().register("t", gate, max_attempts=3), observer=observer)
     observer.wait_for("buried", "killer")
@@ -1121,7 +1121,7 @@ def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
     assert dead.last_error is not None
     assert "out of attempts: 3 of 3 were charged" in dead.last_error
     assert "its worker died or lost the lease; last error: why" in dead.last_error
-    assert [(job.id, job.attempt) for job in gate.runs] == [("last chance", 3)]
+    assert [(job.id, job.attempt) for job in gate.runs] == [("last chance", 5)]
 
 
 def test_the_last_attempt_of_a_job_that_was_not_alone_when_its_worker_died_is_given_again(

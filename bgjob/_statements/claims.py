@@ -38,7 +38,9 @@ _TAKE = """
     attempt = least(attempt, 2147483646) + 1
 """
 
-_FRESH = "j.lease_until is null and j.deaths <= 0"
+# After one death, for which mostly no job is to blame, a job is claimed as any other. After
+# more it is a suspect, see _isolation.py.
+_FRESH = "j.lease_until is null and j.deaths <= 1"
 
 # A worker that was starved, or had no server, finds its own leases ended. What it holds it
 # extends or settles; it never frees it. A row spoiled by hand may have no token.
@@ -120,9 +122,8 @@ _END_SESSIONS = f"""
     ) end
 """
 
-# What was in flight when its worker died is only set free here: whichever of
-# those jobs killed it, the next attempt of each is a claim of its own. It is set
-# free while the queue is paused, too.
+# What was in flight when its worker died is only set free here, and claimed by a later
+# claim. It is set free while the queue is paused, too.
 _SWEEP = f"""
     with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_ENDED}")}),
     freed as (
@@ -151,17 +152,43 @@ _FREE = f"""
     select {_END_SESSIONS}, count(*) from freed
 """
 
-_CLAIM_SUSPECT = f"""
-    update bgjob_job set {_TAKE}
-    where ctid = any (array(
-        select j.ctid from bgjob_job j
-        where j.queue = %(queue)s and j.deaths > 0 and j.lease_until is null
-            and j.next_run_at <= now() and not j.waits and {_UNPAUSED}
-        order by j.priority, j.next_run_at, j.deaths
-        limit 1
+_SUSPECTS = f"""
+    j.queue = %(queue)s and j.deaths > 1 and j.lease_until is null
+    and j.next_run_at <= now() and not j.waits and {_UNPAUSED}
+"""
+
+# The order of bgjob_job_suspect, which no other index has: none of the due jobs that are no
+# suspects is walked over. Not `deaths =`: then bgjob_job_due would have that order as well.
+_SUSPECTS_IN_ORDER = "order by j.deaths desc, j.priority, j.next_run_at"
+
+_HAS_SUSPECTS = f"""
+    (select true from bgjob_job j where {_SUSPECTS} {_SUSPECTS_IN_ORDER} limit 1) is not null
+"""
+
+# Half of those with the most deaths. Twice as many as may be claimed are enough to know how
+# many that is. Which half is left to chance, anew after each death: killers of groups that
+# died at the same time would come together again and again. A job that is claimed alone is
+# charged an attempt.
+_CLAIM_GROUP = f"""
+    with class as materialized (
+        select j.ctid, md5(j.id || j.deaths) as lot from bgjob_job j
+        where {_SUSPECTS} and j.deaths >= (
+            select j.deaths from bgjob_job j where {_SUSPECTS} {_SUSPECTS_IN_ORDER} limit 1
+        )
+        {_SUSPECTS_IN_ORDER}
+        limit 2 * %(limit)s
         for update skip locked
+    ), half as (
+        select (count(*) + 1) / 2 as jobs from class
+    )
+    update bgjob_job
+    set token = %(token)s,
+        lease_until = clock_timestamp() + %(lease)s * interval '1 second',
+        attempt = least(attempt, 2147483646) + (select (jobs = 1)::int from half)
+    where ctid = any (array(
+        select ctid from class order by lot limit (select jobs from half)
     ))
-    returning {JOB_COLUMNS}, ctid::text, deaths
+    returning {JOB_COLUMNS}, ctid::text
 """
 
 _CLAIM_ANY = f"""
@@ -171,7 +198,7 @@ _CLAIM_ANY = f"""
             {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
         ) as due
     ))
-    returning {JOB_COLUMNS}, ctid::text, deaths
+    returning {JOB_COLUMNS}, ctid::text
 """
 
 
@@ -286,28 +313,24 @@ def free(queue: str, *, limit: int, held: Sequence[int] = ()) -> Statement[Swept
     )
 
 
-class Suspect(NamedTuple):
-    """A job whose worker died, or lost the lease, so many times in a row."""
+def claim_group(queue: str, *, limit: int, lease: float, token: int) -> Statement[list[Job]]:
+    """Claim half of the due jobs with the most deaths, over one; `limit` of them at most.
 
-    job: Job
-    deaths: int
-
-
-def claim_suspect(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
-    """Claim the first due job of those that were in flight when their worker died."""
+    One that is claimed alone is charged an attempt. Several are charged nothing.
+    """
     return Statement(
-        _CLAIM_SUSPECT,
-        {"queue": queue, "lease": lease, "token": token},
-        _suspects,
+        _CLAIM_GROUP,
+        {"queue": queue, "limit": limit, "lease": lease, "token": token},
+        _in_order,
     )
 
 
-def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
     """Claim the first due job, whatever became of its last worker."""
     return Statement(
         _CLAIM_ANY,
         {"queue": queue, "limit": 1, "lease": lease, "token": token, "held": number_array(())},
-        _suspects,
+        _in_order,
     )
 
 
@@ -315,7 +338,7 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Suspect
 _CLAIM_NOW = _CLAIM_ANY.replace("now()", "clock_timestamp()")
 
 
-def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Suspect]]:
+def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
     """Claim the first due job, also one that this transaction has made due; as claim_any."""
     return claim_any(queue, lease=lease, token=token)._replace(text=_CLAIM_NOW)
 
@@ -328,12 +351,12 @@ class Line(NamedTuple):
     """What was due earlier has been claimed, or may not be: long ago where the queue is paused."""
     wait: float | None
     """Seconds until the next job that is not due yet."""
-    deaths: int | None
-    """Those of the first suspect that may be claimed."""
+    has_suspects: bool
+    """Whether the queue has suspects that can be claimed."""
 
 
 def survey(queue: str) -> Statement[list[Line]]:
-    """List the priorities in use, and of each when the next job is due, and the first suspect."""
+    """List the priorities in use, when the next job of each is due, and whether suspects are."""
     return Statement(
         f"""
         {_PRIORITIES}
@@ -344,13 +367,7 @@ def survey(queue: str) -> Statement[list[Line]]:
             where j.queue = %(queue)s and j.priority = line.priority
                 and j.next_run_at > now() and j.next_run_at < 'infinity' and not j.waits
             order by j.next_run_at limit 1
-        ) - clock_timestamp())::float8, (
-            select j.deaths from bgjob_job j
-            where j.queue = %(queue)s and j.priority = line.priority and j.deaths > 0
-                and j.lease_until is null and j.next_run_at <= now() and not j.waits
-                and {_UNPAUSED}
-            order by j.next_run_at, j.deaths limit 1
-        )
+        ) - clock_timestamp())::float8, {_HAS_SUSPECTS}
         from line where line.priority is not null
         """,
         {"queue": queue},
@@ -379,8 +396,8 @@ def _swept(rows: Sequence[Row]) -> Swept:
     return Swept(_jobs(sorted(found, key=_by_due)), freed)
 
 
-def _suspects(rows: Sequence[Row]) -> list[Suspect]:
-    return [Suspect(job, row[-1]) for job, row in zip(_jobs(rows), rows, strict=True)]
+def _in_order(rows: Sequence[Row]) -> list[Job]:
+    return _jobs(sorted(rows, key=_by_due))
 
 
 _job_columns = itemgetter(slice(len(Job._fields)))

@@ -88,11 +88,11 @@ def acquire(
     return Statement(
         f"""
         with wanted as materialized (
-            select w.key, w.deaths, j.id, j.token, j.queue, j.next_run_at,
+            select w.key, w.charged, j.id, j.token, j.queue, j.next_run_at,
                 coalesce(e.job_id = j.id and e.token = j.token, false) as has_it
             from unnest(
-                %(ids)s::text[], %(tokens)s::bigint[], %(keys)s::text[], %(deaths)s::smallint[]
-            ) as w (id, token, key, deaths)
+                %(ids)s::text[], %(tokens)s::bigint[], %(keys)s::text[], %(charged)s::int[]
+            ) as w (id, token, key, charged)
             join bgjob_job j on j.id = w.id and j.token = w.token
             join bgjob_exclusive e on e.key = w.key
             where j.id = any (%(ids)s::text[]) and e.key = any (%(keys)s::text[])
@@ -141,8 +141,7 @@ def acquire(
                 waits = true,
                 token = null,
                 lease_until = null,
-                attempt = greatest(j.attempt, 1) - 1,
-                deaths = w.deaths
+                attempt = greatest(j.attempt, w.charged) - w.charged
             from wanted w
             where j.id = any (array(
                 select id from wanted where id not in (select id from granted)
@@ -160,7 +159,7 @@ def acquire(
             "ids": [c.job.id for c in claimed],
             "tokens": [c.token for c in claimed],
             "keys": [c.job.exclusive for c in claimed],
-            "deaths": [c.deaths for c in claimed],
+            "charged": [int(c.is_charged) for c in claimed],
             "most": 1000,
         },
         lambda rows: {(id_, token): has_it for id_, token, has_it in rows},

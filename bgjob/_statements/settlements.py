@@ -27,8 +27,8 @@ class Claimed(NamedTuple):
 
     job: Job
     token: int
-    deaths: int = 0
-    """How many workers in a row died, or lost the lease, before this claim."""
+    is_charged: bool = True
+    """Whether the claim has charged an attempt, as all do but those of several suspects."""
 
 
 _COMPLETE: LiteralString = """
@@ -179,8 +179,6 @@ class Postponed(NamedTuple):
     """None keeps the last one."""
     refund: bool
     """Whether the attempt is given back."""
-    deaths: int = 0
-    """What stays on record of workers that died."""
     priority: int | None = None
     """None keeps its own."""
 
@@ -194,15 +192,14 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             lease_until = null,
             next_run_at = clock_timestamp() + p.delay * interval '1 second',
             attempt = greatest(j.attempt, p.refund) - p.refund,
-            deaths = p.deaths,
+            deaths = 0,
             last_error = coalesce(p.error, j.last_error),
             priority = coalesce(p.priority, j.priority),
             updated_at = clock_timestamp()
         from unnest(
             %(ids)s::text[], %(tokens)s::bigint[], %(delays)s::float8[],
-            %(errors)s::text[], %(refunds)s::int[], %(deaths)s::smallint[],
-            %(priorities)s::smallint[]
-        ) as p (id, token, delay, error, refund, deaths, priority)
+            %(errors)s::text[], %(refunds)s::int[], %(priorities)s::smallint[]
+        ) as p (id, token, delay, error, refund, priority)
         where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
         returning j.id
         """,
@@ -212,7 +209,6 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             "delays": Floats(p.delay for p in postponed),
             "errors": ErrorTexts(p.error for p in postponed),
             "refunds": [int(p.refund) for p in postponed],
-            "deaths": [p.deaths for p in postponed],
             "priorities": Smallints(p.priority for p in postponed),
         },
         column,
@@ -243,12 +239,11 @@ def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statemen
             update bgjob_job j
             set token = null,
                 lease_until = null,
-                attempt = greatest(j.attempt, 1) - 1,
-                deaths = g.deaths,
+                attempt = greatest(j.attempt, g.charged) - g.charged,
                 updated_at = clock_timestamp()
             from unnest(
-                %(ids)s::text[], %(tokens)s::bigint[], %(deaths)s::smallint[]
-            ) as g (id, token, deaths)
+                %(ids)s::text[], %(tokens)s::bigint[], %(charged)s::int[]
+            ) as g (id, token, charged)
             where j.id = any (%(ids)s::text[]) and j.id = g.id and j.token = g.token
             returning j.id, j.priority, {in_range("j.next_run_at")} as since
         ), told as materialized (
@@ -262,7 +257,7 @@ def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statemen
         {
             "ids": [c.job.id for c in claimed],
             "tokens": [c.token for c in claimed],
-            "deaths": [c.deaths for c in claimed],
+            "charged": [int(c.is_charged) for c in claimed],
             "queue": queue,
             "tell": tell,
             "class": LOCK_CLASS,
