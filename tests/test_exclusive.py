@@ -33,7 +33,7 @@ from bgjob import (
 from bgjob._engine import Engine
 from bgjob._exchange import Committed, Exchange, Outcome, Release, Reply, Sleep
 from bgjob._statements.claims import Line, Swept, claim_any
-from bgjob._statements.keys import lock_keys
+from bgjob._statements.keys import lock_keys, release
 from bgjob._statements.settlements import Claimed
 from bgjob._transaction import acquisition, conclusion
 from bgjob.testing import drain
@@ -509,6 +509,26 @@ def test_a_job_that_is_given_back_keeps_its_place(dsn: str, conn: psycopg.Connec
         for _ in range(3):
             client.do("q", Mux().register("t", lambda job: ran.append(job.id)))
     assert ran == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("earlier", ["is due", "is claimed"])
+def test_a_job_that_waits_is_not_woken_before_an_earlier_one_of_its_key(
+    dsn: str, conn: psycopg.Connection, earlier: str
+) -> None:
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
+    conn.execute("update bgjob_job set waits = true where id <> '0'")
+    ask(conn, [lock_keys(["k"])])
+    if earlier == "is claimed":  # and has not asked for its key
+        conn.execute("update bgjob_job set token = 1, lease_until = 'infinity' where id = '0'")
+    assert ask(conn, [lock_keys(["k"]), release("q", ["k"])])[-1] == []
+    assert conn.execute("select id from bgjob_job where waits order by id").fetchall() == [
+        ("1",),
+        ("2",),
+    ]
+    conn.execute("delete from bgjob_job where id = '0'")
+    assert len(ask(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
+    assert conn.execute("select id from bgjob_job where waits").fetchall() == [("2",)]
 
 
 def test_a_key_is_locked_until_the_end_of_the_transaction_and_not_written(

@@ -519,6 +519,22 @@ def test_a_job_that_is_given_back_is_as_before_its_claim_and_sleeping_workers_he
     assert [Notice.read(payload, "q") for payload in heard] == expected
 
 
+def test_an_extension_passes_over_a_row_that_others_have_locked(
+    worker: psycopg.Connection, dsn: str
+) -> None:
+    fill(worker, 3)
+    locked, *others = sorted(claimed(worker, 3))
+    before = dict(worker.execute("select id, lease_until from bgjob_job").fetchall())
+    worker.execute("set lock_timeout = '50ms'")
+    with psycopg.connect(dsn) as other:
+        other.execute("select from bgjob_job where id = %s for update", [locked.job.id])
+        held = ask(worker, extend([locked, *others], lease=7200))
+    assert set(held) == before.keys()  # it is held as before
+    after = dict(worker.execute("select id, lease_until from bgjob_job").fetchall())
+    longer = {id_ for id_ in before if after[id_] > before[id_]}
+    assert longer == {c.job.id for c in others}
+
+
 def test_rows_and_keys_that_others_have_locked_are_told_without_waiting(
     worker: psycopg.Connection, dsn: str
 ) -> None:
