@@ -44,6 +44,9 @@ _MOMENT = 0.001
 LAST_WORDS = 1.0
 """Seconds, after the grace period, to settle what has finished."""
 
+_OF_DATA = ("22", "23", "P0")
+"""Classes of errors that are about certain rows: their values, a constraint, a trigger."""
+
 _MOST_FAULTS = 5
 """Faults of its own that it survives within so many seconds; more would come again."""
 _FAULTS_WITHIN = 10.0
@@ -291,7 +294,8 @@ class Control:
             elif isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire):
                 self._link.use_server_encoding()
             for_lock = isinstance(error, LockNotAvailable)
-            if self._engine.reject(monotonic(), for_lock=for_lock):
+            for_data = (error.sqlstate or "")[:2] in _OF_DATA
+            if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
                 self._events.error(error)
 
     def _bury_unread(self) -> None:

@@ -166,6 +166,7 @@ class Engine:
         self._refused: deque[Outcome] = deque()  # refused alone: they wait apart from the others
         self._refused_at = inf  # when the first of them is tried again
         self._refused_pause = _PAUSE
+        self._spilled = 0  # of them, how many of the oldest are to be left to their leases
         # Rows, and keys, that others may have locked; none of them holds a slot.
         self._apart: list[Outcome] = []
         self._apart_wanting: list[Claimed] = []
@@ -614,6 +615,9 @@ class Engine:
             self._has_probed = False
         if sent.exchange.probes:
             self._probed(reply, news, now)
+        if self._spilled:
+            self._lose([o.claimed for o in [*self._refused][: self._spilled]], news)
+            self._spilled = 0
         due_at = self._settled(sent, reply, news, now)
         self._granted(sent, reply, now, news)
         self._extended(sent, reply, news)
@@ -640,7 +644,7 @@ class Engine:
             news.events.append(QueueIsEmpty(self._queue))
         return news
 
-    def reject(self, now: float, *, for_lock: bool = False) -> bool:
+    def reject(self, now: float, *, for_lock: bool = False, for_data: bool = False) -> bool:
         """Record that the server refused the exchange: nothing of it happened.
 
         Its outcomes are tried again in smaller parts and after the others, until
@@ -649,6 +653,10 @@ class Engine:
 
         Where it was refused for a lock, the engine asks which rows are locked. Only they
         are left apart. Returns False in that case: there is nothing to tell.
+
+        Of outcomes that were refused for their data, such as a foreign key of the user's, and
+        may be for good, only so many are kept: the oldest are left to their leases. Others
+        are all kept, and nothing more is claimed when there are too many.
         """
         sent = self._answered()
         while self._sent:
@@ -670,6 +678,8 @@ class Engine:
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
             self._refused += sent.outcomes
+            if for_data and len(self._refused) > _MOST // 2:
+                self._spilled += 1
             if sent.again:
                 self._refused_pause = self._longer(self._refused_pause)
             if sent.again or self._refused_at == inf:
@@ -908,7 +918,8 @@ class Engine:
             self._running -= len(wanting)
             self._isolation.ended(wanting)
         self._lost |= lost - finished - wanting - apart
-        self._pace.hurry_back()  # those that have not started must not start now
+        if lost - finished:
+            self._pace.hurry_back()  # those that have not started must not start now
         for claimed in claims:
             if (batch := self._drop(claimed)) is not None:
                 batch.places = ()  # an outcome under way may count for one that it has no more

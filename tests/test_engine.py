@@ -8,6 +8,7 @@ from math import inf
 
 import pytest
 
+from bgjob import _engine
 from bgjob._engine import Engine
 from bgjob._exchange import (
     Claim,
@@ -552,6 +553,41 @@ def test_a_row_that_stays_locked_is_told_after_some_seconds() -> None:
         told = drive.answer(Reply(barred=barred, extended={"a"})).locked
     assert told == ["a"]
     assert 5.0 <= drive.now - refused_at < 8.0
+
+
+@pytest.mark.parametrize("for_data", [True, False])
+def test_outcomes_that_are_refused_for_good_do_not_stop_the_worker_as_a_full_disk_does(
+    monkeypatch: pytest.MonkeyPatch, for_data: bool
+) -> None:
+    monkeypatch.setattr(_engine, "_MOST", 8)
+    drive = Drive(concurrency=2, poll_interval=0.1)
+    lost: list[LeaseLost] = []
+    names = iter(range(100))
+    ends = drive.now + 20.0
+    claims = 0
+    while drive.now < ends:
+        drive.engine.wake(Notice(later=True))
+        match drive.step():
+            case Sleep(until):
+                drive.now = until
+            case Exchange() as exchange if settled(exchange):
+                drive.now += ROUND_TRIP
+                drive.engine.reject(drive.now, for_data=for_data)
+            case Exchange() as exchange:
+                jobs = [job(str(next(names)))] if exchange.claim and exchange.claim.limit else []
+                claims += len(jobs)
+                news = drive.answer(
+                    replace(found(*jobs), extended={c.job.id for c in exchange.extend})
+                )
+                drive.finish(*news.run)
+                lost += [event for event in news.events if isinstance(event, LeaseLost)]
+                if claims == 40:
+                    break
+    assert (claims == 40) is for_data
+    assert bool(lost) is for_data
+    if for_data:
+        assert lost[0].job.id == "0"  # the oldest
+        assert drive.engine.unsettled < 10
 
 
 def test_what_was_to_follow_a_refused_exchange_comes_again() -> None:

@@ -524,13 +524,17 @@ def test_an_extension_passes_over_a_row_that_others_have_locked(
 ) -> None:
     fill(worker, 3)
     locked, *others = sorted(claimed(worker, 3))
-    before = dict(worker.execute("select id, lease_until from bgjob_job").fetchall())
+    before: dict[str, datetime] = dict(
+        worker.execute("select id, lease_until from bgjob_job").fetchall()
+    )
     worker.execute("set lock_timeout = '50ms'")
     with psycopg.connect(dsn) as other:
         other.execute("select from bgjob_job where id = %s for update", [locked.job.id])
         held = ask(worker, extend([locked, *others], lease=7200))
     assert set(held) == before.keys()  # it is held as before
-    after = dict(worker.execute("select id, lease_until from bgjob_job").fetchall())
+    after: dict[str, datetime] = dict(
+        worker.execute("select id, lease_until from bgjob_job").fetchall()
+    )
     longer = {id_ for id_ in before if after[id_] > before[id_]}
     assert longer == {c.job.id for c in others}
 

@@ -438,6 +438,21 @@ def test_low_timeouts_break_off_nothing_that_a_worker_does_itself(
     assert world.rows("a") == 1
 
 
+TWICE = "select job_id from ledger where kind <> 'gate' group by job_id having count(*) > 1"
+
+
+def settlement_paces(world: World, seconds: float) -> list[float]:
+    """The seconds from a job's enqueue until it is settled, of one after the other."""
+    paces = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.monotonic()
+        [id] = world.enqueue("plain")
+        assert eventually(lambda: not world.live(id))  # noqa: B023
+        paces.append(time.monotonic() - began)
+    return paces
+
+
 @both_colours
 @pytest.mark.parametrize("what", ["row", "key"])
 def test_a_row_that_another_session_has_locked_delays_its_own_settlement_only(
@@ -454,27 +469,18 @@ def test_a_row_that_another_session_has_locked_delays_its_own_settlement_only(
         if what == "key"
         else "select from bgjob_job where id = 'locked' for update"
     )
-    paces = []
     with locked(world, lock):
         world.release("gate", *range(1, 9))
         if what == "key":
             world.enqueue("plain", "next", exclusive="k")
-        end = time.monotonic() + 2.0
-        while time.monotonic() < end:
-            [id] = world.enqueue("plain", delay=0.05)
-            # From when it is due until it is settled.
-            assert eventually(lambda: not world.live(id))  # noqa: B023
-            at = "select (clock_timestamp() - at) from ledger where job_id = %s"
-            due = world.value(at, [id])
-            paces.append(due.total_seconds())
+        paces = settlement_paces(world, 2.0)
         assert not worker.heard("completed", "locked")
     world.done()
     print(f"{what}: neighbours were settled within {median(paces):.3f} s, {max(paces):.3f} s")
     assert median(paces) < 0.5
     world.witness(worker, "completed", "locked")
     assert world.rows("slow") == 1
-    twice = "select job_id from ledger where kind <> 'gate' group by 1 having count(*) > 1"
-    assert world.query(twice) == []
+    assert world.query(TWICE) == []
 
 
 @both_colours
@@ -557,6 +563,30 @@ def test_results_are_kept_while_the_disk_is_full_and_no_handler_runs_again_for_i
         for n in range(5):
             worker.wait_for(event, f"{then} {n}")
             assert world.rows(f"{then} {n}") == 1 + (then == "retry")
+
+
+@both_colours
+def test_a_settlement_that_is_refused_delays_no_other_and_repeats_none(
+    world: World, colour: Colour
+) -> None:
+    world.query(FULL)
+    world.query(
+        "create trigger full_disk before delete on bgjob_job for each row "
+        "when (old.id like 'refused%') execute function full_disk()"
+    )
+    world.enqueue("plain", *[f"refused {n}" for n in range(20)])
+    world.enqueue("plain", "slow", linger=2.5)
+    worker = start(world, colour, concurrency=2, lease=1.0)
+    worker.wait_for("error", "could not extend file")
+    worker.wait_for("effect", "slow")
+    paces = settlement_paces(world, 2.0)
+    assert not [event for event in worker.of("completed") if event[1].startswith("refused")]
+    world.query("drop function full_disk cascade")
+    world.done()
+    print(f"beside refused ones: settled within {median(paces):.3f} s, {max(paces):.3f} s")
+    assert median(paces) < 0.5
+    world.witness(worker, "completed", "refused 0")
+    assert world.query(TWICE) == []
 
 
 @both_colours
