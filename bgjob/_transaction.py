@@ -122,6 +122,16 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
     return Committed(result)
 
 
+def _end_with_sync(pipeline: Any) -> None:
+    """Have a pipeline send nothing after its Sync.
+
+    psycopg sends a Flush, too. The server takes it for the next command: it stops the clock of
+    idle_in_transaction_session_timeout, and starts it only with its next answer. A worker that
+    vanished here would keep the job's row, and what its handler locked, for good.
+    """
+    pipeline._exit_gen = pipeline._sync_gen  # noqa: SLF001
+
+
 def settlement(claimed: Claimed, result: Result | Doubtful | Release) -> list[Statement[Any]]:
     """Give the statements that settle one job; the first gives its id, if it is still held."""
     exchange = Exchange()
@@ -432,7 +442,8 @@ class Transactions:
             case _Ask(statements):
                 if _is_over(connection):
                     return None
-                with connection.pipeline():
+                with connection.pipeline() as pipeline:
+                    _end_with_sync(pipeline)
                     cursors = [Cursor(connection) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
                         cursor.execute(
@@ -495,7 +506,8 @@ class Transactions:
             case _Ask(statements):
                 if _is_over(connection):
                     return None
-                async with connection.pipeline():
+                async with connection.pipeline() as pipeline:
+                    _end_with_sync(pipeline)
                     cursors = [AsyncCursor(connection) for _ in statements]
                     for cursor, statement in zip(cursors, statements, strict=True):
                         await cursor.execute(

@@ -33,6 +33,8 @@ from bgjob import (
     Worker,
 )
 
+from bgjob._statements import session, settlements
+
 Event = tuple[Any, ...]
 Colour = Literal["thread", "async"]
 
@@ -86,6 +88,9 @@ class Settings:
     backoff: float = 0.05
     timeout: float | None = None
     grace: float = 5.0
+    server_patience: float | None = None
+    """Seconds after which the server ends a transaction that its worker leaves open, so that no
+    test has to wait as long as it does by default."""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -316,6 +321,9 @@ def end_with_parent() -> None:
 
 def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
     """Make a worker of these settings."""
+    if settings.server_patience is not None:
+        settlements._IDLE = int(settings.server_patience * 1000)
+        session.WORKER_SETTINGS["transaction_timeout"] = f"{settings.server_patience:g}s"
     options: dict[str, Any] = {
         "concurrency": settings.concurrency,
         "poll_interval": settings.poll_interval,
