@@ -115,8 +115,13 @@ class Control:
 
         """
         self._link.open(patience)
+        self._tell_warning()
         self._rota.begin()
         self._rota.run(self._link.lend, monotonic, self._service_cannot_start)
+
+    def _tell_warning(self) -> None:
+        if self._link.warning is not None:
+            self._events.tell([BgjobError(self._link.warning)])
 
     def disconnect(self) -> None:
         """Close the connection of a worker that does not start."""
@@ -148,7 +153,12 @@ class Control:
                 names_keys=mux.names_keys,
             )
             lineage = Lineage()
-            self._transactions = Transactions(self._recipe(), lineage)
+            conninfo, kwargs = self._recipe()
+            if (
+                not self._link.is_direct
+            ):  # a pooler's other sessions would not find what it prepared
+                kwargs = {"prepare_threshold": None, **kwargs}
+            self._transactions = Transactions((conninfo, kwargs), lineage)
             self._ends.callback(self._transactions.close)
             self._runner = Runner(
                 mux,
@@ -426,6 +436,7 @@ class Control:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         else:
             self._pause = _FIRST_PAUSE
+            self._tell_warning()
             if self._was_silent:
                 self._was_silent = False
                 self._transactions.doubt()

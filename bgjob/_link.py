@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import select
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from math import ceil
 from time import monotonic
 from typing import Any, LiteralString, NamedTuple, cast
@@ -26,9 +26,11 @@ from bgjob._statements.session import (
     SERVICE_SETTINGS,
     WORKER_SETTINGS,
     backend,
+    hidden,
     lacks,
     schema_comment,
     session,
+    transaction,
 )
 from bgjob._statements.settlements import bury_unread
 from bgjob._statements.statement import Statement
@@ -190,9 +192,9 @@ class Answer:
                 cursor.execute(statement.text, statement.params, binary=True)
             self._asked.append((statement, part, cursor))
 
-    def say(self, text: LiteralString) -> None:
+    def say(self, text: LiteralString | bytes, params: Mapping[str, object] | None = None) -> None:
         """Send a word of which nothing is read, but that it was answered."""
-        self._cursor().execute(text)
+        self._cursor().execute(text, params)
 
     def wait(self) -> None:
         """Wait until the last that was sent is answered."""
@@ -261,6 +263,10 @@ class Link:
         self._cursors: list[Cursor] = []  # to use again
         self._heard: Notice | None = None
         self._has_opened = False
+        self.is_direct = False
+        """Whether the open connection has a session of its own, and no pooler gives it others."""
+        self.warning: str | None = None
+        """What is to be told of the open connection."""
         self.unread: list[Unread] = []
         """Claimed jobs that could not be read, and are to be buried."""
         self.can_notify = False
@@ -286,10 +292,10 @@ class Link:
                 timeout_from_conninfo(settings), max(ceil(patience / hosts), 1)
             )
         # Statements are few and long: prepared at once, unless a pool forbids it.
-        prepares = settings.get("prepare_threshold", 0) is not None
+        asked = settings.get("prepare_threshold", 0)
         ours = {
             "autocommit": True,
-            "prepare_threshold": 0 if prepares else None,
+            "prepare_threshold": None if asked is None else 0,
             "row_factory": tuple_row,
             "cursor_factory": None,
             "context": None,
@@ -305,15 +311,18 @@ class Link:
                 raise psycopg.errors.ReadOnlySqlTransaction(
                     "the server, or this database or role, is read-only: connect to the primary"
                 )
-            direct = answers.pid == connection.info.backend_pid
-            if direct:
+            self.is_direct = answers.pid == connection.info.backend_pid
+            if self.is_direct:
                 self._run(connection, session(answers.pid, WORKER_SETTINGS))
+            elif "prepare_threshold" not in settings:
+                connection.prepare_threshold = None  # nor would it find what was prepared
             # One that has worked with the tables goes on while they have what its statements
             # need, whatever they are called: a deploy may have changed them meanwhile.
             check = schema.check_tables if self._has_opened else schema.check_version
             check(self._run(connection, schema_comment()))
             schema.check_lacks(self._run(connection, lacks()))
-            self.can_notify = self._notify and direct
+            self.warning = schema.hidden_text(self._run(connection, hidden()))
+            self.can_notify = self._notify and self.is_direct
             if self.can_notify:
                 connection.add_notify_handler(self._notice)
                 self._run(connection, listen(self._queue))
@@ -333,7 +342,7 @@ class Link:
 
         """
         plan = self.plan(exchange)
-        if len(plan) == 1:
+        if len(plan) == 1 and self.is_direct:
             answer = self._answer()
             answer.ask(plan)  # a transaction by itself
         else:
@@ -410,6 +419,9 @@ class Link:
         # it waits for the answers must not keep rows locked.
         answer = self._answer()
         answer.say("begin isolation level read committed")
+        if not self.is_direct:
+            settings = transaction()
+            answer.say(settings.text, settings.params)
         answer.ask(plan)
         answer.say("commit")
         return answer
@@ -485,7 +497,9 @@ class Link:
             connection.close()
 
     def _run(self, connection: _Connection, statement: Statement[Any]) -> Any:
-        cursor = Cursor(connection).execute(statement.text, statement.params, binary=True)
+        cursor = Cursor(connection).execute(
+            statement.text, statement.params, binary=True, prepare=statement.prepare
+        )
         return statement.parse(cursor.fetchall() if cursor.description else [])
 
     def _notice(self, notice: psycopg.Notify) -> None:

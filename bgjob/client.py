@@ -488,7 +488,9 @@ class Client:
 
 def _configure(connection: psycopg.Connection[Any]) -> None:
     statement = session(connection.info.backend_pid)
-    Cursor(connection).execute(statement.text, statement.params)
+    cursor = Cursor(connection).execute(statement.text, statement.params, prepare=False)
+    if not cursor.rowcount:  # a pooler answers, and may have another session for each transaction
+        connection.prepare_threshold = None
 
 
 @contextmanager
@@ -889,7 +891,10 @@ class AsyncClient:
 
 async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
     statement = session(connection.info.backend_pid)
-    await AsyncCursor(connection).execute(statement.text, statement.params)
+    cursor = AsyncCursor(connection)
+    await cursor.execute(statement.text, statement.params, prepare=False)
+    if not cursor.rowcount:
+        connection.prepare_threshold = None
 
 
 @asynccontextmanager

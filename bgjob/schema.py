@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from bgjob._statements.session import Lack
+from bgjob._statements.session import Hidden, Lack
 from bgjob.errors import SchemaError
 
 VERSION = 1
@@ -58,6 +58,19 @@ def check_version(comment: str | None) -> None:
         raise SchemaError(
             f"table bgjob_job has schema version {version}, this bgjob needs {VERSION}: {remedy}"
         )
+
+
+def hidden_text(hidden: Sequence[Hidden]) -> str | None:
+    """Return what to tell of rows that a worker may not see; None where it sees all."""
+    if not hidden:
+        return None
+    relation, role = hidden[0]
+    return (
+        f"row-level security hides rows of table {', '.join(h.relation for h in hidden)} from role "
+        f"{role!r}, unless a policy shows them: their jobs are not run, and nothing else is said; "
+        f"as its owner: create policy bgjob_worker on {relation} to {role} using (true), or: "
+        f"alter table {relation} disable row level security"
+    )
 
 
 def check_lacks(lacks: Sequence[Lack]) -> None:

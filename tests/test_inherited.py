@@ -3,10 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
+from faults.pooler import Pooler
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
@@ -292,3 +293,102 @@ def test_the_users_word_counts_more_than_the_librarys_about_keepalives() -> None
     assert options(("host=h", {})).items() >= {**ours, "tcp_user_timeout": 60_000}.items()
     assert options(("host=h keepalives_idle=7", {}))["keepalives_idle"] == "7"
     assert options(("host=h", {"tcp_user_timeout": 0}))["tcp_user_timeout"] == 0
+
+
+# -- what a worker's session has instead ----------------------------------------------------
+
+NOTE = """
+    create table noted (name text, value text);
+    create function note() returns trigger language plpgsql as $$ begin
+        insert into noted select name, setting || coalesce(unit, '') from pg_settings
+        where name = any (string_to_array('{names}', ' '))
+            and current_query() like '%update bgjob_job set%token%';
+        return null;
+    end $$;
+    create trigger note after update on bgjob_job for each statement execute function note();
+"""
+
+
+@pytest.mark.parametrize("way", ["direct", "pooler"])
+def test_a_worker_claims_with_its_own_timeouts_and_plans_whatever_the_defaults_are(
+    crew: Crew, dsn: str, conn: psycopg.Connection, way: str
+) -> None:
+    expected = {
+        "statement_timeout": "10000ms",
+        "lock_timeout": "100ms",
+        "idle_in_transaction_session_timeout": "0ms",
+        "transaction_isolation": "read committed",
+        "enable_seqscan": "off",
+        "enable_sort": "off",
+        "enable_nestloop": "off",
+        "jit": "off",
+        "plan_cache_mode": "force_generic_plan",
+    }
+    if way == "direct":
+        expected |= {"idle_session_timeout": "0ms"}
+        if conn.info.server_version >= 17_00_00:
+            expected |= {"transaction_timeout": "20000ms"}
+    inherit(
+        dsn,
+        {
+            "statement_timeout": "0",
+            "lock_timeout": "0",
+            "idle_in_transaction_session_timeout": "1h",
+            "default_transaction_isolation": "serializable",
+        },
+    )
+    conn.execute(cast(Any, NOTE.replace("{names}", " ".join(expected))))
+    with Pooler(dsn) as pooler:
+        source = pooler.dsn(dsn) if way == "pooler" else dsn
+        done: list[str] = []
+        mux = Mux().register("t", lambda job: done.append(job.id))
+        worker = crew.make(mux, dsn=source, poll_interval=0.05)
+        crew.run(worker.run())
+        for id_ in "abc":
+            crew.enqueue(id_)
+            assert eventually(lambda id_=id_: id_ in done)  # type: ignore[misc]
+        assert crew.shutdown(worker)
+    found = conn.execute("select distinct name, value from noted").fetchall()
+    assert sorted(found) == sorted(expected.items())
+
+
+# -- row-level security ----------------------------------------------------------------------
+
+TABLES = "bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause"
+
+
+@contextlib.contextmanager
+def role(conn: psycopg.Connection[Any], dsn: str) -> Iterator[tuple[str, str]]:
+    """A role that may do all that a worker does, and its DSN."""
+    name = f"w_{conn.info.dbname}"
+    conn.execute(cast(Any, f"create role {name} login; grant all on {TABLES} to {name}"))
+    try:
+        yield name, make_conninfo(dsn, user=name)
+    finally:
+        conn.execute(cast(Any, f"drop owned by {name}; drop role {name}"))
+
+
+def test_row_level_security_that_may_hide_jobs_is_told_with_the_remedy(
+    crew: Crew, dsn: str, conn: psycopg.Connection
+) -> None:
+    def errors_of(source: str) -> list[str]:
+        observer = Recorder()
+        worker = crew.make(Mux(), dsn=source, observer=observer)
+        crew.run(worker.run())
+        assert eventually(lambda: bool(observer.of("empty")))
+        assert crew.shutdown(worker)
+        return [str(error) for _, error in observer.of("error")]
+
+    with role(conn, dsn) as (name, source):
+        assert errors_of(source) == []
+        conn.execute("alter table bgjob_job enable row level security")
+        [text] = errors_of(source)
+        assert f"hides rows of table bgjob_job from role '{name}'" in text
+        assert errors_of(dsn) == []  # its owner sees all
+        conn.execute("create policy part on bgjob_job using (queue = 'other')")
+        assert len(errors_of(source)) == 1
+        remedy = text.rpartition("as its owner: ")[2].split(", or: ")[0]
+        conn.execute(cast(Any, remedy))
+        assert errors_of(source) == []
+        conn.execute("create policy less on bgjob_job as restrictive using (queue <> 'q')")
+        assert len(errors_of(source)) == 1

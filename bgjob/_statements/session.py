@@ -60,6 +60,12 @@ WORKER_SETTINGS = SETTINGS | {
 }
 """Settings of the session in which a worker claims and settles."""
 
+_LOCAL_SETTINGS = {
+    name: value
+    for name, value in WORKER_SETTINGS.items()
+    if name not in SETTINGS and name != "transaction_timeout"  # it cannot be set in one
+}
+
 SERVICE_SETTINGS = {"lock_timeout": "5s"}
 """What differs while a service has that session: it waits for a lock, and cannot try later."""
 
@@ -184,6 +190,49 @@ def backend() -> Statement[Backend]:
 def clock() -> Statement[datetime]:
     """Tell the database's time."""
     return Statement("select clock_timestamp()", None, scalar)
+
+
+def transaction() -> Statement[None]:
+    """Set what matters to a worker for this transaction, behind a pooler that shares sessions."""
+    return Statement(
+        "select set_config(name, value, true) "
+        "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)",
+        {"names": [*_LOCAL_SETTINGS], "values": [*_LOCAL_SETTINGS.values()]},
+        nothing,
+    )
+
+
+class Hidden(NamedTuple):
+    """A table of which policies of row-level security may hide rows."""
+
+    relation: str
+    role: str
+
+
+def hidden() -> Statement[list[Hidden]]:
+    """List the tables whose row-level security does not let this role see all rows."""
+    return Statement(
+        """
+        select c.relname::text, current_user::text
+        from unnest(array['bgjob_job', 'bgjob_exclusive', 'bgjob_pause']) as n (name)
+        join pg_class c on c.oid = to_regclass(n.name)
+        where row_security_active(c.oid) and (
+            exists (select from pg_policy p where p.polrelid = c.oid and not p.polpermissive)
+            or not exists (
+                select from pg_policy p
+                where p.polrelid = c.oid and p.polpermissive and p.polcmd = '*'
+                    and pg_get_expr(p.polqual, p.polrelid) = 'true'
+                    and exists (
+                        select from unnest(p.polroles) as r (role)
+                        where r.role = 0 or pg_has_role(r.role, 'usage')
+                    )
+            )
+        )
+        order by 1
+        """,
+        None,
+        lambda rows: [Hidden(*row) for row in rows],
+    )
 
 
 def session(pid: int, settings: Mapping[str, str] = SETTINGS) -> Statement[None]:

@@ -1,4 +1,4 @@
-"""A stand-in for PgBouncer in transaction mode, as it was before it knew prepared statements."""
+"""A stand-in for PgBouncer, as it was before it knew prepared statements."""
 
 import asyncio
 import contextlib
@@ -28,11 +28,14 @@ class Pooler(Service):
     So a client that is alone never has the same session twice in a row. Whatever else
     belongs to a session stays there: settings, listening, locks, prepared statements.
     It trusts everybody, and it ignores requests to cancel.
+
+    In session mode (`keeps=True`) a client has one session of its own for as long as it stays.
     """
 
-    def __init__(self, dsn: str, *, size: int = 2) -> None:
+    def __init__(self, dsn: str, *, size: int = 2, keeps: bool = False) -> None:
         super().__init__(dsn)
         self._size = size
+        self._keeps = keeps
         self._pools: dict[bytes, asyncio.Queue[_Session | None]] = {}
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -55,7 +58,7 @@ class Pooler(Service):
                 kind, message = await read_message(reader)
                 if kind == b"X":
                     break
-                if relay is None or relay.done():
+                if relay is None or (relay.done() and not self._keeps):
                     session = await self._take(pool, startup)
                     relay = self.spawn(self._relay(session, pool, writer))
                 if kind in {b"Q", b"S"}:
@@ -103,7 +106,8 @@ class Pooler(Service):
                 client.write(message)
                 if kind == b"Z":
                     session.unanswered -= 1
-                    if session.unanswered == 0 and message[-1:] == b"I":
+                    is_over = session.unanswered == 0 and message[-1:] == b"I"
+                    if is_over and not self._keeps:
                         rested = session
         except (OSError, EOFError):
             with contextlib.suppress(OSError):

@@ -767,17 +767,36 @@ def working(world: World, client: Client | AsyncClient, mux: Mux) -> Iterator[Lo
     assert local.shutdown()
 
 
-@pytest.fixture
-def pooler(dsn: str) -> Iterator[Pooler]:
+@pytest.fixture(params=[False, True], ids=["transaction mode", "session mode"])
+def pooler(request: pytest.FixtureRequest, dsn: str) -> Iterator[Pooler]:
     """Requested before the world, which it outlives."""
-    with Pooler(dsn) as pooler:
+    with Pooler(dsn, size=50 if request.param else 2, keeps=request.param) as pooler:
         yield pooler
 
 
 @both_workers
-def test_everything_works_through_a_pooler_in_transaction_mode(
-    pooler: Pooler, world: World, is_async: bool
-) -> None:
+def test_nothing_has_to_be_said_of_a_pooler(pooler: Pooler, world: World, is_async: bool) -> None:
+    dsn = pooler.dsn(world.dsn)
+    with Client(dsn) as client:
+        worker = world.worker(
+            world.mux(is_async=is_async), is_async=is_async, dsn=dsn, concurrency=4
+        )
+        for n in range(20):  # more often than psycopg takes before it prepares
+            world.enqueue("plain", f"a{n}", client=client)
+            world.enqueue("transactional", f"b{n}", client=client)
+        world.done()
+        world.enqueue("plain", *(f"c{n}" for n in range(8)), client=client, exclusive="k")
+        world.done()
+        world.witness(worker, "completed", "b19")
+        assert client.dlq.list() == []
+        for _ in range(10):
+            client.stats()
+            client.schedules.list()
+        assert not worker.of("error", "lost")
+
+
+@both_workers
+def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_async: bool) -> None:
     dsn = pooler.dsn(world.dsn)
     unprepared = {"prepare_threshold": None}
     with pooled(world, dsn, is_async=is_async, kwargs=unprepared) as (client, pool):
