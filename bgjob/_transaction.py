@@ -435,10 +435,10 @@ class Transactions:
                 try:
                     return route.handler(claimed.job, connection)
                 finally:
-                    self._handling.discard(connection)
-                    connection.user, connection.patience = threading.get_ident(), _PATIENCE
                     if self._lineage.is_child:
                         self._lineage.end(sys.exc_info()[1])
+                    self._handling.discard(connection)
+                    connection.user, connection.patience = threading.get_ident(), _PATIENCE
             case _Ask(statements):
                 if _is_over(connection):
                     return None
@@ -499,10 +499,10 @@ class Transactions:
                 try:
                     return await route.awaited(claimed.job, connection)
                 finally:
+                    if self._lineage.is_child:  # in which no loop runs
+                        self._lineage.end(sys.exc_info()[1])
                     self._handling.discard(connection)
                     connection.user, connection.patience = asyncio.current_task(), _PATIENCE
-                    if self._lineage.is_child:
-                        self._lineage.end(sys.exc_info()[1])
             case _Ask(statements):
                 if _is_over(connection):
                     return None
