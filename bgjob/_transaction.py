@@ -541,7 +541,10 @@ def _taken_from(connection: _Connection | _AsyncConnection) -> PGconn:
 
 
 def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:
-    return begin(claimed, over_tcp=not connection.info.host.startswith("/"))
+    info = connection.info
+    return begin(
+        claimed, over_tcp=not info.host.startswith("/"), server_version=info.server_version
+    )
 
 
 def _is_over(connection: psycopg.BaseConnection[Any]) -> bool:

@@ -70,6 +70,9 @@ DEFAULTS: Mapping[LiteralString, str] = {
     "plan_cache_mode": "force_generic_plan",
 }
 
+NEWER: Mapping[LiteralString, str] = {"transaction_timeout": "600ms"}
+"""Since version 17."""
+
 
 @pytest.fixture(scope="module")
 def elsewhere(bin_dir: Path | None) -> Iterator[tuple[EmbeddedServer, Proxy]]:
@@ -97,15 +100,10 @@ def elsewhere(bin_dir: Path | None) -> Iterator[tuple[EmbeddedServer, Proxy]]:
                     "create database elsewhere template template0 encoding 'LATIN1' locale 'C' {}"
                 ).format(sql.SQL(icu))
             )
-            for name, value in DEFAULTS.items():
-                admin.execute(
-                    sql.SQL("alter database elsewhere set {} = {}").format(
-                        sql.Identifier(name), sql.Literal(value)
-                    )
-                )
-        dsn = make_conninfo(server.dsn, dbname="elsewhere", options="-c statement_timeout=0")
+        dsn = make_conninfo(server.dsn, dbname="elsewhere")
         with psycopg.connect(dsn) as owner:
             owner.execute("create schema jobs authorization owner")
+            owner.execute("set search_path = jobs")
             owner.execute("set role owner")
             owner.execute(init_sql().encode())
             owner.execute("reset role")
@@ -118,6 +116,15 @@ def elsewhere(bin_dir: Path | None) -> Iterator[tuple[EmbeddedServer, Proxy]]:
                 owner.execute(sql.SQL("grant {} to plain").format(sql.Identifier(group)))
             owner.execute("create table effect (id text, at text)")
             owner.execute("grant select, insert on effect to plain")
+            defaults = dict(DEFAULTS)
+            if owner.info.server_version >= 17_00_00:
+                defaults |= NEWER
+            for name, value in defaults.items():
+                owner.execute(
+                    sql.SQL("alter database elsewhere set {} = {}").format(
+                        sql.Identifier(name), sql.Literal(value)
+                    )
+                )
         with Proxy(dsn) as proxy:
             yield server, proxy
 

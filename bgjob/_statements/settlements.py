@@ -100,13 +100,18 @@ _KEEPALIVE = (
 )
 
 
-def begin(claimed: Claimed, *, over_tcp: bool) -> bytes:
+# It ends a transaction that is at work as well; since version 17.
+_NO_LIMIT = "; set local transaction_timeout = 0"
+_LIMITED_SINCE = 17_00_00
+
+
+def begin(claimed: Claimed, *, over_tcp: bool, server_version: int) -> bytes:
     """Open the transaction of a handler, and mark it as the one that belongs to a claim.
 
     One mark ends with the transaction, however that ends. The other is undone
-    by a rollback and outlives a commit. How long the handler may be idle in it
-    is for the lease to say: whoever frees the claim ends the session, which it
-    knows by its name. Whatever the default level is, an extension of the lease
+    by a rollback and outlives a commit. How long the handler may take, and be
+    idle, is for the lease to say: whoever frees the claim ends the session, which
+    it knows by its name. Whatever the default level is, an extension of the lease
     must not make the settlement fail.
     """
     return (
@@ -115,6 +120,7 @@ def begin(claimed: Claimed, *, over_tcp: bool) -> bytes:
         f"set bgjob.committed = '{claimed.token:d}'; "
         f"set local application_name = '{session_name(claimed)}'; "
         f"set local idle_in_transaction_session_timeout = 0{_KEEPALIVE if over_tcp else ''}"
+        f"{_NO_LIMIT if server_version >= _LIMITED_SINCE else ''}"
     ).encode()
 
 
