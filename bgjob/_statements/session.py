@@ -8,7 +8,6 @@ from bgjob._connection import Texts
 from bgjob._statements.statement import Statement, nothing, scalar
 
 SETTINGS = {
-    "application_name": "bgjob",
     # What statements, their parameters and their answers mean.
     "client_encoding": "UTF8",
     "datestyle": "ISO",
@@ -37,6 +36,7 @@ none of these matters. A setting that this server does not have is left out.
 """
 
 WORKER_SETTINGS = SETTINGS | {
+    "application_name": "bgjob",
     "idle_in_transaction_session_timeout": "0",
     # A row that cannot be had is left for later, and delays only its own job; see Engine.reject.
     "lock_timeout": "100ms",

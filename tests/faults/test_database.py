@@ -4,7 +4,7 @@ import inspect
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -618,9 +618,9 @@ class Work:
         plan = Exchange.statements
 
         def counted(
-            exchange: Exchange, queue: str, lease: float
+            exchange: Exchange, queue: str, lease: float, served: Collection[str]
         ) -> list[tuple[Statement[Any], str]]:
-            statements = plan(exchange, queue, lease)
+            statements = plan(exchange, queue, lease, served)
             if exchange.claim is not None:
                 kind = type(exchange.claim).__name__
                 claim, part = statements[0]

@@ -13,6 +13,7 @@ import pytest
 import bgjob._connection
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
+from bgjob._statements.notices import LOCK_CLASS
 from faults.proxy import Proxy
 from faults.world import PATIENCE, Process, World, eventually
 
@@ -419,7 +420,7 @@ OPEN = (
     "and pid <> pg_backend_pid() and xact_start is not null"
 )
 LOCK = (
-    "select pid from pg_locks where locktype = 'advisory' and granted "
+    f"select pid from pg_locks where locktype = 'advisory' and granted and classid = {LOCK_CLASS} "
     "and database = (select oid from pg_database where datname = current_database())"
 )
 
