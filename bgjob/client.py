@@ -17,6 +17,7 @@ from psycopg.errors import (
     DeadlockDetected,
     IdleSessionTimeout,
     ProtocolViolation,
+    ReadOnlySqlTransaction,
     SerializationFailure,
     UniqueViolation,
 )
@@ -92,7 +93,12 @@ _DO_LEASE = 300.0
 _MOST_KEYS = 1_000_000
 """Exclusive keys that are looked at where no job is due."""
 
-_NOTHING_WRITTEN = (DeadlockDetected, SerializationFailure, IdleSessionTimeout)
+_NOTHING_WRITTEN = (
+    DeadlockDetected,
+    SerializationFailure,
+    IdleSessionTimeout,
+    ReadOnlySqlTransaction,
+)
 """Errors after which a statement, or a transaction, of the client's own can be repeated."""
 
 _REPETITIONS = 3
@@ -448,6 +454,9 @@ class Client:
             finally:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
                     pooled.autocommit = False
+        except ReadOnlySqlTransaction:
+            pooled.close()  # its server is no primary any more: the next one may be
+            raise
         finally:
             pool.give_back(pooled)
 
@@ -848,6 +857,9 @@ class AsyncClient:
             finally:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
                     await pooled.set_autocommit(False)
+        except ReadOnlySqlTransaction:
+            await pooled.close()  # its server is no primary any more: the next one may be
+            raise
         finally:
             await pool.give_back(pooled)
 

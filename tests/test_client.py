@@ -1091,6 +1091,31 @@ def test_a_low_idle_session_timeout_fails_no_enqueue(
     assert count(conn) == 8
 
 
+@pytest.mark.parametrize("source", ["string", "pool"])
+def test_a_client_leaves_a_server_that_is_no_primary_any_more(
+    colour: Colour, dsn: str, conn: psycopg.Connection, source: str
+) -> None:
+    def read_only(value: LiteralString) -> None:
+        alter = sql.SQL("alter database {} set default_transaction_read_only = " + value)
+        conn.execute(alter.format(sql.Identifier(conn.info.dbname)))
+
+    calls: list[Callable[[Any], Any]] = [
+        lambda client: client.enqueue(EnqueueRequest("q", "t", id="a")),
+        lambda client: client.bulk_enqueue(requests("b", "c")),
+        lambda client: client.bulk_enqueue(requests(*(f"{n:03}" for n in range(600)))),
+    ]
+    for call in calls:
+        # Sessions that are open keep what they began with, as those of a former primary do.
+        read_only("on")
+        client = colour.client(colour.pool() if source == "pool" else dsn)
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            call(client)
+        client.stats()
+        read_only("off")
+        call(client)
+    assert count(conn) == 603
+
+
 def test_connections_that_were_idle_for_long_are_closed_and_old_ones_replaced(
     colour: Colour, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
