@@ -200,6 +200,7 @@ class Engine:
         self._not_before = -inf
         self._pause = _PAUSE
         self._settle_limit = _MOST
+        self._claim_limit = _MOST // 2
         self._careful = 0
         self._turn = 0
 
@@ -542,7 +543,7 @@ class Engine:
 
     @property
     def _claimable(self) -> int:
-        return min(self._room(), _MOST // 2)
+        return min(self._room(), self._claim_limit)
 
     def _room(self) -> int:
         if len(self._refused) + len(self._apart) + len(self._apart_wanting) >= _MOST:
@@ -613,6 +614,8 @@ class Engine:
                 self._refused.clear()
                 self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
             self._has_probed = False
+        if sent.exchange.claim is not None:
+            self._claim_limit = min(self._claim_limit + self._claim_limit // 8 + 1, _MOST // 2)
         if sent.exchange.probes:
             self._probed(reply, news, now)
         if self._spilled:
@@ -675,6 +678,10 @@ class Engine:
             self._wanting += wanting
             self._free.update(free)
         self._claim_again(sent)
+        claim = sent.exchange.claim
+        if claim is not None and claim.limit and not sent.outcomes:
+            # It may have been too much for the server, or for the network in time.
+            self._claim_limit = max(claim.limit // 2, 1)
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
             self._refused += sent.outcomes
@@ -1004,7 +1011,7 @@ class Engine:
         if not claimed:
             return
         self._idle = False
-        self._pace.claimed(now)
+        self._pace.claimed(claimed, now)
         expired = [b for b in self._batches.values() if b.expires <= now]
         if expired or self._unsure:
             # Two claims of one job must not meet in one statement: it would hit either.

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import TypeGuard, assert_never
 
 from bgjob._audience import listener
@@ -20,6 +21,7 @@ from bgjob._exchange import (
 )
 from bgjob._logger import log as _log
 from bgjob._route import Wants
+from bgjob._statements.claims import ELSEWHERE
 from bgjob._statements.settlements import Claimed
 from bgjob.job import Job
 from bgjob.observer import Observer
@@ -27,6 +29,10 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
 _MOST = 100_000
 """Events that wait for a blocked observer; later ones are dropped, and counted in the log."""
+_MOST_BYTES = 64 * 1024 * 1024
+"""Payloads that wait with them, as above."""
+_UNCOUNTED = 1000
+"""Events that wait before their payloads are counted: claims bring no large ones."""
 
 
 class Events:
@@ -46,6 +52,7 @@ class Events:
         self._waiting: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
         self._closed = False
+        self._bytes = 0  # of payloads that wait, as far as they are counted
         self._dropped = 0
         self._error_at = float("-inf")
         self.thread: threading.Thread | None = None
@@ -78,10 +85,13 @@ class Events:
             if not events:
                 return
         with self._ready:
+            before = len(self._waiting)
             self._waiting.extend(events)
-            while len(self._waiting) > _MOST:
-                self._waiting.pop()
-                self._dropped += 1
+            if len(self._waiting) > _UNCOUNTED:
+                self._bytes += sum(map(_size, islice(self._waiting, before, None)))
+                while len(self._waiting) > _MOST or self._bytes > _MOST_BYTES:
+                    self._bytes -= _size(self._waiting.pop())
+                    self._dropped += 1
             self._ready.notify()
 
     def error(self, error: BaseException) -> None:
@@ -113,7 +123,7 @@ class Events:
                     if self._closed:
                         return
                     self._ready.wait()
-                waiting, self._waiting = self._waiting, deque()
+                waiting, self._waiting, self._bytes = self._waiting, deque(), 0
                 dropped, self._dropped = self._dropped, 0
             if dropped:
                 _log.warning(
@@ -124,7 +134,8 @@ class Events:
                 # This loop competes with the handlers.
                 try:
                     if completed is not None and _is_completion(event):
-                        completed(event.claimed.job)
+                        job = event.claimed.job
+                        completed(job if job.arg != ELSEWHERE else _without_payload(job))
                     else:
                         self._tell(event)
                 except BaseException:
@@ -134,6 +145,7 @@ class Events:
         observer = self._observer
         match event:
             case Outcome(Claimed(job), result):
+                job = _without_payload(job)
                 match result:
                     case Complete():
                         observer.job_completed(job)
@@ -148,15 +160,30 @@ class Events:
                     case _:
                         assert_never(result)
             case LeaseLost(job):
-                observer.job_lease_lost(job)
+                observer.job_lease_lost(_without_payload(job))
             case TimedOut(job, seconds):
-                observer.job_timed_out(job, seconds)
+                observer.job_timed_out(_without_payload(job), seconds)
             case QueueIsEmpty(queue):
                 observer.queue_is_empty(queue)
             case BaseException():
                 observer.worker_error(event)
             case _:
                 assert_never(event)
+
+
+def _without_payload(job: Job) -> Job:
+    """Return a job as observers see it: a large payload is not kept for them."""
+    return job._replace(arg=None) if job.arg == ELSEWHERE else job
+
+
+def _size(event: Event | BaseException) -> int:
+    match event:
+        case Outcome(claimed):
+            return len(claimed.job.arg or b"")
+        case LeaseLost(job) | TimedOut(job):
+            return len(job.arg or b"")
+        case _:
+            return 0
 
 
 def _is_completion(event: Event | BaseException) -> TypeGuard[Outcome]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import inf
 
 from bgjob._exchange import Outcome
+from bgjob._statements.settlements import Claimed
 
 MOST_AHEAD = 2000
 """Jobs that are claimed beyond the slots, at most."""
@@ -26,6 +27,13 @@ _MEMORY = 20
 """Outcomes after which what was known of their quickness is forgotten."""
 
 
+_MOST_BYTES = 16 * 1024 * 1024
+"""Payloads that are claimed beyond the slots, at most."""
+
+_SAMPLE = 16
+"""Jobs of a claim that are looked at for the size of their payloads."""
+
+
 class Pace:
     """Follows how quick the jobs are; one queue's."""
 
@@ -36,12 +44,13 @@ class Pace:
         self._ramp = concurrency  # a few quick jobs prove little: it grows from claim to claim
         self._round_trip = 0.0
         self._claimed_at = -inf
+        self._ahead = MOST_AHEAD  # as far as their payloads may be kept
 
     @property
     def capacity(self) -> int:
         """Jobs that may be in flight now."""
         rounds = int(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6))
-        return self.slots + min(rounds * self.slots, self._ramp)
+        return self.slots + min(rounds * self.slots, self._ramp, self._ahead)
 
     @property
     def is_quick(self) -> bool:
@@ -60,9 +69,12 @@ class Pace:
         """Learn how long an exchange takes."""
         self._round_trip = seconds
 
-    def claimed(self, now: float) -> None:
-        """Learn that a claim brought jobs."""
+    def claimed(self, jobs: Sequence[Claimed], now: float) -> None:
+        """Learn that a claim brought jobs, and of what size."""
         self._claimed_at = now
+        some = jobs[:: len(jobs) // _SAMPLE + 1]
+        size = sum(len(claimed.job.arg or b"") for claimed in some) // len(some)
+        self._ahead = min(_MOST_BYTES // (size + 1), MOST_AHEAD)
         self._ramp = min(_GROWTH * self._ramp, MOST_AHEAD)
 
     def stale_at(self, running: int) -> float:

@@ -12,6 +12,7 @@ that plain and coroutine handlers share the same bound.
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import Context, ContextVar
@@ -23,6 +24,7 @@ from typing import cast
 from bgjob._exchange import Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._route import Wants
+from bgjob._statements.claims import ELSEWHERE
 from bgjob._statements.settlements import Claimed
 from bgjob._timeouts import Timeouts
 from bgjob._transaction import Ending, NotBegun, Transactions
@@ -325,7 +327,19 @@ class Runner:
                     if self._give_up_slot(me):
                         return
                     continue
-            job = claimed.job
+            whole, job = claimed, claimed.job
+            if job.arg == ELSEWHERE:
+                if self._mux.runs_on_loop(job):
+                    with self._lock:
+                        self._let_rest(me)
+                    self._on_loop(1, claimed)
+                    return
+                fetched = self._fetch(claimed)
+                if fetched is None:
+                    claimed = None
+                    continue
+                whole, job = fetched, fetched.job
+                del fetched
             route = route_of(job)
             if not isinstance(route, Route):
                 self._done(Outcome(claimed, route, None))
@@ -343,7 +357,7 @@ class Runner:
                 if route.is_simple:
                     result = context.run(route.run, job)
                 else:
-                    result = context.run(self._run, route, claimed)
+                    result = context.run(self._run, route, claimed, whole)
                     if result is None:
                         claimed = None
                         if self._come_back(me):
@@ -351,26 +365,60 @@ class Runner:
                         return
                 if self._lineage.is_child:
                     self._lineage.end(getattr(result, "error", None))
+                if whole is not claimed:
+                    _let_go(result)
+                    del job, whole
                 took = None if isinstance(result, Release) else perf_counter() - began
                 outcomes.append(_outcome((claimed, result, took)))
                 self._finished()
             claimed = None
 
-    def _run(self, route: Route, claimed: Claimed) -> Ending | Release | None:
-        """Run a handler that has a transaction or a timeout; None if it was given up."""
+    def _run(self, route: Route, claimed: Claimed, whole: Claimed) -> Ending | Release | None:
+        """Run a handler that has a transaction or a timeout; None if it was given up.
+
+        Args:
+            route: whose handler it is.
+            claimed: the job.
+            whole: the job with its payload, if the claim left that behind.
+
+        """
         run = None if route.timeout is None else self._timeouts.limit(route, claimed)
         if run is not None:
             route = run.route
         result: Ending
         if route.is_transactional:
-            result = self._transactions.run(route, claimed, self._started)
+            result = self._transactions.run(route, whole, self._started)
             if isinstance(result, NotBegun):
-                self._hindered(result.error)
-                self._transactions.rest()
-                return Release()
+                return self._give_back(result)
         else:
-            result = route.run(claimed.job)
+            result = route.run(whole.job)
         return None if run is not None and run.is_given_up else result
+
+    def _fetch(self, claimed: Claimed) -> Claimed | None:
+        """Return the job with its payload; None if it was given back, because that failed."""
+        whole = self._transactions.whole(claimed)
+        if isinstance(whole, NotBegun):
+            self._done(Outcome(claimed, self._give_back(whole), None))
+            return None
+        return whole
+
+    async def _fetch_async(self, claimed: Claimed) -> Claimed | None:
+        whole = await self._transactions.whole_async(claimed)
+        if isinstance(whole, NotBegun):
+            self._done(Outcome(claimed, await self._give_back_async(whole), None))
+            return None
+        return whole
+
+    def _give_back(self, why: NotBegun) -> Release:
+        """Tell why a job did not start, and rest."""
+        self._hindered(why.error)
+        self._transactions.rest()
+        return Release()
+
+    async def _give_back_async(self, why: NotBegun) -> Release:
+        self._hindered(why.error)
+        await self._transactions.rest_async()
+        return Release()
 
     # -- tasks ------------------------------------------------------------------------------
 
@@ -420,7 +468,17 @@ class Runner:
                     if self._give_up_slot(None):
                         return
                     continue
-            job = claimed.job
+            whole, job = claimed, claimed.job
+            if job.arg == ELSEWHERE:
+                if not self._mux.runs_on_loop(job):
+                    self._on_thread(claimed)
+                    return
+                fetched = await self._fetch_async(claimed)
+                if fetched is None:
+                    claimed = None
+                    continue
+                whole, job = fetched, fetched.job
+                del fetched
             route = route_of(job)
             if not isinstance(route, Route):
                 self._done(Outcome(claimed, route, None))
@@ -438,7 +496,7 @@ class Runner:
                         returned = await route.handler(job)
                         result = _COMPLETE if returned is None else route.judge(job, returned)
                     else:
-                        result = await self._run_async(route, claimed)
+                        result = await self._run_async(route, claimed, whole)
                         if result is None:
                             claimed = None
                             if self._come_back(None):
@@ -450,6 +508,9 @@ class Runner:
                     self._lineage.end(getattr(result, "error", None))
                 if task.cancelling():
                     await _absorb_cancellation(task)
+                if whole is not claimed:
+                    _let_go(result)
+                    del job, whole
                 took = None if isinstance(result, Release) else perf_counter() - began
                 outcomes.append(_outcome((claimed, result, took)))
                 self._finished()
@@ -463,23 +524,23 @@ class Runner:
                 await asyncio.sleep(0)
                 turned = perf_counter()
 
-    async def _run_async(self, route: Route, claimed: Claimed) -> Ending | Release | None:
-        """Run a handler that has a transaction or a timeout; None if it was given up."""
+    async def _run_async(
+        self, route: Route, claimed: Claimed, whole: Claimed
+    ) -> Ending | Release | None:
+        """Run a handler that has a transaction or a timeout; as `_run`."""
         run = None if route.timeout is None else self._timeouts.limit(route, claimed)
         if run is not None:
             route = run.route
         result: Ending
         if route.is_transactional:
-            result = await self._transactions.run_async(route, claimed, self._started)
+            result = await self._transactions.run_async(route, whole, self._started)
             if isinstance(result, NotBegun):
-                self._hindered(result.error)
-                await self._transactions.rest_async()
-                return Release()
+                return await self._give_back_async(result)
         else:
             try:
-                result = route.judge(claimed.job, await route.handler(claimed.job))
+                result = route.judge(whole.job, await route.handler(whole.job))
             except BaseException as error:
-                result = route.failed(claimed.job, error)
+                result = route.failed(whole.job, error)
         if run is None:
             return result
         if run.is_given_up:
@@ -502,6 +563,14 @@ def _is_same(context: Context, clean: Context) -> bool:
         return context == clean
     except Exception:  # values that cannot be compared: one of them is new
         return False
+
+
+def _let_go(result: object) -> None:
+    """Drop a large payload that the frames of an error would keep until it is told."""
+    error = getattr(result, "error", None)
+    while isinstance(error, BaseException):
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 async def _absorb_cancellation(task: asyncio.Task[None]) -> None:

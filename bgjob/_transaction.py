@@ -41,8 +41,10 @@ from bgjob._statements.settlements import (
     Claimed,
     begin,
     claim_of_transaction,
+    payload,
 )
 from bgjob._statements.statement import Statement
+from bgjob.errors import LeaseLostError
 from bgjob.job import Job
 from bgjob.mux import Mux
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
@@ -67,6 +69,9 @@ class NotBegun:
 
 Ending: TypeAlias = Result | Committed | Doubtful | Fenced | NotBegun
 """How it ended: settled already, or a result that is still to be stored."""
+
+
+_FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
 
 
 class _Handle:
@@ -305,7 +310,7 @@ class Transactions:
         except StopIteration as stop:
             ending: Ending = stop.value
             if isinstance(ending, Committed) and self._may_keep(connection):
-                self._idle.append(_taken_from(connection))
+                self._keep(connection)
             else:
                 connection.close()
             return ending
@@ -336,13 +341,73 @@ class Transactions:
         except StopIteration as stop:
             ending: Ending = stop.value
             if isinstance(ending, Committed) and self._may_keep(connection):
-                self._idle.append(_taken_from(connection))
+                self._keep(connection)
             else:
                 await connection.close()
             return ending
         except BaseException:
             await connection.close()
             raise
+
+    def whole(self, claimed: Claimed) -> Claimed | NotBegun:
+        """Return the job with its payload, which the claim has left behind.
+
+        It may take long, over a slow network, as long as it goes on.
+        """
+        try:
+            while True:
+                kept = self._kept()
+                connection = self._connect() if kept is None else self._connection(kept)
+                connection.patience = _PATIENCE
+                try:
+                    with connection.pipeline():
+                        for text in _FETCH:
+                            Cursor(connection).execute(text, prepare=False)
+                        statement = payload(claimed)
+                        cursor = Cursor(connection)
+                        cursor.execute(statement.text, statement.params, binary=True, prepare=False)
+                        Cursor(connection).execute(b"commit", prepare=False)
+                        found = statement.parse(cursor.fetchall())
+                except BaseException as error:
+                    connection.close()
+                    if kept is None or not isinstance(error, psycopg.Error):
+                        raise
+                else:
+                    self._keep(connection)
+                    return _with_payload(claimed, found)
+        except BaseException as error:
+            return NotBegun(error)
+
+    async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
+        """Return the job with its payload; as `whole`."""
+        try:
+            while True:
+                kept = self._kept()
+                if kept is None:
+                    connection = await self._connect_async()
+                else:
+                    connection = self._async_connection(kept)
+                connection.patience = _PATIENCE
+                try:
+                    async with connection.pipeline():
+                        for text in _FETCH:
+                            await AsyncCursor(connection).execute(text, prepare=False)
+                        statement = payload(claimed)
+                        cursor = AsyncCursor(connection)
+                        await cursor.execute(
+                            statement.text, statement.params, binary=True, prepare=False
+                        )
+                        await AsyncCursor(connection).execute(b"commit", prepare=False)
+                        found = statement.parse(await cursor.fetchall())
+                except BaseException as error:
+                    await connection.close()
+                    if kept is None or not isinstance(error, psycopg.Error):
+                        raise
+                else:
+                    self._keep(connection)
+                    return _with_payload(claimed, found)
+        except BaseException as error:
+            return NotBegun(error)
 
     def rest(self) -> None:
         """Wait before the next attempt to connect; returns at once where the worker shuts down.
@@ -396,6 +461,24 @@ class Transactions:
         own._autocommit = True  # noqa: SLF001
         own.prepare_threshold = self._options.get("prepare_threshold", 5)
 
+    def _connection(self, session: PGconn) -> _Connection:
+        connection = _Connection(session)
+        self._furnish(connection)
+        return connection
+
+    def _async_connection(self, session: PGconn) -> _AsyncConnection:
+        connection = _AsyncConnection(session)
+        self._furnish(connection)
+        return connection
+
+    def _keep(self, connection: _Connection | _AsyncConnection) -> None:
+        session: PGconn = connection.pgconn
+        connection.user, connection.pgconn = _NOBODY, _GONE
+        if self._closed:
+            session.finish()
+        else:
+            self._idle.append(session)
+
     def _kept(self) -> PGconn | None:
         with contextlib.suppress(IndexError):
             return self._idle.pop()
@@ -406,11 +489,7 @@ class Transactions:
     def _begin(self, claimed: Claimed) -> _Connection:
         while True:
             kept = self._kept()
-            if kept is None:
-                connection = self._connect()
-            else:
-                connection = _Connection(kept)
-                self._furnish(connection)
+            connection = self._connect() if kept is None else self._connection(kept)
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
                 # Several commands in one string, which cannot be prepared.
@@ -472,8 +551,7 @@ class Transactions:
             if kept is None:
                 connection = await self._connect_async()
             else:
-                connection = _AsyncConnection(kept)
-                self._furnish(connection)
+                connection = self._async_connection(kept)
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
                 await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
@@ -533,11 +611,11 @@ class Transactions:
         return None
 
 
-def _taken_from(connection: _Connection | _AsyncConnection) -> PGconn:
-    """Take the session from the connection of a handler that has ended."""
-    session: PGconn = connection.pgconn
-    connection.user, connection.pgconn = _NOBODY, _GONE
-    return session
+def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotBegun:
+    if not found:
+        return NotBegun(LeaseLostError(f"job {claimed.job.id!r} was lost before it started"))
+    [arg] = found
+    return claimed._replace(job=claimed.job._replace(arg=arg))
 
 
 def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:

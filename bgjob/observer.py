@@ -19,6 +19,10 @@ class Observer(Protocol):
     those of the observers beside it, never a job. Derive from NoopObserver to
     write only the methods you need: an event that nobody hears costs nothing.
 
+    A job's payload of over 64 KiB is not kept for observers: `job.arg` is None
+    there, but for `job_started`. While an observer is behind by 100,000 events,
+    or by payloads of 64 MiB, later events are dropped, and counted in the log.
+
     A plain function of an event (bgjob.Event: JobCompleted and so on) is an
     observer too, and hears all. `bgjob.only` restricts either to some events,
     queues, job types or schedules.

@@ -1370,3 +1370,40 @@ def test_a_handler_without_a_transaction_has_no_session_to_end() -> None:
     drive = Drive()
     claimed, _ = given_up(drive)
     assert settled(drive.exchange()) == [claimed.job.id]
+
+
+# -- claims that are too much -----------------------------------------------------------------
+
+
+def test_a_claim_that_is_refused_is_halved_until_it_is_not() -> None:
+    drive = Drive(concurrency=100)
+    limits = []
+    for _ in range(9):
+        claim = drive.next_exchange().claim
+        assert isinstance(claim, Sweep)
+        limits.append(claim.limit)
+        drive.engine.reject(drive.now)
+    assert limits == [100, 50, 25, 12, 6, 3, 1, 1, 1]
+    taken = 0
+    while taken < 100:
+        exchange = drive.next_exchange()
+        limit = exchange.claim.limit if exchange.claim is not None else 0
+        assert limit <= 2 * taken + 2
+        jobs = [job(f"{taken + n}") for n in range(limit)]
+        drive.answer(found(*jobs))
+        taken += limit
+
+
+def test_jobs_with_large_payloads_are_not_claimed_ahead_by_the_thousand() -> None:
+    payload = bytes(65536)
+    drive = Drive(concurrency=10)
+    most = 0
+    for _ in range(20):
+        claim = drive.next_exchange().claim
+        limit = 0 if claim is None else claim.limit
+        most = max(most, limit)
+        jobs = [job(f"{n}")._replace(arg=payload) for n in range(limit)]
+        claimed = drive.answer(found(*jobs)).run
+        drive.finish(*claimed, took=1e-6)
+        drive.settle()
+    assert 100 <= most <= 300

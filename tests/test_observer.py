@@ -11,6 +11,7 @@ from test_worker import NEVER, Crew, crew, eventually
 
 from bgjob import (
     Client,
+    Complete,
     EnqueueRequest,
     Event,
     Job,
@@ -36,7 +37,8 @@ from bgjob import (
 )
 from bgjob._audience import audience
 from bgjob._events import Events
-from bgjob._exchange import LeaseLost, TimedOut
+from bgjob._exchange import LeaseLost, Outcome, TimedOut
+from bgjob._statements.settlements import Claimed
 from bgjob.testing import RecordingObserver
 
 __all__ = ["crew"]  # the fixture of test_worker, of both colours
@@ -446,3 +448,24 @@ def test_a_start_is_told_where_the_handler_runs_and_the_rest_elsewhere(dsn: str)
         client.enqueue(EnqueueRequest("q", "t"))
         assert eventually(lambda: JobCompleted in heard)
     assert heard[JobStarted] == ran[0] != heard[JobCompleted]
+
+
+def test_an_observer_that_blocks_keeps_no_more_than_some_payloads() -> None:
+    blocked, released = threading.Event(), threading.Event()
+
+    class Blocks(NoopObserver):
+        def job_completed(self, job: Job, /) -> None:
+            blocked.set()
+            released.wait(20.0)
+
+    events = Events(Blocks(), "q")
+    events.open()
+    job = a_job()._replace(arg=bytes(65536))
+    outcome = Outcome(Claimed(job, 1), Complete(), 0.0)
+    events.tell([outcome])
+    assert blocked.wait(20.0)
+    for _ in range(10):
+        events.tell([outcome] * 500)
+    assert 1000 <= len(events._waiting) <= 2100
+    released.set()
+    events.close(20.0)

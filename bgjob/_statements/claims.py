@@ -15,6 +15,18 @@ JOB_COLUMNS = f"""
     {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive
 """
 
+_LARGEST = 65536
+"""Bytes of a payload that a claim returns; a larger one is fetched when its handler is to run."""
+
+ELSEWHERE = b"bgjob payload \xd9\x8d\x1f\x06\xb1\x5e\x4c\x7a\x9e\x33\x02\xc4\x68\xaf\x70\xe5"
+"""What a claim returns in place of a large payload. A job whose payload is this is fetched, too."""
+
+# The size of a payload that is stored out of line is known without reading it.
+_SMALL_ARG = f"""
+    case when octet_length(arg) > {_LARGEST} then decode('{ELSEWHERE.hex()}', 'hex') else arg end
+"""
+CLAIMED_COLUMNS = JOB_COLUMNS.replace(" arg,", f" {_SMALL_ARG},")
+
 # Each priority in use, without a scan over its rows.
 _PRIORITIES = """
     with recursive line (priority) as (
@@ -79,7 +91,7 @@ _LINES_FROM_MARKS = """
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
     where ctid = any (array({_due(_LINES_FROM_MARKS, f"{_FRESH} and {_UNPAUSED}")}))
-    returning {JOB_COLUMNS}, ctid::text
+    returning {CLAIMED_COLUMNS}, ctid::text
 """
 
 # Most queues have one priority. Without the join an idle worker claims a job in 0.6
@@ -95,7 +107,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         limit %(limit)s
         for update skip locked
     ))
-    returning {JOB_COLUMNS}, ctid::text
+    returning {CLAIMED_COLUMNS}, ctid::text
 """
 
 _LINES = f"""
@@ -134,7 +146,7 @@ _SWEEP = f"""
     ), claimed as (
         update bgjob_job set {_TAKE}
         where ctid = any (array(select ctid from due where not ended))
-        returning {JOB_COLUMNS}, ctid::text
+        returning {CLAIMED_COLUMNS}, ctid::text
     )
     select claimed.*, freed.ended, freed.count
     from (select count(*), {_END_SESSIONS} as ended from freed) as freed
@@ -188,7 +200,7 @@ _CLAIM_GROUP = f"""
     where ctid = any (array(
         select ctid from class order by lot limit (select jobs from half)
     ))
-    returning {JOB_COLUMNS}, ctid::text
+    returning {CLAIMED_COLUMNS}, ctid::text
 """
 
 _CLAIM_ANY = f"""

@@ -81,6 +81,15 @@ def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
     return ids if some is None else some
 
 
+def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
+    """Return the payload of a job in a list, which is empty where the job is held no more."""
+    return Statement(
+        "select arg from bgjob_job where id = %(id)s and token = %(token)s",
+        {"id": claimed.job.id, "token": claimed.token},
+        column,
+    )
+
+
 def session_name(claimed: Claimed) -> str:
     """Return what the session of a transactional handler is called while it holds this claim.
 

@@ -14,6 +14,8 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 T = TypeVar("T")
 
 LIMIT = 1 << 20
+SLOW_STEP = 1 << 16
+"""Bytes that pass at once where the network is slow."""
 Side = Literal["after", "before", "abandoned"]
 BEGINS = re.compile(r"\s*begin\b", re.IGNORECASE)
 COMMITS = re.compile(r"\s*commit\b", re.IGNORECASE)
@@ -186,6 +188,8 @@ class Proxy(Service):
         self._pairs: set[_Pair] = set()
         self._trap: tuple[tuple[str, ...], Side, threading.Event] | None = None
         self._restored = asyncio.Event()
+        self.rate: float | None = None
+        """Bytes per second that each connection brings from the server; None for all it can."""
 
     def forward(self, *, old: Literal["reset", "dead"] = "reset") -> None:
         """Restore the network.
@@ -334,7 +338,11 @@ class Proxy(Service):
                         pair.cut.set()
                         return
                 elif not pair.lost:
-                    pair.client.write(message)
-                    await pair.client.drain()
+                    step = len(message) if self.rate is None else SLOW_STEP
+                    for start in range(0, len(message), step):
+                        pair.client.write(message[start : start + step])
+                        await pair.client.drain()
+                        if self.rate is not None:
+                            await asyncio.sleep(min(step, len(message)) / self.rate)
         if not pair.lost:
             pair.client.close()

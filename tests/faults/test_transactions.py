@@ -17,7 +17,19 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob import AsyncClient, AsyncWorker, Client, Complete, Job, Mux, Worker
+from bgjob import (
+    AsyncClient,
+    AsyncWorker,
+    Client,
+    Complete,
+    EnqueueRequest,
+    Job,
+    Mux,
+    NoopObserver,
+    Worker,
+)
+from bgjob._statements.claims import ELSEWHERE
+from bgjob._statements.session import WORKER_SETTINGS
 from bgjob._statements.settlements import Claimed, end_sessions, session_name
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
@@ -571,3 +583,125 @@ def test_freeing_a_claim_ends_no_other_session(world: World) -> None:
         for conn in conns[1:]:
             conn.execute("select 1")
     world.saw("the session of the claim was ended")
+
+
+# -- 15: a large payload costs its own handler only ----------------------------------------------
+
+
+LARGE = bytes(range(256)) * 400  # more than a claim brings
+
+
+class Payloads(NoopObserver):
+    """Notes what handlers and observers see of payloads."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, set[bytes | None]] = {}
+        self.told: dict[str, set[bytes | None]] = {}
+
+    def job_started(self, job: Job, /) -> None:
+        self.given.setdefault(job.id, set()).add(job.arg)
+
+    def job_completed(self, job: Job, /) -> None:
+        self.told.setdefault(job.id, set()).add(job.arg)
+
+    def job_will_be_retried(self, job: Job, delay: float, error: object, /) -> None:
+        self.told.setdefault(job.id, set()).add(job.arg)
+
+    def plain(self, job: Job, *conn: object) -> None:
+        self.given.setdefault(job.id, set()).add(job.arg)
+        if job.attempt == 1:
+            raise ValueError(job.id)
+
+    async def coroutine(self, job: Job, *conn: object) -> None:
+        self.plain(job)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
+def test_handlers_are_given_payloads_of_any_size_and_observers_small_ones(
+    world: World, is_async: bool
+) -> None:
+    payloads = Payloads()
+    sent = {"none": None, "empty": b"", "small": LARGE[:65536], "large": LARGE, "sign": ELSEWHERE}
+    mux = Mux()
+    register: Any = mux.register
+    policy: dict[str, Any] = {"backoff": lambda _: 0.0}
+    register("plain", payloads.plain, **policy)
+    register("timed", payloads.plain, timeout=PATIENCE, **policy)
+    register("keyed", payloads.plain, exclusive=lambda job: str(len(job.arg or b"")), **policy)
+    register("coroutine", payloads.coroutine, **policy)
+    register("timed coroutine", payloads.coroutine, timeout=PATIENCE, **policy)
+    if is_async:
+        register("transactional", payloads.coroutine, transactional=True, **policy)
+    else:
+        register("transactional", payloads.plain, transactional=True, **policy)
+    types = ("plain", "timed", "keyed", "coroutine", "timed coroutine", "transactional")
+    requests = {
+        f"{type} {name}": EnqueueRequest("q", type, arg, id=f"{type} {name}")
+        for type in types
+        for name, arg in sent.items()
+    }
+    world.client.bulk_enqueue(list(requests.values()))
+    world.worker(mux, is_async=is_async, concurrency=3, lease=LONG, observer=payloads)
+    assert eventually(lambda: world.live() == 0)
+    assert eventually(lambda: len(payloads.told) == len(requests))
+    for id, request in requests.items():
+        assert payloads.given[id] == {request.arg}, id
+        seen = None if request.arg in (LARGE, ELSEWHERE) else request.arg
+        assert payloads.told[id] == {seen}, id
+    world.saw("that each was retried and completed")
+
+
+def test_a_large_payload_that_cannot_be_fetched_costs_no_attempt(world: World) -> None:
+    payloads = Payloads()
+    with limited(world) as (role, dsn):
+        world.client.enqueue(EnqueueRequest("q", "plain", LARGE, id="large"))
+        world.query(f"alter role {role} connection limit 1")
+        worker = world.worker(
+            Mux().register("plain", payloads.plain, max_attempts=2, backoff=lambda _: 0.0),
+            dsn=dsn,
+            lease=LONG,
+        )
+        world.witness(worker, "error", "too many connections")
+        assert not payloads.given
+        world.query(f"alter role {role} connection limit 100")
+        worker.wait_for("completed", "large")
+        assert worker.of("completed") == [("completed", "large", 2)]
+        assert payloads.given == {"large": {LARGE}}
+        assert worker.shutdown()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
+def test_a_large_payload_over_a_slow_network_arrives_and_holds_up_no_other(
+    world: World, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WORKER_SETTINGS, "statement_timeout", "500ms")
+    name = world.value("select current_database()")
+    world.query(f"alter database {name} set statement_timeout = '500ms'")
+    sizes: dict[str, int] = {}
+
+    def plain(job: Job) -> None:
+        sizes[job.id] = len(job.arg or b"")
+
+    async def coroutine(job: Job) -> None:
+        plain(job)
+
+    mux = Mux()
+    register: Any = mux.register
+    register("t", coroutine if is_async else plain, max_attempts=1)
+    large = LARGE * 60  # 6 MB
+    with psycopg.connect(world.dsn) as conn:
+        client = world.client
+        client.enqueue(EnqueueRequest("q", "t", large, id="large"), conn=conn)
+        client.bulk_enqueue(
+            [EnqueueRequest("q", "t", b"small", id=f"{n}") for n in range(50)], conn=conn
+        )
+    with Proxy(world.dsn) as proxy:
+        proxy.rate = 3_000_000.0
+        worker = world.worker(
+            mux, is_async=is_async, dsn=proxy.dsn(world.dsn), concurrency=2, lease=1.0
+        )
+        world.witness(worker, "completed", "large")
+        assert sizes == {"large": len(large), **{f"{n}": 5 for n in range(50)}}
+        assert worker.of("completed")[-1] == ("completed", "large", 1)
+        assert not worker.of("lost", "error")
+        assert worker.shutdown()
