@@ -25,7 +25,7 @@ from psycopg.errors import (
 from bgjob._connection import Recipe, Silence
 from bgjob._engine import Engine
 from bgjob._events import Events
-from bgjob._exchange import Exchange, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
+from bgjob._exchange import Exchange, Notice, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
 from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link, UnreadError
 from bgjob._logger import log as _log
@@ -265,6 +265,9 @@ class Control:
         if self._link.unread:
             self._bury_unread()
             return True
+        if self._link.step:
+            self._clock_was_set()
+            return True
         match engine.step(now):
             case Exchange() as exchange:
                 self._exchange(exchange)
@@ -322,6 +325,26 @@ class Control:
                 raise
             self._events.error(error)  # they are left to their leases
 
+    def _clock_was_set(self) -> None:
+        step, self._link.step = self._link.step, 0.0
+        how = "back" if step < 0 else "forward"
+        then = (
+            "jobs that have since been due in the future are due as they would have been, but for "
+            "those of a dead worker, and those that were enqueued for a time"
+            if step < 0
+            else "jobs have come early, and leases have ended: a job that runs may run twice"
+        )
+        text = f"the database's clock was set {how} by {abs(step):.0f} s, or another server answers"
+        self._events.tell([BgjobError(f"{text}; {then}")])
+        try:
+            if step < 0:
+                self._link.catch_up()
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)
+        self._engine.wake(Notice(later=True))
+
     def _must_reconnect(self, error: psycopg.Error) -> bool:
         # A primary that became a standby: the next one may be elsewhere.
         return not self._link.is_open or isinstance(error, ReadOnlySqlTransaction)
@@ -349,7 +372,9 @@ class Control:
         self._collect()
         now = monotonic()
         due_at = min(self._rota.pressing_at, self._runner.next_timeout)
-        goes_on = self._give_up_at is None and now < due_at and not self._link.unread
+        goes_on = (
+            self._give_up_at is None and now < due_at and not (self._link.unread or self._link.step)
+        )
         ahead = self._engine.ahead(now) if goes_on else None
         return self._link.plan(ahead) if ahead else None
 

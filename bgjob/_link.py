@@ -5,6 +5,7 @@ import inspect
 import select
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import UTC, datetime
 from math import ceil
 from time import monotonic
 from typing import Any, LiteralString, NamedTuple, cast
@@ -19,6 +20,7 @@ from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
 from bgjob import schema
+from bgjob._clock import ServerClock
 from bgjob._connection import Cursor, Recipe, Silence, options
 from bgjob._exchange import Exchange, Notice, Plan, Reply
 from bgjob._statements.notices import listen
@@ -32,11 +34,17 @@ from bgjob._statements.session import (
     session,
     transaction,
 )
-from bgjob._statements.settlements import bury_unread
+from bgjob._statements.settlements import bury_unread, catch_up
 from bgjob._statements.statement import Statement
 
 _PATIENCE = 10.0
 """Seconds without a sign of the server, after which it is given up."""
+
+_CAUGHT_UP = 1000
+"""Jobs that are moved by one statement after the clock was set back."""
+
+_NEVER = datetime(1, 1, 3, tzinfo=UTC)
+"""Later than the time that stands for none."""
 
 _MOMENT = 0.001
 """Seconds of waiting for the server after which there is time for something else."""
@@ -182,6 +190,7 @@ class Answer:
         self._spare = cursors
         self._used: list[Cursor] = []
         self.unread: list[Unread] = []
+        self.sent_at = monotonic()
         self._asked: list[tuple[Statement[Any], str, Cursor]] = []
 
     def ask(self, plan: Plan) -> None:
@@ -267,6 +276,9 @@ class Link:
         """Whether the open connection has a session of its own, and no pooler gives it others."""
         self.warning: str | None = None
         """What is to be told of the open connection."""
+        self._clock = ServerClock()
+        self.step = 0.0
+        """Seconds by which the server's clock was set; to be told and made good."""
         self.unread: list[Unread] = []
         """Claimed jobs that could not be read, and are to be buried."""
         self.can_notify = False
@@ -354,7 +366,15 @@ class Link:
         """Read an answer; what cannot be read of a claim is in `unread`."""
         reply = answer.read()
         self.unread += answer.unread
+        at = reply.seen.at if reply.seen else max((x.since for x in reply.lines), default=_NEVER)
+        if at > _NEVER:
+            self.step += self._clock.observe(at, answer.sent_at, monotonic())
         return reply
+
+    def catch_up(self) -> None:
+        """Move jobs back whose due times the clock left in the future when it was set back."""
+        while self._run(self._ready(), catch_up(self._queue, limit=_CAUGHT_UP)) == _CAUGHT_UP:
+            pass
 
     def bury_unread(self) -> None:
         """Move the jobs that could not be read to the dead-letter table."""

@@ -344,6 +344,40 @@ def bury_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Sta
     return Statement(_BURY_UNREAD, params, nothing)
 
 
+def catch_up(queue: str, *, limit: int) -> Statement[int]:
+    """Give jobs that were written before the server's clock was set back the delay they had.
+
+    They say that they were written in the future. That holds for what is due when it is
+    written, and for what has been tried and comes again after a delay. A time that an enqueue
+    named stays: it may be one of a calendar. Returns how many, of at most `limit`.
+    """
+    return Statement(
+        """
+        with moved as (
+            update bgjob_job
+            set next_run_at = now() + greatest(next_run_at - updated_at, interval '0'),
+                updated_at = now()
+            where ctid = any (array(
+                select j.ctid from bgjob_job j
+                where j.queue = %(queue)s and j.next_run_at > now()
+                    and j.next_run_at < 'infinity' and j.lease_until is null
+                    and j.updated_at > now() + interval '30 s' and (
+                        j.next_run_at <= j.updated_at
+                        or j.attempt > 0
+                        or j.updated_at > j.created_at + interval '10 ms'
+                    )
+                limit %(limit)s
+                for update skip locked
+            ))
+            returning 1
+        )
+        select count(*) from moved
+        """,
+        {"queue": queue, "limit": limit},
+        scalar,
+    )
+
+
 def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
     """Let leases end `lease` seconds from now; the ids of those still held.
 

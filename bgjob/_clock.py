@@ -1,0 +1,33 @@
+"""Notices that the server's clock was set."""
+
+from datetime import datetime
+
+STEP = 60.0
+"""Seconds of a step that is told: less is a clock that is corrected, or a host that was busy."""
+
+
+class ServerClock:
+    """Compares the server's time with a monotonic clock, each as of one exchange."""
+
+    def __init__(self) -> None:
+        self._bounds: tuple[float, float] | None = None
+
+    def observe(self, at: datetime, sent_at: float, answered_at: float) -> float:
+        """Return by how many seconds the clock was set since the last call; 0 if it was not.
+
+        Args:
+            at: the server's time, somewhere between the next two.
+            sent_at: when the exchange was sent, by the monotonic clock.
+            answered_at: when its answer was read.
+
+        """
+        # Between the two the process may have been stopped for any time.
+        lowest, highest = at.timestamp() - answered_at, at.timestamp() - sent_at
+        before, self._bounds = self._bounds, (lowest, highest)
+        if before is None:
+            return 0.0
+        if lowest > before[1] + STEP:
+            return lowest - before[1]
+        if highest < before[0] - STEP:
+            return highest - before[0]
+        return 0.0
