@@ -71,6 +71,7 @@ from bgjob._isolation import Isolation
 from bgjob._pace import Pace
 from bgjob._parking import Parking
 from bgjob._route import Wants
+from bgjob._statements.claims import Window
 from bgjob._statements.settlements import Claimed, session_name
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -405,7 +406,7 @@ class Engine:
             or self._is_held_up(now)
             or any(batch.extend_at <= now for batch in self._batches.values())
         )
-        if self._more and quiet:
+        if self._more and quiet and self._claimable >= self.bulky:
             self._add_claim(exchange, now)
             if self.flows(exchange):
                 self._add_settlements(exchange, outcomes, self._settle_limit)
@@ -480,7 +481,7 @@ class Engine:
         limit = self._claimable
         held_up = self._is_held_up(now)
         if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
-            exchange.claim = Sweep(0, next(self._tokens), held=self._held)
+            self._add_sweep(exchange, 0, next(self._tokens))
             return
         if (
             held_up
@@ -506,8 +507,12 @@ class Engine:
             self._watch(exchange)
 
     def _add_sweep(self, exchange: Exchange, limit: int, token: int) -> None:
-        exchange.claim = Sweep(limit, token, self._blocked_after, self._held)
-        self._watch(exchange)
+        window = self._marks.window()
+        if window is not None:
+            limit = 0
+        exchange.claim = Sweep(limit, token, self._blocked_after, self._held, window)
+        if limit:
+            self._watch(exchange)
 
     @property
     def _held(self) -> tuple[int, ...]:
@@ -950,6 +955,14 @@ class Engine:
                 self._isolation.claimed(token, len(reply.group))
                 group = [Claimed(job, token, is_charged) for job in reply.group]
                 self._hold(group, sent, now, news)
+            case Sweep(window=Window() as window):
+                is_new = self._marks.swept_part(window, reply.lines, began=sent.at, now=now)
+                self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
+                found = {stray.priority: stray.since for stray in reply.strays}
+                self._marks.told(found)
+                if found or reply.swept.freed or is_new:
+                    self._look(thoroughly=bool(reply.swept.freed))
+                self._surveyed(reply, now)
             case Sweep(0):
                 self._swept(reply, sent, now, full=True)
                 if reply.swept.freed:
@@ -963,10 +976,7 @@ class Engine:
                 if freed:
                     # What was freed is claimed next, and there may be more to free.
                     self._marks.sweep_at = -inf
-                self._free.update(dict.fromkeys(reply.blocked.keys))
-                self._blocked_after = reply.blocked.after
-                waits = [line.wait for line in reply.lines if line.wait is not None]
-                self._due_at = now + max(min(waits), 0.0) if waits else inf
+                self._surveyed(reply, now)
                 self._hold(_claimed(jobs, token), sent, now, news)
             case Claim(limit, token, starts):
                 jobs, places = reply.claimed
@@ -981,6 +991,12 @@ class Engine:
                     soon = max(self._marks.early_sweep_at, now + _MOMENT if jobs else now)
                     self._marks.sweep_at = min(self._marks.sweep_at, soon)
                 self._hold(_claimed(jobs, token), sent, now, news, places)
+
+    def _surveyed(self, reply: Reply, now: float) -> None:
+        self._free.update(dict.fromkeys(reply.blocked.keys))
+        self._blocked_after = reply.blocked.after
+        waits = [line.wait for line in reply.lines if line.wait is not None]
+        self._due_at = now + max(min(waits), 0.0) if waits else inf
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
         self._marks.swept(reply.lines, reply.seen, full=full, began=sent.at, now=now)

@@ -8,13 +8,18 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 from bgjob._route import Wants
 from bgjob._statements.claims import (
     Line,
+    Stray,
     Swept,
     Taken,
     UnderWay,
+    Window,
     claim,
     claim_group,
     free,
+    free_within,
+    strays,
     survey,
+    survey_known,
     sweep,
     under_way,
 )
@@ -78,6 +83,8 @@ class Sweep:
     """The key after which to look for such as are blocked."""
     held: tuple[int, ...] = ()
     """Tokens of the worker itself, whose jobs it does not free."""
+    window: Window | None = None
+    """Where alone to look for ended leases and strays; it claims nothing then."""
 
     @property
     def looks(self) -> bool:
@@ -168,6 +175,12 @@ class Exchange:
             plan.append((taking, "parked"))
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
+            case Sweep(0, after=after, held=held, window=Window() as window):
+                plan.append((free_within(queue, window, limit=MOST_FREED, held=held), "swept"))
+                plan.append((survey_known(queue, window), "lines"))
+                plan.append((strays(queue, window), "strays"))
+                unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
+                plan.append((unheld, "blocked"))
             case Sweep(0, held=held):
                 plan.append((free(queue, limit=MOST_FREED, held=held), "swept"))
                 plan.append((survey(queue), "lines"))
@@ -320,6 +333,7 @@ class Reply:
     """Whether the job of an id and token has its key; as `acquire`."""
     woken: list[Woken] = field(default_factory=list)
     blocked: Blocked = _NOTHING_BLOCKED
+    strays: list[Stray] = field(default_factory=list)
     barred: Sequence[str] = ()
     barred_keys: Sequence[str] = ()
     unread: int = 0

@@ -12,7 +12,10 @@ write: when the last claim began that had not seen it. What was under way while
 a worker was parked tells by a notification when it began, and the next claim
 starts there. And a sweep over everything, which alone finds ended leases, is
 due at the poll interval, or at forty times its own cost where that is longer:
-that of the cheaper one of the last two.
+that of the cheaper one of the last two. Where twice in a row it took over 50 ms,
+which is over many dead rows, it goes in parts: ranges of due times, each of which
+takes about 20 ms, from the latest back. A part claims nothing. It frees ended
+leases, and says where the next claim has to start.
 """
 
 from collections import deque
@@ -20,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from math import inf
 
-from bgjob._statements.claims import Line, UnderWay
+from bgjob._statements.claims import Line, UnderWay, Window
 from bgjob.job import Job
 
 _SLACK = timedelta(milliseconds=20)
@@ -32,6 +35,17 @@ a second comes a twentieth of a second after the one before."""
 
 REST = 40  # times the cost of a sweep: at most a fortieth of the time is spent on them
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
+
+_LATEST = datetime(9999, 12, 30, tzinfo=UTC)
+
+_MOST_COST = 0.05
+"""Seconds that a sweep may take in one piece: nothing is claimed meanwhile."""
+
+_PART = 0.02
+"""Seconds that a part of one takes, about."""
+
+_FIRST_WIDTH = timedelta(seconds=1)
+_WIDEST = timedelta(days=366)
 
 _MOST_UNUSED = 50
 """Priorities without a job that keep their marks. With those of 20,000 priorities, each used once,
@@ -59,6 +73,10 @@ class Watermarks:
         self._last_cost = poll_interval / REST  # what is affordable at every poll
         self.sweep_at = -inf
         """When the next sweep is due."""
+        self._in_parts = False
+        self._until = _LATEST  # where the next part ends
+        self._width = _FIRST_WIDTH
+        self._parts_cost = 0.0
 
     @property
     def known(self) -> bool:
@@ -193,6 +211,50 @@ class Watermarks:
         # pages, and must not keep the worker blind for forty times as long.
         self._cost, self._last_cost = min(self._last_cost, now - began), now - began
         self.sweep_at = now + max(self._poll_interval, REST * self._cost)
+        self._in_parts = self._cost > _MOST_COST
+        if self._in_parts:  # that one saw everything: the first part need not wait for long
+            self._until, self._parts_cost = _LATEST, 0.0
+            self.sweep_at = now + max(self._poll_interval, REST * _PART)
+
+    def window(self) -> Window | None:
+        """Return where the next sweep looks; None for everywhere.
+
+        Over many dead rows that an old snapshot keeps, a look at everything takes seconds.
+        It goes in parts then, from the latest due times back.
+        """
+        if not self._in_parts or not self._marks:
+            return None
+        end = min(self._until, max(self._marks.values()))
+        is_last = self._width > _WIDEST or end - _OLDEST <= self._width
+        since = _OLDEST if is_last else end - self._width
+        return Window(since, self._until, tuple(sorted(self._marks)))
+
+    def swept_part(
+        self, window: Window, lines: Sequence[Line], *, began: float, now: float
+    ) -> bool:
+        """Record a sweep within a window; True if it found priorities that were not known.
+
+        The next one takes about as long as a part may.
+        """
+        is_new = any(line.priority not in self._marks for line in lines)
+        for line in lines:
+            self._marks.setdefault(line.priority, _OLDEST)
+        cost = now - began
+        if cost > 2 * _PART:
+            self._width /= 2
+        elif cost < _PART / 2:  # where nearly nothing lies it soon reaches the beginning
+            self._width = min(self._width * (8 if cost < _PART / 10 else 2), 2 * _WIDEST)
+        self._width = max(self._width, timedelta(milliseconds=1))
+        self._parts_cost += cost
+        self._until = window.since
+        rest = REST * cost
+        if window.since == _OLDEST:
+            self._in_parts = self._parts_cost > _MOST_COST
+            self._until, self._width, self._parts_cost = _LATEST, _FIRST_WIDTH, 0.0
+            rest = max(rest, self._poll_interval)
+        self._swept_at, self._cost, self._last_cost = now, cost, cost
+        self.sweep_at = now + rest
+        return is_new
 
     def _forget_all_but(self, used: set[int]) -> None:
         """Forget the marks of priorities without a job, but for those used last."""

@@ -29,7 +29,7 @@ from bgjob._exchange import (
     Withdraw,
 )
 from bgjob._route import Wants
-from bgjob._statements.claims import Line, Swept, Taken, UnderWay
+from bgjob._statements.claims import Window, Line, Swept, Taken, UnderWay
 from bgjob._statements.settlements import Claimed, session_name
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -997,6 +997,36 @@ def test_a_claim_sent_ahead_starts_where_the_one_before_it_was_told_to() -> None
     assert marks.start(6.0) == {0: at(3.0)}
 
 
+def test_a_sweep_that_takes_long_goes_in_parts_that_do_not() -> None:
+    drive = Drive(concurrency=4, poll_interval=1.0)
+    parts: list[float] = []
+    first, dead_rows = NOON - timedelta(minutes=10), 10.0  # seconds that it takes to walk them
+
+    def sweep_takes(window: Window | None) -> float:
+        if window is None:
+            return dead_rows
+        seconds = (min(window.until, NOON) - max(window.since, first)).total_seconds()
+        return max(seconds, 0.0) / 600 * dead_rows
+
+    drive.exchange()
+    drive.answer(found(job("a")))
+    passes = 0
+    while passes < 2:
+        exchange = drive.next_exchange()
+        if isinstance(claim := exchange.claim, Sweep):
+            if claim.window is None:
+                assert not parts
+            else:
+                assert claim.limit == 0
+                parts.append(sweep_takes(claim.window))
+                passes += claim.window.since.year == 1
+            drive.now += sweep_takes(claim.window)
+        extended = {c.job.id for c in exchange.extend}
+        drive.answer(replace(found(), extended=extended))
+    assert max(parts) < 0.1
+    assert sum(parts) == pytest.approx(2 * dead_rows, rel=0.1)  # it leaves nothing out
+
+
 def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:
     marks = Watermarks(poll_interval=1.0)
     used_once = [job(str(n), priority=n, due=at(n)) for n in range(500)]
@@ -1040,7 +1070,9 @@ def test_a_full_sweep_takes_the_mark_back_to_where_it_ended() -> None:
     assert claim.marks == {0: earlier}
 
 
-@pytest.mark.parametrize(("costs", "rest"), [([0.5], 1.0), ([0.5, 0.6], 20.0), ([0.5, 0.01], 1.0)])
+@pytest.mark.parametrize(
+    ("costs", "rest"), [([0.04], 1.0), ([0.04, 0.045], 1.6), ([0.04, 0.01], 1.0)]
+)
 def test_sweeps_that_cost_much_time_and_again_come_at_forty_times_their_cost(
     costs: list[float], rest: float
 ) -> None:

@@ -10,7 +10,7 @@ generic one.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any, cast
 
@@ -25,7 +25,19 @@ from psycopg.pq import ExecStatus
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._exchange import MOST_FREED
-from bgjob._statements.claims import Taken, claim, claim_any, claim_group, free, survey, sweep
+from bgjob._statements.claims import (
+    Taken,
+    Window,
+    claim,
+    claim_any,
+    claim_group,
+    free,
+    free_within,
+    strays,
+    survey,
+    survey_known,
+    sweep,
+)
 from bgjob._statements.dead import DeadFilter, expire, listed
 from bgjob._statements.enqueues import enqueue, enqueue_many
 from bgjob._statements.keys import acquire, blocked, lock_keys, release
@@ -315,6 +327,12 @@ def settlements(held: list[Claimed]) -> dict[str, Hot]:
     }
 
 
+WINDOW = Window(
+    MARK + timedelta(seconds=900),
+    MARK + timedelta(seconds=900, milliseconds=4 * BATCH),
+    tuple(range(PRIORITIES)),
+)
+
 WORKERS = {
     "claim": Hot(claim_from(MARK, BATCH), BATCH, BATCH),
     "claim one": Hot(claim_from(MARK, 1), PRIORITIES, 1),
@@ -323,6 +341,10 @@ WORKERS = {
     # It looks at all that is due.
     "free": Hot(free("q", limit=MOST_FREED), MILLION // 4 + EDGE, MOST_FREED),
     "survey": Hot(survey("q"), FEW),
+    "survey of known priorities": Hot(survey_known("q", WINDOW), FEW),
+    # As far as the window goes, and no farther.
+    "free within a window": Hot(free_within("q", WINDOW, limit=MOST_FREED), BATCH),
+    "strays within a window": Hot(strays("q", WINDOW), FEW),
     "survey without suspects": Hot(survey("fresh"), FEW),
     "claim a group": Hot(claim_group("q", limit=50, lease=60, token=2), 100, 100),
     "claim a group where there is none": Hot(

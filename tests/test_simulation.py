@@ -44,7 +44,7 @@ from bgjob._exchange import (
 )
 from bgjob._isolation import LONGEST
 from bgjob._pace import MOST_AHEAD
-from bgjob._statements.claims import Line, Swept, Taken, UnderWay
+from bgjob._statements.claims import Line, Stray, Swept, Taken, UnderWay, Window
 from bgjob._statements.keys import Blocked, Woken
 from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import REST
@@ -207,6 +207,8 @@ class Table:
                 for job in jobs if self.moves else []:
                     if job.id.endswith("5"):
                         self.rows[job.id].place = next(self._places)
+            case Sweep(held=held, window=Window() as window):
+                self._sweep_within(window, reply, held=held, began=began, now=now, at=at)
             case Sweep(limit, token, held=held):
                 reply.swept = self.sweep(limit, token, began=began, now=now, at=at, held=held)
                 reply.lines = self._survey(began=began, now=now)
@@ -294,6 +296,29 @@ class Table:
                 row.key == key and not row.waits and row.due <= began for row in self.rows.values()
             )
         ]
+
+    def _sweep_within(
+        self,
+        window: Window,
+        reply: Reply,
+        *,
+        held: tuple[int, ...],
+        began: int,
+        now: int,
+        at: float,
+    ) -> None:
+        def is_within(row: Row) -> bool:
+            due = EPOCH + row.due * MICROSECOND
+            return window.since <= due < window.until and row.priority in window.priorities
+
+        rows, self.rows = self.rows, {id_: row for id_, row in self.rows.items() if is_within(row)}
+        reply.swept = self.sweep(0, 0, held=held, began=began, now=now, at=at)
+        for row in self._due(began):
+            if self._is_fresh(row) and row.priority not in {s.priority for s in reply.strays}:
+                reply.strays.append(Stray(row.priority, EPOCH + row.due * MICROSECOND))
+        self.rows = rows
+        reply.lines = self._survey(began=began, now=now)
+        reply.blocked = Blocked(self._blocked(began), "")
 
     def sweep(
         self,
@@ -507,6 +532,7 @@ class History:
         self.lock: int | Literal["rival"] | None = None  # the session that holds it
         self.in_flight = 0  # enqueues that share the lock
         self.contended_at = -inf
+        self.long_sweeps = 0
         self.rivals_die = calm and random.random() < 0.3
         self.strangers = calm and random.random() < 0.3  # they lock rows for some seconds
         self.barred_at: dict[str, float] = {}  # when they let go
@@ -892,6 +918,9 @@ class History:
                 if isinstance(exchange.claim, Sweep):
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
+                    known = self.calm and self.engine._marks.known
+                    self.long_sweeps += known and self.sweep_cost > 0.15
+                    promise(self.long_sweeps <= 6, "stops again and again for a sweep")
                 ahead = ahead or self._follow()
                 if ahead is not None:
                     coming = len(reply.claimed.jobs) + len(reply.swept.jobs) + len(reply.group)
@@ -928,13 +957,23 @@ class History:
         random = self.random
         took = random.uniform(0.0001, 0.002)
         if isinstance(exchange.claim, Sweep):
-            took += self.sweeps_take
+            took += self.sweeps_take * self._share(exchange.claim.window)
         if not self.peace and random.random() < self.slow:
             took = random.choice([0.05, 0.5, self.lease]) * random.random()
             self.slow_until = self.now + took
             if took > self.lease / 6:
                 self.disturbed_at = self.now + took
         return took
+
+    def _share(self, window: Window | None) -> float:
+        """Of what a sweep looks at."""
+        if window is None:
+            return 1.0
+        first = EPOCH + int((self.began - 1.0) * SECOND) * MICROSECOND
+        marks = self.engine._marks._marks.values()
+        last = max([first + timedelta(seconds=1), *marks])
+        looked_at = min(window.until, last) - max(window.since, first)
+        return max(looked_at / (last - first), 0.0)
 
     def _fate(self, exchange: Exchange) -> Fate:
         random = self.random
@@ -1189,6 +1228,8 @@ class History:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
         patience = max(self.poll_interval, REST * self.longest_cost) + self.longest_cost + 0.2
+        if self.sweeps_take:  # they go in parts
+            patience = 1.5 * patience + self.poll_interval + 1.0
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
             idle_since = max(idle_since, self.handed_at)

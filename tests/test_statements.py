@@ -19,11 +19,15 @@ from bgjob._exchange import Notice
 from bgjob._statements.claims import (
     Line,
     UnderWay,
+    Window,
     claim,
     claim_any,
     claim_group,
     free,
+    free_within,
+    strays,
     survey,
+    survey_known,
     sweep,
     under_way,
 )
@@ -703,6 +707,52 @@ def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
         assert held == 1
 
 
+def test_a_sweep_within_a_window_frees_and_finds_only_what_lies_there(
+    worker: psycopg.Connection,
+) -> None:
+    fill(worker, 12)  # of priorities 0 to 4, a millisecond apart
+    due: dict[str, datetime] = dict(
+        worker.execute("select id, next_run_at from bgjob_job").fetchall()
+    )
+    first, second, *others = sorted(due, key=due.__getitem__)
+    worker.execute(
+        "update bgjob_job set token = 1, lease_until = now() - interval '1 s', attempt = 1 "
+        "where id = any (%s)",
+        [[first, second, others[0], others[-1]]],
+    )
+    window = Window(due[second], due[others[-1]], (0, 2, 3, 4))
+    assert ask(worker, free_within("q", window, limit=9, held=[])).freed == 2
+    assert ask(worker, free_within("q", window, limit=9, held=[])).freed == 0
+    held = worker.execute("select id from bgjob_job where token = 1 order by next_run_at")
+    assert held.fetchall() == [(first,), (others[-1],)]
+    found = {stray.priority: stray.since for stray in ask(worker, strays("q", window))}
+    fresh: dict[int, datetime] = {}
+    for id_, priority in worker.execute(
+        "select id, priority from bgjob_job where id = any (%s) order by next_run_at",
+        [[second, *others[:-1]]],
+    ).fetchall():
+        fresh.setdefault(priority, due[id_])
+    fresh.pop(1)
+    assert found == fresh
+
+
+@pytest.mark.parametrize("known", [(), (0,), (2, 3), (-(2**15), 0, 4, 2**15 - 1)])
+def test_a_survey_that_knows_priorities_finds_the_others_too(
+    worker: psycopg.Connection, known: tuple[int, ...]
+) -> None:
+    fill(worker, 12)
+    expected = {line.priority: line[2:] for line in ask(worker, survey("q"))}
+    lines: dict[int, Any] = {}
+    while True:  # one between two known ones at a time
+        window = Window(LONG_AGO, LONG_AGO, tuple(sorted({*known, *lines})))
+        found = {line.priority: line[2:] for line in ask(worker, survey_known("q", window))}
+        if found.keys() == lines.keys():
+            break
+        lines = found
+    assert {p: line for p, line in lines.items() if p in expected} == expected
+    assert lines.keys() - expected.keys() <= set(known)
+
+
 # -- watermarks -------------------------------------------------------------------------------
 
 
@@ -804,9 +854,9 @@ def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
             None,
             full=False,
             began=began,
-            now=began + 1,
+            now=began + 0.04,
         )
-    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(111.0)
+    assert marks.sweep_at == marks.early_sweep_at == pytest.approx(71.64)
 
 
 def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:

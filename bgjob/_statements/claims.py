@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
@@ -153,8 +154,7 @@ _SWEEP = f"""
     left join claimed on true
 """
 
-_FREE = f"""
-    with due as materialized ({_due(_LINES, _ENDED)}),
+_FREED = f"""
     freed as (
         update bgjob_job
         set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
@@ -162,6 +162,19 @@ _FREE = f"""
         returning 1
     )
     select {_END_SESSIONS}, count(*) from freed
+"""
+_FREE = f"with due as materialized ({_due(_LINES, _ENDED)}), {_FREED}"
+
+_LINES_OF_WINDOW = """
+    select due.ctid, due.ended, due.id, due.token
+    from (
+        select priority, %(since)s::timestamptz as since
+        from unnest(%(priorities)s::smallint[]) as w (priority)
+    ) as line
+"""
+_WITHIN = "j.next_run_at < %(until)s::timestamptz"
+_FREE_WITHIN = f"""
+    with due as materialized ({_due(_LINES_OF_WINDOW, f"{_ENDED} and {_WITHIN}")}), {_FREED}
 """
 
 _SUSPECTS = f"""
@@ -325,6 +338,59 @@ def free(queue: str, *, limit: int, held: Sequence[int] = ()) -> Statement[Swept
     )
 
 
+class Window(NamedTuple):
+    """Where a sweep looks that would take too long if it looked at everything."""
+
+    since: datetime
+    until: datetime
+    """The end of the due times, which is not looked at."""
+    priorities: tuple[int, ...]
+    """Those that are known, in order."""
+
+
+def free_within(
+    queue: str, window: Window, *, limit: int, held: Sequence[int] = ()
+) -> Statement[Swept]:
+    """Free jobs whose lease has ended, as `free`, within a window."""
+    params = {**_within(queue, window), "limit": limit, "held": number_array(held)}
+    return Statement(_FREE_WITHIN, params, lambda rows: Swept([], rows[0][-1]))
+
+
+class Stray(NamedTuple):
+    """The first job of a priority within a window that is due and fresh."""
+
+    priority: int
+    since: datetime
+
+
+def strays(queue: str, window: Window) -> Statement[list[Stray]]:
+    """Find where claims have to start for jobs that were written behind the marks."""
+    return Statement(
+        f"""
+        select w.priority, {in_range("due.next_run_at")}
+        from unnest(%(priorities)s::smallint[]) as w (priority)
+        cross join lateral (
+            select j.next_run_at from bgjob_job j
+            where j.queue = %(queue)s and j.priority = w.priority
+                and j.next_run_at >= %(since)s::timestamptz and {_WITHIN}
+                and j.next_run_at <= now() and not j.waits and {_FRESH} and {_UNPAUSED}
+            order by j.next_run_at limit 1
+        ) as due
+        """,
+        _within(queue, window),
+        lambda rows: [Stray(*row) for row in rows],
+    )
+
+
+def _within(queue: str, window: Window) -> dict[str, object]:
+    return {
+        "queue": queue,
+        "since": window.since,
+        "until": window.until,
+        "priorities": number_array(window.priorities),
+    }
+
+
 def claim_group(queue: str, *, limit: int, lease: float, token: int) -> Statement[list[Job]]:
     """Claim half of the due jobs with the most deaths, over one; `limit` of them at most.
 
@@ -367,11 +433,44 @@ class Line(NamedTuple):
     """Whether the queue has suspects that can be claimed."""
 
 
+# The known ones, and the first of those between two of them. None of the rows of a known one
+# is looked at to find the next.
+_KNOWN_PRIORITIES = """
+    with line (priority) as (
+        select priority from unnest(%(priorities)s::smallint[]) as k (priority)
+        union all
+        select (
+            select j.priority from bgjob_job j
+            where j.queue = %(queue)s and j.priority >= gap.low and j.priority <= gap.high
+                and not j.waits
+            order by j.priority limit 1
+        ) from unnest(%(lows)s::smallint[], %(highs)s::smallint[]) as gap (low, high)
+    )
+"""
+
+
+def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
+    """List lines as `survey`, without a walk over the rows of the known priorities."""
+    ends = [-(2**15) - 1, *window.priorities, 2**15]
+    gaps = [(low + 1, high - 1) for low, high in pairwise(ends) if low + 1 <= high - 1]
+    return Statement(
+        _KNOWN_PRIORITIES + _SURVEY,
+        {
+            "queue": queue,
+            "priorities": number_array(window.priorities),
+            "lows": number_array([low for low, _ in gaps]),
+            "highs": number_array([high for _, high in gaps]),
+        },
+        _lines,
+    )
+
+
 def survey(queue: str) -> Statement[list[Line]]:
     """List the priorities in use, when the next job of each is due, and whether suspects are."""
-    return Statement(
-        f"""
-        {_PRIORITIES}
+    return Statement(_PRIORITIES + _SURVEY, {"queue": queue}, _lines)
+
+
+_SURVEY = f"""
         select line.priority,
             case when {_UNPAUSED} then now() else '0001-01-02 00:00+00' end,
             extract(epoch from (
@@ -381,10 +480,11 @@ def survey(queue: str) -> Statement[list[Line]]:
             order by j.next_run_at limit 1
         ) - clock_timestamp())::float8, {_HAS_SUSPECTS}
         from line where line.priority is not null
-        """,
-        {"queue": queue},
-        lambda rows: [Line(*row) for row in rows],
-    )
+"""
+
+
+def _lines(rows: Sequence[Row]) -> list[Line]:
+    return [Line(*row) for row in rows]
 
 
 # An update returns rows in no order. Of one priority they are sorted twice as fast.
