@@ -24,6 +24,7 @@ from functools import cached_property
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import BaseConnection, IsolationLevel
@@ -70,6 +71,8 @@ class AsyncPooledConnection(AsyncConnection):
     patience = PATIENCE
     opened_at = idle_since = 0.0
     home: "_Home[AsyncPooledConnection]"
+    places: asyncio.Semaphore
+    """Those of the event loop in which it is used."""
     _pool = None
 
     @cached_property
@@ -83,6 +86,8 @@ C = TypeVar("C", PooledConnection, AsyncPooledConnection)
 
 def has_news(connection: BaseConnection[Any]) -> bool:
     """Whether there is something to read from a connection on which nothing was asked."""
+    if connection.closed:
+        return True
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     return bool(poll.poll(0))
@@ -220,7 +225,7 @@ class Pool:
 
 
 class AsyncPool:
-    """Connections of an async client's own; as Pool, for the tasks of one event loop at a time."""
+    """Connections of an async client's own, at most 10 for each event loop; as Pool."""
 
     def __init__(
         self,
@@ -239,15 +244,17 @@ class AsyncPool:
     def in_child(self) -> None:
         """Begin anew; as Pool.in_child."""
         self._home: _Home[AsyncPooledConnection] = _Home()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._places = asyncio.Semaphore(_SIZE)
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+            WeakKeyDictionary()
+        )
 
     async def take(self) -> AsyncPooledConnection:
         """Take a connection, in autocommit; as Pool.take."""
         self._check_open()
-        if self._loop is not (loop := asyncio.get_running_loop()):
-            self._loop, self._places = loop, asyncio.Semaphore(_SIZE)
-        home, places = self._home, self._places
+        loop = asyncio.get_running_loop()
+        if (places := self._places.get(loop)) is None:
+            places = self._places[loop] = asyncio.Semaphore(_SIZE)
+        home = self._home
         until = monotonic() + self._patience
         if places.locked():
             try:
@@ -278,6 +285,7 @@ class AsyncPool:
             raise
         if home.useless:
             await self._clear(home)
+        connection.places = places
         return connection
 
     async def give_back(self, connection: AsyncPooledConnection) -> None:
@@ -285,8 +293,9 @@ class AsyncPool:
         home = connection.home
         if home is not self._home:
             return
+        places = connection.places
         home.put(connection)
-        self._places.release()
+        places.release()
         if self._is_closed:
             home.empty()
         if home.useless:

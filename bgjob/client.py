@@ -542,7 +542,7 @@ def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Curs
 class AsyncClient:
     """Writes jobs to PostgreSQL, and reads the dead-letter table; as Client, awaited.
 
-    For use from the tasks of one event loop at a time.
+    For use from the tasks of one event loop, or of several where it has a connection string.
 
     Args:
         source: a connection string, or a psycopg_pool.AsyncConnectionPool of

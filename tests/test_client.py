@@ -1230,18 +1230,19 @@ def test_a_client_whose_connections_are_all_in_use_for_long_says_so(
     assert count(conn) == 2
 
 
-def test_an_async_client_serves_one_event_loop_after_another(
-    dsn: str, conn: psycopg.Connection
-) -> None:
+def test_an_async_client_serves_several_event_loops(dsn: str, conn: psycopg.Connection) -> None:
     client = AsyncClient(dsn)
 
     async def enqueue() -> None:
-        await asyncio.gather(*(client.enqueue(EnqueueRequest("q", "t")) for _ in range(30)))
+        for _ in range(3):
+            await asyncio.gather(*(client.enqueue(EnqueueRequest("q", "t")) for _ in range(30)))
 
-    for _ in range(2):
-        asyncio.run(enqueue())
+    asyncio.run(enqueue())  # one after another
+    with ThreadPoolExecutor() as threads:  # and beside each other
+        for ended in [threads.submit(asyncio.run, enqueue()) for _ in range(2)]:
+            ended.result()
     asyncio.run(client.close())
-    assert count(conn) == 60
+    assert count(conn) == 270
     assert eventually(lambda: sessions(conn) == [])
 
 
