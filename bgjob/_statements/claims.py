@@ -217,13 +217,15 @@ _CLAIM_GROUP = f"""
 """
 
 _CLAIM_ANY = f"""
-    update bgjob_job set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
-    where ctid = any (array(
-        select due.ctid from (
-            {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
-        ) as due
-    ))
-    returning {JOB_COLUMNS}, ctid::text
+    with due as materialized (
+        {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+    ), taken as (
+        update bgjob_job
+        set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
+        where ctid = any (array(select ctid from due))
+        returning {JOB_COLUMNS}
+    )
+    select taken.*, {_END_SESSIONS} from taken
 """
 
 

@@ -30,7 +30,7 @@ from bgjob import (
 )
 from bgjob._statements.claims import ELSEWHERE
 from bgjob._statements.session import WORKER_SETTINGS
-from bgjob._statements.settlements import Claimed, end_sessions, session_name
+from bgjob._statements.settlements import Claimed, begin, end_sessions, session_name
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
 from faults.proxy import Proxy
@@ -560,6 +560,24 @@ def test_the_transaction_of_a_worker_whose_host_vanished_ends_when_its_claim_is_
             "and application_name ^@ 'bgjob'"
         )
         second.wait_for("empty")
+
+
+def test_do_ends_the_transaction_of_the_claim_that_it_takes_over(world: World) -> None:
+    effects = Effects()
+    world.enqueue("transactional", "a")
+    with psycopg.connect(world.dsn) as zombie:
+        world.query(
+            "update bgjob_job set token = 7, attempt = 1, lease_until = now() - interval '1 s'"
+        )
+        now = datetime.now(UTC)
+        claimed = Claimed(Job("a", "q", "t", None, 1, None, 0, now, now, now), 7)
+        zombie.execute(begin(claimed, over_tcp=True, server_version=zombie.info.server_version))
+        zombie.execute(LEDGER_ROW, ["a", 1, "transactional", 0])
+        assert world.client.do("q", effects.mux("Worker-plain")) == Complete()
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            zombie.execute("select 1")
+    world.saw("that the older transaction was ended")
+    assert world.query("select attempt from ledger") == [(2,)]
 
 
 def test_freeing_a_claim_ends_no_other_session(world: World) -> None:
