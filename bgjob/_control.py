@@ -47,6 +47,9 @@ LAST_WORDS = 1.0
 _OF_DATA = ("22", "23", "P0")
 """Classes of errors that are about certain rows: their values, a constraint, a trigger."""
 
+_MOST_TRIED = 1000
+"""Jobs of which those that cannot be claimed are sought: as many as one claim may take."""
+
 _MOST_FAULTS = 5
 """Faults of its own that it survives within so many seconds; more would come again."""
 _FAULTS_WITHIN = 10.0
@@ -310,6 +313,23 @@ class Control:
             for_data = (error.sqlstate or "")[:2] in _OF_DATA
             if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
                 self._events.error(error)
+            if for_data and exchange.claims_only:
+                self._bury_refused()
+
+    def _bury_refused(self) -> None:
+        try:
+            refused = self._link.bury_refused(_MOST_TRIED)
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)
+            return
+        for id_, why in refused:
+            text = (
+                f"job {id_} of queue {self._queue!r} could not be claimed, and was moved to the "
+                f"dead-letter table: {why}"
+            )
+            self._events.tell([BgjobError(text)])
 
     def _bury_unread(self) -> None:
         for unread in self._link.unread:

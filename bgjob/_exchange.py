@@ -139,6 +139,13 @@ class Exchange:
     watch: Literal["claims", "all"] | None = None
     """Whether to tell what is under way: all that claims have to know, or all that is."""
 
+    @property
+    def claims_only(self) -> bool:
+        """Whether a refusal can only be of its claim."""
+        others = (self.complete, self.postpone, self.bury, self.give_back, self.extend)
+        keys = (self.acquire, self.release, self.probe, self.probe_keys)
+        return self.claim is not None and not any(others) and not any(keys)
+
     def settle(self, outcome: "Outcome") -> None:
         """Add the settlement of a job."""
         claimed, result = outcome.claimed, outcome.result

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import select
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from math import ceil
 from time import monotonic
@@ -23,6 +23,7 @@ from bgjob import schema
 from bgjob._clock import ServerClock
 from bgjob._connection import Cursor, Recipe, Silence, options
 from bgjob._exchange import Exchange, Notice, Plan, Reply
+from bgjob._statements.claims import next_due, try_claim
 from bgjob._statements.notices import listen
 from bgjob._statements.session import (
     SERVICE_SETTINGS,
@@ -34,7 +35,7 @@ from bgjob._statements.session import (
     session,
     transaction,
 )
-from bgjob._statements.settlements import bury_unread, catch_up
+from bgjob._statements.settlements import bury_refused, bury_unread, catch_up
 from bgjob._statements.statement import Statement
 
 _PATIENCE = 10.0
@@ -50,6 +51,12 @@ _MOMENT = 0.001
 """Seconds of waiting for the server after which there is time for something else."""
 
 _LONGEST_SLEEP = 3600.0
+
+_SAMPLE = 20
+"""Jobs of which one must be claimable, if others are to blame that they are not."""
+
+_MOST_REFUSED = 20
+"""Jobs that are moved to the dead-letter table at once because nobody can claim them."""
 
 # Of an exchange that the server refused, or that could not be put into words.
 _UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
@@ -382,6 +389,50 @@ class Link:
         text = f"the job could not be read: {unread[0].error}"
         places, tokens = [u.place for u in unread], [u.token for u in unread]
         self._run(self._ready(), bury_unread(places, tokens, text))
+
+    def bury_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
+        """Move the jobs that the server lets nobody claim to the dead-letter table.
+
+        Of the jobs that are claimed next, each is found by halves whose claim the server
+        refuses, as a constraint or a trigger of the user's may. Where it refuses all of
+        them, it is not for one job to suffer, and all stay.
+
+        Returns:
+            Their ids, and why.
+
+        """
+        connection = self._ready()
+        refused: list[tuple[str, str, psycopg.Error]] = []
+
+        def refusal(places: Sequence[str]) -> psycopg.Error | None:
+            return self._refusal(connection, try_claim(places))
+
+        with connection.transaction():
+            due = self._run(connection, next_due(self._queue, limit=limit))
+            sample = due[:: max(len(due) // _SAMPLE, 1)]
+            halves = [due] if any(refusal([place]) is None for place, _ in sample) else []
+            while halves and len(refused) < _MOST_REFUSED:
+                half = halves.pop()
+                error = refusal([place for place, _ in half])
+                if error is not None and len(half) == 1:
+                    refused.append((*half[0], error))
+                elif error is not None:
+                    middle = len(half) // 2
+                    halves += [half[middle:], half[:middle]]
+            for place, _, error in refused:
+                self._run(connection, bury_refused(place, f"the job could not be claimed: {error}"))
+        return [(id_, error) for _, id_, error in refused]
+
+    def _refusal(self, connection: _Connection, statement: Statement[None]) -> psycopg.Error | None:
+        """Run a statement and undo it; why the server refuses it."""
+        try:
+            with connection.transaction(force_rollback=True):
+                self._run(connection, statement)
+        except psycopg.Error as error:
+            if connection.closed:
+                raise
+            return error
+        return None
 
     def use_server_encoding(self) -> None:
         """Let text come as it is stored: some of it has no equivalent in UTF-8."""

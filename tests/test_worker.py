@@ -1285,6 +1285,56 @@ def test_a_settlement_that_the_server_refuses_is_kept_and_blocks_no_other(
     assert set(runs.values()) == {1}
 
 
+REFUSALS: dict[str, LiteralString] = {
+    "constraint": "alter table bgjob_job add check (id not like 'bad%' or attempt = 0)",
+    "trigger": (
+        "create function refuse() returns trigger language plpgsql as "
+        "$$ begin if old.id like 'bad%' then raise 'not this one'; end if; return new; end $$; "
+        "create trigger refuse before update on bgjob_job for each row execute function refuse()"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+def test_jobs_whose_claim_the_server_refuses_are_buried_alone(
+    crew: Crew, conn: psycopg.Connection, how: str
+) -> None:
+    conn.execute(REFUSALS[how])
+    bad = [f"bad {n}" for n in range(32)]
+    good = [f"{n}" for n in range(60)]
+    crew.enqueue(*bad[:30], *good[:30], bad[30], *good[30:], bad[31])
+    observer = Recorder()
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.1)
+    for id in good:
+        observer.wait_for("completed", id)
+    assert eventually(lambda: len(crew.client.dlq.list()) == len(bad))
+    for dead in crew.client.dlq.list():
+        assert dead.id in bad
+        assert "could not be claimed" in (dead.last_error or "")
+    assert {event[1] for event in observer.of("started")} == set(good)
+    assert eventually(lambda: any("bad 0" in str(event[1]) for event in observer.of("error")))
+
+
+def test_where_the_server_refuses_every_claim_no_job_is_buried_for_it(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    conn.execute(
+        "create function refuse() returns trigger language plpgsql as "
+        "$$ begin raise 'closed for maintenance'; end $$; "
+        "create trigger refuse before update on bgjob_job for each row execute function refuse()"
+    )
+    ids = [f"{n}" for n in range(70)]
+    crew.enqueue(*ids)
+    observer = Recorder()
+    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.1)
+    observer.wait_for("error", times=2)
+    assert count(conn) == len(ids)
+    conn.execute("drop trigger refuse on bgjob_job")
+    for id in ids:
+        observer.wait_for("completed", id)
+    assert crew.client.dlq.list() == []
+
+
 # -- observers ---------------------------------------------------------------------------------
 
 

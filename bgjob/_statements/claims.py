@@ -8,7 +8,14 @@ from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from bgjob._statements.session import IS_OURS
-from bgjob._statements.statement import Row, Statement, in_range, number_array
+from bgjob._statements.statement import (
+    Row,
+    Statement,
+    in_range,
+    nothing,
+    number_array,
+    text_array,
+)
 from bgjob.job import Job
 
 JOB_COLUMNS = f"""
@@ -329,6 +336,35 @@ def sweep(
         },
         _swept,
     )
+
+
+_NEXT = f"""
+    with due as materialized (
+        {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+    )
+    select ctid::text, id from due
+"""
+
+
+def next_due(queue: str, *, limit: int) -> Statement[list[tuple[str, str]]]:
+    """Lock the jobs that are claimed next; their places and ids."""
+    return Statement(
+        _NEXT, {"queue": queue, "limit": limit, "held": number_array([])}, _pairs, prepare=False
+    )
+
+
+def try_claim(places: Sequence[str]) -> Statement[None]:
+    """Claim the jobs at these places, to see whether the server refuses that."""
+    return Statement(
+        f"update bgjob_job set {_TAKE} where ctid = any (%(places)s::tid[])",
+        {"places": text_array(places), "token": 0, "lease": 1.0},
+        nothing,
+        prepare=False,
+    )
+
+
+def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return [(place, id_) for place, id_ in rows]
 
 
 def free(queue: str, *, limit: int, held: Sequence[int] = ()) -> Statement[Swept]:

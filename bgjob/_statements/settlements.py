@@ -378,6 +378,27 @@ def catch_up(queue: str, *, limit: int) -> Statement[int]:
     )
 
 
+def bury_refused(place: str, error: str) -> Statement[None]:
+    """Move a job that nobody can claim to the dead-letter table, from where it is."""
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_job where ctid = %(place)s::tid returning *
+        )
+        insert into bgjob_dead_job (
+            job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
+            job_created_at, job_updated_at
+        )
+        select id, queue, type, arg, attempt, (%(errors)s::text[])[1], priority, exclusive,
+            next_run_at, created_at, updated_at
+        from gone
+        """,
+        {"place": place, "errors": ErrorTexts([error])},
+        nothing,
+        prepare=False,
+    )
+
+
 def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
     """Let leases end `lease` seconds from now; the ids of those still held.
 
