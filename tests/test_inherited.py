@@ -24,6 +24,7 @@ from bgjob import (
     Retry,
     Schedule,
     Schedules,
+    Worker,
 )
 from bgjob._connection import options
 
@@ -392,3 +393,44 @@ def test_row_level_security_that_may_hide_jobs_is_told_with_the_remedy(
         assert errors_of(source) == []
         conn.execute("create policy less on bgjob_job as restrictive using (queue <> 'q')")
         assert len(errors_of(source)) == 1
+
+
+# -- transactional handlers -------------------------------------------------------------------
+
+
+@EVERY_STRANGENESS
+@pytest.mark.parametrize("threshold", [0, 5, None])
+def test_a_transactional_handler_is_settled_whatever_its_session_inherits(
+    dsn: str, conn: psycopg.Connection, settings: dict[str, str], threshold: int | None
+) -> None:
+    inherit(dsn, settings)
+    conn.execute("create table effect (id text)")
+    kwargs = {"prepare_threshold": threshold}
+
+    def handle(job: Job, conn: psycopg.Connection[Any]) -> MoveToDlq | Retry | None:
+        conn.execute("insert into effect values (%s)", [job.id])
+        match job.json():
+            case "retry" if job.attempt == 1:
+                return Retry(delay=0.01, error="ärgerlich")
+            case "bury":
+                return MoveToDlq("Müßiggang")
+        return None
+
+    mux = Mux().register("t", handle, transactional=True)
+    # Not opened: a worker makes connections of its own, as the pool would.
+    pool: ConnectionPool[Any] = ConnectionPool(dsn, kwargs=kwargs, open=False)
+    recorder = Recorder()
+    kinds = ["complete", "retry", "bury"]
+    with Client(dsn) as client:
+        worker = Worker(Client(pool), "q", mux, observer=recorder, poll_interval=0.1)
+        with worker:
+            for n in range(8):
+                for kind in kinds:
+                    client.enqueue(EnqueueRequest("q", "t", kind, id=f"{kind}{n}"))
+            assert eventually(
+                lambda: not any(s.due + s.running + s.delayed for s in client.stats())
+            )
+        assert {dead.last_error for dead in client.dlq.list()} == {"Müßiggang"}
+    found = conn.execute("select id from effect order by id").fetchall()
+    assert found == sorted((f"{kind}{n}",) for kind in kinds for n in range(8))
+    assert not recorder.of("error"), recorder.of("error")
