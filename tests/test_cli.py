@@ -142,7 +142,7 @@ def forks(job):
     warnings.simplefilter("ignore", DeprecationWarning)
     context = multiprocessing.get_context("fork")
     # Before the child has run a line of Python's.
-    children = [context.Process(target=time.sleep, args=(LONG,)) for _ in range(12)]
+    children = [context.Process(target=time.sleep, args=(20,)) for _ in range(12)]
     for child in children:
         child.start()
         os.kill(child.pid, getattr(signal, job.id))
