@@ -995,6 +995,8 @@ class Engine:
     def _surveyed(self, reply: Reply, now: float) -> None:
         self._free.update(dict.fromkeys(reply.blocked.keys))
         self._blocked_after = reply.blocked.after
+        if reply.blocked.after:  # there are more keys to look at than a sweep may
+            self._marks.sweep_at = min(self._marks.sweep_at, self._marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
         self._due_at = now + max(min(waits), 0.0) if waits else inf
 

@@ -30,6 +30,7 @@ from bgjob._exchange import (
 )
 from bgjob._route import Wants
 from bgjob._statements.claims import Window, Line, Swept, Taken, UnderWay
+from bgjob._statements.keys import Blocked
 from bgjob._statements.settlements import Claimed, session_name
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
@@ -995,6 +996,20 @@ def test_a_claim_sent_ahead_starts_where_the_one_before_it_was_told_to() -> None
     marks.claimed([job("b", due=at(3.0))], {0: at(1.0)}, full=True)
     marks.answered()
     assert marks.start(6.0) == {0: at(3.0)}
+
+
+def test_where_there_are_more_keys_than_a_sweep_looks_at_the_next_comes_soon() -> None:
+    drive = Drive(poll_interval=10.0)
+    began = drive.now
+    after = ""
+    for n in range(30):  # of 60,000 keys
+        while not isinstance(claim := drive.next_exchange().claim, Sweep):
+            drive.answer()
+        assert claim.after == after
+        after = "" if n == 29 else f"key {n}"
+        drive.answer(replace(found(), blocked=Blocked([], after)))
+    assert drive.now - began < 2.0
+    assert drive.sleep() > drive.now + 5.0
 
 
 def test_a_sweep_that_takes_long_goes_in_parts_that_do_not() -> None:
