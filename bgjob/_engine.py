@@ -488,7 +488,7 @@ class Engine:
             and self._has_free_slot
             and self._isolation.wants_group(now, running=self._running)
         ):
-            free = min(self._pace.slots - self._running, _MOST // 2)
+            free = min(self._pace.slots - self._running, self._claim_limit)
             exchange.claim = ClaimGroup(free, next(self._tokens))
         if limit <= 0 or held_up:
             return
@@ -619,7 +619,7 @@ class Engine:
                 self._refused.clear()
                 self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
             self._has_probed = False
-        if sent.exchange.claim is not None:
+        if sent.exchange.claim is not None and sent.exchange.claim.limit:
             self._claim_limit = min(self._claim_limit + self._claim_limit // 8 + 1, _MOST // 2)
         if sent.exchange.probes:
             self._probed(reply, news, now)

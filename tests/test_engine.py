@@ -1441,6 +1441,24 @@ def test_a_claim_that_is_refused_is_halved_until_it_is_not() -> None:
         taken += limit
 
 
+def test_a_group_of_suspects_that_is_refused_is_halved_until_it_is_not() -> None:
+    drive = Drive(concurrency=40)
+    drive.exchange()
+    drive.answer(found(suspects=True))
+    limits: list[int] = []
+    while len(limits) < 7:
+        claim = drive.next_exchange().claim
+        if isinstance(claim, ClaimGroup):
+            limits.append(claim.limit)
+        if claim is not None and claim.limit:
+            drive.engine.reject(drive.now)
+        else:  # it grows with what is taken only
+            drive.answer(found(suspects=True))
+    assert limits[0] == 40
+    assert limits[-1] == 1
+    assert limits == sorted(limits, reverse=True)
+
+
 def test_jobs_with_large_payloads_are_not_claimed_ahead_by_the_thousand() -> None:
     payload = bytes(65536)
     drive = Drive(concurrency=10)
