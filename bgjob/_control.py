@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
+from math import inf
 from secrets import randbits
 from time import monotonic
 
@@ -29,6 +30,7 @@ from bgjob._exchange import Exchange, Notice, Plan, Reply, Sleep, Stop, TimedOut
 from bgjob._fork import Lineage
 from bgjob._link import Answer, Bell, Link, UnreadError
 from bgjob._logger import log as _log
+from bgjob._loop import Loop
 from bgjob._runner import Runner, inside
 from bgjob._transaction import Transactions
 from bgjob.errors import BgjobError, ScheduleError
@@ -40,6 +42,15 @@ _LONGEST_PAUSE = 1.0
 
 _MOMENT = 0.001
 """Seconds granted to a thread that is handed jobs: it wants the interpreter, and may be quick."""
+
+_WATCH = 1.0
+"""Seconds between two looks whether all slots live; a death that can be told of is seen at once."""
+
+_WATCH_AGAIN = 0.01
+"""Seconds to the next look where one has not settled what became of a job."""
+
+_UNWINDING = 0.5
+"""Seconds, after the grace period, for coroutines that were cancelled to end."""
 
 LAST_WORDS = 1.0
 """Seconds, after the grace period, to settle what has finished."""
@@ -91,6 +102,7 @@ class Control:
             notify=notify,
             served=served,
             meanwhile=self._meanwhile,
+            ends_at=lambda: inf if self._give_up_at is None else self._give_up_at + LAST_WORDS,
         )
         self._awaits_flow = False  # it waits for an answer, and has planned nothing to follow
         self._following: Plan | None = None
@@ -101,6 +113,7 @@ class Control:
         self._pause = _FIRST_PAUSE
         self._reopen_at = 0.0
         self._was_silent = False
+        self._watched_at = -inf
         self._faults: deque[float] = deque(maxlen=_MOST_FAULTS + 1)
         self._ends = ExitStack()
         self.failure: BaseException | None = None
@@ -133,7 +146,7 @@ class Control:
     def start(
         self,
         mux: Mux,
-        loop: asyncio.AbstractEventLoop | None,
+        loop: Loop,
         leave: Callable[[], None],
     ) -> None:
         """Start to work; `leave` is called when the last handler has ended.
@@ -167,13 +180,13 @@ class Control:
                 mux,
                 self._transactions,
                 lineage,
+                loop,
                 queue=self._queue,
                 concurrency=self._concurrency,
                 started=self._events.started,
                 timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
                 finished=self._bell.ring,
                 hindered=self._events.error,
-                loop=loop,
             )
             self._ends.callback(self._runner.close)
             self._runner.open()
@@ -195,6 +208,12 @@ class Control:
             self._transactions.leave()
             self._bell.shout()
 
+    def look(self) -> None:
+        """Look at once whether all slots live. From any thread."""
+        if self.has_run:
+            self._runner.needs_watch = True
+            self._bell.ring()
+
     @property
     def is_inside(self) -> bool:
         """Whether the caller is one of its handlers."""
@@ -204,6 +223,11 @@ class Control:
     def tasks(self) -> set[asyncio.Task[None]]:
         """What is left on the caller's loop."""
         return self._runner.tasks if self.has_run else set()
+
+    @property
+    def interrupted(self) -> int:
+        """Jobs that were cancelled at the end of the grace period and given back."""
+        return self._runner.interrupted if self.has_run else 0
 
     @property
     def has_run(self) -> bool:
@@ -234,19 +258,20 @@ class Control:
             if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
                 self._fail(error)
             self._disconnected(error)
+            self._runner.suspect()
         return True
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
         engine, runner = self._engine, self._runner
         now = monotonic()
-        if runner.failure is not None and self._give_up_at is None:
-            self._fail(runner.failure)
         if self._give_up_at is not None:
             engine.shutdown()
             self._rota.end()
             if now >= self._give_up_at:
-                engine.abandon()
+                runner.cancel()
+                if now >= self._give_up_at + _UNWINDING or not runner.is_unwinding:
+                    engine.abandon()
             if now >= self._give_up_at + LAST_WORDS:
                 self.abandoned = engine.unsettled  # the database is away: the leases decide
                 return False
@@ -254,6 +279,13 @@ class Control:
         if runner.next_timeout <= now:
             engine.give_up(runner.expire(now))
         self._collect()
+        if now >= self._watch_at:
+            self._watched_at = now
+            runner.watch(engine.running, self._lease / 3)
+            self._collect()
+            if runner.failure is not None and self._give_up_at is None:
+                self._fail(runner.failure)
+                return True
         if notice := self._link.take_notice():
             engine.wake(notice)
         now = monotonic()
@@ -284,6 +316,11 @@ class Control:
                 self.abandoned = abandoned
                 return False
         return True
+
+    @property
+    def _watch_at(self) -> float:
+        often = _WATCH_AGAIN if self._runner.needs_watch else min(_WATCH, self._lease / 12)
+        return self._watched_at + often
 
     def _fail(self, error: BaseException) -> None:
         """End by itself, without waiting for handlers."""
@@ -392,9 +429,8 @@ class Control:
         self._collect()
         now = monotonic()
         due_at = min(self._rota.pressing_at, self._runner.next_timeout)
-        goes_on = (
-            self._give_up_at is None and now < due_at and not (self._link.unread or self._link.step)
-        )
+        needed = self._link.unread or self._link.step or self._runner.needs_watch
+        goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
         return self._link.plan(ahead) if ahead else None
 
@@ -449,10 +485,12 @@ class Control:
     def _sleep(self, until: float) -> None:
         if self._give_up_at is not None:
             now = monotonic()
-            ends = self._give_up_at if now < self._give_up_at else self._give_up_at + LAST_WORDS
-            until = min(until, ends)
+            ends = (self._give_up_at + more for more in (0, _UNWINDING, LAST_WORDS))
+            until = min(until, *(end for end in ends if now < end), now + LAST_WORDS)
         self._bell.arm()
         runner = self._runner
+        if runner.needs_watch:
+            until = min(until, self._watch_at)
         has_news = runner.has_outcomes or self._link.has_notice
         if not has_news and runner.slots == self._engine.slots:
             self._link.wait(self._bell, min(until, runner.next_timeout) - monotonic())
@@ -474,7 +512,8 @@ class Control:
             self._bell.silence()
             return
         try:
-            self._link.open()
+            left = inf if self._give_up_at is None else self._give_up_at + LAST_WORDS - now
+            self._link.open(None if left == inf else max(left, 0.1))
         except (psycopg.Error, BgjobError) as error:
             self._events.error(error)
             self._reopen_at = monotonic() + self._pause

@@ -4,20 +4,25 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from math import inf
 from time import monotonic
+from types import EllipsisType
 
 from bgjob._audience import Audience, audience
 from bgjob._control import LAST_WORDS, Control
 from bgjob._duration import Duration, seconds
 from bgjob._events import Events
+from bgjob._loop import Loop
 from bgjob._state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
 from bgjob.job import check_name
 from bgjob.mux import Mux
 from bgjob.service import Rota, Service
+
+_AFTER = 1.9
+"""Seconds after the grace period for which a shutdown waits at most; it promises 2."""
 
 Queues = str | Mapping[str, int]
 """A queue, or several, each with its concurrency."""
@@ -40,6 +45,7 @@ class Crew:
         services: Iterable[Service],
         state: State | None,
         init_timeout: Duration,
+        grace: Duration | None,
     ) -> None:
         poll, held = seconds(poll_interval, "poll_interval"), seconds(lease, "lease")
         if poll < 0.001:  # noqa: PLR2004
@@ -49,6 +55,7 @@ class Crew:
         self._patience = seconds(init_timeout, "init_timeout")
         if self._patience < 1:
             raise ValueError(f"init_timeout must be at least 1 s, not {init_timeout!r}")
+        self._grace = None if grace is None else seconds(grace, "grace")
         self._mux = mux
         self._shared = state
         slots_of = _slots(queues, concurrency)
@@ -70,20 +77,42 @@ class Crew:
                 )
             )
             rota = Rota(())  # the services are the first one's
+        self._queues = ", ".join(slots_of)
+        self._loop: Loop | None = None
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._opened = self._asked = False
+        self._opener: int | None = None
+        """The thread that connects and starts."""
         self._give_up_at = inf
         self._at_work = 0  # controls whose handlers have not all ended
         self._alive = 0  # controls that have not ended
         self.done: Future[None] = Future()
 
     def open(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Connect and start; raises what keeps the worker from working."""
+        """Connect and start; raises what keeps the worker from working.
+
+        A worker that is shut down meanwhile, by a signal handler for example, does not start.
+        """
         with self._lock:
             if self._opened or self._asked:
                 raise RuntimeError("a worker runs once: make a new one")
+            self._opened = True
+            self._opener = threading.get_ident()
+        try:
+            # Without the lock: a shutdown does not wait until a server answers.
             mux = self._connect(loop)
+        except BaseException:
+            with self._lock:
+                self._opened, self._opener = False, None
+                if self._asked:
+                    self._finish()
+            raise
+        with self._lock:
+            self._opener = None
+            if self._asked:
+                self._undo()
+                return
             try:
                 self._start(mux, loop)
             except BaseException:
@@ -102,8 +131,9 @@ class Crew:
         try:
             # The first one, which runs the services, comes when all others can work.
             for control in reversed(self._controls):
-                control.connect(max(end - monotonic(), 0.1))
-            if self._shared is not None:
+                if not self._asked:
+                    control.connect(max(end - monotonic(), 0.1))
+            if self._shared is not None and not self._asked:
                 mux = mux.bound(self._shared.open(loop))
             self._events.open()
         except BaseException:
@@ -113,17 +143,42 @@ class Crew:
             raise
         return mux
 
-    def _start(self, mux: Mux, loop: asyncio.AbstractEventLoop | None) -> None:
+    def _undo(self) -> None:
+        """End a worker that was shut down before it had started."""
         self._opened = True
+        for control in self._controls:
+            control.disconnect()
+        self._close_state()
+        self._events.close(self._patience_of(LAST_WORDS))
+        self._finish()
+
+    def _finish(self) -> None:
+        self._opened = True
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def _start(self, mux: Mux, loop: asyncio.AbstractEventLoop | None) -> None:
         self._pid = os.getpid()
+        self._loop = Loop(f"bgjob-loop-{self._queues}", given=loop, told=self._interrupted)
+        self._loop.guard(self.done, self._look)
         for control in self._controls:
             self._at_work += 1
             self._alive += 1
             control.done.add_done_callback(self._ended)
-            control.start(mux, loop, self._leave)
+            control.start(mux, self._loop, self._leave)
 
-    def stop(self, timeout: Duration | None) -> None:
+    def _look(self) -> None:
+        for control in self._controls:
+            control.look()
+
+    def _interrupted(self, error: BaseException) -> None:
+        error.add_note("it left a task of the worker's event loop, which goes on")
+        self._events.error(error)
+
+    def stop(self, timeout: Duration | EllipsisType | None = ...) -> None:
         """Begin to shut down; of several grace periods the one that ends first counts."""
+        if isinstance(timeout, EllipsisType):
+            timeout = self._grace
         if os.getpid() != self._pid:
             raise BgjobError(
                 "this worker runs in the process that called run(), not in a fork of it"
@@ -132,9 +187,19 @@ class Crew:
         with self._lock:
             self._asked = True
             if not self._opened:
-                self._opened = True
-                self.done.set_result(None)
+                self._finish()
         self._give_up(end)
+
+    @property
+    def time_left(self) -> float:
+        """Seconds for which a shutdown may still wait: it takes the grace period and 2 s."""
+        return max(self._give_up_at + _AFTER - monotonic(), 0.0)
+
+    def join(self) -> None:
+        """Wait until it has ended after `stop`, or until its time is over, whatever hangs."""
+        while not self.done.done() and (left := self.time_left):
+            # In pieces: another shutdown may grant less.
+            wait([self.done], min(left, 1.0))
 
     def _give_up(self, end: float) -> None:
         self._give_up_at = min(end, self._give_up_at)
@@ -153,13 +218,18 @@ class Crew:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the caller is one whom the worker waits for: a handler, or the observer."""
+        """Whether the worker waits for the caller: a handler, the observer, or who starts it."""
         is_observer = threading.current_thread() is self._events.thread
-        return is_observer or any(control.is_inside for control in self._controls)
+        is_opener = threading.get_ident() == self._opener
+        return is_observer or is_opener or any(control.is_inside for control in self._controls)
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
         """What is left on the caller's loop."""
+        return self._handling | (set() if self._loop is None else self._loop.tasks)
+
+    @property
+    def _handling(self) -> set[asyncio.Task[None]]:
         return {task for control in self._controls for task in control.tasks}
 
     @property
@@ -167,21 +237,35 @@ class Crew:
         """Jobs that were left to their leases."""
         return sum(control.abandoned for control in self._controls)
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether it has ended, and every job that had started has a result that is stored."""
+        is_cut_short = any(c.abandoned or c.interrupted for c in self._controls)
+        return self.done.done() and not is_cut_short
+
     def _leave(self) -> None:
         """Close what is shared when the last handler of the last queue has ended."""
         with self._lock:
             self._at_work -= 1
             is_last = not self._at_work
         if is_last:
+            if self._loop is not None:
+                self._loop.close(self._patience_of(LAST_WORDS))
             self._close_state()
-            self._events.close(LAST_WORDS)
+            self._events.close(self._patience_of(LAST_WORDS))
+
+    def _patience_of(self, seconds: float) -> float:
+        """Return for how long to wait for something: all together must not exceed the bound."""
+        return min(seconds, max(self.time_left - 0.4, 0.1)) if self._asked else seconds
 
     def _close_state(self) -> None:
         if self._shared is None:
             return
-        patience = max(LAST_WORDS, self._give_up_at - monotonic()) if self._asked else LAST_WORDS
+        patience = LAST_WORDS
+        if self._asked:
+            patience = max(self._patience_of(LAST_WORDS), self._give_up_at - monotonic())
         try:
-            self._shared.close(None if patience == inf else patience, lambda: self.tasks)
+            self._shared.close(None if patience == inf else patience, lambda: self._handling)
         except BaseException as error:
             self._events.error(error)
 
@@ -190,7 +274,7 @@ class Crew:
             self._alive -= 1
             is_last = not self._alive
         if is_last:
-            self.done.set_result(None)
+            self._finish()
         elif not self._asked:  # one that fails takes the others with it
             self._give_up(monotonic() + LAST_WORDS)
 

@@ -5,7 +5,8 @@ in its own way.
 """
 
 import asyncio
-from collections.abc import Generator
+import inspect
+from collections.abc import Awaitable, Generator
 from contextlib import closing
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._place import AsyncSource, Source, ask, ask_async, connected, connected_async
+from bgjob._route import Awaiting
 from bgjob._statements.claims import claim_now
 from bgjob._statements.settlements import Claimed
 from bgjob._statements.statement import Statement
@@ -306,7 +308,14 @@ def _overheard(route: Route, answer: _Answer) -> Route:
     @wraps(handler)
     def plain(*args: Any) -> object:
         __tracebackhide__ = True
-        answer.value = handler(*args)
+        value = handler(*args)
+        if inspect.isawaitable(value):
+            return heard(value)
+        answer.value = value
+        return value
+
+    async def heard(value: Awaitable[object]) -> object:
+        answer.value = await value
         return answer.value
 
     return replace(route, handler=plain)
@@ -326,9 +335,10 @@ def _run(
 ) -> Ending:
     route, claimed = step
     if not route.is_transactional:
-        if route.is_coroutine:
-            return runner.run(_awaited(route, claimed.job), context=copy_context())
-        return route.run(claimed.job)
+        ending = Awaiting(route) if route.is_coroutine else route.run(claimed.job)
+        if isinstance(ending, Awaiting):
+            return runner.run(_awaited(ending.route, claimed.job), context=copy_context())
+        return ending
     if recipe is not None:
         with closing(Transactions(recipe, Lineage())) as transactions:
             if route.is_coroutine:
@@ -362,9 +372,12 @@ def _run(
 async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | None) -> Ending:
     route, claimed = step
     if not route.is_transactional:
-        if route.is_coroutine:
-            return await _awaited(route, claimed.job)
-        return await asyncio.to_thread(route.run, claimed.job)
+        if not route.is_coroutine:
+            ending = await asyncio.to_thread(route.run, claimed.job)
+            if not isinstance(ending, Awaiting):
+                return ending
+            route = ending.route
+        return await _awaited(route, claimed.job)
     if recipe is not None:
         with closing(Transactions(recipe, Lineage())) as transactions:
             if route.is_coroutine:

@@ -188,6 +188,7 @@ class Engine:
         self._doomed: list[str] = []  # sessions of claims that were given up
         self._blocked_after = ""  # where to go on looking for such
         self._stopping = self._abandoned = self._withdrew = False
+        self._leaving: list[Claimed] = []  # abandoned, and the server does not know
 
         self._marks = Watermarks(poll_interval)
         self._isolation = Isolation()
@@ -216,6 +217,15 @@ class Engine:
         sent = sum(len(sent.outcomes) for sent in self._sent)
         apart = len(self._apart) + len(self._apart_wanting)
         return self._running + len(self._pending) + len(self._refused) + apart + sent
+
+    def running(self) -> list[Claimed]:
+        """Return the claimed jobs that have no outcome yet, also those that were lost."""
+        sent = [outcome for sent in self._sent for outcome in sent.outcomes]
+        outcomes = [*self._pending, *self._refused, *self._apart, *sent]
+        others = {o.claimed for o in outcomes} | {*self._wanting, *self._apart_wanting}
+        others.update(claimed for sent in self._sent for claimed in sent.exchange.acquire)
+        jobs = [c for batch in self._batches.values() for c in batch.jobs.values()]
+        return [*self._lost, *(claimed for claimed in jobs if claimed not in others)]
 
     @property
     def slots(self) -> int:
@@ -319,7 +329,13 @@ class Engine:
         self._stopping = True
 
     def abandon(self) -> None:
-        """Stop without waiting for handlers; their jobs are left to their leases."""
+        """Stop without waiting for handlers; their jobs are left to their leases.
+
+        Each gets its attempt back: the end of a grace period is not its fault.
+        """
+        if not self._abandoned:
+            lost = self._lost
+            self._leaving = [claimed for claimed in self.running() if claimed not in lost]
         self._stopping = self._abandoned = True
 
     # -- what to do -------------------------------------------------------------------
@@ -337,7 +353,7 @@ class Engine:
             self._pace.slow_down(now)
             return Withdraw()
         held = self._pending or self._refused or self._free or self._apart
-        settled = not (held or self._doomed)
+        settled = not (held or self._doomed or self._leaving)
         done = settled and (self._abandoned or not self._running)
         if self._stopping and done and not self._parking.parked:
             return Stop(self._running)
@@ -466,6 +482,10 @@ class Engine:
         self._apart_at = inf
 
     def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
+        if self._leaving:
+            ended = {o.claimed for o in [*outcomes, *self._pending]}
+            exchange.abandon = [c for c in self._leaving if c not in ended]
+            self._leaving = []
         due = [batch for batch in self._batches.values() if batch.extend_at <= now]
         if due:
             leaving = {outcome.claimed for outcome in outcomes}
@@ -687,6 +707,8 @@ class Engine:
         if claim is not None and claim.limit and not sent.outcomes:
             # It may have been too much for the server, or for the network in time.
             self._claim_limit = max(claim.limit // 2, 1)
+        if not self._careful:  # refused once more, it is left to its leases
+            self._leaving += sent.exchange.abandon
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
             self._refused += sent.outcomes
@@ -758,6 +780,7 @@ class Engine:
         if sent.exchange.probes:
             self._apart_at = -inf
         self._doomed += sent.exchange.end
+        self._leaving += sent.exchange.abandon
         self._wanting.extendleft(reversed(sent.exchange.acquire))
         self._free.update(self._freed(sent))
         self._pending.extendleft(reversed(sent.outcomes))

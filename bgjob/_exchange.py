@@ -37,6 +37,7 @@ from bgjob._statements.settlements import (
     Buried,
     Claimed,
     Postponed,
+    abandon,
     barred,
     bury,
     complete,
@@ -119,6 +120,8 @@ class Exchange:
     is_parked: bool = False
     """Whether this session holds the notify lock, so that the server cannot tell from it
     whether another worker sleeps."""
+    abandon: list[Claimed] = field(default_factory=list)
+    """Jobs that still run when the worker ends."""
     extend: list[Claimed] = field(default_factory=list)
     acquire: list[Claimed] = field(default_factory=list)
     """Jobs that want their keys."""
@@ -218,6 +221,8 @@ class Exchange:
             plan.append((bury(self.bury), "settled"))
         if self.give_back:
             plan.append((give_back(queue, self.give_back, tell=self.is_parked), "settled"))
+        if self.abandon:
+            plan.append((abandon(self.abandon), "abandoned"))
         if self.extend:
             plan.append((extend(self.extend, lease=lease), "extended"))
         if self.acquire or self.release:
@@ -242,6 +247,7 @@ class Exchange:
             or self.postpone
             or self.bury
             or self.give_back
+            or self.abandon
             or self.extend
             or self.acquire
             or self.release
@@ -327,6 +333,7 @@ class Reply:
     """The server's answer to an exchange."""
 
     settled: set[str] = field(default_factory=set)
+    abandoned: list[str] = field(default_factory=list)
     extended: set[str] = field(default_factory=set)
     parked: str | None = None
     claimed: Taken = _NOTHING_TAKEN

@@ -6,7 +6,7 @@ import select
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from math import ceil
+from math import ceil, inf
 from time import monotonic
 from typing import Any, LiteralString, NamedTuple, cast
 
@@ -49,6 +49,9 @@ _NEVER = datetime(1, 1, 3, tzinfo=UTC)
 
 _MOMENT = 0.001
 """Seconds of waiting for the server after which there is time for something else."""
+
+_SLICE = 0.25
+"""Seconds after which a wait looks whether the worker's time is over."""
 
 _LONGEST_SLEEP = 3600.0
 
@@ -129,6 +132,9 @@ class _Connection(psycopg.Connection[TupleRow]):
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
     """Called where an answer takes more than a moment."""
 
+    ends_at: Callable[[], float] = staticmethod(lambda: inf)
+    """When no answer is worth waiting for any more."""
+
     @override
     def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
         # poll() and nothing else: each system call here gives up the interpreter
@@ -141,7 +147,7 @@ class _Connection(psycopg.Connection[TupleRow]):
                 ready = poll.poll(_MOMENT * 1000)
                 if not ready:
                     self.meanwhile()
-                    ready = poll.poll(self.patience * 1000)
+                    ready = self._wait_long(poll)
                 if not ready:
                     raise Silence(self.patience)
                 event = ready[0][1]
@@ -158,6 +164,13 @@ class _Connection(psycopg.Connection[TupleRow]):
                 with contextlib.suppress(psycopg.Error):
                     gen.close()
             raise
+
+    def _wait_long(self, poll: select.poll) -> list[tuple[int, int]]:
+        end = monotonic() + self.patience
+        while (left := min(end, self.ends_at()) - monotonic()) > 0:
+            if ready := poll.poll(min(left, _SLICE) * 1000):
+                return ready
+        return []
 
 
 @contextlib.contextmanager
@@ -268,8 +281,10 @@ class Link:
         notify: bool,
         served: Collection[str] = (),
         meanwhile: Callable[[], object] = lambda: None,
+        ends_at: Callable[[], float] = lambda: inf,
     ) -> None:
         self._meanwhile = meanwhile
+        self._ends_at = ends_at
         self._recipe = recipe
         self._queue = queue
         self._served = served
@@ -322,6 +337,7 @@ class Link:
         }
         connection = _Connection.connect(**settings | ours)
         connection.patience = max(end - monotonic(), 0.1)
+        connection.ends_at = self._ends_at
         try:
             # A pooler in transaction mode gives each transaction another session:
             # settings and locks would stay behind with strangers.

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from bgjob._calling import Calling, can_be_called
@@ -29,6 +29,7 @@ BACKOFF = Backoff()
 """The default one."""
 
 _COMPLETE = Complete()
+_RESULTS = (Complete, Retry, Reschedule, MoveToDlq)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,16 @@ class Wants:
     """What is given for a job that must not start before it has a key."""
 
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Awaiting:
+    """What is given for a job whose plain handler returned an awaitable: a wrapper hid its colour.
+
+    Its route awaits that, on a loop.
+    """
+
+    route: "Route"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +122,15 @@ class Route:
             check_key(what, key, job.queue, job.id)
         return key
 
-    def run(self, job: Job) -> Result:
+    def run(self, job: Job) -> Result | Awaiting:
         """Run a plain handler; nothing it raises escapes."""
         try:
             returned = self.handler(job)
-            return _COMPLETE if returned is None else self.judge(job, returned)
+            if returned is None:
+                return _COMPLETE
+            if not isinstance(returned, _RESULTS) and inspect.isawaitable(returned):
+                return Awaiting(replace(self, handler=lambda _: returned, is_coroutine=True))
+            return self.judge(job, returned)
         except BaseException as error:
             return self.failed(job, error)
 
@@ -153,9 +168,18 @@ class Route:
                     error,
                     priority=self.retry_priority if priority is None else priority,
                 )
-            case _:
+            case _ if inspect.isawaitable(returned):
                 if inspect.iscoroutine(returned):
                     returned.close()
+                # Each attempt would do the same.
+                return MoveToDlq(
+                    TypeError(
+                        f"{self.calling.name} returned {type(returned).__name__}, which is not "
+                        "awaited here: register the coroutine function itself, or wrap it in one "
+                        "that is written with async def and awaits it"
+                    )
+                )
+            case _:
                 return self.failed(
                     job,
                     TypeError(

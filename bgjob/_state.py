@@ -79,9 +79,13 @@ class State:
         else:
             ended = Future()
             # A thread of its own, which may hang while the worker ends.
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._exit, args=(ended,), name="bgjob-state", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except Exception:  # no thread can start: here, then
+                self._exit(ended)
         try:
             ended.result(patience)
         except TimeoutError:

@@ -31,6 +31,7 @@ class Run:
         "claimed",
         "ends",
         "is_given_up",
+        "is_overdue",
         "route",
         "timeout",
     )
@@ -43,6 +44,8 @@ class Run:
         self.route = limited.around(self._await if limited.is_coroutine else self._call)
         self.is_given_up = False
         """Whether its job has failed meanwhile, and nobody waits for what it returned."""
+        self.is_overdue = False
+        """Whether its job has failed, whether it has come back or not."""
         self._timeouts = timeouts
         self._limited = limited
 
@@ -125,7 +128,10 @@ class Timeouts:
 
     def overdue(self, now: float) -> list[Run]:
         """Give up those whose time is over."""
-        return [run for run in self._runs.copy() if run.ends <= now and self.ended(run)]
+        overdue = [run for run in self._runs.copy() if run.ends <= now and self.ended(run)]
+        for run in overdue:
+            run.is_overdue = True
+        return overdue
 
     def lose(self) -> bool:
         """Take it that a slot is lost; whether another one is to take its place."""

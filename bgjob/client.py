@@ -1,6 +1,7 @@
 """Writes jobs; claims and runs a single one."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from contextvars import copy_context
@@ -38,6 +39,7 @@ from bgjob._duration import Duration, seconds
 from bgjob._exchange import Committed, Doubtful, Fenced, Release
 from bgjob._fork import Lineage
 from bgjob._logger import log
+from bgjob._loop import Loop
 from bgjob._pool import (
     PATIENCE,
     AsyncBorrowedPool,
@@ -47,6 +49,7 @@ from bgjob._pool import (
     Pool,
     PooledConnection,
 )
+from bgjob._route import Awaiting
 from bgjob._statements import claims, enqueues, keys, pauses, views
 from bgjob._statements.session import session
 from bgjob._statements.settlements import Claimed
@@ -79,6 +82,9 @@ from bgjob.stats import QueueStats
 from bgjob.timetable import AsyncTimetable, Timetable
 
 T = TypeVar("T")
+
+_LOOP_ENDS = 1.5
+"""Seconds for what coroutine handlers of do() have left behind to end."""
 
 OnConflict = Literal["raise", "skip"]
 
@@ -135,6 +141,7 @@ class Client:
             if isinstance(source, str)
             else BorrowedPool(source)
         )
+        self._loop = Loop("bgjob-do")
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = Timetable(self._run, self.enqueue)
@@ -294,8 +301,9 @@ class Client:
 
         Args:
             queue: the queue to claim from.
-            mux: the handlers; a coroutine handler is run with asyncio.run. Only
-                such a one is held to its timeout: a plain one runs on this thread.
+            mux: the handlers; coroutine handlers run on an event loop that the client
+                keeps, on a thread of its own, until it is closed. Only they are held to
+                their timeouts: a plain handler runs on this thread.
             lease: seconds or a timedelta for which nobody else may have the
                 job; it is not extended. 300 s by default.
 
@@ -330,17 +338,24 @@ class Client:
                 self._run_all(settlement(claimed, Release()))
         job = claimed.job
         ends_at = monotonic() + lease
-        ending: Ending
+        ran: Ending | Awaiting
+        interrupt: BaseException | None = None
         if not isinstance(route, Route):
-            ending = route
+            ran = route
         elif route.is_coroutine:
-            ending = asyncio.run(_run_async(route, claimed, self.recipe))
+            ran = Awaiting(route)
         elif route.is_transactional:
             with closing(Transactions(self.recipe, Lineage())) as transactions:
-                ending = copy_context().run(transactions.run, route, claimed)
+                ran = copy_context().run(transactions.run, route, claimed)
         else:
-            ending = copy_context().run(route.run, job)
+            ran = copy_context().run(route.run, job)
+        if isinstance(ran, Awaiting):
+            ending, interrupt = self._await(_run_async(ran.route, claimed, self.recipe))
+        else:
+            ending = ran
         settled = any(self._run_all(conclusion(claimed, ending))[:1])
+        if interrupt is not None:
+            raise interrupt
         return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
 
     def stats(
@@ -415,8 +430,10 @@ class Client:
     def close(self) -> None:
         """Close the client's own connections; a pool that was passed in stays open. Idempotent.
 
-        A closed client stays closed: whatever is asked of it raises ClientClosedError.
+        What coroutine handlers of `do` have left behind is cancelled. A closed client stays
+        closed: whatever is asked of it raises ClientClosedError.
         """
+        self._loop.close(_LOOP_ENDS)
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -427,6 +444,13 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {id(self):#x}>"  # never the connection string
+
+    def _await(self, coroutine: Coroutine[Any, Any, T]) -> tuple[T, BaseException | None]:
+        """Run a coroutine on the client's loop; as Loop.run."""
+        if not self._loop.is_open:
+            # A client need not be closed; what is on its loop is to be cancelled all the same.
+            weakref.finalize(self, self._loop.close, _LOOP_ENDS)
+        return self._loop.run(coroutine)
 
     @property
     def recipe(self) -> Recipe:
@@ -739,8 +763,11 @@ class AsyncClient:
         loop, run = asyncio.get_running_loop(), copy_context().run
         call: Callable[[], Ending]
         if not route.is_transactional:
-            call = partial(run, route.run, claimed.job)
-            return await self._concluded(claimed, await _uncancelled(loop, call))
+            ran = await _uncancelled(loop, partial(run, route.run, claimed.job))
+            if not isinstance(ran, Awaiting):
+                return await self._concluded(claimed, ran)
+            awaited = await _run_async(ran.route, claimed, self.recipe)
+            return await self._concluded(claimed, awaited)
         with closing(Transactions(self.recipe, Lineage())) as transactions:
             call = partial(run, transactions.run, route, claimed)
             ending = await _uncancelled(loop, call)

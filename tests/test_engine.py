@@ -1322,11 +1322,38 @@ def test_the_lock_is_given_back_before_the_end() -> None:
 
 def test_abandoned_handlers_are_counted_and_left_to_their_leases() -> None:
     drive = Drive(concurrency=2)
-    a, _ = drive.claim("a", "b")
+    a, b = drive.claim("a", "b")
     drive.engine.abandon()
     assert drive.step() == Withdraw()
     drive.finish(a)
-    assert drive.settle() == [Outcome(a, Complete(), 1.0)]
+    exchange = drive.exchange()
+    assert exchange.abandon == [b]  # a has ended meanwhile
+    assert drive.answer(Reply(settled={"a"})).events == [Outcome(a, Complete(), 1.0)]
+    assert drive.step() == Stop(1)
+
+
+def test_attempts_are_given_back_though_the_connection_breaks_at_the_end() -> None:
+    drive = Drive(concurrency=2)
+    a, b = drive.claim("a", "b")
+    drive.engine.abandon()
+    assert drive.step() == Withdraw()
+    assert drive.exchange().abandon == [a, b]
+    drive.engine.disconnect(drive.now)
+    drive.engine.reconnect()
+    assert drive.exchange().abandon == [a, b]
+    drive.answer()
+    assert drive.step() == Stop(2)
+
+
+def test_attempts_that_cannot_be_given_back_do_not_keep_the_worker() -> None:
+    drive = Drive(concurrency=2)
+    (a,) = drive.claim("a")
+    drive.engine.abandon()
+    assert drive.step() == Withdraw()
+    for _ in range(2):
+        assert drive.exchange().abandon == [a]
+        drive.engine.reject(drive.now)
+        drive.now += 1
     assert drive.step() == Stop(1)
 
 

@@ -185,6 +185,11 @@ class Table:
             reply.settled.add(id_)
         for id_ in self._match([buried.claimed for buried in exchange.bury]):
             self._end(id_, "dead", reply)
+        for id_ in self._match(exchange.abandon):
+            row = self.rows[id_]
+            if row.deaths >= 0:
+                row.attempt -= 1
+                row.deaths = -1
         for id_ in self._match(exchange.extend):
             if id_ not in self.barred:
                 self.rows[id_].lease_until = now + self._lease
@@ -1286,6 +1291,12 @@ class History:
         promise(self.lock != self.session, "stops with the lock held")
         running = self.busy + len(self.waiting) + len(self.outcomes)
         promise(abandoned == running, f"abandons {abandoned} jobs of {running}")
+        if abandoned and self.refused_at < self.now - LAST_WORDS - self.poll_interval:
+            for (id_, token), how in self.handed.items():
+                row = self.table.rows.get(id_)
+                if how is None and row is not None and row.token == token:
+                    promise(row.lease_until is not None, f"{id_}: abandoned without its lease")
+                    promise(row.deaths < 0, f"{id_}: abandoned, and its attempt is charged")
         if self.now < (self.give_up_at or 0.0):
             promise(not running, "stops while handlers run")
             for key, how in self.handed.items():

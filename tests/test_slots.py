@@ -2,21 +2,49 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+import functools
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psycopg
 import pytest
+from faults.proxy import Proxy
+from psycopg.conninfo import make_conninfo
 from test_worker import (
+    NEVER,
+    PATIENCE,
     Crew,
+    Gate,
     Recorder,
     Style,
     all_done,
     both_styles,
     crew,
+    eventually,
+    row,
+    rows,
 )
 
-from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux
+from bgjob import (
+    AsyncClient,
+    AsyncWorker,
+    Client,
+    Complete,
+    EnqueueRequest,
+    Job,
+    Mux,
+    Retry,
+    Worker,
+    _runner,
+)
+from bgjob._control import Control
+from bgjob._link import Link
 from bgjob.testing import adrain, drain
 
 __all__ = ["crew"]
@@ -185,3 +213,821 @@ def test_a_drain_on_the_tests_connection_leaves_its_context_alone(dsn: str, styl
             conn.rollback()
         assert asyncio.run(drain_async()) is None
     assert seen == [None] * 10
+
+
+# -- wrappers that hide a coroutine ------------------------------------------------------------------
+
+
+def hidden(body: Callable[[Job], Any], how: str) -> Any:
+    """Make a plain function that returns what has to be awaited."""
+
+    async def coroutine(job: Job) -> Any:
+        await asyncio.sleep(0)
+        return body(job)
+
+    @functools.wraps(coroutine)
+    def wrapper(job: Job) -> Any:
+        tenant.set("the wrapper's")
+        return coroutine(job)
+
+    class Later:
+        def __init__(self, job: Job) -> None:
+            self.job = job
+
+        def __await__(self) -> Any:
+            return coroutine(self.job).__await__()
+
+    return {"wraps": wrapper, "lambda": lambda job: coroutine(job), "awaitable": Later}[how]
+
+
+each_way = pytest.mark.parametrize("how", ["wraps", "lambda", "awaitable"])
+
+
+@each_way
+@pytest.mark.parametrize("policy", [{}, {"timeout": 60}], ids=["simple", "timeout"])
+def test_what_a_plain_handler_returns_to_be_awaited_is_awaited_on_the_loop(
+    crew: Crew, conn: psycopg.Connection, how: str, policy: dict[str, Any]
+) -> None:
+    loops: set[int] = set()
+    found: list[Any] = []
+
+    def body(job: Job) -> Any:
+        loops.add(id(asyncio.get_running_loop()))
+        found.append(tenant.get())
+        if job.id == "fails" and job.attempt == 1:
+            raise ValueError("as any handler")
+        return Retry(0.0, "once more") if job.id == "again" and job.attempt == 1 else None
+
+    observer = Recorder()
+    crew.enqueue("a", "fails", "again", *(f"n{n}" for n in range(20)))
+    mux = Mux().register("t", hidden(body, how), backoff=lambda _: 0.0, **policy)
+    crew.start(mux, observer=observer, concurrency=3)
+    assert all_done(conn)
+    assert len(loops) == 1
+    assert len(observer.of("started")) == 25
+    assert eventually(lambda: len(observer.of("completed", "retried")) == 25)
+    assert set(found) == {"the wrapper's" if how == "wraps" else None}
+
+
+def test_a_hidden_coroutine_is_held_to_its_timeout(crew: Crew) -> None:
+    async def forever(job: Job) -> None:
+        await asyncio.sleep(NEVER)
+
+    observer = Recorder()
+    crew.enqueue("a")
+    mux = Mux().register("t", lambda job: forever(job), timeout=0.1, max_attempts=1)
+    crew.start(mux, observer=observer)
+    observer.wait_for("timed_out", "a")
+    observer.wait_for("buried", "a")
+
+
+@each_way
+def test_do_and_drains_await_what_a_plain_handler_returns(dsn: str, how: str) -> None:
+    seen: list[str] = []
+    mux = Mux().register("t", hidden(lambda job: seen.append(job.id), how))
+
+    async def do_async() -> None:
+        async with AsyncClient(dsn) as client:
+            assert await client.do("q", mux) == Complete()
+            assert len(await adrain(client, "q", mux, limit=1)) == 1
+
+    with Client(dsn) as client:
+        client.bulk_enqueue([EnqueueRequest("q", "t", id=f"e{n}") for n in range(4)])
+        assert client.do("q", mux) == Complete()
+        assert len(drain(client, "q", mux, limit=1)) == 1
+        asyncio.run(do_async())
+    assert sorted(seen) == ["e0", "e1", "e2", "e3"]
+
+
+def test_a_coroutine_that_nothing_can_await_is_refused_at_once_with_the_remedy(crew: Crew) -> None:
+    async def coroutine(*_: object) -> None: ...
+
+    async def forgets_await(job: Job) -> Any:
+        return coroutine(job)
+
+    observer = Recorder()
+    mux = Mux().register("forgets", forgets_await)
+    register: Any = mux.register
+    register("transactional", lambda job, conn: coroutine(job, conn), transactional=True)
+    crew.enqueue("a", type="forgets")
+    crew.enqueue("b", type="transactional")
+    crew.start(mux, observer=observer)
+    for id_ in "ab":
+        observer.wait_for("buried", id_)
+        [(_, _, attempt, text)] = [e for e in observer.of("buried") if e[1] == id_]
+        assert attempt == 1
+        assert "register the coroutine function itself" in text
+
+
+# -- one loop -----------------------------------------------------------------------------------------
+
+
+def test_the_coroutines_of_all_queues_run_on_one_loop(crew: Crew, conn: psycopg.Connection) -> None:
+    loops: set[tuple[int, int]] = set()
+
+    async def handle(job: Job) -> None:
+        await asyncio.sleep(0)
+        loops.add((id(asyncio.get_running_loop()), threading.get_ident()))
+
+    for queue in ("a", "b"):
+        crew.enqueue(*(f"{queue}{n}" for n in range(20)), queue=queue)
+    crew.start(Mux().register("t", handle), {"a": 4, "b": 4})
+    assert all_done(conn)
+    assert len(loops) == 1
+
+
+def test_do_keeps_its_loop_until_the_client_is_closed(dsn: str) -> None:
+    loops: set[Any] = set()
+    left: list[asyncio.Task[None]] = []
+    ended: list[str] = []
+
+    async def stay(id_: str) -> None:
+        try:
+            await asyncio.sleep(NEVER)
+        finally:
+            await asyncio.sleep(0)
+            ended.append(id_)
+
+    async def handle(job: Job) -> None:
+        loops.add(asyncio.get_running_loop())
+        left.append(asyncio.create_task(stay(job.id)))
+        await asyncio.sleep(0)
+
+    mux = Mux().register("t", handle)
+    threads = set(threading.enumerate())
+    with Client(dsn) as client:
+        client.bulk_enqueue([EnqueueRequest("q", "t", id=f"f{n}") for n in range(5)])
+        for _ in range(4):
+            client.do("q", mux)
+        thread = threading.Thread(target=client.do, args=("q", mux))
+        thread.start()
+        thread.join()
+        assert ended == []
+    assert len(loops) == 1
+    assert sorted(ended) == ["f0", "f1", "f2", "f3", "f4"]
+    assert all(task.cancelled() for task in left)
+    assert {loop.is_closed() for loop in loops} == {True}
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+
+
+def test_do_goes_on_after_an_exit_in_a_child_task(dsn: str) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    async def handle(job: Job) -> None:
+        if job.attempt == 1:
+            await asyncio.gather(leave())
+
+    mux = Mux().register("t", handle, backoff=lambda _: 0.0)
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t"))
+        with pytest.raises(SystemExit):
+            client.do("q", mux)
+        assert client.do("q", mux) == Complete()
+
+
+def test_an_interrupt_cancels_the_coroutine_of_do_and_its_attempt_is_stored(dsn: str) -> None:
+    async def handle(job: Job) -> None:
+        if job.attempt == 1:
+            signal.raise_signal(signal.SIGINT)  # which the main thread gets
+            await asyncio.sleep(NEVER)
+
+    mux = Mux().register("t", handle, backoff=lambda _: 0.0)
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t"))
+        with pytest.raises(KeyboardInterrupt):
+            client.do("q", mux)
+        assert client.do("q", mux) == Complete()
+
+
+def test_what_handlers_left_behind_is_cancelled_and_awaited_at_the_end_of_the_loop(
+    dsn: str,
+) -> None:
+    ended: list[str] = []
+    left: list[asyncio.Task[None]] = []
+    entered = threading.Event()
+
+    async def stay() -> None:
+        entered.set()
+        try:
+            await asyncio.sleep(NEVER)
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append("cleaned up")
+
+    async def handle(_: Job) -> None:
+        left.append(asyncio.create_task(stay()))
+
+    with Client(dsn) as client, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        client.enqueue(EnqueueRequest("q", "t"))
+        with Worker(client, "q", Mux().register("t", handle)):
+            assert entered.wait(PATIENCE)
+    assert ended == ["cleaned up"]
+    assert left[0].cancelled()
+
+
+# -- slots that die -------------------------------------------------------------------------------------
+
+
+async def _exit(error: type[BaseException]) -> None:
+    await asyncio.sleep(0)
+    raise error("in a child")
+
+
+async def _gather() -> None:
+    await asyncio.gather(_exit(SystemExit))
+
+
+async def _gather_interrupt() -> None:
+    await asyncio.gather(_exit(KeyboardInterrupt))
+
+
+async def _wait() -> None:
+    child = asyncio.create_task(_exit(SystemExit))
+    await asyncio.wait([child])
+    child.result()
+
+
+async def _forgotten() -> None:
+    child = asyncio.create_task(_exit(SystemExit))
+    await asyncio.sleep(0.05)
+    child.result()
+
+
+async def _task_group() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_exit(SystemExit))
+
+
+async def _callback() -> None:
+    def leave() -> None:
+        raise SystemExit("in a callback")
+
+    asyncio.get_running_loop().call_soon(leave)
+    await asyncio.sleep(0.01)
+    raise ValueError("after the callback")
+
+
+async def _stop() -> None:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(0.01)
+    raise ValueError("after the stop")
+
+
+async def _break() -> None:
+    """Let the loop fail each time that it is run."""
+
+    def broken() -> None:
+        raise OSError("the loop is broken")
+
+    loop: Any = asyncio.get_running_loop()
+    loop._run_once = broken
+    await asyncio.sleep(NEVER)
+
+
+ENDS = [
+    _gather,
+    _gather_interrupt,
+    _wait,
+    _forgotten,
+    _task_group,
+    _callback,
+    _stop,
+    _break,
+]
+
+
+class Thrown(Exception):
+    """As some libraries throw into the threads of others."""
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__.strip("_"))
+def test_whatever_ends_the_loop_of_a_worker_ends_only_the_attempt(
+    dsn: str, conn: psycopg.Connection, end: Any
+) -> None:
+    observer, neighbour = Recorder(), Gate()
+
+    async def handle(job: Job) -> None:
+        if job.id == "ends" and job.attempt == 1:
+            await end()
+
+    mux = Mux().register("t", handle, backoff=lambda _: 0.0).register("gate", neighbour.coroutine)
+    threads = set(threading.enumerate())
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "gate", id="neighbour"))
+        options: Any = {"concurrency": 4, "lease": 2, "observer": observer, "poll_interval": 0.1}
+        with Worker(client, "q", mux, **options) as worker:
+            neighbour.wait()
+            client.bulk_enqueue([EnqueueRequest("q", "t", id=f"h{n}") for n in range(5)])
+            client.enqueue(EnqueueRequest("q", "t", id="ends"))
+            observer.wait_for("retried", "ends")
+            observer.wait_for("completed", "ends")
+            client.bulk_enqueue([EnqueueRequest("q", "t", id=f"i{n}") for n in range(5)])
+            neighbour.released.set()
+            assert all_done(conn)
+            assert worker.failure is None
+        assert client.dlq.list() == []
+    assert len([e for e in observer.of("retried") if e[1] == "ends"]) == 1
+    assert observer.of("lost") == []
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+
+
+def test_slots_whose_threads_were_killed_come_back(
+    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer = Recorder()
+    before, kills = _runner.Runner._work, 6
+
+    def work(runner: _runner.Runner, me: Any) -> None:
+        nonlocal kills
+        if kills:
+            kills -= 1
+            if kills % 2:  # with its job, which is in nobody's hands any more
+                runner._jobs.popleft()
+            else:
+                me.claimed = runner._jobs.popleft()
+            raise Thrown("outside of any handler")
+        before(runner, me)
+
+    monkeypatch.setattr(_runner.Runner, "_work", work)
+    barrier = threading.Barrier(2)
+
+    def meet(_: Job) -> None:
+        barrier.wait(PATIENCE)
+
+    crew.enqueue(*(f"l{n}" for n in range(6)))
+    mux = Mux().register("t", meet, backoff=lambda _: 0.0)
+    worker = crew.start(mux, observer=observer, concurrency=2, lease=1, poll_interval=0.05)
+    assert all_done(conn)
+    assert worker.failure is None
+    assert observer.of("lost") == []
+    assert len(observer.of("retried")) == 3
+    for event in observer.of("retried"):
+        assert "was ended under it, by Thrown: outside of any handler" in event[4]
+
+
+# -- threads that cannot start -----------------------------------------------------------------------
+
+
+class NoThreads:
+    """Lets no thread start whose name begins so, until it is told otherwise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+        self.refused = 0
+        self.are_refused = False
+        before = threading.Thread.start
+
+        def start(thread: threading.Thread) -> None:
+            if self.are_refused and thread.name.startswith(prefix):
+                self.refused += 1
+                raise RuntimeError("can't start new thread")
+            before(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_where_no_thread_can_start_jobs_go_back_with_their_attempt_and_run_later(
+    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, threads = Recorder(), NoThreads(monkeypatch, "bgjob-q-")
+    attempts: list[int] = []
+    barrier = threading.Barrier(3)
+
+    def handle(job: Job) -> None:
+        attempts.append(job.attempt)
+        barrier.wait(PATIENCE)
+
+    threads.are_refused = True
+    worker = crew.start(
+        Mux().register("t", handle, max_attempts=1), observer=observer, concurrency=3
+    )
+    crew.enqueue("a", "b", "c")
+    assert eventually(lambda: threads.refused >= 3)
+    assert eventually(
+        lambda: rows(conn, "select distinct attempt, token from bgjob_job") == [(0, None)]
+    )
+    threads.are_refused = False
+    assert all_done(conn)  # all slots are there
+    assert attempts == [1, 1, 1]
+    assert worker.failure is None
+    assert 1 <= len(observer.of("error")) <= 4  # once a second at most
+    assert "no thread can start for a handler of queue 'q'" in str(observer.of("error")[0][1])
+    assert crew.client.dlq.list() == []
+
+
+def test_jobs_run_on_the_threads_that_there_are(
+    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, gate = NoThreads(monkeypatch, "bgjob-q-"), Gate()
+
+    async def coroutine(_: Job) -> None:
+        await asyncio.sleep(0)
+
+    mux = Mux().register("t", lambda _: None).register("gate", gate).register("c", coroutine)
+    worker = crew.start(mux, concurrency=10, lease=1, poll_interval=0.05)
+    crew.enqueue("first", type="gate")
+    gate.wait()
+    threads.are_refused = True
+    crew.enqueue(*(f"m{n}" for n in range(20)))
+    assert eventually(lambda: threads.refused > 0)
+    gate.released.set()  # its thread is the only one
+    crew.enqueue(*(f"n{n}" for n in range(20)))
+    crew.enqueue(*(f"o{n}" for n in range(20)), type="c")
+    assert all_done(conn)
+    assert worker.failure is None
+
+
+@pytest.mark.parametrize("name", ["bgjob-events", "bgjob-loop", "bgjob-worker"])
+def test_a_worker_that_lacks_a_thread_of_its_own_does_not_start_and_says_so(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    async def handle(_: Job) -> None: ...
+
+    threads = NoThreads(monkeypatch, name)
+    before = set(threading.enumerate())
+    with Client(dsn) as client:
+        worker = Worker(client, {"a": 1, "b": 1}, Mux().register("t", handle))
+        threads.are_refused = True
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            worker.run()
+        assert worker.shutdown(0)
+    assert eventually(lambda: set(threading.enumerate()) <= before)
+
+
+def test_a_state_is_closed_though_no_thread_can_start(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, closed = NoThreads(monkeypatch, "bgjob-state"), []
+
+    @contextmanager
+    def state() -> Iterator[str]:
+        yield "state"
+        closed.append("closed")
+
+    threads.are_refused = True
+    with Client(dsn) as client, Worker(client, "q", Mux(), state=state):
+        pass
+    assert (threads.refused, closed) == (1, ["closed"])
+
+
+# -- loops and starts that end early -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_worker_ends_with_the_loop_that_asyncio_run_ends_and_gives_its_jobs_back(
+    dsn: str, conn: psycopg.Connection, busy: bool
+) -> None:
+    entered = threading.Event()
+    workers: list[AsyncWorker] = []
+    threads = set(threading.enumerate())
+
+    async def handle(_: Job) -> None:
+        entered.set()
+        await asyncio.sleep(NEVER)
+
+    async def main() -> None:
+        client = AsyncClient(dsn)
+        worker = AsyncWorker(client, "q", Mux().register("t", handle), concurrency=2)
+        workers.append(worker)
+        await worker.run()
+        if busy:
+            await client.bulk_enqueue([EnqueueRequest("q", "t", id=f"p{n}") for n in range(3)])
+            await asyncio.to_thread(entered.wait, PATIENCE)
+        await client.close()
+
+    asyncio.run(main())
+    assert workers[0]._crew.done.result(PATIENCE) is None
+    assert isinstance(workers[0].failure, RuntimeError)
+    assert "the event loop of the worker is ending" in str(workers[0].failure)
+    assert rows(conn, "select attempt from bgjob_job where token is not null or attempt > 0") == []
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+
+
+def test_an_exit_in_a_child_task_ends_the_callers_loop_and_its_worker_says_so(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    workers: list[AsyncWorker] = []
+
+    async def handle(job: Job) -> None:
+        if job.id == "leaves":
+            await asyncio.gather(_exit(SystemExit))
+        await asyncio.sleep(NEVER)
+
+    async def main() -> None:
+        async with AsyncClient(dsn) as client:
+            worker = AsyncWorker(client, "q", Mux().register("t", handle), concurrency=2)
+            workers.append(worker)
+            await worker.run()
+            await client.bulk_enqueue([EnqueueRequest("q", "t", id=i) for i in ("a", "leaves")])
+            await asyncio.sleep(NEVER)
+
+    with pytest.raises(SystemExit):
+        asyncio.run(main())
+    workers[0]._crew.done.result(PATIENCE)
+    assert "the event loop of the worker is ending" in str(workers[0].failure)
+    assert rows(conn, "select id, attempt from bgjob_job where token is not null") == []
+
+
+def test_a_worker_whose_loop_was_closed_under_its_jobs_ends_and_gives_them_back(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    loop = asyncio.new_event_loop()
+    entered = asyncio.Event()
+
+    async def handle(_: Job) -> None:
+        entered.set()
+        await asyncio.sleep(NEVER)
+
+    async def begin() -> AsyncWorker:
+        async with AsyncClient(dsn) as client:
+            worker = AsyncWorker(client, "q", Mux().register("t", handle), poll_interval=0.1)
+            await worker.run()
+            await client.enqueue(EnqueueRequest("q", "t"))
+            await entered.wait()
+            return worker
+
+    worker = loop.run_until_complete(begin())
+    loop.close()
+    worker._crew.done.result(PATIENCE)
+    assert "the event loop of the worker was closed" in str(worker.failure)
+    assert rows(conn, "select attempt, token from bgjob_job") == [(0, None)]
+
+
+def test_a_run_that_is_cancelled_leaves_no_worker(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opening, go_on = threading.Event(), threading.Event()
+    before = Link.open
+
+    def slow(link: Link, *args: Any) -> None:
+        before(link, *args)
+        opening.set()
+        assert go_on.wait(PATIENCE)
+
+    threads = set(threading.enumerate())
+
+    async def main() -> None:
+        async with AsyncClient(dsn) as client:
+            worker = AsyncWorker(client, "q", Mux())
+            with monkeypatch.context() as patch:
+                patch.setattr(Link, "open", slow)
+                running = asyncio.create_task(worker.run())
+                await asyncio.to_thread(opening.wait, PATIENCE)
+                running.cancel()
+                asyncio.get_running_loop().call_later(0.05, go_on.set)
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+            assert await worker.wait(0)
+            assert worker.failure is None
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async with AsyncWorker(client, "q", Mux()) as worker:
+                        await asyncio.sleep(NEVER)
+            assert await worker.wait(PATIENCE)
+
+    asyncio.run(main())
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+
+
+def test_a_shutdown_in_a_signal_handler_while_run_connects_leaves_no_worker(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Link.open
+
+    def interrupted(link: Link, *args: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        before(link, *args)
+        signal.raise_signal(signal.SIGUSR1)
+
+    threads = set(threading.enumerate())
+    answers: list[bool] = []
+    monkeypatch.setattr(Link, "open", interrupted)
+    with Client(dsn) as client:
+        worker = Worker(client, {"a": 1, "b": 1}, Mux(), state=lambda: pytest.fail("not needed"))
+        handler = signal.signal(signal.SIGUSR1, lambda *_: answers.append(worker.shutdown()))
+        try:
+            worker.run()
+        finally:
+            signal.signal(signal.SIGUSR1, handler)
+    assert worker.wait(0)
+    assert answers == [True, True]  # the second queue did not connect any more
+    assert not {t.name for t in set(threading.enumerate()) - threads if t.name != "never"}
+
+
+# -- the bound of a shutdown -----------------------------------------------------------------------------
+
+BOUND = 2.0
+"""Seconds after the grace period."""
+
+
+def ends_in_time(worker: Worker, grace: float) -> bool:
+    began = time.monotonic()
+    finished = worker.shutdown(grace)
+    took = time.monotonic() - began
+    assert took < grace + BOUND, f"{took} s for a grace period of {grace} s"
+    return finished
+
+
+def test_a_shutdown_does_not_wait_for_a_silent_server(dsn: str) -> None:
+    gate = Gate()
+    with Proxy(dsn) as proxy, Client(dsn) as client, Client(proxy.dsn(dsn)) as proxied:
+        worker = Worker(proxied, "q", Mux().register("t", gate), lease=1, poll_interval=0.1)
+        worker.run()
+        client.enqueue(EnqueueRequest("q", "t"))
+        gate.wait()
+        proxy.silence()
+        gate.released.set()
+        assert not ends_in_time(worker, 0.2)
+        proxy.forward()
+        assert worker.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("what", ["service", "observer", "state"])
+def test_a_shutdown_does_not_wait_for_what_hangs(dsn: str, what: str) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> float:
+        entered.set()
+        assert go_on.wait(PATIENCE)
+        return NEVER
+
+    class Hangs:
+        def run(self, conn: psycopg.Connection[Any], /) -> float:
+            return hang() if worker.has_begun else 0.01
+
+    @contextmanager
+    def state() -> Iterator[str]:
+        yield "state"
+        hang()
+
+    class Begun(Worker):
+        has_begun = False
+
+    options: dict[str, dict[str, Any]] = {
+        "service": {"services": [Hangs()]},
+        "observer": {"observer": hang},
+        "state": {"state": state},
+    }
+    with Client(dsn) as client:
+        worker = Begun(client, "q", Mux().register("t", lambda _: None), **options[what])
+        worker.run()
+        worker.has_begun = True
+        client.enqueue(EnqueueRequest("q", "t"))
+        try:
+            if what != "state":
+                assert entered.wait(PATIENCE)
+            ends_in_time(worker, 0.3)
+        finally:
+            go_on.set()
+        assert worker.wait(PATIENCE)
+
+
+def test_a_shutdown_does_not_wait_for_a_server_that_does_not_answer_a_start(dsn: str) -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        port = mute.getsockname()[1]
+        with Client(make_conninfo(dsn, host="127.0.0.1", port=port)) as client:
+            worker = Worker(client, "q", Mux(), init_timeout=4)
+            errors: list[BaseException] = []
+
+            def run() -> None:
+                try:
+                    worker.run()
+                except psycopg.Error as error:
+                    errors.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            accepted, _ = mute.accept()
+            with accepted:
+                ends_in_time(worker, 0.1)
+                thread.join()
+            assert worker.wait(0)
+            assert len(errors) == 1
+
+
+# -- the grace period ------------------------------------------------------------------------------------
+
+
+def test_jobs_that_outlast_grace_periods_keep_their_attempts_and_say_how_often(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    gates = [Gate(), Gate(), Gate()]
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t", id="long"))
+        for n, gate in enumerate(gates, 1):
+            mux = Mux().register("t", gate, max_attempts=1)
+            with Worker(client, "q", mux, lease=1, poll_interval=0.05, grace=0):
+                gate.wait()
+            attempt, error, is_leased = row(
+                conn, "select attempt, last_error, lease_until > clock_timestamp() from bgjob_job"
+            )
+            assert (attempt, is_leased) == (0, True)  # nobody starts it beside the handler
+            assert f"abandoned at the end of a grace period, {n} in a row" in error
+            gate.released.set()
+        observer = Recorder()
+        options: Any = {"lease": 1, "poll_interval": 0.05, "observer": observer}
+        with Worker(client, "q", Mux().register("t", lambda _: None, max_attempts=1), **options):
+            assert all_done(conn)
+        assert observer.of("completed") == [("completed", "long", 1)]
+        assert client.dlq.list() == []
+
+
+@pytest.mark.parametrize("policy", [{}, {"timeout": 60}, {"transactional": True}])
+def test_a_coroutine_that_is_cancelled_at_the_end_is_due_again_at_once(
+    crew: Crew, conn: psycopg.Connection, policy: dict[str, Any]
+) -> None:
+    entered = threading.Event()
+
+    async def handle(job: Job, *_: object) -> None:
+        entered.set()
+        await asyncio.sleep(NEVER)
+
+    async def transactional(job: Job, _: object) -> None:
+        await handle(job)
+
+    register: Any = Mux().register
+    mux = register(
+        "t", transactional if "transactional" in policy else handle, max_attempts=1, **policy
+    )
+    crew.enqueue("a")
+    worker = crew.start(mux)
+    assert entered.wait(PATIENCE)
+    assert not crew.shutdown(worker, timeout=0)  # it was cut short
+    assert rows(conn, "select id, attempt, token, lease_until, deaths from bgjob_job") == [
+        ("a", 0, None, None, 0)
+    ]
+
+
+def test_a_coroutine_that_ends_while_it_is_cancelled_is_settled(
+    crew: Crew, conn: psycopg.Connection
+) -> None:
+    entered = threading.Event()
+
+    async def handle(job: Job) -> None:
+        entered.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(NEVER)
+
+    crew.enqueue("a")
+    worker = crew.start(Mux().register("t", handle))
+    assert entered.wait(PATIENCE)
+    assert crew.shutdown(worker, timeout=0)
+    assert rows(conn, "select id from bgjob_job") == []
+
+
+# -- a worker beside other work --------------------------------------------------------------------------
+
+
+def test_a_worker_runs_until_an_event_and_is_shut_down(dsn: str, conn: psycopg.Connection) -> None:
+    stop = threading.Event()
+    threads = set(threading.enumerate())
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t"))
+        worker = Worker(client, "q", Mux().register("t", lambda _: stop.set()))
+        worker.run_until(stop)
+        assert worker.wait(0)
+        assert rows(conn, "select id from bgjob_job") == []
+
+        async def main() -> None:
+            done = asyncio.Event()
+
+            async def handle(_: Job) -> None:
+                done.set()
+
+            async with AsyncClient(dsn) as client:
+                await client.enqueue(EnqueueRequest("q", "t"))
+                worker = AsyncWorker(client, "q", Mux().register("t", handle))
+                await worker.run_until(done)
+                assert await worker.wait(0)
+
+        asyncio.run(main())
+    assert rows(conn, "select id from bgjob_job") == []
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+
+
+def test_a_worker_that_ends_by_itself_raises_its_failure_where_it_is_waited_for(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bool:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(Control, "_turn", broken)
+    worker = crew.make(Mux())
+    never = asyncio.Event() if crew.is_async else threading.Event()
+    with pytest.raises(ValueError, match="broken"):
+        crew.run(worker.run_until(never))
+
+
+def test_an_interrupt_of_a_program_shuts_its_worker_down(dsn: str) -> None:
+    def interrupt(_: Job) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t"))
+        worker = Worker(client, "q", Mux().register("t", interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            worker.run_until(threading.Event())
+        assert worker.wait(0)

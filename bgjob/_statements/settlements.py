@@ -446,6 +446,39 @@ def barred(claimed: Sequence[Claimed]) -> Statement[list[str]]:
     )
 
 
+def abandon(claimed: Sequence[Claimed]) -> Statement[list[str]]:
+    """Give back the attempts of jobs whose worker ends while they run; the ids of those held.
+
+    They keep their lease, for their handlers may run until the process ends. Its end is
+    nobody's death: it counts from -1. The error counts how often that happened in a row, so
+    that a job that never ends is found. A row that somebody has locked is passed over: the
+    handler's transaction, mostly, which settles it.
+    """
+    return Statement(
+        """
+        update bgjob_job
+        set attempt = greatest(attempt, 1) - 1,
+            deaths = -1,
+            last_error = 'abandoned at the end of a grace period, ' || 1 + coalesce(
+                substring(
+                    last_error from '^abandoned at the end of a grace period, ([0-9]{1,6}) in a row'
+                )::int, 0
+            ) || ' in a row: it was still running; its attempt is given back',
+            updated_at = clock_timestamp()
+        where ctid = any (array(
+            select ctid from bgjob_job
+            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+                and deaths >= 0  -- once, though it may be sent twice
+            for update skip locked
+        ))
+        returning id
+        """,
+        _held(claimed),
+        column,
+        prepare=False,
+    )
+
+
 def _held(claimed: Sequence[Claimed], ids: Sequence[str] | None = None) -> dict[str, object]:
     return {
         "ids": text_array(ids or [c.job.id for c in claimed]),

@@ -224,6 +224,63 @@ def test_8_a_coroutine_that_is_cancelled_ends_only_its_attempt(
     assert worker.shutdown()
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.style == "coroutine"], ids=str)
+def test_8_what_ends_a_program_in_a_task_of_the_handler_ends_only_the_attempt(
+    world: World, kind: Kind
+) -> None:
+    async def leave(error: BaseException) -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    async def wait_for(error: BaseException) -> None:
+        child = asyncio.create_task(leave(error))
+        await asyncio.wait([child])
+        child.result()
+
+    async def call(error: BaseException) -> None:
+        def raise_it() -> None:
+            raise error
+
+        asyncio.get_running_loop().call_soon(raise_it)
+        await asyncio.sleep(0)
+        raise error
+
+    async def stop(_: BaseException) -> None:
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0.01)
+        raise ValueError("after the stop")
+
+    faults: dict[str, Callable[[BaseException], Any]] = {
+        "gather": lambda error: asyncio.gather(leave(error)),
+        "wait": wait_for,
+        "callback": call,
+        "stop": stop,
+    }
+    errors = {"exit": SystemExit, "interrupt": KeyboardInterrupt}
+
+    async def handler(job: Job, conn: psycopg.AsyncConnection[Any] | None = None) -> None:
+        if conn is not None:
+            await conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+        fault, _, error = job.id.partition(":")
+        if job.attempt == 1 and fault in faults:
+            await faults[fault](errors[error]("in a task"))
+
+    mux = Mux()
+    register: Any = mux.register
+    register(kind.type, handler, transactional=kind.transactional, backoff=lambda _: 0.05)
+    leaving = [f"{fault}:{error}" for fault in faults for error in errors]
+    for n, id in enumerate(leaving):
+        world.enqueue(kind.type, id, f"neighbour {n}", ledger=kind.transactional)
+    worker = world.worker(mux, is_async=False, concurrency=4)
+    world.done()
+    for id in leaving:
+        world.witness(worker, "retried", id)
+        world.witness(worker, "completed", id)
+    assert worker.heard("error", "in a task")
+    assert worker.worker.failure is None
+    assert worker.shutdown()
+
+
 # -- 9: a blocked event loop ----------------------------------------------------------------------
 
 
@@ -454,9 +511,6 @@ class Hostile:
 def test_11_what_is_no_result_fails_the_attempt_and_names_the_handler(
     world: World, is_async: bool, kind: Kind
 ) -> None:
-    async def forgotten() -> None:
-        """A coroutine that nobody awaits."""
-
     values: dict[str, Callable[[], object]] = {
         "a number": lambda: 42,
         "False": lambda: False,
@@ -464,7 +518,6 @@ def test_11_what_is_no_result_fails_the_attempt_and_names_the_handler(
         "a list": lambda: [Complete()],
         "a text": lambda: "complete\0",
         "an exception": lambda: ValueError("returned"),
-        "a coroutine": forgotten,
         "a generator": lambda: (x for x in "abc"),
         "hostile": Hostile,
     }
