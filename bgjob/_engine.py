@@ -192,6 +192,7 @@ class Engine:
 
         self._marks = Watermarks(poll_interval)
         self._isolation = Isolation()
+        self._has_more_to_free = False
         self._idle = False  # the observer knows that the queue is empty
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
@@ -500,7 +501,7 @@ class Engine:
             return  # this exchange settles and extends what another worker may free
         limit = self._claimable
         held_up = self._is_held_up(now)
-        if (limit <= 0 or held_up) and now >= self._marks.sweep_at:
+        if (limit <= 0 or held_up or self._has_more_to_free) and now >= self._marks.sweep_at:
             self._add_sweep(exchange, 0, next(self._tokens))
             return
         if (
@@ -983,22 +984,22 @@ class Engine:
                 self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
                 found = {stray.priority: stray.since for stray in reply.strays}
                 self._marks.told(found)
-                if found or reply.swept.freed or is_new:
-                    self._look(thoroughly=bool(reply.swept.freed))
+                self._freed_by(reply)
+                if found or is_new:
+                    self._look(thoroughly=False)
                 self._surveyed(reply, now)
             case Sweep(0):
                 self._swept(reply, sent, now, full=True)
-                if reply.swept.freed:
-                    self._look()
+                self._has_more_to_free = False
                 if reply.swept.freed == MOST_FREED:
                     self._marks.sweep_at = self._marks.early_sweep_at
             case Sweep(limit, token):
-                jobs, freed = reply.swept
+                jobs, freed, _ = reply.swept
                 self._looked(jobs, now, full=len(jobs) + freed + reply.unread == limit)
                 self._swept(reply, sent, now, full=self._more)
-                if freed:
-                    # What was freed is claimed next, and there may be more to free.
-                    self._marks.sweep_at = -inf
+                if freed and self._more:
+                    # There may be more to free than there are slots.
+                    self._has_more_to_free, self._marks.sweep_at = True, -inf
                 self._surveyed(reply, now)
                 self._hold(_claimed(jobs, token), sent, now, news)
             case Claim(limit, token, starts):
@@ -1025,7 +1026,14 @@ class Engine:
 
     def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
         self._marks.swept(reply.lines, reply.seen, full=full, began=sent.at, now=now)
+        self._freed_by(reply)
         self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
+
+    def _freed_by(self, reply: Reply) -> None:
+        """Let the next claim start where a sweep has freed jobs that are no suspects."""
+        if reply.swept.since is not None:
+            self._marks.freed(reply.swept.since)
+            self._look(thoroughly=False)
 
     def _looked(
         self,

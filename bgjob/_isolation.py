@@ -5,8 +5,8 @@ it: a deploy did, or the kernel, or the host. So the first death of a job change
 nothing: `deaths` is 1, and the job is claimed in its place, beside others.
 
 A job with two deaths or more is a suspect. Ordinary claims pass it over. Suspects are
-claimed in groups: of those with the most deaths that are due and free, half, as many as
-there are free slots at most. If the worker dies, the deaths of its group
+claimed in groups: of those with the most deaths that are due and free, the first half,
+as many as there are free slots at most. If the worker dies, the deaths of its group
 are the most, and half of the group comes next. So the killer among n jobs is alone
 after two deaths and log2(n) more, whatever the jobs cost and whichever workers take
 them. Groups that survive complete, and are suspects no more.

@@ -161,6 +161,10 @@ class Watermarks:
         rest = min((until - since).total_seconds() / _WALKS, self._poll_interval)
         self._late_since, self._look_back_at = since, max(now, self._looked_back_at + rest)
 
+    def freed(self, since: datetime) -> None:
+        """Record that jobs due from then on are free again, of whichever priority."""
+        self.told(dict.fromkeys(self._marks, since))
+
     def retried(self, priority: int) -> None:
         """Learn that a job went back with this priority, which may have had none yet."""
         self._marks.setdefault(priority, _OLDEST)

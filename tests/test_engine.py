@@ -1255,10 +1255,17 @@ def test_of_one_slot_suspects_and_others_have_it_in_turn() -> None:
 
 
 def test_what_a_dead_worker_held_is_claimed_as_soon_as_it_is_freed() -> None:
-    drive = Drive(concurrency=2, poll_interval=9.0)
+    drive = Drive(concurrency=3, poll_interval=9.0)
     drive.exchange()
-    drive.answer(found(freed=1))
+    drive.answer(found(job("a", due=at(8))))
+    drive.engine.reconnect()
     assert isinstance(drive.exchange().claim, Sweep)
+    # No second sweep, which may be dear: the claim starts where it lies.
+    freed = Swept([], 1, at(3))
+    drive.answer(Reply(swept=freed, lines=[Line(0, at(9), None, has_suspects=False)]))
+    claim = drive.exchange().claim
+    assert isinstance(claim, Claim)
+    assert claim.marks == {0: at(3)}
 
 
 def test_a_worker_without_a_free_slot_frees_what_others_hold_no_more() -> None:
