@@ -35,7 +35,10 @@ SLOTS = {"thread": 8, "async": 250}
 """Concurrency by colour: the coroutine workers always have a slot free."""
 
 CROWD = 320
-"""Jobs that are enqueued at once before two workers are killed: most are in flight then."""
+"""Jobs that are enqueued at once before two workers are killed."""
+
+IN_FLIGHT = 200
+"""Jobs in flight in both at which they are killed, or after 10 s."""
 
 CROWD_EVERY = 60.0
 """Seconds from one crowd to the next."""
@@ -490,6 +493,7 @@ class Soak:
         self._recoveries: list[Recovery] = []
         self._producers: list[Producer] = []
         self._producers_are_cut_off = False
+        self._is_over = False
         self._traps: list[tuple[str, threading.Event]] = []
 
     def run(self) -> Report:
@@ -581,6 +585,7 @@ class Soak:
 
     def _end_faults(self, now: float = float("inf")) -> None:
         """End those whose time is over; all, if no time is given."""
+        self._is_over = now == float("inf")
         while self._endings and self._endings[0][0] <= now:
             heapq.heappop(self._endings)[2]()
 
@@ -727,16 +732,16 @@ class Soak:
     def _gather_a_crowd(self, now: float) -> None:
         """Have many jobs in flight in two workers, and kill both at once."""
         for _ in range(8):  # which do not all open their connections in one moment
-            self._killers.produce(
-                "plain", {"sleep": self._dice.uniform(2.5, 4.5)}, count=CROWD // 8
-            )
+            self._killers.produce("plain", {"sleep": self._dice.uniform(4, 7)}, count=CROWD // 8)
+        slots, patience = [self._slots[1], self._slots[3]], now + 10
 
         def kill() -> None:
-            slots = [self._slots[1], self._slots[3]]
             victims = [slot for slot in slots if slot.process is not None and slot.process.alive]
-            flying = 0
+            flying = sum(len(slot.in_flight) for slot in victims)
+            if flying < IN_FLIGHT and time.time() < patience and not self._is_over:
+                self._at(time.time() + 0.2, kill)
+                return
             for slot in victims:
-                flying += len(slot.in_flight)
                 self._disturb(slot)
                 slot.is_killed = True
                 slot.process.signal(signal.SIGKILL)  # type: ignore[union-attr]
@@ -746,7 +751,7 @@ class Soak:
                 most = "jobs in flight at most in two workers killed at once"
                 self.report.happened[most] = max(self.report.happened[most], flying)
 
-        self._at(now + 2.0, kill)
+        self._at(now + 1.0, kill)
 
     def _take_server_away(self, now: float) -> bool:
         """Stop the server for longer than the lease."""
