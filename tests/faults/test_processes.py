@@ -323,6 +323,7 @@ def test_a_handler_that_outlives_the_grace_period_is_left_to_its_lease(
     # Its attempt is given back; a coroutine was cancelled, and holds its lease no more.
     held = colour == "thread"
     assert world.query("select attempt, token is not null from bgjob_job") == [(0, held)]
+    world.release("gate", 1)
     other = world.start(colour=colour)
     world.done()
     world.witness(other, "completed", "slow")
