@@ -760,17 +760,15 @@ class AsyncClient:
         """Run a plain handler on a thread, and store its result; as _concluded."""
         if not isinstance(route, Route):
             return await self._concluded(claimed, route)
-        loop, run = asyncio.get_running_loop(), copy_context().run
-        call: Callable[[], Ending]
+        loop, context = asyncio.get_running_loop(), copy_context()
         if not route.is_transactional:
-            ran = await _uncancelled(loop, partial(run, route.run, claimed.job))
+            ran = await _uncancelled(loop, lambda: context.run(route.run, claimed.job))
             if not isinstance(ran, Awaiting):
                 return await self._concluded(claimed, ran)
             awaited = await _run_async(ran.route, claimed, self.recipe)
             return await self._concluded(claimed, awaited)
         with closing(Transactions(self.recipe, Lineage())) as transactions:
-            call = partial(run, transactions.run, route, claimed)
-            ending = await _uncancelled(loop, call)
+            ending = await _uncancelled(loop, lambda: context.run(transactions.run, route, claimed))
         return await self._concluded(claimed, ending)
 
     async def _concluded(

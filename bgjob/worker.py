@@ -25,6 +25,7 @@ class Event(Protocol):
 
     def wait(self, timeout: float | None = None, /) -> bool:
         """Wait until it is set, for at most so many seconds; True if it is."""
+        ...
 
 
 class AsyncEvent(Protocol):
@@ -32,6 +33,7 @@ class AsyncEvent(Protocol):
 
     def wait(self) -> Coroutine[Any, Any, object]:
         """Wait until it is set."""
+        ...
 
 
 class Worker:

@@ -23,15 +23,16 @@ JOB_COLUMNS = f"""
     {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive
 """
 
-_LARGEST = 65536
+_LARGEST: LiteralString = "65536"
 """Bytes of a payload that a claim returns; a larger one is fetched when its handler is to run."""
 
-ELSEWHERE = b"bgjob payload \xd9\x8d\x1f\x06\xb1\x5e\x4c\x7a\x9e\x33\x02\xc4\x68\xaf\x70\xe5"
+_ELSEWHERE: LiteralString = "62676a6f62207061796c6f616420d98d1f06b15e4c7a9e3302c468af70e5"
+ELSEWHERE = bytes.fromhex(_ELSEWHERE)
 """What a claim returns in place of a large payload. A job whose payload is this is fetched, too."""
 
 # The size of a payload that is stored out of line is known without reading it.
 _SMALL_ARG = f"""
-    case when octet_length(arg) > {_LARGEST} then decode('{ELSEWHERE.hex()}', 'hex') else arg end
+    case when octet_length(arg) > {_LARGEST} then decode('{_ELSEWHERE}', 'hex') else arg end
 """
 CLAIMED_COLUMNS = JOB_COLUMNS.replace(" arg,", f" {_SMALL_ARG},")
 

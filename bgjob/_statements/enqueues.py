@@ -36,22 +36,21 @@ _ENQUEUE_OTHERS = """
     returning
 """
 
+
 # Since when its transaction has been under way: how far behind the others it may be; the
 # priority, with a sign where it is due later; the queue.
-_TELL: LiteralString = """
-    case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s) then {notify} end
-"""
-_PAYLOAD: LiteralString = (
-    "concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)"
-)
-_TELL_NOW, _TELL_LATER = (
-    _TELL.format(
-        notify=NOTIFY.format(
-            channel=f"concat('{CHANNEL}', %(bucket)s)", payload=_PAYLOAD.format(sign=sign)
-        )
+def _tell_of(sign: LiteralString) -> LiteralString:
+    payload: LiteralString = (
+        f"concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)"
     )
-    for sign in ("", LATER)
-)
+    notify = NOTIFY.format(channel=f"concat('{CHANNEL}', %(bucket)s)", payload=payload)
+    return f"""
+        case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s) then {notify} end
+    """
+
+
+_TELL_NOW = _tell_of("")
+_TELL_LATER = _tell_of(LATER)
 
 # By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {

@@ -133,7 +133,7 @@ def begin(claimed: Claimed, *, over_tcp: bool, server_version: int) -> bytes:
     ).encode()
 
 
-_IDLE = 10_000
+_IDLE: LiteralString = "10000"
 """Milliseconds for which a transaction whose handler has ended may wait for its worker."""
 
 
@@ -145,7 +145,7 @@ def claim_of_transaction() -> Statement[str | None]:
     """
     return Statement(
         "select current_setting('bgjob.claim', true), "
-        f"set_config('idle_in_transaction_session_timeout', '{_IDLE:d}', true)",
+        f"set_config('idle_in_transaction_session_timeout', '{_IDLE}', true)",
         None,
         scalar,
         prepare=None,
