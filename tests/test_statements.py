@@ -221,6 +221,21 @@ def test_a_sweep_passes_over_what_is_held_and_frees_what_is_held_no_more(
     assert all(line.has_suspects for line in ask(worker, survey("q")))
 
 
+def test_a_sweep_that_frees_nothing_names_no_place_to_look_at(worker: psycopg.Connection) -> None:
+    window = Window(LONG_AGO, datetime.now(UTC), (0,))
+    found = [
+        sweep("q", limit=9, lease=60, token=1),
+        free("q", limit=9),
+        free_within("q", window, limit=9),
+    ]
+    assert [ask(worker, each) for each in found] == [([], 0, None)] * 3
+    fill(worker, 3)
+    spoil_leases(worker)
+    worker.execute("update bgjob_job set deaths = 1 where id = 'q000002'")
+    # What was freed is a suspect now, which a group claims and no look finds.
+    assert ask(worker, free("q", limit=9)) == ([], 1, None)
+
+
 def test_what_is_held_no_more_is_freed_without_claiming_anything(
     worker: psycopg.Connection,
 ) -> None:

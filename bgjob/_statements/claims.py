@@ -144,7 +144,7 @@ _END_SESSIONS = f"""
 """
 
 # The first of those that the next claim may take.
-_FIRST_FREED = in_range("min(next_run_at) filter (where deaths <= 1)")
+_FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 
 # What was in flight when its worker died is only set free here, and claimed by a later
 # claim. It is set free while the queue is paused, too.
