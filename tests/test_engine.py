@@ -1484,9 +1484,8 @@ def test_a_group_of_suspects_that_is_refused_is_halved_until_it_is_not() -> None
         claim = drive.next_exchange().claim
         if isinstance(claim, ClaimGroup):
             limits.append(claim.limit)
-        if claim is not None and claim.limit:
             drive.engine.reject(drive.now)
-        else:  # it grows with what is taken only
+        else:
             drive.answer(found(suspects=True))
     assert limits[0] == 40
     assert limits[-1] == 1
