@@ -66,6 +66,12 @@ create table bgjob_exclusive (
     key    text   not null,
     job_id text,
     token  bigint,
+    -- Nothing of this queue waits for the key that was due before this time, or then and has
+    -- a lower id: where to look from, so that it is not over all that an old snapshot keeps.
+    -- No time says nothing.
+    queue    text,
+    since    timestamptz,
+    since_id text,
     constraint bgjob_exclusive_pkey primary key (key)
 ) with (fillfactor = 45);
 

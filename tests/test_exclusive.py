@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from random import Random
 from typing import Any, cast
 
 import psycopg
@@ -33,8 +34,8 @@ from bgjob import (
 from bgjob._engine import Engine
 from bgjob._exchange import Committed, Exchange, Outcome, Release, Reply, Sleep
 from bgjob._statements.claims import Line, Swept, claim_any
-from bgjob._statements.keys import lock_keys, release
-from bgjob._statements.settlements import Claimed
+from bgjob._statements.keys import acquire, blocked, lock_keys, release
+from bgjob._statements.settlements import Claimed, complete, give_back
 from bgjob._transaction import acquisition, conclusion
 from bgjob.testing import drain
 
@@ -579,6 +580,154 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
         assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): None}
     assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): True}
     assert ask(conn, acquisition(Claimed(job, 2)))[-1] == {}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_the_first_job_of_a_key_and_a_queue_goes_first(
+    dsn: str, conn: psycopg.Connection, seed: int
+) -> None:
+    random, tokens, numbers = Random(seed), itertools.count(1), itertools.count(1)
+    claimed: dict[str, list[Claimed]] = {"q": [], "r": []}
+    holding: list[Claimed] = []
+    done = 0
+
+    def acquire_some(queue: str) -> None:
+        asking, claimed[queue] = claimed[queue], []
+        random.shuffle(asking)
+        rest = random.randrange(len(asking))
+        claimed[queue] = asking[:rest]
+        [first, *_] = conn.execute(
+            "select id from bgjob_job where queue = %s and next_run_at <= now() "
+            "order by next_run_at, id limit 1",
+            [queue],
+        ).fetchall()
+        answer = ask(conn, [lock_keys(["k"]), acquire(queue, asking[rest:])])[-1]
+        for c in asking[rest:]:
+            if answer[c.job.id, c.token]:
+                assert not holding
+                assert (c.job.id,) == first
+                holding.append(c)
+
+    def end_holder(*, drains: bool) -> None:
+        nonlocal done
+        c = holding.pop()
+        event = "complete" if drains else random.choice(["complete", "give back", "delete", "die"])
+        match event:
+            case "complete":
+                ask(conn, [complete([c])])
+                done += 1
+            case "give back":
+                ask(conn, [give_back(c.job.queue, [c], tell=False)])
+            case "delete":
+                conn.execute("delete from bgjob_job where id = %s", [c.job.id])
+                done += 1
+                return
+            case _:
+                conn.execute(
+                    "update bgjob_job set token = null, lease_until = null where id = %s",
+                    [c.job.id],
+                )
+                return
+        ask(conn, [lock_keys(["k"]), release(c.job.queue, ["k"])])
+
+    def look(queue: str) -> None:
+        keys = ask(conn, [blocked(queue, after="", limit=9)])[0].keys
+        if keys:
+            ask(conn, [lock_keys(keys), release(queue, keys)])
+
+    def step(*, drains: bool) -> None:
+        queue = random.choice("qr")
+        look(queue)
+        token = next(tokens)
+        limit = random.randint(1, 3)
+        for job in ask(conn, [claim_any(queue, lease=NEVER, token=token)])[0][:limit]:
+            claimed[queue].append(Claimed(job, token))
+        if claimed[queue]:
+            acquire_some(queue)
+        if holding and random.random() < 0.6:
+            end_holder(drains=drains)
+
+    with Client(dsn) as client:
+        for _ in range(60):
+            if random.random() < 0.5:
+                n = next(numbers)
+                client.enqueue(
+                    EnqueueRequest(random.choice("qqr"), "t", id=f"{n:03}", exclusive="k")
+                )
+            step(drains=False)
+        left = 60 * 30
+        while count(conn, "bgjob_job") and left:
+            step(drains=True)
+            left -= 1
+    assert done == next(numbers) - 1
+    look("q")
+    assert count(conn, "bgjob_exclusive") == 0
+
+
+def test_a_job_that_waits_where_no_look_is_expected_to_find_it_is_found_at_the_end(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    ran: list[str] = []
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", str(n)) for n in range(4)])
+        take(conn, "q", lease=NEVER)
+        conn.execute("update bgjob_job set waits = true where id <> '0'")
+        conn.execute("update bgjob_job set next_run_at = '2001-01-01 00:00+00' where id = '2'")
+        conn.execute("delete from bgjob_job where id = '0'")
+        for _ in range(3):
+            client.do("q", Mux().register("t", lambda job: ran.append(job.id)))
+    assert ran == ["1", "3", "2"]
+    assert count(conn, "bgjob_exclusive") == 0
+
+
+def test_what_a_key_knows_of_a_time_to_come_is_not_believed(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
+    take(conn, "q", lease=NEVER)
+    # The clock has been set back since.
+    conn.execute("update bgjob_exclusive set since = now() + interval '1 h'")
+    conn.execute("update bgjob_job set waits = id = '1'")
+    conn.execute("delete from bgjob_job where id = '0'")
+    [[[job]]] = [ask(conn, [claim_any("q", lease=NEVER, token=1)])]
+    assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("2", 1): False}
+    assert len(ask(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
+    assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("1",)]
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_a_job_that_is_committed_late_waits_before_those_that_are_due_later(
+    dsn: str, conn: psycopg.Connection, asks_again: bool
+) -> None:
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", str(n)) for n in range(2)])
+        held = take(conn, "q", lease=NEVER)
+        conn.execute("update bgjob_job set waits = true where id = '1'")
+        client.enqueue(keyed("k", "late"))
+    conn.execute(
+        "update bgjob_job set next_run_at = next_run_at - interval '1 h' where id = 'late'"
+    )
+    [[[job]]] = [ask(conn, [claim_any("q", lease=NEVER, token=2)])]
+    assert ask(conn, acquisition(Claimed(job, 2)))[-1] == {("late", 2): False}
+    if asks_again:  # whoever does not know whether it was granted its key
+        assert ask(conn, acquisition(held))[-1] == {("0", 1): True}
+    assert ask(conn, conclusion(held, Complete()))[0] == ["0"]
+    assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("late",)]
+
+
+def test_a_key_that_is_released_wakes_the_first_job_of_each_queue(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    queues = ["a", "q", "r", "s"]
+    requests = [EnqueueRequest(q, "t", id=f"{q}{n}", exclusive="k") for q in queues for n in "123"]
+    with Client(dsn) as client:
+        client.bulk_enqueue(requests)
+    held = take(conn, "q", lease=NEVER)
+    conn.execute("update bgjob_job set waits = true where id <> 'q1'")
+    assert ask(conn, conclusion(held, Complete()))[0] == ["q1"]
+    woken = conn.execute("select id from bgjob_job where not waits order by id").fetchall()
+    assert woken == [("a1",), ("q2",), ("r1",), ("s1",)]
 
 
 # -- what the engine makes of it ------------------------------------------------------------

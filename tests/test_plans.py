@@ -604,3 +604,58 @@ def test_a_claim_from_its_mark_does_not_look_at_what_an_old_snapshot_keeps(
         # A sweep walks over them for the priorities and for the jobs, and not once for each job.
         explain = prepare(conn, "sweep", WORKERS["sweep"].statement)
         assert DEAD < buffers(run(conn, explain, plan_cache_mode)) < 3 * DEAD
+
+
+DEAD_OF_KEY = 5_000
+
+
+@pytest.mark.parametrize("due", ["one after the other", "at one time"])
+def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
+    dsn: str, conn: psycopg.Connection, due: str
+) -> None:
+    def carry_out(*statements: Statement[Any]) -> list[Any]:
+        answers = []
+        for s in statements:
+            answers.append(s.parse(conn.execute(cast(Any, s.text), s.params).fetchall()))
+        return answers
+
+    def check(name: str, statement: Statement[Any]) -> None:
+        for mode in PLAN_CACHE_MODES:
+            explain = prepare(conn, f"{name} {mode}", statement)
+            plan = run(conn, explain, mode)
+            for node in nodes(plan):
+                read = node["Shared Hit Blocks"] + node["Shared Read Blocks"]
+                assert read < DEAD_OF_KEY / 10, (name, node)
+
+    conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
+    conn.execute("analyze bgjob_job")
+    step = timedelta(seconds=due == "one after the other")
+    insert = (
+        "insert into bgjob_job (id, queue, type, exclusive, waits, next_run_at) "
+        "select %(kind)s || n, 'q', 't', 'k', {}, %(since)s + %(step)s * {} "
+        "from generate_series(1, %(jobs)s::int) n"
+    )
+    # Half of them wait. They are scattered over the pages, so that to look at each is to look
+    # at a page.
+    done = {"kind": "done", "since": LONG_AGO, "step": step, "jobs": DEAD_OF_KEY}
+    conn.execute(cast(Any, insert.format("n %% 2 = 0", "(n * 1237 %% 5003)")), done)
+    since = MARK if step else LONG_AGO
+    to_come = {"kind": "job", "since": since, "step": step, "jobs": 9}
+    with psycopg.connect(dsn) as old:
+        old.execute("set transaction isolation level repeatable read")
+        old.execute("select from bgjob_job limit 1")
+        conn.execute("delete from bgjob_job")
+        conn.execute(cast(Any, insert.format("n > 1", "n")), to_come)
+        enter_session(conn)
+        for n in range(1, 4):
+            conn.execute("update bgjob_job set token = 1 where id = %s", [f"job{n}"])
+            [wanted] = wanting("k", f"job{n}")
+            carry_out(lock_keys(["k"]))
+            if n > 1:  # whoever is the first to have it looks at all
+                check(f"acquire {n}", acquire("q", [wanted]))
+            assert carry_out(acquire("q", [wanted])) == [{(f"job{n}", 1): True}]
+            conn.execute("delete from bgjob_job where id = %s", [f"job{n}"])
+            check(f"blocked {n}", blocked("q", after="", limit=BATCH))
+            check(f"release {n}", release("q", ["k"]))
+            [woken] = carry_out(release("q", ["k"]))
+            assert len(woken) == 1

@@ -4,6 +4,12 @@ What is decided about a key is decided while its row is locked, by a statement t
 begins after that, so that it sees all that was decided before. Rows are locked in the
 order of their keys, and no transaction locks twice. Rows of jobs are not waited for
 meanwhile, so that nobody has to wait for long.
+
+The row of a key says from which job on to look (`queue`, `since`, `since_id`): of that queue
+nothing waits for the key that was due before. An old snapshot keeps the index entries of all
+its jobs that are done, which a look from the left edge would walk over for each job. What is
+due before it all the same, such as a job that was committed late, loses no more than its
+place: a key's row is not deleted without a look from the left edge.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -21,6 +27,14 @@ _IS_HELD = """
 """
 
 
+# From which due time and id on to look at the jobs of the key e in a queue. A clock that has
+# been set back makes jobs due before those of a time to come.
+_IS_BOUNDED = "(e.queue = {queue} and e.since <= now())"
+_SINCE = f"""
+    case when {_IS_BOUNDED} then e.since else '-infinity' end,
+    case when {_IS_BOUNDED} then e.since_id else '' end
+"""
+
 # Another job of the key and the queue of f, that was due before it. The order, here and
 # below, is that of one index only: with statistics of a drained table the planner took
 # bgjob_job_due, and walked over all that was due in the queue.
@@ -28,13 +42,41 @@ _EARLIER = """
     (
         select true from bgjob_job o
         where o.exclusive = f.key and {which} and o.queue = f.queue
+            and (o.next_run_at, o.id) >= ({since})
             and (o.next_run_at, o.id) < (f.next_run_at, f.id)
         order by o.next_run_at, o.id
         limit 1
     ) is not null
 """
-_EARLIER_WAITS = _EARLIER.format(which="o.waits")
-_EARLIER_IS_DUE = _EARLIER.format(which="not o.waits")
+_SINCE_OF_F = _SINCE.format(queue="f.queue")
+_EARLIER_WAITS = _EARLIER.format(which="o.waits", since=_SINCE_OF_F)
+_EARLIER_IS_DUE = _EARLIER.format(which="not o.waits", since=_SINCE_OF_F)
+_EARLIER_IS_DUE_SINCE = _EARLIER.format(which="not o.waits", since="line.since, line.since_id")
+
+
+_OF_KEY = """
+    (
+        select true from bgjob_job j
+        where j.exclusive = e.key and {which}
+        order by {order}
+        limit 1
+    )
+"""
+_OF_KEY_SINCE = _OF_KEY.format(
+    which="{which} and (j.next_run_at, j.id) >= ({since})", order="j.next_run_at, j.id"
+)
+_WAITS_SINCE = _OF_KEY_SINCE.format(
+    which="j.waits and j.queue = e.queue", since="e.since, e.since_id"
+)
+_WAITS_ANYWHERE = _OF_KEY.format(which="j.waits", order="j.queue")
+_SINCE_HERE = _SINCE.format(queue="%(queue)s")
+_WAITS_HERE = "coalesce({}, {})".format(
+    _OF_KEY_SINCE.format(which="j.waits and j.queue = %(queue)s", since=_SINCE_HERE),
+    _OF_KEY.format(which="j.waits and j.queue = %(queue)s", order="j.next_run_at, j.id"),
+)
+_IS_DUE_HERE = _OF_KEY_SINCE.format(
+    which="not j.waits and j.queue = %(queue)s and j.next_run_at <= now()", since=_SINCE_HERE
+)
 
 
 def lock_keys(keys: Iterable[str]) -> Statement[None]:
@@ -101,27 +143,43 @@ def acquire(
             select distinct on (key) key, id, token, queue, next_run_at, has_it
             from wanted order by key, has_it desc, next_run_at, id
         ), granted as materialized (
-            select f.key, f.id, f.token
+            select f.*
             from first f join bgjob_exclusive e on e.key = f.key
             where e.key = any (%(keys)s::text[]) and (
                 f.has_it or not ({_IS_HELD} or {_EARLIER_WAITS} or {_EARLIER_IS_DUE})
             )
         ), taken as (
-            update bgjob_exclusive e set job_id = g.id, token = g.token
+            -- What has been granted its key before may have others that wait before it.
+            update bgjob_exclusive e
+            set job_id = g.id, token = g.token, queue = g.queue, since_id = g.id,
+                since = case when not g.has_it then g.next_run_at end
             from granted g
             where e.key = any (%(keys)s::text[]) and e.key = g.key
+        ), lowered as (
+            update bgjob_exclusive e
+            set since = case when e.since <= now() then w.since end, since_id = ''
+            from (
+                select key, min(next_run_at) as since from wanted
+                where key not in (select key from granted)
+                group by key
+            ) as w
+            where e.key = any (%(keys)s::text[]) and e.key = w.key
+                and e.queue = %(queue)s and e.since >= w.since
+                and (e.since > w.since or e.since_id > '')
         ), aside as materialized (
             select o.ctid
             from (
-                select e.key from bgjob_exclusive e
+                select e.key, {_SINCE_HERE}
+                from bgjob_exclusive e
                 where e.key = any (%(keys)s::text[])
                     and ({_IS_HELD} or e.key in (select key from granted))
-            ) as k
+            ) as k (key, since, since_id)
             -- Those of this queue only: they are a range of the index, however many are not
             -- due. Another queue's workers find theirs.
             cross join lateral (
                 select j.ctid from bgjob_job j
                 where j.exclusive = k.key and not j.waits and j.queue = %(queue)s
+                    and (j.next_run_at, j.id) >= (k.since, k.since_id)
                     and j.next_run_at <= now() and j.token is null
                 order by j.next_run_at, j.id
                 limit %(most)s
@@ -173,6 +231,19 @@ class Woken(NamedTuple):
     since: datetime
 
 
+_NEXT_QUEUE = """
+    coalesce((
+        select j.queue from bgjob_job j
+        where j.exclusive = other.key and j.waits
+            and j.queue > other.queue and j.queue < other.known
+        order by j.queue limit 1
+    ), (
+        select j.queue from bgjob_job j
+        where j.exclusive = other.key and j.waits
+            and j.queue > greatest(other.queue, other.known)
+        order by j.queue limit 1
+    ))::text
+"""
 _NOTIFY_OF_WOKEN = NOTIFY.format(
     channel="%(channel)s", payload="concat_ws(' ', extract(epoch from since), priority, queue)"
 )
@@ -187,35 +258,40 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
     return Statement(
         f"""
         with recursive free as materialized (
-            select e.key from bgjob_exclusive e
+            select e.* from bgjob_exclusive e
             where e.key = any (%(keys)s::text[]) and not ({_IS_HELD})
-        ), line (key, queue) as (
-            select free.key, (
-                select j.queue from bgjob_job j where j.exclusive = free.key and j.waits
-                order by j.queue limit 1
-            ) from free
+        ), known as materialized (
+            select e.key, e.queue, e.since, e.since_id from free e
+            where e.since <= now() and {_WAITS_SINCE} is not null
+        ), other (key, queue, known) as (
+            -- Queues that are not known, in their order. The known one is passed over.
+            select other.key, {_NEXT_QUEUE}, other.known
+            from (
+                select free.key, '' collate "C", coalesce(known.queue, '') collate "C"
+                from free left join known on known.key = free.key
+            ) as other (key, queue, known)
             union all
-            select line.key, (
-                select j.queue from bgjob_job j
-                where j.exclusive = line.key and j.waits and j.queue > line.queue
-                order by j.queue limit 1
-            ) from line where line.queue is not null
+            select other.key, {_NEXT_QUEUE}, other.known
+            from other where other.queue is not null
+        ), line (key, queue, since, since_id) as materialized (
+            select key, queue, since, since_id from known
+            union all
+            select key, queue, '-infinity', '' from other where queue > ''
         ), unused as (
             delete from bgjob_exclusive
-            where key = any (array(
-                select key from line group by key having count(queue) = 0
-            ))
+            where key = any (array(select key from free where key not in (select key from line)))
         ), first as materialized (
             select f.id
             from line
             cross join lateral (
                 select line.key, j.id, j.queue, j.next_run_at from bgjob_job j
                 where j.exclusive = line.key and j.waits and j.queue = line.queue
+                    and (j.next_run_at, j.id) >= (line.since, line.since_id)
                 order by j.next_run_at, j.id
                 limit 1
                 for update skip locked
             ) as f
-            where not ({_EARLIER_IS_DUE})
+            where not ({_EARLIER_IS_DUE_SINCE})
         ), woken as (
             update bgjob_job set waits = false where id = any (array(select id from first))
             returning queue, priority, {in_range("next_run_at")} as since
@@ -234,22 +310,6 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
         },
         lambda rows: [Woken(*row[:2]) for row in rows],
     )
-
-
-_OF_KEY = """
-    (
-        select true from bgjob_job j
-        where j.exclusive = e.key and {which}
-        order by {order}
-        limit 1
-    )
-"""
-_WAITS_ANYWHERE = _OF_KEY.format(which="j.waits", order="j.queue")
-_WAITS_HERE = _OF_KEY.format(which="j.waits and j.queue = %(queue)s", order="j.next_run_at, j.id")
-_IS_DUE_HERE = _OF_KEY.format(
-    which="not j.waits and j.queue = %(queue)s and j.next_run_at <= now()",
-    order="j.next_run_at, j.id",
-)
 
 
 class Blocked(NamedTuple):
@@ -275,7 +335,7 @@ def blocked(
     return Statement(
         f"""
         with looked_at as materialized (
-            select key, job_id, token from bgjob_exclusive where key > %(after)s
+            select * from bgjob_exclusive where key > %(after)s
             order by key limit %(limit)s
         ), ended as (
             update bgjob_job

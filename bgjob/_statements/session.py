@@ -112,7 +112,7 @@ _COLUMN_NEEDS = (
         ),
     ),
     ("bgjob_exclusive", "insert", "key"),
-    ("bgjob_exclusive", "update", "job_id token"),
+    ("bgjob_exclusive", "update", "job_id token queue since since_id"),
     (
         "bgjob_dead_job",
         "insert",
