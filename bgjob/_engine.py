@@ -30,6 +30,8 @@ Times are seconds of any monotonic clock. It holds to this:
   waits for a slot, or waits for its settlement to be taken.
 - After an outage that was longer than the lease the worker settles and extends
   before it claims. Its sweeps never free a job that it holds itself.
+- Before a handler is entered there is no attempt: what was claimed by an exchange
+  whose answer was lost is freed by the worker's own sweeps, uncharged.
 - Jobs that two workers died with are claimed in groups, until the killer is
   alone; see _isolation.py.
 - A job with an exclusive key is handed out once the server has granted the key.
@@ -178,6 +180,9 @@ class Engine:
         self._has_probed = False  # none was, and an exchange was refused for a lock all the same
         self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
         self._sent: deque[_Sent] = deque()
+        # Claims whose answers were lost, by token, and when their leases end. The server may
+        # carry them out, or show them, only later: it may wait for a synchronous standby.
+        self._unanswered: dict[int, float] = {}
         self._answered_at = -inf
         self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
         self._keys_limit = _MOST // 2
@@ -502,7 +507,7 @@ class Engine:
         limit = self._claimable
         held_up = self._is_held_up(now)
         if (limit <= 0 or held_up or self._has_more_to_free) and now >= self._marks.sweep_at:
-            self._add_sweep(exchange, 0, next(self._tokens))
+            self._add_sweep(exchange, 0, next(self._tokens), now)
             return
         if (
             held_up
@@ -522,16 +527,19 @@ class Engine:
         at = marks.sweep_at if self._more or self._told else marks.early_sweep_at
         token = next(self._tokens)
         if now >= at or not marks.known:
-            self._add_sweep(exchange, limit, token)
+            self._add_sweep(exchange, limit, token, now)
         else:
             exchange.claim = Claim(limit, token, marks.start(now))
             self._watch(exchange)
 
-    def _add_sweep(self, exchange: Exchange, limit: int, token: int) -> None:
+    def _add_sweep(self, exchange: Exchange, limit: int, token: int, now: float) -> None:
         window = self._marks.window()
         if window is not None:
             limit = 0
-        exchange.claim = Sweep(limit, token, self._blocked_after, self._held, window)
+        for gone in [gone for gone, until in self._unanswered.items() if until <= now]:
+            del self._unanswered[gone]
+        unanswered = tuple(self._unanswered)
+        exchange.claim = Sweep(limit, token, self._blocked_after, self._held, window, unanswered)
         if limit:
             self._watch(exchange)
 
@@ -561,7 +569,7 @@ class Engine:
             # what becomes due between the transaction's beginning and the lock.
             limit = self._claimable
             if limit > 0 and now >= self._marks.early_sweep_at:
-                self._add_sweep(exchange, limit, next(self._tokens))
+                self._add_sweep(exchange, limit, next(self._tokens), now)
 
     @property
     def _gives_back(self) -> bool:
@@ -772,6 +780,9 @@ class Engine:
         while self._sent:
             sent = self._sent.pop()
             self._unsure.update(outcome.claimed for outcome in sent.outcomes)
+            if sent.exchange.claim is not None and sent.exchange.claim.limit:
+                self._unanswered[sent.exchange.claim.token] = sent.at + self._lease
+                self._marks.start_again()
             self._take_back(sent)
         self._parking.lose()
         self._look()

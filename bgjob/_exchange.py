@@ -86,6 +86,8 @@ class Sweep:
     """Tokens of the worker itself, whose jobs it does not free."""
     window: Window | None = None
     """Where alone to look for ended leases and strays; it claims nothing then."""
+    unanswered: tuple[int, ...] = ()
+    """Tokens of the worker's claims whose answers were lost; their jobs are freed at once."""
 
     @property
     def looks(self) -> bool:
@@ -185,17 +187,32 @@ class Exchange:
             plan.append((taking, "parked"))
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
-            case Sweep(0, after=after, held=held, window=Window() as window):
-                plan.append((free_within(queue, window, limit=MOST_FREED, held=held), "swept"))
+            case Sweep(0, after=after, window=Window() as window) as part:
+                frees = free_within(
+                    queue,
+                    window,
+                    limit=MOST_FREED,
+                    held=part.held,
+                    unanswered=part.unanswered,
+                )
+                plan.append((frees, "swept"))
                 plan.append((survey_known(queue, window), "lines"))
                 plan.append((strays(queue, window), "strays"))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append((unheld, "blocked"))
-            case Sweep(0, held=held):
-                plan.append((free(queue, limit=MOST_FREED, held=held), "swept"))
+            case Sweep(0, held=held, unanswered=unanswered):
+                frees = free(queue, limit=MOST_FREED, held=held, unanswered=unanswered)
+                plan.append((frees, "swept"))
                 plan.append((survey(queue), "lines"))
-            case Sweep(limit, token, after, held):
-                sweeps = sweep(queue, limit=limit, lease=lease, token=token, held=held)
+            case Sweep(limit, token, after, held, unanswered=unanswered):
+                sweeps = sweep(
+                    queue,
+                    limit=limit,
+                    lease=lease,
+                    token=token,
+                    held=held,
+                    unanswered=unanswered,
+                )
                 plan.append((sweeps, "swept"))
                 plan.append((survey(queue), "lines"))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)

@@ -275,6 +275,88 @@ def test_a_worker_without_a_slot_frees_none_of_its_own_leases_either() -> None:
     assert (claim.limit, claim.held) == (0, (held.token,))
 
 
+def test_what_was_claimed_without_an_answer_is_freed_by_each_sweep_for_a_lease() -> None:
+    drive = Drive(concurrency=3, lease=30.0)
+    (held,) = drive.claim("a")
+    drive.drain()
+    drive.engine.wake(Notice())
+    lost = drive.exchange().claim
+    assert isinstance(lost, Claim)
+    sent_at = drive.now
+    drive.lose()
+    sweeps = 0
+    while drive.now < sent_at + 40.0:
+        exchange = drive.next_exchange()
+        if isinstance(exchange.claim, Sweep):
+            sweeps += 1
+            unanswered = (lost.token,) if drive.now < sent_at + 30.0 else ()
+            assert exchange.claim.unanswered == unanswered
+            assert exchange.claim.held == (held.token,)
+        # The server shows it only now and then.
+        drive.answer(Reply(extended={c.job.id for c in exchange.extend}))
+    assert sweeps >= 20
+
+
+def test_a_sweep_or_a_group_whose_answer_was_lost_is_freed_like_a_claim() -> None:
+    drive = Drive()
+    sweep = drive.exchange().claim
+    assert isinstance(sweep, Sweep)
+    drive.lose()
+    assert isinstance(again := drive.exchange().claim, Sweep)
+    assert again.unanswered == (sweep.token,)
+    drive.answer(found(suspects=True))
+    while not isinstance(group := drive.next_exchange().claim, ClaimGroup):
+        drive.answer(found(suspects=True))
+    drive.lose()
+    assert isinstance(again := drive.exchange().claim, Sweep)
+    assert again.unanswered == (sweep.token, group.token)
+
+
+def test_what_the_server_answered_or_refused_is_not_freed() -> None:
+    drive = Drive(concurrency=2)
+    drive.exchange()
+    drive.engine.reject(drive.now)
+    drive.now += 1.0
+    (held,) = drive.claim("a")
+    drive.engine.disconnect(drive.now)
+    drive.engine.reconnect()
+    assert isinstance(claim := drive.next_exchange().claim, Sweep)
+    assert claim.unanswered == ()
+    assert claim.held == (held.token,)
+
+
+def test_a_sweep_in_parts_frees_what_was_claimed_without_an_answer_too() -> None:
+    drive = Drive(concurrency=3, lease=300.0)
+    drive.claim("a")
+    while not isinstance(lost := (exchange := drive.next_exchange()).claim, Claim):
+        drive.now += 0.2 if isinstance(lost, Sweep) else 0.0
+        drive.answer(Reply(extended={c.job.id for c in exchange.extend}))
+        if drive.engine._marks.window() is not None:
+            drive.engine.wake(Notice())
+    drive.lose()
+    sweep = drive.exchange().claim
+    assert isinstance(sweep, Sweep)
+    assert sweep.window is not None
+    assert sweep.unanswered == (lost.token,)
+
+
+def test_after_a_lost_claim_a_sweep_in_parts_begins_where_claims_start() -> None:
+    marks = Watermarks(1.0)
+    marks.claimed([job("a")], full=False)
+    for now in (0.0, 50.0):
+        marks.swept([Line(0, NOON, None, False)], None, full=False, began=now, now=now + 0.2)
+    first = marks.window()
+    assert first is not None
+    marks.swept_part(first, [], began=100.0, now=100.02)
+    then = marks.window()
+    assert then is not None
+    assert then.until == first.since
+    marks.start_again()
+    again = marks.window()
+    assert again is not None
+    assert again.until == first.until
+
+
 def test_a_claim_is_held_before_it_is_acknowledged() -> None:
     drive = Drive(concurrency=2)
     drive.engine.bulky = 1

@@ -211,10 +211,12 @@ class Table:
                 for job in jobs if self.moves else []:
                     if job.id.endswith("5"):
                         self.rows[job.id].place = next(self._places)
-            case Sweep(held=held, window=Window() as window):
-                self._sweep_within(window, reply, held=held, began=began, now=now, at=at)
-            case Sweep(limit, token, held=held):
-                reply.swept = self.sweep(limit, token, began=began, now=now, at=at, held=held)
+            case Sweep(window=Window()) as part:
+                self._sweep_within(part, reply, began=began, now=now, at=at)
+            case Sweep(limit, token, held=held, unanswered=unanswered):
+                reply.swept = self.sweep(
+                    limit, token, began=began, now=now, at=at, held=held, unanswered=unanswered
+                )
                 reply.lines = self._survey(began=began, now=now)
                 reply.blocked = Blocked(self._blocked(began), "")
             case ClaimGroup(limit, token):
@@ -303,20 +305,24 @@ class Table:
 
     def _sweep_within(
         self,
-        window: Window,
+        part: Sweep,
         reply: Reply,
         *,
-        held: tuple[int, ...],
         began: int,
         now: int,
         at: float,
     ) -> None:
+        window = part.window
+        assert window is not None
+
         def is_within(row: Row) -> bool:
             due = EPOCH + row.due * MICROSECOND
             return window.since <= due < window.until and row.priority in window.priorities
 
         rows, self.rows = self.rows, {id_: row for id_, row in self.rows.items() if is_within(row)}
-        reply.swept = self.sweep(0, 0, held=held, began=began, now=now, at=at)
+        reply.swept = self.sweep(
+            0, 0, began=began, now=now, at=at, held=part.held, unanswered=part.unanswered
+        )
         for row in self._due(began):
             if self._is_fresh(row) and row.priority not in {s.priority for s in reply.strays}:
                 reply.strays.append(Stray(row.priority, EPOCH + row.due * MICROSECOND))
@@ -333,13 +339,18 @@ class Table:
         now: int,
         at: float,
         held: tuple[int, ...] = (),
+        unanswered: tuple[int, ...] = (),
     ) -> Swept:
-        """Take fresh rows, and free those whose lease has ended and that have no held token."""
+        """Take fresh rows, and free those whose lease has ended and that have no held token.
+
+        What has an unanswered token is freed in any case, without a death and uncharged.
+        """
         found = [
             row
             for row in self._due(began)
             if (limit and self._is_fresh(row))
             or (self._has_ended(row, began) and row.token not in held)
+            or row.token in unanswered
         ]
         walked = self._unlocked(found, limit or MOST_FREED, at)
         fresh = [row for row in walked if limit and self._is_fresh(row)]
@@ -349,8 +360,11 @@ class Table:
             if row.token is not None:
                 self.taken[row.id, row.token] = now
                 self.freed.append((row.id, row.token))
+                if row.token in unanswered:
+                    row.attempt -= row.deaths <= 1
+                else:
+                    row.deaths += 1
                 row.token = row.lease_until = None
-                row.deaths += 1
                 row.free_since = at
                 freed += 1
                 if row.deaths <= 1:
@@ -566,6 +580,8 @@ class History:
         self.withdrawn: set[Key] = set()
         self.claim_of: dict[int, Claimed] = {}  # by identity of the job
         self.unsure: set[Key] = set()
+        self.unanswered: dict[int, tuple[float, float]] = {}
+        """By token of a claim whose answer was lost: when it happened, and a lease after it was sent."""
         self.handed_at = self.now
         self.groups: set[int] = set()  # the tokens of groups of suspects
         self.group: set[Key] = set()  # those of them that a handler has, or will have
@@ -921,8 +937,15 @@ class History:
         if fate in ("answered", "answer lost"):
             reply = self._carry_out(exchange, db_began, self.session)
             self._check_places(reply, db_began)
+            if fate == "answer lost":
+                self._lose_answer(exchange, began)
         elif fate == "happens later":
-            self._at(self.random.random(), lambda: self._carry_out(exchange, self.db_now, None))
+
+            def happen() -> None:
+                self._carry_out(exchange, self.db_now, None)
+                self._lose_answer(exchange, began)
+
+            self._at(self.random.random(), happen)
         ahead = self._follow() if self.random.random() < 0.5 else None
         self._elapse(max(began + took, self.now))
         settled = self._settled_in(exchange)
@@ -954,6 +977,10 @@ class History:
                 self.unsure.update((c.job.id, c.token) for c in settled)
                 self._disconnect()
         return None
+
+    def _lose_answer(self, exchange: Exchange, sent_at: float) -> None:
+        if exchange.claim is not None:
+            self.unanswered[exchange.claim.token] = self.now, sent_at + self.lease
 
     def _follow(self) -> Exchange | None:
         """As _Control._follow."""
@@ -1279,7 +1306,10 @@ class History:
                 promise(prompt, f"{row.id}: committed {waited} s ago, and not found")
 
     def _check_freedom(self) -> None:
-        """A lease that has ended is noticed, whatever the worker is busy with."""
+        """A lease that has ended is noticed, whatever the worker is busy with.
+
+        What was claimed without an answer is noticed as well: no handler has entered it.
+        """
         # One sweep may be full of earlier jobs; then the next one comes after another rest.
         patience = max(self.poll_interval, (1 + (self.sweeps_take > 0)) * REST * self.longest_cost)
         patience += self.longest_cost + self.poll_interval + 0.1
@@ -1295,6 +1325,12 @@ class History:
                 continue
             ended = min((now - row.lease_until) / SECOND, self.now - since)
             promise(ended <= patience, f"{row.id}: its lease ended {ended} s ago")
+            if row.token in self.unanswered:
+                at, until = self.unanswered[row.token]
+                waited = min(min(self.now, until) - max(at, since), (now - row.due) / SECOND)
+                # In parts it may be seen a round later: the first begin again at the marks.
+                most = patience * (1 + (self.sweeps_take > 0))
+                promise(waited <= most, f"{row.id}: never run, and held for {waited} s")
 
     def _check_stop(self, abandoned: int) -> None:
         promise(self.give_up_at is not None, "stops unasked")

@@ -262,6 +262,39 @@ def test_what_the_worker_itself_holds_is_not_freed(worker: psycopg.Connection) -
     assert worker.execute(tokens).fetchall()[:2] == [(8,), (None,)]
 
 
+@pytest.mark.parametrize("way", ["sweep", "free", "free_within"])
+def test_what_was_claimed_without_an_answer_is_freed_as_it_was_before_its_lease_ends(
+    worker: psycopg.Connection, way: str
+) -> None:
+    fill(worker, 5)
+    marks = dict.fromkeys(range(5), LONG_AGO)
+    assert len(ask(worker, claim("q", limit=9, lease=60, token=7, marks=marks)).jobs) == 5
+    worker.execute(
+        "update bgjob_job set deaths = case id when 'q000002' then 1 when 'q000003' then 2 "
+        "else 0 end, token = case id when 'q000004' then 8 when 'q000005' then null else 7 end"
+    )
+    window = Window(LONG_AGO, datetime(9000, 1, 1, tzinfo=UTC), tuple(range(5)))
+    statement = {
+        "sweep": sweep("q", limit=9, lease=60, token=1, held=[3], unanswered=[6, 7]),
+        "free": free("q", limit=9, held=[3], unanswered=[6, 7]),
+        "free_within": free_within("q", window, limit=9, held=[3], unanswered=[6, 7]),
+    }[way]
+    swept = ask(worker, statement)
+    assert (swept.jobs, swept.freed) == ([], 3)
+    assert swept.since is not None
+    rows = worker.execute(
+        "select token, lease_until is null, attempt, deaths from bgjob_job order by id"
+    ).fetchall()
+    # Of a group of suspects nobody knows whether it was charged.
+    assert rows == [
+        (None, True, 0, 0),
+        (None, True, 0, 1),
+        (None, True, 1, 2),
+        (8, False, 1, 0),
+        (None, False, 1, 0),
+    ]
+
+
 def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_claim(
     worker: psycopg.Connection,
 ) -> None:

@@ -67,6 +67,9 @@ _FRESH = "j.lease_until is null and j.deaths <= 1"
 # extends or settles; it never frees it. A row spoiled by hand may have no token.
 _ENDED = "j.lease_until <= now() and (j.token <> all (%(held)s::bigint[])) is not false"
 
+# No handler has entered what this worker claimed without an answer, whatever its lease.
+_FREEABLE = f"({_ENDED} or j.token = any (%(unanswered)s::bigint[]))"
+
 # Of no row: looked up once a statement, and nothing is read where the queue is paused.
 _UNPAUSED = """
     not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
@@ -143,16 +146,27 @@ _END_SESSIONS = f"""
     ) end
 """
 
+# A claim without an answer is undone. Of a group, the only claim of rows with more than one
+# death, it is not known whether it charged anything: it keeps what it has.
+_SET_FREE = """
+    update bgjob_job
+    set token = null,
+        lease_until = null,
+        attempt = attempt
+            - (deaths <= 1 and attempt > 0 and token = any (%(unanswered)s::bigint[]))::int,
+        deaths = least(deaths, 32766)
+            + ((token = any (%(unanswered)s::bigint[])) is not true)::int
+"""
+
 # The first of those that the next claim may take.
 _FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 
 # What was in flight when its worker died is only set free here, and claimed by a later
 # claim. It is set free while the queue is paused, too.
 _SWEEP = f"""
-    with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_ENDED}")}),
+    with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_FREEABLE}")}),
     freed as (
-        update bgjob_job
-        set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+        {_SET_FREE}
         where ctid = any (array(select ctid from due where ended))
         returning deaths, next_run_at
     ), claimed as (
@@ -169,14 +183,13 @@ _SWEEP = f"""
 
 _FREED = f"""
     freed as (
-        update bgjob_job
-        set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+        {_SET_FREE}
         where ctid = any (array(select ctid from due))
         returning deaths, next_run_at
     )
     select {_END_SESSIONS}, {_FIRST_FREED}, count(*) from freed
 """
-_FREE = f"with due as materialized ({_due(_LINES, _ENDED)}), {_FREED}"
+_FREE = f"with due as materialized ({_due(_LINES, _FREEABLE)}), {_FREED}"
 
 _LINES_OF_WINDOW = """
     select due.ctid, due.ended, due.id, due.token
@@ -187,7 +200,7 @@ _LINES_OF_WINDOW = """
 """
 _WITHIN = "j.next_run_at < %(until)s::timestamptz"
 _FREE_WITHIN = f"""
-    with due as materialized ({_due(_LINES_OF_WINDOW, f"{_ENDED} and {_WITHIN}")}), {_FREED}
+    with due as materialized ({_due(_LINES_OF_WINDOW, f"{_FREEABLE} and {_WITHIN}")}), {_FREED}
 """
 
 _SUSPECTS = f"""
@@ -325,11 +338,19 @@ class Swept(NamedTuple):
 
 
 def sweep(
-    queue: str, *, limit: int, lease: float, token: int, held: Sequence[int] = ()
+    queue: str,
+    *,
+    limit: int,
+    lease: float,
+    token: int,
+    held: Sequence[int] = (),
+    unanswered: Sequence[int] = (),
 ) -> Statement[Swept]:
     """Claim due jobs of every priority, wherever they lie; free those whose lease has ended.
 
-    Jobs that have one of the tokens `held` are not freed: the worker itself holds them.
+    Jobs that have one of the tokens `held` are not freed: the worker itself holds them. Jobs
+    that have one of `unanswered` are freed before their lease ends, without a death, and with
+    their attempt: the answer to their claim was lost, so that no handler has entered them.
     """
     return Statement(
         _SWEEP,
@@ -339,6 +360,7 @@ def sweep(
             "lease": lease,
             "token": token,
             "held": number_array(held),
+            "unanswered": number_array(unanswered),
         },
         _swept,
     )
@@ -373,11 +395,18 @@ def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(place, id_) for place, id_ in rows]
 
 
-def free(queue: str, *, limit: int, held: Sequence[int] = ()) -> Statement[Swept]:
-    """Free jobs whose lease has ended and that have none of the tokens `held`; claim nothing."""
+def free(
+    queue: str, *, limit: int, held: Sequence[int] = (), unanswered: Sequence[int] = ()
+) -> Statement[Swept]:
+    """Free jobs as `sweep`, and claim nothing."""
     return Statement(
         _FREE,
-        {"queue": queue, "limit": limit, "held": number_array(held)},
+        {
+            "queue": queue,
+            "limit": limit,
+            "held": number_array(held),
+            "unanswered": number_array(unanswered),
+        },
         lambda rows: Swept([], rows[0][-1], rows[0][-2]),
     )
 
@@ -393,10 +422,20 @@ class Window(NamedTuple):
 
 
 def free_within(
-    queue: str, window: Window, *, limit: int, held: Sequence[int] = ()
+    queue: str,
+    window: Window,
+    *,
+    limit: int,
+    held: Sequence[int] = (),
+    unanswered: Sequence[int] = (),
 ) -> Statement[Swept]:
     """Free jobs whose lease has ended, as `free`, within a window."""
-    params = {**_within(queue, window), "limit": limit, "held": number_array(held)}
+    params = {
+        **_within(queue, window),
+        "limit": limit,
+        "held": number_array(held),
+        "unanswered": number_array(unanswered),
+    }
     return Statement(_FREE_WITHIN, params, lambda rows: Swept([], rows[0][-1], rows[0][-2]))
 
 

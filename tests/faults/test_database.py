@@ -16,6 +16,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
+import bgjob._link
 from bgjob import (
     AsyncClient,
     AsyncWorker,
@@ -393,6 +394,46 @@ def test_a_worker_outlives_a_time_in_which_the_database_is_read_only(
     assert world.rows("a") == 1
     for id in "abcd":
         world.witness(worker, "completed", id)
+
+
+def set_standbys(admin: psycopg.Connection, names: str) -> None:
+    """Let commits wait for these standbys, of which there are none; "" for no wait."""
+    admin.execute(f"alter system set synchronous_standby_names = '{names}'".encode())
+    admin.execute("select pg_reload_conf()")
+
+
+def test_jobs_whose_claim_waits_for_a_standby_that_is_away_are_charged_nothing(
+    hurt: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bgjob._link, "_PATIENCE", 1.0)
+    ids = [f"job {n}" for n in range(10)]
+    hurt.enqueue("plain", *ids)
+    with ExitStack() as stack, psycopg.connect(hurt.dsn, autocommit=True) as admin:
+        admin.execute("set synchronous_commit = local")
+        admin.execute("create table probe ()")
+
+        def waits() -> bool:
+            conn = psycopg.connect(hurt.dsn, autocommit=True)
+            stack.callback(conn.close)
+            conn.pgconn.send_query(b"insert into probe default values")
+            waiting = "select from pg_stat_activity where wait_event = 'SyncRep'"
+            return eventually(lambda: admin.execute(waiting).rowcount, timeout=0.2)
+
+        try:
+            set_standbys(admin, "nobody")
+            assert eventually(waits)
+            worker = hurt.worker(hurt.mux(), lease=LONG)
+            worker.wait_for("error")
+            assert not worker.of("started")
+        finally:
+            set_standbys(admin, "")
+    began = time.monotonic()
+    hurt.done()
+    print(f"done {time.monotonic() - began:.2f} s after the standby was given up")
+    assert time.monotonic() - began <= LONG / 2
+    for id in ids:
+        hurt.witness(worker, "completed", id)
+    assert {event[2] for event in worker.of("completed")} == {1}
 
 
 def set_timeouts(world: World, whose: str) -> None:
