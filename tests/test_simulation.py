@@ -1355,10 +1355,13 @@ class History:
                     )
 
     def _check_gave_up(self) -> None:
-        """The worker ran out of time: only where the server was away or refused."""
+        """The worker ran out of time: only where the server was away or refused, or a row locked."""
+        lately = self.now - LAST_WORDS - self.poll_interval
         promise(
             self.disturbed_at > self.now - LAST_WORDS - self.lease
-            or self.refused_at > self.now - LAST_WORDS - self.poll_interval,
+            or self.refused_at > lately
+            or bool(self.table.barred)
+            or any(at > lately for at in self.barred_at.values()),
             "did not stop in time",
         )
 
