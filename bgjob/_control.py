@@ -342,15 +342,16 @@ class Control:
                 self._events.error(error)
                 self._engine.disconnect(monotonic())  # it happened, or did not
                 return
+            is_text = isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire)
             if isinstance(error, _STALE):
                 self._link.forget_plans()
-            elif isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire):
+            elif is_text:
                 self._link.use_server_encoding()
             for_lock = isinstance(error, LockNotAvailable)
             for_data = (error.sqlstate or "")[:2] in _OF_DATA
             if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
                 self._events.error(error)
-            if for_data and exchange.claims_only:
+            if for_data and not is_text and exchange.claims_only:
                 self._bury_refused()
 
     def _bury_refused(self) -> None:
