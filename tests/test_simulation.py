@@ -1529,6 +1529,6 @@ def test_of_the_jobs_that_died_with_their_worker_the_killer_alone_runs_out_of_at
             assert lives.alone_after[killer] <= 2 + groups, seed
             assert kills <= lives.max_attempts + _GRANTED + groups, seed
         # It is charged for its first claim, for that after one death, and where it is alone.
-        assert lives.most_attempts <= 3 + (len(lives.killers) > 1), seed
+        assert lives.most_attempts <= 2 + len(lives.killers), seed
         if lives.concurrency > lives.count:  # a slot is always free
             assert lives.longest_wait <= lives.poll_interval + LONGEST + 0.2, seed
