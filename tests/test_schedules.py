@@ -557,8 +557,9 @@ def test_a_look_does_not_read_all_jobs_whatever_the_statistics_say(
     conn.execute("update bgjob_schedule set tick = tick - interval '5 min'")
     service.run(conn)
     conn.execute("analyze bgjob_schedule")
-    for setting in settings.items():
-        conn.execute("select set_config(%s, %s, false)", setting)
+    for name, value in settings.items():
+        known = "current_setting(%s, true) is not null"  # not each version has all of them
+        conn.execute(f"select set_config(%s, %s, false) where {known}", [name, value, name])
     statement = look(names)
     explain = cast(Any, f"explain (analyze, format json) {statement.text!s}")
     [[[found]]] = conn.execute(explain, statement.params).fetchall()
