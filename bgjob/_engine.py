@@ -460,7 +460,7 @@ class Engine:
             self._add_places(exchange)
 
     def _add_places(self, exchange: Exchange) -> None:
-        """Tell where those rows are whose whole claim is done."""
+        """Add the places of rows whose whole claim is done."""
         for token, count in Counter(map(_token, exchange.complete)).items():
             batch = self._batches.get(token)
             if batch is not None and batch.places and count == len(batch.jobs):
@@ -1041,7 +1041,7 @@ class Engine:
         self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
 
     def _freed_by(self, reply: Reply) -> None:
-        """Let the next claim start where a sweep has freed jobs that are no suspects."""
+        """Start the next claim where a sweep has freed jobs that are not suspects."""
         if reply.swept.since is not None:
             self._marks.freed(reply.swept.since)
             self._look(thoroughly=False)

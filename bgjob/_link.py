@@ -451,7 +451,7 @@ class Link:
         return None
 
     def use_server_encoding(self) -> None:
-        """Let text come as it is stored: some of it has no equivalent in UTF-8."""
+        """Read text as it is stored: some of it has no equivalent in UTF-8."""
         connection = self._ready()
         encoding = connection.info.parameter_status("server_encoding") or ""
         with contextlib.suppress(psycopg.NotSupportedError):

@@ -232,7 +232,7 @@ class Loop:
         )
 
     def look(self) -> None:
-        """Let an own loop whose thread has ended go on; raises RuntimeError as `open`."""
+        """Run an own loop whose thread has ended again; raises RuntimeError as `open`."""
         thread = self._thread
         if self._given is not None or thread is None or self._closing:
             return

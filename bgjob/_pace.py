@@ -70,7 +70,7 @@ class Pace:
         self._round_trip = seconds
 
     def claimed(self, jobs: Sequence[Claimed], now: float) -> None:
-        """Learn that a claim brought jobs, and of what size."""
+        """Record that a claim brought jobs, and of what size."""
         self._claimed_at = now
         some = jobs[:: len(jobs) // _SAMPLE + 1]
         size = sum(len(claimed.job.arg or b"") for claimed in some) // len(some)

@@ -360,7 +360,7 @@ class Runner:
         return [*dead]
 
     def _lose_loop(self) -> list[_Slot]:
-        """Give up what was on a loop that does not go on."""
+        """Fail what was on a loop that does not go on."""
         lost: list[_Slot] = [*self._tasks.values()]
         for slot in lost:
             slot.is_lost = True
@@ -605,7 +605,7 @@ class Runner:
         route: Route | None = None,
         context: Context | None = None,
     ) -> None:
-        """Let the slot move to the loop with its job, and the thread rest."""
+        """Move the slot to the loop with its job; the thread rests."""
         self._on_loop(1, claimed, route, context)
         with self._lock:
             me.claimed, me.has_slot = None, False
@@ -654,7 +654,7 @@ class Runner:
         return whole
 
     def _give_back(self, why: NotBegun) -> Release:
-        """Tell why a job did not start, and rest."""
+        """Report why a job did not start, and rest."""
         self._hindered(why.error)
         self._transactions.rest()
         return Release()

@@ -221,7 +221,7 @@ class Watermarks:
             self.sweep_at = now + max(self._poll_interval, REST * _PART)
 
     def start_again(self) -> None:
-        """Let the next part be that of the latest due times, where claims start."""
+        """Begin again with the part of the latest due times, where claims start."""
         self._until, self._parts_cost = _LATEST, 0.0
 
     def window(self) -> Window | None:

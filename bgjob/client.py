@@ -528,7 +528,7 @@ def _configure(connection: psycopg.Connection[Any]) -> None:
 
 @contextmanager
 def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[None]:
-    """Let transactions that are begun be read committed, whatever a borrowed pool says."""
+    """Begin transactions as read committed, whatever a borrowed pool says."""
     level = connection.isolation_level
     if not is_own or level == IsolationLevel.READ_COMMITTED:
         yield
@@ -785,7 +785,7 @@ class AsyncClient:
     async def _give_back(
         self, claiming: "asyncio.Task[tuple[Claimed, Route | Retry | MoveToDlq, float]]"
     ) -> None:
-        """Give back what is claimed for a call that was cancelled meanwhile."""
+        """Return to the queue what is claimed for a call that was cancelled meanwhile."""
         with suppress(EmptyQueueError):
             claimed, *_ = await claiming
             await self._concluded(claimed, Release())
@@ -798,7 +798,7 @@ class AsyncClient:
         return task
 
     def _leave(self, task: "asyncio.Task[Any]") -> None:
-        """Let a task go on for a caller that was cancelled."""
+        """Keep a task running for a caller that was cancelled."""
         self._left.add(task)
         task.add_done_callback(self._has_ended)
 

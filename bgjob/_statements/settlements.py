@@ -138,7 +138,7 @@ _IDLE: LiteralString = "10000"
 
 
 def claim_of_transaction() -> Statement[str | None]:
-    """Give the token of the claim that this transaction was opened for.
+    """Return the token of the claim that this transaction was opened for.
 
     From here on its job's row is about to be locked, and a sweep would pass it over: a worker
     that is stopped now must not keep the transaction open.
@@ -345,7 +345,7 @@ def bury_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Sta
 
 
 def catch_up(queue: str, *, limit: int) -> Statement[int]:
-    """Give jobs that were written before the server's clock was set back the delay they had.
+    """Restore the delays of jobs that were written before the server's clock was set back.
 
     They say that they were written in the future. That holds for what is due when it is
     written, and for what has been tried and comes again after a delay. A time that an enqueue
@@ -447,7 +447,7 @@ def barred(claimed: Sequence[Claimed]) -> Statement[list[str]]:
 
 
 def abandon(claimed: Sequence[Claimed]) -> Statement[list[str]]:
-    """Give back the attempts of jobs whose worker ends while they run; the ids of those held.
+    """Refund the attempts of jobs whose worker ends while they run; the ids of those held.
 
     They keep their lease, for their handlers may run until the process ends. Its end is
     nobody's death: it counts from -1. The error counts how often that happened in a row, so
