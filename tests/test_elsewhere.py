@@ -2,8 +2,8 @@
 
 Those are UTF8 and C, over a Unix socket, as superuser, with PostgreSQL's default settings. Here
 it is LATIN1 (with a language's order, where the server has ICU), over TCP with a password, as a
-role that owns nothing and has README's privileges, in a schema of its own, with defaults that an
-administrator may have set.
+role that owns nothing and has the privileges of bgjob/docs/privileges.sql, in a schema of its
+own, with defaults that an administrator may have set.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""README's examples, run as they are printed."""
+"""README's example, run as it is printed."""
 
 import os
 import re
@@ -6,14 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-
-[CAPABILITIES] = re.findall(r"^## Capabilities$(.*?)^## ", README, re.MULTILINE | re.DOTALL)
-SECTIONS = dict(re.findall(r"^### (.*?)$(.*?)(?=^### |\Z)", CAPABILITIES, re.MULTILINE | re.DOTALL))
-
-EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def run(program: str, dsn: str, directory: Path) -> str:
@@ -43,20 +36,3 @@ def test_the_complete_example_runs_as_printed(dsn: str, tmp_path: Path) -> None:
         "in the dead-letter table: move_to_dlq - nobody can handle this",
         "working on {'n': 1}",
     ]
-
-
-@pytest.mark.parametrize("capability", SECTIONS)
-def test_the_example_of_a_capability_prints_what_stands_below_it(
-    capability: str, dsn: str, tmp_path: Path
-) -> None:
-    examples = EXAMPLE.findall(SECTIONS[capability])
-    programs = len(re.findall(r"^```python$", SECTIONS[capability], re.MULTILINE))
-    assert len(examples) == programs >= 1, "a capability has an example, and its output follows"
-    for program, output in examples:
-        assert run(program, dsn, tmp_path) == output
-
-
-def test_every_heading_of_a_capability_is_one_of_its_own() -> None:
-    headings = re.findall(r"^### (.*?)$", CAPABILITIES, re.MULTILINE)
-    assert len(headings) > 1
-    assert list(SECTIONS) == headings

@@ -57,31 +57,22 @@ from bgjob.schedule import Firing
 __all__ = ["crew"]  # the fixture of test_worker, of both colours
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
+DOCS = ROOT / "bgjob" / "docs"
 
 
 def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
     return conn.execute(query, params).fetchall()
 
 
-def section(title: str) -> str:
-    """Give README's section with this title."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def sql_blocks(title: str) -> list[str]:
-    return re.findall(r"^```sql\n(.*?)^```$", section(title), re.MULTILINE | re.DOTALL)
-
-
 # -- privileges ---------------------------------------------------------------------------
 
-[SCRIPT] = sql_blocks("Privileges")
+SCRIPT = (DOCS / "privileges.sql").read_text("utf-8")
 
 GROUPS = ("producer", "worker", "scheduler", "operator")
 
 
 class Grant(NamedTuple):
-    """One privilege of README's script."""
+    """One privilege of the script."""
 
     group: str
     privilege: str
@@ -115,7 +106,7 @@ GRANTS = parse(SCRIPT)
 
 
 class Roles:
-    """README's roles, and logins that have no more than them.
+    """The script's roles, and logins that have no more than them.
 
     Roles belong to the whole server: their names carry that of the test's database.
     """
@@ -438,7 +429,7 @@ def test_an_operator_needs_no_more_than_its_role(
         assert crew.run(client.resume("q"))
     finally:
         crew.run(client.close())
-    [monitoring] = sql_blocks("Monitoring")
+    monitoring = (DOCS / "monitoring.sql").read_text("utf-8")
     answers = []
     with psycopg.connect(dsn) as conn:
         for query in monitoring.split(";"):

@@ -1,0 +1,41 @@
+create role bgjob_producer nologin;
+create role bgjob_worker nologin;
+create role bgjob_scheduler nologin;
+create role bgjob_operator nologin;
+
+-- A producer writes jobs. It learns which ids are taken, and reads no payload.
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at) on bgjob_job
+    to bgjob_producer;
+grant select (id, queue) on bgjob_job to bgjob_producer;
+
+-- A worker claims, settles and buries jobs. It changes no payload, and reads no dead one.
+grant select on bgjob_job to bgjob_worker;
+grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
+    lease_until, updated_at) on bgjob_job to bgjob_worker;
+grant delete on bgjob_job to bgjob_worker;
+grant select, insert (key), update (job_id, token, queue, since, since_id), delete
+    on bgjob_exclusive to bgjob_worker;
+grant insert (job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
+    job_created_at, job_updated_at) on bgjob_dead_job to bgjob_worker;
+grant select (job_id) on bgjob_dead_job to bgjob_worker;
+grant select on bgjob_pause to bgjob_worker;
+
+-- A worker with schedules moves their ticks, and enqueues what is in its own code.
+grant select on bgjob_schedule to bgjob_scheduler;
+grant insert (name, spec, queue, type, arg, priority, exclusive) on bgjob_schedule to bgjob_scheduler;
+grant update (spec, queue, type, arg, priority, exclusive, tick, last_run_at, last_job_id, next_run_at)
+    on bgjob_schedule to bgjob_scheduler;
+grant insert (id, queue, type, arg, priority, exclusive) on bgjob_job to bgjob_scheduler;
+grant select (id) on bgjob_job to bgjob_scheduler;
+
+-- An operator sees everything, requeues and purges the dead, pauses queues, and touches no live job.
+grant select on bgjob_job, bgjob_dead_job, bgjob_pause to bgjob_operator;
+grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
+    to bgjob_operator;
+-- The update is for its locks: what is moved or purged is locked before. No role can write this column.
+grant update (id), delete on bgjob_dead_job to bgjob_operator;
+grant insert, update, delete on bgjob_pause to bgjob_operator;
+
+-- An operator pauses, resumes and removes schedules, and runs them once.
+grant select, delete on bgjob_schedule to bgjob_operator;
+grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
