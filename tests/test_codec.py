@@ -10,7 +10,7 @@ import msgspec
 import psycopg
 import pydantic
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 import bgjob
 from bgjob import BgjobError, Client, Codec, EnqueueRequest, JsonCodec, PayloadError, RawCodec
