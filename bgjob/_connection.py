@@ -136,6 +136,11 @@ def _codec(name: bytes | None) -> str:
         return "ascii"
 
 
+def server_codec(connection: psycopg.BaseConnection[Any]) -> str:
+    """Return Python's name of the encoding in which the server stores text."""
+    return _codec(connection.pgconn.parameter_status(b"server_encoding"))
+
+
 class _ArrayDumper(ListBinaryDumper):
     def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
         super().__init__(cls, context)

@@ -74,7 +74,7 @@ from bgjob._pace import Pace
 from bgjob._parking import Parking
 from bgjob._route import Wants
 from bgjob._statements.claims import Window
-from bgjob._statements.settlements import Claimed, session_name
+from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Retry
@@ -190,7 +190,7 @@ class Engine:
         self._keys_pause = _MOMENT
         self._has_keys = False  # some job has had a key
         self._free: dict[str, None] = {}  # keys that are to be released, in order
-        self._doomed: list[str] = []  # sessions of claims that were given up
+        self._doomed: list[Claimed] = []  # claims that were given up, whose sessions are to end
         self._blocked_after = ""  # where to go on looking for such
         self._stopping = self._abandoned = self._withdrew = False
         self._leaving: list[Claimed] = []  # abandoned, and the server does not know
@@ -307,7 +307,7 @@ class Engine:
 
     def give_up(self, claims: Iterable[Claimed]) -> None:
         """End the sessions of transactional handlers whose jobs have failed before they end."""
-        self._doomed += [session_name(c) for c in claims if c.job.type in self._transactional]
+        self._doomed += [c for c in claims if c.job.type in self._transactional]
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Jobs were taken back before they started; they return to the queue."""

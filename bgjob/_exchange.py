@@ -133,8 +133,8 @@ class Exchange:
     """Jobs whose rows others may have locked."""
     probe_keys: list[str] = field(default_factory=list)
     """Keys whose rows others may have locked."""
-    end: Sequence[str] = ()
-    """Sessions of handlers whose claims were given up; as `session_name`."""
+    end: Sequence[Claimed] = ()
+    """Claims that were given up, whose handlers' sessions are to end."""
     park: Literal["take", "give"] | None = None
     is_deputy: bool = False
     """With "take": whether this session is the deputy already."""

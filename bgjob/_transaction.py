@@ -30,7 +30,7 @@ from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob import _connection
-from bgjob._connection import AsyncCursor, Cursor, Recipe, options
+from bgjob._connection import AsyncCursor, Cursor, Recipe, options, server_codec
 from bgjob._exchange import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._fork import Lineage
 from bgjob._route import Route, Wants
@@ -621,7 +621,10 @@ def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotB
 def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:
     info = connection.info
     return begin(
-        claimed, over_tcp=not info.host.startswith("/"), server_version=info.server_version
+        claimed,
+        over_tcp=not info.host.startswith("/"),
+        server_version=info.server_version,
+        codec=server_codec(connection),
     )
 
 

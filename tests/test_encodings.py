@@ -1,15 +1,20 @@
 """A database of any encoding: what it cannot hold is escaped, or refused where it is written."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
 import pytest
 from conftest import MIGRATION, Databases
-from test_worker import Crew, Recorder, eventually
+from test_worker import PATIENCE, Crew, Recorder, eventually
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
+from bgjob._connection import server_codec
+from bgjob._statements.settlements import Claimed, begin
 from bgjob.testing import drain
 
 HELD = {"LATIN1": "é", "EUC_JP": "エラー", "WIN1252": "€", "SQL_ASCII": "é€✓😀"}
@@ -148,6 +153,56 @@ def test_a_name_that_the_database_cannot_hold_is_refused_where_it_is_enqueued(
         asyncio.run(enqueue())
         assert client.stats() == []
         client.enqueue(EnqueueRequest("q", "t"))
+
+
+@pytest.mark.parametrize("how", ["given up", "freed by a sweep", "taken over by do"])
+def test_the_session_of_a_claim_ends_with_it_whatever_characters_the_id_has(
+    crew: Crew, dsn: str, encoding: str, how: str
+) -> None:
+    ids = [f"{HELD[encoding]} {n}" for n in range(2)]
+    lock = "select pg_advisory_xact_lock(1, hashtext(%s))"
+    entered: list[tuple[str, int]] = []
+    released = threading.Event()
+
+    def handler(job: Job, conn: psycopg.Connection[Any]) -> None:
+        conn.execute(lock, [job.id])
+        entered.append((job.id, job.attempt))
+        if how == "given up" and job.attempt == 1:
+            released.wait(PATIENCE)
+
+    limit = 0.2 if how == "given up" else None
+    mux = Mux().register("t", handler, transactional=True, timeout=limit, backoff=lambda _: 0.0)
+    with (
+        Client(dsn) as client,
+        psycopg.connect(dsn) as conn,
+        closing(psycopg.connect(dsn)) as first,
+        closing(psycopg.connect(dsn)) as second,
+    ):
+        client.bulk_enqueue([EnqueueRequest("q", "t", id=id_) for id_ in ids])
+        if how != "given up":
+            conn.execute(
+                "update bgjob_job set token = 7, attempt = 1, lease_until = now() - interval '1 s'"
+            )
+            conn.commit()
+            for zombie, id_ in zip((first, second), ids, strict=True):
+                now = datetime.now(UTC)
+                job = Job(id_, "q", "t", None, 1, None, 0, now, now, now)
+                codec = server_codec(zombie)
+                zombie.execute(
+                    begin(Claimed(job, 7), over_tcp=False, server_version=0, codec=codec)
+                )
+                zombie.execute(lock, [id_])
+        if how == "taken over by do":
+            for _ in ids:
+                client.do("q", mux)
+        else:
+            crew.start(mux, concurrency=4, poll_interval=0.1)
+        assert eventually(lambda: {id_ for id_, attempt in entered if attempt == 2} == {*ids})
+        assert eventually(lambda: not client.stats())
+        released.set()
+        for zombie in () if how == "given up" else (first, second):
+            with pytest.raises(psycopg.errors.AdminShutdown):
+                zombie.execute("select 1")
 
 
 # -- a row that cannot be read ---------------------------------------------------------------

@@ -31,7 +31,7 @@ from bgjob._exchange import (
 from bgjob._route import Wants
 from bgjob._statements.claims import Window, Line, Swept, Taken, UnderWay
 from bgjob._statements.keys import Blocked
-from bgjob._statements.settlements import Claimed, session_name
+from bgjob._statements.settlements import Claimed
 from bgjob._watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
@@ -1494,35 +1494,35 @@ def test_an_engine_claims_again_as_soon_as_a_slot_is_back() -> None:
 # -- sessions of transactional handlers that do not end -------------------------------------
 
 
-def given_up(drive: Drive) -> tuple[Claimed, list[str]]:
-    """Give up the handler of a transactional job; it, and the name of its session."""
+def given_up(drive: Drive) -> Claimed:
+    """Give up the handler of a transactional job."""
     [claimed] = drive.claim("a")
     drive.engine.give_up([claimed])
     drive.finish(claimed, result=Retry(0.0))
-    return claimed, [session_name(claimed)]
+    return claimed
 
 
 def test_the_session_of_a_handler_that_is_given_up_is_ended_before_its_job_is_settled() -> None:
     drive = Drive(transactional={"t"})
-    claimed, names = given_up(drive)
+    claimed = given_up(drive)
     exchange = drive.exchange()
-    assert (exchange.end, settled(exchange), exchange.claim) == (names, [], None)
+    assert (exchange.end, settled(exchange), exchange.claim) == ([claimed], [], None)
     drive.answer()
     assert settled(drive.exchange()) == [claimed.job.id]
 
 
 def test_a_session_is_ended_once_more_where_nobody_knows_whether_it_was() -> None:
     drive = Drive(transactional={"t"})
-    _, names = given_up(drive)
-    assert drive.exchange().end == names
+    claimed = given_up(drive)
+    assert drive.exchange().end == [claimed]
     drive.lose()
-    assert drive.exchange().end == names
+    assert drive.exchange().end == [claimed]
 
 
 def test_a_server_that_refuses_to_end_a_session_refuses_nothing_else() -> None:
     drive = Drive(transactional={"t"})
-    claimed, names = given_up(drive)
-    assert drive.exchange().end == names
+    claimed = given_up(drive)
+    assert drive.exchange().end == [claimed]
     drive.engine.reject(drive.now)
     exchange = drive.next_exchange()
     assert not exchange.end
@@ -1531,7 +1531,7 @@ def test_a_server_that_refuses_to_end_a_session_refuses_nothing_else() -> None:
 
 def test_a_handler_without_a_transaction_has_no_session_to_end() -> None:
     drive = Drive()
-    claimed, _ = given_up(drive)
+    claimed = given_up(drive)
     assert settled(drive.exchange()) == [claimed.job.id]
 
 

@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from bgjob._statements.session import IS_OURS
+from bgjob._statements.settlements import SESSION_NAME
 from bgjob._statements.statement import (
     Row,
     Statement,
@@ -132,16 +133,12 @@ _LINES = f"""
 
 # The handler of a claim that is freed may live on in its transaction, in a worker that is
 # stopped or cut off, and keep locks that the next attempt needs: its session ends. Nearly
-# always there is none. Named as by `session_name` in settlements.py.
+# always there is none.
 _END_SESSIONS = f"""
     case when exists (select from due where ended) then (
         select count(pg_terminate_backend(a.pid)) from pg_stat_activity a
         where {IS_OURS} and a.application_name = any (array(
-            select format(
-                'bgjob %%s %%s', token, left(encode(sha256(convert_to(id, 'UTF8')), 'hex'), 16)
-            )
-            -- Elsewhere an id may have no equivalent in UTF8.
-            from due where ended and (getdatabaseencoding() = 'UTF8' or id ~ '^[ -~]+$')
+            select {SESSION_NAME.format("token", "id")} from due where ended
         ))
     ) end
 """

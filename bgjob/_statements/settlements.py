@@ -90,17 +90,29 @@ def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
     )
 
 
-def session_name(claimed: Claimed) -> str:
+def session_name(claimed: Claimed, codec: str = "utf-8") -> str:
     """Return what the session of a transactional handler is called while it holds this claim.
 
     No other claim, of no other worker or schema, has the same name: tokens are random. It is
-    written out in SQL as well, in claims.py.
+    ASCII, as `application_name` has to be. SQL writes it as SESSION_NAME.
+
+    Args:
+        claimed: the claim.
+        codec: Python's name of the server's encoding. Both digest the bytes that the server
+            stores, because it has ids that it cannot convert.
+
     """
-    digest = sha256(claimed.job.id.encode()).hexdigest()[:_DIGITS]
-    return f"bgjob {claimed.token:d} {digest}"
+    stored = claimed.job.id.encode(codec, "backslashreplace")
+    return f"bgjob {claimed.token:d} {sha256(stored).hexdigest()[:16]}"
 
 
-_DIGITS = 16
+SESSION_NAME: LiteralString = """
+    format(
+        'bgjob %%s %%s', {0},
+        left(encode(sha256(convert_to({1}, getdatabaseencoding())), 'hex'), 16)
+    )
+"""
+"""The name of the session that holds the claim of a token (0) and an id (1); as `session_name`."""
 
 # An unused connection whose other end has vanished would keep its locks for two hours.
 _KEEPALIVE = (
@@ -114,7 +126,7 @@ _NO_LIMIT = "; set local transaction_timeout = 0"
 _LIMITED_SINCE = 17_00_00
 
 
-def begin(claimed: Claimed, *, over_tcp: bool, server_version: int) -> bytes:
+def begin(claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str = "utf-8") -> bytes:
     """Open the transaction of a handler, and mark it as the one that belongs to a claim.
 
     One mark ends with the transaction, however that ends. The other is undone
@@ -127,7 +139,7 @@ def begin(claimed: Claimed, *, over_tcp: bool, server_version: int) -> bytes:
         "begin isolation level read committed; "
         f"set local bgjob.claim = '{claimed.token:d}'; "
         f"set bgjob.committed = '{claimed.token:d}'; "
-        f"set local application_name = '{session_name(claimed)}'; "
+        f"set local application_name = '{session_name(claimed, codec)}'; "
         f"set local idle_in_transaction_session_timeout = 0{_KEEPALIVE if over_tcp else ''}"
         f"{_NO_LIMIT if server_version >= _LIMITED_SINCE else ''}"
     ).encode()
@@ -152,19 +164,23 @@ def claim_of_transaction() -> Statement[str | None]:
     )
 
 
-def end_sessions(names: Sequence[str]) -> Statement[None]:
+def end_sessions(claims: Sequence[Claimed]) -> Statement[None]:
     """End the sessions of handlers whose claims were freed or given up, with their locks.
 
-    Args:
-        names: as of `session_name`. Sessions of other roles are left alone.
-
+    Sessions of other roles are left alone.
     """
     return Statement(
         f"""
         select pg_terminate_backend(a.pid) from pg_stat_activity a
-        where a.application_name = any (%(names)s::text[]) and {IS_OURS}
+        where {IS_OURS} and a.application_name = any (array(
+            select {SESSION_NAME.format("c.token", "c.id")}
+            from unnest(%(ids)s::text[], %(tokens)s::bigint[]) as c (id, token)
+        ))
         """,
-        {"names": text_array(names)},
+        {
+            "ids": text_array([claimed.job.id for claimed in claims]),
+            "tokens": number_array([claimed.token for claimed in claims]),
+        },
         nothing,
         prepare=False,
     )

@@ -581,20 +581,21 @@ def test_do_ends_the_transaction_of_the_claim_that_it_takes_over(world: World) -
 
 
 def test_freeing_a_claim_ends_no_other_session(world: World) -> None:
-    def name(id: str, token: int) -> str:
+    def claim(id: str, token: int) -> Claimed:
         now = datetime.now(UTC)
-        return session_name(Claimed(Job(id, "q", "t", None, 1, None, 0, now, now, now), token))
+        return Claimed(Job(id, "q", "t", None, 1, None, 0, now, now, now), token)
 
-    names = [name("a", 1), name("a", 2), name("b", 1)]
+    claims = [claim("a", 1), claim("a", 2), claim("b", 1)]
+    names = list(map(session_name, claims))
     assert len(set(names)) == 3
     assert max(map(len, names)) <= 63
-    assert len(name("ä" * 255, 2**63 - 1)) <= 63
+    assert len(session_name(claim("ä" * 255, 2**63 - 1))) <= 63
     with ExitStack() as stack:
         conns = [
             stack.enter_context(psycopg.connect(world.dsn, application_name=name)) for name in names
         ]
         with psycopg.connect(world.dsn, autocommit=True) as conn:
-            statement = end_sessions(names[:1])
+            statement = end_sessions(claims[:1])
             conn.execute(statement.text, statement.params)
         with pytest.raises(psycopg.errors.AdminShutdown):
             conns[0].execute("select 1")
