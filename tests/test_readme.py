@@ -1,38 +1,52 @@
-"""README's example, run as it is printed."""
+"""README shows what runs and what was measured."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "tests" / "examples"
+README = (ROOT / "README.md").read_text("utf-8")
 
 
-def run(program: str, dsn: str, directory: Path) -> str:
-    """Run a program that must succeed without a word on stderr; give what it prints."""
-    example = directory / "example.py"
-    example.write_text(program, "utf-8")
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", example],
-        # BGJOB_DSN would go before.
-        env={**os.environ, "DATABASE_URL": dsn, "BGJOB_DSN": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return ended.stdout
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_complete_example_runs_as_printed(dsn: str, tmp_path: Path) -> None:
-    found = re.search(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert found
-    assert sorted(run(found[1], dsn, tmp_path).splitlines()) == [
-        "attempt 2 after: not yet",
-        "completed complete_me",
-        "completed retry_me",
-        "dead move_to_dlq because nobody can handle this",
-        "in the dead-letter table: move_to_dlq - nobody can handle this",
-        "working on {'n': 1}",
-    ]
+def three_digits(number: str) -> str:
+    return f"{float(number.replace(',', '')):.3g}"
+
+
+def test_the_first_fenced_blocks_are_the_demo_and_the_tests() -> None:
+    demo, tests = blocks("sh")[:2]
+    assert README.index(tests) < README.index("```python")
+    for line, end in ((demo, "-m bgjob demo\n"), (tests, "-m pytest -q\n")):
+        assert line.startswith("python3 -m venv .venv && .venv/bin/python -m pip install -q -e ")
+        assert line.endswith(end)
+        assert line.count("\n") == 1
+
+
+def test_the_example_is_a_program_that_runs_with_its_output() -> None:
+    example = (EXAMPLES / "first_steps.py").read_text("utf-8")
+    assert blocks("python")[0] == example
+    assert blocks("text") == [(EXAMPLES / "first_steps.txt").read_text("utf-8")]
+
+
+def test_each_excerpt_is_of_a_program_that_runs() -> None:
+    _, *excerpts, module = blocks("python")
+    assert "bgjob worker" in README[README.index(module) :]  # test_cli runs this one
+    programs = [path.read_text("utf-8") for path in EXAMPLES.glob("*.py")]
+    for excerpt in excerpts:
+        assert any(f"\n{excerpt}" in program for program in programs), excerpt
+
+
+def test_each_figure_is_one_of_the_results() -> None:
+    number = re.compile(r"\d[\d,]*(?:\.\d+)?")
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text("utf-8")
+    there = {three_digits(found) for found in number.findall(results)}
+    [table] = re.findall(r"^\| work \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+    rows = [line.strip("|\n").split(" | ") for line in table.splitlines()]
+    assert len(rows) == 5
+    for _, *figures in rows:
+        shown = [three_digits(found) for found in number.findall(" ".join(figures))]
+        assert len(shown) == 3
+        assert there >= set(shown), figures
