@@ -1,3 +1,6 @@
+-- Least privileges, as four group roles. Apply it after the schema, with its tables in the
+-- search_path, and grant the roles to the users of your programs.
+
 create role bgjob_producer nologin;
 create role bgjob_worker nologin;
 create role bgjob_scheduler nologin;
@@ -8,7 +11,7 @@ grant insert (id, queue, type, arg, priority, exclusive, next_run_at) on bgjob_j
     to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
 
--- A worker claims, settles and buries jobs. It changes no payload, and reads no dead one.
+-- A worker claims, settles and dead-letters jobs. It changes no payload, and reads no dead job.
 grant select on bgjob_job to bgjob_worker;
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
     lease_until, updated_at) on bgjob_job to bgjob_worker;
@@ -20,7 +23,7 @@ grant insert (job_id, queue, type, arg, attempt, last_error, priority, exclusive
 grant select (job_id) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
 
--- A worker with schedules moves their ticks, and enqueues what is in its own code.
+-- A worker with schedules moves their ticks, and enqueues the jobs that its own code names.
 grant select on bgjob_schedule to bgjob_scheduler;
 grant insert (name, spec, queue, type, arg, priority, exclusive) on bgjob_schedule to bgjob_scheduler;
 grant update (spec, queue, type, arg, priority, exclusive, tick, last_run_at, last_job_id, next_run_at)
@@ -28,11 +31,13 @@ grant update (spec, queue, type, arg, priority, exclusive, tick, last_run_at, la
 grant insert (id, queue, type, arg, priority, exclusive) on bgjob_job to bgjob_scheduler;
 grant select (id) on bgjob_job to bgjob_scheduler;
 
--- An operator sees everything, requeues and purges the dead, pauses queues, and touches no live job.
+-- An operator reads everything, requeues and purges dead jobs, and pauses queues. It changes no
+-- live job.
 grant select on bgjob_job, bgjob_dead_job, bgjob_pause to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
     to bgjob_operator;
--- The update is for its locks: what is moved or purged is locked before. No role can write this column.
+-- The update is for its locks: a job is locked before it is moved or purged. No role can write
+-- this column.
 grant update (id), delete on bgjob_dead_job to bgjob_operator;
 grant insert, update, delete on bgjob_pause to bgjob_operator;
 
