@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 FAULTS = TESTS / "faults"
 
 
@@ -14,6 +15,13 @@ def rows() -> list[tuple[int, list[str]]]:
     lines = (FAULTS / "README.md").read_text("utf-8").splitlines()
     cells = [line.strip("|").split(" | ") for line in lines if re.match(r"\| \d+ \|", line)]
     return [(int(cell[0]), re.findall(r"`([\w./*]+::[\w*]+)`", cell[-1])) for cell in cells]
+
+
+def named_in_guarantees() -> set[int]:
+    text = (ROOT / "bgjob" / "docs" / "guarantees.md").read_text("utf-8")
+    tables = text.partition("## What it survives")[2]
+    last = re.findall(r"^\| .* \| ([\d, ]+) \|$", tables, re.MULTILINE)
+    return {int(number) for cell in last for number in cell.split(", ")}
 
 
 def there_in(folder: Path, prefix: str = "") -> Iterator[str]:
@@ -39,3 +47,7 @@ def test_each_test_that_carries_a_number_is_listed_with_its_fault() -> None:
         if found := re.search(r"::test_(\d+)_", test):
             names = listed.get(int(found[1]), [])
             assert any(fnmatchcase(test, name) for name in names), f"{test} is not listed"
+
+
+def test_guarantees_say_what_becomes_of_each_fault() -> None:
+    assert named_in_guarantees() == {number for number, _ in rows()}
