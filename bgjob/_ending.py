@@ -23,6 +23,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS = 1.2
 _LAST_BREATH = 1.5
 
+_LOOK = 0.5
+"""Seconds between two looks of the main thread for a signal that has not woken it: the kernel
+hands those that came while the process was stopped to any of its threads."""
+
 
 class Interruption(BaseException):
     """A signal came while the program was being loaded."""
@@ -157,9 +161,9 @@ class Ending:
     def next(self) -> Notice | None:
         """Wait for what the main thread is told; None when the worker should have ended."""
         while True:
-            left = self._deadline(_LAST_WORDS) - monotonic()
+            left = min(self._deadline(_LAST_WORDS) - monotonic(), _LOOK)
             with suppress(Empty):
-                return self._notices.get(timeout=None if left == inf else max(left, 0))
+                return self._notices.get(timeout=max(left, 0))
             if self._deadline(_LAST_WORDS) <= monotonic():
                 return None
 

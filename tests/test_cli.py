@@ -574,6 +574,21 @@ def test_a_second_signal_ends_it_at_once(
     assert command.stopped(signum) == 128 + signum
 
 
+@each_target
+def test_a_signal_that_comes_while_the_process_is_stopped_is_answered_when_it_goes_on(
+    start: Start, client: Client, conn: psycopg.Connection, target: str
+) -> None:
+    # The kernel hands it to any thread of the process then, and none is woken by it.
+    enqueue(client, "hello")
+    command = start(f"jobs:{target}")
+    command.heard("hello")
+    assert command.process.stop()
+    command.send()
+    command.send(signal.SIGCONT)
+    assert command.ended() == 0
+    assert live(conn) == []
+
+
 def test_a_loop_that_is_blocked_from_the_start_does_not_cost_the_grace_period(
     start: Start, client: Client
 ) -> None:
