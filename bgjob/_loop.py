@@ -44,6 +44,9 @@ _FAULTS_WITHIN = 10.0
 _UNWINDING = 1.0
 """Seconds for tasks that were cancelled at the end of the loop."""
 
+_MOST_STOPS = 5
+"""How often a loop that unwinds is run, at most: the `loop.stop()` of `close` may interrupt it."""
+
 _NAP = 0.01
 
 _GUARD_WAITS = 2.0
@@ -365,7 +368,10 @@ def _unwind(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
         with contextlib.suppress(BaseException):  # SystemExit in one of them, say
             loop.run_until_complete(asyncio.wait(tasks, timeout=left))
-    with contextlib.suppress(BaseException):
-        left = max(end - monotonic(), 0.1)
-        loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), left))
+    left = max(end - monotonic(), 0.1)
+    closing = loop.create_task(asyncio.wait_for(loop.shutdown_asyncgens(), left))
+    for _ in range(_MOST_STOPS):
+        if not closing.done():
+            with contextlib.suppress(BaseException):
+                loop.run_until_complete(closing)
     loop.close()

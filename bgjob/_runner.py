@@ -336,8 +336,10 @@ class Runner:
             self._loop.look()
         except RuntimeError as error:  # no thread can start; the next look tries again
             self._hindered(error)
+        # First: one that is closed after this is left to the next look, which can say why.
+        is_closed = self._loop.is_closed
         self.failure = self._loop.failure(patience, has_work=self.is_unwinding)
-        if self._loop.is_closed or self._loop.generation != self._generation:
+        if is_closed or self._loop.generation != self._generation:
             self._generation = self._loop.generation
             dead += self._lose_loop()
         while self._dead_tasks:

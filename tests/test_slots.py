@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import functools
+import gc
 import signal
 import socket
 import threading
@@ -41,10 +42,12 @@ from bgjob import (
     Mux,
     Retry,
     Worker,
+    _loop,
     _runner,
 )
 from bgjob._control import Control
 from bgjob._link import Link
+from bgjob._loop import Loop
 from bgjob.testing import adrain, drain
 
 __all__ = ["crew"]
@@ -427,6 +430,22 @@ def test_what_handlers_left_behind_is_cancelled_and_awaited_at_the_end_of_the_lo
     assert left[0].cancelled()
 
 
+def test_a_loop_that_is_stopped_while_it_unwinds_leaves_nothing_unawaited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A thread that sees the end of its loop by itself still gets the stop that `close` sends.
+    complaints: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", complaints.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop = asyncio.new_event_loop()
+        loop.call_soon(loop.stop)
+        _loop._unwind(loop)
+        gc.collect()
+    assert loop.is_closed()
+    assert complaints == []
+
+
 # -- slots that die -------------------------------------------------------------------------------------
 
 
@@ -729,8 +748,9 @@ def test_an_exit_in_a_child_task_ends_the_callers_loop_and_its_worker_says_so(
     assert rows(conn, "select id, attempt from bgjob_job where token is not null") == []
 
 
+@pytest.mark.parametrize("when", ["between two turns", "between two looks"])
 def test_a_worker_whose_loop_was_closed_under_its_jobs_ends_and_gives_them_back(
-    dsn: str, conn: psycopg.Connection
+    dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     loop = asyncio.new_event_loop()
     entered = asyncio.Event()
@@ -748,7 +768,18 @@ def test_a_worker_whose_loop_was_closed_under_its_jobs_ends_and_gives_them_back(
             return worker
 
     worker = loop.run_until_complete(begin())
-    loop.close()
+    if when == "between two looks":
+        # The control thread sees it stopped, and then closed.
+        before = Loop.failure
+
+        def failure(watched: Loop, *args: Any, **options: Any) -> RuntimeError | None:
+            found = before(watched, *args, **options)
+            loop.close()
+            return found
+
+        monkeypatch.setattr(Loop, "failure", failure)
+    else:
+        loop.close()
     worker._crew.done.result(PATIENCE)
     assert "the event loop of the worker was closed" in str(worker.failure)
     assert rows(conn, "select attempt, token from bgjob_job") == [(0, None)]
