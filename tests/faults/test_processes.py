@@ -280,14 +280,27 @@ def serve(world: World, grace: float, **options: Any) -> Process:
 def test_a_terminated_worker_finishes_what_runs_and_gives_back_what_has_not_started(
     world: World, colour: Colour, type: Type
 ) -> None:
-    # One slot is held, and quick jobs flow through the other: some wait for it at any time.
+    # One slot is held, and quick jobs flow through the other: some wait for it nearly always.
+    # A stop makes them slow to the worker, so that it is not tried again at once.
     world.enqueue(type, "slow", hold="gate")
-    quick = world.enqueue_many("plain", 1500, mute=True, sleep=0.002, ledger=False)
+    quick = world.enqueue_many("plain", 20_000, mute=True, ledger=False)
     written = world.value("select xmin::text from bgjob_job where id = %s", quick[:1])
     worker = serve(world, PATIENCE, colour=colour, concurrency=2)
     worker.wait_for("effect", "slow")
-    worker.wait_for("completed", times=50)
+
+    def is_caught() -> bool:
+        """Stop it, and look whether it has claimed jobs that have not started."""
+        worker.wait_for("completed", times=len(worker.of("completed")) + 200)
+        worker.stop()
+        started = {id for _, id, _ in worker.of("started")}
+        if {id for id, _ in world.query(HELD)} - started:
+            return True
+        worker.cont()
+        return False
+
+    assert eventually(is_caught)
     worker.terminate()
+    worker.cont()
     assert eventually(lambda: world.query(HELD) == [("slow", 1)])
     late = world.enqueue_many(type, 5)
     world.release("gate", 1)
