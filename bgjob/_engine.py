@@ -506,14 +506,20 @@ class Engine:
             return  # this exchange settles and extends what another worker may free
         limit = self._claimable
         held_up = self._is_held_up(now)
-        if (limit <= 0 or held_up or self._has_more_to_free) and now >= self._marks.sweep_at:
-            self._add_sweep(exchange, 0, next(self._tokens), now)
-            return
-        if (
+        is_groups_turn = (
             held_up
             and self._has_free_slot
             and self._isolation.wants_group(now, running=self._running)
+        )
+        if now >= self._marks.sweep_at and (
+            # What a group without an answer has claimed is freed before the next.
+            (held_up and (self._unanswered or not is_groups_turn))
+            or limit <= 0
+            or self._has_more_to_free
         ):
+            self._add_sweep(exchange, 0, next(self._tokens), now)
+            return
+        if is_groups_turn:
             free = min(self._pace.slots - self._running, self._claim_limit)
             exchange.claim = ClaimGroup(free, next(self._tokens))
         if limit <= 0 or held_up:
@@ -713,6 +719,10 @@ class Engine:
             self._free.update(free)
         self._claim_again(sent)
         claim = sent.exchange.claim
+        if claim is not None and claim.looks:
+            self._isolation.others_looked(now)  # the turn of the suspects comes all the same
+        if isinstance(claim, Sweep):
+            self._marks.refused(claim.window, began=sent.at, now=now)
         if claim is not None and claim.limit and not sent.outcomes:
             # It may have been too much for the server, or for the network in time.
             self._claim_limit = max(claim.limit // 2, 1)
@@ -783,6 +793,7 @@ class Engine:
             if sent.exchange.claim is not None and sent.exchange.claim.limit:
                 self._unanswered[sent.exchange.claim.token] = sent.at + self._lease
                 self._marks.start_again()
+                self._isolation.others_looked(now)
             self._take_back(sent)
         self._parking.lose()
         self._look()

@@ -20,10 +20,10 @@ Isolation is bounded in time. When a worker knows of suspects it claims nothing 
 until its handlers have ended, for half a second at most; then it claims a group, and
 leaves that alone until it has ended, or a second has passed since a slot was free.
 While half of that second is left it claims the next group. Then it is the turn of
-others: from the next look at them on they are claimed for as long as they were held
-up, and beside the group for as long as it runs. A group that still runs is the
-worker's only one. If a worker's claim finds no suspect, because other workers have
-them, it holds nothing up.
+others: from the next look at them on, even one that the server refuses, they are
+claimed for as long as they were held up, and beside the group for as long as it runs.
+A group that still runs is the worker's only one. If a worker's claim finds no suspect,
+because other workers have them, it holds nothing up.
 
 A killer that strikes later than that takes others with it. Those have one death, and
 no isolation. At most half of the jobs of its class are in flight with it, so it comes
@@ -124,6 +124,6 @@ class Isolation:
         self._running += sum(claimed.token == self._token for claimed in claims)
 
     def others_looked(self, now: float) -> None:
-        """Record a look for jobs that are no suspects."""
+        """Record a look for jobs that are not suspects, whether the server took it or not."""
         if self._others_until == inf:
             self._others_until = now + self._owed

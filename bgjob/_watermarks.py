@@ -44,6 +44,10 @@ _MOST_COST = 0.05
 _PART = 0.02
 """Seconds that a part of one takes, about."""
 
+_AFTER_REFUSAL = 1.0
+"""Seconds from a sweep that was refused to the next, at least."""
+
+_NARROWEST = timedelta(milliseconds=1)
 _FIRST_WIDTH = timedelta(seconds=1)
 _WIDEST = timedelta(days=366)
 
@@ -220,6 +224,23 @@ class Watermarks:
             self._until, self._parts_cost = _LATEST, 0.0
             self.sweep_at = now + max(self._poll_interval, REST * _PART)
 
+    def refused(self, window: Window | None, *, began: float, now: float) -> None:
+        """Record that the server refused a sweep: claims go on, and the next one comes later.
+
+        It may have been too much for the server. Then the next one is smaller. Otherwise the
+        part that was refused is left to the next pass.
+        """
+        cost = now - began
+        if window is None:
+            self._in_parts = cost > _MOST_COST
+        elif cost > 2 * _PART:
+            self._width = max(self._width / 2, _NARROWEST)
+        else:
+            self._until = _LATEST if window.since == _OLDEST else window.since
+        rest = max(min(self._poll_interval, _AFTER_REFUSAL), cost)
+        self._swept_at, self.sweep_at = now, now + rest
+        self._cost = max(self._cost, rest / REST)
+
     def start_again(self) -> None:
         """Begin again with the part of the latest due times, where claims start."""
         self._until, self._parts_cost = _LATEST, 0.0
@@ -252,7 +273,7 @@ class Watermarks:
             self._width /= 2
         elif cost < _PART / 2:  # where nearly nothing lies it soon reaches the beginning
             self._width = min(self._width * (8 if cost < _PART / 10 else 2), 2 * _WIDEST)
-        self._width = max(self._width, timedelta(milliseconds=1))
+        self._width = max(self._width, _NARROWEST)
         self._parts_cost += cost
         self._until = window.since
         rest = REST * cost

@@ -1336,6 +1336,55 @@ def test_of_one_slot_suspects_and_others_have_it_in_turn() -> None:
     assert turns == [True, False] * 4
 
 
+@pytest.mark.parametrize("refused", [(Sweep,), (Sweep, Claim)])
+def test_refused_looks_at_others_keep_no_suspect_from_its_turn(
+    refused: tuple[type, ...],
+) -> None:
+    drive = Drive(concurrency=4)
+    drive.exchange()
+    drive.answer(found(suspects=True))
+    groups: list[float] = []
+    others = drive.now
+    began = drive.now
+    while drive.now < began + 30.0:
+        exchange = drive.next_exchange()
+        claim = exchange.claim
+        if isinstance(claim, ClaimGroup):
+            groups.append(drive.now)
+            suspects = drive.answer(group(f"suspect-{len(groups)}")).run
+            drive.now += 0.2
+            drive.finish(*suspects)
+        elif isinstance(claim, refused):
+            drive.engine.reject(drive.now)
+        else:
+            if claim is not None:
+                assert drive.now - others < 5.0
+                others = drive.now
+            drive.answer(Reply(settled=set(settled(exchange))))
+        drive.engine.wake(Notice())
+    assert max(b - a for a, b in pairwise([began, *groups, drive.now])) < 3.0
+    assert Claim in refused or drive.now - others < 5.0
+
+
+def test_a_sweep_that_is_refused_again_and_again_does_not_stop_claims() -> None:
+    drive = Drive(concurrency=4, poll_interval=5.0)
+    drive.claim("a")
+    claims: list[float] = []
+    sweeps = 0
+    began = drive.now
+    while drive.now < began + 60.0:
+        exchange = drive.next_exchange()
+        if isinstance(exchange.claim, Sweep):
+            sweeps += 1
+            drive.engine.reject(drive.now)
+        else:
+            if exchange.claim is not None:
+                claims.append(drive.now)
+            drive.answer(Reply(extended={c.job.id for c in exchange.extend}))
+    assert max(b - a for a, b in pairwise([began, *claims, drive.now])) < 10.0
+    assert 5 < sweeps < 100
+
+
 def test_what_a_dead_worker_held_is_claimed_as_soon_as_it_is_freed() -> None:
     drive = Drive(concurrency=3, poll_interval=9.0)
     drive.exchange()
