@@ -1,6 +1,6 @@
 """Background jobs on PostgreSQL: no other server, no lost job."""
 
-from bgjob._audience import only
+from bgjob._worker.observers import only
 from bgjob.client import AsyncClient, Client
 from bgjob.codec import Codec, JsonCodec, RawCodec
 from bgjob.dlq import DlqRetention

@@ -9,8 +9,8 @@ from typing import cast
 
 import psycopg
 
-from bgjob._arguments import STATUS, UsageError
-from bgjob._commands import (
+from bgjob._cli.arguments import STATUS, UsageError
+from bgjob._cli.commands import (
     demo,
     dlq,
     enqueue,

@@ -25,7 +25,11 @@ from psycopg.errors import (
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob._connection import (
+from bgjob._checks import Duration, seconds
+from bgjob._engine.protocol import Committed, Doubtful, Fenced, Release
+from bgjob._handlers.route import Awaiting
+from bgjob._logger import log
+from bgjob._postgres.connection import (
     UNENCODABLE,
     AsyncCursor,
     Cursor,
@@ -35,12 +39,8 @@ from bgjob._connection import (
     options,
     unencodable,
 )
-from bgjob._duration import Duration, seconds
-from bgjob._exchange import Committed, Doubtful, Fenced, Release
-from bgjob._fork import Lineage
-from bgjob._logger import log
-from bgjob._loop import Loop
-from bgjob._pool import (
+from bgjob._postgres.fork import Lineage
+from bgjob._postgres.pool import (
     PATIENCE,
     AsyncBorrowedPool,
     AsyncPool,
@@ -49,12 +49,8 @@ from bgjob._pool import (
     Pool,
     PooledConnection,
 )
-from bgjob._route import Awaiting
-from bgjob._statements import claims, enqueues, keys, pauses, views
-from bgjob._statements.session import session
-from bgjob._statements.settlements import Claimed
-from bgjob._statements.statement import Statement
-from bgjob._transaction import (
+from bgjob._running.loop import Loop
+from bgjob._running.transaction import (
     Ending,
     NotBegun,
     Transactions,
@@ -65,6 +61,10 @@ from bgjob._transaction import (
     settlement,
     unblocking,
 )
+from bgjob._sql import claims, enqueues, keys, pauses, views
+from bgjob._sql.session import session
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (

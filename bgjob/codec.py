@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 
 import orjson
 
-from bgjob._models import dataclass_codec, msgspec_codec, pydantic_codec
+from bgjob._payload.models import dataclass_codec, msgspec_codec, pydantic_codec
 
 T = TypeVar("T")
 

@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypedDict, TypeVar
 from psycopg import AsyncConnection, Connection
 from typing_extensions import Unpack
 
-from bgjob._connection import Cursor, is_two_phase
-from bgjob._duration import Duration, seconds
-from bgjob._statements import dead, enqueues
-from bgjob._statements.dead import DeadFilter
-from bgjob._statements.statement import Statement
+from bgjob._checks import Duration, seconds
+from bgjob._postgres.connection import Cursor, is_two_phase
+from bgjob._sql import dead, enqueues
+from bgjob._sql.dead import DeadFilter
+from bgjob._sql.statement import Statement
 from bgjob.job import DeadJob
 
 T = TypeVar("T")

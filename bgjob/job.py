@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 import orjson
 
-from bgjob._duration import Duration, seconds
+from bgjob._checks import Duration, seconds
 from bgjob.codec import (
     Codec,
     JsonCodec,

@@ -21,9 +21,9 @@ from typing import (
 
 from psycopg import AsyncConnection, Connection
 
-from bgjob._calling import NO_STATE, Calling, Middleware
-from bgjob._duration import Duration, seconds
-from bgjob._route import BACKOFF, Exclusive, Route, Wants
+from bgjob._checks import Duration, seconds
+from bgjob._handlers.call import NO_STATE, Calling, Middleware
+from bgjob._handlers.route import BACKOFF, Exclusive, Route, Wants
 from bgjob.codec import Codec, class_option, codec_of, type_name
 from bgjob.errors import (
     QueueRequiredError,

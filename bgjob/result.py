@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self, TypeAlias
 
-from bgjob._duration import Duration, seconds
+from bgjob._checks import Duration, seconds
 from bgjob.job import check_priority
 
 Error: TypeAlias = str | BaseException

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from bgjob._duration import Duration, seconds
+from bgjob._checks import Duration, seconds
 from bgjob.cron import Cron
 from bgjob.job import EnqueueRequest, check_key, check_name
 

@@ -11,10 +11,10 @@ from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import TransactionStatus
 
 from bgjob import schema
-from bgjob._connection import Cursor
-from bgjob._duration import Duration, seconds
-from bgjob._statements import schedules as statements
-from bgjob._statements.statement import Statement
+from bgjob._checks import Duration, seconds
+from bgjob._postgres.connection import Cursor
+from bgjob._sql import schedules as statements
+from bgjob._sql.statement import Statement
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.schedule import Schedule, State
 

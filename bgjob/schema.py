@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from bgjob._statements.session import Hidden, Lack
+from bgjob._sql.session import Hidden, Lack
 from bgjob.errors import SchemaError
 
 VERSION = 1

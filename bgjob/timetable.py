@@ -6,8 +6,8 @@ from typing import Any, Protocol, TypeVar
 
 from psycopg import AsyncConnection, Connection
 
-from bgjob._statements import schedules as statements
-from bgjob._statements.statement import Statement
+from bgjob._sql import schedules as statements
+from bgjob._sql.statement import Statement
 from bgjob.errors import UnknownScheduleError
 from bgjob.job import EnqueueRequest, new_id
 from bgjob.schedule import ScheduleStatus

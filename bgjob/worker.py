@@ -7,11 +7,11 @@ from concurrent.futures import wait
 from types import EllipsisType
 from typing import Any, Protocol, Self
 
-from bgjob._audience import Audience
-from bgjob._control import LAST_WORDS
-from bgjob._crew import Crew, Queues
-from bgjob._duration import Duration, seconds
-from bgjob._state import State
+from bgjob._checks import Duration, seconds
+from bgjob._worker.control import LAST_WORDS
+from bgjob._worker.group import Crew, Queues
+from bgjob._worker.observers import Audience
+from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.mux import Mux
 from bgjob.service import Service

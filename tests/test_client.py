@@ -47,7 +47,7 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
-from bgjob._statements import enqueues
+from bgjob._sql import enqueues
 from bgjob.schema import init_sql
 
 HOSTILE = [
@@ -1131,13 +1131,13 @@ def test_connections_that_were_idle_for_long_are_closed_and_old_ones_replaced(
     assert eventually(lambda: len(sessions(conn)) == 3)
     client.enqueue(EnqueueRequest("q", "t"))
     assert len(sessions(conn)) == 3
-    monkeypatch.setattr("bgjob._pool._IDLE", 0.0)
+    monkeypatch.setattr("bgjob._postgres.pool._IDLE", 0.0)
     client.enqueue(EnqueueRequest("q", "t"))
     assert eventually(lambda: len(sessions(conn)) == 1)
     [before] = sessions(conn)
     client.enqueue(EnqueueRequest("q", "t"))
     assert sessions(conn) == [before]
-    monkeypatch.setattr("bgjob._pool._AGE", 0.0)
+    monkeypatch.setattr("bgjob._postgres.pool._AGE", 0.0)
     client.enqueue(EnqueueRequest("q", "t"))
     assert eventually(lambda: sessions(conn) not in ([before], []) and len(sessions(conn)) == 1)
 

@@ -7,10 +7,10 @@ import psycopg
 import pytest
 from test_worker import Crew, Recorder, crew, eventually, rows
 
-import bgjob._link
+import bgjob._worker.session
 from bgjob import EnqueueRequest, Job, Mux, Retry
-from bgjob._clock import ServerClock
-from bgjob._statements.settlements import catch_up
+from bgjob._worker.clock import ServerClock
+from bgjob._sql.settlements import catch_up
 
 __all__ = ["crew"]  # the fixture of test_worker, of both colours
 
@@ -93,7 +93,7 @@ def test_a_worker_says_that_the_clock_was_set_back_and_retries_do_not_wait_for_i
         def observe(self, at: datetime, sent_at: float, answered_at: float) -> float:
             return super().observe(at + timedelta(seconds=offset[0]), sent_at, answered_at)
 
-    monkeypatch.setattr(bgjob._link, "ServerClock", Shifted)
+    monkeypatch.setattr(bgjob._worker.session, "ServerClock", Shifted)
     done: list[str] = []
 
     def handle(job: Job) -> Retry | None:

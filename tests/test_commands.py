@@ -18,18 +18,11 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from bgjob import (
-    Client,
-    EnqueueRequest,
-    Schedule,
-    Schedules,
-    _database,
-    _progress,
-    _table,
-    cli,
-    schema,
-)
-from bgjob._commands import dlq
+from bgjob import Client, EnqueueRequest, Schedule, Schedules, cli, schema
+from bgjob._cli import database
+from bgjob._cli import progress
+from bgjob._cli import table
+from bgjob._cli.commands import dlq
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 20.0
@@ -89,14 +82,14 @@ def live(conn: psycopg.Connection) -> list[str]:
 
 def test_the_database_is_the_first_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGHOST", "of-libpq")
-    assert _database.find(None) == ""
+    assert database.find(None) == ""
     monkeypatch.setenv("DATABASE_URL", "postgresql://of-database-url/db")
-    assert _database.find(None) == "postgresql://of-database-url/db"
+    assert database.find(None) == "postgresql://of-database-url/db"
     monkeypatch.setenv("BGJOB_DSN", "host=of-bgjob-dsn")
-    assert _database.find(None) == "host=of-bgjob-dsn"
-    assert _database.find("host=given") == "host=given"
+    assert database.find(None) == "host=of-bgjob-dsn"
+    assert database.find("host=given") == "host=given"
     monkeypatch.setenv("BGJOB_DSN", "")
-    assert _database.find(None) == "postgresql://of-database-url/db"
+    assert database.find(None) == "postgresql://of-database-url/db"
 
 
 @pytest.mark.parametrize("command", READ)
@@ -412,7 +405,7 @@ def test_an_interrupted_purge_says_how_far_it_came(
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_progress, "say", interrupt)
+    monkeypatch.setattr(progress, "say", interrupt)
     status, out, err = run("dlq", "purge", "--all")
     assert (status, out) == (130, "")
     assert err == "2 dead jobs done before\nbgjob: interrupted\n"
@@ -726,14 +719,14 @@ def test_a_table_is_drawn_on_a_terminal(dsn: str, conn: psycopg.Connection) -> N
 
 def test_columns_stand_in_line(capsys: pytest.CaptureFixture[str]) -> None:
     moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    _table.write_table(["name", "count", "at"], [["a", 1234, moment], ["long", None, moment]])
+    table.write_table(["name", "count", "at"], [["a", 1234, moment], ["long", None, moment]])
     at = f"{moment.astimezone():%Y-%m-%d %H:%M:%S%z}"
     assert capsys.readouterr().out.splitlines() == [
         "name  count  at",
         f"a     1,234  {at}",
         f"long      -  {at}",
     ]
-    _table.write_table(["none"], [])
+    table.write_table(["none"], [])
     assert capsys.readouterr().out == "none\n"
 
 

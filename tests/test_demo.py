@@ -16,7 +16,8 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from bgjob import Client, EnqueueRequest, cli, demo
+from bgjob import Client, EnqueueRequest, cli
+from bgjob._cli import demo
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "bgjob", "demo"]

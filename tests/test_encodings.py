@@ -13,8 +13,8 @@ from conftest import MIGRATION, Databases
 from test_worker import PATIENCE, Crew, Recorder, eventually
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
-from bgjob._connection import server_codec
-from bgjob._statements.settlements import Claimed, begin
+from bgjob._postgres.connection import server_codec
+from bgjob._sql.settlements import Claimed, begin
 from bgjob.testing import drain
 
 HELD = {"LATIN1": "é", "EUC_JP": "エラー", "WIN1252": "€", "SQL_ASCII": "é€✓😀"}

@@ -8,9 +8,9 @@ from math import inf
 
 import pytest
 
-from bgjob import _engine
-from bgjob._engine import Engine
-from bgjob._exchange import (
+from bgjob._engine import engine
+from bgjob._engine.engine import Engine
+from bgjob._engine.protocol import (
     Claim,
     ClaimGroup,
     Event,
@@ -28,11 +28,11 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
-from bgjob._route import Wants
-from bgjob._statements.claims import Window, Line, Swept, Taken, UnderWay
-from bgjob._statements.keys import Blocked
-from bgjob._statements.settlements import Claimed
-from bgjob._watermarks import Watermarks
+from bgjob._handlers.route import Wants
+from bgjob._sql.claims import Window, Line, Swept, Taken, UnderWay
+from bgjob._sql.keys import Blocked
+from bgjob._sql.settlements import Claimed
+from bgjob._engine.watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
 
@@ -642,7 +642,7 @@ def test_a_row_that_stays_locked_is_told_after_some_seconds() -> None:
 def test_outcomes_that_are_refused_for_good_do_not_stop_the_worker_as_a_full_disk_does(
     monkeypatch: pytest.MonkeyPatch, for_data: bool
 ) -> None:
-    monkeypatch.setattr(_engine, "_MOST", 8)
+    monkeypatch.setattr(engine, "_MOST", 8)
     drive = Drive(concurrency=2, poll_interval=0.1)
     lost: list[LeaseLost] = []
     names = iter(range(100))

@@ -31,12 +31,12 @@ from bgjob import (
     Schedule,
     Worker,
 )
-from bgjob._engine import Engine
-from bgjob._exchange import Committed, Exchange, Outcome, Release, Reply, Sleep
-from bgjob._statements.claims import Line, Swept, claim_any
-from bgjob._statements.keys import acquire, blocked, lock_keys, release
-from bgjob._statements.settlements import Claimed, complete, give_back
-from bgjob._transaction import acquisition, conclusion
+from bgjob._engine.engine import Engine
+from bgjob._engine.protocol import Committed, Exchange, Outcome, Release, Reply, Sleep
+from bgjob._sql.claims import Line, Swept, claim_any
+from bgjob._sql.keys import acquire, blocked, lock_keys, release
+from bgjob._sql.settlements import Claimed, complete, give_back
+from bgjob._running.transaction import acquisition, conclusion
 from bgjob.testing import drain
 
 PATIENCE = 20.0

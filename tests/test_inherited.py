@@ -26,7 +26,7 @@ from bgjob import (
     Schedules,
     Worker,
 )
-from bgjob._connection import options
+from bgjob._postgres.connection import options
 
 
 __all__ = ["crew"]  # the fixture of test_worker, of both colours

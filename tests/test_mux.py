@@ -32,8 +32,8 @@ from bgjob import (
     TypeRequiredError,
     UnknownTypeError,
 )
-from bgjob._exchange import Doubtful, Exchange, Outcome
-from bgjob._statements.settlements import Claimed
+from bgjob._engine.protocol import Doubtful, Exchange, Outcome
+from bgjob._sql.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError
 from bgjob.mux import Middleware, Policy, Route

@@ -35,10 +35,10 @@ from bgjob import (
     WorkerError,
     only,
 )
-from bgjob._audience import audience
-from bgjob._events import Events
-from bgjob._exchange import LeaseLost, Outcome, TimedOut
-from bgjob._statements.settlements import Claimed
+from bgjob._worker.observers import audience
+from bgjob._worker.events import Events
+from bgjob._engine.protocol import LeaseLost, Outcome, TimedOut
+from bgjob._sql.settlements import Claimed
 from bgjob.testing import RecordingObserver
 
 __all__ = ["crew"]  # the fixture of test_worker, of both colours

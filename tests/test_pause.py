@@ -12,9 +12,9 @@ from test_statements import LONG_AGO, ask, worker
 from test_worker import NEVER, Crew, Gate, Recorder, crew, eventually, sleeper
 
 from bgjob import BgjobError, Client, EmptyQueueError, EnqueueRequest, Job, Mux
-from bgjob._statements.claims import claim, claim_any, claim_group, free, survey, sweep
-from bgjob._statements.pauses import claims_under_way
-from bgjob._statements.statement import Statement
+from bgjob._sql.claims import claim, claim_any, claim_group, free, survey, sweep
+from bgjob._sql.pauses import claims_under_way
+from bgjob._sql.statement import Statement
 
 __all__ = ["client", "colour", "crew", "worker"]  # fixtures of other files, of both colours
 

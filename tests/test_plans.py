@@ -24,8 +24,8 @@ from psycopg.conninfo import make_conninfo
 from psycopg.pq import ExecStatus
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
-from bgjob._exchange import MOST_FREED
-from bgjob._statements.claims import (
+from bgjob._engine.protocol import MOST_FREED
+from bgjob._sql.claims import (
     Taken,
     Window,
     claim,
@@ -38,11 +38,11 @@ from bgjob._statements.claims import (
     survey_known,
     sweep,
 )
-from bgjob._statements.dead import DeadFilter, expire, listed
-from bgjob._statements.enqueues import enqueue, enqueue_many
-from bgjob._statements.keys import acquire, blocked, lock_keys, release
-from bgjob._statements.session import WORKER_SETTINGS, session
-from bgjob._statements.settlements import (
+from bgjob._sql.dead import DeadFilter, expire, listed
+from bgjob._sql.enqueues import enqueue, enqueue_many
+from bgjob._sql.keys import acquire, blocked, lock_keys, release
+from bgjob._sql.session import WORKER_SETTINGS, session
+from bgjob._sql.settlements import (
     Buried,
     Claimed,
     Postponed,
@@ -53,7 +53,7 @@ from bgjob._statements.settlements import (
     give_back,
     postpone,
 )
-from bgjob._statements.statement import Statement
+from bgjob._sql.statement import Statement
 
 MILLION = 1_000_000
 BATCH = 500

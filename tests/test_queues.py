@@ -26,8 +26,8 @@ from test_worker import (
 )
 
 from bgjob import Client, Job, Mux, NoopObserver, QueueRequiredError, Worker
-from bgjob._control import Control
-from bgjob._link import Link
+from bgjob._worker.control import Control
+from bgjob._worker.session import Link
 
 __all__ = ["crew"]
 

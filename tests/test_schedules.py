@@ -28,8 +28,8 @@ from bgjob import (
     UnknownScheduleError,
 )
 from bgjob import cron
-from bgjob._statements.session import WORKER_SETTINGS
-from bgjob._statements.schedules import fire, look
+from bgjob._sql.session import WORKER_SETTINGS
+from bgjob._sql.schedules import fire, look
 from bgjob.cron import Cron
 from bgjob.schedule import MOST_AT_ONCE, Firing, State
 

@@ -47,10 +47,10 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._statements import schedules
-from bgjob._statements import claims, dead, enqueues, keys, pauses, settlements
-from bgjob._statements.settlements import Buried, Claimed, Postponed
-from bgjob._statements.statement import Statement
+from bgjob._sql import schedules
+from bgjob._sql import claims, dead, enqueues, keys, pauses, settlements
+from bgjob._sql.settlements import Buried, Claimed, Postponed
+from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schedule import Firing
 
@@ -897,7 +897,7 @@ def test_no_source_imports_unpickles_or_evaluates_a_value() -> None:
     ]
     # The command line imports the module that is named on the command line; the playground is a
     # prompt, and runs what is typed at it.
-    assert found == [("_playground.py", "code"), ("_target.py", "import_module")]
+    assert found == [("_cli/playground.py", "code"), ("_cli/worker/target.py", "import_module")]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from typing import Literal
 
 import pytest
 
-from bgjob._engine import Engine
-from bgjob._exchange import (
+from bgjob._engine.engine import Engine
+from bgjob._engine.protocol import (
     MOST_FREED,
     Claim,
     ClaimGroup,
@@ -41,15 +41,15 @@ from bgjob._exchange import (
     Sweep,
     Withdraw,
 )
-from bgjob._isolation import LONGEST
-from bgjob._pace import MOST_AHEAD
-from bgjob._statements.claims import Line, Stray, Swept, Taken, UnderWay, Window
-from bgjob._statements.keys import Blocked, Woken
-from bgjob._statements.settlements import Claimed
-from bgjob._watermarks import REST
+from bgjob._engine.isolation import LONGEST
+from bgjob._engine.pace import MOST_AHEAD
+from bgjob._sql.claims import Line, Stray, Swept, Taken, UnderWay, Window
+from bgjob._sql.keys import Blocked, Woken
+from bgjob._sql.settlements import Claimed
+from bgjob._engine.watermarks import REST
 from bgjob.job import Job
 from bgjob.mux import _GRANTED
-from bgjob._route import Wants
+from bgjob._handlers.route import Wants
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)

@@ -42,12 +42,12 @@ from bgjob import (
     Mux,
     Retry,
     Worker,
-    _loop,
-    _runner,
 )
-from bgjob._control import Control
-from bgjob._link import Link
-from bgjob._loop import Loop
+from bgjob._running import loop
+from bgjob._worker import slots
+from bgjob._worker.control import Control
+from bgjob._worker.session import Link
+from bgjob._running.loop import Loop
 from bgjob.testing import adrain, drain
 
 __all__ = ["crew"]
@@ -440,7 +440,7 @@ def test_a_loop_that_is_stopped_while_it_unwinds_leaves_nothing_unawaited(
         warnings.simplefilter("error")
         loop = asyncio.new_event_loop()
         loop.call_soon(loop.stop)
-        _loop._unwind(loop)
+        loop._unwind(loop)
         gc.collect()
     assert loop.is_closed()
     assert complaints == []
@@ -556,9 +556,9 @@ def test_slots_whose_threads_were_killed_come_back(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Recorder()
-    before, kills = _runner.Runner._work, 6
+    before, kills = slots.Runner._work, 6
 
-    def work(runner: _runner.Runner, me: Any) -> None:
+    def work(runner: slots.Runner, me: Any) -> None:
         nonlocal kills
         if kills:
             kills -= 1
@@ -569,7 +569,7 @@ def test_slots_whose_threads_were_killed_come_back(
             raise Thrown("outside of any handler")
         before(runner, me)
 
-    monkeypatch.setattr(_runner.Runner, "_work", work)
+    monkeypatch.setattr(slots.Runner, "_work", work)
     barrier = threading.Barrier(2)
 
     def meet(_: Job) -> None:

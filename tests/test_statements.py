@@ -15,8 +15,8 @@ from psycopg import ClientCursor
 from test_plans import PLAN_CACHE_MODES, buffers, prepare, run
 
 from bgjob import EnqueueRequest, Job
-from bgjob._exchange import Notice
-from bgjob._statements.claims import (
+from bgjob._engine.protocol import Notice
+from bgjob._sql.claims import (
     Line,
     UnderWay,
     Window,
@@ -31,11 +31,11 @@ from bgjob._statements.claims import (
     sweep,
     under_way,
 )
-from bgjob._statements.enqueues import enqueue, enqueue_many
-from bgjob._statements.keys import barred_keys
-from bgjob._statements.notices import listen, park, unpark
-from bgjob._statements.session import WORKER_SETTINGS, session
-from bgjob._statements.settlements import (
+from bgjob._sql.enqueues import enqueue, enqueue_many
+from bgjob._sql.keys import barred_keys
+from bgjob._sql.notices import listen, park, unpark
+from bgjob._sql.session import WORKER_SETTINGS, session
+from bgjob._sql.settlements import (
     Buried,
     Claimed,
     Postponed,
@@ -47,8 +47,8 @@ from bgjob._statements.settlements import (
     give_back,
     postpone,
 )
-from bgjob._statements.statement import Statement, text_array
-from bgjob._watermarks import Watermarks
+from bgjob._sql.statement import Statement, text_array
+from bgjob._engine.watermarks import Watermarks
 
 T = TypeVar("T")
 

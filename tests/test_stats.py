@@ -7,7 +7,7 @@ import pytest
 from test_client import Colour, bury, client, colour
 
 from bgjob import Complete, EnqueueRequest, Mux, QueueStats, Retry
-from bgjob._statements.views import stats
+from bgjob._sql.views import stats
 
 __all__ = ["client", "colour"]  # the fixtures of test_client, of both colours
 

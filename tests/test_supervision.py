@@ -26,12 +26,12 @@ from test_worker import (
     row,
 )
 
-import bgjob._control
+import bgjob._worker.control
 from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
-from bgjob._connection import Cursor
-from bgjob._control import Control
-from bgjob._exchange import Exchange
-from bgjob._statements.session import schema_comment
+from bgjob._postgres.connection import Cursor
+from bgjob._worker.control import Control
+from bgjob._engine.protocol import Exchange
+from bgjob._sql.session import schema_comment
 from bgjob.schema import init_sql
 
 __all__ = ["crew"]
@@ -105,7 +105,7 @@ def test_a_run_against_a_server_that_falls_silent_fails_within_its_time(
             proxy.silence()
             return schema_comment()
 
-        monkeypatch.setattr("bgjob._link.schema_comment", silenced)
+        monkeypatch.setattr("bgjob._worker.session.schema_comment", silenced)
         try:
             assert refused(crew, proxy.dsn(dsn), psycopg.Error, init_timeout=1) < DEFAULT
         finally:
@@ -232,7 +232,7 @@ def test_a_fault_without_end_ends_the_worker(
 def test_faults_that_are_seldom_are_survived_for_ever(
     crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bgjob._control, "_FAULTS_WITHIN", 0.0)
+    monkeypatch.setattr(bgjob._worker.control, "_FAULTS_WITHIN", 0.0)
     faults, observer = Faults(monkeypatch, "_turn"), Recorder()
     worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
     faults.begin(20)
@@ -275,8 +275,8 @@ def test_a_fault_while_jobs_time_out_is_survived(
 PROGRAM = """
 import os
 from bgjob import Client, Mux, Worker
-from bgjob._control import Control
-from bgjob._exchange import Exchange
+from bgjob._worker.control import Control
+from bgjob._engine.protocol import Exchange
 
 def broken(control):
     raise RuntimeError("the turn is broken")

@@ -50,7 +50,7 @@ from bgjob.testing import (
     assert_not_enqueued,
     drain,
 )
-from bgjob._statements.claims import _CLAIM_ANY, _CLAIM_NOW
+from bgjob._sql.claims import _CLAIM_ANY, _CLAIM_NOW
 
 Place: TypeAlias = Literal["transaction", "autocommit", "client", "string"]
 """What a test drains: its own connection, in two ways, or what makes connections of its own."""
@@ -255,7 +255,7 @@ def test_a_limit_ends_it(bench: Bench) -> None:
 
 
 def test_jobs_that_never_end_are_told_of(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bgjob._drain._ENDLESS", 50)
+    monkeypatch.setattr("bgjob.testing._draining._ENDLESS", 50)
     runs: list[Job] = []
     with psycopg.connect(dsn) as conn, Client(dsn) as client:
         client.enqueue(EnqueueRequest("q", "again", id="it"), conn=conn)

@@ -33,8 +33,8 @@ from bgjob import (
     TypeRequiredError,
     UnknownTypeError,
 )
-from bgjob._route import Awaiting
-from bgjob._statements.statement import text_array
+from bgjob._handlers.route import Awaiting
+from bgjob._sql.statement import text_array
 from bgjob.job import new_id
 from bgjob.mux import Route
 from bgjob.result import error_text

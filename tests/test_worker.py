@@ -37,17 +37,17 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob import _runner
-from bgjob._crew import Queues
-from bgjob._exchange import Exchange, Notice, Sweep
-from bgjob._fork import Lineage
-from bgjob._link import Bell, Link
-from bgjob._loop import Loop
-from bgjob._place import ask
-from bgjob._statements.claims import claim_any
-from bgjob._statements.notices import LOCK_CLASS, channel
-from bgjob._statements.settlements import Claimed, Postponed, give_back
-from bgjob._transaction import Transactions
+from bgjob._worker import slots
+from bgjob._worker.group import Queues
+from bgjob._engine.protocol import Exchange, Notice, Sweep
+from bgjob._postgres.fork import Lineage
+from bgjob._worker.session import Bell, Link
+from bgjob._running.loop import Loop
+from bgjob.testing._source import ask
+from bgjob._sql.claims import claim_any
+from bgjob._sql.notices import LOCK_CLASS, channel
+from bgjob._sql.settlements import Claimed, Postponed, give_back
+from bgjob._running.transaction import Transactions
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 
@@ -602,9 +602,9 @@ def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connecti
 
 
 @contextmanager
-def running(body: Handler, *ids: str) -> Iterator[_runner.Runner]:
+def running(body: Handler, *ids: str) -> Iterator[slots.Runner]:
     """Let a runner by itself run jobs, one after the other."""
-    runner = _runner.Runner(
+    runner = slots.Runner(
         Mux().register("t", body),
         Transactions(("", {}), lineage := Lineage()),
         lineage,
@@ -630,7 +630,7 @@ def running(body: Handler, *ids: str) -> Iterator[_runner.Runner]:
 def test_coroutines_that_compute_let_the_loop_turn_between_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_runner, "_TURN", 0.0)  # each of them computes for longer
+    monkeypatch.setattr(slots, "_TURN", 0.0)  # each of them computes for longer
     turns: list[None] = []
     seen: list[int] = []
     others: list[asyncio.Task[None]] = []

@@ -33,7 +33,7 @@ from bgjob import (
     Worker,
 )
 
-from bgjob._statements import session, settlements
+from bgjob._sql import session, settlements
 
 Event = tuple[Any, ...]
 Colour = Literal["thread", "async"]

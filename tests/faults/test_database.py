@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-import bgjob._link
+import bgjob._worker.session
 from bgjob import (
     AsyncClient,
     AsyncWorker,
@@ -27,8 +27,8 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._exchange import Exchange
-from bgjob._statements.statement import Statement
+from bgjob._engine.protocol import Exchange
+from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
 from faults import oracle
@@ -405,7 +405,7 @@ def set_standbys(admin: psycopg.Connection, names: str) -> None:
 def test_jobs_whose_claim_waits_for_a_standby_that_is_away_are_charged_nothing(
     hurt: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bgjob._link, "_PATIENCE", 1.0)
+    monkeypatch.setattr(bgjob._worker.session, "_PATIENCE", 1.0)
     ids = [f"job {n}" for n in range(10)]
     hurt.enqueue("plain", *ids)
     with ExitStack() as stack, psycopg.connect(hurt.dsn, autocommit=True) as admin:

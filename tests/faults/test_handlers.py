@@ -27,9 +27,9 @@ from bgjob import (
     Result,
     Retry,
 )
-from bgjob._exchange import Exchange, Sweep
-from bgjob._link import Link
-from bgjob._statements.settlements import Claimed, Postponed
+from bgjob._engine.protocol import Exchange, Sweep
+from bgjob._worker.session import Link
+from bgjob._sql.settlements import Claimed, Postponed
 from faults.world import PATIENCE, Local, World, eventually
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import psycopg
 import pytest
 
-import bgjob._connection
+import bgjob._postgres.connection
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
-from bgjob._statements.notices import LOCK_CLASS
+from bgjob._sql.notices import LOCK_CLASS
 from faults.proxy import Proxy
 from faults.world import PATIENCE, Process, World, eventually
 
@@ -187,13 +187,13 @@ def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_i
 ) -> None:
     for module, name, value in [
         (bgjob.client, "PATIENCE", patience),
-        (bgjob._pool.PooledConnection, "patience", patience),
-        (bgjob._pool.AsyncPooledConnection, "patience", patience),
+        (bgjob._postgres.pool.PooledConnection, "patience", patience),
+        (bgjob._postgres.pool.AsyncPooledConnection, "patience", patience),
     ]:
         assert value <= getattr(module, name)
         monkeypatch.setattr(module, name, value)
-    assert connect_timeout <= bgjob._connection._DEFAULTS["connect_timeout"]
-    monkeypatch.setitem(bgjob._connection._DEFAULTS, "connect_timeout", connect_timeout)
+    assert connect_timeout <= bgjob._postgres.connection._DEFAULTS["connect_timeout"]
+    monkeypatch.setitem(bgjob._postgres.connection._DEFAULTS, "connect_timeout", connect_timeout)
     dsn = proxy.dsn(world.dsn)
     clients: dict[str, Client | AsyncClient] = {}
     calls: dict[str, Callable[[], Any]] = {}

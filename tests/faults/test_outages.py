@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from bgjob import Job, Mux
-from bgjob._statements.keys import blocked
+from bgjob._sql.keys import blocked
 from bgjob.ext.embedded import EmbeddedServer
 from faults.world import Process, World, eventually
 

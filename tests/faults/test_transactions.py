@@ -28,9 +28,9 @@ from bgjob import (
     NoopObserver,
     Worker,
 )
-from bgjob._statements.claims import ELSEWHERE
-from bgjob._statements.session import WORKER_SETTINGS
-from bgjob._statements.settlements import Claimed, begin, end_sessions, session_name
+from bgjob._sql.claims import ELSEWHERE
+from bgjob._sql.session import WORKER_SETTINGS
+from bgjob._sql.settlements import Claimed, begin, end_sessions, session_name
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
 from faults.proxy import Proxy

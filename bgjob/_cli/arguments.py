@@ -1,0 +1,140 @@
+"""What the arguments of commands mean, checked where they are given."""
+
+import re
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from datetime import datetime
+from textwrap import dedent, fill
+from typing import TYPE_CHECKING, TypeVar
+
+from bgjob._checks import seconds
+from bgjob._postgres.connection import check_conninfo
+from bgjob.errors import BgjobError
+from bgjob.job import check_name
+
+if TYPE_CHECKING:
+    # A subparsers action is generic to a type checker, and has no public name.
+    from argparse import _SubParsersAction
+
+    Commands = _SubParsersAction[ArgumentParser]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+STATUS = dedent("""\
+    exit status:
+      0    it is done
+      1    it failed, for the reason on the standard error
+      2    the arguments cannot be understood
+      130  Ctrl-C interrupted it
+    """)
+
+_WIDTH = 88
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)([smhdw]?)", re.ASCII)
+
+
+class UsageError(BgjobError):
+    """The arguments contradict each other, or one is missing."""
+
+
+def add_command(
+    commands: "Commands",
+    name: str,
+    run: Callable[..., int],
+    *,
+    help: str,  # noqa: A002
+    description: str,
+    status: str = STATUS,
+) -> ArgumentParser:
+    """Add a command, which `run` carries out; give its parser."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=fill(description, _WIDTH),
+        formatter_class=RawDescriptionHelpFormatter,
+        epilog=status,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def add_dsn(parser: ArgumentParser) -> None:
+    """Add --dsn, for `_database.find`."""
+    parser.add_argument(
+        "--dsn",
+        type=conninfo,
+        help="the database; by default that of BGJOB_DSN, DATABASE_URL or libpq's PG* variables, "
+        "the first that is set. Arguments can be seen by everybody on the host: a password "
+        "belongs in a variable",
+    )
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs to read")
+
+
+def conninfo(text: str) -> str:
+    """Take a connection string."""
+    return _checked(check_conninfo, text)
+
+
+def name(what: str) -> Callable[[str], str]:
+    """Take the name of a queue, say."""
+
+    def take(text: str) -> str:
+        _checked(lambda text: check_name(what, text), text)
+        return text
+
+    return take
+
+
+def positive(text: str) -> int:
+    """Take a whole number from 1."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise ArgumentTypeError(f"a whole number from 1 is needed, not {text!r}")
+    return number
+
+
+def duration(text: str) -> float:
+    """Take a duration; give seconds."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise ArgumentTypeError(
+            f"a number of seconds from 0, or one such as 90s, 15m, 2h, 30d or 1w is needed, "
+            f"not {text!r}"
+        )
+    number, unit = found.groups()
+    return _checked(lambda value: seconds(value, "a duration"), float(number) * _UNITS[unit])
+
+
+def moment(text: str) -> datetime:
+    """Take a time, with its offset from UTC."""
+    try:
+        value = datetime.fromisoformat(text)
+        value.astimezone()  # it can be shown
+        if value.utcoffset() is not None:
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise ArgumentTypeError(
+        "a time with its offset from UTC is needed, such as 2030-01-31T09:00Z or "
+        f"2030-01-31T09:00+01:00, not {text!r}"
+    )
+
+
+def queue(text: str) -> tuple[str, int | None]:
+    """Take NAME or NAME=N."""
+    queue, equals, number = text.rpartition("=")
+    if not equals:
+        return name("queue")(text), None
+    return name("queue")(queue), positive(number)
+
+
+def _checked(check: Callable[[T], R], value: T) -> R:
+    try:
+        return check(value)
+    except (ValueError, TypeError) as error:
+        raise ArgumentTypeError(str(error)) from None

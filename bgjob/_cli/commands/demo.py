@@ -1,0 +1,55 @@
+"""`bgjob demo`: watch it work."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from bgjob._cli import arguments, table
+
+if TYPE_CHECKING:
+    from bgjob._cli.arguments import Commands
+
+_STATUS = arguments.STATUS.replace("it is done", "every check agrees").replace(
+    "it failed, for", "a check does not agree, or it failed, for"
+)
+
+
+def add(commands: "Commands") -> None:
+    """Add the command."""
+    parser = arguments.add_command(
+        commands,
+        "demo",
+        run,
+        help="watch it work through some thousands of jobs, and check the result",
+        description="Counts every file of Python's standard library, a job each, while other "
+        "jobs wait, fail, come back and die as they should; then checks all of it against a "
+        "count that was made without the queue. Takes a few seconds, and leaves nothing behind.",
+        status=_STATUS,
+    )
+    parser.add_argument(
+        "--dsn",
+        type=arguments.conninfo,
+        help="work in this database, in a schema that is dropped at the end, instead of a private "
+        "PostgreSQL that is started for the demo",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=arguments.positive,
+        default=8,
+        metavar="N",
+        help="handlers at once (default: %(default)s)",
+    )
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry it out."""
+    from bgjob._cli import demo  # noqa: PLC0415 (only what a command needs is imported)
+
+    report = demo.run(args.dsn, concurrency=args.concurrency)
+    if args.json:
+        table.write_json({"ok": report.ok, **asdict(report)})
+    else:
+        sys.stdout.write(report.table())
+    return 0 if report.ok else 1

@@ -1,0 +1,66 @@
+"""`bgjob schema`: print the schema, or check the database's."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from bgjob import schema
+from bgjob._cli import arguments, database, table
+from bgjob._sql.session import schema_comment
+from bgjob.errors import SchemaError
+
+if TYPE_CHECKING:
+    from bgjob._cli.arguments import Commands
+
+
+def add(commands: "Commands") -> None:
+    """Add the command."""
+    parser = arguments.add_command(
+        commands,
+        "schema",
+        run,
+        help="print the tables' SQL, or check the database's tables",
+        description="Prints migration/init.sql, to be applied with your own migration tool. It "
+        "changes no database.",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the version of the database's tables with the one that this bgjob needs; "
+        "exits with 1, and the remedy, if they differ",
+    )
+    arguments.add_dsn(parser)
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry it out."""
+    if args.check:
+        return _check(args)
+    if args.json:
+        table.write_json({"version": schema.VERSION, "sql": schema.init_sql()})
+    else:
+        sys.stdout.write(schema.init_sql())
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    with database.connect(database.find(args.dsn)) as conn:
+        comment = database.ask(conn, schema_comment())
+    version, _ = schema.versions(comment) or (None, None)
+    found = {
+        "version": version,
+        "needed": schema.VERSION,
+    }
+    try:
+        schema.check_version(comment)
+    except SchemaError as error:
+        if args.json:
+            table.write_json({"ok": False, **found, "error": str(error)})
+        raise
+    if args.json:
+        table.write_json({"ok": True, **found, "error": None})
+    else:
+        works = "as needed" if version == schema.VERSION else f"which works with {schema.VERSION}"
+        sys.stdout.write(f"the tables have schema version {version}, {works}\n")
+    return 0

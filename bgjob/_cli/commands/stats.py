@@ -1,0 +1,56 @@
+"""`bgjob stats`: what waits, runs and is dead."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from bgjob._cli import arguments, database, table
+from bgjob._cli.commands.pauses import ENDLESS
+from bgjob.stats import QueueStats
+
+if TYPE_CHECKING:
+    from bgjob._cli.arguments import Commands
+
+
+def add(commands: "Commands") -> None:
+    """Add the command."""
+    parser = arguments.add_command(
+        commands,
+        "stats",
+        run,
+        help="show what waits, runs and is dead, for each queue and type",
+        description="Counts the jobs of each queue and type: due, delayed, running and dead, those "
+        "that wait for a retry, and for how many seconds the oldest due one has waited; and tells "
+        "until when a queue is paused. A paused queue without jobs has a row without a type.",
+    )
+    parser.add_argument("--queue", type=arguments.name("queue"), help="only of this queue")
+    arguments.add_dsn(parser)
+    arguments.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry it out."""
+    with database.opened(database.find(args.dsn)) as client:
+        stats = client.stats(queue=args.queue)
+        paused = client.paused()
+    with_jobs = {row.queue for row in stats}
+    rows: list[tuple[Any, ...]] = [
+        *stats,
+        *(
+            (queue, None, 0, 0, 0, 0, None, 0)
+            for queue in paused
+            if queue not in with_jobs and args.queue in (None, queue)
+        ),
+    ]
+    if args.json:
+        table.write_json(
+            [
+                QueueStats._make(row)._asdict()
+                | {"paused": row[0] in paused, "paused_until": paused.get(row[0])}
+                for row in rows
+            ]
+        )
+    else:
+        ends = {queue: until or ENDLESS for queue, until in paused.items()}
+        columns = [column.replace("_", " ") for column in QueueStats._fields]
+        table.write_table([*columns, "paused until"], [(*row, ends.get(row[0])) for row in rows])
+    return 0

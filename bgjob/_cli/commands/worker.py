@@ -1,0 +1,191 @@
+"""`bgjob worker`: run a worker, in this process or in several."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from textwrap import dedent
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from bgjob._cli import arguments
+from bgjob._cli.database import VARIABLE
+from bgjob.errors import BgjobError
+
+if TYPE_CHECKING:
+    from bgjob._cli.worker.target import Choice
+
+_STATUS = dedent("""\
+    signals:
+      SIGTERM, SIGINT  shut down: claim nothing more, give back what has not started,
+                       finish what runs; what still runs after the grace period is left
+                       to its lease, and the process ends within 2 s, whatever hangs in it
+      a second one     exit at once; what runs is left to its lease
+
+    several processes:
+      One that ends is started again after 0.1 s, doubling up to 10 s while it lives for
+      less than 10 s. If more than 5 die within 10 s the others are shut down. If the
+      parent is killed they shut down, too.
+
+    exit status:
+      0         after a shutdown that was asked for, by a signal or by the program
+      1         the worker could not be loaded or started, or it ended by itself; or too many
+                processes died
+      2         the arguments cannot be understood
+      130, 143  after a second signal, SIGINT or SIGTERM
+    """)
+
+
+def add(commands: "arguments.Commands") -> None:
+    """Add the command."""
+    parser = arguments.add_command(
+        commands,
+        "worker",
+        run,
+        help="run a worker until a signal ends it",
+        description="Imports a worker of yours, calls what makes one, or makes one of a Mux, and "
+        "runs it until SIGTERM or SIGINT. The current directory is on the module path.",
+        status=_STATUS,
+    )
+    parser.add_argument(
+        "target",
+        type=_target,
+        metavar="MODULE:NAME",
+        help="a Mux, such as app.jobs:mux; a Worker or an AsyncWorker; or a callable that returns "
+        "one, and is given those of --dsn, --queue and --concurrency that it has parameters for: "
+        "dsn, queues (a dict from names to handlers at once) and concurrency. A coroutine function "
+        "is awaited on the loop that the AsyncWorker then runs on",
+    )
+    parser.add_argument(
+        "--queue",
+        dest="queues",
+        type=arguments.queue,
+        action="append",
+        metavar="NAME[=N]",
+        help="work on this queue, with N handlers at once; can be given for several",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=arguments.positive,
+        metavar="N",
+        help="handlers at once for each queue that has no N of its own (default: 1, as for Worker)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=arguments.positive,
+        default=1,
+        metavar="N",
+        help="run so many processes, each with such a worker (default: %(default)s); work that "
+        "computes needs one a core",
+    )
+    parser.add_argument(
+        "--grace",
+        type=arguments.duration,
+        default=30.0,
+        metavar="DURATION",
+        help="how long a shutdown waits for handlers that run: seconds, or 5m (default: "
+        "%(default)g); less than the supervisor waits before it kills",
+    )
+    arguments.add_dsn(parser)
+    parser.add_argument(
+        "--log-level",
+        type=str.upper,
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        help="the least level that is logged (default: INFO, unless the program sets up logging)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=["text", "json"],
+        help="json: one object a line, with time, level, logger, pid, message, and of a job "
+        "job_id, job_queue, job_type and job_attempt (default: text, unless the program sets up "
+        "logging)",
+    )
+    # What a parent tells its children.
+    parser.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--dsn-in-environment", action="store_true", help=argparse.SUPPRESS)
+
+
+def _target(text: str) -> str:
+    module, colon, name = text.partition(":")
+    if not (colon and all(part.isidentifier() for part in (module + "." + name).split("."))):
+        raise argparse.ArgumentTypeError(
+            f"MODULE:NAME is needed, such as app.jobs:worker, not {text!r}"
+        )
+    return text
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry it out."""
+    from bgjob._cli.worker import log  # noqa: PLC0415 (only what a command needs is imported)
+    from bgjob._cli.worker.serve import ServeError  # noqa: PLC0415
+    from bgjob._cli.worker.target import TargetError  # noqa: PLC0415
+
+    choice = _choice(args)
+    try:
+        if args.processes > 1:
+            _run_several(args)
+        else:
+            _run_one(args, choice)
+    except (BgjobError, psycopg.Error) as error:
+        message = " ".join(str(error).split())
+        is_theirs = isinstance(error, TargetError | ServeError)
+        cause = error.__cause__ if is_theirs else None  # where the program's own code failed
+        if args.log_format == "json":
+            sys.stderr.write(log.as_json(message, cause) + "\n")
+        else:
+            if cause is not None:
+                traceback.print_exception(cause)
+            sys.stderr.write(f"bgjob: {message}\n")
+        return 1
+    return 0
+
+
+def _choice(args: argparse.Namespace) -> "Choice":
+    from bgjob._cli.worker.target import Choice  # noqa: PLC0415
+
+    if args.queues is not None and len(dict(args.queues)) < len(args.queues):
+        raise arguments.UsageError("--queue names a queue twice")
+    dsn = os.environ[VARIABLE] if args.dsn_in_environment else args.dsn
+    return Choice(dsn, dict(args.queues) if args.queues else None, args.concurrency)
+
+
+def _run_one(args: argparse.Namespace, choice: "Choice") -> None:
+    from bgjob._cli.worker import log, serve  # noqa: PLC0415
+
+    set_up = partial(
+        log.set_up, args.log_level, args.log_format, with_pid=args.lifeline is not None
+    )
+    serve.serve(
+        args.target,
+        grace=args.grace,
+        choice=choice,
+        set_up_logging=set_up,
+        lifeline=args.lifeline,
+    )
+
+
+def _run_several(args: argparse.Namespace) -> None:
+    from bgjob._cli.worker import log, processes  # noqa: PLC0415
+
+    log.set_up(args.log_level, args.log_format, with_pid=True)
+    # Not in the arguments, which everybody on the host can see.
+    env = os.environ if args.dsn is None else {**os.environ, VARIABLE: args.dsn}
+    processes.supervise(_arguments_of(args), count=args.processes, grace=args.grace, env=env)
+
+
+def _arguments_of(args: argparse.Namespace) -> Sequence[str]:
+    """Give the arguments of a child."""
+    arguments = ["worker", args.target, f"--grace={args.grace!r}"]
+    arguments += [
+        f"--queue={queue}" if number is None else f"--queue={queue}={number}"
+        for queue, number in args.queues or ()
+    ]
+    for option in ("concurrency", "log_level", "log_format"):
+        if (value := getattr(args, option)) is not None:
+            arguments.append(f"--{option.replace('_', '-')}={value}")
+    if args.dsn is not None:
+        arguments.append("--dsn-in-environment")
+    return arguments

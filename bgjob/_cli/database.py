@@ -1,0 +1,79 @@
+"""The database that a command works on: found, connected to and checked."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from bgjob import schema
+from bgjob._postgres.connection import Connection, Cursor, check_conninfo, options
+from bgjob._sql.session import schema_comment
+from bgjob._sql.statement import Statement
+from bgjob.client import Client
+from bgjob.errors import BgjobError
+
+T = TypeVar("T")
+
+VARIABLE = "BGJOB_DSN"
+
+_LIBPQS = ("PGSERVICE", "PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER")
+_PATIENCE = 30.0  # seconds, as a client's
+
+
+class DatabaseError(BgjobError):
+    """It is not known which database to work on."""
+
+
+def find(given: str | None) -> str:
+    """Give the connection string to use; an empty one stands for libpq's own variables.
+
+    Args:
+        given: that of the command line, which comes first.
+
+    Raises:
+        DatabaseError: there is none, or what a variable holds is none.
+
+    """
+    if given is not None:
+        return given
+    for variable in (VARIABLE, "DATABASE_URL"):
+        if text := os.environ.get(variable):
+            try:
+                return check_conninfo(text)
+            except ValueError as error:
+                raise DatabaseError(f"{variable}: {error}") from None
+    if any(map(os.environ.get, _LIBPQS)):
+        return ""
+    raise DatabaseError(
+        "which database? give --dsn, or set BGJOB_DSN, DATABASE_URL, or libpq's variables, "
+        "such as PGHOST and PGDATABASE"
+    )
+
+
+def connect(dsn: str) -> Connection:
+    """Connect, in autocommit; every wait for the server ends."""
+    conn = Connection.connect(**options((dsn, {})), autocommit=True)
+    conn.patience = _PATIENCE
+    return conn
+
+
+def ask(conn: Connection, statement: Statement[T]) -> T:
+    """Execute a statement; give what it says."""
+    return statement.parse(
+        Cursor(conn).execute(statement.text, statement.params, binary=True).fetchall()
+    )
+
+
+@contextmanager
+def opened(dsn: str) -> Iterator[Client]:
+    """Give a client.
+
+    Raises:
+        SchemaError: the tables are missing or of another version.
+        psycopg.Error: the server cannot be reached. A client would try for 30 s.
+
+    """
+    with connect(dsn) as conn:
+        schema.check_version(ask(conn, schema_comment()))
+    with Client(dsn) as client:
+        yield client

@@ -1,0 +1,204 @@
+"""Serves a worker until a signal ends it: what `bgjob worker` does.
+
+The main thread loads the worker and then only waits for signals, so that they
+are answered whatever handlers and event loops do. A thread of its own runs the
+worker, and the event loop of an AsyncWorker. One more ends the process when its
+time is over, whatever still hangs in it.
+"""
+
+import asyncio
+import gc
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+
+from bgjob._cli.worker.signals import Ending, Notice, flush
+from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
+from bgjob._logger import log as _log
+from bgjob.errors import BgjobError
+from bgjob.worker import AsyncWorker, Worker
+
+
+class ServeError(BgjobError):
+    """The worker ended by itself; where that is known, the cause says why."""
+
+
+def serve(
+    target: str,
+    *,
+    grace: float,
+    choice: Choice,
+    set_up_logging: Callable[[], None],
+    lifeline: int | None = None,
+) -> None:
+    """Load a worker and run it until it has ended; returns after a shutdown that was asked for.
+
+    It takes over the process: its signals, and the way it ends. From the main thread.
+
+    Args:
+        target: `package.module:name` of a worker, of a callable that makes one, or of a Mux.
+        grace: seconds for the handlers that run when a signal comes.
+        choice: what the command line says of the worker.
+        set_up_logging: called when the program has been loaded, before the worker runs.
+        lifeline: a pipe's end; the worker is shut down when the other end is closed.
+
+    Raises:
+        TargetError: the target could not be loaded.
+        ServeError: the worker ended by itself.
+        BgjobError: what keeps the worker from starting; a SchemaError, say.
+        psycopg.Error: the same.
+
+    """
+    ending = Ending(grace)
+    try:
+        _serve(target, ending, choice, set_up_logging, lifeline)
+    except BaseException:
+        if not ending.signum or ending.has_served:
+            ending.status = 1
+            raise
+        # It was asked to end before it had begun; in what way it did is all the same.
+    finally:
+        ending.begin()  # non-daemon threads and atexit functions may hang
+        flush()
+
+
+def _serve(
+    target: str,
+    ending: Ending,
+    choice: Choice,
+    set_up_logging: Callable[[], None],
+    lifeline: int | None,
+) -> None:
+    ending.obey_signals()
+    with ending.interruptions():
+        if lifeline is not None:
+            ending.follow(lifeline)
+        loaded = load(target, choice)
+        # What was imported lives as long as the process: to walk over it at each full
+        # collection only holds up handlers and server.
+        gc.collect()
+        gc.freeze()
+    ending.obey_signals()  # also where the program has set up handlers of its own
+    if ending.signum:  # and the program caught the interruption
+        return
+    service = _Service(loaded, target, ending, set_up_logging)
+    service.start()
+    while (notice := ending.next()) is Notice.RUNNING or notice is Notice.ASKED_TO_END:
+        if notice is Notice.RUNNING:
+            _log.info("%s is running", target)
+        if ending.signum and ending.has_served and not service.is_stopping:
+            _log.info("%s: %s, shutting down", target, ending.reason)
+            service.stop(ending.grace_left)
+    if service.error is not None:
+        if isinstance(service.error, BgjobError | psycopg.Error) and not ending.has_served:
+            raise service.error
+        raise ServeError(f"{target} broke") from service.error
+    if not (ending.signum or service.was_asked):
+        raise ServeError(f"{target} has ended by itself") from service.failure
+    if notice is None or service.abandoned:
+        _log.warning("%s: %s", target, service.remains)
+        ending.end_now()
+    _log.info("%s has ended", target)
+
+
+class _Service:
+    """Runs the worker on a thread, with the event loop of an AsyncWorker."""
+
+    def __init__(
+        self,
+        loaded: AnyWorker | Awaitable[Any],
+        target: str,
+        ending: Ending,
+        set_up_logging: Callable[[], None],
+    ) -> None:
+        self.error: BaseException | None = None
+        self.is_stopping = False
+        self.was_asked = False
+        """Whether the program itself has shut its worker down."""
+        self.failure: BaseException | None = None
+        """Why the worker has ended by itself."""
+        self._loaded = loaded
+        self._target = target
+        self._ending = ending
+        self._set_up_logging = set_up_logging
+        self._crew: Any = None
+
+    def start(self) -> None:
+        """Start the thread; it tells when the worker runs, and when it has ended."""
+        threading.Thread(target=self._run, name="bgjob-serving", daemon=True).start()
+
+    def stop(self, grace: float) -> None:
+        """Begin the shutdown; at once, even where a handler blocks the event loop."""
+        self.is_stopping = True
+        self._crew.stop(grace)
+
+    def _run(self) -> None:
+        try:
+            if isinstance(self._loaded, Worker):
+                self._run_plain(self._loaded)
+            else:
+                asyncio.run(self._run_on_loop(self._loaded))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._ending.tell(Notice.ENDED)
+
+    def _run_plain(self, worker: Worker) -> None:
+        self._set_up_logging()
+        worker.run()
+        self._is_running(worker)
+        worker.wait()
+        self._has_ended()
+        worker.shutdown()
+
+    async def _run_on_loop(self, loaded: AsyncWorker | Awaitable[Any]) -> None:
+        worker = loaded if isinstance(loaded, AsyncWorker) else await self._make(loaded)
+        if isinstance(worker, Worker):
+            await asyncio.to_thread(self._run_plain, worker)
+            return
+        self._set_up_logging()
+        await asyncio.to_thread(self._open, worker, asyncio.get_running_loop())
+        await worker.wait()
+        self._has_ended()
+        await worker.shutdown()  # it waits for the handlers that were cancelled
+
+    def _open(self, worker: AsyncWorker, loop: asyncio.AbstractEventLoop) -> None:
+        # As AsyncWorker.run(), which may not return before the first handlers
+        # do: it has to be awaited on the loop, and they may block that.
+        worker._crew.open(loop)  # noqa: SLF001
+        self._is_running(worker)
+
+    async def _make(self, factory: Awaitable[Any]) -> AnyWorker:
+        try:
+            made = await factory
+        except Exception as error:
+            raise TargetError(f"{self._target} failed") from error
+        return check(made, self._target)
+
+    def _is_running(self, worker: AnyWorker) -> None:
+        # What both workers are made of; AsyncWorker's own shutdown() has to be
+        # awaited on the loop, which a handler may block.
+        self._crew = worker._crew  # noqa: SLF001
+        self._ending.has_served = True
+        self._ending.tell(Notice.RUNNING)
+
+    def _has_ended(self) -> None:
+        self.was_asked, self.failure = self._crew.was_asked, self._crew.failure
+
+    @property
+    def abandoned(self) -> int:
+        """How many jobs still run though the worker has ended."""
+        return self._crew.abandoned if self._crew is not None else 0
+
+    @property
+    def remains(self) -> str:
+        """Say what is left behind when the process ends now."""
+        if self._crew is None:
+            return "its start was broken off"
+        if self._crew.done.done() and not self.abandoned:
+            return "a task or a thread of the program still runs, and is abandoned"
+        count = self.abandoned
+        jobs = "jobs" if count == 0 else "1 job" if count == 1 else f"{count} jobs"
+        return f"{jobs} still running, left to the lease"

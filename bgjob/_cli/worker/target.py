@@ -1,0 +1,175 @@
+"""Loads what `package.module:name` stands for: a worker, or what makes one."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from bgjob._cli import database
+from bgjob.client import Client
+from bgjob.errors import BgjobError
+from bgjob.mux import Mux
+from bgjob.worker import AsyncWorker, Worker
+
+AnyWorker: TypeAlias = Worker | AsyncWorker
+
+_WANTED = "a Mux, a Worker, an AsyncWorker, or a callable that returns a worker, is wanted"
+
+
+class TargetError(BgjobError):
+    """The target cannot be loaded; where the program's own code failed, the cause says how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the command line says of the worker; what is None it does not say.
+
+    Attributes:
+        dsn: the database.
+        queues: the queues, with their own number of handlers at once or None.
+        concurrency: handlers at once, for queues that have no number of their own.
+
+    """
+
+    dsn: str | None = None
+    queues: dict[str, int | None] | None = None
+    concurrency: int | None = None
+
+    def arguments(self) -> dict[str, object]:
+        """Give what is chosen, as arguments of a factory."""
+        chosen = {"dsn": self.dsn, "queues": self.numbers(), "concurrency": self.concurrency}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def numbers(self) -> dict[str, int] | None:
+        """Give each queue's handlers at once: 1 where nothing is said, as for a Worker."""
+        if self.queues is None:
+            return None
+        return {queue: n or self.concurrency or 1 for queue, n in self.queues.items()}
+
+
+_OPTIONS = {"dsn": "--dsn", "queues": "--queue", "concurrency": "--concurrency"}
+
+
+def load(target: str, choice: Choice) -> AnyWorker | Awaitable[Any]:
+    """Import the target's module, and make a worker of the target.
+
+    The current directory is put on the module path first. A Mux gets a Worker,
+    on the queues and the database of the command line. A factory gets what the
+    command line says in parameters of those names: `dsn`, `queues`, `concurrency`.
+
+    Returns:
+        The worker; or, of a coroutine function, what is to be awaited on the
+        worker's event loop and then given to `check`.
+
+    Raises:
+        TargetError: there is no such module or name, nothing can be made of it,
+            the command line says what it does not take, or the program's own
+            code failed.
+        DatabaseError: it is not known which database to use.
+
+    """
+    module_name, _, name = target.partition(":")
+    here = os.getcwd()  # noqa: PTH109 (a string is needed)
+    if sys.path[:1] != [here]:
+        sys.path.insert(0, here)
+    found = _attribute(_module(module_name), module_name, name)
+    if isinstance(found, Mux):
+        return _of_mux(found, target, choice)
+    if isinstance(found, AnyWorker):
+        if given := choice.arguments():
+            options = " and ".join(_OPTIONS[name] for name in given)
+            raise TargetError(
+                f"{target} is {_kind(found)}, which {options} cannot change; name a Mux, or a "
+                f"callable that takes {' and '.join(given)} and returns a worker"
+            )
+        return found
+    if not callable(found):
+        raise TargetError(f"{target} is {_kind(found)}; {_WANTED}")
+    arguments = _arguments(found, target, choice)
+    try:
+        made = found(**arguments)
+    except Exception as error:
+        raise TargetError(f"{target} failed") from error
+    return made if inspect.isawaitable(made) else check(made, target)
+
+
+def _of_mux(mux: Mux, target: str, choice: Choice) -> Worker:
+    queues = choice.numbers()
+    if queues is None:
+        raise TargetError(f"{target} is a Mux: name the queues to work on with --queue NAME[=N]")
+    return Worker(Client(database.find(choice.dsn)), queues, mux)
+
+
+def _arguments(factory: Any, target: str, choice: Choice) -> dict[str, object]:
+    """Give a factory's arguments: what the command line says, and it must take all of that."""
+    given = choice.arguments()
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # it has none: calling it will tell
+        return given
+    needed = {
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
+    }
+    if "dsn" in needed - given.keys():
+        given["dsn"] = database.find(None)
+    if lacking := sorted(needed & _OPTIONS.keys() - given.keys()):
+        raise TargetError(f"{target} needs {' and '.join(_OPTIONS[name] for name in lacking)}")
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        if refused := given.keys() - signature.parameters.keys():
+            options = " and ".join(_OPTIONS[name] for name in sorted(refused))
+            raise TargetError(
+                f"{target} cannot be told of {options}: it has no parameter "
+                f"{' and '.join(sorted(refused))}"
+            ) from None
+        raise TargetError(
+            f"{target} cannot be called: {error}; what the command line can give it is "
+            f"{', '.join(_OPTIONS)}"
+        ) from None
+    return given
+
+
+def check(made: object, target: str) -> AnyWorker:
+    """Check what the factory made."""
+    if not isinstance(made, AnyWorker):
+        raise TargetError(f"{target} returned {_kind(made)}; {_WANTED}")
+    return made
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise TargetError(f"importing {name} failed") from error
+        raise TargetError(
+            f"there is no module {error.name!r} in the current directory or elsewhere on the "
+            "module path"
+        ) from None
+    except Exception as error:
+        raise TargetError(f"importing {name} failed") from error
+
+
+def _attribute(module: Any, module_name: str, name: str) -> Any:
+    found, path = module, module_name
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise TargetError(f"there is no {part!r} in {path}") from None
+        path += f".{part}"
+    return found
+
+
+def _kind(found: object) -> str:
+    if found is None:
+        return "None"
+    kind = type(found).__name__
+    return f"{'an' if kind[:1] in 'AEIOUaeiou' else 'a'} {kind}"

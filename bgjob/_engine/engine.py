@@ -1,0 +1,1107 @@
+"""The worker's decisions, as a pure state machine.
+
+The engine reads no clock, opens no socket and starts no thread. Whoever drives
+it says what happened and what time it is, and asks for the next step:
+
+    step(now)        what to do: Exchange, Withdraw, Sleep or Stop
+    ahead(now)       while jobs flow: the next exchange, to send when the one under
+                     way is answered and before that is acknowledged
+    acknowledge()    the exchange was committed; gives jobs to run, and events
+    reject()         the server refused the exchange, for a lock or another reason:
+                     nothing of it happened, and the one that was to follow was not sent
+    disconnect()     the connection broke: the exchange happened, or did not
+    reconnect()      there is a connection again
+    finish()         handlers ended; gives events
+    give_up()        handlers did not end in time: their transactions must
+    withdrawn()      what a Withdraw took back
+    wake()           a notification came
+    slots            how many there are: some may be lost, and come back
+    shutdown()       claim nothing more, finish, stop
+    abandon()        do not wait for handlers
+
+Times are seconds of any monotonic clock. It holds to this:
+
+- Each claimed job is settled or given back once. An outcome is kept until its
+  settlement is acknowledged, and sent again as often as that takes.
+- No more jobs are claimed than free slots and the jobs' quickness justify.
+- A row that another session has locked delays its own settlement only. When an exchange
+  was refused for a lock, the engine asks which of its rows are locked. Those wait apart.
+- A lease is extended when a third of it has passed, whether its job runs,
+  waits for a slot, or waits for its settlement to be taken.
+- After an outage that was longer than the lease the worker settles and extends
+  before it claims. Its sweeps never free a job that it holds itself.
+- Before a handler is entered there is no attempt: what was claimed by an exchange
+  whose answer was lost is freed by the worker's own sweeps, uncharged.
+- Jobs that two workers died with are claimed in groups, until the killer is
+  alone; see _isolation.py.
+- A job with an exclusive key is handed out once the server has granted the key.
+- Every step has something to do, or names the time to sleep to.
+"""
+
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import repeat
+from math import inf
+from operator import itemgetter
+
+from bgjob._engine.isolation import Isolation
+from bgjob._engine.notify_lock import Parking
+from bgjob._engine.pace import Pace
+from bgjob._engine.protocol import (
+    MOST_FREED,
+    Claim,
+    ClaimGroup,
+    Committed,
+    Doubtful,
+    Event,
+    Exchange,
+    Fenced,
+    LeaseLost,
+    News,
+    Notice,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+    Reply,
+    Sleep,
+    Step,
+    Stop,
+    Sweep,
+    Withdraw,
+)
+from bgjob._engine.watermarks import Watermarks
+from bgjob._handlers.route import Wants
+from bgjob._sql.claims import Window
+from bgjob._sql.settlements import Claimed
+from bgjob.job import Job
+from bgjob.result import Complete, MoveToDlq, Retry
+
+_MOST = 2000
+"""Jobs in one settlement, and in two claims: one is worked on while the next is fetched."""
+
+_PAUSE = 0.05
+"""Seconds before a refused exchange is tried again; doubles up to the poll interval."""
+
+_MOMENT = 0.002
+"""Seconds before a sweep that completes a claim which found something."""
+
+_CAREFUL = 6
+"""Exchanges after a refusal that carry one kind of work each."""
+
+
+_LONG_LOCKED = 5.0
+"""Seconds for which rows wait apart before it is told."""
+
+
+_token = itemgetter(1)
+_make_claimed = partial(tuple.__new__, Claimed)  # half the time of Claimed(...)
+
+
+def _claimed(jobs: Iterable[Job], token: int) -> list[Claimed]:
+    return list(map(_make_claimed, zip(jobs, repeat(token), repeat(True))))
+
+
+def _keys(outcomes: Iterable[Outcome]) -> list[str]:
+    keys = (outcome.claimed.job.exclusive for outcome in outcomes)
+    return [key for key in keys if key is not None]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The jobs of one claim: they share its token and its lease."""
+
+    expires: float
+    extend_at: float
+    jobs: dict[str, Claimed]
+    places: Sequence[str]
+    """Where their rows were, if it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """An exchange under way, or answered and not acknowledged; its outcomes left pending."""
+
+    exchange: Exchange
+    outcomes: list[Outcome]
+    at: float
+    again: bool
+    """Whether it tries an outcome that was refused alone."""
+    told: bool
+    """Whether its claim answers a notification, or the end of a delay."""
+    vague: bool
+    """Whether it may not find all of that."""
+
+
+class Engine:
+    """Decides what a worker does next for one queue."""
+
+    bulky = 100
+    """Jobs in a claim from which on it is worth while to send exchanges ahead."""
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        poll_interval: float,
+        lease: float,
+        notify: bool,
+        tokens: Iterator[int],
+        queue: str = "",
+        transactional: Collection[str] = (),
+        names_keys: bool = False,
+    ) -> None:
+        self._queue = queue  # for its events
+        self._poll_interval = poll_interval
+        self._lease = lease
+        self._tokens = tokens
+        self._transactional = transactional
+        self._names_keys = names_keys  # whether handlers may find a key for a job that has none
+        self._pace = Pace(concurrency)
+        self._parking = Parking(poll_interval, enabled=notify)
+
+        self._batches: dict[int, _Batch] = {}
+        self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
+        self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
+        self._pending: deque[Outcome] = deque()  # finished and not settled, the oldest first
+        self._refused: deque[Outcome] = deque()  # refused alone: they wait apart from the others
+        self._refused_at = inf  # when the first of them is tried again
+        self._refused_pause = _PAUSE
+        self._spilled = 0  # of them, how many of the oldest are to be left to their leases
+        # Rows, and keys, that others may have locked; none of them holds a slot.
+        self._apart: list[Outcome] = []
+        self._apart_wanting: list[Claimed] = []
+        self._apart_free: dict[str, None] = {}
+        self._apart_at = inf  # when to ask again which of them are locked
+        self._apart_pause = _PAUSE
+        self._apart_since = inf
+        self._has_probed = False  # none was, and an exchange was refused for a lock all the same
+        self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
+        self._sent: deque[_Sent] = deque()
+        # Claims whose answers were lost, by token, and when their leases end. The server may
+        # carry them out, or show them, only later: it may wait for a synchronous standby.
+        self._unanswered: dict[int, float] = {}
+        self._answered_at = -inf
+        self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
+        self._keys_limit = _MOST // 2
+        self._keys_at = -inf  # when they may ask for them again
+        self._keys_pause = _MOMENT
+        self._has_keys = False  # some job has had a key
+        self._free: dict[str, None] = {}  # keys that are to be released, in order
+        self._doomed: list[Claimed] = []  # claims that were given up, whose sessions are to end
+        self._blocked_after = ""  # where to go on looking for such
+        self._stopping = self._abandoned = self._withdrew = False
+        self._leaving: list[Claimed] = []  # abandoned, and the server does not know
+
+        self._marks = Watermarks(poll_interval)
+        self._isolation = Isolation()
+        self._has_more_to_free = False
+        self._idle = False  # the observer knows that the queue is empty
+        self._more = True  # the last claim was full: there is more
+        self._told = False  # something was enqueued since the last claim
+        self._vague = False  # it may lie behind the marks, or be due later
+        self._poll_at = -inf
+        self._due_at = inf  # when the next job that is known of is due
+
+        self._not_before = -inf
+        self._pause = _PAUSE
+        self._settle_limit = _MOST
+        self._claim_limit = _MOST // 2
+        self._careful = 0
+        self._turn = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs that are claimed and not finished."""
+        return self._running
+
+    @property
+    def unsettled(self) -> int:
+        """Jobs that are claimed and not settled."""
+        sent = sum(len(sent.outcomes) for sent in self._sent)
+        apart = len(self._apart) + len(self._apart_wanting)
+        return self._running + len(self._pending) + len(self._refused) + apart + sent
+
+    def running(self) -> list[Claimed]:
+        """Return the claimed jobs that have no outcome yet, also those that were lost."""
+        sent = [outcome for sent in self._sent for outcome in sent.outcomes]
+        outcomes = [*self._pending, *self._refused, *self._apart, *sent]
+        others = {o.claimed for o in outcomes} | {*self._wanting, *self._apart_wanting}
+        others.update(claimed for sent in self._sent for claimed in sent.exchange.acquire)
+        jobs = [c for batch in self._batches.values() for c in batch.jobs.values()]
+        return [*self._lost, *(claimed for claimed in jobs if claimed not in others)]
+
+    @property
+    def slots(self) -> int:
+        """Jobs that may be in a handler at once; fewer than there were where some do not end."""
+        return self._pace.slots
+
+    @slots.setter
+    def slots(self, count: int) -> None:
+        self._pace.slots = count
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that may be in flight now: a slot each, and some ahead while they are quick."""
+        return self._pace.capacity
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether jobs have of late been over sooner than a thread wakes up."""
+        return self._pace.is_quick
+
+    # -- what happened --------------------------------------------------------------
+
+    def finish(self, outcomes: Sequence[Outcome]) -> list[Event]:
+        """Handlers ended; the result of a job that was lost meanwhile is dropped.
+
+        Gives the events of what their own transactions have settled.
+        """
+        if self._names_keys:
+            outcomes = [outcome for outcome in outcomes if not self._wants(outcome)]
+        if self._isolation.has_group:
+            self._isolation.ended(outcome.claimed for outcome in outcomes)
+        self._running -= len(outcomes)
+        self._pace.finished(outcomes)
+        if self._lost:
+            lost = {outcome.claimed for outcome in outcomes} & self._lost
+            outcomes = [outcome for outcome in outcomes if outcome.claimed not in lost]
+            self._lost -= lost
+        events: list[Event] = []
+        if self._transactional:
+            events = [e for o in outcomes if (e := self._settled_itself(o)) is not None]
+            outcomes = [o for o in outcomes if not isinstance(o.result, Committed | Fenced)]
+        self._pending.extend(outcomes)
+        return events
+
+    def _settled_itself(self, outcome: Outcome) -> Event | None:
+        claimed, result, took = outcome
+        match result:
+            case Committed(result):
+                event: Event = Outcome(claimed, result, took)
+            case Fenced():
+                event = LeaseLost(claimed.job)
+            case _:
+                return None
+        self._drop(claimed)
+        if claimed.job.exclusive is not None and not isinstance(result, Fenced):
+            self._free[claimed.job.exclusive] = None
+        self._look()  # it may have been rescheduled
+        return event
+
+    def _wants(self, outcome: Outcome) -> bool:
+        if not isinstance(outcome.result, Wants):
+            return False
+        job, token, is_charged = outcome.claimed
+        claimed = Claimed(job._replace(exclusive=outcome.result.key), token, is_charged)
+        batch = self._batches.get(token)
+        if batch is None or job.id not in batch.jobs:
+            return False  # lost: it is dropped with the others
+        batch.jobs[job.id] = claimed
+        batch.places = ()  # its row is written with its key
+        self._wanting.append(claimed)
+        self._has_keys = True
+        return True
+
+    def give_up(self, claims: Iterable[Claimed]) -> None:
+        """End the sessions of transactional handlers whose jobs have failed before they end."""
+        self._doomed += [c for c in claims if c.job.type in self._transactional]
+
+    def withdrawn(self, claimed: Iterable[Claimed]) -> None:
+        """Jobs were taken back before they started; they return to the queue."""
+        claimed = [*claimed, *self._wanting]
+        self._wanting.clear()
+        finished = len(self._pending)
+        self.finish([Outcome(c, Release(), None) for c in claimed])
+        # They go first: nothing is claimed before they are back in their places.
+        self._pending.rotate(len(self._pending) - finished)
+
+    def wake(self, notice: Notice) -> None:
+        """Something was enqueued, or nobody else asks to be notified any more."""
+        known = self._marks.told(notice.since)
+        self._look(thoroughly=notice.later or notice.relief or not known)
+        if notice.relief:
+            self._parking.relieve()
+
+    def _look(self, *, thoroughly: bool = True) -> None:
+        """Claim next; then, unless what is to be found is at the marks, sweep soon."""
+        self._told = True
+        self._vague |= thoroughly
+
+    def shutdown(self) -> None:
+        """Claim nothing more, give back what has not started, finish, stop."""
+        self._stopping = True
+
+    def abandon(self) -> None:
+        """Stop without waiting for handlers; their jobs are left to their leases.
+
+        Each gets its attempt back: the end of a grace period is not its fault.
+        """
+        if not self._abandoned:
+            lost = self._lost
+            self._leaving = [claimed for claimed in self.running() if claimed not in lost]
+        self._stopping = self._abandoned = True
+
+    # -- what to do -------------------------------------------------------------------
+
+    def step(self, now: float) -> Step:
+        """Give the next thing to do; an Exchange must be answered before the next step."""
+        if self._stopping and not self._withdrew:
+            self._withdrew = True
+            return Withdraw()
+        if self._stopping and (self._wanting or self._apart_wanting):
+            self._want_again(self._apart_wanting)
+            self._apart_wanting = []
+            self.withdrawn([])
+        if now >= self._pace.stale_at(self._running):
+            self._pace.slow_down(now)
+            return Withdraw()
+        held = self._pending or self._refused or self._free or self._apart
+        settled = not (held or self._doomed or self._leaving)
+        done = settled and (self._abandoned or not self._running)
+        if self._stopping and done and not self._parking.parked:
+            return Stop(self._running)
+        if now < self._not_before:
+            return Sleep(self._not_before)
+
+        exchange = Exchange()
+        outcomes: list[Outcome] = []
+        if self._doomed:
+            # By itself: a server that refuses it must not refuse others' settlements.
+            exchange.end, self._doomed = self._doomed, []
+            return self._send(exchange, outcomes, now)
+        if now >= self._apart_at:
+            self._add_probe(exchange)
+            return self._send(exchange, outcomes, now)
+        if now >= self._refused_at:
+            outcomes.append(self._refused.popleft())
+            exchange.settle(outcomes[0])
+            self._add_releases(exchange, outcomes)
+            self._refused_at = now + self._refused_pause if self._refused else inf
+            return self._send(exchange, outcomes, now, again=True)
+        for turn in range(4):
+            match (self._turn + turn) % 4:
+                case 0:
+                    self._add_settlements(exchange, outcomes, self._settle_limit)
+                    self._add_releases(exchange, outcomes)
+                case 1:
+                    self._add_extensions(exchange, outcomes, now)
+                case 2:
+                    self._add_keys(exchange, now)
+                case _:
+                    self._add_claim(exchange, now)
+            if self._careful and exchange:
+                # One kind of work at a time, each in turn, so that trouble with the
+                # one does not stop the others.
+                self._turn += turn + 1
+                break
+        if self._stopping:
+            exchange.park = "give" if done else None
+        else:
+            self._add_parking(exchange, now)
+        if exchange:
+            return self._send(exchange, outcomes, now)
+        return Sleep(self._wake_at(now))
+
+    def flows(self, exchange: Exchange) -> bool:
+        """Whether it is worth while to send the next exchange ahead of this one's answer."""
+        return self._more and exchange.claim is not None and exchange.claim.limit >= self.bulky
+
+    def ahead(self, now: float) -> Exchange | None:
+        """Give the next exchange while the last one is under way, or not acknowledged.
+
+        It is sent as soon as that is answered, so that the server works while its
+        answer is worked on. None unless jobs flow and nothing else is to do.
+        """
+        exchange = Exchange()
+        outcomes: list[Outcome] = []
+        quiet = not (
+            self._careful
+            or self._stopping
+            or self._parking.parked
+            or self._wanting
+            or self._doomed
+            or self._gives_back
+            or any(sent.exchange.give_back for sent in self._sent)
+            or self._is_held_up(now)
+            or any(batch.extend_at <= now for batch in self._batches.values())
+        )
+        if self._more and quiet and self._claimable >= self.bulky:
+            self._add_claim(exchange, now)
+            if self.flows(exchange):
+                self._add_settlements(exchange, outcomes, self._settle_limit)
+                self._add_releases(exchange, outcomes)
+                return self._send(exchange, outcomes, now)
+        return None
+
+    def _send(
+        self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
+    ) -> Exchange:
+        told = vague = False
+        if exchange.claim and exchange.claim.looks:
+            vague, self._vague = self._vague or self._due_at <= now, False
+            told, self._told = self._told or vague, False
+        self._sent.append(_Sent(exchange, outcomes, now, again, told, vague))
+        return exchange
+
+    def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], limit: int) -> None:
+        pending, completed = self._pending, exchange.complete
+        for _ in range(min(limit, len(pending))):
+            outcome = pending.popleft()
+            outcomes.append(outcome)
+            if type(outcome.result) is Complete:  # nearly all are
+                completed.append(outcome.claimed)
+            else:
+                exchange.settle(outcome)
+        exchange.is_parked = self._parking.parked
+        if completed:
+            self._add_places(exchange)
+
+    def _add_places(self, exchange: Exchange) -> None:
+        """Add the places of rows whose whole claim is done."""
+        for token, count in Counter(map(_token, exchange.complete)).items():
+            batch = self._batches.get(token)
+            if batch is not None and batch.places and count == len(batch.jobs):
+                exchange.places[token] = batch.places
+
+    def _add_releases(self, exchange: Exchange, outcomes: list[Outcome]) -> None:
+        if self._has_keys:
+            exchange.release += _keys(outcomes)
+
+    def _add_keys(self, exchange: Exchange, now: float) -> None:
+        if self._free:
+            free = [*self._free][: self._keys_limit]
+            exchange.release += free
+            for key in free:
+                del self._free[key]
+        if self._wanting and now >= self._keys_at:
+            count = min(len(self._wanting), self._keys_limit)
+            exchange.acquire = [self._wanting.popleft() for _ in range(count)]
+
+    def _add_probe(self, exchange: Exchange) -> None:
+        """Ask which of the rows that wait apart are locked."""
+        exchange.probe = [outcome.claimed for outcome in self._apart]
+        wanting = [str(claimed.job.exclusive) for claimed in self._apart_wanting]
+        exchange.probe_keys = [*_keys(self._apart), *wanting, *self._apart_free]
+        self._apart_at = inf
+
+    def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
+        if self._leaving:
+            ended = {o.claimed for o in [*outcomes, *self._pending]}
+            exchange.abandon = [c for c in self._leaving if c not in ended]
+            self._leaving = []
+        due = [batch for batch in self._batches.values() if batch.extend_at <= now]
+        if due:
+            leaving = {outcome.claimed for outcome in outcomes}
+            exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in leaving]
+
+    def _add_claim(self, exchange: Exchange, now: float) -> None:
+        if self._stopping or exchange.give_back or self._gives_back:
+            return  # what was not started is due before what would be claimed now
+        if not self._careful and any(
+            batch.expires <= now and batch.extend_at <= now for batch in self._batches.values()
+        ):
+            return  # this exchange settles and extends what another worker may free
+        limit = self._claimable
+        held_up = self._is_held_up(now)
+        is_groups_turn = (
+            held_up
+            and self._has_free_slot
+            and self._isolation.wants_group(now, running=self._running)
+        )
+        if now >= self._marks.sweep_at and (
+            # What a group without an answer has claimed is freed before the next.
+            (held_up and (self._unanswered or not is_groups_turn))
+            or limit <= 0
+            or self._has_more_to_free
+        ):
+            self._add_sweep(exchange, 0, next(self._tokens), now)
+            return
+        if is_groups_turn:
+            free = min(self._pace.slots - self._running, self._claim_limit)
+            exchange.claim = ClaimGroup(free, next(self._tokens))
+        if limit <= 0 or held_up:
+            return
+        if not self._wants_claim(now):
+            return
+        # While there is more, sweeps come when they are due; after a wait, before
+        # a sleep, or where nothing is known yet, as soon as they can be afforded. What
+        # is told of is nearly always at the mark: it is not to wait for a sweep.
+        marks = self._marks
+        at = marks.sweep_at if self._more or self._told else marks.early_sweep_at
+        token = next(self._tokens)
+        if now >= at or not marks.known:
+            self._add_sweep(exchange, limit, token, now)
+        else:
+            exchange.claim = Claim(limit, token, marks.start(now))
+            self._watch(exchange)
+
+    def _add_sweep(self, exchange: Exchange, limit: int, token: int, now: float) -> None:
+        window = self._marks.window()
+        if window is not None:
+            limit = 0
+        for gone in [gone for gone, until in self._unanswered.items() if until <= now]:
+            del self._unanswered[gone]
+        unanswered = tuple(self._unanswered)
+        exchange.claim = Sweep(limit, token, self._blocked_after, self._held, window, unanswered)
+        if limit:
+            self._watch(exchange)
+
+    @property
+    def _held(self) -> tuple[int, ...]:
+        """Tokens whose jobs no sweep of this worker may free, though their lease has ended."""
+        sent = (sent.exchange.claim.token for sent in self._sent if sent.exchange.claim)
+        return *self._batches, *sent
+
+    def _watch(self, exchange: Exchange) -> None:
+        if not self._parking.parked:  # while it is, no enqueue is under way unseen
+            exchange.watch = "claims" if self._marks.has_seen else "all"
+
+    def _add_parking(self, exchange: Exchange, now: float) -> None:
+        alone = not exchange
+        idle = isinstance(exchange.claim, Sweep) and not self._more
+        if not alone and (self._careful or not (idle or self._parking.parked)):
+            return
+        exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
+        if exchange.park == "give":
+            exchange.watch = "claims"  # from here on they do not tell
+        if exchange.park == "take":
+            exchange.is_deputy = self._parking.is_deputy
+            exchange.relieve = self._parking.relieves
+        if exchange.park == "take" and alone and self._parking.polls and not self._careful:
+            # The look that has to follow travels with it. A sweep's survey shows even
+            # what becomes due between the transaction's beginning and the lock.
+            limit = self._claimable
+            if limit > 0 and now >= self._marks.early_sweep_at:
+                self._add_sweep(exchange, limit, next(self._tokens), now)
+
+    @property
+    def _gives_back(self) -> bool:
+        return bool(self._pending) and type(self._pending[0].result) is Release
+
+    @property
+    def _claimable(self) -> int:
+        return min(self._room(), self._claim_limit)
+
+    def _room(self) -> int:
+        if len(self._refused) + len(self._apart) + len(self._apart_wanting) >= _MOST:
+            return 0
+        asked = sum(sent.exchange.claim.limit for sent in self._sent if sent.exchange.claim)
+        return self.capacity - self._running - asked
+
+    def _wants_claim(self, now: float) -> bool:
+        return (
+            self._more
+            or self._told
+            or now >= min(self._poll_at, self._due_at, self._parking.look_at)
+            or now >= min(self._marks.sweep_at, self._marks.look_back_at)
+        )
+
+    @property
+    def _has_free_slot(self) -> bool:
+        return self._running < self._pace.slots
+
+    def _has_room_for_others(self, now: float) -> bool:
+        return self._has_free_slot and not self._is_held_up(now)
+
+    def _is_held_up(self, now: float) -> bool:
+        """Whether nothing but a group of suspects may be claimed."""
+        isolation = self._isolation
+        if not isolation.is_needed:
+            return False
+        was_held_up = isolation.has_begun
+        is_held_up = isolation.holds_up(now, is_free=self._has_free_slot)
+        if was_held_up and not is_held_up:
+            self._look()
+        return is_held_up
+
+    def _wake_at(self, now: float) -> float:
+        times = [now + self._poll_interval, self._refused_at, self._apart_at]
+        if self._wanting:
+            times.append(self._keys_at)
+        times += [batch.extend_at for batch in self._batches.values()]
+        if not self._stopping:
+            is_held_up = self._is_held_up(now)
+            if self._isolation.is_needed:
+                times.append(self._isolation.wake_at(now))
+            if not is_held_up and self._room() > 0:
+                times += [self._poll_at, self._due_at, self._parking.look_at]
+                times.append(self._marks.look_back_at)
+            times.append(self._marks.sweep_at)
+            free = self._has_room_for_others(now)
+            times.append(self._parking.wake_at(now, free=free))
+            times.append(self._pace.stale_at(self._running))
+        return min(times)
+
+    # -- what came of it ----------------------------------------------------------------
+
+    def acknowledge(self, reply: Reply, now: float) -> News:
+        """Take the answer to an exchange, which was committed."""
+        sent, news = self._answered(), News()
+        self._pace.exchanged(now - max(sent.at, self._answered_at))
+        self._answered_at = now
+        self._not_before, self._pause = -inf, _PAUSE
+        self._careful = max(self._careful - 1, 0)
+        if not self._careful:
+            self._turn = 0
+        if sent.outcomes:
+            self._settle_limit = min(2 * self._settle_limit, _MOST)
+            if sent.again:
+                # One that was refused has been taken: the others may be, too.
+                self._pending.extend(self._refused)
+                self._refused.clear()
+                self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
+            self._has_probed = False
+        if sent.exchange.claim is not None and sent.exchange.claim.limit:
+            self._claim_limit = min(self._claim_limit + self._claim_limit // 8 + 1, _MOST // 2)
+        if sent.exchange.probes:
+            self._probed(reply, news, now)
+        if self._spilled:
+            self._lose([o.claimed for o in [*self._refused][: self._spilled]], news)
+            self._spilled = 0
+        due_at = self._settled(sent, reply, news, now)
+        self._granted(sent, reply, now, news)
+        self._extended(sent, reply, news)
+        park, seen = sent.exchange.park, reply.seen
+        was_covered = self._parking.is_covered
+        if park:
+            self._parking.answered(park, reply.parked, now)
+        self._claimed(sent, reply, now, news)
+        if seen is not None and park == "give":
+            self._marks.unparked(seen.at)
+        elif seen is not None:
+            self._marks.saw(seen, now)
+        if park == "take":
+            claim = sent.exchange.claim
+            looked = claim is not None and claim.looks
+            if self._parking.parked:
+                self._marks.parked(now, looked=looked and not self._more)
+            if not looked and not (was_covered and self._parking.is_covered):
+                self._look()  # what was committed before the lock was taken
+        # Its claim, and its survey, came before the settlements.
+        self._due_at = min(self._due_at, due_at)
+        if not self._idle and self._waits(now):
+            self._idle = True
+            news.events.append(QueueIsEmpty(self._queue))
+        return news
+
+    def reject(self, now: float, *, for_lock: bool = False, for_data: bool = False) -> bool:
+        """Record that the server refused the exchange: nothing of it happened.
+
+        Its outcomes are tried again in smaller parts and after the others, until
+        the one that is refused stands alone. That one waits apart, and keeps
+        neither a slot nor its neighbours.
+
+        Where it was refused for a lock, the engine asks which rows are locked. Only they
+        are left apart. Returns False in that case: there is nothing to tell.
+
+        Of outcomes that were refused for their data, such as a foreign key of the user's, and
+        may be for good, only so many are kept: the oldest are left to their leases. Others
+        are all kept, and nothing more is claimed when there are too many.
+        """
+        sent = self._answered()
+        while self._sent:
+            self._take_back(self._sent.pop())
+        if sent.exchange.probes:
+            self._apart_at = now + self._apart_pause
+        elif for_lock and not self._has_probed and self._leave_apart(sent):
+            self._apart_at = now
+            self._claim_again(sent)
+            self._careful = _CAREFUL
+            return False
+        wanting, free = sent.exchange.acquire, self._freed(sent)
+        if wanting or free:
+            # As with outcomes: a key that cannot be locked comes to stand alone, and last.
+            self._keys_limit = max(max(len(wanting), len(free)) // 2, 1)
+            self._wanting += wanting
+            self._free.update(free)
+        self._claim_again(sent)
+        claim = sent.exchange.claim
+        if claim is not None and claim.looks:
+            self._isolation.others_looked(now)  # the turn of the suspects comes all the same
+        if isinstance(claim, Sweep):
+            self._marks.refused(claim.window, began=sent.at, now=now)
+        if claim is not None and claim.limit and not sent.outcomes:
+            # It may have been too much for the server, or for the network in time.
+            self._claim_limit = max(claim.limit // 2, 1)
+        if not self._careful:  # refused once more, it is left to its leases
+            self._leaving += sent.exchange.abandon
+        self._careful = _CAREFUL
+        if len(sent.outcomes) == 1:
+            self._refused += sent.outcomes
+            if for_data and len(self._refused) > _MOST // 2:
+                self._spilled += 1
+            if sent.again:
+                self._refused_pause = self._longer(self._refused_pause)
+            if sent.again or self._refused_at == inf:
+                self._refused_at = now + self._refused_pause
+            return True
+        if sent.outcomes:
+            self._settle_limit = len(sent.outcomes) // 2
+            self._pending += sent.outcomes
+        self._rest(now)
+        return True
+
+    def _leave_apart(self, sent: _Sent) -> bool:
+        """Leave apart what an exchange has locked; False if it was nothing."""
+        wanting, free = sent.exchange.acquire, self._freed(sent)
+        self._apart += sent.outcomes
+        self._apart_wanting += wanting
+        self._apart_free.update(free)
+        self._running -= len(wanting)
+        self._isolation.ended(wanting)
+        return bool(sent.outcomes or wanting or free)
+
+    def _probed(self, reply: Reply, news: News, now: float) -> None:
+        """Go on with what others have not locked; ask of the rest again, ever more seldom."""
+        barred, keys = {*reply.barred}, {*reply.barred_keys}
+
+        def is_barred(claimed: Claimed) -> bool:
+            return claimed.job.id in barred or claimed.job.exclusive in keys
+
+        self._pending.extend(o for o in self._apart if not is_barred(o.claimed))
+        self._apart = [o for o in self._apart if is_barred(o.claimed)]
+        self._want_again([c for c in self._apart_wanting if c.job.exclusive not in keys])
+        self._apart_wanting = [c for c in self._apart_wanting if c.job.exclusive in keys]
+        self._free.update(dict.fromkeys(key for key in self._apart_free if key not in keys))
+        self._apart_free = {key: None for key in self._apart_free if key in keys}
+        # One that is refused for a lock now waits for rows that are not the worker's.
+        self._has_probed = not (barred or keys)
+        if self._has_probed:
+            self._apart_pause, self._apart_since = _PAUSE, inf
+            return
+        self._apart_at = now + self._apart_pause
+        self._apart_pause = self._longer(self._apart_pause)
+        self._apart_since = min(self._apart_since, now)
+        if now >= self._apart_since + _LONG_LOCKED:
+            self._apart_since = now
+            ids = [o.claimed.job.id for o in self._apart]
+            news.locked = [*ids, *(c.job.id for c in self._apart_wanting)]
+
+    def _want_again(self, claimed: Sequence[Claimed]) -> None:
+        self._wanting += claimed
+        self._running += len(claimed)
+        self._isolation.resumed(claimed)
+
+    def disconnect(self, now: float) -> None:
+        """Take it that the connection is gone; an exchange under way happened, or did not."""
+        while self._sent:
+            sent = self._sent.pop()
+            self._unsure.update(outcome.claimed for outcome in sent.outcomes)
+            if sent.exchange.claim is not None and sent.exchange.claim.limit:
+                self._unanswered[sent.exchange.claim.token] = sent.at + self._lease
+                self._marks.start_again()
+                self._isolation.others_looked(now)
+            self._take_back(sent)
+        self._parking.lose()
+        self._look()
+        self._rest(now)
+
+    def _take_back(self, sent: _Sent) -> None:
+        if sent.exchange.probes:
+            self._apart_at = -inf
+        self._doomed += sent.exchange.end
+        self._leaving += sent.exchange.abandon
+        self._wanting.extendleft(reversed(sent.exchange.acquire))
+        self._free.update(self._freed(sent))
+        self._pending.extendleft(reversed(sent.outcomes))
+        self._claim_again(sent)
+
+    def _claim_again(self, sent: _Sent) -> None:
+        if isinstance(sent.exchange.claim, Claim):
+            self._marks.again(sent.exchange.claim.marks)
+        if sent.told:
+            self._look()
+
+    def reconnect(self) -> None:
+        """There is a connection again: look at everything."""
+        self._not_before = -inf
+        self._marks.sweep_at = -inf
+
+    @staticmethod
+    def _freed(sent: _Sent) -> dict[str, None]:
+        """Give the keys that it releases beside those of its outcomes."""
+        return dict.fromkeys(sent.exchange.release[len(_keys(sent.outcomes)) :])
+
+    def _answered(self) -> _Sent:
+        if not self._sent:
+            raise RuntimeError("no exchange is under way")
+        return self._sent.popleft()
+
+    def _rest(self, now: float) -> None:
+        self._not_before = now + self._pause
+        self._pause = self._longer(self._pause)
+
+    def _longer(self, pause: float) -> float:
+        # Never so long that a lease might end meanwhile.
+        return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
+
+    def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> float:
+        """Tell of what is settled; give the time at which the first of it is due again."""
+        settled, due_at, events = reply.settled, inf, news.events
+        outcomes, places = sent.outcomes, sent.exchange.places
+        if places and len(settled) < len(outcomes):
+            outcomes = self._found(sent, settled)
+        elif places and not self._unsure:
+            batches = [b for t in places if (b := self._batches.get(t)) is not None]
+            if len(outcomes) == sum(len(batch.jobs) for batch in batches):
+                # Whole claims, and nothing else: not each job for itself.
+                for token in places:
+                    del self._batches[token]
+                events += outcomes
+                return due_at
+        for outcome in outcomes:
+            claimed, result, took = outcome
+            batch = self._drop(claimed)
+            if batch is None:
+                continue  # lost while this was under way
+            if type(result) is Complete and not self._unsure and claimed.job.id in settled:
+                events.append(outcome)  # nearly all go this way
+                continue
+            unsure = claimed in self._unsure
+            if unsure:
+                self._unsure.discard(claimed)
+            doubtful = isinstance(result, Doubtful)
+            if claimed.job.id not in settled:
+                # Where it is not there, but nobody else can have had it, the settlement
+                # whose answer was lost had been committed. Of two such, who knows which?
+                if unsure == doubtful or sent.at >= batch.expires:
+                    news.events.append(LeaseLost(claimed.job))
+                    continue
+                result = result.result if isinstance(result, Doubtful) else result
+            elif isinstance(result, Doubtful):
+                result = result.otherwise
+            if isinstance(result, Release):
+                # It kept its due time, which is behind the marks.
+                known = self._marks.told({claimed.job.priority: claimed.job.next_run_at})
+                self._look(thoroughly=not known)
+                continue
+            news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
+            if not isinstance(result, Complete | MoveToDlq):
+                due_at = min(due_at, now + outcome.delay)
+                if isinstance(result, Retry) and result.priority is not None:
+                    self._marks.retried(result.priority)
+        return due_at
+
+    def _found(self, sent: _Sent, settled: set[str]) -> list[Outcome]:
+        """Leave out those that were not at their places: they are sought by their ids next."""
+        found: list[Outcome] = []
+        astray: list[Outcome] = []
+        for outcome in sent.outcomes:
+            job, token, _ = outcome.claimed
+            batch = self._batches.get(token) if token in sent.exchange.places else None
+            if batch is None or job.id in settled or job.id not in batch.jobs:
+                found.append(outcome)
+            else:
+                batch.places = ()
+                astray.append(outcome)
+        self._pending.extendleft(reversed(astray))
+        return found
+
+    def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
+        """Hand out the jobs that have their keys; others have gone to wait, or ask again soon."""
+        locked: list[Claimed] = []
+        for claimed in sent.exchange.acquire:
+            batch = self._batches.get(claimed.token)
+            if batch is None or claimed.job.id not in batch.jobs:
+                self._running -= 1  # lost while this was under way
+                self._isolation.ended([claimed])
+                self._lost.discard(claimed)
+                continue
+            has_key = reply.acquired.get((claimed.job.id, claimed.token), False)
+            if has_key:
+                news.run.append(claimed)
+            elif has_key is None:
+                locked.append(claimed)
+            else:
+                self._running -= 1
+                self._isolation.ended([claimed])
+                self._drop(claimed)
+        if sent.exchange.acquire:
+            self._wanting += locked
+            self._keys_at = now + self._keys_pause if locked else -inf
+            self._keys_pause = min(2 * self._keys_pause, _PAUSE) if locked else _MOMENT
+        if sent.exchange.acquire or sent.exchange.release:
+            self._keys_limit = min(2 * self._keys_limit, _MOST // 2)
+        if reply.woken:
+            since = {
+                priority: min(w.since for w in reply.woken if w.priority == priority)
+                for priority in {w.priority for w in reply.woken}
+            }
+            self.wake(Notice(since))
+
+    def _drop(self, claimed: Claimed) -> _Batch | None:
+        """Let a claim go; give its batch, or None if it is gone already."""
+        batch = self._batches.get(claimed.token)
+        if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+            return None
+        if not batch.jobs:
+            del self._batches[claimed.token]
+        return batch
+
+    def _extended(self, sent: _Sent, reply: Reply, news: News) -> None:
+        lost = []
+        for claimed in sent.exchange.extend:
+            batch = self._batches.get(claimed.token)
+            if batch is None or claimed.job.id not in batch.jobs:
+                continue  # its own transaction has settled it meanwhile
+            batch.extend_at = sent.at + self._lease / 3
+            batch.places = ()
+            if claimed.job.id in reply.extended:
+                batch.expires = sent.at + self._lease
+            elif claimed not in self._unsure and claimed.job.type not in self._transactional:
+                lost.append(claimed)  # the transaction of others tells by itself
+        if lost:
+            self._lose(lost, news)
+
+    def _lose(self, claims: list[Claimed], news: News) -> None:
+        """Give up claims that others have: drop their outcomes, those to come as well."""
+        lost = set(claims)
+        sent = [outcome for sent in self._sent for outcome in sent.outcomes]
+        waiting = [*self._pending, *self._refused, *self._apart]
+        finished = {o.claimed for o in [*waiting, *sent]} & lost
+        apart = lost & set(self._apart_wanting)  # counted as if they had ended
+        self._apart = [o for o in self._apart if o.claimed not in lost]
+        self._apart_wanting = [c for c in self._apart_wanting if c not in apart]
+        self._pending = deque(o for o in self._pending if o.claimed not in lost)
+        self._refused = deque(o for o in self._refused if o.claimed not in lost)
+        if not self._refused:
+            self._refused_at = inf
+        self._unsure -= lost
+        wanting = lost & set(self._wanting)  # no handler has them
+        if wanting:
+            self._wanting = deque(c for c in self._wanting if c not in wanting)
+            self._running -= len(wanting)
+            self._isolation.ended(wanting)
+        self._lost |= lost - finished - wanting - apart
+        if lost - finished:
+            self._pace.hurry_back()  # those that have not started must not start now
+        for claimed in claims:
+            if (batch := self._drop(claimed)) is not None:
+                batch.places = ()  # an outcome under way may count for one that it has no more
+            news.events.append(LeaseLost(claimed.job))
+
+    def _waits(self, now: float) -> bool:
+        return not (
+            self._running
+            or self._pending
+            or self._sent
+            or self._more
+            or self._told
+            or self._isolation.is_needed
+            or not self._parking.settled(now)
+        )
+
+    def _claimed(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
+        match sent.exchange.claim:
+            case ClaimGroup(_, token):
+                is_charged = len(reply.group) + reply.unread == 1
+                self._isolation.claimed(token, len(reply.group))
+                group = [Claimed(job, token, is_charged) for job in reply.group]
+                self._hold(group, sent, now, news)
+            case Sweep(window=Window() as window):
+                is_new = self._marks.swept_part(window, reply.lines, began=sent.at, now=now)
+                self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
+                found = {stray.priority: stray.since for stray in reply.strays}
+                self._marks.told(found)
+                self._freed_by(reply)
+                if found or is_new:
+                    self._look(thoroughly=False)
+                self._surveyed(reply, now)
+            case Sweep(0):
+                self._swept(reply, sent, now, full=True)
+                self._has_more_to_free = False
+                if reply.swept.freed == MOST_FREED:
+                    self._marks.sweep_at = self._marks.early_sweep_at
+            case Sweep(limit, token):
+                jobs, freed, _ = reply.swept
+                self._looked(jobs, now, full=len(jobs) + freed + reply.unread == limit)
+                self._swept(reply, sent, now, full=self._more)
+                if freed and self._more:
+                    # There may be more to free than there are slots.
+                    self._has_more_to_free, self._marks.sweep_at = True, -inf
+                self._surveyed(reply, now)
+                self._hold(_claimed(jobs, token), sent, now, news)
+            case Claim(limit, token, starts):
+                jobs, places = reply.claimed
+                self._marks.answered()
+                self._looked(jobs, now, starts, full=len(jobs) + reply.unread == limit)
+                if sent.vague and not self._more:
+                    # What was told of may lie behind the marks, or have a priority that is
+                    # not known yet, and when the next job is due only a sweep finds out.
+                    self._due_at = inf
+                    # Not at once: the thread that was woken for a job wants the interpreter,
+                    # and its settlement may travel with the sweep.
+                    soon = max(self._marks.early_sweep_at, now + _MOMENT if jobs else now)
+                    self._marks.sweep_at = min(self._marks.sweep_at, soon)
+                self._hold(_claimed(jobs, token), sent, now, news, places)
+
+    def _surveyed(self, reply: Reply, now: float) -> None:
+        self._free.update(dict.fromkeys(reply.blocked.keys))
+        self._blocked_after = reply.blocked.after
+        if reply.blocked.after:  # there are more keys to look at than a sweep may
+            self._marks.sweep_at = min(self._marks.sweep_at, self._marks.early_sweep_at)
+        waits = [line.wait for line in reply.lines if line.wait is not None]
+        self._due_at = now + max(min(waits), 0.0) if waits else inf
+
+    def _swept(self, reply: Reply, sent: _Sent, now: float, *, full: bool) -> None:
+        self._marks.swept(reply.lines, reply.seen, full=full, began=sent.at, now=now)
+        self._freed_by(reply)
+        self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
+
+    def _freed_by(self, reply: Reply) -> None:
+        """Start the next claim where a sweep has freed jobs that are not suspects."""
+        if reply.swept.since is not None:
+            self._marks.freed(reply.swept.since)
+            self._look(thoroughly=False)
+
+    def _looked(
+        self,
+        jobs: list[Job],
+        now: float,
+        starts: Mapping[int, datetime] | None = None,
+        *,
+        full: bool,
+    ) -> None:
+        self._isolation.others_looked(now)
+        self._more = full
+        self._poll_at = now + self._poll_interval
+        self._parking.arrived(len(jobs), now)
+        self._marks.claimed(jobs, starts, full=full)
+
+    def _hold(
+        self,
+        claimed: list[Claimed],
+        sent: _Sent,
+        now: float,
+        news: News,
+        places: Sequence[str] = (),
+    ) -> None:
+        if not claimed:
+            return
+        self._idle = False
+        self._pace.claimed(claimed, now)
+        expired = [b for b in self._batches.values() if b.expires <= now]
+        if expired or self._unsure:
+            # Two claims of one job must not meet in one statement: it would hit either.
+            again = {c.job.id for c in claimed}
+            doubtful = (b for c in self._unsure if (b := self._batches.get(c.token)) is not None)
+            batches = {id(b): b for b in [*expired, *doubtful]}.values()
+            ours = [c for b in batches for c in b.jobs.values() if c.job.id in again]
+            if ours:
+                self._lose(ours, news)  # to ourselves
+        self._batches[claimed[0].token] = _Batch(
+            sent.at + self._lease,
+            sent.at + self._lease / 3,
+            {c.job.id: c for c in claimed},
+            places,
+        )
+        self._running += len(claimed)
+        keyed = [c for c in claimed if c.job.exclusive is not None]
+        if keyed:
+            self._has_keys = True
+            self._wanting.extend(keyed)
+            claimed = [c for c in claimed if c.job.exclusive is None]
+        news.run.extend(claimed)

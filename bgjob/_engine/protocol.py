@@ -1,0 +1,464 @@
+"""The words between the engine and whoever drives it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+from bgjob._handlers.route import Wants
+from bgjob._sql.claims import (
+    Line,
+    Stray,
+    Swept,
+    Taken,
+    UnderWay,
+    Window,
+    claim,
+    claim_group,
+    free,
+    free_within,
+    strays,
+    survey,
+    survey_known,
+    sweep,
+    under_way,
+)
+from bgjob._sql.keys import (
+    Blocked,
+    Woken,
+    acquire,
+    barred_keys,
+    blocked,
+    lock_keys,
+    release,
+)
+from bgjob._sql.notices import EVERYTHING, LATER, park, unpark
+from bgjob._sql.settlements import (
+    Buried,
+    Claimed,
+    Postponed,
+    abandon,
+    barred,
+    bury,
+    complete,
+    complete_at,
+    end_sessions,
+    extend,
+    give_back,
+    postpone,
+)
+from bgjob._sql.statement import Statement
+from bgjob.job import Job
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
+
+# -- the engine's steps -------------------------------------------------------------
+
+
+MOST_FREED = 1000
+"""Jobs that one sweep sets free, where it claims nothing."""
+
+MOST_LOOKED_AT = 2000
+"""Keys that one sweep looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Claim up to `limit` jobs from the marks on."""
+
+    limit: int
+    token: int
+    marks: dict[int, datetime]
+    """First due time by priority."""
+    looks: ClassVar = True
+    """Whether it answers a notification."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Claim up to `limit` jobs wherever they lie; free ended leases; survey."""
+
+    limit: int
+    """0 frees ended leases only."""
+    token: int
+    after: str = ""
+    """The key after which to look for such as are blocked."""
+    held: tuple[int, ...] = ()
+    """Tokens of the worker itself, whose jobs it does not free."""
+    window: Window | None = None
+    """Where alone to look for ended leases and strays; it claims nothing then."""
+    unanswered: tuple[int, ...] = ()
+    """Tokens of the worker's claims whose answers were lost; their jobs are freed at once."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether it answers a notification."""
+        return self.limit > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimGroup:
+    """Claim up to `limit` suspects, for one of which workers may have died."""
+
+    limit: int
+    token: int
+    looks: ClassVar = False
+
+
+Plan: TypeAlias = list[tuple[Statement[Any], str]]
+"""Statements in the order in which they must run, each with its part of the Reply."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One round trip in one transaction; an empty part is left out."""
+
+    complete: list[Claimed] = field(default_factory=list)
+    places: dict[int, Sequence[str]] = field(default_factory=dict)
+    """Where the rows of claims were, by token, all of whose jobs `complete` has."""
+    postpone: list[Postponed] = field(default_factory=list)
+    bury: list[Buried] = field(default_factory=list)
+    give_back: list[Claimed] = field(default_factory=list)
+    """Jobs that did not start."""
+    is_parked: bool = False
+    """Whether this session holds the notify lock, so that the server cannot tell from it
+    whether another worker sleeps."""
+    abandon: list[Claimed] = field(default_factory=list)
+    """Jobs that still run when the worker ends."""
+    extend: list[Claimed] = field(default_factory=list)
+    acquire: list[Claimed] = field(default_factory=list)
+    """Jobs that want their keys."""
+    release: list[str] = field(default_factory=list)
+    """Keys whose jobs are settled, or wait for nothing."""
+    probe: list[Claimed] = field(default_factory=list)
+    """Jobs whose rows others may have locked."""
+    probe_keys: list[str] = field(default_factory=list)
+    """Keys whose rows others may have locked."""
+    end: Sequence[Claimed] = ()
+    """Claims that were given up, whose handlers' sessions are to end."""
+    park: Literal["take", "give"] | None = None
+    is_deputy: bool = False
+    """With "take": whether this session is the deputy already."""
+    relieve: bool = False
+    """With "take": whether others have to look if the lock is had; as `notices.park`."""
+    claim: Claim | Sweep | ClaimGroup | None = None
+    watch: Literal["claims", "all"] | None = None
+    """Whether to tell what is under way: all that claims have to know, or all that is."""
+
+    @property
+    def claims_only(self) -> bool:
+        """Whether a refusal can only be of its claim."""
+        others = (self.complete, self.postpone, self.bury, self.give_back, self.extend)
+        keys = (self.acquire, self.release, self.probe, self.probe_keys)
+        return self.claim is not None and not any(others) and not any(keys)
+
+    def settle(self, outcome: "Outcome") -> None:
+        """Add the settlement of a job."""
+        claimed, result = outcome.claimed, outcome.result
+        match result.otherwise if isinstance(result, Doubtful) else result:
+            case Complete():
+                self.complete.append(claimed)
+            case Retry(_, error, priority=priority):
+                text = error_text(error)
+                self.postpone.append(
+                    Postponed(claimed, outcome.delay, text, refund=False, priority=priority)
+                )
+            case Reschedule():
+                self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
+            case Release():
+                self.give_back.append(claimed)
+            case MoveToDlq(error):
+                self.bury.append(Buried(claimed, error_text(error) or ""))
+            case Committed() | Fenced() | Wants():
+                raise AssertionError("it is settled, or not to be settled")
+
+    @property
+    def probes(self) -> bool:
+        """Whether it asks what others have locked."""
+        return bool(self.probe or self.probe_keys)
+
+    def statements(self, queue: str, lease: float, served: Collection[str] = ()) -> Plan:
+        """Return the SQL; `served` are the queues of the same worker."""
+        plan: Plan = []
+        if self.end:
+            plan.append((end_sessions(self.end), "ended"))
+        if self.park == "take":
+            # What the claim does not see notifies.
+            taking = park(queue, is_deputy=self.is_deputy, relieve=self.relieve)
+            plan.append((taking, "parked"))
+        # The claim comes first: its jobs are read while the server settles others.
+        match self.claim:
+            case Sweep(0, after=after, window=Window() as window) as part:
+                frees = free_within(
+                    queue,
+                    window,
+                    limit=MOST_FREED,
+                    held=part.held,
+                    unanswered=part.unanswered,
+                )
+                plan.append((frees, "swept"))
+                plan.append((survey_known(queue, window), "lines"))
+                plan.append((strays(queue, window), "strays"))
+                unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
+                plan.append((unheld, "blocked"))
+            case Sweep(0, held=held, unanswered=unanswered):
+                frees = free(queue, limit=MOST_FREED, held=held, unanswered=unanswered)
+                plan.append((frees, "swept"))
+                plan.append((survey(queue), "lines"))
+            case Sweep(limit, token, after, held, unanswered=unanswered):
+                sweeps = sweep(
+                    queue,
+                    limit=limit,
+                    lease=lease,
+                    token=token,
+                    held=held,
+                    unanswered=unanswered,
+                )
+                plan.append((sweeps, "swept"))
+                plan.append((survey(queue), "lines"))
+                unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
+                plan.append((unheld, "blocked"))
+            case ClaimGroup(limit, token):
+                group = claim_group(queue, limit=limit, lease=lease, token=token)
+                plan.append((group, "group"))
+            case Claim(limit, token, marks):
+                statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
+                plan.append((statement, "claimed"))
+        if self.watch:
+            plan.append((under_way(surely=self.watch == "all"), "seen"))
+        others = self.complete
+        if self.places:
+            ids = [c.job.id for c in others if c.token in self.places]
+            plan.append((complete_at(self.places, ids), "settled"))
+            others = [c for c in others if c.token not in self.places]
+        if others:
+            plan.append((complete(others), "settled"))
+        if self.postpone:
+            plan.append((postpone(self.postpone), "settled"))
+        if self.bury:
+            plan.append((bury(self.bury), "settled"))
+        if self.give_back:
+            plan.append((give_back(queue, self.give_back, tell=self.is_parked), "settled"))
+        if self.abandon:
+            plan.append((abandon(self.abandon), "abandoned"))
+        if self.extend:
+            plan.append((extend(self.extend, lease=lease), "extended"))
+        if self.acquire or self.release:
+            keys = [str(claimed.job.exclusive) for claimed in self.acquire]
+            plan.append((lock_keys([*keys, *self.release]), "locked"))
+        if self.acquire:
+            plan.append((acquire(queue, self.acquire), "acquired"))
+        if self.release:
+            plan.append((release(queue, self.release), "woken"))
+        if self.probe:
+            plan.append((barred(self.probe), "barred"))
+        if self.probe_keys:
+            plan.append((barred_keys(self.probe_keys), "barred_keys"))
+        if self.park == "give":
+            plan.append((unpark(queue), "parked"))
+        return plan
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to exchange."""
+        return bool(
+            self.complete
+            or self.postpone
+            or self.bury
+            or self.give_back
+            or self.abandon
+            or self.extend
+            or self.acquire
+            or self.release
+            or self.probes
+            or self.end
+            or self.park
+            or self.claim
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take back the jobs that no handler has started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Nothing to do before this time, unless something happens."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Everything is settled, but for the jobs that are abandoned to their leases."""
+
+    abandoned: int
+
+
+Step: TypeAlias = Exchange | Withdraw | Sleep | Stop
+
+
+# -- what the engine is told ----------------------------------------------------------
+
+
+class Notice(NamedTuple):
+    """What notifications told of a queue."""
+
+    since: Mapping[int, datetime] = {}
+    """By priority, when the first transaction began that enqueued."""
+    later: bool = False
+    """Whether something of it is due later, or may lie anywhere."""
+    relief: bool = False
+    """Whether the worker that asked to be notified has stopped asking."""
+
+    @classmethod
+    def read(cls, payload: str, queue: str) -> "Notice | None":
+        """Read a notification; None if it is none for `queue`, or none of bgjob's.
+
+        Its channel is shared with other queues, and anybody can send anything.
+        """
+        if not payload:
+            return cls(relief=True)
+        try:
+            began, what, told = payload.split(" ", 2)
+            if told != queue:
+                return None
+            if what == EVERYTHING:
+                return cls(later=True)
+            since = {int(what.removesuffix(LATER)): datetime.fromtimestamp(float(began), UTC)}
+            return cls(since, later=what.endswith(LATER))
+        except (ValueError, OverflowError, OSError):
+            return None
+
+    def __or__(self, other: "Notice") -> "Notice":
+        """Give what both told."""
+        both = self.since.keys() & other.since.keys()
+        first = {p: min(self.since[p], other.since[p]) for p in both}
+        return Notice(
+            {**self.since, **other.since, **first},
+            self.later or other.later,
+            self.relief or other.relief,
+        )
+
+
+_NOTHING_TAKEN = Taken([], [])
+_NOTHING_SWEPT = Swept([], 0)
+_NOTHING_BLOCKED = Blocked([], "")
+
+
+@dataclass(slots=True)
+class Reply:
+    """The server's answer to an exchange."""
+
+    settled: set[str] = field(default_factory=set)
+    abandoned: list[str] = field(default_factory=list)
+    extended: set[str] = field(default_factory=set)
+    parked: str | None = None
+    claimed: Taken = _NOTHING_TAKEN
+    seen: UnderWay | None = None
+    swept: Swept = _NOTHING_SWEPT
+    lines: list[Line] = field(default_factory=list)
+    group: list[Job] = field(default_factory=list)
+    locked: None = None
+    ended: None = None
+    acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
+    """Whether the job of an id and token has its key; as `acquire`."""
+    woken: list[Woken] = field(default_factory=list)
+    blocked: Blocked = _NOTHING_BLOCKED
+    strays: list[Stray] = field(default_factory=list)
+    barred: Sequence[str] = ()
+    barred_keys: Sequence[str] = ()
+    unread: int = 0
+    """Jobs that were claimed and could not be read."""
+
+    def add(self, part: str, answer: Any) -> None:
+        """Add the answer to one statement of the exchange."""
+        match part:
+            case "settled":
+                self.settled.update(answer)
+            case "extended":
+                self.extended.update(answer)
+            case _:
+                setattr(self, part, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The result of a job that did not start: it goes back, with its attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The result of a job that its handler's own transaction has settled."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The handler's own transaction found the lease lost, and was rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubtful:
+    """The commit of the handler's own transaction failed, or its answer was lost."""
+
+    result: Result
+    """If it was committed: the job is held no more."""
+    otherwise: Result
+
+
+class Outcome(NamedTuple):
+    """How a claimed job ended."""
+
+    claimed: Claimed
+    result: Result | Release | Wants | Committed | Fenced | Doubtful
+    took: float | None
+    """Seconds in its handler; None where it did not run."""
+
+    @property
+    def delay(self) -> float:
+        """Seconds until the job is due again; retries come here with their delay decided."""
+        result = self.result.otherwise if isinstance(self.result, Doubtful) else self.result
+        match result:
+            case Retry(delay) | Reschedule(delay) if delay is not None:
+                return float(delay) if isinstance(delay, float | int) else delay.total_seconds()
+            case _:
+                return 0.0
+
+
+# -- what an acknowledged exchange brings ------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost:
+    """Another worker may have the job; its result is dropped."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """A handler ran for longer than its timeout; the outcome comes by itself."""
+
+    job: Job
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueIsEmpty:
+    """No job is due and none is running."""
+
+    queue: str = ""
+
+
+Event: TypeAlias = Outcome | LeaseLost | TimedOut | QueueIsEmpty
+
+
+@dataclass(slots=True)
+class News:
+    """Jobs to run, and events to tell."""
+
+    run: list[Claimed] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    locked: list[str] = field(default_factory=list)
+    """Jobs whose rows, or keys, others have locked for so long that it is to be told."""

@@ -1,0 +1,294 @@
+"""Where the next claim of a queue starts.
+
+A claim that starts at the left edge of the index walks over every row that is
+running and over every dead row that some old snapshot keeps: measured, 82,000
+jobs/s fell to 28,000 after 200,000 jobs. So each claim starts at the last due
+time that was claimed, by priority: its mark.
+
+Rows do appear behind a mark: producers commit late, and leases end. Three ways
+lead back. Each claim that moves the marks sees which transactions are under
+way. When such a one has ended, the next claim starts where it may have begun to
+write: when the last claim began that had not seen it. What was under way while
+a worker was parked tells by a notification when it began, and the next claim
+starts there. And a sweep over everything, which alone finds ended leases, is
+due at the poll interval, or at forty times its own cost where that is longer:
+that of the cheaper one of the last two. Where twice in a row it took over 50 ms,
+which is over many dead rows, it goes in parts: ranges of due times, each of which
+takes about 20 ms, from the latest back. A part claims nothing. It frees ended
+leases, and says where the next claim has to start.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from math import inf
+
+from bgjob._sql.claims import Line, UnderWay, Window
+from bgjob.job import Job
+
+_SLACK = timedelta(milliseconds=20)
+"""A row's due time is read a moment before its transaction gets a number."""
+
+_WALKS = 20
+"""How often one row is walked over at most, by claims that look back: one that looks back over
+a second comes a twentieth of a second after the one before."""
+
+REST = 40  # times the cost of a sweep: at most a fortieth of the time is spent on them
+_OLDEST = datetime(1, 1, 2, tzinfo=UTC)
+
+_LATEST = datetime(9999, 12, 30, tzinfo=UTC)
+
+_MOST_COST = 0.05
+"""Seconds that a sweep may take in one piece: nothing is claimed meanwhile."""
+
+_PART = 0.02
+"""Seconds that a part of one takes, about."""
+
+_AFTER_REFUSAL = 1.0
+"""Seconds from a sweep that was refused to the next, at least."""
+
+_NARROWEST = timedelta(milliseconds=1)
+_FIRST_WIDTH = timedelta(seconds=1)
+_WIDEST = timedelta(days=366)
+
+_MOST_UNUSED = 50
+"""Priorities without a job that keep their marks. With those of 20,000 priorities, each used once,
+a claim took 123 ms; the marks that are forgotten are left to the sweeps."""
+
+
+class Watermarks:
+    """The marks of one queue, and when to look behind them."""
+
+    def __init__(self, poll_interval: float) -> None:
+        self._poll_interval = poll_interval
+        self._marks: dict[int, datetime] = {}
+        self._told_since: dict[int, datetime] = {}
+        # Of each claim under way, where it starts before the marks.
+        self._looking: deque[dict[int, datetime]] = deque()
+        # Transactions that have not been seen by the last claim that moved the marks have
+        # not written before it; of what is under way at first nobody knows since when.
+        self._seen_at = _OLDEST
+        self._under_way: dict[int, datetime] = {}  # since when at the earliest
+        self._late_since = _OLDEST
+        self._looked_back_at = -inf
+        self._look_back_at = inf
+        self._swept_at = -inf
+        self._cost = 0.0
+        self._last_cost = poll_interval / REST  # what is affordable at every poll
+        self.sweep_at = -inf
+        """When the next sweep is due."""
+        self._in_parts = False
+        self._until = _LATEST  # where the next part ends
+        self._width = _FIRST_WIDTH
+        self._parts_cost = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether there is any mark to claim from."""
+        return bool(self._marks)
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether it is known what was under way at some time."""
+        return self._seen_at > _OLDEST
+
+    @property
+    def early_sweep_at(self) -> float:
+        """When a sweep can be afforded, before it is due."""
+        return min(self.sweep_at, self._swept_at + REST * self._cost)
+
+    @property
+    def look_back_at(self) -> float:
+        """When to start where a transaction began that has ended."""
+        if self._look_back_at == inf or any(m > self._late_since for m in self._marks.values()):
+            return self._look_back_at
+        return inf  # what it wrote lies before the marks, as through a backlog
+
+    def start(self, now: float) -> dict[int, datetime]:
+        """Give the due time to claim from, by priority."""
+        marks, told = dict(self._marks), self._told_since
+        # One that is sent before the last is answered may have to go on where that ends.
+        for since in (told, *self._looking):
+            marks.update((p, min(at, marks[p])) for p, at in since.items() if p in marks)
+        told.clear()
+        if self._look_back_at <= now:
+            marks = {p: min(mark, self._late_since) for p, mark in marks.items()}
+            self._looked_back_at, self._look_back_at = now, inf
+        self._looking.append({p: m for p, m in marks.items() if m < self._marks[p]})
+        return marks
+
+    def answered(self) -> None:
+        """Record that the first claim under way was answered."""
+        self._looking.popleft()
+
+    def again(self, starts: Mapping[int, datetime]) -> None:
+        """Record that the last claim under way was not answered: the next starts there again."""
+        self._looking.pop()
+        self.told(starts)
+
+    def told(self, since: Mapping[int, datetime]) -> bool:
+        """Learn when a transaction began that has enqueued; whether the priorities are known."""
+        known = since.keys() <= self._marks.keys()
+        told = self._told_since
+        for priority in since.keys() & self._marks.keys():
+            told[priority] = min(since[priority], told.get(priority, since[priority]))
+        return known
+
+    def saw(self, seen: UnderWay, now: float) -> None:
+        """Learn which transactions were under way after a claim.
+
+        Where it claimed nothing the marks have not moved: what is written by those that
+        it may not have seen will lie before them.
+        """
+        followed = self._under_way
+        ended = followed.keys() - seen.numbers
+        if ended:
+            self._look_back(min(followed.pop(number) for number in ended), seen.at, now)
+        if seen.is_complete:
+            since = self._seen_at - _SLACK if self.has_seen else _OLDEST
+            self._under_way = {number: followed.get(number, since) for number in seen.numbers}
+            self._seen_at = seen.at
+
+    def parked(self, now: float, *, looked: bool) -> None:
+        """Learn that what is under way tells if it enqueues; `looked` says, at all before."""
+        if self._under_way and not looked:
+            self._look_back(min(self._under_way.values()), self._seen_at, now)
+        self._under_way.clear()
+
+    def unparked(self, at: datetime) -> None:
+        """Learn until when whatever enqueued told of it."""
+        self._seen_at = at
+
+    def _look_back(self, since: datetime, until: datetime, now: float) -> None:
+        if self._look_back_at < inf:
+            since = min(since, self._late_since)
+        rest = min((until - since).total_seconds() / _WALKS, self._poll_interval)
+        self._late_since, self._look_back_at = since, max(now, self._looked_back_at + rest)
+
+    def freed(self, since: datetime) -> None:
+        """Record that jobs due from then on are free again, of whichever priority."""
+        self.told(dict.fromkeys(self._marks, since))
+
+    def retried(self, priority: int) -> None:
+        """Learn that a job went back with this priority, which may have had none yet."""
+        self._marks.setdefault(priority, _OLDEST)
+
+    def claimed(
+        self, jobs: Sequence[Job], starts: Mapping[int, datetime] | None = None, *, full: bool
+    ) -> None:
+        """Move the marks to what a claim brought, in its order.
+
+        A full claim has seen nothing behind its last job, so that the mark of
+        that priority goes there even if that is back; and for the priorities
+        behind it the next claim has to start where this one would have.
+        """
+        if not jobs:
+            return
+        # The last job of each priority is its latest; mostly there is one priority.
+        one = jobs[0].priority == jobs[-1].priority
+        for job in jobs[-1:] if one else jobs:
+            mark = self._marks.get(job.priority)
+            if mark is None or job.next_run_at > mark:
+                self._marks[job.priority] = job.next_run_at
+        if full:
+            last = jobs[-1].priority
+            self._marks[last] = jobs[-1].next_run_at
+            if starts is not None and len(starts) > 1:
+                self.told({priority: starts[priority] for priority in starts if priority > last})
+
+    def swept(
+        self,
+        lines: Sequence[Line],
+        seen: UnderWay | None,
+        *,
+        full: bool,
+        began: float,
+        now: float,
+    ) -> None:
+        """Learn the priorities in use from a sweep; what was under way after it comes next."""
+        # What it did not see is followed from here on, or has been written since then.
+        seen_at = seen.at if seen is not None and seen.is_complete else self._seen_at
+        for line in lines:
+            since = _OLDEST if full else min(line.since, seen_at)
+            self._marks.setdefault(line.priority, since)
+        if not full:
+            self._look_back_at = inf
+            self._forget_all_but({line.priority for line in lines})
+        self._swept_at = now
+        # One that took long by itself tells of a busy host, or of the first look at cold
+        # pages, and must not keep the worker blind for forty times as long.
+        self._cost, self._last_cost = min(self._last_cost, now - began), now - began
+        self.sweep_at = now + max(self._poll_interval, REST * self._cost)
+        self._in_parts = self._cost > _MOST_COST
+        if self._in_parts:  # that one saw everything: the first part need not wait for long
+            self._until, self._parts_cost = _LATEST, 0.0
+            self.sweep_at = now + max(self._poll_interval, REST * _PART)
+
+    def refused(self, window: Window | None, *, began: float, now: float) -> None:
+        """Record that the server refused a sweep: claims go on, and the next one comes later.
+
+        It may have been too much for the server. Then the next one is smaller. Otherwise the
+        part that was refused is left to the next pass.
+        """
+        cost = now - began
+        if window is None:
+            self._in_parts = cost > _MOST_COST
+        elif cost > 2 * _PART:
+            self._width = max(self._width / 2, _NARROWEST)
+        else:
+            self._until = _LATEST if window.since == _OLDEST else window.since
+        rest = max(min(self._poll_interval, _AFTER_REFUSAL), cost)
+        self._swept_at, self.sweep_at = now, now + rest
+        self._cost = max(self._cost, rest / REST)
+
+    def start_again(self) -> None:
+        """Begin again with the part of the latest due times, where claims start."""
+        self._until, self._parts_cost = _LATEST, 0.0
+
+    def window(self) -> Window | None:
+        """Return where the next sweep looks; None for everywhere.
+
+        Over many dead rows that an old snapshot keeps, a look at everything takes seconds.
+        It goes in parts then, from the latest due times back.
+        """
+        if not self._in_parts or not self._marks:
+            return None
+        end = min(self._until, max(self._marks.values()))
+        is_last = self._width > _WIDEST or end - _OLDEST <= self._width
+        since = _OLDEST if is_last else end - self._width
+        return Window(since, self._until, tuple(sorted(self._marks)))
+
+    def swept_part(
+        self, window: Window, lines: Sequence[Line], *, began: float, now: float
+    ) -> bool:
+        """Record a sweep within a window; True if it found priorities that were not known.
+
+        The next one takes about as long as a part may.
+        """
+        is_new = any(line.priority not in self._marks for line in lines)
+        for line in lines:
+            self._marks.setdefault(line.priority, _OLDEST)
+        cost = now - began
+        if cost > 2 * _PART:
+            self._width /= 2
+        elif cost < _PART / 2:  # where nearly nothing lies it soon reaches the beginning
+            self._width = min(self._width * (8 if cost < _PART / 10 else 2), 2 * _WIDEST)
+        self._width = max(self._width, _NARROWEST)
+        self._parts_cost += cost
+        self._until = window.since
+        rest = REST * cost
+        if window.since == _OLDEST:
+            self._in_parts = self._parts_cost > _MOST_COST
+            self._until, self._width, self._parts_cost = _LATEST, _FIRST_WIDTH, 0.0
+            rest = max(rest, self._poll_interval)
+        self._swept_at, self._cost, self._last_cost = now, cost, cost
+        self.sweep_at = now + rest
+        return is_new
+
+    def _forget_all_but(self, used: set[int]) -> None:
+        """Forget the marks of priorities without a job, but for those used last."""
+        unused = self._marks.keys() - used
+        if len(unused) > _MOST_UNUSED:
+            for priority in sorted(unused, key=self._marks.__getitem__)[:-_MOST_UNUSED]:
+                del self._marks[priority]
+                self._told_since.pop(priority, None)

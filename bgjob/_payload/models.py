@@ -1,0 +1,109 @@
+"""Encodes dataclasses, pydantic models and msgspec Structs, and imports neither of the two."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import orjson
+
+from bgjob._payload.dataclass import dataclass_shape
+from bgjob._payload.scalars import Misfit
+from bgjob.errors import PayloadError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelCodec(Generic[T]):
+    """JSON of a class; what does not fit is a PayloadError that names the field."""
+
+    cls: type[T]
+    name: str
+    dump: Callable[[T], bytes] = field(repr=False)
+    load: Callable[[bytes], T] = field(repr=False)
+
+    def encode(self, value: T, /) -> bytes:
+        """Give the JSON of a value that fits."""
+        try:
+            if type(value) is not self.cls:
+                raise Misfit(f"must be {self.cls.__name__}, not {type(value).__name__}")
+            return self.dump(value)
+        except (Misfit, ValueError, TypeError, RecursionError) as error:
+            raise self._refused(error) from _cause(error)
+
+    def decode(self, data: bytes, /) -> T:
+        """Give the value of JSON that fits."""
+        try:
+            return self.load(data)
+        except (Misfit, ValueError, TypeError, RecursionError) as error:
+            raise self._refused(error) from _cause(error)
+
+    def _refused(self, error: Exception) -> PayloadError:
+        return PayloadError(f"payload of job type {self.name!r}{_problem(error)}")
+
+
+def dataclass_codec(cls: type[T], name: str) -> ModelCodec[T]:
+    """Make the codec of a dataclass; a TypeError names the field that has none."""
+    shape = dataclass_shape(cls, {})
+
+    def load(data: bytes) -> T:
+        value: T = shape.load(orjson.loads(data))
+        return value
+
+    return ModelCodec(cls, name, lambda value: orjson.dumps(shape.dump(value)), load)
+
+
+def pydantic_codec(cls: Any, name: str) -> ModelCodec[Any]:
+    """Make the codec of a pydantic model."""
+    cls.model_rebuild()  # an annotation that cannot be resolved is told now
+
+    def dump(value: Any) -> bytes:
+        # By alias, because validation asks for it. What does not fit is told by load.
+        data: bytes = value.model_dump_json(by_alias=True, round_trip=True, warnings=False).encode()
+        load(data)
+        return data
+
+    load: Callable[[bytes], Any] = cls.model_validate_json
+    return ModelCodec(cls, name, dump, load)
+
+
+def msgspec_codec(cls: Any, name: str) -> ModelCodec[Any]:
+    """Make the codec of a msgspec Struct."""
+    json: Any = sys.modules["msgspec"].json
+    json.Decoder(cls)  # a type that it cannot decode is told now
+
+    def dump(value: Any) -> bytes:
+        data: bytes = json.encode(value)
+        load(data)  # it checks no type when a Struct is made
+        return data
+
+    def load(data: bytes) -> Any:
+        return json.decode(data, type=cls)
+
+    return ModelCodec(cls, name, dump, load)
+
+
+def _cause(error: Exception) -> BaseException | None:
+    return error.__cause__ if isinstance(error, Misfit) else error
+
+
+def _problem(error: Exception) -> str:
+    match error:
+        case Misfit():
+            return f": field {error.path!r} {error.problem}" if error.path else f" {error.problem}"
+        case RecursionError():
+            return " is nested too deeply"
+        case orjson.JSONDecodeError():
+            return f" is no JSON: {error}"
+    path, text = "", str(error)
+    errors: Any = getattr(error, "errors", None)
+    if errors is not None:  # pydantic's ValidationError; told without what was in the field
+        first, *more = errors(include_url=False, include_context=False, include_input=False)
+        steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]]
+        path, text = "".join(steps), first["msg"]
+        text += f" (and {len(more)} more)" if more else ""
+    elif " - at `$" in text:  # msgspec's
+        text, _, path = text.rpartition(" - at `$")
+    path = path.rstrip("`").removeprefix(".")
+    return f": field {path!r}: {text}" if path else f": {text}"

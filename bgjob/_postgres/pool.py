@@ -1,0 +1,415 @@
+"""The connections of a client: its own, or those of a pool of the user's.
+
+A client's own pool has no thread and no task. Whoever needs a connection takes one that is idle,
+or opens one; whoever returns one closes those that have been idle for long. psycopg_pool, which
+did this before, was given up for four measured reasons:
+
+- It connects again after 1, 3, 7, 15 s: after an outage of 5, 10 and 20 s the first enqueue
+  returned 1.3, 3.9 and 8.2 s after the server was back.
+- A connection that the server ended while it was idle failed one enqueue each.
+- On Python 3.13.0 its threads kept a program that did not close its client for 20.8 s.
+- Its lock stayed taken in a child that was forked while another thread was in the pool.
+
+An idle connection is looked at before it is used: a socket that has something to read while
+nothing was asked holds the server's last words, or its end. That takes no round trip. One whose
+host is gone without a word cannot be told; when it has failed, the idle ones are closed as well.
+"""
+
+import asyncio
+import select
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import cached_property
+from queue import Empty, SimpleQueue
+from time import monotonic, sleep
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import psycopg
+from psycopg import BaseConnection, IsolationLevel
+from psycopg.pq import TransactionStatus
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
+
+from bgjob._postgres import fork
+from bgjob._postgres.connection import AsyncConnection, AsyncCursor, Connection, Cursor
+from bgjob.errors import BgjobError, ClientClosedError
+
+_SIZE = 10
+"""Connections that are used at once."""
+
+_IDLE = 600.0
+"""Seconds after which an idle connection is closed, when another one is returned."""
+
+_AGE = 3600.0
+"""Seconds after which a connection is replaced: what a session has cached goes with it."""
+
+_PAUSE = 0.1
+"""Seconds between two attempts to connect."""
+
+PATIENCE = 30.0
+"""Seconds without a sign of the server, or without a connection, before an operation fails."""
+
+
+class PooledConnection(Connection):
+    """A connection of a client's own pool."""
+
+    patience = PATIENCE
+    opened_at = idle_since = 0.0
+    home: "_Home[PooledConnection]"
+    _pool = None  # for psycopg: that a program ends without closing it is no mistake
+
+    @cached_property
+    def enqueuing(self) -> Cursor:
+        """A cursor that is kept: to make one takes longer than to send a row."""
+        return Cursor(self)
+
+
+class AsyncPooledConnection(AsyncConnection):
+    """As PooledConnection."""
+
+    patience = PATIENCE
+    opened_at = idle_since = 0.0
+    home: "_Home[AsyncPooledConnection]"
+    places: asyncio.Semaphore
+    """Those of the event loop in which it is used."""
+    _pool = None
+
+    @cached_property
+    def enqueuing(self) -> AsyncCursor:
+        """As that of PooledConnection."""
+        return AsyncCursor(self)
+
+
+C = TypeVar("C", PooledConnection, AsyncPooledConnection)
+
+
+def has_news(connection: BaseConnection[Any]) -> bool:
+    """Whether there is something to read from a connection on which nothing was asked."""
+    if connection.closed:
+        return True
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class _Home(Generic[C]):
+    """The connections of a pool in one process; a child that is forked gets another home."""
+
+    def __init__(self) -> None:
+        self.idle: deque[C] = deque()
+        self.useless: deque[C] = deque()
+        """Those that are to be closed."""
+
+    def take(self) -> C | None:
+        """Take an idle connection that works, the latest; None if there is none."""
+        try:
+            while True:
+                connection = self.idle.pop()
+                if monotonic() < connection.opened_at + _AGE and not has_news(connection):
+                    return connection
+                self.useless.append(connection)
+        except IndexError:
+            return None
+
+    def put(self, connection: C) -> None:
+        """Keep a connection for the next one that needs one, if it can be used."""
+        status = connection.pgconn.transaction_status
+        if status != TransactionStatus.IDLE:
+            self.useless.append(connection)
+            if status == TransactionStatus.UNKNOWN:
+                self.empty()  # one that has broken is hardly the only one
+            return
+        connection.idle_since = now = monotonic()
+        self.idle.append(connection)
+        try:
+            while self.idle[0].idle_since < now - _IDLE:
+                self.useless.append(self.idle.popleft())
+        except IndexError:  # another thread has taken it
+            pass
+
+    def empty(self) -> None:
+        """Keep nothing."""
+        with suppress(IndexError):
+            while True:
+                self.useless.append(self.idle.pop())
+
+
+class Pool:
+    """Connections of a client's own, at most 10; thread-safe, and in a forked child empty."""
+
+    def __init__(
+        self,
+        options: Callable[[], dict[str, Any]],
+        configure: Callable[[PooledConnection], None],
+        *,
+        patience: float,
+    ) -> None:
+        self._options = options
+        self._configure = configure
+        self._patience = patience
+        self._is_closed = False
+        self.in_child()
+        fork.watch(self)
+
+    def in_child(self) -> None:
+        """Begin anew: the connections are the parent's, and a lock may be taken for good."""
+        self._home: _Home[PooledConnection] = _Home()
+        # A semaphore of the standard library takes ten times as long.
+        self._places: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_SIZE):
+            self._places.put(None)
+
+    def take(self) -> PooledConnection:
+        """Take a connection, in autocommit; try for the pool's patience to open one.
+
+        Raises:
+            ClientClosedError: the pool is closed.
+            psycopg.OperationalError: none could be opened, or all were in use all the time.
+
+        """
+        self._check_open()
+        home, places = self._home, self._places
+        until = monotonic() + self._patience
+        try:
+            places.get(timeout=self._patience)
+        except Empty:
+            raise _all_in_use(self._patience) from None
+        try:
+            while (connection := home.take()) is None:
+                try:
+                    connection = PooledConnection.connect(**self._options(), autocommit=True)
+                    self._configure(connection)
+                except psycopg.OperationalError:
+                    if monotonic() + _PAUSE > until:
+                        raise
+                    sleep(_PAUSE)
+                    self._check_open()
+                else:
+                    connection.isolation_level = IsolationLevel.READ_COMMITTED
+                    connection.home, connection.opened_at = home, monotonic()
+                    break
+        except BaseException:
+            places.put(None)
+            raise
+        if home.useless:
+            self._clear(home)
+        return connection
+
+    def give_back(self, connection: PooledConnection) -> None:
+        """Return a connection; one that was taken before a fork stays the parent's."""
+        home = connection.home
+        if home is not self._home:
+            return
+        home.put(connection)
+        self._places.put(None)
+        if self._is_closed:
+            home.empty()
+        if home.useless:
+            self._clear(home)
+
+    def close(self) -> None:
+        """Close what is idle, and the rest when it is returned. Idempotent."""
+        self._is_closed = True
+        self._home.empty()
+        self._clear(self._home)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise _closed()
+
+    def _clear(self, home: _Home[PooledConnection]) -> None:
+        with suppress(IndexError):
+            while True:
+                home.useless.popleft().close()
+
+
+class AsyncPool:
+    """Connections of an async client's own, at most 10 for each event loop; as Pool."""
+
+    def __init__(
+        self,
+        options: Callable[[], dict[str, Any]],
+        configure: Callable[[AsyncPooledConnection], Awaitable[None]],
+        *,
+        patience: float,
+    ) -> None:
+        self._options = options
+        self._configure = configure
+        self._patience = patience
+        self._is_closed = False
+        self.in_child()
+        fork.watch(self)
+
+    def in_child(self) -> None:
+        """Begin anew; as Pool.in_child."""
+        self._home: _Home[AsyncPooledConnection] = _Home()
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+            WeakKeyDictionary()
+        )
+
+    async def take(self) -> AsyncPooledConnection:
+        """Take a connection, in autocommit; as Pool.take."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        if (places := self._places.get(loop)) is None:
+            places = self._places[loop] = asyncio.Semaphore(_SIZE)
+        home = self._home
+        until = monotonic() + self._patience
+        if places.locked():
+            try:
+                async with asyncio.timeout(self._patience):
+                    await places.acquire()
+            except TimeoutError:
+                raise _all_in_use(self._patience) from None
+        else:
+            await places.acquire()
+        try:
+            while (connection := home.take()) is None:
+                try:
+                    connection = await AsyncPooledConnection.connect(
+                        **self._options(), autocommit=True
+                    )
+                    await self._configure(connection)
+                except psycopg.OperationalError:
+                    if monotonic() + _PAUSE > until:
+                        raise
+                    await asyncio.sleep(_PAUSE)
+                    self._check_open()
+                else:
+                    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+                    connection.home, connection.opened_at = home, monotonic()
+                    break
+        except BaseException:
+            places.release()
+            raise
+        if home.useless:
+            await self._clear(home)
+        connection.places = places
+        return connection
+
+    async def give_back(self, connection: AsyncPooledConnection) -> None:
+        """Return a connection; as Pool.give_back."""
+        home = connection.home
+        if home is not self._home:
+            return
+        places = connection.places
+        home.put(connection)
+        places.release()
+        if self._is_closed:
+            home.empty()
+        if home.useless:
+            await self._clear(home)
+
+    async def close(self) -> None:
+        """Close what is idle, and the rest when it is returned. Idempotent."""
+        self._is_closed = True
+        self._home.empty()
+        await self._clear(self._home)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise _closed()
+
+    async def _clear(self, home: _Home[AsyncPooledConnection]) -> None:
+        with suppress(IndexError):
+            while True:
+                await home.useless.popleft().close()
+
+
+class BorrowedPool:
+    """A pool of the user's, whose connections are looked at before they are used."""
+
+    def __init__(self, pool: ConnectionPool[Any]) -> None:
+        self._pool = pool
+        self._is_closed = False
+        # A child has no threads but the one that forked.
+        workers = getattr(pool, "_workers", ())
+        self._is_inherited = bool(workers) and not any(each.is_alive() for each in workers)
+        fork.watch(self)
+
+    def in_child(self) -> None:
+        """Refuse a pool that is open: its sockets, and its threads, are the parent's."""
+        self._is_inherited = not self._pool.closed
+
+    def take(self) -> psycopg.Connection[Any]:
+        """Take a connection, as the pool gives it."""
+        _check_borrowed(is_closed=self._is_closed, is_inherited=self._is_inherited)
+        connection: psycopg.Connection[Any]
+        while has_news(connection := self._pool.getconn()):
+            try:
+                ConnectionPool.check_connection(connection)
+            except psycopg.Error:
+                connection.close()
+                self._pool.putconn(connection)  # which opens another one
+            else:
+                break  # a notification was waiting
+        return connection
+
+    def give_back(self, connection: psycopg.Connection[Any]) -> None:
+        """Return a connection."""
+        self._pool.putconn(connection)
+
+    def close(self) -> None:
+        """Borrow no more; the pool stays open."""
+        self._is_closed = True
+
+
+class AsyncBorrowedPool:
+    """An async pool of the user's; as BorrowedPool."""
+
+    def __init__(self, pool: AsyncConnectionPool[Any]) -> None:
+        self._pool = pool
+        self._is_closed = self._is_inherited = False
+        fork.watch(self)
+
+    def in_child(self) -> None:
+        """Refuse a pool that is open; as BorrowedPool.in_child."""
+        self._is_inherited = not self._pool.closed
+
+    async def take(self) -> psycopg.AsyncConnection[Any]:
+        """Take a connection, as the pool gives it."""
+        _check_borrowed(is_closed=self._is_closed, is_inherited=self._is_inherited)
+        connection: psycopg.AsyncConnection[Any]
+        while has_news(connection := await self._pool.getconn()):
+            try:
+                await AsyncConnectionPool.check_connection(connection)
+            except psycopg.Error:
+                await connection.close()
+                await self._pool.putconn(connection)
+            except BaseException:
+                await self._pool.putconn(connection)
+                raise
+            else:
+                break
+        return connection
+
+    async def give_back(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Return a connection."""
+        await self._pool.putconn(connection)
+
+    async def close(self) -> None:
+        """Borrow no more; the pool stays open."""
+        self._is_closed = True
+
+
+def _closed() -> ClientClosedError:
+    return ClientClosedError("this client is closed: make a new one")
+
+
+def _all_in_use(patience: float) -> psycopg.OperationalError:
+    return psycopg.OperationalError(
+        f"all {_SIZE} connections of this client were in use for {patience:g} s: use fewer at "
+        "once, or give the client a psycopg_pool of your own size"
+    )
+
+
+def _check_borrowed(*, is_closed: bool, is_inherited: bool) -> None:
+    if is_closed:
+        raise _closed()
+    if is_inherited:
+        raise BgjobError(
+            "the pool of this client was opened before the fork, and its sockets are the "
+            "parent's: make a pool and a client in the child, or open the pool there, or give "
+            "the client a connection string"
+        )

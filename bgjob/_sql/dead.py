@@ -1,0 +1,166 @@
+"""The dead-letter table."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import LiteralString, NamedTuple
+
+from bgjob._sql.statement import Statement, column, in_range, scalar
+from bgjob.job import DeadJob
+
+_DEAD_COLUMNS = f"""
+    job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
+    {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
+    {in_range("moved_at")}, id
+"""
+
+_DEAD_CONDITIONS: Mapping[str, LiteralString] = {
+    "ids": "job_id = any (%(ids)s::text[])",
+    "queue": "queue = %(queue)s",
+    "type": "type = %(type)s",
+    "error": "position(%(error)s in last_error) > 0",
+    "moved_before": "moved_at < %(moved_before)s",
+    "moved_after": "moved_at >= %(moved_after)s",
+    "older_than": "moved_at < clock_timestamp() - %(older_than)s * interval '1 second'",
+    "before": "id < %(before)s",
+}
+
+
+class DeadFilter(NamedTuple):
+    """Which dead jobs; what is None does not restrict."""
+
+    ids: Sequence[str] | None = None
+    queue: str | None = None
+    type: str | None = None
+    error: str | None = None
+    moved_before: datetime | None = None
+    moved_after: datetime | None = None
+    older_than: float | None = None
+    before: int | None = None
+
+    @property
+    def params(self) -> dict[str, object]:
+        """The parameters of the condition."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    @property
+    def condition(self) -> LiteralString:
+        """The condition that they fulfil."""
+        return " and ".join(["true", *(_DEAD_CONDITIONS[name] for name in self.params)])
+
+
+def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
+    """List dead jobs, the latest first."""
+    return Statement(
+        f"""
+        select {_DEAD_COLUMNS} from bgjob_dead_job where {where.condition}
+        order by id desc limit %(limit)s
+        """,
+        {**where.params, "limit": limit},
+        lambda rows: [DeadJob._make(row) for row in rows],
+    )
+
+
+def matching(where: DeadFilter) -> Statement[list[str]]:
+    """List the ids of dead jobs, each once, in the order in which they died."""
+    return Statement(
+        f"""
+        select job_id from bgjob_dead_job where {where.condition}
+        group by job_id order by min(id)
+        """,
+        where.params,
+        column,
+    )
+
+
+class Requeued(NamedTuple):
+    """What went back from the dead-letter table."""
+
+    ids: list[str]
+    queues: set[str]
+
+
+# A job that is moved or deleted is locked before, in the order of the numbers. A statement whose
+# snapshot is older than another one's commit still sees what that one has moved: locked first, it
+# is gone, and is neither inserted a second time nor waited for in two orders.
+_LOCKED: LiteralString = """
+    select id, job_id from bgjob_dead_job where id = any (array({which}))
+    order by id for update {others}
+"""
+
+
+def requeue(where: DeadFilter) -> Statement[Requeued]:
+    """Move dead jobs back to their queues, due now.
+
+    Of several dead jobs with one id the latest goes back. One whose id a live
+    job has stays dead. What another session moves or purges meanwhile is waited for, and
+    is left to it.
+    """
+    latest: LiteralString = f"""
+        select distinct on (job_id) id from bgjob_dead_job where {where.condition}
+        order by job_id, id desc
+    """
+    return Statement(
+        f"""
+        with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
+            insert into bgjob_job (
+                id, queue, type, arg, last_error, priority, exclusive, created_at
+            )
+            select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at
+            from bgjob_dead_job
+            where id = any (array(select id from locked))
+            order by job_id collate "C"
+            on conflict (id) do nothing
+            returning id
+        )
+        delete from bgjob_dead_job d
+        using locked, back
+        where d.id = locked.id and locked.job_id = back.id
+        returning d.job_id, d.queue
+        """,
+        where.params,
+        lambda rows: Requeued(column(rows), {queue for _, queue in rows}),
+    )
+
+
+def purge(where: DeadFilter) -> Statement[int]:
+    """Delete dead jobs; how many."""
+    which: LiteralString = f"select id from bgjob_dead_job where {where.condition}"
+    return Statement(
+        f"""
+        with locked as materialized ({_LOCKED.format(which=which, others="")}), gone as (
+            delete from bgjob_dead_job where id = any (array(select id from locked)) returning id
+        )
+        select count(*) from gone
+        """,
+        where.params,
+        scalar,
+    )
+
+
+def expire(age: float, *, limit: int) -> Statement[int]:
+    """Delete those of the first `limit` dead jobs that died longer ago than `age`; how many.
+
+    They are numbered as they die: where the first of them are younger, all are. Those that
+    another session has locked, to requeue them for example, are left to it: a worker's control
+    thread does not wait.
+    """
+    old: LiteralString = """
+        select id from (
+            select id, moved_at from bgjob_dead_job order by id limit %(limit)s
+        ) as first
+        where moved_at < clock_timestamp() - %(age)s * interval '1 second'
+    """
+    return Statement(
+        f"""
+        with locked as materialized (
+            {_LOCKED.format(which=old, others="skip locked")}
+        ), gone as (
+            delete from bgjob_dead_job
+            where id = any (array(select id from locked))
+            returning id
+        )
+        select count(*) from gone
+        """,
+        {"age": age, "limit": limit},
+        scalar,
+    )

@@ -1,0 +1,210 @@
+"""Enqueue jobs, and wake the workers of their queues."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import LiteralString, NamedTuple
+
+from bgjob._checks import seconds
+from bgjob._postgres.connection import Payloads, Texts, Times
+from bgjob._sql.notices import (
+    CHANNEL,
+    EVERYTHING,
+    LATER,
+    LOCK_CLASS,
+    NOTIFY,
+    bucket,
+    channel,
+)
+from bgjob._sql.statement import Row, Statement, nothing, number_array, text_array
+from bgjob.job import EnqueueRequest
+
+# The lock is taken after the insert and before the commit; it is let go after
+# the row is visible. So a worker that gets it exclusively sees the row.
+_ENQUEUE = """
+    insert into bgjob_job (id, queue, type, arg, priority)
+    values (%(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s)
+    on conflict (id) do nothing
+    returning
+"""
+
+_ENQUEUE_OTHERS = """
+    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
+    values (
+        %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s,
+        greatest(%(run_at)s::timestamptz, clock_timestamp()) + %(delay)s * interval '1 second'
+    )
+    on conflict (id) do nothing
+    returning
+"""
+
+
+# Since when its transaction has been under way: how far behind the others it may be; the
+# priority, with a sign where it is due later; the queue.
+def _tell_of(sign: LiteralString) -> LiteralString:
+    payload: LiteralString = (
+        f"concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)"
+    )
+    notify = NOTIFY.format(channel=f"concat('{CHANNEL}', %(bucket)s)", payload=payload)
+    return f"""
+        case when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s) then {notify} end
+    """
+
+
+_TELL_NOW = _tell_of("")
+_TELL_LATER = _tell_of(LATER)
+
+# By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
+_ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
+    (plain, later, notify): (_ENQUEUE if plain else _ENQUEUE_OTHERS)
+    + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
+    for plain in (True, False)
+    for later in (True, False)
+    for notify in (True, False)
+}
+
+
+def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
+    """Write one job; whether it was written, False where its id is taken."""
+    later = bool(request.delay or request.run_at)
+    plain = request.exclusive is None and not later
+    params: dict[str, object] = {
+        "id": request.id,
+        "queue": request.queue,
+        "type": request.type,
+        "arg": request.payload,
+        "priority": request.priority,
+    }
+    if not plain:
+        params |= {
+            "exclusive": request.exclusive,
+            "run_at": request.run_at,
+            "delay": seconds(request.delay, "delay"),
+        }
+    if notify:
+        params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
+    return Statement(_ENQUEUES[plain, later, notify], params, bool, prepare=None)
+
+
+_TELL_MANY = """
+    (
+        select count({notify})
+        from unnest(
+            %(told_queues)s::text[], %(told_whats)s::text[], %(told_channels)s::text[],
+            %(told_buckets)s::int[]
+        ) as told (queue, what, channel, bucket)
+        where {condition}
+            and not pg_try_advisory_xact_lock_shared(%(class)s, told.bucket)
+    )
+"""
+_TELL_MANY_ON = NOTIFY.format(
+    channel="channel", payload="concat_ws(' ', extract(epoch from now()), what, queue)"
+)
+
+
+def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Statement[set[str]]:
+    """Write jobs; the ids that were written, without those that are taken.
+
+    The rows are written in the order of their ids' bytes, as those of a COPY are, so that two
+    calls with the same ids wait for each other and do not deadlock; their due times keep the
+    order of the call. The transaction gets its number before the first of them:
+    a worker takes it that one with a higher number has not written before.
+    """
+    tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
+    return Statement(
+        f"""
+        with request as (
+            select id, queue, type, arg, priority, exclusive, position,
+                greatest(
+                    run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
+                ) + delay * interval '1 second' as next_run_at
+            from unnest(
+                %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)s::bytea[],
+                %(priorities)s::smallint[], %(exclusives)s::text[],
+                %(run_ats)s::timestamptz[], %(delays)s::float8[]
+            ) with ordinality as r (
+                id, queue, type, arg, priority, exclusive, run_at, delay, position
+            )
+        ), written as (
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
+            select id, queue, type, arg, priority, exclusive, next_run_at from request
+            order by id collate "C", position
+            on conflict (id) do nothing
+            returning id
+        )
+        select array(select id::text collate "default" from written) {tell if notify else ""}
+        """,
+        {
+            "ids": text_array([r.id for r in requests]),
+            "queues": text_array([r.queue for r in requests]),
+            "types": text_array([r.type for r in requests]),
+            "args": Payloads(r.payload for r in requests),
+            "priorities": number_array([r.priority for r in requests]),
+            "exclusives": Texts(r.exclusive for r in requests),
+            "run_ats": Times(r.run_at for r in requests),
+            "delays": number_array([seconds(r.delay, "delay") for r in requests]),
+            **_told(_whats(requests)),
+        },
+        lambda rows: set(rows[0][0]),
+        prepare=None,
+    )
+
+
+def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
+    return {
+        "class": LOCK_CLASS,
+        "told_queues": [queue for queue, _ in told],
+        "told_whats": [what for _, what in told],
+        "told_channels": [channel(queue) for queue, _ in told],
+        "told_buckets": [bucket(queue) for queue, _ in told],
+    }
+
+
+def _whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
+    told = {(r.queue, r.priority, bool(r.delay or r.run_at)) for r in requests}
+    return {(queue, f"{priority}{LATER if later else ''}") for queue, priority, later in told}
+
+
+def begin_copy() -> Statement[None]:
+    """Give the transaction its number before the first due time is read; see enqueue_many."""
+    return Statement("select pg_current_xact_id() is null", None, nothing, prepare=None)
+
+
+class Copy(NamedTuple):
+    """Rows for a binary COPY, which takes half the time of an insert."""
+
+    text: LiteralString
+    types: Sequence[str]
+    rows: Iterable[Row]
+
+
+def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
+    """Write jobs that are due now; unlike `enqueue_many` it fails where an id is taken.
+
+    None where COPY does not do it: it computes no due times, writes rows in the
+    order in which they come, which has to be that of their ids, and no keys.
+    """
+    ids = [r.id for r in requests]
+    others = any(r.delay or r.run_at or r.exclusive is not None for r in requests)
+    if others or ids != sorted(ids):
+        return None
+    return Copy(
+        "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",
+        ("text", "text", "text", "bytea", "int2"),
+        # One at a time, while the server writes those before it.
+        ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests),
+    )
+
+
+def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
+    """Wake the workers of these requests' queues when the transaction commits."""
+    return _tell(_whats(requests))
+
+
+def tell_all(queues: Iterable[str]) -> Statement[None]:
+    """Let the workers of these queues look at all that is there when the transaction commits."""
+    return _tell({(queue, EVERYTHING) for queue in queues})
+
+
+def _tell(told: Collection[tuple[str, str]]) -> Statement[None]:
+    return Statement(
+        f"select {_TELL_MANY.format(notify=_TELL_MANY_ON, condition='true')}", _told(told), nothing
+    )

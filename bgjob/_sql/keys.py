@@ -1,0 +1,365 @@
+"""Exclusive keys: who may have one, who waits for it.
+
+What is decided about a key is decided while its row is locked, by a statement that
+begins after that, so that it sees all that was decided before. Rows are locked in the
+order of their keys, and no transaction locks twice. Rows of jobs are not waited for
+meanwhile, so that nobody has to wait for long.
+
+The row of a key says from which job on to look (`queue`, `since`, `since_id`): of that queue
+nothing waits for the key that was due before. An old snapshot keeps the index entries of all
+its jobs that are done, which a look from the left edge would walk over for each job. What is
+due before it all the same, such as a job that was committed late, loses no more than its
+place: a key's row is not deleted without a look from the left edge.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement, column, in_range, nothing
+
+# Its job is claimed: the claim's token is gone as soon as that is settled or freed. Not
+# `exists`: where a nested loop is off that becomes a hash of the whole table.
+_IS_HELD = """
+    (select true from bgjob_job h where h.id = e.job_id and h.token = e.token) is not null
+"""
+
+
+# From which due time and id on to look at the jobs of the key e in a queue. A clock that has
+# been set back makes jobs due before those of a time to come.
+_IS_BOUNDED = "(e.queue = {queue} and e.since <= now())"
+_SINCE = f"""
+    case when {_IS_BOUNDED} then e.since else '-infinity' end,
+    case when {_IS_BOUNDED} then e.since_id else '' end
+"""
+
+# Another job of the key and the queue of f, that was due before it. The order, here and
+# below, is that of one index only: with statistics of a drained table the planner took
+# bgjob_job_due, and walked over all that was due in the queue.
+_EARLIER = """
+    (
+        select true from bgjob_job o
+        where o.exclusive = f.key and {which} and o.queue = f.queue
+            and (o.next_run_at, o.id) >= ({since})
+            and (o.next_run_at, o.id) < (f.next_run_at, f.id)
+        order by o.next_run_at, o.id
+        limit 1
+    ) is not null
+"""
+_SINCE_OF_F = _SINCE.format(queue="f.queue")
+_EARLIER_WAITS = _EARLIER.format(which="o.waits", since=_SINCE_OF_F)
+_EARLIER_IS_DUE = _EARLIER.format(which="not o.waits", since=_SINCE_OF_F)
+_EARLIER_IS_DUE_SINCE = _EARLIER.format(which="not o.waits", since="line.since, line.since_id")
+
+
+_OF_KEY = """
+    (
+        select true from bgjob_job j
+        where j.exclusive = e.key and {which}
+        order by {order}
+        limit 1
+    )
+"""
+_OF_KEY_SINCE = _OF_KEY.format(
+    which="{which} and (j.next_run_at, j.id) >= ({since})", order="j.next_run_at, j.id"
+)
+_WAITS_SINCE = _OF_KEY_SINCE.format(
+    which="j.waits and j.queue = e.queue", since="e.since, e.since_id"
+)
+_WAITS_ANYWHERE = _OF_KEY.format(which="j.waits", order="j.queue")
+_SINCE_HERE = _SINCE.format(queue="%(queue)s")
+_WAITS_HERE = "coalesce({}, {})".format(
+    _OF_KEY_SINCE.format(which="j.waits and j.queue = %(queue)s", since=_SINCE_HERE),
+    _OF_KEY.format(which="j.waits and j.queue = %(queue)s", order="j.next_run_at, j.id"),
+)
+_IS_DUE_HERE = _OF_KEY_SINCE.format(
+    which="not j.waits and j.queue = %(queue)s and j.next_run_at <= now()", since=_SINCE_HERE
+)
+
+
+def lock_keys(keys: Iterable[str]) -> Statement[None]:
+    """Lock the rows of keys; those that are not there are made.
+
+    One that was only looked for might be deleted while it is waited for, and made anew by
+    somebody else: then it would be there, and not locked. Where one is there it is locked
+    and not written, so that an old snapshot keeps one dead row of it a job, not three.
+    """
+    return Statement(
+        """
+        insert into bgjob_exclusive (key)
+        select key from unnest(%(keys)s::text[]) as k (key)
+        on conflict (key) do update set job_id = excluded.job_id where false
+        returning key
+        """,
+        {"keys": sorted(set(keys))},
+        nothing,
+    )
+
+
+def barred_keys(keys: Iterable[str]) -> Statement[list[str]]:
+    """List the keys whose rows other sessions have locked; it waits for nothing."""
+    return Statement(
+        """
+        with free as materialized (
+            select key from bgjob_exclusive where key = any (%(keys)s::text[])
+            for update skip locked
+        )
+        select key from bgjob_exclusive
+        where key = any (%(keys)s::text[]) and key not in (select key from free)
+        """,
+        {"keys": sorted(set(keys))},
+        column,
+        prepare=False,
+    )
+
+
+def acquire(
+    queue: str, claimed: Sequence[Claimed]
+) -> Statement[dict[tuple[str, int], bool | None]]:
+    """Let claimed jobs have their keys, which are locked; tell by id and token who has its own.
+
+    Nothing was decided, None, where others have locked the job's row, as a claim
+    does that meets it a moment too late; one that is held no more is missing.
+    Those that cannot have theirs go back and wait aside, and with them the other
+    due jobs of a key that is held, so that no claim meets them. Of one key and
+    queue the job that was due first goes first, also where it waits or another
+    worker has just claimed it.
+    """
+    return Statement(
+        f"""
+        with wanted as materialized (
+            select w.key, w.charged, j.id, j.token, j.queue, j.next_run_at,
+                coalesce(e.job_id = j.id and e.token = j.token, false) as has_it
+            from unnest(
+                %(ids)s::text[], %(tokens)s::bigint[], %(keys)s::text[], %(charged)s::int[]
+            ) as w (id, token, key, charged)
+            join bgjob_job j on j.id = w.id and j.token = w.token
+            join bgjob_exclusive e on e.key = w.key
+            where j.id = any (%(ids)s::text[]) and e.key = any (%(keys)s::text[])
+            for update of j skip locked
+        ), first as materialized (
+            select distinct on (key) key, id, token, queue, next_run_at, has_it
+            from wanted order by key, has_it desc, next_run_at, id
+        ), granted as materialized (
+            select f.*
+            from first f join bgjob_exclusive e on e.key = f.key
+            where e.key = any (%(keys)s::text[]) and (
+                f.has_it or not ({_IS_HELD} or {_EARLIER_WAITS} or {_EARLIER_IS_DUE})
+            )
+        ), taken as (
+            -- What has been granted its key before may have others that wait before it.
+            update bgjob_exclusive e
+            set job_id = g.id, token = g.token, queue = g.queue, since_id = g.id,
+                since = case when not g.has_it then g.next_run_at end
+            from granted g
+            where e.key = any (%(keys)s::text[]) and e.key = g.key
+        ), lowered as (
+            update bgjob_exclusive e
+            set since = case when e.since <= now() then w.since end, since_id = ''
+            from (
+                select key, min(next_run_at) as since from wanted
+                where key not in (select key from granted)
+                group by key
+            ) as w
+            where e.key = any (%(keys)s::text[]) and e.key = w.key
+                and e.queue = %(queue)s and e.since >= w.since
+                and (e.since > w.since or e.since_id > '')
+        ), aside as materialized (
+            select o.ctid
+            from (
+                select e.key, {_SINCE_HERE}
+                from bgjob_exclusive e
+                where e.key = any (%(keys)s::text[])
+                    and ({_IS_HELD} or e.key in (select key from granted))
+            ) as k (key, since, since_id)
+            -- Those of this queue only: they are a range of the index, however many are not
+            -- due. Another queue's workers find theirs.
+            cross join lateral (
+                select j.ctid from bgjob_job j
+                where j.exclusive = k.key and not j.waits and j.queue = %(queue)s
+                    and (j.next_run_at, j.id) >= (k.since, k.since_id)
+                    and j.next_run_at <= now() and j.token is null
+                order by j.next_run_at, j.id
+                limit %(most)s
+                for update skip locked
+            ) as o
+            limit %(most)s
+        ), put_aside as (
+            update bgjob_job set waits = true where ctid = any (array(select ctid from aside))
+        ), named as (
+            update bgjob_job j set exclusive = w.key
+            from wanted w
+            where j.id = any (array(select id from granted)) and j.id = w.id
+                and j.exclusive is distinct from w.key
+        ), parked as (
+            update bgjob_job j
+            set exclusive = w.key,
+                waits = true,
+                token = null,
+                lease_until = null,
+                attempt = greatest(j.attempt, w.charged) - w.charged
+            from wanted w
+            where j.id = any (array(
+                select id from wanted where id not in (select id from granted)
+            )) and j.id = w.id
+        )
+        select j.id, j.token, case
+            when j.id in (select id from granted) then true
+            when j.id in (select id from wanted) then false
+        end
+        from bgjob_job j
+        where j.id = any (%(ids)s::text[]) and j.token = any (%(tokens)s::bigint[])
+        """,
+        {
+            "queue": queue,
+            "ids": [c.job.id for c in claimed],
+            "tokens": [c.token for c in claimed],
+            "keys": [c.job.exclusive for c in claimed],
+            "charged": [int(c.is_charged) for c in claimed],
+            "most": 1000,
+        },
+        lambda rows: {(id_, token): has_it for id_, token, has_it in rows},
+    )
+
+
+class Woken(NamedTuple):
+    """A job that has waited for a key, and is due."""
+
+    priority: int
+    since: datetime
+
+
+_NEXT_QUEUE = """
+    coalesce((
+        select j.queue from bgjob_job j
+        where j.exclusive = other.key and j.waits
+            and j.queue > other.queue and j.queue < other.known
+        order by j.queue limit 1
+    ), (
+        select j.queue from bgjob_job j
+        where j.exclusive = other.key and j.waits
+            and j.queue > greatest(other.queue, other.known)
+        order by j.queue limit 1
+    ))::text
+"""
+_NOTIFY_OF_WOKEN = NOTIFY.format(
+    channel="%(channel)s", payload="concat_ws(' ', extract(epoch from since), priority, queue)"
+)
+
+
+def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
+    """Wake the first job that waits for each of these keys, which are locked and may be free.
+
+    Of each queue; gives those of this one, whose workers are notified as of an
+    enqueue. Those of others look when they poll.
+    """
+    return Statement(
+        f"""
+        with recursive free as materialized (
+            select e.* from bgjob_exclusive e
+            where e.key = any (%(keys)s::text[]) and not ({_IS_HELD})
+        ), known as materialized (
+            select e.key, e.queue, e.since, e.since_id from free e
+            where e.since <= now() and {_WAITS_SINCE} is not null
+        ), other (key, queue, known) as (
+            -- Queues that are not known, in their order. The known one is passed over.
+            select other.key, {_NEXT_QUEUE}, other.known
+            from (
+                select free.key, '' collate "C", coalesce(known.queue, '') collate "C"
+                from free left join known on known.key = free.key
+            ) as other (key, queue, known)
+            union all
+            select other.key, {_NEXT_QUEUE}, other.known
+            from other where other.queue is not null
+        ), line (key, queue, since, since_id) as materialized (
+            select key, queue, since, since_id from known
+            union all
+            select key, queue, '-infinity', '' from other where queue > ''
+        ), unused as (
+            delete from bgjob_exclusive
+            where key = any (array(select key from free where key not in (select key from line)))
+        ), first as materialized (
+            select f.id
+            from line
+            cross join lateral (
+                select line.key, j.id, j.queue, j.next_run_at from bgjob_job j
+                where j.exclusive = line.key and j.waits and j.queue = line.queue
+                    and (j.next_run_at, j.id) >= (line.since, line.since_id)
+                order by j.next_run_at, j.id
+                limit 1
+                for update skip locked
+            ) as f
+            where not ({_EARLIER_IS_DUE_SINCE})
+        ), woken as (
+            update bgjob_job set waits = false where id = any (array(select id from first))
+            returning queue, priority, {in_range("next_run_at")} as since
+        )
+        select priority, since, case
+            when not pg_try_advisory_xact_lock_shared(%(class)s, %(bucket)s)
+            then {_NOTIFY_OF_WOKEN}
+        end from woken where queue = %(queue)s
+        """,
+        {
+            "queue": queue,
+            "keys": sorted(set(keys)),
+            "class": LOCK_CLASS,
+            "bucket": bucket(queue),
+            "channel": channel(queue),
+        },
+        lambda rows: [Woken(*row[:2]) for row in rows],
+    )
+
+
+class Blocked(NamedTuple):
+    """Keys whose jobs wait for nothing."""
+
+    keys: list[str]
+    after: str
+    """Where to go on looking; empty at the end."""
+
+
+def blocked(
+    queue: str, *, after: str, limit: int, served: Collection[str] = ()
+) -> Statement[Blocked]:
+    """Find keys whose jobs in this queue wait for nothing: nobody has them, or is about to.
+
+    Their holder died or was deleted, or its worker died before it had released them. A
+    holder of another queue, which may have no worker left, is set free here when its lease
+    has ended. A holder of a queue in `served`, those of the same worker, is not: that worker
+    frees it by its own sweep, and not while it holds it. Keys that nobody wants any more are
+    found as well. It looks at the first `limit` keys after one, so that no sweep walks over
+    all of them.
+    """
+    return Statement(
+        f"""
+        with looked_at as materialized (
+            select * from bgjob_exclusive where key > %(after)s
+            order by key limit %(limit)s
+        ), ended as (
+            update bgjob_job
+            set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
+            where ctid = any (array(
+                select h.ctid from looked_at e
+                cross join lateral (
+                    select j.ctid from bgjob_job j
+                    where j.id = e.job_id and j.token = e.token
+                        and j.queue <> all (%(served)s::text[]) and j.lease_until <= now()
+                    limit 1
+                    for update skip locked
+                ) as h
+            ))
+            returning id
+        )
+        select array(
+            select e.key from looked_at e
+            where (not ({_IS_HELD}) or e.job_id = any (array(select id from ended)))
+                and {_IS_DUE_HERE} is null
+                and ({_WAITS_HERE} is not null or {_WAITS_ANYWHERE} is null)
+        ), case when count(*) = %(limit)s then max(key) else '' end
+        from looked_at
+        """,
+        {"queue": queue, "after": after, "limit": limit, "served": [queue, *served]},
+        lambda rows: Blocked(*rows[0]),
+    )

@@ -1,0 +1,255 @@
+"""What a session needs, and finds: settings, rights, the schema."""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from bgjob._postgres.connection import Texts
+from bgjob._sql.statement import Statement, nothing, scalar
+
+SETTINGS = {
+    # What statements, their parameters and their answers mean.
+    "client_encoding": "UTF8",
+    "datestyle": "ISO",
+    "intervalstyle": "postgres",
+    "timezone": "UTC",
+    "standard_conforming_strings": "on",
+    "array_nulls": "on",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "transform_null_equals": "off",
+    # A statement sees what was committed before it: a retry has to see the job as it is.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+    # An idle session of the library is not a forgotten one.
+    "idle_session_timeout": "0",
+    # One whose host has vanished is.
+    "tcp_keepalives_idle": "30",  # seconds
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "60s",
+}
+"""Settings of each session of the library's own, whatever database and role default to.
+
+Of a session of the caller's nothing is set: there statements and parameters are such that
+none of these matters. A setting that this server does not have is left out.
+"""
+
+WORKER_SETTINGS = SETTINGS | {
+    "application_name": "bgjob",
+    "idle_in_transaction_session_timeout": "0",
+    # A row that cannot be had is left for later, and delays only its own job; see Engine.reject.
+    "lock_timeout": "100ms",
+    "statement_timeout": "10s",
+    # A host that falls asleep within a transaction must not keep its rows locked.
+    "transaction_timeout": "20s",
+    # The plans of the claim are index scans in order, whatever the statistics
+    # say: those of a queue are always wrong.
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_sort": "off",
+    # Only the index of the suspects has their whole order: no other may be sorted to it.
+    "enable_incremental_sort": "off",
+    # A batch is joined by hashing. Where the planner expects no row, as after a vacuum of a
+    # drained table, it would compare each with each: 75 ms for 500 retries.
+    "enable_nestloop": "off",
+    "jit": "off",
+    # With those settings one plan serves any parameters; a sweep was planned anew each
+    # time, in 0.2 ms, and ran for 0.07.
+    "plan_cache_mode": "force_generic_plan",
+}
+"""Settings of the session in which a worker claims and settles."""
+
+_LOCAL_SETTINGS = {
+    name: value
+    for name, value in WORKER_SETTINGS.items()
+    if name not in SETTINGS and name != "transaction_timeout"  # it cannot be set in one
+}
+
+SERVICE_SETTINGS = {"lock_timeout": "5s"}
+"""What differs while a service has that session: it waits for a lock, and cannot try later."""
+
+
+def schema_comment() -> Statement[str | None]:
+    """Give the comment that carries the schema's version; None without the table."""
+    return Statement(
+        "select obj_description(to_regclass('bgjob_job'), 'pg_class') "
+        "where to_regclass('bgjob_job') is not null "
+        "and to_regclass('bgjob_dead_job') is not null "
+        "and to_regclass('bgjob_exclusive') is not null "
+        "and to_regclass('bgjob_pause') is not null",
+        None,
+        lambda rows: (rows[0][0] or "") if rows else None,
+    )
+
+
+class Lack(NamedTuple):
+    """A column that is not there, or a privilege that the role has not."""
+
+    relation: str
+    column: str | None
+    """None if it is about the whole table."""
+    privilege: str
+    role: str
+    is_absent: bool
+
+
+# What is selected by position needs the whole table's privilege.
+_TABLE_NEEDS = (
+    ("bgjob_job", "select"),
+    ("bgjob_job", "delete"),
+    ("bgjob_exclusive", "select"),
+    ("bgjob_exclusive", "delete"),
+)
+_COLUMN_NEEDS = (
+    ("bgjob_job", "select", "id queue type arg priority created_at"),
+    (
+        "bgjob_job",
+        "update",
+        (
+            "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
+            "updated_at"
+        ),
+    ),
+    ("bgjob_exclusive", "insert", "key"),
+    ("bgjob_exclusive", "update", "job_id token queue since since_id"),
+    (
+        "bgjob_dead_job",
+        "insert",
+        (
+            "job_id queue type arg attempt last_error priority exclusive next_run_at "
+            "job_created_at job_updated_at"
+        ),
+    ),
+    ("bgjob_dead_job", "select", "job_id"),
+    ("bgjob_pause", "select", "queue until"),
+)
+
+
+def lacks(
+    table_needs: Iterable[tuple[str, str]] = _TABLE_NEEDS,
+    column_needs: Iterable[tuple[str, str, str]] = _COLUMN_NEEDS,
+) -> Statement[list[Lack]]:
+    """List what a worker (by default) needs of the tables and has not; whole tables first."""
+    needs: list[tuple[str, str | None, str]] = [
+        (relation, None, privilege) for relation, privilege in table_needs
+    ]
+    needs += [
+        (relation, column, privilege)
+        for relation, privilege, columns in column_needs
+        for column in columns.split()
+    ]
+    relations, columns, privileges = zip(*needs, strict=True)
+    return Statement(
+        """
+        select n.relation, n.name, n.privilege, current_user::text,
+            n.name is not null and a.attnum is null
+        from unnest(%(relations)s::text[], %(columns)s::text[], %(privileges)s::text[])
+            with ordinality as n (relation, name, privilege, position)
+        left join pg_attribute a on a.attrelid = to_regclass(n.relation) and a.attname = n.name
+            and not a.attisdropped
+        where case
+            when n.name is null then not has_table_privilege(to_regclass(n.relation), n.privilege)
+            when a.attnum is null then true
+            else not has_column_privilege(n.relation, a.attnum, n.privilege)
+        end
+        order by n.position
+        """,
+        {
+            "relations": list(relations),
+            "columns": Texts(columns),
+            "privileges": list(privileges),
+        },
+        lambda rows: [Lack(*row) for row in rows],
+    )
+
+
+IS_OURS = """
+    a.datname = current_database() and a.usename = session_user and pg_has_role(a.usesysid, 'usage')
+"""
+"""Of pg_stat_activity: whether this role may end the session `a`, and it works for the same one."""
+
+
+class Backend(NamedTuple):
+    """The server's process that answers."""
+
+    pid: int
+    """Behind a pooler it is not the one connected to."""
+    is_read_only: bool
+
+
+def backend() -> Statement[Backend]:
+    """Tell who answers."""
+    return Statement(
+        "select pg_backend_pid(), current_setting('transaction_read_only')::bool",
+        None,
+        lambda rows: Backend(*rows[0]),
+    )
+
+
+def clock() -> Statement[datetime]:
+    """Tell the database's time."""
+    return Statement("select clock_timestamp()", None, scalar)
+
+
+def transaction() -> Statement[None]:
+    """Set what matters to a worker for this transaction, behind a pooler that shares sessions."""
+    return Statement(
+        "select set_config(name, value, true) "
+        "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)",
+        {"names": [*_LOCAL_SETTINGS], "values": [*_LOCAL_SETTINGS.values()]},
+        nothing,
+    )
+
+
+class Hidden(NamedTuple):
+    """A table of which policies of row-level security may hide rows."""
+
+    relation: str
+    role: str
+
+
+def hidden() -> Statement[list[Hidden]]:
+    """List the tables whose row-level security does not let this role see all rows."""
+    return Statement(
+        """
+        select c.relname::text, current_user::text
+        from unnest(array['bgjob_job', 'bgjob_exclusive', 'bgjob_pause']) as n (name)
+        join pg_class c on c.oid = to_regclass(n.name)
+        where row_security_active(c.oid) and (
+            exists (select from pg_policy p where p.polrelid = c.oid and not p.polpermissive)
+            or not exists (
+                select from pg_policy p
+                where p.polrelid = c.oid and p.polpermissive and p.polcmd = '*'
+                    and pg_get_expr(p.polqual, p.polrelid) = 'true'
+                    and exists (
+                        select from unnest(p.polroles) as r (role)
+                        where r.role = 0 or pg_has_role(r.role, 'usage')
+                    )
+            )
+        )
+        order by 1
+        """,
+        None,
+        lambda rows: [Hidden(*row) for row in rows],
+    )
+
+
+def session(pid: int, settings: Mapping[str, str] = SETTINGS) -> Statement[None]:
+    """Set parameters for the rest of the session.
+
+    Those that this version of the server does not have are passed over.
+
+    Args:
+        pid: the server's process that the driver was told of. Where another one answers there
+            is a pooler, which gives its sessions to others as well: nothing is set.
+        settings: by default those of each session of the library's own.
+
+    """
+    return Statement(
+        "select set_config(name, value, false) "
+        "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value) "
+        "where pg_backend_pid() = %(pid)s and current_setting(name, true) is not null",
+        {"pid": pid, "names": list(settings), "values": list(settings.values())},
+        nothing,
+    )

@@ -1,0 +1,528 @@
+"""The control thread between the engine, one connection and the handlers of one queue."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from contextlib import ExitStack
+from itertools import count
+from math import inf
+from secrets import randbits
+from time import monotonic
+
+import psycopg
+from psycopg.errors import (
+    CharacterNotInRepertoire,
+    DatatypeMismatch,
+    FeatureNotSupported,
+    InvalidSqlStatementName,
+    LockNotAvailable,
+    ReadOnlySqlTransaction,
+    UndefinedFunction,
+    UntranslatableCharacter,
+)
+
+from bgjob._engine.engine import Engine
+from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
+from bgjob._logger import log as _log
+from bgjob._postgres.connection import Recipe, Silence
+from bgjob._postgres.fork import Lineage
+from bgjob._running.loop import Loop
+from bgjob._running.transaction import Transactions
+from bgjob._worker.events import Events
+from bgjob._worker.session import Answer, Bell, Link, UnreadError
+from bgjob._worker.slots import Runner, inside
+from bgjob.errors import BgjobError, ScheduleError
+from bgjob.mux import Mux
+from bgjob.service import Rota
+
+_FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
+_LONGEST_PAUSE = 1.0
+
+_MOMENT = 0.001
+"""Seconds granted to a thread that is handed jobs: it wants the interpreter, and may be quick."""
+
+_WATCH = 1.0
+"""Seconds between two looks whether all slots live; a death that can be told of is seen at once."""
+
+_WATCH_AGAIN = 0.01
+"""Seconds to the next look where one has not settled what became of a job."""
+
+_UNWINDING = 0.5
+"""Seconds, after the grace period, for coroutines that were cancelled to end."""
+
+LAST_WORDS = 1.0
+"""Seconds, after the grace period, to settle what has finished."""
+
+_OF_DATA = ("22", "23", "P0")
+"""Classes of errors that are about certain rows: their values, a constraint, a trigger."""
+
+_MOST_TRIED = 1000
+"""Jobs of which those that cannot be claimed are sought: as many as one claim may take."""
+
+_MOST_FAULTS = 5
+"""Faults of its own that it survives within so many seconds; more would come again."""
+_FAULTS_WITHIN = 10.0
+
+_STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, DatatypeMismatch)
+"""What a prepared statement fails with after its table has changed, or has been made anew."""
+
+
+class Control:
+    """The control thread of one queue: asks the engine, exchanges, hands out jobs, sleeps.
+
+    It alone touches the engine and the connection, and no handler runs on it,
+    so that leases are extended whatever handlers and event loops do.
+    """
+
+    def __init__(
+        self,
+        recipe: Callable[[], Recipe],
+        queue: str,
+        *,
+        concurrency: int,
+        poll_interval: float,
+        lease: float,
+        events: Events,
+        notify: bool,
+        served: Collection[str],
+        rota: Rota,
+    ) -> None:
+        self._recipe = recipe
+        self._queue = queue
+        self._concurrency = concurrency
+        self._poll_interval = poll_interval
+        self._lease = lease
+        self._rota = rota
+        self._link = Link(
+            recipe,
+            queue,
+            lease=lease,
+            notify=notify,
+            served=served,
+            meanwhile=self._meanwhile,
+            ends_at=lambda: inf if self._give_up_at is None else self._give_up_at + LAST_WORDS,
+        )
+        self._awaits_flow = False  # it waits for an answer, and has planned nothing to follow
+        self._following: Plan | None = None
+        self._events = events
+        # Made by start(): a thread that was made before a fork cannot start after it.
+        self._thread: threading.Thread | None = None
+        self._give_up_at: float | None = None  # None: not asked to stop
+        self._pause = _FIRST_PAUSE
+        self._reopen_at = 0.0
+        self._was_silent = False
+        self._watched_at = -inf
+        self._faults: deque[float] = deque(maxlen=_MOST_FAULTS + 1)
+        self._ends = ExitStack()
+        self.failure: BaseException | None = None
+        """Why it ends by itself."""
+        self.done: Future[None] = Future()
+        self.abandoned = 0
+
+    def connect(self, patience: float) -> None:
+        """Connect, and run the services; raises what keeps the worker from working.
+
+        It can be called again.
+
+        Args:
+            patience: seconds.
+
+        """
+        self._link.open(patience)
+        self._tell_warning()
+        self._rota.begin()
+        self._rota.run(self._link.lend, monotonic, self._service_cannot_start)
+
+    def _tell_warning(self) -> None:
+        if self._link.warning is not None:
+            self._events.tell([BgjobError(self._link.warning)])
+
+    def disconnect(self) -> None:
+        """Close the connection of a worker that does not start."""
+        self._link.close()
+
+    def start(
+        self,
+        mux: Mux,
+        loop: Loop,
+        leave: Callable[[], None],
+    ) -> None:
+        """Start to work; `leave` is called when the last handler has ended.
+
+        Where that fails it has ended.
+        """
+        self._ends.callback(self.done.set_result, None)
+        self._ends.callback(leave)
+        try:
+            self._bell = Bell()
+            self._ends.callback(self._bell.close)
+            self._engine = Engine(
+                concurrency=self._concurrency,
+                poll_interval=self._poll_interval,
+                lease=self._lease,
+                notify=self._link.can_notify,
+                tokens=count(randbits(62)),
+                queue=self._queue,
+                transactional=mux.transactional,
+                names_keys=mux.names_keys,
+            )
+            lineage = Lineage()
+            conninfo, kwargs = self._recipe()
+            if (
+                not self._link.is_direct
+            ):  # a pooler's other sessions would not find what it prepared
+                kwargs = {"prepare_threshold": None, **kwargs}
+            self._transactions = Transactions((conninfo, kwargs), lineage)
+            self._ends.callback(self._transactions.close)
+            self._runner = Runner(
+                mux,
+                self._transactions,
+                lineage,
+                loop,
+                queue=self._queue,
+                concurrency=self._concurrency,
+                started=self._events.started,
+                timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
+                finished=self._bell.ring,
+                hindered=self._events.error,
+            )
+            self._ends.callback(self._runner.close)
+            self._runner.open()
+            self._ends.callback(self._link.close)
+            self._thread = threading.Thread(
+                target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            self._link.close()
+            self._ends.close()
+            raise
+
+    def stop(self, give_up_at: float) -> None:
+        """Begin to shut down; of several times at which to give up the first counts."""
+        if self._give_up_at is None or give_up_at < self._give_up_at:
+            self._give_up_at = give_up_at
+        if self.has_run:
+            self._transactions.leave()
+            self._bell.shout()
+
+    def look(self) -> None:
+        """Look at once whether all slots live. From any thread."""
+        if self.has_run:
+            self._runner.needs_watch = True
+            self._bell.ring()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller is one of its handlers."""
+        return self.has_run and inside.get() is self._runner
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """What is left on the caller's loop."""
+        return self._runner.tasks if self.has_run else set()
+
+    @property
+    def interrupted(self) -> int:
+        """Jobs that were cancelled at the end of the grace period and given back."""
+        return self._runner.interrupted if self.has_run else 0
+
+    @property
+    def has_run(self) -> bool:
+        """Whether `start` got so far as to start the thread, with all that it works with."""
+        return self._thread is not None and self._thread.ident is not None
+
+    def _run(self) -> None:
+        with self._ends:
+            try:
+                while self._goes_on():
+                    pass
+            except BaseException as error:  # beyond what is survived
+                self._fail(error)
+                self.abandoned = self._engine.unsettled
+
+    def _goes_on(self) -> bool:
+        """Take one step, and survive it; False when the worker has ended."""
+        try:
+            return self._turn()
+        except psycopg.Error as error:
+            self._disconnected(error)
+        except BaseException as error:  # a fault of ours: say so, and work on
+            if self.failure is not None:
+                raise  # it is only to settle what it can
+            _log.exception("worker of queue %r failed; it connects again and goes on", self._queue)
+            now = monotonic()
+            self._faults.append(now)
+            if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
+                self._fail(error)
+            self._disconnected(error)
+            self._runner.suspect()
+        return True
+
+    def _turn(self) -> bool:
+        """Take one step; False when the worker has ended."""
+        engine, runner = self._engine, self._runner
+        now = monotonic()
+        if self._give_up_at is not None:
+            engine.shutdown()
+            self._rota.end()
+            if now >= self._give_up_at:
+                runner.cancel()
+                if now >= self._give_up_at + _UNWINDING or not runner.is_unwinding:
+                    engine.abandon()
+            if now >= self._give_up_at + LAST_WORDS:
+                self.abandoned = engine.unsettled  # the database is away: the leases decide
+                return False
+        runner.spread()
+        if runner.next_timeout <= now:
+            engine.give_up(runner.expire(now))
+        self._collect()
+        if now >= self._watch_at:
+            self._watched_at = now
+            runner.watch(engine.running, self._lease / 3)
+            self._collect()
+            if runner.failure is not None and self._give_up_at is None:
+                self._fail(runner.failure)
+                return True
+        if notice := self._link.take_notice():
+            engine.wake(notice)
+        now = monotonic()
+        if (blocked := runner.blocked(now, self._lease / 3)) is not None:
+            self._events.tell([blocked])
+        if not self._link.is_open:
+            self._reopen(now)
+            return True
+        if now >= self._rota.pressing_at:
+            self._serve()
+            return True
+        if self._link.unread:
+            self._bury_unread()
+            return True
+        if self._link.step:
+            self._clock_was_set()
+            return True
+        match engine.step(now):
+            case Exchange() as exchange:
+                self._exchange(exchange)
+            case Withdraw():
+                engine.withdrawn(runner.withdraw())
+            case Sleep() if now >= self._rota.due_at:
+                self._serve()
+            case Sleep(until):
+                self._sleep(min(until, self._rota.due_at))
+            case Stop(abandoned):
+                self.abandoned = abandoned
+                return False
+        return True
+
+    @property
+    def _watch_at(self) -> float:
+        often = _WATCH_AGAIN if self._runner.needs_watch else min(_WATCH, self._lease / 12)
+        return self._watched_at + often
+
+    def _fail(self, error: BaseException) -> None:
+        """End by itself, without waiting for handlers."""
+        if self.failure is None:
+            self.failure = error
+            self._events.tell([error])
+            self.stop(monotonic())
+
+    def _exchange(self, exchange: Exchange) -> None:
+        try:
+            if self._engine.flows(exchange):
+                self._stream(exchange)
+            elif self._acknowledge(self._link.exchange(exchange)):
+                self._sleep(monotonic() + _MOMENT)
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            if isinstance(error, UnreadError):
+                self._events.error(error)
+                self._engine.disconnect(monotonic())  # it happened, or did not
+                return
+            is_text = isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire)
+            if isinstance(error, _STALE):
+                self._link.forget_plans()
+            elif is_text:
+                self._link.use_server_encoding()
+            for_lock = isinstance(error, LockNotAvailable)
+            for_data = (error.sqlstate or "")[:2] in _OF_DATA
+            if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
+                self._events.error(error)
+            if for_data and not is_text and exchange.claims_only:
+                self._bury_refused()
+
+    def _bury_refused(self) -> None:
+        try:
+            refused = self._link.bury_refused(_MOST_TRIED)
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)
+            return
+        for id_, why in refused:
+            text = (
+                f"job {id_} of queue {self._queue!r} could not be claimed, and was moved to the "
+                f"dead-letter table: {why}"
+            )
+            self._events.tell([BgjobError(text)])
+
+    def _bury_unread(self) -> None:
+        for unread in self._link.unread:
+            text = (
+                f"job {unread.id} of queue {self._queue!r} could not be read, and was moved to the "
+                f"dead-letter table: {unread.error}"
+            )
+            self._events.tell([BgjobError(text)])
+        try:
+            self._link.bury_unread()
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)  # they are left to their leases
+
+    def _clock_was_set(self) -> None:
+        step, self._link.step = self._link.step, 0.0
+        how = "back" if step < 0 else "forward"
+        then = (
+            "jobs that have since been due in the future are due as they would have been, but for "
+            "those of a dead worker, and those that were enqueued for a time"
+            if step < 0
+            else "jobs have come early, and leases have ended: a job that runs may run twice"
+        )
+        text = f"the database's clock was set {how} by {abs(step):.0f} s, or another server answers"
+        self._events.tell([BgjobError(f"{text}; {then}")])
+        try:
+            if step < 0:
+                self._link.catch_up()
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)
+        self._engine.wake(Notice(later=True))
+
+    def _must_reconnect(self, error: psycopg.Error) -> bool:
+        # A primary that became a standby: the next one may be elsewhere.
+        return not self._link.is_open or isinstance(error, ReadOnlySqlTransaction)
+
+    def _stream(self, exchange: Exchange) -> None:
+        """Exchange for as long as jobs flow, each answer worked on while the next is made."""
+        link = self._link
+        with link.streaming():
+            answer: Answer | None = link.send(link.plan(exchange))
+            while answer is not None:
+                self._awaits_flow = True
+                try:
+                    answer.wait()
+                    following = self._follow() if self._awaits_flow else self._following
+                finally:
+                    self._awaits_flow, self._following = False, None
+                try:
+                    coming = link.send(following) if following else None
+                finally:
+                    self._acknowledge(link.read(answer))
+                answer = coming
+
+    def _follow(self) -> Plan | None:
+        """Plan what follows the exchange under way, if jobs flow."""
+        self._collect()
+        now = monotonic()
+        due_at = min(self._rota.pressing_at, self._runner.next_timeout)
+        needed = self._link.unread or self._link.step or self._runner.needs_watch
+        goes_on = self._give_up_at is None and now < due_at and not needed
+        ahead = self._engine.ahead(now) if goes_on else None
+        return self._link.plan(ahead) if ahead else None
+
+    def _meanwhile(self) -> None:
+        """Use the time while the server works."""
+        if not self.has_run:
+            return
+        self._runner.spread()  # what was taken for quick jobs, and given one slot, may not be
+        if self._awaits_flow and self._runner.is_idle:
+            # All that will be settled next is known: the server is not to wait for its words.
+            self._following = self._follow()
+            self._awaits_flow = self._following is None
+
+    def _serve(self) -> None:
+        self._rota.run(self._link.lend, monotonic, self._service_failed)
+
+    def _service_failed(self, error: BaseException) -> None:
+        if isinstance(error, psycopg.Error) and self._must_reconnect(error):
+            raise error
+        self._events.error(error)
+
+    def _service_cannot_start(self, error: BaseException) -> None:
+        is_told = isinstance(error, Exception) and not isinstance(error, BgjobError)
+        if not is_told and not isinstance(error, ScheduleError):
+            raise error
+        self._service_failed(error)
+
+    def _collect(self) -> None:
+        self._engine.slots = self._runner.slots
+        if self._runner.has_outcomes:
+            events = self._engine.finish(self._runner.collect())
+            if events:
+                self._events.tell(events)
+
+    def _acknowledge(self, reply: Reply) -> bool:
+        """Hand out jobs and tell events; whether there were jobs."""
+        news = self._engine.acknowledge(reply, monotonic())
+        if news.run:
+            self._runner.submit(news.run, quick=self._engine.is_quick)
+        if news.events:
+            self._events.tell(news.events)
+        if news.locked:
+            self._events.error(
+                BgjobError(
+                    f"jobs {news.locked[:10]} of queue {self._queue!r} wait to be stored: another "
+                    "session has locked their rows, or their keys, for some seconds: end its "
+                    "transaction (pg_locks and pg_stat_activity show it)"
+                )
+            )
+        return bool(news.run)
+
+    def _sleep(self, until: float) -> None:
+        if self._give_up_at is not None:
+            now = monotonic()
+            ends = (self._give_up_at + more for more in (0, _UNWINDING, LAST_WORDS))
+            until = min(until, *(end for end in ends if now < end), now + LAST_WORDS)
+        self._bell.arm()
+        runner = self._runner
+        if runner.needs_watch:
+            until = min(until, self._watch_at)
+        has_news = runner.has_outcomes or self._link.has_notice
+        if not has_news and runner.slots == self._engine.slots:
+            self._link.wait(self._bell, min(until, runner.next_timeout) - monotonic())
+        self._bell.silence()
+
+    def _disconnected(self, error: BaseException) -> None:
+        self._was_silent |= isinstance(error, Silence)
+        self._events.error(error)
+        self._link.close()
+        self._engine.disconnect(monotonic())
+
+    def _reopen(self, now: float) -> None:
+        if now < self._reopen_at:
+            # The bell is not armed: only a shutdown interrupts this.
+            end = self._reopen_at
+            if self._give_up_at is not None:
+                end = min(end, self._give_up_at + LAST_WORDS)
+            self._link.wait(self._bell, end - now)
+            self._bell.silence()
+            return
+        try:
+            left = inf if self._give_up_at is None else self._give_up_at + LAST_WORDS - now
+            self._link.open(None if left == inf else max(left, 0.1))
+        except (psycopg.Error, BgjobError) as error:
+            self._events.error(error)
+            self._reopen_at = monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        else:
+            self._pause = _FIRST_PAUSE
+            self._tell_warning()
+            if self._was_silent:
+                self._was_silent = False
+                self._transactions.doubt()
+            self._engine.reconnect()

@@ -1,0 +1,301 @@
+"""The queues of one worker: a control thread each, and what they share."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, wait
+from math import inf
+from time import monotonic
+from types import EllipsisType
+
+from bgjob._checks import Duration, seconds
+from bgjob._running.loop import Loop
+from bgjob._worker.control import LAST_WORDS, Control
+from bgjob._worker.events import Events
+from bgjob._worker.observers import Audience, audience
+from bgjob._worker.state import State
+from bgjob.client import AsyncClient, Client
+from bgjob.errors import BgjobError, QueueRequiredError
+from bgjob.job import check_name
+from bgjob.mux import Mux
+from bgjob.service import Rota, Service
+
+_AFTER = 1.9
+"""Seconds after the grace period for which a shutdown waits at most; it promises 2."""
+
+Queues = str | Mapping[str, int]
+"""A queue, or several, each with its concurrency."""
+
+
+class Crew:
+    """Starts and ends the control threads together. Thread-safe."""
+
+    def __init__(
+        self,
+        client: Client | AsyncClient,
+        queues: Queues,
+        mux: Mux,
+        *,
+        concurrency: int | None,
+        poll_interval: Duration,
+        lease: Duration,
+        observer: Audience | None,
+        notify: bool,
+        services: Iterable[Service],
+        state: State | None,
+        init_timeout: Duration,
+        grace: Duration | None,
+    ) -> None:
+        poll, held = seconds(poll_interval, "poll_interval"), seconds(lease, "lease")
+        if poll < 0.001:  # noqa: PLR2004
+            raise ValueError(f"poll_interval must be at least 0.001 s, not {poll_interval!r}")
+        if held < 1:
+            raise ValueError(f"lease must be at least 1 s, not {lease!r}")
+        self._patience = seconds(init_timeout, "init_timeout")
+        if self._patience < 1:
+            raise ValueError(f"init_timeout must be at least 1 s, not {init_timeout!r}")
+        self._grace = None if grace is None else seconds(grace, "grace")
+        self._mux = mux
+        self._shared = state
+        slots_of = _slots(queues, concurrency)
+        self._events = Events(audience(observer), ", ".join(slots_of))
+        rota = Rota(services)
+        self._controls: list[Control] = []
+        for queue, slots in slots_of.items():
+            self._controls.append(
+                Control(
+                    lambda: client.recipe,
+                    queue,
+                    concurrency=slots,
+                    poll_interval=poll,
+                    lease=held,
+                    events=self._events,
+                    notify=notify,
+                    served=slots_of.keys(),
+                    rota=rota,
+                )
+            )
+            rota = Rota(())  # the services are the first one's
+        self._queues = ", ".join(slots_of)
+        self._loop: Loop | None = None
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._opened = self._asked = False
+        self._opener: int | None = None
+        """The thread that connects and starts."""
+        self._give_up_at = inf
+        self._at_work = 0  # controls whose handlers have not all ended
+        self._alive = 0  # controls that have not ended
+        self.done: Future[None] = Future()
+
+    def open(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Connect and start; raises what keeps the worker from working.
+
+        A worker that is shut down meanwhile, by a signal handler for example, does not start.
+        """
+        with self._lock:
+            if self._opened or self._asked:
+                raise RuntimeError("a worker runs once: make a new one")
+            self._opened = True
+            self._opener = threading.get_ident()
+        try:
+            # Without the lock: a shutdown does not wait until a server answers.
+            mux = self._connect(loop)
+        except BaseException:
+            with self._lock:
+                self._opened, self._opener = False, None
+                if self._asked:
+                    self._finish()
+            raise
+        with self._lock:
+            self._opener = None
+            if self._asked:
+                self._undo()
+                return
+            try:
+                self._start(mux, loop)
+            except BaseException:
+                # Out of threads, or of sockets. What was started ends.
+                self._asked = True
+                self._give_up(monotonic())
+                for control in self._controls:
+                    if not control.has_run:
+                        control.disconnect()
+                raise
+
+    def _connect(self, loop: asyncio.AbstractEventLoop | None) -> Mux:
+        if self._shared is None:
+            self._mux.check_bound()
+        mux, end = self._mux, monotonic() + self._patience
+        try:
+            # The first one, which runs the services, comes when all others can work.
+            for control in reversed(self._controls):
+                if not self._asked:
+                    control.connect(max(end - monotonic(), 0.1))
+            if self._shared is not None and not self._asked:
+                mux = mux.bound(self._shared.open(loop))
+            self._events.open()
+        except BaseException:
+            for control in self._controls:
+                control.disconnect()
+            self._close_state()
+            raise
+        return mux
+
+    def _undo(self) -> None:
+        """End a worker that was shut down before it had started."""
+        self._opened = True
+        for control in self._controls:
+            control.disconnect()
+        self._close_state()
+        self._events.close(self._patience_of(LAST_WORDS))
+        self._finish()
+
+    def _finish(self) -> None:
+        self._opened = True
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def _start(self, mux: Mux, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._pid = os.getpid()
+        self._loop = Loop(f"bgjob-loop-{self._queues}", given=loop, told=self._interrupted)
+        self._loop.guard(self.done, self._look)
+        for control in self._controls:
+            self._at_work += 1
+            self._alive += 1
+            control.done.add_done_callback(self._ended)
+            control.start(mux, self._loop, self._leave)
+
+    def _look(self) -> None:
+        for control in self._controls:
+            control.look()
+
+    def _interrupted(self, error: BaseException) -> None:
+        error.add_note("it left a task of the worker's event loop, which goes on")
+        self._events.error(error)
+
+    def stop(self, timeout: Duration | EllipsisType | None = ...) -> None:
+        """Begin to shut down; of several grace periods the one that ends first counts."""
+        if isinstance(timeout, EllipsisType):
+            timeout = self._grace
+        if os.getpid() != self._pid:
+            raise BgjobError(
+                "this worker runs in the process that called run(), not in a fork of it"
+            )
+        end = inf if timeout is None else monotonic() + seconds(timeout, "timeout")
+        with self._lock:
+            self._asked = True
+            if not self._opened:
+                self._finish()
+        self._give_up(end)
+
+    @property
+    def time_left(self) -> float:
+        """Seconds for which a shutdown may still wait: it takes the grace period and 2 s."""
+        return max(self._give_up_at + _AFTER - monotonic(), 0.0)
+
+    def join(self) -> None:
+        """Wait until it has ended after `stop`, or until its time is over, whatever hangs."""
+        while not self.done.done() and (left := self.time_left):
+            # In pieces: another shutdown may grant less.
+            wait([self.done], min(left, 1.0))
+
+    def _give_up(self, end: float) -> None:
+        self._give_up_at = min(end, self._give_up_at)
+        for control in self._controls:
+            control.stop(end)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it ended by itself."""
+        return next((c.failure for c in self._controls if c.failure is not None), None)
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether somebody shut it down; it may also end by itself, where nothing can run."""
+        return self._asked and self.failure is None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the worker waits for the caller: a handler, the observer, or who starts it."""
+        is_observer = threading.current_thread() is self._events.thread
+        is_opener = threading.get_ident() == self._opener
+        return is_observer or is_opener or any(control.is_inside for control in self._controls)
+
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """What is left on the caller's loop."""
+        return self._handling | (set() if self._loop is None else self._loop.tasks)
+
+    @property
+    def _handling(self) -> set[asyncio.Task[None]]:
+        return {task for control in self._controls for task in control.tasks}
+
+    @property
+    def abandoned(self) -> int:
+        """Jobs that were left to their leases."""
+        return sum(control.abandoned for control in self._controls)
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether it has ended, and every job that had started has a result that is stored."""
+        is_cut_short = any(c.abandoned or c.interrupted for c in self._controls)
+        return self.done.done() and not is_cut_short
+
+    def _leave(self) -> None:
+        """Close what is shared when the last handler of the last queue has ended."""
+        with self._lock:
+            self._at_work -= 1
+            is_last = not self._at_work
+        if is_last:
+            if self._loop is not None:
+                self._loop.close(self._patience_of(LAST_WORDS))
+            self._close_state()
+            self._events.close(self._patience_of(LAST_WORDS))
+
+    def _patience_of(self, seconds: float) -> float:
+        """Return for how long to wait for something: all together must not exceed the bound."""
+        return min(seconds, max(self.time_left - 0.4, 0.1)) if self._asked else seconds
+
+    def _close_state(self) -> None:
+        if self._shared is None:
+            return
+        patience = LAST_WORDS
+        if self._asked:
+            patience = max(self._patience_of(LAST_WORDS), self._give_up_at - monotonic())
+        try:
+            self._shared.close(None if patience == inf else patience, lambda: self._handling)
+        except BaseException as error:
+            self._events.error(error)
+
+    def _ended(self, _: "Future[None]") -> None:
+        with self._lock:
+            self._alive -= 1
+            is_last = not self._alive
+        if is_last:
+            self._finish()
+        elif not self._asked:  # one that fails takes the others with it
+            self._give_up(monotonic() + LAST_WORDS)
+
+
+def _slots(queues: Queues, concurrency: int | None) -> dict[str, int]:
+    """Give the concurrency of each queue; raise where that cannot be."""
+    if isinstance(queues, str):
+        slots = {queues: 1 if concurrency is None else concurrency}
+    elif isinstance(queues, Mapping):
+        if concurrency is not None:
+            raise ValueError("give concurrency, or a mapping from queues to theirs, not both")
+        slots = dict(queues)
+    else:
+        raise TypeError(
+            f"queue must be a str, not {type(queues).__name__}; or, for several queues, a mapping "
+            "from their names to their concurrency, such as {'high': 10, 'low': 2}"
+        )
+    if not slots or not all(slots):
+        raise QueueRequiredError("queue is required: name the queue to work on")
+    for queue, count in slots.items():
+        check_name("queue", queue)
+        if type(count) is not int or count < 1:
+            raise ValueError(f"concurrency must be at least 1, not {count!r}: of queue {queue!r}")
+    return slots

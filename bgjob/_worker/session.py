@@ -1,0 +1,602 @@
+"""The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
+
+import contextlib
+import inspect
+import select
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from math import ceil, inf
+from time import monotonic
+from typing import Any, LiteralString, NamedTuple, cast
+
+import psycopg
+from psycopg._encodings import pg2pyenc
+from psycopg.abc import RV, PQGen
+from psycopg.conninfo import timeout_from_conninfo
+from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.rows import TupleRow, tuple_row
+from psycopg.waiting import Ready, Wait
+from typing_extensions import override
+
+from bgjob import schema
+from bgjob._engine.protocol import Exchange, Notice, Plan, Reply
+from bgjob._postgres.connection import Cursor, Recipe, Silence, options
+from bgjob._sql.claims import next_due, try_claim
+from bgjob._sql.notices import listen
+from bgjob._sql.session import (
+    SERVICE_SETTINGS,
+    WORKER_SETTINGS,
+    backend,
+    hidden,
+    lacks,
+    schema_comment,
+    session,
+    transaction,
+)
+from bgjob._sql.settlements import bury_refused, bury_unread, catch_up
+from bgjob._sql.statement import Statement
+from bgjob._worker.clock import ServerClock
+
+_PATIENCE = 10.0
+"""Seconds without a sign of the server, after which it is given up."""
+
+_CAUGHT_UP = 1000
+"""Jobs that are moved by one statement after the clock was set back."""
+
+_NEVER = datetime(1, 1, 3, tzinfo=UTC)
+"""Later than the time that stands for none."""
+
+_MOMENT = 0.001
+"""Seconds of waiting for the server after which there is time for something else."""
+
+_SLICE = 0.25
+"""Seconds after which a wait looks whether the worker's time is over."""
+
+_LONGEST_SLEEP = 3600.0
+
+_SAMPLE = 20
+"""Jobs of which one must be claimable, if others are to blame that they are not."""
+
+_MOST_REFUSED = 20
+"""Jobs that are moved to the dead-letter table at once because nobody can claim them."""
+
+# Of an exchange that the server refused, or that could not be put into words.
+_UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
+
+_EVENTS = {
+    Wait.R: select.POLLIN,
+    Wait.W: select.POLLOUT,
+    Wait.RW: select.POLLIN | select.POLLOUT,
+}
+_READY = {
+    0: Ready.RW,  # an error or a hang-up: reading tells which
+    select.POLLIN: Ready.R,
+    select.POLLOUT: Ready.W,
+    select.POLLIN | select.POLLOUT: Ready.RW,
+}
+
+
+class Bell:
+    """Wakes a thread that waits on sockets."""
+
+    def __init__(self) -> None:
+        # Sockets, not a pipe: a send to one that was closed fails, where a write
+        # to a closed descriptor may reach whoever was given its number since.
+        self._heard, self._rope = socket.socketpair()
+        self._heard.setblocking(False)
+        self._rope.setblocking(False)
+        self._armed = self._rings = False
+
+    def fileno(self) -> int:
+        """Give what to wait on."""
+        return self._heard.fileno()
+
+    def arm(self) -> None:
+        """Let the next ring be felt; look for what it would tell after this, then wait."""
+        self._armed = True
+
+    def ring(self) -> None:
+        """Wake the thread if it is armed, which costs a flag where it is not. From any thread."""
+        if self._armed:
+            self._armed = False
+            self.shout()
+
+    def shout(self) -> None:
+        """Wake the thread now, or at its next wait. From any thread."""
+        with contextlib.suppress(OSError):  # full: it is ringing already; or closed
+            self._rope.send(b"!")
+        self._rings = True  # after it does: at worst it is silenced at the second wait
+
+    def silence(self) -> None:
+        """Stop ringing."""
+        self._armed = False
+        if self._rings:
+            self._rings = False
+            with contextlib.suppress(BlockingIOError):
+                self._heard.recv(4096)
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._armed = False
+        self._heard.close()
+        self._rope.close()
+
+
+class _Connection(psycopg.Connection[TupleRow]):
+    """A connection whose every wait ends."""
+
+    patience: float = _PATIENCE
+    """Seconds without a sign of the server, after which it is given up."""
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+    """Called where an answer takes more than a moment."""
+
+    ends_at: Callable[[], float] = staticmethod(lambda: inf)
+    """When no answer is worth waiting for any more."""
+
+    @override
+    def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
+        # poll() and nothing else: each system call here gives up the interpreter
+        # to the handlers' threads, and has to win it back.
+        try:
+            wanted = next(gen)
+            poll = select.poll()
+            poll.register(self.pgconn.socket, _EVENTS[wanted])
+            while True:
+                ready = poll.poll(_MOMENT * 1000)
+                if not ready:
+                    self.meanwhile()
+                    ready = self._wait_long(poll)
+                if not ready:
+                    raise Silence(self.patience)
+                event = ready[0][1]
+                again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
+                if again != wanted:
+                    wanted = again
+                    poll.modify(self.pgconn.socket, _EVENTS[wanted])
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        except BaseException:
+            if inspect.getgeneratorstate(gen) == inspect.GEN_SUSPENDED:
+                # Interrupted between a question and its answer: nothing else can be asked.
+                self.pgconn.finish()
+                with contextlib.suppress(psycopg.Error):
+                    gen.close()
+            raise
+
+    def _wait_long(self, poll: select.poll) -> list[tuple[int, int]]:
+        end = monotonic() + self.patience
+        while (left := min(end, self.ends_at()) - monotonic()) > 0:
+            if ready := poll.poll(min(left, _SLICE) * 1000):
+                return ready
+        return []
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Make a refusal of what is raised before a statement is sent, so that no other suffers."""
+    try:
+        yield
+    except psycopg.Error:
+        raise
+    except Exception as error:
+        raise psycopg.DataError(f"a statement could not be sent: {error!r}") from error
+
+
+class UnreadError(psycopg.DataError):
+    """The exchange was committed, and its answer could not be read."""
+
+
+class Unread(NamedTuple):
+    """A claimed job that could not be read."""
+
+    place: str
+    """Where its row is."""
+    token: int
+    id: str
+    """In the notation of Python's bytes."""
+    error: Exception
+
+
+class Answer:
+    """The cursors of an exchange that was sent; they are lent to it until it is read.
+
+    To make them anew is a noticeable part of what an idle worker needs for a claim.
+    """
+
+    def __init__(self, connection: _Connection, cursors: list[Cursor]) -> None:
+        self._connection = connection
+        self._spare = cursors
+        self._used: list[Cursor] = []
+        self.unread: list[Unread] = []
+        self.sent_at = monotonic()
+        self._asked: list[tuple[Statement[Any], str, Cursor]] = []
+
+    def ask(self, plan: Plan) -> None:
+        """Send statements, each for its part of the Reply."""
+        for statement, part in plan:
+            cursor = self._cursor()
+            with _refusing():
+                cursor.execute(statement.text, statement.params, binary=True)
+            self._asked.append((statement, part, cursor))
+
+    def say(self, text: LiteralString | bytes, params: Mapping[str, object] | None = None) -> None:
+        """Send a word of which nothing is read, but that it was answered."""
+        self._cursor().execute(text, params)
+
+    def wait(self) -> None:
+        """Wait until the last that was sent is answered."""
+        self._used[-1].fetchall()
+
+    def read(self) -> Reply:
+        """Read what the server said."""
+        reply = Reply()
+        for statement, part, cursor in self._asked:
+            try:
+                rows = cursor.fetchall()
+            except Exception as error:
+                if cursor.pgresult is None or cursor.pgresult.status != ExecStatus.TUPLES_OK:
+                    raise  # the server's
+                rows = self._readable(statement, cursor, error)
+            reply.add(part, statement.parse(rows))
+        reply.unread = len(self.unread)
+        self._spare += self._used
+        return reply
+
+    def _readable(
+        self, statement: Statement[Any], cursor: Cursor, error: Exception
+    ) -> list[TupleRow]:
+        """Read a claim row by row, and note those that cannot be read."""
+        result, rows = cursor.pgresult, []
+        names = [column.name for column in cursor.description or ()]
+        if result is None or "ctid" not in names or statement.params is None:
+            raise UnreadError(f"the server's answer could not be read: {error}") from error
+        for number in range(result.ntuples):
+            cursor.scroll(number, "absolute")
+            try:
+                rows += [row for row in [cursor.fetchone()] if row is not None]
+            except Exception as problem:
+                place = (result.get_value(number, names.index("ctid")) or b"").decode()
+                id_ = repr(result.get_value(number, 0) or b"")[1:]
+                token = cast("int", statement.params["token"])
+                self.unread.append(Unread(place, token, id_, problem))
+        return rows
+
+    def _cursor(self) -> Cursor:
+        cursor = self._spare.pop() if self._spare else Cursor(self._connection)
+        self._used.append(cursor)
+        return cursor
+
+
+class Link:
+    """A connection to the server that can be lost and opened again. Belongs to one thread."""
+
+    def __init__(
+        self,
+        recipe: Callable[[], Recipe],
+        queue: str,
+        *,
+        lease: float,
+        notify: bool,
+        served: Collection[str] = (),
+        meanwhile: Callable[[], object] = lambda: None,
+        ends_at: Callable[[], float] = lambda: inf,
+    ) -> None:
+        self._meanwhile = meanwhile
+        self._ends_at = ends_at
+        self._recipe = recipe
+        self._queue = queue
+        self._served = served
+        self._lease = lease
+        self._notify = notify
+        self._connection: _Connection | None = None
+        self._cursors: list[Cursor] = []  # to use again
+        self._heard: Notice | None = None
+        self._has_opened = False
+        self.is_direct = False
+        """Whether the open connection has a session of its own, and no pooler gives it others."""
+        self.warning: str | None = None
+        """What is to be told of the open connection."""
+        self._clock = ServerClock()
+        self.step = 0.0
+        """Seconds by which the server's clock was set; to be told and made good."""
+        self.unread: list[Unread] = []
+        """Claimed jobs that could not be read, and are to be buried."""
+        self.can_notify = False
+        """Whether the open connection receives notifications."""
+
+    def open(self, patience: float | None = None) -> None:
+        """Connect, check the schema, listen.
+
+        Args:
+            patience: seconds for all of that. Each host is given its part of them, and 2 s
+                at least, by psycopg; by default 10 s, or what the connection string says.
+
+        Raises:
+            psycopg.Error: the server cannot be reached, or refuses.
+            SchemaError: the tables are missing or of another version.
+
+        """
+        settings = options(self._recipe())
+        end = monotonic() + (patience or _PATIENCE)
+        if patience is not None:
+            hosts = str(settings.get("host", "")).count(",") + 1
+            settings["connect_timeout"] = min(
+                timeout_from_conninfo(settings), max(ceil(patience / hosts), 1)
+            )
+        # Statements are few and long: prepared at once, unless a pool forbids it.
+        asked = settings.get("prepare_threshold", 0)
+        ours = {
+            "autocommit": True,
+            "prepare_threshold": None if asked is None else 0,
+            "row_factory": tuple_row,
+            "cursor_factory": None,
+            "context": None,
+            "client_encoding": "UTF8",
+        }
+        connection = _Connection.connect(**settings | ours)
+        connection.patience = max(end - monotonic(), 0.1)
+        connection.ends_at = self._ends_at
+        try:
+            # A pooler in transaction mode gives each transaction another session:
+            # settings and locks would stay behind with strangers.
+            answers = self._run(connection, backend())
+            if answers.is_read_only:
+                raise psycopg.errors.ReadOnlySqlTransaction(
+                    "the server, or this database or role, is read-only: connect to the primary"
+                )
+            self.is_direct = answers.pid == connection.info.backend_pid
+            if self.is_direct:
+                self._run(connection, session(answers.pid, WORKER_SETTINGS))
+            elif "prepare_threshold" not in settings:
+                connection.prepare_threshold = None  # nor would it find what was prepared
+            # One that has worked with the tables goes on while they have what its statements
+            # need, whatever they are called: a deploy may have changed them meanwhile.
+            check = schema.check_tables if self._has_opened else schema.check_version
+            check(self._run(connection, schema_comment()))
+            schema.check_lacks(self._run(connection, lacks()))
+            self.warning = schema.hidden_text(self._run(connection, hidden()))
+            self.can_notify = self._notify and self.is_direct
+            if self.can_notify:
+                connection.add_notify_handler(self._notice)
+                self._run(connection, listen(self._queue))
+        except BaseException:
+            connection.close()
+            raise
+        connection.meanwhile = self._meanwhile
+        connection.patience = _PATIENCE
+        self._connection, self._cursors, self._has_opened = connection, [], True
+
+    def exchange(self, exchange: Exchange) -> Reply:
+        """Run an exchange in one round trip and one transaction.
+
+        Raises:
+            psycopg.Error: it was refused; or the connection was lost, then
+                `is_open` is False.
+
+        """
+        plan = self.plan(exchange)
+        if len(plan) == 1 and self.is_direct:
+            answer = self._answer()
+            answer.ask(plan)  # a transaction by itself
+        else:
+            with self.streaming():
+                answer = self._transact(plan)
+        return self.read(answer)
+
+    def read(self, answer: Answer) -> Reply:
+        """Read an answer; what cannot be read of a claim is in `unread`."""
+        reply = answer.read()
+        self.unread += answer.unread
+        at = reply.seen.at if reply.seen else max((x.since for x in reply.lines), default=_NEVER)
+        if at > _NEVER:
+            self.step += self._clock.observe(at, answer.sent_at, monotonic())
+        return reply
+
+    def catch_up(self) -> None:
+        """Move jobs back whose due times the clock left in the future when it was set back."""
+        while self._run(self._ready(), catch_up(self._queue, limit=_CAUGHT_UP)) == _CAUGHT_UP:
+            pass
+
+    def bury_unread(self) -> None:
+        """Move the jobs that could not be read to the dead-letter table."""
+        unread, self.unread = self.unread, []
+        text = f"the job could not be read: {unread[0].error}"
+        places, tokens = [u.place for u in unread], [u.token for u in unread]
+        self._run(self._ready(), bury_unread(places, tokens, text))
+
+    def bury_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
+        """Move the jobs that the server lets nobody claim to the dead-letter table.
+
+        Of the jobs that are claimed next, each is found by halves whose claim the server
+        refuses, as a constraint or a trigger of the user's may. Where it refuses all of
+        them, it is not for one job to suffer, and all stay.
+
+        Returns:
+            Their ids, and why.
+
+        """
+        connection = self._ready()
+        refused: list[tuple[str, str, psycopg.Error]] = []
+
+        def refusal(places: Sequence[str]) -> psycopg.Error | None:
+            return self._refusal(connection, try_claim(places))
+
+        with connection.transaction():
+            due = self._run(connection, next_due(self._queue, limit=limit))
+            sample = due[:: max(len(due) // _SAMPLE, 1)]
+            halves = [due] if any(refusal([place]) is None for place, _ in sample) else []
+            while halves and len(refused) < _MOST_REFUSED:
+                half = halves.pop()
+                error = refusal([place for place, _ in half])
+                if error is not None and len(half) == 1:
+                    refused.append((*half[0], error))
+                elif error is not None:
+                    middle = len(half) // 2
+                    halves += [half[middle:], half[:middle]]
+            for place, _, error in refused:
+                self._run(connection, bury_refused(place, f"the job could not be claimed: {error}"))
+        return [(id_, error) for _, id_, error in refused]
+
+    def _refusal(self, connection: _Connection, statement: Statement[None]) -> psycopg.Error | None:
+        """Run a statement and undo it; why the server refuses it."""
+        try:
+            with connection.transaction(force_rollback=True):
+                self._run(connection, statement)
+        except psycopg.Error as error:
+            if connection.closed:
+                raise
+            return error
+        return None
+
+    def use_server_encoding(self) -> None:
+        """Read text as it is stored: some of it has no equivalent in UTF-8."""
+        connection = self._ready()
+        encoding = connection.info.parameter_status("server_encoding") or ""
+        with contextlib.suppress(psycopg.NotSupportedError):
+            pg2pyenc(encoding.encode())  # some Python does not know
+            self._run(
+                connection, session(connection.info.backend_pid, {"client_encoding": encoding})
+            )
+
+    def forget_plans(self) -> None:
+        """Prepare all statements anew, after the tables have changed under their plans."""
+        # psycopg forgets what it has prepared when it sees a rollback.
+        Cursor(self._ready()).execute("rollback", prepare=False)
+
+    def plan(self, exchange: Exchange) -> Plan:
+        """Put an exchange into words, so that nothing but to send them is left to do."""
+        with _refusing():
+            return exchange.statements(self._queue, self._lease, self._served)
+
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Let exchanges be sent before the last one's answer is read; see `send`.
+
+        Raises:
+            psycopg.Error: as for `exchange`.
+
+        """
+        connection = self._ready()
+        try:
+            with connection.pipeline():
+                yield
+        finally:
+            if connection.info.transaction_status in _UNENDED:
+                connection.rollback()
+
+    def send(self, plan: Plan) -> Answer:
+        """Send an exchange, as a transaction; give what to wait for, and to read later."""
+        answer = self._transact(plan)
+        answer.say("select")
+        return answer
+
+    def _ready(self) -> _Connection:
+        connection = self._connection
+        if connection is None:
+            raise psycopg.OperationalError("the connection is closed")
+        return connection
+
+    def _answer(self) -> Answer:
+        return Answer(self._ready(), self._cursors)
+
+    def _transact(self, plan: Plan) -> Answer:
+        # The commit is sent with the rest: a process that is stopped, or cut off, while
+        # it waits for the answers must not keep rows locked.
+        answer = self._answer()
+        answer.say("begin isolation level read committed")
+        if not self.is_direct:
+            settings = transaction()
+            answer.say(settings.text, settings.params)
+        answer.ask(plan)
+        answer.say("commit")
+        return answer
+
+    def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
+        """Let a service use the connection; what it leaves uncommitted is rolled back."""
+        connection = self._ready()
+        pid = connection.info.backend_pid
+        self._run(connection, session(pid, SERVICE_SETTINGS))
+        try:
+            wait = use(connection)
+        finally:
+            if connection.info.transaction_status in _UNENDED:
+                connection.rollback()
+            if self.is_open:
+                self._run(connection, session(pid, WORKER_SETTINGS))
+        if not self.is_open:
+            raise psycopg.OperationalError("a service closed the connection, or left it busy")
+        return wait
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection can carry another exchange."""
+        connection = self._connection
+        return (  # a closed one's status is UNKNOWN
+            connection is not None
+            and connection.pgconn.transaction_status == TransactionStatus.IDLE
+        )
+
+    def wait(self, bell: Bell, timeout: float) -> None:
+        """Wait for the bell, a notification, the loss of the connection, or the time.
+
+        Raises:
+            psycopg.Error: the connection was lost.
+
+        """
+        connection = self._connection
+        if connection is not None:
+            # One that came behind the last answer has been read, and wakes no poll().
+            self._take_notifies(connection)
+            if self._heard is not None:
+                return
+        poll = select.poll()
+        poll.register(bell, select.POLLIN)
+        if connection is not None:
+            poll.register(connection.fileno(), select.POLLIN)
+        # Rounded up: poll() counts whole milliseconds, and would come back early.
+        ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
+        rung = bell.fileno()
+        for fd, _ in ready:
+            if fd != rung and connection is not None:
+                connection.pgconn.consume_input()
+                self._take_notifies(connection)
+
+    def _take_notifies(self, connection: _Connection) -> None:
+        while notice := connection.pgconn.notifies():
+            self._hear(notice.be_pid, notice.extra.decode())
+
+    @property
+    def has_notice(self) -> bool:
+        """Whether there is a notice to take."""
+        return self._heard is not None
+
+    def take_notice(self) -> Notice | None:
+        """Give what was heard since the last call."""
+        heard, self._heard = self._heard, None
+        return heard
+
+    def close(self) -> None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _run(self, connection: _Connection, statement: Statement[Any]) -> Any:
+        cursor = Cursor(connection).execute(
+            statement.text, statement.params, binary=True, prepare=statement.prepare
+        )
+        return statement.parse(cursor.fetchall() if cursor.description else [])
+
+    def _notice(self, notice: psycopg.Notify) -> None:
+        self._hear(notice.pid, notice.payload)
+
+    def _hear(self, pid: int, payload: str) -> None:
+        notice = Notice.read(payload, self._queue)
+        if notice is None:
+            return
+        connection = self._connection
+        if notice.relief and connection is not None and pid == connection.info.backend_pid:
+            return  # who has stopped asking to be notified has looked
+        self._heard = notice | self._heard if self._heard else notice

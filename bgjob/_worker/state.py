@@ -1,0 +1,117 @@
+"""What the handlers of one worker share: made before it claims, closed when it has ended."""
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any
+
+from bgjob._handlers.call import can_be_called, is_coroutine
+
+_LAST_WORDS = 1.0
+"""Seconds for coroutines that were cancelled to let go of it."""
+
+
+class State:
+    """The state of a worker: of its own thread, or of the caller's loop.
+
+    Args:
+        factory: makes it, or a context manager that does.
+        is_async: whether there is a loop to await on.
+
+    """
+
+    def __init__(self, factory: Callable[[], Any], *, is_async: bool) -> None:
+        if not can_be_called(factory):
+            raise TypeError(
+                "state must be a callable without arguments that makes the state, such as "
+                f"lambda: State(), not {factory!r}"
+            )
+        if is_coroutine(factory) and not is_async:
+            raise TypeError(f"state {factory!r} is a coroutine function: {_AWAITED}")
+        self._factory = factory
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stack = ExitStack()
+        self._async_stack = AsyncExitStack()
+
+    def open(self, loop: asyncio.AbstractEventLoop | None) -> Any:
+        """Make it, on the loop if there is one; raises what the factory raises."""
+        self._loop = loop
+        if loop is not None:
+            return asyncio.run_coroutine_threadsafe(self._enter_async(), loop).result()
+        made = self._factory()
+        if hasattr(type(made), "__enter__"):
+            return self._stack.enter_context(made)
+        if _is_awaited(made) or hasattr(type(made), "__aenter__"):
+            if inspect.iscoroutine(made):
+                made.close()
+            raise TypeError(f"state {self._factory!r} gave {type(made).__name__}: {_AWAITED}")
+        return made
+
+    async def _enter_async(self) -> Any:
+        made = self._factory()
+        if _is_awaited(made):
+            made = await made
+        if hasattr(type(made), "__aenter__"):
+            return await self._async_stack.enter_async_context(made)
+        if hasattr(type(made), "__enter__"):
+            return self._async_stack.enter_context(made)
+        return made
+
+    def close(
+        self, patience: float | None, tasks: Callable[[], Collection[asyncio.Task[None]]]
+    ) -> None:
+        """Close it, on the loop after its last tasks; raises what that raises.
+
+        Raises:
+            TimeoutError: it took longer than so many seconds. It goes on.
+
+        """
+        if self._loop is not None:
+            closing = self._exit_async(tasks)
+            try:
+                ended = asyncio.run_coroutine_threadsafe(closing, self._loop)
+            except RuntimeError:  # the caller has closed its loop
+                closing.close()
+                raise
+        else:
+            ended = Future()
+            # A thread of its own, which may hang while the worker ends.
+            thread = threading.Thread(
+                target=self._exit, args=(ended,), name="bgjob-state", daemon=True
+            )
+            try:
+                thread.start()
+            except Exception:  # no thread can start: here, then
+                self._exit(ended)
+        try:
+            ended.result(patience)
+        except TimeoutError:
+            if ended.done():
+                raise  # its own
+            raise TimeoutError(
+                f"the state was not closed within {patience:.3g} s, and is left to itself"
+            ) from None
+
+    def _exit(self, ended: "Future[None]") -> None:
+        try:
+            self._stack.close()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    async def _exit_async(self, tasks: Callable[[], Collection[asyncio.Task[None]]]) -> None:
+        if cancelled := tasks():
+            await asyncio.wait(cancelled, timeout=_LAST_WORDS)
+        await self._async_stack.aclose()
+
+
+_AWAITED = "only an AsyncWorker awaits its state, on its loop"
+
+
+def _is_awaited(made: object) -> bool:
+    # Pools of some drivers can be awaited, and entered as well: only that closes them.
+    return inspect.isawaitable(made) and not hasattr(type(made), "__aenter__")

@@ -1,0 +1,146 @@
+"""Handlers whose time is limited, and what is done about those that outlive it.
+
+A coroutine is cancelled, and answers with a JobTimeoutError by itself. A thread
+cannot be stopped, and a coroutine may ignore its cancellation: such a run is
+given up. Its job fails now, another slot takes its place, and what it returns
+later is dropped; what its transaction has done is rolled back.
+"""
+
+import threading
+from collections.abc import Callable
+from math import inf
+from time import monotonic
+from typing import Any
+
+from bgjob._engine.protocol import Outcome
+from bgjob._handlers.route import Route
+from bgjob._sql.settlements import Claimed
+from bgjob.job import Job
+
+_UNWINDING = 1.0
+"""Seconds in which a coroutine that was cancelled is to end."""
+
+
+class Run:
+    """One run of a handler that has a timeout; `route` is the one to run it by."""
+
+    __slots__ = (
+        "_began",
+        "_limited",
+        "_timeouts",
+        "claimed",
+        "ends",
+        "is_given_up",
+        "is_overdue",
+        "route",
+        "timeout",
+    )
+
+    def __init__(self, timeouts: "Timeouts", limited: Route, claimed: Claimed) -> None:
+        assert limited.timeout is not None  # noqa: S101 (it is why there is a Run)
+        self.timeout = limited.timeout
+        """Seconds."""
+        self.claimed = claimed
+        self.route = limited.around(self._await if limited.is_coroutine else self._call)
+        self.is_given_up = False
+        """Whether its job has failed meanwhile, and nobody waits for what it returned."""
+        self.is_overdue = False
+        """Whether its job has failed, whether it has come back or not."""
+        self._timeouts = timeouts
+        self._limited = limited
+
+    def fail(self, now: float) -> Outcome:
+        """Give the outcome of a run that is given up."""
+        error = self._limited.timed_out(self.claimed.job)
+        return Outcome(
+            self.claimed, self._limited.failed(self.claimed.job, error), now - self._began
+        )
+
+    def _call(self, job: Job, *conn: Any) -> object:
+        self._begin(0.0)
+        try:
+            return self._limited.handler(job, *conn)
+        finally:
+            self._end(job)
+
+    async def _await(self, job: Job, *conn: Any) -> object:
+        self._begin(_UNWINDING)
+        try:
+            return await self._limited.awaited(job, *conn)
+        finally:
+            self._end(job)
+
+    def _begin(self, more: float) -> None:
+        self._began = monotonic()
+        self.ends = self._began + self.timeout + more
+        self._timeouts.began(self)
+
+    def _end(self, job: Job) -> None:
+        if not self._timeouts.ended(self):
+            self.is_given_up = True
+            # A transaction must roll back.
+            raise self._limited.timed_out(job)
+
+
+class Timeouts:
+    """The runs of one worker's queue whose time is limited. Thread-safe.
+
+    Args:
+        slots: how many there are, and how many of those that are lost to runs
+            which do not come back are replaced: each of them may hold a thread,
+            and whatever else its handler has.
+        began: called when there is another run to look after.
+
+    """
+
+    def __init__(self, slots: int, began: Callable[[], None]) -> None:
+        self._slots = slots
+        self._began = began
+        self._runs: dict[Run, None] = {}
+        self._lock = threading.Lock()
+        self._lost = 0  # runs that were given up and have not come back
+
+    @property
+    def next_at(self) -> float:
+        """When the first of them is to be given up."""
+        if not self._runs:
+            return inf
+        # A copy, which is made at once: others begin and end meanwhile.
+        return min((run.ends for run in self._runs.copy()), default=inf)
+
+    @property
+    def missing(self) -> int:
+        """Slots that are lost, and not replaced."""
+        return max(self._lost - self._slots, 0)
+
+    def limit(self, route: Route, claimed: Claimed) -> Run:
+        """Give a run of a job, to be looked after as soon as its handler is called."""
+        return Run(self, route, claimed)
+
+    def began(self, run: Run) -> None:
+        """Look after a run."""
+        self._runs[run] = None
+        self._began()
+
+    def ended(self, run: Run) -> bool:
+        """Look after it no longer; False where it was given up before."""
+        return self._runs.pop(run, run) is None
+
+    def overdue(self, now: float) -> list[Run]:
+        """Give up those whose time is over."""
+        overdue = [run for run in self._runs.copy() if run.ends <= now and self.ended(run)]
+        for run in overdue:
+            run.is_overdue = True
+        return overdue
+
+    def lose(self) -> bool:
+        """Take it that a slot is lost; whether another one is to take its place."""
+        with self._lock:
+            self._lost += 1
+            return self._lost <= self._slots
+
+    def find(self) -> bool:
+        """Take it that a slot came back; whether its place has been kept."""
+        with self._lock:
+            self._lost -= 1
+            return self._lost >= self._slots

@@ -1,0 +1,252 @@
+"""For tests of jobs: run them here and now, look at what was enqueued, record events.
+
+Nothing here needs a test framework. Fixtures for pytest, with a PostgreSQL
+server of their own, are in `bgjob.ext.pytest_plugin`.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import orjson
+
+from bgjob._checks import Duration, seconds
+from bgjob._sql.views import live_jobs
+from bgjob.event import Event
+from bgjob.job import EnqueueRequest, Job
+from bgjob.testing._draining import Ran, adrain, drain
+from bgjob.testing._source import AsyncSource, Source, ask, ask_async, connected, connected_async
+
+__all__ = [
+    "Ran",
+    "RecordingObserver",
+    "aassert_enqueued",
+    "aassert_not_enqueued",
+    "adrain",
+    "assert_enqueued",
+    "assert_not_enqueued",
+    "drain",
+]
+
+E = TypeVar("E", bound=Event)
+
+_SHOWN = 20  # jobs or events that a failure shows
+
+
+class RecordingObserver:
+    """An observer that remembers every event, for a test to look at. Thread-safe.
+
+    Give it to a Worker, `Worker(..., observer=recording)`, alone or beside others.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._heard = threading.Condition()
+
+    def __call__(self, event: Event, /) -> None:
+        """Remember an event."""
+        with self._heard:
+            self._events.append(event)
+            self._heard.notify_all()
+
+    @property
+    def events(self) -> list[Event]:
+        """The events so far, in the order in which they came."""
+        with self._heard:
+            return self._events.copy()
+
+    def of(self, event: type[E], *, id: str | None = None) -> list[E]:  # noqa: A002
+        """Give the events of this class so far; with an id, those of the job that has it."""
+        return [
+            each
+            for each in self.events
+            if isinstance(each, event)
+            and (id is None or getattr(getattr(each, "job", None), "id", None) == id)
+        ]
+
+    def wait_for(
+        self,
+        event: type[E],
+        *,
+        id: str | None = None,  # noqa: A002
+        count: int = 1,
+        timeout: Duration = 10.0,
+    ) -> list[E]:
+        """Wait until events of this class have come; give them.
+
+        Args:
+            event: the class, bgjob.JobCompleted say.
+            id: only events of the job with this id.
+            count: how many at least; 1 by default.
+            timeout: seconds or a timedelta; 10 s by default, far more than a
+                job on an idle worker takes.
+
+        Raises:
+            AssertionError: they have not come; the text shows what has.
+
+        """
+        __tracebackhide__ = True
+        limit = seconds(timeout, "timeout")
+        with self._heard:
+            if self._heard.wait_for(lambda: len(self.of(event, id=id)) >= count, limit):
+                return self.of(event, id=id)
+            wanted = f"{count} {event.__name__}" + ("" if id is None else f" of job {id!r}")
+            heard = [_event_text(each) for each in self._events]
+        raise AssertionError(
+            f"no {wanted} within {limit:g} s; "
+            + (f"heard:\n{_listed(heard)}" if heard else "nothing was heard")
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with self._heard:
+            self._events.clear()
+
+
+def assert_enqueued(
+    source: Source,
+    type: str | None = None,  # noqa: A002
+    *,
+    queue: str | None = None,
+    id: str | None = None,  # noqa: A002
+    arg: Any = ...,
+    count: int | None = None,
+) -> list[Job]:
+    """Assert that jobs are enqueued; give those that fit, by queue, priority and due time.
+
+    Enqueued is what waits, is delayed or runs; not what has completed or is dead.
+
+    Args:
+        source: the test's own connection, whose uncommitted jobs count, a
+            Client or a connection string.
+        type: only of this type; what is not given does not restrict.
+        queue: only of this queue.
+        id: only the one with this id.
+        arg: only with this payload, compared as JSON; bytes and None as they are.
+        count: how many exactly; by default at least one.
+
+    Raises:
+        AssertionError: there are none, or another number; the text shows what is enqueued.
+
+    """
+    __tracebackhide__ = True
+    with connected(source) as (conn, _):
+        jobs = ask(conn, live_jobs())
+    return _asserted(jobs, _Wanted(type, queue, id, arg), count)
+
+
+def assert_not_enqueued(
+    source: Source,
+    type: str | None = None,  # noqa: A002
+    *,
+    queue: str | None = None,
+    id: str | None = None,  # noqa: A002
+    arg: Any = ...,
+) -> None:
+    """Assert that no such job is enqueued; the arguments are those of assert_enqueued."""
+    __tracebackhide__ = True
+    assert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
+
+
+async def aassert_enqueued(
+    source: AsyncSource,
+    type: str | None = None,  # noqa: A002
+    *,
+    queue: str | None = None,
+    id: str | None = None,  # noqa: A002
+    arg: Any = ...,
+    count: int | None = None,
+) -> list[Job]:
+    """Assert that jobs are enqueued; as assert_enqueued, on an AsyncConnection or AsyncClient."""
+    __tracebackhide__ = True
+    async with connected_async(source) as (conn, _):
+        jobs = await ask_async(conn, live_jobs())
+    return _asserted(jobs, _Wanted(type, queue, id, arg), count)
+
+
+async def aassert_not_enqueued(
+    source: AsyncSource,
+    type: str | None = None,  # noqa: A002
+    *,
+    queue: str | None = None,
+    id: str | None = None,  # noqa: A002
+    arg: Any = ...,
+) -> None:
+    """Assert that no such job is enqueued; as assert_not_enqueued, awaited."""
+    __tracebackhide__ = True
+    await aassert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
+
+
+class _Wanted:
+    """Which jobs a test asks for."""
+
+    def __init__(
+        self,
+        type: str | None,  # noqa: A002
+        queue: str | None,
+        id: str | None,  # noqa: A002
+        arg: Any,
+    ) -> None:
+        self._names = {
+            name: value
+            for name, value in (("type", type), ("queue", queue), ("id", id))
+            if value is not None
+        }
+        self._arg = arg
+        # Encoded as by an enqueue, so that a tuple, say, is what it would have become.
+        self._payload = None if arg is ... else EnqueueRequest("q", "t", arg).payload
+
+    def fits(self, job: Job) -> bool:
+        if any(getattr(job, name) != value for name, value in self._names.items()):
+            return False
+        if self._arg is ... or job.arg == self._payload:
+            return True
+        if job.arg is None or self._payload is None or isinstance(self._arg, bytes):
+            return False
+        try:
+            return bool(job.json() == orjson.loads(self._payload))
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        told = [f"{name}={value!r}" for name, value in self._names.items()]
+        if self._arg is not ...:
+            told.append(f"arg={self._arg!r}")
+        return f" with {', '.join(told)}" if told else ""
+
+
+def _asserted(jobs: Sequence[Job], wanted: _Wanted, count: int | None) -> list[Job]:
+    __tracebackhide__ = True
+    found = [job for job in jobs if wanted.fits(job)]
+    if found if count is None else len(found) == count:
+        return found
+    raise AssertionError(
+        f"{len(found) or 'no'} job{'' if len(found) == 1 else 's'}{wanted} enqueued, not "
+        f"{'one at least' if count is None else count or 'none'}; "
+        + (
+            f"enqueued:\n{_listed([_job_text(job) for job in jobs])}"
+            if jobs
+            else "nothing is enqueued"
+        )
+    )
+
+
+def _job_text(job: Job) -> str:
+    arg = "" if job.arg is None else _cut(job.arg.decode(errors="backslashreplace"))
+    return f"{job.queue}: {job.type}({arg}), id {job.id!r}, due {job.next_run_at.isoformat()}"
+
+
+def _event_text(event: Event) -> str:
+    job: Job | None = getattr(event, "job", None)
+    about = [] if job is None else [f"{job.type} {job.id!r}, attempt {job.attempt}"]
+    about += [_cut(repr(getattr(event, name))) for name in event.__slots__ if name != "job"]
+    return f"{type(event).__name__}({', '.join(about)})"
+
+
+def _listed(lines: list[str]) -> str:
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join(f"  {line}" for line in [*lines[:_SHOWN], *more])
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"  # noqa: PLR2004

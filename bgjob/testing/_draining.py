@@ -1,0 +1,438 @@
+"""Runs the jobs of a queue here and now, for tests: with the library's own claims and judgement.
+
+What happens is written once, as a generator of steps; each colour takes them
+in its own way.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Generator
+from contextlib import closing
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from functools import wraps
+from secrets import randbits
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import psycopg
+from psycopg import AsyncConnection, Connection
+from psycopg.pq import TransactionStatus
+
+from bgjob._checks import Duration, seconds
+from bgjob._engine.protocol import Committed, Doubtful, Fenced, Release
+from bgjob._handlers.route import Awaiting
+from bgjob._postgres.connection import Recipe
+from bgjob._postgres.fork import Lineage
+from bgjob._running.transaction import (
+    Ending,
+    NotBegun,
+    Transactions,
+    acquisition,
+    conclusion,
+    has_key,
+    routed,
+    settlement,
+)
+from bgjob._sql.claims import claim_now
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement
+from bgjob._sql.views import let_pass
+from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
+from bgjob.job import Job, check_name
+from bgjob.mux import Mux, Route
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
+from bgjob.testing._source import AsyncSource, Source, ask, ask_async, connected, connected_async
+
+OnError = Literal["raise", "store"]
+
+_LEASE = 300.0  # seconds, as for Client.do; nobody else claims what the test has not committed
+
+_ENDLESS = 10_000
+"""Runs after which a drain without a limit is taken for one that would never end."""
+
+
+class Ran(NamedTuple):
+    """A job that ran, and the result that was stored."""
+
+    job: Job
+    result: Result
+
+
+class _Run(NamedTuple):
+    """Run a job's handler; gives how it ended."""
+
+    route: Route
+    claimed: Claimed
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What a handler returned."""
+
+    value: object = None
+
+
+class _Plan(NamedTuple):
+    """The options of a drain, checked."""
+
+    queue: str
+    mux: Mux
+    limit: int | None
+    within: float
+    on_error: OnError
+
+
+class _Drained(NamedTuple):
+    ran: list[Ran]
+    error: BaseException | None
+    """What the test is to see raised."""
+
+
+_Steps: TypeAlias = Generator[Statement[Any] | _Run, Any, _Drained]
+
+
+def drain(
+    source: Source,
+    queue: str,
+    mux: Mux,
+    *,
+    limit: int | None = None,
+    within: Duration = 0.0,
+    on_error: OnError = "raise",
+) -> list[Ran]:
+    """Run the jobs of a queue that are due, one after the other, until none is; what ran.
+
+    As a worker would at a concurrency of 1, by priority and due time, with the
+    jobs that handlers enqueue meanwhile, and with results, attempts, backoff
+    and dead-letter table as ever. Plain handlers run on the caller's thread,
+    coroutine handlers on one event loop. Timeouts are not enforced.
+
+    Args:
+        source: the test's own connection, a connection string or a Client. On
+            a connection everything happens in its transaction, which is neither
+            committed nor rolled back: uncommitted jobs run too. A transactional
+            handler is given this connection, inside a savepoint. On anything
+            else, as in a worker, each step is committed.
+        queue: the queue.
+        mux: the handlers.
+        limit: runs after which to return; None (the default) goes on until
+            nothing is due.
+        within: seconds or a timedelta to let pass, without waiting: what
+            becomes due meanwhile runs too, in its order. For that the due times
+            of the queue's waiting jobs are moved back. 0 by default: what is
+            delayed stays.
+        on_error: "raise" (the default) raises the exception of a handler, or
+            that a job's type is unknown, as soon as it is stored, so that the
+            test shows its traceback. "store" goes on, as a worker does. Retry
+            and MoveToDlq that a handler returned are never raised.
+
+    Raises:
+        BgjobError: 10,000 jobs ran and there was no limit.
+        LeaseLostError: a handler outlived the lease of 300 s, or somebody took its row away.
+        TypeError: a coroutine handler wants the test's transaction: use adrain.
+        RuntimeError: there are coroutine handlers, and a loop runs in this thread.
+        KeyboardInterrupt, SystemExit: the handler's, whatever `on_error` says.
+        psycopg.Error: the database's. Where a transactional handler got no connection, its job
+            is due again, with its attempt.
+
+    """
+    __tracebackhide__ = True
+    plan = _planned(queue, mux, limit, within, on_error)
+    if mux.has_coroutines and _runs_a_loop():
+        raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
+    steps = _steps(plan)
+    runner = asyncio.Runner()  # it makes its loop for the first coroutine, if there is one
+    with connected(source) as (conn, recipe), closing(runner), closing(steps):
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    if isinstance(step, _Run):
+                        # Each in a context of its own, which is not the test's.
+                        answer: object = copy_context().run(_run, step, conn, recipe, runner)
+                    else:
+                        answer = ask(conn, step)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+        except StopIteration as stop:
+            drained: _Drained = stop.value
+    if drained.error is not None:
+        raise drained.error
+    return drained.ran
+
+
+async def adrain(
+    source: AsyncSource,
+    queue: str,
+    mux: Mux,
+    *,
+    limit: int | None = None,
+    within: Duration = 0.0,
+    on_error: OnError = "raise",
+) -> list[Ran]:
+    """Run the jobs of a queue that are due; as drain, on an AsyncConnection or AsyncClient.
+
+    Coroutine handlers are awaited here, plain ones run on a thread.
+
+    Raises:
+        TypeError: a plain handler wants the test's transaction: use drain.
+
+    """
+    __tracebackhide__ = True
+    plan = _planned(queue, mux, limit, within, on_error)
+    steps = _steps(plan)
+    async with connected_async(source) as (conn, recipe):
+        with closing(steps):
+            try:
+                step = next(steps)
+                while True:
+                    try:
+                        if isinstance(step, _Run):
+                            answer: object = await asyncio.create_task(
+                                _run_async(step, conn, recipe)
+                            )
+                        else:
+                            answer = await ask_async(conn, step)
+                    except BaseException as error:
+                        step = steps.throw(error)
+                    else:
+                        step = steps.send(answer)
+            except StopIteration as stop:
+                drained: _Drained = stop.value
+    if drained.error is not None:
+        raise drained.error
+    return drained.ran
+
+
+# -- what happens ---------------------------------------------------------------------
+
+
+def _planned(queue: str, mux: Mux, limit: int | None, within: Duration, on_error: OnError) -> _Plan:
+    if not queue:
+        raise QueueRequiredError("queue is required: name the queue to drain")
+    check_name("queue", queue)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None, not {limit!r}")
+    if on_error not in ("raise", "store"):
+        raise ValueError(f"on_error must be 'raise' or 'store', not {on_error!r}")
+    return _Plan(queue, mux, limit, seconds(within, "within"), on_error)
+
+
+def _steps(plan: _Plan) -> _Steps:
+    ran: list[Ran] = []
+    left = plan.within
+    while len(ran) != plan.limit:
+        token = randbits(63)
+        jobs = yield claim_now(plan.queue, lease=_LEASE, token=token)
+        if not jobs:
+            if not left:
+                break
+            left -= yield let_pass(plan.queue, left)
+            continue
+        [job] = jobs
+        if plan.limit is None and len(ran) == _ENDLESS:
+            yield from _all(conclusion(Claimed(job, token), Release()))
+            raise BgjobError(
+                f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
+                "it enqueue or reschedule itself without a delay? Give drain() a limit"
+            )
+        claimed, route = copy_context().run(routed, Claimed(job, token), plan.mux)
+        if claimed.job.exclusive is not None:
+            granted = has_key((yield from _all(acquisition(claimed))))
+            if granted is None:
+                yield from _all(settlement(claimed, Release()))
+            if not granted:
+                continue  # another job has its key, and it waits
+        result, error = yield from _one(route, claimed)
+        ran.append(Ran(job, result))
+        if error is not None and (plan.on_error == "raise" or not isinstance(error, Exception)):
+            error.add_note(f"of job {job.id!r} of type {job.type!r}, attempt {job.attempt}")
+            return _Drained(ran, error)
+    return _Drained(ran, None)
+
+
+def _all(statements: list[Statement[Any]]) -> Generator[Statement[Any], Any, list[Any]]:
+    answers = []
+    for statement in statements:
+        answers.append((yield statement))  # noqa: PERF401 (a comprehension cannot yield)
+    return answers
+
+
+def _one(
+    route: Route | Retry | MoveToDlq, claimed: Claimed
+) -> Generator[Statement[Any] | _Run, Any, tuple[Result, BaseException | None]]:
+    """Run one job and store what came of it; the result, and an error that is no answer of its."""
+    job, answer = claimed.job, _Answer()
+    ending: Ending
+    if not isinstance(route, Route):
+        ending = route
+    else:
+        ending = yield _Run(_overheard(route, answer), claimed)
+    try:
+        answers = yield from _all(conclusion(claimed, ending))
+    except psycopg.errors.InFailedSqlTransaction:
+        # An ordinary handler has spoiled the test's transaction: its error is the one to see.
+        if (error := _not_returned(ending, answer)) is not None:
+            raise error from None
+        raise
+    if isinstance(ending, Committed):
+        return ending.result, None
+    if isinstance(ending, NotBegun):
+        raise ending.error
+    held = any(answers[:1])
+    if isinstance(ending, Doubtful):
+        ending = ending.otherwise if held else ending.result
+    elif isinstance(ending, Fenced) or not held:
+        raise LeaseLostError(
+            f"job {job.id!r} of type {job.type!r} was not there any more when its handler "
+            f"had ended, or not held: it took over {_LEASE:g} s, or its row was changed meanwhile"
+        )
+    return ending, _not_returned(ending, answer)
+
+
+def _overheard(route: Route, answer: _Answer) -> Route:
+    """Give a route whose handler also says what it returned."""
+    handler = route.handler
+    if route.is_coroutine:
+
+        @wraps(handler)
+        async def coroutine(*args: Any) -> object:
+            __tracebackhide__ = True
+            answer.value = await handler(*args)
+            return answer.value
+
+        return replace(route, handler=coroutine, timeout=None)
+
+    @wraps(handler)
+    def plain(*args: Any) -> object:
+        __tracebackhide__ = True
+        value = handler(*args)
+        if inspect.isawaitable(value):
+            return heard(value)
+        answer.value = value
+        return value
+
+    async def heard(value: Awaitable[object]) -> object:
+        answer.value = await value
+        return answer.value
+
+    return replace(route, handler=plain)
+
+
+def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
+    error = ending.error if isinstance(ending, Retry | MoveToDlq) else None
+    returned = answer.value.error if isinstance(answer.value, Retry | MoveToDlq) else None
+    return error if isinstance(error, BaseException) and error is not returned else None
+
+
+# -- plain ----------------------------------------------------------------------------
+
+
+def _run(
+    step: _Run, conn: Connection[Any], recipe: Recipe | None, runner: asyncio.Runner
+) -> Ending:
+    route, claimed = step
+    if not route.is_transactional:
+        ending = Awaiting(route) if route.is_coroutine else route.run(claimed.job)
+        if isinstance(ending, Awaiting):
+            return runner.run(_awaited(ending.route, claimed.job), context=copy_context())
+        return ending
+    if recipe is not None:
+        with closing(Transactions(recipe, Lineage())) as transactions:
+            if route.is_coroutine:
+                return runner.run(transactions.run_async(route, claimed), context=copy_context())
+            return transactions.run(route, claimed)
+    if route.is_coroutine:
+        raise _wrong_colour(route, "a coroutine function and needs an AsyncConnection: use adrain")
+    job, ended, fenced = claimed.job, False, False
+    try:
+        with conn.transaction():
+            returned = route.handler(job, conn)
+            ended = _is_over(conn)
+            result = route.judge(job, returned)
+            if ended or not _commits(returned):
+                raise psycopg.Rollback
+            answers = [ask(conn, statement) for statement in settlement(claimed, result)]
+            if answers[0]:
+                return Committed(result)
+            fenced = True
+            raise psycopg.Rollback
+    except BaseException as error:
+        result = route.failed(job, error)
+    if ended:
+        return MoveToDlq(route.transaction_ended())
+    return Fenced() if fenced else result
+
+
+# -- coroutine --------------------------------------------------------------------------
+
+
+async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | None) -> Ending:
+    route, claimed = step
+    if not route.is_transactional:
+        if not route.is_coroutine:
+            ending = await asyncio.to_thread(route.run, claimed.job)
+            if not isinstance(ending, Awaiting):
+                return ending
+            route = ending.route
+        return await _awaited(route, claimed.job)
+    if recipe is not None:
+        with closing(Transactions(recipe, Lineage())) as transactions:
+            if route.is_coroutine:
+                return await transactions.run_async(route, claimed)
+            return await asyncio.to_thread(transactions.run, route, claimed)
+    if not route.is_coroutine:
+        raise _wrong_colour(route, "a plain function and needs a psycopg.Connection: use drain")
+    job, ended, fenced = claimed.job, False, False
+    try:
+        async with conn.transaction():
+            returned = await route.handler(job, conn)
+            ended = _is_over(conn)
+            result = route.judge(job, returned)
+            if ended or not _commits(returned):
+                raise psycopg.Rollback
+            answers = [await ask_async(conn, s) for s in settlement(claimed, result)]
+            if answers[0]:
+                return Committed(result)
+            fenced = True
+            raise psycopg.Rollback
+    except BaseException as error:
+        result = route.failed(job, error)
+    if ended:
+        return MoveToDlq(route.transaction_ended())
+    return Fenced() if fenced else result
+
+
+async def _awaited(route: Route, job: Job) -> Result:
+    try:
+        return route.judge(job, await route.handler(job))
+    except BaseException as error:
+        return route.failed(job, error)
+
+
+# -- what both colours share --------------------------------------------------------------
+
+
+def _commits(returned: object) -> bool:
+    return returned is None or isinstance(returned, Complete | Reschedule | MoveToDlq)
+
+
+def _is_over(conn: psycopg.BaseConnection[Any]) -> bool:
+    return conn.info.transaction_status == TransactionStatus.IDLE
+
+
+def _wrong_colour(route: Route, why: str) -> TypeError:
+    return TypeError(
+        f"the transactional handler of job type {route.type!r} is {why}(), or give a "
+        "connection string"
+    )
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

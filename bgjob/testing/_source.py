@@ -1,0 +1,71 @@
+"""Where a test's jobs are: its own connection, or what connections can be made from."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeAlias, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection, Connection
+
+from bgjob._postgres.connection import AsyncCursor, Cursor, Recipe, check_conninfo, options
+from bgjob._sql.statement import Statement
+from bgjob.client import AsyncClient, Client
+
+T = TypeVar("T")
+
+Source: TypeAlias = Client | str | Connection[Any]
+"""Where the queue is: a client, a connection string, or the test's own connection."""
+
+AsyncSource: TypeAlias = AsyncClient | str | AsyncConnection[Any]
+"""As Source, for the async colour."""
+
+
+@contextmanager
+def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]:
+    """Give the test's own connection, or a new one and how to make more."""
+    if isinstance(source, Connection):
+        yield source, None
+        return
+    if not isinstance(source, str | Client):
+        raise TypeError(
+            "give a Client, a connection string or a psycopg.Connection, not "
+            f"{type(source).__name__}; for an AsyncClient or AsyncConnection there is a function "
+            "whose name begins with a: adrain(), say"
+        )
+    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
+    with psycopg.connect(**{**options(recipe), "autocommit": True}) as conn:
+        yield conn, recipe
+
+
+def ask(conn: Connection[Any], statement: Statement[T]) -> T:
+    """Run a statement, whatever factories the connection has."""
+    cursor = Cursor(conn)
+    cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
+    return statement.parse(cursor.fetchall())
+
+
+@asynccontextmanager
+async def connected_async(
+    source: AsyncSource,
+) -> AsyncIterator[tuple[AsyncConnection[Any], Recipe | None]]:
+    """As connected."""
+    if isinstance(source, AsyncConnection):
+        yield source, None
+        return
+    if not isinstance(source, str | AsyncClient):
+        raise TypeError(
+            "give an AsyncClient, a connection string or a psycopg.AsyncConnection, not "
+            f"{type(source).__name__}; for others there is a function whose name begins "
+            "without the a: drain(), say"
+        )
+    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
+    arguments = {**options(recipe), "autocommit": True}
+    async with await AsyncConnection.connect(**arguments) as conn:
+        yield conn, recipe
+
+
+async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
+    """As ask."""
+    cursor = AsyncCursor(conn)
+    await cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
+    return statement.parse(await cursor.fetchall())
