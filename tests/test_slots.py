@@ -438,11 +438,11 @@ def test_a_loop_that_is_stopped_while_it_unwinds_leaves_nothing_unawaited(
     monkeypatch.setattr("sys.unraisablehook", complaints.append)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loop = asyncio.new_event_loop()
-        loop.call_soon(loop.stop)
-        loop._unwind(loop)
+        stopped = asyncio.new_event_loop()
+        stopped.call_soon(stopped.stop)
+        loop._unwind(stopped)
         gc.collect()
-    assert loop.is_closed()
+    assert stopped.is_closed()
     assert complaints == []
 
 
