@@ -6,7 +6,7 @@ from bgjob.cli import main  # finds the database in DATABASE_URL
 main(["enqueue", "mail", "confirm", '{"order": 2}', "--id", "order-2", "--priority", "-1"])
 
 with Client(os.environ["DATABASE_URL"]) as client:
-    client.do("mail", Mux())  # nobody can handle it
+    client.do("mail", Mux())  # no handler is registered
 
 status = main(["dlq", "requeue", "--queue", "mail", "--json"])
 print("exit status", status)

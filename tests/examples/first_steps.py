@@ -28,7 +28,7 @@ async def confirm(job: Job) -> None:  # coroutines and plain functions mix freel
 client.enqueue(EnqueueRequest("shop", "charge", {"order": 7, "card": "4242"}))
 client.enqueue(EnqueueRequest("shop", "charge", {"order": 8}, id="charge-8"))
 
-worker = Worker(client, "shop", mux, concurrency=4, observer=NoopObserver())  # or yours
+worker = Worker(client, "shop", mux, concurrency=4, observer=NoopObserver())  # the default logs
 worker.run()  # returns immediately; the worker has threads of its own
 done.wait()
 worker.shutdown()  # finishes running jobs, gives back those that have not started

@@ -25,7 +25,7 @@ def send_mail(mail: SendMail) -> None:
 
 
 with Client(os.environ["DATABASE_URL"]) as client:
-    client.enqueue(EnqueueRequest("mail", "SendMail", {"to": ["bob"]}))  # of another release, say
+    client.enqueue(EnqueueRequest("mail", "SendMail", {"to": ["bob"]}))  # from another release
     client.enqueue(SendMail(to="ann@example.com"), delay=0.1)
     try:
         client.enqueue(SendMail(to="carol@example.com", copies="two"))  # type: ignore[arg-type]
