@@ -1106,22 +1106,37 @@ def test_a_sweep_that_takes_long_goes_in_parts_that_do_not() -> None:
         return max(seconds, 0.0) / 600 * dead_rows
 
     drive.exchange()
+    drive.now += dead_rows  # where claims have to start is not known before
     drive.answer(found(job("a")))
     passes = 0
     while passes < 2:
         exchange = drive.next_exchange()
         if isinstance(claim := exchange.claim, Sweep):
-            if claim.window is None:
-                assert not parts
-            else:
-                assert claim.limit == 0
-                parts.append(sweep_takes(claim.window))
-                passes += claim.window.since.year == 1
+            assert claim.window is not None
+            assert claim.limit == 0
+            parts.append(sweep_takes(claim.window))
+            passes += claim.window.since.year == 1
             drive.now += sweep_takes(claim.window)
         extended = {c.job.id for c in exchange.extend}
         drive.answer(replace(found(), extended=extended))
     assert max(parts) < 0.1
     assert sum(parts) == pytest.approx(2 * dead_rows, rel=0.1)  # it leaves nothing out
+
+
+def test_a_sweep_goes_in_parts_where_many_jobs_have_been_claimed_since_the_last() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    lines = [Line(0, at(0), None, has_suspects=False)]
+    marks.swept(lines, None, full=True, began=1.0, now=1.001)
+    for n in range(6):  # an old snapshot may keep them all
+        assert marks.window() is None
+        marks.claimed([job(f"{i}", due=at(float(n))) for i in range(1000)], full=True)
+    while window := marks.window():
+        assert not marks.swept_part(window, lines, began=2.0, now=2.001)
+        last = window
+    assert last.since.year == 1
+    # Where many priorities have marks, a sweep of everything forgets those that are not used.
+    marks.claimed([job(f"{n}", priority=n, due=at(9.0)) for n in range(9000)], full=True)
+    assert marks.window() is None
 
 
 def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:

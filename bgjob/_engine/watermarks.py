@@ -12,10 +12,10 @@ write: when the last claim began that had not seen it. What was under way while
 a worker was parked tells by a notification when it began, and the next claim
 starts there. And a sweep over everything, which alone finds ended leases, is
 due at the poll interval, or at forty times its own cost where that is longer:
-that of the cheaper one of the last two. Where twice in a row it took over 50 ms,
-which is over many dead rows, it goes in parts: ranges of due times, each of which
-takes about 20 ms, from the latest back. A part claims nothing. It frees ended
-leases, and says where the next claim has to start.
+that of the cheaper one of the last two. Where it took over 50 ms, which is over many
+dead rows or on a busy host, or where many jobs have been claimed since, the next goes
+in parts: ranges of due times, each of which takes about 20 ms, from the latest back.
+A part claims nothing. It frees ended leases, and says where the next claim has to start.
 """
 
 from collections import deque
@@ -40,6 +40,9 @@ _LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 
 _MOST_COST = 0.05
 """Seconds that a sweep may take in one piece: nothing is claimed meanwhile."""
+
+_MANY = 5000
+"""Claimed jobs over whose dead rows a sweep would take as long as that."""
 
 _PART = 0.02
 """Seconds that a part of one takes, about."""
@@ -78,6 +81,7 @@ class Watermarks:
         self.sweep_at = -inf
         """When the next sweep is due."""
         self._in_parts = False
+        self._claimed = 0  # since the last sweep of everything
         self._until = _LATEST  # where the next part ends
         self._width = _FIRST_WIDTH
         self._parts_cost = 0.0
@@ -184,6 +188,7 @@ class Watermarks:
         """
         if not jobs:
             return
+        self._claimed += len(jobs)
         # The last job of each priority is its latest; mostly there is one priority.
         one = jobs[0].priority == jobs[-1].priority
         for job in jobs[-1:] if one else jobs:
@@ -195,6 +200,8 @@ class Watermarks:
             self._marks[last] = jobs[-1].next_run_at
             if starts is not None and len(starts) > 1:
                 self.told({priority: starts[priority] for priority in starts if priority > last})
+        if self._claimed > _MANY and len(self._marks) <= _MOST_UNUSED:
+            self._in_parts = True
 
     def swept(
         self,
@@ -219,7 +226,7 @@ class Watermarks:
         # pages, and must not keep the worker blind for forty times as long.
         self._cost, self._last_cost = min(self._last_cost, now - began), now - began
         self.sweep_at = now + max(self._poll_interval, REST * self._cost)
-        self._in_parts = self._cost > _MOST_COST
+        self._in_parts, self._claimed = self._last_cost > _MOST_COST, 0
         if self._in_parts:  # that one saw everything: the first part need not wait for long
             self._until, self._parts_cost = _LATEST, 0.0
             self.sweep_at = now + max(self._poll_interval, REST * _PART)
@@ -278,7 +285,7 @@ class Watermarks:
         self._until = window.since
         rest = REST * cost
         if window.since == _OLDEST:
-            self._in_parts = self._parts_cost > _MOST_COST
+            self._in_parts, self._claimed = self._parts_cost > _MOST_COST, 0
             self._until, self._width, self._parts_cost = _LATEST, _FIRST_WIDTH, 0.0
             rest = max(rest, self._poll_interval)
         self._swept_at, self._cost, self._last_cost = now, cost, cost
