@@ -59,6 +59,7 @@ NETWORK_LIMIT = 15.0
 """Seconds after the network's return in which a worker is to work again."""
 
 RECOVERY = "from a lease's end until its job was claimed again"
+SUSPECT = "the same, of jobs with two deaths or more, which wait for their group"
 DELAY = "from due to its first claim while a worker had slots free"
 
 INDEXES = """
@@ -228,7 +229,9 @@ class Monitor:
         server_since: since when the server is there.
         longest_claim: seconds at most from a lease's end until its job was freed.
         longest_locked: the same, where a session that was left behind has locked the row.
-        longest_wait: and until it was claimed again, for jobs that kill nobody.
+        longest_wait: and until it was claimed again, for jobs that kill no worker and have one
+            death at most.
+        longest_suspect: the same, for those with more.
         ready_since: since when there is a worker that has slots free and that no fault keeps
             from claiming; None where there is none. For others to set.
         longest_delay: seconds at most for which a due job that no worker had claimed before
@@ -244,6 +247,7 @@ class Monitor:
         self.longest_claim = 0.0
         self.longest_locked = 0.0
         self.longest_wait = 0.0
+        self.longest_suspect = 0.0
         self.ready_since: float | None = None
         self.longest_delay = 0.0
         self.delayed = ""
@@ -303,21 +307,27 @@ class Monitor:
         [[self.backlog]] = conn.execute("select count(*) from bgjob_job").fetchall()
         rows = conn.execute(
             "select id, attempt, extract(epoch from lease_until)::float8,"
-            " extract(epoch from clock_timestamp())::float8"
+            " extract(epoch from clock_timestamp())::float8, deaths"
             " from bgjob_job where lease_until < clock_timestamp() or id = any(%s)",
             [list(self._ended)],
         ).fetchall()
         live = {row[0]: row[1:] for row in rows}
         for id, (attempt, ended_at) in list(self._ended.items()):
-            found, lease_until, now = live.get(id, (None, None, 0.0))
+            found, lease_until, now, deaths = live.get(id, (None, None, 0.0, 0))
             if found is None:
                 del self._ended[id]  # it was settled after all
             elif found != attempt or (lease_until is not None and lease_until > now):
                 del self._ended[id]
                 if not self._kills(id):
-                    self.longest_wait = max(self.longest_wait, self._late(ended_at, now))
+                    seconds = self._late(ended_at, now)
+                    if seconds > 4:
+                        print("LATE", id, seconds, deaths, attempt, found, flush=True)
+                    if deaths <= 1:
+                        self.longest_wait = max(self.longest_wait, seconds)
+                    else:
+                        self.longest_suspect = max(self.longest_suspect, seconds)
         late = {}
-        for id, (attempt, lease_until, now) in live.items():
+        for id, (attempt, lease_until, now, _) in live.items():
             if lease_until is not None and lease_until < now:
                 self._ended[id] = (attempt, lease_until)
                 late[id] = self._late(lease_until, now)
@@ -450,6 +460,7 @@ class Report:
         return [
             *lines,
             f"{self.longest[RECOVERY]:9.2f} s longest recovery, {RECOVERY}",
+            f"{self.longest[SUSPECT]:9.2f} s {SUSPECT}",
             f"{self.longest[DELAY]:9.2f} s longest delay of an innocent, {DELAY} {self.delayed}",
         ]
 
@@ -928,6 +939,7 @@ class Soak:
         self._note("from a lease's end until its job was freed", monitor.longest_claim)
         self._note("the same, where a session has locked the row", monitor.longest_locked)
         self._note(RECOVERY, monitor.longest_wait)
+        self._note(SUSPECT, monitor.longest_suspect)
         self._note(DELAY, monitor.longest_delay)
         report.delayed = monitor.delayed
         for recovery in self._recoveries:
