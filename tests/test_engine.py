@@ -29,7 +29,7 @@ from bgjob._engine.protocol import (
     Withdraw,
 )
 from bgjob._handlers.route import Wants
-from bgjob._sql.claims import Window, Line, Swept, Taken, UnderWay
+from bgjob._sql.claims import Group, Window, Line, Swept, Taken, UnderWay
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import Watermarks
@@ -1223,9 +1223,9 @@ def test_what_goes_back_unstarted_is_looked_for_where_it_stays_and_nothing_claim
 # -- suspects -----------------------------------------------------------------------------------
 
 
-def group(*names: str) -> Reply:
+def group(*names: str, deaths: int = 2) -> Reply:
     """Make the answer to the claim of a group."""
-    return Reply(group=[job(name) for name in names])
+    return Reply(group=Group([job(name) for name in names], deaths))
 
 
 def group_claim(drive: Drive) -> ClaimGroup:
@@ -1277,8 +1277,47 @@ def test_others_are_held_up_by_a_group_for_a_second_at_most_and_run_beside_it_af
     assert isinstance(claim, Claim | Sweep)
     assert claim.limit == 2
     assert known_at < drive.now <= known_at + 1.0
-    # The group still runs: there is no second one beside it.
+
+
+@pytest.mark.parametrize(("deaths", "alone"), [(2, 1.0), (3, 2.0), (6, 16.0), (32_766, 65_536.0)])
+def test_a_second_group_is_claimed_beside_one_that_has_run_for_a_time_that_doubles_with_deaths(
+    deaths: int, alone: float
+) -> None:
+    drive = Drive(concurrency=4, poll_interval=9.0, lease=1e6)
+    drive.exchange()
     drive.answer(found(suspects=True))
+    group_claim(drive)
+    drive.answer(group("a", "b", deaths=deaths))
+    claimed_at = drive.now
+    while not isinstance(drive.next_exchange().claim, ClaimGroup):
+        drive.answer(found(suspects=True))
+    # After others have had their turn, and in vain until the handlers end.
+    assert drive.now == pytest.approx(claimed_at + max(alone, 2.0) + 0.5)
+    drive.answer(group("c"))
+    claimed_at = drive.now
+    while not isinstance(drive.next_exchange().claim, ClaimGroup):
+        drive.answer(found(suspects=True))
+    assert drive.now >= claimed_at + 1.0
+
+
+def test_a_suspect_that_is_alone_is_charged_where_no_group_runs_beside_it() -> None:
+    drive = Drive(concurrency=4, poll_interval=9.0, lease=1e6)
+    drive.exchange()
+    drive.answer(found(suspects=True))
+    assert group_claim(drive).charge
+    slow = drive.answer(group("a", "b")).run
+    while not isinstance(claim := drive.next_exchange().claim, ClaimGroup):
+        drive.answer(found(suspects=True))
+    assert not claim.charge
+    [alone] = drive.answer(group("c")).run
+    assert not alone.is_charged
+    drive.finish(*slow, alone)
+    while not isinstance(claim := drive.next_exchange().claim, ClaimGroup):
+        drive.answer(found(suspects=True))
+    assert claim.charge
+    [alone] = drive.answer(group("d")).run
+    assert alone.is_charged
+    # Beside it no group is claimed, however long it runs.
     for _ in range(20):
         assert not isinstance(drive.next_exchange().claim, ClaimGroup)
         drive.answer(found(suspects=True))

@@ -24,7 +24,7 @@ CLAIMS: dict[str, Statement[Any]] = {
     "claim": claim("q", limit=9, lease=60, token=1, marks=dict.fromkeys((0, 1), LONG_AGO)),
     "claim of one priority": claim("q", limit=9, lease=60, token=1, marks={0: LONG_AGO}),
     "sweep": sweep("q", limit=9, lease=60, token=1),
-    "claim of a group": claim_group("q", limit=9, lease=60, token=1),
+    "claim of a group": claim_group("q", limit=9, lease=60, token=1, charge=True),
     "claim of any": claim_any("q", lease=60, token=1),
 }
 

@@ -346,9 +346,9 @@ WORKERS = {
     "free within a window": Hot(free_within("q", WINDOW, limit=MOST_FREED), BATCH),
     "strays within a window": Hot(strays("q", WINDOW), FEW),
     "survey without suspects": Hot(survey("fresh"), FEW),
-    "claim a group": Hot(claim_group("q", limit=50, lease=60, token=2), 100, 100),
+    "claim a group": Hot(claim_group("q", limit=50, lease=60, token=2, charge=True), 100, 100),
     "claim a group where there is none": Hot(
-        claim_group("fresh", limit=50, lease=60, token=2), PRIORITIES, 0
+        claim_group("fresh", limit=50, lease=60, token=2, charge=True), PRIORITIES, 0
     ),
     "extend": Hot(extend(HELD, lease=60), BATCH, BATCH),
     "complete where they were": Hot(complete_at(PLACES, [c.job.id for c in HELD]), BATCH),

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
-from math import inf, log2
+from math import ceil, inf, log2
 from random import Random
 from typing import Literal
 
@@ -43,7 +43,7 @@ from bgjob._engine.protocol import (
 )
 from bgjob._engine.isolation import LONGEST
 from bgjob._engine.pace import MOST_AHEAD
-from bgjob._sql.claims import Line, Stray, Swept, Taken, UnderWay, Window
+from bgjob._sql.claims import Group, Line, Stray, Swept, Taken, UnderWay, Window
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import REST
@@ -219,8 +219,8 @@ class Table:
                 )
                 reply.lines = self._survey(began=began, now=now)
                 reply.blocked = Blocked(self._blocked(began), "")
-            case ClaimGroup(limit, token):
-                reply.group = self.take_group(limit, token, began=began, now=now, at=at)
+            case ClaimGroup(limit, token, charge):
+                reply.group = self.take_group(limit, token, charge, began=began, now=now, at=at)
         if exchange.watch:
             writes = reply.claimed.jobs or reply.swept.jobs or reply.swept.freed
             number = self.transactions.begin() if writes or exchange.watch == "all" else None
@@ -376,14 +376,16 @@ class Table:
         """Claim what is not locked."""
         return self._hold(self._unlocked(rows, limit, at), token, now=now)
 
-    def take_group(self, limit: int, token: int, *, began: int, now: int, at: float) -> list[Job]:
+    def take_group(
+        self, limit: int, token: int, charge: bool, *, began: int, now: int, at: float
+    ) -> Group:
         """Claim the first half of the suspects with the most deaths."""
         suspects = self._suspects(began)
         most = max((row.deaths for row in suspects), default=0)
         found = [row for row in suspects if row.deaths == most]
         rows = self._unlocked(found, 2 * limit, at)
         rows = rows[: (len(rows) + 1) // 2]
-        return self._hold(rows, token, now=now, charge=len(rows) == 1)
+        return Group(self._hold(rows, token, now=now, charge=charge and len(rows) == 1), most)
 
     def _suspects(self, began: int) -> list[Row]:
         return [row for row in self._due(began) if row.deaths > 1 and row.lease_until is None]
@@ -584,7 +586,8 @@ class History:
         """By token of a claim whose answer was lost: when it happened, and a lease after it was sent."""
         self.handed_at = self.now
         self.groups: set[int] = set()  # the tokens of groups of suspects
-        self.group: set[Key] = set()  # those of them that a handler has, or will have
+        self.group: set[Key] = set()  # those of the last that a handler has, or will have
+        self.group_until = -inf  # when another may be claimed beside it
         self.disturbed_at = self.now
         self.slow_until = self.refused_at = -inf
         self.sweep_cost = self.longest_cost = 0.0
@@ -960,10 +963,15 @@ class History:
                     promise(not often, "stops again and again for a sweep")
                 ahead = ahead or self._follow()
                 if ahead is not None:
-                    coming = len(reply.claimed.jobs) + len(reply.swept.jobs) + len(reply.group)
+                    coming = len(reply.claimed.jobs) + len(reply.swept.jobs) + len(reply.group.jobs)
                     self._check_exchange(ahead, coming=coming)
                 if isinstance(exchange.claim, ClaimGroup):
                     self.groups.add(exchange.claim.token)
+                    self.group.clear()
+                    jobs, deaths = reply.group
+                    is_charged = exchange.claim.charge and len(jobs) == 1
+                    alone = inf if is_charged else LONGEST * 2.0 ** (deaths - 2)
+                    self.group_until = self.now + alone
                 news = self.engine.acknowledge(reply, self.now)
                 self._hear(news, began)
                 self._count_fruit(bool(settled or exchange.extend or exchange.acquire or news.run))
@@ -1100,7 +1108,8 @@ class History:
             promise(wanted <= self.engine.capacity, "claims more than its capacity")
             promise(wanted <= self.concurrency + MOST_AHEAD, "claims far too much")
             if isinstance(exchange.claim, ClaimGroup):
-                promise(not self.group, "claims a group beside another")
+                alone = self.group and self.now < self.group_until
+                promise(not alone, "claims a group beside another")
         for key in [(c.job.id, c.token) for c in self._settled_in(exchange)]:
             promise(self.handed.get(key) != "told", f"{key}: settles again what is settled")
 
@@ -1502,9 +1511,10 @@ class Lives:
                 life.running.append((self.now + self.takes[job.id], claimed))
 
     def _note(self, exchange: Exchange, reply: Reply) -> None:
-        if len(reply.group) == 1 and (name := reply.group[0].id) in self.killers:
+        group = reply.group.jobs
+        if len(group) == 1 and (name := group[0].id) in self.killers:
             self.alone_after.setdefault(name, self.table.rows[name].deaths)
-        for job in [*reply.claimed.jobs, *reply.swept.jobs, *reply.group]:
+        for job in [*reply.claimed.jobs, *reply.swept.jobs, *group]:
             if job.id not in self.killers:
                 self.most_attempts = max(self.most_attempts, job.attempt)
             if (due := self.due.get(job.id)) is not None and job.attempt == 1:
@@ -1525,6 +1535,8 @@ def test_of_the_jobs_that_died_with_their_worker_the_killer_alone_runs_out_of_at
         assert lives.killers <= dead == spared, seed
         # Killers that strike at the same time come together until one has run out of attempts.
         groups = (log2(lives.count) + 1) * (1 if len(lives.killers) == 1 else 3)
+        # Where they strike late, other groups run beside theirs once or twice.
+        groups += max(ceil(log2(max(lives.takes[killer] for killer in lives.killers))), 0)
         for killer, kills in lives.kills.items():
             assert lives.alone_after[killer] <= 2 + groups, seed
             assert kills <= lives.max_attempts + _GRANTED + groups, seed

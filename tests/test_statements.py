@@ -308,7 +308,10 @@ def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_c
     others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
     assert {job.id for job in others.jobs} == {"q000019", "q000020"}
     assert ask(worker, sweep("q", limit=9, lease=60, token=2))[:2] == ([], 0)
-    groups = [ask(worker, claim_group("q", limit=9, lease=60, token=n)) for n in range(3, 13)]
+    groups = [
+        ask(worker, claim_group("q", limit=9, lease=60, token=n, charge=True)).jobs
+        for n in range(3, 13)
+    ]
     # Half of what is left of the class; a suspect that is alone is charged an attempt.
     assert [len(group) for group in groups] == [4, 2, 1, 1, 5, 3, 1, 1, 0, 0]
     assert all(job.id < "q000009" for group in groups[:4] for job in group)
@@ -320,9 +323,9 @@ def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_c
 def test_a_group_is_no_larger_than_the_free_slots(worker: psycopg.Connection) -> None:
     fill(worker, 20)
     worker.execute("update bgjob_job set deaths = 2")
-    assert len(ask(worker, claim_group("q", limit=7, lease=60, token=1))) == 7
-    assert len(ask(worker, claim_group("q", limit=1, lease=60, token=2))) == 1
-    assert len(ask(worker, claim_group("q", limit=9, lease=60, token=3))) == 6
+    assert len(ask(worker, claim_group("q", limit=7, lease=60, token=1, charge=True)).jobs) == 7
+    assert len(ask(worker, claim_group("q", limit=1, lease=60, token=2, charge=True)).jobs) == 1
+    assert len(ask(worker, claim_group("q", limit=9, lease=60, token=3, charge=True)).jobs) == 6
 
 
 def test_what_did_not_start_goes_back_with_what_it_was_charged(
@@ -331,8 +334,8 @@ def test_what_did_not_start_goes_back_with_what_it_was_charged(
     fill(worker, 3)
     worker.execute("update bgjob_job set deaths = 5, attempt = 4")
     before = worker.execute("select id, attempt, deaths from bgjob_job order by id").fetchall()
-    group = ask(worker, claim_group("q", limit=9, lease=60, token=1))
-    alone = ask(worker, claim_group("q", limit=9, lease=60, token=2))
+    group = ask(worker, claim_group("q", limit=9, lease=60, token=1, charge=True)).jobs
+    alone = ask(worker, claim_group("q", limit=9, lease=60, token=2, charge=True)).jobs
     assert (len(group), len(alone)) == (2, 1)
     claims = [
         *(Claimed(job, 1, is_charged=False) for job in group),
@@ -393,7 +396,7 @@ DEEPER = 20
 LOOKS: dict[str, Statement[Any]] = {
     "claim": claim("q", limit=100, lease=60, token=1, marks={0: LONG_AGO, 1: LONG_AGO}),
     "claim of one priority": claim("q", limit=100, lease=60, token=1, marks={1: LONG_AGO}),
-    "claim of a group": claim_group("q", limit=9, lease=60, token=1),
+    "claim of a group": claim_group("q", limit=9, lease=60, token=1, charge=True),
     "sweep": sweep("q", limit=100, lease=60, token=1),
     "survey of a sweep": survey("q"),
     "free": free("q", limit=100),

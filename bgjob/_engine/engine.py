@@ -33,7 +33,7 @@ Times are seconds of any monotonic clock. It holds to this:
 - Before a handler is entered there is no attempt: what was claimed by an exchange
   whose answer was lost is freed by the worker's own sweeps, uncharged.
 - Jobs that two workers died with are claimed in groups, until the killer is
-  alone; see _isolation.py.
+  alone; see isolation.py.
 - A job with an exclusive key is handed out once the server has granted the key.
 - Every step has something to do, or names the time to sleep to.
 """
@@ -521,7 +521,8 @@ class Engine:
             return
         if is_groups_turn:
             free = min(self._pace.slots - self._running, self._claim_limit)
-            exchange.claim = ClaimGroup(free, next(self._tokens))
+            charge = not self._isolation.has_group
+            exchange.claim = ClaimGroup(free, next(self._tokens), charge)
         if limit <= 0 or held_up:
             return
         if not self._wants_claim(now):
@@ -996,10 +997,13 @@ class Engine:
 
     def _claimed(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
         match sent.exchange.claim:
-            case ClaimGroup(_, token):
-                is_charged = len(reply.group) + reply.unread == 1
-                self._isolation.claimed(token, len(reply.group))
-                group = [Claimed(job, token, is_charged) for job in reply.group]
+            case ClaimGroup(_, token, charge):
+                suspects, deaths = reply.group
+                is_charged = charge and len(suspects) + reply.unread == 1
+                self._isolation.claimed(
+                    token, len(suspects), deaths=deaths, is_charged=is_charged, now=now
+                )
+                group = [Claimed(job, token, is_charged) for job in suspects]
                 self._hold(group, sent, now, news)
             case Sweep(window=Window() as window):
                 is_new = self._marks.swept_part(window, reply.lines, began=sent.at, now=now)

@@ -22,16 +22,23 @@ leaves that alone until it has ended, or a second has passed since a slot was fr
 While half of that second is left it claims the next group. Then it is the turn of
 others: from the next look at them on, even one that the server refuses, they are
 claimed for as long as they were held up, and beside the group for as long as it runs.
-A group that still runs is the worker's only one. If a worker's claim finds no suspect,
-because other workers have them, it holds nothing up.
+If a worker's claim finds no suspect, because other workers have them, it holds nothing
+up.
 
-A killer that strikes later than that takes others with it. Those have one death, and
-no isolation. At most half of the jobs of its class are in flight with it, so it comes
-to be alone all the same.
+A group that has run for a second is not proved harmless, but others must not wait for a
+job of ten minutes. So the next group may be claimed beside it. After each further death
+that takes twice as long: a killer that strikes after S seconds takes other groups with it
+log2(S) times at most. A suspect that is claimed alone beside a group is charged nothing,
+and beside one that was charged no group is claimed.
+
+A killer that strikes late takes others with it, too. Those have one death, and no
+isolation. At most half of the jobs of its class are in flight with it, so it comes to be
+alone all the same.
 
 What was tried: each suspect alone, with a second to prove itself that doubled with each
 death. Sixty coroutines of 10 s that had been in flight at one `kill -9` kept all other
-jobs waiting for a minute.
+jobs waiting for a minute. And groups of which a worker had one only, until it had ended:
+under a kill every two seconds suspects waited for up to 46 s behind jobs of 8 s.
 """
 
 from collections.abc import Iterable
@@ -45,14 +52,18 @@ LONGEST = 1.0
 _WAIT = LONGEST / 2
 """Seconds of those in which a group waits for running handlers to end."""
 
+_MOST_DOUBLED = 16
+"""Deaths after which a group is alone no longer than after these: that is 18 hours."""
+
 
 class Isolation:
     """What one worker knows of the suspects of one queue, and whose turn it is."""
 
     def __init__(self) -> None:
         self._known = False  # the last look found suspects that can be claimed
-        self._token = 0  # of the group's claim
-        self._running = 0  # jobs of the group that have not ended
+        self._groups: dict[int, int] = {}  # by token: how many of a group have not ended
+        self._token = 0  # of the last group
+        self._alone_until = -inf  # when the next group may be claimed beside that
         self._since = inf  # since when others are held up, although a slot is free
         self._has_brought = False  # a group has been claimed since then
         self._owed = 0.0  # seconds for which others were held up last
@@ -61,7 +72,7 @@ class Isolation:
     @property
     def is_needed(self) -> bool:
         """Whether there is a suspect, a group or a hold-up."""
-        return self._known or self._running > 0 or self._since < inf
+        return self._known or self.has_group or self._since < inf
 
     @property
     def has_begun(self) -> bool:
@@ -71,7 +82,7 @@ class Isolation:
     @property
     def has_group(self) -> bool:
         """Whether jobs of a group have not ended."""
-        return self._running > 0
+        return any(self._groups.values())
 
     def holds_up(self, now: float, *, is_free: bool) -> bool:
         """Whether nothing but a group may be claimed.
@@ -81,7 +92,7 @@ class Isolation:
             is_free: whether a slot is free. Time in which none is is not counted.
 
         """
-        if self._running:
+        if self._is_alone(now):
             holds = now < self._since + LONGEST < inf
         else:
             is_their_turn = self._known and now >= self._others_until
@@ -97,31 +108,56 @@ class Isolation:
 
     def wants_group(self, now: float, *, running: int) -> bool:
         """Whether to claim a group, while others are held up and so many jobs run."""
-        return not self._running and (not running or now >= self._since + _WAIT)
+        return not self._is_alone(now) and (not running or now >= self._since + _WAIT)
 
     def wake_at(self, now: float) -> float:
         """Return the time at which an answer above may change by itself."""
         if self._since < inf:
-            waited = self._running or now >= self._since + _WAIT
+            waited = self._is_alone(now) or now >= self._since + _WAIT
             return self._since + (LONGEST if waited else _WAIT)
-        return self._others_until if self._known and now < self._others_until else inf
+        turn = max(self._others_until, self._alone_until if self._is_running else -inf)
+        return turn if self._known and now < turn else inf
+
+    def _is_alone(self, now: float) -> bool:
+        """Whether a group runs that no other may be claimed beside."""
+        return self._is_running and now < self._alone_until
+
+    @property
+    def _is_running(self) -> bool:
+        return self._groups.get(self._token, 0) > 0
 
     def surveyed(self, known: bool) -> None:
         """Record whether a look found suspects that can be claimed."""
         self._known = known
 
-    def claimed(self, token: int, jobs: int) -> None:
-        """Record how many jobs the claim of a group brought."""
-        self._token, self._running = token, jobs
+    def claimed(self, token: int, jobs: int, *, deaths: int, is_charged: bool, now: float) -> None:
+        """Record the claim of a group.
+
+        Args:
+            token: of the claim.
+            jobs: how many it brought.
+            deaths: the most of one of them.
+            is_charged: whether that is one, which has been charged an attempt.
+            now: the time.
+
+        """
+        self._groups = {token: count for token, count in self._groups.items() if count}
+        self._groups[token], self._token = jobs, token
+        doublings = min(max(deaths - 2, 0), _MOST_DOUBLED)
+        self._alone_until = inf if is_charged else now + LONGEST * 2.0**doublings
         self._known = self._has_brought = jobs > 0
 
     def ended(self, claims: Iterable[Claimed]) -> None:
-        """Record that claims are not in flight any more; some may be of the group."""
-        self._running -= sum(claimed.token == self._token for claimed in claims)
+        """Record that claims are not in flight any more; some may be of groups."""
+        for claimed in claims:
+            if claimed.token in self._groups:
+                self._groups[claimed.token] -= 1
 
     def resumed(self, claims: Iterable[Claimed]) -> None:
         """Record that claims are in flight again."""
-        self._running += sum(claimed.token == self._token for claimed in claims)
+        for claimed in claims:
+            if claimed.token in self._groups:
+                self._groups[claimed.token] += 1
 
     def others_looked(self, now: float) -> None:
         """Record a look for jobs that are not suspects, whether the server took it or not."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._handlers.route import Wants
 from bgjob._sql.claims import (
+    Group,
     Line,
     Stray,
     Swept,
@@ -101,6 +102,8 @@ class ClaimGroup:
 
     limit: int
     token: int
+    charge: bool
+    """Whether one that is claimed alone is charged an attempt."""
     looks: ClassVar = False
 
 
@@ -217,8 +220,8 @@ class Exchange:
                 plan.append((survey(queue), "lines"))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append((unheld, "blocked"))
-            case ClaimGroup(limit, token):
-                group = claim_group(queue, limit=limit, lease=lease, token=token)
+            case ClaimGroup(limit, token, charge):
+                group = claim_group(queue, limit=limit, lease=lease, token=token, charge=charge)
                 plan.append((group, "group"))
             case Claim(limit, token, marks):
                 statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
@@ -357,7 +360,7 @@ class Reply:
     seen: UnderWay | None = None
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
-    group: list[Job] = field(default_factory=list)
+    group: Group = field(default_factory=lambda: Group([], 0))
     locked: None = None
     ended: None = None
     acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)

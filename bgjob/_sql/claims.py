@@ -232,9 +232,9 @@ _CLAIM_GROUP = f"""
     update bgjob_job
     set token = %(token)s,
         lease_until = clock_timestamp() + %(lease)s * interval '1 second',
-        attempt = least(attempt, 2147483646) + (select (jobs = 1)::int from half)
+        attempt = least(attempt, 2147483646) + (select (jobs = 1 and %(charge)s)::int from half)
     where ctid = any (array(select ctid from class limit (select jobs from half)))
-    returning {CLAIMED_COLUMNS}, ctid::text
+    returning {CLAIMED_COLUMNS}, deaths
 """
 
 _CLAIM_ANY = f"""
@@ -471,16 +471,30 @@ def _within(queue: str, window: Window) -> dict[str, object]:
     }
 
 
-def claim_group(queue: str, *, limit: int, lease: float, token: int) -> Statement[list[Job]]:
+class Group(NamedTuple):
+    """Suspects that were claimed together."""
+
+    jobs: list[Job]
+    deaths: int
+    """The most that one of them has."""
+
+
+def claim_group(
+    queue: str, *, limit: int, lease: float, token: int, charge: bool
+) -> Statement[Group]:
     """Claim the first half of the due jobs with the most deaths, over one; `limit` at most.
 
-    One that is claimed alone is charged an attempt. Several are charged nothing.
+    One that is claimed alone is charged an attempt if `charge`. Several are charged nothing.
     """
     return Statement(
         _CLAIM_GROUP,
-        {"queue": queue, "limit": limit, "lease": lease, "token": token},
-        _in_order,
+        {"queue": queue, "limit": limit, "lease": lease, "token": token, "charge": charge},
+        _group,
     )
+
+
+def _group(rows: Sequence[Row]) -> Group:
+    return Group(_in_order(rows), max((row[-1] for row in rows), default=0))
 
 
 def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
