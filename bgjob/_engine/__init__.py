@@ -1,1 +1,77 @@
-"""What a worker decides."""
+"""What a worker decides: which jobs it claims, extends, settles and gives back, and when.
+
+Nothing here reads a clock, opens a socket or starts a thread. The control thread of
+`_worker` says what happened and what time it is, and carries out what it is told. So a
+simulation can run a worker through thousands of histories against a table in memory, with a
+fault at any point, and check each promise after each turn (`tests/test_simulation.py`).
+
+One turn:
+
+    control thread                      engine
+    --------------                      ------
+    finish(outcomes), wake(notice)  ->  notes them
+    step(now)                       ->  Exchange: what to send, as one transaction
+                                        Withdraw: take back what waits for a slot
+                                        Sleep(until): nothing to do before that time
+                                        Stop: it has ended
+    sends the exchange to the server
+    acknowledge(reply), or          ->  News: jobs to run, events to tell
+    reject() or disconnect()        ->  the same work comes again, in smaller parts
+
+An exchange carries all there is to do at that time: outcomes to store, jobs to give back,
+leases to extend, keys to ask for and to release, a claim or a sweep, the notify lock.
+`protocol` says in which statements, and in which order.
+
+The life of a held job
+======================
+
+A worker holds a job from the answer that brings it until the answer that settles it or
+gives it back. In between it is in one of these states:
+
+    state     where it lies               what moves it on
+    -------   -------------------------   -------------------------------------------------
+    claimed   `_batches[token]`, in all   settled or given back: gone
+              states below but the last   the lease was lost to another worker: lost
+    wanting   `_wanting`                  its exclusive key is granted: running
+                                          another job has the key: it waits in the table,
+                                          and the worker does not hold it any more
+                                          the key's row is locked: wanting; or locked
+    running   `_batches` only: it waits   finish(): pending; or gone, where the handler's
+              for a slot, or is in one    own transaction has settled it
+                                          withdrawn(): pending, to be given back
+                                          abandon(): leaving
+    pending   `_pending`                  step() puts it into an exchange: sent
+    sent      `_sent`                     acknowledge(): gone
+                                          reject(): pending, in halves; alone: refused
+                                          reject() for a lock: locked
+                                          disconnect(): pending, and unsure
+    refused   `_refused`                  its pause is over: sent, alone
+                                          too many are refused for their data: the oldest
+                                          are left to their leases: lost
+    locked    `_apart`, `_apart_wanting`  a probe finds its row or its key free: pending,
+                                          or wanting
+    unsure    `_unsure`, and `_pending`   sent again. Its row is found: gone. It is not,
+              or `_sent`                  within the lease: it was settled the first time
+    leaving   `_leaving`                  the server was told, once or twice: gone
+    lost      `_lost`                     its handler ends: the outcome is dropped
+
+Running and wanting jobs take up slots. The worker extends the leases of all but the last two.
+
+The vocabulary
+==============
+
+    batch       the jobs of one claim: they share a token and a lease
+    token       the number of a claim. What ends or extends a claim names it, so that a
+                worker whose lease has ended changes nothing: a fence
+    mark        the due time up to which a priority has been looked through
+    look        a claim, from the marks on; a sweep looks behind them as well, frees what
+                dead workers held, and says when the next job is due
+    flow        jobs go through so fast that the next exchange is planned (`ahead`) while
+                one is under way
+    notify lock the one idle worker of a queue that holds it is notified of new jobs
+    suspect     a job that two workers died with
+
+The parts: `engine` decides, and asks `pace` how many jobs may be in flight, `watermarks`
+where to look, `notify_lock` whether to be the one that is notified, and `isolation` whose
+turn it is while suspects are about.
+"""

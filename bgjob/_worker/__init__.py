@@ -1,1 +1,57 @@
-"""Which threads do it."""
+"""Which threads do it: the way of a job from its claim to its settlement.
+
+A worker has these threads. `group` starts them and ends them together.
+
+    control thread, one a queue                    the server
+    +------------------------------------+
+    | collect outcomes, wake the engine  |
+    | engine.step()                      |         one connection a queue,
+    | Exchange -> session.exchange()  ---+---->    owned by `session`
+    |             acknowledge()       <--+----
+    | News     -> slots.submit(jobs)     |
+    |             events.tell(...)       |
+    | Sleep    -> session.wait(): for a  |
+    |             notification, or for   |
+    |             the bell               |
+    +-----+------------------------^-----+
+          | jobs, by one deque     | outcomes, by another, and the bell
+          v                        |
+    +-----+------------------------+-----+         a connection a slot, for
+    | slots: the right to run a handler, |---->    transactional handlers only
+    | `concurrency` of them              |         (_running/transaction)
+    |   threads   run plain handlers     |
+    |   tasks     run coroutines, all on |
+    |             one event loop         |
+    +------------------------------------+
+
+    +------------------------------------+
+    | event thread, one a worker: tells  |
+    | the observer what the control      |
+    | threads have put into its queue    |
+    +------------------------------------+
+
+- The control thread (`control`) alone touches the engine and the connection. No handler runs
+  on it, so that leases are extended whatever handlers do.
+- A slot lives on a thread or in a task, takes job after job from the deque, and moves to the
+  other side with a job of the other colour (`slots`). Every second, and at once where a
+  death can be told of, the control thread looks whether each of them lives.
+- The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
+  caller's. A loop that blocks for a third of the lease is told of.
+- The event thread (`events`) calls the observer, so that a slow one delays no job. Only
+  job_started is told on the handler's own thread, before the handler is entered.
+- `timeouts` gives up handlers that take too long. `state` is what handlers share, opened
+  before the first job and closed after the last.
+
+From claim to settlement, with the files in order:
+
+    control     the turn: step, exchange, acknowledge
+    engine      what to claim (_engine/engine), put into words (_engine/protocol)
+    claims      the statement (_sql/claims), sent by `session` over its connection
+    slots       a slot takes the job
+    route       whose handler it is, and what attempts it has (_handlers/route)
+    transaction where the handler has one (_running/transaction)
+    slots       the outcome goes back; the bell rings
+    engine      the next exchange carries it
+    settlements the statement (_sql/settlements)
+    events      what the observer hears, once that is committed
+"""
