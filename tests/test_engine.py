@@ -1139,6 +1139,20 @@ def test_a_sweep_goes_in_parts_where_many_jobs_have_been_claimed_since_the_last(
     assert marks.window() is None
 
 
+def test_the_parts_of_a_sweep_begin_at_what_is_due_now_however_long_the_backlog_is() -> None:
+    marks = Watermarks(poll_interval=1.0)
+    lines = [Line(0, at(0), None, has_suspects=False)]
+    marks.swept(lines, None, full=True, began=1.0, now=1.1)
+    marks.saw(UnderWay(at(900.0), frozenset(), True), 1.1)
+    ends: list[float] = []
+    while window := marks.window():
+        ends.append((window.since - NOON).total_seconds())
+        rows = max(min((window.until - NOON).total_seconds(), 900.0) - max(ends[-1], 0.0), 0.0)
+        marks.swept_part(window, lines, began=2.0, now=2.0 + rows / 900 * 0.5)
+        assert rows < 200
+    assert ends[0] > 890
+
+
 def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:
     marks = Watermarks(poll_interval=1.0)
     used_once = [job(str(n), priority=n, due=at(n)) for n in range(500)]

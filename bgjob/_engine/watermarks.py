@@ -51,7 +51,7 @@ _AFTER_REFUSAL = 1.0
 """Seconds from a sweep that was refused to the next, at least."""
 
 _NARROWEST = timedelta(milliseconds=1)
-_FIRST_WIDTH = timedelta(seconds=1)
+_FIRST_WIDTH = timedelta(seconds=0.1)
 _WIDEST = timedelta(days=366)
 
 _MOST_UNUSED = 50
@@ -260,7 +260,8 @@ class Watermarks:
         """
         if not self._in_parts or not self._marks:
             return None
-        end = min(self._until, max(self._marks.values()))
+        # A backlog lies between the marks and what is due now.
+        end = min(self._until, max(self._seen_at, *self._marks.values()))
         is_last = self._width > _WIDEST or end - _OLDEST <= self._width
         since = _OLDEST if is_last else end - self._width
         return Window(since, self._until, tuple(sorted(self._marks)))
