@@ -1144,13 +1144,14 @@ def test_the_parts_of_a_sweep_begin_at_what_is_due_now_however_long_the_backlog_
     lines = [Line(0, at(0), None, has_suspects=False)]
     marks.swept(lines, None, full=True, began=1.0, now=1.1)
     marks.saw(UnderWay(at(900.0), frozenset(), True), 1.1)
-    ends: list[float] = []
-    while window := marks.window():
-        ends.append((window.since - NOON).total_seconds())
-        rows = max(min((window.until - NOON).total_seconds(), 900.0) - max(ends[-1], 0.0), 0.0)
-        marks.swept_part(window, lines, began=2.0, now=2.0 + rows / 900 * 0.5)
-        assert rows < 200
-    assert ends[0] > 890
+    starts = [900.0]
+    while starts[-1] > 0.0:
+        window = marks.window()
+        assert window is not None
+        starts.append(max((window.since - NOON).total_seconds(), 0.0))
+        seconds = starts[-2] - starts[-1]
+        marks.swept_part(window, lines, began=2.0, now=2.0 + seconds / 900)
+    assert max(a - b for a, b in pairwise(starts)) < 200.0
 
 
 def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:
