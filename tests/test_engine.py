@@ -325,9 +325,11 @@ def test_what_the_server_answered_or_refused_is_not_freed() -> None:
     assert claim.held == (held.token,)
 
 
-def test_a_sweep_in_parts_frees_what_was_claimed_without_an_answer_too() -> None:
+def test_a_sweep_in_parts_frees_what_was_claimed_without_an_answer_and_nothing_that_is_held() -> (
+    None
+):
     drive = Drive(concurrency=3, lease=300.0)
-    drive.claim("a")
+    (held,) = drive.claim("a")
     while not isinstance(lost := (exchange := drive.next_exchange()).claim, Claim):
         drive.now += 0.2 if isinstance(lost, Sweep) else 0.0
         drive.answer(Reply(extended={c.job.id for c in exchange.extend}))
@@ -338,6 +340,7 @@ def test_a_sweep_in_parts_frees_what_was_claimed_without_an_answer_too() -> None
     assert isinstance(sweep, Sweep)
     assert sweep.window is not None
     assert sweep.unanswered == (lost.token,)
+    assert sweep.held == (held.token,)
 
 
 def test_after_a_lost_claim_a_sweep_in_parts_begins_where_claims_start() -> None:
@@ -1154,6 +1157,25 @@ def test_the_parts_of_a_sweep_begin_at_what_is_due_now_however_long_the_backlog_
     assert max(a - b for a, b in pairwise(starts)) < 200.0
 
 
+def test_the_parts_of_a_sweep_stay_short_where_all_dead_rows_lie_in_its_first_part() -> None:
+    marks = Watermarks(1.0)
+    marks.claimed([job("a")], full=False)
+    first, dead_rows = NOON - timedelta(seconds=0.5), 10.0
+    for now in (0.0, 500.0):
+        marks.swept([], None, full=True, began=now, now=now + dead_rows)
+    rounds: list[list[float]] = [[]]
+    while len(rounds) < 4:
+        window = marks.window()
+        assert window is not None
+        seconds = (min(window.until, NOON) - max(window.since, first)).total_seconds()
+        rounds[-1].append(took := max(seconds, 0.0) / 0.5 * dead_rows + 0.001)
+        marks.swept_part(window, [], began=1000.0, now=1000.0 + took)
+        if window.since.year == 1:
+            rounds.append([])
+    assert all(sum(costs) == pytest.approx(dead_rows, rel=0.1) for costs in rounds[:3])
+    assert max(rounds[1] + rounds[2]) < 0.1
+
+
 def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:
     marks = Watermarks(poll_interval=1.0)
     used_once = [job(str(n), priority=n, due=at(n)) for n in range(500)]
@@ -1233,6 +1255,20 @@ def test_what_goes_back_unstarted_is_looked_for_where_it_stays_and_nothing_claim
     claim = drive.next_exchange().claim
     assert isinstance(claim, Claim)
     assert claim.marks == {0: NOON}
+
+
+def test_nothing_is_claimed_ahead_while_jobs_go_back() -> None:
+    drive = Drive(concurrency=200)
+    jobs = drive.claim(*(f"{n:03}" for n in range(200)))
+    drive.finish(*jobs[:150], took=0.0001)
+    drive.engine.withdrawn(jobs[150:])
+    exchange = drive.exchange()
+    assert len(exchange.give_back) == 50
+    assert drive.engine.ahead(drive.now) is None
+    drive.answer(Reply(settled=set(settled(exchange))))
+    claim = drive.exchange().claim
+    assert claim is not None
+    assert claim.limit >= drive.engine.bulky  # it would have been sent ahead
 
 
 # -- suspects -----------------------------------------------------------------------------------

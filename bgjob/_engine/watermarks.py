@@ -83,7 +83,7 @@ class Watermarks:
         self._in_parts = False
         self._claimed = 0  # since the last sweep of everything
         self._until = _LATEST  # where the next part ends
-        self._width = _FIRST_WIDTH
+        self._width = self._first_width = _FIRST_WIDTH
         self._parts_cost = 0.0
 
     @property
@@ -250,7 +250,7 @@ class Watermarks:
 
     def start_again(self) -> None:
         """Begin again with the part of the latest due times, where claims start."""
-        self._until, self._parts_cost = _LATEST, 0.0
+        self._until, self._width, self._parts_cost = _LATEST, self._first_width, 0.0
 
     def window(self) -> Window | None:
         """Return where the next sweep looks; None for everywhere.
@@ -278,16 +278,18 @@ class Watermarks:
             self._marks.setdefault(line.priority, _OLDEST)
         cost = now - began
         if cost > 2 * _PART:
-            self._width /= 2
+            self._width *= _PART / cost
         elif cost < _PART / 2:  # where nearly nothing lies it soon reaches the beginning
             self._width = min(self._width * (8 if cost < _PART / 10 else 2), 2 * _WIDEST)
         self._width = max(self._width, _NARROWEST)
+        if window.until == _LATEST:  # rows may be dense there: the next pass begins as wide
+            self._first_width = min(self._width, _FIRST_WIDTH)
         self._parts_cost += cost
         self._until = window.since
         rest = REST * cost
         if window.since == _OLDEST:
             self._in_parts, self._claimed = self._parts_cost > _MOST_COST, 0
-            self._until, self._width, self._parts_cost = _LATEST, _FIRST_WIDTH, 0.0
+            self.start_again()
             rest = max(rest, self._poll_interval)
         self._swept_at, self._cost, self._last_cost = now, cost, cost
         self.sweep_at = now + rest
