@@ -149,8 +149,9 @@ class Table:
         self.granted: dict[Key, str] = {}
 
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
-        """Run the statements of an exchange; `began` is the transaction's now()."""
+        """Run the statements in the order of an exchange; `began` is the transaction's now()."""
         reply = Reply()
+        self._claim(exchange, reply, began=began, now=now, at=at)
         reply.barred = [id_ for id_ in self._match(exchange.probe) if id_ in self.barred]
         if exchange.places:
             self._complete_at(exchange, reply)
@@ -198,6 +199,10 @@ class Table:
             reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
         if exchange.release:
             reply.woken = self.release(exchange.release, at=at)
+        return reply
+
+    def _claim(self, exchange: Exchange, reply: Reply, *, began: int, now: int, at: float) -> None:
+        """Claim, and see what is under way: that comes before all settlements."""
         match exchange.claim:
             case Claim(limit, token, marks):
                 starts = {p: (m - EPOCH) // MICROSECOND for p, m in marks.items()}
@@ -227,7 +232,6 @@ class Table:
             reply.seen = self.transactions.seen(EPOCH + began * MICROSECOND, number)
             if number is not None:
                 self.transactions.end(number)
-        return reply
 
     def acquire(
         self, claimed: list[Claimed], *, began: int, at: float
@@ -371,6 +375,13 @@ class Table:
                     since = min(since or inf, row.due)
         first = None if since is None else EPOCH + int(since) * MICROSECOND
         return Swept(self._hold(fresh, token, now=now), freed, first)
+
+    def claimable(self, claim: Claim | Sweep | ClaimGroup | None, began: int) -> int:
+        """How many jobs a claim may bring."""
+        limit = 0 if claim is None else claim.limit
+        if isinstance(claim, ClaimGroup):
+            return min(limit, (len(self._suspects(began)) + 1) // 2)
+        return min(limit, sum(map(self._is_fresh, self._due(began)))) if limit else 0
 
     def take(self, rows: list[Row], limit: int, token: int, *, now: int, at: float) -> list[Job]:
         """Claim what is not locked."""
@@ -539,6 +550,10 @@ class History:
         self.keys = random.choice([0.0, 0.0, 0.3, 1.0])  # the share of jobs that have one
         self.fates = Random(-1 - seed)
         self.suspects = self.fates.choice([0.0, 0.0, 0.5])  # the share that workers died with
+        most = self.fates.choice([inf, inf, inf, 2])
+        self.digestible = inf if calm else most  # jobs whose payloads fit in one answer
+        # Seconds that it lasts at least: long enough for many sweeps that take long.
+        self.lasts = 120.0 if calm and self.sweeps_take and self.fates.random() < 0.05 else 0.0
         self.named = random.choice([0.0, 0.5])  # of those, whose key their handler names
         self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
@@ -601,6 +616,7 @@ class History:
         self.give_up_at: float | None = None
         self.grace = inf
         self.stopping = self.ended = False
+        self.abandon_refusals = 0
 
         self._plan(calm)
 
@@ -782,6 +798,7 @@ class History:
     def _start_handlers(self) -> None:
         while self.waiting and self.busy < self.concurrency:
             claimed = self.waiting.popleft()
+            promise(not self.stopping, f"{claimed.job.id}: started after the shutdown")
             key = self.key_of.get(claimed.job.id)
             if key is not None and claimed.job.exclusive is None:
                 self.outcomes.append(Outcome(claimed, Wants(key), None))
@@ -958,7 +975,7 @@ class History:
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
                     known = self.calm and self.engine._marks.known
-                    self.long_sweeps += known and self.sweep_cost > 0.15
+                    self.long_sweeps += known and self.sweep_cost > 0.25
                     often = self.long_sweeps > 6 + (self.now - self.began) / 30
                     promise(not often, "stops again and again for a sweep")
                 ahead = ahead or self._follow()
@@ -980,6 +997,8 @@ class History:
                 return ahead
             case "rejected":
                 self.refused_at = self.now
+                if exchange.abandon:  # once more by itself, and it is left alone
+                    self.abandon_refusals += 1 + (self.engine._careful > 0)
                 self.engine.reject(self.now)
                 self._happened()
             case "never arrived" | "answer lost" | "happens later":
@@ -1030,6 +1049,10 @@ class History:
             return "never arrived"
         if any(c.job.id in self.poison for c in self._settled_in(exchange)):
             return "rejected"
+        if self.digestible < inf:
+            found = self.table.claimable(exchange.claim, self.db_now)
+            if found > self.digestible:
+                return "rejected"
         if self.peace:
             return "answered"
         if random.random() < self.lost:
@@ -1222,7 +1245,8 @@ class History:
                 poisoned = {self._key(id_) for id_ in self.poison} - {None}
                 left = {id_ for id_ in left - self.poison if self._key(id_) not in poisoned}
             if not left and self.in_flight == 0:
-                self._ask_to_stop()
+                if self.now >= self.began + self.lasts:
+                    self._ask_to_stop()
                 return
             promise(self.now < self._deadline(), f"forgot {sorted(left)}")
         elif self.peace and self.healing:
@@ -1347,7 +1371,7 @@ class History:
         promise(self.lock != self.session, "stops with the lock held")
         running = self.busy + len(self.waiting) + len(self.outcomes)
         promise(abandoned == running, f"abandons {abandoned} jobs of {running}")
-        if abandoned and self.refused_at < self.now - LAST_WORDS - self.poll_interval:
+        if abandoned and self.abandon_refusals < 2:
             for (id_, token), how in self.handed.items():
                 row = self.table.rows.get(id_)
                 if how is None and row is not None and row.token == token:
