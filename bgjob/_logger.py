@@ -12,7 +12,7 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
 
     logging.config's fileConfig and dictConfig disable the loggers that they do not name, by
     default: after Alembic's stock env.py no dead job was logged any more. Levels, filters and
-    handlers count as for any logger: whoever wants to hear nothing sets its level.
+    handlers count as for any logger: its level silences it.
     """
 
     @override

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read it has read enough, `head` say. What is still to be flushed goes nowhere.
+        # The reader has read enough, as `head` does. The rest of the output goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

@@ -128,7 +128,7 @@ class Client:
             workers poll.
 
     Raises:
-        ValueError: a string that is no connection string.
+        ValueError: a string that is not a connection string.
 
     A context manager; leaving it closes it.
     """
@@ -304,7 +304,7 @@ class Client:
             mux: the handlers; coroutine handlers run on an event loop that the client
                 keeps, on a thread of its own, until it is closed. Only they are held to
                 their timeouts: a plain handler runs on this thread.
-            lease: seconds or a timedelta for which nobody else may have the
+            lease: seconds or a timedelta for which no worker may have the
                 job; it is not extended. 300 s by default.
 
         Returns:
@@ -479,7 +479,7 @@ class Client:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
                     pooled.autocommit = False
         except ReadOnlySqlTransaction:
-            pooled.close()  # its server is no primary any more: the next one may be
+            pooled.close()  # its server is not a primary any more: the next one may be
             raise
         finally:
             pool.give_back(pooled)
@@ -499,7 +499,7 @@ class Client:
                     raise
 
     def _unblocked(self, queue: str, claim: Statement[list[Job]]) -> list[Job]:
-        """Claim again where jobs wait for keys that nobody has; a worker looks as it polls."""
+        """Claim again where jobs wait for keys that no job has; a worker looks as it polls."""
         look = keys.blocked(queue, after="", limit=_MOST_KEYS)
         if not (blocked := self._run(look, None).keys):
             return []
@@ -883,7 +883,7 @@ class AsyncClient:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
                     await pooled.set_autocommit(False)
         except ReadOnlySqlTransaction:
-            await pooled.close()  # its server is no primary any more: the next one may be
+            await pooled.close()  # its server is not a primary any more: the next one may be
             raise
         finally:
             await pool.give_back(pooled)
@@ -1110,7 +1110,7 @@ def _result(
         raise ending.error
     if isinstance(ending, Doubtful):
         if not settled and alive:
-            return ending.result  # nobody else can have had it: the commit was done
+            return ending.result  # no other worker can have had it: the commit was done
         ending = ending.otherwise
     if isinstance(ending, Fenced) or not settled:
         job = claimed.job

@@ -159,7 +159,7 @@ def codec_of(cls: type[T]) -> Codec[T]:
 
 
 def check_codec(codec: object) -> None:
-    """Raise TypeError if this is no codec."""
+    """Raise TypeError if this is not a codec."""
     if isinstance(codec, type) or not all(
         callable(getattr(codec, method, None)) for method in ("encode", "decode")
     ):
@@ -180,7 +180,7 @@ def _codec_of(cls: type) -> Codec[Any]:
     name = type_name(cls)
     if is_dataclass(cls):
         return dataclass_codec(cls, name)
-    # A module that nobody has imported has no classes.
+    # A module that the program has not imported has no classes.
     if _is_a(cls, "pydantic", "BaseModel") and hasattr(cls, "model_validate_json"):
         return pydantic_codec(cls, name)
     if _is_a(cls, "msgspec", "Struct"):

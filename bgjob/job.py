@@ -125,7 +125,7 @@ class EnqueueRequest:
         Raises:
             QueueRequiredError: neither the class nor the options name a queue.
             PayloadError: a field of the value is not what its annotation says.
-            TypeError: the class is no job type, or another wrong type.
+            TypeError: the class is not a job type, or another wrong type.
             ValueError: as for a request.
 
         """
@@ -184,7 +184,7 @@ class Job(NamedTuple):
         """Decode `arg` as JSON; None when there is none.
 
         Raises:
-            ValueError: `arg` is no JSON (orjson.JSONDecodeError).
+            ValueError: `arg` is not JSON (orjson.JSONDecodeError).
 
         """
         return None if self.arg is None else orjson.loads(self.arg)
@@ -220,7 +220,7 @@ class DeadJob(NamedTuple):
 
 
 def check_priority(priority: int, name: str) -> None:
-    """Raise ValueError that names it if it is no smallint."""
+    """Raise ValueError that names it if it is not a smallint."""
     if type(priority) is not int or priority not in _SMALLINT:
         raise ValueError(f"{name} must be an integer from -32768 to 32767, not {priority!r}")
 

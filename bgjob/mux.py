@@ -400,7 +400,7 @@ class Mux:
         Raises:
             UnknownTypeError: the type is not registered.
             QueueRequiredError: there is no queue, neither here nor at the type.
-            TypeError: a payload that is no value of the type's class, or that
+            TypeError: a payload that is not a value of the type's class, or that
                 its codec does not encode to bytes.
             ValueError, TypeError: as EnqueueRequest.
 

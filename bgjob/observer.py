@@ -17,7 +17,7 @@ class Observer(Protocol):
     thread of their own, and an outcome only after it was committed. An
     observer that raises is logged; one that blocks delays other events, also
     those of the observers beside it, never a job. Derive from NoopObserver to
-    write only the methods you need: an event that nobody hears costs nothing.
+    write only the methods you need: an event without an observer costs nothing.
 
     A job's payload of over 64 KiB is not kept for observers: `job.arg` is None
     there, but for `job_started`. While an observer is behind by 100,000 events,

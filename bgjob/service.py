@@ -51,7 +51,7 @@ class Rota:
     """When each service of one worker is run next; not thread-safe.
 
     Raises:
-        TypeError: something is no service.
+        TypeError: something is not a service.
 
     """
 

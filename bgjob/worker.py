@@ -265,7 +265,7 @@ class AsyncWorker:
                 await asyncio.wait([opening], timeout=self._crew.time_left)
                 await self._join()
             if opening.done() and not opening.cancelled():
-                opening.exception()  # retrieved: nobody else asks
+                opening.exception()  # retrieved: no other code asks
             raise
 
     async def shutdown(

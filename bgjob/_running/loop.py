@@ -8,7 +8,7 @@ What ends a loop early must not hold jobs forever:
 
 - SystemExit and KeyboardInterrupt that leave a child task, and `loop.stop()`,
   only interrupt a loop. An own loop is run again, with all its tasks, and
-  whoever awaits the child sees its exception.
+  the task that awaits the child sees its exception.
 - An own loop whose thread was ended runs on in a new thread. One that was
   closed, or fails again and again, is replaced; `generation` says so, and the
   runners fail the jobs that were in it.
@@ -197,7 +197,7 @@ class Loop:
 
     @property
     def is_ending(self) -> bool:
-        """Whether whoever runs the caller's loop has cancelled its tasks, to end it."""
+        """Whether the code that runs the caller's loop has cancelled its tasks, to end it."""
         return self._is_cancelled
 
     @property
@@ -335,7 +335,7 @@ class Loop:
 
     def _start_guard(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._closing:
-            # Not in the context of whoever called.
+            # Not in the context of the caller.
             self._guard_task = loop.create_task(
                 self._guard(), name=f"{self._name}-guard", context=Context()
             )

@@ -262,7 +262,7 @@ class _AsyncConnection(connection.AsyncConnection):
 class Transactions:
     """Connections for transactional handlers: a session for each that runs, kept for the next.
 
-    They belong to nobody else, so that handlers which wait for a pool never
+    No other code has them, so that handlers which wait for a pool never
     wait for each other. Each handler gets a connection object of its own, which
     loses the session with the commit: what a handler does to it, or through it
     after its end, does not reach the next one. Thread-safe.

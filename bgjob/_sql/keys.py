@@ -3,7 +3,7 @@
 What is decided about a key is decided while its row is locked, by a statement that
 begins after that, so that it sees all that was decided before. Rows are locked in the
 order of their keys, and no transaction locks twice. Rows of jobs are not waited for
-meanwhile, so that nobody has to wait for long.
+meanwhile, so that no session waits for long.
 
 The row of a key says from which job on to look (`queue`, `since`, `since_id`): of that queue
 nothing waits for the key that was due before. An old snapshot keeps the index entries of all
@@ -323,12 +323,12 @@ class Blocked(NamedTuple):
 def blocked(
     queue: str, *, after: str, limit: int, served: Collection[str] = ()
 ) -> Statement[Blocked]:
-    """Find keys whose jobs in this queue wait for nothing: nobody has them, or is about to.
+    """Find keys whose jobs in this queue wait for nothing: no job has them, or is about to.
 
     Their holder died or was deleted, or its worker died before it had released them. A
     holder of another queue, which may have no worker left, is set free here when its lease
     has ended. A holder of a queue in `served`, those of the same worker, is not: that worker
-    frees it by its own sweep, and not while it holds it. Keys that nobody wants any more are
+    frees it by its own sweep, and not while it holds it. Keys that no job wants any more are
     found as well. It looks at the first `limit` keys after one, so that no sweep walks over
     all of them.
     """

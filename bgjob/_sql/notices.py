@@ -94,7 +94,7 @@ def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> State
 
 
 def unpark(queue: str) -> Statement[None]:
-    """Stop asking for notifications, and wake whoever relied on it: one of them parks next.
+    """Stop asking for notifications, and wake the workers that relied on it: one parks next.
 
     The session holds no other locks of this kind than the deputy's; but this one twice where
     the transaction that took it first was refused, which does not undo it.

@@ -1,8 +1,8 @@
 """The SQL of schedules.
 
-No worker leads. Each looks, and whoever moves a schedule's tick forward from
+No worker leads. Each looks, and the one that moves a schedule's tick forward from
 where it was seen enqueues the jobs, in the same statement. A row that another
-one is about to move is passed over, so that nobody waits at a tick.
+one is about to move is passed over, so that no worker waits at a tick.
 """
 
 from collections.abc import Sequence

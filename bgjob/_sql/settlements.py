@@ -131,7 +131,7 @@ def begin(claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str =
 
     One mark ends with the transaction, however that ends. The other is undone
     by a rollback and outlives a commit. How long the handler may take, and be
-    idle, is for the lease to say: whoever frees the claim ends the session, which
+    idle, is for the lease to say: the worker that frees the claim ends the session, which
     it knows by its name. Whatever the default level is, an extension of the lease
     must not make the settlement fail.
     """
@@ -331,7 +331,7 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
     )
 
 
-# As its bytes, those that are not ASCII in octal: what nobody can read must not keep the
+# As its bytes, those that are not ASCII in octal: what no session can read must not keep the
 # dead-letter table from being listed.
 def _bytes_of(column: LiteralString) -> LiteralString:
     return f"encode(convert_to({column}, getdatabaseencoding()), 'escape')"
@@ -395,7 +395,7 @@ def catch_up(queue: str, *, limit: int) -> Statement[int]:
 
 
 def bury_refused(place: str, error: str) -> Statement[None]:
-    """Move a job that nobody can claim to the dead-letter table, from where it is."""
+    """Move a job that cannot be claimed to the dead-letter table, from where it is."""
     return Statement(
         """
         with gone as (

@@ -44,7 +44,7 @@ _Tell: TypeAlias = Callable[..., object]
 def audience(observer: Audience | None) -> Observer:
     """Give one observer that has every method, and tells all who listen.
 
-    What nobody hears stays NoopObserver's own method, so that it costs nothing.
+    An event without an observer stays NoopObserver's own method: it costs nothing.
 
     Raises:
         TypeError: what is given cannot be told anything.

@@ -59,7 +59,7 @@ _SAMPLE = 20
 """Jobs of which one must be claimable, if others are to blame that they are not."""
 
 _MOST_REFUSED = 20
-"""Jobs that are moved to the dead-letter table at once because nobody can claim them."""
+"""Jobs that are moved to the dead-letter table at once because no worker can claim them."""
 
 # Of an exchange that the server refused, or that could not be put into words.
 _UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
@@ -82,7 +82,7 @@ class Bell:
 
     def __init__(self) -> None:
         # Sockets, not a pipe: a send to one that was closed fails, where a write
-        # to a closed descriptor may reach whoever was given its number since.
+        # to a closed descriptor may reach the file that has its number since.
         self._heard, self._rope = socket.socketpair()
         self._heard.setblocking(False)
         self._rope.setblocking(False)
@@ -407,7 +407,7 @@ class Link:
         self._run(self._ready(), bury_unread(places, tokens, text))
 
     def bury_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
-        """Move the jobs that the server lets nobody claim to the dead-letter table.
+        """Move the jobs that the server lets no worker claim to the dead-letter table.
 
         Of the jobs that are claimed next, each is found by halves whose claim the server
         refuses, as a constraint or a trigger of the user's may. Where it refuses all of

@@ -414,7 +414,7 @@ class Runner:
     def _killed(self, claimed: Claimed, error: BaseException | None) -> Result | Release | Wants:
         """Judge a job whose thread or task was ended under it."""
         if self.failure is not None or isinstance(error, asyncio.CancelledError):
-            return Release()  # with the caller's loop, by whoever ended that
+            return Release()  # with the caller's loop, by the code that ended that
         route = self._isolated(claimed.job)
         if not isinstance(route, Route):
             return route

@@ -43,7 +43,7 @@ class Run:
         self.claimed = claimed
         self.route = limited.around(self._await if limited.is_coroutine else self._call)
         self.is_given_up = False
-        """Whether its job has failed meanwhile, and nobody waits for what it returned."""
+        """Whether its job has failed meanwhile, so that its result is dropped."""
         self.is_overdue = False
         """Whether its job has failed, whether it has come back or not."""
         self._timeouts = timeouts

@@ -59,7 +59,7 @@ class EmbeddedServer:
             names. /tmp is taken instead where the socket's path would be too long or hold a
             comma, or where `nobody` may not enter.
         settings: server settings, as in postgresql.conf. All are PostgreSQL's defaults
-            otherwise, durability included: `{"fsync": "off"}` suits data that nobody needs
+            otherwise, durability included: `{"fsync": "off"}` suits data that is not needed
             after a power failure. `port`, `listen_addresses` and `unix_socket_directories`
             cannot be set.
 
@@ -152,7 +152,7 @@ class EmbeddedServer:
 
     def _command(self, command: str) -> None:
         with self._lock:
-            # If nobody reads the command, nobody answers it.
+            # A command that is not read has no answer.
             with contextlib.suppress(ConnectionError):
                 self._channel.sendall(f"{command}\n".encode())
             self._read_reply()

@@ -25,7 +25,7 @@ from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
 
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
-"""Nobody needs the data of a test after a power failure."""
+"""The data of a test is not needed after a power failure."""
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ from bgjob.testing._source import AsyncSource, Source, ask, ask_async, connected
 
 OnError = Literal["raise", "store"]
 
-_LEASE = 300.0  # seconds, as for Client.do; nobody else claims what the test has not committed
+_LEASE = 300.0  # seconds, as for Client.do; no worker claims what the test has not committed
 
 _ENDLESS = 10_000
 """Runs after which a drain without a limit is taken for one that would never end."""
