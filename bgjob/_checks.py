@@ -6,13 +6,19 @@ from typing import TypeAlias
 Duration: TypeAlias = float | timedelta
 """Seconds, or a timedelta."""
 
-# PostgreSQL's timestamps end in the year 294276 and Python's in 9999; a delay
-# that nobody can wait for is a mistake, and is told to whoever makes it.
+# PostgreSQL's timestamps end in the year 294276 and Python's in 9999. A longer delay is a
+# mistake, which is refused where it is made.
 _LONGEST = 100 * 366 * 86400.0
 
 
 def seconds(value: Duration, name: str) -> float:
-    """Give `value` in seconds; raise ValueError or TypeError that names it if it is no duration."""
+    """Return a duration in seconds; an error names it by `name`.
+
+    Raises:
+        TypeError: neither a number nor a timedelta.
+        ValueError: negative, NaN or over 100 years.
+
+    """
     if isinstance(value, timedelta):
         value = value.total_seconds()
     elif isinstance(value, bool) or not isinstance(value, int | float):

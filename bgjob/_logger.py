@@ -1,4 +1,4 @@
-"""The logger `bgjob`, which no configuration silences that does not know it."""
+"""The logger `bgjob`, which a configuration that does not name it cannot disable."""
 
 import logging
 from collections.abc import MutableMapping
@@ -8,11 +8,11 @@ from typing_extensions import override
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
-    """Logs to a logger that is enabled again where it was disabled.
+    """Log to a logger, and enable it again if it was disabled.
 
     logging.config's fileConfig and dictConfig disable the loggers that they do not name, by
-    default: after Alembic's stock env.py no dead job was logged any more. Levels, filters and
-    handlers count as for any logger: its level silences it.
+    default: after Alembic's stock env.py dead jobs were no longer logged. Levels, filters and
+    handlers work as for any logger: to silence this one, set its level.
     """
 
     @override
@@ -25,7 +25,7 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        return msg, kwargs  # with the `extra` of the call
+        return msg, kwargs  # keep the call's `extra`
 
 
 log = _Logger(logging.getLogger("bgjob"), {})

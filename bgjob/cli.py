@@ -26,30 +26,30 @@ from bgjob.errors import BgjobError
 Command = Callable[[argparse.Namespace], int]
 
 INTERRUPTED = 130
-"""The exit status of a shell's command that Ctrl-C ended."""
+"""The exit status that a shell reports for a command ended by Ctrl-C."""
 
 _COMMANDS = (worker, enqueue, stats, dlq, pauses, schedules, schema, playground, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; give its exit status.
+    """Run a command and return its exit status.
 
     Args:
-        argv: the arguments, without the program's name; those of the process by default.
+        argv: the arguments without the program's name; the process's by default.
 
     Returns:
-        0 if the command succeeded, 1 if it did not (or nobody reads what it prints), 2 for
+        0 if the command succeeded, 1 if it failed (or the reader of its output is gone), 2 for
         arguments that contradict each other, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with 2 for arguments that cannot be understood, with 0 for --help.
+        SystemExit: with 2 for arguments that it does not understand, with 0 for --help.
 
     """
     try:
         status = _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has read enough, as `head` does. The rest of the output goes nowhere.
+        # The reader, for example `head`, has read enough: discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

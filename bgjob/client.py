@@ -1,4 +1,4 @@
-"""Writes jobs; claims and runs a single one."""
+"""Clients: enqueue jobs, pause queues, count jobs, run one job."""
 
 import asyncio
 import weakref
@@ -84,12 +84,12 @@ from bgjob.timetable import AsyncTimetable, Timetable
 T = TypeVar("T")
 
 _LOOP_ENDS = 1.5
-"""Seconds for what coroutine handlers of do() have left behind to end."""
+"""Seconds within which the tasks that coroutine handlers of do() left behind must end."""
 
 OnConflict = Literal["raise", "skip"]
 
 _CHUNK = 10_000
-"""Requests in one statement, so that a million in one call take bounded memory."""
+"""Requests in one statement, so that a million in one call need bounded memory."""
 
 _FEW = 500
 """Requests below which COPY's round trips cost more than they save."""
@@ -97,7 +97,7 @@ _FEW = 500
 _DO_LEASE = 300.0
 
 _MOST_KEYS = 1_000_000
-"""Exclusive keys that are looked at where no job is due."""
+"""The most exclusive keys that do() checks when no job is due."""
 
 _NOTHING_WRITTEN = (
     DeadlockDetected,
@@ -105,30 +105,30 @@ _NOTHING_WRITTEN = (
     IdleSessionTimeout,
     ReadOnlySqlTransaction,
 )
-"""Errors after which a statement, or a transaction, of the client's own can be repeated."""
+"""Errors after which the client can repeat a statement or transaction of its own."""
 
 _REPETITIONS = 3
-"""Each deadlock costs the server's deadlock_timeout."""
+"""The most repetitions: each deadlock costs the server's deadlock_timeout."""
 
 _LOOK = 0.005
-"""Seconds between two looks whether the claims that a pause found under way have ended."""
+"""Seconds between two checks whether the claims that a pause found running have ended."""
 
 
 class Client:
-    """Writes jobs to PostgreSQL, and reads the dead-letter table. Thread-safe.
+    """Enqueues jobs on PostgreSQL, and manages queues and dead jobs. Thread-safe.
 
     Args:
-        source: a connection string, or a psycopg_pool.ConnectionPool of yours. From
-            a string the client opens up to 10 connections as it needs them, and
-            closes them with `close()`; a forked child gets others; a server that
-            is silent, or away, for 30 s raises psycopg.OperationalError.
-            Your own pool is only borrowed, with the timeouts you gave it.
-        notify: whether enqueues wake workers that sleep; True by default. Switch
-            it off where nobody listens: behind a pooler in transaction mode the
+        source: a connection string, or a psycopg_pool.ConnectionPool. From a string
+            the client opens up to 10 connections as it needs them, and closes them
+            with `close()`; a forked child opens its own; a server that is silent or
+            away for 30 s raises psycopg.OperationalError. Your own pool is only
+            borrowed, with the timeouts that you gave it.
+        notify: whether enqueues notify sleeping workers; True by default. Set it to
+            False if no worker can listen: behind a pooler in transaction mode
             workers poll.
 
     Raises:
-        ValueError: a string that is not a connection string.
+        ValueError: the string is not a connection string.
 
     A context manager; leaving it closes it.
     """
@@ -145,7 +145,7 @@ class Client:
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = Timetable(self._run, self.enqueue)
-        """The schedules that workers have."""
+        """The database's schedules, which workers wrote."""
 
     @overload
     def enqueue(
@@ -168,30 +168,31 @@ class Client:
         conn: psycopg.Connection[Any] | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> str:
-        """Write a job; give its id.
+        """Write a job and return its id.
 
         Args:
-            request: the job: a request, or a typed job, a value of a dataclass, say, whose
-                class names the type and may name the queue. As EnqueueRequest.of.
+            request: the job: an EnqueueRequest, or a typed job (for example a value of a
+                dataclass) whose class names the type and may name the queue, as for
+                EnqueueRequest.of.
             conn: a connection of the caller's: the job is written in its
-                transaction and exists if that commits. Where that was begun with
-                `tpc_begin` no worker is notified: they find the job when they poll.
-            options: queue, id, delay, run_at and priority of a typed job, as those
-                of a request; they go before what the class says.
+                transaction and exists if that commits. In a transaction begun with
+                `tpc_begin` no worker is notified: workers find the job when they poll.
+            options: queue, id, delay, run_at, priority and exclusive of a typed job;
+                they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
-                EnqueueRequest.of; a TypeError also for options beside a request.
+                EnqueueRequest.of; a TypeError also for options together with a request.
             JobAlreadyExistsError: a live job has the id. Nothing was written,
                 and the caller's transaction goes on.
-            EnqueueConflictError: in a transaction of the caller's, of repeatable read
-                or serializable, in which that cannot be seen: it has to be repeated.
-                A psycopg.errors.SerializationFailure, too.
+            EnqueueConflictError: the caller's transaction is repeatable read or
+                serializable and cannot see the job that has the id: repeat the
+                transaction. Also a psycopg.errors.SerializationFailure.
             ValueError: a name that the database's encoding cannot hold.
-            psycopg.Error: the database's. After a lost connection it is not
-                known whether the job was written. A request with an id can be
-                enqueued again: it is refused while the first one's job is live.
-                Where that has run meanwhile, it is written, and runs, again.
+            psycopg.Error: the database's. After a lost connection the job may or may
+                not have been written. Enqueuing a request with an id again is refused
+                while the first job is in the queue; if that has already completed, the
+                job is written, and runs, again.
 
         """
         request = _request(request, options)
@@ -213,23 +214,24 @@ class Client:
         on_conflict: OnConflict = "raise",
         conn: psycopg.Connection[Any] | None = None,
     ) -> list[str | None]:
-        """Write jobs, all or none; give their ids, in order.
+        """Write jobs, all or none, and return their ids in order.
 
         Args:
-            requests: the jobs; any number of them, consumed in chunks. Typed
-                ones are made with EnqueueRequest.of.
+            requests: the jobs; any number of them, consumed in chunks of 10,000. Make
+                those of typed jobs with EnqueueRequest.of.
             on_conflict: "raise" (the default) writes nothing if any id is taken;
-                "skip" passes over the taken ones and gives None in their places.
+                "skip" leaves out jobs whose id is taken, and returns None in their
+                places.
             conn: a connection of the caller's: the jobs are written in its
                 transaction and exist if that commits.
 
         Raises:
-            RequestsRequiredError: there is no request.
-            JobAlreadyExistsError: an id is taken, or stands twice in the
+            RequestsRequiredError: there are no requests.
+            JobAlreadyExistsError: an id is taken, or occurs twice in the
                 requests. Nothing was written, and the caller's transaction goes on.
-            EnqueueConflictError, ValueError: as enqueue.
+            EnqueueConflictError, ValueError: as for enqueue.
             psycopg.Error: the database's. Two calls of over 10,000 requests that
-                share ids may deadlock: it is tried again where `requests` is a
+                share ids may deadlock: the client repeats the call if `requests` is a
                 list or a tuple and `conn` is not given.
 
         """
@@ -271,7 +273,7 @@ class Client:
         return ids
 
     def _copied(self, connection: psycopg.Connection[Any], chunk: list[EnqueueRequest]) -> bool:
-        """Write jobs by COPY, if that can be done; False where nothing was written."""
+        """Write jobs by COPY; False if that is not possible, and nothing was written."""
         copy = _copy_of(connection, chunk)
         if copy is None:
             return False
@@ -297,28 +299,29 @@ class Client:
         return True
 
     def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
-        """Claim one due job, run its handler here and now, and store the result.
+        """Claim one due job, run its handler, and store the result.
 
         Args:
             queue: the queue to claim from.
-            mux: the handlers; coroutine handlers run on an event loop that the client
-                keeps, on a thread of its own, until it is closed. Only they are held to
-                their timeouts: a plain handler runs on this thread.
-            lease: seconds or a timedelta for which no worker may have the
-                job; it is not extended. 300 s by default.
+            mux: the handlers. Coroutine handlers run on an event loop that the client
+                keeps on a thread of its own until it is closed, and only they are
+                cancelled at their timeouts; a plain handler runs on the calling thread.
+            lease: seconds or a timedelta for which no worker can claim the job again;
+                it is not extended. 300 s by default.
 
         Returns:
-            The result that was stored: Retry, say, where the handler raised.
+            The stored result; for example a Retry if the handler raised.
 
         Raises:
             EmptyQueueError: no job is due, or the queue is paused.
             LeaseLostError: the handler outlived the lease; its result was dropped.
-            StateRequiredError: a handler asks for a state; give `mux.bound(state)`.
-            RuntimeError: there are coroutine handlers, and a loop runs in this thread.
+            StateRequiredError: a handler has a parameter `state`: pass `mux.bound(state)`.
+            RuntimeError: the mux has coroutine handlers, and a loop runs in this thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
-            psycopg.Error: the database's; the job is due again when its lease ends, or
-                immediately, with its attempt, where a transactional handler got no connection.
+            psycopg.Error: the database's. The job is due again when its lease ends; or
+                immediately, without counting the attempt, if a transactional handler
+                got no connection.
 
         """
         mux.check_bound()
@@ -333,7 +336,7 @@ class Client:
             if claimed.job.exclusive is None or (
                 granted := has_key(self._run_all(acquisition(claimed)))
             ):
-                break  # else it waits for its key: take another
+                break  # otherwise the job waits for its key: claim another
             if granted is None:
                 self._run_all(settlement(claimed, Release()))
         job = claimed.job
@@ -361,13 +364,13 @@ class Client:
     def stats(
         self, queue: str | None = None, *, conn: psycopg.Connection[Any] | None = None
     ) -> list[QueueStats]:
-        """Count the jobs of each queue and type, all at one moment; sorted by both.
+        """Count the jobs of each queue and type at one moment; sorted by both.
 
-        One query, which reads both tables once, whatever is in them: ask every few
+        One query that reads both tables once, however large they are: call it every few
         seconds, not for every request.
 
         Args:
-            queue: only this one; by default all that have jobs, live or dead.
+            queue: only this queue; by default all queues that have jobs, live or dead.
             conn: a connection of the caller's.
 
         """
@@ -380,26 +383,26 @@ class Client:
         *,
         conn: psycopg.Connection[Any] | None = None,
     ) -> None:
-        """Let no worker claim from a queue; what runs goes on, and jobs can be enqueued.
+        """Pause a queue: no worker claims from it; running jobs go on.
 
-        Once this has returned nothing is claimed from the queue, by no worker on any
-        host and by no `do`. A worker may hold quick jobs that it has claimed before
-        and not started yet: they run. Its observer is told once that the queue is
-        empty. A pause of a paused queue takes its place.
+        Once this has returned, no worker on any host and no `do` claims from the queue.
+        Jobs can still be enqueued. A worker may hold quick jobs that it claimed before and
+        has not started yet: they run. Each worker's observer is told once that the queue
+        is empty. Pausing a paused queue replaces its pause.
 
         Args:
             queue: the queue.
-            until: an aware datetime at which the pause ends by itself, by the
-                database's clock; workers notice within their poll interval. None
-                (the default) is until `resume`.
+            until: an aware datetime at which the pause ends, by the database's
+                clock; workers notice within their poll interval. None (the
+                default) pauses until `resume`.
             conn: a connection of the caller's: the queue is paused when its
-                transaction commits, and a claim that is under way then may still
-                bring jobs.
+                transaction commits, and a claim that runs at that moment may still
+                take jobs.
 
         Raises:
-            ValueError: a naive `until`, or a name that no queue can have.
-            BgjobError: the queue is paused, but for 30 s a transaction went on that
-                may have begun to claim before.
+            ValueError: a naive `until`, or an invalid queue name.
+            BgjobError: the queue is paused, but a transaction that may have claimed from
+                it before did not end within 30 s.
             psycopg.Error: the database's.
 
         """
@@ -413,7 +416,7 @@ class Client:
                 under_way &= self._run(pauses.claims_under_way(), None)
 
     def resume(self, queue: str, *, conn: psycopg.Connection[Any] | None = None) -> bool:
-        """End the pause of a queue, and wake its workers; whether it was paused.
+        """End the pause of a queue and notify its workers; True if it was paused.
 
         Args:
             queue: the queue.
@@ -424,14 +427,14 @@ class Client:
         return self._run(pauses.resume(queue, notify=not is_two_phase(conn)), conn)
 
     def paused(self, *, conn: psycopg.Connection[Any] | None = None) -> dict[str, datetime | None]:
-        """Give the queues that are paused, each with the end of its pause, None for no end."""
+        """Return the paused queues, each with the end of its pause; None for no end."""
         return self._run(pauses.paused(), conn)
 
     def close(self) -> None:
-        """Close the client's own connections; a pool that was passed in stays open. Idempotent.
+        """Close the client's own connections; a borrowed pool stays open. Idempotent.
 
-        What coroutine handlers of `do` have left behind is cancelled. A closed client stays
-        closed: whatever is asked of it raises ClientClosedError.
+        Tasks that coroutine handlers of `do` left behind are cancelled. A closed client stays
+        closed: every later call raises ClientClosedError.
         """
         self._loop.close(_LOOP_ENDS)
         self._pool.close()
@@ -446,9 +449,9 @@ class Client:
         return f"<{type(self).__name__} at {id(self):#x}>"  # never the connection string
 
     def _await(self, coroutine: Coroutine[Any, Any, T]) -> tuple[T, BaseException | None]:
-        """Run a coroutine on the client's loop; as Loop.run."""
+        """Run a coroutine on the client's loop; see Loop.run."""
         if not self._loop.is_open:
-            # A client need not be closed; what is on its loop is to be cancelled all the same.
+            # A client need not be closed, but the tasks on its loop must be cancelled.
             weakref.finalize(self, self._loop.close, _LOOP_ENDS)
         return self._loop.run(coroutine)
 
@@ -464,8 +467,8 @@ class Client:
         if conn is not None:
             yield conn
             return
-        # Not pool.connection(): it would commit, and there is nothing to commit. One
-        # statement is a transaction by itself, and one round trip.
+        # pool.connection() would commit, with nothing to commit. In autocommit one
+        # statement is a transaction and one round trip.
         pool: Any = self._pool
         pooled = pool.take()
         try:
@@ -499,7 +502,7 @@ class Client:
                     raise
 
     def _unblocked(self, queue: str, claim: Statement[list[Job]]) -> list[Job]:
-        """Claim again where jobs wait for keys that no job has; a worker looks as it polls."""
+        """Release jobs that wait for a free key, and claim again; workers do so as they poll."""
         look = keys.blocked(queue, after="", limit=_MOST_KEYS)
         if not (blocked := self._run(look, None).keys):
             return []
@@ -522,13 +525,13 @@ class Client:
 def _configure(connection: psycopg.Connection[Any]) -> None:
     statement = session(connection.info.backend_pid)
     cursor = Cursor(connection).execute(statement.text, statement.params, prepare=False)
-    if not cursor.rowcount:  # a pooler answers, and may have another session for each transaction
+    if not cursor.rowcount:  # a pooler may use another session for each transaction
         connection.prepare_threshold = None
 
 
 @contextmanager
 def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[None]:
-    """Begin transactions as read committed, whatever a borrowed pool says."""
+    """Begin transactions as read committed, whatever a borrowed pool's level is."""
     level = connection.isolation_level
     if not is_own or level == IsolationLevel.READ_COMMITTED:
         yield
@@ -544,8 +547,8 @@ def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[
 def _execute(
     connection: psycopg.Connection[Any], statement: Statement[T], *, keep: bool = False
 ) -> T:
-    # A plain cursor, whatever factories the caller's connection has. One that is kept
-    # keeps its rows, too: only an enqueue has none to speak of.
+    # A plain cursor, whatever factories the caller's connection has. A kept cursor
+    # keeps its rows too, so only an enqueue uses one: it returns almost none.
     if keep and isinstance(connection, PooledConnection):
         cursor = connection.enqueuing
     else:
@@ -564,13 +567,13 @@ def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Curs
 
 
 class AsyncClient:
-    """Writes jobs to PostgreSQL, and reads the dead-letter table; as Client, awaited.
+    """Enqueues jobs on PostgreSQL, and manages queues. Async variant of Client.
 
-    For use from the tasks of one event loop, or of several where it has a connection string.
+    For use from the tasks of one event loop; with a connection string, of several loops.
 
     Args:
-        source: a connection string, or a psycopg_pool.AsyncConnectionPool of
-            yours; as for Client.
+        source: a connection string, or a psycopg_pool.AsyncConnectionPool; as for
+            Client.
         notify: as for Client.
 
     An async context manager; leaving it closes it.
@@ -585,13 +588,13 @@ class AsyncClient:
             else AsyncBorrowedPool(source)
         )
         self._begun: set[asyncio.Task[Any]] = set()
-        """Tasks that are under way; the event loop itself holds none."""
+        """The running tasks: the event loop itself keeps only weak references."""
         self._left: set[asyncio.Task[Any]] = set()
-        """Those of them whose caller was cancelled."""
+        """The running tasks whose caller was cancelled."""
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
-        """The schedules that workers have."""
+        """The database's schedules, which workers wrote."""
 
     @overload
     async def enqueue(
@@ -614,7 +617,7 @@ class AsyncClient:
         conn: psycopg.AsyncConnection[Any] | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> str:
-        """Write a job; give its id. As Client.enqueue."""
+        """Write a job and return its id. Async variant of Client.enqueue."""
         request = _request(request, options)
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         try:
@@ -634,7 +637,7 @@ class AsyncClient:
         on_conflict: OnConflict = "raise",
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> list[str | None]:
-        """Write jobs, all or none; give their ids, in order. As Client.bulk_enqueue."""
+        """Write jobs, all or none. Async variant of Client.bulk_enqueue."""
         if conn is None and isinstance(requests, list | tuple):
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
@@ -698,12 +701,12 @@ class AsyncClient:
         return True
 
     async def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
-        """Claim one due job, run its handler, and store the result. As Client.do.
+        """Claim one due job, run its handler, and store the result.
 
-        A coroutine handler is awaited here, a plain one runs on a thread, whatever
-        its timeout. Where the call is cancelled, a coroutine handler is cancelled with
-        it, and the attempt has failed; a plain one cannot be: it goes on, and its
-        result is stored once it has ended. `close` waits for that.
+        Async variant of Client.do. A coroutine handler is awaited here; a plain one runs on
+        a thread, without its timeout. If the call is cancelled, it cancels a coroutine
+        handler, and the attempt has failed. A plain handler cannot be cancelled: it goes on,
+        and its result is stored when it ends; `close` waits for that.
         """
         mux.check_bound()
         claiming = self._begin(self._claimed(queue, mux, seconds(lease, "lease")))
@@ -713,12 +716,12 @@ class AsyncClient:
             self._leave(self._begin(self._give_back(claiming)))
             raise
         if isinstance(route, Route) and route.is_coroutine:
-            # A task, for what the handler sets is not the caller's.
+            # A task, so that the handler cannot change the caller's context variables.
             handling = asyncio.create_task(_run_async(route, claimed, self.recipe))
             try:
                 result: Ending | Release = await handling
             except asyncio.CancelledError:
-                result = Release()  # the handler had not begun
+                result = Release()  # the handler had not started
             concluding = self._begin(self._concluded(claimed, result))
         else:
             concluding = self._begin(self._run_plain(claimed, route))
@@ -740,7 +743,7 @@ class AsyncClient:
     async def _claimed(
         self, queue: str, mux: Mux, lease: float
     ) -> tuple[Claimed, Route | Retry | MoveToDlq, float]:
-        """Claim a job that has its key; with its route, and the local time its lease ends."""
+        """Claim a job and its key; return it, its route, and the local time its lease ends."""
         token = randbits(63)
         claim = claims.claim_any(queue, lease=lease, token=token)
         while True:
@@ -750,14 +753,14 @@ class AsyncClient:
                 granted := has_key(await self._run_all(acquisition(claimed)))
             ):
                 return claimed, route, monotonic() + lease
-            # Else it waits for its key: take another.
+            # Otherwise the job waits for its key: claim another.
             if granted is None:
                 await self._run_all(settlement(claimed, Release()))
 
     async def _run_plain(
         self, claimed: Claimed, route: Route | Retry | MoveToDlq
     ) -> tuple[Ending | Release, bool]:
-        """Run a plain handler on a thread, and store its result; as _concluded."""
+        """Run a plain handler on a thread, and store its result; see _concluded."""
         if not isinstance(route, Route):
             return await self._concluded(claimed, route)
         loop, context = asyncio.get_running_loop(), copy_context()
@@ -774,24 +777,24 @@ class AsyncClient:
     async def _concluded(
         self, claimed: Claimed, ending: Ending | Release
     ) -> tuple[Ending | Release, bool]:
-        """Store how a job ended; gives that, and whether it was still held."""
+        """Store how a job ended; return that, and whether the claim was still held."""
         statements = conclusion(claimed, ending)
         try:
             answers = await self._run_all(statements)
-        except asyncio.CancelledError:  # the loop ends; to store it twice does no harm
+        except asyncio.CancelledError:  # the loop ends; storing it twice does no harm
             answers = await self._run_all(statements)
         return ending, any(answers[:1])
 
     async def _give_back(
         self, claiming: "asyncio.Task[tuple[Claimed, Route | Retry | MoveToDlq, float]]"
     ) -> None:
-        """Return to the queue what is claimed for a call that was cancelled meanwhile."""
+        """Release the job that was claimed for a cancelled call."""
         with suppress(EmptyQueueError):
             claimed, *_ = await claiming
             await self._concluded(claimed, Release())
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        """Begin what goes on when the caller is cancelled."""
+        """Start a task that goes on when the caller is cancelled."""
         task = asyncio.create_task(work)
         self._begun.add(task)
         task.add_done_callback(self._begun.discard)
@@ -805,12 +808,12 @@ class AsyncClient:
     def _has_ended(self, task: "asyncio.Task[Any]") -> None:
         self._left.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("the result of a do() that was cancelled could not be stored: %s", error)
+            log.warning("could not store the result of a cancelled do(): %s", error)
 
     async def stats(
         self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
     ) -> list[QueueStats]:
-        """Count the jobs of each queue and type; as Client.stats."""
+        """Count the jobs of each queue and type. Async variant of Client.stats."""
         return await self._run(views.stats(queue), conn)
 
     async def pause(
@@ -820,7 +823,7 @@ class AsyncClient:
         *,
         conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> None:
-        """Let no worker claim from a queue; as Client.pause."""
+        """Pause a queue: no worker claims from it. Async variant of Client.pause."""
         await self._run(_pause(queue, until), conn)
         if conn is None:
             deadline = monotonic() + PATIENCE
@@ -831,19 +834,19 @@ class AsyncClient:
                 under_way &= await self._run(pauses.claims_under_way(), None)
 
     async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
-        """End the pause of a queue, and wake its workers; as Client.resume."""
+        """End the pause of a queue. Async variant of Client.resume."""
         return await self._run(pauses.resume(queue, notify=not is_two_phase(conn)), conn)
 
     async def paused(
         self, *, conn: psycopg.AsyncConnection[Any] | None = None
     ) -> dict[str, datetime | None]:
-        """Give the queues that are paused, and until when; as Client.paused."""
+        """Return the paused queues with their ends. Async variant of Client.paused."""
         return await self._run(pauses.paused(), conn)
 
     async def close(self) -> None:
-        """Close the client's own connections; as Client.close.
+        """Close the client's own connections. Async variant of Client.close.
 
-        It waits for the plain handlers of calls of `do` that were cancelled.
+        It waits for the plain handlers of cancelled calls of `do`.
         """
         while self._left:
             await asyncio.wait(self._left)
@@ -974,7 +977,7 @@ async def _ask_async(
     )
 
 
-# -- what both colours share --------------------------------------------------------
+# -- shared by Client and AsyncClient -----------------------------------------------
 
 
 def _recipe(source: str | ConnectionPool[Any] | AsyncConnectionPool[Any]) -> Recipe:
@@ -982,19 +985,19 @@ def _recipe(source: str | ConnectionPool[Any] | AsyncConnectionPool[Any]) -> Rec
         return source, {}
     if callable(source.conninfo) or callable(source.kwargs):
         raise TypeError(
-            "a worker needs a connection of its own, and cannot make one from a pool whose "
+            "a worker opens a connection of its own, and cannot do so with a pool whose "
             "conninfo or kwargs are callables; give the Client a connection string"
         )
     return source.conninfo, dict(source.kwargs or {})
 
 
 _BEGIN = "select"
-"""Any statement begins the transaction of a connection that is not in autocommit."""
+"""Any statement begins a transaction on a connection that is not in autocommit."""
 
 
 def _may_begin(conn: BaseConnection[Any]) -> bool:
-    # conn.transaction() commits what it began; the caller's transaction is the caller's
-    # to commit, so it has to be there before.
+    # conn.transaction() commits a transaction that it began. Only the caller may commit
+    # the caller's transaction, so it must have begun before.
     return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
 
 
@@ -1011,8 +1014,8 @@ def _request(request: EnqueueRequest | TypedJob, options: EnqueueOptions) -> Enq
         return EnqueueRequest.of(request, **options)
     if options:
         raise TypeError(
-            f"{', '.join(options)} beside a request: these are for typed jobs; give them to the "
-            "EnqueueRequest"
+            f"{', '.join(options)} given together with a request: these options are for typed "
+            "jobs; set them on the EnqueueRequest"
         )
     return request
 
@@ -1044,7 +1047,7 @@ def _placed(
     taken = []
     for request in chunk:
         if request.id in written:
-            written.discard(request.id)  # a second request with this id is none that was written
+            written.discard(request.id)  # a second request with this id was not written
             ids.append(request.id)
         else:
             taken.append(request.id)
@@ -1067,7 +1070,7 @@ def _pause(queue: str, until: datetime | None) -> Statement[None]:
 def _check_patience(queue: str, deadline: float) -> None:
     if monotonic() > deadline:
         raise BgjobError(
-            f"queue {queue!r} is paused, but a transaction that may have begun to claim before "
+            f"queue {queue!r} is paused, but a transaction that may have claimed from it before "
             f"has not ended for {PATIENCE:g} s: look for it in pg_stat_activity"
         )
 
@@ -1090,7 +1093,7 @@ async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
 
 
 async def _uncancelled(loop: asyncio.AbstractEventLoop, call: Callable[[], T]) -> T:
-    """Make a call on a thread, and wait for its end, also where the event loop ends."""
+    """Run a call on a thread and wait until it ends, even if the event loop ends."""
     future = loop.run_in_executor(None, call)
     while True:
         try:
@@ -1103,20 +1106,21 @@ async def _uncancelled(loop: asyncio.AbstractEventLoop, call: Callable[[], T]) -
 def _result(
     claimed: Claimed, ending: Ending, *, settled: bool, lease: float, alive: bool
 ) -> Result:
-    """Give the result that was stored; pass on an interrupt; raise LeaseLostError."""
+    """Return the stored result; raise the handler's interrupt, or LeaseLostError."""
     if isinstance(ending, Committed):
         return ending.result
     if isinstance(ending, NotBegun):
         raise ending.error
     if isinstance(ending, Doubtful):
         if not settled and alive:
-            return ending.result  # no other worker can have had it: the commit was done
+            # The lease had not ended, so only the commit can have removed the job.
+            return ending.result
         ending = ending.otherwise
     if isinstance(ending, Fenced) or not settled:
         job = claimed.job
         raise LeaseLostError(
             f"job {job.id!r} of type {job.type!r} outlived its lease of {lease:g} s and was "
-            "claimed again; its result was dropped: give do() a longer lease"
+            "claimed again; its result was dropped: call do() with a longer lease"
         )
     if isinstance(ending, Retry | MoveToDlq):
         error = ending.error

@@ -1,4 +1,4 @@
-"""Encodes what a job is about as bytes, and decodes it. Nothing here unpickles or evaluates."""
+"""Encodes payloads as bytes and decodes them. Nothing here unpickles or evaluates."""
 
 import math
 import sys
@@ -16,24 +16,24 @@ T = TypeVar("T")
 
 
 class Codec(Protocol[T]):
-    """How values become a job's bytes and come back; two methods, called from any thread.
+    """Encodes values as a job's bytes, and decodes them; called from any thread.
 
-    One of your own (YAML, MessagePack, Protocol Buffers) is any object that has
-    them. It is given to the requests and to the handler, or once and for all to
-    a class, as its `codec: ClassVar`.
+    A codec of your own (YAML, MessagePack, Protocol Buffers) is any object with
+    these two methods. Pass it to the requests and to the handler, or set it once on a
+    class, as its `codec: ClassVar`.
     """
 
     def encode(self, value: T, /) -> bytes:
-        """Give the bytes to store; what it raises, the enqueue raises."""
+        """Return the bytes to store; the enqueue raises whatever this raises."""
         ...
 
     def decode(self, data: bytes, /) -> T:
-        """Give the value again.
+        """Return the value of stored bytes.
 
         Raises:
-            ValueError: the bytes do not fit. Whatever it raises moves the job to
-                the dead-letter table at once, for another attempt would raise it
-                again; the bytes are kept.
+            ValueError: the bytes do not fit. Any exception moves the job to the
+                dead-letter table immediately, because another attempt would raise
+                it again; the bytes are kept.
 
         """
         ...
@@ -41,13 +41,13 @@ class Codec(Protocol[T]):
 
 @dataclass(frozen=True, slots=True)
 class JsonCodec:
-    """JSON, the default: all that orjson writes, and when it is decoded JSON's own types.
+    """JSON, the default: encodes what orjson encodes, and decodes to JSON's own types.
 
-    Bytes are taken for JSON already, and stored as they are.
+    Bytes count as JSON already, and are stored as they are.
     """
 
     def encode(self, value: object, /) -> bytes:
-        """Give the JSON.
+        """Return the JSON of a value.
 
         Raises:
             TypeError: JSON cannot express the value.
@@ -58,7 +58,7 @@ class JsonCodec:
         return b"null" if payload is None else payload
 
     def decode(self, data: bytes, /) -> Any:
-        """Give the value; a ValueError (orjson.JSONDecodeError) says what is no JSON."""
+        """Return the value; raise ValueError (orjson.JSONDecodeError) if it is not JSON."""
         return orjson.loads(data)
 
 
@@ -67,13 +67,15 @@ class RawCodec:
     """Bytes in, the same bytes out."""
 
     def encode(self, value: bytes, /) -> bytes:
-        """Give the bytes; anything else raises TypeError."""
+        """Return the bytes; raise TypeError for anything else."""
         if not isinstance(value, bytes | bytearray | memoryview):
-            raise TypeError(f"RawCodec takes bytes, not {type(value).__name__}: encode it before")
+            raise TypeError(
+                f"RawCodec takes bytes, not {type(value).__name__}: encode the value first"
+            )
         return bytes(value)
 
     def decode(self, data: bytes, /) -> bytes:
-        """Give the bytes."""
+        """Return the bytes."""
         return data
 
 
@@ -97,12 +99,12 @@ class _Coded(Protocol):
 
 
 TypedJob: TypeAlias = _Dataclass | _Pydantic | _Msgspec | _Coded
-"""A value whose class is a job type: of a dataclass, a pydantic model, a msgspec Struct, or any
+"""A value whose class is a job type: a dataclass, a pydantic model, a msgspec Struct, or any
 class with a `codec`."""
 
 
 def type_name(cls: type) -> str:
-    """Give the job type of a class: its name, or its `job_type: ClassVar[str]`."""
+    """Return the job type of a class: its `job_type: ClassVar[str]`, or its name."""
     name = class_option(cls, "job_type", cls.__name__)
     if not isinstance(name, str):
         raise TypeError(f"job_type of {cls.__qualname__} must be a str, not {type(name).__name__}")
@@ -113,9 +115,9 @@ _NOTHING = object()
 
 
 def class_option(cls: type, option: str, default: Any = None) -> Any:
-    """Give what a class says about its jobs, such as `queue: ClassVar[str]`, or the default.
+    """Return a class's option for its jobs, such as `queue: ClassVar[str]`, or the default.
 
-    A field of that name is none: it belongs to the payload.
+    A field of that name is not an option: it belongs to the payload.
     """
     said = getattr(cls, option, _NOTHING)
     if said is _NOTHING:
@@ -129,28 +131,27 @@ def class_option(cls: type, option: str, default: Any = None) -> Any:
 
 
 def codec_of(cls: type[T]) -> Codec[T]:
-    """Give the codec of a class whose values are jobs; made once a class.
+    """Return the codec of a class whose values are jobs; made once for each class.
 
     It is the class's own, `codec: ClassVar[Codec]`, if it has one. Otherwise it is
-    JSON, checked in both directions: a value is refused when it is enqueued if
-    it would not fit when it is decoded.
+    JSON, checked in both directions: the enqueue refuses a value that could not be
+    decoded.
 
     - A dataclass: an object of its fields. They may be str, int, float, bool,
       None, datetime, date and time (as ISO 8601), timedelta (as seconds), UUID,
       Decimal (as text), Enum (as its value), Literal, list, tuple, set,
-      frozenset, dict, unions of what JSON tells apart, other dataclasses, also
-      the class itself, and Any, which is JSON's own types. Types are exact, but
-      for an int where a float is asked for. What was written comes back equal;
-      an aware datetime keeps its offset, not the name of its zone.
-    - A pydantic model or a msgspec Struct: what it itself reads and writes, with
-      its own validation.
+      frozenset, dict, unions of types that JSON distinguishes, other dataclasses,
+      the class itself, and Any, which is JSON's own types. Types are exact,
+      except that an int may stand where a float is expected. A decoded value equals
+      the encoded one; an aware datetime keeps its offset, not the name of its zone.
+    - A pydantic model or a msgspec Struct: its own JSON, with its own validation.
 
-    So that old and new workers can run side by side, a field that is missing in
-    the bytes gets its default, and one that the class does not have is passed
-    over (pydantic and msgspec can be told otherwise).
+    So that old and new workers can run side by side, a field that is missing in the
+    bytes gets its default, and an unknown field is ignored (unless pydantic or
+    msgspec are configured otherwise).
 
     Raises:
-        TypeError: no such class, or a field whose annotation has no form in JSON.
+        TypeError: the class has no codec, or a field's annotation has no form in JSON.
 
     The codec raises PayloadError, which names the field.
     """
@@ -159,7 +160,7 @@ def codec_of(cls: type[T]) -> Codec[T]:
 
 
 def check_codec(codec: object) -> None:
-    """Raise TypeError if this is not a codec."""
+    """Raise TypeError unless this is a codec."""
     if isinstance(codec, type) or not all(
         callable(getattr(codec, method, None)) for method in ("encode", "decode")
     ):
@@ -180,13 +181,13 @@ def _codec_of(cls: type) -> Codec[Any]:
     name = type_name(cls)
     if is_dataclass(cls):
         return dataclass_codec(cls, name)
-    # A module that the program has not imported has no classes.
+    # A module that was never imported has no classes, so it need not be imported here.
     if _is_a(cls, "pydantic", "BaseModel") and hasattr(cls, "model_validate_json"):
         return pydantic_codec(cls, name)
     if _is_a(cls, "msgspec", "Struct"):
         return msgspec_codec(cls, name)
     raise TypeError(
-        f"{cls.__qualname__} is no job type: let it be a dataclass, a model of pydantic (2 or "
+        f"{cls.__qualname__} is not a job type: make it a dataclass, a pydantic model (2 or "
         "newer) or a msgspec Struct, give it a codec of its own (`codec: ClassVar`), or make an "
         "EnqueueRequest"
     )
@@ -201,7 +202,7 @@ def _is_a(cls: type, module: str, base: str) -> bool:
 
 
 def json_payload(arg: object, type_: str | None) -> bytes | None:
-    """Give an arg as it is stored by default; errors name its job type."""
+    """Return the default payload of an arg; errors name its job type."""
     match arg:
         case None:
             return None
@@ -214,9 +215,9 @@ def json_payload(arg: object, type_: str | None) -> bytes | None:
     except TypeError as error:  # orjson's JSONEncodeError is one
         raise TypeError(
             f"{_named(type_)} cannot be encoded as JSON: {error}; "
-            "give bytes, or values that JSON has"
+            "pass bytes, or values that JSON can express"
         ) from error
-    # orjson writes NaN and infinities as null: what comes back would differ.
+    # orjson writes NaN and infinities as null: the decoded value would differ.
     if b"null" in payload and _has_non_finite(arg):
         raise ValueError(f"{_named(type_)} holds NaN or infinity, which JSON cannot express")
     return payload

@@ -1,4 +1,4 @@
-"""Cron expressions: when the next tick is, over the steps of daylight saving too."""
+"""Cron expressions: when the next tick is, also across daylight saving."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -13,11 +13,11 @@ _DAY = timedelta(days=1)
 class Cron:
     """A cron expression in a time zone; needs the extra `cron`.
 
-    Over the steps of daylight saving it holds to the rules of Debian's cron. Where
-    neither the minute nor the hour begins with a star, the expression means
-    times of the day: one that the clock skips comes when the clock has
-    stepped, and one that it shows twice comes once. Any other means real time:
-    it comes whenever the clock shows it.
+    Daylight saving follows the rules of Debian's cron. Where neither the minute
+    nor the hour begins with a star, the expression means times of the day: a time
+    that the clock skips runs when the clock has stepped, and one that it shows twice
+    runs once. Any other expression means real time: it runs whenever the clock
+    shows it.
 
     Attributes:
         expression: minute, hour, day of the month, month, day of the week; or
@@ -25,8 +25,9 @@ class Cron:
         tz: the name of a time zone.
 
     Raises:
-        ValueError: the expression or the zone is none, or it never comes.
-        ImportError: without the extra.
+        ValueError: the expression or the zone is invalid, or never matches.
+        TypeError: the expression is not a str.
+        ImportError: the extra is not installed.
 
     """
 
@@ -48,15 +49,15 @@ class Cron:
         return f"{' '.join(self.expression.split())} {self.tz}"
 
     def after(self, instant: datetime) -> datetime:
-        """Give the first tick that is later than an aware datetime; in UTC, a whole second."""
+        """Return the first tick after an aware datetime: in UTC, a whole second."""
         return _after(self, instant)
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
-        """Give the last tick that is later than `after` and not later than `until`, if any is."""
+        """Return the last tick after `after` and up to `until`; None if there is none."""
         tick = self.after(after)
         if tick > until:
             return None
-        # Halved until there is no room for another: 25 steps for a year of seconds.
+        # Bisection: 25 steps for a year of seconds.
         end = until
         while end - tick >= _SECOND:
             middle = tick + (end - tick) / 2
@@ -79,8 +80,8 @@ def _by_the_day(expression: str, zone: ZoneInfo, instant: datetime) -> datetime:
     wall = _wall(instant, zone)
     while True:
         wall = _next(expression, wall)
-        # The first of two such times; of one that is skipped this one lies behind the step, and
-        # the other before it.
+        # If the clock shows the time twice, this is the first; if it skips the time, this lies
+        # after the step and fold=1 before it.
         tick = wall.replace(tzinfo=zone).astimezone(UTC)
         if _wall(tick, zone) != wall:
             before = wall.replace(tzinfo=zone, fold=1).astimezone(UTC)
@@ -92,7 +93,7 @@ def _by_the_day(expression: str, zone: ZoneInfo, instant: datetime) -> datetime:
 def _by_real_time(expression: str, zone: ZoneInfo, instant: datetime) -> datetime:
     wall = _wall(instant, zone)
     while True:
-        # As if the clock went on as it goes now; if it steps before, from there again.
+        # Assume that the clock does not step before the tick; if it does, start again there.
         tick = instant + (_next(expression, wall) - _wall(instant, zone))
         step = _step(zone, instant, tick)
         if step is None:
@@ -101,12 +102,12 @@ def _by_real_time(expression: str, zone: ZoneInfo, instant: datetime) -> datetim
 
 
 def _wall(instant: datetime, zone: ZoneInfo) -> datetime:
-    """Give what the clock shows, without a zone."""
+    """Return the wall clock's time, without a zone."""
     return instant.astimezone(zone).replace(tzinfo=None, fold=0)
 
 
 def _step(zone: ZoneInfo, start: datetime, end: datetime) -> datetime | None:
-    """Give the first instant later than `start`, and not later than `end`, of another offset."""
+    """Return the first instant after `start` and up to `end` with another offset."""
     start, offset = start.replace(microsecond=0), start.astimezone(zone).utcoffset()
     while start < end:
         stop = min(start + _DAY, end)
@@ -123,21 +124,21 @@ def _step(zone: ZoneInfo, start: datetime, end: datetime) -> datetime | None:
 
 
 def _next(expression: str, wall: datetime) -> datetime:
-    # Without a zone: its own notion of the steps is that of five fields, and drops ticks in
-    # zones that step by half an hour.
+    # Without a zone: cronsim's own handling of the steps is made for five fields, and drops
+    # ticks in zones that step by half an hour.
     try:
-        from cronsim import CronSim, CronSimError  # noqa: PLC0415 (of the extra)
+        from cronsim import CronSim, CronSimError  # noqa: PLC0415 (only in the extra)
     except ModuleNotFoundError as error:
         raise ImportError("cron expressions need cronsim: pip install 'bgjob[cron]'") from error
     try:
         return next(CronSim(expression, wall))
     except CronSimError as error:
         raise ValueError(
-            f"{expression!r} is no cron expression of five fields, or of six with the second "
+            f"{expression!r} is not a cron expression of five fields, or of six with the second "
             f"first: {error}"
         ) from None
     except StopIteration:
-        raise ValueError(f"the cron expression {expression!r} never comes") from None
+        raise ValueError(f"the cron expression {expression!r} never matches") from None
 
 
 def _zone(name: str) -> ZoneInfo:
@@ -145,6 +146,6 @@ def _zone(name: str) -> ZoneInfo:
         return ZoneInfo(name)
     except (LookupError, ValueError, OSError, TypeError):  # ZoneInfoNotFoundError is a LookupError
         raise ValueError(
-            f"there is no time zone {name!r}; name one such as 'Europe/Berlin', and where the "
-            "system has none at all: pip install tzdata"
+            f"there is no time zone {name!r}; name one such as 'Europe/Berlin', or, if the "
+            "system has no time zones at all: pip install tzdata"
         ) from None

@@ -1,4 +1,4 @@
-"""The demo: a few thousand real jobs, every kind of outcome, and a check of all of it."""
+"""The demo: a few thousand jobs with every kind of outcome, and a check of the results."""
 
 from bgjob._cli.demo import Check, DemoError, Report, run
 

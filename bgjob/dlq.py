@@ -1,4 +1,4 @@
-"""The dead-letter table: what could not be handled, to look at, requeue or purge."""
+"""The dead-letter table: list, requeue and purge the jobs that could not be handled."""
 
 import builtins
 from collections.abc import Awaitable, Iterable
@@ -19,7 +19,7 @@ from bgjob.job import DeadJob
 T = TypeVar("T")
 
 _BATCH = 1000
-"""Dead jobs that a retention deletes in one run, so that its worker's exchanges need not wait."""
+"""Dead jobs that a retention deletes in one run, so that its worker's exchanges do not wait."""
 
 _SOON = 0.05
 """Seconds between two batches."""
@@ -36,15 +36,15 @@ class _RunAsync(Protocol):
 
 
 class DeadFilters(TypedDict, total=False):
-    """Which dead jobs; those that fulfil all that is given.
+    """Filters of dead jobs; a dead job has to match all of them.
 
     Attributes:
-        queue: only of this queue.
-        type: only of this type.
-        error: only those whose error contains this text, in this case.
-        moved_before: only those that died before this aware datetime.
-        moved_after: only those that died then or later.
-        older_than: only those that died longer ago than these seconds or this
+        queue: jobs of this queue.
+        type: jobs of this type.
+        error: jobs whose error contains this text; case-sensitive.
+        moved_before: jobs that died before this aware datetime.
+        moved_after: jobs that died at this aware datetime or later.
+        older_than: jobs that died longer ago than these seconds or this
             timedelta, by the database's clock.
 
     """
@@ -80,11 +80,11 @@ class Dlq:
         """List dead jobs, the latest first.
 
         Args:
-            ids: one id or several; None (the default) takes all that the filters
-                leave. A job that died more than once is listed as often.
-            before: the last dead job of a page, or its number: gives the next page.
-                What dies meanwhile moves no page.
-            limit: at most so many; 100 by default, a screenful or two.
+            ids: one id or several; None (the default) for any id. A job that died more
+                than once is listed as often.
+            before: the last dead job of a page, or its number: lists the next page.
+                Jobs that die meanwhile do not shift pages.
+            limit: the most jobs to return; 100 by default, a screenful or two.
             conn: a connection of the caller's.
             filters: those of DeadFilters.
 
@@ -92,7 +92,7 @@ class Dlq:
         return self._run(_list(ids, before, limit, filters), conn)
 
     def get(self, id: str, *, conn: Connection[Any] | None = None) -> DeadJob | None:  # noqa: A002
-        """Give the dead job with this id, the latest if it died more than once, or None."""
+        """Return the dead job with this id, the latest of several; None without one."""
         found = self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
 
@@ -103,18 +103,18 @@ class Dlq:
         conn: Connection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
-        """Move dead jobs back to their queues, due now, with every setting and a fresh attempt.
+        """Move dead jobs back to their queues, due now, with attempts counted from 0.
 
-        Of several dead jobs with one id the latest goes back; one whose id a live
-        job has stays dead. Workers that sleep are woken.
+        All their settings are kept. Of several dead jobs with one id only the latest is
+        requeued; one whose id a live job has stays dead. Sleeping workers are notified.
 
         Args:
-            ids: one id or several; None (the default) takes all that the filters leave.
+            ids: one id or several; None (the default) for any id.
             conn: a connection of the caller's.
             filters: those of DeadFilters.
 
         Returns:
-            The ids that went back.
+            The ids of the requeued jobs.
 
         """
         requeued = self._run(dead.requeue(_filter(ids, filters)), conn)
@@ -129,10 +129,10 @@ class Dlq:
         conn: Connection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> int:
-        """Delete dead jobs for good; give their number.
+        """Delete dead jobs permanently; return their number.
 
         Args:
-            ids: one id or several; None (the default) takes all that the filters leave.
+            ids: one id or several; None (the default) for any id.
             conn: a connection of the caller's.
             filters: those of DeadFilters.
 
@@ -141,7 +141,7 @@ class Dlq:
 
 
 class AsyncDlq:
-    """The dead-letter table of an async client; as Dlq, awaited."""
+    """The dead-letter table of an async client. Async variant of Dlq."""
 
     def __init__(self, run: _RunAsync, *, notify: bool) -> None:
         self._run = run
@@ -156,7 +156,7 @@ class AsyncDlq:
         conn: AsyncConnection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> builtins.list[DeadJob]:
-        """List dead jobs, the latest first; as Dlq.list."""
+        """List dead jobs, the latest first. Async variant of Dlq.list."""
         return await self._run(_list(ids, before, limit, filters), conn)
 
     async def get(
@@ -165,7 +165,7 @@ class AsyncDlq:
         *,
         conn: AsyncConnection[Any] | None = None,
     ) -> DeadJob | None:
-        """Give the dead job with this id, or None; as Dlq.get."""
+        """Return the dead job with this id, or None. Async variant of Dlq.get."""
         found = await self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
 
@@ -176,7 +176,7 @@ class AsyncDlq:
         conn: AsyncConnection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
-        """Move dead jobs back to their queues; as Dlq.requeue."""
+        """Move dead jobs back to their queues. Async variant of Dlq.requeue."""
         requeued = await self._run(dead.requeue(_filter(ids, filters)), conn)
         if self._notify and requeued.queues and not is_two_phase(conn):
             await self._run(enqueues.tell_all(requeued.queues), conn)
@@ -189,23 +189,23 @@ class AsyncDlq:
         conn: AsyncConnection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> int:
-        """Delete dead jobs for good; as Dlq.purge."""
+        """Delete dead jobs permanently. Async variant of Dlq.purge."""
         return await self._run(dead.purge(_filter(ids, filters)), conn)
 
 
 @dataclass(frozen=True, slots=True)
 class DlqRetention:
-    """A worker's service that deletes dead jobs when they have been dead for long enough.
+    """A worker's service that deletes dead jobs of a certain age.
 
-    Any number of workers may have it. It deletes 1,000 at a time, so that no job
-    of its worker waits for it, and needs the privileges of an operator besides
-    those of a worker.
+    Any number of workers may have it. It deletes 1,000 jobs at a time, so that its
+    worker's jobs do not wait. Its role needs the privileges of an operator in addition
+    to those of a worker.
 
     Attributes:
         age: seconds or a timedelta for which a dead job is kept, by the
             database's clock.
-        every: seconds or a timedelta between two looks, at least 1 s; an hour by
-            default: a dead job may stay so much longer.
+        every: seconds or a timedelta between two runs, at least 1 s; an hour by
+            default: a dead job may stay for that much longer.
 
     """
 
@@ -218,7 +218,7 @@ class DlqRetention:
             raise ValueError(f"every must be at least 1 second, not {self.every!r}")
 
     def run(self, conn: Connection[Any], /) -> float:
-        """Delete up to 1,000 of them; give the seconds until it is to run again."""
+        """Delete up to 1,000 dead jobs; return the seconds until the next run."""
         statement = dead.expire(seconds(self.age, "age"), limit=_BATCH)
         cursor = Cursor(conn).execute(
             statement.text, statement.params, binary=True, prepare=statement.prepare
@@ -237,7 +237,7 @@ def _list(
 def _filter(ids: str | Iterable[str] | None, filters: DeadFilters) -> DeadFilter:
     if unknown := filters.keys() - DeadFilters.__annotations__.keys():
         raise TypeError(
-            f"{unknown.pop()!r} is no filter; there are {', '.join(DeadFilters.__annotations__)}"
+            f"{unknown.pop()!r} is not a filter; there are {', '.join(DeadFilters.__annotations__)}"
         )
     for name in ("moved_before", "moved_after"):
         moved = filters.get(name)

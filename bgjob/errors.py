@@ -1,6 +1,7 @@
-"""The errors bgjob raises itself; each says what to do about it.
+"""The errors that bgjob raises itself; each text says what to do.
 
-Errors of the database are psycopg's own and pass through unchanged, but for one that says more.
+Errors of the database are psycopg's own and pass through unchanged, except for
+EnqueueConflictError, which adds the remedy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,11 @@ class TypeRequiredError(BgjobError, ValueError):
 
 
 class RequestsRequiredError(BgjobError, ValueError):
-    """A bulk enqueue was given no request."""
+    """A bulk enqueue had no request."""
 
 
 class StateRequiredError(BgjobError):
-    """A handler asks for a state, and the worker or the call has none to give."""
+    """A handler has a parameter for a state, and the worker or the call has no state."""
 
 
 class UnknownTypeError(BgjobError, LookupError):
@@ -43,7 +44,7 @@ class JobAlreadyExistsError(BgjobError):
     """A live job has this id already; nothing was written.
 
     Attributes:
-        ids: the ids that are taken, in the order in which they were asked for.
+        ids: the ids that are taken, in the order of the requests.
 
     """
 
@@ -56,13 +57,14 @@ class JobAlreadyExistsError(BgjobError):
 
 
 class EnqueueConflictError(BgjobError, SerializationFailure):
-    """The caller's transaction cannot enqueue a job, and has to be repeated.
+    """The caller's transaction cannot enqueue a job; repeat the transaction.
 
     Its isolation level is repeatable read or serializable, and another transaction has taken the
-    id since it began. In read committed that is a JobAlreadyExistsError, and nothing is lost.
+    id since it began. In read committed the same conflict is a JobAlreadyExistsError, and the
+    transaction can go on.
 
     Attributes:
-        ids: the ids that were to be enqueued.
+        ids: the ids of the requests.
 
     """
 
@@ -76,17 +78,17 @@ class EnqueueConflictError(BgjobError, SerializationFailure):
 
 
 class ClientClosedError(BgjobError):
-    """The client was closed; a new one has to be made."""
+    """The client was closed; make a new one."""
 
 
 class ScheduleError(BgjobError):
-    """Some schedules of a worker could not be enqueued, or had to be set right; the others were.
+    """Some schedules of a worker failed to enqueue, or were corrected; the others enqueued.
 
-    Told to the observer (`worker_error`). Each is tried again after a second, which
-    doubles up to a minute.
+    Passed to the observer's `worker_error`. Each failed schedule is tried again after a
+    second, which doubles up to a minute.
 
     Attributes:
-        problems: what happened, by the name of the schedule.
+        problems: the errors by the name of the schedule.
         wait: seconds until the others are due again.
 
     """
@@ -104,18 +106,20 @@ class EmptyQueueError(BgjobError):
 
 
 class UnknownScheduleError(BgjobError, LookupError):
-    """No schedule of this name is in the database: no worker that has it was started yet."""
+    """The database has no schedule of this name: a worker writes it when it starts."""
 
 
 class LeaseLostError(BgjobError):
-    """A job ran for longer than its lease, and its result was not applied."""
+    """A job ran for longer than its lease; its result was not applied."""
 
 
 class LoopBlockedError(BgjobError):
-    """An event loop has not turned for a third of the lease; told to the observer, not raised.
+    """An event loop was blocked for a third of the lease; observed, not raised.
+
+    Passed to the observer's `worker_error`.
 
     Attributes:
-        job_id: whose handler blocks it; None if it is other code on the caller's loop.
+        job_id: the job whose handler blocks it; None if other code on the loop does.
         job_type: the type of that job, or None.
 
     """
@@ -125,20 +129,20 @@ class LoopBlockedError(BgjobError):
         culprit = (
             f"the handler of job {job_id!r} of type {job_type!r}"
             if job_id is not None
-            else "code that is no job's"
+            else "code outside any job"
         )
         super().__init__(
-            f"{culprit} has blocked the event loop for {blocked_for:.3g} s; the jobs beside it "
-            "wait: await what takes long, or make it a plain handler"
+            f"{culprit} has blocked the event loop for {blocked_for:.3g} s, and its other jobs "
+            "wait: await slow calls, or make the handler a plain function"
         )
 
 
 class JobTimeoutError(BgjobError, TimeoutError):
-    """A handler ran for longer than its type's timeout; the attempt has failed."""
+    """A handler ran for longer than its type's timeout, and the attempt failed."""
 
 
 class SchemaError(BgjobError):
-    """The tables are missing, not this library's version, or not granted to the role."""
+    """The tables are missing, have another version, or are not granted to the role."""
 
 
 def _shown(ids: Sequence[str]) -> str:

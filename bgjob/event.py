@@ -1,4 +1,4 @@
-"""The events of a worker, as values: what an observer that is a plain callable is given."""
+"""The events of a worker as values: the argument of an observer that is a plain callable."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,7 +22,7 @@ class JobCompleted:
 
 @dataclass(frozen=True, slots=True)
 class JobRescheduled:
-    """The job will run again in `delay` seconds, by its own wish."""
+    """The handler returned Reschedule: the job will run again in `delay` seconds."""
 
     job: Job
     delay: float
@@ -39,7 +39,7 @@ class JobWillBeRetried:
 
 @dataclass(frozen=True, slots=True)
 class JobMovedToDlq:
-    """The job rests in the dead-letter table, because of `error`."""
+    """The job was moved to the dead-letter table, because of `error`."""
 
     job: Job
     error: str | BaseException
@@ -47,7 +47,7 @@ class JobMovedToDlq:
 
 @dataclass(frozen=True, slots=True)
 class JobLeaseLost:
-    """The job outlived its lease: another worker has it, this result is dropped."""
+    """The job's lease ended while it ran: another worker may have it, its result is dropped."""
 
     job: Job
 
@@ -56,8 +56,7 @@ class JobLeaseLost:
 class JobTimedOut:
     """The job's handler ran for longer than its timeout of `seconds`.
 
-    What becomes of the job is an event of its own: a retry, or the
-    dead-letter table.
+    A second event says what becomes of the job: JobWillBeRetried or JobMovedToDlq.
     """
 
     job: Job
@@ -73,7 +72,7 @@ class QueueIsEmpty:
 
 @dataclass(frozen=True, slots=True)
 class WorkerError:
-    """Trouble, mostly with the database; the worker tries again by itself."""
+    """The worker had an error, mostly with the database; it tries again on its own."""
 
     error: BaseException
 
@@ -89,4 +88,4 @@ Event: TypeAlias = (
     | QueueIsEmpty
     | WorkerError
 )
-"""What a worker tells; each value has a method of Observer beside it, with the same arguments."""
+"""Any event; each has a method of Observer with the same arguments."""

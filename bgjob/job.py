@@ -22,7 +22,7 @@ from bgjob.codec import (
 from bgjob.errors import QueueRequiredError, TypeRequiredError
 
 _LONGEST_KEY = 2600
-"""Bytes of a key, queue and id together: a row of an index has at most 2,704 bytes."""
+"""Bytes of a key, queue and id together: an index row has at most 2,704 bytes."""
 
 _LONGEST_NAME = 255
 _SMALLINT = range(-32768, 32768)
@@ -30,7 +30,7 @@ _JSON = JsonCodec()
 
 
 class EnqueueOptions(TypedDict, total=False):
-    """What the enqueue of a typed job may name; the attributes of EnqueueRequest."""
+    """The options of EnqueueRequest that the enqueue of a typed job accepts."""
 
     queue: str
     id: str
@@ -42,14 +42,14 @@ class EnqueueOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class EnqueueRequest:
-    """A job to be written; checked and encoded when it is made, so that nothing fails later.
+    """A job to enqueue; checked and encoded when it is made, so that nothing fails later.
 
     Attributes:
-        queue: which workers may take it; 1 to 255 characters, no NUL.
-        type: which handler runs it; 1 to 255 characters, no NUL.
+        queue: the queue whose workers run it; 1 to 255 characters, no NUL.
+        type: the job type whose handler runs it; 1 to 255 characters, no NUL.
         arg: `bytes` are stored as they are, None as NULL; anything else is
-            encoded as JSON when the request is made. With a `codec` it is the
-            bytes that this made of it.
+            encoded as JSON when the request is made. With a `codec` it holds the
+            encoded bytes.
         id: unique among live jobs, so that enqueuing twice is harmless; 1 to
             255 characters. By default a new time-ordered UUID (version 7).
         delay: seconds or a timedelta before the job is due, from the moment it
@@ -58,18 +58,18 @@ class EnqueueRequest:
             one in the past means now.
         priority: -32768 to 32767, 0 by default; lower runs first.
         exclusive: a key of 1 to 255 characters, and with queue and id of at most
-            2,600 bytes: of all jobs that share it, in any queue and on any host,
-            one runs at a time, and those of a queue in the order in which they
-            are due. None by default.
-        codec: how `arg` is encoded if it is not None; only for the constructor.
-            JSON by default. The handler has to be registered with the same.
+            of all jobs with this key, in any queue and on any host, one runs at
+                a time, and those of one queue run in the order in which they are
+                due. None by default.
+        codec: encodes `arg` if that is not None; an argument of the constructor
+            only. JSON by default. Register the handler with the same codec.
 
     Raises:
-        QueueRequiredError, TypeRequiredError: an empty queue or type.
-        ValueError: a text too long or with a character PostgreSQL cannot hold,
+        QueueRequiredError, TypeRequiredError: the queue or type is empty.
+        ValueError: a text too long or with a character that PostgreSQL cannot hold,
             a delay or priority out of range, both a delay and a run_at, a
             naive run_at, or NaN or infinity in `arg`.
-        TypeError: an `arg` that JSON cannot express, or another wrong type.
+        TypeError: an `arg` that JSON cannot express, or a value of a wrong type.
 
     """
 
@@ -82,7 +82,7 @@ class EnqueueRequest:
     priority: int = field(default=0, kw_only=True)
     exclusive: str | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
-    """`arg` as it is stored."""
+    """The stored bytes of `arg`; None for NULL."""
     codec: InitVar[Codec[Any]] = field(default=_JSON, kw_only=True)
 
     def __post_init__(self, codec: Codec[Any]) -> None:
@@ -106,26 +106,26 @@ class EnqueueRequest:
                 )
         check_priority(self.priority, "priority")
         if type(codec) is not JsonCodec:
-            # Not the codec is kept but what it made, so that a copy of the request is one.
+            # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
             object.__setattr__(self, "arg", _encoded(self.arg, self.type, codec))
         object.__setattr__(self, "payload", json_payload(self.arg, self.type))
 
     @classmethod
     def of(cls, value: TypedJob, /, **options: Unpack[EnqueueOptions]) -> Self:
-        """Make the request of a typed job: its class names the type, and its value is the arg.
+        """Make the request of a typed job: its class names the type, its value is the arg.
 
         Args:
-            value: of a dataclass, a pydantic model, a msgspec Struct, or any class
-                with a `codec: ClassVar[Codec]`. The class may say
+            value: an instance of a dataclass, a pydantic model, a msgspec Struct, or
+                any class with a `codec: ClassVar[Codec]`. The class may set
                 `job_type: ClassVar[str]` (its name by default),
                 `queue: ClassVar[str]` and `priority: ClassVar[int]`.
-            options: queue, id, delay, run_at, priority and exclusive, as those
-                of a request; they go before what the class says.
+            options: queue, id, delay, run_at, priority and exclusive, as for a
+                request; they take precedence over the class.
 
         Raises:
             QueueRequiredError: neither the class nor the options name a queue.
-            PayloadError: a field of the value is not what its annotation says.
-            TypeError: the class is not a job type, or another wrong type.
+            PayloadError: a field of the value does not match its annotation.
+            TypeError: the class is not a job type, or a value has a wrong type.
             ValueError: as for a request.
 
         """
@@ -150,15 +150,15 @@ class EnqueueRequest:
 class Job(NamedTuple):
     """A claimed job, as its handler sees it; immutable.
 
-    A named tuple, because a frozen dataclass takes four times as long to make.
+    A named tuple, because making a frozen dataclass takes four times as long.
 
     Attributes:
         id: unique among live jobs.
         queue: the queue it was enqueued to.
-        type: which handler runs it.
+        type: the job type, which selects the handler.
         arg: the payload's bytes, or None.
-        attempt: 1 on the first run. An attempt counts from the moment it is
-            claimed, so that one whose worker died has counted too.
+        attempt: 1 on the first run. An attempt counts from the moment the job is
+            claimed, so that one whose worker died counts too.
         last_error: why the last attempt failed, or None.
         priority: lower runs first.
         next_run_at: when it was due.
@@ -181,7 +181,7 @@ class Job(NamedTuple):
     exclusive: str | None = None
 
     def json(self) -> Any:
-        """Decode `arg` as JSON; None when there is none.
+        """Decode `arg` as JSON; None if there is no payload.
 
         Raises:
             ValueError: `arg` is not JSON (orjson.JSONDecodeError).
@@ -191,12 +191,12 @@ class Job(NamedTuple):
 
 
 class DeadJob(NamedTuple):
-    """A job in the dead-letter table; the attributes are those of Job, and two more.
+    """A job in the dead-letter table: the attributes of Job, and two more.
 
     Attributes:
         last_error: why it is there.
         moved_at: when it was moved there.
-        number: its place in the table: of two dead jobs the later has the larger.
+        number: its number in the table; a job that died later has a larger one.
 
     """
 
@@ -215,18 +215,23 @@ class DeadJob(NamedTuple):
     number: int
 
     def json(self) -> Any:
-        """Decode `arg` as JSON; as Job.json."""
+        """Decode `arg` as JSON; None if there is no payload.
+
+        Raises:
+            ValueError: `arg` is not JSON (orjson.JSONDecodeError).
+
+        """
         return None if self.arg is None else orjson.loads(self.arg)
 
 
 def check_priority(priority: int, name: str) -> None:
-    """Raise ValueError that names it if it is not a smallint."""
+    """Raise ValueError that names it unless it is a smallint."""
     if type(priority) is not int or priority not in _SMALLINT:
         raise ValueError(f"{name} must be an integer from -32768 to 32767, not {priority!r}")
 
 
 def check_name(what: str, name: str) -> None:
-    """Raise TypeError or ValueError if PostgreSQL or an index could not hold this name."""
+    """Raise TypeError or ValueError if PostgreSQL or an index cannot hold this name."""
     if not isinstance(name, str):
         raise TypeError(f"{what} must be a str, not {type(name).__name__}")
     if not 1 <= len(name) <= _LONGEST_NAME:
@@ -243,13 +248,13 @@ def check_name(what: str, name: str) -> None:
 
 
 def check_key(what: str, key: str, queue: str, id_: str) -> None:
-    """Raise TypeError or ValueError if the index of keys could not hold this key of a job."""
+    """Raise TypeError or ValueError if the index of keys cannot hold this key of a job."""
     check_name(what, key)
     size = sum(len(name.encode()) for name in (key, queue, id_))
     if size > _LONGEST_KEY:
         raise ValueError(
             f"{what}, the queue and the id must have at most {_LONGEST_KEY} bytes together, not "
-            f"{size}: give a shorter key, a hash of it, say"
+            f"{size}: use a shorter key, for example a hash of it"
         )
 
 
@@ -257,9 +262,9 @@ _last_id = 0
 
 
 def new_id() -> str:
-    """Make a version 7 UUID.
+    """Make a time-ordered UUID (version 7).
 
-    Ids made later by one thread sort later, so that the jobs of a bulk enqueue
+    Ids that one thread makes later sort later, so that the jobs of a bulk enqueue
     keep their order and the pages of the primary key stay warm.
     """
     global _last_id  # noqa: PLW0603 (threads may race: order is promised within one only)
@@ -278,7 +283,7 @@ def _encoded(arg: object, type_: str, codec: Codec[Any]) -> bytes | None:
     data = codec.encode(arg)
     if not isinstance(data, bytes):
         raise TypeError(
-            f"{codec!r} gave {type(data).__name__} for the arg of job type {type_!r}: encode() "
-            "must give bytes"
+            f"{codec!r} returned {type(data).__name__} for the arg of job type {type_!r}: encode() "
+            "must return bytes"
         )
     return data

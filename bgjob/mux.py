@@ -42,14 +42,14 @@ Handles: TypeAlias = (
     Callable[Concatenate[T, ...], Result | None]
     | Callable[Concatenate[T, ...], Awaitable[Result | None]]
 )
-"""A plain function, run on a thread, or a coroutine function, run on an event loop; what it is
-given by name follows."""
+"""A plain function, run on a thread, or a coroutine function, run on an event loop; arguments
+passed by name follow."""
 
 HandlesInTransaction: TypeAlias = (
     Callable[Concatenate[T, Connection[Any], ...], Result | None]
     | Callable[Concatenate[T, AsyncConnection[Any], ...], Awaitable[Result | None]]
 )
-"""A handler that is given a connection, async for a coroutine function, in a transaction."""
+"""A handler with a connection (async for a coroutine function) in a transaction."""
 
 Handler: TypeAlias = Handles[Job]
 TransactionalHandler: TypeAlias = HandlesInTransaction[Job]
@@ -59,11 +59,11 @@ _H = TypeVar("_H", bound=Callable[..., Any])
 _MAX_ATTEMPTS = 25
 
 _GRANTED = 2
-"""Attempts beyond the last one for a job that was in flight when its worker died."""
+"""Attempts beyond the last one for a job whose worker died while it held the job."""
 
 
 class Policy(TypedDict, total=False):
-    """The options of a job type; Mux.register tells what they mean."""
+    """The options of a job type; see Mux.register."""
 
     queue: str | None
     max_attempts: int | EllipsisType | None
@@ -79,19 +79,19 @@ class Mux:
     """Routes job types to handlers.
 
     A job whose type is not registered goes to the dead-letter table. Thread-safe
-    once registration is over; register everything before the worker runs.
+    once all types are registered; register them before the worker runs.
 
     Args:
-        middleware: wraps the handlers of all types, the first outermost, and all
-            of it outside that of a type; none by default. A middleware is a
-            function that is given a handler and gives one: called with the job,
-            and with the connection where the handler is transactional, it calls
-            the other, or does not, and gives a result, or raises. It gives a
-            coroutine function for a coroutine function and a plain one for a
-            plain one. A payload is decoded inside of it, so that it may change
-            `job.arg`; one that cannot be decoded is a MoveToDlq that it sees.
-            It is applied when a handler is registered, and once more for each
-            worker to one that asks for the worker's state.
+        middleware: wraps the handlers of all types, the first outermost, and
+            outside the middleware of a type; none by default. A middleware is a
+            function that takes a handler and returns one, a coroutine function for
+            a coroutine function and a plain one for a plain one. The returned
+            handler is called with the job (and with the connection if the handler
+            is transactional); it calls the other or not, and returns a result or
+            raises. The payload is decoded inside the middleware, so that it may
+            change `job.arg`; for a payload that cannot be decoded it receives a
+            MoveToDlq. A middleware is called when a handler is registered, and
+            again for each worker if the handler has a parameter `state`.
 
     """
 
@@ -100,7 +100,7 @@ class Mux:
         self._middleware = _in_order(middleware)
         self._state: object = NO_STATE
         self.transactional: set[str] = set()
-        """The job types whose handlers take part in a transaction."""
+        """The job types with a transactional handler."""
 
     @overload
     def register(
@@ -186,62 +186,62 @@ class Mux:
     ) -> Self:
         """Route jobs of `type` to `handler`; chainable.
 
-        The handler's first argument is the job; or, where the type is a class or
-        has a codec, the decoded payload. A transactional handler's second one is
-        the connection. What else it has a parameter for, it is given by name:
-        `state`, the worker's; and `job`, where its first argument is the payload.
+        The handler's first argument is the job; or the decoded payload, if the type
+        is a class or has a codec. A transactional handler's second argument is the
+        connection. Further parameters are passed by name: `state`, the worker's; and
+        `job`, if the first argument is the payload.
 
-        A class that is registered may say `queue`, `max_attempts`, `backoff` and
-        `priority` itself, as class attributes; what is given here comes first.
+        A registered class may set `queue`, `max_attempts`, `backoff` and `priority`
+        as class attributes; the arguments given here take precedence.
 
         Args:
             type: the job type, 1 to 255 characters; or a class, which names the
                 type and whose values are the payloads.
             handler: a plain function, run on a thread, or a coroutine function,
-                run on an event loop. One that raises, or whose worker dies,
-                has used up an attempt.
-            queue: where `request` enqueues jobs of this type; none by default,
-                for which workers run a type is for whoever enqueues to say.
+                run on an event loop. An exception and a worker's death both use
+                up an attempt.
+            queue: the queue to which `request` enqueues jobs of this type; none by
+                default, because only the caller knows which workers run the type.
             max_attempts: how often a job may fail before it goes to the
                 dead-letter table; 25 by default, half a day with the default
-                backoff. None: endlessly.
+                backoff. None: without limit.
             backoff: seconds to wait after failed attempt n, for a handler that
                 raises or returns Retry() without a delay; Backoff() by default.
-            timeout: seconds or a timedelta in the handler after which an attempt
-                has failed with a JobTimeoutError; none by default, for only you
-                know how long a job may take. A coroutine is cancelled. A thread
-                cannot be, nor a coroutine that goes on for a second more: another
-                takes its slot, what it returns is dropped, and its transaction is
-                rolled back. While more of these hang than there are slots, each
-                takes one away. A job that hangs holds its exclusive key no more.
-            priority: that of the jobs that `request` makes; 0 by default.
+            timeout: seconds or a timedelta after which an attempt fails with a
+                JobTimeoutError; none by default, because only you know how long a
+                job may take. A coroutine is cancelled. A thread cannot be cancelled,
+                nor a coroutine that ignores it for a second: the worker replaces
+                its slot, drops its result and rolls back its transaction. When more
+                of these hang than there are slots, further ones are not replaced. A
+                job that hangs no longer holds its exclusive key.
+            priority: the priority of the jobs that `request` makes; 0 by default.
                 Lower runs first.
-            retry_priority: the priority with which a job goes back that failed,
-                unless its handler returned a Retry(priority=...). By default it
-                keeps its own. One that its worker died with keeps it too.
-            exclusive: True lets jobs of this type run one at a time, on any
-                host; a callable gives the key of a job, or None: of those with
-                the same key one runs at a time. By default they run beside each
-                other.
-            transactional: whether the handler is given a connection of the
-                worker's, a psycopg.Connection or for a coroutine function an
-                AsyncConnection, in an open transaction. Its SQL, the jobs it
+            retry_priority: the priority of a job after it failed, unless its handler
+                returned a Retry(priority=...). By default a job keeps its
+                priority. A job whose worker died always keeps it.
+            exclusive: True runs the jobs of this type one at a time, on any
+                host. A callable returns the key of a job, or None: of the jobs with
+                the same key one runs at a time. By default there is no limit.
+            transactional: whether the handler receives a connection of the
+                worker's in an open transaction: a psycopg.Connection, or an
+                AsyncConnection for a coroutine function. Its SQL, the jobs that it
                 enqueues with `conn=conn` and its result commit together; Retry()
                 and exceptions roll back. It must not end the transaction itself.
-                False by default: no transaction is open and no connection is
-                held while a handler runs.
+                False by default: an ordinary handler holds no transaction and no
+                connection while it runs.
             codec: encodes payloads in `request`, and decodes them for the
-                handler; that of the class by default. Without a class it is
-                not asked about a missing payload, which is None. A payload that
-                it cannot decode goes to the dead-letter table at once, as it is.
+                handler; the codec of the class by default. Without a class it
+                is not called for a missing payload, which is None. A payload that
+                it cannot decode goes to the dead-letter table immediately, unchanged.
             middleware: wraps this handler, the first outermost, inside the
-                middleware of the Mux; see there. None by default.
+                middleware of the Mux; see Mux. None by default.
 
         Raises:
-            TypeRequiredError: an empty type.
+            TypeRequiredError: the type is empty.
             ValueError: the type is registered already, or an option is out of range.
-            TypeError: the handler cannot be called so, middleware has changed
-                its colour, or an option is of another type.
+            TypeError: the handler does not accept these arguments, middleware made a
+                plain handler of a coroutine function or the reverse, or an option has
+                a wrong type.
 
         """
         name, cls = _name_of(type)
@@ -289,7 +289,7 @@ class Mux:
         codec: Codec[Any] | None = None,
         **policy: Unpack[Policy],
     ) -> Callable[[_H], _H]:
-        """Register the decorated function; the arguments are those of `register`."""
+        """Return a decorator that registers a function; the arguments are those of `register`."""
 
         def decorate(function: _H) -> _H:
             options: dict[str, Any] = {"transactional": transactional, "codec": codec, **policy}
@@ -304,7 +304,7 @@ class Mux:
             return
         other = known.calling.cls
         if cls is None or other is None or cls is other:
-            raise ValueError(f"job type {name!r} is registered already: one handler a type")
+            raise ValueError(f"job type {name!r} is registered already: a type has one handler")
         raise ValueError(
             f"job type {name!r} is registered already, for {other.__module__}."
             f"{other.__qualname__}; {cls.__module__}.{cls.__qualname__} has the same name: "
@@ -312,9 +312,9 @@ class Mux:
         )
 
     def bound(self, state: object) -> "Mux":
-        """Give a Mux with the same types, whose handlers are given this state if they ask for it.
+        """Return a copy whose handlers receive this state as their parameter `state`.
 
-        A worker that has a state does so itself; `do` and tests need it.
+        A worker with a state does so itself; `do` and tests need it.
         """
         mux = Mux(middleware=self._middleware)
         mux._state = state
@@ -328,22 +328,22 @@ class Mux:
         return mux
 
     def check_bound(self) -> None:
-        """Raise StateRequiredError if a handler asks for a state and there is none."""
+        """Raise StateRequiredError if a handler has a parameter `state` without a value."""
         if self._state is not NO_STATE:
             return
         for route in self._routes.values():
             if route.calling.needs_state:
                 raise StateRequiredError(
-                    f"{route.calling.name} asks for a state; give the worker one, state=..., or "
-                    "give do() a mux.bound(state)"
+                    f"{route.calling.name} has a parameter state: make the worker with "
+                    "state=..., or call do() with mux.bound(state)"
                 )
 
     def route(self, job: Job) -> Route | Wants | Retry | MoveToDlq:
-        """Return the route of a claimed job, or the result of one that must not run, or not yet.
+        """Return the route of a claimed job, or the result of a job that must not run (yet).
 
-        A job whose last attempt was interrupted by the death of its worker is granted two
-        more. They were charged for deaths that others may have caused: a job is first claimed
-        alone at its third death; see _isolation.py.
+        A job whose worker died during its last attempt is granted two more attempts, because
+        other jobs may have caused these deaths: a job is first claimed alone at its third
+        death; see _engine/isolation.py.
         """
         route = self._routes.get(job.type)
         if route is None:
@@ -372,7 +372,7 @@ class Mux:
 
     @property
     def names_keys(self) -> bool:
-        """Whether the jobs of some type have a key without naming it."""
+        """Whether any type gives its jobs an exclusive key."""
         return any(route.exclusive for route in self._routes.values())
 
     def request(
@@ -384,42 +384,42 @@ class Mux:
         priority: int | None = None,
         **options: Any,
     ) -> EnqueueRequest:
-        """Make a request to enqueue a job, with the defaults of its type.
+        """Make an EnqueueRequest with the defaults of its type.
 
         Args:
             type: the job type, or its class; or a value of that class, which is
                 then the payload.
             arg: the payload, encoded with the type's codec; for a class a value
-                of it. None (the default) is no payload.
-            queue: by default that which the type was registered with.
-            priority: by default that which the type was registered with.
-                So is the key, `exclusive`.
-            options: the others of EnqueueRequest, but for a codec: that of the
-                type is used.
+                of it. None (the default) for no payload.
+            queue: by default the queue of the registered type.
+            priority: by default the priority of the registered type. The same
+                holds for `exclusive`.
+            options: the other options of EnqueueRequest, except for the codec,
+                which is the type's.
 
         Raises:
             UnknownTypeError: the type is not registered.
-            QueueRequiredError: there is no queue, neither here nor at the type.
-            TypeError: a payload that is not a value of the type's class, or that
-                its codec does not encode to bytes.
-            ValueError, TypeError: as EnqueueRequest.
+            QueueRequiredError: neither the call nor the type names a queue.
+            TypeError: the payload is not a value of the type's class, or the
+                codec does not encode it to bytes.
+            ValueError, TypeError: as for EnqueueRequest.
 
         """
         if not isinstance(type, str | builtins.type):
             if arg is not None:
-                raise TypeError(f"give a job type with its arg, or a value: {type!r} is a value")
+                raise TypeError(f"pass a job type and its arg, or a value: {type!r} is a value")
             type, arg = builtins.type(type), type  # noqa: A001
         name, _ = _name_of(type)
         route = self._routes.get(name)
         if route is None:
             raise UnknownTypeError(
-                f"no handler is registered for job type {name!r}; register it before it is "
-                "requested, or make an EnqueueRequest"
+                f"no handler is registered for job type {name!r}; register it before you request "
+                "it, or make an EnqueueRequest"
             )
         queue = route.queue if queue is None else queue
         if queue is None:
             raise QueueRequiredError(
-                f"job type {name!r} has no queue: give request(queue=...), or register(queue=...)"
+                f"job type {name!r} has no queue: pass request(queue=...) or register(queue=...)"
             )
         request = EnqueueRequest(
             queue,

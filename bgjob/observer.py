@@ -15,51 +15,55 @@ class Observer(Protocol):
     `job_started` is called on the thread or event loop that is about to run
     the handler. All other events are called one at a time, in order, on a
     thread of their own, and an outcome only after it was committed. An
-    observer that raises is logged; one that blocks delays other events, also
-    those of the observers beside it, never a job. Derive from NoopObserver to
-    write only the methods you need: an event without an observer costs nothing.
+    exception from an observer is logged. A method that blocks delays other
+    events, also those of other observers, but never a job. Derive from
+    NoopObserver to write only the methods you need: an event that no observer
+    handles costs nothing.
 
-    A job's payload of over 64 KiB is not kept for observers: `job.arg` is None
-    there, but for `job_started`. While an observer is behind by 100,000 events,
-    or by payloads of 64 MiB, later events are dropped, and counted in the log.
+    Payloads of over 64 KiB are not kept for observers: `job.arg` is None there,
+    except in `job_started`. While an observer is behind by 100,000 events or by
+    payloads of 64 MiB, later events are dropped, and the log has their number.
 
-    A plain function of an event (bgjob.Event: JobCompleted and so on) is an
-    observer too, and hears all. `bgjob.only` restricts either to some events,
-    queues, job types or schedules.
+    A plain function that takes an event (bgjob.Event: JobCompleted and so on) is
+    an observer too, and receives all events. `bgjob.only` restricts either to
+    some events, queues, job types or schedules.
     """
 
     def job_started(self, job: Job, /) -> None:
-        """Tell that a handler is about to run `job`."""
+        """Observe that a handler is about to run `job`."""
 
     def job_completed(self, job: Job, /) -> None:
-        """Tell that `job` is done and its row deleted."""
+        """Observe that `job` is done and its row deleted."""
 
     def job_rescheduled(self, job: Job, delay: float, /) -> None:
-        """Tell that `job` will run again in `delay` seconds, by its own wish."""
+        """Observe that the handler returned Reschedule; `job` runs again in `delay` seconds."""
 
     def job_will_be_retried(
         self, job: Job, delay: float, error: str | BaseException | None, /
     ) -> None:
-        """Tell that an attempt failed, and that `job` will run again in `delay` seconds."""
+        """Observe that an attempt failed; `job` runs again in `delay` seconds."""
 
     def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
-        """Tell that `job` rests in the dead-letter table."""
+        """Observe that `job` was moved to the dead-letter table."""
 
     def job_lease_lost(self, job: Job, /) -> None:
-        """Tell that `job` outlived its lease: another worker has it, this result is dropped."""
+        """Observe that the lease of `job` ended while it ran; its result is dropped.
+
+        Another worker may have the job by now.
+        """
 
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
-        """Tell that the handler of `job` ran for longer than its timeout of so many seconds."""
+        """Observe that the handler of `job` ran for longer than its timeout of `seconds`."""
 
     def queue_is_empty(self, queue: str, /) -> None:
-        """Tell that no job of `queue` is due, and that the worker begins to wait."""
+        """Observe that no job of `queue` is due and the worker begins to wait."""
 
     def worker_error(self, error: BaseException, /) -> None:
-        """Tell of trouble, mostly with the database; the worker tries again by itself."""
+        """Observe an error, mostly of the database; the worker tries again on its own."""
 
 
 class NoopObserver(Observer):
-    """Does nothing: the base for observers that need some of the events; see Observer for them."""
+    """Does nothing: the base for an observer that handles some of Observer's events."""
 
     @override
     def job_started(self, job: Job, /) -> None:
@@ -103,16 +107,15 @@ class NoopObserver(Observer):
 class LoggingObserver(NoopObserver):
     """Logs through the standard `logging`.
 
-    Levels do not flood: what goes well is DEBUG, a retry, a lost lease
-    or a timeout WARNING, a dead job or trouble with the database ERROR. Job id,
-    queue, type and attempt are in each record's `extra` as `job_id`,
-    `job_queue`, `job_type` and `job_attempt`; what happened as `job_event`,
-    "completed" say; the seconds until the next run as `job_delay`, those of a
-    timeout as `job_timeout`.
+    What goes well is DEBUG, so that it does not flood a log. A retry, a lost lease
+    or a timeout is a WARNING, a dead job or a worker's error is an ERROR. Each
+    record's `extra` has `job_id`, `job_queue`, `job_type` and `job_attempt`;
+    `job_event`, for example "completed"; `job_delay`, the seconds until the next
+    run; and `job_timeout`, the timeout in seconds.
 
     Args:
-        logger: where to log; the logger `bgjob` by default, which a configuration that
-            disables existing loggers does not silence: its level does.
+        logger: where to log; the logger `bgjob` by default. A configuration that
+            disables existing loggers does not silence that one; its level does.
 
     """
 

@@ -1,4 +1,4 @@
-"""What a handler answers: complete, retry, reschedule, or move to the dead-letter table."""
+"""The results of a handler: complete, retry, reschedule, or dead-letter the job."""
 
 import random
 from collections.abc import Callable
@@ -20,17 +20,18 @@ class Complete:
 class Retry:
     """The attempt failed: run the job again after a delay.
 
-    The attempt counts: when it was the last of the type's `max_attempts`, the
-    job goes to the dead-letter table instead.
+    The attempt counts. After the last of the type's `max_attempts` the job goes
+    to the dead-letter table instead.
 
     Attributes:
         delay: seconds or a timedelta, from the moment the result is stored, by
-            the database's clock. None (the default) asks the type's backoff.
-        error: why; stored, and given to the next attempt as `job.last_error`.
-        priority: that of the job from now on, -32768 to 32767, lower first: once
-            it is due again it runs before those of a higher one. None (the
-            default) asks the type's `retry_priority`, and keeps the job's own
-            where there is none either: a failed job does not overtake.
+            the database's clock. None (the default) uses the type's backoff.
+        error: why it failed; stored, and passed to the next attempt as
+            `job.last_error`.
+        priority: the job's priority from now on, -32768 to 32767, lower first: once
+            it is due again it runs before jobs of a higher one. None (the
+            default) uses the type's `retry_priority`; without one the job keeps its
+            priority, so that a failed job does not overtake others.
 
     Raises:
         ValueError: a delay that is negative, NaN, infinite or over 100 years,
@@ -53,7 +54,7 @@ class Retry:
 class Reschedule:
     """The job is not finished and nothing failed: run it again after a delay.
 
-    The attempt is given back, so a job may be rescheduled for ever.
+    The attempt is not counted, so a job may be rescheduled forever.
 
     Attributes:
         delay: seconds or a timedelta, from the moment the result is stored, by
@@ -72,10 +73,10 @@ class Reschedule:
 
 @dataclass(frozen=True, slots=True)
 class MoveToDlq:
-    """The job cannot be handled: it rests in the dead-letter table, with the error.
+    """The job cannot be handled: move it to the dead-letter table, with the error.
 
     Attributes:
-        error: why; stored as `last_error` of the dead job.
+        error: why it cannot be handled; stored as the dead job's `last_error`.
 
     """
 
@@ -87,16 +88,16 @@ Result: TypeAlias = Complete | Retry | Reschedule | MoveToDlq
 
 
 BackoffPolicy: TypeAlias = Callable[[int], float]
-"""Seconds to wait after the attempt with this number (from 1) failed."""
+"""Returns the seconds to wait after the attempt with this number (from 1) failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
     """Exponential backoff: `base * factor ** (attempt - 1)`, at most `maximum`, spread by jitter.
 
-    `Backoff.linear` and `Backoff.constant` make the other two usual ones. A
+    `Backoff.linear` and `Backoff.constant` make the other two usual policies. A
     policy is any callable from the number of the failed attempt to seconds;
-    `Backoff()` is the default one.
+    `Backoff()` is the default.
 
     Attributes:
         base: seconds or a timedelta after the first attempt; 1 s by default,
@@ -104,14 +105,14 @@ class Backoff:
         factor: growth from attempt to attempt; 2 by default.
         maximum: seconds or a timedelta, the longest delay; an hour by default,
             so that a job resumes soon after a long outage has ended.
-        jitter: the share by which a delay is spread at random, 0 to 1; 0.1 by
-            default, so that jobs that failed together do not return together.
-            A delay is only ever shortened by it.
+        jitter: the share of a delay by which it is shortened at random, 0 to 1;
+            0.1 by default, so that jobs that failed together do not return
+            together.
         step: seconds or a timedelta that each further attempt adds; none by
             default.
 
     Raises:
-        ValueError: a value outside these ranges.
+        ValueError: a value is outside these ranges.
 
     """
 
@@ -123,7 +124,7 @@ class Backoff:
 
     @classmethod
     def linear(cls, step: Duration, *, maximum: Duration = 3600.0, jitter: float = 0.1) -> Self:
-        """Wait `step` after the first attempt, twice that after the second, and so on.
+        """Make a policy that waits `step`, then twice that, then three times, and so on.
 
         The maximum, the jitter and their defaults are those of Backoff.
         """
@@ -131,7 +132,7 @@ class Backoff:
 
     @classmethod
     def constant(cls, delay: Duration, *, jitter: float = 0.1) -> Self:
-        """Wait equally long after each attempt, but for the jitter, which is Backoff's."""
+        """Make a policy that waits equally long after each attempt, except for the jitter."""
         return cls(delay, 1.0, delay, jitter)
 
     def __post_init__(self) -> None:
@@ -144,9 +145,9 @@ class Backoff:
             raise ValueError(f"Backoff(jitter) must be from 0 to 1, not {self.jitter!r}")
 
     def __call__(self, attempt: int) -> float:
-        """Give the seconds to wait after this attempt (the first is 1)."""
+        """Return the seconds to wait after this attempt (the first is 1)."""
         base, step = seconds(self.base, "base"), seconds(self.step, "step")
-        # The exponent is bounded because an endless job would overflow a float.
+        # The exponent is bounded: a job without a limit of attempts would overflow a float.
         delay = base * self.factor ** min(attempt - 1, 100) + step * (attempt - 1)
         delay = min(seconds(self.maximum, "maximum"), delay)
         return delay * random.uniform(1 - self.jitter, 1)  # noqa: S311
@@ -156,7 +157,7 @@ _LONGEST_ERROR = 10_000
 
 
 def error_text(error: Error | None) -> str | None:
-    """Give an error as text that PostgreSQL can store: no NUL, no surrogates, 10,000 characters."""
+    """Return text that PostgreSQL can store: no NUL, no surrogates, 10,000 characters."""
     if error is None:
         return None
     try:

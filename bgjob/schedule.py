@@ -1,4 +1,4 @@
-"""Schedules: what is enqueued at which ticks."""
+"""Schedules: which job is enqueued at which ticks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from bgjob.job import EnqueueRequest, check_key, check_name
 
 Missed: TypeAlias = Literal["one", "all", "skip"]
 
-_LONGEST_NAME = 200  # a job's id holds it, and has room for 255 characters
+_LONGEST_NAME = 200  # a job's id contains it, and has room for 255 characters
 
 GRACE = timedelta(seconds=60)
-"""How late a tick may be and not count as missed: a deploy takes some seconds."""
+"""How late a tick may be without counting as missed: a deploy takes some seconds."""
 
 MOST_AT_ONCE = 200
-"""Missed ticks that are enqueued by one statement."""
+"""The most missed ticks that one statement enqueues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class Every:
     interval: timedelta
 
     def after(self, instant: datetime) -> datetime:
-        """Give the tick after this one."""
+        """Return the tick after this one."""
         return instant + self.interval
 
     def latest(self, after: datetime, until: datetime) -> datetime | None:
-        """Give the last tick that is later than this one and not later than `until`."""
+        """Return the last tick after `after` and up to `until`; None if there is none."""
         count = (until - after) // self.interval
         return after + count * self.interval if count > 0 else None
 
@@ -54,14 +54,14 @@ class ScheduleStatus(NamedTuple):
     """A schedule in the database.
 
     Attributes:
-        name: which it is.
+        name: the schedule's name.
         spec: when its ticks are, in words.
-        queue: that of its jobs.
-        type: that of its jobs.
-        paused: whether nothing is enqueued.
+        queue: the queue of its jobs.
+        type: the type of its jobs.
+        paused: whether it is paused and enqueues nothing.
         last_run_at: the last tick for which a job was enqueued; None before the first.
-        next_run_at: the next tick; None while that is not known: it is
-            paused, its last job is not over, or no worker has seen it since it was resumed.
+        next_run_at: the next tick; None while it is unknown: the schedule is paused, its
+            last job has not ended, or no worker has seen it since it was resumed.
 
     """
 
@@ -75,60 +75,61 @@ class ScheduleStatus(NamedTuple):
 
 
 class State(NamedTuple):
-    """How far a schedule is, as a worker sees it."""
+    """The progress of a schedule, as a worker reads it."""
 
     name: str
     tick: datetime
-    """All ticks up to this one are dealt with."""
+    """All ticks up to this one are processed."""
     next_run_at: datetime | None
     paused: bool
     running: bool
-    """Whether the last job that was enqueued for a tick is live."""
+    """Whether the job of the last tick is still in the queue."""
     now: datetime
     """By the database's clock."""
 
 
 class Firing(NamedTuple):
-    """A step of a schedule; nothing happens if somebody has taken it before."""
+    """A step of a schedule; it does nothing if another worker took the step before."""
 
     tick: datetime
-    """All ticks up to this one are dealt with then."""
+    """All ticks up to this one are processed by this step."""
     next_run_at: datetime | None
-    """None where that is not known yet."""
+    """None while it is unknown."""
     ticks: tuple[datetime, ...] = ()
-    """For which to enqueue a job, in order."""
+    """The ticks for which to enqueue a job, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A job to be enqueued again and again; workers with `Schedules` do it.
+    """A job that is enqueued again and again, by workers with `Schedules`.
 
-    The first tick is the first after a worker has seen the schedule for the first
-    time. A job for a tick has the id `schedule:<name>:<tick>`.
+    The first tick is the first one after a worker has seen the schedule for the
+    first time. The job of a tick has the id `schedule:<name>:<tick>`.
 
     Attributes:
-        name: which schedule it is, for all workers and over all restarts; 1 to
+        name: identifies the schedule for all workers and over all restarts; 1 to
             200 characters, without a colon.
-        request: the job. Its id is not used, and it must have no delay and no run_at.
+        request: the job; without delay and run_at. Its id is not used.
         cron: five fields (minute, hour, day of the month, month, day of the
             week), or six, with the second first. Needs the extra `cron`. Where
             neither minute nor hour begins with a star, a time that the clock
-            skips comes when it has stepped, and one that it shows twice comes
+            skips runs when the clock has stepped, and one that it shows twice runs
             once; any other expression means real time, as in Debian's cron.
         every: seconds or a timedelta from tick to tick, without drift, over restarts too.
             At least 1 s.
-        after_completion: seconds or a timedelta from the end of a run (whether
-            it completed or died) to the next, so that there is never more than
-            one. At least 1 s; it may be longer by the poll interval of `Schedules`.
-        tz: the time zone of `cron`; "UTC" by default, which has no steps.
-        missed: what to do about ticks at which no worker ran: "one" (the
-            default) enqueues one job, for the last of them; "all" one for each, in order; "skip"
-            none, unless the last is less than 60 s late, as after a deploy.
+        after_completion: seconds or a timedelta from the end of a run (completed
+            or dead) to the next, so that at most one is in the queue. At least
+            1 s; the poll interval of `Schedules` may be added to it.
+        tz: the time zone of `cron`; "UTC" by default, which has no daylight saving.
+        missed: what to do about ticks while no worker ran: "one" (the default)
+            enqueues one job, for the last of them; "all" enqueues one for each, in
+            order; "skip" enqueues none, unless the last is less than 60 s late, as
+            after a deploy.
 
     Raises:
-        ValueError: a name, expression, time zone or interval that is none; not
-            exactly one of cron, every and after_completion; a delay.
-        TypeError: a wrong type.
+        ValueError: an invalid name, expression, time zone or interval; not exactly
+            one of cron, every and after_completion; a request with a delay.
+        TypeError: a value of a wrong type.
         ImportError: cron without the extra.
 
     """
@@ -141,14 +142,14 @@ class Schedule:
     tz: str = field(default="UTC", kw_only=True)
     missed: Missed = field(default="one", kw_only=True)
     rule: Cron | Every | AfterCompletion = field(init=False, repr=False, compare=False)
-    """When its ticks are."""
+    """Computes its ticks."""
 
     def __post_init__(self) -> None:
         check_name("the name of a schedule", self.name)
         if len(self.name) > _LONGEST_NAME or ":" in self.name:
             raise ValueError(
                 f"the name of a schedule must have at most {_LONGEST_NAME} characters and no "
-                f"colon, and {self.name!r} has not"
+                f"colon, not {self.name!r}"
             )
         try:
             self._check()
@@ -160,7 +161,9 @@ class Schedule:
         if not isinstance(self.request, EnqueueRequest):
             raise TypeError(f"request must be an EnqueueRequest, not {type(self.request).__name__}")
         if self.request.delay or self.request.run_at is not None:
-            raise ValueError("its request must have no delay and no run_at: its job is due at once")
+            raise ValueError(
+                "its request must have no delay and no run_at: its job is due immediately"
+            )
         if self.request.exclusive is not None:
             id_ = self.job_id(datetime.max.replace(tzinfo=UTC))
             check_key("exclusive", self.request.exclusive, self.request.queue, id_)
@@ -182,15 +185,15 @@ class Schedule:
 
     @property
     def spec(self) -> str:
-        """When its ticks are, in words; another spec is another schedule of the same name."""
+        """When its ticks are, in words; a changed spec starts the schedule again."""
         return str(self.rule)
 
     def job_id(self, tick: datetime) -> str:
-        """Give the id of the job for a tick."""
+        """Return the id of the job of a tick."""
         return f"schedule:{self.name}:{tick.astimezone(UTC).isoformat().replace('+00:00', 'Z')}"
 
     def firing(self, state: State) -> Firing | None:
-        """Say what is to be done now; None if nothing is."""
+        """Return the next step; None if there is nothing to do now."""
         if state.paused:
             return None
         tick, planned, now = state.tick, state.next_run_at, state.now
@@ -216,9 +219,9 @@ class Schedule:
         return Firing(last, self.rule.after(last), ticks)
 
     def is_ahead(self, state: State) -> bool:
-        """Whether its next tick cannot come: the clock was set back, or a row written by hand.
+        """Whether its next tick cannot come: the clock was set back, or the row edited by hand.
 
-        A clock that was set back by less than a minute is waited for: no tick comes twice.
+        After a clock step of less than a minute it waits instead, so that no tick comes twice.
         """
         latest = state.now + GRACE
         if isinstance(self.rule, AfterCompletion):
@@ -230,19 +233,19 @@ class Schedule:
         match self.rule:
             case AfterCompletion(interval):
                 return Firing(min(tick, now), now + interval)
-            case Every(interval):  # in step with the ticks before
+            case Every(interval):  # keep the phase of the earlier ticks
                 tick -= -((now - tick) // interval) * interval
             case _:
                 tick = now
         return Firing(tick, self.rule.after(tick))
 
     def wait(self, state: State, firing: Firing | None) -> float | None:
-        """Give the seconds until the next step, once `firing` is done; None if unknown."""
+        """Return the seconds until the next step, after `firing`; None if unknown."""
         if state.paused:
             return None
         if isinstance(self.rule, AfterCompletion):
             next_run_at = firing.next_run_at if firing else state.next_run_at
-        else:  # what is written may be that of another spec
+        else:  # the stored tick may come from another version of the spec
             next_run_at = self.rule.after(firing.tick if firing else state.tick)
         return None if next_run_at is None else (next_run_at - state.now).total_seconds()
 

@@ -27,7 +27,7 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 
 _OF_NONE = (psycopg.OperationalError, psycopg.InterfaceError, ReadOnlySqlTransaction)
-"""What is about no schedule in particular."""
+"""Errors that do not concern one schedule in particular."""
 
 _AHEAD = (
     "it was ahead of the database's clock, which has been set back, or its row was written by "
@@ -36,25 +36,25 @@ _AHEAD = (
 
 
 class Schedules:
-    """Enqueues the jobs of schedules at their ticks: `Worker(..., services=[Schedules([...])])`.
+    """Enqueues the jobs of schedules: `Worker(..., services=[Schedules([...])])`.
 
-    Any number of workers may have the same schedules, and none leads: whichever
-    moves a schedule's tick forward in the database enqueues its job, in the
-    same statement. One that cannot be enqueued stops no other, and the observer is
-    told (ScheduleError). What a tick is, the code says; when it is, the database's clock.
-    Of two versions of a schedule in a rolling deploy each worker goes by its own, from
-    one common tick. A schedule that no worker has any more is enqueued no more, and
-    listed until it is removed.
+    Any number of workers may have the same schedules; there is no leader. The worker
+    that moves a schedule's tick forward in the database enqueues its job, in the
+    same statement. A schedule that fails stops no other, and the observer receives a
+    ScheduleError. The code defines the ticks, and the database's clock the time. In a
+    rolling deploy with two versions of a schedule each worker follows its own version,
+    from a common last tick. A schedule that no worker has any more enqueues nothing, and
+    is listed until it is removed.
 
     Args:
-        schedules: each with another name.
-        poll_interval: seconds or a timedelta between two looks, 1 s by default: what a schedule
-            that is resumed waits for, or one that counts from the end of its last
-            job. Ticks do not wait for it. At least 0.05 s.
+        schedules: the schedules, with distinct names.
+        poll_interval: seconds or a timedelta between two looks at the table, 1 s by
+            default, at least 0.05 s: how long a resumed schedule waits, or one that
+            counts from the end of its last job. Ticks do not wait for it.
 
     Raises:
         ValueError: two schedules have one name.
-        TypeError: something is no Schedule.
+        TypeError: an item is not a Schedule.
 
     Thread-safe; may be given to several workers.
     """
@@ -72,18 +72,18 @@ class Schedules:
         if self._poll_interval < 0.05:  # noqa: PLR2004
             raise ValueError(f"poll_interval must be at least 0.05 s, not {poll_interval!r}")
         self._registered = False
-        # By name, of those that wait for a tick: what was seen of them, and that tick.
+        # By name, for schedules that wait for a tick: their state when it was read, and the tick.
         self._coming: dict[str, tuple[State, datetime]] = {}
-        self._retry_at: dict[str, float] = {}  # of those that had a problem
+        self._retry_at: dict[str, float] = {}  # for schedules that failed
         self._pauses: dict[str, float] = {}
 
     def run(self, conn: psycopg.Connection[Any], /) -> float:
-        """Enqueue what is due; as Service.run.
+        """Enqueue the jobs of due ticks; return the seconds until the next run.
 
         Raises:
-            SchemaError: the table is missing, or a grant.
+            SchemaError: the table or a grant is missing.
             ScheduleError: some schedules could not be enqueued; the others were.
-            psycopg.Error: the database's; the ticks are due still.
+            psycopg.Error: the database's; the ticks stay due.
 
         """
         now = monotonic()
@@ -96,7 +96,7 @@ class Schedules:
         names = [s.name for s in schedules]
         states = _run(conn, statements.look(names))
         missing = [(s.name, s) for s in schedules if s.name not in states.keys() | problems.keys()]
-        if missing:  # somebody removed one that is in use
+        if missing:  # a schedule in use was removed
             problems |= _apart(conn, statements.register, missing)
             states |= _run(conn, statements.look([name for name, _ in missing]))
         firings, waits = [], [self._poll_interval]
@@ -110,7 +110,7 @@ class Schedules:
             try:
                 firing = schedule.firing(state)
                 wait = schedule.wait(state, firing)
-            except Exception as error:  # of this one only
+            except Exception as error:  # concerns this schedule only
                 problems[schedule.name] = error
                 continue
             if firing is not None:
@@ -130,9 +130,9 @@ class Schedules:
         return min(waits)
 
     def _waits_until(self, state: State) -> datetime | None:
-        """Return the next tick of a schedule if it is still to come.
+        """Return the next tick of a schedule if it is in the future.
 
-        To find it anew took 0.1 ms of each schedule at each look.
+        The tick is remembered: computing it took 0.1 ms for each schedule at each look.
         """
         seen, until = self._coming.get(state.name, (None, state.now))
         if (
@@ -144,7 +144,7 @@ class Schedules:
         return None
 
     def _put_off(self, names: Iterable[str], problems: Mapping[str, Exception]) -> None:
-        """Try those with a problem again later, and no sooner."""
+        """Delay the next attempt of schedules that failed."""
         for name in names:
             if name not in problems or isinstance(problems[name], BgjobError):
                 self._pauses.pop(name, None)
@@ -160,10 +160,10 @@ def _apart(
     make: Callable[[Sequence[T]], Statement[None]],
     items: Sequence[tuple[str, T]],
 ) -> dict[str, Exception]:
-    """Run a statement for all items; the errors of those that it refuses, by name.
+    """Run a statement for all items; return the errors of the refused ones, by name.
 
-    Where it fails, it is run for each half, so that one is found among n in 2 log n statements.
-    What has nothing to do with an item is raised.
+    If it fails, it is run for each half: one bad item among n takes 2 log n statements.
+    An error that does not concern an item is raised.
     """
     try:
         _run(conn, make([item for _, item in items]))

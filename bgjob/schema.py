@@ -15,7 +15,7 @@ _COMMENT = re.compile(r"bgjob schema ([0-9]{1,9})(?:, works with ([0-9]{1,9}))?"
 
 
 def init_sql() -> str:
-    """Give the text of `migration/init.sql`, to apply with any migration tool."""
+    """Return the text of `migration/init.sql`, to apply with any migration tool."""
     path = files("bgjob") / "migration" / "init.sql"
     if not path.is_file():  # a source checkout: only a built wheel carries it inside
         path = Path(__file__).parent.parent / "migration" / "init.sql"
@@ -23,17 +23,18 @@ def init_sql() -> str:
 
 
 def versions(comment: str | None) -> tuple[int, int] | None:
-    """Return the schema's version, and the oldest that its libraries may need; None if unknown.
+    """Return the schema's version and the oldest version that works with it.
 
-    'bgjob schema 2, works with 1' is version 2, and whatever needs version 1 works with it: it
-    has more, such as a column that may be null. Without that it works with its own version only.
+    None if the comment is not one of bgjob's. 'bgjob schema 2, works with 1' is version 2,
+    and a library that needs version 1 works with it: the schema only has more, such as a
+    nullable column. Without "works with" only its own version works.
     """
     match = _COMMENT.fullmatch(comment or "")
     return match and (int(match[1]), int(match[2] or match[1]))
 
 
 def check_tables(comment: str | None) -> None:
-    """Raise SchemaError unless the tables are there."""
+    """Raise SchemaError unless the tables exist."""
     if comment is None:
         raise SchemaError(
             "the tables bgjob_job, bgjob_dead_job, bgjob_exclusive and bgjob_pause are not in the "
@@ -44,7 +45,7 @@ def check_tables(comment: str | None) -> None:
 
 
 def check_version(comment: str | None) -> None:
-    """Raise SchemaError unless the comment on bgjob_job names a version to work with."""
+    """Raise SchemaError unless the comment on bgjob_job names a version that works."""
     check_tables(comment)
     found = versions(comment)
     if found is None:
@@ -61,20 +62,20 @@ def check_version(comment: str | None) -> None:
 
 
 def hidden_text(hidden: Sequence[Hidden]) -> str | None:
-    """Return what to tell of rows that a worker may not see; None where it sees all."""
+    """Return a warning about rows that a worker may not see; None if it sees all."""
     if not hidden:
         return None
     relation, role = hidden[0]
     return (
         f"row-level security hides rows of table {', '.join(h.relation for h in hidden)} from role "
-        f"{role!r}, unless a policy shows them: their jobs are not run, and nothing else is said; "
+        f"{role!r}, unless a policy shows them: their jobs do not run, without another warning; "
         f"as its owner: create policy bgjob_worker on {relation} to {role} using (true), or: "
         f"alter table {relation} disable row level security"
     )
 
 
 def check_lacks(lacks: Sequence[Lack]) -> None:
-    """Raise SchemaError if a column or a privilege that a worker needs is not there."""
+    """Raise SchemaError if a column or privilege that a worker needs is missing."""
     absent = [lack for lack in lacks if lack.is_absent]
     if absent:
         raise SchemaError(

@@ -1,4 +1,4 @@
-"""Services: periodic SQL that a worker runs beside its jobs."""
+"""Services: periodic SQL that a worker runs alongside its jobs."""
 
 from collections.abc import Callable, Iterable
 from math import inf
@@ -14,26 +14,26 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 60.0
 
 _REST = 0.05
-"""Seconds between two rounds of services while jobs flow."""
+"""Seconds between two rounds of services while jobs run."""
 
 
 class Service(Protocol):
     """Periodic SQL that a worker runs between exchanges, on its own connection (autocommit).
 
-    Give services to `Worker(..., services=[...])`. The leases of the worker's jobs
-    are extended by the same thread: keep each run well under a second, and leave
-    the rest to the next. A statement that takes over 10 s is cancelled.
+    Pass services to `Worker(..., services=[...])`. The same thread extends the leases of
+    the worker's jobs: keep each run well under a second, and leave the rest to the
+    next. A statement that takes over 10 s is cancelled.
 
-    A service is first run when the worker starts: a BgjobError that it raises then is raised
-    by `run()`. Whatever it raises later is told to the observer (`worker_error`),
-    and it is run again after a second, which doubles up to a minute. It is not
-    run while the worker shuts down, or has no connection.
+    A service runs first when the worker starts; `run()` raises a BgjobError that it
+    raises then. The observer's `worker_error` receives whatever it raises later, and the
+    service runs again after a second, which doubles up to a minute. It does not run
+    while the worker shuts down or has no connection.
     """
 
     def run(self, conn: psycopg.Connection[Any], /) -> float:
-        """Do what is due; give the seconds until it is to run again.
+        """Do one piece of work; return the seconds until the next run.
 
-        What it leaves uncommitted is rolled back.
+        The worker rolls back whatever this leaves uncommitted.
         """
         ...
 
@@ -48,10 +48,10 @@ class _Duty:
 
 
 class Rota:
-    """When each service of one worker is run next; not thread-safe.
+    """Decides when each service of one worker runs next; not thread-safe.
 
     Raises:
-        TypeError: something is not a service.
+        TypeError: an item is not a service.
 
     """
 
@@ -64,13 +64,13 @@ class Rota:
                 )
         self._rested_at = -inf
         self.due_at = inf
-        """When the next is due; infinite where there is none."""
+        """When the next service is due; infinite without one."""
         self.pressing_at = inf
-        """When it is due even while jobs flow."""
+        """When it is due even while jobs run."""
         self._plan()
 
     def begin(self) -> None:
-        """Let all be due: a worker starts."""
+        """Make all services due: the worker starts."""
         for duty in self._duties:
             duty.due_at, duty.pause = -inf, _FIRST_PAUSE
 
@@ -80,12 +80,12 @@ class Rota:
         clock: Callable[[], float],
         failed: Callable[[BaseException], object],
     ) -> None:
-        """Run what is due.
+        """Run the due services.
 
         Args:
             lend: calls a service with the worker's connection.
-            clock: gives the time.
-            failed: is told what a service raises; what it raises itself ends the round.
+            clock: returns the time.
+            failed: receives what a service raises; an exception of its own ends the round.
 
         """
         try:
@@ -109,7 +109,7 @@ class Rota:
             self._plan()
 
     def end(self) -> None:
-        """Run nothing more."""
+        """Run no service any more."""
         self._duties.clear()
         self._plan()
 
@@ -121,6 +121,6 @@ class Rota:
 def _checked(wait: object, service: Service) -> float:
     if isinstance(wait, bool) or not isinstance(wait, int | float) or not wait >= 0:
         raise TypeError(
-            f"run() of {service!r} must return the seconds until it is to run again, not {wait!r}"
+            f"run() of {service!r} must return the seconds until its next run, not {wait!r}"
         )
     return wait

@@ -1,4 +1,4 @@
-"""What is in the tables, counted by queue and type."""
+"""The number of jobs by queue and type."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,15 @@ class QueueStats(NamedTuple):
     Attributes:
         queue: the queue.
         type: the type.
-        due: waiting, and due: a worker with a free slot takes them now, unless the
-            queue is paused. What a dead worker held is due when its lease has ended.
-        delayed: waiting for a time to come: of their delay, or of their next attempt.
-        running: claimed by a worker, and held: in a handler, or next in line for one.
+        due: waiting and due: a worker with a free slot claims them now, unless the
+            queue is paused. A dead worker's jobs are due when their lease has ended.
+        delayed: waiting for a later time: the end of their delay, or of the wait
+            before their next attempt.
+        running: claimed by a worker: in a handler, or next in line for a slot.
         dead: in the dead-letter table.
-        oldest_due_age: seconds for which the oldest of the due has been due, None
-            where there is none.
-        retries: those of the due and the delayed that have been tried before.
+        oldest_due_age: seconds since the oldest due job became due; None if no job
+            is due.
+        retries: due and delayed jobs that have been attempted before.
 
     """
 

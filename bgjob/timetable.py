@@ -1,4 +1,4 @@
-"""The schedules of a database: to look at, pause, resume or run once."""
+"""The schedules of a database: list, pause, resume, run once or remove them."""
 
 import builtins
 from collections.abc import Awaitable
@@ -38,9 +38,9 @@ class _EnqueueAsync(Protocol):
 class Timetable:
     """The schedules of a client's database; thread-safe.
 
-    A schedule is there from when the first worker that has it was started, and
-    what is done here holds for all workers and over all restarts. Every method
-    takes `conn`, to work inside the caller's transaction, and raises psycopg's errors.
+    A schedule exists once the first worker that has it was started. A change made
+    here holds for all workers and over all restarts. Every method takes `conn`, to
+    work inside the caller's transaction, and raises psycopg's errors.
     """
 
     def __init__(self, run: _Run, enqueue: _Enqueue) -> None:
@@ -52,7 +52,7 @@ class Timetable:
         return self._run(statements.listed(), conn)
 
     def pause(self, name: str, *, conn: Connection[Any] | None = None) -> None:
-        """Let a schedule enqueue nothing, from when this has returned; its jobs go on.
+        """Pause a schedule: once this returns, it enqueues nothing; its jobs go on.
 
         Raises:
             UnknownScheduleError: there is none of this name.
@@ -61,7 +61,7 @@ class Timetable:
         _check(name, found=self._run(statements.pause(name), conn))
 
     def resume(self, name: str, *, conn: Connection[Any] | None = None) -> None:
-        """Let a schedule go on with its next tick; those while it was paused are not missed.
+        """Resume a schedule from its next tick; the ticks of the pause are dropped.
 
         Raises:
             UnknownScheduleError: there is none of this name.
@@ -70,9 +70,9 @@ class Timetable:
         _check(name, found=self._run(statements.resume(name), conn))
 
     def run(self, name: str, *, conn: Connection[Any] | None = None) -> str:
-        """Enqueue a schedule's job now, once; give its id. Its ticks stay as they are.
+        """Enqueue a schedule's job once, now, and return its id; its ticks do not change.
 
-        It is enqueued also while the schedule is paused, or another of its jobs is live.
+        This works while the schedule is paused, and while another of its jobs is in the queue.
 
         Raises:
             UnknownScheduleError: there is none of this name.
@@ -82,7 +82,7 @@ class Timetable:
         return self._enqueue(request, conn=conn)
 
     def remove(self, name: str, *, conn: Connection[Any] | None = None) -> None:
-        """Forget a schedule that no worker has any more; one that a worker has begins anew.
+        """Delete a schedule that no worker has any more; with a worker it starts again.
 
         Raises:
             UnknownScheduleError: there is none of this name.
@@ -92,7 +92,7 @@ class Timetable:
 
 
 class AsyncTimetable:
-    """The schedules of an async client's database; as Timetable, awaited."""
+    """The schedules of an async client's database. Async variant of Timetable."""
 
     def __init__(self, run: _RunAsync, enqueue: _EnqueueAsync) -> None:
         self._run = run
@@ -101,31 +101,31 @@ class AsyncTimetable:
     async def list(
         self, *, conn: AsyncConnection[Any] | None = None
     ) -> builtins.list[ScheduleStatus]:
-        """List the schedules; as Timetable.list."""
+        """List the schedules by name. Async variant of Timetable.list."""
         return await self._run(statements.listed(), conn)
 
     async def pause(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
-        """Let a schedule enqueue nothing; as Timetable.pause."""
+        """Pause a schedule. Async variant of Timetable.pause."""
         _check(name, found=await self._run(statements.pause(name), conn))
 
     async def resume(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
-        """Let a schedule go on with its next tick; as Timetable.resume."""
+        """Resume a schedule from its next tick. Async variant of Timetable.resume."""
         _check(name, found=await self._run(statements.resume(name), conn))
 
     async def run(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> str:
-        """Enqueue a schedule's job now, once; as Timetable.run."""
+        """Enqueue a schedule's job once, now. Async variant of Timetable.run."""
         request = _request(name, await self._run(statements.request_of(name), conn))
         return await self._enqueue(request, conn=conn)
 
     async def remove(self, name: str, *, conn: AsyncConnection[Any] | None = None) -> None:
-        """Forget a schedule; as Timetable.remove."""
+        """Delete a schedule. Async variant of Timetable.remove."""
         _check(name, found=await self._run(statements.remove(name), conn))
 
 
 def _check(name: str, *, found: bool) -> None:
     if not found:
         raise UnknownScheduleError(
-            f"there is no schedule {name!r}: one is there when a worker that has it was started"
+            f"there is no schedule {name!r}: a worker writes its schedules when it starts"
         )
 
 

@@ -1,4 +1,4 @@
-"""Workers: they run the jobs of queues until they are shut down."""
+"""Workers: run the jobs of queues until they are shut down."""
 
 import asyncio
 import contextlib
@@ -17,19 +17,19 @@ from bgjob.mux import Mux
 from bgjob.service import Service
 
 _LOOK = 0.2
-"""Seconds between two looks of `run_until` whether the worker has ended by itself."""
+"""Seconds between two checks of `run_until` whether the worker has ended on its own."""
 
 
 class Event(Protocol):
-    """What a program sets when it is to end."""
+    """An event that a program sets to end the worker."""
 
     def wait(self, timeout: float | None = None, /) -> bool:
-        """Wait until it is set, for at most so many seconds; True if it is."""
+        """Wait until it is set, for at most `timeout` seconds; True if it is set."""
         ...
 
 
 class AsyncEvent(Protocol):
-    """What a program sets when it is to end."""
+    """An event that a program sets to end the worker."""
 
     def wait(self) -> Coroutine[Any, Any, object]:
         """Wait until it is set."""
@@ -40,45 +40,44 @@ class Worker:
     """Runs the due jobs of queues with the handlers of a Mux, until it is shut down.
 
     Args:
-        client: where the queues are. The worker opens one connection of its own
-            for each queue, and takes none from the client's pool.
+        client: of the database with the queues. The worker opens one connection of
+            its own for each queue, and uses none from the client's pool.
         queue: the queue to work on; or several, as a mapping from each to its
             concurrency, such as `{"high": 10, "low": 2}`: a busy queue never
             takes another's slots.
         mux: the handlers.
-        concurrency: handlers at once; 1 by default, so that nobody's code meets
-            itself unasked. Not beside a mapping. Plain handlers run on so many
-            threads, coroutine handlers on one event loop, that of all queues,
-            both within this bound.
+        concurrency: the number of slots: how many handlers run at the same time; 1
+            by default, so that handlers need not be thread-safe. Not allowed with
+            a mapping. Plain handlers run on as many threads, coroutine handlers on
+            one event loop for all queues, both within this bound.
         poll_interval: seconds or a timedelta between two looks at an idle
-            queue; 1 s by default. Enqueues of a Client wake the worker at
-            once; this bounds what a lost notification, a retry of another
-            worker or an ended lease costs. At least 0.001 s.
+            queue; 1 s by default. Enqueues of a Client wake the worker
+            immediately; the interval bounds the delay after a lost notification, a
+            retry of another worker or an ended lease. At least 0.001 s.
         lease: seconds or a timedelta after which the jobs of a worker that died
             are due again; 30 s by default: longer than most pauses of a host,
-            short enough to wait for. It is extended while the job is held, so
-            that handlers may run for as long as they like. At least 1 s.
-        observer: receives the events: an Observer, a plain function of an
-            event, or a list of such, each perhaps restricted by `only`. By
+            short enough to wait for. The worker extends it while it holds the job,
+            so handlers may run for any time. At least 1 s.
+        observer: receives the events: an Observer, a plain function that takes an
+            event, or a list of these, each optionally restricted by `only`. By
             default a LoggingObserver; a list without one logs nothing.
         notify: whether enqueues wake the worker; True by default. Behind a
-            pooler in transaction mode it polls whatever this says.
-        services: what the worker does beside its jobs, such as Schedules; see
+            pooler in transaction mode it polls regardless.
+        services: what the worker runs alongside its jobs, such as Schedules; see
             bgjob.service.Service. None by default.
-        state: a callable without arguments that makes what the handlers share,
-            a connection pool or a model, given to each that has a parameter
-            `state`; none by default. It is called once, by run(), before a job
-            is claimed. What is a context manager is entered, and left when the
-            last handler has ended, or the grace period with it.
+        state: a callable without arguments that makes an object which the handlers
+            share, such as a connection pool or a model; each handler with a
+            parameter `state` receives it. None by default. run() calls it once,
+            before the worker claims jobs. A context manager is entered, and
+            exited when the last handler or the grace period has ended.
         init_timeout: seconds or a timedelta within which run() connects or
-            raises; 10 s by default, so that a wrong address shows at once. At
-            least 1 s; each host of the connection string is given 2 s at least.
+            raises; 10 s by default, so that a wrong address shows immediately. At
+            least 1 s; each host of the connection string gets at least 2 s.
         grace: seconds or a timedelta for which a shutdown waits for running handlers;
-            30 s by default, what most supervisors grant. None waits for as long as it
-            takes.
+            30 s by default, as most supervisors allow. None waits without limit.
 
-    Jobs run at least once: a handler whose worker dies before its result is
-    stored runs again elsewhere. A context manager: entering runs it, leaving
+    Jobs run at least once: a job whose worker dies before its result is stored
+    runs again elsewhere. A context manager: entering runs the worker, leaving
     shuts it down. Thread-safe. A worker runs once, and not across a fork.
     """
 
@@ -114,12 +113,12 @@ class Worker:
         )
 
     def run(self) -> None:
-        """Connect, check the schema, and start to work; returns at once.
+        """Connect, check the schema, and start to work; do not block.
 
         Raises:
-            SchemaError: the tables are missing or of another version, or a grant is.
+            SchemaError: the tables or a grant are missing, or of another version.
             psycopg.Error: the server cannot be reached, or refuses.
-            StateRequiredError: a handler asks for a state, and there is none.
+            StateRequiredError: a handler has a parameter `state`, and the worker none.
             RuntimeError: the worker has been run or shut down before.
             Exception: whatever `state` raises. The worker can be run again.
 
@@ -127,24 +126,24 @@ class Worker:
         self._crew.open(None)
 
     def shutdown(self, timeout: Duration | EllipsisType | None = ...) -> bool:
-        """Claim nothing more, give back what has not started, finish what runs, return.
+        """Stop claiming, release jobs that have not started, finish the running ones.
 
         After the grace period a coroutine that still runs is cancelled, and its job is
-        due again immediately. A thread cannot be cancelled: its job is left to its
-        lease. Both get their attempt back. It returns within the grace period and 2 s,
-        whatever hangs.
+        due again immediately. A thread cannot be cancelled: its job is due again when its
+        lease ends. Neither attempt is counted. The call returns within the grace period and
+        2 s, whatever hangs.
 
-        Idempotent, from any thread. From inside a handler or the observer it
-        does not wait, for it would wait for itself; nor in a signal handler that
-        interrupts `run`.
+        Idempotent, from any thread. It does not wait when called inside a handler or an
+        observer, where it would wait for itself, or in a signal handler that interrupts
+        `run`.
 
         Args:
             timeout: the grace period, seconds or a timedelta; the worker's `grace` by
-                default. None waits for as long as it takes.
+                default. None waits without limit.
 
         Returns:
-            Whether the worker has ended, and every job that had started has a result
-            that is stored.
+            True if the worker has ended and stored a result for every job that had
+            started.
 
         """
         self._crew.stop(timeout)
@@ -154,30 +153,30 @@ class Worker:
         return self._crew.has_finished
 
     def wait(self, timeout: Duration | None = None) -> bool:
-        """Wait until the worker has ended, by a shutdown from elsewhere or a fault of its own.
+        """Wait until the worker has ended, by a shutdown or by a fault of its own.
 
         Args:
-            timeout: seconds or a timedelta; None (the default) waits for as long as it takes.
+            timeout: seconds or a timedelta; None (the default) waits without limit.
 
         Returns:
-            Whether it has ended.
+            True if it has ended.
 
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
         return self._crew.done in wait([self._crew.done], limit).done
 
     def run_until(self, event: Event) -> None:
-        """Run until an event is set or the worker ends by itself; shut it down.
+        """Run until an event is set or the worker ends on its own, and shut it down.
 
-        For a worker beside other work in one program, in the main thread or in any
-        other. An exception that interrupts it, a KeyboardInterrupt for example, shuts
-        the worker down as well, and is passed on.
+        For a worker alongside other work in one program, in the main thread or any other.
+        An exception that interrupts the call, for example a KeyboardInterrupt, shuts the
+        worker down as well, and is raised.
 
         Args:
-            event: a threading.Event, or what waits as one.
+            event: a threading.Event, or an object with the same `wait`.
 
         Raises:
-            BaseException: `failure`, where the worker has ended by itself; and whatever
+            BaseException: `failure`, if the worker has ended on its own; and whatever
                 `run` raises.
 
         """
@@ -192,11 +191,11 @@ class Worker:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the worker has ended by itself, or is about to; None while it works, or was asked.
+        """Why the worker ended on its own; None while it works, or after a shutdown.
 
-        It survives an outage of the database for as long as that takes. It ends
-        where its caller's event loop ends under it, and after more than 5 faults of
-        its own within 10 s; with all its queues, for they end together.
+        A worker survives an outage of the database of any length. It ends on its own, with
+        all its queues, if the caller's event loop ends while it runs, and after more than 5
+        faults of its own within 10 s. The failure is set shortly before the worker ends.
         """
         return self._crew.failure
 
@@ -209,13 +208,13 @@ class Worker:
 
 
 class AsyncWorker:
-    """Runs the due jobs of queues; as Worker, with coroutine handlers on the caller's loop.
+    """Runs the due jobs of queues. Async variant of Worker.
 
-    The arguments are Worker's, with an AsyncClient. A handler that blocks the
-    loop delays other coroutines, but no lease: those are extended by a thread.
-    `state` may be a coroutine function too, or make an async context manager;
-    it is called, entered and left on the loop.
-    An async context manager.
+    Coroutine handlers run on the caller's loop. The arguments are Worker's, with an
+    AsyncClient. A handler that blocks the loop delays other coroutines, but ends no lease:
+    a thread extends those. `state` may also be a coroutine function, or make an async
+    context manager; it is called, entered and exited on the loop. An async context
+    manager.
     """
 
     def __init__(
@@ -250,9 +249,9 @@ class AsyncWorker:
         )
 
     async def run(self) -> None:
-        """Connect, check the schema, and start to work; as Worker.run.
+        """Connect, check the schema, and start to work. Async variant of Worker.run.
 
-        Where it is cancelled meanwhile, the worker does not start, or ends.
+        If the call is cancelled, the worker does not start, or ends.
         """
         opening = asyncio.create_task(
             asyncio.to_thread(self._crew.open, asyncio.get_running_loop())
@@ -261,18 +260,18 @@ class AsyncWorker:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
             self._crew.stop(0)
-            with contextlib.suppress(BaseException):  # whatever kept it from starting
+            with contextlib.suppress(BaseException):  # whatever prevented the start
                 await asyncio.wait([opening], timeout=self._crew.time_left)
                 await self._join()
             if opening.done() and not opening.cancelled():
-                opening.exception()  # retrieved: no other code asks
+                opening.exception()  # retrieve it, or asyncio logs that it was not
             raise
 
     async def shutdown(
         self,
         timeout: Duration | EllipsisType | None = ...,  # noqa: ASYNC109
     ) -> bool:
-        """Finish what runs and return; as Worker.shutdown."""
+        """Stop claiming and finish the running jobs. Async variant of Worker.shutdown."""
         self._crew.stop(timeout)
         if self._crew.is_inside:
             return not self._crew.abandoned
@@ -288,16 +287,16 @@ class AsyncWorker:
             await asyncio.wait(tasks, timeout=min(LAST_WORDS, max(crew.time_left, 0.1)))
 
     async def wait(self, timeout: Duration | None = None) -> bool:  # noqa: ASYNC109
-        """Wait until the worker has ended; as Worker.wait."""
+        """Wait until the worker has ended. Async variant of Worker.wait."""
         limit = None if timeout is None else seconds(timeout, "timeout")
         ended = asyncio.shield(asyncio.wrap_future(self._crew.done))
         return ended in (await asyncio.wait([ended], timeout=limit))[0]
 
     async def run_until(self, event: AsyncEvent) -> None:
-        """Run until an event is set or the worker ends by itself; as Worker.run_until.
+        """Run until an event is set, and shut down. Async variant of Worker.run_until.
 
         Args:
-            event: an asyncio.Event, or what waits as one.
+            event: an asyncio.Event, or an object with the same `wait`.
 
         """
         await self.run()
@@ -313,7 +312,7 @@ class AsyncWorker:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the worker has ended by itself; as Worker.failure."""
+        """Why the worker ended on its own; see Worker.failure."""
         return self._crew.failure
 
     async def __aenter__(self) -> Self:

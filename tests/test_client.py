@@ -1492,7 +1492,7 @@ def test_a_bad_filter_is_refused_by_name_and_changes_nothing(client: Any, method
         call(older_than=-1)
     with pytest.raises(TypeError, match="older_than must be seconds"):
         call(older_than="1 d")
-    with pytest.raises(TypeError, match="'quene' is no filter; there are queue, type, error"):
+    with pytest.raises(TypeError, match="'quene' is not a filter; there are queue, type, error"):
         call(quene="q")
     assert [dead.id for dead in client.dlq.list()] == ["a"]
 

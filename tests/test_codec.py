@@ -96,7 +96,7 @@ def test_a_codec_that_gives_no_bytes_is_told() -> None:
         def encode(self, value: Any, /) -> Any:
             return str(value)
 
-    with pytest.raises(TypeError, match="gave str for the arg of job type 't': encode"):
+    with pytest.raises(TypeError, match="returned str for the arg of job type 't': encode"):
         EnqueueRequest("q", "t", 1, codec=Text())
 
 
@@ -293,7 +293,7 @@ def test_a_struct_that_msgspec_cannot_decode_is_refused_at_registration() -> Non
 
 @pytest.mark.parametrize("cls", [int, dict, object, type, Yaml, Client])
 def test_a_class_that_is_no_job_type_is_refused_with_the_remedy(cls: Any) -> None:
-    with pytest.raises(TypeError, match=f"{cls.__name__} is no job type: let it be a dataclass"):
+    with pytest.raises(TypeError, match=f"{cls.__name__} is not a job type: make it a dataclass"):
         codec_of(cls)
 
 

@@ -209,9 +209,9 @@ def test_two_classes_with_one_name_are_refused_with_their_modules() -> None:
     mux = Mux().register(SendMail, lambda _: None)
     with pytest.raises(ValueError, match=r"'SendMail'.*test_mux\.SendMail; shop\.mail\.SendMail"):
         mux.register(other, lambda _: None)
-    with pytest.raises(ValueError, match="'SendMail' is registered already: one handler a type"):
+    with pytest.raises(ValueError, match="'SendMail' is registered already: a type has one"):
         mux.register(SendMail, lambda _: None)
-    with pytest.raises(ValueError, match="'SendMail' is registered already: one handler a type"):
+    with pytest.raises(ValueError, match="'SendMail' is registered already: a type has one"):
         mux.register("SendMail", lambda _: None)
 
 
@@ -248,7 +248,7 @@ def test_a_request_of_a_class_is_made_of_its_value() -> None:
         mux.request(Report)
     with pytest.raises(TypeError, match="must be a Report, not SendMail"):
         mux.request(Report, SendMail("a"))
-    with pytest.raises(TypeError, match="give a job type with its arg, or a value"):
+    with pytest.raises(TypeError, match="pass a job type and its arg, or a value"):
         mux.request(Report("today"), Report("tomorrow"))
 
 
@@ -270,12 +270,12 @@ def test_a_codec_that_encodes_to_no_bytes_is_told_of() -> None:
 
 def test_a_request_of_an_unknown_type_or_without_a_queue_is_refused_with_a_remedy() -> None:
     mux = Mux().register("t", lambda _: None)
-    with pytest.raises(UnknownTypeError, match="'mystery'; register it before it is requested"):
+    with pytest.raises(UnknownTypeError, match="'mystery'; register it before you request"):
         mux.request("mystery")
     with pytest.raises(UnknownTypeError, match="'SendMail'; register it"):
         mux.request(SendMail("a"))
     with pytest.raises(
-        QueueRequiredError, match=r"'t' has no queue: give request\(queue=.*register\(queue="
+        QueueRequiredError, match=r"'t' has no queue: pass request\(queue=.*register\(queue="
     ):
         mux.request("t")
     with pytest.raises(ValueError, match="priority must be an integer"):
@@ -654,7 +654,9 @@ def test_a_mux_whose_handlers_ask_for_a_state_says_so_until_it_is_bound() -> Non
     def send(job: Job, state: str) -> None: ...
 
     mux = Mux().register("t", send)
-    with pytest.raises(StateRequiredError, match="send of job type 't' asks for a state; give"):
+    with pytest.raises(
+        StateRequiredError, match="send of job type 't' has a parameter state: make"
+    ):
         mux.check_bound()
     mux.bound(None).check_bound()
     assert issubclass(StateRequiredError, BgjobError)

@@ -179,12 +179,16 @@ def test_a_tick_is_a_whole_second_later_than_any_instant_before_it() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"cron": "0 9 * *"}, ValueError, "schedule 's': '0 9 . .' is no cron expression of five"),
-        ({"cron": "61 9 * * *"}, ValueError, "'61 9 . . .' is no cron expression.*Bad minute"),
+        (
+            {"cron": "0 9 * *"},
+            ValueError,
+            "schedule 's': '0 9 . .' is not a cron expression of five",
+        ),
+        ({"cron": "61 9 * * *"}, ValueError, "'61 9 . . .' is not a cron expression.*Bad minute"),
         ({"cron": "0 0 30 2 *"}, ValueError, "Bad day-of-month"),
-        ({"cron": ""}, ValueError, "'' is no cron expression"),
+        ({"cron": ""}, ValueError, "'' is not a cron expression"),
         ({"cron": 9}, ValueError, "exactly one of cron"),
-        ({"cron": "@daily"}, ValueError, "'@daily' is no cron expression"),
+        ({"cron": "@daily"}, ValueError, "'@daily' is not a cron expression"),
         ({"cron": "0 9 * * *", "tz": "Mars"}, ValueError, "there is no time zone 'Mars'"),
         ({"cron": "0 9 * * *", "tz": "../etc"}, ValueError, "there is no time zone"),
         ({"cron": "0 9 * * *", "tz": None}, ValueError, "there is no time zone None"),

@@ -106,7 +106,7 @@ def test_a_service_that_does_not_say_when_it_runs_again_is_told(wait: Any) -> No
     clock.go_to(100)
     [error] = clock.errors
     assert isinstance(error, TypeError)
-    assert "must return the seconds until it is to run again" in str(error)
+    assert "must return the seconds until its next run" in str(error)
     assert clock.rota.due_at == 101
 
 

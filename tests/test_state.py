@@ -278,7 +278,9 @@ def test_a_worker_without_the_state_that_a_handler_asks_for_does_not_start(
     pool = Pool()
     crew.enqueue("a")
     worker = crew.make(Mux().register("t", pool.handle))
-    with pytest.raises(StateRequiredError, match=r"handle of job type 't' asks for a state; give"):
+    with pytest.raises(
+        StateRequiredError, match=r"handle of job type 't' has a parameter state: make"
+    ):
         crew.run(worker.run())
     assert row(conn, "select attempt from bgjob_job") == (0,)
     bound = crew.start(Mux().register("t", pool.handle).bound("bound"))
@@ -363,9 +365,9 @@ def test_do_needs_a_bound_mux_and_claims_nothing_without(
 
     with Client(dsn) as client:
         client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(2)])
-        with pytest.raises(StateRequiredError, match=r"give do\(\) a mux\.bound\(state\)"):
+        with pytest.raises(StateRequiredError, match=r"call do\(\) with mux\.bound\(state\)"):
             client.do("q", mux)
-        with pytest.raises(StateRequiredError, match=r"give do\(\) a mux\.bound\(state\)"):
+        with pytest.raises(StateRequiredError, match=r"call do\(\) with mux\.bound\(state\)"):
             asyncio.run(do(mux))
         assert row(conn, "select max(attempt) from bgjob_job") == (0,)
         client.do("q", mux.bound("one"))

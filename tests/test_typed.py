@@ -697,14 +697,16 @@ def test_typed_jobs_are_written_in_bulk(client: Any, conn: psycopg.Connection) -
 
 
 def test_options_beside_a_request_are_refused(client: Any, conn: psycopg.Connection) -> None:
-    with pytest.raises(TypeError, match="delay, queue beside a request: these are for typed jobs"):
+    with pytest.raises(
+        TypeError, match="delay, queue given together with a request: these options are"
+    ):
         client.enqueue(EnqueueRequest("q", "t"), delay=5, queue="other")
     assert rows(conn, "select id from bgjob_job") == []
 
 
 @pytest.mark.parametrize("value", ["text", 5, None, {"to": "x"}, [SendMail("x")]])
 def test_what_is_no_job_is_refused(client: Any, conn: psycopg.Connection, value: Any) -> None:
-    with pytest.raises(TypeError, match="is no job type: let it be a dataclass"):
+    with pytest.raises(TypeError, match="is not a job type: make it a dataclass"):
         client.enqueue(value, queue="q")
     assert rows(conn, "select id from bgjob_job") == []
 
