@@ -118,7 +118,7 @@ def test_a_variable_that_holds_no_connection_string_is_named_and_not_shown(
     monkeypatch.setenv(variable, "postgresql://u:s3cret@word@host/db")
     assert cli.main(["stats"]) == 1
     told = capsys.readouterr().err
-    assert told.startswith(f"bgjob: {variable}: this is no connection string")
+    assert told.startswith(f"bgjob: {variable}: this is not a connection string")
     assert "s3cret" not in told
 
 

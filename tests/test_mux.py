@@ -264,7 +264,7 @@ def test_a_codec_that_encodes_to_no_bytes_is_told_of() -> None:
             return value
 
     mux = Mux().register("t", lambda text: None, queue="q", codec=Text())
-    with pytest.raises(TypeError, match=r"Text.* of job type 't' to str; it must give bytes"):
+    with pytest.raises(TypeError, match=r"Text.* of job type 't' to str; it must return bytes"):
         mux.request("t", "abc")
 
 
@@ -594,7 +594,7 @@ def test_middleware_that_changes_the_colour_of_a_handler_is_refused_by_name(is_a
     def handle(job: Job) -> None: ...
 
     has, gave = ("coroutine", "plain") if is_async else ("plain", "coroutine")
-    complaint = f"bleaching gave a {gave} function for .*handle of job type 't', which is a {has}"
+    complaint = f"bleaching returned a {gave} function for .*handle of job type 't', which is a {has}"
     with pytest.raises(TypeError, match=complaint):
         Mux(middleware=[bleaching]).register("t", coloured(handle, is_async=is_async))
 
@@ -603,7 +603,7 @@ def test_middleware_that_gives_nothing_is_refused_by_name() -> None:
     def forgetful(handler: Callable[..., Any]) -> Any:
         pass
 
-    with pytest.raises(TypeError, match=r"forgetful gave None for handler .* of job type 't'"):
+    with pytest.raises(TypeError, match=r"forgetful returned None for handler .* of job type 't'"):
         Mux().register("t", lambda _: None, middleware=[forgetful])
     with pytest.raises(TypeError, match="middleware must be a sequence"):
         Mux(middleware=forgetful)  # type: ignore[arg-type]

@@ -731,7 +731,7 @@ def test_a_source_of_the_other_colour_is_refused(dsn: str) -> None:
         assert_enqueued(asynchronous)
     with pytest.raises(TypeError, match=r"not Client; .*drain\(\)"):
         asyncio.run(adrain(plain, "q", Mux()))
-    with pytest.raises(ValueError, match="this is no connection string"):
+    with pytest.raises(ValueError, match="this is not a connection string"):
         drain("nonsense", "q", Mux())
 
 

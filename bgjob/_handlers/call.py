@@ -1,7 +1,7 @@
-"""How a handler is called: with what it asks for, and inside its middleware.
+"""How a handler is called: with the arguments that it has parameters for, inside its middleware.
 
-Decided once, when the handler is registered or given its state. A handler
-that takes a job and nothing else, without middleware, is called as it is.
+Decided once, when the handler is registered or gets its state. A handler that takes only
+a job, without middleware, is called directly.
 """
 
 import inspect
@@ -17,9 +17,9 @@ from bgjob.job import Job
 from bgjob.result import MoveToDlq
 
 Middleware: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Takes a handler that is called with a job, and with a connection where it is transactional, and
-gives one that is called so too: a coroutine function for a coroutine function, a plain one for a
-plain one."""
+"""Takes a handler (called with a job, and with a connection if it is transactional) and returns
+one of the same kind: a coroutine function for a coroutine function, a plain one for a plain
+one."""
 
 NO_STATE = object()
 
@@ -29,7 +29,7 @@ _NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 @dataclass(frozen=True, slots=True)
 class Calling:
-    """A handler as it was registered, and what it takes to call it."""
+    """A registered handler and what is needed to call it."""
 
     job_type: str
     handler: Callable[..., Any]
@@ -41,7 +41,7 @@ class Calling:
     asks_job: bool
     asks_state: bool
     needs_state: bool
-    """Whether its state has no default."""
+    """Whether its parameter `state` has no default."""
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Calling:
         value_type: type[Any] | None,
         middleware: tuple[Middleware, ...],
     ) -> "Calling":
-        """Look at a handler's parameters; raise TypeError if it cannot be called."""
+        """Inspect a handler's parameters; raise TypeError if it cannot be called."""
         by_position = ["value" if codec else "job", *(["conn"] if transactional else [])]
         by_name = ["job", "state"] if codec else ["state"]
         asked = _asked(job_type, handler, by_position, by_name)
@@ -77,7 +77,7 @@ class Calling:
         return _named(self.job_type, self.handler)
 
     def payload(self, arg: Any) -> Any:
-        """Encode what is to be the payload of a job; raise TypeError if it cannot be."""
+        """Encode a job's payload; raise TypeError if that is not possible."""
         if self.cls is not None and not isinstance(arg, self.cls):
             raise TypeError(
                 f"the payload of job type {self.job_type!r} must be a {self.cls.__qualname__}, "
@@ -89,12 +89,12 @@ class Calling:
         if not isinstance(payload, bytes):
             raise TypeError(
                 f"{self.codec!r} encoded a payload of job type {self.job_type!r} to "
-                f"{type(payload).__name__}; it must give bytes"
+                f"{type(payload).__name__}; it must return bytes"
             )
         return payload
 
     def with_state(self, state: object) -> Callable[..., Any]:
-        """Give the callable that takes a job, and the connection where it is transactional."""
+        """Return the callable that takes a job, and the connection if it is transactional."""
         call = self.handler
         if self.asks_state and state is not NO_STATE:
             call = _like(partial(call, state=state), self.handler)
@@ -109,14 +109,14 @@ class Calling:
         name = getattr(wrap, "__qualname__", repr(wrap))
         if not callable(wrapped):
             raise TypeError(
-                f"middleware {name} gave {wrapped!r} for {self.name}; it must give a function "
-                "that takes what the handler takes"
+                f"middleware {name} returned {wrapped!r} for {self.name}; it must return a "
+                "function with the parameters of the handler"
             )
         if is_coroutine(wrapped) != self.is_coroutine:
             has, gave = ("coroutine", "plain") if self.is_coroutine else ("plain", "coroutine")
             raise TypeError(
-                f"middleware {name} gave a {gave} function for {self.name}, which is a {has} "
-                f"function; it must give a {has} function for a {has} function"
+                f"middleware {name} returned a {gave} function for {self.name}, which is a {has} "
+                f"function; it must return a {has} function for a {has} function"
             )
         return wrapped
 
@@ -152,7 +152,7 @@ class Calling:
         def value_of(payload: bytes | None) -> Any:
             if payload is None:
                 raise PayloadError(
-                    f"payload of job type {self.job_type!r}: there is none, and must be a {wanted}"
+                    f"payload of job type {self.job_type!r} is missing: it must be a {wanted}"
                 )
             return decode(payload)
 
@@ -167,7 +167,7 @@ class Calling:
 
 
 def is_coroutine(function: Callable[..., Any]) -> bool:
-    """Tell whether what it gives is to be awaited."""
+    """Whether its result must be awaited."""
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -176,7 +176,7 @@ def is_coroutine(function: Callable[..., Any]) -> bool:
 
 
 def can_be_called(function: object, *arguments: object) -> bool:
-    """Tell whether it takes these arguments; where it has no signature, calling it will tell."""
+    """Whether a function takes these arguments; True for a builtin without a signature."""
     try:
         inspect.signature(cast("Callable[..., Any]", function)).bind(*arguments)
     except TypeError:  # also where it is not callable at all
@@ -189,10 +189,10 @@ def can_be_called(function: object, *arguments: object) -> bool:
 def _asked(
     job_type: str, handler: Callable[..., Any], by_position: list[str], by_name: list[str]
 ) -> dict[str, Parameter]:
-    """Give what the handler asks for by name; raise TypeError if it cannot be called so."""
+    """Return the parameters to pass by name; raise TypeError if the handler cannot be called."""
     try:
         signature = inspect.signature(handler)
-    except ValueError:  # of a builtin: calling it will tell
+    except ValueError:  # a builtin without a signature: the call will show
         return {}
     positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
     taken = [p.name for p in positional[: len(by_position)]]
@@ -207,16 +207,16 @@ def _asked(
     }
     try:
         signature.bind(*by_position, **dict.fromkeys(asked))
-        # What has another meaning by name was not meant to be the connection.
+        # A parameter with a reserved name was not meant for the connection.
         fits = "state" not in taken and "job" not in taken[1:]
     except TypeError:
         fits = False
     if not fits:
         expected = f"handler({', '.join(by_position)})"
         raise TypeError(
-            f"{_named(job_type, handler)} takes {signature}, and is called as {expected}, with "
+            f"{_named(job_type, handler)} takes {signature}, but is called as {expected}, with "
             f"{' and '.join(by_name)} by name if it has parameters of these names; "
-            "transactional=True adds the connection, a class or a codec makes the value of the job"
+            "transactional=True adds the connection, a class or a codec passes the decoded value"
         )
     return asked
 
@@ -226,7 +226,7 @@ def _named(job_type: str, handler: Callable[..., Any]) -> str:
 
 
 def _like(call: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Give it the handler's name, for middleware that tells; its parameters are its own."""
+    """Copy the handler's name, for middleware that shows it, but not its signature."""
     update_wrapper(call, handler, updated=())
     del call.__dict__["__wrapped__"]
     return call

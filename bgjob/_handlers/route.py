@@ -1,4 +1,4 @@
-"""A job type's handler and policy, and the judgement of what the handler returned or raised."""
+"""A job type's handler and policy, and the result of what the handler returned or raised."""
 
 import asyncio
 import inspect
@@ -23,10 +23,10 @@ from bgjob.result import (
 )
 
 Exclusive: TypeAlias = bool | Callable[[Job], str | None]
-"""Whether jobs of a type run one at a time, or the key of a job: of those with one key, one."""
+"""True: jobs of the type run one at a time. A callable: jobs with the same key do."""
 
 BACKOFF = Backoff()
-"""The default one."""
+"""The default backoff."""
 
 _COMPLETE = Complete()
 _RESULTS = (Complete, Retry, Reschedule, MoveToDlq)
@@ -34,16 +34,16 @@ _RESULTS = (Complete, Retry, Reschedule, MoveToDlq)
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """What is given for a job that must not start before it has a key."""
+    """Returned for a job that must not start before it holds a key."""
 
     key: str
 
 
 @dataclass(frozen=True, slots=True)
 class Awaiting:
-    """What is given for a job whose plain handler returned an awaitable: a wrapper hid its colour.
+    """Returned for a job whose plain handler returned an awaitable: a wrapper hid a coroutine.
 
-    Its route awaits that, on a loop.
+    Its route awaits it on an event loop.
     """
 
     route: "Route"
@@ -55,7 +55,7 @@ class Route:
 
     type: str
     handler: Callable[..., Any]
-    """Takes the job, and where it is transactional the connection."""
+    """Takes the job, and the connection if it is transactional."""
     is_coroutine: bool
     is_transactional: bool
     max_attempts: int | None
@@ -65,12 +65,12 @@ class Route:
     """Seconds."""
     exclusive: Exclusive | None
     queue: str | None
-    """That of requests which name none."""
+    """The default of `Mux.request`."""
     priority: int
-    """That of requests which name none."""
+    """The default of `Mux.request`."""
     calling: Calling
     is_simple: bool = field(init=False)
-    """Whether it is only called: it has no transaction and no timeout."""
+    """Whether it needs only a call: it has no transaction and no timeout."""
 
     def __post_init__(self) -> None:
         simple = not self.is_transactional and self.timeout is None
@@ -79,7 +79,7 @@ class Route:
         most, backoff, exclusive = self.max_attempts, self.backoff, self.exclusive
         if most is not None and (type(most) is not int or most < 1):
             raise ValueError(
-                f"max_attempts {of_type} must be at least 1, or None for endless, not {most!r}"
+                f"max_attempts {of_type} must be at least 1, or None for no limit, not {most!r}"
             )
         if isinstance(backoff, type) or not can_be_called(backoff, 1):
             raise TypeError(
@@ -87,7 +87,7 @@ class Route:
                 f"attempt to seconds, such as Backoff.constant(5), not {backoff!r}"
             )
         if self.timeout == 0:
-            raise ValueError(f"timeout {of_type} must be over 0 s; None is for ever")
+            raise ValueError(f"timeout {of_type} must be over 0 s, or None for no timeout")
         if not (exclusive is None or isinstance(exclusive, bool) or callable(exclusive)):
             raise TypeError(
                 f"exclusive {of_type} must be True for one job at a time, or a callable from a "
@@ -100,7 +100,7 @@ class Route:
             check_priority(self.retry_priority, f"retry_priority {of_type}")
 
     def exhausted(self, job: Job) -> MoveToDlq:
-        """Give the result of a job whose attempts were all charged before this one."""
+        """Return the result of a job that had used all its attempts before this one."""
         return MoveToDlq(
             f"out of attempts: {self.max_attempts} of {self.max_attempts} were charged, the last "
             "without a result; its worker died or lost the lease"
@@ -108,10 +108,11 @@ class Route:
         )
 
     def key(self, job: Job) -> str | None:
-        """Give the key that a job is to have, which the request has not named; None for none.
+        """Return the key of a job whose request names none; None for no key.
 
         Raises:
-            ValueError, TypeError: the type's callable gave no key; and whatever it raises.
+            ValueError, TypeError: the type's callable returned an invalid key; and whatever it
+                raises.
 
         """
         if not callable(self.exclusive):
@@ -123,7 +124,7 @@ class Route:
         return key
 
     def run(self, job: Job) -> Result | Awaiting:
-        """Run a plain handler; nothing it raises escapes."""
+        """Run a plain handler; its exceptions become results."""
         try:
             returned = self.handler(job)
             if returned is None:
@@ -135,10 +136,10 @@ class Route:
             return self.failed(job, error)
 
     async def awaited(self, job: Job, *conn: Any) -> object:
-        """Await a coroutine handler, which is cancelled when its time is over.
+        """Await a coroutine handler, and cancel it at its timeout.
 
         Raises:
-            JobTimeoutError: it was, whatever it answered.
+            JobTimeoutError: the timeout was reached, whatever the handler returned.
 
         """
         limit = asyncio.timeout(self.timeout)
@@ -147,7 +148,7 @@ class Route:
                 returned = await self.handler(job, *conn)
         except Exception as error:
             if limit.expired():
-                raise self.timed_out(job) from error  # which shows where it was
+                raise self.timed_out(job) from error  # its traceback shows where the handler was
             raise
         if limit.expired():
             raise self.timed_out(job)
@@ -171,7 +172,7 @@ class Route:
             case _ if inspect.isawaitable(returned):
                 if inspect.iscoroutine(returned):
                     returned.close()
-                # Each attempt would do the same.
+                # Every attempt would return the same.
                 return MoveToDlq(
                     TypeError(
                         f"{self.calling.name} returned {type(returned).__name__}, which is not "
@@ -193,14 +194,14 @@ class Route:
         return self.judge(job, Retry(error=error))
 
     def timed_out(self, job: Job) -> JobTimeoutError:
-        """Make the error of a handler that has outlived its timeout."""
+        """Make the error of a handler that ran for longer than its timeout."""
         return JobTimeoutError(
             f"job {job.id!r} of type {job.type!r} did not end within its timeout of "
             f"{self.timeout:g} s"
         )
 
     def around(self, handler: Callable[..., Any]) -> "Route":
-        """Give the same route with another handler, of the same colour."""
+        """Return a copy of the route with another handler of the same kind (plain or coroutine)."""
         other = copy(self)
         object.__setattr__(other, "handler", handler)
         return other
@@ -208,13 +209,13 @@ class Route:
     def transaction_ended(self) -> BgjobError:
         """Make the error of a handler that ended the transaction it was given."""
         return BgjobError(
-            f"{self.calling.name} ended the transaction it was given, and what it may have "
-            "committed stays; the job is not run again: leave commit and rollback to the worker"
+            f"{self.calling.name} ended the transaction it was given, and anything that it "
+            "committed stays; the job does not run again: leave commit and rollback to the worker"
         )
 
     def _delay(self, attempt: int) -> float:
         try:
             return seconds(self.backoff(attempt), "backoff")
         except BaseException:  # whatever it raises, even SystemExit
-            _log.exception("the backoff of job type %r failed; the default one is used", self.type)
+            _log.exception("the backoff of job type %r failed; the default is used", self.type)
             return BACKOFF(attempt)

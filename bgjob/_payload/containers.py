@@ -1,4 +1,4 @@
-"""Makes shapes of shapes: choices, unions and containers."""
+"""Shapes made of other shapes: choices, unions and containers."""
 
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -32,7 +32,7 @@ def choice(values: Iterable[Any]) -> Shape:
     problem = f"must be one of {', '.join(shown[:_SHOWN])}{more}"
 
     def dump(value: Any) -> Any:
-        # The class is looked at first: what is none of them may have no hash.
+        # Check the class first: a value of another class may not be hashable.
         if type(value) not in takes or (type(value), value) not in written:
             raise Misfit(problem)
         return written[type(value), value]
@@ -46,7 +46,7 @@ def choice(values: Iterable[Any]) -> Shape:
 
 
 def union(members: list[Shape]) -> Shape:
-    """Make the shape of a union whose members JSON can tell apart."""
+    """Make the shape of a union whose members JSON distinguishes."""
     if any(member is ANY for member in members):
         return ANY
     integer, floating = SCALARS[int], SCALARS[float]
@@ -56,13 +56,13 @@ def union(members: list[Shape]) -> Shape:
     for member in members:
         for kind in member.kinds:
             other = loads.setdefault(kind, member)
-            # An int beside a float stays an int, and there is but one None.
+            # In a union of int and float an int stays an int, and all members share one None.
             if not (
                 other is member or kind is NoneType or (other is integer and member is floating)
             ):
                 raise TypeError(
-                    f"JSON has {kind.__name__} for both {other.name} and {member.name}: give "
-                    "each a field of its own"
+                    f"JSON has {kind.__name__} for both {other.name} and {member.name}: use "
+                    "a field of its own for each"
                 )
         for type_ in member.takes:
             dumps.setdefault(type_, member)
@@ -109,7 +109,7 @@ def collection(cls: Any, item: Shape) -> Shape:
 
 
 def row(items: list[Shape]) -> Shape:
-    """Make the shape of a tuple with a shape for each place."""
+    """Make the shape of a tuple with a shape for each item."""
 
     def each(values: Any, ways: list[_Way]) -> list[Any]:
         if len(values) != len(ways):
@@ -160,7 +160,7 @@ def _each(way: _Way, values: Iterable[Any]) -> list[Any]:
     items: list[Any] = []
     try:
         for value in values:
-            items.append(way(value))  # noqa: PERF401 (the path asks how many there were)
+            items.append(way(value))  # noqa: PERF401 (the path needs their number)
     except Misfit as misfit:
         misfit.inside(f"[{len(items)}]")
         raise
@@ -189,17 +189,17 @@ def _load_int_key(text: str) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Give a value that JSON has as it is; what would come back as another is refused."""
+    """Return a JSON value unchanged; refuse one that would be decoded to another."""
     if type(value) is list:
         return _each(_plain, value)
     if type(value) is dict:
         return _each_item(dump_str, _plain, value)
     if type(value) not in _PLAIN:
-        raise not_a("what JSON has (str, int, float, bool, None, list, dict)", value)
+        raise not_a("a JSON value (str, int, float, bool, None, list, dict)", value)
     return SCALARS[type(value)].dump(value)
 
 
 _PLAIN: frozenset[type] = frozenset({str, int, float, bool, NoneType})
 
 ANY = Shape("Any", (object,), _PLAIN | {list, dict}, _plain, lambda data: data)
-"""What is of no particular type: JSON's own."""
+"""Any JSON value."""

@@ -1,4 +1,4 @@
-"""Reads the annotations of a dataclass once, and gives the shape of its values."""
+"""The shape of a dataclass, made once from its annotations."""
 
 import dataclasses
 import inspect
@@ -23,15 +23,15 @@ _BYTES = (bytes, bytearray, memoryview)
 
 
 def dataclass_shape(cls: type, known: dict[type, Shape]) -> Shape:
-    """Give the shape of a dataclass.
+    """Return the shape of a dataclass.
 
     Args:
         cls: the dataclass.
-        known: the dataclasses met so far; each may hold itself.
+        known: the dataclasses met so far; each may contain itself.
 
     Raises:
-        TypeError: an annotation that has no form in JSON, or a value that is
-            needed to make an instance and is no field.
+        TypeError: an annotation has no form in JSON, or the constructor needs an argument
+            that is not a field.
 
     """
     if cls in known:
@@ -85,8 +85,8 @@ def dataclass_shape(cls: type, known: dict[type, Shape]) -> Shape:
             raise TypeError(f"field {field.name!r} of {cls.__qualname__}: {error}") from None
         except RecursionError:
             raise TypeError(
-                f"field {field.name!r} of {cls.__qualname__}: a type alias that holds itself has "
-                "no end; let it be a dataclass, which may"
+                f"field {field.name!r} of {cls.__qualname__}: a type alias that contains itself "
+                "cannot be read; make it a dataclass, which may contain itself"
             ) from None
     return shape
 
@@ -96,8 +96,8 @@ def _annotations(cls: type) -> dict[str, Any]:
         return get_type_hints(cls)
     except NameError as error:
         raise TypeError(
-            f"the annotations of {cls.__qualname__} cannot be read: {error}; define what they "
-            "name in the module, outside of functions and of `if TYPE_CHECKING`"
+            f"the annotations of {cls.__qualname__} cannot be read: {error}; define their names "
+            "in the module, outside of functions and of `if TYPE_CHECKING`"
         ) from error
 
 
@@ -109,8 +109,8 @@ def _check_constructor(cls: type, names: set[str]) -> None:
             and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         ):
             raise TypeError(
-                f"{cls.__qualname__} cannot be made again from its fields: {parameter.name!r} is "
-                "none of them; make it a field, or give it a default"
+                f"{cls.__qualname__} cannot be made from its fields: {parameter.name!r} is not a "
+                "field; make it one, or give it a default"
             )
 
 
@@ -151,12 +151,12 @@ def _shape(annotation: Any, known: dict[type, Shape]) -> Shape:
     shown = annotation.__qualname__ if isinstance(annotation, type) else repr(annotation)
     if annotation in _BYTES:
         raise TypeError(
-            f"JSON has no form for {shown}: keep text, in base64 say, or give the class a codec "
-            "of its own (`codec: ClassVar`)"
+            f"JSON has no form for {shown}: store text, for example base64, or give the class a "
+            "codec of its own (`codec: ClassVar`)"
         )
     raise TypeError(
-        f"{shown} cannot be checked and come back equal; what can: str, int, float, bool, None, "
+        f"{shown} is not a type that decodes to an equal value; use str, int, float, bool, None, "
         "datetime, date, time, timedelta, UUID, Decimal, Enum, Literal, list, tuple, set, "
-        "frozenset, dict, unions of those that JSON tells apart, dataclasses and Any; or give the "
-        "class a codec of its own (`codec: ClassVar`)"
+        "frozenset, dict, unions of types that JSON distinguishes, dataclasses or Any; or give "
+        "the class a codec of its own (`codec: ClassVar`)"
     )

@@ -1,4 +1,4 @@
-"""Encodes dataclasses, pydantic models and msgspec Structs, and imports neither of the two."""
+"""Codecs of dataclasses, pydantic models and msgspec Structs; imports neither package."""
 
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelCodec(Generic[T]):
-    """JSON of a class; what does not fit is a PayloadError that names the field."""
+    """JSON of a class; a value that does not fit is a PayloadError that names the field."""
 
     cls: type[T]
     name: str
@@ -24,7 +24,7 @@ class ModelCodec(Generic[T]):
     load: Callable[[bytes], T] = field(repr=False)
 
     def encode(self, value: T, /) -> bytes:
-        """Give the JSON of a value that fits."""
+        """Return the JSON of a value; raise PayloadError if it does not fit."""
         try:
             if type(value) is not self.cls:
                 raise Misfit(f"must be {self.cls.__name__}, not {type(value).__name__}")
@@ -33,7 +33,7 @@ class ModelCodec(Generic[T]):
             raise self._refused(error) from _cause(error)
 
     def decode(self, data: bytes, /) -> T:
-        """Give the value of JSON that fits."""
+        """Return the value of JSON; raise PayloadError if it does not fit."""
         try:
             return self.load(data)
         except (Misfit, ValueError, TypeError, RecursionError) as error:
@@ -44,7 +44,7 @@ class ModelCodec(Generic[T]):
 
 
 def dataclass_codec(cls: type[T], name: str) -> ModelCodec[T]:
-    """Make the codec of a dataclass; a TypeError names the field that has none."""
+    """Make the codec of a dataclass; a TypeError names the field without a form in JSON."""
     shape = dataclass_shape(cls, {})
 
     def load(data: bytes) -> T:
@@ -56,10 +56,10 @@ def dataclass_codec(cls: type[T], name: str) -> ModelCodec[T]:
 
 def pydantic_codec(cls: Any, name: str) -> ModelCodec[Any]:
     """Make the codec of a pydantic model."""
-    cls.model_rebuild()  # an annotation that cannot be resolved is told now
+    cls.model_rebuild()  # raises now if an annotation cannot be resolved
 
     def dump(value: Any) -> bytes:
-        # By alias, because validation asks for it. What does not fit is told by load.
+        # By alias, because validation expects it. load() checks the values.
         data: bytes = value.model_dump_json(by_alias=True, round_trip=True, warnings=False).encode()
         load(data)
         return data
@@ -71,11 +71,11 @@ def pydantic_codec(cls: Any, name: str) -> ModelCodec[Any]:
 def msgspec_codec(cls: Any, name: str) -> ModelCodec[Any]:
     """Make the codec of a msgspec Struct."""
     json: Any = sys.modules["msgspec"].json
-    json.Decoder(cls)  # a type that it cannot decode is told now
+    json.Decoder(cls)  # raises now for a type that it cannot decode
 
     def dump(value: Any) -> bytes:
         data: bytes = json.encode(value)
-        load(data)  # it checks no type when a Struct is made
+        load(data)  # making a Struct checks no types
         return data
 
     def load(data: bytes) -> Any:
@@ -95,10 +95,10 @@ def _problem(error: Exception) -> str:
         case RecursionError():
             return " is nested too deeply"
         case orjson.JSONDecodeError():
-            return f" is no JSON: {error}"
+            return f" is not JSON: {error}"
     path, text = "", str(error)
     errors: Any = getattr(error, "errors", None)
-    if errors is not None:  # pydantic's ValidationError; told without what was in the field
+    if errors is not None:  # pydantic's ValidationError; shown without the field's value
         first, *more = errors(include_url=False, include_context=False, include_input=False)
         steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]]
         path, text = "".join(steps), first["msg"]

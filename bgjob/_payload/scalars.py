@@ -1,4 +1,4 @@
-"""How a value is written as JSON and read again: equal to what it was, or not at all."""
+"""How a value is encoded as JSON: either it decodes to an equal value, or it is refused."""
 
 import math
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 _INT64 = range(-(2**63), 2**64)
-"""What orjson writes, and reads as an int again."""
+"""The integers that orjson writes, and reads as an int."""
 
 
 class Misfit(Exception):  # noqa: N818 (it never reaches a user)
-    """A value is not what its annotation says; it gathers its path while it rises."""
+    """A value does not match its annotation; it collects its path as it is raised."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
@@ -21,7 +21,7 @@ class Misfit(Exception):  # noqa: N818 (it never reaches a user)
         self._path: list[str] = []
 
     def inside(self, step: str) -> "Misfit":
-        """Add the field or the item that the path so far starts from."""
+        """Prepend a field or an item to the path."""
         self._path.append(step)
         return self
 
@@ -32,13 +32,13 @@ class Misfit(Exception):  # noqa: N818 (it never reaches a user)
 
 
 class Shape(NamedTuple):
-    """An annotation: what it is called, and how its values become JSON's and come back equal."""
+    """An annotation: its name, and how its values are encoded as JSON and decoded."""
 
     name: str
     takes: tuple[type, ...]
     """The classes whose values `dump` takes."""
     kinds: frozenset[type]
-    """The classes that JSON has for them."""
+    """The JSON classes of their encoded values."""
     dump: Callable[[Any], Any]
     load: Callable[[Any], Any]
 
@@ -49,7 +49,7 @@ def not_a(expected: str, value: object) -> Misfit:
 
 
 def _same(cls: type, name: str, dump: Callable[[Any], Any]) -> Shape:
-    """Make the shape of a class that JSON has."""
+    """Make the shape of a JSON class."""
 
     def load(data: Any) -> Any:
         if type(data) is not cls:
@@ -74,7 +74,7 @@ def dump_str(value: Any) -> str:
 def dump_int(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise not_a("int", value)
-    number = int(value)  # a member of an IntEnum would be looked for in a range one by one
+    number = int(value)  # a range tests a member of an IntEnum item by item
     if number not in _INT64:
         raise Misfit("must be an int from -2**63 to 2**64 - 1, as those that orjson writes")
     return number

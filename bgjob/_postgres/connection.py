@@ -1,7 +1,7 @@
-"""What connections of the library and of its users need from psycopg.
+"""psycopg's connections and cursors, adapted for the library.
 
-Connections here give up on a server that has gone silent. Cursors here read and
-write values in psycopg's own ways, whatever the program has registered for its own SQL.
+Connections here give up on a silent server. Cursors here read and write values with
+psycopg's own adapters, whatever the program has registered for its own SQL.
 """
 
 import contextlib
@@ -29,36 +29,36 @@ Recipe: TypeAlias = tuple[str, Mapping[str, Any]]
 
 _DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10,  # seconds
-    # Of a network that is gone nobody else tells, for two hours by default.
+    # Without keepalives a lost network is noticed after two hours by default.
     "keepalives_idle": 30,  # seconds
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,  # milliseconds
-    # Of all settings this one is known to poolers, and is asked for while connecting.
+    # The only setting that poolers know; psycopg needs it while it connects.
     "client_encoding": "UTF8",
 }
 
 
 def check_conninfo(text: str) -> str:
-    """Give a connection string back, or raise ValueError if it is none.
+    """Return a connection string, or raise ValueError if it is not one.
 
-    Neither the text nor libpq's complaint is shown: both may hold a password.
+    The error shows neither the text nor libpq's complaint: both may contain a password.
     """
     try:
         host = conninfo_to_dict(text).get("host")
     except psycopg.Error:
         pass
     else:
-        if "@" not in str(host):  # where a password holds one that is not escaped
+        if "@" not in str(host):  # an unescaped @ in the password ends up in the host
             return text
     raise ValueError(
-        "this is no connection string; it looks like postgresql://user:password@host/database, "
+        "this is not a connection string; it looks like postgresql://user:password@host/database, "
         "with %40 for an @ in the password, or like 'host=... user=... dbname=...'"
     )
 
 
 def options(recipe: Recipe) -> dict[str, Any]:
-    """Give the arguments with which to connect as a recipe says."""
+    """Return the keyword arguments for connecting."""
     conninfo, kwargs = recipe
     return _DEFAULTS | conninfo_to_dict(conninfo) | dict(kwargs)
 
@@ -74,23 +74,23 @@ class Texts(list[str | None]):
 
 
 class Payloads(list[bytes | None]):
-    """A parameter of type bytea[]; as Texts, and for `standard_conforming_strings = off`."""
+    """A parameter of type bytea[]; see Texts; also for `standard_conforming_strings = off`."""
 
 
 class Times(list[datetime | None]):
-    """A parameter of type timestamptz[]; as Texts."""
+    """A parameter of type timestamptz[]; see Texts."""
 
 
 class Floats(list[float | None]):
-    """A parameter of type float8[]; as Texts."""
+    """A parameter of type float8[]; see Texts."""
 
 
 class Smallints(list[int | None]):
-    """A parameter of type int2[]; as Texts."""
+    """A parameter of type int2[]; see Texts."""
 
 
 class ErrorTexts(list[str | None]):
-    r"""A parameter of type text[]; what the server cannot hold is written as in `\u2713`."""
+    r"""A parameter of type text[]; characters that the server cannot hold become `\u2713`."""
 
 
 _ARRAYS = {
@@ -107,7 +107,7 @@ _SHOWN = 40  # characters
 
 
 class _ErrorTextDumper(Dumper):
-    """Writes text in what both the server's and the client's encoding have."""
+    """Writes text in the characters that both the server's and the client's encoding have."""
 
     format = Format.BINARY
 
@@ -129,7 +129,7 @@ class _ErrorTextDumper(Dumper):
 
 
 def _codec(name: bytes | None) -> str:
-    """Return Python's name of an encoding; what has none, and SQL_ASCII, takes any bytes."""
+    """Return Python's name of an encoding; UTF-8 for SQL_ASCII, ASCII for an unknown one."""
     try:
         return pg2pyenc(name or b"SQL_ASCII").replace("ascii", "utf-8")
     except psycopg.NotSupportedError:
@@ -149,7 +149,7 @@ class _ArrayDumper(ListBinaryDumper):
 
 
 class _Context:
-    """psycopg's own adapters, without what a program has registered globally."""
+    """psycopg's own adapters, without those that a program has registered globally."""
 
     connection = None
 
@@ -167,7 +167,7 @@ class _Context:
 
 
 class _TextLoader(Loader):
-    """Reads text where the client's encoding is SQL_ASCII; psycopg would give bytes."""
+    """Reads text if the client's encoding is SQL_ASCII; psycopg would return bytes."""
 
     @override
     def load(self, data: Buffer) -> str:
@@ -204,7 +204,7 @@ class Cursor(psycopg.Cursor[TupleRow]):
 
 
 class AsyncCursor(psycopg.AsyncCursor[TupleRow]):
-    """As Cursor, of an AsyncConnection."""
+    """A cursor for the library's statements. Async variant of Cursor."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         super().__init__(connection, row_factory=tuple_row)
@@ -216,13 +216,13 @@ class AsyncCursor(psycopg.AsyncCursor[TupleRow]):
 
 
 UNENCODABLE = (UntranslatableCharacter, UnicodeEncodeError)
-"""What is raised where a parameter has characters that the database cannot hold."""
+"""The errors of a parameter with characters that the database cannot hold."""
 
 
 def unencodable(
     connection: psycopg.BaseConnection[Any], values: Iterable[object], error: Exception
 ) -> Exception:
-    """Return the error that names the text, among these, that the database cannot hold."""
+    """Return an error that names the text that the database cannot hold."""
     texts = [text for v in values for text in (v if isinstance(v, list) else (v,))]
     for name in (b"server_encoding", b"client_encoding"):
         encoding = connection.pgconn.parameter_status(name) or b""
@@ -233,8 +233,8 @@ def unencodable(
                 shown = text if len(text) < _SHOWN else text[max(0, at - _SHOWN) : at + _SHOWN]
                 return ValueError(
                     f"{shown!r} cannot be stored: the encoding {encoding.decode()} of the "
-                    "database, or of the connection, does not have all its characters; give "
-                    "another name, or use a database in UTF8"
+                    "database, or of the connection, does not have all its characters; use "
+                    "another name, or a database in UTF8"
                 )
     return error
 
@@ -243,7 +243,7 @@ def unencodable(
 
 
 def is_two_phase(connection: psycopg.BaseConnection[Any] | None) -> bool:
-    """Whether a two-phase transaction is open, begun with `tpc_begin`: it must not notify."""
+    """Whether a two-phase transaction (`tpc_begin`) is open: it must not notify."""
     return connection is not None and connection._tpc is not None  # noqa: SLF001
 
 
@@ -255,10 +255,10 @@ class Silence(psycopg.OperationalError):
 
 
 class Connection(psycopg.Connection[Any]):
-    """A connection whose `patience` with a silent server ends."""
+    """A connection that fails after `patience` seconds without an answer."""
 
     patience: float = inf
-    """Seconds; may be changed, from any thread, while somebody waits."""
+    """Seconds; any thread may change it while another one waits."""
 
     @override
     def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
@@ -266,10 +266,10 @@ class Connection(psycopg.Connection[Any]):
 
 
 class AsyncConnection(psycopg.AsyncConnection[Any]):
-    """An async connection whose `patience` with a silent server ends."""
+    """A connection that fails after `patience` seconds. Async variant of Connection."""
 
     patience: float = inf
-    """As Connection.patience."""
+    """Seconds; see Connection.patience."""
 
     @override
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
@@ -277,7 +277,7 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
 
 
 def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[RV]:
-    # Whoever waits for the socket, in either colour, comes back with nothing now and then.
+    # Both ways of waiting for the socket, sync and async, return from time to time without data.
     try:
         wanted = next(gen)
         since = time.monotonic()
@@ -286,7 +286,7 @@ def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[
             if ready:
                 since = time.monotonic()
             elif time.monotonic() >= since + connection.patience:
-                connection.pgconn.finish()  # a question is open: nothing else can be asked
+                connection.pgconn.finish()  # a query is open, so nothing else can be sent
                 with contextlib.suppress(psycopg.Error):
                     gen.close()
                 raise Silence(connection.patience)

@@ -1,7 +1,7 @@
-"""What a fork leaves in the child: copies of clients and workers, which must not be used.
+"""Fork safety: the child's copies of clients and workers must not be used.
 
-Their connections are the parent's, and so are the jobs that wait in a worker. A client gets other
-connections; a child that comes out of its handler ends there.
+Their connections belong to the parent, and so do the jobs that wait in a worker. A client
+opens other connections; a child that returns from its handler ends there.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ def watch(watched: _Watched) -> None:
 
 
 class Lineage:
-    """Tells a worker's slots whether this is still the process that made them."""
+    """Knows whether this process is a fork of the one that made it."""
 
     def __init__(self) -> None:
         self.is_child = False
         watch(self)
 
     def in_child(self) -> None:
-        """Remember it."""
+        """Record the fork."""
         self.is_child = True
 
     def end(self, error: object) -> NoReturn:
-        """End the child, as the handler's `error` says, without a word to the parent's server."""
+        """End the child with the exit status of `error`, and send the server nothing."""
         code: object = 0
         match error:
             case SystemExit():

@@ -1,18 +1,18 @@
-"""The connections of a client: its own, or those of a pool of the user's.
+"""The connections of a client: its own, or those of the user's pool.
 
-A client's own pool has no thread and no task. Whoever needs a connection takes one that is idle,
-or opens one; whoever returns one closes those that have been idle for long. psycopg_pool, which
-did this before, was given up for four measured reasons:
+A client's own pool has no thread and no task. A caller takes an idle connection or opens
+one; a caller that returns one closes those that have been idle for long. psycopg_pool, which
+was used before, was replaced for four measured reasons:
 
 - It connects again after 1, 3, 7, 15 s: after an outage of 5, 10 and 20 s the first enqueue
   returned 1.3, 3.9 and 8.2 s after the server was back.
-- A connection that the server ended while it was idle failed one enqueue each.
+- Each connection that the server ended while it was idle failed one enqueue.
 - On Python 3.13.0 its threads kept a program that did not close its client for 20.8 s.
-- Its lock stayed taken in a child that was forked while another thread was in the pool.
+- Its lock stayed locked in a child that was forked while another thread was in the pool.
 
-An idle connection is looked at before it is used: a socket that has something to read while
-nothing was asked holds the server's last words, or its end. That takes no round trip. One whose
-host is gone without a word cannot be told; when it has failed, the idle ones are closed as well.
+An idle connection is checked before it is used: a socket with something to read while no
+query is open has the server's last message, or its end. That needs no round trip. It does not
+show a host that vanished silently; when such a connection fails, the idle ones are closed too.
 """
 
 import asyncio
@@ -36,19 +36,19 @@ from bgjob._postgres.connection import AsyncConnection, AsyncCursor, Connection,
 from bgjob.errors import BgjobError, ClientClosedError
 
 _SIZE = 10
-"""Connections that are used at once."""
+"""The most connections in use."""
 
 _IDLE = 600.0
 """Seconds after which an idle connection is closed, when another one is returned."""
 
 _AGE = 3600.0
-"""Seconds after which a connection is replaced: what a session has cached goes with it."""
+"""Seconds after which a connection is replaced, which frees the caches of its session."""
 
 _PAUSE = 0.1
 """Seconds between two attempts to connect."""
 
 PATIENCE = 30.0
-"""Seconds without a sign of the server, or without a connection, before an operation fails."""
+"""Seconds without an answer, or without a connection, before an operation fails."""
 
 
 class PooledConnection(Connection):
@@ -57,27 +57,27 @@ class PooledConnection(Connection):
     patience = PATIENCE
     opened_at = idle_since = 0.0
     home: "_Home[PooledConnection]"
-    _pool = None  # for psycopg: that a program ends without closing it is no mistake
+    _pool = None  # keeps psycopg from warning if the program ends without closing it
 
     @cached_property
     def enqueuing(self) -> Cursor:
-        """A cursor that is kept: to make one takes longer than to send a row."""
+        """A reused cursor: making one takes longer than sending a row."""
         return Cursor(self)
 
 
 class AsyncPooledConnection(AsyncConnection):
-    """As PooledConnection."""
+    """A connection of an async client's own pool. Async variant of PooledConnection."""
 
     patience = PATIENCE
     opened_at = idle_since = 0.0
     home: "_Home[AsyncPooledConnection]"
     places: asyncio.Semaphore
-    """Those of the event loop in which it is used."""
+    """The free connections of the event loop that uses it."""
     _pool = None
 
     @cached_property
     def enqueuing(self) -> AsyncCursor:
-        """As that of PooledConnection."""
+        """A reused cursor; see PooledConnection.enqueuing."""
         return AsyncCursor(self)
 
 
@@ -85,7 +85,7 @@ C = TypeVar("C", PooledConnection, AsyncPooledConnection)
 
 
 def has_news(connection: BaseConnection[Any]) -> bool:
-    """Whether there is something to read from a connection on which nothing was asked."""
+    """Whether there is something to read from a connection without an open query."""
     if connection.closed:
         return True
     poll = select.poll()
@@ -94,15 +94,15 @@ def has_news(connection: BaseConnection[Any]) -> bool:
 
 
 class _Home(Generic[C]):
-    """The connections of a pool in one process; a child that is forked gets another home."""
+    """The connections of a pool in one process; a forked child gets another home."""
 
     def __init__(self) -> None:
         self.idle: deque[C] = deque()
         self.useless: deque[C] = deque()
-        """Those that are to be closed."""
+        """The connections to close."""
 
     def take(self) -> C | None:
-        """Take an idle connection that works, the latest; None if there is none."""
+        """Take the most recently used idle connection that works; None without one."""
         try:
             while True:
                 connection = self.idle.pop()
@@ -113,30 +113,30 @@ class _Home(Generic[C]):
             return None
 
     def put(self, connection: C) -> None:
-        """Keep a connection for the next one that needs one, if it can be used."""
+        """Keep a connection for the next caller, if it can be used."""
         status = connection.pgconn.transaction_status
         if status != TransactionStatus.IDLE:
             self.useless.append(connection)
             if status == TransactionStatus.UNKNOWN:
-                self.empty()  # one that has broken is hardly the only one
+                self.empty()  # a broken connection is hardly the only one
             return
         connection.idle_since = now = monotonic()
         self.idle.append(connection)
         try:
             while self.idle[0].idle_since < now - _IDLE:
                 self.useless.append(self.idle.popleft())
-        except IndexError:  # another thread has taken it
+        except IndexError:  # another thread took it
             pass
 
     def empty(self) -> None:
-        """Keep nothing."""
+        """Keep no connection."""
         with suppress(IndexError):
             while True:
                 self.useless.append(self.idle.pop())
 
 
 class Pool:
-    """Connections of a client's own, at most 10; thread-safe, and in a forked child empty."""
+    """A client's own connections, at most 10; thread-safe, and empty in a forked child."""
 
     def __init__(
         self,
@@ -153,19 +153,19 @@ class Pool:
         fork.watch(self)
 
     def in_child(self) -> None:
-        """Begin anew: the connections are the parent's, and a lock may be taken for good."""
+        """Start empty: the connections are the parent's, and a lock may stay locked forever."""
         self._home: _Home[PooledConnection] = _Home()
-        # A semaphore of the standard library takes ten times as long.
+        # The standard library's semaphore takes ten times as long.
         self._places: SimpleQueue[None] = SimpleQueue()
         for _ in range(_SIZE):
             self._places.put(None)
 
     def take(self) -> PooledConnection:
-        """Take a connection, in autocommit; try for the pool's patience to open one.
+        """Take a connection in autocommit; try to open one for `patience` seconds.
 
         Raises:
             ClientClosedError: the pool is closed.
-            psycopg.OperationalError: none could be opened, or all were in use all the time.
+            psycopg.OperationalError: none could be opened, or all stayed in use.
 
         """
         self._check_open()
@@ -197,7 +197,7 @@ class Pool:
         return connection
 
     def give_back(self, connection: PooledConnection) -> None:
-        """Return a connection; one that was taken before a fork stays the parent's."""
+        """Return a connection; one that was taken before a fork belongs to the parent."""
         home = connection.home
         if home is not self._home:
             return
@@ -209,7 +209,7 @@ class Pool:
             self._clear(home)
 
     def close(self) -> None:
-        """Close what is idle, and the rest when it is returned. Idempotent."""
+        """Close the idle connections, and the others when they are returned. Idempotent."""
         self._is_closed = True
         self._home.empty()
         self._clear(self._home)
@@ -225,7 +225,7 @@ class Pool:
 
 
 class AsyncPool:
-    """Connections of an async client's own, at most 10 for each event loop; as Pool."""
+    """An async client's own connections, at most 10 for each event loop; see Pool."""
 
     def __init__(
         self,
@@ -242,14 +242,14 @@ class AsyncPool:
         fork.watch(self)
 
     def in_child(self) -> None:
-        """Begin anew; as Pool.in_child."""
+        """Start empty; see Pool.in_child."""
         self._home: _Home[AsyncPooledConnection] = _Home()
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
             WeakKeyDictionary()
         )
 
     async def take(self) -> AsyncPooledConnection:
-        """Take a connection, in autocommit; as Pool.take."""
+        """Take a connection in autocommit. Async variant of Pool.take."""
         self._check_open()
         loop = asyncio.get_running_loop()
         if (places := self._places.get(loop)) is None:
@@ -289,7 +289,7 @@ class AsyncPool:
         return connection
 
     async def give_back(self, connection: AsyncPooledConnection) -> None:
-        """Return a connection; as Pool.give_back."""
+        """Return a connection. Async variant of Pool.give_back."""
         home = connection.home
         if home is not self._home:
             return
@@ -302,7 +302,7 @@ class AsyncPool:
             await self._clear(home)
 
     async def close(self) -> None:
-        """Close what is idle, and the rest when it is returned. Idempotent."""
+        """Close the idle connections. Async variant of Pool.close."""
         self._is_closed = True
         self._home.empty()
         await self._clear(self._home)
@@ -318,22 +318,22 @@ class AsyncPool:
 
 
 class BorrowedPool:
-    """A pool of the user's, whose connections are looked at before they are used."""
+    """The user's pool, whose connections are checked before they are used."""
 
     def __init__(self, pool: ConnectionPool[Any]) -> None:
         self._pool = pool
         self._is_closed = False
-        # A child has no threads but the one that forked.
+        # A child has only the thread that forked.
         workers = getattr(pool, "_workers", ())
         self._is_inherited = bool(workers) and not any(each.is_alive() for each in workers)
         fork.watch(self)
 
     def in_child(self) -> None:
-        """Refuse a pool that is open: its sockets, and its threads, are the parent's."""
+        """Refuse an open pool: its sockets and its threads are the parent's."""
         self._is_inherited = not self._pool.closed
 
     def take(self) -> psycopg.Connection[Any]:
-        """Take a connection, as the pool gives it."""
+        """Take a connection, as the pool returns it."""
         _check_borrowed(is_closed=self._is_closed, is_inherited=self._is_inherited)
         connection: psycopg.Connection[Any]
         while has_news(connection := self._pool.getconn()):
@@ -341,7 +341,7 @@ class BorrowedPool:
                 ConnectionPool.check_connection(connection)
             except psycopg.Error:
                 connection.close()
-                self._pool.putconn(connection)  # which opens another one
+                self._pool.putconn(connection)  # the pool opens another one
             else:
                 break  # a notification was waiting
         return connection
@@ -351,12 +351,12 @@ class BorrowedPool:
         self._pool.putconn(connection)
 
     def close(self) -> None:
-        """Borrow no more; the pool stays open."""
+        """Stop borrowing; the pool stays open."""
         self._is_closed = True
 
 
 class AsyncBorrowedPool:
-    """An async pool of the user's; as BorrowedPool."""
+    """The user's async pool. Async variant of BorrowedPool."""
 
     def __init__(self, pool: AsyncConnectionPool[Any]) -> None:
         self._pool = pool
@@ -364,11 +364,11 @@ class AsyncBorrowedPool:
         fork.watch(self)
 
     def in_child(self) -> None:
-        """Refuse a pool that is open; as BorrowedPool.in_child."""
+        """Refuse an open pool; see BorrowedPool.in_child."""
         self._is_inherited = not self._pool.closed
 
     async def take(self) -> psycopg.AsyncConnection[Any]:
-        """Take a connection, as the pool gives it."""
+        """Take a connection, as the pool returns it."""
         _check_borrowed(is_closed=self._is_closed, is_inherited=self._is_inherited)
         connection: psycopg.AsyncConnection[Any]
         while has_news(connection := await self._pool.getconn()):
@@ -389,7 +389,7 @@ class AsyncBorrowedPool:
         await self._pool.putconn(connection)
 
     async def close(self) -> None:
-        """Borrow no more; the pool stays open."""
+        """Stop borrowing; the pool stays open."""
         self._is_closed = True
 
 
@@ -399,8 +399,8 @@ def _closed() -> ClientClosedError:
 
 def _all_in_use(patience: float) -> psycopg.OperationalError:
     return psycopg.OperationalError(
-        f"all {_SIZE} connections of this client were in use for {patience:g} s: use fewer at "
-        "once, or give the client a psycopg_pool of your own size"
+        f"all {_SIZE} connections of this client were in use for {patience:g} s: use fewer at a "
+        "time, or give the client a psycopg_pool of the size that you need"
     )
 
 
