@@ -1,6 +1,6 @@
-"""Every SQL string that bgjob runs, each a value that knows its parameters and its rows.
+"""Every SQL statement that bgjob runs, each a value with its parameters and its row reader.
 
-The rules they keep:
+Their rules:
 
 - Only the database's clock decides. The due predicate compares with now(),
   which is stable and bounds the index scan; clock_timestamp() does not, and
@@ -9,10 +9,10 @@ The rules they keep:
   watermark can pass between them.
 - A claim finds rows by position: `ctid = any (array(...))`. With statistics
   taken while the table was empty and 70,000 dead rows under an old snapshot, a
-  claim of 500 took 8 to 10 ms so, 1.4 s as `id = any (array(...))`, and 68 s as
+  claim of 500 took 8 to 10 ms this way, 1.4 s as `id = any (array(...))`, and 68 s as
   `id in (select ...)`.
 - Every write that ends or extends a claim carries the claim's token.
-- Arrays instead of loops, and always `id = any (...)` on bgjob_job beside a join
-  with an unnested array: the plan is then an index scan whatever is guessed
-  of the array.
+- Arrays instead of loops, and always `id = any (...)` on bgjob_job in addition to
+  a join with an unnested array: the plan is then an index scan, whatever the
+  planner assumes about the array.
 """

@@ -1,4 +1,4 @@
-"""Claim due jobs, set free those whose worker died, and see what else there is."""
+"""Claim due jobs, free the jobs of dead workers, and survey a queue."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -25,19 +25,19 @@ JOB_COLUMNS = f"""
 """
 
 _LARGEST: LiteralString = "65536"
-"""Bytes of a payload that a claim returns; a larger one is fetched when its handler is to run."""
+"""The most bytes of a payload that a claim returns; a larger one is fetched before its handler."""
 
 _ELSEWHERE: LiteralString = "62676a6f62207061796c6f616420d98d1f06b15e4c7a9e3302c468af70e5"
 ELSEWHERE = bytes.fromhex(_ELSEWHERE)
-"""What a claim returns in place of a large payload. A job whose payload is this is fetched, too."""
+"""Stands for a large payload in a claim's result. A payload that equals it is fetched too."""
 
-# The size of a payload that is stored out of line is known without reading it.
+# PostgreSQL knows the size of an out-of-line payload without reading it.
 _SMALL_ARG = f"""
     case when octet_length(arg) > {_LARGEST} then decode('{_ELSEWHERE}', 'hex') else arg end
 """
 CLAIMED_COLUMNS = JOB_COLUMNS.replace(" arg,", f" {_SMALL_ARG},")
 
-# Each priority in use, without a scan over its rows.
+# The priorities in use, without a scan over their rows.
 _PRIORITIES = """
     with recursive line (priority) as (
         (
@@ -60,18 +60,18 @@ _TAKE = """
     attempt = least(attempt, 2147483646) + 1
 """
 
-# After one death, for which mostly no job is to blame, a job is claimed as any other. After
-# more it is a suspect, see _isolation.py.
+# After one death, which is usually not the job's fault, a job is claimed like any other. After
+# more it is a suspect; see _engine/isolation.py.
 _FRESH = "j.lease_until is null and j.deaths <= 1"
 
-# A worker that was starved, or had no server, finds its own leases ended. What it holds it
-# extends or settles; it never frees it. A row spoiled by hand may have no token.
+# A worker that was starved, or had no server, finds its own leases ended. It extends or settles
+# the jobs that it holds, and never frees them. A row edited by hand may have no token.
 _ENDED = "j.lease_until <= now() and (j.token <> all (%(held)s::bigint[])) is not false"
 
-# No handler has entered what this worker claimed without an answer, whatever its lease.
+# Jobs of this worker's claims whose answer was lost never started, whatever their lease.
 _FREEABLE = f"({_ENDED} or j.token = any (%(unanswered)s::bigint[]))"
 
-# Of no row: looked up once a statement, and nothing is read where the queue is paused.
+# Independent of the row: evaluated once a statement; a paused queue's rows are not read.
 _UNPAUSED = """
     not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
 """
@@ -131,9 +131,9 @@ _LINES = f"""
     ) as line
 """
 
-# The handler of a claim that is freed may live on in its transaction, in a worker that is
-# stopped or cut off, and keep locks that the next attempt needs: its session ends. Nearly
-# always there is none.
+# The handler of a freed claim may still run in its transaction, in a worker that is stopped
+# or cut off, and keep locks that the next attempt needs: end its session. Usually there is
+# none.
 _END_SESSIONS = f"""
     case when exists (select from due where ended) then (
         select count(pg_terminate_backend(a.pid)) from pg_stat_activity a
@@ -143,8 +143,8 @@ _END_SESSIONS = f"""
     ) end
 """
 
-# A claim without an answer is undone. Of a group, the only claim of rows with more than one
-# death, it is not known whether it charged anything: it keeps what it has.
+# A claim whose answer was lost is undone. A group, the only claim of rows with more than one
+# death, may or may not have charged an attempt, so its attempts stay as they are.
 _SET_FREE = """
     update bgjob_job
     set token = null,
@@ -155,11 +155,11 @@ _SET_FREE = """
             + ((token = any (%(unanswered)s::bigint[])) is not true)::int
 """
 
-# The first of those that the next claim may take.
+# The first due time of the freed jobs that the next claim may take.
 _FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 
-# What was in flight when its worker died is only set free here, and claimed by a later
-# claim. It is set free while the queue is paused, too.
+# The jobs of a dead worker are only freed here, also while the queue is paused, and claimed
+# by a later claim.
 _SWEEP = f"""
     with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_FREEABLE}")}),
     freed as (
@@ -205,18 +205,18 @@ _SUSPECTS = f"""
     and j.next_run_at <= now() and not j.waits and {_UNPAUSED}
 """
 
-# The order of bgjob_job_suspect, which no other index has: none of the due jobs that are no
-# suspects is walked over. Not `deaths =`: then bgjob_job_due would have that order as well.
+# The order of bgjob_job_suspect, which no other index has, so that the plan walks over no due
+# jobs that are not suspects. Not `deaths =`: then bgjob_job_due would have that order as well.
 _SUSPECTS_IN_ORDER = "order by j.deaths desc, j.priority, j.next_run_at"
 
 _HAS_SUSPECTS = f"""
     (select true from bgjob_job j where {_SUSPECTS} {_SUSPECTS_IN_ORDER} limit 1) is not null
 """
 
-# The first half of those with the most deaths. Twice as many as may be claimed are enough to
-# know how many that is. A half that is drawn by lot was no better: three killers that all
-# strike at once took 120 to 160 deaths instead of 105 to run out of 25 attempts each. A job
-# that is claimed alone is charged an attempt.
+# The first half of the suspects with the most deaths. Twice the limit is enough to count them.
+# Choosing the half at random was no better: three killers that all strike immediately took 120
+# to 160 deaths instead of 105 to use up their 25 attempts each. A job that is claimed alone is
+# charged an attempt.
 _CLAIM_GROUP = f"""
     with class as materialized (
         select j.ctid from bgjob_job j
@@ -251,11 +251,11 @@ _CLAIM_ANY = f"""
 
 
 class Taken(NamedTuple):
-    """What a claim took."""
+    """The claimed jobs."""
 
     jobs: list[Job]
     places: list[str]
-    """Where their rows are, until they are written again."""
+    """The positions of their rows, until they are written again."""
 
 
 def claim(
@@ -268,7 +268,7 @@ def claim(
 ) -> Statement[Taken]:
     """Claim due jobs of these priorities, from their marks on.
 
-    They are taken in (priority, next_run_at) order, and come sorted so.
+    Claimed and returned in (priority, next_run_at) order.
     """
     params: dict[str, object] = {
         "queue": queue,
@@ -286,16 +286,16 @@ def claim(
 
 
 class UnderWay(NamedTuple):
-    """Which transactions have written something, and not ended."""
+    """The transactions that have written something and not ended."""
 
     at: datetime
-    """When the transaction of the claim before it began."""
+    """When the transaction of the preceding claim began."""
     numbers: frozenset[int]
     is_complete: bool
-    """Whether all are among them that have a lower number than those to come."""
+    """Whether it contains all transactions with lower numbers than the future ones."""
 
 
-_MOST_HIDDEN = 1000  # one that makes many savepoints uses up as many numbers
+_MOST_HIDDEN = 1000  # a transaction uses one number for each of its savepoints
 
 _UNDER_WAY = """
     select now(), pg_current_xact_id_if_assigned()::text::bigint, pg_current_snapshot()::text
@@ -304,11 +304,11 @@ _SURELY_UNDER_WAY = _UNDER_WAY.replace("_if_assigned", "")
 
 
 def under_way(*, surely: bool) -> Statement[UnderWay]:
-    """Tell which transactions are under way after a claim.
+    """List the transactions in progress after a claim.
 
     Args:
-        surely: make it complete also where this transaction has not claimed anything, at
-            the price of one number.
+        surely: make it complete even if this transaction has not claimed anything, which
+            uses one transaction number.
 
     """
     return Statement(_SURELY_UNDER_WAY if surely else _UNDER_WAY, None, _read_under_way)
@@ -316,8 +316,8 @@ def under_way(*, surely: bool) -> Statement[UnderWay]:
 
 def _read_under_way(rows: Sequence[Row]) -> UnderWay:
     [(at, own, snapshot)] = rows
-    # Lowest, the one after the highest that has ended, and those between that have not.
-    # What has begun after that one is found between it and the own number.
+    # The snapshot: the lowest number, the one after the highest ended, and the active ones between.
+    # Later transactions have numbers between that one and this transaction's own.
     _, after, between = snapshot.split(":")
     numbers = {int(number) for number in between.split(",") if number}
     if own is not None:
@@ -326,12 +326,12 @@ def _read_under_way(rows: Sequence[Row]) -> UnderWay:
 
 
 class Swept(NamedTuple):
-    """What a sweep found: jobs it claimed, and how many it set free."""
+    """The jobs that a sweep claimed, and how many it freed."""
 
     jobs: list[Job]
     freed: int
     since: datetime | None = None
-    """The first due time of those that any claim may take now, which are no suspects."""
+    """The first due time of the freed jobs that are not suspects, which any claim may take."""
 
 
 def sweep(
@@ -343,11 +343,11 @@ def sweep(
     held: Sequence[int] = (),
     unanswered: Sequence[int] = (),
 ) -> Statement[Swept]:
-    """Claim due jobs of every priority, wherever they lie; free those whose lease has ended.
+    """Claim due jobs of all priorities, whatever their marks; free those whose lease has ended.
 
-    Jobs that have one of the tokens `held` are not freed: the worker itself holds them. Jobs
-    that have one of `unanswered` are freed before their lease ends, without a death, and with
-    their attempt: the answer to their claim was lost, so that no handler has entered them.
+    Jobs with a token in `held` are not freed: the worker itself holds them. Jobs with a token
+    in `unanswered` are freed before their lease ends, without a death, and their attempt is
+    given back: the answer to their claim was lost, so they never started.
     """
     return Statement(
         _SWEEP,
@@ -372,14 +372,14 @@ _NEXT = f"""
 
 
 def next_due(queue: str, *, limit: int) -> Statement[list[tuple[str, str]]]:
-    """Lock the jobs that are claimed next; their places and ids."""
+    """Lock the jobs that the next claim takes; return their positions and ids."""
     return Statement(
         _NEXT, {"queue": queue, "limit": limit, "held": number_array([])}, _pairs, prepare=False
     )
 
 
 def try_claim(places: Sequence[str]) -> Statement[None]:
-    """Claim the jobs at these places, to see whether the server refuses that."""
+    """Claim the jobs at these positions, to test whether the server refuses that."""
     return Statement(
         f"update bgjob_job set {_TAKE} where ctid = any (%(places)s::tid[])",
         {"places": text_array(places), "token": 0, "lease": 1.0},
@@ -395,7 +395,7 @@ def _pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def free(
     queue: str, *, limit: int, held: Sequence[int] = (), unanswered: Sequence[int] = ()
 ) -> Statement[Swept]:
-    """Free jobs as `sweep`, and claim nothing."""
+    """Free jobs as `sweep` does, without claiming."""
     return Statement(
         _FREE,
         {
@@ -409,13 +409,13 @@ def free(
 
 
 class Window(NamedTuple):
-    """Where a sweep looks that would take too long if it looked at everything."""
+    """The part of a queue that a sweep checks if the whole would take too long."""
 
     since: datetime
     until: datetime
-    """The end of the due times, which is not looked at."""
+    """The end of the due times; exclusive."""
     priorities: tuple[int, ...]
-    """Those that are known, in order."""
+    """The known priorities, in order."""
 
 
 def free_within(
@@ -426,7 +426,7 @@ def free_within(
     held: Sequence[int] = (),
     unanswered: Sequence[int] = (),
 ) -> Statement[Swept]:
-    """Free jobs whose lease has ended, as `free`, within a window."""
+    """Free jobs whose lease has ended, within a window; see `free`."""
     params = {
         **_within(queue, window),
         "limit": limit,
@@ -437,14 +437,14 @@ def free_within(
 
 
 class Stray(NamedTuple):
-    """The first job of a priority within a window that is due and fresh."""
+    """The first due, fresh job of a priority within a window."""
 
     priority: int
     since: datetime
 
 
 def strays(queue: str, window: Window) -> Statement[list[Stray]]:
-    """Find where claims have to start for jobs that were written behind the marks."""
+    """Find where claims must start to take jobs that were written behind the marks."""
     return Statement(
         f"""
         select w.priority, {in_range("due.next_run_at")}
@@ -476,15 +476,15 @@ class Group(NamedTuple):
 
     jobs: list[Job]
     deaths: int
-    """The most that one of them has."""
+    """The most deaths of one of them."""
 
 
 def claim_group(
     queue: str, *, limit: int, lease: float, token: int, charge: bool
 ) -> Statement[Group]:
-    """Claim the first half of the due jobs with the most deaths, over one; `limit` at most.
+    """Claim the first half of the due suspects with the most deaths; at most `limit`.
 
-    One that is claimed alone is charged an attempt if `charge`. Several are charged nothing.
+    A job that is claimed alone is charged an attempt if `charge`; several are charged nothing.
     """
     return Statement(
         _CLAIM_GROUP,
@@ -498,7 +498,7 @@ def _group(rows: Sequence[Row]) -> Group:
 
 
 def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
-    """Claim the first due job, whatever became of its last worker."""
+    """Claim the first due job, also one whose last worker died."""
     return Statement(
         _CLAIM_ANY,
         {"queue": queue, "limit": 1, "lease": lease, "token": token, "held": number_array(())},
@@ -506,12 +506,12 @@ def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
     )
 
 
-# The same jobs by the clock that goes on while a transaction is open, where now() stands still.
+# The same by the running clock: now() stands still while a transaction is open.
 _CLAIM_NOW = _CLAIM_ANY.replace("now()", "clock_timestamp()")
 
 
 def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
-    """Claim the first due job, also one that this transaction has made due; as claim_any."""
+    """Claim the first due job, also one that this transaction made due; see claim_any."""
     return claim_any(queue, lease=lease, token=token)._replace(text=_CLAIM_NOW)
 
 
@@ -520,15 +520,15 @@ class Line(NamedTuple):
 
     priority: int
     since: datetime
-    """What was due earlier has been claimed, or may not be: long ago where the queue is paused."""
+    """Jobs that were due earlier have been claimed; long ago if the queue is paused."""
     wait: float | None
     """Seconds until the next job that is not due yet."""
     has_suspects: bool
     """Whether the queue has suspects that can be claimed."""
 
 
-# The known ones, and the first of those between two of them. None of the rows of a known one
-# is looked at to find the next.
+# The known priorities, and the first one in each gap between them, found without reading the
+# rows of a known one.
 _KNOWN_PRIORITIES = """
     with line (priority) as (
         select priority from unnest(%(priorities)s::smallint[]) as k (priority)
@@ -544,7 +544,7 @@ _KNOWN_PRIORITIES = """
 
 
 def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
-    """List lines as `survey`, without a walk over the rows of the known priorities."""
+    """List lines as `survey` does, without walking over the rows of known priorities."""
     ends = [-(2**15) - 1, *window.priorities, 2**15]
     gaps = [(low + 1, high - 1) for low, high in pairwise(ends) if low + 1 <= high - 1]
     return Statement(
@@ -560,7 +560,7 @@ def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
 
 
 def survey(queue: str) -> Statement[list[Line]]:
-    """List the priorities in use, when the next job of each is due, and whether suspects are."""
+    """List the priorities in use, the next due time of each, and whether there are suspects."""
     return Statement(_PRIORITIES + _SURVEY, {"queue": queue}, _lines)
 
 
@@ -581,7 +581,7 @@ def _lines(rows: Sequence[Row]) -> list[Line]:
     return [Line(*row) for row in rows]
 
 
-# An update returns rows in no order. Of one priority they are sorted twice as fast.
+# An update returns rows unordered. Rows of one priority are sorted twice as fast.
 
 
 def _taken(rows: Sequence[Row]) -> Taken:

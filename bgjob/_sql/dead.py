@@ -26,7 +26,7 @@ _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
 
 
 class DeadFilter(NamedTuple):
-    """Which dead jobs; what is None does not restrict."""
+    """Filters of dead jobs; None does not filter."""
 
     ids: Sequence[str] | None = None
     queue: str | None = None
@@ -44,7 +44,7 @@ class DeadFilter(NamedTuple):
 
     @property
     def condition(self) -> LiteralString:
-        """The condition that they fulfil."""
+        """The condition that dead jobs have to meet."""
         return " and ".join(["true", *(_DEAD_CONDITIONS[name] for name in self.params)])
 
 
@@ -73,15 +73,15 @@ def matching(where: DeadFilter) -> Statement[list[str]]:
 
 
 class Requeued(NamedTuple):
-    """What went back from the dead-letter table."""
+    """The requeued jobs and their queues."""
 
     ids: list[str]
     queues: set[str]
 
 
-# A job that is moved or deleted is locked before, in the order of the numbers. A statement whose
-# snapshot is older than another one's commit still sees what that one has moved: locked first, it
-# is gone, and is neither inserted a second time nor waited for in two orders.
+# A statement first locks the jobs that it moves or deletes, in the order of their numbers. If its
+# snapshot is older than another statement's commit, it still sees the jobs that that one moved.
+# Locking shows that they are gone, so that they are not inserted twice, and there is no deadlock.
 _LOCKED: LiteralString = """
     select id, job_id from bgjob_dead_job where id = any (array({which}))
     order by id for update {others}
@@ -91,9 +91,9 @@ _LOCKED: LiteralString = """
 def requeue(where: DeadFilter) -> Statement[Requeued]:
     """Move dead jobs back to their queues, due now.
 
-    Of several dead jobs with one id the latest goes back. One whose id a live
-    job has stays dead. What another session moves or purges meanwhile is waited for, and
-    is left to it.
+    Of several dead jobs with one id only the latest is requeued. A job whose id a live job
+    has stays dead. The statement waits for jobs that another session moves or purges, and
+    leaves them to it.
     """
     latest: LiteralString = f"""
         select distinct on (job_id) id from bgjob_dead_job where {where.condition}
@@ -123,7 +123,7 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
 
 
 def purge(where: DeadFilter) -> Statement[int]:
-    """Delete dead jobs; how many."""
+    """Delete dead jobs; return their number."""
     which: LiteralString = f"select id from bgjob_dead_job where {where.condition}"
     return Statement(
         f"""
@@ -138,10 +138,10 @@ def purge(where: DeadFilter) -> Statement[int]:
 
 
 def expire(age: float, *, limit: int) -> Statement[int]:
-    """Delete those of the first `limit` dead jobs that died longer ago than `age`; how many.
+    """Delete dead jobs older than `age`, of the first `limit`; return their number.
 
-    They are numbered as they die: where the first of them are younger, all are. Those that
-    another session has locked, to requeue them for example, are left to it: a worker's control
+    Dead jobs are numbered as they die: if the first ones are younger, all are. The statement
+    skips jobs that another session has locked, for example to requeue them: a worker's control
     thread does not wait.
     """
     old: LiteralString = """

@@ -1,4 +1,4 @@
-"""Enqueue jobs, and wake the workers of their queues."""
+"""Enqueue jobs, and notify the workers of their queues."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import LiteralString, NamedTuple
@@ -17,7 +17,7 @@ from bgjob._sql.notices import (
 from bgjob._sql.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
 
-# The lock is taken after the insert and before the commit; it is let go after
+# The lock is taken after the insert and before the commit, and released after
 # the row is visible. So a worker that gets it exclusively sees the row.
 _ENQUEUE = """
     insert into bgjob_job (id, queue, type, arg, priority)
@@ -37,8 +37,8 @@ _ENQUEUE_OTHERS = """
 """
 
 
-# Since when its transaction has been under way: how far behind the others it may be; the
-# priority, with a sign where it is due later; the queue.
+# When its transaction began, which says how far behind the others it may be; the
+# priority, with a sign if the job is due later; the queue.
 def _tell_of(sign: LiteralString) -> LiteralString:
     payload: LiteralString = (
         f"concat_ws(' ', extract(epoch from now()), concat(%(priority)s, '{sign}'), queue)"
@@ -52,7 +52,7 @@ def _tell_of(sign: LiteralString) -> LiteralString:
 _TELL_NOW = _tell_of("")
 _TELL_LATER = _tell_of(LATER)
 
-# By whether it is plain, is due later, and is to be told; made once, and as fast as a bare insert.
+# By whether the job is plain, is due later, and notifies. Made once: as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
     (plain, later, notify): (_ENQUEUE if plain else _ENQUEUE_OTHERS)
     + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
@@ -63,7 +63,7 @@ _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
 
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
-    """Write one job; whether it was written, False where its id is taken."""
+    """Write one job; True if it was written, False if its id is taken."""
     later = bool(request.delay or request.run_at)
     plain = request.exclusive is None and not later
     params: dict[str, object] = {
@@ -101,12 +101,12 @@ _TELL_MANY_ON = NOTIFY.format(
 
 
 def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Statement[set[str]]:
-    """Write jobs; the ids that were written, without those that are taken.
+    """Write jobs; return the written ids, without those that were taken.
 
-    The rows are written in the order of their ids' bytes, as those of a COPY are, so that two
-    calls with the same ids wait for each other and do not deadlock; their due times keep the
-    order of the call. The transaction gets its number before the first of them:
-    a worker takes it that one with a higher number has not written before.
+    The rows are written in the order of their ids' bytes, as by COPY, so that two calls with
+    the same ids wait for each other and do not deadlock; their due times keep the order of the
+    call. The transaction gets its number before the first due time is read: workers assume that
+    a transaction with a higher number has not written before.
     """
     tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
     return Statement(
@@ -164,7 +164,7 @@ def _whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
 
 
 def begin_copy() -> Statement[None]:
-    """Give the transaction its number before the first due time is read; see enqueue_many."""
+    """Assign the transaction's number before the first due time is read; see enqueue_many."""
     return Statement("select pg_current_xact_id() is null", None, nothing, prepare=None)
 
 
@@ -177,10 +177,10 @@ class Copy(NamedTuple):
 
 
 def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
-    """Write jobs that are due now; unlike `enqueue_many` it fails where an id is taken.
+    """Write jobs that are due now; unlike `enqueue_many` it fails if an id is taken.
 
-    None where COPY does not do it: it computes no due times, writes rows in the
-    order in which they come, which has to be that of their ids, and no keys.
+    None if COPY is not possible: it computes no due times, writes no keys, and writes rows
+    in the given order, which must be the order of their ids.
     """
     ids = [r.id for r in requests]
     others = any(r.delay or r.run_at or r.exclusive is not None for r in requests)
@@ -189,18 +189,18 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     return Copy(
         "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",
         ("text", "text", "text", "bytea", "int2"),
-        # One at a time, while the server writes those before it.
+        # Made one at a time, while the server writes the ones before.
         ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests),
     )
 
 
 def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
-    """Wake the workers of these requests' queues when the transaction commits."""
+    """Notify the workers of these requests' queues when the transaction commits."""
     return _tell(_whats(requests))
 
 
 def tell_all(queues: Iterable[str]) -> Statement[None]:
-    """Let the workers of these queues look at all that is there when the transaction commits."""
+    """Notify the workers of these queues, at commit, to check all jobs."""
     return _tell({(queue, EVERYTHING) for queue in queues})
 
 

@@ -1,15 +1,15 @@
 """Exclusive keys: who may have one, who waits for it.
 
-What is decided about a key is decided while its row is locked, by a statement that
-begins after that, so that it sees all that was decided before. Rows are locked in the
-order of their keys, and no transaction locks twice. Rows of jobs are not waited for
-meanwhile, so that no session waits for long.
+Decisions about a key are made while its row is locked, by a statement that begins after
+the lock was taken, so that it sees all earlier decisions. Rows are locked in the order of
+their keys, and no transaction locks twice. Meanwhile it does not wait for rows of jobs, so
+that no session waits for long.
 
-The row of a key says from which job on to look (`queue`, `since`, `since_id`): of that queue
-nothing waits for the key that was due before. An old snapshot keeps the index entries of all
-its jobs that are done, which a look from the left edge would walk over for each job. What is
-due before it all the same, such as a job that was committed late, loses no more than its
-place: a key's row is not deleted without a look from the left edge.
+The row of a key says at which job to start (`queue`, `since`, `since_id`): in that queue no
+job that waits for the key was due before. An old snapshot keeps the index entries of all
+completed jobs of the key, and a search from the left edge would walk over them for each job.
+A job before that point, for example one that was committed late, only loses its place in
+line: a key's row is deleted only after a search from the left edge.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -20,24 +20,24 @@ from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement, column, in_range, nothing
 
-# Its job is claimed: the claim's token is gone as soon as that is settled or freed. Not
-# `exists`: where a nested loop is off that becomes a hash of the whole table.
+# Whether its job is claimed: the claim's token vanishes when the job is settled or freed. Not
+# `exists`: without nested loops that becomes a hash of the whole table.
 _IS_HELD = """
     (select true from bgjob_job h where h.id = e.job_id and h.token = e.token) is not null
 """
 
 
-# From which due time and id on to look at the jobs of the key e in a queue. A clock that has
-# been set back makes jobs due before those of a time to come.
+# The due time and id from which to search the jobs of the key e in a queue. After the clock was
+# set back, jobs may be due before a stored time in the future.
 _IS_BOUNDED = "(e.queue = {queue} and e.since <= now())"
 _SINCE = f"""
     case when {_IS_BOUNDED} then e.since else '-infinity' end,
     case when {_IS_BOUNDED} then e.since_id else '' end
 """
 
-# Another job of the key and the queue of f, that was due before it. The order, here and
-# below, is that of one index only: with statistics of a drained table the planner took
-# bgjob_job_due, and walked over all that was due in the queue.
+# Another job of the key and the queue of f that was due before it. Only one index has this
+# order, here and below: with statistics of a drained table the planner took bgjob_job_due,
+# and walked over all due jobs of the queue.
 _EARLIER = """
     (
         select true from bgjob_job o
@@ -80,11 +80,11 @@ _IS_DUE_HERE = _OF_KEY_SINCE.format(
 
 
 def lock_keys(keys: Iterable[str]) -> Statement[None]:
-    """Lock the rows of keys; those that are not there are made.
+    """Lock the rows of keys; insert the missing ones.
 
-    One that was only looked for might be deleted while it is waited for, and made anew by
-    somebody else: then it would be there, and not locked. Where one is there it is locked
-    and not written, so that an old snapshot keeps one dead row of it a job, not three.
+    A row that is only selected might be deleted while the statement waits for it, and inserted
+    again by another session: then it would exist, and not be locked. An existing row is locked
+    but not written, so that an old snapshot keeps one dead row of it for each job, not three.
     """
     return Statement(
         """
@@ -99,7 +99,7 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
 
 
 def barred_keys(keys: Iterable[str]) -> Statement[list[str]]:
-    """List the keys whose rows other sessions have locked; it waits for nothing."""
+    """List the keys whose rows other sessions have locked, without waiting."""
     return Statement(
         """
         with free as materialized (
@@ -118,14 +118,13 @@ def barred_keys(keys: Iterable[str]) -> Statement[list[str]]:
 def acquire(
     queue: str, claimed: Sequence[Claimed]
 ) -> Statement[dict[tuple[str, int], bool | None]]:
-    """Let claimed jobs have their keys, which are locked; tell by id and token who has its own.
+    """Grant locked keys to claimed jobs; return by id and token whether each job holds its key.
 
-    Nothing was decided, None, where others have locked the job's row, as a claim
-    does that meets it a moment too late; one that is held no more is missing.
-    Those that cannot have theirs go back and wait aside, and with them the other
-    due jobs of a key that is held, so that no claim meets them. Of one key and
-    queue the job that was due first goes first, also where it waits or another
-    worker has just claimed it.
+    None means undecided: another session has locked the job's row, as a claim does that meets
+    it a moment too late. A job that is no longer held is missing. Jobs that are not granted
+    their keys are released and wait aside, and with them the other due jobs of a held key, so
+    that no claim meets them. Of one key and queue the job that was due first gets the key first,
+    even if it waits or another worker has just claimed it.
     """
     return Statement(
         f"""
@@ -149,7 +148,7 @@ def acquire(
                 f.has_it or not ({_IS_HELD} or {_EARLIER_WAITS} or {_EARLIER_IS_DUE})
             )
         ), taken as (
-            -- What has been granted its key before may have others that wait before it.
+            -- A job that already had its key may have others that wait before it.
             update bgjob_exclusive e
             set job_id = g.id, token = g.token, queue = g.queue, since_id = g.id,
                 since = case when not g.has_it then g.next_run_at end
@@ -174,8 +173,8 @@ def acquire(
                 where e.key = any (%(keys)s::text[])
                     and ({_IS_HELD} or e.key in (select key from granted))
             ) as k (key, since, since_id)
-            -- Those of this queue only: they are a range of the index, however many are not
-            -- due. Another queue's workers find theirs.
+            -- Jobs of this queue only: they are a range of the index, however many are not
+            -- due. The workers of another queue find theirs.
             cross join lateral (
                 select j.ctid from bgjob_job j
                 where j.exclusive = k.key and not j.waits and j.queue = %(queue)s
@@ -225,7 +224,7 @@ def acquire(
 
 
 class Woken(NamedTuple):
-    """A job that has waited for a key, and is due."""
+    """A due job that has waited for a key."""
 
     priority: int
     since: datetime
@@ -250,10 +249,10 @@ _NOTIFY_OF_WOKEN = NOTIFY.format(
 
 
 def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
-    """Wake the first job that waits for each of these keys, which are locked and may be free.
+    """Wake the first job that waits for each of these locked keys, if the key is free.
 
-    Of each queue; gives those of this one, whose workers are notified as of an
-    enqueue. Those of others look when they poll.
+    One job for each queue. Returns the jobs of this queue, whose workers are notified as by an
+    enqueue. Workers of other queues find theirs when they poll.
     """
     return Statement(
         f"""
@@ -264,7 +263,7 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
             select e.key, e.queue, e.since, e.since_id from free e
             where e.since <= now() and {_WAITS_SINCE} is not null
         ), other (key, queue, known) as (
-            -- Queues that are not known, in their order. The known one is passed over.
+            -- Queues that are not known, in their order, without the known one.
             select other.key, {_NEXT_QUEUE}, other.known
             from (
                 select free.key, '' collate "C", coalesce(known.queue, '') collate "C"
@@ -313,24 +312,24 @@ def release(queue: str, keys: Iterable[str]) -> Statement[list[Woken]]:
 
 
 class Blocked(NamedTuple):
-    """Keys whose jobs wait for nothing."""
+    """Free keys whose jobs still wait."""
 
     keys: list[str]
     after: str
-    """Where to go on looking; empty at the end."""
+    """The key after which to continue; empty at the end."""
 
 
 def blocked(
     queue: str, *, after: str, limit: int, served: Collection[str] = ()
 ) -> Statement[Blocked]:
-    """Find keys whose jobs in this queue wait for nothing: no job has them, or is about to.
+    """Find free keys whose jobs in this queue still wait.
 
     Their holder died or was deleted, or its worker died before it had released them. A
-    holder of another queue, which may have no worker left, is set free here when its lease
-    has ended. A holder of a queue in `served`, those of the same worker, is not: that worker
-    frees it by its own sweep, and not while it holds it. Keys that no job wants any more are
-    found as well. It looks at the first `limit` keys after one, so that no sweep walks over
-    all of them.
+    holder of another queue, which may have no worker left, is freed here when its lease
+    has ended. A holder of a queue in `served`, the queues of the same worker, is not: that
+    worker frees it in its own sweep, and not while it holds it. Keys that no job needs any
+    more are found as well. The statement checks the first `limit` keys after `after`, so
+    that no sweep walks over all of them.
     """
     return Statement(
         f"""

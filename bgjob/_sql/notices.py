@@ -1,4 +1,4 @@
-"""Who is notified of an enqueue: a lock and a channel for each bucket of queues."""
+"""Notifications of enqueues: a lock and a channel for each bucket of queues."""
 
 from typing import LiteralString
 from zlib import crc32
@@ -9,37 +9,37 @@ LOCK_CLASS = 0x62676A62
 """The first key of the notify lock; the second is the queue's bucket."""
 
 DEPUTY_CLASS = LOCK_CLASS + 1
-"""The first key of the lock of the deputy, who watches for the end of the notify lock's holder."""
+"""The first key of the deputy's lock: that worker notices if the notify lock's holder ends."""
 
 BUCKETS = 128
-"""Queues share this many locks and channels, so that 10,000 queues do not fill the lock table."""
+"""The number of locks and channels that all queues share: 10,000 would fill the lock table."""
 
 CHANNEL = "bgjob_"
-"""What the name of a channel begins with; the bucket follows."""
+"""The prefix of a channel's name; the bucket follows."""
 
 LATER = "+"
-"""Follows the priority where a job is due later."""
+"""Follows the priority if a job is due later."""
 
 EVERYTHING = "-"
-"""Instead of a priority: jobs may lie anywhere."""
+"""Instead of a priority: the jobs may have any due time and priority."""
 
 NOTIFY: LiteralString = """
     case when pg_notification_queue_usage() < 0.5 then pg_notify({channel}, {payload}) end
 """
-"""Notifies where there is room: where the queue of notifications is full a commit fails.
+"""Notifies if there is room: when the queue of notifications is full a commit fails.
 
-A session that listens and sits in a transaction keeps all notifications since. Without one
-a worker polls. To ask for the usage costs 1 µs, where a notification would be sent.
+A session that listens and stays in a transaction keeps all later notifications. Without a
+notification a worker polls. Reading the usage costs 1 µs, only when it would notify.
 """
 
 
 def bucket(queue: str) -> int:
-    """Give the number of the lock and channel that `queue` shares with others."""
+    """Return the number of the lock and channel that `queue` shares with others."""
     return crc32(queue.encode()) % BUCKETS
 
 
 def channel(queue: str) -> str:
-    """Give the channel on which enqueues to `queue` are notified; for the payload see Notice."""
+    """Return the channel of enqueues to `queue`; for the payload see Notice."""
     return f"{CHANNEL}{bucket(queue)}"
 
 
@@ -51,18 +51,19 @@ def listen(queue: str) -> Statement[None]:
 def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> Statement[str]:
     """Ask every later enqueue to `queue` to notify, before this worker goes to sleep.
 
-    An enqueue shares the lock until its transaction ends, and notifies where it
-    cannot. Of the workers that cannot have the lock one is the deputy, and tries again soon.
+    This takes the notify lock. An enqueue shares the lock until its transaction ends, and
+    notifies if it cannot. Of the workers that cannot take the lock one is the deputy, and
+    tries again soon.
 
-    Returns 'parked': the lock is held, no enqueue is in flight unseen. 'deputy': another worker
-    holds it, and this one is the deputy. 'contended': enqueues are in flight, and this one is
-    the deputy. 'covered': another worker is the deputy.
+    Returns 'parked': this worker holds the lock, and no unseen enqueue is in progress. 'deputy':
+    another worker holds it, and this one is the deputy. 'contended': enqueues are in progress,
+    and this one is the deputy. 'covered': another worker is the deputy.
 
     Args:
         queue: the queue.
         is_deputy: whether this session is known to be the deputy.
-        relieve: let the other workers look if the lock is taken, because nobody may have been
-            notified for a while.
+        relieve: notify the other workers if the lock is taken, because no worker may have
+            been notified for a while.
 
     """
     return Statement(
@@ -94,10 +95,10 @@ def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> State
 
 
 def unpark(queue: str) -> Statement[None]:
-    """Stop asking for notifications, and wake the workers that relied on it: one parks next.
+    """Release the notify lock, and wake the workers that relied on it: one takes it next.
 
-    The session holds no other locks of this kind than the deputy's; but this one twice where
-    the transaction that took it first was refused, which does not undo it.
+    The session holds no other advisory locks than the deputy's. It may hold this one twice: a
+    rollback does not release it, so that a repeated statement takes it again.
     """
     return Statement(
         "select pg_advisory_unlock_all(), " + NOTIFY.format(channel="%(channel)s", payload="''"),

@@ -1,4 +1,4 @@
-"""Pause queues, and resume them."""
+"""Pause and resume queues."""
 
 from datetime import datetime
 
@@ -7,7 +7,7 @@ from bgjob._sql.statement import Statement, in_range, nothing, scalar
 
 
 def pause(queue: str, until: datetime | None) -> Statement[None]:
-    """Let nothing be claimed from a queue before this time, or before it is resumed."""
+    """Pause a queue until this time, or until it is resumed."""
     return Statement(
         """
         insert into bgjob_pause (queue, until)
@@ -21,10 +21,10 @@ def pause(queue: str, until: datetime | None) -> Statement[None]:
 
 
 def claims_under_way() -> Statement[set[str]]:
-    """List the transactions that may have looked for a pause earlier, and may still claim.
+    """List the transactions that may have read the pauses earlier, and may still claim.
 
-    A claim locks both tables, in these modes, before it looks, and until its
-    transaction ends: one that looked before a pause was committed is among them.
+    A claim locks both tables in these modes before it reads them and until its transaction
+    ends, so a claim that read before a pause was committed is among them.
     """
     return Statement(
         """
@@ -50,7 +50,7 @@ _NOTIFY_OF_RESUMED = NOTIFY.format(
 
 
 def resume(queue: str, *, notify: bool = True) -> Statement[bool]:
-    """Let a queue's jobs be claimed again, and wake its workers; whether it was paused."""
+    """End the pause of a queue and notify its workers; True if it was paused."""
     return Statement(
         f"""
         with gone as (
@@ -65,7 +65,7 @@ def resume(queue: str, *, notify: bool = True) -> Statement[bool]:
 
 
 def paused() -> Statement[dict[str, datetime | None]]:
-    """List the queues that are paused, each with its end, None for that of a resume."""
+    """List the paused queues, each with the end of its pause; None until it is resumed."""
     return Statement(
         f"""
         select queue, case when until < 'infinity' then {in_range("until")} end

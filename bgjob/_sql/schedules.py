@@ -1,8 +1,8 @@
 """The SQL of schedules.
 
-No worker leads. Each looks, and the one that moves a schedule's tick forward from
-where it was seen enqueues the jobs, in the same statement. A row that another
-one is about to move is passed over, so that no worker waits at a tick.
+There is no leader. Each worker reads the schedules, and the one that moves a schedule's
+tick forward from the value it read enqueues the jobs, in the same statement. A row that
+another one is about to move is skipped, so that no worker waits at a tick.
 """
 
 from collections.abc import Sequence
@@ -36,16 +36,16 @@ _NEEDS = (
 
 
 def schedule_lacks() -> Statement[list[Lack]]:
-    """List what a worker with schedules needs beside what every worker needs, and has not."""
+    """List the missing columns and privileges that only a worker with schedules needs."""
     return lacks((), _NEEDS)
 
 
 def register(schedules: Sequence[Schedule]) -> Statement[None]:
     """Write schedules that are new or have changed.
 
-    Those that have another spec go on from their last tick; what the new spec
-    had before is not missed. In the order of their names, so that workers that
-    start together wait for each other and do not deadlock.
+    A schedule with a changed spec continues from its last tick; earlier ticks of the new spec
+    are not missed. Rows are written in the order of their names, so that workers that start
+    together wait for each other and do not deadlock.
     """
     return Statement(
         """
@@ -81,12 +81,12 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
     )
 
 
-# An infinite time must not keep the others from being read: it is brought into Python's range.
+# An infinite time must not prevent the others from being read: it is brought into Python's range.
 _NEXT_RUN_AT = f"case when next_run_at is not null then {in_range('next_run_at')} end"
 
 
 def look(names: Sequence[str]) -> Statement[dict[str, State]]:
-    """Tell how far schedules are, by name."""
+    """Read the progress of schedules, by name."""
     return Statement(
         f"""
         select name, {in_range("tick")}, {_NEXT_RUN_AT}, paused,
@@ -108,9 +108,9 @@ _NOTIFY_OF_FIRED = NOTIFY.format(
 
 
 def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None]:
-    """Move schedules on, each from the tick that was seen, and enqueue their jobs.
+    """Move schedules on, each from the tick that was read, and enqueue their jobs.
 
-    The jobs are always notified: the lock by which an enqueue learns whether anybody
+    The jobs are always notified: the lock that shows an enqueue whether a worker
     sleeps may be held by this very session.
     """
     jobs = [(s, tick) for s, _, firing in firings for tick in firing.ticks]
@@ -175,7 +175,7 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
     )
 
 
-# -- of a client ------------------------------------------------------------------
+# -- for clients ------------------------------------------------------------------
 
 
 def listed() -> Statement[list[ScheduleStatus]]:
@@ -192,7 +192,7 @@ def listed() -> Statement[list[ScheduleStatus]]:
 
 
 def pause(name: str) -> Statement[bool]:
-    """Let a schedule enqueue nothing; whether there is one."""
+    """Pause a schedule; True if it exists."""
     return Statement(
         "update bgjob_schedule set paused = true where name = %(name)s returning true",
         {"name": name},
@@ -201,7 +201,7 @@ def pause(name: str) -> Statement[bool]:
 
 
 def resume(name: str) -> Statement[bool]:
-    """Let it enqueue again, from the next tick on; whether there is one."""
+    """Resume a schedule from its next tick; True if it exists."""
     return Statement(
         """
         update bgjob_schedule
@@ -217,7 +217,7 @@ def resume(name: str) -> Statement[bool]:
 
 
 def remove(name: str) -> Statement[bool]:
-    """Forget a schedule; whether there was one."""
+    """Delete a schedule; True if it existed."""
     return Statement(
         "delete from bgjob_schedule where name = %(name)s returning true", {"name": name}, bool
     )
@@ -227,7 +227,7 @@ _REQUEST: tuple[LiteralString, ...] = ("queue", "type", "arg", "priority", "excl
 
 
 def request_of(name: str) -> Statement[dict[str, Any] | None]:
-    """Give what a schedule enqueues; None if there is none."""
+    """Return the request of a schedule; None if it does not exist."""
     return Statement(
         f"select {', '.join(_REQUEST)} from bgjob_schedule where name = %(name)s",
         {"name": name},

@@ -1,4 +1,4 @@
-"""What a session needs, and finds: settings, rights, the schema."""
+"""Sessions: their settings, privileges and schema."""
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -8,7 +8,7 @@ from bgjob._postgres.connection import Texts
 from bgjob._sql.statement import Statement, nothing, scalar
 
 SETTINGS = {
-    # What statements, their parameters and their answers mean.
+    # The meaning of statements, parameters and results.
     "client_encoding": "UTF8",
     "datestyle": "ISO",
     "intervalstyle": "postgres",
@@ -18,43 +18,43 @@ SETTINGS = {
     "bytea_output": "hex",
     "extra_float_digits": "1",
     "transform_null_equals": "off",
-    # A statement sees what was committed before it: a retry has to see the job as it is.
+    # A statement sees all earlier commits: a retry has to see the job's current row.
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
-    # An idle session of the library is not a forgotten one.
+    # An idle session of the library is in use.
     "idle_session_timeout": "0",
-    # One whose host has vanished is.
+    # A session whose host has vanished is not.
     "tcp_keepalives_idle": "30",  # seconds
     "tcp_keepalives_interval": "10",
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "60s",
 }
-"""Settings of each session of the library's own, whatever database and role default to.
+"""Settings of each session of the library's own, whatever the database's and role's defaults.
 
-Of a session of the caller's nothing is set: there statements and parameters are such that
+In a caller's session nothing is set: statements and parameters there are written so that
 none of these matters. A setting that this server does not have is left out.
 """
 
 WORKER_SETTINGS = SETTINGS | {
     "application_name": "bgjob",
     "idle_in_transaction_session_timeout": "0",
-    # A row that cannot be had is left for later, and delays only its own job; see Engine.reject.
+    # A locked row is left for later, and delays only its own job; see Engine.reject.
     "lock_timeout": "100ms",
     "statement_timeout": "10s",
     # A host that falls asleep within a transaction must not keep its rows locked.
     "transaction_timeout": "20s",
-    # The plans of the claim are index scans in order, whatever the statistics
-    # say: those of a queue are always wrong.
+    # The plans of the claim are index scans in order, whatever the statistics say: the
+    # statistics of a queue are always wrong.
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "enable_sort": "off",
-    # Only the index of the suspects has their whole order: no other may be sorted to it.
+    # Only the index of the suspects has their full order; forbid sorting another one.
     "enable_incremental_sort": "off",
-    # A batch is joined by hashing. Where the planner expects no row, as after a vacuum of a
-    # drained table, it would compare each with each: 75 ms for 500 retries.
+    # A batch is joined by hashing. If the planner expects no row, as after a vacuum of a
+    # drained table, it would compare every pair: 75 ms for 500 retries.
     "enable_nestloop": "off",
     "jit": "off",
-    # With those settings one plan serves any parameters; a sweep was planned anew each
+    # With these settings one plan serves any parameters; a sweep was planned again each
     # time, in 0.2 ms, and ran for 0.07.
     "plan_cache_mode": "force_generic_plan",
 }
@@ -67,11 +67,11 @@ _LOCAL_SETTINGS = {
 }
 
 SERVICE_SETTINGS = {"lock_timeout": "5s"}
-"""What differs while a service has that session: it waits for a lock, and cannot try later."""
+"""Differences while a service uses that session: it waits for locks, and cannot try later."""
 
 
 def schema_comment() -> Statement[str | None]:
-    """Give the comment that carries the schema's version; None without the table."""
+    """Return the comment with the schema's version; None without the tables."""
     return Statement(
         "select obj_description(to_regclass('bgjob_job'), 'pg_class') "
         "where to_regclass('bgjob_job') is not null "
@@ -84,17 +84,17 @@ def schema_comment() -> Statement[str | None]:
 
 
 class Lack(NamedTuple):
-    """A column that is not there, or a privilege that the role has not."""
+    """A missing column, or a privilege that the role does not have."""
 
     relation: str
     column: str | None
-    """None if it is about the whole table."""
+    """None for the whole table."""
     privilege: str
     role: str
     is_absent: bool
 
 
-# What is selected by position needs the whole table's privilege.
+# Selecting by ctid needs the privilege on the whole table.
 _TABLE_NEEDS = (
     ("bgjob_job", "select"),
     ("bgjob_job", "delete"),
@@ -130,7 +130,7 @@ def lacks(
     table_needs: Iterable[tuple[str, str]] = _TABLE_NEEDS,
     column_needs: Iterable[tuple[str, str, str]] = _COLUMN_NEEDS,
 ) -> Statement[list[Lack]]:
-    """List what a worker (by default) needs of the tables and has not; whole tables first."""
+    """List missing columns and privileges, by default a worker's; whole tables first."""
     needs: list[tuple[str, str | None, str]] = [
         (relation, None, privilege) for relation, privilege in table_needs
     ]
@@ -167,19 +167,19 @@ def lacks(
 IS_OURS = """
     a.datname = current_database() and a.usename = session_user and pg_has_role(a.usesysid, 'usage')
 """
-"""Of pg_stat_activity: whether this role may end the session `a`, and it works for the same one."""
+"""Whether session `a` of pg_stat_activity has this role, and this role may end it."""
 
 
 class Backend(NamedTuple):
-    """The server's process that answers."""
+    """The server process that answers."""
 
     pid: int
-    """Behind a pooler it is not the one connected to."""
+    """Behind a pooler it differs from the one of the connection."""
     is_read_only: bool
 
 
 def backend() -> Statement[Backend]:
-    """Tell who answers."""
+    """Return the server process that answers."""
     return Statement(
         "select pg_backend_pid(), current_setting('transaction_read_only')::bool",
         None,
@@ -188,12 +188,12 @@ def backend() -> Statement[Backend]:
 
 
 def clock() -> Statement[datetime]:
-    """Tell the database's time."""
+    """Return the database's time."""
     return Statement("select clock_timestamp()", None, scalar)
 
 
 def transaction() -> Statement[None]:
-    """Set what matters to a worker for this transaction, behind a pooler that shares sessions."""
+    """Set a worker's settings for this transaction, behind a pooler that shares sessions."""
     return Statement(
         "select set_config(name, value, true) "
         "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)",
@@ -203,7 +203,7 @@ def transaction() -> Statement[None]:
 
 
 class Hidden(NamedTuple):
-    """A table of which policies of row-level security may hide rows."""
+    """A table whose row-level security may hide rows."""
 
     relation: str
     role: str
@@ -238,12 +238,12 @@ def hidden() -> Statement[list[Hidden]]:
 def session(pid: int, settings: Mapping[str, str] = SETTINGS) -> Statement[None]:
     """Set parameters for the rest of the session.
 
-    Those that this version of the server does not have are passed over.
+    Settings that this version of the server does not have are skipped.
 
     Args:
-        pid: the server's process that the driver was told of. Where another one answers there
-            is a pooler, which gives its sessions to others as well: nothing is set.
-        settings: by default those of each session of the library's own.
+        pid: the server process that the driver knows. If another one answers there is a
+            pooler, which shares its sessions: then nothing is set.
+        settings: by default those of the library's own sessions.
 
     """
     return Statement(

@@ -1,4 +1,4 @@
-"""Settle jobs that are claimed, extend their leases."""
+"""Settle claimed jobs, and extend their leases."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,7 +28,7 @@ class Claimed(NamedTuple):
     job: Job
     token: int
     is_charged: bool = True
-    """Whether the claim has charged an attempt, as all do but those of several suspects."""
+    """Whether the claim charged an attempt; only a claim of several suspects does not."""
 
 
 _COMPLETE: LiteralString = """
@@ -37,7 +37,7 @@ _COMPLETE: LiteralString = """
         where {found} and token = any (%(tokens)s::bigint[])
         returning id
     )
-    -- Mostly all of them are, and need not be told one by one.
+    -- Usually all were deleted, and need not be listed.
     select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
 """
 _COMPLETE_BY_ID = _COMPLETE.format(found="id = any (%(ids)s::text[])")
@@ -45,7 +45,7 @@ _COMPLETE_AT = _COMPLETE.format(found="ctid = any (%(places)s::tid[])")
 
 
 def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
-    """Delete jobs that are done; the ids of those still held."""
+    """Delete completed jobs; return the ids of those still held."""
     ids = [c.job.id for c in claimed]
     return Statement(
         _COMPLETE_BY_ID,
@@ -55,14 +55,14 @@ def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
 
 
 def complete_at(places: Mapping[int, Sequence[str]], ids: list[str]) -> Statement[list[str]]:
-    """Delete all jobs of claims, which are done, where their rows were; the ids of those found.
+    """Delete all jobs of completed claims by the positions of their rows; return the found ids.
 
-    No index is walked down for each, as by `complete`. A row that was written since is
-    elsewhere, and stays. What holds the token of such a claim is done, wherever it lies.
+    Unlike `complete` it descends no index for each row. A row that was written since has moved,
+    and stays. Every job with the token of such a claim is completed, whatever its position.
 
     Args:
-        places: by token.
-        ids: of all of them.
+        places: the rows' positions by token.
+        ids: the ids of all these jobs.
 
     """
     return Statement(
@@ -82,7 +82,7 @@ def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
 
 
 def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
-    """Return the payload of a job in a list, which is empty where the job is held no more."""
+    """Return the payload of a job in a list, which is empty if the job is no longer held."""
     return Statement(
         "select arg from bgjob_job where id = %(id)s and token = %(token)s",
         {"id": claimed.job.id, "token": claimed.token},
@@ -91,15 +91,15 @@ def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
 
 
 def session_name(claimed: Claimed, codec: str = "utf-8") -> str:
-    """Return what the session of a transactional handler is called while it holds this claim.
+    """Return the name of a transactional handler's session while it holds this claim.
 
-    No other claim, of no other worker or schema, has the same name: tokens are random. It is
-    ASCII, as `application_name` has to be. SQL writes it as SESSION_NAME.
+    It is unique over all workers and schemas, because tokens are random. It is ASCII, as
+    `application_name` has to be. SQL computes it as SESSION_NAME.
 
     Args:
         claimed: the claim.
-        codec: Python's name of the server's encoding. Both digest the bytes that the server
-            stores, because it has ids that it cannot convert.
+        codec: Python's name of the server's encoding. Both digest the stored bytes, because
+            the server may store ids that it cannot convert.
 
     """
     stored = claimed.job.id.encode(codec, "backslashreplace")
@@ -112,7 +112,7 @@ SESSION_NAME: LiteralString = """
         left(encode(sha256(convert_to({1}, getdatabaseencoding())), 'hex'), 16)
     )
 """
-"""The name of the session that holds the claim of a token (0) and an id (1); as `session_name`."""
+"""The name of the session that holds the claim of a token (0) and an id (1); see `session_name`."""
 
 # An unused connection whose other end has vanished would keep its locks for two hours.
 _KEEPALIVE = (
@@ -121,19 +121,19 @@ _KEEPALIVE = (
 )
 
 
-# It ends a transaction that is at work as well; since version 17.
+# This limit ends an active transaction as well; since version 17.
 _NO_LIMIT = "; set local transaction_timeout = 0"
 _LIMITED_SINCE = 17_00_00
 
 
 def begin(claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str = "utf-8") -> bytes:
-    """Open the transaction of a handler, and mark it as the one that belongs to a claim.
+    """Open a handler's transaction, and mark it with its claim.
 
-    One mark ends with the transaction, however that ends. The other is undone
-    by a rollback and outlives a commit. How long the handler may take, and be
-    idle, is for the lease to say: the worker that frees the claim ends the session, which
-    it knows by its name. Whatever the default level is, an extension of the lease
-    must not make the settlement fail.
+    One mark (bgjob.claim) lasts until the transaction ends. The other (bgjob.committed) is
+    undone by a rollback and survives a commit. The lease limits how long the handler may take
+    and be idle: the worker that frees the claim ends the session, which it knows by its name.
+    Read committed, whatever the default is, because an extension of the lease must not make
+    the settlement fail.
     """
     return (
         "begin isolation level read committed; "
@@ -146,14 +146,14 @@ def begin(claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str =
 
 
 _IDLE: LiteralString = "10000"
-"""Milliseconds for which a transaction whose handler has ended may wait for its worker."""
+"""Milliseconds that a transaction whose handler has ended may wait for its worker."""
 
 
 def claim_of_transaction() -> Statement[str | None]:
     """Return the token of the claim that this transaction was opened for.
 
-    From here on its job's row is about to be locked, and a sweep would pass it over: a worker
-    that is stopped now must not keep the transaction open.
+    The next statement locks the job's row, which a sweep then skips: a worker that is stopped
+    now must not keep the transaction open.
     """
     return Statement(
         "select current_setting('bgjob.claim', true), "
@@ -190,18 +190,18 @@ COMMIT = (
     b"commit; close all; set session authorization default; reset all; unlisten *; "
     b"select pg_advisory_unlock_all(); discard temp; discard sequences"
 )
-"""Ends it, and what the handler may have left in the session: all that `discard all` would end,
-but for prepared statements."""
+"""Commits, and resets the session that the handler used: everything that `discard all` resets,
+except for prepared statements."""
 
 DEALLOCATE = b"; deallocate all"
-"""Ends those, too, after COMMIT."""
+"""Drops the prepared statements too, after COMMIT."""
 
 ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
-"""Ends it otherwise; its second result is the token of a claim whose transaction was committed."""
+"""Rolls back; the second result is the token of a claim whose transaction had committed."""
 
 
 class Postponed(NamedTuple):
-    """A job that goes back to its queue."""
+    """A job to release with a new due time: retried or rescheduled."""
 
     claimed: Claimed
     delay: float
@@ -211,11 +211,11 @@ class Postponed(NamedTuple):
     refund: bool
     """Whether the attempt is given back."""
     priority: int | None = None
-    """None keeps its own."""
+    """None keeps the job's."""
 
 
 def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
-    """Give jobs back to their queue; the ids of those still held."""
+    """Release jobs to run again later; return the ids of those still held."""
     return Statement(
         """
         update bgjob_job j
@@ -253,15 +253,15 @@ _NOTIFY_OF_GIVEN = NOTIFY.format(
 
 
 def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statement[list[str]]:
-    """Return jobs that did not start to the queue as they were; the ids of those still held.
+    """Release jobs that did not start, unchanged; return the ids of those still held.
 
-    They keep their due times, so that they run before what is due later. The workers that
-    sleep are notified from where on to look, as of an enqueue.
+    They keep their due times, so that they run before jobs that are due later. Sleeping
+    workers are notified where to start, as by an enqueue.
 
     Args:
-        queue: theirs.
+        queue: the queue of the jobs.
         claimed: the jobs.
-        tell: notify without a look at the notify lock, because this session holds it.
+        tell: notify without testing the notify lock, because this session holds it.
 
     """
     return Statement(
@@ -300,14 +300,14 @@ def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statemen
 
 
 class Buried(NamedTuple):
-    """A job that goes to the dead-letter table."""
+    """A job to move to the dead-letter table."""
 
     claimed: Claimed
     error: str
 
 
 def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
-    """Move jobs to the dead-letter table; the ids of those still held."""
+    """Move jobs to the dead-letter table; return the ids of those still held."""
     return Statement(
         """
         with gone as (
@@ -331,7 +331,7 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
     )
 
 
-# As its bytes, those that are not ASCII in octal: what no session can read must not keep the
+# As bytes, non-ASCII ones in octal: text that no session can read must not prevent the
 # dead-letter table from being listed.
 def _bytes_of(column: LiteralString) -> LiteralString:
     return f"encode(convert_to({column}, getdatabaseencoding()), 'escape')"
@@ -355,7 +355,7 @@ _BURY_UNREAD = f"""
 
 
 def bury_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Statement[None]:
-    """Move claimed jobs that could not be read to the dead-letter table, from where they are."""
+    """Move claimed jobs that cannot be read to the dead-letter table, by their positions."""
     params = {"places": text_array(places), "tokens": number_array(tokens), "error": error}
     return Statement(_BURY_UNREAD, params, nothing)
 
@@ -363,9 +363,9 @@ def bury_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Sta
 def catch_up(queue: str, *, limit: int) -> Statement[int]:
     """Restore the delays of jobs that were written before the server's clock was set back.
 
-    They say that they were written in the future. That holds for what is due when it is
-    written, and for what has been tried and comes again after a delay. A time that an enqueue
-    named stays: it may be one of a calendar. Returns how many, of at most `limit`.
+    Their rows say that they were written in the future. This restores jobs that were due when
+    they were written, and jobs that were attempted and run again after a delay. A time that an
+    enqueue named stays: it may be a calendar time. Returns how many jobs, at most `limit`.
     """
     return Statement(
         """
@@ -395,7 +395,7 @@ def catch_up(queue: str, *, limit: int) -> Statement[int]:
 
 
 def bury_refused(place: str, error: str) -> Statement[None]:
-    """Move a job that cannot be claimed to the dead-letter table, from where it is."""
+    """Move a job that cannot be claimed to the dead-letter table, by its position."""
     return Statement(
         """
         with gone as (
@@ -416,10 +416,10 @@ def bury_refused(place: str, error: str) -> Statement[None]:
 
 
 def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
-    """Let leases end `lease` seconds from now; the ids of those still held.
+    """Extend leases to `lease` seconds from now; return the ids of the jobs still held.
 
-    A row that somebody has locked is passed over: the handler whose transaction
-    settles it, mostly, and the other leases must not wait for that.
+    Rows that another session has locked are skipped: usually the handler's transaction settles
+    the job, and the other leases must not wait for that.
     """
     return Statement(
         """
@@ -443,7 +443,7 @@ def extend(claimed: Sequence[Claimed], *, lease: float) -> Statement[list[str]]:
 def barred(claimed: Sequence[Claimed]) -> Statement[list[str]]:
     """List the ids of jobs, still held, whose rows other sessions have locked.
 
-    It waits for nothing. The rows that it locks are free again when its transaction ends.
+    It does not wait. The rows that it locks are unlocked when its transaction ends.
     """
     return Statement(
         """
@@ -463,12 +463,12 @@ def barred(claimed: Sequence[Claimed]) -> Statement[list[str]]:
 
 
 def abandon(claimed: Sequence[Claimed]) -> Statement[list[str]]:
-    """Refund the attempts of jobs whose worker ends while they run; the ids of those held.
+    """Refund the attempts of jobs that run when their worker ends; return the ids of those held.
 
-    They keep their lease, for their handlers may run until the process ends. Its end is
-    nobody's death: it counts from -1. The error counts how often that happened in a row, so
-    that a job that never ends is found. A row that somebody has locked is passed over: the
-    handler's transaction, mostly, which settles it.
+    They keep their lease, because their handlers may run until the process ends. That end is
+    not a job's fault, so the deaths start at -1. The error counts how often that happened in a
+    row, so that a job that never ends is found. Rows that another session has locked are
+    skipped: usually the handler's transaction settles the job.
     """
     return Statement(
         """
@@ -498,6 +498,6 @@ def abandon(claimed: Sequence[Claimed]) -> Statement[list[str]]:
 def _held(claimed: Sequence[Claimed], ids: Sequence[str] | None = None) -> dict[str, object]:
     return {
         "ids": text_array(ids or [c.job.id for c in claimed]),
-        # Together these say which pairs may match: a worker never holds one id twice.
+        # Ids and tokens identify the pairs, because a worker never holds one id twice.
         "tokens": number_array(list({c.token for c in claimed})),
     }

@@ -1,4 +1,4 @@
-"""What a statement is, and what several of them share."""
+"""Statements as values, and helpers that several of them share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, LiteralString, NamedTuple, TypeVar
@@ -14,20 +14,20 @@ class Statement(NamedTuple, Generic[T_co]):
     params: Mapping[str, object] | None
     parse: Callable[[Sequence[Row]], T_co]
     prepare: bool | None = False
-    """None where a session of PostgreSQL's own settings may keep its plan, False where not: the
-    plan of a table of one page scans the whole table when that has grown, and one whose answer
-    has columns fails for ever when one of them changes its type. A worker's connection plans for
-    any size, keeps its plans, and forgets those that fail."""
+    """Whether the driver may prepare it: None if a session with default settings may keep its plan,
+    False if not: the plan for a table of one page scans the whole table when that has grown, and a
+    statement with result columns fails forever when one of them changes its type. A worker's
+    connection plans for any size, keeps its plans, and drops those that fail."""
 
 
-# A column spoiled by hand must not stop its neighbours: infinite times are
+# A value that was edited by hand must not stop other jobs: infinite times are
 # brought into Python's range, and an attempt at the end of integer stays there.
 def in_range(column: LiteralString) -> LiteralString:
     return f"least(greatest({column}, '0001-01-02 00:00+00'), '9999-12-30 00:00+00')"
 
 
 def finite(column: LiteralString) -> LiteralString:
-    """Return null where Python has no such time."""
+    """Return SQL that is null if Python cannot represent the time."""
     return (
         f"case when {column} > '0001-01-02 00:00+00' and {column} < '9999-12-30' then {column} end"
     )

@@ -1,4 +1,4 @@
-"""Look at what is there: counts, and jobs; and let time pass for a test."""
+"""Count and list jobs; advance time for a test."""
 
 from bgjob._sql.claims import JOB_COLUMNS, make_job
 from bgjob._sql.statement import Statement, scalar
@@ -29,7 +29,7 @@ _COUNTED = """
 
 def stats(queue: str | None) -> Statement[list[QueueStats]]:
     """Count the jobs of each queue and type, or of one queue only."""
-    # Not now(): in the caller's transaction its own jobs would lie in the future.
+    # Not now(): in the caller's transaction its own jobs would be due in the future.
     waits = "(lease_until is null or lease_until <= statement_timestamp())"
     where = "" if queue is None else "where queue = %(queue)s"
     return Statement(
@@ -46,7 +46,10 @@ _WAITS = """
 
 
 def let_pass(queue: str, seconds: float) -> Statement[float]:
-    """Move the due times of waiting jobs back until one is due; by how much, at most `seconds`."""
+    """Move the due times of waiting jobs back, by at most `seconds`, until one is due.
+
+    Returns by how many seconds.
+    """
     return Statement(
         f"""
         with step as materialized (
@@ -67,7 +70,7 @@ def let_pass(queue: str, seconds: float) -> Statement[float]:
 
 
 def live_jobs() -> Statement[list[Job]]:
-    """List every job that waits or runs, of all queues."""
+    """List all jobs, waiting or running, of all queues."""
     return Statement(
         f"select {JOB_COLUMNS} from bgjob_job order by queue, priority, next_run_at, id",
         None,
