@@ -483,8 +483,8 @@ def test_a_factory_is_given_what_it_takes(start: Start, client: Client) -> None:
         ("worker", ["--queue", "q"], "is a Worker, which --queue cannot change; name a Mux"),
         ("async_worker", ["--concurrency", "2"], "is an AsyncWorker, which --concurrency cannot"),
         ("worker", ["--dsn", "dbname=x"], "is a Worker, which --dsn cannot change; "),
-        ("make", ["--queue", "q"], "cannot be told of --queue: it has no parameter queues"),
-        ("make_on_loop", ["--dsn", ""], "cannot be told of --dsn: it has no parameter dsn"),
+        ("make", ["--queue", "q"], "does not accept --queue: it has no parameter queues"),
+        ("make_on_loop", ["--dsn", ""], "does not accept --dsn: it has no parameter dsn"),
     ],
 )
 def test_what_the_command_line_cannot_change_is_told_in_one_line(
@@ -610,7 +610,7 @@ def test_ends_when_the_program_shuts_its_worker_down(start: Start, client: Clien
 @pytest.mark.parametrize(
     ("target", "type_", "words"),
     [
-        ("worker", "breaks_the_worker", "bgjob: jobs:worker has ended by itself\n"),
+        ("worker", "breaks_the_worker", "bgjob: jobs:worker has ended on its own\n"),
         ("async_worker", "stops_the_loop", "bgjob: jobs:async_worker broke\n"),
     ],
 )
@@ -702,8 +702,8 @@ FAULTS = {
     "jobs:missing": "there is no 'missing' in jobs",
     "jobs:Workers.missing": "there is no 'missing' in jobs.Workers",
     "jobs:mux": "jobs:mux is a Mux: name the queues to work on with --queue NAME[=N]",
-    "jobs:DSN": "jobs:DSN is a str; a Mux, a Worker, an AsyncWorker, or a callable that returns a "
-    "worker, is wanted",
+    "jobs:DSN": "jobs:DSN is a str; name a Mux, a Worker, an AsyncWorker, or a callable that "
+    "returns a worker",
     "jobs:hello": "jobs:hello cannot be called: missing a required argument: 'job'; ",
     "jobs:make_of": "jobs:make_of needs --queue",
     "faulty:make_nothing": "faulty:make_nothing returned None; ",

@@ -195,8 +195,8 @@ def test_takes_the_payload_from_a_file_or_the_standard_input(
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["{"], "'{' is no JSON"),
-        (["{}", "--raw", "x"], "give JSON or --raw, not both"),
+        (["{"], "'{' is not JSON"),
+        (["{}", "--raw", "x"], "pass JSON or --raw, not both"),
         (["--raw", "/nowhere"], "--raw: "),
         (["--priority", "40000"], "priority must be an integer from -32768 to 32767"),
     ],
@@ -503,7 +503,7 @@ def test_a_pause_that_is_over_is_refused_and_ends_no_other(run: Run, dsn: str, a
     run("pause", "mail")
     status, out, err = run("pause", "mail", *args.split())
     assert (status, out) == (2, "")
-    assert err == "bgjob: the pause would be over before it begins: give a later time\n"
+    assert err == "bgjob: the pause would end before it begins: choose a later time\n"
     with Client(dsn) as client:
         assert client.paused() == {"mail": None}
 
@@ -610,7 +610,7 @@ def test_of_an_unknown_schedule_the_known_ones_are_told_and_nothing_is_done(
     assert (status, out) == (1, "")
     unknown = "'weekly'" if command == "run" else "'weekly', 'yearly'"
     assert err.startswith(
-        f"bgjob: there is no schedule {unknown}; there are 'daily', 'hourly'; one is there when"
+        f"bgjob: there is no schedule {unknown}; there are 'daily', 'hourly'; a worker writes"
     )
     assert (schedules(run), live(conn)) == (before, [])
 
@@ -618,7 +618,7 @@ def test_of_an_unknown_schedule_the_known_ones_are_told_and_nothing_is_done(
 def test_an_error_lists_a_screenful_of_schedules_or_says_that_there_is_none(
     run: Run, conn: psycopg.Connection
 ) -> None:
-    assert "no schedule 'x'; there is none at all; " in run("schedules", "run", "x")[2]
+    assert "no schedule 'x'; there are none; " in run("schedules", "run", "x")[2]
     request = EnqueueRequest("q", "t")
     Schedules([Schedule(f"s{n:02}", every=60, request=request) for n in range(23)]).run(conn)
     assert "'s18', 's19' and 3 more; " in run("schedules", "run", "x")[2]

@@ -594,7 +594,9 @@ def test_middleware_that_changes_the_colour_of_a_handler_is_refused_by_name(is_a
     def handle(job: Job) -> None: ...
 
     has, gave = ("coroutine", "plain") if is_async else ("plain", "coroutine")
-    complaint = f"bleaching returned a {gave} function for .*handle of job type 't', which is a {has}"
+    complaint = (
+        f"bleaching returned a {gave} function for .*handle of job type 't', which is a {has}"
+    )
     with pytest.raises(TypeError, match=complaint):
         Mux(middleware=[bleaching]).register("t", coloured(handle, is_async=is_async))
 

@@ -307,7 +307,7 @@ def test_the_command_exits_with_1_and_says_why_its_worker_has_ended(
     )
     assert ended.returncode == 1, ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
-    assert "program:breaks has ended by itself" in last
+    assert "program:breaks has ended on its own" in last
     assert "RuntimeError: the turn is broken" in ended.stderr
 
 

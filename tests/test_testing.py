@@ -407,7 +407,7 @@ def test_a_job_that_was_taken_away_meanwhile_is_an_error(
 ) -> None:
     bench.enqueue(id="a")
     mux = Mux().register("t", lambda _: (conn.execute("delete from bgjob_job"), None)[1])
-    with pytest.raises(LeaseLostError, match="job 'a' of type 't' was not there any more"):
+    with pytest.raises(LeaseLostError, match="job 'a' of type 't' was gone or no longer held"):
         bench.drain(mux)
 
 

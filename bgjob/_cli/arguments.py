@@ -1,4 +1,4 @@
-"""What the arguments of commands mean, checked where they are given."""
+"""The arguments of commands, checked as they are parsed."""
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -23,9 +23,9 @@ R = TypeVar("R")
 
 STATUS = dedent("""\
     exit status:
-      0    it is done
+      0    it succeeded
       1    it failed, for the reason on the standard error
-      2    the arguments cannot be understood
+      2    the arguments are wrong
       130  Ctrl-C interrupted it
     """)
 
@@ -47,7 +47,7 @@ def add_command(
     description: str,
     status: str = STATUS,
 ) -> ArgumentParser:
-    """Add a command, which `run` carries out; give its parser."""
+    """Add a command that `run` executes; return its parser."""
     parser = commands.add_parser(
         name,
         help=help,
@@ -60,13 +60,13 @@ def add_command(
 
 
 def add_dsn(parser: ArgumentParser) -> None:
-    """Add --dsn, for `_database.find`."""
+    """Add --dsn, for `database.find`."""
     parser.add_argument(
         "--dsn",
         type=conninfo,
         help="the database; by default that of BGJOB_DSN, DATABASE_URL or libpq's PG* variables, "
-        "the first that is set. Arguments can be seen by everybody on the host: a password "
-        "belongs in a variable",
+        "the first that is set. All users of the host can see arguments: pass a password in a "
+        "variable",
     )
 
 
@@ -76,12 +76,12 @@ def add_json(parser: ArgumentParser) -> None:
 
 
 def conninfo(text: str) -> str:
-    """Take a connection string."""
+    """Check a connection string."""
     return _checked(check_conninfo, text)
 
 
 def name(what: str) -> Callable[[str], str]:
-    """Take the name of a queue, say."""
+    """Return a function that checks a name, for example of a queue."""
 
     def take(text: str) -> str:
         _checked(lambda text: check_name(what, text), text)
@@ -91,7 +91,7 @@ def name(what: str) -> Callable[[str], str]:
 
 
 def positive(text: str) -> int:
-    """Take a whole number from 1."""
+    """Parse a whole number from 1."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise ArgumentTypeError(f"a whole number from 1 is needed, not {text!r}")
@@ -99,7 +99,7 @@ def positive(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Take a duration; give seconds."""
+    """Parse a duration; return seconds."""
     found = _DURATION.fullmatch(text)
     if found is None:
         raise ArgumentTypeError(
@@ -111,10 +111,10 @@ def duration(text: str) -> float:
 
 
 def moment(text: str) -> datetime:
-    """Take a time, with its offset from UTC."""
+    """Parse a time with its offset from UTC."""
     try:
         value = datetime.fromisoformat(text)
-        value.astimezone()  # it can be shown
+        value.astimezone()  # raises unless it can be shown
         if value.utcoffset() is not None:
             return value
     except (ValueError, OverflowError):
@@ -126,7 +126,7 @@ def moment(text: str) -> datetime:
 
 
 def queue(text: str) -> tuple[str, int | None]:
-    """Take NAME or NAME=N."""
+    """Parse NAME or NAME=N."""
     queue, equals, number = text.rpartition("=")
     if not equals:
         return name("queue")(text), None

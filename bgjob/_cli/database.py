@@ -1,4 +1,4 @@
-"""The database that a command works on: found, connected to and checked."""
+"""The database of a command: find it, connect to it and check it."""
 
 import os
 from collections.abc import Iterator
@@ -21,17 +21,17 @@ _PATIENCE = 30.0  # seconds, as a client's
 
 
 class DatabaseError(BgjobError):
-    """It is not known which database to work on."""
+    """The database is not given, or its connection string is invalid."""
 
 
 def find(given: str | None) -> str:
-    """Give the connection string to use; an empty one stands for libpq's own variables.
+    """Return the connection string to use; an empty one means libpq's own variables.
 
     Args:
-        given: that of the command line, which comes first.
+        given: that of the command line, which takes precedence.
 
     Raises:
-        DatabaseError: there is none, or what a variable holds is none.
+        DatabaseError: there is none, or a variable contains an invalid one.
 
     """
     if given is not None:
@@ -45,20 +45,20 @@ def find(given: str | None) -> str:
     if any(map(os.environ.get, _LIBPQS)):
         return ""
     raise DatabaseError(
-        "which database? give --dsn, or set BGJOB_DSN, DATABASE_URL, or libpq's variables, "
+        "no database is given: pass --dsn, or set BGJOB_DSN, DATABASE_URL, or libpq's variables, "
         "such as PGHOST and PGDATABASE"
     )
 
 
 def connect(dsn: str) -> Connection:
-    """Connect, in autocommit; every wait for the server ends."""
+    """Connect in autocommit; every wait for the server has a limit."""
     conn = Connection.connect(**options((dsn, {})), autocommit=True)
     conn.patience = _PATIENCE
     return conn
 
 
 def ask(conn: Connection, statement: Statement[T]) -> T:
-    """Execute a statement; give what it says."""
+    """Execute a statement and return its result."""
     return statement.parse(
         Cursor(conn).execute(statement.text, statement.params, binary=True).fetchall()
     )
@@ -66,11 +66,11 @@ def ask(conn: Connection, statement: Statement[T]) -> T:
 
 @contextmanager
 def opened(dsn: str) -> Iterator[Client]:
-    """Give a client.
+    """Yield a client.
 
     Raises:
         SchemaError: the tables are missing or of another version.
-        psycopg.Error: the server cannot be reached. A client would try for 30 s.
+        psycopg.Error: the server cannot be reached; this fails sooner than a client's 30 s.
 
     """
     with connect(dsn) as conn:

@@ -1,8 +1,8 @@
-"""The demo: a few thousand real jobs, every kind of outcome, and a check of all of it.
+"""The demo: a few thousand jobs with every kind of outcome, and a check of the results.
 
 Each source file of Python's standard library is a job: its handler counts the
-file and stores what it counted. Other jobs wait, fail, come back and die. What
-came of it is compared with a count that was made without the queue.
+file and stores the result. Other jobs wait, fail, are retried and die. The
+results are compared with a count that was made without the queue.
 """
 
 import hashlib
@@ -43,11 +43,11 @@ QUEUE = "bgjob_demo"
 _DELAY = 0.5  # seconds before the delayed job is due
 _FAILURES = 2  # of the flaky job
 _BACKOFF = Backoff(base=0.1, factor=2, jitter=0)  # between them
-_LATER = 0.2  # seconds for which the patient job puts itself off
-_HOPELESS = "nobody can do this job; it says so itself"
+_LATER = 0.2  # seconds by which the patient job reschedules itself
+_HOPELESS = "this job always fails, on purpose"
 
 _SINGLES = 100
-"""Jobs enqueued one by one, to an idle worker, to measure how soon it picks one up."""
+"""Jobs enqueued one by one, while the worker is idle, to measure its pick-up time."""
 
 _OUTCOMES = ("completed", "retried", "rescheduled", "dead")
 _RATE = "each reads and hashes a file, and commits a row"
@@ -69,7 +69,7 @@ create table demo_file (
 )
 """
 
-# A job may run twice: what it does twice must have the effect of once.
+# A job may run twice, so storing its result twice must have the effect of once.
 _STORE = """
 insert into demo_file (path, lines, bytes, sha256)
 values (%s, %s, %s, %s)
@@ -79,12 +79,12 @@ set lines = excluded.lines, bytes = excluded.bytes, sha256 = excluded.sha256
 
 
 class DemoError(BgjobError):
-    """The demo cannot run here, or came to a halt."""
+    """The demo cannot run here, or made no progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something that must be so, and whether it is."""
+    """A check, and whether it passed."""
 
     ok: bool
     text: str
@@ -92,21 +92,21 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the demo did and found.
+    """The results of the demo.
 
     Attributes:
         postgresql: the server's version.
-        concurrency: handlers at once.
-        files: source files found, a job each.
-        lines: lines in them, as the jobs counted.
-        bytes: bytes in them, as the jobs counted.
-        outcomes: how often a job completed, retried, was rescheduled or died.
+        concurrency: the worker's slots.
+        files: the number of source files, a job each.
+        lines: their lines, as counted by the jobs.
+        bytes: their bytes, as counted by the jobs.
+        outcomes: how often a job completed, was retried, was rescheduled or died.
         seconds: from the worker's start to the last file's end.
         jobs_per_second: files a second.
         pick_up_p50_ms: from an enqueue's return to its handler's start, on an idle worker.
         pick_up_p99_ms: the same, for the slowest in a hundred.
-        dead: the types of the jobs in the dead-letter table, and why they are there.
-        checks: what was checked.
+        dead: the types of the dead jobs, and their errors.
+        checks: the checks.
 
     """
 
@@ -129,7 +129,7 @@ class Report:
         return all(check.ok for check in self.checks)
 
     def table(self) -> str:
-        """Give the report as text to read."""
+        """Return the report as text."""
         wrong = sum(not check.ok for check in self.checks)
         lines = [
             self._headline(),
@@ -158,18 +158,18 @@ class Report:
 
 
 def run(dsn: str | None = None, *, concurrency: int = 8) -> Report:
-    """Run the demo, tell its progress on stderr, and give what came of it.
+    """Run the demo, show its progress on stderr, and return its results.
 
-    For the main thread only: SIGTERM interrupts it as Ctrl-C does. Whatever
-    ends it, what it made on the server is removed, or the server itself.
+    For the main thread only: SIGTERM interrupts it as Ctrl-C does. However it
+    ends, it removes what it made on the server, or the server itself.
 
     Args:
-        dsn: where to work, in a schema of its own; by default on a private
+        dsn: the database, in which it works in a schema of its own; by default a private
             server that lives as long as the demo.
-        concurrency: handlers at once; 8 by default.
+        concurrency: the worker's slots; 8 by default.
 
     Raises:
-        DemoError: nothing to count was found, or no job moved for a minute.
+        DemoError: there are no files to count, or no job moved for a minute.
         EmbeddedServerError: the private server is not installed, or did not start.
         psycopg.Error: the server cannot be reached, or refuses.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is removed already.
@@ -179,7 +179,7 @@ def run(dsn: str | None = None, *, concurrency: int = 8) -> Report:
         try:
             return _run(stack, dsn, concurrency)
         finally:
-            hold_off()  # the clean-up is bounded, and what it leaves behind would stay
+            hold_off()  # the clean-up has a time limit, and must not be interrupted
 
 
 def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
@@ -252,7 +252,7 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
 
 
 class FileCount(NamedTuple):
-    """What is known of a file once it has been counted."""
+    """The counts of a file."""
 
     lines: int
     bytes: int
@@ -322,7 +322,7 @@ class _Sent(NamedTuple):
 
 
 def _enqueue_others(client: Client) -> dict[str, _Sent]:
-    """Enqueue one job of each other type; they go before the files."""
+    """Enqueue one job of each other type; they run before the files."""
     sent = {}
     for type_ in ("delayed", "flaky", "patient", "hopeless", "unheard_of"):
         delay = _DELAY if type_ == "delayed" else 0
@@ -333,7 +333,7 @@ def _enqueue_others(client: Client) -> dict[str, _Sent]:
 
 
 def _pick_up(client: Client, watch: "_Watch") -> float:
-    """Give the seconds from an enqueue's return to its handler's start."""
+    """Return the seconds from an enqueue's return to its handler's start."""
     id_ = client.enqueue(EnqueueRequest(QUEUE, "pick_up"))
     returned = perf_counter()
     watch.wait(lambda: id_ in watch.ended)
@@ -386,7 +386,7 @@ def _check_outcomes(outcomes: Counter[tuple[str, str]], *, files: int) -> Check:
     ]
     if wrong:
         return Check(ok=False, text=f"outcomes differ: {'; '.join(wrong)}")
-    return Check(ok=True, text=f"{expected.total():,} outcomes, each as often as it should be")
+    return Check(ok=True, text=f"{expected.total():,} outcomes, each as often as expected")
 
 
 def _check_delayed(starts: "Sequence[_Start]", enqueued_at: float) -> Check:
@@ -402,7 +402,7 @@ def _check_flaky(starts: "Sequence[_Start]") -> Check:
     backoff = [_BACKOFF(attempt) for attempt in range(1, _FAILURES + 1)]
     return Check(
         attempts == [*range(1, _FAILURES + 2)] and all(map(ge, waits, backoff)),
-        f"flaky: attempts {attempts}, came back after {_listed(waits)}, backoff {_listed(backoff)}",
+        f"flaky: attempts {attempts}, retried after {_listed(waits)}, backoff {_listed(backoff)}",
     )
 
 
@@ -410,7 +410,7 @@ def _check_patient(starts: "Sequence[_Start]") -> Check:
     attempts, waits = [start.attempt for start in starts], _waits(starts)
     return Check(
         attempts == [1, 1] and waits[0] >= _LATER,
-        f"patient: attempts {attempts}, came back after {_listed(waits)}, put off by {_LATER:g} s",
+        f"patient: attempts {attempts}, ran again after {_listed(waits)}, delay {_LATER:g} s",
     )
 
 
@@ -419,7 +419,7 @@ def _check_dead(dead: dict[str, str | None]) -> Check:
         dead.keys() == {"hopeless", "unheard_of"}
         and dead["hopeless"] == _HOPELESS
         and (dead["unheard_of"] or "").startswith(UnknownTypeError.__name__),
-        f"dead: {', '.join(sorted(dead)) or 'nobody'}, each with its reason",
+        f"dead: {', '.join(sorted(dead)) or 'none'}, each with its error",
     )
 
 
@@ -454,10 +454,10 @@ class _Event(NamedTuple):
 
 
 class _Watch(NoopObserver):
-    """Hands the worker's events to the main thread, which waits for them and notes them."""
+    """Passes the worker's events to the main thread, which waits for them and records them."""
 
     def __init__(self) -> None:
-        # A condition would not do: an interrupt may leave its lock held.
+        # Not a condition: an interrupt may leave its lock held.
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._trouble = ""
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by outcome and job type
@@ -467,7 +467,7 @@ class _Watch(NoopObserver):
         self.idle = False
 
     def wait(self, ready: Callable[[], bool], tell: Callable[[int], None] | None = None) -> None:
-        """Wait until it is so, and tell how many jobs have ended meanwhile."""
+        """Wait until `ready`, and report how many jobs have ended meanwhile."""
         give_up_at = perf_counter() + _PATIENCE
         while not ready():
             try:
@@ -477,7 +477,7 @@ class _Watch(NoopObserver):
                     f"no job started or ended within {_PATIENCE:g} s{self._trouble}"
                 ) from None
             self._note(event)
-            if event.job is not None:  # an idle worker says that it is at every poll
+            if event.job is not None:  # an idle worker reports so at every poll
                 give_up_at = event.at + _PATIENCE
             if tell is not None:
                 tell(len(self.ended))
@@ -527,15 +527,15 @@ class _Watch(NoopObserver):
 
     @override
     def worker_error(self, error: BaseException, /) -> None:
-        self._trouble = f"; the worker's last trouble: {error}"
+        self._trouble = f"; the worker's last error: {error}"
 
 
-# -- leaving nothing behind -----------------------------------------------------------------
+# -- cleaning up ----------------------------------------------------------------------------
 
 
 @contextmanager
 def _own_schema(dsn: str) -> Iterator[str]:
-    """Give a connection string whose search_path is a new schema with bgjob's tables."""
+    """Yield a connection string whose search_path is a new schema with bgjob's tables."""
     params = conninfo_to_dict(dsn)
     dsn = make_conninfo(dsn, connect_timeout=params.get("connect_timeout", _CONNECT_TIMEOUT))
     options = params.get("options", os.environ.get("PGOPTIONS", ""))
@@ -562,7 +562,7 @@ def _own_schema(dsn: str) -> Iterator[str]:
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], None]]:
-    """Let SIGINT or SIGTERM raise KeyboardInterrupt, once; give what makes it ignore both."""
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt once; yield a function to ignore both."""
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def ignore() -> None:

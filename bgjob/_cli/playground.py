@@ -16,7 +16,7 @@ from bgjob.worker import Worker
 
 QUEUE = "playground"
 
-_GRACE = 2.0  # seconds for the handlers that run when the prompt is left
+_GRACE = 2.0  # seconds for the handlers that run when the prompt ends
 
 _BANNER = dedent("""\
     bgjob's playground, on {place}. There are a client, a mux, and a worker of the
@@ -30,7 +30,7 @@ _BANNER = dedent("""\
 
 
 def play(dsn: str | None) -> None:
-    """Interact on the standard input until it ends, or `exit()` is called.
+    """Run the prompt on the standard input until it ends, or `exit()` is called.
 
     Args:
         dsn: a database with the tables; None for a private server that lives as long as the
@@ -38,7 +38,7 @@ def play(dsn: str | None) -> None:
 
     Raises:
         EmbeddedServerError: the private server is not installed, or did not start.
-        SchemaError: the database has not the tables.
+        SchemaError: the database does not have the tables.
         psycopg.Error: the database cannot be reached.
 
     """

@@ -1,4 +1,4 @@
-"""Tells on stderr how far a long work is."""
+"""Progress of long work, on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,16 +6,16 @@ from contextlib import contextmanager
 
 
 def say(text: str) -> None:
-    """Tell something on stderr, at once."""
+    """Write a line to stderr, and flush it."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show progress: give what to tell how many are done.
+    """Show progress: yield a function that takes the number done.
 
-    A bar on a terminal, where `rich` is installed; otherwise a line for each quarter.
+    A bar on a terminal if `rich` is installed; otherwise a line for each quarter.
     """
     if sys.stderr.isatty():
         try:

@@ -1,4 +1,4 @@
-"""What commands print: tables to read, JSON for programs."""
+"""The output of commands: tables for people, JSON for programs."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from datetime import datetime
 import orjson
 
 _LONGEST = 100
-"""Characters of a cell: the first words of an error say what it is."""
+"""The most characters of a cell: the first words of an error identify it."""
 
 
 def write_json(value: object) -> None:
@@ -16,10 +16,10 @@ def write_json(value: object) -> None:
 
 
 def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers to the right, only what can be printed of texts.
+    """Print a table: numbers aligned right, text without control characters.
 
-    On a terminal `rich` draws it, if it is installed. Otherwise the columns stand in line, to
-    be read by eyes and by `awk`.
+    On a terminal `rich` draws it, if it is installed. Otherwise the columns are aligned, to
+    be read by people and by `awk`.
     """
     table = [list(row) for row in rows]
     numeric = [
@@ -32,12 +32,12 @@ def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 def printable(text: str) -> str:
-    """Give a text without what a terminal may obey: escapes stand for it."""
+    """Return a text with escapes in place of control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """Give a value as a cell has it."""
+    """Return the text of a cell."""
     match value:
         case None:
             return "-"
@@ -67,7 +67,7 @@ def _write_plain(
 
 
 def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequence[bool]) -> bool:
-    """Draw a table on the terminal, if that can be done."""
+    """Draw a table on the terminal; False without `rich`."""
     try:
         from rich.console import Console  # noqa: PLC0415 (an extra)
         from rich.table import Table  # noqa: PLC0415
@@ -78,6 +78,6 @@ def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]], numeric: Sequ
     for column, right in zip(columns, numeric, strict=True):
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in cells:
-        table.add_row(*map(Text, row))  # a text as it is, without any markup
+        table.add_row(*map(Text, row))  # plain text, without markup
     Console().print(table)
     return True

@@ -1,15 +1,16 @@
-"""The guardian: a process that runs one PostgreSQL server for its owner, the process that asked.
+"""The guardian: a process that runs one PostgreSQL server for its owner, which started it.
 
-It is a process of its own because only that ends the server and removes its folder whatever
-the owner dies of. Its stdin is a socket from the owner, which reads as ended when the owner
-closes it, exits, or is killed. It leads its own session, so a Ctrl-C meant for the owner never
-reaches the server before the owner has finished with it. It is run by path and imports nothing
-but the standard library: it is ready in some 30 ms, and needs no path to bgjob.
+It is a process of its own, so that it can stop the server and remove its folder however the
+owner dies. Its stdin is a socket from the owner, which reaches its end when the owner closes
+it, exits, or is killed. It leads its own session, so a Ctrl-C for the owner does not reach the
+server before the owner has finished with it. It is run by path and imports only the standard
+library: it is ready in some 30 ms, and needs no path to bgjob.
 
 `argv[1]` holds the options, as JSON: `owner` (process id), `bin_dir`, `tmp_dir` (the folder to
 make the server's own folder in), `settings`. Commands are lines on stdin: `start` and
-`stop MODE`. Each is answered by a line of JSON on stdout, with `dsn`, `data_dir` and `pid`, or
-with `error`. The first line comes unasked, when the server has started. End of stdin is the end.
+`stop MODE`. It answers each with a line of JSON on stdout, with `dsn`, `data_dir` and `pid`, or
+with `error`. It sends the first line when the server has started, without a command. It ends at
+the end of stdin.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ STOP_SIGNALS = {"fast": signal.SIGINT, "immediate": signal.SIGQUIT, "kill": sign
 
 
 class ServerError(Exception):
-    """The server could not be made or started; the text holds what it said."""
+    """The server could not be made or started; the text contains its output."""
 
 
 def open_to_all(path: Path) -> bool:
@@ -48,10 +49,10 @@ def open_to_all(path: Path) -> bool:
 
 
 def make_folder(tmp_dir: Path, account: pwd.struct_passwd | None) -> Path:
-    """Make the server's folder in `tmp_dir`, or in /tmp where it could not be reached there.
+    """Make the server's folder in `tmp_dir`, or in /tmp if that does not work.
 
-    That is where the socket's path would be too long or hold a comma, which separates hosts in
-    a DSN, or where the server's user may not enter.
+    `tmp_dir` does not work if the socket's path would be too long or contain a comma, which
+    separates hosts in a DSN, or if the server's user may not enter it.
     """
     for parent in (tmp_dir, Path("/tmp")):  # noqa: S108 (mkdtemp's folder is private)
         if account is not None and not open_to_all(parent):
@@ -64,13 +65,13 @@ def make_folder(tmp_dir: Path, account: pwd.struct_passwd | None) -> Path:
             return folder
         folder.rmdir()
     raise ServerError(
-        f"no place for a PostgreSQL server: the path of {tmp_dir} is too long or holds a comma, or "
-        "the server's user may not enter; set TMPDIR to a folder that all users may enter"
+        f"no folder for a PostgreSQL server: the path of {tmp_dir} is too long or has a comma, or "
+        "the server's user may not enter it; set TMPDIR to a folder that all users may enter"
     )
 
 
 def copy_installation(bin_dir: Path, folder: Path, account: pwd.struct_passwd) -> Path:
-    """Copy the server's programs to where its user may run them; return their folder."""
+    """Copy the server's programs to a folder from which its user may run them; return it."""
     prefix = bin_dir.resolve().parent
     # A wheel's programs look for their libraries in a folder next to their package.
     libraries = prefix.parent.with_name(f"{prefix.parent.name}.libs")
@@ -87,7 +88,7 @@ def copy_installation(bin_dir: Path, folder: Path, account: pwd.struct_passwd) -
 
 
 class Server:
-    """One data folder, and the server that runs on it now, if any."""
+    """A data folder, and its server while that runs."""
 
     def __init__(self, bin_dir: Path, tmp_dir: Path, settings: Mapping[str, str]) -> None:
         # PostgreSQL refuses to run as root.
@@ -157,7 +158,7 @@ class Server:
         return False
 
     def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Run one of the server's programs, as the server's user, with its output in the log."""
+        """Run one of the server's programs as the server's user, with its output in the log."""
         account = self._account
         with self._log.open("ab") as log:
             return subprocess.Popen(  # noqa: S603
@@ -166,7 +167,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
-                # The owner's PGPORT, PGDATA and the like are meant for another server.
+                # The owner's PGPORT, PGDATA and so on are for another server.
                 env={k: v for k, v in os.environ.items() if not k.startswith("PG")},
                 user=account and account.pw_uid,
                 group=account and account.pw_gid,
@@ -177,7 +178,7 @@ class Server:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
 
     def _accepts_connections(self, pid: int) -> bool:
-        """Read the status file, as pg_ctl does: the first line is the pid, the eighth the state."""
+        """Read the status file, as pg_ctl does: line 1 is the pid, line 8 the state."""
         try:
             lines = self._pid_file.read_text(errors="replace").splitlines()
         except FileNotFoundError:
@@ -185,7 +186,7 @@ class Server:
         return len(lines) >= 8 and lines[0] == str(pid) and lines[7].strip() == "ready"  # noqa: PLR2004
 
     def stop(self, mode: str) -> None:
-        """Stop the server if it runs: as asked, then ever harder."""
+        """Stop the server if it runs: in this mode, then in ever harder ones."""
         if self._postmaster is None:
             return
         for signum in (STOP_SIGNALS[mode], signal.SIGQUIT, signal.SIGKILL):
@@ -196,10 +197,10 @@ class Server:
         self._postmaster = None
 
     def remove(self) -> None:
-        """Stop the server and leave nothing behind: no process, shared memory or folder."""
+        """Stop the server, and remove its processes, shared memory and folder."""
         self.stop("fast")
         if self._pid_file.exists():
-            # It was killed. Only a new start knows what shared memory it left, and frees it.
+            # It was killed. Only a new start finds the shared memory that it left, and frees it.
             with contextlib.suppress(ServerError):
                 self.start()
             self.stop("fast")
@@ -207,13 +208,13 @@ class Server:
 
 
 def reply(values: Mapping[str, object]) -> None:
-    """Answer the owner; if it is gone, the end of stdin says so too."""
+    """Answer the owner; if it is gone, stdin ends as well."""
     with contextlib.suppress(ConnectionError):
         os.write(sys.stdout.fileno(), json.dumps(values).encode() + b"\n")
 
 
 def obey(command: bytes, server: Server) -> None:
-    """Do one command of the owner's and answer it."""
+    """Execute one command of the owner and answer it."""
     try:
         match command.decode().split():
             case ["start"]:
@@ -229,14 +230,14 @@ def obey(command: bytes, server: Server) -> None:
 
 
 def main() -> None:
-    """Serve the owner until it closes the socket or is gone, or until a SIGTERM."""
+    """Serve the owner until it closes the socket or ends, or until a SIGTERM."""
     options = json.loads(sys.argv[1])
     terminated: list[int] = []
-    # Handlers, not SIG_IGN: that would be inherited by the server.
+    # Handlers, not SIG_IGN: the server would inherit that.
     signal.signal(signal.SIGTERM, lambda signum, _: terminated.append(signum))
     signal.signal(signal.SIGINT, lambda *_: None)
     stdin = sys.stdin.fileno()
-    # An owner that dies with our answer unread resets the connection instead of ending it.
+    # An owner that dies with an unread answer resets the connection instead of ending it.
     with contextlib.suppress(ConnectionResetError), contextlib.ExitStack() as stack:
         try:
             bin_dir, tmp_dir = Path(options["bin_dir"]), Path(options["tmp_dir"])
@@ -248,7 +249,7 @@ def main() -> None:
             reply({"error": str(error)})
             return
         reply(server.facts())
-        # A forked child of the owner holds the socket open after its death: look at the parent.
+        # A forked child keeps the socket open after the owner's death: check the parent too.
         while not terminated and os.getppid() == options["owner"]:
             if select.select([stdin], [], [], OWNER_CHECK_INTERVAL)[0]:
                 command = os.read(stdin, 1024)

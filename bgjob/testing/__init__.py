@@ -1,4 +1,4 @@
-"""For tests of jobs: run them here and now, look at what was enqueued, record events.
+"""For tests of jobs: run due jobs, assert which jobs are enqueued, record events.
 
 Nothing here needs a test framework. Fixtures for pytest, with a PostgreSQL
 server of their own, are in `bgjob.ext.pytest_plugin`.
@@ -34,9 +34,9 @@ _SHOWN = 20  # jobs or events that a failure shows
 
 
 class RecordingObserver:
-    """An observer that remembers every event, for a test to look at. Thread-safe.
+    """An observer that records every event, for a test to inspect. Thread-safe.
 
-    Give it to a Worker, `Worker(..., observer=recording)`, alone or beside others.
+    Pass it to a Worker, `Worker(..., observer=recording)`, alone or in a list.
     """
 
     def __init__(self) -> None:
@@ -44,19 +44,19 @@ class RecordingObserver:
         self._heard = threading.Condition()
 
     def __call__(self, event: Event, /) -> None:
-        """Remember an event."""
+        """Record an event."""
         with self._heard:
             self._events.append(event)
             self._heard.notify_all()
 
     @property
     def events(self) -> list[Event]:
-        """The events so far, in the order in which they came."""
+        """The events so far, in order."""
         with self._heard:
             return self._events.copy()
 
     def of(self, event: type[E], *, id: str | None = None) -> list[E]:  # noqa: A002
-        """Give the events of this class so far; with an id, those of the job that has it."""
+        """Return the events of this class so far; with an id, those of that job."""
         return [
             each
             for each in self.events
@@ -72,17 +72,17 @@ class RecordingObserver:
         count: int = 1,
         timeout: Duration = 10.0,
     ) -> list[E]:
-        """Wait until events of this class have come; give them.
+        """Wait until there are events of this class, and return them.
 
         Args:
-            event: the class, bgjob.JobCompleted say.
+            event: the class, for example bgjob.JobCompleted.
             id: only events of the job with this id.
-            count: how many at least; 1 by default.
+            count: the least number of events; 1 by default.
             timeout: seconds or a timedelta; 10 s by default, far more than a
                 job on an idle worker takes.
 
         Raises:
-            AssertionError: they have not come; the text shows what has.
+            AssertionError: there were fewer; the text shows the recorded events.
 
         """
         __tracebackhide__ = True
@@ -98,7 +98,7 @@ class RecordingObserver:
         )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Delete the recorded events."""
         with self._heard:
             self._events.clear()
 
@@ -112,21 +112,22 @@ def assert_enqueued(
     arg: Any = ...,
     count: int | None = None,
 ) -> list[Job]:
-    """Assert that jobs are enqueued; give those that fit, by queue, priority and due time.
+    """Assert that jobs are enqueued; return the matching ones.
 
-    Enqueued is what waits, is delayed or runs; not what has completed or is dead.
+    Enqueued jobs are those that wait, are delayed or run; completed and dead ones are not. The
+    result is sorted by queue, priority and due time.
 
     Args:
         source: the test's own connection, whose uncommitted jobs count, a
             Client or a connection string.
-        type: only of this type; what is not given does not restrict.
-        queue: only of this queue.
-        id: only the one with this id.
-        arg: only with this payload, compared as JSON; bytes and None as they are.
-        count: how many exactly; by default at least one.
+        type: only jobs of this type; an argument that is not given matches any job.
+        queue: only jobs of this queue.
+        id: only the job with this id.
+        arg: only jobs with this payload, compared as JSON; bytes and None exactly.
+        count: the exact number; by default at least one.
 
     Raises:
-        AssertionError: there are none, or another number; the text shows what is enqueued.
+        AssertionError: there are none, or another number; the text shows the enqueued jobs.
 
     """
     __tracebackhide__ = True
@@ -143,7 +144,7 @@ def assert_not_enqueued(
     id: str | None = None,  # noqa: A002
     arg: Any = ...,
 ) -> None:
-    """Assert that no such job is enqueued; the arguments are those of assert_enqueued."""
+    """Assert that no matching job is enqueued; the arguments are those of assert_enqueued."""
     __tracebackhide__ = True
     assert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
 
@@ -157,7 +158,7 @@ async def aassert_enqueued(
     arg: Any = ...,
     count: int | None = None,
 ) -> list[Job]:
-    """Assert that jobs are enqueued; as assert_enqueued, on an AsyncConnection or AsyncClient."""
+    """Assert that jobs are enqueued. Async variant of assert_enqueued."""
     __tracebackhide__ = True
     async with connected_async(source) as (conn, _):
         jobs = await ask_async(conn, live_jobs())
@@ -172,13 +173,13 @@ async def aassert_not_enqueued(
     id: str | None = None,  # noqa: A002
     arg: Any = ...,
 ) -> None:
-    """Assert that no such job is enqueued; as assert_not_enqueued, awaited."""
+    """Assert that no matching job is enqueued. Async variant of assert_not_enqueued."""
     __tracebackhide__ = True
     await aassert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
 
 
 class _Wanted:
-    """Which jobs a test asks for."""
+    """The jobs that a test expects."""
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class _Wanted:
             if value is not None
         }
         self._arg = arg
-        # Encoded as by an enqueue, so that a tuple, say, is what it would have become.
+        # Encoded as by an enqueue, so that for example a tuple equals the list that it becomes.
         self._payload = None if arg is ... else EnqueueRequest("q", "t", arg).payload
 
     def fits(self, job: Job) -> bool:

@@ -1,7 +1,6 @@
-"""Runs the jobs of a queue here and now, for tests: with the library's own claims and judgement.
+"""Runs the due jobs of a queue for tests, with the library's own claims and settlements.
 
-What happens is written once, as a generator of steps; each colour takes them
-in its own way.
+The logic is one generator of steps, with a sync and an async driver.
 """
 
 import asyncio
@@ -45,21 +44,21 @@ from bgjob.testing._source import AsyncSource, Source, ask, ask_async, connected
 
 OnError = Literal["raise", "store"]
 
-_LEASE = 300.0  # seconds, as for Client.do; no worker claims what the test has not committed
+_LEASE = 300.0  # seconds, as for Client.do; no worker claims a job that the test has not committed
 
 _ENDLESS = 10_000
-"""Runs after which a drain without a limit is taken for one that would never end."""
+"""The runs after which a drain without a limit fails, because it would never end."""
 
 
 class Ran(NamedTuple):
-    """A job that ran, and the result that was stored."""
+    """A job that ran, and its stored result."""
 
     job: Job
     result: Result
 
 
 class _Run(NamedTuple):
-    """Run a job's handler; gives how it ended."""
+    """A step that runs a job's handler; the answer is how it ended."""
 
     route: Route
     claimed: Claimed
@@ -67,7 +66,7 @@ class _Run(NamedTuple):
 
 @dataclass(slots=True)
 class _Answer:
-    """What a handler returned."""
+    """The value that a handler returned."""
 
     value: object = None
 
@@ -85,7 +84,7 @@ class _Plan(NamedTuple):
 class _Drained(NamedTuple):
     ran: list[Ran]
     error: BaseException | None
-    """What the test is to see raised."""
+    """The exception to raise in the test."""
 
 
 _Steps: TypeAlias = Generator[Statement[Any] | _Run, Any, _Drained]
@@ -100,40 +99,44 @@ def drain(
     within: Duration = 0.0,
     on_error: OnError = "raise",
 ) -> list[Ran]:
-    """Run the jobs of a queue that are due, one after the other, until none is; what ran.
+    """Run the due jobs of a queue, one after the other, until none is due.
 
-    As a worker would at a concurrency of 1, by priority and due time, with the
-    jobs that handlers enqueue meanwhile, and with results, attempts, backoff
-    and dead-letter table as ever. Plain handlers run on the caller's thread,
-    coroutine handlers on one event loop. Timeouts are not enforced.
+    Jobs run as by a worker with a concurrency of 1: by priority and due time, including
+    the jobs that handlers enqueue meanwhile, and with the same results, attempts, backoff
+    and dead-letter table. Plain handlers run on the caller's thread, coroutine handlers on
+    one event loop. Timeouts are not enforced.
 
     Args:
         source: the test's own connection, a connection string or a Client. On
             a connection everything happens in its transaction, which is neither
             committed nor rolled back: uncommitted jobs run too. A transactional
-            handler is given this connection, inside a savepoint. On anything
-            else, as in a worker, each step is committed.
+            handler receives this connection, inside a savepoint. On a Client or
+            a connection string each step is committed, as in a worker.
         queue: the queue.
         mux: the handlers.
-        limit: runs after which to return; None (the default) goes on until
-            nothing is due.
-        within: seconds or a timedelta to let pass, without waiting: what
-            becomes due meanwhile runs too, in its order. For that the due times
-            of the queue's waiting jobs are moved back. 0 by default: what is
-            delayed stays.
+        limit: runs after which to return; None (the default) runs until no job
+            is due.
+        within: seconds or a timedelta to skip without waiting: jobs that become
+            due meanwhile run too, in order. The due times of the queue's
+            waiting jobs are moved back for that. 0 by default: delayed jobs
+            do not run.
         on_error: "raise" (the default) raises the exception of a handler, or
-            that a job's type is unknown, as soon as it is stored, so that the
-            test shows its traceback. "store" goes on, as a worker does. Retry
+            the error of an unknown type, as soon as it is stored, so that the
+            test shows its traceback. "store" continues, as a worker does. Retry
+            and MoveToDlq that a handler returned are never raised.
+
+    Returns:
+        The jobs that ran, in order, each with its stored result.
             and MoveToDlq that a handler returned are never raised.
 
     Raises:
         BgjobError: 10,000 jobs ran and there was no limit.
-        LeaseLostError: a handler outlived the lease of 300 s, or somebody took its row away.
-        TypeError: a coroutine handler wants the test's transaction: use adrain.
-        RuntimeError: there are coroutine handlers, and a loop runs in this thread.
+        LeaseLostError: a handler outlived the lease of 300 s, or its row was removed.
+        TypeError: a coroutine handler needs the test's transaction: use adrain.
+        RuntimeError: the mux has coroutine handlers, and a loop runs in this thread.
         KeyboardInterrupt, SystemExit: the handler's, whatever `on_error` says.
-        psycopg.Error: the database's. Where a transactional handler got no connection, its job
-            is due again, with its attempt.
+        psycopg.Error: the database's. If a transactional handler got no connection, its job
+            is due again, and its attempt is not counted.
 
     """
     __tracebackhide__ = True
@@ -141,14 +144,14 @@ def drain(
     if mux.has_coroutines and _runs_a_loop():
         raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
     steps = _steps(plan)
-    runner = asyncio.Runner()  # it makes its loop for the first coroutine, if there is one
+    runner = asyncio.Runner()  # makes its loop for the first coroutine, if any
     with connected(source) as (conn, recipe), closing(runner), closing(steps):
         try:
             step = next(steps)
             while True:
                 try:
                     if isinstance(step, _Run):
-                        # Each in a context of its own, which is not the test's.
+                        # Each handler runs in its own context, not the test's.
                         answer: object = copy_context().run(_run, step, conn, recipe, runner)
                     else:
                         answer = ask(conn, step)
@@ -172,12 +175,13 @@ async def adrain(
     within: Duration = 0.0,
     on_error: OnError = "raise",
 ) -> list[Ran]:
-    """Run the jobs of a queue that are due; as drain, on an AsyncConnection or AsyncClient.
+    """Run the due jobs of a queue. Async variant of drain.
 
-    Coroutine handlers are awaited here, plain ones run on a thread.
+    The source is an AsyncConnection, an AsyncClient or a connection string. Coroutine
+    handlers are awaited here, plain ones run on a thread.
 
     Raises:
-        TypeError: a plain handler wants the test's transaction: use drain.
+        TypeError: a plain handler needs the test's transaction: use drain.
 
     """
     __tracebackhide__ = True
@@ -206,7 +210,7 @@ async def adrain(
     return drained.ran
 
 
-# -- what happens ---------------------------------------------------------------------
+# -- steps ----------------------------------------------------------------------------
 
 
 def _planned(queue: str, mux: Mux, limit: int | None, within: Duration, on_error: OnError) -> _Plan:
@@ -244,7 +248,7 @@ def _steps(plan: _Plan) -> _Steps:
             if granted is None:
                 yield from _all(settlement(claimed, Release()))
             if not granted:
-                continue  # another job has its key, and it waits
+                continue  # another job holds its key, and it waits
         result, error = yield from _one(route, claimed)
         ran.append(Ran(job, result))
         if error is not None and (plan.on_error == "raise" or not isinstance(error, Exception)):
@@ -263,7 +267,7 @@ def _all(statements: list[Statement[Any]]) -> Generator[Statement[Any], Any, lis
 def _one(
     route: Route | Retry | MoveToDlq, claimed: Claimed
 ) -> Generator[Statement[Any] | _Run, Any, tuple[Result, BaseException | None]]:
-    """Run one job and store what came of it; the result, and an error that is no answer of its."""
+    """Run one job and store its result; return it, and an error that the handler did not return."""
     job, answer = claimed.job, _Answer()
     ending: Ending
     if not isinstance(route, Route):
@@ -273,7 +277,7 @@ def _one(
     try:
         answers = yield from _all(conclusion(claimed, ending))
     except psycopg.errors.InFailedSqlTransaction:
-        # An ordinary handler has spoiled the test's transaction: its error is the one to see.
+        # An ordinary handler made the test's transaction fail: raise its error.
         if (error := _not_returned(ending, answer)) is not None:
             raise error from None
         raise
@@ -286,14 +290,14 @@ def _one(
         ending = ending.otherwise if held else ending.result
     elif isinstance(ending, Fenced) or not held:
         raise LeaseLostError(
-            f"job {job.id!r} of type {job.type!r} was not there any more when its handler "
-            f"had ended, or not held: it took over {_LEASE:g} s, or its row was changed meanwhile"
+            f"job {job.id!r} of type {job.type!r} was gone or no longer held when its handler "
+            f"had ended: it took over {_LEASE:g} s, or its row was changed meanwhile"
         )
     return ending, _not_returned(ending, answer)
 
 
 def _overheard(route: Route, answer: _Answer) -> Route:
-    """Give a route whose handler also says what it returned."""
+    """Return a route whose handler records its return value in `answer`."""
     handler = route.handler
     if route.is_coroutine:
 
@@ -327,7 +331,7 @@ def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
     return error if isinstance(error, BaseException) and error is not returned else None
 
 
-# -- plain ----------------------------------------------------------------------------
+# -- sync driver ----------------------------------------------------------------------
 
 
 def _run(
@@ -366,7 +370,7 @@ def _run(
     return Fenced() if fenced else result
 
 
-# -- coroutine --------------------------------------------------------------------------
+# -- async driver -------------------------------------------------------------------------
 
 
 async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | None) -> Ending:
@@ -412,7 +416,7 @@ async def _awaited(route: Route, job: Job) -> Result:
         return route.failed(job, error)
 
 
-# -- what both colours share --------------------------------------------------------------
+# -- shared by both drivers -----------------------------------------------------------------
 
 
 def _commits(returned: object) -> bool:

@@ -1,4 +1,4 @@
-"""Where a test's jobs are: its own connection, or what connections can be made from."""
+"""The source of a test's jobs: its own connection, a client or a connection string."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,20 +17,20 @@ Source: TypeAlias = Client | str | Connection[Any]
 """Where the queue is: a client, a connection string, or the test's own connection."""
 
 AsyncSource: TypeAlias = AsyncClient | str | AsyncConnection[Any]
-"""As Source, for the async colour."""
+"""The async variant of Source."""
 
 
 @contextmanager
 def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]:
-    """Give the test's own connection, or a new one and how to make more."""
+    """Yield the test's own connection, or a new one with the parameters for more."""
     if isinstance(source, Connection):
         yield source, None
         return
     if not isinstance(source, str | Client):
         raise TypeError(
-            "give a Client, a connection string or a psycopg.Connection, not "
-            f"{type(source).__name__}; for an AsyncClient or AsyncConnection there is a function "
-            "whose name begins with a: adrain(), say"
+            "pass a Client, a connection string or a psycopg.Connection, not "
+            f"{type(source).__name__}; for an AsyncClient or AsyncConnection use the function "
+            "whose name begins with a, such as adrain()"
         )
     recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
     with psycopg.connect(**{**options(recipe), "autocommit": True}) as conn:
@@ -48,15 +48,15 @@ def ask(conn: Connection[Any], statement: Statement[T]) -> T:
 async def connected_async(
     source: AsyncSource,
 ) -> AsyncIterator[tuple[AsyncConnection[Any], Recipe | None]]:
-    """As connected."""
+    """Yield a connection. Async variant of connected."""
     if isinstance(source, AsyncConnection):
         yield source, None
         return
     if not isinstance(source, str | AsyncClient):
         raise TypeError(
-            "give an AsyncClient, a connection string or a psycopg.AsyncConnection, not "
-            f"{type(source).__name__}; for others there is a function whose name begins "
-            "without the a: drain(), say"
+            "pass an AsyncClient, a connection string or a psycopg.AsyncConnection, not "
+            f"{type(source).__name__}; for others use the function whose name begins without "
+            "the a, such as drain()"
         )
     recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
     arguments = {**options(recipe), "autocommit": True}
@@ -65,7 +65,7 @@ async def connected_async(
 
 
 async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
-    """As ask."""
+    """Run a statement. Async variant of ask."""
     cursor = AsyncCursor(conn)
     await cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
     return statement.parse(await cursor.fetchall())

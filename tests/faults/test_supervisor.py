@@ -201,7 +201,7 @@ def test_children_that_die_too_often_end_the_others_and_the_parent(world: World)
         time.sleep(0.01)
     assert parent.wait() == 1, parent.output
     assert len(killed) == 6
-    told = "bgjob: 6 processes died within 10 s; none is started again\n"
+    told = "bgjob: 6 processes died within 10 s; bgjob starts no more\n"
     world.saw("too many died", told in parent.output)
     pauses = [float(n) for n in re.findall(r"is started again after (\S+) s", parent.output)]
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]
@@ -215,4 +215,4 @@ def test_a_target_that_cannot_be_served_is_told_and_ends_the_parent(world: World
     parent.must_end_well = False
     assert parent.wait() == 1
     assert "bgjob: there is no 'missing' in faults.app\n" in parent.output
-    world.saw("too many died", "none is started again" in parent.output)
+    world.saw("too many died", "bgjob starts no more" in parent.output)

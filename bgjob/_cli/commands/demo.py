@@ -1,4 +1,4 @@
-"""`bgjob demo`: watch it work."""
+"""`bgjob demo`: watch bgjob work."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from bgjob._cli import arguments, table
 if TYPE_CHECKING:
     from bgjob._cli.arguments import Commands
 
-_STATUS = arguments.STATUS.replace("it is done", "every check agrees").replace(
+_STATUS = arguments.STATUS.replace("it succeeded", "every check agrees").replace(
     "it failed, for", "a check does not agree, or it failed, for"
 )
 
@@ -21,10 +21,10 @@ def add(commands: "Commands") -> None:
         commands,
         "demo",
         run,
-        help="watch it work through some thousands of jobs, and check the result",
+        help="watch bgjob run some thousands of jobs, and check the result",
         description="Counts every file of Python's standard library, a job each, while other "
-        "jobs wait, fail, come back and die as they should; then checks all of it against a "
-        "count that was made without the queue. Takes a few seconds, and leaves nothing behind.",
+        "jobs wait, fail, are retried and die as they should; then compares the results with a "
+        "count that was made without the queue. Takes a few seconds, and cleans up.",
         status=_STATUS,
     )
     parser.add_argument(
@@ -38,13 +38,13 @@ def add(commands: "Commands") -> None:
         type=arguments.positive,
         default=8,
         metavar="N",
-        help="handlers at once (default: %(default)s)",
+        help="how many handlers run at the same time (default: %(default)s)",
     )
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry it out."""
+    """Run the command."""
     from bgjob._cli import demo  # noqa: PLC0415 (only what a command needs is imported)
 
     report = demo.run(args.dsn, concurrency=args.concurrency)

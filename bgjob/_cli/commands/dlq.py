@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bgjob._cli.arguments import Commands
 
 _BATCH = 1000
-"""Jobs requeued or purged in one transaction, so that nobody waits for long, and progress shows."""
+"""Jobs requeued or purged in one transaction: no other session waits long, and progress shows."""
 
 _SHOWN = ("id", "queue", "type", "attempt", "moved_at", "last_error")
 
@@ -45,20 +45,20 @@ def add(commands: "Commands") -> None:
         type=arguments.positive,
         default=100,
         metavar="N",
-        help="at most so many (default: %(default)s)",
+        help="list at most N jobs (default: %(default)s)",
     )
     each.add_argument(
         "--before",
         type=arguments.positive,
         metavar="NUMBER",
-        help="the next page: those before this number, which is told where there are more",
+        help="the next page: the jobs before this number, which a full page prints",
     )
     each = add_command(
         dead,
         "show",
         run_show,
         help="show a dead job, with its payload and its whole error",
-        description="Shows a dead job; the latest of its id, if that died more than once.",
+        description="Shows a dead job; if jobs with this id died more than once, the latest.",
     )
     each.add_argument("id", metavar="ID")
     _add_common(each)
@@ -68,7 +68,7 @@ def add(commands: "Commands") -> None:
         run_requeue,
         help="move dead jobs back to their queues",
         description="Moves dead jobs back to their queues, due now, with every setting and fresh "
-        "attempts. One whose id a live job has stays dead.",
+        "attempts. A job whose id a live job has stays dead.",
     )
     _add_filters(each)
     _add_all(each)
@@ -76,28 +76,28 @@ def add(commands: "Commands") -> None:
         dead,
         "purge",
         run_purge,
-        help="delete dead jobs for good",
-        description="Deletes dead jobs for good.",
+        help="delete dead jobs permanently",
+        description="Deletes dead jobs permanently.",
     )
     _add_filters(each)
     _add_all(each)
 
 
 def _add_filters(parser: "ArgumentParser") -> None:
-    parser.add_argument("--queue", type=arguments.name("queue"), help="only of this queue")
-    parser.add_argument("--type", type=arguments.name("type"), help="only of this type")
+    parser.add_argument("--queue", type=arguments.name("queue"), help="only jobs of this queue")
+    parser.add_argument("--type", type=arguments.name("type"), help="only jobs of this type")
     parser.add_argument(
         "--id",
         dest="ids",
         type=arguments.name("id"),
         action="append",
-        help="only the job with this id; can be given for several",
+        help="only the job with this id; may be repeated",
     )
     parser.add_argument(
         "--older-than",
         type=arguments.duration,
         metavar="DURATION",
-        help="only those that died that long ago: seconds, or 90s, 15m, 2h, 30d, 1w",
+        help="only jobs that died longer ago: seconds, or 90s, 15m, 2h, 30d, 1w",
     )
     _add_common(parser)
 
@@ -108,7 +108,9 @@ def _add_common(parser: "ArgumentParser") -> None:
 
 
 def _add_all(parser: "ArgumentParser") -> None:
-    parser.add_argument("--all", action="store_true", help="take all; needed if there is no filter")
+    parser.add_argument(
+        "--all", action="store_true", help="all dead jobs; required without a filter"
+    )
 
 
 class _Filters(TypedDict):
@@ -210,10 +212,10 @@ def run_purge(args: argparse.Namespace) -> int:
 def _in_batches(
     args: argparse.Namespace, act: Callable[[Client, list[str], _Filters], int]
 ) -> tuple[int, int]:
-    """Act on what is chosen; give how many ids that are, and how many jobs it was done to."""
+    """Act on the selected jobs; return the number of their ids, and of the jobs done."""
     filters = _filters(args)
     if args.all == any(choice is not None for choice in (args.ids, *filters.values())):
-        raise UsageError("give --queue, --type, --id or --older-than, or --all instead of them")
+        raise UsageError("pass --queue, --type, --id or --older-than, or --all instead of them")
     with database.opened(database.find(args.dsn)) as client:
         ids = client._run(matching(DeadFilter(args.ids, **filters)), None)  # noqa: SLF001
         if len(ids) <= _BATCH:

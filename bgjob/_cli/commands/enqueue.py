@@ -22,7 +22,7 @@ def add(commands: "Commands") -> None:
         "enqueue",
         run,
         help="write a job, and print its id",
-        description="Writes a job, wakes a worker of its queue, and prints the job's id.",
+        description="Writes a job, notifies a worker of its queue, and prints the job's id.",
     )
     parser.add_argument("queue", type=arguments.name("queue"), metavar="QUEUE")
     parser.add_argument("type", type=arguments.name("type"), metavar="TYPE")
@@ -30,20 +30,19 @@ def add(commands: "Commands") -> None:
         "arg",
         nargs="?",
         metavar="JSON",
-        help="the payload, stored as it is written here; - reads it from the standard input",
+        help="the payload, stored unchanged; - reads it from the standard input",
     )
     parser.add_argument(
         "--raw",
         metavar="FILE",
-        help="take the bytes of this file as the payload, whatever they are; - for the standard "
-        "input",
+        help="use the bytes of this file as the payload; - for the standard input",
     )
     parser.add_argument(
         "--delay",
         type=arguments.duration,
         default=0.0,
         metavar="DURATION",
-        help="until it is due: seconds, or 90s, 15m, 2h, 30d (default: due now)",
+        help="the time until it is due: seconds, or 90s, 15m, 2h, 30d (default: due now)",
     )
     parser.add_argument(
         "--priority",
@@ -56,19 +55,19 @@ def add(commands: "Commands") -> None:
         "--exclusive",
         type=arguments.name("exclusive"),
         metavar="KEY",
-        help="no two jobs with one key run at once, on any host (default: none)",
+        help="of the jobs with this key one runs at a time, on any host (default: none)",
     )
     parser.add_argument(
         "--id",
         type=arguments.name("id"),
-        help="unique among live jobs, so that to enqueue twice is harmless (default: a new UUID)",
+        help="unique among live jobs, so that enqueuing twice is harmless (default: a new UUID)",
     )
     arguments.add_dsn(parser)
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry it out."""
+    """Run the command."""
     options: dict[str, Any] = {} if args.id is None else {"id": args.id}
     try:
         request = EnqueueRequest(
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def _payload(args: argparse.Namespace) -> bytes | None:
     if args.raw is not None:
         if args.arg is not None:
-            raise UsageError("give JSON or --raw, not both")
+            raise UsageError("pass JSON or --raw, not both")
         try:
             return _stdin() if args.raw == "-" else Path(args.raw).read_bytes()
         except OSError as error:
@@ -106,7 +105,7 @@ def _payload(args: argparse.Namespace) -> bytes | None:
         orjson.loads(payload)
     except ValueError as error:
         where = "the standard input" if args.arg == "-" else repr(args.arg)
-        raise UsageError(f"{where} is no JSON: {error}; for other bytes there is --raw") from None
+        raise UsageError(f"{where} is not JSON: {error}; for other bytes use --raw") from None
     return bytes(payload)
 
 

@@ -1,4 +1,4 @@
-"""`bgjob pause`, `bgjob resume` and `bgjob paused`: pauses of queues."""
+"""`bgjob pause`, `bgjob resume` and `bgjob paused`: pause queues."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bgjob._cli.arguments import Commands
 
 ENDLESS = "it is resumed"
-"""The end of a pause that has none."""
+"""Shown as the end of a pause without an end."""
 
 
 def add(commands: "Commands") -> None:
@@ -22,11 +22,11 @@ def add(commands: "Commands") -> None:
         commands,
         "pause",
         run_pause,
-        help="let no worker claim from a queue",
-        description="Lets no worker on any host claim from a queue, until it is resumed or until "
-        "a time; what runs goes on. A pause of a paused queue takes its place. It returns when "
-        "nothing more is claimed; if a transaction that may have begun to claim before goes on "
-        "for 30 s it exits with 1, and the queue is paused.",
+        help="pause a queue: no worker claims from it",
+        description="Pauses a queue, until it is resumed or until a time: no worker on any host "
+        "claims from it; running jobs go on. Pausing a paused queue replaces its pause. It returns "
+        "when no claim is in progress; if a transaction that may have claimed before goes on for "
+        "30 s it exits with 1, and the queue is paused.",
     )
     each.add_argument("queue", type=arguments.name("queue"), metavar="QUEUE")
     end = each.add_mutually_exclusive_group()
@@ -34,7 +34,7 @@ def add(commands: "Commands") -> None:
         "--until",
         type=arguments.moment,
         metavar="TIME",
-        help="when the pause ends by itself, such as 2030-01-31T09:00Z or 2030-01-31T09:00+01:00 "
+        help="when the pause ends, such as 2030-01-31T09:00Z or 2030-01-31T09:00+01:00 "
         "(default: when the queue is resumed)",
     )
     end.add_argument(
@@ -42,7 +42,7 @@ def add(commands: "Commands") -> None:
         dest="duration",
         type=arguments.duration,
         metavar="DURATION",
-        help="after how long it ends by itself: seconds, or 90s, 15m, 2h, 30d",
+        help="how long the pause lasts: seconds, or 90s, 15m, 2h, 30d",
     )
     _add_common(each)
     each = add_command(
@@ -50,8 +50,8 @@ def add(commands: "Commands") -> None:
         "resume",
         run_resume,
         help="end the pause of a queue",
-        description="Ends the pause of a queue, and wakes its workers. A queue that is not paused "
-        "stays as it is, which is no failure.",
+        description="Ends the pause of a queue, and notifies its workers. If the queue is not "
+        "paused, nothing changes, and the exit status is 0.",
     )
     each.add_argument("queue", type=arguments.name("queue"), metavar="QUEUE")
     _add_common(each)
@@ -59,8 +59,8 @@ def add(commands: "Commands") -> None:
         commands,
         "paused",
         run_paused,
-        help="list the queues that are paused",
-        description="Lists the queues that are paused, and until when.",
+        help="list the paused queues",
+        description="Lists the paused queues, and until when they are paused.",
     )
     _add_common(each)
 
@@ -78,7 +78,7 @@ def run_pause(args: argparse.Namespace) -> int:
             now = client._run(clock(), None)  # noqa: SLF001
             until = until or now + timedelta(seconds=args.duration)
             if until <= now:
-                raise UsageError("the pause would be over before it begins: give a later time")
+                raise UsageError("the pause would end before it begins: choose a later time")
         client.pause(args.queue, until)
     if args.json:
         table.write_json({"queue": args.queue, "until": until})

@@ -1,4 +1,4 @@
-"""`bgjob playground`: try it at a prompt."""
+"""`bgjob playground`: try bgjob at a prompt."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -15,19 +15,19 @@ def add(commands: "Commands") -> None:
         commands,
         "playground",
         run,
-        help="try it at a Python prompt",
+        help="try bgjob at a Python prompt",
         description="A Python prompt with a client, a mux and a worker on a private PostgreSQL, "
-        "which goes away when you leave.",
+        "which is removed when you leave.",
     )
     parser.add_argument(
         "--dsn",
         type=arguments.conninfo,
-        help="work in this database, which has the tables already, and stays",
+        help="use this database, which must have the tables; it is kept",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry it out."""
+    """Run the command."""
     from bgjob._cli import playground  # noqa: PLC0415 (only what a command needs is imported)
 
     playground.play(args.dsn)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bgjob._cli.arguments import Commands
 
 _MOST = 20
-"""Schedules that an error lists: a screenful."""
+"""The most schedules that an error lists: a screenful."""
 
 
 def add(commands: "Commands") -> None:
@@ -24,7 +24,7 @@ def add(commands: "Commands") -> None:
     parser = commands.add_parser(
         "schedules",
         help="list, pause, resume, run and remove schedules",
-        description="The schedules of the database: those of every worker that was started.",
+        description="The schedules of the database. A worker writes its schedules when it starts.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=arguments.STATUS,
     )
@@ -41,33 +41,32 @@ def add(commands: "Commands") -> None:
         schedules,
         "pause",
         run_pause,
-        help="let schedules enqueue nothing",
-        description="Lets schedules enqueue nothing until they are resumed; jobs that they have "
-        "enqueued go on.",
+        help="pause schedules",
+        description="Pauses schedules: they enqueue nothing until they are resumed; the jobs that "
+        "they have enqueued go on.",
     )
     _add_each(
         schedules,
         "resume",
         run_resume,
-        help="let schedules go on",
-        description="Lets schedules go on with their next ticks; those while they were paused are "
-        "not missed.",
+        help="resume schedules",
+        description="Resumes schedules from their next ticks; the ticks of the pause are dropped.",
     )
     _add_each(
         schedules,
         "remove",
         run_remove,
-        help="forget schedules that no worker has any more",
-        description="Forgets schedules that no worker has any more; one that a worker has begins "
-        "anew.",
+        help="delete schedules that no worker has any more",
+        description="Deletes schedules that no worker has any more; with a worker a schedule "
+        "starts again.",
     )
     each = add_command(
         schedules,
         "run",
         run_once,
-        help="enqueue a schedule's job now, once, and print its id",
-        description="Enqueues a schedule's job now, once, and prints its id; also while the "
-        "schedule is paused. Its ticks stay as they are.",
+        help="enqueue a schedule's job once, now, and print its id",
+        description="Enqueues a schedule's job once, now, and prints its id; also while the "
+        "schedule is paused. Its ticks do not change.",
     )
     each.add_argument("name", metavar="NAME")
     _add_common(each)
@@ -81,7 +80,7 @@ def _add_each(
     help: str,  # noqa: A002
     description: str,
 ) -> None:
-    unknown = "If there is no schedule of one of the names, nothing is done."
+    unknown = "If there is no schedule of one of the names, none is changed."
     description = f"{description} {unknown}"
     parser = add_command(schedules, name, run, help=help, description=description)
     parser.add_argument("names", nargs="+", metavar="NAME")
@@ -145,20 +144,20 @@ def run_once(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _timetable(args: argparse.Namespace, names: Iterable[str]) -> Iterator[Timetable]:
-    """Give the schedules, among which are those of these names."""
+    """Yield the client's schedules; raise UnknownScheduleError for a missing name."""
     with database.opened(database.find(args.dsn)) as client:
         known = [schedule.name for schedule in client.schedules.list()]
         if unknown := [name for name in names if name not in known]:
             raise UnknownScheduleError(
-                f"there is no schedule {_quoted(unknown)}; {_told(known)}; one is there when a "
-                "worker that has it was started"
+                f"there is no schedule {_quoted(unknown)}; {_told(known)}; a worker writes its "
+                "schedules when it starts"
             )
         yield client.schedules
 
 
 def _told(known: list[str]) -> str:
     if not known:
-        return "there is none at all"
+        return "there are none"
     more = len(known) - _MOST
     return f"there are {_quoted(known[:_MOST])}" + (f" and {more} more" if more > 0 else "")
 

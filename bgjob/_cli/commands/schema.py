@@ -20,21 +20,21 @@ def add(commands: "Commands") -> None:
         "schema",
         run,
         help="print the tables' SQL, or check the database's tables",
-        description="Prints migration/init.sql, to be applied with your own migration tool. It "
+        description="Prints migration/init.sql, to apply with your own migration tool. The command "
         "changes no database.",
     )
     parser.add_argument(
         "--check",
         action="store_true",
         help="compare the version of the database's tables with the one that this bgjob needs; "
-        "exits with 1, and the remedy, if they differ",
+        "if they differ, print the remedy and exit with 1",
     )
     arguments.add_dsn(parser)
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry it out."""
+    """Run the command."""
     if args.check:
         return _check(args)
     if args.json:

@@ -1,4 +1,4 @@
-"""`bgjob stats`: what waits, runs and is dead."""
+"""`bgjob stats`: count jobs."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,18 @@ def add(commands: "Commands") -> None:
         commands,
         "stats",
         run,
-        help="show what waits, runs and is dead, for each queue and type",
-        description="Counts the jobs of each queue and type: due, delayed, running and dead, those "
-        "that wait for a retry, and for how many seconds the oldest due one has waited; and tells "
+        help="count waiting, running and dead jobs, by queue and type",
+        description="Counts the jobs of each queue and type: due, delayed, running and dead, and "
+        "those that wait for a retry; shows how many seconds the oldest due job has waited, and "
         "until when a queue is paused. A paused queue without jobs has a row without a type.",
     )
-    parser.add_argument("--queue", type=arguments.name("queue"), help="only of this queue")
+    parser.add_argument("--queue", type=arguments.name("queue"), help="only jobs of this queue")
     arguments.add_dsn(parser)
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry it out."""
+    """Run the command."""
     with database.opened(database.find(args.dsn)) as client:
         stats = client.stats(queue=args.queue)
         paused = client.paused()

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 _STATUS = dedent("""\
     signals:
-      SIGTERM, SIGINT  shut down: claim nothing more, give back what has not started,
-                       finish what runs; what still runs after the grace period is left
-                       to its lease, and the process ends within 2 s, whatever hangs in it
-      a second one     exit at once; what runs is left to its lease
+      SIGTERM, SIGINT  shut down: stop claiming, release jobs that have not started, finish
+                       the running ones; jobs that still run after the grace period are left
+                       to their leases, and the process ends within 2 s, whatever hangs in it
+      a second one     exit immediately; running jobs are left to their leases
 
     several processes:
-      One that ends is started again after 0.1 s, doubling up to 10 s while it lives for
-      less than 10 s. If more than 5 die within 10 s the others are shut down. If the
+      A process that ends is started again after 0.1 s, doubling up to 10 s while it lives
+      for less than 10 s. If more than 5 die within 10 s the others are shut down. If the
       parent is killed they shut down, too.
 
     exit status:
-      0         after a shutdown that was asked for, by a signal or by the program
-      1         the worker could not be loaded or started, or it ended by itself; or too many
-                processes died
-      2         the arguments cannot be understood
+      0         after a shutdown by a signal or by the program
+      1         the worker could not be loaded or started, or it ended on its own; or too
+                many processes died
+      2         the arguments are wrong
       130, 143  after a second signal, SIGINT or SIGTERM
     """)
 
@@ -46,8 +46,8 @@ def add(commands: "arguments.Commands") -> None:
         "worker",
         run,
         help="run a worker until a signal ends it",
-        description="Imports a worker of yours, calls what makes one, or makes one of a Mux, and "
-        "runs it until SIGTERM or SIGINT. The current directory is on the module path.",
+        description="Imports a worker, or makes one from a callable or a Mux, and runs it until "
+        "SIGTERM or SIGINT. The current directory is on the module path.",
         status=_STATUS,
     )
     parser.add_argument(
@@ -55,9 +55,9 @@ def add(commands: "arguments.Commands") -> None:
         type=_target,
         metavar="MODULE:NAME",
         help="a Mux, such as app.jobs:mux; a Worker or an AsyncWorker; or a callable that returns "
-        "one, and is given those of --dsn, --queue and --concurrency that it has parameters for: "
-        "dsn, queues (a dict from names to handlers at once) and concurrency. A coroutine function "
-        "is awaited on the loop that the AsyncWorker then runs on",
+        "one. It receives those of --dsn, --queue and --concurrency that it has parameters for: "
+        "dsn, queues (a dict from names to their slots) and concurrency. A coroutine function is "
+        "awaited on the loop that the AsyncWorker then runs on",
     )
     parser.add_argument(
         "--queue",
@@ -65,28 +65,28 @@ def add(commands: "arguments.Commands") -> None:
         type=arguments.queue,
         action="append",
         metavar="NAME[=N]",
-        help="work on this queue, with N handlers at once; can be given for several",
+        help="work on this queue, with N slots: handlers at the same time; may be repeated",
     )
     parser.add_argument(
         "--concurrency",
         type=arguments.positive,
         metavar="N",
-        help="handlers at once for each queue that has no N of its own (default: 1, as for Worker)",
+        help="slots of each queue that has no N of its own (default: 1, as for Worker)",
     )
     parser.add_argument(
         "--processes",
         type=arguments.positive,
         default=1,
         metavar="N",
-        help="run so many processes, each with such a worker (default: %(default)s); work that "
-        "computes needs one a core",
+        help="run N processes, each with such a worker (default: %(default)s); for work that "
+        "computes use one for each core",
     )
     parser.add_argument(
         "--grace",
         type=arguments.duration,
         default=30.0,
         metavar="DURATION",
-        help="how long a shutdown waits for handlers that run: seconds, or 5m (default: "
+        help="how long a shutdown waits for running handlers: seconds, or 5m (default: "
         "%(default)g); less than the supervisor waits before it kills",
     )
     arguments.add_dsn(parser)
@@ -94,16 +94,16 @@ def add(commands: "arguments.Commands") -> None:
         "--log-level",
         type=str.upper,
         choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
-        help="the least level that is logged (default: INFO, unless the program sets up logging)",
+        help="the lowest level to log (default: INFO, unless the program sets up logging)",
     )
     parser.add_argument(
         "--log-format",
         choices=["text", "json"],
-        help="json: one object a line, with time, level, logger, pid, message, and of a job "
+        help="json: one object a line, with time, level, logger, pid and message, and for a job "
         "job_id, job_queue, job_type and job_attempt (default: text, unless the program sets up "
         "logging)",
     )
-    # What a parent tells its children.
+    # For a parent's children only.
     parser.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dsn-in-environment", action="store_true", help=argparse.SUPPRESS)
 
@@ -118,7 +118,7 @@ def _target(text: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry it out."""
+    """Run the command."""
     from bgjob._cli.worker import log  # noqa: PLC0415 (only what a command needs is imported)
     from bgjob._cli.worker.serve import ServeError  # noqa: PLC0415
     from bgjob._cli.worker.target import TargetError  # noqa: PLC0415
@@ -171,13 +171,13 @@ def _run_several(args: argparse.Namespace) -> None:
     from bgjob._cli.worker import log, processes  # noqa: PLC0415
 
     log.set_up(args.log_level, args.log_format, with_pid=True)
-    # Not in the arguments, which everybody on the host can see.
+    # Not in the arguments, which all users of the host can see.
     env = os.environ if args.dsn is None else {**os.environ, VARIABLE: args.dsn}
     processes.supervise(_arguments_of(args), count=args.processes, grace=args.grace, env=env)
 
 
 def _arguments_of(args: argparse.Namespace) -> Sequence[str]:
-    """Give the arguments of a child."""
+    """Return the arguments of a child."""
     arguments = ["worker", args.target, f"--grace={args.grace!r}"]
     arguments += [
         f"--queue={queue}" if number is None else f"--queue={queue}={number}"

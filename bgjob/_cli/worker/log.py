@@ -15,11 +15,11 @@ _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Gives a record as one line of JSON: an object.
+    """Formats a record as one line of JSON: an object.
 
     Its members are `time` (ISO 8601, UTC), `level`, `logger`, `pid`, `message`, those of the
-    record's `extra` (`job_id`, `job_queue`, `job_type` and `job_attempt` where it is about a
-    job) and, where there is an exception, `exception`: the traceback's text.
+    record's `extra` (`job_id`, `job_queue`, `job_type` and `job_attempt` if it concerns a
+    job) and `exception`, the traceback's text, if there is an exception.
     """
 
     @override
@@ -44,12 +44,12 @@ def set_up(level: str | None, format: Format | None, *, with_pid: bool = False) 
     """Log to stderr, unless the program has set up logging itself.
 
     Args:
-        level: the least level that is shown; None for INFO, so that retries and trouble are
-            seen, or for what the program has set up. One that is given counts in any case.
-        format: None for text, or for what the program has set up: what a handler of a logger of
-            its own has written is not written again. One that is given replaces the program's
-            own handlers, those of other loggers where they write to the terminal.
-        with_pid: whether lines of text carry the process id, because several processes write
+        level: the lowest level to show; None for INFO, so that retries and errors are shown, or
+            for the program's own level. A given level always applies.
+        format: None for text, or for the program's own setup: records that another logger's
+            handler has shown are not shown again. A given format replaces the program's own
+            handlers, and those of other loggers that write to the terminal.
+        with_pid: whether lines of text contain the process id, because several processes write
             to the same place.
 
     """
@@ -74,9 +74,9 @@ def set_up(level: str | None, format: Format | None, *, with_pid: bool = False) 
 
 
 def _is_unhandled(record: logging.LogRecord) -> bool:
-    """Whether no logger below the root has a handler of its own that shows a record.
+    """Whether no logger below the root has its own handler that shows a record.
 
-    The program has set those up, and the line would be there twice.
+    The program has set those up, and the line would appear twice.
     """
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.parent is not None:
@@ -89,7 +89,7 @@ def _is_unhandled(record: logging.LogRecord) -> bool:
 
 
 def _remove_handlers() -> None:
-    """Remove the handlers that loggers below the root have for the terminal."""
+    """Remove the terminal handlers of loggers below the root."""
     for logger in logging.Logger.manager.loggerDict.values():
         for handler in list(getattr(logger, "handlers", ())):
             if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
@@ -97,7 +97,7 @@ def _remove_handlers() -> None:
 
 
 def as_json(message: str, error: BaseException | None) -> str:
-    """Give the last words of a process as a line of JSON."""
+    """Return the last message of a process as a line of JSON."""
     record = logging.makeLogRecord(
         {
             "name": "bgjob",

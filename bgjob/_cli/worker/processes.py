@@ -1,9 +1,8 @@
 """Keeps several worker processes running: the parent of `bgjob worker --processes`.
 
-Each child holds one end of a pipe, its lifeline, and ends when the other end is
-closed: because the parent wishes so, or because there is no parent any more,
-whatever killed it. So no signal has to be forwarded, and a child that gets one
-of its own, from a terminal or from systemd, is not told twice.
+Each child holds one end of a pipe, its lifeline, and ends when the other end is closed:
+by the parent, or because the parent died. So the parent forwards no signals, and a child
+that also gets one from a terminal or from systemd does not count it twice.
 """
 
 import logging
@@ -23,11 +22,11 @@ from types import FrameType
 from bgjob._logger import log as _log
 from bgjob.errors import BgjobError
 
-_FIRST_PAUSE = 0.1  # seconds before what died is started again; doubles
+_FIRST_PAUSE = 0.1  # seconds before a dead process is started again; doubles
 _LONGEST_PAUSE = 10.0
 _MOST_DEATHS = 5
-_WINDOW = 10.0  # seconds: more deaths in it than that, and nothing is started again
-_LATE = 2.0  # seconds after the grace period in which a child has to end
+_WINDOW = 10.0  # seconds: after more deaths than that within it, no process is started again
+_LATE = 2.0  # seconds after the grace period within which a child has to end
 
 
 class ProcessesError(BgjobError):
@@ -37,15 +36,15 @@ class ProcessesError(BgjobError):
 def supervise(
     arguments: Sequence[str], *, count: int, grace: float, env: Mapping[str, str]
 ) -> None:
-    """Run so many worker processes until a signal comes; returns when they have ended.
+    """Run `count` worker processes until a signal comes; return when they have ended.
 
-    One that ends is started again, after 0.1 s, that double up to 10 s while it
+    A process that ends is started again, after 0.1 s, doubling up to 10 s while it
     lives for less than 10 s. After a signal they have the grace period and 2 s;
-    a second signal kills them, and ends this process at once. From the main thread.
+    a second signal kills them, and ends this process immediately. From the main thread.
 
     Args:
         arguments: of `bgjob`, for each process.
-        count: how many.
+        count: the number of processes.
         grace: seconds that each of them waits for its handlers.
         env: their environment.
 
@@ -59,16 +58,16 @@ def supervise(
 
 
 def _flags() -> list[str]:
-    # -W, -X, -I and so on; a private name, but multiprocessing's way, too.
+    # -W, -X, -I and so on; a private name, but multiprocessing uses it too.
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
-    # A child loads the bgjob that runs here, not one that lies in the current directory.
+    # A child loads the same bgjob, not one in the current directory.
     if "-P" not in flags and Path(__file__).parents[1] != Path.cwd():
         flags.append("-P")
     return flags
 
 
 class _Child:
-    """A place for a process, that is filled again."""
+    """A place for a process, which is started again when it ends."""
 
     def __init__(self, number: int, command: Sequence[str], env: Mapping[str, str]) -> None:
         self.start_at = -inf
@@ -86,7 +85,12 @@ class _Child:
         return self._process is not None
 
     def start(self) -> None:
-        """Start the process; raises OSError."""
+        """Start the process.
+
+        Raises:
+            OSError: the host has no more processes or memory.
+
+        """
         self._started_at, self.start_at = monotonic(), inf
         theirs, self._lifeline = os.pipe()
         try:
@@ -98,7 +102,7 @@ class _Child:
         _log.info("%s: pid %d", self, self._process.pid)
 
     def ended(self) -> int | None:
-        """Give the exit status of a process that has ended since the last call."""
+        """Return the exit status if the process has ended since the last call."""
         status = self._process.poll() if self._process is not None else None
         if status is not None:
             self._process = None
@@ -106,7 +110,7 @@ class _Child:
         return status
 
     def put_off(self) -> float:
-        """Let it be started again later; give after how many seconds."""
+        """Schedule the next start; return the seconds until then."""
         now = monotonic()
         if now - self._started_at >= _WINDOW:
             self._pause = _FIRST_PAUSE
@@ -138,7 +142,7 @@ class _Parent:
         self._grace = grace
         self._signum = 0
         self._deaths: deque[float] = deque()
-        # A simple queue, because a signal may come while it is being used.
+        # A simple queue, because a signal may arrive while it is in use.
         self._calls: SimpleQueue[None] = SimpleQueue()
 
     def run(self) -> None:
@@ -148,12 +152,12 @@ class _Parent:
                     self._tend()
                 self._shut_down()
             finally:
-                for child in self._children:  # none is left, but after a fault of ours
+                for child in self._children:  # none is left, except after a fault of this module
                     child.kill()
                     child.wait()
         if not self._signum:
             raise ProcessesError(
-                f"{len(self._deaths)} processes died within {_WINDOW:g} s; none is started again"
+                f"{len(self._deaths)} processes died within {_WINDOW:g} s; bgjob starts no more"
             )
 
     @contextmanager
@@ -179,13 +183,13 @@ class _Parent:
         self._calls.put(None)
 
     def _tend(self) -> None:
-        """Start what is to be started, and wait until something happens."""
+        """Start the processes that are due, and wait until something happens."""
         for child in self._children:
             if self._signum or child.start_at > monotonic():
                 continue
             try:
                 child.start()
-            except OSError as error:  # the host is short of processes or memory
+            except OSError as error:  # the host has no more processes or memory
                 child.let_go()
                 self._died(child, f"cannot be started: {error}")
         self._wait(min(child.start_at for child in self._children))
@@ -225,7 +229,7 @@ class _Parent:
                     child.wait()
 
     def _wait(self, until: float) -> None:
-        """Wait until a signal comes, a child ends, or the time."""
+        """Wait until a signal comes, a child ends, or the time is reached."""
         left = max(until - monotonic(), 0)
         with suppress(Empty):
             self._calls.get(timeout=None if left == inf else left)

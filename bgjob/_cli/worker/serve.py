@@ -1,9 +1,9 @@
-"""Serves a worker until a signal ends it: what `bgjob worker` does.
+"""Runs the worker of `bgjob worker` until a signal ends it.
 
-The main thread loads the worker and then only waits for signals, so that they
-are answered whatever handlers and event loops do. A thread of its own runs the
-worker, and the event loop of an AsyncWorker. One more ends the process when its
-time is over, whatever still hangs in it.
+The main thread loads the worker and then only waits for signals, so that it
+answers them whatever handlers and event loops do. Another thread runs the
+worker, and the event loop of an AsyncWorker. A third one ends the process when
+its time is over, whatever still hangs in it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from bgjob.worker import AsyncWorker, Worker
 
 
 class ServeError(BgjobError):
-    """The worker ended by itself; where that is known, the cause says why."""
+    """The worker ended on its own; the cause says why, if that is known."""
 
 
 def serve(
@@ -33,22 +33,22 @@ def serve(
     set_up_logging: Callable[[], None],
     lifeline: int | None = None,
 ) -> None:
-    """Load a worker and run it until it has ended; returns after a shutdown that was asked for.
+    """Load a worker and run it until it has ended; return after a requested shutdown.
 
     It takes over the process: its signals, and the way it ends. From the main thread.
 
     Args:
         target: `package.module:name` of a worker, of a callable that makes one, or of a Mux.
-        grace: seconds for the handlers that run when a signal comes.
-        choice: what the command line says of the worker.
+        grace: seconds that running handlers have after a signal.
+        choice: the worker options of the command line.
         set_up_logging: called when the program has been loaded, before the worker runs.
-        lifeline: a pipe's end; the worker is shut down when the other end is closed.
+        lifeline: one end of a pipe; the worker is shut down when the other end is closed.
 
     Raises:
         TargetError: the target could not be loaded.
-        ServeError: the worker ended by itself.
-        BgjobError: what keeps the worker from starting; a SchemaError, say.
-        psycopg.Error: the same.
+        ServeError: the worker ended on its own.
+        BgjobError: the worker could not start; for example a SchemaError.
+        psycopg.Error: the worker could not start.
 
     """
     ending = Ending(grace)
@@ -58,7 +58,7 @@ def serve(
         if not ending.signum or ending.has_served:
             ending.status = 1
             raise
-        # It was asked to end before it had begun; in what way it did is all the same.
+        # A signal came before it had started; then it does not matter how it ended.
     finally:
         ending.begin()  # non-daemon threads and atexit functions may hang
         flush()
@@ -76,8 +76,8 @@ def _serve(
         if lifeline is not None:
             ending.follow(lifeline)
         loaded = load(target, choice)
-        # What was imported lives as long as the process: to walk over it at each full
-        # collection only holds up handlers and server.
+        # Imported objects live as long as the process: walking over them at each full
+        # collection only delays handlers and server.
         gc.collect()
         gc.freeze()
     ending.obey_signals()  # also where the program has set up handlers of its own
@@ -96,7 +96,7 @@ def _serve(
             raise service.error
         raise ServeError(f"{target} broke") from service.error
     if not (ending.signum or service.was_asked):
-        raise ServeError(f"{target} has ended by itself") from service.failure
+        raise ServeError(f"{target} has ended on its own") from service.failure
     if notice is None or service.abandoned:
         _log.warning("%s: %s", target, service.remains)
         ending.end_now()
@@ -118,7 +118,7 @@ class _Service:
         self.was_asked = False
         """Whether the program itself has shut its worker down."""
         self.failure: BaseException | None = None
-        """Why the worker has ended by itself."""
+        """Why the worker has ended on its own."""
         self._loaded = loaded
         self._target = target
         self._ending = ending
@@ -126,11 +126,11 @@ class _Service:
         self._crew: Any = None
 
     def start(self) -> None:
-        """Start the thread; it tells when the worker runs, and when it has ended."""
+        """Start the thread; it reports when the worker runs and when it has ended."""
         threading.Thread(target=self._run, name="bgjob-serving", daemon=True).start()
 
     def stop(self, grace: float) -> None:
-        """Begin the shutdown; at once, even where a handler blocks the event loop."""
+        """Begin the shutdown immediately, even if a handler blocks the event loop."""
         self.is_stopping = True
         self._crew.stop(grace)
 
@@ -162,11 +162,11 @@ class _Service:
         await asyncio.to_thread(self._open, worker, asyncio.get_running_loop())
         await worker.wait()
         self._has_ended()
-        await worker.shutdown()  # it waits for the handlers that were cancelled
+        await worker.shutdown()  # it waits for the cancelled handlers
 
     def _open(self, worker: AsyncWorker, loop: asyncio.AbstractEventLoop) -> None:
-        # As AsyncWorker.run(), which may not return before the first handlers
-        # do: it has to be awaited on the loop, and they may block that.
+        # Like AsyncWorker.run(), which has to be awaited on the loop and may not
+        # return before the first handlers do, because they may block the loop.
         worker._crew.open(loop)  # noqa: SLF001
         self._is_running(worker)
 
@@ -178,7 +178,7 @@ class _Service:
         return check(made, self._target)
 
     def _is_running(self, worker: AnyWorker) -> None:
-        # What both workers are made of; AsyncWorker's own shutdown() has to be
+        # The part that both workers share: AsyncWorker's own shutdown() has to be
         # awaited on the loop, which a handler may block.
         self._crew = worker._crew  # noqa: SLF001
         self._ending.has_served = True
@@ -189,12 +189,12 @@ class _Service:
 
     @property
     def abandoned(self) -> int:
-        """How many jobs still run though the worker has ended."""
+        """The number of jobs that still run although the worker has ended."""
         return self._crew.abandoned if self._crew is not None else 0
 
     @property
     def remains(self) -> str:
-        """Say what is left behind when the process ends now."""
+        """What is left behind if the process ends now, for the log."""
         if self._crew is None:
             return "its start was broken off"
         if self._crew.done.done() and not self.abandoned:

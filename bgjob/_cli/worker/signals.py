@@ -18,14 +18,14 @@ _Disposition: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# Seconds after the grace period: in which the worker must have ended (it takes
-# one itself to settle what has finished), and in which the process must.
+# Seconds after the grace period: within which the worker must have ended (it takes
+# one itself to settle the finished jobs), and within which the process must.
 _LAST_WORDS = 1.2
 _LAST_BREATH = 1.5
 
 _LOOK = 0.5
-"""Seconds between two looks of the main thread for a signal that has not woken it: the kernel
-hands those that came while the process was stopped to any of its threads."""
+"""Seconds between two checks of the main thread for signals that did not wake it: the kernel
+delivers signals that came while the process was stopped to any of its threads."""
 
 
 class Interruption(BaseException):
@@ -33,7 +33,7 @@ class Interruption(BaseException):
 
 
 class Notice(Enum):
-    """What the main thread is told."""
+    """A message to the main thread."""
 
     ASKED_TO_END = auto()
     RUNNING = auto()
@@ -41,11 +41,11 @@ class Notice(Enum):
 
 
 class _Forks:
-    """Lets a child that a handler forks, for multiprocessing say, end as it would without us.
+    """Restores the signal handling in a child that a handler forks, for example multiprocessing.
 
-    A signal that comes while Python prepares the child is noted by the handler that the child has
-    inherited, and then forgotten. So signals wait in the thread that forks until the child has the
-    dispositions of before.
+    A signal that arrives while Python prepares the child is recorded by the inherited handler and
+    then forgotten. So signals are blocked in the thread that forks until the child has its original
+    dispositions.
     """
 
     def __init__(self, before: Sequence[tuple[signal.Signals, _Disposition]]) -> None:
@@ -54,7 +54,7 @@ class _Forks:
         self._forking = threading.local()
 
     def guard(self) -> None:
-        """Begin, in this process."""
+        """Start guarding the forks of this process."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
             os.register_at_fork(
@@ -62,7 +62,7 @@ class _Forks:
             )
 
     def _block(self) -> None:
-        if self._pid == os.getpid():  # what a child forks is the child's own affair
+        if self._pid == os.getpid():  # a child's own forks are not guarded
             self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
     def _unblock(self) -> None:
@@ -76,7 +76,8 @@ class _Forks:
         for signum, disposition in self._before:
             ignored = disposition == signal.SIG_IGN
             signal.signal(signum, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        self._unblock()  # what has come ends the child here: nobody hears what a hook raises
+        # A pending signal ends the child here: an exception from a hook would be lost.
+        self._unblock()
         for signum, disposition in self._before:
             signal.signal(signum, disposition)
 
@@ -89,27 +90,27 @@ class Ending:
         self.status = 0
         self.has_served = False
         self.reason = ""
-        """Why it is to end."""
+        """Why the process ends."""
         self._grace = grace
         self._may_hear_more = False
         self._began_at = inf
         self._interrupts = False
-        # Simple queues, because a signal may come while one is being used.
+        # Simple queues, because a signal may arrive while one is in use.
         self._notices: SimpleQueue[Notice] = SimpleQueue()
         self._begun: SimpleQueue[None] = SimpleQueue()
-        # Started now, because what answers a signal must not start a thread.
+        # Started now, because a signal handler must not start a thread.
         threading.Thread(target=self._watch, name="bgjob-ending", daemon=True).start()
         self._before = [(signum, signal.getsignal(signum) or signal.SIG_DFL) for signum in _SIGNALS]
         self._forks = _Forks(self._before)
 
     def obey_signals(self) -> None:
-        """Take over the signals that ask a process to end."""
+        """Handle the signals that end a process."""
         self._forks.guard()
         for signum in _SIGNALS:
             signal.signal(signum, self._answer)
 
     def follow(self, lifeline: int) -> None:
-        """End with the parent process, or when it wishes: when its end of this pipe is closed."""
+        """End when the parent closes its end of this pipe, or dies."""
         os.set_inheritable(lifeline, False)
         threading.Thread(
             target=self._follow, args=(lifeline,), name="bgjob-lifeline", daemon=True
@@ -119,16 +120,16 @@ class Ending:
         while os.read(lifeline, 1):
             pass
         if not self.signum:
-            # Whoever tells all processes at once (a terminal, systemd) tells this one, too,
-            # now or soon: together that is one wish.
+            # A terminal or systemd signals all processes, so this one gets its signal too, now or
+            # soon: both count as one request.
             self._may_hear_more = True
             self.reason = "the parent process ends"
-            # A signal interrupts whatever the main thread does.
+            # A signal interrupts the main thread.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     @contextmanager
     def interruptions(self) -> Iterator[None]:
-        """Let a signal interrupt what the main thread does meanwhile."""
+        """Make a signal raise Interruption in the main thread meanwhile."""
         self._interrupts = True
         try:
             yield
@@ -149,17 +150,17 @@ class Ending:
             raise Interruption
 
     def begin(self) -> None:
-        """Begin to end: from now on the time runs."""
+        """Begin to end: the time limits start now."""
         if self._began_at == inf:
             self._began_at = monotonic()
             self._begun.put(None)
 
     def tell(self, notice: Notice) -> None:
-        """Tell the main thread something."""
+        """Send the main thread a message."""
         self._notices.put(notice)
 
     def next(self) -> Notice | None:
-        """Wait for what the main thread is told; None when the worker should have ended."""
+        """Wait for the next message; None when the worker should have ended."""
         while True:
             left = min(self._deadline(_LAST_WORDS) - monotonic(), _LOOK)
             with suppress(Empty):
@@ -169,11 +170,11 @@ class Ending:
 
     @property
     def grace_left(self) -> float:
-        """What is left of the grace period."""
+        """The seconds left of the grace period."""
         return max(self._deadline(0) - monotonic(), 0)
 
     def _deadline(self, more: float) -> float:
-        # What has not begun to work has nothing to finish.
+        # A worker that has not started has nothing to finish.
         return self._began_at + (self._grace if self.has_served else 0) + more
 
     def end_now(self) -> None:
@@ -185,13 +186,13 @@ class Ending:
 
     def _watch(self) -> None:
         self._begun.get()
-        while monotonic() < self._deadline(_LAST_BREATH):  # it may still begin to work
+        while monotonic() < self._deadline(_LAST_BREATH):  # the worker may still start
             sleep(0.05)
         os._exit(self.status)
 
 
 def flush() -> None:
-    """Write out what the streams hold back."""
+    """Flush the standard streams."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):  # closed, or nobody reads it any more
+        with suppress(Exception):  # closed, or its reader is gone
             stream.flush()

@@ -1,4 +1,4 @@
-"""Loads what `package.module:name` stands for: a worker, or what makes one."""
+"""Loads `package.module:name`: a worker, or a callable or Mux that makes one."""
 
 import importlib
 import inspect
@@ -16,21 +16,21 @@ from bgjob.worker import AsyncWorker, Worker
 
 AnyWorker: TypeAlias = Worker | AsyncWorker
 
-_WANTED = "a Mux, a Worker, an AsyncWorker, or a callable that returns a worker, is wanted"
+_WANTED = "name a Mux, a Worker, an AsyncWorker, or a callable that returns a worker"
 
 
 class TargetError(BgjobError):
-    """The target cannot be loaded; where the program's own code failed, the cause says how."""
+    """The target cannot be loaded; the cause is the error of the program's own code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the command line says of the worker; what is None it does not say.
+    """The worker options of the command line; None if not given.
 
     Attributes:
         dsn: the database.
-        queues: the queues, with their own number of handlers at once or None.
-        concurrency: handlers at once, for queues that have no number of their own.
+        queues: the queues, each with its number of slots or None.
+        concurrency: the slots of queues without a number of their own.
 
     """
 
@@ -39,12 +39,12 @@ class Choice:
     concurrency: int | None = None
 
     def arguments(self) -> dict[str, object]:
-        """Give what is chosen, as arguments of a factory."""
+        """Return the given options as arguments of a factory."""
         chosen = {"dsn": self.dsn, "queues": self.numbers(), "concurrency": self.concurrency}
         return {name: value for name, value in chosen.items() if value is not None}
 
     def numbers(self) -> dict[str, int] | None:
-        """Give each queue's handlers at once: 1 where nothing is said, as for a Worker."""
+        """Return the slots of each queue: 1 if not given, as for a Worker."""
         if self.queues is None:
             return None
         return {queue: n or self.concurrency or 1 for queue, n in self.queues.items()}
@@ -57,18 +57,18 @@ def load(target: str, choice: Choice) -> AnyWorker | Awaitable[Any]:
     """Import the target's module, and make a worker of the target.
 
     The current directory is put on the module path first. A Mux gets a Worker,
-    on the queues and the database of the command line. A factory gets what the
-    command line says in parameters of those names: `dsn`, `queues`, `concurrency`.
+    on the queues and the database of the command line. A factory receives the
+    options of the command line in parameters named `dsn`, `queues`, `concurrency`.
 
     Returns:
-        The worker; or, of a coroutine function, what is to be awaited on the
-        worker's event loop and then given to `check`.
+        The worker; or, for a coroutine function, an awaitable for the worker's
+        event loop, whose value goes to `check`.
 
     Raises:
-        TargetError: there is no such module or name, nothing can be made of it,
-            the command line says what it does not take, or the program's own
-            code failed.
-        DatabaseError: it is not known which database to use.
+        TargetError: there is no such module or name, it is not a worker or a way to
+            make one, it does not accept an option of the command line, or the
+            program's own code failed.
+        DatabaseError: no database is given.
 
     """
     module_name, _, name = target.partition(":")
@@ -104,11 +104,11 @@ def _of_mux(mux: Mux, target: str, choice: Choice) -> Worker:
 
 
 def _arguments(factory: Any, target: str, choice: Choice) -> dict[str, object]:
-    """Give a factory's arguments: what the command line says, and it must take all of that."""
+    """Return a factory's arguments: all options of the command line, which it must accept."""
     given = choice.arguments()
     try:
         signature = inspect.signature(factory)
-    except ValueError:  # it has none: calling it will tell
+    except ValueError:  # a builtin without a signature: the call will show
         return given
     needed = {
         name
@@ -126,18 +126,17 @@ def _arguments(factory: Any, target: str, choice: Choice) -> dict[str, object]:
         if refused := given.keys() - signature.parameters.keys():
             options = " and ".join(_OPTIONS[name] for name in sorted(refused))
             raise TargetError(
-                f"{target} cannot be told of {options}: it has no parameter "
+                f"{target} does not accept {options}: it has no parameter "
                 f"{' and '.join(sorted(refused))}"
             ) from None
         raise TargetError(
-            f"{target} cannot be called: {error}; what the command line can give it is "
-            f"{', '.join(_OPTIONS)}"
+            f"{target} cannot be called: {error}; the command line can pass {', '.join(_OPTIONS)}"
         ) from None
     return given
 
 
 def check(made: object, target: str) -> AnyWorker:
-    """Check what the factory made."""
+    """Return what a factory made; raise TargetError unless it is a worker."""
     if not isinstance(made, AnyWorker):
         raise TargetError(f"{target} returned {_kind(made)}; {_WANTED}")
     return made
