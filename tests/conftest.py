@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, LiteralString
@@ -36,6 +37,10 @@ SETTINGS = {
     # A database is dropped after nearly each test: that looks through all buffers.
     "shared_buffers": "32MB",
 }
+
+# Hundreds of interpreters are started: each of them would compile the package anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 server_dsn_key = pytest.StashKey[str]()
 server_version_key = pytest.StashKey[str]()

@@ -1417,13 +1417,24 @@ def replay(seed: int) -> History:
     return history
 
 
-CHUNKS = 20
-HISTORIES = 10_000
+CHUNKS = 5
+HISTORIES = 2500
+"""Each mutation of the engine that a run of 10,000 finds, several of these find."""
+
+MANY_CHUNKS = 60
+MANY_HISTORIES = 30_000
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_promise_is_kept_in_every_history(chunk: int) -> None:
     for seed in range(chunk, HISTORIES, CHUNKS):
+        replay(seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("chunk", range(MANY_CHUNKS))
+def test_every_promise_is_kept_in_many_more_histories(chunk: int) -> None:
+    for seed in range(HISTORIES + chunk, MANY_HISTORIES, MANY_CHUNKS):
         replay(seed)
 
 
@@ -1545,26 +1556,42 @@ class Lives:
                 self.longest_wait = max(self.longest_wait, self.now - due)
 
 
-@pytest.mark.parametrize("chunk", range(4))
+def find_killers(seed: int) -> None:
+    """Live through one history of workers that are killed; only the killers run out of attempts."""
+    lives = Lives(seed)
+    lives.live_through()
+    dead = {id_ for id_, how in lives.table.ended.items() if how == "dead"}
+    # Of three killers that strike at the same time a job with a single attempt may have been
+    # charged for more deaths than it is granted attempts for.
+    spared = dead if len(lives.killers) > 2 and lives.max_attempts == 1 else lives.killers
+    assert lives.killers <= dead == spared, seed
+    # Killers that strike at the same time come together until one has run out of attempts.
+    groups = (log2(lives.count) + 1) * (1 if len(lives.killers) == 1 else 3)
+    # Where they strike late, other groups run beside theirs once or twice.
+    groups += max(ceil(log2(max(lives.takes[killer] for killer in lives.killers))), 0)
+    for killer, kills in lives.kills.items():
+        assert lives.alone_after[killer] <= 2 + groups, seed
+        assert kills <= lives.max_attempts + _GRANTED + groups, seed
+    # It is charged for its first claim, for that after one death, and where it is alone.
+    assert lives.most_attempts <= 2 + len(lives.killers), seed
+    if lives.concurrency > lives.count:  # a slot is always free
+        assert lives.longest_wait <= lives.poll_interval + LONGEST + 0.2, seed
+
+
+LIVES = 250
+MANY_LIVES = 3000
+
+
+@pytest.mark.parametrize("chunk", range(2))
 def test_of_the_jobs_that_died_with_their_worker_the_killer_alone_runs_out_of_attempts(
     chunk: int,
 ) -> None:
-    for seed in range(chunk, 1000, 4):
-        lives = Lives(seed)
-        lives.live_through()
-        dead = {id_ for id_, how in lives.table.ended.items() if how == "dead"}
-        # Of three killers that strike at the same time a job with a single attempt may have been
-        # charged for more deaths than it is granted attempts for.
-        spared = dead if len(lives.killers) > 2 and lives.max_attempts == 1 else lives.killers
-        assert lives.killers <= dead == spared, seed
-        # Killers that strike at the same time come together until one has run out of attempts.
-        groups = (log2(lives.count) + 1) * (1 if len(lives.killers) == 1 else 3)
-        # Where they strike late, other groups run beside theirs once or twice.
-        groups += max(ceil(log2(max(lives.takes[killer] for killer in lives.killers))), 0)
-        for killer, kills in lives.kills.items():
-            assert lives.alone_after[killer] <= 2 + groups, seed
-            assert kills <= lives.max_attempts + _GRANTED + groups, seed
-        # It is charged for its first claim, for that after one death, and where it is alone.
-        assert lives.most_attempts <= 2 + len(lives.killers), seed
-        if lives.concurrency > lives.count:  # a slot is always free
-            assert lives.longest_wait <= lives.poll_interval + LONGEST + 0.2, seed
+    for seed in range(chunk, LIVES, 2):
+        find_killers(seed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("chunk", range(20))
+def test_the_killer_alone_runs_out_of_attempts_in_many_more_histories(chunk: int) -> None:
+    for seed in range(LIVES + chunk, MANY_LIVES, 20):
+        find_killers(seed)
