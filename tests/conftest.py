@@ -42,6 +42,9 @@ SETTINGS = {
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+pytest.register_assert_rewrite("support")
+pytest_plugins = ["support.clients", "support.statements", "support.workers"]
+
 server_dsn_key = pytest.StashKey[str]()
 server_version_key = pytest.StashKey[str]()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from nursery import fork
+from support.nursery import fork
 
 from bgjob import Client, EnqueueRequest, cli
 

@@ -5,14 +5,14 @@ from typing import Any, cast
 
 import psycopg
 import pytest
-from test_worker import Crew, Recorder, crew, eventually, rows
+from support.database import rows
+from support.waiting import eventually
+from support.workers import Crew, Recorder
 
 import bgjob._worker.session
 from bgjob import EnqueueRequest, Job, Mux, Retry
-from bgjob._worker.clock import ServerClock
 from bgjob._sql.settlements import catch_up
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
+from bgjob._worker.clock import ServerClock
 
 HOUR = 3600.0
 

@@ -17,11 +17,14 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
+from conftest import find_tmp_dir
+from faults.proxy import Proxy
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from test_client import Colour
-from test_security import SCRIPT
-from test_worker import Crew, Recorder, eventually
+from support.clients import Colour
+from support.documents import SCRIPT
+from support.waiting import eventually
+from support.workers import Crew, Recorder
 
 from bgjob import (
     AsyncClient,
@@ -37,12 +40,10 @@ from bgjob import (
     Schedule,
     Schedules,
 )
+from bgjob.client import _FEW
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
-from bgjob.client import _FEW
 from bgjob.testing import adrain, drain
-from conftest import find_tmp_dir
-from faults.proxy import Proxy
 
 SLOW = 1.3
 """Seconds for which a transactional handler runs: longer than each of the timeouts, and than

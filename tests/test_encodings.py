@@ -10,7 +10,8 @@ from typing import Any
 import psycopg
 import pytest
 from conftest import MIGRATION, Databases
-from test_worker import PATIENCE, Crew, Recorder, eventually
+from support.waiting import PATIENCE, eventually
+from support.workers import Crew, Recorder
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
 from bgjob._postgres.connection import server_codec

@@ -12,7 +12,8 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
 from psycopg_pool import ConnectionPool
-from test_worker import NEVER, Crew, Recorder, crew, eventually
+from support.waiting import eventually
+from support.workers import Crew, Recorder
 
 from bgjob import (
     Client,
@@ -27,9 +28,6 @@ from bgjob import (
     Worker,
 )
 from bgjob._postgres.connection import options
-
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
 
 EVERY_BYTE = bytes(range(256)) + b"\\'\\\\"
 NAMES = ["a", "NULL", "null", "\\", 'quo"te', "it's", "{}", "a,b"]

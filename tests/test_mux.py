@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 
 import psycopg
 import pytest
-from test_worker import NEVER, Crew, Recorder, all_done, crew, row, rows
+from support.database import all_done, row, rows
+from support.waiting import NEVER
+from support.workers import Crew, Recorder
 
 from bgjob import (
     Backoff,
@@ -37,8 +39,6 @@ from bgjob._sql.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError
 from bgjob.mux import Middleware, Policy, Route
-
-__all__ = ["crew"]
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 

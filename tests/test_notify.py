@@ -5,11 +5,10 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
-from test_worker import Crew, Recorder, crew, eventually
+from support.waiting import eventually
+from support.workers import Crew, Recorder
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
 
 # Before version 17 the queue of notifications has 8 GB, and cannot be filled here.
 FULL = """

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_values import a_job
-from test_worker import NEVER, Crew, crew, eventually
+from support.jobs import a_job
+from support.waiting import NEVER, eventually
+from support.workers import Crew
 
 from bgjob import (
     Client,
@@ -35,13 +36,11 @@ from bgjob import (
     WorkerError,
     only,
 )
-from bgjob._worker.observers import audience
-from bgjob._worker.events import Events
 from bgjob._engine.protocol import LeaseLost, Outcome, TimedOut
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.events import Events
+from bgjob._worker.observers import audience
 from bgjob.testing import RecordingObserver
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
 
 METHODS = {
     "job_started": JobStarted,

@@ -7,16 +7,16 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from test_client import HOSTILE, Colour, client, clock, colour, count, row, rows
-from test_statements import LONG_AGO, ask, worker
-from test_worker import NEVER, Crew, Gate, Recorder, crew, eventually, sleeper
+from support.clients import HOSTILE, Colour
+from support.database import clock, count, row, rows, sleeper
+from support.statements import LONG_AGO, ask
+from support.waiting import NEVER, eventually
+from support.workers import Crew, Gate, Recorder
 
 from bgjob import BgjobError, Client, EmptyQueueError, EnqueueRequest, Job, Mux
 from bgjob._sql.claims import claim, claim_any, claim_group, free, survey, sweep
 from bgjob._sql.pauses import claims_under_way
 from bgjob._sql.statement import Statement
-
-__all__ = ["client", "colour", "crew", "worker"]  # fixtures of other files, of both colours
 
 HELD: LiteralString = "select id from bgjob_job where token is not null order by id"
 

@@ -7,7 +7,6 @@ another, and runs a statement as the driver prepares it, with a plan for its par
 generic one.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -17,11 +16,9 @@ from typing import Any, cast
 import psycopg
 import pytest
 from conftest import MIGRATION, server_dsn_key
-from psycopg import ClientCursor, sql
-from psycopg._queries import PostgresQuery
-from psycopg.adapt import Transformer
+from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from psycopg.pq import ExecStatus
+from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare, run
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._engine.protocol import MOST_FREED
@@ -230,58 +227,6 @@ def choose_table(conn: psycopg.Connection, jobs: int, statistics: str) -> None:
 # -- plans ----------------------------------------------------------------------------------
 
 
-def prepare(conn: psycopg.Connection, name: str, statement: Statement[Any]) -> str:
-    """Prepare a statement as the driver does; give the SQL that explains it."""
-    assert statement.params is not None
-    query = PostgresQuery(Transformer(conn))
-    query.convert(statement.text, statement.params)
-    result = conn.pgconn.prepare(name.encode(), query.query, query.types)
-    assert result.status == ExecStatus.COMMAND_OK, result.error_message
-    params = dict.fromkeys(re.findall(r"%\((\w+)\)[sbt]", cast(str, statement.text)))
-    values = ClientCursor(conn).mogrify(
-        cast(Any, ", ".join(f"%({param})s" for param in params)), statement.params
-    )
-    return f'explain (analyze, buffers, timing off, format json) execute "{name}" ({values})'
-
-
-def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[str, Any]:
-    """Run what `prepare` gave, and undo it; give the plan, with what each of its steps did."""
-    with conn.transaction(force_rollback=True):
-        conn.execute("select set_config('plan_cache_mode', %s, true)", [plan_cache_mode])
-        [[[plan]]] = conn.execute(cast(Any, explain)).fetchall()
-    return cast(dict[str, Any], plan["Plan"])
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give every step of a plan."""
-    yield plan
-    for below in plan.get("Plans", []):
-        yield from nodes(below)
-
-
-def handled(node: dict[str, Any]) -> float:
-    """Count the rows that a step gave or dropped."""
-    if node["Node Type"] == "Bitmap Index Scan":  # counts dead rows too; the step above does not
-        return 0
-    dropped = sum(rows for key, rows in node.items() if key.startswith("Rows Removed"))
-    return cast(float, (node["Actual Rows"] + dropped) * node["Actual Loops"])
-
-
-def buffers(plan: dict[str, Any]) -> int:
-    """Count the pages that were looked at to find the rows.
-
-    What writing them took is left out: it depends on the room that undone runs left in the
-    pages, which another test's transaction can keep from being cleaned up.
-    """
-
-    def pages(node: dict[str, Any]) -> int:
-        return cast(int, node["Shared Hit Blocks"] + node["Shared Read Blocks"])
-
-    written = [node for node in nodes(plan) if node["Node Type"] == "ModifyTable"]
-    read = [n for node in written for n in node["Plans"] if n["Parent Relationship"] == "Outer"]
-    return pages(plan) - sum(map(pages, written)) + sum(map(pages, read))
-
-
 @dataclass(frozen=True)
 class Hot:
     """A hot statement, and what it may cost."""
@@ -410,7 +355,6 @@ KEYS_OF_ONE = {
     "blocked elsewhere": Hot(blocked("q", after="", limit=BATCH), BATCH, 0),
 }
 
-PLAN_CACHE_MODES = ["force_custom_plan", "force_generic_plan"]
 EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
 EVERY_SIZE = pytest.mark.parametrize("jobs", [10, MILLION])
 

@@ -9,27 +9,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from test_worker import (
-    NEVER,
-    PATIENCE,
-    Crew,
-    Gate,
-    Recorder,
-    Style,
-    all_done,
-    both_styles,
-    crew,
-    eventually,
-    handler,
-    row,
-    terminate_workers,
-)
+from support.database import all_done, row, terminate_workers
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import Client, Job, Mux, NoopObserver, QueueRequiredError, Worker
 from bgjob._worker.control import Control
 from bgjob._worker.session import Link
-
-__all__ = ["crew"]
 
 
 def connections(conn: psycopg.Connection) -> int:

@@ -11,8 +11,10 @@ from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
-from test_plans import nodes
-from test_worker import NEVER, PATIENCE, Crew, Recorder, crew, eventually, row, rows
+from support.database import row, rows
+from support.plans import nodes
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Recorder
 
 from bgjob import (
     AsyncClient,
@@ -21,19 +23,17 @@ from bgjob import (
     MoveToDlq,
     Mux,
     Schedule,
-    Schedules,
     ScheduleError,
+    Schedules,
     ScheduleStatus,
     SchemaError,
     UnknownScheduleError,
+    cron,
 )
-from bgjob import cron
-from bgjob._sql.session import WORKER_SETTINGS
 from bgjob._sql.schedules import fire, look
+from bgjob._sql.session import WORKER_SETTINGS
 from bgjob.cron import Cron
 from bgjob.schedule import MOST_AT_ONCE, Firing, State
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
 
 REQUEST = EnqueueRequest("q", "t", {"n": 1}, priority=3)
 MINUTE = timedelta(minutes=1)

@@ -1,7 +1,6 @@
 """Least privileges suffice, values stay values, and secrets stay secret."""
 
 import ast
-import asyncio
 import contextlib
 import logging
 import os
@@ -23,14 +22,16 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege
-from test_client import HOSTILE as HOSTILE_NAMES
-from test_worker import NEVER, PATIENCE, Crew, Gate, Recorder, crew, eventually, sleeper
+from support.clients import HOSTILE as HOSTILE_NAMES
+from support.database import sleeper
+from support.documents import DOCS, ROOT, SCRIPT
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder
 
 import bgjob.cli
 import bgjob.schema
 from bgjob import (
     AsyncClient,
-    AsyncWorker,
     Client,
     Complete,
     DlqRetention,
@@ -45,19 +46,12 @@ from bgjob import (
     Schedule,
     Schedules,
     SchemaError,
-    Worker,
 )
-from bgjob._sql import schedules
-from bgjob._sql import claims, dead, enqueues, keys, pauses, settlements
+from bgjob._sql import claims, dead, enqueues, keys, pauses, schedules, settlements
 from bgjob._sql.settlements import Buried, Claimed, Postponed
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schedule import Firing
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
-
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "bgjob" / "docs"
 
 
 def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
@@ -66,7 +60,6 @@ def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> lis
 
 # -- privileges ---------------------------------------------------------------------------
 
-SCRIPT = (DOCS / "privileges.sql").read_text("utf-8")
 
 GROUPS = ("producer", "worker", "scheduler", "operator")
 

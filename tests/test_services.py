@@ -7,22 +7,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from test_worker import (
-    NEVER,
-    PATIENCE,
-    Crew,
-    Gate,
-    Recorder,
-    all_done,
-    crew,
-    eventually,
-    terminate_workers,
-)
+from support.database import all_done, terminate_workers
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder
 
 from bgjob import BgjobError, Job, Mux, Reschedule
 from bgjob.service import Rota, Service
-
-__all__ = ["crew"]  # the fixture of test_worker, of both colours
 
 
 class Calls:

@@ -17,20 +17,9 @@ import psycopg
 import pytest
 from faults.proxy import Proxy
 from psycopg.conninfo import make_conninfo
-from test_worker import (
-    NEVER,
-    PATIENCE,
-    Crew,
-    Gate,
-    Recorder,
-    Style,
-    all_done,
-    both_styles,
-    crew,
-    eventually,
-    row,
-    rows,
-)
+from support.database import all_done, row, rows
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder, Style, both_styles
 
 from bgjob import (
     AsyncClient,
@@ -44,14 +33,11 @@ from bgjob import (
     Worker,
 )
 from bgjob._running import loop
+from bgjob._running.loop import Loop
 from bgjob._worker import slots
 from bgjob._worker.control import Control
 from bgjob._worker.session import Link
-from bgjob._running.loop import Loop
 from bgjob.testing import adrain, drain
-
-__all__ = ["crew"]
-
 
 # -- context variables -----------------------------------------------------------------------------
 

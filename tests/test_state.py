@@ -8,7 +8,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from test_worker import PATIENCE, Crew, Gate, Recorder, count, crew, eventually, row, rows
+from support.database import count, row, rows
+from support.waiting import PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder
 
 from bgjob import (
     AsyncClient,
@@ -20,8 +22,6 @@ from bgjob import (
     StateRequiredError,
     Worker,
 )
-
-__all__ = ["crew"]
 
 
 class Pool:

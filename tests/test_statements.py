@@ -1,21 +1,20 @@
 """Each hot statement keeps its plan, its fence and its promise, whatever the statistics say."""
 
-import re
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import psycopg
 import pytest
-from psycopg import ClientCursor
-from test_plans import PLAN_CACHE_MODES, buffers, prepare, run
+from support.plans import PLAN_CACHE_MODES, buffers, prepare, run
+from support.statements import LONG_AGO, ask
 
 from bgjob import EnqueueRequest, Job
 from bgjob._engine.protocol import Notice
+from bgjob._engine.watermarks import Watermarks
 from bgjob._sql.claims import (
     Line,
     UnderWay,
@@ -48,16 +47,6 @@ from bgjob._sql.settlements import (
     postpone,
 )
 from bgjob._sql.statement import Statement, text_array
-from bgjob._engine.watermarks import Watermarks
-
-T = TypeVar("T")
-
-LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
-
-
-def ask(conn: psycopg.Connection, statement: Statement[T]) -> T:
-    cursor = conn.execute(cast(Any, statement.text), statement.params, binary=True)
-    return statement.parse(cursor.fetchall() if cursor.description else [])
 
 
 def fill(conn: psycopg.Connection, count: int, *, queue: str = "q") -> None:
@@ -68,14 +57,6 @@ def fill(conn: psycopg.Connection, count: int, *, queue: str = "q") -> None:
         "now() - interval '1 hour' + n * interval '1 ms' from generate_series(1, %s) n",
         (queue, queue, count),
     )
-
-
-@pytest.fixture
-def worker(dsn: str) -> Iterator[psycopg.Connection]:
-    """A connection with the session of a worker."""
-    with psycopg.connect(dsn, autocommit=True) as conn:
-        ask(conn, session(conn.info.backend_pid, WORKER_SETTINGS))
-        yield conn
 
 
 def claimed(conn: psycopg.Connection, limit: int, *, token: int = 1) -> list[Claimed]:

@@ -4,12 +4,10 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from test_client import Colour, bury, client, colour
+from support.clients import Colour, bury
 
 from bgjob import Complete, EnqueueRequest, Mux, QueueStats, Retry
 from bgjob._sql.views import stats
-
-__all__ = ["client", "colour"]  # the fixtures of test_client, of both colours
 
 
 def write(conn: psycopg.Connection, settings: LiteralString, *, queue: str, type: str) -> None:

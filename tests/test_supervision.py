@@ -15,26 +15,17 @@ import psycopg
 import pytest
 from faults.proxy import Proxy
 from psycopg.conninfo import make_conninfo
-from test_worker import (
-    NEVER,
-    PATIENCE,
-    Crew,
-    Gate,
-    Recorder,
-    crew,
-    eventually,
-    row,
-)
+from support.database import row
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder
 
 import bgjob._worker.control
 from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
-from bgjob._postgres.connection import Cursor
-from bgjob._worker.control import Control
 from bgjob._engine.protocol import Exchange
+from bgjob._postgres.connection import Cursor
 from bgjob._sql.session import schema_comment
+from bgjob._worker.control import Control
 from bgjob.schema import init_sql
-
-__all__ = ["crew"]
 
 DEFAULT = 10.0
 """Seconds after which a worker gives up by default: what comes sooner is owed to init_timeout."""

@@ -9,21 +9,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from test_worker import (
-    NEVER,
-    PATIENCE,
-    Crew,
-    Gate,
-    Recorder,
-    Style,
-    all_done,
-    both_styles,
-    crew,
-    eventually,
-    handler,
-    row,
-    rows,
-)
+from support.database import all_done, row, rows
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import (
     AsyncClient,
@@ -39,8 +27,6 @@ from bgjob import (
 )
 from bgjob.errors import JobTimeoutError
 from bgjob.mux import Handler
-
-__all__ = ["crew"]
 
 EFFECT = "create table effect (job_id text, attempt int)"
 

@@ -16,8 +16,12 @@ from uuid import UUID
 import orjson
 import psycopg
 import pytest
+from support.clients import Colour
+from support.database import row, rows
+from support.waiting import eventually
 from typing_extensions import TypeAliasType
 
+from bgjob import Client as PlainClient
 from bgjob import (
     EnqueueRequest,
     Job,
@@ -28,11 +32,7 @@ from bgjob import (
     TypeRequiredError,
     Worker,
 )
-from bgjob import Client as PlainClient
 from bgjob.codec import class_option, codec_of, type_name
-from test_client import Colour, client, colour, eventually, row, rows
-
-__all__ = ["client", "colour"]  # fixtures
 
 T = TypeVar("T")
 

@@ -8,11 +8,12 @@ import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from enum import Enum
 from typing import Any
 
 import pytest
+from support.jobs import NOON, a_job
 
 import bgjob
 from bgjob import (
@@ -40,12 +41,7 @@ from bgjob.mux import Route
 from bgjob.result import error_text
 
 NAN, INF = float("nan"), float("inf")
-NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 BAD_DELAYS = [-1, -1e-9, NAN, INF, -INF, 1e12, 10**400, timedelta(seconds=-1), timedelta.max]
-
-
-def a_job(type: str = "t", *, attempt: int = 1, last_error: str | None = None) -> Job:
-    return Job("id", "q", type, None, attempt, last_error, 0, NOON, NOON, NOON)
 
 
 def a_request_with(name: str, value: Any) -> EnqueueRequest:

@@ -10,18 +10,19 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from support.database import all_done, clock, count, row, rows, sleeper, terminate_workers
+from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import (
-    AsyncClient,
-    AsyncWorker,
     BgjobError,
     Client,
     Complete,
@@ -37,231 +38,18 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._worker import slots
-from bgjob._worker.group import Queues
 from bgjob._engine.protocol import Exchange, Notice, Sweep
 from bgjob._postgres.fork import Lineage
-from bgjob._worker.session import Bell, Link
 from bgjob._running.loop import Loop
-from bgjob.testing._source import ask
-from bgjob._sql.claims import claim_any
-from bgjob._sql.notices import LOCK_CLASS, channel
-from bgjob._sql.settlements import Claimed, Postponed, give_back
 from bgjob._running.transaction import Transactions
+from bgjob._sql.claims import claim_any
+from bgjob._sql.notices import channel
+from bgjob._sql.settlements import Claimed, Postponed, give_back
+from bgjob._worker import slots
+from bgjob._worker.session import Bell, Link
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
-
-PATIENCE = 20.0
-"""Seconds after which a test that waits has failed."""
-
-NEVER = 3600.0
-"""A poll interval that no test lives to see: what happens is not owed to polling."""
-
-Style = Literal["plain", "coroutine"]
-both_styles = pytest.mark.parametrize("style", ["plain", "coroutine"])
-
-
-def eventually(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def handler(style: Style, body: Callable[[Job], Any]) -> Handler:
-    """Make a plain or a coroutine handler of a function; both block where it does."""
-    if style == "plain":
-        return body
-
-    async def coroutine(job: Job) -> Result | None:
-        result: Result | None = body(job)
-        return result
-
-    return coroutine
-
-
-class Gate:
-    """A handler that says that it has been entered, and waits to be let go."""
-
-    def __init__(self, result: Result | None = None) -> None:
-        self.entered = threading.Semaphore(0)
-        self.released = threading.Event()
-        self.runs: list[Job] = []
-        self._result = result
-
-    def __call__(self, job: Job) -> Result | None:
-        self.runs.append(job)
-        self.entered.release()
-        assert self.released.wait(PATIENCE)
-        return self._result
-
-    async def coroutine(self, job: Job) -> Result | None:
-        self.runs.append(job)
-        self.entered.release()
-        while not self.released.is_set():
-            await asyncio.sleep(0.005)
-        return self._result
-
-    def of(self, style: Style) -> Handler:
-        return self.__call__ if style == "plain" else self.coroutine
-
-    def wait(self) -> None:
-        assert self.entered.acquire(timeout=PATIENCE)
-
-
-class Recorder(NoopObserver):
-    """Remembers the events in order."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[Any, ...]] = []
-
-    def job_started(self, job: Job, /) -> None:
-        self.events.append(("started", job.id, job.attempt))
-
-    def job_completed(self, job: Job, /) -> None:
-        self.events.append(("completed", job.id, job.attempt))
-
-    def job_rescheduled(self, job: Job, delay: float, /) -> None:
-        self.events.append(("rescheduled", job.id, job.attempt, delay))
-
-    def job_will_be_retried(self, job: Job, delay: float, error: Any, /) -> None:
-        self.events.append(("retried", job.id, job.attempt, delay, str(error)))
-
-    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
-        self.events.append(("buried", job.id, job.attempt, str(error)))
-
-    def job_lease_lost(self, job: Job, /) -> None:
-        self.events.append(("lost", job.id, job.attempt))
-
-    def job_timed_out(self, job: Job, seconds: float, /) -> None:
-        self.events.append(("timed_out", job.id, job.attempt, seconds))
-
-    def queue_is_empty(self, queue: str, /) -> None:
-        self.events.append(("empty", queue))
-
-    def worker_error(self, error: BaseException, /) -> None:
-        self.events.append(("error", error))
-
-    def of(self, *names: str) -> list[tuple[Any, ...]]:
-        return [event for event in self.events if event[0] in names]
-
-    def wait_for(self, name: str, id_: str | None = None, *, times: int = 1) -> None:
-        def happened() -> bool:
-            found = [e for e in self.events if e[0] == name and (id_ is None or e[1] == id_)]
-            return len(found) >= times
-
-        assert eventually(happened), (name, id_, self.events)
-
-
-class Crew:
-    """Starts workers of one colour on a database, and shuts them down in the end."""
-
-    def __init__(self, dsn: str, *, is_async: bool) -> None:
-        self.dsn = dsn
-        self.is_async = is_async
-        self._threads = set(threading.enumerate())
-        self._stack = ExitStack()
-        self.client = self._stack.enter_context(Client(dsn))
-        if is_async:
-            self._loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=self._loop.run_forever)
-            thread.start()
-            self._stack.callback(self._end_loop, thread)
-
-    def _end_loop(self, thread: threading.Thread) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        thread.join()
-        self._loop.close()
-
-    def run(self, answer: Any) -> Any:
-        """Wait for a coroutine of the async colour; pass on what is none."""
-        if not self.is_async:
-            return answer
-        return asyncio.run_coroutine_threadsafe(answer, self._loop).result(2 * PATIENCE)
-
-    def make(self, mux: Mux, queue: Queues = "q", dsn: str | None = None, **options: Any) -> Any:
-        kind: Any = AsyncWorker if self.is_async else Worker
-        source = dsn or self.dsn
-        client = AsyncClient(source) if self.is_async else Client(source)
-        return kind(client, queue, mux, **options)
-
-    def start(self, mux: Mux, queue: Queues = "q", **options: Any) -> Any:
-        worker = self.make(mux, queue, **options)
-        self.run(worker.run())
-        self._stack.callback(self.shutdown, worker, timeout=5)
-        return worker
-
-    def shutdown(self, worker: Any, **options: Any) -> bool:
-        settled = self.run(worker.shutdown(**options))
-        assert isinstance(settled, bool)
-        return settled
-
-    def enqueue(self, *ids: str, queue: str = "q", type: str = "t", **options: Any) -> None:
-        self.client.bulk_enqueue([EnqueueRequest(queue, type, id=id_, **options) for id_ in ids])
-
-    def close(self) -> None:
-        self._stack.close()
-        assert eventually(lambda: set(threading.enumerate()) <= self._threads), (
-            set(threading.enumerate()) - self._threads
-        )
-
-
-@pytest.fixture(params=[False, True], ids=["Worker", "AsyncWorker"])
-def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
-    """A crew of either colour; every test that takes it also proves that no thread is left."""
-    crew = Crew(dsn, is_async=request.param)
-    try:
-        yield crew
-    finally:
-        crew.close()
-
-
-def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
-    return conn.execute(query, params).fetchall()
-
-
-def row(conn: psycopg.Connection, query: LiteralString, *params: object) -> tuple[Any, ...]:
-    [only] = rows(conn, query, *params)
-    return only
-
-
-def count(conn: psycopg.Connection) -> int:
-    return int(row(conn, "select count(*) from bgjob_job")[0])
-
-
-def all_done(conn: psycopg.Connection) -> bool:
-    return eventually(lambda: count(conn) == 0)
-
-
-def clock(conn: psycopg.Connection) -> datetime:
-    now = row(conn, "select clock_timestamp()")[0]
-    assert isinstance(now, datetime)
-    return now
-
-
-def sleeper(conn: psycopg.Connection) -> int | None:
-    """The session of the worker that sleeps, and asks enqueues to notify, if any does."""
-    found = rows(
-        conn,
-        "select pid from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
-        f"and granted and classid = {LOCK_CLASS} and database = "
-        "(select oid from pg_database where datname = current_database())",
-    )
-    return found[0][0] if found else None
-
-
-def terminate_workers(conn: psycopg.Connection) -> int:
-    """Kill the connections of the workers; their number."""
-    return len(
-        rows(
-            conn,
-            "select pg_terminate_backend(pid) from pg_stat_activity "
-            "where datname = current_database() and application_name = 'bgjob'",
-        )
-    )
-
+from bgjob.testing._source import ask
 
 # -- results ----------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
-import orjson
 import psycopg
 import pytest
+from support.nursery import TESTS
 
 from bgjob import (
     AsyncClient,
@@ -33,7 +33,6 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
-from nursery import TESTS
 from faults.world import PATIENCE, World, eventually
 
 NEVER = 3600.0

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux, Reschedule, Result, Retry
+from faults.clocks import SHIFTED
 from faults.world import PATIENCE, Process, World, eventually
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
@@ -31,36 +32,6 @@ def runs(world: World, id: str) -> list[datetime]:
 # What a process learns of the wall clock through Python is shifted: time.time() and time_ns(),
 # datetime.now(), utcnow() and today(), date.today(). The monotonic clock is not, as on a host
 # whose clock is set wrong; what C code asks the kernel is not, and bgjob has none.
-SHIFTED = """
-import datetime, os, time
-
-shift = float(os.environ["SHIFT"])
-real_time, real_time_ns, real = time.time, time.time_ns, datetime.datetime
-time.time = lambda: real_time() + shift
-time.time_ns = lambda: real_time_ns() + int(shift * 1e9)
-
-class Shifted(real):
-    @classmethod
-    def now(cls, tz=None):
-        return real.now(tz) + datetime.timedelta(seconds=shift)
-
-    @classmethod
-    def utcnow(cls):
-        return real.utcnow() + datetime.timedelta(seconds=shift)
-
-    today = now
-
-class ShiftedDate(datetime.date):
-    @classmethod
-    def today(cls):
-        return Shifted.now().date()
-
-datetime.datetime, datetime.date = Shifted, ShiftedDate
-
-from faults.app import main
-print("shifted by", round(time.time() - real_time()), flush=True)
-main()
-"""
 
 SHIFT = pytest.mark.parametrize("shift", [3600, -3600], ids=["an hour ahead", "an hour behind"])
 

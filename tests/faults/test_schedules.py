@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from faults.clocks import SHIFTED
 from faults.scheduling import SCHEDULES
-from faults.test_scale import SHIFTED
 from faults.world import Process, World, eventually
 
 EVERY_SECOND = {"name": "s", "cron": "* * * * * *", "missed": "all"}

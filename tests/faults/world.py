@@ -18,11 +18,11 @@ from typing import Any, Self, TypeVar, cast
 
 import psycopg
 from psycopg.conninfo import make_conninfo
+from support.nursery import TESTS, Forked, fork
 
 from bgjob import AsyncClient, AsyncWorker, Client, EnqueueRequest, Mux, Worker
 from faults import oracle
 from faults.app import ENVIRONMENT, LEDGER, Event, Handlers, Recorder, Settings, children_of
-from nursery import TESTS, Forked, fork
 
 T = TypeVar("T")
 

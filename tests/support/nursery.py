@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import bgjob.cli  # noqa: F401 (with all that a worker needs)
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 class Nursery:
@@ -33,7 +33,7 @@ class Nursery:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "nursery", str(theirs.fileno())],
+                [sys.executable, "-m", "support.nursery", str(theirs.fileno())],
                 cwd=TESTS,
                 pass_fds=[theirs.fileno()],
             )

@@ -1,0 +1,1 @@
+"""Helpers of the tests: test modules import these, and never one another."""

@@ -1,0 +1,68 @@
+"""Plans: statements prepared as the driver does, and the rows and pages they look at."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import psycopg
+from psycopg import ClientCursor
+from psycopg._queries import PostgresQuery
+from psycopg.adapt import Transformer
+from psycopg.pq import ExecStatus
+
+from bgjob._sql.statement import Statement
+
+
+def prepare(conn: psycopg.Connection, name: str, statement: Statement[Any]) -> str:
+    """Prepare a statement as the driver does; give the SQL that explains it."""
+    assert statement.params is not None
+    query = PostgresQuery(Transformer(conn))
+    query.convert(statement.text, statement.params)
+    result = conn.pgconn.prepare(name.encode(), query.query, query.types)
+    assert result.status == ExecStatus.COMMAND_OK, result.error_message
+    params = dict.fromkeys(re.findall(r"%\((\w+)\)[sbt]", cast(str, statement.text)))
+    values = ClientCursor(conn).mogrify(
+        cast(Any, ", ".join(f"%({param})s" for param in params)), statement.params
+    )
+    return f'explain (analyze, buffers, timing off, format json) execute "{name}" ({values})'
+
+
+def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[str, Any]:
+    """Run what `prepare` gave, and undo it; give the plan, with what each of its steps did."""
+    with conn.transaction(force_rollback=True):
+        conn.execute("select set_config('plan_cache_mode', %s, true)", [plan_cache_mode])
+        [[[plan]]] = conn.execute(cast(Any, explain)).fetchall()
+    return cast(dict[str, Any], plan["Plan"])
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give every step of a plan."""
+    yield plan
+    for below in plan.get("Plans", []):
+        yield from nodes(below)
+
+
+def handled(node: dict[str, Any]) -> float:
+    """Count the rows that a step gave or dropped."""
+    if node["Node Type"] == "Bitmap Index Scan":  # counts dead rows too; the step above does not
+        return 0
+    dropped = sum(rows for key, rows in node.items() if key.startswith("Rows Removed"))
+    return cast(float, (node["Actual Rows"] + dropped) * node["Actual Loops"])
+
+
+def buffers(plan: dict[str, Any]) -> int:
+    """Count the pages that were looked at to find the rows.
+
+    What writing them took is left out: it depends on the room that undone runs left in the
+    pages, which another test's transaction can keep from being cleaned up.
+    """
+
+    def pages(node: dict[str, Any]) -> int:
+        return cast(int, node["Shared Hit Blocks"] + node["Shared Read Blocks"])
+
+    written = [node for node in nodes(plan) if node["Node Type"] == "ModifyTable"]
+    read = [n for node in written for n in node["Plans"] if n["Parent Relationship"] == "Outer"]
+    return pages(plan) - sum(map(pages, written)) + sum(map(pages, read))
+
+
+PLAN_CACHE_MODES = ["force_custom_plan", "force_generic_plan"]
