@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 
 from bgjob._checks import Duration, seconds
 from bgjob._worker.control import LAST_WORDS
-from bgjob._worker.group import Crew, Queues
+from bgjob._worker.group import Queues, WorkerGroup
 from bgjob._worker.observers import Audience
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
@@ -97,7 +97,7 @@ class Worker:
         init_timeout: Duration = 10.0,
         grace: Duration | None = 30.0,
     ) -> None:
-        self._crew = Crew(
+        self._group = WorkerGroup(
             client,
             queue,
             mux,
@@ -123,7 +123,7 @@ class Worker:
             Exception: whatever `state` raises. The worker can be run again.
 
         """
-        self._crew.open(None)
+        self._group.open(None)
 
     def shutdown(self, timeout: Duration | EllipsisType | None = ...) -> bool:
         """Stop claiming, release jobs that have not started, finish the running ones.
@@ -146,11 +146,11 @@ class Worker:
             started.
 
         """
-        self._crew.stop(timeout)
-        if self._crew.is_inside:
-            return not self._crew.abandoned
-        self._crew.join()
-        return self._crew.has_finished
+        self._group.stop(timeout)
+        if self._group.is_inside:
+            return not self._group.abandoned
+        self._group.join()
+        return self._group.has_finished
 
     def wait(self, timeout: Duration | None = None) -> bool:
         """Wait until the worker has ended, by a shutdown or by a fault of its own.
@@ -163,7 +163,7 @@ class Worker:
 
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
-        return self._crew.done in wait([self._crew.done], limit).done
+        return self._group.done in wait([self._group.done], limit).done
 
     def run_until(self, event: Event) -> None:
         """Run until an event is set or the worker ends on its own, and shut it down.
@@ -197,7 +197,7 @@ class Worker:
         all its queues, if the caller's event loop ends while it runs, and after more than 5
         faults of its own within 10 s. The failure is set shortly before the worker ends.
         """
-        return self._crew.failure
+        return self._group.failure
 
     def __enter__(self) -> Self:
         self.run()
@@ -233,7 +233,7 @@ class AsyncWorker:
         init_timeout: Duration = 10.0,
         grace: Duration | None = 30.0,
     ) -> None:
-        self._crew = Crew(
+        self._group = WorkerGroup(
             client,
             queue,
             mux,
@@ -254,14 +254,14 @@ class AsyncWorker:
         If the call is cancelled, the worker does not start, or ends.
         """
         opening = asyncio.create_task(
-            asyncio.to_thread(self._crew.open, asyncio.get_running_loop())
+            asyncio.to_thread(self._group.open, asyncio.get_running_loop())
         )
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
-            self._crew.stop(0)
+            self._group.stop(0)
             with contextlib.suppress(BaseException):  # whatever prevented the start
-                await asyncio.wait([opening], timeout=self._crew.time_left)
+                await asyncio.wait([opening], timeout=self._group.time_left)
                 await self._join()
             if opening.done() and not opening.cancelled():
                 opening.exception()  # retrieve it, or asyncio logs that it was not
@@ -272,24 +272,24 @@ class AsyncWorker:
         timeout: Duration | EllipsisType | None = ...,  # noqa: ASYNC109
     ) -> bool:
         """Stop claiming and finish the running jobs. Async variant of Worker.shutdown."""
-        self._crew.stop(timeout)
-        if self._crew.is_inside:
-            return not self._crew.abandoned
+        self._group.stop(timeout)
+        if self._group.is_inside:
+            return not self._group.abandoned
         await self._join()
-        return self._crew.has_finished
+        return self._group.has_finished
 
     async def _join(self) -> None:
-        crew = self._crew
-        ended = asyncio.wrap_future(crew.done)
-        while not ended.done() and (left := crew.time_left):
+        group = self._group
+        ended = asyncio.wrap_future(group.done)
+        while not ended.done() and (left := group.time_left):
             await asyncio.wait([ended], timeout=min(left, 1.0))
-        if tasks := crew.tasks:
-            await asyncio.wait(tasks, timeout=min(LAST_WORDS, max(crew.time_left, 0.1)))
+        if tasks := group.tasks:
+            await asyncio.wait(tasks, timeout=min(LAST_WORDS, max(group.time_left, 0.1)))
 
     async def wait(self, timeout: Duration | None = None) -> bool:  # noqa: ASYNC109
         """Wait until the worker has ended. Async variant of Worker.wait."""
         limit = None if timeout is None else seconds(timeout, "timeout")
-        ended = asyncio.shield(asyncio.wrap_future(self._crew.done))
+        ended = asyncio.shield(asyncio.wrap_future(self._group.done))
         return ended in (await asyncio.wait([ended], timeout=limit))[0]
 
     async def run_until(self, event: AsyncEvent) -> None:
@@ -301,7 +301,7 @@ class AsyncWorker:
         """
         await self.run()
         waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
-        ended: asyncio.Future[Any] = asyncio.wrap_future(self._crew.done)
+        ended: asyncio.Future[Any] = asyncio.wrap_future(self._group.done)
         try:
             await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -313,7 +313,7 @@ class AsyncWorker:
     @property
     def failure(self) -> BaseException | None:
         """Why the worker ended on its own; see Worker.failure."""
-        return self._crew.failure
+        return self._group.failure
 
     async def __aenter__(self) -> Self:
         await self.run()

@@ -168,8 +168,8 @@ def breaks_the_worker(job):
     def broken():
         raise SystemExit
 
-    worker._crew._controls[0]._turn = broken
-    worker._crew._controls[0]._bell.shout()
+    worker._group._controls[0]._turn = broken
+    worker._group._controls[0]._bell.shout()
 
 
 OPTIONS = {"concurrency": 1, "poll_interval": 0.1}

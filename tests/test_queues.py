@@ -182,7 +182,7 @@ def test_the_state_is_made_once_and_closed_after_the_last_handler_of_the_last_qu
     ending = threading.Thread(target=crew.shutdown, args=(worker,), kwargs={"timeout": None})
     ending.start()
     # The queue without a job has ended; the state is there for the other's.
-    assert eventually(lambda: worker._crew._at_work == 1)
+    assert eventually(lambda: worker._group._at_work == 1)
     assert state.told == ["opened"]
     gate.released.set()
     ending.join(PATIENCE)
@@ -217,7 +217,7 @@ def test_a_shutdown_waits_for_the_handlers_of_all_queues(
     ending = threading.Thread(target=lambda: settled.append(crew.shutdown(worker, timeout=None)))
     ending.start()
     # Asked a moment later, the queue would have claimed the job that waits.
-    assert eventually(lambda: all(c._give_up_at is not None for c in worker._crew._controls))
+    assert eventually(lambda: all(c._give_up_at is not None for c in worker._group._controls))
     gates["a"].released.set()
     assert eventually(lambda: row(conn, "select count(*) from bgjob_job where id = 'a'") == (0,))
     assert ending.is_alive()

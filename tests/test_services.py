@@ -202,8 +202,8 @@ def test_no_service_runs_while_the_worker_shuts_down(crew: Crew) -> None:
     crew.enqueue("a")
     worker = crew.start(Mux().register("t", gate), services=[service], lease=1.0)
     gate.wait()
-    crew.run(worker.shutdown(0.0)) if crew.is_async else worker._crew.stop(PATIENCE)
-    assert eventually(lambda: worker._crew._controls[0]._rota.due_at == inf)
+    crew.run(worker.shutdown(0.0)) if crew.is_async else worker._group.stop(PATIENCE)
+    assert eventually(lambda: worker._group._controls[0]._rota.due_at == inf)
     runs = service.runs
     gate.released.set()
     crew.shutdown(worker, timeout=PATIENCE)

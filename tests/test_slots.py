@@ -702,7 +702,7 @@ def test_a_worker_ends_with_the_loop_that_asyncio_run_ends_and_gives_its_jobs_ba
         await client.close()
 
     asyncio.run(main())
-    assert workers[0]._crew.done.result(PATIENCE) is None
+    assert workers[0]._group.done.result(PATIENCE) is None
     assert isinstance(workers[0].failure, RuntimeError)
     assert "the event loop of the worker is ending" in str(workers[0].failure)
     assert rows(conn, "select attempt from bgjob_job where token is not null or attempt > 0") == []
@@ -729,7 +729,7 @@ def test_an_exit_in_a_child_task_ends_the_callers_loop_and_its_worker_says_so(
 
     with pytest.raises(SystemExit):
         asyncio.run(main())
-    workers[0]._crew.done.result(PATIENCE)
+    workers[0]._group.done.result(PATIENCE)
     assert "the event loop of the worker is ending" in str(workers[0].failure)
     assert rows(conn, "select id, attempt from bgjob_job where token is not null") == []
 
@@ -766,7 +766,7 @@ def test_a_worker_whose_loop_was_closed_under_its_jobs_ends_and_gives_them_back(
         monkeypatch.setattr(Loop, "failure", failure)
     else:
         loop.close()
-    worker._crew.done.result(PATIENCE)
+    worker._group.done.result(PATIENCE)
     assert "the event loop of the worker was closed" in str(worker.failure)
     assert rows(conn, "select attempt, token from bgjob_job") == [(0, None)]
 

@@ -28,7 +28,7 @@ Queues = str | Mapping[str, int]
 """A queue, or several, each with its concurrency."""
 
 
-class Crew:
+class WorkerGroup:
     """Starts and ends the control threads together. Thread-safe."""
 
     def __init__(

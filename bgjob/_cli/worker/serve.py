@@ -123,7 +123,7 @@ class _Service:
         self._target = target
         self._ending = ending
         self._set_up_logging = set_up_logging
-        self._crew: Any = None
+        self._group: Any = None
 
     def start(self) -> None:
         """Start the thread; it reports when the worker runs and when it has ended."""
@@ -132,7 +132,7 @@ class _Service:
     def stop(self, grace: float) -> None:
         """Begin the shutdown immediately, even if a handler blocks the event loop."""
         self.is_stopping = True
-        self._crew.stop(grace)
+        self._group.stop(grace)
 
     def _run(self) -> None:
         try:
@@ -167,7 +167,7 @@ class _Service:
     def _open(self, worker: AsyncWorker, loop: asyncio.AbstractEventLoop) -> None:
         # Like AsyncWorker.run(), which has to be awaited on the loop and may not
         # return before the first handlers do, because they may block the loop.
-        worker._crew.open(loop)  # noqa: SLF001
+        worker._group.open(loop)  # noqa: SLF001
         self._is_running(worker)
 
     async def _make(self, factory: Awaitable[Any]) -> AnyWorker:
@@ -180,24 +180,24 @@ class _Service:
     def _is_running(self, worker: AnyWorker) -> None:
         # The part that both workers share: AsyncWorker's own shutdown() has to be
         # awaited on the loop, which a handler may block.
-        self._crew = worker._crew  # noqa: SLF001
+        self._group = worker._group  # noqa: SLF001
         self._ending.has_served = True
         self._ending.tell(Notice.RUNNING)
 
     def _has_ended(self) -> None:
-        self.was_asked, self.failure = self._crew.was_asked, self._crew.failure
+        self.was_asked, self.failure = self._group.was_asked, self._group.failure
 
     @property
     def abandoned(self) -> int:
         """The number of jobs that still run although the worker has ended."""
-        return self._crew.abandoned if self._crew is not None else 0
+        return self._group.abandoned if self._group is not None else 0
 
     @property
     def remains(self) -> str:
         """What is left behind if the process ends now, for the log."""
-        if self._crew is None:
+        if self._group is None:
             return "its start was broken off"
-        if self._crew.done.done() and not self.abandoned:
+        if self._group.done.done() and not self.abandoned:
             return "a task or a thread of the program still runs, and is abandoned"
         count = self.abandoned
         jobs = "jobs" if count == 0 else "1 job" if count == 1 else f"{count} jobs"
