@@ -15,7 +15,7 @@ from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import Client, Job, Mux, NoopObserver, QueueRequiredError, Worker
 from bgjob._worker.control import Control
-from bgjob._worker.session import Link
+from bgjob._worker.session import Session
 
 
 def connections(conn: psycopg.Connection) -> int:
@@ -263,14 +263,14 @@ class Refusal:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, queue: str) -> None:
         self.is_over = False
-        before = Link.open
+        before = Session.open
 
-        def refuse(link: Link, *args: Any) -> None:
-            if link._queue == queue and not self.is_over:
+        def refuse(session: Session, *args: Any) -> None:
+            if session._queue == queue and not self.is_over:
                 raise psycopg.OperationalError("too many connections")
-            before(link, *args)
+            before(session, *args)
 
-        monkeypatch.setattr(Link, "open", refuse)
+        monkeypatch.setattr(Session, "open", refuse)
 
 
 @pytest.mark.parametrize("refused", ["a", "b", "c"])

@@ -36,7 +36,7 @@ from bgjob._running import loop
 from bgjob._running.loop import Loop
 from bgjob._worker import slots
 from bgjob._worker.control import Control
-from bgjob._worker.session import Link
+from bgjob._worker.session import Session
 from bgjob.testing import adrain, drain
 
 # -- context variables -----------------------------------------------------------------------------
@@ -775,10 +775,10 @@ def test_a_run_that_is_cancelled_leaves_no_worker(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opening, go_on = threading.Event(), threading.Event()
-    before = Link.open
+    before = Session.open
 
-    def slow(link: Link, *args: Any) -> None:
-        before(link, *args)
+    def slow(session: Session, *args: Any) -> None:
+        before(session, *args)
         opening.set()
         assert go_on.wait(PATIENCE)
 
@@ -788,7 +788,7 @@ def test_a_run_that_is_cancelled_leaves_no_worker(
         async with AsyncClient(dsn) as client:
             worker = AsyncWorker(client, "q", Mux())
             with monkeypatch.context() as patch:
-                patch.setattr(Link, "open", slow)
+                patch.setattr(Session, "open", slow)
                 running = asyncio.create_task(worker.run())
                 await asyncio.to_thread(opening.wait, PATIENCE)
                 running.cancel()
@@ -810,16 +810,16 @@ def test_a_run_that_is_cancelled_leaves_no_worker(
 def test_a_shutdown_in_a_signal_handler_while_run_connects_leaves_no_worker(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = Link.open
+    before = Session.open
 
-    def interrupted(link: Link, *args: Any) -> None:
+    def interrupted(session: Session, *args: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
-        before(link, *args)
+        before(session, *args)
         signal.raise_signal(signal.SIGUSR1)
 
     threads = set(threading.enumerate())
     answers: list[bool] = []
-    monkeypatch.setattr(Link, "open", interrupted)
+    monkeypatch.setattr(Session, "open", interrupted)
     with Client(dsn) as client:
         worker = Worker(client, {"a": 1, "b": 1}, Mux(), state=lambda: pytest.fail("not needed"))
         handler = signal.signal(signal.SIGUSR1, lambda *_: answers.append(worker.shutdown()))

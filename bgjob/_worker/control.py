@@ -31,7 +31,7 @@ from bgjob._postgres.fork import Lineage
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._worker.events import Events
-from bgjob._worker.session import Answer, Bell, Link, UnreadError
+from bgjob._worker.session import Answer, Bell, Session, UnreadError
 from bgjob._worker.slots import Runner, inside
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.mux import Mux
@@ -95,7 +95,7 @@ class Control:
         self._poll_interval = poll_interval
         self._lease = lease
         self._rota = rota
-        self._link = Link(
+        self._session = Session(
             recipe,
             queue,
             lease=lease,
@@ -130,18 +130,18 @@ class Control:
             patience: seconds.
 
         """
-        self._link.open(patience)
+        self._session.open(patience)
         self._tell_warning()
         self._rota.begin()
-        self._rota.run(self._link.lend, monotonic, self._service_cannot_start)
+        self._rota.run(self._session.lend, monotonic, self._service_cannot_start)
 
     def _tell_warning(self) -> None:
-        if self._link.warning is not None:
-            self._events.tell([BgjobError(self._link.warning)])
+        if self._session.warning is not None:
+            self._events.tell([BgjobError(self._session.warning)])
 
     def disconnect(self) -> None:
         """Close the connection of a worker that does not start."""
-        self._link.close()
+        self._session.close()
 
     def start(
         self,
@@ -162,7 +162,7 @@ class Control:
                 concurrency=self._concurrency,
                 poll_interval=self._poll_interval,
                 lease=self._lease,
-                notify=self._link.can_notify,
+                notify=self._session.can_notify,
                 tokens=count(randbits(62)),
                 queue=self._queue,
                 transactional=mux.transactional,
@@ -171,7 +171,7 @@ class Control:
             lineage = Lineage()
             conninfo, kwargs = self._recipe()
             if (
-                not self._link.is_direct
+                not self._session.is_direct
             ):  # a pooler's other sessions would not find what it prepared
                 kwargs = {"prepare_threshold": None, **kwargs}
             self._transactions = Transactions((conninfo, kwargs), lineage)
@@ -190,13 +190,13 @@ class Control:
             )
             self._ends.callback(self._runner.close)
             self._runner.open()
-            self._ends.callback(self._link.close)
+            self._ends.callback(self._session.close)
             self._thread = threading.Thread(
                 target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
             )
             self._thread.start()
         except BaseException:
-            self._link.close()
+            self._session.close()
             self._ends.close()
             raise
 
@@ -286,21 +286,21 @@ class Control:
             if runner.failure is not None and self._give_up_at is None:
                 self._fail(runner.failure)
                 return True
-        if notice := self._link.take_notice():
+        if notice := self._session.take_notice():
             engine.wake(notice)
         now = monotonic()
         if (blocked := runner.blocked(now, self._lease / 3)) is not None:
             self._events.tell([blocked])
-        if not self._link.is_open:
+        if not self._session.is_open:
             self._reopen(now)
             return True
         if now >= self._rota.pressing_at:
             self._serve()
             return True
-        if self._link.unread:
+        if self._session.unread:
             self._bury_unread()
             return True
-        if self._link.step:
+        if self._session.step:
             self._clock_was_set()
             return True
         match engine.step(now):
@@ -333,7 +333,7 @@ class Control:
         try:
             if self._engine.flows(exchange):
                 self._stream(exchange)
-            elif self._acknowledge(self._link.exchange(exchange)):
+            elif self._acknowledge(self._session.exchange(exchange)):
                 self._sleep(monotonic() + _MOMENT)
         except psycopg.Error as error:
             if self._must_reconnect(error):
@@ -344,9 +344,9 @@ class Control:
                 return
             is_text = isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire)
             if isinstance(error, _STALE):
-                self._link.forget_plans()
+                self._session.forget_plans()
             elif is_text:
-                self._link.use_server_encoding()
+                self._session.use_server_encoding()
             for_lock = isinstance(error, LockNotAvailable)
             for_data = (error.sqlstate or "")[:2] in _OF_DATA
             if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
@@ -356,7 +356,7 @@ class Control:
 
     def _bury_refused(self) -> None:
         try:
-            refused = self._link.bury_refused(_MOST_TRIED)
+            refused = self._session.bury_refused(_MOST_TRIED)
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
@@ -370,21 +370,21 @@ class Control:
             self._events.tell([BgjobError(text)])
 
     def _bury_unread(self) -> None:
-        for unread in self._link.unread:
+        for unread in self._session.unread:
             text = (
                 f"job {unread.id} of queue {self._queue!r} could not be read, and was moved to the "
                 f"dead-letter table: {unread.error}"
             )
             self._events.tell([BgjobError(text)])
         try:
-            self._link.bury_unread()
+            self._session.bury_unread()
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
             self._events.error(error)  # they are left to their leases
 
     def _clock_was_set(self) -> None:
-        step, self._link.step = self._link.step, 0.0
+        step, self._session.step = self._session.step, 0.0
         how = "back" if step < 0 else "forward"
         then = (
             "jobs that have since been due in the future are due as they would have been, but for "
@@ -396,7 +396,7 @@ class Control:
         self._events.tell([BgjobError(f"{text}; {then}")])
         try:
             if step < 0:
-                self._link.catch_up()
+                self._session.catch_up()
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
@@ -405,13 +405,13 @@ class Control:
 
     def _must_reconnect(self, error: psycopg.Error) -> bool:
         # A primary that became a standby: the next one may be elsewhere.
-        return not self._link.is_open or isinstance(error, ReadOnlySqlTransaction)
+        return not self._session.is_open or isinstance(error, ReadOnlySqlTransaction)
 
     def _stream(self, exchange: Exchange) -> None:
         """Exchange for as long as jobs flow, each answer worked on while the next is made."""
-        link = self._link
-        with link.streaming():
-            answer: Answer | None = link.send(link.plan(exchange))
+        session = self._session
+        with session.streaming():
+            answer: Answer | None = session.send(session.plan(exchange))
             while answer is not None:
                 self._awaits_flow = True
                 try:
@@ -420,9 +420,9 @@ class Control:
                 finally:
                     self._awaits_flow, self._following = False, None
                 try:
-                    coming = link.send(following) if following else None
+                    coming = session.send(following) if following else None
                 finally:
-                    self._acknowledge(link.read(answer))
+                    self._acknowledge(session.read(answer))
                 answer = coming
 
     def _follow(self) -> Plan | None:
@@ -430,10 +430,10 @@ class Control:
         self._collect()
         now = monotonic()
         due_at = min(self._rota.pressing_at, self._runner.next_timeout)
-        needed = self._link.unread or self._link.step or self._runner.needs_watch
+        needed = self._session.unread or self._session.step or self._runner.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
-        return self._link.plan(ahead) if ahead else None
+        return self._session.plan(ahead) if ahead else None
 
     def _meanwhile(self) -> None:
         """Use the time while the server works."""
@@ -446,7 +446,7 @@ class Control:
             self._awaits_flow = self._following is None
 
     def _serve(self) -> None:
-        self._rota.run(self._link.lend, monotonic, self._service_failed)
+        self._rota.run(self._session.lend, monotonic, self._service_failed)
 
     def _service_failed(self, error: BaseException) -> None:
         if isinstance(error, psycopg.Error) and self._must_reconnect(error):
@@ -492,15 +492,15 @@ class Control:
         runner = self._runner
         if runner.needs_watch:
             until = min(until, self._watch_at)
-        has_news = runner.has_outcomes or self._link.has_notice
+        has_news = runner.has_outcomes or self._session.has_notice
         if not has_news and runner.slots == self._engine.slots:
-            self._link.wait(self._bell, min(until, runner.next_timeout) - monotonic())
+            self._session.wait(self._bell, min(until, runner.next_timeout) - monotonic())
         self._bell.silence()
 
     def _disconnected(self, error: BaseException) -> None:
         self._was_silent |= isinstance(error, Silence)
         self._events.error(error)
-        self._link.close()
+        self._session.close()
         self._engine.disconnect(monotonic())
 
     def _reopen(self, now: float) -> None:
@@ -509,12 +509,12 @@ class Control:
             end = self._reopen_at
             if self._give_up_at is not None:
                 end = min(end, self._give_up_at + LAST_WORDS)
-            self._link.wait(self._bell, end - now)
+            self._session.wait(self._bell, end - now)
             self._bell.silence()
             return
         try:
             left = inf if self._give_up_at is None else self._give_up_at + LAST_WORDS - now
-            self._link.open(None if left == inf else max(left, 0.1))
+            self._session.open(None if left == inf else max(left, 0.1))
         except (psycopg.Error, BgjobError) as error:
             self._events.error(error)
             self._reopen_at = monotonic() + self._pause

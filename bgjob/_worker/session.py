@@ -269,7 +269,7 @@ class Answer:
         return cursor
 
 
-class Link:
+class Session:
     """A connection to the server that can be lost and opened again. Belongs to one thread."""
 
     def __init__(

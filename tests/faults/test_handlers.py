@@ -28,7 +28,7 @@ from bgjob import (
     Retry,
 )
 from bgjob._engine.protocol import Exchange, Sweep
-from bgjob._worker.session import Link
+from bgjob._worker.session import Session
 from bgjob._sql.settlements import Claimed, Postponed
 from faults.world import PATIENCE, Local, World, eventually
 
@@ -581,7 +581,7 @@ def test_11_an_exchange_that_cannot_be_put_into_words_is_refused_and_claims_noth
     world: World,
 ) -> None:
     world.enqueue("plain", "a", "b", ledger=False)
-    link = Link(lambda: (world.dsn, {}), "q", lease=30.0, notify=False)
+    link = Session(lambda: (world.dsn, {}), "q", lease=30.0, notify=False)
     link.open()
     try:
         held = Claimed(Job._make(["\ud800", "q", "plain", *[None] * (len(Job._fields) - 3)]), 1)
