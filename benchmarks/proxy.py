@@ -28,7 +28,7 @@ class Proxy:
         self._waiting: set[socket.socket] = set()  # clients that have spoken last
         self._clients: set[socket.socket] = set()
         self._door = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._heard, self._bell = socket.socketpair()
+        self._heard, self._waker = socket.socketpair()
         self._selector.register(self._door, selectors.EVENT_READ)
         self._selector.register(self._heard, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run)
@@ -36,7 +36,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bell.close()
+        self._waker.close()
         self._thread.join()
         self._selector.close()
         for end in (self._door, self._heard, *self._peers):

@@ -169,7 +169,7 @@ def breaks_the_worker(job):
         raise SystemExit
 
     worker._group._controls[0]._turn = broken
-    worker._group._controls[0]._bell.shout()
+    worker._group._controls[0]._waker.shout()
 
 
 OPTIONS = {"concurrency": 1, "poll_interval": 0.1}

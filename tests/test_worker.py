@@ -46,7 +46,7 @@ from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
 from bgjob._sql.settlements import Claimed, Postponed, give_back
 from bgjob._worker import slots
-from bgjob._worker.session import Bell, Session
+from bgjob._worker.session import Waker, Session
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 from bgjob.testing._source import ask
@@ -495,7 +495,7 @@ def test_an_enqueue_wakes_a_worker_when_it_commits(crew: Crew, conn: psycopg.Con
 
 
 def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn: str) -> None:
-    bell = Bell()
+    bell = Waker()
     link = Session(lambda: (dsn, {}), "q", lease=30, notify=True)
     link.open()
     try:

@@ -12,9 +12,9 @@ A worker has these threads. `group` starts them and ends them together.
     |             events.tell(...)       |
     | Sleep    -> session.wait(): for a  |
     |             notification, or for   |
-    |             the bell               |
+    |             the waker               |
     +-----+------------------------^-----+
-          | jobs, by one deque     | outcomes, by another, and the bell
+          | jobs, by one deque     | outcomes, by another, and the waker
           v                        |
     +-----+------------------------+-----+         a connection a slot, for
     | slots: the right to run a handler, |---->    transactional handlers only
@@ -50,7 +50,7 @@ From claim to settlement, with the files in order:
     slots       a slot takes the job
     route       whose handler it is, and what attempts it has (_handlers/route)
     transaction where the handler has one (_running/transaction)
-    slots       the outcome goes back; the bell rings
+    slots       the outcome goes back; the waker rings
     engine      the next exchange carries it
     settlements the statement (_sql/settlements)
     events      what the observer hears, once that is committed

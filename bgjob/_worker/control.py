@@ -31,7 +31,7 @@ from bgjob._postgres.fork import Lineage
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._worker.events import Events
-from bgjob._worker.session import Answer, Bell, Session, UnreadError
+from bgjob._worker.session import Answer, Session, UnreadError, Waker
 from bgjob._worker.slots import Runner, inside
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.mux import Mux
@@ -156,8 +156,8 @@ class Control:
         self._ends.callback(self.done.set_result, None)
         self._ends.callback(leave)
         try:
-            self._bell = Bell()
-            self._ends.callback(self._bell.close)
+            self._waker = Waker()
+            self._ends.callback(self._waker.close)
             self._engine = Engine(
                 concurrency=self._concurrency,
                 poll_interval=self._poll_interval,
@@ -185,7 +185,7 @@ class Control:
                 concurrency=self._concurrency,
                 started=self._events.started,
                 timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
-                finished=self._bell.ring,
+                finished=self._waker.ring,
                 hindered=self._events.error,
             )
             self._ends.callback(self._runner.close)
@@ -206,13 +206,13 @@ class Control:
             self._give_up_at = give_up_at
         if self.has_run:
             self._transactions.leave()
-            self._bell.shout()
+            self._waker.shout()
 
     def look(self) -> None:
         """Look at once whether all slots live. From any thread."""
         if self.has_run:
             self._runner.needs_watch = True
-            self._bell.ring()
+            self._waker.ring()
 
     @property
     def is_inside(self) -> bool:
@@ -488,14 +488,14 @@ class Control:
             now = monotonic()
             ends = (self._give_up_at + more for more in (0, _UNWINDING, LAST_WORDS))
             until = min(until, *(end for end in ends if now < end), now + LAST_WORDS)
-        self._bell.arm()
+        self._waker.arm()
         runner = self._runner
         if runner.needs_watch:
             until = min(until, self._watch_at)
         has_news = runner.has_outcomes or self._session.has_notice
         if not has_news and runner.slots == self._engine.slots:
-            self._session.wait(self._bell, min(until, runner.next_timeout) - monotonic())
-        self._bell.silence()
+            self._session.wait(self._waker, min(until, runner.next_timeout) - monotonic())
+        self._waker.silence()
 
     def _disconnected(self, error: BaseException) -> None:
         self._was_silent |= isinstance(error, Silence)
@@ -505,12 +505,12 @@ class Control:
 
     def _reopen(self, now: float) -> None:
         if now < self._reopen_at:
-            # The bell is not armed: only a shutdown interrupts this.
+            # The waker is not armed: only a shutdown interrupts this.
             end = self._reopen_at
             if self._give_up_at is not None:
                 end = min(end, self._give_up_at + LAST_WORDS)
-            self._session.wait(self._bell, end - now)
-            self._bell.silence()
+            self._session.wait(self._waker, end - now)
+            self._waker.silence()
             return
         try:
             left = inf if self._give_up_at is None else self._give_up_at + LAST_WORDS - now

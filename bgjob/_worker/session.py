@@ -77,7 +77,7 @@ _READY = {
 }
 
 
-class Bell:
+class Waker:
     """Wakes a thread that waits on sockets."""
 
     def __init__(self) -> None:
@@ -538,8 +538,8 @@ class Session:
             and connection.pgconn.transaction_status == TransactionStatus.IDLE
         )
 
-    def wait(self, bell: Bell, timeout: float) -> None:
-        """Wait for the bell, a notification, the loss of the connection, or the time.
+    def wait(self, waker: Waker, timeout: float) -> None:
+        """Wait for the waker, a notification, the loss of the connection, or the time.
 
         Raises:
             psycopg.Error: the connection was lost.
@@ -552,12 +552,12 @@ class Session:
             if self._heard is not None:
                 return
         poll = select.poll()
-        poll.register(bell, select.POLLIN)
+        poll.register(waker, select.POLLIN)
         if connection is not None:
             poll.register(connection.fileno(), select.POLLIN)
         # Rounded up: poll() counts whole milliseconds, and would come back early.
         ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
-        rung = bell.fileno()
+        rung = waker.fileno()
         for fd, _ in ready:
             if fd != rung and connection is not None:
                 connection.pgconn.consume_input()
