@@ -47,7 +47,7 @@ class _Duty:
         self.pause = _FIRST_PAUSE
 
 
-class Rota:
+class ServiceTimer:
     """Decides when each service of one worker runs next; not thread-safe.
 
     Raises:

@@ -12,7 +12,7 @@ from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import Crew, Gate, Recorder
 
 from bgjob import BgjobError, Job, Mux, Reschedule
-from bgjob.service import Rota, Service
+from bgjob.service import ServiceTimer, Service
 
 
 class Calls:
@@ -32,17 +32,17 @@ class Calls:
 
 
 class Clock:
-    """A rota with a clock that is set by hand, and a connection that nobody uses."""
+    """A timer with a clock that is set by hand, and a connection that nobody uses."""
 
     def __init__(self, *services: Service) -> None:
         self.now = 100.0
         self.errors: list[BaseException] = []
-        self.rota = Rota(services)
+        self.timer = ServiceTimer(services)
 
     def go_to(self, now: float) -> None:
         self.now = now
         conn: Any = None
-        self.rota.run(lambda use: use(conn), lambda: self.now, self.errors.append)
+        self.timer.run(lambda use: use(conn), lambda: self.now, self.errors.append)
 
 
 def test_each_service_is_run_when_it_said() -> None:
@@ -51,20 +51,20 @@ def test_each_service_is_run_when_it_said() -> None:
     for now in (100, 100.5, 101, 102, 103):
         clock.go_to(now)
     assert (short.runs, long.runs) == (4, 2)
-    assert clock.rota.due_at == 104
+    assert clock.timer.due_at == 104
 
 
 def test_a_worker_without_services_never_has_one_due() -> None:
     clock = Clock()
-    assert (clock.rota.due_at, clock.rota.pressing_at) == (inf, inf)
+    assert (clock.timer.due_at, clock.timer.pressing_at) == (inf, inf)
     clock.go_to(200)
-    assert (clock.rota.due_at, clock.rota.pressing_at) == (inf, inf)
+    assert (clock.timer.due_at, clock.timer.pressing_at) == (inf, inf)
 
 
 def test_while_jobs_flow_services_are_run_at_most_every_50_ms() -> None:
     clock = Clock(Calls(lambda _: 0))
     clock.go_to(100)
-    assert (clock.rota.due_at, clock.rota.pressing_at) == (100, 100.05)
+    assert (clock.timer.due_at, clock.timer.pressing_at) == (100, 100.05)
 
 
 def test_a_service_that_fails_is_run_again_after_a_second_that_doubles_to_a_minute() -> None:
@@ -78,16 +78,16 @@ def test_a_service_that_fails_is_run_again_after_a_second_that_doubles_to_a_minu
     clock = Clock(Calls(body), Calls(lambda _: NEVER))
     waits = []
     for _ in range(8):
-        clock.go_to(max(clock.now, clock.rota.due_at))
-        waits.append(clock.rota.due_at - clock.now)
+        clock.go_to(max(clock.now, clock.timer.due_at))
+        waits.append(clock.timer.due_at - clock.now)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     assert [type(error) for error in clock.errors] == [SystemExit] * 8
     fails = False
-    clock.go_to(clock.rota.due_at)
-    assert clock.rota.due_at == clock.now + 5
+    clock.go_to(clock.timer.due_at)
+    assert clock.timer.due_at == clock.now + 5
     fails = True
-    clock.go_to(clock.rota.due_at)
-    assert clock.rota.due_at == clock.now + 1
+    clock.go_to(clock.timer.due_at)
+    assert clock.timer.due_at == clock.now + 1
 
 
 @pytest.mark.parametrize("wait", [None, "1", -1, nan, True])
@@ -97,7 +97,7 @@ def test_a_service_that_does_not_say_when_it_runs_again_is_told(wait: Any) -> No
     [error] = clock.errors
     assert isinstance(error, TypeError)
     assert "must return the seconds until its next run" in str(error)
-    assert clock.rota.due_at == 101
+    assert clock.timer.due_at == 101
 
 
 def test_what_is_no_service_is_refused_when_the_worker_is_made(crew: Crew) -> None:
@@ -203,7 +203,7 @@ def test_no_service_runs_while_the_worker_shuts_down(crew: Crew) -> None:
     worker = crew.start(Mux().register("t", gate), services=[service], lease=1.0)
     gate.wait()
     crew.run(worker.shutdown(0.0)) if crew.is_async else worker._group.stop(PATIENCE)
-    assert eventually(lambda: worker._group._controls[0]._rota.due_at == inf)
+    assert eventually(lambda: worker._group._controls[0]._service_timer.due_at == inf)
     runs = service.runs
     gate.released.set()
     crew.shutdown(worker, timeout=PATIENCE)

@@ -35,7 +35,7 @@ from bgjob._worker.session import Answer, Session, UnreadError, Waker
 from bgjob._worker.slots import Runner, inside
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.mux import Mux
-from bgjob.service import Rota
+from bgjob.service import ServiceTimer
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
@@ -87,14 +87,14 @@ class Control:
         events: Events,
         notify: bool,
         served: Collection[str],
-        rota: Rota,
+        service_timer: ServiceTimer,
     ) -> None:
         self._recipe = recipe
         self._queue = queue
         self._concurrency = concurrency
         self._poll_interval = poll_interval
         self._lease = lease
-        self._rota = rota
+        self._service_timer = service_timer
         self._session = Session(
             recipe,
             queue,
@@ -132,8 +132,8 @@ class Control:
         """
         self._session.open(patience)
         self._tell_warning()
-        self._rota.begin()
-        self._rota.run(self._session.lend, monotonic, self._service_cannot_start)
+        self._service_timer.begin()
+        self._service_timer.run(self._session.lend, monotonic, self._service_cannot_start)
 
     def _tell_warning(self) -> None:
         if self._session.warning is not None:
@@ -267,7 +267,7 @@ class Control:
         now = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
-            self._rota.end()
+            self._service_timer.end()
             if now >= self._give_up_at:
                 runner.cancel()
                 if now >= self._give_up_at + _UNWINDING or not runner.is_unwinding:
@@ -294,7 +294,7 @@ class Control:
         if not self._session.is_open:
             self._reopen(now)
             return True
-        if now >= self._rota.pressing_at:
+        if now >= self._service_timer.pressing_at:
             self._serve()
             return True
         if self._session.unread:
@@ -308,10 +308,10 @@ class Control:
                 self._exchange(exchange)
             case Withdraw():
                 engine.withdrawn(runner.withdraw())
-            case Sleep() if now >= self._rota.due_at:
+            case Sleep() if now >= self._service_timer.due_at:
                 self._serve()
             case Sleep(until):
-                self._sleep(min(until, self._rota.due_at))
+                self._sleep(min(until, self._service_timer.due_at))
             case Stop(abandoned):
                 self.abandoned = abandoned
                 return False
@@ -429,7 +429,7 @@ class Control:
         """Plan what follows the exchange under way, if jobs flow."""
         self._collect()
         now = monotonic()
-        due_at = min(self._rota.pressing_at, self._runner.next_timeout)
+        due_at = min(self._service_timer.pressing_at, self._runner.next_timeout)
         needed = self._session.unread or self._session.step or self._runner.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
@@ -446,7 +446,7 @@ class Control:
             self._awaits_flow = self._following is None
 
     def _serve(self) -> None:
-        self._rota.run(self._session.lend, monotonic, self._service_failed)
+        self._service_timer.run(self._session.lend, monotonic, self._service_failed)
 
     def _service_failed(self, error: BaseException) -> None:
         if isinstance(error, psycopg.Error) and self._must_reconnect(error):

@@ -19,7 +19,7 @@ from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
 from bgjob.job import check_name
 from bgjob.mux import Mux
-from bgjob.service import Rota, Service
+from bgjob.service import Service, ServiceTimer
 
 _AFTER = 1.9
 """Seconds after the grace period for which a shutdown waits at most; it promises 2."""
@@ -60,7 +60,7 @@ class WorkerGroup:
         self._shared = state
         slots_of = _slots(queues, concurrency)
         self._events = Events(audience(observer), ", ".join(slots_of))
-        rota = Rota(services)
+        service_timer = ServiceTimer(services)
         self._controls: list[Control] = []
         for queue, slots in slots_of.items():
             self._controls.append(
@@ -73,10 +73,10 @@ class WorkerGroup:
                     events=self._events,
                     notify=notify,
                     served=slots_of.keys(),
-                    rota=rota,
+                    service_timer=service_timer,
                 )
             )
-            rota = Rota(())  # the services are the first one's
+            service_timer = ServiceTimer(())  # the services are the first one's
         self._queues = ", ".join(slots_of)
         self._loop: Loop | None = None
         self._pid = os.getpid()
