@@ -39,7 +39,7 @@ from bgjob._postgres.connection import (
     options,
     unencodable,
 )
-from bgjob._postgres.fork import Lineage
+from bgjob._postgres.fork import ForkGuard
 from bgjob._postgres.pool import (
     PATIENCE,
     AsyncBorrowedPool,
@@ -348,7 +348,7 @@ class Client:
         elif route.is_coroutine:
             ran = Awaiting(route)
         elif route.is_transactional:
-            with closing(Transactions(self.recipe, Lineage())) as transactions:
+            with closing(Transactions(self.recipe, ForkGuard())) as transactions:
                 ran = copy_context().run(transactions.run, route, claimed)
         else:
             ran = copy_context().run(route.run, job)
@@ -770,7 +770,7 @@ class AsyncClient:
                 return await self._concluded(claimed, ran)
             awaited = await _run_async(ran.route, claimed, self.recipe)
             return await self._concluded(claimed, awaited)
-        with closing(Transactions(self.recipe, Lineage())) as transactions:
+        with closing(Transactions(self.recipe, ForkGuard())) as transactions:
             ending = await _uncancelled(loop, lambda: context.run(transactions.run, route, claimed))
         return await self._concluded(claimed, ending)
 
@@ -1084,7 +1084,7 @@ def _only(jobs: list[Job], queue: str, token: int) -> Claimed:
 
 async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
     if route.is_transactional:
-        with closing(Transactions(recipe, Lineage())) as transactions:
+        with closing(Transactions(recipe, ForkGuard())) as transactions:
             return await transactions.run_async(route, claimed)
     try:
         return route.judge(claimed.job, await route.awaited(claimed.job))

@@ -39,7 +39,7 @@ from bgjob import (
     Worker,
 )
 from bgjob._engine.protocol import Exchange, Notice, Sweep
-from bgjob._postgres.fork import Lineage
+from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._sql.claims import claim_any
@@ -394,8 +394,8 @@ def running(body: Handler, *ids: str) -> Iterator[slots.Runner]:
     """Let a runner by itself run jobs, one after the other."""
     runner = slots.Runner(
         Mux().register("t", body),
-        Transactions(("", {}), lineage := Lineage()),
-        lineage,
+        Transactions(("", {}), fork_guard := ForkGuard()),
+        fork_guard,
         loop := Loop("loop"),
         queue="q",
         concurrency=1,

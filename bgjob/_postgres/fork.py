@@ -24,7 +24,7 @@ def watch(watched: _Watched) -> None:
     _watched.add(watched)
 
 
-class Lineage:
+class ForkGuard:
     """Knows whether this process is a fork of the one that made it."""
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ from bgjob._engine.protocol import Committed, Doubtful, Exchange, Fenced, Outcom
 from bgjob._handlers.route import Route, Wants
 from bgjob._postgres import connection
 from bgjob._postgres.connection import AsyncCursor, Cursor, Recipe, options, server_codec
-from bgjob._postgres.fork import Lineage
+from bgjob._postgres.fork import ForkGuard
 from bgjob._sql.settlements import (
     COMMIT,
     DEALLOCATE,
@@ -268,8 +268,8 @@ class Transactions:
     after its end, does not reach the next one. Thread-safe.
     """
 
-    def __init__(self, recipe: Recipe, lineage: Lineage) -> None:
-        self._lineage = lineage
+    def __init__(self, recipe: Recipe, fork_guard: ForkGuard) -> None:
+        self._fork_guard = fork_guard
         self._options: dict[str, Any] = {**options(recipe), "autocommit": True}
         # Through a pooler that forbids prepared statements others would lose theirs.
         prepares = self._options.get("prepare_threshold", 0) is not None
@@ -514,8 +514,8 @@ class Transactions:
                 try:
                     return route.handler(claimed.job, connection)
                 finally:
-                    if self._lineage.is_child:
-                        self._lineage.end(sys.exc_info()[1])
+                    if self._fork_guard.is_child:
+                        self._fork_guard.end(sys.exc_info()[1])
                     self._handling.discard(connection)
                     connection.user, connection.patience = threading.get_ident(), _PATIENCE
             case _Ask(statements):
@@ -577,8 +577,8 @@ class Transactions:
                 try:
                     return await route.awaited(claimed.job, connection)
                 finally:
-                    if self._lineage.is_child:  # in which no loop runs
-                        self._lineage.end(sys.exc_info()[1])
+                    if self._fork_guard.is_child:  # in which no loop runs
+                        self._fork_guard.end(sys.exc_info()[1])
                     self._handling.discard(connection)
                     connection.user, connection.patience = asyncio.current_task(), _PATIENCE
             case _Ask(statements):

@@ -27,7 +27,7 @@ from bgjob._engine.engine import Engine
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
 from bgjob._logger import log as _log
 from bgjob._postgres.connection import Recipe, Silence
-from bgjob._postgres.fork import Lineage
+from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._worker.events import Events
@@ -168,18 +168,18 @@ class Control:
                 transactional=mux.transactional,
                 names_keys=mux.names_keys,
             )
-            lineage = Lineage()
+            fork_guard = ForkGuard()
             conninfo, kwargs = self._recipe()
             if (
                 not self._session.is_direct
             ):  # a pooler's other sessions would not find what it prepared
                 kwargs = {"prepare_threshold": None, **kwargs}
-            self._transactions = Transactions((conninfo, kwargs), lineage)
+            self._transactions = Transactions((conninfo, kwargs), fork_guard)
             self._ends.callback(self._transactions.close)
             self._runner = Runner(
                 mux,
                 self._transactions,
-                lineage,
+                fork_guard,
                 loop,
                 queue=self._queue,
                 concurrency=self._concurrency,

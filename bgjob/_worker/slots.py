@@ -22,7 +22,7 @@ from time import monotonic, perf_counter
 
 from bgjob._engine.protocol import Outcome, Release
 from bgjob._handlers.route import Awaiting, Wants
-from bgjob._postgres.fork import Lineage
+from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Ending, NotBegun, Transactions
 from bgjob._sql.claims import ELSEWHERE
@@ -105,7 +105,7 @@ class Runner:
     Args:
         mux: the handlers.
         transactions: the connections of transactional handlers.
-        lineage: knows a fork.
+        fork_guard: knows a fork.
         loop: where coroutine handlers run.
         queue: for the names of threads and tasks.
         concurrency: slots.
@@ -120,7 +120,7 @@ class Runner:
         self,
         mux: Mux,
         transactions: Transactions,
-        lineage: Lineage,
+        fork_guard: ForkGuard,
         loop: Loop,
         *,
         queue: str,
@@ -132,7 +132,7 @@ class Runner:
     ) -> None:
         self._mux = mux
         self._transactions = transactions
-        self._lineage = lineage
+        self._fork_guard = fork_guard
         self._queue = queue
         self._started = started
         self._timed_out = timed_out
@@ -453,8 +453,8 @@ class Runner:
 
     def _come_back(self, slot: _Slot) -> bool:
         """Go on after a job that was given up, if no other has taken the slot; else rest."""
-        if self._lineage.is_child:
-            self._lineage.end(None)
+        if self._fork_guard.is_child:
+            self._fork_guard.end(None)
         slot.has_slot = self._timeouts.find()
         slot.claimed = slot.run = None
         if not slot.has_slot:
@@ -590,8 +590,8 @@ class Runner:
                 if type(result) is Awaiting:
                     self._to_loop(me, claimed, result.route, context)
                     return
-                if self._lineage.is_child:
-                    self._lineage.end(getattr(result, "error", None))
+                if self._fork_guard.is_child:
+                    self._fork_guard.end(getattr(result, "error", None))
                 if whole is not claimed:
                     _let_go(result)
                     del job, whole
@@ -782,8 +782,8 @@ class Runner:
                             return
                 except BaseException as error:
                     result = route.failed(job, error)
-                if self._lineage.is_child:
-                    self._lineage.end(getattr(result, "error", None))
+                if self._fork_guard.is_child:
+                    self._fork_guard.end(getattr(result, "error", None))
                 if me.is_lost or (result is not _COMPLETE and not _is_running(task)):
                     return  # its coroutine was thrown away, with a loop that was closed
                 if task.cancelling():

@@ -21,7 +21,7 @@ from bgjob._checks import Duration, seconds
 from bgjob._engine.protocol import Committed, Doubtful, Fenced, Release
 from bgjob._handlers.route import Awaiting
 from bgjob._postgres.connection import Recipe
-from bgjob._postgres.fork import Lineage
+from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import (
     Ending,
     NotBegun,
@@ -344,7 +344,7 @@ def _run(
             return runner.run(_awaited(ending.route, claimed.job), context=copy_context())
         return ending
     if recipe is not None:
-        with closing(Transactions(recipe, Lineage())) as transactions:
+        with closing(Transactions(recipe, ForkGuard())) as transactions:
             if route.is_coroutine:
                 return runner.run(transactions.run_async(route, claimed), context=copy_context())
             return transactions.run(route, claimed)
@@ -383,7 +383,7 @@ async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | No
             route = ending.route
         return await _awaited(route, claimed.job)
     if recipe is not None:
-        with closing(Transactions(recipe, Lineage())) as transactions:
+        with closing(Transactions(recipe, ForkGuard())) as transactions:
             if route.is_coroutine:
                 return await transactions.run_async(route, claimed)
             return await asyncio.to_thread(transactions.run, route, claimed)
