@@ -32,8 +32,8 @@ from bgjob._logger import log
 from bgjob._postgres.connection import (
     UNENCODABLE,
     AsyncCursor,
+    ConnectionParameters,
     Cursor,
-    Recipe,
     check_conninfo,
     is_two_phase,
     options,
@@ -348,12 +348,14 @@ class Client:
         elif route.is_coroutine:
             ran = Awaiting(route)
         elif route.is_transactional:
-            with closing(Transactions(self.recipe, ForkGuard())) as transactions:
+            with closing(Transactions(self.connection_parameters, ForkGuard())) as transactions:
                 ran = copy_context().run(transactions.run, route, claimed)
         else:
             ran = copy_context().run(route.run, job)
         if isinstance(ran, Awaiting):
-            ending, interrupt = self._await(_run_async(ran.route, claimed, self.recipe))
+            ending, interrupt = self._await(
+                _run_async(ran.route, claimed, self.connection_parameters)
+            )
         else:
             ending = ran
         settled = any(self._run_all(conclusion(claimed, ending))[:1])
@@ -456,9 +458,9 @@ class Client:
         return self._loop.run(coroutine)
 
     @property
-    def recipe(self) -> Recipe:
+    def connection_parameters(self) -> ConnectionParameters:
         """How a worker opens a connection of its own."""
-        return _recipe(self._source)
+        return _connection_parameters(self._source)
 
     @contextmanager
     def _connection(
@@ -717,7 +719,7 @@ class AsyncClient:
             raise
         if isinstance(route, Route) and route.is_coroutine:
             # A task, so that the handler cannot change the caller's context variables.
-            handling = asyncio.create_task(_run_async(route, claimed, self.recipe))
+            handling = asyncio.create_task(_run_async(route, claimed, self.connection_parameters))
             try:
                 result: Ending | Release = await handling
             except asyncio.CancelledError:
@@ -768,9 +770,9 @@ class AsyncClient:
             ran = await _uncancelled(loop, lambda: context.run(route.run, claimed.job))
             if not isinstance(ran, Awaiting):
                 return await self._concluded(claimed, ran)
-            awaited = await _run_async(ran.route, claimed, self.recipe)
+            awaited = await _run_async(ran.route, claimed, self.connection_parameters)
             return await self._concluded(claimed, awaited)
-        with closing(Transactions(self.recipe, ForkGuard())) as transactions:
+        with closing(Transactions(self.connection_parameters, ForkGuard())) as transactions:
             ending = await _uncancelled(loop, lambda: context.run(transactions.run, route, claimed))
         return await self._concluded(claimed, ending)
 
@@ -862,9 +864,9 @@ class AsyncClient:
         return f"<{type(self).__name__} at {id(self):#x}>"  # never the connection string
 
     @property
-    def recipe(self) -> Recipe:
+    def connection_parameters(self) -> ConnectionParameters:
         """How a worker opens a connection of its own."""
-        return _recipe(self._source)
+        return _connection_parameters(self._source)
 
     @asynccontextmanager
     async def _connection(
@@ -980,7 +982,9 @@ async def _ask_async(
 # -- shared by Client and AsyncClient -----------------------------------------------
 
 
-def _recipe(source: str | ConnectionPool[Any] | AsyncConnectionPool[Any]) -> Recipe:
+def _connection_parameters(
+    source: str | ConnectionPool[Any] | AsyncConnectionPool[Any],
+) -> ConnectionParameters:
     if isinstance(source, str):
         return source, {}
     if callable(source.conninfo) or callable(source.kwargs):
@@ -1082,9 +1086,11 @@ def _only(jobs: list[Job], queue: str, token: int) -> Claimed:
     return Claimed(job, token)
 
 
-async def _run_async(route: Route, claimed: Claimed, recipe: Recipe) -> Ending:
+async def _run_async(
+    route: Route, claimed: Claimed, connection_parameters: ConnectionParameters
+) -> Ending:
     if route.is_transactional:
-        with closing(Transactions(recipe, ForkGuard())) as transactions:
+        with closing(Transactions(connection_parameters, ForkGuard())) as transactions:
             return await transactions.run_async(route, claimed)
     try:
         return route.judge(claimed.job, await route.awaited(claimed.job))

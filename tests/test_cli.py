@@ -451,7 +451,7 @@ def test_each_of_several_queues_has_its_own_handlers_at_once_in_each_process(
 
 def test_a_mux_is_worked_on_in_the_database_that_is_named(start: Start, client: Client) -> None:
     nowhere = "postgresql://somebody@127.0.0.1:1/db"
-    dsn = str(client.recipe[0])
+    dsn = str(client.connection_parameters[0])
     for env in ({"BGJOB_DSN": dsn}, {"DATABASE_URL": dsn, "BGJOB_DSN": ""}):
         command = start("jobs:mux", "--queue", "q", **{"DATABASE_URL": nowhere, **env})
         command.heard("is running")
@@ -468,7 +468,7 @@ def test_a_factory_is_given_what_it_takes(start: Start, client: Client) -> None:
     command.heard("hello a")
     assert command.stopped() == 0
 
-    dsn = str(client.recipe[0])
+    dsn = str(client.connection_parameters[0])
     args = ["--queue", "a=2", "--queue", "b=c=3", "--queue", "d", "--concurrency", "4"]
     command = start("jobs:make_async_of", *args, "--dsn", dsn)
     queues = {"a": 2, "b=c": 3, "d": 4}

@@ -24,7 +24,7 @@ from psycopg.types import TypesRegistry
 from psycopg.types.array import ListBinaryDumper, register_all_arrays
 from typing_extensions import override
 
-Recipe: TypeAlias = tuple[str, Mapping[str, Any]]
+ConnectionParameters: TypeAlias = tuple[str, Mapping[str, Any]]
 """How to connect: a connection string, and keyword arguments."""
 
 _DEFAULTS: dict[str, Any] = {
@@ -57,9 +57,9 @@ def check_conninfo(text: str) -> str:
     )
 
 
-def options(recipe: Recipe) -> dict[str, Any]:
+def options(connection_parameters: ConnectionParameters) -> dict[str, Any]:
     """Return the keyword arguments for connecting."""
-    conninfo, kwargs = recipe
+    conninfo, kwargs = connection_parameters
     return _DEFAULTS | conninfo_to_dict(conninfo) | dict(kwargs)
 
 

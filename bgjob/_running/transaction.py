@@ -32,7 +32,13 @@ from typing_extensions import override
 from bgjob._engine.protocol import Committed, Doubtful, Exchange, Fenced, Outcome, Release
 from bgjob._handlers.route import Route, Wants
 from bgjob._postgres import connection
-from bgjob._postgres.connection import AsyncCursor, Cursor, Recipe, options, server_codec
+from bgjob._postgres.connection import (
+    AsyncCursor,
+    ConnectionParameters,
+    Cursor,
+    options,
+    server_codec,
+)
 from bgjob._postgres.fork import ForkGuard
 from bgjob._sql.settlements import (
     COMMIT,
@@ -268,9 +274,9 @@ class Transactions:
     after its end, does not reach the next one. Thread-safe.
     """
 
-    def __init__(self, recipe: Recipe, fork_guard: ForkGuard) -> None:
+    def __init__(self, connection_parameters: ConnectionParameters, fork_guard: ForkGuard) -> None:
         self._fork_guard = fork_guard
-        self._options: dict[str, Any] = {**options(recipe), "autocommit": True}
+        self._options: dict[str, Any] = {**options(connection_parameters), "autocommit": True}
         # Through a pooler that forbids prepared statements others would lose theirs.
         prepares = self._options.get("prepare_threshold", 0) is not None
         self._commit = COMMIT + DEALLOCATE if prepares else COMMIT

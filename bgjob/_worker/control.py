@@ -26,7 +26,7 @@ from psycopg.errors import (
 from bgjob._engine.engine import Engine
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
 from bgjob._logger import log as _log
-from bgjob._postgres.connection import Recipe, Silence
+from bgjob._postgres.connection import ConnectionParameters, Silence
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
@@ -78,7 +78,7 @@ class Control:
 
     def __init__(
         self,
-        recipe: Callable[[], Recipe],
+        connection_parameters: Callable[[], ConnectionParameters],
         queue: str,
         *,
         concurrency: int,
@@ -89,14 +89,14 @@ class Control:
         served: Collection[str],
         service_timer: ServiceTimer,
     ) -> None:
-        self._recipe = recipe
+        self._connection_parameters = connection_parameters
         self._queue = queue
         self._concurrency = concurrency
         self._poll_interval = poll_interval
         self._lease = lease
         self._service_timer = service_timer
         self._session = Session(
-            recipe,
+            connection_parameters,
             queue,
             lease=lease,
             notify=notify,
@@ -169,7 +169,7 @@ class Control:
                 names_keys=mux.names_keys,
             )
             fork_guard = ForkGuard()
-            conninfo, kwargs = self._recipe()
+            conninfo, kwargs = self._connection_parameters()
             if (
                 not self._session.is_direct
             ):  # a pooler's other sessions would not find what it prepared

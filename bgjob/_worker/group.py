@@ -65,7 +65,7 @@ class WorkerGroup:
         for queue, slots in slots_of.items():
             self._controls.append(
                 Control(
-                    lambda: client.recipe,
+                    lambda: client.connection_parameters,
                     queue,
                     concurrency=slots,
                     poll_interval=poll,

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from bgjob import schema
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply
-from bgjob._postgres.connection import Cursor, Recipe, Silence, options
+from bgjob._postgres.connection import ConnectionParameters, Cursor, Silence, options
 from bgjob._sql.claims import next_due, try_claim
 from bgjob._sql.notices import listen
 from bgjob._sql.session import (
@@ -274,7 +274,7 @@ class Session:
 
     def __init__(
         self,
-        recipe: Callable[[], Recipe],
+        connection_parameters: Callable[[], ConnectionParameters],
         queue: str,
         *,
         lease: float,
@@ -285,7 +285,7 @@ class Session:
     ) -> None:
         self._meanwhile = meanwhile
         self._ends_at = ends_at
-        self._recipe = recipe
+        self._connection_parameters = connection_parameters
         self._queue = queue
         self._served = served
         self._lease = lease
@@ -318,7 +318,7 @@ class Session:
             SchemaError: the tables are missing or of another version.
 
         """
-        settings = options(self._recipe())
+        settings = options(self._connection_parameters())
         end = monotonic() + (patience or _PATIENCE)
         if patience is not None:
             hosts = str(settings.get("host", "")).count(",") + 1

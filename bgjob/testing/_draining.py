@@ -20,7 +20,7 @@ from psycopg.pq import TransactionStatus
 from bgjob._checks import Duration, seconds
 from bgjob._engine.protocol import Committed, Doubtful, Fenced, Release
 from bgjob._handlers.route import Awaiting
-from bgjob._postgres.connection import Recipe
+from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import (
     Ending,
@@ -145,14 +145,16 @@ def drain(
         raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
     steps = _steps(plan)
     runner = asyncio.Runner()  # makes its loop for the first coroutine, if any
-    with connected(source) as (conn, recipe), closing(runner), closing(steps):
+    with connected(source) as (conn, connection_parameters), closing(runner), closing(steps):
         try:
             step = next(steps)
             while True:
                 try:
                     if isinstance(step, _Run):
                         # Each handler runs in its own context, not the test's.
-                        answer: object = copy_context().run(_run, step, conn, recipe, runner)
+                        answer: object = copy_context().run(
+                            _run, step, conn, connection_parameters, runner
+                        )
                     else:
                         answer = ask(conn, step)
                 except BaseException as error:
@@ -187,7 +189,7 @@ async def adrain(
     __tracebackhide__ = True
     plan = _planned(queue, mux, limit, within, on_error)
     steps = _steps(plan)
-    async with connected_async(source) as (conn, recipe):
+    async with connected_async(source) as (conn, connection_parameters):
         with closing(steps):
             try:
                 step = next(steps)
@@ -195,7 +197,7 @@ async def adrain(
                     try:
                         if isinstance(step, _Run):
                             answer: object = await asyncio.create_task(
-                                _run_async(step, conn, recipe)
+                                _run_async(step, conn, connection_parameters)
                             )
                         else:
                             answer = await ask_async(conn, step)
@@ -335,7 +337,10 @@ def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
 
 
 def _run(
-    step: _Run, conn: Connection[Any], recipe: Recipe | None, runner: asyncio.Runner
+    step: _Run,
+    conn: Connection[Any],
+    connection_parameters: ConnectionParameters | None,
+    runner: asyncio.Runner,
 ) -> Ending:
     route, claimed = step
     if not route.is_transactional:
@@ -343,8 +348,8 @@ def _run(
         if isinstance(ending, Awaiting):
             return runner.run(_awaited(ending.route, claimed.job), context=copy_context())
         return ending
-    if recipe is not None:
-        with closing(Transactions(recipe, ForkGuard())) as transactions:
+    if connection_parameters is not None:
+        with closing(Transactions(connection_parameters, ForkGuard())) as transactions:
             if route.is_coroutine:
                 return runner.run(transactions.run_async(route, claimed), context=copy_context())
             return transactions.run(route, claimed)
@@ -373,7 +378,9 @@ def _run(
 # -- async driver -------------------------------------------------------------------------
 
 
-async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | None) -> Ending:
+async def _run_async(
+    step: _Run, conn: AsyncConnection[Any], connection_parameters: ConnectionParameters | None
+) -> Ending:
     route, claimed = step
     if not route.is_transactional:
         if not route.is_coroutine:
@@ -382,8 +389,8 @@ async def _run_async(step: _Run, conn: AsyncConnection[Any], recipe: Recipe | No
                 return ending
             route = ending.route
         return await _awaited(route, claimed.job)
-    if recipe is not None:
-        with closing(Transactions(recipe, ForkGuard())) as transactions:
+    if connection_parameters is not None:
+        with closing(Transactions(connection_parameters, ForkGuard())) as transactions:
             if route.is_coroutine:
                 return await transactions.run_async(route, claimed)
             return await asyncio.to_thread(transactions.run, route, claimed)

@@ -7,7 +7,13 @@ from typing import Any, TypeAlias, TypeVar
 import psycopg
 from psycopg import AsyncConnection, Connection
 
-from bgjob._postgres.connection import AsyncCursor, Cursor, Recipe, check_conninfo, options
+from bgjob._postgres.connection import (
+    AsyncCursor,
+    ConnectionParameters,
+    Cursor,
+    check_conninfo,
+    options,
+)
 from bgjob._sql.statement import Statement
 from bgjob.client import AsyncClient, Client
 
@@ -21,7 +27,7 @@ AsyncSource: TypeAlias = AsyncClient | str | AsyncConnection[Any]
 
 
 @contextmanager
-def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]:
+def connected(source: Source) -> Iterator[tuple[Connection[Any], ConnectionParameters | None]]:
     """Yield the test's own connection, or a new one with the parameters for more."""
     if isinstance(source, Connection):
         yield source, None
@@ -32,9 +38,11 @@ def connected(source: Source) -> Iterator[tuple[Connection[Any], Recipe | None]]
             f"{type(source).__name__}; for an AsyncClient or AsyncConnection use the function "
             "whose name begins with a, such as adrain()"
         )
-    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
-    with psycopg.connect(**{**options(recipe), "autocommit": True}) as conn:
-        yield conn, recipe
+    connection_parameters = (
+        (check_conninfo(source), {}) if isinstance(source, str) else source.connection_parameters
+    )
+    with psycopg.connect(**{**options(connection_parameters), "autocommit": True}) as conn:
+        yield conn, connection_parameters
 
 
 def ask(conn: Connection[Any], statement: Statement[T]) -> T:
@@ -47,7 +55,7 @@ def ask(conn: Connection[Any], statement: Statement[T]) -> T:
 @asynccontextmanager
 async def connected_async(
     source: AsyncSource,
-) -> AsyncIterator[tuple[AsyncConnection[Any], Recipe | None]]:
+) -> AsyncIterator[tuple[AsyncConnection[Any], ConnectionParameters | None]]:
     """Yield a connection. Async variant of connected."""
     if isinstance(source, AsyncConnection):
         yield source, None
@@ -58,10 +66,12 @@ async def connected_async(
             f"{type(source).__name__}; for others use the function whose name begins without "
             "the a, such as drain()"
         )
-    recipe = (check_conninfo(source), {}) if isinstance(source, str) else source.recipe
-    arguments = {**options(recipe), "autocommit": True}
+    connection_parameters = (
+        (check_conninfo(source), {}) if isinstance(source, str) else source.connection_parameters
+    )
+    arguments = {**options(connection_parameters), "autocommit": True}
     async with await AsyncConnection.connect(**arguments) as conn:
-        yield conn, recipe
+        yield conn, connection_parameters
 
 
 async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
