@@ -23,7 +23,7 @@ from psycopg import AsyncConnection, Connection
 
 from bgjob._checks import Duration, seconds
 from bgjob._handlers.call import NO_STATE, Calling, Middleware
-from bgjob._handlers.route import BACKOFF, Exclusive, Route, Wants
+from bgjob._handlers.route import BACKOFF, Exclusive, NeedsKey, Route
 from bgjob.codec import Codec, class_option, codec_of, type_name
 from bgjob.errors import (
     QueueRequiredError,
@@ -338,7 +338,7 @@ class Mux:
                     "state=..., or call do() with mux.bound(state)"
                 )
 
-    def route(self, job: Job) -> Route | Wants | Retry | MoveToDlq:
+    def route(self, job: Job) -> Route | NeedsKey | Retry | MoveToDlq:
         """Return the route of a claimed job, or the result of a job that must not run (yet).
 
         A job whose worker died during its last attempt is granted two more attempts, because
@@ -362,7 +362,7 @@ class Mux:
             except BaseException as error:
                 return cast("Retry | MoveToDlq", route.failed(job, error))
             if key is not None:
-                return Wants(key)
+                return NeedsKey(key)
         return route
 
     def runs_on_loop(self, job: Job) -> bool:

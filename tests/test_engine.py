@@ -28,7 +28,7 @@ from bgjob._engine.protocol import (
     Sweep,
     Withdraw,
 )
-from bgjob._handlers.route import Wants
+from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import Group, Window, Line, Swept, Taken, UnderWay
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
@@ -474,7 +474,7 @@ def test_a_claim_whose_rows_were_written_is_not_settled_at_its_places() -> None:
 def test_a_claim_whose_jobs_were_given_keys_is_not_settled_at_its_places() -> None:
     drive = Drive(concurrency=4, names_keys=True)
     a, b = flowing(drive, "a", "b")
-    drive.engine.finish([Outcome(a, Wants("key"), None)])
+    drive.engine.finish([Outcome(a, NeedsKey("key"), None)])
     assert [c.job.id for c in drive.exchange().acquire] == ["a"]
     (keyed,) = drive.answer(Reply(acquired={("a", a.token): True})).run
     drive.finish(keyed, b)

@@ -49,7 +49,7 @@ from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import REST
 from bgjob.job import Job
 from bgjob.mux import _GRANTED
-from bgjob._handlers.route import Wants
+from bgjob._handlers.route import NeedsKey
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -801,7 +801,7 @@ class History:
             promise(not self.stopping, f"{claimed.job.id}: started after the shutdown")
             key = self.key_of.get(claimed.job.id)
             if key is not None and claimed.job.exclusive is None:
-                self.outcomes.append(Outcome(claimed, Wants(key), None))
+                self.outcomes.append(Outcome(claimed, NeedsKey(key), None))
                 self.handed.pop((claimed.job.id, claimed.token))
                 self.group.discard((claimed.job.id, claimed.token))
                 self.live.pop((claimed.job.id, claimed.token), None)

@@ -73,7 +73,7 @@ from bgjob._engine.protocol import (
     Withdraw,
 )
 from bgjob._engine.watermarks import Watermarks
-from bgjob._handlers.route import Wants
+from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import Window
 from bgjob._sql.settlements import Claimed
 from bgjob.job import Job
@@ -292,7 +292,7 @@ class Engine:
         return event
 
     def _wants(self, outcome: Outcome) -> bool:
-        if not isinstance(outcome.result, Wants):
+        if not isinstance(outcome.result, NeedsKey):
             return False
         job, token, is_charged = outcome.claimed
         claimed = Claimed(job._replace(exclusive=outcome.result.key), token, is_charged)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from bgjob._handlers.route import Wants
+from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import (
     Group,
     Line,
@@ -171,7 +171,7 @@ class Exchange:
                 self.give_back.append(claimed)
             case MoveToDlq(error):
                 self.bury.append(Buried(claimed, error_text(error) or ""))
-            case Committed() | Fenced() | Wants():
+            case Committed() | Fenced() | NeedsKey():
                 raise AssertionError("it is settled, or not to be settled")
 
     @property
@@ -414,7 +414,7 @@ class Outcome(NamedTuple):
     """How a claimed job ended."""
 
     claimed: Claimed
-    result: Result | Release | Wants | Committed | Fenced | Doubtful
+    result: Result | Release | NeedsKey | Committed | Fenced | Doubtful
     took: float | None
     """Seconds in its handler; None where it did not run."""
 

@@ -33,7 +33,7 @@ _RESULTS = (Complete, Retry, Reschedule, MoveToDlq)
 
 
 @dataclass(frozen=True, slots=True)
-class Wants:
+class NeedsKey:
     """Returned for a job that must not start before it holds a key."""
 
     key: str

@@ -30,7 +30,7 @@ from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob._engine.protocol import Committed, Doubtful, Exchange, Fenced, Outcome, Release
-from bgjob._handlers.route import Route, Wants
+from bgjob._handlers.route import NeedsKey, Route
 from bgjob._postgres import connection
 from bgjob._postgres.connection import (
     AsyncCursor,
@@ -174,10 +174,10 @@ def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToD
     """Give the claim, with the key that its handler wants for it, and its route or result."""
     job, token, is_charged = claimed
     route = mux.route(job)
-    if isinstance(route, Wants):
+    if isinstance(route, NeedsKey):
         job = job._replace(exclusive=route.key)
         route = mux.route(job)
-    assert not isinstance(route, Wants)  # noqa: S101 (it has one)
+    assert not isinstance(route, NeedsKey)  # noqa: S101 (it has one)
     return Claimed(job, token, is_charged), route
 
 

@@ -18,7 +18,7 @@ from bgjob._engine.protocol import (
     Release,
     TimedOut,
 )
-from bgjob._handlers.route import Wants
+from bgjob._handlers.route import NeedsKey
 from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
@@ -155,7 +155,7 @@ class Events:
                         observer.job_rescheduled(job, event.delay)
                     case MoveToDlq(error):
                         observer.job_moved_to_dlq(job, error)
-                    case Release() | Wants() | Committed() | Fenced() | Doubtful():
+                    case Release() | NeedsKey() | Committed() | Fenced() | Doubtful():
                         raise AssertionError("that is no event")
                     case _:
                         assert_never(result)

@@ -21,7 +21,7 @@ from math import inf
 from time import monotonic, perf_counter
 
 from bgjob._engine.protocol import Outcome, Release
-from bgjob._handlers.route import Awaiting, Wants
+from bgjob._handlers.route import Awaiting, NeedsKey
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Ending, NotBegun, Transactions
@@ -411,7 +411,7 @@ class Runner:
             busy: list[_Slot] = [thread for thread in self._threads if thread not in resting]
         return [*busy, *tuple(self._tasks.values())]
 
-    def _killed(self, claimed: Claimed, error: BaseException | None) -> Result | Release | Wants:
+    def _killed(self, claimed: Claimed, error: BaseException | None) -> Result | Release | NeedsKey:
         """Judge a job whose thread or task was ended under it."""
         if self.failure is not None or isinstance(error, asyncio.CancelledError):
             return Release()  # with the caller's loop, by the code that ended that
@@ -463,7 +463,7 @@ class Runner:
         self._finished()  # it may be wanted
         return slot.has_slot
 
-    def _isolated(self, job: Job) -> Route | Wants | Retry | MoveToDlq:
+    def _isolated(self, job: Job) -> Route | NeedsKey | Retry | MoveToDlq:
         """Route a job; a callable that gives its key leaves nothing behind either."""
         return self._context.copy().run(self._mux.route, job)
 
