@@ -26,7 +26,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._checks import Duration, seconds
-from bgjob._engine.protocol import Committed, Doubtful, Fenced, Release
+from bgjob._engine.protocol import Committed, CommitUnknown, Fenced, Release
 from bgjob._handlers.route import Awaiting
 from bgjob._logger import log
 from bgjob._postgres.connection import (
@@ -1117,7 +1117,7 @@ def _result(
         return ending.result
     if isinstance(ending, NotBegun):
         raise ending.error
-    if isinstance(ending, Doubtful):
+    if isinstance(ending, CommitUnknown):
         if not settled and alive:
             # The lease had not ended, so only the commit can have removed the job.
             return ending.result

@@ -34,7 +34,7 @@ from bgjob import (
     TypeRequiredError,
     UnknownTypeError,
 )
-from bgjob._engine.protocol import Doubtful, Exchange, Outcome
+from bgjob._engine.protocol import CommitUnknown, Exchange, Outcome
 from bgjob._sql.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError
@@ -681,8 +681,8 @@ def test_a_retry_has_the_priority_of_its_type_unless_it_names_one() -> None:
 
 def test_the_retry_after_a_commit_in_doubt_has_its_priority() -> None:
     exchange = Exchange()
-    doubtful = Doubtful(Complete(), Retry(1.0, "why", priority=-5))
-    exchange.settle(Outcome(Claimed(a_job(), 1), doubtful, None))
+    commit_unknown = CommitUnknown(Complete(), Retry(1.0, "why", priority=-5))
+    exchange.settle(Outcome(Claimed(a_job(), 1), commit_unknown, None))
     [postponed] = exchange.postpone
     assert (postponed.delay, postponed.error, postponed.priority) == (1.0, "why", -5)
 

@@ -25,7 +25,7 @@ from bgjob._engine.protocol import (
     Claim,
     ClaimGroup,
     Committed,
-    Doubtful,
+    CommitUnknown,
     Event,
     Exchange,
     Fenced,
@@ -834,11 +834,13 @@ class History:
         if breaks:
             self.unsure.add((claimed.job.id, claimed.token))
         if breaks and random.random() < 0.5:
-            return Outcome(claimed, Doubtful(result, failed), took)  # it was rolled back
+            return Outcome(claimed, CommitUnknown(result, failed), took)  # it was rolled back
         if not self.table.commit(outcome, now=self.db_now, at=self.now):
             return Outcome(claimed, Fenced(), took)
         self.live.pop((claimed.job.id, claimed.token), None)
-        return Outcome(claimed, Doubtful(result, failed) if breaks else Committed(result), took)
+        return Outcome(
+            claimed, CommitUnknown(result, failed) if breaks else Committed(result), took
+        )
 
     def _duration(self) -> float:
         random = self.random

@@ -55,7 +55,7 @@ from bgjob._engine.protocol import (
     Claim,
     ClaimGroup,
     Committed,
-    Doubtful,
+    CommitUnknown,
     Event,
     Exchange,
     Fenced,
@@ -864,22 +864,22 @@ class Engine:
             unsure = claimed in self._unsure
             if unsure:
                 self._unsure.discard(claimed)
-            doubtful = isinstance(result, Doubtful)
+            commit_unknown = isinstance(result, CommitUnknown)
             if claimed.job.id not in settled:
                 # Where it is not there, but nobody else can have had it, the settlement
                 # whose answer was lost had been committed. Of two such, who knows which?
-                if unsure == doubtful or sent.at >= batch.expires:
+                if unsure == commit_unknown or sent.at >= batch.expires:
                     news.events.append(LeaseLost(claimed.job))
                     continue
-                result = result.result if isinstance(result, Doubtful) else result
-            elif isinstance(result, Doubtful):
+                result = result.result if isinstance(result, CommitUnknown) else result
+            elif isinstance(result, CommitUnknown):
                 result = result.otherwise
             if isinstance(result, Release):
                 # It kept its due time, which is behind the marks.
                 known = self._marks.told({claimed.job.priority: claimed.job.next_run_at})
                 self._look(thoroughly=not known)
                 continue
-            news.events.append(Outcome(claimed, result, took) if doubtful else outcome)
+            news.events.append(Outcome(claimed, result, took) if commit_unknown else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
                 if isinstance(result, Retry) and result.priority is not None:
@@ -1091,8 +1091,8 @@ class Engine:
         if expired or self._unsure:
             # Two claims of one job must not meet in one statement: it would hit either.
             again = {c.job.id for c in claimed}
-            doubtful = (b for c in self._unsure if (b := self._batches.get(c.token)) is not None)
-            batches = {id(b): b for b in [*expired, *doubtful]}.values()
+            unsure = (b for c in self._unsure if (b := self._batches.get(c.token)) is not None)
+            batches = {id(b): b for b in [*expired, *unsure]}.values()
             ours = [c for b in batches for c in b.jobs.values() if c.job.id in again]
             if ours:
                 self._lose(ours, news)  # to ourselves

@@ -157,7 +157,7 @@ class Exchange:
     def settle(self, outcome: "Outcome") -> None:
         """Add the settlement of a job."""
         claimed, result = outcome.claimed, outcome.result
-        match result.otherwise if isinstance(result, Doubtful) else result:
+        match result.otherwise if isinstance(result, CommitUnknown) else result:
             case Complete():
                 self.complete.append(claimed)
             case Retry(_, error, priority=priority):
@@ -402,7 +402,7 @@ class Fenced:
 
 
 @dataclass(frozen=True, slots=True)
-class Doubtful:
+class CommitUnknown:
     """The commit of the handler's own transaction failed, or its answer was lost."""
 
     result: Result
@@ -414,14 +414,14 @@ class Outcome(NamedTuple):
     """How a claimed job ended."""
 
     claimed: Claimed
-    result: Result | Release | NeedsKey | Committed | Fenced | Doubtful
+    result: Result | Release | NeedsKey | Committed | Fenced | CommitUnknown
     took: float | None
     """Seconds in its handler; None where it did not run."""
 
     @property
     def delay(self) -> float:
         """Seconds until the job is due again; retries come here with their delay decided."""
-        result = self.result.otherwise if isinstance(self.result, Doubtful) else self.result
+        result = self.result.otherwise if isinstance(self.result, CommitUnknown) else self.result
         match result:
             case Retry(delay) | Reschedule(delay) if delay is not None:
                 return float(delay) if isinstance(delay, float | int) else delay.total_seconds()

@@ -29,7 +29,7 @@ from psycopg.pq.abc import PGconn
 from psycopg.rows import tuple_row
 from typing_extensions import override
 
-from bgjob._engine.protocol import Committed, Doubtful, Exchange, Fenced, Outcome, Release
+from bgjob._engine.protocol import Committed, CommitUnknown, Exchange, Fenced, Outcome, Release
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._postgres import connection
 from bgjob._postgres.connection import (
@@ -73,7 +73,7 @@ class NotBegun:
     error: BaseException
 
 
-Ending: TypeAlias = Result | Committed | Doubtful | Fenced | NotBegun
+Ending: TypeAlias = Result | Committed | CommitUnknown | Fenced | NotBegun
 """How it ended: settled already, or a result that is still to be stored."""
 
 
@@ -129,7 +129,7 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
     try:
         yield _End.COMMIT
     except BaseException as error:
-        return Doubtful(result, route.failed(job, error))
+        return CommitUnknown(result, route.failed(job, error))
     return Committed(result)
 
 
@@ -143,7 +143,7 @@ def _end_with_sync(pipeline: Any) -> None:
     pipeline._exit_gen = pipeline._sync_gen  # noqa: SLF001
 
 
-def settlement(claimed: Claimed, result: Result | Doubtful | Release) -> list[Statement[Any]]:
+def settlement(claimed: Claimed, result: Result | CommitUnknown | Release) -> list[Statement[Any]]:
     """Give the statements that settle one job; the first gives its id, if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))

@@ -9,7 +9,7 @@ from typing import TypeGuard, assert_never
 
 from bgjob._engine.protocol import (
     Committed,
-    Doubtful,
+    CommitUnknown,
     Event,
     Fenced,
     LeaseLost,
@@ -155,7 +155,7 @@ class Events:
                         observer.job_rescheduled(job, event.delay)
                     case MoveToDlq(error):
                         observer.job_moved_to_dlq(job, error)
-                    case Release() | NeedsKey() | Committed() | Fenced() | Doubtful():
+                    case Release() | NeedsKey() | Committed() | Fenced() | CommitUnknown():
                         raise AssertionError("that is no event")
                     case _:
                         assert_never(result)

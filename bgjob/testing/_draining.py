@@ -18,7 +18,7 @@ from psycopg import AsyncConnection, Connection
 from psycopg.pq import TransactionStatus
 
 from bgjob._checks import Duration, seconds
-from bgjob._engine.protocol import Committed, Doubtful, Fenced, Release
+from bgjob._engine.protocol import Committed, CommitUnknown, Fenced, Release
 from bgjob._handlers.route import Awaiting
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard
@@ -288,7 +288,7 @@ def _one(
     if isinstance(ending, NotBegun):
         raise ending.error
     held = any(answers[:1])
-    if isinstance(ending, Doubtful):
+    if isinstance(ending, CommitUnknown):
         ending = ending.otherwise if held else ending.result
     elif isinstance(ending, Fenced) or not held:
         raise LeaseLostError(
