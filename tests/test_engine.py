@@ -133,7 +133,7 @@ def settled(exchange: Exchange) -> list[str]:
     return [
         *(c.job.id for c in exchange.complete),
         *(p.claimed.job.id for p in exchange.postpone),
-        *(b.claimed.job.id for b in exchange.bury),
+        *(b.claimed.job.id for b in exchange.dead_letter),
         *(c.job.id for c in exchange.give_back),
     ]
 

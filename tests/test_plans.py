@@ -40,10 +40,10 @@ from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
-    Buried,
+    DeadLettered,
     Claimed,
     Postponed,
-    bury,
+    dead_letter,
     complete,
     complete_at,
     extend,
@@ -268,7 +268,7 @@ def settlements(held: list[Claimed]) -> dict[str, Hot]:
         f"complete {count}": Hot(complete(held), count),
         f"postpone {count}": Hot(postpone(retries), count),
         f"give back {count}": Hot(give_back("q", held, tell=False), count),
-        f"bury {count}": Hot(bury([Buried(c, "why") for c in held]), count),
+        f"bury {count}": Hot(dead_letter([DeadLettered(c, "why") for c in held]), count),
     }
 
 

@@ -48,7 +48,7 @@ from bgjob import (
     SchemaError,
 )
 from bgjob._sql import claims, dead, enqueues, keys, pauses, schedules, settlements
-from bgjob._sql.settlements import Buried, Claimed, Postponed
+from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schedule import Firing
@@ -670,7 +670,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 settlements.complete([claimed]),
                 settlements.complete_at({1: ["(0,1)"]}, ["x"]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),
-                settlements.bury([Buried(claimed, "e")]),
+                settlements.dead_letter([DeadLettered(claimed, "e")]),
                 keys.lock_keys(["k"]),
                 keys.acquire("q", [claimed]),
                 keys.release("q", ["k"]),

@@ -183,7 +183,7 @@ class Table:
             row.is_known = row.has_gone_back = True
             row.free_since = at
             reply.settled.add(id_)
-        for id_ in self._match([buried.claimed for buried in exchange.bury]):
+        for id_ in self._match([buried.claimed for buried in exchange.dead_letter]):
             self._end(id_, "dead", reply)
         for id_ in self._match(exchange.abandon):
             row = self.rows[id_]
@@ -1115,7 +1115,7 @@ class History:
         return [
             *exchange.complete,
             *(p.claimed for p in exchange.postpone),
-            *(b.claimed for b in exchange.bury),
+            *(b.claimed for b in exchange.dead_letter),
             *exchange.give_back,
         ]
 

@@ -35,11 +35,11 @@ from bgjob._sql.keys import barred_keys
 from bgjob._sql.notices import listen, park, unpark
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
-    Buried,
+    DeadLettered,
     Claimed,
     Postponed,
     barred,
-    bury,
+    dead_letter,
     complete,
     complete_at,
     extend,
@@ -477,7 +477,7 @@ def test_what_was_written_or_taken_since_the_claim_stays(
         complete,
         lambda held: postpone([Postponed(c, 0.0, "why", refund=True) for c in held]),
         lambda held: give_back("q", held, tell=False),
-        lambda held: bury([Buried(c, "why") for c in held]),
+        lambda held: dead_letter([DeadLettered(c, "why") for c in held]),
         lambda held: extend(held, lease=3600),
     ],
     ids=["complete", "postpone", "give_back", "bury", "extend"],
@@ -628,8 +628,8 @@ def test_hostile_ids_and_errors_pass_through_every_settlement(worker: psycopg.Co
     assert sorted(ask(worker, postpone(back))) == sorted(ids)
     assert dict(worker.execute("select id, last_error from bgjob_job").fetchall()) == errors
     held = claimed(worker, 99)
-    dead = [Buried(c, errors[c.job.id]) for c in held[:5]]
-    assert sorted(ask(worker, bury(dead))) == sorted(b.claimed.job.id for b in dead)
+    dead = [DeadLettered(c, errors[c.job.id]) for c in held[:5]]
+    assert sorted(ask(worker, dead_letter(dead))) == sorted(b.claimed.job.id for b in dead)
     stored: dict[str, str] = dict(
         worker.execute("select job_id, last_error from bgjob_dead_job").fetchall()
     )

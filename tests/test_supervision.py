@@ -328,7 +328,7 @@ def test_whatever_is_raised_before_an_exchange_is_sent_is_a_refusal_of_that_exch
         make = Exchange.statements
 
         def statements(self: Exchange, *args: Any) -> Any:
-            if spoiled.is_set() and any(b.claimed.job.id == "bad" for b in self.bury):
+            if spoiled.is_set() and any(b.claimed.job.id == "bad" for b in self.dead_letter):
                 raise RuntimeError("no words for it")
             return make(self, *args)
 

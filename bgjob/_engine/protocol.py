@@ -35,14 +35,14 @@ from bgjob._sql.keys import (
 )
 from bgjob._sql.notices import EVERYTHING, LATER, park, unpark
 from bgjob._sql.settlements import (
-    Buried,
     Claimed,
+    DeadLettered,
     Postponed,
     abandon,
     barred,
-    bury,
     complete,
     complete_at,
+    dead_letter,
     end_sessions,
     extend,
     give_back,
@@ -119,7 +119,7 @@ class Exchange:
     places: dict[int, Sequence[str]] = field(default_factory=dict)
     """Where the rows of claims were, by token, all of whose jobs `complete` has."""
     postpone: list[Postponed] = field(default_factory=list)
-    bury: list[Buried] = field(default_factory=list)
+    dead_letter: list[DeadLettered] = field(default_factory=list)
     give_back: list[Claimed] = field(default_factory=list)
     """Jobs that did not start."""
     is_parked: bool = False
@@ -150,7 +150,7 @@ class Exchange:
     @property
     def claims_only(self) -> bool:
         """Whether a refusal can only be of its claim."""
-        others = (self.complete, self.postpone, self.bury, self.give_back, self.extend)
+        others = (self.complete, self.postpone, self.dead_letter, self.give_back, self.extend)
         keys = (self.acquire, self.release, self.probe, self.probe_keys)
         return self.claim is not None and not any(others) and not any(keys)
 
@@ -170,7 +170,7 @@ class Exchange:
             case Release():
                 self.give_back.append(claimed)
             case MoveToDlq(error):
-                self.bury.append(Buried(claimed, error_text(error) or ""))
+                self.dead_letter.append(DeadLettered(claimed, error_text(error) or ""))
             case Committed() | Fenced() | NeedsKey():
                 raise AssertionError("it is settled, or not to be settled")
 
@@ -237,8 +237,8 @@ class Exchange:
             plan.append((complete(others), "settled"))
         if self.postpone:
             plan.append((postpone(self.postpone), "settled"))
-        if self.bury:
-            plan.append((bury(self.bury), "settled"))
+        if self.dead_letter:
+            plan.append((dead_letter(self.dead_letter), "settled"))
         if self.give_back:
             plan.append((give_back(queue, self.give_back, tell=self.is_parked), "settled"))
         if self.abandon:
@@ -265,7 +265,7 @@ class Exchange:
         return bool(
             self.complete
             or self.postpone
-            or self.bury
+            or self.dead_letter
             or self.give_back
             or self.abandon
             or self.extend

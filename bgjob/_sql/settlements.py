@@ -299,14 +299,14 @@ def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statemen
     )
 
 
-class Buried(NamedTuple):
+class DeadLettered(NamedTuple):
     """A job to move to the dead-letter table."""
 
     claimed: Claimed
     error: str
 
 
-def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
+def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
     """Move jobs to the dead-letter table; return the ids of those still held."""
     return Statement(
         """
@@ -326,7 +326,10 @@ def bury(buried: Sequence[Buried]) -> Statement[list[str]]:
         join unnest(%(ids)s::text[], %(errors)s::text[]) as b (id, error) on b.id = gone.id
         returning job_id
         """,
-        {**_held([b.claimed for b in buried]), "errors": ErrorTexts(b.error for b in buried)},
+        {
+            **_held([b.claimed for b in dead_lettered]),
+            "errors": ErrorTexts(b.error for b in dead_lettered),
+        },
         column,
     )
 
@@ -337,7 +340,7 @@ def _bytes_of(column: LiteralString) -> LiteralString:
     return f"encode(convert_to({column}, getdatabaseencoding()), 'escape')"
 
 
-_BURY_UNREAD = f"""
+_DEAD_LETTER_UNREAD = f"""
     with gone as (
         delete from bgjob_job
         where ctid = any (%(places)s::tid[]) and token = any (%(tokens)s::bigint[])
@@ -354,10 +357,10 @@ _BURY_UNREAD = f"""
 """
 
 
-def bury_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Statement[None]:
+def dead_letter_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Statement[None]:
     """Move claimed jobs that cannot be read to the dead-letter table, by their positions."""
     params = {"places": text_array(places), "tokens": number_array(tokens), "error": error}
-    return Statement(_BURY_UNREAD, params, nothing)
+    return Statement(_DEAD_LETTER_UNREAD, params, nothing)
 
 
 def catch_up(queue: str, *, limit: int) -> Statement[int]:
@@ -394,7 +397,7 @@ def catch_up(queue: str, *, limit: int) -> Statement[int]:
     )
 
 
-def bury_refused(place: str, error: str) -> Statement[None]:
+def dead_letter_refused(place: str, error: str) -> Statement[None]:
     """Move a job that cannot be claimed to the dead-letter table, by its position."""
     return Statement(
         """

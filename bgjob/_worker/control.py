@@ -356,7 +356,7 @@ class Control:
 
     def _bury_refused(self) -> None:
         try:
-            refused = self._session.bury_refused(_MOST_TRIED)
+            refused = self._session.dead_letter_refused(_MOST_TRIED)
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
@@ -377,7 +377,7 @@ class Control:
             )
             self._events.tell([BgjobError(text)])
         try:
-            self._session.bury_unread()
+            self._session.dead_letter_unread()
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise

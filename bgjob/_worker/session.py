@@ -34,7 +34,7 @@ from bgjob._sql.session import (
     session,
     transaction,
 )
-from bgjob._sql.settlements import bury_refused, bury_unread, catch_up
+from bgjob._sql.settlements import catch_up, dead_letter_refused, dead_letter_unread
 from bgjob._sql.statement import Statement
 from bgjob._worker.clock import ServerClock
 
@@ -302,7 +302,7 @@ class Session:
         self.step = 0.0
         """Seconds by which the server's clock was set; to be told and made good."""
         self.unread: list[Unread] = []
-        """Claimed jobs that could not be read, and are to be buried."""
+        """Claimed jobs that could not be read, and are to be dead_lettered."""
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
@@ -399,14 +399,14 @@ class Session:
         while self._run(self._ready(), catch_up(self._queue, limit=_CAUGHT_UP)) == _CAUGHT_UP:
             pass
 
-    def bury_unread(self) -> None:
+    def dead_letter_unread(self) -> None:
         """Move the jobs that could not be read to the dead-letter table."""
         unread, self.unread = self.unread, []
         text = f"the job could not be read: {unread[0].error}"
         places, tokens = [u.place for u in unread], [u.token for u in unread]
-        self._run(self._ready(), bury_unread(places, tokens, text))
+        self._run(self._ready(), dead_letter_unread(places, tokens, text))
 
-    def bury_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
+    def dead_letter_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
         """Move the jobs that the server lets no worker claim to the dead-letter table.
 
         Of the jobs that are claimed next, each is found by halves whose claim the server
@@ -436,7 +436,9 @@ class Session:
                     middle = len(half) // 2
                     halves += [half[middle:], half[:middle]]
             for place, _, error in refused:
-                self._run(connection, bury_refused(place, f"the job could not be claimed: {error}"))
+                self._run(
+                    connection, dead_letter_refused(place, f"the job could not be claimed: {error}")
+                )
         return [(id_, error) for _, id_, error in refused]
 
     def _refusal(self, connection: _Connection, statement: Statement[None]) -> psycopg.Error | None:
