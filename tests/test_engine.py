@@ -16,7 +16,7 @@ from bgjob._engine.protocol import (
     Event,
     Exchange,
     LeaseLost,
-    News,
+    Effects,
     Notice,
     Outcome,
     QueueIsEmpty,
@@ -88,7 +88,7 @@ class Drive:
         assert isinstance(step, Sleep), step
         return step.until
 
-    def answer(self, reply: Reply | None = None) -> News:
+    def answer(self, reply: Reply | None = None) -> Effects:
         self.now += ROUND_TRIP
         return self.engine.acknowledge(reply or Reply(), self.now)
 

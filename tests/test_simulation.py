@@ -30,7 +30,7 @@ from bgjob._engine.protocol import (
     Exchange,
     Fenced,
     LeaseLost,
-    News,
+    Effects,
     Notice,
     Outcome,
     QueueIsEmpty,
@@ -1164,7 +1164,7 @@ class History:
         let_go = self.now < self.barred_at.get(id_, -inf) + self.lease / 2
         return id_ in self.table.barred or let_go
 
-    def _hear(self, news: News, sent_at: float) -> None:
+    def _hear(self, news: Effects, sent_at: float) -> None:
         for claimed in news.run:
             key = claimed.job.id, claimed.token
             promise(key not in self.handed, f"{key}: handed out twice")

@@ -15,7 +15,7 @@ One turn:
                                         Sleep(until): nothing to do before that time
                                         Stop: it has ended
     sends the exchange to the server
-    acknowledge(reply), or          ->  News: jobs to run, events to tell
+    acknowledge(reply), or          ->  Effects: jobs to run, events to tell
     reject() or disconnect()        ->  the same work comes again, in smaller parts
 
 An exchange carries all there is to do at that time: outcomes to store, jobs to give back,

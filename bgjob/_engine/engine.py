@@ -56,11 +56,11 @@ from bgjob._engine.protocol import (
     ClaimGroup,
     Committed,
     CommitUnknown,
+    Effects,
     Event,
     Exchange,
     Fenced,
     LeaseLost,
-    News,
     Notice,
     Outcome,
     QueueIsEmpty,
@@ -638,9 +638,9 @@ class Engine:
 
     # -- what came of it ----------------------------------------------------------------
 
-    def acknowledge(self, reply: Reply, now: float) -> News:
+    def acknowledge(self, reply: Reply, now: float) -> Effects:
         """Take the answer to an exchange, which was committed."""
-        sent, news = self._answered(), News()
+        sent, effects = self._answered(), Effects()
         self._pace.exchanged(now - max(sent.at, self._answered_at))
         self._answered_at = now
         self._not_before, self._pause = -inf, _PAUSE
@@ -658,18 +658,18 @@ class Engine:
         if sent.exchange.claim is not None and sent.exchange.claim.limit:
             self._claim_limit = min(self._claim_limit + self._claim_limit // 8 + 1, _MOST // 2)
         if sent.exchange.probes:
-            self._probed(reply, news, now)
+            self._probed(reply, effects, now)
         if self._spilled:
-            self._lose([o.claimed for o in [*self._refused][: self._spilled]], news)
+            self._lose([o.claimed for o in [*self._refused][: self._spilled]], effects)
             self._spilled = 0
-        due_at = self._settled(sent, reply, news, now)
-        self._granted(sent, reply, now, news)
-        self._extended(sent, reply, news)
+        due_at = self._settled(sent, reply, effects, now)
+        self._granted(sent, reply, now, effects)
+        self._extended(sent, reply, effects)
         park, seen = sent.exchange.park, reply.seen
         was_covered = self._parking.is_covered
         if park:
             self._parking.answered(park, reply.parked, now)
-        self._claimed(sent, reply, now, news)
+        self._claimed(sent, reply, now, effects)
         if seen is not None and park == "give":
             self._marks.unparked(seen.at)
         elif seen is not None:
@@ -685,8 +685,8 @@ class Engine:
         self._due_at = min(self._due_at, due_at)
         if not self._idle and self._waits(now):
             self._idle = True
-            news.events.append(QueueIsEmpty(self._queue))
-        return news
+            effects.events.append(QueueIsEmpty(self._queue))
+        return effects
 
     def reject(self, now: float, *, for_lock: bool = False, for_data: bool = False) -> bool:
         """Record that the server refused the exchange: nothing of it happened.
@@ -755,7 +755,7 @@ class Engine:
         self._isolation.ended(wanting)
         return bool(sent.outcomes or wanting or free)
 
-    def _probed(self, reply: Reply, news: News, now: float) -> None:
+    def _probed(self, reply: Reply, effects: Effects, now: float) -> None:
         """Go on with what others have not locked; ask of the rest again, ever more seldom."""
         barred, keys = {*reply.barred}, {*reply.barred_keys}
 
@@ -779,7 +779,7 @@ class Engine:
         if now >= self._apart_since + _LONG_LOCKED:
             self._apart_since = now
             ids = [o.claimed.job.id for o in self._apart]
-            news.locked = [*ids, *(c.job.id for c in self._apart_wanting)]
+            effects.locked = [*ids, *(c.job.id for c in self._apart_wanting)]
 
     def _want_again(self, claimed: Sequence[Claimed]) -> None:
         self._wanting += claimed
@@ -839,9 +839,9 @@ class Engine:
         # Never so long that a lease might end meanwhile.
         return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
 
-    def _settled(self, sent: _Sent, reply: Reply, news: News, now: float) -> float:
+    def _settled(self, sent: _Sent, reply: Reply, effects: Effects, now: float) -> float:
         """Tell of what is settled; give the time at which the first of it is due again."""
-        settled, due_at, events = reply.settled, inf, news.events
+        settled, due_at, events = reply.settled, inf, effects.events
         outcomes, places = sent.outcomes, sent.exchange.places
         if places and len(settled) < len(outcomes):
             outcomes = self._found(sent, settled)
@@ -869,7 +869,7 @@ class Engine:
                 # Where it is not there, but nobody else can have had it, the settlement
                 # whose answer was lost had been committed. Of two such, who knows which?
                 if unsure == commit_unknown or sent.at >= batch.expires:
-                    news.events.append(LeaseLost(claimed.job))
+                    effects.events.append(LeaseLost(claimed.job))
                     continue
                 result = result.result if isinstance(result, CommitUnknown) else result
             elif isinstance(result, CommitUnknown):
@@ -879,7 +879,7 @@ class Engine:
                 known = self._marks.told({claimed.job.priority: claimed.job.next_run_at})
                 self._look(thoroughly=not known)
                 continue
-            news.events.append(Outcome(claimed, result, took) if commit_unknown else outcome)
+            effects.events.append(Outcome(claimed, result, took) if commit_unknown else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
                 if isinstance(result, Retry) and result.priority is not None:
@@ -901,7 +901,7 @@ class Engine:
         self._pending.extendleft(reversed(astray))
         return found
 
-    def _granted(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
+    def _granted(self, sent: _Sent, reply: Reply, now: float, effects: Effects) -> None:
         """Hand out the jobs that have their keys; others have gone to wait, or ask again soon."""
         locked: list[Claimed] = []
         for claimed in sent.exchange.acquire:
@@ -913,7 +913,7 @@ class Engine:
                 continue
             has_key = reply.acquired.get((claimed.job.id, claimed.token), False)
             if has_key:
-                news.run.append(claimed)
+                effects.run.append(claimed)
             elif has_key is None:
                 locked.append(claimed)
             else:
@@ -942,7 +942,7 @@ class Engine:
             del self._batches[claimed.token]
         return batch
 
-    def _extended(self, sent: _Sent, reply: Reply, news: News) -> None:
+    def _extended(self, sent: _Sent, reply: Reply, effects: Effects) -> None:
         lost = []
         for claimed in sent.exchange.extend:
             batch = self._batches.get(claimed.token)
@@ -955,9 +955,9 @@ class Engine:
             elif claimed not in self._unsure and claimed.job.type not in self._transactional:
                 lost.append(claimed)  # the transaction of others tells by itself
         if lost:
-            self._lose(lost, news)
+            self._lose(lost, effects)
 
-    def _lose(self, claims: list[Claimed], news: News) -> None:
+    def _lose(self, claims: list[Claimed], effects: Effects) -> None:
         """Give up claims that others have: drop their outcomes, those to come as well."""
         lost = set(claims)
         sent = [outcome for sent in self._sent for outcome in sent.outcomes]
@@ -982,7 +982,7 @@ class Engine:
         for claimed in claims:
             if (batch := self._drop(claimed)) is not None:
                 batch.places = ()  # an outcome under way may count for one that it has no more
-            news.events.append(LeaseLost(claimed.job))
+            effects.events.append(LeaseLost(claimed.job))
 
     def _waits(self, now: float) -> bool:
         return not (
@@ -995,7 +995,7 @@ class Engine:
             or not self._parking.settled(now)
         )
 
-    def _claimed(self, sent: _Sent, reply: Reply, now: float, news: News) -> None:
+    def _claimed(self, sent: _Sent, reply: Reply, now: float, effects: Effects) -> None:
         match sent.exchange.claim:
             case ClaimGroup(_, token, charge):
                 suspects, deaths = reply.group
@@ -1004,7 +1004,7 @@ class Engine:
                     token, len(suspects), deaths=deaths, is_charged=is_charged, now=now
                 )
                 group = [Claimed(job, token, is_charged) for job in suspects]
-                self._hold(group, sent, now, news)
+                self._hold(group, sent, now, effects)
             case Sweep(window=Window() as window):
                 is_new = self._marks.swept_part(window, reply.lines, began=sent.at, now=now)
                 self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
@@ -1027,7 +1027,7 @@ class Engine:
                     # There may be more to free than there are slots.
                     self._has_more_to_free, self._marks.sweep_at = True, -inf
                 self._surveyed(reply, now)
-                self._hold(_claimed(jobs, token), sent, now, news)
+                self._hold(_claimed(jobs, token), sent, now, effects)
             case Claim(limit, token, starts):
                 jobs, places = reply.claimed
                 self._marks.answered()
@@ -1040,7 +1040,7 @@ class Engine:
                     # and its settlement may travel with the sweep.
                     soon = max(self._marks.early_sweep_at, now + _MOMENT if jobs else now)
                     self._marks.sweep_at = min(self._marks.sweep_at, soon)
-                self._hold(_claimed(jobs, token), sent, now, news, places)
+                self._hold(_claimed(jobs, token), sent, now, effects, places)
 
     def _surveyed(self, reply: Reply, now: float) -> None:
         self._free.update(dict.fromkeys(reply.blocked.keys))
@@ -1080,7 +1080,7 @@ class Engine:
         claimed: list[Claimed],
         sent: _Sent,
         now: float,
-        news: News,
+        effects: Effects,
         places: Sequence[str] = (),
     ) -> None:
         if not claimed:
@@ -1095,7 +1095,7 @@ class Engine:
             batches = {id(b): b for b in [*expired, *unsure]}.values()
             ours = [c for b in batches for c in b.jobs.values() if c.job.id in again]
             if ours:
-                self._lose(ours, news)  # to ourselves
+                self._lose(ours, effects)  # to ourselves
         self._batches[claimed[0].token] = _Batch(
             sent.at + self._lease,
             sent.at + self._lease / 3,
@@ -1108,4 +1108,4 @@ class Engine:
             self._has_keys = True
             self._wanting.extend(keyed)
             claimed = [c for c in claimed if c.job.exclusive is None]
-        news.run.extend(claimed)
+        effects.run.extend(claimed)

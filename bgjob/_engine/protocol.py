@@ -458,7 +458,7 @@ Event: TypeAlias = Outcome | LeaseLost | TimedOut | QueueIsEmpty
 
 
 @dataclass(slots=True)
-class News:
+class Effects:
     """Jobs to run, and events to tell."""
 
     run: list[Claimed] = field(default_factory=list)

@@ -8,7 +8,7 @@ A worker has these threads. `group` starts them and ends them together.
     | engine.step()                      |         one connection a queue,
     | Exchange -> session.exchange()  ---+---->    owned by `session`
     |             acknowledge()       <--+----
-    | News     -> slots.submit(jobs)     |
+    | Effects     -> slots.submit(jobs)     |
     |             events.tell(...)       |
     | Sleep    -> session.wait(): for a  |
     |             notification, or for   |

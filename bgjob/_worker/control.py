@@ -468,20 +468,20 @@ class Control:
 
     def _acknowledge(self, reply: Reply) -> bool:
         """Hand out jobs and tell events; whether there were jobs."""
-        news = self._engine.acknowledge(reply, monotonic())
-        if news.run:
-            self._runner.submit(news.run, quick=self._engine.is_quick)
-        if news.events:
-            self._events.tell(news.events)
-        if news.locked:
+        effects = self._engine.acknowledge(reply, monotonic())
+        if effects.run:
+            self._runner.submit(effects.run, quick=self._engine.is_quick)
+        if effects.events:
+            self._events.tell(effects.events)
+        if effects.locked:
             self._events.error(
                 BgjobError(
-                    f"jobs {news.locked[:10]} of queue {self._queue!r} wait to be stored: another "
+                    f"results of jobs {effects.locked[:10]} of queue {self._queue!r} wait: another "
                     "session has locked their rows, or their keys, for some seconds: end its "
                     "transaction (pg_locks and pg_stat_activity show it)"
                 )
             )
-        return bool(news.run)
+        return bool(effects.run)
 
     def _sleep(self, until: float) -> None:
         if self._give_up_at is not None:
