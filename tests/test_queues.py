@@ -14,7 +14,7 @@ from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import Client, Job, Mux, NoopObserver, QueueRequiredError, Worker
-from bgjob._worker.control import Control
+from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
 
 
@@ -358,15 +358,15 @@ def test_a_queue_that_fails_takes_the_others_with_it(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = RuntimeError("a fault")
-    turn = Control._turn
+    turn = QueueControl._turn
     is_broken = threading.Event()
 
-    def broken(control: Control) -> bool:
+    def broken(control: QueueControl) -> bool:
         if control._queue == "b" and is_broken.is_set():
             raise fault
         return turn(control)
 
-    monkeypatch.setattr(Control, "_turn", broken)
+    monkeypatch.setattr(QueueControl, "_turn", broken)
     observer = Recorder()
     worker = crew.start(
         Mux().register("t", lambda _: None), {"a": 1, "b": 1, "c": 1}, observer=observer

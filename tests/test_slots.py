@@ -35,7 +35,7 @@ from bgjob import (
 from bgjob._running import loop
 from bgjob._running.loop import Loop
 from bgjob._worker import slots
-from bgjob._worker.control import Control
+from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
 from bgjob.testing import adrain, drain
 
@@ -1031,7 +1031,7 @@ def test_a_worker_that_ends_by_itself_raises_its_failure_where_it_is_waited_for(
     def broken(*_: object) -> bool:
         raise ValueError("broken")
 
-    monkeypatch.setattr(Control, "_turn", broken)
+    monkeypatch.setattr(QueueControl, "_turn", broken)
     worker = crew.make(Mux())
     never = asyncio.Event() if crew.is_async else threading.Event()
     with pytest.raises(ValueError, match="broken"):

@@ -24,7 +24,7 @@ from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
 from bgjob._engine.protocol import Exchange
 from bgjob._postgres.connection import Cursor
 from bgjob._sql.session import schema_comment
-from bgjob._worker.control import Control
+from bgjob._worker.control import QueueControl
 from bgjob.schema import init_sql
 
 DEFAULT = 10.0
@@ -144,16 +144,16 @@ class Faults:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
         self.errors: list[BaseException] = []
         self._left = 0
-        before = getattr(Control, method)
+        before = getattr(QueueControl, method)
 
-        def broken(control: Control, *args: Any) -> Any:
+        def broken(control: QueueControl, *args: Any) -> Any:
             if self._left:
                 self._left -= 1
                 self.errors.append(RuntimeError(f"fault {len(self.errors) + 1}"))
                 raise self.errors[-1]
             return before(control, *args)
 
-        monkeypatch.setattr(Control, method, broken)
+        monkeypatch.setattr(QueueControl, method, broken)
 
     def begin(self, times: int) -> None:
         self._left = times
@@ -266,7 +266,7 @@ def test_a_fault_while_jobs_time_out_is_survived(
 PROGRAM = """
 import os
 from bgjob import Client, Mux, Worker
-from bgjob._worker.control import Control
+from bgjob._worker.control import QueueControl
 from bgjob._engine.protocol import Exchange
 
 def broken(control):
@@ -276,7 +276,7 @@ def worker():
     return Worker(Client(os.environ["DATABASE_URL"]), {"a": 1, "b": 1}, Mux())
 
 def breaks():
-    Control._turn = broken
+    QueueControl._turn = broken
     return worker()
 """
 

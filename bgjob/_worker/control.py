@@ -69,7 +69,7 @@ _STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, Datat
 """What a prepared statement fails with after its table has changed, or has been made anew."""
 
 
-class Control:
+class QueueControl:
     """The control thread of one queue: asks the engine, exchanges, hands out jobs, sleeps.
 
     It alone touches the engine and the connection, and no handler runs on it,

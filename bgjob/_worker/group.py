@@ -11,7 +11,7 @@ from types import EllipsisType
 
 from bgjob._checks import Duration, seconds
 from bgjob._running.loop import Loop
-from bgjob._worker.control import LAST_WORDS, Control
+from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
 from bgjob._worker.observers import Audience, audience
 from bgjob._worker.state import State
@@ -61,10 +61,10 @@ class WorkerGroup:
         slots_of = _slots(queues, concurrency)
         self._events = Events(audience(observer), ", ".join(slots_of))
         service_timer = ServiceTimer(services)
-        self._controls: list[Control] = []
+        self._controls: list[QueueControl] = []
         for queue, slots in slots_of.items():
             self._controls.append(
-                Control(
+                QueueControl(
                     lambda: client.connection_parameters,
                     queue,
                     concurrency=slots,
