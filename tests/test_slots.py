@@ -542,9 +542,9 @@ def test_slots_whose_threads_were_killed_come_back(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Recorder()
-    before, kills = slots.Runner._work, 6
+    before, kills = slots.Slots._work, 6
 
-    def work(runner: slots.Runner, me: Any) -> None:
+    def work(runner: slots.Slots, me: Any) -> None:
         nonlocal kills
         if kills:
             kills -= 1
@@ -555,7 +555,7 @@ def test_slots_whose_threads_were_killed_come_back(
             raise Thrown("outside of any handler")
         before(runner, me)
 
-    monkeypatch.setattr(slots.Runner, "_work", work)
+    monkeypatch.setattr(slots.Slots, "_work", work)
     barrier = threading.Barrier(2)
 
     def meet(_: Job) -> None:

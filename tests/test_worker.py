@@ -390,9 +390,9 @@ def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connecti
 
 
 @contextmanager
-def running(body: Handler, *ids: str) -> Iterator[slots.Runner]:
+def running(body: Handler, *ids: str) -> Iterator[slots.Slots]:
     """Let a runner by itself run jobs, one after the other."""
-    runner = slots.Runner(
+    runner = slots.Slots(
         Mux().register("t", body),
         Transactions(("", {}), fork_guard := ForkGuard()),
         fork_guard,

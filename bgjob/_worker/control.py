@@ -32,7 +32,7 @@ from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._worker.events import Events
 from bgjob._worker.session import Answer, Session, UnreadError, Waker
-from bgjob._worker.slots import Runner, inside
+from bgjob._worker.slots import Slots, inside
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.mux import Mux
 from bgjob.service import ServiceTimer
@@ -176,7 +176,7 @@ class QueueControl:
                 kwargs = {"prepare_threshold": None, **kwargs}
             self._transactions = Transactions((conninfo, kwargs), fork_guard)
             self._ends.callback(self._transactions.close)
-            self._runner = Runner(
+            self._slots = Slots(
                 mux,
                 self._transactions,
                 fork_guard,
@@ -188,8 +188,8 @@ class QueueControl:
                 finished=self._waker.ring,
                 hindered=self._events.error,
             )
-            self._ends.callback(self._runner.close)
-            self._runner.open()
+            self._ends.callback(self._slots.close)
+            self._slots.open()
             self._ends.callback(self._session.close)
             self._thread = threading.Thread(
                 target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
@@ -211,23 +211,23 @@ class QueueControl:
     def look(self) -> None:
         """Look at once whether all slots live. From any thread."""
         if self.has_run:
-            self._runner.needs_watch = True
+            self._slots.needs_watch = True
             self._waker.ring()
 
     @property
     def is_inside(self) -> bool:
         """Whether the caller is one of its handlers."""
-        return self.has_run and inside.get() is self._runner
+        return self.has_run and inside.get() is self._slots
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
         """What is left on the caller's loop."""
-        return self._runner.tasks if self.has_run else set()
+        return self._slots.tasks if self.has_run else set()
 
     @property
     def interrupted(self) -> int:
         """Jobs that were cancelled at the end of the grace period and given back."""
-        return self._runner.interrupted if self.has_run else 0
+        return self._slots.interrupted if self.has_run else 0
 
     @property
     def has_run(self) -> bool:
@@ -258,38 +258,38 @@ class QueueControl:
             if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
                 self._fail(error)
             self._disconnected(error)
-            self._runner.suspect()
+            self._slots.suspect()
         return True
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
-        engine, runner = self._engine, self._runner
+        engine, slots = self._engine, self._slots
         now = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
             self._service_timer.end()
             if now >= self._give_up_at:
-                runner.cancel()
-                if now >= self._give_up_at + _UNWINDING or not runner.is_unwinding:
+                slots.cancel()
+                if now >= self._give_up_at + _UNWINDING or not slots.is_unwinding:
                     engine.abandon()
             if now >= self._give_up_at + LAST_WORDS:
                 self.abandoned = engine.unsettled  # the database is away: the leases decide
                 return False
-        runner.spread()
-        if runner.next_timeout <= now:
-            engine.give_up(runner.expire(now))
+        slots.spread()
+        if slots.next_timeout <= now:
+            engine.give_up(slots.expire(now))
         self._collect()
         if now >= self._watch_at:
             self._watched_at = now
-            runner.watch(engine.running, self._lease / 3)
+            slots.watch(engine.running, self._lease / 3)
             self._collect()
-            if runner.failure is not None and self._give_up_at is None:
-                self._fail(runner.failure)
+            if slots.failure is not None and self._give_up_at is None:
+                self._fail(slots.failure)
                 return True
         if notice := self._session.take_notice():
             engine.wake(notice)
         now = monotonic()
-        if (blocked := runner.blocked(now, self._lease / 3)) is not None:
+        if (blocked := slots.blocked(now, self._lease / 3)) is not None:
             self._events.tell([blocked])
         if not self._session.is_open:
             self._reopen(now)
@@ -307,7 +307,7 @@ class QueueControl:
             case Exchange() as exchange:
                 self._exchange(exchange)
             case Withdraw():
-                engine.withdrawn(runner.withdraw())
+                engine.withdrawn(slots.withdraw())
             case Sleep() if now >= self._service_timer.due_at:
                 self._serve()
             case Sleep(until):
@@ -319,7 +319,7 @@ class QueueControl:
 
     @property
     def _watch_at(self) -> float:
-        often = _WATCH_AGAIN if self._runner.needs_watch else min(_WATCH, self._lease / 12)
+        often = _WATCH_AGAIN if self._slots.needs_watch else min(_WATCH, self._lease / 12)
         return self._watched_at + often
 
     def _fail(self, error: BaseException) -> None:
@@ -429,8 +429,8 @@ class QueueControl:
         """Plan what follows the exchange under way, if jobs flow."""
         self._collect()
         now = monotonic()
-        due_at = min(self._service_timer.pressing_at, self._runner.next_timeout)
-        needed = self._session.unread or self._session.step or self._runner.needs_watch
+        due_at = min(self._service_timer.pressing_at, self._slots.next_timeout)
+        needed = self._session.unread or self._session.step or self._slots.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
         return self._session.plan(ahead) if ahead else None
@@ -439,8 +439,8 @@ class QueueControl:
         """Use the time while the server works."""
         if not self.has_run:
             return
-        self._runner.spread()  # what was taken for quick jobs, and given one slot, may not be
-        if self._awaits_flow and self._runner.is_idle:
+        self._slots.spread()  # what was taken for quick jobs, and given one slot, may not be
+        if self._awaits_flow and self._slots.is_idle:
             # All that will be settled next is known: the server is not to wait for its words.
             self._following = self._follow()
             self._awaits_flow = self._following is None
@@ -460,9 +460,9 @@ class QueueControl:
         self._service_failed(error)
 
     def _collect(self) -> None:
-        self._engine.slots = self._runner.slots
-        if self._runner.has_outcomes:
-            events = self._engine.finish(self._runner.collect())
+        self._engine.slots = self._slots.usable
+        if self._slots.has_outcomes:
+            events = self._engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
 
@@ -470,7 +470,7 @@ class QueueControl:
         """Hand out jobs and tell events; whether there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
-            self._runner.submit(effects.run, quick=self._engine.is_quick)
+            self._slots.submit(effects.run, quick=self._engine.is_quick)
         if effects.events:
             self._events.tell(effects.events)
         if effects.locked:
@@ -489,12 +489,12 @@ class QueueControl:
             ends = (self._give_up_at + more for more in (0, _UNWINDING, LAST_WORDS))
             until = min(until, *(end for end in ends if now < end), now + LAST_WORDS)
         self._waker.arm()
-        runner = self._runner
-        if runner.needs_watch:
+        slots = self._slots
+        if slots.needs_watch:
             until = min(until, self._watch_at)
-        has_news = runner.has_outcomes or self._session.has_notice
-        if not has_news and runner.slots == self._engine.slots:
-            self._session.wait(self._waker, min(until, runner.next_timeout) - monotonic())
+        has_news = slots.has_outcomes or self._session.has_notice
+        if not has_news and slots.usable == self._engine.slots:
+            self._session.wait(self._waker, min(until, slots.next_timeout) - monotonic())
         self._waker.silence()
 
     def _disconnected(self, error: BaseException) -> None:

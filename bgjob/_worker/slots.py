@@ -36,8 +36,8 @@ from bgjob.result import Complete, MoveToDlq, Result, Retry
 _COMPLETE = Complete()
 _outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
 
-inside: ContextVar["Runner | None"] = ContextVar("bgjob_inside", default=None)
-"""The runner whose handler is running in this context."""
+inside: ContextVar["Slots | None"] = ContextVar("bgjob_inside", default=None)
+"""The slots whose handler is running in this context."""
 
 _TURN = 0.001
 """Seconds for which one task runs jobs before it lets the loop's other tasks run."""
@@ -99,7 +99,7 @@ class _Move:
         self.context = context
 
 
-class Runner:
+class Slots:
     """Slots for handlers; what is public belongs to one thread, the control thread.
 
     Args:
@@ -230,7 +230,7 @@ class Runner:
         return min(self._timeouts.next_at, self._retry_at)
 
     @property
-    def slots(self) -> int:
+    def usable(self) -> int:
         """The slots that are left: without those whose jobs have timed out and do not end.
 
         Where no thread can start, there are as many as run now.
