@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 from bgjob._checks import Duration, seconds
 from bgjob._worker.control import LAST_WORDS
 from bgjob._worker.group import Queues, WorkerGroup
-from bgjob._worker.observers import Audience
+from bgjob._worker.observers import Observers
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.mux import Mux
@@ -90,7 +90,7 @@ class Worker:
         concurrency: int | None = None,
         poll_interval: Duration = 1.0,
         lease: Duration = 30.0,
-        observer: Audience | None = None,
+        observer: Observers | None = None,
         notify: bool = True,
         services: Iterable[Service] = (),
         state: Callable[[], Any] | None = None,
@@ -226,7 +226,7 @@ class AsyncWorker:
         concurrency: int | None = None,
         poll_interval: Duration = 1.0,
         lease: Duration = 30.0,
-        observer: Audience | None = None,
+        observer: Observers | None = None,
         notify: bool = True,
         services: Iterable[Service] = (),
         state: Callable[[], Any] | None = None,

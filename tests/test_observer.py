@@ -39,7 +39,7 @@ from bgjob import (
 from bgjob._engine.protocol import LeaseLost, Outcome, TimedOut
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.events import Events
-from bgjob._worker.observers import audience
+from bgjob._worker.observers import combined
 from bgjob.testing import RecordingObserver
 
 METHODS = {
@@ -239,7 +239,7 @@ def test_every_event_reaches_a_function_and_an_observer_alike(
     wrap: Callable[[Any], Any],
 ) -> None:
     recording = RecordingObserver()
-    tell(audience(wrap(recording)), ALL)
+    tell(combined(wrap(recording)), ALL)
     assert recording.events == ALL
 
 
@@ -253,7 +253,7 @@ def test_an_observer_is_given_what_its_methods_take() -> None:
         def job_will_be_retried(self, job: Job, delay: float, error: Any, /) -> None:
             heard.append(("retried", job.id, delay, error))
 
-    tell(audience([Watching(), NoopObserver()]), ALL)
+    tell(combined([Watching(), NoopObserver()]), ALL)
     assert heard == [("retried", "id", 2.0, "why"), ("timed out", "id", 3.0)]
 
 
@@ -264,11 +264,11 @@ def test_an_observer_that_lacks_a_method_hears_the_rest(
     old, recording = make(), RecordingObserver()
     alone = make()
     for observer in ([old, recording], alone):
-        events = Events(audience(observer), "q")
+        events = Events(combined(observer), "q")
         events.open()
         events.tell([TimedOut(JOB, 3.0), LeaseLost(JOB)])
         events.close(5)
-        tell(audience(observer), ALL)
+        tell(combined(observer), ALL)
     expected = ["lost id", "completed id", "lost id"] if make is Old else ["completed id"]
     assert old.heard == alone.heard == expected
     assert recording.events == [JobTimedOut(JOB, 3.0), JobLeaseLost(JOB), *ALL]
@@ -288,8 +288,8 @@ def test_an_observer_that_lacks_a_method_hears_the_rest(
     ],
 )
 def test_what_nobody_hears_is_known_before_the_first_job(deaf: Any) -> None:
-    assert Events(audience(deaf), "q").started is None
-    whole = audience(deaf)
+    assert Events(combined(deaf), "q").started is None
+    whole = combined(deaf)
     if not isinstance(deaf, Before):
         for method in ("job_started", "job_completed"):
             assert getattr(whole, method).__func__ is getattr(NoopObserver, method)
@@ -301,9 +301,9 @@ def test_one_that_listens_among_many_is_called_without_a_detour() -> None:
             raise AssertionError
 
     watching = Watching()
-    crowd = audience([NoopObserver(), watching, only(RecordingObserver(), JobTimedOut)])
+    crowd = combined([NoopObserver(), watching, only(RecordingObserver(), JobTimedOut)])
     assert crowd.job_completed == watching.job_completed
-    assert audience(watching) is watching
+    assert combined(watching) is watching
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from bgjob._checks import Duration, seconds
 from bgjob._running.loop import Loop
 from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
-from bgjob._worker.observers import Audience, audience
+from bgjob._worker.observers import Observers, combined
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError, QueueRequiredError
@@ -40,7 +40,7 @@ class WorkerGroup:
         concurrency: int | None,
         poll_interval: Duration,
         lease: Duration,
-        observer: Audience | None,
+        observer: Observers | None,
         notify: bool,
         services: Iterable[Service],
         state: State | None,
@@ -59,7 +59,7 @@ class WorkerGroup:
         self._mux = mux
         self._shared = state
         slots_of = _slots(queues, concurrency)
-        self._events = Events(audience(observer), ", ".join(slots_of))
+        self._events = Events(combined(observer), ", ".join(slots_of))
         service_timer = ServiceTimer(services)
         self._controls: list[QueueControl] = []
         for queue, slots in slots_of.items():

@@ -23,7 +23,7 @@ from bgjob.observer import LoggingObserver, NoopObserver, Observer
 Listener: TypeAlias = Observer | Callable[[Event], object]
 """An Observer, or a plain function of an event."""
 
-Audience: TypeAlias = Listener | Iterable[Listener]
+Observers: TypeAlias = Listener | Iterable[Listener]
 """One that listens, or several."""
 
 _METHODS: Mapping[str, Callable[..., Event]] = {
@@ -41,7 +41,7 @@ _METHODS: Mapping[str, Callable[..., Event]] = {
 _Tell: TypeAlias = Callable[..., object]
 
 
-def audience(observer: Audience | None) -> Observer:
+def combined(observer: Observers | None) -> Observer:
     """Give one observer that has every method, and tells all who listen.
 
     An event without an observer stays NoopObserver's own method: it costs nothing.
