@@ -111,11 +111,13 @@ class Drive:
         self.engine.disconnect(self.now)
         self.engine.reconnect()
 
-    def drain(self, parked: str = "parked") -> float:
+    def drain(self, lock: str = "taken") -> float:
         """Answer everything with nothing until the engine sleeps; until when."""
         while isinstance(step := self.step(), Exchange):
             extended = {c.job.id for c in step.extend}
-            self.answer(Reply(parked=parked if step.park == "take" else None, extended=extended))
+            self.answer(
+                Reply(lock_answer=lock if step.notify_lock == "take" else None, extended=extended)
+            )
         assert isinstance(step, Sleep), step
         return step.until
 
@@ -789,10 +791,10 @@ def test_an_idle_queue_is_looked_at_every_poll_interval() -> None:
 def test_a_worker_parks_and_looks_once_more_before_it_sleeps() -> None:
     drive = Drive(notify=True)
     drive.claim()
-    assert drive.exchange().park == "take"
-    drive.answer(Reply(parked="parked"))
+    assert drive.exchange().notify_lock == "take"
+    drive.answer(Reply(lock_answer="taken"))
     exchange = drive.exchange()
-    assert exchange.park is None
+    assert exchange.notify_lock is None
     assert exchange.claim is not None
     drive.answer(Reply())
     assert drive.sleep() > drive.now
@@ -800,14 +802,14 @@ def test_a_worker_parks_and_looks_once_more_before_it_sleeps() -> None:
 
 def test_a_poll_that_is_a_sweep_parks_in_the_same_exchange() -> None:
     drive = Drive(notify=True, poll_interval=1.0)
-    drive.drain(parked="covered")
+    drive.drain(lock="covered")
     polls = []
     for _ in range(10):
         exchange = drive.next_exchange()
         assert isinstance(exchange.claim, Sweep)
-        assert exchange.park == "take"
+        assert exchange.notify_lock == "take"
         polls.append(drive.now)
-        drive.answer(Reply(parked="covered"))
+        drive.answer(Reply(lock_answer="covered"))
     assert polls[-1] - polls[0] >= 9.0
 
 
@@ -819,10 +821,10 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     drive.engine.reconnect()
     exchange = drive.exchange()
     assert isinstance(exchange.claim, Sweep)
-    assert exchange.park == "take"
+    assert exchange.notify_lock == "take"
     words = [part for _, part in exchange.statements("q", 30.0)]
-    assert words == ["parked", "swept", "lines", "blocked", "seen"]
-    drive.answer(Reply(parked="parked"))
+    assert words == ["lock_answer", "swept", "lines", "blocked", "seen"]
+    drive.answer(Reply(lock_answer="taken"))
     assert drive.sleep() > drive.now + 9.0
 
 
@@ -849,8 +851,8 @@ def test_a_worker_that_cannot_park_looks_again_after_pauses_that_double() -> Non
     pauses = []
     for _ in range(4):
         drive.claim()
-        assert drive.exchange().park == "take"
-        drive.answer(Reply(parked="contended"))
+        assert drive.exchange().notify_lock == "take"
+        drive.answer(Reply(lock_answer="contended"))
         contended_at = drive.now
         drive.claim()
         pauses.append(round(drive.sleep() - contended_at, 6))
@@ -864,16 +866,16 @@ def test_a_worker_that_relies_on_another_tries_for_its_lock_and_then_lets_all_lo
     answer: str, rest: float
 ) -> None:
     drive = Drive(notify=True, poll_interval=10.0)
-    drive.drain(parked=answer)
+    drive.drain(lock=answer)
     for _ in range(3):
         slept_at = drive.now
         exchange = drive.next_exchange()
         assert rest - 0.01 < drive.now - slept_at < rest + 0.01
-        assert (exchange.park, exchange.claim, exchange.relieve) == ("take", None, True)
+        assert (exchange.notify_lock, exchange.claim, exchange.relieve) == ("take", None, True)
         assert exchange.is_deputy is (answer == "deputy")
-        drive.answer(Reply(parked=answer))
+        drive.answer(Reply(lock_answer=answer))
     drive.next_exchange()
-    drive.answer(Reply(parked="parked"))
+    drive.answer(Reply(lock_answer="taken"))
     assert drive.exchange().claim is not None  # nobody was notified meanwhile
     drive.answer()
     assert drive.sleep() > drive.now + 5.0
@@ -881,9 +883,9 @@ def test_a_worker_that_relies_on_another_tries_for_its_lock_and_then_lets_all_lo
 
 def test_a_lock_that_was_given_up_is_taken_without_a_word() -> None:
     drive = Drive(notify=True, poll_interval=10.0)
-    drive.drain(parked="covered")
+    drive.drain(lock="covered")
     drive.engine.wake(Notice(relief=True))
-    while (exchange := drive.exchange()).park is None:
+    while (exchange := drive.exchange()).notify_lock is None:
         drive.answer()
     assert not exchange.relieve
 
@@ -894,7 +896,7 @@ def test_beside_an_enqueue_that_stays_open_a_worker_looks_five_times_a_second() 
     while drive.now < until:
         exchange = drive.next_exchange()
         exchanges += 1
-        drive.answer(Reply(parked="contended" if exchange.park else None))
+        drive.answer(Reply(lock_answer="contended" if exchange.notify_lock else None))
     assert exchanges < 220
 
 
@@ -904,7 +906,7 @@ def test_a_worker_that_stopped_relying_on_notifications_looks_while_jobs_flow() 
     drive.engine.wake(Notice(later=True))
     drive.claim(*(f"job-{n}" for n in range(200)))
     drive.now = drive.drain()
-    assert drive.exchange().park == "give"
+    assert drive.exchange().notify_lock == "release"
     drive.answer()
     assert drive.now < drive.sleep() < drive.now + 0.01
     drive.now = drive.sleep()
@@ -1005,14 +1007,14 @@ def test_a_worker_that_parks_looks_back_to_what_has_ended_before() -> None:
         marks = moved_to(1.0)
         marks.saw(saw(2.0, 11), 2.0)
         marks.claimed([job("b", due=at(2.0))], full=False)
-        marks.parked(3.0, looked=looked)
+        marks.notifications_on(3.0, polled_since=looked)
         assert (marks.start(3.0)[0] < at(1.0)) is not looked
 
 
 def test_of_what_enqueued_while_a_worker_was_parked_it_has_been_told() -> None:
     marks = moved_to(1.0)
-    marks.parked(2.0, looked=True)
-    marks.unparked(at(3600.0))
+    marks.notifications_on(2.0, polled_since=True)
+    marks.notifications_off(at(3600.0))
     marks.saw(saw(3601.0, 11), 3601.0)
     marks.claimed([job("b", due=at(3601.0))], full=False)
     marks.saw(saw(3602.0), 3602.0)
@@ -1558,7 +1560,7 @@ def test_the_lock_is_given_back_before_the_end() -> None:
     drive.drain()
     drive.engine.shutdown()
     assert drive.step() == Withdraw()
-    assert drive.exchange().park == "give"
+    assert drive.exchange().notify_lock == "release"
     drive.answer()
     assert drive.step() == Stop(0)
 

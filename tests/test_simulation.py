@@ -1071,18 +1071,18 @@ class History:
             promise(key not in self.live, f"{key}: freed by the worker that holds it")
         if session is None:
             return reply
-        if exchange.park == "take":
+        if exchange.notify_lock == "take":
             is_free = self.lock in (None, session)
             if is_free and not self.in_flight:
-                reply.parked, self.lock = "parked", session
+                reply.lock_answer, self.lock = "taken", session
             elif self.has_deputy:
-                reply.parked = "covered"
+                reply.lock_answer = "covered"
                 self.contended_at = self.now if is_free else self.contended_at
             else:
-                reply.parked = "contended" if is_free else "deputy"
+                reply.lock_answer = "contended" if is_free else "deputy"
                 if is_free:
                     self.lock = None
-        elif exchange.park == "give":
+        elif exchange.notify_lock == "release":
             promise(self.lock == session, "gives a lock that it does not hold")
             self.lock = None
         return reply

@@ -32,7 +32,7 @@ from bgjob._sql.claims import (
 )
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import barred_keys
-from bgjob._sql.notices import listen, park, unpark
+from bgjob._sql.notices import listen, release_notify_lock, take_notify_lock
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
     DeadLettered,
@@ -541,7 +541,10 @@ def test_a_job_that_is_given_back_is_as_before_its_claim_and_sleeping_workers_he
     with psycopg.connect(dsn, autocommit=True) as other:
         ask(other, listen("q"))
         if sleeper != "nobody":
-            assert ask(other if sleeper == "another session" else worker, park("q")) == "parked"
+            assert (
+                ask(other if sleeper == "another session" else worker, take_notify_lock("q"))
+                == "taken"
+            )
         told = ask(worker, give_back("q", held, tell=sleeper == "its own session"))
         assert sorted(told) == sorted(c.job.id for c in held)
         assert worker.execute(columns).fetchall() == before
@@ -660,17 +663,17 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
         ask(sleeper, listen("q"))
         ask(sleeper, listen("r"))
         assert told(enqueue(one, notify=True)) == []
-        assert ask(sleeper, park("q")) == "parked"
+        assert ask(sleeper, take_notify_lock("q")) == "taken"
         assert told(enqueue(one, notify=True)) == []  # the id is taken: nothing was written
         assert queues(enqueue(EnqueueRequest("q", "t"), notify=True)) == ["q"]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=False)) == []
         assert queues(enqueue_many(many, notify=True)) == ["q"]
         assert told(enqueue_many(many, notify=True)) == []
-        assert ask(sleeper, park("r")) == "parked"
+        assert ask(sleeper, take_notify_lock("r")) == "taken"
         more = [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
         assert sorted(queues(enqueue_many(more, notify=True))) == ["q", "r"]
-        assert ask(conn, park("q")) == "deputy"
-        ask(sleeper, unpark("q"))
+        assert ask(conn, take_notify_lock("q")) == "deputy"
+        ask(sleeper, release_notify_lock("q"))
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == [""]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == []
 
@@ -681,7 +684,7 @@ def test_a_notification_tells_when_its_transaction_began(
     queue = "a queue, or two"
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         ask(sleeper, listen(queue))
-        assert ask(sleeper, park(queue)) == "parked"
+        assert ask(sleeper, take_notify_lock(queue)) == "taken"
         for write in (enqueue, lambda r, notify: enqueue_many([r], notify=notify)):
             with conn.transaction():
                 [(began,)] = conn.execute("select extract(epoch from now())::float8")
@@ -697,8 +700,8 @@ def test_a_notification_tells_when_its_transaction_began(
 def test_a_worker_that_parked_twice_unparks_once(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         for _ in range(2):  # an exchange that is refused leaves the lock behind
-            assert ask(sleeper, park("q")) == "parked"
-        ask(sleeper, unpark("q"))
+            assert ask(sleeper, take_notify_lock("q")) == "taken"
+        ask(sleeper, release_notify_lock("q"))
         locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
         [(held,)] = sleeper.execute(locks, [sleeper.info.backend_pid])
         assert held == 0
@@ -709,18 +712,18 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
         holder, deputy, other = (
             stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(3)
         )
-        assert ask(holder, park("q")) == "parked"
-        assert ask(deputy, park("q")) == "deputy"
-        assert ask(deputy, park("q", is_deputy=True)) == "deputy"
-        assert ask(other, park("q")) == "covered"
+        assert ask(holder, take_notify_lock("q")) == "taken"
+        assert ask(deputy, take_notify_lock("q")) == "deputy"
+        assert ask(deputy, take_notify_lock("q", is_deputy=True)) == "deputy"
+        assert ask(other, take_notify_lock("q")) == "covered"
         ask(other, listen("q"))
         holder.close()
         took = "select count(*) from pg_locks where locktype = 'advisory'"
         while deputy.execute(took).fetchall() != [(1,)]:  # the server has to notice
             pass
-        assert ask(deputy, park("q", is_deputy=True, relieve=True)) == "parked"
+        assert ask(deputy, take_notify_lock("q", is_deputy=True, relieve=True)) == "taken"
         assert [n.payload for n in other.notifies(timeout=30, stop_after=1)] == [""]
-        assert ask(other, park("q")) == "deputy"  # its place was free
+        assert ask(other, take_notify_lock("q")) == "deputy"  # its place was free
         deputy.close()
         while other.execute(took).fetchall() != [(1,)]:
             pass
@@ -732,8 +735,8 @@ def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         with conn.transaction():
             ask(conn, enqueue(EnqueueRequest("q", "t"), notify=True))
-            assert ask(sleeper, park("q")) == "contended"
-        assert ask(sleeper, park("q", is_deputy=True)) == "parked"
+            assert ask(sleeper, take_notify_lock("q")) == "contended"
+        assert ask(sleeper, take_notify_lock("q", is_deputy=True)) == "taken"
         locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
         [(held,)] = conn.execute(locks, [sleeper.info.backend_pid])
         assert held == 1

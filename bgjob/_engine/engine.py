@@ -48,7 +48,7 @@ from math import inf
 from operator import itemgetter
 
 from bgjob._engine.isolation import Isolation
-from bgjob._engine.notify_lock import Parking
+from bgjob._engine.notify_lock import NotifyLock
 from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import (
     MOST_FREED,
@@ -160,7 +160,7 @@ class Engine:
         self._transactional = transactional
         self._names_keys = names_keys  # whether handlers may find a key for a job that has none
         self._pace = Pace(concurrency)
-        self._parking = Parking(poll_interval, enabled=notify)
+        self._notify_lock = NotifyLock(poll_interval, enabled=notify)
 
         self._batches: dict[int, _Batch] = {}
         self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
@@ -323,7 +323,7 @@ class Engine:
         known = self._marks.told(notice.since)
         self._look(thoroughly=notice.later or notice.relief or not known)
         if notice.relief:
-            self._parking.relieve()
+            self._notify_lock.relieve()
 
     def _look(self, *, thoroughly: bool = True) -> None:
         """Claim next; then, unless what is to be found is at the marks, sweep soon."""
@@ -361,7 +361,7 @@ class Engine:
         held = self._pending or self._refused or self._free or self._apart
         settled = not (held or self._doomed or self._leaving)
         done = settled and (self._abandoned or not self._running)
-        if self._stopping and done and not self._parking.parked:
+        if self._stopping and done and not self._notify_lock.is_held:
             return Stop(self._running)
         if now < self._not_before:
             return Sleep(self._not_before)
@@ -398,7 +398,7 @@ class Engine:
                 self._turn += turn + 1
                 break
         if self._stopping:
-            exchange.park = "give" if done else None
+            exchange.notify_lock = "release" if done else None
         else:
             self._add_parking(exchange, now)
         if exchange:
@@ -420,7 +420,7 @@ class Engine:
         quiet = not (
             self._careful
             or self._stopping
-            or self._parking.parked
+            or self._notify_lock.is_held
             or self._wanting
             or self._doomed
             or self._gives_back
@@ -455,7 +455,7 @@ class Engine:
                 completed.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
-        exchange.is_parked = self._parking.parked
+        exchange.holds_notify_lock = self._notify_lock.is_held
         if completed:
             self._add_places(exchange)
 
@@ -557,21 +557,26 @@ class Engine:
         return *self._batches, *sent
 
     def _watch(self, exchange: Exchange) -> None:
-        if not self._parking.parked:  # while it is, no enqueue is under way unseen
+        if not self._notify_lock.is_held:  # while it is, no enqueue is under way unseen
             exchange.watch = "claims" if self._marks.has_seen else "all"
 
     def _add_parking(self, exchange: Exchange, now: float) -> None:
         alone = not exchange
         idle = isinstance(exchange.claim, Sweep) and not self._more
-        if not alone and (self._careful or not (idle or self._parking.parked)):
+        if not alone and (self._careful or not (idle or self._notify_lock.is_held)):
             return
-        exchange.park = self._parking.wish(now, free=self._has_room_for_others(now))
-        if exchange.park == "give":
+        exchange.notify_lock = self._notify_lock.wish(now, free=self._has_room_for_others(now))
+        if exchange.notify_lock == "release":
             exchange.watch = "claims"  # from here on they do not tell
-        if exchange.park == "take":
-            exchange.is_deputy = self._parking.is_deputy
-            exchange.relieve = self._parking.relieves
-        if exchange.park == "take" and alone and self._parking.polls and not self._careful:
+        if exchange.notify_lock == "take":
+            exchange.is_deputy = self._notify_lock.is_deputy
+            exchange.relieve = self._notify_lock.relieves
+        if (
+            exchange.notify_lock == "take"
+            and alone
+            and self._notify_lock.polls
+            and not self._careful
+        ):
             # The look that has to follow travels with it. A sweep's survey shows even
             # what becomes due between the transaction's beginning and the lock.
             limit = self._claimable
@@ -596,7 +601,7 @@ class Engine:
         return (
             self._more
             or self._told
-            or now >= min(self._poll_at, self._due_at, self._parking.look_at)
+            or now >= min(self._poll_at, self._due_at, self._notify_lock.look_at)
             or now >= min(self._marks.sweep_at, self._marks.look_back_at)
         )
 
@@ -628,11 +633,11 @@ class Engine:
             if self._isolation.is_needed:
                 times.append(self._isolation.wake_at(now))
             if not is_held_up and self._room() > 0:
-                times += [self._poll_at, self._due_at, self._parking.look_at]
+                times += [self._poll_at, self._due_at, self._notify_lock.look_at]
                 times.append(self._marks.look_back_at)
             times.append(self._marks.sweep_at)
             free = self._has_room_for_others(now)
-            times.append(self._parking.wake_at(now, free=free))
+            times.append(self._notify_lock.wake_at(now, free=free))
             times.append(self._pace.stale_at(self._running))
         return min(times)
 
@@ -665,21 +670,21 @@ class Engine:
         due_at = self._settled(sent, reply, effects, now)
         self._granted(sent, reply, now, effects)
         self._extended(sent, reply, effects)
-        park, seen = sent.exchange.park, reply.seen
-        was_covered = self._parking.is_covered
-        if park:
-            self._parking.answered(park, reply.parked, now)
+        wish, seen = sent.exchange.notify_lock, reply.seen
+        was_covered = self._notify_lock.is_covered
+        if wish:
+            self._notify_lock.answered(wish, reply.lock_answer, now)
         self._claimed(sent, reply, now, effects)
-        if seen is not None and park == "give":
-            self._marks.unparked(seen.at)
+        if seen is not None and wish == "release":
+            self._marks.notifications_off(seen.at)
         elif seen is not None:
             self._marks.saw(seen, now)
-        if park == "take":
+        if wish == "take":
             claim = sent.exchange.claim
             looked = claim is not None and claim.looks
-            if self._parking.parked:
-                self._marks.parked(now, looked=looked and not self._more)
-            if not looked and not (was_covered and self._parking.is_covered):
+            if self._notify_lock.is_held:
+                self._marks.notifications_on(now, polled_since=looked and not self._more)
+            if not looked and not (was_covered and self._notify_lock.is_covered):
                 self._look()  # what was committed before the lock was taken
         # Its claim, and its survey, came before the settlements.
         self._due_at = min(self._due_at, due_at)
@@ -796,7 +801,7 @@ class Engine:
                 self._marks.start_again()
                 self._isolation.others_looked(now)
             self._take_back(sent)
-        self._parking.lose()
+        self._notify_lock.lose()
         self._look()
         self._rest(now)
 
@@ -992,7 +997,7 @@ class Engine:
             or self._more
             or self._told
             or self._isolation.is_needed
-            or not self._parking.settled(now)
+            or not self._notify_lock.settled(now)
         )
 
     def _claimed(self, sent: _Sent, reply: Reply, now: float, effects: Effects) -> None:
@@ -1072,7 +1077,7 @@ class Engine:
         self._isolation.others_looked(now)
         self._more = full
         self._poll_at = now + self._poll_interval
-        self._parking.arrived(len(jobs), now)
+        self._notify_lock.arrived(len(jobs), now)
         self._marks.claimed(jobs, starts, full=full)
 
     def _hold(

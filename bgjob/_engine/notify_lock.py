@@ -33,20 +33,20 @@ longest while an enqueue that has not committed keeps it."""
 _COVERED = 1.0
 """Seconds between two tries of any other worker, at the longest."""
 
-_UNPARK = 0.01
+_RELEASE = 0.01
 """Seconds without need of notifications before the worker says so: each time costs one."""
 
 _FADE = 0.1
 """Seconds in which the flow is forgotten, but for a third."""
 
 
-class Parking:
+class NotifyLock:
     """The lock of one queue, as this worker holds it or wants it."""
 
     def __init__(self, poll_interval: float, *, enabled: bool) -> None:
         self._poll_interval = poll_interval
         self._enabled = enabled
-        self.parked = False
+        self.is_held = False
         """Whether this worker holds the lock: enqueues notify."""
         self.look_at = inf
         """When to look again, while jobs flow."""
@@ -55,22 +55,22 @@ class Parking:
         self.is_deputy = False
         self.relieves = False
         """Whether enqueues may have notified nobody for a while, when the lock is had."""
-        self._park_at = -inf
+        self._take_at = -inf
         self._pause = _LOOK
         self._unneeded_since = inf
         self._flow = 0.0
         self._flow_at = -inf
 
-    def wish(self, now: float, *, free: bool) -> Literal["take", "give"] | None:
+    def wish(self, now: float, *, free: bool) -> Literal["take", "release"] | None:
         """Say what to do with the lock, given whether a slot is free."""
         needed = free and not self._flows(now)
-        if not self.parked:
-            return "take" if self._enabled and needed and now >= self._park_at else None
+        if not self.is_held:
+            return "take" if self._enabled and needed and now >= self._take_at else None
         if needed:
             self._unneeded_since = inf
             return None
         self._unneeded_since = min(self._unneeded_since, now)
-        return "give" if now >= self._unneeded_since + _UNPARK else None
+        return "release" if now >= self._unneeded_since + _RELEASE else None
 
     @property
     def polls(self) -> bool:
@@ -79,49 +79,49 @@ class Parking:
 
     def wake_at(self, now: float, *, free: bool) -> float:
         """Give the time at which `wish` may say something new."""
-        if self.parked:
-            return self._unneeded_since + _UNPARK
+        if self.is_held:
+            return self._unneeded_since + _RELEASE
         if not self._enabled or not free:
             return inf
-        return max(self._park_at, self.look_at if self.look_at < inf else now)
+        return max(self._take_at, self.look_at if self.look_at < inf else now)
 
     def settled(self, now: float) -> bool:
         """Whether there is nothing to take now, so that the worker may sleep."""
-        return self.parked or not self._enabled or now < self._park_at
+        return self.is_held or not self._enabled or now < self._take_at
 
-    def answered(self, asked: Literal["take", "give"], answer: str | None, now: float) -> None:
+    def answered(self, asked: Literal["take", "release"], answer: str | None, now: float) -> None:
         """Take the server's answer."""
         self._unneeded_since = inf
-        self.parked = asked == "take" and answer == "parked"
+        self.is_held = asked == "take" and answer == "taken"
         self.is_covered = answer in ("covered", "deputy")
         self.is_deputy = answer in ("contended", "deputy")
         if answer == "contended":
-            self._park_at = now + self._pause
+            self._take_at = now + self._pause
             longest = min(self._poll_interval, _WATCH)
             self.relieves |= self._pause >= longest
             self._pause = min(2 * self._pause, longest)
             return
         self.relieves, self._pause = self.is_covered, _LOOK
-        if asked == "give":
-            self._park_at = now
+        if asked == "release":
+            self._take_at = now
             self.look_at = now + _LOOK if self._flows(now) else inf
         else:
             rest = _WATCH if self.is_deputy else _COVERED
-            self._park_at = now + min(rest, self._poll_interval)
+            self._take_at = now + min(rest, self._poll_interval)
 
     def arrived(self, jobs: int, now: float) -> None:
         """Learn how many jobs a claim brought."""
         self._flow = self._flow_now(now) + jobs / _FADE
         self._flow_at = now
-        self.look_at = now + _LOOK if self._flow > _FLOW and not self.parked else inf
+        self.look_at = now + _LOOK if self._flow > _FLOW and not self.is_held else inf
 
     def relieve(self) -> None:
         """Another worker gave the lock up: try for it soon."""
-        self._park_at, self.is_covered, self.relieves = -inf, False, False
+        self._take_at, self.is_covered, self.relieves = -inf, False, False
 
     def lose(self) -> None:
         """Take it that the connection is gone, and the lock with it."""
-        self.parked, self._park_at, self._unneeded_since = False, -inf, inf
+        self.is_held, self._take_at, self._unneeded_since = False, -inf, inf
         self.is_covered = self.is_deputy = self.relieves = False
 
     def _flows(self, now: float) -> bool:

@@ -33,7 +33,7 @@ from bgjob._sql.keys import (
     lock_keys,
     release,
 )
-from bgjob._sql.notices import EVERYTHING, LATER, park, unpark
+from bgjob._sql.notices import EVERYTHING, LATER, release_notify_lock, take_notify_lock
 from bgjob._sql.settlements import (
     Claimed,
     DeadLettered,
@@ -122,7 +122,7 @@ class Exchange:
     dead_letter: list[DeadLettered] = field(default_factory=list)
     give_back: list[Claimed] = field(default_factory=list)
     """Jobs that did not start."""
-    is_parked: bool = False
+    holds_notify_lock: bool = False
     """Whether this session holds the notify lock, so that the server cannot tell from it
     whether another worker sleeps."""
     abandon: list[Claimed] = field(default_factory=list)
@@ -138,11 +138,11 @@ class Exchange:
     """Keys whose rows others may have locked."""
     end: Sequence[Claimed] = ()
     """Claims that were given up, whose handlers' sessions are to end."""
-    park: Literal["take", "give"] | None = None
+    notify_lock: Literal["take", "release"] | None = None
     is_deputy: bool = False
     """With "take": whether this session is the deputy already."""
     relieve: bool = False
-    """With "take": whether others have to look if the lock is had; as `notices.park`."""
+    """With "take": whether to notify the other workers if the lock is taken."""
     claim: Claim | Sweep | ClaimGroup | None = None
     watch: Literal["claims", "all"] | None = None
     """Whether to tell what is under way: all that claims have to know, or all that is."""
@@ -184,10 +184,10 @@ class Exchange:
         plan: Plan = []
         if self.end:
             plan.append((end_sessions(self.end), "ended"))
-        if self.park == "take":
+        if self.notify_lock == "take":
             # What the claim does not see notifies.
-            taking = park(queue, is_deputy=self.is_deputy, relieve=self.relieve)
-            plan.append((taking, "parked"))
+            taking = take_notify_lock(queue, is_deputy=self.is_deputy, relieve=self.relieve)
+            plan.append((taking, "lock_answer"))
         # The claim comes first: its jobs are read while the server settles others.
         match self.claim:
             case Sweep(0, after=after, window=Window() as window) as part:
@@ -240,7 +240,7 @@ class Exchange:
         if self.dead_letter:
             plan.append((dead_letter(self.dead_letter), "settled"))
         if self.give_back:
-            plan.append((give_back(queue, self.give_back, tell=self.is_parked), "settled"))
+            plan.append((give_back(queue, self.give_back, tell=self.holds_notify_lock), "settled"))
         if self.abandon:
             plan.append((abandon(self.abandon), "abandoned"))
         if self.extend:
@@ -256,8 +256,8 @@ class Exchange:
             plan.append((barred(self.probe), "barred"))
         if self.probe_keys:
             plan.append((barred_keys(self.probe_keys), "barred_keys"))
-        if self.park == "give":
-            plan.append((unpark(queue), "parked"))
+        if self.notify_lock == "release":
+            plan.append((release_notify_lock(queue), "lock_answer"))
         return plan
 
     def __bool__(self) -> bool:
@@ -273,7 +273,7 @@ class Exchange:
             or self.release
             or self.probes
             or self.end
-            or self.park
+            or self.notify_lock
             or self.claim
         )
 
@@ -355,7 +355,7 @@ class Reply:
     settled: set[str] = field(default_factory=set)
     abandoned: list[str] = field(default_factory=list)
     extended: set[str] = field(default_factory=set)
-    parked: str | None = None
+    lock_answer: str | None = None
     claimed: Taken = _NOTHING_TAKEN
     seen: UnderWay | None = None
     swept: Swept = _NOTHING_SWEPT

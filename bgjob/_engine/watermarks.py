@@ -153,13 +153,13 @@ class Watermarks:
             self._under_way = {number: followed.get(number, since) for number in seen.numbers}
             self._seen_at = seen.at
 
-    def parked(self, now: float, *, looked: bool) -> None:
+    def notifications_on(self, now: float, *, polled_since: bool) -> None:
         """Learn that what is under way tells if it enqueues; `looked` says, at all before."""
-        if self._under_way and not looked:
+        if self._under_way and not polled_since:
             self._look_back(min(self._under_way.values()), self._seen_at, now)
         self._under_way.clear()
 
-    def unparked(self, at: datetime) -> None:
+    def notifications_off(self, at: datetime) -> None:
         """Learn until when whatever enqueued told of it."""
         self._seen_at = at
 

@@ -192,7 +192,7 @@ def acquire(
             from wanted w
             where j.id = any (array(select id from granted)) and j.id = w.id
                 and j.exclusive is distinct from w.key
-        ), parked as (
+        ), set_aside as (
             update bgjob_job j
             set exclusive = w.key,
                 waits = true,

@@ -48,14 +48,16 @@ def listen(queue: str) -> Statement[None]:
     return Statement(f"listen {channel(queue)}".encode(), None, nothing)
 
 
-def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> Statement[str]:
+def take_notify_lock(
+    queue: str, *, is_deputy: bool = False, relieve: bool = False
+) -> Statement[str]:
     """Ask every later enqueue to `queue` to notify, before this worker goes to sleep.
 
     This takes the notify lock. An enqueue shares the lock until its transaction ends, and
     notifies if it cannot. Of the workers that cannot take the lock one is the deputy, and
     tries again soon.
 
-    Returns 'parked': this worker holds the lock, and no unseen enqueue is in progress. 'deputy':
+    Returns 'taken': this worker holds the lock, and no unseen enqueue is in progress. 'deputy':
     another worker holds it, and this one is the deputy. 'contended': enqueues are in progress,
     and this one is the deputy. 'covered': another worker is the deputy.
 
@@ -69,12 +71,12 @@ def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> State
     return Statement(
         """
         select answer,
-            case when answer = 'parked' and %(relieve)s then pg_notify(%(channel)s, '') end,
-            case when answer = 'parked' and %(is_deputy)s
+            case when answer = 'taken' and %(relieve)s then pg_notify(%(channel)s, '') end,
+            case when answer = 'taken' and %(is_deputy)s
                 then pg_advisory_unlock(%(deputy)s, %(bucket)s) end
         from (
             select case
-                when pg_try_advisory_lock(%(class)s, %(bucket)s) then 'parked'
+                when pg_try_advisory_lock(%(class)s, %(bucket)s) then 'taken'
                 when not (%(is_deputy)s or pg_try_advisory_lock(%(deputy)s, %(bucket)s))
                     then 'covered'
                 when not pg_try_advisory_lock_shared(%(class)s, %(bucket)s) then 'deputy'
@@ -94,7 +96,7 @@ def park(queue: str, *, is_deputy: bool = False, relieve: bool = False) -> State
     )
 
 
-def unpark(queue: str) -> Statement[None]:
+def release_notify_lock(queue: str) -> Statement[None]:
     """Release the notify lock, and wake the workers that relied on it: one takes it next.
 
     The session holds no other advisory locks than the deputy's. It may hold this one twice: a
