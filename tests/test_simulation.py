@@ -46,7 +46,7 @@ from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Line, Stray, Swept, Taken, UnderWay, Window
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
-from bgjob._engine.watermarks import REST
+from bgjob._engine.watermarks import _LATEST, REST
 from bgjob.job import Job
 from bgjob.mux import _GRANTED
 from bgjob._handlers.route import NeedsKey
@@ -606,6 +606,7 @@ class History:
         self.disturbed_at = self.now
         self.slow_until = self.refused_at = -inf
         self.sweep_cost = self.longest_cost = 0.0
+        self.pass_cost = self.longest_pass = 0.0  # of the parts of a sweep, together
         self.known_at: dict[int, float] = {}  # the priorities, as the engine knows of them
         self.clock_stepped = False
         self.idle_turns = 0
@@ -976,6 +977,10 @@ class History:
                 if isinstance(exchange.claim, Sweep):
                     self.sweep_cost = self.now - began
                     self.longest_cost = max(self.longest_cost, self.sweep_cost)
+                    window = exchange.claim.window
+                    begins = window is None or window.until == _LATEST
+                    self.pass_cost = self.sweep_cost + (0.0 if begins else self.pass_cost)
+                    self.longest_pass = max(self.longest_pass, self.pass_cost)
                     known = self.calm and self.engine._marks.known
                     self.long_sweeps += known and self.sweep_cost > 0.25
                     often = self.long_sweeps > 6 + (self.now - self.began) / 30
@@ -1303,7 +1308,7 @@ class History:
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
-        patience = max(self.poll_interval, REST * self.longest_cost) + self.longest_cost + 0.2
+        patience = max(self.poll_interval, REST * self.longest_pass) + self.longest_pass + 0.2
         if self.sweeps_take:  # they go in parts
             patience = 1.5 * patience + self.poll_interval + 1.0
         if self.refused_at > self.now - 4 * patience:
@@ -1347,8 +1352,8 @@ class History:
         What was claimed without an answer is noticed as well: no handler has entered it.
         """
         # One sweep may be full of earlier jobs; then the next one comes after another rest.
-        patience = max(self.poll_interval, (1 + (self.sweeps_take > 0)) * REST * self.longest_cost)
-        patience += self.longest_cost + self.poll_interval + 0.1
+        patience = max(self.poll_interval, (1 + (self.sweeps_take > 0)) * REST * self.longest_pass)
+        patience += self.longest_pass + self.poll_interval + 0.1
         since = max(self.disturbed_at, self.slow_until, self.refused_at + 4 * patience)
         now = self.db_now
         for row in self.table.rows.values():
