@@ -693,9 +693,9 @@ def test_a_large_payload_that_cannot_be_fetched_costs_no_attempt(world: World) -
 def test_a_large_payload_over_a_slow_network_arrives_and_holds_up_no_other(
     world: World, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(WORKER_SETTINGS, "statement_timeout", "500ms")
+    monkeypatch.setitem(WORKER_SETTINGS, "statement_timeout", "1500ms")
     name = world.value("select current_database()")
-    world.query(f"alter database {name} set statement_timeout = '500ms'")
+    world.query(f"alter database {name} set statement_timeout = '1500ms'")
     sizes: dict[str, int] = {}
 
     def plain(job: Job) -> None:
@@ -715,7 +715,7 @@ def test_a_large_payload_over_a_slow_network_arrives_and_holds_up_no_other(
             [EnqueueRequest("q", "t", b"small", id=f"{n}") for n in range(50)], conn=conn
         )
     with Proxy(world.dsn) as proxy:
-        proxy.rate = 3_000_000.0
+        proxy.rate = 1_500_000.0
         worker = world.worker(
             mux, is_async=is_async, dsn=proxy.dsn(world.dsn), concurrency=2, lease=1.0
         )
