@@ -62,6 +62,16 @@ from bgjob._running.transaction import (
     unblocking,
 )
 from bgjob._sql import claims, enqueues, keys, pauses, views
+from bgjob._sql.execute import (
+    read,
+    read_all,
+    read_all_async,
+    read_async,
+    send,
+    send_all,
+    send_all_async,
+    send_async,
+)
 from bgjob._sql.session import session
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
@@ -519,14 +529,12 @@ class Client:
             with connection.pipeline(), connection.transaction():
                 # Each statement is to see what others did before the lock was had.
                 connection.execute("set transaction isolation level read committed")
-                cursors = [_ask(connection, statement) for statement in statements]
-            answers = zip(statements, cursors, strict=True)
-            return [s.parse(c.fetchall()) for s, c in answers]
+                cursors = send_all(connection, statements)
+            return read_all(cursors, statements)
 
 
 def _configure(connection: psycopg.Connection[Any]) -> None:
-    statement = session(connection.info.backend_pid)
-    cursor = Cursor(connection).execute(statement.text, statement.params, prepare=False)
+    cursor = send(Cursor(connection), session(connection.info.backend_pid))
     if not cursor.rowcount:  # a pooler may use another session for each transaction
         connection.prepare_threshold = None
 
@@ -556,16 +564,10 @@ def _execute(
     else:
         cursor = Cursor(connection)
     try:
-        cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
+        send(cursor, statement)
     except UNENCODABLE as error:
         raise unencodable(connection, (statement.params or {}).values(), error) from error
-    return statement.parse(cursor.fetchall())
-
-
-def _ask(connection: psycopg.Connection[Any], statement: Statement[Any]) -> Cursor:
-    return Cursor(connection).execute(
-        statement.text, statement.params, binary=True, prepare=statement.prepare
-    )
+    return read(cursor, statement)
 
 
 class AsyncClient:
@@ -926,15 +928,12 @@ class AsyncClient:
             async with connection.pipeline(), connection.transaction():
                 # Each statement is to see what others did before the lock was had.
                 await connection.execute("set transaction isolation level read committed")
-                cursors = [await _ask_async(connection, statement) for statement in statements]
-            answers = zip(statements, cursors, strict=True)
-            return [s.parse(await c.fetchall()) for s, c in answers]
+                cursors = await send_all_async(connection, statements)
+            return await read_all_async(cursors, statements)
 
 
 async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
-    statement = session(connection.info.backend_pid)
-    cursor = AsyncCursor(connection)
-    await cursor.execute(statement.text, statement.params, prepare=False)
+    cursor = await send_async(AsyncCursor(connection), session(connection.info.backend_pid))
     if not cursor.rowcount:
         connection.prepare_threshold = None
 
@@ -963,20 +962,10 @@ async def _execute_async(
     else:
         cursor = AsyncCursor(connection)
     try:
-        await cursor.execute(
-            statement.text, statement.params, binary=True, prepare=statement.prepare
-        )
+        await send_async(cursor, statement)
     except UNENCODABLE as error:
         raise unencodable(connection, (statement.params or {}).values(), error) from error
-    return statement.parse(await cursor.fetchall())
-
-
-async def _ask_async(
-    connection: psycopg.AsyncConnection[Any], statement: Statement[Any]
-) -> AsyncCursor:
-    return await AsyncCursor(connection).execute(
-        statement.text, statement.params, binary=True, prepare=statement.prepare
-    )
+    return await read_async(cursor, statement)
 
 
 # -- shared by Client and AsyncClient -----------------------------------------------

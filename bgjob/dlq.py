@@ -10,8 +10,8 @@ from psycopg import AsyncConnection, Connection
 from typing_extensions import Unpack
 
 from bgjob._checks import Duration, seconds
-from bgjob._postgres.connection import Cursor, is_two_phase
-from bgjob._sql import dead, enqueues
+from bgjob._postgres.connection import is_two_phase
+from bgjob._sql import dead, enqueues, execute
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.statement import Statement
 from bgjob.job import DeadJob
@@ -220,10 +220,7 @@ class DlqRetention:
     def run(self, conn: Connection[Any], /) -> float:
         """Delete up to 1,000 dead jobs; return the seconds until the next run."""
         statement = dead.expire(seconds(self.age, "age"), limit=_BATCH)
-        cursor = Cursor(conn).execute(
-            statement.text, statement.params, binary=True, prepare=statement.prepare
-        )
-        full = statement.parse(cursor.fetchall()) == _BATCH
+        full = execute.run(conn, statement) == _BATCH
         return _SOON if full else seconds(self.every, "every")
 
 

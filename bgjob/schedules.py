@@ -12,14 +12,13 @@ from psycopg.pq import TransactionStatus
 
 from bgjob import schema
 from bgjob._checks import Duration, seconds
-from bgjob._postgres.connection import Cursor
 from bgjob._sql import schedules as statements
+from bgjob._sql.execute import run
 from bgjob._sql.statement import Statement
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.schedule import Schedule, State
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 _FIRST_PAUSE = 1.0
 """Seconds before a schedule that failed is tried again; doubles."""
@@ -90,15 +89,15 @@ class Schedules:
         problems: dict[str, Exception] = {}
         schedules = [s for s in self._schedules if self._retry_at.get(s.name, now) <= now]
         if not self._registered:
-            schema.check_lacks(_run(conn, statements.schedule_lacks()))
+            schema.check_lacks(run(conn, statements.schedule_lacks()))
             problems |= _apart(conn, statements.register, [(s.name, s) for s in schedules])
             self._registered = True
         names = [s.name for s in schedules]
-        states = _run(conn, statements.look(names))
+        states = run(conn, statements.look(names))
         missing = [(s.name, s) for s in schedules if s.name not in states.keys() | problems.keys()]
         if missing:  # a schedule in use was removed
             problems |= _apart(conn, statements.register, missing)
-            states |= _run(conn, statements.look([name for name, _ in missing]))
+            states |= run(conn, statements.look([name for name, _ in missing]))
         firings, waits = [], [self._poll_interval]
         for schedule in schedules:
             state = states.get(schedule.name)
@@ -166,7 +165,7 @@ def _apart(
     An error that does not concern an item is raised.
     """
     try:
-        _run(conn, make([item for _, item in items]))
+        run(conn, make([item for _, item in items]))
     except _OF_NONE:
         raise
     except Exception as error:
@@ -177,10 +176,3 @@ def _apart(
         half = len(items) // 2
         return _apart(conn, make, items[:half]) | _apart(conn, make, items[half:])
     return {}
-
-
-def _run(conn: psycopg.Connection[Any], statement: Statement[U]) -> U:
-    cursor = Cursor(conn).execute(
-        statement.text, statement.params, binary=True, prepare=statement.prepare
-    )
-    return statement.parse(cursor.fetchall() if cursor.description else [])

@@ -1,10 +1,12 @@
 """Each hot statement keeps its plan, its fence and its promise, whatever the statistics say."""
 
+import ast
 import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import psycopg
@@ -12,6 +14,7 @@ import pytest
 from support.plans import PLAN_CACHE_MODES, buffers, prepare, run
 from support.statements import LONG_AGO, ask
 
+import bgjob
 from bgjob import EnqueueRequest, Job
 from bgjob._engine.protocol import Notice
 from bgjob._engine.watermarks import Watermarks
@@ -898,3 +901,15 @@ def test_a_full_sweep_claims_nothing_for_other_priorities() -> None:
     marks = Watermarks(poll_interval=1.0)
     marks.swept([Line(3, LONG_AGO, None, has_suspects=False)], None, full=True, began=0.0, now=0.0)
     assert marks.start(0.0)[3] < LONG_AGO
+
+
+def test_statements_are_sent_in_one_place() -> None:
+    package = Path(bgjob.__file__).parent
+    senders = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "text"
+        if isinstance(node.value, ast.Name) and node.value.id == "statement"
+    }
+    assert senders == {"_sql/execute.py"}

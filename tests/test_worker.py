@@ -49,7 +49,7 @@ from bgjob._worker import slots
 from bgjob._worker.session import Waker, Session
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
-from bgjob.testing._source import ask
+from bgjob._sql.execute import run as ask
 
 # -- results ----------------------------------------------------------------------------
 

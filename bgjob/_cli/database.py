@@ -3,16 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from bgjob import schema
-from bgjob._postgres.connection import Connection, Cursor, check_conninfo, options
+from bgjob._postgres.connection import Connection, check_conninfo, options
+from bgjob._sql.execute import run
 from bgjob._sql.session import schema_comment
-from bgjob._sql.statement import Statement
 from bgjob.client import Client
 from bgjob.errors import BgjobError
-
-T = TypeVar("T")
 
 VARIABLE = "BGJOB_DSN"
 
@@ -57,13 +54,6 @@ def connect(dsn: str) -> Connection:
     return conn
 
 
-def ask(conn: Connection, statement: Statement[T]) -> T:
-    """Execute a statement and return its result."""
-    return statement.parse(
-        Cursor(conn).execute(statement.text, statement.params, binary=True).fetchall()
-    )
-
-
 @contextmanager
 def opened(dsn: str) -> Iterator[Client]:
     """Yield a client.
@@ -74,6 +64,6 @@ def opened(dsn: str) -> Iterator[Client]:
 
     """
     with connect(dsn) as conn:
-        schema.check_version(ask(conn, schema_comment()))
+        schema.check_version(run(conn, schema_comment()))
     with Client(dsn) as client:
         yield client

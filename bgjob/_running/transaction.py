@@ -40,6 +40,16 @@ from bgjob._postgres.connection import (
     server_codec,
 )
 from bgjob._postgres.fork import ForkGuard
+from bgjob._sql.execute import (
+    read,
+    read_all,
+    read_all_async,
+    read_async,
+    send,
+    send_all,
+    send_all_async,
+    send_async,
+)
 from bgjob._sql.settlements import (
     COMMIT,
     DEALLOCATE,
@@ -370,10 +380,9 @@ class Transactions:
                         for text in _FETCH:
                             Cursor(connection).execute(text, prepare=False)
                         statement = payload(claimed)
-                        cursor = Cursor(connection)
-                        cursor.execute(statement.text, statement.params, binary=True, prepare=False)
+                        cursor = send(Cursor(connection), statement)
                         Cursor(connection).execute(b"commit", prepare=False)
-                        found = statement.parse(cursor.fetchall())
+                        found = read(cursor, statement)
                 except BaseException as error:
                     connection.close()
                     if kept is None or not isinstance(error, psycopg.Error):
@@ -399,12 +408,9 @@ class Transactions:
                         for text in _FETCH:
                             await AsyncCursor(connection).execute(text, prepare=False)
                         statement = payload(claimed)
-                        cursor = AsyncCursor(connection)
-                        await cursor.execute(
-                            statement.text, statement.params, binary=True, prepare=False
-                        )
+                        cursor = await send_async(AsyncCursor(connection), statement)
                         await AsyncCursor(connection).execute(b"commit", prepare=False)
-                        found = statement.parse(await cursor.fetchall())
+                        found = await read_async(cursor, statement)
                 except BaseException as error:
                     await connection.close()
                     if kept is None or not isinstance(error, psycopg.Error):
@@ -529,15 +535,7 @@ class Transactions:
                     return None
                 with connection.pipeline() as pipeline:
                     _end_with_sync(pipeline)
-                    cursors = [Cursor(connection) for _ in statements]
-                    for cursor, statement in zip(cursors, statements, strict=True):
-                        cursor.execute(
-                            statement.text,
-                            statement.params,
-                            binary=True,
-                            prepare=statement.prepare,
-                        )
-                    return [s.parse(c.fetchall()) for s, c in zip(statements, cursors, strict=True)]
+                    return read_all(send_all(connection, statements), statements)
             case _End.COMMIT:
                 Cursor(connection).execute(self._commit, prepare=False)
             case _End.ROLLBACK:
@@ -592,18 +590,8 @@ class Transactions:
                     return None
                 async with connection.pipeline() as pipeline:
                     _end_with_sync(pipeline)
-                    cursors = [AsyncCursor(connection) for _ in statements]
-                    for cursor, statement in zip(cursors, statements, strict=True):
-                        await cursor.execute(
-                            statement.text,
-                            statement.params,
-                            binary=True,
-                            prepare=statement.prepare,
-                        )
-                    return [
-                        s.parse(await c.fetchall())
-                        for s, c in zip(statements, cursors, strict=True)
-                    ]
+                    cursors = await send_all_async(connection, statements)
+                    return await read_all_async(cursors, statements)
             case _End.COMMIT:
                 await AsyncCursor(connection).execute(self._commit, prepare=False)
             case _End.ROLLBACK:

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import select
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from math import ceil, inf
 from time import monotonic
@@ -23,6 +23,7 @@ from bgjob import schema
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply
 from bgjob._postgres.connection import ConnectionParameters, Cursor, Silence, options
 from bgjob._sql.claims import next_due, try_claim
+from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
 from bgjob._sql.session import (
     SERVICE_SETTINGS,
@@ -216,14 +217,14 @@ class Answer:
     def ask(self, plan: Plan) -> None:
         """Send statements, each for its part of the Reply."""
         for statement, part in plan:
-            cursor = self._cursor()
+            cursor = self.cursor()
             with _refusing():
-                cursor.execute(statement.text, statement.params, binary=True)
+                send(cursor, statement, keeps_plans=True)
             self._asked.append((statement, part, cursor))
 
-    def say(self, text: LiteralString | bytes, params: Mapping[str, object] | None = None) -> None:
+    def say(self, text: LiteralString | bytes) -> None:
         """Send a word of which nothing is read, but that it was answered."""
-        self._cursor().execute(text, params)
+        self.cursor().execute(text)
 
     def wait(self) -> None:
         """Wait until the last that was sent is answered."""
@@ -263,7 +264,8 @@ class Answer:
                 self.unread.append(Unread(place, token, id_, problem))
         return rows
 
-    def _cursor(self) -> Cursor:
+    def cursor(self) -> Cursor:
+        """Make a cursor whose answer `wait` and `read` wait for."""
         cursor = self._spare.pop() if self._spare else Cursor(self._connection)
         self._used.append(cursor)
         return cursor
@@ -509,8 +511,7 @@ class Session:
         answer = self._answer()
         answer.say("begin isolation level read committed")
         if not self.is_direct:
-            settings = transaction()
-            answer.say(settings.text, settings.params)
+            send(answer.cursor(), transaction())
         answer.ask(plan)
         answer.say("commit")
         return answer
@@ -586,10 +587,7 @@ class Session:
             connection.close()
 
     def _run(self, connection: _Connection, statement: Statement[Any]) -> Any:
-        cursor = Cursor(connection).execute(
-            statement.text, statement.params, binary=True, prepare=statement.prepare
-        )
-        return statement.parse(cursor.fetchall() if cursor.description else [])
+        return run(connection, statement)
 
     def _notice(self, notice: psycopg.Notify) -> None:
         self._hear(notice.pid, notice.payload)

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import orjson
 
 from bgjob._checks import Duration, seconds
+from bgjob._sql.execute import run, run_async
 from bgjob._sql.views import live_jobs
 from bgjob.event import Event
 from bgjob.job import EnqueueRequest, Job
 from bgjob.testing._draining import Ran, adrain, drain
-from bgjob.testing._source import AsyncSource, Source, ask, ask_async, connected, connected_async
+from bgjob.testing._source import AsyncSource, Source, connected, connected_async
 
 __all__ = [
     "Ran",
@@ -132,7 +133,7 @@ def assert_enqueued(
     """
     __tracebackhide__ = True
     with connected(source) as (conn, _):
-        jobs = ask(conn, live_jobs())
+        jobs = run(conn, live_jobs())
     return _asserted(jobs, _Wanted(type, queue, id, arg), count)
 
 
@@ -161,7 +162,7 @@ async def aassert_enqueued(
     """Assert that jobs are enqueued. Async variant of assert_enqueued."""
     __tracebackhide__ = True
     async with connected_async(source) as (conn, _):
-        jobs = await ask_async(conn, live_jobs())
+        jobs = await run_async(conn, live_jobs())
     return _asserted(jobs, _Wanted(type, queue, id, arg), count)
 
 

@@ -33,6 +33,7 @@ from bgjob._running.transaction import (
     settlement,
 )
 from bgjob._sql.claims import claim_now
+from bgjob._sql.execute import run, run_async
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob._sql.views import let_pass
@@ -40,7 +41,7 @@ from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
-from bgjob.testing._source import AsyncSource, Source, ask, ask_async, connected, connected_async
+from bgjob.testing._source import AsyncSource, Source, connected, connected_async
 
 OnError = Literal["raise", "store"]
 
@@ -156,7 +157,7 @@ def drain(
                             _run, step, conn, connection_parameters, runner
                         )
                     else:
-                        answer = ask(conn, step)
+                        answer = run(conn, step)
                 except BaseException as error:
                     step = steps.throw(error)
                 else:
@@ -200,7 +201,7 @@ async def adrain(
                                 _run_async(step, conn, connection_parameters)
                             )
                         else:
-                            answer = await ask_async(conn, step)
+                            answer = await run_async(conn, step)
                     except BaseException as error:
                         step = steps.throw(error)
                     else:
@@ -363,7 +364,7 @@ def _run(
             result = route.judge(job, returned)
             if ended or not _commits(returned):
                 raise psycopg.Rollback
-            answers = [ask(conn, statement) for statement in settlement(claimed, result)]
+            answers = [run(conn, statement) for statement in settlement(claimed, result)]
             if answers[0]:
                 return Committed(result)
             fenced = True
@@ -404,7 +405,7 @@ async def _run_async(
             result = route.judge(job, returned)
             if ended or not _commits(returned):
                 raise psycopg.Rollback
-            answers = [await ask_async(conn, s) for s in settlement(claimed, result)]
+            answers = [await run_async(conn, s) for s in settlement(claimed, result)]
             if answers[0]:
                 return Committed(result)
             fenced = True

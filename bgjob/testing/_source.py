@@ -2,22 +2,13 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import AsyncConnection, Connection
 
-from bgjob._postgres.connection import (
-    AsyncCursor,
-    ConnectionParameters,
-    Cursor,
-    check_conninfo,
-    options,
-)
-from bgjob._sql.statement import Statement
+from bgjob._postgres.connection import ConnectionParameters, check_conninfo, options
 from bgjob.client import AsyncClient, Client
-
-T = TypeVar("T")
 
 Source: TypeAlias = Client | str | Connection[Any]
 """Where the queue is: a client, a connection string, or the test's own connection."""
@@ -45,13 +36,6 @@ def connected(source: Source) -> Iterator[tuple[Connection[Any], ConnectionParam
         yield conn, connection_parameters
 
 
-def ask(conn: Connection[Any], statement: Statement[T]) -> T:
-    """Run a statement, whatever factories the connection has."""
-    cursor = Cursor(conn)
-    cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
-    return statement.parse(cursor.fetchall())
-
-
 @asynccontextmanager
 async def connected_async(
     source: AsyncSource,
@@ -71,11 +55,4 @@ async def connected_async(
     )
     arguments = {**options(connection_parameters), "autocommit": True}
     async with await AsyncConnection.connect(**arguments) as conn:
-        yield conn, connection_parameters
-
-
-async def ask_async(conn: AsyncConnection[Any], statement: Statement[T]) -> T:
-    """Run a statement. Async variant of ask."""
-    cursor = AsyncCursor(conn)
-    await cursor.execute(statement.text, statement.params, binary=True, prepare=statement.prepare)
-    return statement.parse(await cursor.fetchall())
+from bgjob._postgres.connection import ConnectionParameters, check_conninfo, options

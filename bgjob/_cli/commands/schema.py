@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from bgjob import schema
 from bgjob._cli import arguments, database, table
+from bgjob._sql import execute
 from bgjob._sql.session import schema_comment
 from bgjob.errors import SchemaError
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     with database.connect(database.find(args.dsn)) as conn:
-        comment = database.ask(conn, schema_comment())
+        comment = execute.run(conn, schema_comment())
     version, _ = schema.versions(comment) or (None, None)
     found = {
         "version": version,
