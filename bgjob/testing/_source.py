@@ -55,4 +55,4 @@ async def connected_async(
     )
     arguments = {**options(connection_parameters), "autocommit": True}
     async with await AsyncConnection.connect(**arguments) as conn:
-from bgjob._postgres.connection import ConnectionParameters, check_conninfo, options
+        yield conn, connection_parameters
