@@ -13,13 +13,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from support.documents import ROOT
 from support.nursery import fork
+from support.waiting import PATIENCE
 
 from bgjob import Client, EnqueueRequest, cli
-
-ROOT = Path(__file__).parents[1]
-PATIENCE = 25.0
-"""Seconds after which a test that waits has failed; what hangs in these tests does so for longer."""
 
 LATE = 2.0
 """Seconds after the grace period in which a process has to exit."""

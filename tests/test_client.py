@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +21,9 @@ from psycopg.conninfo import make_conninfo
 from psycopg.errors import FeatureNotSupported, SyntaxError
 from psycopg.rows import dict_row
 from support.clients import HOSTILE, Blocking, Colour, bury
+from support.database import clock, count, row, rows
+from support.jobs import requests
+from support.waiting import eventually
 
 from bgjob import (
     AsyncClient,
@@ -47,34 +49,6 @@ from bgjob import (
 )
 from bgjob._sql import enqueues
 from bgjob.schema import init_sql
-
-
-def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
-    return conn.execute(query, params).fetchall()
-
-
-def row(conn: psycopg.Connection, query: LiteralString, *params: object) -> tuple[Any, ...]:
-    [only] = rows(conn, query, *params)
-    return only
-
-
-def count(conn: psycopg.Connection) -> int:
-    return int(row(conn, "select count(*) from bgjob_job")[0])
-
-
-def clock(conn: psycopg.Connection) -> datetime:
-    now = row(conn, "select clock_timestamp()")[0]
-    assert isinstance(now, datetime)
-    return now
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def sessions(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
@@ -105,10 +79,6 @@ def both(*calls: Callable[[], Any], conn: psycopg.Connection, then: Callable[[],
             )
         then()
         return [future.result() for future in futures]
-
-
-def requests(*ids: str, **options: Any) -> list[EnqueueRequest]:
-    return [EnqueueRequest("q", "t", id=id_, **options) for id_ in ids]
 
 
 def returning(result: Any) -> Mux:

@@ -17,15 +17,12 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
+from support.documents import ROOT
+from support.waiting import PATIENCE
 
 from bgjob import Client, EnqueueRequest, Schedule, Schedules, cli, schema
-from bgjob._cli import database
-from bgjob._cli import progress
-from bgjob._cli import table
+from bgjob._cli import database, progress, table
 from bgjob._cli.commands import dlq
-
-ROOT = Path(__file__).parents[1]
-PATIENCE = 20.0
 
 Run = Callable[..., tuple[int, str, str]]
 

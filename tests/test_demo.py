@@ -15,11 +15,11 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
+from support.documents import ROOT
 
 from bgjob import Client, EnqueueRequest, cli
 from bgjob._cli import demo
 
-ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "bgjob", "demo"]
 
 

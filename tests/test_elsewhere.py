@@ -142,13 +142,6 @@ def dsn(elsewhere: tuple[EmbeddedServer, Proxy]) -> Iterator[str]:
         )
 
 
-@pytest.fixture(params=[False, True], ids=["sync", "async"])
-def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
-    crew = Crew(dsn, is_async=request.param)
-    yield crew
-    crew.close()
-
-
 @pytest.fixture
 def colour(crew: Crew) -> Iterator[Colour]:
     colour = Colour(crew.dsn, is_async=crew.is_async)

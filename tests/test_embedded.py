@@ -9,17 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 import pytest
+from support.documents import ROOT
+from support.waiting import eventually
 
 from bgjob.ext.embedded import EmbeddedServer, EmbeddedServerError
-
-ROOT = Path(__file__).parents[1]
 
 OWNER = """
 import json, os, sys, time
@@ -37,15 +36,6 @@ with EmbeddedServer(bin_dir=bin_dir) as server:
 # Root's Python and this source tree may lie where no other user may go: keep that one right.
 BECOME_ORDINARY = ["setpriv", "--reuid=nobody", "--clear-groups", "--regid=65534"]
 BECOME_ORDINARY += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def execute(server: EmbeddedServer, statement: LiteralString) -> None:

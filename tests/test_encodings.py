@@ -43,15 +43,6 @@ def dsn(databases: Databases, encoding: str) -> Iterator[str]:
         yield dsn
 
 
-@pytest.fixture(params=[False, True], ids=["Worker", "AsyncWorker"])
-def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
-    crew = Crew(dsn, is_async=request.param)
-    try:
-        yield crew
-    finally:
-        crew.close()
-
-
 def errors(client: Client) -> dict[str, str | None]:
     return {dead.id: dead.last_error for dead in client.dlq.list()}
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.documents import ROOT
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "tests" / "examples").glob("*.py"))
 GUIDE = (ROOT / "bgjob" / "docs" / "guide.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")

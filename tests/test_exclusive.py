@@ -14,6 +14,8 @@ from typing import Any, cast
 import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
+from support.database import count
+from support.waiting import NEVER, PATIENCE, eventually
 
 from bgjob import (
     AsyncClient,
@@ -33,28 +35,11 @@ from bgjob import (
 )
 from bgjob._engine.engine import Engine
 from bgjob._engine.protocol import Committed, Exchange, Outcome, Release, Reply, Sleep
+from bgjob._running.transaction import acquisition, conclusion
 from bgjob._sql.claims import Line, Swept, claim_any
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
 from bgjob._sql.settlements import Claimed, complete, give_back
-from bgjob._running.transaction import acquisition, conclusion
 from bgjob.testing import drain
-
-PATIENCE = 20.0
-NEVER = 3600.0
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def count(conn: psycopg.Connection, table: str) -> int:
-    [(number,)] = conn.execute(cast(Any, f"select count(*) from {table}")).fetchall()
-    return int(number)
 
 
 def keyed(key: str | None, id_: str, **options: Any) -> EnqueueRequest:
@@ -445,16 +430,16 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
     assert ran == ["0, attempt 1", "1, attempt 1"]
 
 
-def ask(conn: psycopg.Connection, statements: list[Any]) -> list[Any]:
+def ask_all(conn: psycopg.Connection, statements: list[Any]) -> list[Any]:
     with conn.transaction():
         return [s.parse(conn.execute(s.text, s.params).fetchall()) for s in statements]
 
 
 def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) -> Claimed:
     """Claim a job that has a key, and the key, as a worker that does no more."""
-    [[[job]]] = [ask(conn, [claim_any(queue, lease=lease, token=token)])]
+    [[[job]]] = [ask_all(conn, [claim_any(queue, lease=lease, token=token)])]
     claimed = Claimed(job, token)
-    assert ask(conn, acquisition(claimed))[-1] == {(job.id, 1): True}
+    assert ask_all(conn, acquisition(claimed))[-1] == {(job.id, 1): True}
     return claimed
 
 
@@ -468,7 +453,7 @@ def test_a_key_is_free_when_its_holder_died_in_a_queue_that_has_no_worker_left(
         crew(Mux().register("t", lambda _: None), poll_interval=0.05)
         assert eventually(lambda: count(conn, "bgjob_job where queue = 'q'") == 0)
     # It is fenced off, and a suspect.
-    assert ask(conn, conclusion(dead, Complete()))[0] == []
+    assert ask_all(conn, conclusion(dead, Complete()))[0] == []
     assert conn.execute("select token, deaths from bgjob_job").fetchall() == [(None, 1)]
 
 
@@ -506,7 +491,7 @@ def test_a_job_that_is_given_back_keeps_its_place(dsn: str, conn: psycopg.Connec
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
         first = take(conn, "q", lease=NEVER)
-        assert ask(conn, conclusion(first, Release()))[0] == ["0"]
+        assert ask_all(conn, conclusion(first, Release()))[0] == ["0"]
         for _ in range(3):
             client.do("q", Mux().register("t", lambda job: ran.append(job.id)))
     assert ran == ["0", "1", "2"]
@@ -519,29 +504,29 @@ def test_a_job_that_waits_is_not_woken_before_an_earlier_one_of_its_key(
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
     conn.execute("update bgjob_job set waits = true where id <> '0'")
-    ask(conn, [lock_keys(["k"])])
+    ask_all(conn, [lock_keys(["k"])])
     if earlier == "is claimed":  # and has not asked for its key
         conn.execute("update bgjob_job set token = 1, lease_until = 'infinity' where id = '0'")
-    assert ask(conn, [lock_keys(["k"]), release("q", ["k"])])[-1] == []
+    assert ask_all(conn, [lock_keys(["k"]), release("q", ["k"])])[-1] == []
     assert conn.execute("select id from bgjob_job where waits order by id").fetchall() == [
         ("1",),
         ("2",),
     ]
     conn.execute("delete from bgjob_job where id = '0'")
-    assert len(ask(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
+    assert len(ask_all(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
     assert conn.execute("select id from bgjob_job where waits").fetchall() == [("2",)]
 
 
 def test_a_key_is_locked_until_the_end_of_the_transaction_and_not_written(
     dsn: str, conn: psycopg.Connection
 ) -> None:
-    ask(conn, [lock_keys(["k"])])
+    ask_all(conn, [lock_keys(["k"])])
     [before] = conn.execute("select ctid from bgjob_exclusive").fetchall()
     with psycopg.connect(dsn) as other, conn.transaction():
-        ask(conn, [lock_keys(["k"])])
+        ask_all(conn, [lock_keys(["k"])])
         other.execute("set lock_timeout = '50ms'")
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            ask(other, [lock_keys(["a", "k"])])
+            ask_all(other, [lock_keys(["a", "k"])])
     assert conn.execute("select ctid from bgjob_exclusive").fetchall() == [before]
 
 
@@ -549,10 +534,10 @@ def test_a_key_that_is_deleted_while_it_is_waited_for_is_locked_all_the_same(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     waits = "pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
-    ask(conn, [lock_keys(["k"])])
+    ask_all(conn, [lock_keys(["k"])])
 
     def lock_second() -> None:
-        ask(second, [lock_keys(["k"])])
+        ask_all(second, [lock_keys(["k"])])
         # The transaction of the caller is still open.
 
     with psycopg.connect(dsn) as first, psycopg.connect(dsn) as second:
@@ -565,7 +550,7 @@ def test_a_key_that_is_deleted_while_it_is_waited_for_is_locked_all_the_same(
             thread.join(PATIENCE)
             with psycopg.connect(dsn) as third, pytest.raises(psycopg.errors.LockNotAvailable):
                 third.execute("set lock_timeout = '50ms'")
-                ask(third, [lock_keys(["k"])])
+                ask_all(third, [lock_keys(["k"])])
 
 
 def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
@@ -573,13 +558,13 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
 ) -> None:
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", "0"), keyed("k", "1")])
-    [[[job]]] = [ask(conn, [claim_any("q", lease=NEVER, token=1)])]
+    [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
     conn.execute("set lock_timeout = '50ms'")
     with psycopg.connect(dsn) as other:
         other.execute("select from bgjob_job where id = '0' for update")
-        assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): None}
-    assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): True}
-    assert ask(conn, acquisition(Claimed(job, 2)))[-1] == {}
+        assert ask_all(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): None}
+    assert ask_all(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): True}
+    assert ask_all(conn, acquisition(Claimed(job, 2)))[-1] == {}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -601,7 +586,7 @@ def test_whatever_happens_the_first_job_of_a_key_and_a_queue_goes_first(
             "order by next_run_at, id limit 1",
             [queue],
         ).fetchall()
-        answer = ask(conn, [lock_keys(["k"]), acquire(queue, asking[rest:])])[-1]
+        answer = ask_all(conn, [lock_keys(["k"]), acquire(queue, asking[rest:])])[-1]
         for c in asking[rest:]:
             if answer[c.job.id, c.token]:
                 assert not holding
@@ -614,10 +599,10 @@ def test_whatever_happens_the_first_job_of_a_key_and_a_queue_goes_first(
         event = "complete" if drains else random.choice(["complete", "give back", "delete", "die"])
         match event:
             case "complete":
-                ask(conn, [complete([c])])
+                ask_all(conn, [complete([c])])
                 done += 1
             case "give back":
-                ask(conn, [give_back(c.job.queue, [c], tell=False)])
+                ask_all(conn, [give_back(c.job.queue, [c], tell=False)])
             case "delete":
                 conn.execute("delete from bgjob_job where id = %s", [c.job.id])
                 done += 1
@@ -628,19 +613,19 @@ def test_whatever_happens_the_first_job_of_a_key_and_a_queue_goes_first(
                     [c.job.id],
                 )
                 return
-        ask(conn, [lock_keys(["k"]), release(c.job.queue, ["k"])])
+        ask_all(conn, [lock_keys(["k"]), release(c.job.queue, ["k"])])
 
     def look(queue: str) -> None:
-        keys = ask(conn, [blocked(queue, after="", limit=9)])[0].keys
+        keys = ask_all(conn, [blocked(queue, after="", limit=9)])[0].keys
         if keys:
-            ask(conn, [lock_keys(keys), release(queue, keys)])
+            ask_all(conn, [lock_keys(keys), release(queue, keys)])
 
     def step(*, drains: bool) -> None:
         queue = random.choice("qr")
         look(queue)
         token = next(tokens)
         limit = random.randint(1, 3)
-        for job in ask(conn, [claim_any(queue, lease=NEVER, token=token)])[0][:limit]:
+        for job in ask_all(conn, [claim_any(queue, lease=NEVER, token=token)])[0][:limit]:
             claimed[queue].append(Claimed(job, token))
         if claimed[queue]:
             acquire_some(queue)
@@ -690,9 +675,9 @@ def test_what_a_key_knows_of_a_time_to_come_is_not_believed(
     conn.execute("update bgjob_exclusive set since = now() + interval '1 h'")
     conn.execute("update bgjob_job set waits = id = '1'")
     conn.execute("delete from bgjob_job where id = '0'")
-    [[[job]]] = [ask(conn, [claim_any("q", lease=NEVER, token=1)])]
-    assert ask(conn, acquisition(Claimed(job, 1)))[-1] == {("2", 1): False}
-    assert len(ask(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
+    [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
+    assert ask_all(conn, acquisition(Claimed(job, 1)))[-1] == {("2", 1): False}
+    assert len(ask_all(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
     assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("1",)]
 
 
@@ -708,11 +693,11 @@ def test_a_job_that_is_committed_late_waits_before_those_that_are_due_later(
     conn.execute(
         "update bgjob_job set next_run_at = next_run_at - interval '1 h' where id = 'late'"
     )
-    [[[job]]] = [ask(conn, [claim_any("q", lease=NEVER, token=2)])]
-    assert ask(conn, acquisition(Claimed(job, 2)))[-1] == {("late", 2): False}
+    [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=2)])]
+    assert ask_all(conn, acquisition(Claimed(job, 2)))[-1] == {("late", 2): False}
     if asks_again:  # whoever does not know whether it was granted its key
-        assert ask(conn, acquisition(held))[-1] == {("0", 1): True}
-    assert ask(conn, conclusion(held, Complete()))[0] == ["0"]
+        assert ask_all(conn, acquisition(held))[-1] == {("0", 1): True}
+    assert ask_all(conn, conclusion(held, Complete()))[0] == ["0"]
     assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("late",)]
 
 
@@ -725,7 +710,7 @@ def test_a_key_that_is_released_wakes_the_first_job_of_each_queue(
         client.bulk_enqueue(requests)
     held = take(conn, "q", lease=NEVER)
     conn.execute("update bgjob_job set waits = true where id <> 'q1'")
-    assert ask(conn, conclusion(held, Complete()))[0] == ["q1"]
+    assert ask_all(conn, conclusion(held, Complete()))[0] == ["q1"]
     woken = conn.execute("select id from bgjob_job where not waits order by id").fetchall()
     assert woken == [("a1",), ("q2",), ("r1",), ("s1",)]
 

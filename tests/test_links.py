@@ -5,8 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from support.documents import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "benchmarks", "bgjob", "migration", "tests")
 NAMED = re.compile(r"(?<![\w./-])((?:\.ci|\.github|benchmarks|bgjob|migration|tests)/[\w./-]*\w/?)")
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import psycopg
 import pytest
 from support.database import all_done, row, rows
+from support.jobs import a_job
 from support.waiting import NEVER
 from support.workers import Crew, Recorder
 
@@ -39,8 +40,6 @@ from bgjob._sql.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError
 from bgjob.mux import Middleware, Policy, Route
-
-NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
 both_colours = pytest.mark.parametrize("is_async", [False, True], ids=["plain", "coroutine"])
 
@@ -69,10 +68,6 @@ class Reversed:
 
     def decode(self, data: bytes, /) -> str:
         return data.decode()[::-1]
-
-
-def a_job(type: str = "t", arg: bytes | None = None, *, attempt: int = 1) -> Job:
-    return Job("id", "q", type, arg, attempt, None, 0, NOON, NOON, NOON)
 
 
 def route_of(mux: Mux, type: str = "t") -> Route:

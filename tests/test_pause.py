@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from support.clients import HOSTILE, Colour
 from support.database import clock, count, row, rows, sleeper
+from support.jobs import requests
 from support.statements import LONG_AGO, ask
 from support.waiting import NEVER, eventually
 from support.workers import Crew, Gate, Recorder
@@ -27,10 +28,6 @@ CLAIMS: dict[str, Statement[Any]] = {
     "claim of a group": claim_group("q", limit=9, lease=60, token=1, charge=True),
     "claim of any": claim_any("q", lease=60, token=1),
 }
-
-
-def requests(*ids: str, **options: Any) -> list[EnqueueRequest]:
-    return [EnqueueRequest("q", "t", id=id_, **options) for id_ in ids]
 
 
 # -- what is claimed ------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from conftest import MIGRATION, server_dsn_key
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare, run
+from support.statements import LONG_AGO
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._engine.protocol import MOST_FREED
@@ -57,7 +58,6 @@ BATCH = 500
 
 # -- tables and statistics ------------------------------------------------------------------
 
-LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 MARK = datetime(2021, 1, 1, tzinfo=UTC)
 """Where the next claim of a worker starts; see FILL."""
 

@@ -1,9 +1,9 @@
 """README shows what runs and what was measured."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from support.documents import ROOT
+
 EXAMPLES = ROOT / "tests" / "examples"
 README = (ROOT / "README.md").read_text("utf-8")
 

@@ -23,7 +23,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import InsufficientPrivilege
 from support.clients import HOSTILE as HOSTILE_NAMES
-from support.database import sleeper
+from support.database import rows, sleeper
 from support.documents import DOCS, ROOT, SCRIPT
 from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import Crew, Gate, Recorder
@@ -52,11 +52,6 @@ from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schedule import Firing
-
-
-def rows(conn: psycopg.Connection, query: LiteralString, *params: object) -> list[tuple[Any, ...]]:
-    return conn.execute(query, params).fetchall()
-
 
 # -- privileges ---------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from psycopg import AsyncConnection, Connection
 from psycopg.rows import dict_row
+from support.jobs import a_job
 
 import bgjob
 from bgjob import (
@@ -40,6 +41,7 @@ from bgjob import (
     UnknownTypeError,
     WorkerError,
 )
+from bgjob._sql.claims import _CLAIM_ANY, _CLAIM_NOW
 from bgjob.testing import (
     Ran,
     RecordingObserver,
@@ -50,7 +52,6 @@ from bgjob.testing import (
     assert_not_enqueued,
     drain,
 )
-from bgjob._sql.claims import _CLAIM_ANY, _CLAIM_NOW
 
 Place: TypeAlias = Literal["transaction", "autocommit", "client", "string"]
 """What a test drains: its own connection, in two ways, or what makes connections of its own."""
@@ -806,17 +807,12 @@ def test_a_failure_shows_no_more_than_can_be_read(dsn: str) -> None:
 # -- a recording observer ---------------------------------------------------------------------------
 
 
-def a_job(id_: str) -> Job:
-    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
-    return Job(id_, "q", "t", None, 1, None, 0, noon, noon, noon)
-
-
 def test_a_recording_observer_waits_for_events_of_other_threads() -> None:
     recording = RecordingObserver()
-    expected = [JobCompleted(a_job("b")), JobCompleted(a_job("b"))]
+    expected = [JobCompleted(a_job(id="b")), JobCompleted(a_job(id="b"))]
 
     def tell() -> None:
-        recording(JobCompleted(a_job("a")))
+        recording(JobCompleted(a_job(id="a")))
         for event in expected:
             recording(event)
 
@@ -834,7 +830,7 @@ def test_what_was_heard_is_shown_where_the_event_does_not_come() -> None:
     recording = RecordingObserver()
     with pytest.raises(AssertionError, match="^no 1 JobCompleted within 0 s; nothing was heard$"):
         recording.wait_for(JobCompleted, timeout=0)
-    recording(JobStarted(a_job("a")))
+    recording(JobStarted(a_job(id="a")))
     recording(QueueIsEmpty("mail"))
     recording(WorkerError(OSError("gone")))
     began = time.monotonic()

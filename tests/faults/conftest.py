@@ -47,8 +47,8 @@ def _failed(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def world(request: pytest.FixtureRequest, dsn: str) -> Iterator[World]:
-    """A world on the run's shared server."""
-    world = World(dsn)
+    """A world on the run's shared server; a module's LEASE is the lease of its workers."""
+    world = World(dsn, lease=getattr(request.module, "LEASE", 1.0))
     yield world
     world.close(judge=not _failed(request))
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from support.jobs import requests
 from support.nursery import TESTS
+from support.waiting import NEVER, PATIENCE, eventually
 
 from bgjob import (
     AsyncClient,
@@ -33,19 +35,14 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
-from faults.world import PATIENCE, World, eventually
-
-NEVER = 3600.0
+from faults.world import World
 
 HOST = pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
 COLOUR = pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
 
 
-@pytest.fixture
-def world(world: World) -> World:
-    """A world whose leases no busy host takes away, for what is not about leases."""
-    world.lease = 10.0
-    return world
+LEASE = 10.0
+"""Seconds, of each world here: no busy host takes it away, and this is not about leases."""
 
 
 class Enqueuer:
@@ -576,10 +573,6 @@ def test_26_a_process_that_is_killed_in_an_enormous_call_has_enqueued_nothing(
         bulk.kill()
     assert eventually(lambda: world.value(sessions) == 0)
     world.saw("nothing was written", world.live() == 0)
-
-
-def requests(*ids: str) -> list[EnqueueRequest]:
-    return [EnqueueRequest("q", "t", id=id) for id in ids]
 
 
 @COLOUR

@@ -1,6 +1,5 @@
 """Faults 14, 15 and 18 to 23: what happens to the database, and on the way to it."""
 
-import inspect
 import re
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from support.waiting import PATIENCE, eventually
 
 import bgjob._worker.session
 from bgjob import (
@@ -34,7 +34,7 @@ from bgjob.schema import init_sql
 from faults import oracle
 from faults.app import Event, Handlers, Recorder
 from faults.pooler import Pooler
-from faults.world import PATIENCE, Local, Process, World, eventually
+from faults.world import Local, Process, World
 
 Colour = Literal["thread", "async"]
 Type = Literal["plain", "transactional"]
@@ -775,16 +775,11 @@ def pooled(
     else:
         pool = ConnectionPool(dsn, **settings)
         client = Client(pool, notify=False)
-    answer(world, pool.open())
+    world.answer(pool.open())
     try:
         yield client, pool
     finally:
-        answer(world, pool.close())
-
-
-def answer(world: World, awaitable: Any) -> Any:
-    """What a method of either colour answers."""
-    return world.run(awaitable) if inspect.isawaitable(awaitable) else awaitable
+        world.answer(pool.close())
 
 
 @contextmanager
@@ -802,7 +797,7 @@ def working(world: World, client: Client | AsyncClient, mux: Mux) -> Iterator[Lo
     else:
         local = Local(Worker(client, "q", mux, **options), lambda it: it, heard)
     world.locals.append(local)
-    answer(world, local.worker.run())
+    world.answer(local.worker.run())
     yield local
     oracle.check_claims(world)
     assert local.shutdown()
@@ -864,20 +859,20 @@ def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_asyn
                     ids = [f"{type} {then} {n}" for n in range(4)]
                     arg: dict[str, Any] = {"then": then, "until": 2, "children": 1}
                     requests = [EnqueueRequest("q", type, arg, id=id) for id in ids]
-                    assert answer(world, client.enqueue(requests[0])) == ids[0]
-                    assert answer(world, client.bulk_enqueue(requests[1:3])) == ids[1:3]
+                    assert world.answer(client.enqueue(requests[0])) == ids[0]
+                    assert world.answer(client.bulk_enqueue(requests[1:3])) == ids[1:3]
                     enqueue_in_a_transaction(requests[3])
                     world.acknowledge(*ids, type=type, **arg)
             world.done()
             dead = [f"{type} dlq {n}" for type in ("plain", "transactional") for n in range(4)]
-            assert {job.id for job in answer(world, client.dlq.list())} == set(dead)
+            assert {job.id for job in world.answer(client.dlq.list())} == set(dead)
             for then, event in zip(
                 outcomes, ("completed", "retried", "retried", "rescheduled", "buried"), strict=True
             ):
                 world.witness(worker, event, f"plain {then} 0")
                 world.witness(worker, event, f"transactional {then} 0")
-            assert answer(world, client.dlq.purge("plain dlq 0")) == 1
-            assert answer(world, client.dlq.requeue("plain dlq 1")) == ["plain dlq 1"]
+            assert world.answer(client.dlq.purge("plain dlq 0")) == 1
+            assert world.answer(client.dlq.requeue("plain dlq 1")) == ["plain dlq 1"]
             assert eventually(lambda: world.live() == 0)
             assert not worker.of("error", "lost")
 
@@ -915,7 +910,7 @@ def test_handlers_may_use_the_only_connection_of_the_pool_that_their_worker_was_
         with working(world, client, mux) as worker:
             ids = [f"parent {n}" for n in range(20)]
             for id in ids:
-                answer(world, client.enqueue(EnqueueRequest("q", "parent", id=id)))
+                world.answer(client.enqueue(EnqueueRequest("q", "parent", id=id)))
             world.acknowledge(*ids, type=type)
             world.acknowledge(*[f"{id}/0" for id in ids])
             world.done()
@@ -938,7 +933,7 @@ def refused(world: World, *, is_async: bool, dsn: str | None = None) -> str:
     """What a worker says that does not start."""
     local = world.make(world.mux(is_async=is_async), is_async=is_async, dsn=dsn)
     with pytest.raises(SchemaError) as caught:
-        answer(world, local.worker.run())
+        world.answer(local.worker.run())
     local.shutdown()
     return str(caught.value)
 

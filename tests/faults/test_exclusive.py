@@ -5,8 +5,9 @@ from datetime import datetime
 from typing import Literal
 
 import pytest
+from support.waiting import eventually
 
-from faults.world import Process, World, eventually
+from faults.world import Process, World
 
 Colour = Literal["thread", "async"]
 Type = Literal["plain", "transactional"]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import psycopg
 import pytest
 from psycopg.rows import dict_row
+from support.waiting import NEVER, PATIENCE, eventually
 
 from bgjob import (
     AsyncClient,
@@ -28,25 +29,20 @@ from bgjob import (
     Retry,
 )
 from bgjob._engine.protocol import Exchange, Sweep
-from bgjob._worker.session import Session
 from bgjob._sql.settlements import Claimed, Postponed
-from faults.world import PATIENCE, Local, World, eventually
+from bgjob._worker.session import Session
+from faults.world import Local, World
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
 
-NEVER = 3600.0
-"""A delay that no test lives to see."""
 
 CLOCK = "select extract(epoch from clock_timestamp())::float8"
 
 HOST = pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
 
 
-@pytest.fixture
-def world(world: World) -> World:
-    """A world whose leases no busy host takes away, for what is not about leases."""
-    world.lease = 10.0
-    return world
+LEASE = 10.0
+"""Seconds, of each world here: no busy host takes it away, and this is not about leases."""
 
 
 @dataclass(frozen=True)

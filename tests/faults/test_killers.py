@@ -5,8 +5,9 @@ from math import log2
 from typing import Any
 
 import pytest
+from support.waiting import eventually
 
-from faults.world import Process, World, eventually
+from faults.world import Process, World
 
 AT_ONCE = 3.0
 """Seconds within which a job starts that is due: a second, a poll interval, and a busy host."""

@@ -1,6 +1,5 @@
 """Faults 16, 17 and 31: networks that go silent, connections cut at a commit, hosts that vanish."""
 
-import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +8,14 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
+from support.waiting import PATIENCE, eventually
 
 import bgjob._postgres.connection
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
 from bgjob._sql.notices import LOCK_CLASS
 from faults.proxy import Proxy
-from faults.world import PATIENCE, Process, World, eventually
+from faults.world import Process, World
 
 Colour = Literal["thread", "async"]
 
@@ -43,11 +43,6 @@ def proxy(dsn: str) -> Iterator[Proxy]:
 def other_proxy(dsn: str) -> Iterator[Proxy]:
     with Proxy(dsn) as proxy:
         yield proxy
-
-
-def answer(world: World, awaitable: Any) -> Any:
-    """What a method of either colour answers."""
-    return world.run(awaitable) if inspect.isawaitable(awaitable) else awaitable
 
 
 # -- 16: a network that goes silent -----------------------------------------------------------
@@ -204,7 +199,7 @@ def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_i
 
     def add(name: str, client: Any) -> None:
         clients[name] = client
-        stack.callback(lambda: answer(world, client.close()))
+        stack.callback(lambda: world.answer(client.close()))
         calls[name] = {
             "enqueue": lambda: client.enqueue(job(name)),
             "bulk": lambda: client.bulk_enqueue([job(name)]),
@@ -218,14 +213,14 @@ def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_i
                 add(f"{method} {place} async", AsyncClient(dsn))
         for name, client in clients.items():
             if "open" in name:
-                answer(world, client.enqueue(job(f"{name}: first")))
+                world.answer(client.enqueue(job(f"{name}: first")))
                 world.acknowledge(f"{name}: first")
 
         failures: dict[str, BaseException | None] = dict.fromkeys(calls)
 
         def call(name: str) -> None:
             try:
-                answer(world, calls[name]())
+                world.answer(calls[name]())
             except BaseException as error:
                 failures[name] = error
 
@@ -243,7 +238,7 @@ def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_i
             assert isinstance(failure, psycopg.OperationalError), (name, failure)
             world.saw(f"{name}: {failure}")
         for name in calls:
-            answer(world, calls[name]())
+            world.answer(calls[name]())
             if "list" not in name:
                 world.acknowledge(name)
     assert world.live() == len(world.jobs)
@@ -273,16 +268,16 @@ def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated_while_its_j
 
     def enqueue() -> Any:
         if how == "bulk_enqueue":
-            return answer(world, client.bulk_enqueue([request]))
+            return world.answer(client.bulk_enqueue([request]))
         if how == "enqueue":
-            return answer(world, client.enqueue(request))
+            return world.answer(client.enqueue(request))
         if is_async:
             return world.run(enqueue_in_a_transaction())
         with psycopg.connect(dsn) as conn:
             return client.enqueue(request, conn=conn)
 
     with ExitStack() as stack:
-        stack.callback(lambda: answer(world, client.close()))
+        stack.callback(lambda: world.answer(client.close()))
         cut = trap(proxy, moment, "insert into bgjob_job")
         with pytest.raises(psycopg.OperationalError) as lost:
             enqueue()
@@ -302,7 +297,7 @@ def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated_while_its_j
             with pytest.raises(JobAlreadyExistsError) as taken:
                 enqueue()
             assert taken.value.ids == ("a",)
-            again = answer(world, client.bulk_enqueue([request], on_conflict="skip"))
+            again = world.answer(client.bulk_enqueue([request], on_conflict="skip"))
             assert again == [None]
         else:
             enqueue()

@@ -6,11 +6,12 @@ from typing import Literal
 
 import psycopg
 import pytest
+from support.waiting import eventually
 
 from bgjob import Job, Mux
 from bgjob._sql.keys import blocked
 from bgjob.ext.embedded import EmbeddedServer
-from faults.world import Process, World, eventually
+from faults.world import Process, World
 
 Colour = Literal["thread", "async"]
 

@@ -3,8 +3,9 @@
 from typing import Literal
 
 import pytest
+from support.waiting import eventually
 
-from faults.world import World, eventually
+from faults.world import World
 
 Colour = Literal["thread", "async"]
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
+from support.waiting import PATIENCE, eventually
 
-from bgjob import EnqueueRequest, Job, Mux
+from bgjob import Job, Mux
 from bgjob.mux import Handler
-from faults.world import PATIENCE, Process, World, eventually
+from faults.world import Process, World
 
 Colour = Literal["thread", "async"]
 Type = Literal["plain", "transactional"]

@@ -7,10 +7,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from support.waiting import PATIENCE, eventually
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux, Reschedule, Result, Retry
 from faults.clocks import SHIFTED
-from faults.world import PATIENCE, Process, World, eventually
+from faults.world import Process, World
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
 

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+from support.waiting import eventually
 
 from faults.clocks import SHIFTED
 from faults.scheduling import SCHEDULES
-from faults.world import Process, World, eventually
+from faults.world import Process, World
 
 EVERY_SECOND = {"name": "s", "cron": "* * * * * *", "missed": "all"}
 SECOND = timedelta(seconds=1)

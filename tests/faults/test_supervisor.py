@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from support.waiting import PATIENCE, eventually
 
-from faults.world import PATIENCE, Process, World, eventually
+from faults.world import Process, World
 
 WORKING = (
     "select distinct pid from ledger where kind in ('plain', 'transactional') and job_id = any(%s)"

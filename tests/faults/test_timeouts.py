@@ -14,11 +14,8 @@ each_type = pytest.mark.parametrize("type", ["plain", "transactional"])
 TIMEOUT = 0.5
 
 
-@pytest.fixture
-def world(world: World) -> World:
-    """A world whose leases no busy host takes away: what runs again is owed to its timeout."""
-    world.lease = 10.0
-    return world
+LEASE = 10.0
+"""Seconds, of each world here: no busy host takes it away, and what runs again is owed to its timeout."""
 
 
 def start(world: World, colour: Colour = "thread", concurrency: int = 2) -> Process:

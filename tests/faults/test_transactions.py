@@ -16,6 +16,7 @@ from psycopg.adapt import Loader
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
+from support.waiting import PATIENCE, eventually
 
 from bgjob import (
     AsyncClient,
@@ -34,7 +35,7 @@ from bgjob._sql.settlements import Claimed, begin, end_sessions, session_name
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
 from faults.proxy import Proxy
-from faults.world import PATIENCE, World, eventually
+from faults.world import World
 
 Host = Literal["Worker-plain", "Worker-coroutine", "AsyncWorker-coroutine"]
 hosts = pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import signal
@@ -19,25 +20,13 @@ from typing import Any, Self, TypeVar, cast
 import psycopg
 from psycopg.conninfo import make_conninfo
 from support.nursery import TESTS, Forked, fork
+from support.waiting import PATIENCE, eventually
 
 from bgjob import AsyncClient, AsyncWorker, Client, EnqueueRequest, Mux, Worker
 from faults import oracle
 from faults.app import ENVIRONMENT, LEDGER, Event, Handlers, Recorder, Settings, children_of
 
 T = TypeVar("T")
-
-PATIENCE = 30.0
-"""Seconds after which a test that waits has failed."""
-
-
-def eventually(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
-    """Wait until the condition holds; whether it ever did."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 class Heard:
@@ -523,6 +512,10 @@ class World:
             return await awaitable
 
         return asyncio.run_coroutine_threadsafe(wait(), self._loop).result(2 * PATIENCE)
+
+    def answer(self, answer: Any) -> Any:
+        """What a method of either colour answers."""
+        return self.run(answer) if inspect.isawaitable(answer) else answer
 
     def make(
         self, mux: Mux, *, is_async: bool = False, dsn: str | None = None, **options: Any

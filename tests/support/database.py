@@ -18,8 +18,8 @@ def row(conn: psycopg.Connection, query: LiteralString, *params: object) -> tupl
     return only
 
 
-def count(conn: psycopg.Connection) -> int:
-    return int(row(conn, "select count(*) from bgjob_job")[0])
+def count(conn: psycopg.Connection, table: LiteralString = "bgjob_job") -> int:
+    return int(row(conn, f"select count(*) from {table}")[0])
 
 
 def all_done(conn: psycopg.Connection) -> bool:

@@ -3,18 +3,22 @@
 import time
 from collections.abc import Callable
 
-PATIENCE = 20.0
+PATIENCE = 30.0
 """Seconds after which a test that waits has failed."""
-
 
 NEVER = 3600.0
 """A poll interval that no test lives to see: what happens is not owed to polling."""
 
+_SHORTEST, _LONGEST = 0.005, 0.05
+"""Seconds between two looks: a tenth of the time waited, within these bounds."""
 
-def eventually(condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + timeout
+
+def eventually(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
+    """Wait until the condition holds; whether it ever did."""
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > timeout:
             return False
-        time.sleep(0.01)
+        time.sleep(min(max(waited / 10, _SHORTEST), _LONGEST))
     return True

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, Literal
 
 import pytest
@@ -170,8 +170,5 @@ class Crew:
 @pytest.fixture(params=[False, True], ids=["Worker", "AsyncWorker"])
 def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
     """A crew of either colour; every test that takes it also proves that no thread is left."""
-    crew = Crew(dsn, is_async=request.param)
-    try:
+    with closing(Crew(dsn, is_async=request.param)) as crew:
         yield crew
-    finally:
-        crew.close()
