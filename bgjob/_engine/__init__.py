@@ -1,7 +1,7 @@
-"""What a worker decides: which jobs it claims, extends, settles and gives back, and when.
+"""What a worker decides: which jobs it claims, extends, settles and releases, and when.
 
 Nothing here reads a clock, opens a socket or starts a thread. The control thread of
-`_worker` says what happened and what time it is, and carries out what it is told. So a
+`_worker` reports events with their time, and executes the answers. So a
 simulation can run a worker through thousands of histories against a table in memory, with a
 fault at any point, and check each promise after each turn (`tests/test_simulation.py`).
 
@@ -9,28 +9,28 @@ One turn:
 
     control thread                      engine
     --------------                      ------
-    finish(outcomes), wake(notice)  ->  notes them
+    finish(outcomes), wake(notice)  ->  records them
     step(now)                       ->  Exchange: what to send, as one transaction
-                                        Withdraw: take back what waits for a slot
+                                        Withdraw: take back jobs that wait for a slot
                                         Sleep(until): nothing to do before that time
                                         Stop: it has ended
     sends the exchange to the server
     acknowledge(reply), or          ->  Effects: jobs to run, events to tell
     reject() or disconnect()        ->  the same work comes again, in smaller parts
 
-An exchange carries all there is to do at that time: outcomes to store, jobs to give back,
-leases to extend, keys to ask for and to release, a claim or a sweep, the notify lock.
-`protocol` says in which statements, and in which order.
+An exchange carries all work of that time: outcomes to store, jobs to release, leases to
+extend, keys to acquire and to release, a claim or a sweep, the notify lock. `protocol` defines
+the statements and their order.
 
 The life of a held job
 ======================
 
-A worker holds a job from the answer that brings it until the answer that settles it or
-gives it back. In between it is in one of these states:
+A worker holds a job from the answer that brings it until the answer that settles or releases
+it. In between it is in one of these states:
 
-    state     where it lies               what moves it on
+    state     stored in                   what moves it on
     -------   -------------------------   -------------------------------------------------
-    claimed   `_batches[token]`, in all   settled or given back: gone
+    claimed   `_batches[token]`, in all   settled or released: gone
               states below but the last   the lease was lost to another worker: lost
     wanting   `_wanting`                  its exclusive key is granted: running
                                           another job has the key: it waits in the table,
@@ -38,7 +38,7 @@ gives it back. In between it is in one of these states:
                                           the key's row is locked: wanting; or locked
     running   `_batches` only: it waits   finish(): pending; or gone, where the handler's
               for a slot, or is in one    own transaction has settled it
-                                          withdrawn(): pending, to be given back
+                                          withdrawn(): pending, to be released
                                           abandon(): leaving
     pending   `_pending`                  step() puts it into an exchange: sent
     sent      `_sent`                     acknowledge(): gone
@@ -68,10 +68,10 @@ The vocabulary
                 dead workers held, and says when the next job is due
     flow        jobs go through so fast that the next exchange is planned (`ahead`) while
                 one is under way
-    notify lock the one idle worker of a queue that holds it is notified of new jobs
+    notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
 
 The parts: `engine` decides, and asks `pace` how many jobs may be in flight, `watermarks`
-where to look, `notify_lock` whether to be the one that is notified, and `isolation` whose
-turn it is while suspects are about.
+where to look, `notify_lock` whether to take or release the lock, and `isolation` whether
+suspects or other jobs are next.
 """

@@ -1,37 +1,37 @@
 """The worker's decisions, as a pure state machine.
 
-The engine reads no clock, opens no socket and starts no thread. Whoever drives
-it says what happened and what time it is, and asks for the next step:
+The engine reads no clock, opens no socket and starts no thread. The control thread
+reports what happened and the time, and asks for the next step:
 
     step(now)        what to do: Exchange, Withdraw, Sleep or Stop
-    ahead(now)       while jobs flow: the next exchange, to send when the one under
-                     way is answered and before that is acknowledged
-    acknowledge()    the exchange was committed; gives jobs to run, and events
+    ahead(now)       while jobs flow: the next exchange, to send when the current one is
+                     answered, before that is acknowledged
+    acknowledge()    the exchange was committed; returns jobs to run, and events
     reject()         the server refused the exchange, for a lock or another reason:
-                     nothing of it happened, and the one that was to follow was not sent
-    disconnect()     the connection broke: the exchange happened, or did not
+                     nothing of it happened, and the following one was not sent
+    disconnect()     the connection broke: the exchange may have happened or not
     reconnect()      there is a connection again
-    finish()         handlers ended; gives events
-    give_up()        handlers did not end in time: their transactions must
-    withdrawn()      what a Withdraw took back
+    finish()         handlers ended; returns events
+    give_up()        handlers did not end in time: end their transactions
+    withdrawn()      the jobs that a Withdraw took back
     wake()           a notification came
-    slots            how many there are: some may be lost, and come back
-    shutdown()       claim nothing more, finish, stop
+    slots            their number: some may be lost, and recover
+    shutdown()       stop claiming, finish, stop
     abandon()        do not wait for handlers
 
-Times are seconds of any monotonic clock. It holds to this:
+Times are seconds of any monotonic clock. Its rules:
 
-- Each claimed job is settled or given back once. An outcome is kept until its
-  settlement is acknowledged, and sent again as often as that takes.
-- No more jobs are claimed than free slots and the jobs' quickness justify.
+- Each claimed job is settled or released once. An outcome is kept until its
+  settlement is acknowledged, and sent again as often as needed.
+- No more jobs are claimed than free slots and the jobs' duration justify.
 - A row that another session has locked delays its own settlement only. When an exchange
-  was refused for a lock, the engine asks which of its rows are locked. Those wait apart.
+  was refused for a lock, the engine asks which of its rows are locked. Those are set apart.
 - A lease is extended when a third of it has passed, whether its job runs,
-  waits for a slot, or waits for its settlement to be taken.
+  waits for a slot, or waits for its settlement to be accepted.
 - After an outage that was longer than the lease the worker settles and extends
   before it claims. Its sweeps never free a job that it holds itself.
-- Before a handler is entered there is no attempt: what was claimed by an exchange
-  whose answer was lost is freed by the worker's own sweeps, uncharged.
+- An attempt begins with its handler: jobs that were claimed by an exchange whose
+  answer was lost are freed by the worker's own sweeps, and are charged nothing.
 - Jobs that two workers died with are claimed in groups, until the killer is
   alone; see isolation.py.
 - A job with an exclusive key is handed out once the server has granted the key.
@@ -80,20 +80,20 @@ from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Retry
 
 _MOST = 2000
-"""Jobs in one settlement, and in two claims: one is worked on while the next is fetched."""
+"""Jobs in one settlement, and in two claims: one runs while the next is fetched."""
 
 _PAUSE = 0.05
 """Seconds before a refused exchange is tried again; doubles up to the poll interval."""
 
 _MOMENT = 0.002
-"""Seconds before a sweep that completes a claim which found something."""
+"""Seconds before the sweep that follows a claim which found jobs."""
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
 
 
 _LONG_LOCKED = 5.0
-"""Seconds for which rows wait apart before it is told."""
+"""Seconds for which rows are set apart before the observer is told."""
 
 
 _token = itemgetter(1)
@@ -117,29 +117,29 @@ class _Batch:
     extend_at: float
     jobs: dict[str, Claimed]
     places: Sequence[str]
-    """Where their rows were, if it is known."""
+    """The positions of their rows, if known."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """An exchange under way, or answered and not acknowledged; its outcomes left pending."""
+    """An exchange that was sent and is not acknowledged; its outcomes have left pending."""
 
     exchange: Exchange
     outcomes: list[Outcome]
     at: float
     again: bool
-    """Whether it tries an outcome that was refused alone."""
+    """Whether it repeats an outcome that was refused alone."""
     told: bool
     """Whether its claim answers a notification, or the end of a delay."""
     vague: bool
-    """Whether it may not find all of that."""
+    """Whether it may miss some of these jobs."""
 
 
 class Engine:
     """Decides what a worker does next for one queue."""
 
     bulky = 100
-    """Jobs in a claim from which on it is worth while to send exchanges ahead."""
+    """The least jobs in a claim for which sending exchanges ahead is worth it."""
 
     def __init__(
         self,
@@ -163,37 +163,37 @@ class Engine:
         self._notify_lock = NotifyLock(poll_interval, enabled=notify)
 
         self._batches: dict[int, _Batch] = {}
-        self._lost: set[Claimed] = set()  # another worker's by now, but still in a handler
+        self._lost: set[Claimed] = set()  # another worker may have it, but its handler still runs
         self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
         self._pending: deque[Outcome] = deque()  # finished and not settled, the oldest first
-        self._refused: deque[Outcome] = deque()  # refused alone: they wait apart from the others
+        self._refused: deque[Outcome] = deque()  # refused alone: kept apart from the others
         self._refused_at = inf  # when the first of them is tried again
         self._refused_pause = _PAUSE
-        self._spilled = 0  # of them, how many of the oldest are to be left to their leases
-        # Rows, and keys, that others may have locked; none of them holds a slot.
+        self._spilled = 0  # how many of the oldest refused ones to leave to their leases
+        # Rows and keys that other sessions may have locked; none of these jobs uses a slot.
         self._apart: list[Outcome] = []
         self._apart_wanting: list[Claimed] = []
         self._apart_free: dict[str, None] = {}
         self._apart_at = inf  # when to ask again which of them are locked
         self._apart_pause = _PAUSE
         self._apart_since = inf
-        self._has_probed = False  # none was, and an exchange was refused for a lock all the same
-        self._unsure: set[Claimed] = set()  # their settlement was sent, its answer never came
+        self._has_probed = False  # a probe found no lock, so the refusal had another cause
+        self._unsure: set[Claimed] = set()  # their settlement was sent, its answer was lost
         self._sent: deque[_Sent] = deque()
-        # Claims whose answers were lost, by token, and when their leases end. The server may
-        # carry them out, or show them, only later: it may wait for a synchronous standby.
+        # Claims whose answers were lost, by token, and when their leases end. The server may commit
+        # or show them later: it may wait for a synchronous standby.
         self._unanswered: dict[int, float] = {}
         self._answered_at = -inf
-        self._wanting: deque[Claimed] = deque()  # they have not been granted their keys
+        self._wanting: deque[Claimed] = deque()  # their keys are not granted yet
         self._keys_limit = _MOST // 2
-        self._keys_at = -inf  # when they may ask for them again
+        self._keys_at = -inf  # when to ask for them again
         self._keys_pause = _MOMENT
         self._has_keys = False  # some job has had a key
-        self._free: dict[str, None] = {}  # keys that are to be released, in order
-        self._doomed: list[Claimed] = []  # claims that were given up, whose sessions are to end
-        self._blocked_after = ""  # where to go on looking for such
+        self._free: dict[str, None] = {}  # keys to release, in order
+        self._doomed: list[Claimed] = []  # claims that were given up: end their sessions
+        self._blocked_after = ""  # the key after which the search for blocked keys continues
         self._stopping = self._abandoned = self._withdrew = False
-        self._leaving: list[Claimed] = []  # abandoned, and the server does not know
+        self._leaving: list[Claimed] = []  # abandoned, and the server has not been told
 
         self._marks = Watermarks(poll_interval)
         self._isolation = Isolation()
@@ -201,9 +201,9 @@ class Engine:
         self._idle = False  # the observer knows that the queue is empty
         self._more = True  # the last claim was full: there is more
         self._told = False  # something was enqueued since the last claim
-        self._vague = False  # it may lie behind the marks, or be due later
+        self._vague = False  # it may be behind the marks, or be due later
         self._poll_at = -inf
-        self._due_at = inf  # when the next job that is known of is due
+        self._due_at = inf  # when the next known job is due
 
         self._not_before = -inf
         self._pause = _PAUSE
@@ -235,7 +235,7 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """Jobs that may be in a handler at once; fewer than there were where some do not end."""
+        """How many jobs may be in handlers; fewer than configured if some do not end."""
         return self._pace.slots
 
     @slots.setter
@@ -244,20 +244,20 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """Jobs that may be in flight now: a slot each, and some ahead while they are quick."""
+        """How many jobs may be in flight: one for each slot, and more while they are quick."""
         return self._pace.capacity
 
     @property
     def is_quick(self) -> bool:
-        """Whether jobs have of late been over sooner than a thread wakes up."""
+        """Whether jobs recently ended sooner than a thread wakes up."""
         return self._pace.is_quick
 
     # -- what happened --------------------------------------------------------------
 
     def finish(self, outcomes: Sequence[Outcome]) -> list[Event]:
-        """Handlers ended; the result of a job that was lost meanwhile is dropped.
+        """Record that handlers ended; the results of lost jobs are dropped.
 
-        Gives the events of what their own transactions have settled.
+        Returns the events of jobs that their own transactions have settled.
         """
         if self._names_keys:
             outcomes = [outcome for outcome in outcomes if not self._wants(outcome)]
@@ -298,9 +298,9 @@ class Engine:
         claimed = Claimed(job._replace(exclusive=outcome.result.key), token, is_charged)
         batch = self._batches.get(token)
         if batch is None or job.id not in batch.jobs:
-            return False  # lost: it is dropped with the others
+            return False  # lost: dropped with the others
         batch.jobs[job.id] = claimed
-        batch.places = ()  # its row is written with its key
+        batch.places = ()  # writing the key moves the row
         self._wanting.append(claimed)
         self._has_keys = True
         return True
@@ -310,44 +310,44 @@ class Engine:
         self._doomed += [c for c in claims if c.job.type in self._transactional]
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
-        """Jobs were taken back before they started; they return to the queue."""
+        """Record that jobs were taken back before they started: release them."""
         claimed = [*claimed, *self._wanting]
         self._wanting.clear()
         finished = len(self._pending)
         self.finish([Outcome(c, Release(), None) for c in claimed])
-        # They go first: nothing is claimed before they are back in their places.
+        # They go first: nothing is claimed before they are released.
         self._pending.rotate(len(self._pending) - finished)
 
     def wake(self, notice: Notice) -> None:
-        """Something was enqueued, or nobody else asks to be notified any more."""
+        """Record a notification: jobs were enqueued, or the notify lock was released."""
         known = self._marks.told(notice.since)
         self._look(thoroughly=notice.later or notice.relief or not known)
         if notice.relief:
             self._notify_lock.relieve()
 
     def _look(self, *, thoroughly: bool = True) -> None:
-        """Claim next; then, unless what is to be found is at the marks, sweep soon."""
+        """Claim next; and sweep soon, unless the jobs are at the marks."""
         self._told = True
         self._vague |= thoroughly
 
     def shutdown(self) -> None:
-        """Claim nothing more, give back what has not started, finish, stop."""
+        """Stop claiming, release jobs that have not started, finish the others, stop."""
         self._stopping = True
 
     def abandon(self) -> None:
         """Stop without waiting for handlers; their jobs are left to their leases.
 
-        Each gets its attempt back: the end of a grace period is not its fault.
+        Each gets its attempt back, because the end of a grace period is not its fault.
         """
         if not self._abandoned:
             lost = self._lost
             self._leaving = [claimed for claimed in self.running() if claimed not in lost]
         self._stopping = self._abandoned = True
 
-    # -- what to do -------------------------------------------------------------------
+    # -- the next step ----------------------------------------------------------------
 
     def step(self, now: float) -> Step:
-        """Give the next thing to do; an Exchange must be answered before the next step."""
+        """Return the next step; an Exchange must be answered before the next call."""
         if self._stopping and not self._withdrew:
             self._withdrew = True
             return Withdraw()
@@ -369,7 +369,7 @@ class Engine:
         exchange = Exchange()
         outcomes: list[Outcome] = []
         if self._doomed:
-            # By itself: a server that refuses it must not refuse others' settlements.
+            # Alone: if the server refuses it, it must not refuse settlements.
             exchange.end, self._doomed = self._doomed, []
             return self._send(exchange, outcomes, now)
         if now >= self._apart_at:
@@ -393,8 +393,8 @@ class Engine:
                 case _:
                     self._add_claim(exchange, now)
             if self._careful and exchange:
-                # One kind of work at a time, each in turn, so that trouble with the
-                # one does not stop the others.
+                # One kind of work at a time, each in turn, so that a failing one does not
+                # stop the others.
                 self._turn += turn + 1
                 break
         if self._stopping:
@@ -406,14 +406,14 @@ class Engine:
         return Sleep(self._wake_at(now))
 
     def flows(self, exchange: Exchange) -> bool:
-        """Whether it is worth while to send the next exchange ahead of this one's answer."""
+        """Whether sending the next exchange ahead of this one's answer is worth it."""
         return self._more and exchange.claim is not None and exchange.claim.limit >= self.bulky
 
     def ahead(self, now: float) -> Exchange | None:
-        """Give the next exchange while the last one is under way, or not acknowledged.
+        """Return the next exchange while the last one is not acknowledged.
 
-        It is sent as soon as that is answered, so that the server works while its
-        answer is worked on. None unless jobs flow and nothing else is to do.
+        It is sent as soon as that one is answered, so that the server works while the answer
+        is processed. None unless jobs flow and there is no other work.
         """
         exchange = Exchange()
         outcomes: list[Outcome] = []
@@ -460,7 +460,7 @@ class Engine:
             self._add_places(exchange)
 
     def _add_places(self, exchange: Exchange) -> None:
-        """Add the places of rows whose whole claim is done."""
+        """Add the positions of rows whose whole claim is completed."""
         for token, count in Counter(map(_token, exchange.complete)).items():
             batch = self._batches.get(token)
             if batch is not None and batch.places and count == len(batch.jobs):
@@ -481,7 +481,7 @@ class Engine:
             exchange.acquire = [self._wanting.popleft() for _ in range(count)]
 
     def _add_probe(self, exchange: Exchange) -> None:
-        """Ask which of the rows that wait apart are locked."""
+        """Ask which of the rows that are set apart are locked."""
         exchange.probe = [outcome.claimed for outcome in self._apart]
         wanting = [str(claimed.job.exclusive) for claimed in self._apart_wanting]
         exchange.probe_keys = [*_keys(self._apart), *wanting, *self._apart_free]
@@ -499,11 +499,11 @@ class Engine:
 
     def _add_claim(self, exchange: Exchange, now: float) -> None:
         if self._stopping or exchange.give_back or self._gives_back:
-            return  # what was not started is due before what would be claimed now
+            return  # jobs that did not start are due before those that it would claim
         if not self._careful and any(
             batch.expires <= now and batch.extend_at <= now for batch in self._batches.values()
         ):
-            return  # this exchange settles and extends what another worker may free
+            return  # first settle and extend jobs that another worker may free
         limit = self._claimable
         held_up = self._is_held_up(now)
         is_groups_turn = (
@@ -512,7 +512,7 @@ class Engine:
             and self._isolation.wants_group(now, running=self._running)
         )
         if now >= self._marks.sweep_at and (
-            # What a group without an answer has claimed is freed before the next.
+            # The jobs of a group whose answer was lost are freed before the next group.
             (held_up and (self._unanswered or not is_groups_turn))
             or limit <= 0
             or self._has_more_to_free
@@ -527,9 +527,9 @@ class Engine:
             return
         if not self._wants_claim(now):
             return
-        # While there is more, sweeps come when they are due; after a wait, before
-        # a sleep, or where nothing is known yet, as soon as they can be afforded. What
-        # is told of is nearly always at the mark: it is not to wait for a sweep.
+        # While there are more jobs, sweep when it is due. After a wait, before a sleep,
+        # or without marks, sweep as soon as it can be afforded. A job that was notified
+        # is nearly always at the mark: it must not wait for a sweep.
         marks = self._marks
         at = marks.sweep_at if self._more or self._told else marks.early_sweep_at
         token = next(self._tokens)
@@ -552,12 +552,12 @@ class Engine:
 
     @property
     def _held(self) -> tuple[int, ...]:
-        """Tokens whose jobs no sweep of this worker may free, though their lease has ended."""
+        """Tokens whose jobs no sweep of this worker may free, even after their lease."""
         sent = (sent.exchange.claim.token for sent in self._sent if sent.exchange.claim)
         return *self._batches, *sent
 
     def _watch(self, exchange: Exchange) -> None:
-        if not self._notify_lock.is_held:  # while it is, no enqueue is under way unseen
+        if not self._notify_lock.is_held:  # while it is held, no unseen enqueue is in progress
             exchange.watch = "claims" if self._marks.has_seen else "all"
 
     def _add_parking(self, exchange: Exchange, now: float) -> None:
@@ -567,7 +567,7 @@ class Engine:
             return
         exchange.notify_lock = self._notify_lock.wish(now, free=self._has_room_for_others(now))
         if exchange.notify_lock == "release":
-            exchange.watch = "claims"  # from here on they do not tell
+            exchange.watch = "claims"  # from here on enqueues do not notify
         if exchange.notify_lock == "take":
             exchange.is_deputy = self._notify_lock.is_deputy
             exchange.relieve = self._notify_lock.relieves
@@ -577,8 +577,8 @@ class Engine:
             and self._notify_lock.polls
             and not self._careful
         ):
-            # The look that has to follow travels with it. A sweep's survey shows even
-            # what becomes due between the transaction's beginning and the lock.
+            # The sweep that has to follow is part of the exchange. Its survey shows even the
+            # jobs that become due between the transaction's begin and the lock.
             limit = self._claimable
             if limit > 0 and now >= self._marks.early_sweep_at:
                 self._add_sweep(exchange, limit, next(self._tokens), now)
@@ -613,7 +613,7 @@ class Engine:
         return self._has_free_slot and not self._is_held_up(now)
 
     def _is_held_up(self, now: float) -> bool:
-        """Whether nothing but a group of suspects may be claimed."""
+        """Whether only a group of suspects may be claimed."""
         isolation = self._isolation
         if not isolation.is_needed:
             return False
@@ -641,10 +641,10 @@ class Engine:
             times.append(self._pace.stale_at(self._running))
         return min(times)
 
-    # -- what came of it ----------------------------------------------------------------
+    # -- answers ------------------------------------------------------------------------
 
     def acknowledge(self, reply: Reply, now: float) -> Effects:
-        """Take the answer to an exchange, which was committed."""
+        """Process the answer to an exchange, which was committed."""
         sent, effects = self._answered(), Effects()
         self._pace.exchanged(now - max(sent.at, self._answered_at))
         self._answered_at = now
@@ -655,7 +655,7 @@ class Engine:
         if sent.outcomes:
             self._settle_limit = min(2 * self._settle_limit, _MOST)
             if sent.again:
-                # One that was refused has been taken: the others may be, too.
+                # A refused outcome was accepted: the others may be accepted too.
                 self._pending.extend(self._refused)
                 self._refused.clear()
                 self._refused_at, self._refused_pause, self._settle_limit = inf, _PAUSE, 1
@@ -685,8 +685,8 @@ class Engine:
             if self._notify_lock.is_held:
                 self._marks.notifications_on(now, polled_since=looked and not self._more)
             if not looked and not (was_covered and self._notify_lock.is_covered):
-                self._look()  # what was committed before the lock was taken
-        # Its claim, and its survey, came before the settlements.
+                self._look()  # for jobs that were committed before the lock was taken
+        # Its claim and its survey ran before the settlements.
         self._due_at = min(self._due_at, due_at)
         if not self._idle and self._waits(now):
             self._idle = True
@@ -696,16 +696,16 @@ class Engine:
     def reject(self, now: float, *, for_lock: bool = False, for_data: bool = False) -> bool:
         """Record that the server refused the exchange: nothing of it happened.
 
-        Its outcomes are tried again in smaller parts and after the others, until
-        the one that is refused stands alone. That one waits apart, and keeps
-        neither a slot nor its neighbours.
+        Its outcomes are tried again in smaller parts and after the others, until the one
+        that is refused is alone. That one is kept apart, and uses no slot and delays no
+        other job.
 
-        Where it was refused for a lock, the engine asks which rows are locked. Only they
-        are left apart. Returns False in that case: there is nothing to tell.
+        If it was refused for a lock, the engine asks which rows are locked. Only those are
+        set apart. Returns False in that case: the observer is not told.
 
-        Of outcomes that were refused for their data, such as a foreign key of the user's, and
-        may be for good, only so many are kept: the oldest are left to their leases. Others
-        are all kept, and nothing more is claimed when there are too many.
+        Outcomes that are refused for their data, for example by a user's foreign key, may be
+        refused forever: only so many are kept, and the oldest are left to their leases. Outcomes
+        refused for other reasons are all kept; too many of them stop the claims.
         """
         sent = self._answered()
         while self._sent:
@@ -719,20 +719,20 @@ class Engine:
             return False
         wanting, free = sent.exchange.acquire, self._freed(sent)
         if wanting or free:
-            # As with outcomes: a key that cannot be locked comes to stand alone, and last.
+            # As with outcomes: a key that cannot be locked ends up alone, and last.
             self._keys_limit = max(max(len(wanting), len(free)) // 2, 1)
             self._wanting += wanting
             self._free.update(free)
         self._claim_again(sent)
         claim = sent.exchange.claim
         if claim is not None and claim.looks:
-            self._isolation.others_looked(now)  # the turn of the suspects comes all the same
+            self._isolation.others_looked(now)  # or the suspects would never get their turn
         if isinstance(claim, Sweep):
             self._marks.refused(claim.window, began=sent.at, now=now)
         if claim is not None and claim.limit and not sent.outcomes:
-            # It may have been too much for the server, or for the network in time.
+            # The claim may have been too large for the server or a slow network.
             self._claim_limit = max(claim.limit // 2, 1)
-        if not self._careful:  # refused once more, it is left to its leases
+        if not self._careful:  # refused again, they are left to their leases
             self._leaving += sent.exchange.abandon
         self._careful = _CAREFUL
         if len(sent.outcomes) == 1:
@@ -751,7 +751,7 @@ class Engine:
         return True
 
     def _leave_apart(self, sent: _Sent) -> bool:
-        """Leave apart what an exchange has locked; False if it was nothing."""
+        """Set apart the rows that an exchange locks; False if there are none."""
         wanting, free = sent.exchange.acquire, self._freed(sent)
         self._apart += sent.outcomes
         self._apart_wanting += wanting
@@ -761,7 +761,7 @@ class Engine:
         return bool(sent.outcomes or wanting or free)
 
     def _probed(self, reply: Reply, effects: Effects, now: float) -> None:
-        """Go on with what others have not locked; ask of the rest again, ever more seldom."""
+        """Continue with unlocked rows; ask for the others again, at growing intervals."""
         barred, keys = {*reply.barred}, {*reply.barred_keys}
 
         def is_barred(claimed: Claimed) -> bool:
@@ -773,7 +773,7 @@ class Engine:
         self._apart_wanting = [c for c in self._apart_wanting if c.job.exclusive in keys]
         self._free.update(dict.fromkeys(key for key in self._apart_free if key not in keys))
         self._apart_free = {key: None for key in self._apart_free if key in keys}
-        # One that is refused for a lock now waits for rows that are not the worker's.
+        # If an exchange is refused for a lock now, it waits for rows of other tables.
         self._has_probed = not (barred or keys)
         if self._has_probed:
             self._apart_pause, self._apart_since = _PAUSE, inf
@@ -792,7 +792,7 @@ class Engine:
         self._isolation.resumed(claimed)
 
     def disconnect(self, now: float) -> None:
-        """Take it that the connection is gone; an exchange under way happened, or did not."""
+        """Record that the connection is gone; a sent exchange may have happened or not."""
         while self._sent:
             sent = self._sent.pop()
             self._unsure.update(outcome.claimed for outcome in sent.outcomes)
@@ -822,18 +822,18 @@ class Engine:
             self._look()
 
     def reconnect(self) -> None:
-        """There is a connection again: look at everything."""
+        """Record that there is a connection again: sweep."""
         self._not_before = -inf
         self._marks.sweep_at = -inf
 
     @staticmethod
     def _freed(sent: _Sent) -> dict[str, None]:
-        """Give the keys that it releases beside those of its outcomes."""
+        """Return the keys that it releases in addition to those of its outcomes."""
         return dict.fromkeys(sent.exchange.release[len(_keys(sent.outcomes)) :])
 
     def _answered(self) -> _Sent:
         if not self._sent:
-            raise RuntimeError("no exchange is under way")
+            raise RuntimeError("no exchange was sent")
         return self._sent.popleft()
 
     def _rest(self, now: float) -> None:
@@ -841,11 +841,11 @@ class Engine:
         self._pause = self._longer(self._pause)
 
     def _longer(self, pause: float) -> float:
-        # Never so long that a lease might end meanwhile.
+        # Never so long that a lease could end meanwhile.
         return min(2 * pause, max(_PAUSE, min(self._poll_interval, self._lease / 12)))
 
     def _settled(self, sent: _Sent, reply: Reply, effects: Effects, now: float) -> float:
-        """Tell of what is settled; give the time at which the first of it is due again."""
+        """Report the settled jobs; return when the first of them is due again."""
         settled, due_at, events = reply.settled, inf, effects.events
         outcomes, places = sent.outcomes, sent.exchange.places
         if places and len(settled) < len(outcomes):
@@ -853,7 +853,7 @@ class Engine:
         elif places and not self._unsure:
             batches = [b for t in places if (b := self._batches.get(t)) is not None]
             if len(outcomes) == sum(len(batch.jobs) for batch in batches):
-                # Whole claims, and nothing else: not each job for itself.
+                # Only whole claims: no need to process each job.
                 for token in places:
                     del self._batches[token]
                 events += outcomes
@@ -862,7 +862,7 @@ class Engine:
             claimed, result, took = outcome
             batch = self._drop(claimed)
             if batch is None:
-                continue  # lost while this was under way
+                continue  # lost meanwhile
             if type(result) is Complete and not self._unsure and claimed.job.id in settled:
                 events.append(outcome)  # nearly all go this way
                 continue
@@ -871,8 +871,8 @@ class Engine:
                 self._unsure.discard(claimed)
             commit_unknown = isinstance(result, CommitUnknown)
             if claimed.job.id not in settled:
-                # Where it is not there, but nobody else can have had it, the settlement
-                # whose answer was lost had been committed. Of two such, who knows which?
+                # The job is gone, and no other worker can have had it: the settlement whose
+                # answer was lost had been committed. With two lost answers that is unknown.
                 if unsure == commit_unknown or sent.at >= batch.expires:
                     effects.events.append(LeaseLost(claimed.job))
                     continue
@@ -880,7 +880,7 @@ class Engine:
             elif isinstance(result, CommitUnknown):
                 result = result.otherwise
             if isinstance(result, Release):
-                # It kept its due time, which is behind the marks.
+                # It keeps its due time, which is behind the marks.
                 known = self._marks.told({claimed.job.priority: claimed.job.next_run_at})
                 self._look(thoroughly=not known)
                 continue
@@ -892,7 +892,7 @@ class Engine:
         return due_at
 
     def _found(self, sent: _Sent, settled: set[str]) -> list[Outcome]:
-        """Leave out those that were not at their places: they are sought by their ids next."""
+        """Return the outcomes whose rows were found; settle the others by id next."""
         found: list[Outcome] = []
         astray: list[Outcome] = []
         for outcome in sent.outcomes:
@@ -907,12 +907,12 @@ class Engine:
         return found
 
     def _granted(self, sent: _Sent, reply: Reply, now: float, effects: Effects) -> None:
-        """Hand out the jobs that have their keys; others have gone to wait, or ask again soon."""
+        """Hand out the jobs that were granted their keys; the others wait, or ask again soon."""
         locked: list[Claimed] = []
         for claimed in sent.exchange.acquire:
             batch = self._batches.get(claimed.token)
             if batch is None or claimed.job.id not in batch.jobs:
-                self._running -= 1  # lost while this was under way
+                self._running -= 1  # lost meanwhile
                 self._isolation.ended([claimed])
                 self._lost.discard(claimed)
                 continue
@@ -939,7 +939,7 @@ class Engine:
             self.wake(Notice(since))
 
     def _drop(self, claimed: Claimed) -> _Batch | None:
-        """Let a claim go; give its batch, or None if it is gone already."""
+        """Remove a claim; return its batch, or None if it is gone already."""
         batch = self._batches.get(claimed.token)
         if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
             return None
@@ -952,18 +952,18 @@ class Engine:
         for claimed in sent.exchange.extend:
             batch = self._batches.get(claimed.token)
             if batch is None or claimed.job.id not in batch.jobs:
-                continue  # its own transaction has settled it meanwhile
+                continue  # its own transaction settled it meanwhile
             batch.extend_at = sent.at + self._lease / 3
             batch.places = ()
             if claimed.job.id in reply.extended:
                 batch.expires = sent.at + self._lease
             elif claimed not in self._unsure and claimed.job.type not in self._transactional:
-                lost.append(claimed)  # the transaction of others tells by itself
+                lost.append(claimed)  # a transactional job's own transaction notices
         if lost:
             self._lose(lost, effects)
 
     def _lose(self, claims: list[Claimed], effects: Effects) -> None:
-        """Give up claims that others have: drop their outcomes, those to come as well."""
+        """Give up claims that other workers may have: drop their present and later outcomes."""
         lost = set(claims)
         sent = [outcome for sent in self._sent for outcome in sent.outcomes]
         waiting = [*self._pending, *self._refused, *self._apart]
@@ -976,17 +976,17 @@ class Engine:
         if not self._refused:
             self._refused_at = inf
         self._unsure -= lost
-        wanting = lost & set(self._wanting)  # no handler has them
+        wanting = lost & set(self._wanting)  # they are in no handler
         if wanting:
             self._wanting = deque(c for c in self._wanting if c not in wanting)
             self._running -= len(wanting)
             self._isolation.ended(wanting)
         self._lost |= lost - finished - wanting - apart
         if lost - finished:
-            self._pace.hurry_back()  # those that have not started must not start now
+            self._pace.hurry_back()  # lost jobs that have not started must not start now
         for claimed in claims:
             if (batch := self._drop(claimed)) is not None:
-                batch.places = ()  # an outcome under way may count for one that it has no more
+                batch.places = ()  # a sent outcome may be of a job that the batch no longer has
             effects.events.append(LeaseLost(claimed.job))
 
     def _waits(self, now: float) -> bool:
@@ -1038,11 +1038,11 @@ class Engine:
                 self._marks.answered()
                 self._looked(jobs, now, starts, full=len(jobs) + reply.unread == limit)
                 if sent.vague and not self._more:
-                    # What was told of may lie behind the marks, or have a priority that is
-                    # not known yet, and when the next job is due only a sweep finds out.
+                    # The notified job may be behind the marks, or have an unknown priority, and
+                    # only a sweep finds out when the next job is due.
                     self._due_at = inf
-                    # Not at once: the thread that was woken for a job wants the interpreter,
-                    # and its settlement may travel with the sweep.
+                    # Not immediately: the thread that was woken for a job needs the interpreter,
+                    # and its settlement may be part of the sweep's exchange.
                     soon = max(self._marks.early_sweep_at, now + _MOMENT if jobs else now)
                     self._marks.sweep_at = min(self._marks.sweep_at, soon)
                 self._hold(_claimed(jobs, token), sent, now, effects, places)
@@ -1050,7 +1050,7 @@ class Engine:
     def _surveyed(self, reply: Reply, now: float) -> None:
         self._free.update(dict.fromkeys(reply.blocked.keys))
         self._blocked_after = reply.blocked.after
-        if reply.blocked.after:  # there are more keys to look at than a sweep may
+        if reply.blocked.after:  # there are more keys than one sweep checks
             self._marks.sweep_at = min(self._marks.sweep_at, self._marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
         self._due_at = now + max(min(waits), 0.0) if waits else inf
@@ -1061,7 +1061,7 @@ class Engine:
         self._isolation.surveyed(any(line.has_suspects for line in reply.lines))
 
     def _freed_by(self, reply: Reply) -> None:
-        """Start the next claim where a sweep has freed jobs that are not suspects."""
+        """Start the next claim at the freed jobs that are not suspects."""
         if reply.swept.since is not None:
             self._marks.freed(reply.swept.since)
             self._look(thoroughly=False)
@@ -1094,13 +1094,13 @@ class Engine:
         self._pace.claimed(claimed, now)
         expired = [b for b in self._batches.values() if b.expires <= now]
         if expired or self._unsure:
-            # Two claims of one job must not meet in one statement: it would hit either.
+            # Two claims of one job must not be in one statement, which would affect either.
             again = {c.job.id for c in claimed}
             unsure = (b for c in self._unsure if (b := self._batches.get(c.token)) is not None)
             batches = {id(b): b for b in [*expired, *unsure]}.values()
             ours = [c for b in batches for c in b.jobs.values() if c.job.id in again]
             if ours:
-                self._lose(ours, effects)  # to ourselves
+                self._lose(ours, effects)  # this worker claimed them again
         self._batches[claimed[0].token] = _Batch(
             sent.at + self._lease,
             sent.at + self._lease / 3,

@@ -1,43 +1,47 @@
-"""How a job that kills its worker is found, and what its neighbours pay for it.
+"""How a job that kills its worker is found, and what that costs other jobs.
 
-A worker that dies leaves up to some thousand jobs in flight. Mostly no job has killed
+A worker that dies leaves up to some thousand jobs in flight. Usually no job has killed
 it: a deploy did, or the kernel, or the host. So the first death of a job changes
-nothing: `deaths` is 1, and the job is claimed in its place, beside others.
+nothing: `deaths` is 1, and the job is claimed in its place, alongside others.
 
-A job with two deaths or more is a suspect. Ordinary claims pass it over. Suspects are
+A job with two deaths or more is a suspect. Ordinary claims skip it. Suspects are
 claimed in groups: of those with the most deaths that are due and free, the first half,
-as many as there are free slots at most. If the worker dies, the deaths of its group
+at most as many as there are free slots. If the worker dies, the deaths of its group
 are the most, and half of the group comes next. So the killer among n jobs is alone
-after two deaths and log2(n) more, whatever the jobs cost and whichever workers take
-them. Groups that survive complete, and are suspects no more.
+after two deaths and log2(n) more, whatever the jobs cost and whichever workers claim
+them. Jobs of groups that survive complete, and are no longer suspects.
 
-Attempts: the claim after the first death is charged as any other. A group of several
+Attempts: the claim after the first death is charged like any other. A group of several
 is charged nothing: it repeats the attempt that was interrupted. A suspect that is
 claimed alone is charged, so that a killer runs out of attempts. A job that was charged
 for the deaths of others is granted two attempts beyond its last; see Mux.route.
 
 Isolation is bounded in time. When a worker knows of suspects it claims nothing else
-until its handlers have ended, for half a second at most; then it claims a group, and
+until its handlers have ended, for half a second at most. Then it claims a group, and
 leaves that alone until it has ended, or a second has passed since a slot was free.
-While half of that second is left it claims the next group. Then it is the turn of
+While half of that second is left it claims the next group. Then other jobs have their
+turn: from the next claim of them on, even one that the server refuses, they are
+claimed for as long as they were held up, and alongside the group while it runs.
+If a worker's claim finds no suspect, because other workers have them, it holds nothing
+up.
 others: from the next look at them on, even one that the server refuses, they are
 claimed for as long as they were held up, and beside the group for as long as it runs.
 If a worker's claim finds no suspect, because other workers have them, it holds nothing
 up.
 
-A group that has run for a second is not proved harmless, but others must not wait for a
-job of ten minutes. So the next group may be claimed beside it. After each further death
-that takes twice as long: a killer that strikes after S seconds takes other groups with it
-log2(S) times at most. A suspect that is claimed alone beside a group is charged nothing,
-and beside one that was charged no group is claimed.
+A group that has run for a second is not proved harmless, but other jobs must not wait for
+a job of ten minutes. So the next group may be claimed alongside it. After each further
+death that takes twice as long: a killer that strikes after S seconds takes other groups
+with it log2(S) times at most. A suspect that is claimed alone alongside a group is charged
+nothing, and no group is claimed alongside one that was charged.
 
-A killer that strikes late takes others with it, too. Those have one death, and no
-isolation. At most half of the jobs of its class are in flight with it, so it comes to be
-alone all the same.
+A killer that strikes late takes other jobs with it, too. Those have one death, and no
+isolation. At most half of the jobs with its number of deaths are in flight with it, so it
+still ends up alone.
 
-What was tried: each suspect alone, with a second to prove itself that doubled with each
-death. Sixty coroutines of 10 s that had been in flight at one `kill -9` kept all other
-jobs waiting for a minute. And groups of which a worker had one only, until it had ended:
+What was tried: each suspect alone, for a second that doubled with each death. Sixty
+coroutines of 10 s that had been in flight at one `kill -9` kept all other jobs waiting
+for a minute. And one group a worker, until it had ended:
 under a kill every two seconds suspects waited for up to 46 s behind jobs of 8 s.
 """
 
@@ -47,27 +51,27 @@ from math import inf
 from bgjob._sql.settlements import Claimed
 
 LONGEST = 1.0
-"""Seconds for which others are held up at most, before it is their turn."""
+"""The most seconds for which other jobs are held up, before their turn."""
 
 _WAIT = LONGEST / 2
-"""Seconds of those in which a group waits for running handlers to end."""
+"""The part of these seconds in which a group waits for running handlers to end."""
 
 _MOST_DOUBLED = 16
-"""Deaths after which a group is alone no longer than after these: that is 18 hours."""
+"""The most doublings of the time for which a group is alone: 18 hours."""
 
 
 class Isolation:
-    """What one worker knows of the suspects of one queue, and whose turn it is."""
+    """A worker's knowledge of one queue's suspects, and whether they or other jobs are next."""
 
     def __init__(self) -> None:
-        self._known = False  # the last look found suspects that can be claimed
-        self._groups: dict[int, int] = {}  # by token: how many of a group have not ended
+        self._known = False  # the last survey found suspects that can be claimed
+        self._groups: dict[int, int] = {}  # by token: how many jobs of a group have not ended
         self._token = 0  # of the last group
-        self._alone_until = -inf  # when the next group may be claimed beside that
-        self._since = inf  # since when others are held up, although a slot is free
+        self._alone_until = -inf  # when the next group may be claimed alongside it
+        self._since = inf  # since when other jobs are held up although a slot is free
         self._has_brought = False  # a group has been claimed since then
-        self._owed = 0.0  # seconds for which others were held up last
-        self._others_until = -inf  # inf: they have not had a look since then
+        self._owed = 0.0  # seconds for which other jobs were last held up
+        self._others_until = -inf  # inf: no claim of others since then
 
     @property
     def is_needed(self) -> bool:
@@ -76,7 +80,7 @@ class Isolation:
 
     @property
     def has_begun(self) -> bool:
-        """Whether others are held up, as far as `holds_up` has said."""
+        """Whether other jobs are held up, by the last answer of `holds_up`."""
         return self._since < inf
 
     @property
@@ -85,11 +89,11 @@ class Isolation:
         return any(self._groups.values())
 
     def holds_up(self, now: float, *, is_free: bool) -> bool:
-        """Whether nothing but a group may be claimed.
+        """Whether only a group may be claimed.
 
         Args:
             now: the time.
-            is_free: whether a slot is free. Time in which none is is not counted.
+            is_free: whether a slot is free. Only time with a free slot counts.
 
         """
         if self._is_alone(now):
@@ -107,11 +111,11 @@ class Isolation:
         return holds
 
     def wants_group(self, now: float, *, running: int) -> bool:
-        """Whether to claim a group, while others are held up and so many jobs run."""
+        """Whether to claim a group, while others are held up and `running` jobs run."""
         return not self._is_alone(now) and (not running or now >= self._since + _WAIT)
 
     def wake_at(self, now: float) -> float:
-        """Return the time at which an answer above may change by itself."""
+        """Return when an answer above may change without an event."""
         if self._since < inf:
             waited = self._is_alone(now) or now >= self._since + _WAIT
             return self._since + (LONGEST if waited else _WAIT)
@@ -119,7 +123,7 @@ class Isolation:
         return turn if self._known and now < turn else inf
 
     def _is_alone(self, now: float) -> bool:
-        """Whether a group runs that no other may be claimed beside."""
+        """Whether a group runs alongside which no other may be claimed."""
         return self._is_running and now < self._alone_until
 
     @property
@@ -127,17 +131,17 @@ class Isolation:
         return self._groups.get(self._token, 0) > 0
 
     def surveyed(self, known: bool) -> None:
-        """Record whether a look found suspects that can be claimed."""
+        """Record whether a survey found suspects that can be claimed."""
         self._known = known
 
     def claimed(self, token: int, jobs: int, *, deaths: int, is_charged: bool, now: float) -> None:
         """Record the claim of a group.
 
         Args:
-            token: of the claim.
-            jobs: how many it brought.
-            deaths: the most of one of them.
-            is_charged: whether that is one, which has been charged an attempt.
+            token: the claim's token.
+            jobs: the number of claimed jobs.
+            deaths: the most deaths of one of them.
+            is_charged: whether it is a single job that was charged an attempt.
             now: the time.
 
         """
@@ -148,7 +152,7 @@ class Isolation:
         self._known = self._has_brought = jobs > 0
 
     def ended(self, claims: Iterable[Claimed]) -> None:
-        """Record that claims are not in flight any more; some may be of groups."""
+        """Record that claims are no longer in flight; some may be of groups."""
         for claimed in claims:
             if claimed.token in self._groups:
                 self._groups[claimed.token] -= 1
@@ -160,6 +164,6 @@ class Isolation:
                 self._groups[claimed.token] += 1
 
     def others_looked(self, now: float) -> None:
-        """Record a look for jobs that are not suspects, whether the server took it or not."""
+        """Record a claim of jobs that are not suspects, even if the server refused it."""
         if self._others_until == inf:
             self._others_until = now + self._owed

@@ -1,4 +1,4 @@
-"""The words between the engine and whoever drives it."""
+"""The values that the engine and the control thread exchange."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,10 +56,10 @@ from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_t
 
 
 MOST_FREED = 1000
-"""Jobs that one sweep sets free, where it claims nothing."""
+"""The most jobs that a sweep without a claim frees."""
 
 MOST_LOOKED_AT = 2000
-"""Keys that one sweep looks at."""
+"""The most keys that one sweep checks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +69,26 @@ class Claim:
     limit: int
     token: int
     marks: dict[int, datetime]
-    """First due time by priority."""
+    """The first due time by priority."""
     looks: ClassVar = True
     """Whether it answers a notification."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Claim up to `limit` jobs wherever they lie; free ended leases; survey."""
+    """Claim up to `limit` jobs regardless of marks; free ended leases; survey."""
 
     limit: int
     """0 frees ended leases only."""
     token: int
     after: str = ""
-    """The key after which to look for such as are blocked."""
+    """The key after which to search for blocked keys."""
     held: tuple[int, ...] = ()
-    """Tokens of the worker itself, whose jobs it does not free."""
+    """The worker's own tokens, whose jobs it does not free."""
     window: Window | None = None
-    """Where alone to look for ended leases and strays; it claims nothing then."""
+    """Restricts the search for ended leases and strays; such a sweep claims nothing."""
     unanswered: tuple[int, ...] = ()
-    """Tokens of the worker's claims whose answers were lost; their jobs are freed at once."""
+    """Tokens of the worker's claims whose answers were lost; frees their jobs immediately."""
 
     @property
     def looks(self) -> bool:
@@ -98,17 +98,17 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class ClaimGroup:
-    """Claim up to `limit` suspects, for one of which workers may have died."""
+    """Claim up to `limit` suspects, one of which may have killed workers."""
 
     limit: int
     token: int
     charge: bool
-    """Whether one that is claimed alone is charged an attempt."""
+    """Whether a job that is claimed alone is charged an attempt."""
     looks: ClassVar = False
 
 
 Plan: TypeAlias = list[tuple[Statement[Any], str]]
-"""Statements in the order in which they must run, each with its part of the Reply."""
+"""Statements in their order, each with its part of the Reply."""
 
 
 @dataclass(slots=True)
@@ -117,27 +117,27 @@ class Exchange:
 
     complete: list[Claimed] = field(default_factory=list)
     places: dict[int, Sequence[str]] = field(default_factory=dict)
-    """Where the rows of claims were, by token, all of whose jobs `complete` has."""
+    """By token, the positions of the rows of claims that `complete` has as a whole."""
     postpone: list[Postponed] = field(default_factory=list)
     dead_letter: list[DeadLettered] = field(default_factory=list)
     give_back: list[Claimed] = field(default_factory=list)
     """Jobs that did not start."""
     holds_notify_lock: bool = False
-    """Whether this session holds the notify lock, so that the server cannot tell from it
+    """Whether this session holds the notify lock, so that the lock does not show
     whether another worker sleeps."""
     abandon: list[Claimed] = field(default_factory=list)
     """Jobs that still run when the worker ends."""
     extend: list[Claimed] = field(default_factory=list)
     acquire: list[Claimed] = field(default_factory=list)
-    """Jobs that want their keys."""
+    """Jobs that need their keys."""
     release: list[str] = field(default_factory=list)
-    """Keys whose jobs are settled, or wait for nothing."""
+    """Keys whose jobs are settled, or that no job holds."""
     probe: list[Claimed] = field(default_factory=list)
-    """Jobs whose rows others may have locked."""
+    """Jobs whose rows other sessions may have locked."""
     probe_keys: list[str] = field(default_factory=list)
-    """Keys whose rows others may have locked."""
+    """Keys whose rows other sessions may have locked."""
     end: Sequence[Claimed] = ()
-    """Claims that were given up, whose handlers' sessions are to end."""
+    """Claims that were given up: end the sessions of their handlers."""
     notify_lock: Literal["take", "release"] | None = None
     is_deputy: bool = False
     """With "take": whether this session is the deputy already."""
@@ -145,11 +145,11 @@ class Exchange:
     """With "take": whether to notify the other workers if the lock is taken."""
     claim: Claim | Sweep | ClaimGroup | None = None
     watch: Literal["claims", "all"] | None = None
-    """Whether to tell what is under way: all that claims have to know, or all that is."""
+    """Whether to read the transactions in progress: as far as claims need, or all."""
 
     @property
     def claims_only(self) -> bool:
-        """Whether a refusal can only be of its claim."""
+        """Whether only its claim can be refused."""
         others = (self.complete, self.postpone, self.dead_letter, self.give_back, self.extend)
         keys = (self.acquire, self.release, self.probe, self.probe_keys)
         return self.claim is not None and not any(others) and not any(keys)
@@ -172,11 +172,11 @@ class Exchange:
             case MoveToDlq(error):
                 self.dead_letter.append(DeadLettered(claimed, error_text(error) or ""))
             case Committed() | Fenced() | NeedsKey():
-                raise AssertionError("it is settled, or not to be settled")
+                raise AssertionError("it is settled already, or must not be settled")
 
     @property
     def probes(self) -> bool:
-        """Whether it asks what others have locked."""
+        """Whether it asks which rows are locked."""
         return bool(self.probe or self.probe_keys)
 
     def statements(self, queue: str, lease: float, served: Collection[str] = ()) -> Plan:
@@ -185,10 +185,10 @@ class Exchange:
         if self.end:
             plan.append((end_sessions(self.end), "ended"))
         if self.notify_lock == "take":
-            # What the claim does not see notifies.
+            # Before the claim: a job that the claim does not see notifies.
             taking = take_notify_lock(queue, is_deputy=self.is_deputy, relieve=self.relieve)
             plan.append((taking, "lock_answer"))
-        # The claim comes first: its jobs are read while the server settles others.
+        # The claim comes before settlements: its jobs are read while the server settles.
         match self.claim:
             case Sweep(0, after=after, window=Window() as window) as part:
                 frees = free_within(
@@ -261,7 +261,7 @@ class Exchange:
         return plan
 
     def __bool__(self) -> bool:
-        """Whether there is anything to exchange."""
+        """Whether it has any work."""
         return bool(
             self.complete
             or self.postpone
@@ -285,7 +285,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Nothing to do before this time, unless something happens."""
+    """There is nothing to do before this time, unless an event comes."""
 
     until: float
 
@@ -300,24 +300,24 @@ class Stop:
 Step: TypeAlias = Exchange | Withdraw | Sleep | Stop
 
 
-# -- what the engine is told ----------------------------------------------------------
+# -- events for the engine ------------------------------------------------------------
 
 
 class Notice(NamedTuple):
-    """What notifications told of a queue."""
+    """The content of notifications for a queue."""
 
     since: Mapping[int, datetime] = {}
-    """By priority, when the first transaction began that enqueued."""
+    """By priority, when the first enqueuing transaction began."""
     later: bool = False
-    """Whether something of it is due later, or may lie anywhere."""
+    """Whether a job is due later, or may have any due time."""
     relief: bool = False
-    """Whether the worker that asked to be notified has stopped asking."""
+    """Whether another worker released the notify lock."""
 
     @classmethod
     def read(cls, payload: str, queue: str) -> "Notice | None":
-        """Read a notification; None if it is none for `queue`, or none of bgjob's.
+        """Parse a notification; None if it is not for `queue`, or not bgjob's.
 
-        Its channel is shared with other queues, and anybody can send anything.
+        Other queues share its channel, and any session can send anything.
         """
         if not payload:
             return cls(relief=True)
@@ -333,7 +333,7 @@ class Notice(NamedTuple):
             return None
 
     def __or__(self, other: "Notice") -> "Notice":
-        """Give what both told."""
+        """Combine two notices."""
         both = self.since.keys() & other.since.keys()
         first = {p: min(self.since[p], other.since[p]) for p in both}
         return Notice(
@@ -364,14 +364,14 @@ class Reply:
     locked: None = None
     ended: None = None
     acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
-    """Whether the job of an id and token has its key; as `acquire`."""
+    """Whether the job of an id and token has its key; see `acquire`."""
     woken: list[Woken] = field(default_factory=list)
     blocked: Blocked = _NOTHING_BLOCKED
     strays: list[Stray] = field(default_factory=list)
     barred: Sequence[str] = ()
     barred_keys: Sequence[str] = ()
     unread: int = 0
-    """Jobs that were claimed and could not be read."""
+    """The number of claimed jobs that could not be read."""
 
     def add(self, part: str, answer: Any) -> None:
         """Add the answer to one statement of the exchange."""
@@ -386,12 +386,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The result of a job that did not start: it goes back, with its attempt."""
+    """The result of a job that did not start: it is released, and its attempt not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The result of a job that its handler's own transaction has settled."""
+    """The result of a job that its handler's own transaction settled."""
 
     result: Result
 
@@ -406,7 +406,7 @@ class CommitUnknown:
     """The commit of the handler's own transaction failed, or its answer was lost."""
 
     result: Result
-    """If it was committed: the job is held no more."""
+    """Applies if it was committed, so that the job is no longer held."""
     otherwise: Result
 
 
@@ -416,11 +416,11 @@ class Outcome(NamedTuple):
     claimed: Claimed
     result: Result | Release | NeedsKey | Committed | Fenced | CommitUnknown
     took: float | None
-    """Seconds in its handler; None where it did not run."""
+    """Seconds in its handler; None if it did not run."""
 
     @property
     def delay(self) -> float:
-        """Seconds until the job is due again; retries come here with their delay decided."""
+        """Seconds until the job is due again; the delay of a retry is already decided."""
         result = self.result.otherwise if isinstance(self.result, CommitUnknown) else self.result
         match result:
             case Retry(delay) | Reschedule(delay) if delay is not None:
@@ -429,7 +429,7 @@ class Outcome(NamedTuple):
                 return 0.0
 
 
-# -- what an acknowledged exchange brings ------------------------------------------------
+# -- effects of an acknowledged exchange -------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,7 +441,7 @@ class LeaseLost:
 
 @dataclass(frozen=True, slots=True)
 class TimedOut:
-    """A handler ran for longer than its timeout; the outcome comes by itself."""
+    """A handler ran for longer than its timeout; its outcome follows."""
 
     job: Job
     seconds: float
@@ -464,4 +464,4 @@ class Effects:
     run: list[Claimed] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     locked: list[str] = field(default_factory=list)
-    """Jobs whose rows, or keys, others have locked for so long that it is to be told."""
+    """Jobs whose rows or keys have been locked for so long that the observer is told."""

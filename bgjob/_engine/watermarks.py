@@ -1,21 +1,21 @@
 """Where the next claim of a queue starts.
 
-A claim that starts at the left edge of the index walks over every row that is
-running and over every dead row that some old snapshot keeps: measured, 82,000
-jobs/s fell to 28,000 after 200,000 jobs. So each claim starts at the last due
-time that was claimed, by priority: its mark.
+A claim that starts at the left edge of the index walks over every running row and
+every dead row that an old snapshot keeps: measured, 82,000 jobs/s fell to 28,000
+after 200,000 jobs. So each claim starts at the last due time that was claimed, by
+priority: its mark.
 
-Rows do appear behind a mark: producers commit late, and leases end. Three ways
-lead back. Each claim that moves the marks sees which transactions are under
-way. When such a one has ended, the next claim starts where it may have begun to
-write: when the last claim began that had not seen it. What was under way while
-a worker was parked tells by a notification when it began, and the next claim
-starts there. And a sweep over everything, which alone finds ended leases, is
-due at the poll interval, or at forty times its own cost where that is longer:
-that of the cheaper one of the last two. Where it took over 50 ms, which is over many
-dead rows or on a busy host, or where many jobs have been claimed since, the next goes
-in parts: ranges of due times, each of which takes about 20 ms, from the latest back.
-A part claims nothing. It frees ended leases, and says where the next claim has to start.
+Rows do appear behind a mark: producers commit late, and leases end. There are three
+ways back. Each claim that moves the marks reads which transactions are in progress.
+When one of these has ended, the next claim starts where it may have begun to
+write: when the last claim began that had not seen it. A transaction that was in
+progress while a worker held the notify lock notifies it when it began, and the next
+claim starts there. And a sweep over everything, which alone finds ended leases, is
+due at the poll interval, or at forty times its own cost if that is longer: the
+cost of the cheaper one of the last two. If it took over 50 ms, as over many dead
+rows or on a busy host, or if many jobs have been claimed since, the next sweep goes
+in parts: ranges of due times that take about 20 ms each, from the latest back.
+A part claims nothing. It frees ended leases, and returns where the next claim must start.
 """
 
 from collections import deque
@@ -27,36 +27,36 @@ from bgjob._sql.claims import Line, UnderWay, Window
 from bgjob.job import Job
 
 _SLACK = timedelta(milliseconds=20)
-"""A row's due time is read a moment before its transaction gets a number."""
+"""A row's due time may be read a moment before its transaction gets a number."""
 
 _WALKS = 20
-"""How often one row is walked over at most, by claims that look back: one that looks back over
+"""How often claims that look back walk over one row at most: a claim that looks back over
 a second comes a twentieth of a second after the one before."""
 
-REST = 40  # times the cost of a sweep: at most a fortieth of the time is spent on them
+REST = 40  # times the cost of a sweep: sweeps take at most a fortieth of the time
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
 
 _LATEST = datetime(9999, 12, 30, tzinfo=UTC)
 
 _MOST_COST = 0.05
-"""Seconds that a sweep may take in one piece: nothing is claimed meanwhile."""
+"""Seconds that a sweep may take in one piece: the worker claims nothing meanwhile."""
 
 _MANY = 5000
-"""Claimed jobs over whose dead rows a sweep would take as long as that."""
+"""Claimed jobs whose dead rows would make a sweep take that long."""
 
 _PART = 0.02
-"""Seconds that a part of one takes, about."""
+"""Seconds that one part of a sweep takes, about."""
 
 _AFTER_REFUSAL = 1.0
-"""Seconds from a sweep that was refused to the next, at least."""
+"""The least seconds from a refused sweep to the next."""
 
 _NARROWEST = timedelta(milliseconds=1)
 _FIRST_WIDTH = timedelta(seconds=0.1)
 _WIDEST = timedelta(days=366)
 
 _MOST_UNUSED = 50
-"""Priorities without a job that keep their marks. With those of 20,000 priorities, each used once,
-a claim took 123 ms; the marks that are forgotten are left to the sweeps."""
+"""Priorities without a job that keep their marks. With the marks of 20,000 priorities, each used
+once, a claim took 123 ms; sweeps find the jobs of forgotten marks."""
 
 
 class Watermarks:
@@ -66,22 +66,22 @@ class Watermarks:
         self._poll_interval = poll_interval
         self._marks: dict[int, datetime] = {}
         self._told_since: dict[int, datetime] = {}
-        # Of each claim under way, where it starts before the marks.
+        # For each sent claim, where it starts before the marks.
         self._looking: deque[dict[int, datetime]] = deque()
-        # Transactions that have not been seen by the last claim that moved the marks have
-        # not written before it; of what is under way at first nobody knows since when.
+        # Transactions that the last claim that moved the marks has not seen have not
+        # written before it; the begin of those in progress at the start is unknown.
         self._seen_at = _OLDEST
-        self._under_way: dict[int, datetime] = {}  # since when at the earliest
+        self._under_way: dict[int, datetime] = {}  # their earliest begin
         self._late_since = _OLDEST
         self._looked_back_at = -inf
         self._look_back_at = inf
         self._swept_at = -inf
         self._cost = 0.0
-        self._last_cost = poll_interval / REST  # what is affordable at every poll
+        self._last_cost = poll_interval / REST  # affordable at every poll
         self.sweep_at = -inf
         """When the next sweep is due."""
         self._in_parts = False
-        self._claimed = 0  # since the last sweep of everything
+        self._claimed = 0  # since the last full sweep
         self._until = _LATEST  # where the next part ends
         self._width = self._first_width = _FIRST_WIDTH
         self._parts_cost = 0.0
@@ -93,25 +93,25 @@ class Watermarks:
 
     @property
     def has_seen(self) -> bool:
-        """Whether it is known what was under way at some time."""
+        """Whether the transactions in progress at some time are known."""
         return self._seen_at > _OLDEST
 
     @property
     def early_sweep_at(self) -> float:
-        """When a sweep can be afforded, before it is due."""
+        """When a sweep can be afforded; not later than when it is due."""
         return min(self.sweep_at, self._swept_at + REST * self._cost)
 
     @property
     def look_back_at(self) -> float:
-        """When to start where a transaction began that has ended."""
+        """When to start at the begin of a transaction that has ended."""
         if self._look_back_at == inf or any(m > self._late_since for m in self._marks.values()):
             return self._look_back_at
-        return inf  # what it wrote lies before the marks, as through a backlog
+        return inf  # its rows are after the marks, as in a backlog
 
     def start(self, now: float) -> dict[int, datetime]:
-        """Give the due time to claim from, by priority."""
+        """Return the due time to claim from, by priority."""
         marks, told = dict(self._marks), self._told_since
-        # One that is sent before the last is answered may have to go on where that ends.
+        # A claim that is sent before the last is answered may have to continue where that ends.
         for since in (told, *self._looking):
             marks.update((p, min(at, marks[p])) for p, at in since.items() if p in marks)
         told.clear()
@@ -122,16 +122,16 @@ class Watermarks:
         return marks
 
     def answered(self) -> None:
-        """Record that the first claim under way was answered."""
+        """Record that the first sent claim was answered."""
         self._looking.popleft()
 
     def again(self, starts: Mapping[int, datetime]) -> None:
-        """Record that the last claim under way was not answered: the next starts there again."""
+        """Record that the last sent claim was not answered: the next starts there again."""
         self._looking.pop()
         self.told(starts)
 
     def told(self, since: Mapping[int, datetime]) -> bool:
-        """Learn when a transaction began that has enqueued; whether the priorities are known."""
+        """Record when enqueuing transactions began; True if the priorities are known."""
         known = since.keys() <= self._marks.keys()
         told = self._told_since
         for priority in since.keys() & self._marks.keys():
@@ -139,10 +139,10 @@ class Watermarks:
         return known
 
     def saw(self, seen: UnderWay, now: float) -> None:
-        """Learn which transactions were under way after a claim.
+        """Record the transactions in progress after a claim.
 
-        Where it claimed nothing the marks have not moved: what is written by those that
-        it may not have seen will lie before them.
+        If it claimed nothing the marks have not moved: rows of transactions that it may not
+        have seen will be after them.
         """
         followed = self._under_way
         ended = followed.keys() - seen.numbers
@@ -154,13 +154,16 @@ class Watermarks:
             self._seen_at = seen.at
 
     def notifications_on(self, now: float, *, polled_since: bool) -> None:
-        """Learn that what is under way tells if it enqueues; `looked` says, at all before."""
+        """Record that every later enqueue notifies, so its transaction needs no tracking.
+
+        If the queue was not polled since the lock was taken, look back once more.
+        """
         if self._under_way and not polled_since:
             self._look_back(min(self._under_way.values()), self._seen_at, now)
         self._under_way.clear()
 
     def notifications_off(self, at: datetime) -> None:
-        """Learn until when whatever enqueued told of it."""
+        """Record until when every enqueue has notified."""
         self._seen_at = at
 
     def _look_back(self, since: datetime, until: datetime, now: float) -> None:
@@ -170,26 +173,26 @@ class Watermarks:
         self._late_since, self._look_back_at = since, max(now, self._looked_back_at + rest)
 
     def freed(self, since: datetime) -> None:
-        """Record that jobs due from then on are free again, of whichever priority."""
+        """Record that jobs due from then on are free again, of any priority."""
         self.told(dict.fromkeys(self._marks, since))
 
     def retried(self, priority: int) -> None:
-        """Learn that a job went back with this priority, which may have had none yet."""
+        """Record that a job was retried with this priority, which may have no mark yet."""
         self._marks.setdefault(priority, _OLDEST)
 
     def claimed(
         self, jobs: Sequence[Job], starts: Mapping[int, datetime] | None = None, *, full: bool
     ) -> None:
-        """Move the marks to what a claim brought, in its order.
+        """Move the marks to the jobs of a claim, in its order.
 
-        A full claim has seen nothing behind its last job, so that the mark of
-        that priority goes there even if that is back; and for the priorities
-        behind it the next claim has to start where this one would have.
+        A full claim has seen no job behind its last one, so that the mark of that
+        priority moves there even if that is back; and for the priorities behind it the
+        next claim has to start where this one would have.
         """
         if not jobs:
             return
         self._claimed += len(jobs)
-        # The last job of each priority is its latest; mostly there is one priority.
+        # The last job of each priority is its latest; usually there is one priority.
         one = jobs[0].priority == jobs[-1].priority
         for job in jobs[-1:] if one else jobs:
             mark = self._marks.get(job.priority)
@@ -212,8 +215,8 @@ class Watermarks:
         began: float,
         now: float,
     ) -> None:
-        """Learn the priorities in use from a sweep; what was under way after it comes next."""
-        # What it did not see is followed from here on, or has been written since then.
+        """Record a sweep: the priorities in use, and the transactions in progress after it."""
+        # Rows that it did not see are of tracked transactions, or were written since then.
         seen_at = seen.at if seen is not None and seen.is_complete else self._seen_at
         for line in lines:
             since = _OLDEST if full else min(line.since, seen_at)
@@ -222,20 +225,20 @@ class Watermarks:
             self._look_back_at = inf
             self._forget_all_but({line.priority for line in lines})
         self._swept_at = now
-        # One that took long by itself tells of a busy host, or of the first look at cold
-        # pages, and must not keep the worker blind for forty times as long.
+        # A single slow sweep shows a busy host or cold pages, and must not keep the worker
+        # from sweeping for forty times as long.
         self._cost, self._last_cost = min(self._last_cost, now - began), now - began
         self.sweep_at = now + max(self._poll_interval, REST * self._cost)
         self._in_parts, self._claimed = self._last_cost > _MOST_COST, 0
-        if self._in_parts:  # that one saw everything: the first part need not wait for long
+        if self._in_parts:  # that sweep saw everything: the first part need not come soon
             self._until, self._parts_cost = _LATEST, 0.0
             self.sweep_at = now + max(self._poll_interval, REST * _PART)
 
     def refused(self, window: Window | None, *, began: float, now: float) -> None:
         """Record that the server refused a sweep: claims go on, and the next one comes later.
 
-        It may have been too much for the server. Then the next one is smaller. Otherwise the
-        part that was refused is left to the next pass.
+        If it took long it may have been too much for the server: the next one is smaller.
+        Otherwise the refused part is left to the next pass.
         """
         cost = now - began
         if window is None:
@@ -249,18 +252,18 @@ class Watermarks:
         self._cost = max(self._cost, rest / REST)
 
     def start_again(self) -> None:
-        """Begin again with the part of the latest due times, where claims start."""
+        """Start again with the part of the latest due times, where claims start."""
         self._until, self._width, self._parts_cost = _LATEST, self._first_width, 0.0
 
     def window(self) -> Window | None:
-        """Return where the next sweep looks; None for everywhere.
+        """Return the range of the next sweep; None for the whole queue.
 
-        Over many dead rows that an old snapshot keeps, a look at everything takes seconds.
-        It goes in parts then, from the latest due times back.
+        Over many dead rows that an old snapshot keeps, a full sweep takes seconds. Then it goes
+        in parts, from the latest due times back.
         """
         if not self._in_parts or not self._marks:
             return None
-        # A backlog lies between the marks and what is due now.
+        # A backlog lies between the marks and the present.
         end = min(self._until, max(self._seen_at, *self._marks.values()))
         is_last = self._width > _WIDEST or end - _OLDEST <= self._width
         since = _OLDEST if is_last else end - self._width
@@ -269,9 +272,9 @@ class Watermarks:
     def swept_part(
         self, window: Window, lines: Sequence[Line], *, began: float, now: float
     ) -> bool:
-        """Record a sweep within a window; True if it found priorities that were not known.
+        """Record a sweep within a window; True if it found new priorities.
 
-        The next one takes about as long as a part may.
+        The next window is chosen to take about as long as a part may.
         """
         is_new = any(line.priority not in self._marks for line in lines)
         for line in lines:
@@ -279,10 +282,10 @@ class Watermarks:
         cost = now - began
         if cost > 2 * _PART:
             self._width *= _PART / cost
-        elif cost < _PART / 2:  # where nearly nothing lies it soon reaches the beginning
+        elif cost < _PART / 2:  # over few rows it soon reaches the beginning
             self._width = min(self._width * (8 if cost < _PART / 10 else 2), 2 * _WIDEST)
         self._width = max(self._width, _NARROWEST)
-        if window.until == _LATEST:  # rows may be dense there: the next pass begins as wide
+        if window.until == _LATEST:  # rows may be dense there: the next pass begins with this width
             self._first_width = min(self._width, _FIRST_WIDTH)
         self._parts_cost += cost
         self._until = window.since
@@ -296,7 +299,7 @@ class Watermarks:
         return is_new
 
     def _forget_all_but(self, used: set[int]) -> None:
-        """Forget the marks of priorities without a job, but for those used last."""
+        """Forget the marks of priorities without a job, except for those used last."""
         unused = self._marks.keys() - used
         if len(unused) > _MOST_UNUSED:
             for priority in sorted(unused, key=self._marks.__getitem__)[:-_MOST_UNUSED]:

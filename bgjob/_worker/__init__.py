@@ -8,11 +8,11 @@ A worker has these threads. `group` starts them and ends them together.
     | engine.step()                      |         one connection a queue,
     | Exchange -> session.exchange()  ---+---->    owned by `session`
     |             acknowledge()       <--+----
-    | Effects     -> slots.submit(jobs)     |
+    | Effects  -> slots.submit(jobs)     |
     |             events.tell(...)       |
     | Sleep    -> session.wait(): for a  |
     |             notification, or for   |
-    |             the waker               |
+    |             the waker              |
     +-----+------------------------^-----+
           | jobs, by one deque     | outcomes, by another, and the waker
           v                        |
@@ -33,10 +33,10 @@ A worker has these threads. `group` starts them and ends them together.
 - The control thread (`control`) alone touches the engine and the connection. No handler runs
   on it, so that leases are extended whatever handlers do.
 - A slot lives on a thread or in a task, takes job after job from the deque, and moves to the
-  other side with a job of the other colour (`slots`). Every second, and at once where a
-  death can be told of, the control thread looks whether each of them lives.
+  other side with a job of the other kind, plain or coroutine (`slots`). Every second, and
+    immediately after a death that Python reports, the control thread checks that each lives.
 - The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
-  caller's. A loop that blocks for a third of the lease is told of.
+  caller's. The observer is told of a loop that is blocked for a third of the lease.
 - The event thread (`events`) calls the observer, so that a slow one delays no job. Only
   job_started is told on the handler's own thread, before the handler is entered.
 - `timeouts` gives up handlers that take too long. `state` is what handlers share, opened
@@ -50,8 +50,8 @@ From claim to settlement, with the files in order:
     slots       a slot takes the job
     route       whose handler it is, and what attempts it has (_handlers/route)
     transaction where the handler has one (_running/transaction)
-    slots       the outcome goes back; the waker rings
+    slots       the outcome goes back; the waker wakes the control thread
     engine      the next exchange carries it
     settlements the statement (_sql/settlements)
-    events      what the observer hears, once that is committed
+    events      the observer's events, once that is committed
 """
