@@ -544,7 +544,7 @@ def test_slots_whose_threads_were_killed_come_back(
     observer = Recorder()
     before, kills = slots.Slots._work, 6
 
-    def work(runner: slots.Slots, me: Any) -> None:
+    def work(runner: slots.Slots, me: Any, context: contextvars.Context) -> bool:
         nonlocal kills
         if kills:
             kills -= 1
@@ -553,7 +553,7 @@ def test_slots_whose_threads_were_killed_come_back(
             else:
                 me.claimed = runner._jobs.popleft()
             raise Thrown("outside of any handler")
-        before(runner, me)
+        return before(runner, me, context)
 
     monkeypatch.setattr(slots.Slots, "_work", work)
     barrier = threading.Barrier(2)

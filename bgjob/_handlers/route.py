@@ -28,7 +28,9 @@ Exclusive: TypeAlias = bool | Callable[[Job], str | None]
 BACKOFF = Backoff()
 """The default backoff."""
 
-_COMPLETE = Complete()
+COMPLETE = Complete()
+"""What a handler that returns None has answered; nearly all do."""
+
 _RESULTS = (Complete, Retry, Reschedule, MoveToDlq)
 
 
@@ -128,7 +130,7 @@ class Route:
         try:
             returned = self.handler(job)
             if returned is None:
-                return _COMPLETE
+                return COMPLETE
             if not isinstance(returned, _RESULTS) and inspect.isawaitable(returned):
                 return Awaiting(replace(self, handler=lambda _: returned, is_coroutine=True))
             return self.judge(job, returned)
@@ -158,7 +160,7 @@ class Route:
         """Turn what the handler returned into the result to store."""
         match returned:
             case None:
-                return _COMPLETE
+                return COMPLETE
             case Complete() | Reschedule() | MoveToDlq():
                 return returned
             case Retry(delay, error, priority=priority):

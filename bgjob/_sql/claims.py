@@ -29,7 +29,9 @@ _LARGEST: LiteralString = "65536"
 
 _ELSEWHERE: LiteralString = "62676a6f62207061796c6f616420d98d1f06b15e4c7a9e3302c468af70e5"
 ELSEWHERE = bytes.fromhex(_ELSEWHERE)
-"""Stands for a large payload in a claim's result. A payload that equals it is fetched too."""
+"""Stands for a large payload in a claim's result. A payload that equals it is fetched too.
+
+In a claimed job it is always this object, so that `is` finds it without comparing payloads."""
 
 # PostgreSQL knows the size of an out-of-line payload without reading it.
 _SMALL_ARG = f"""
@@ -593,7 +595,10 @@ def _taken_of_one_priority(rows: Sequence[Row]) -> Taken:
 
 
 def _jobs(rows: Sequence[Row]) -> list[Job]:
-    return list(map(make_job, map(_job_columns, rows)))
+    jobs = list(map(make_job, map(_job_columns, rows)))
+    if ELSEWHERE in map(_payload, jobs):
+        jobs = [job._replace(arg=ELSEWHERE) if job.arg == ELSEWHERE else job for job in jobs]
+    return jobs
 
 
 def _swept(rows: Sequence[Row]) -> Swept:
@@ -607,6 +612,7 @@ def _in_order(rows: Sequence[Row]) -> list[Job]:
 
 
 _job_columns = itemgetter(slice(len(Job._fields)))
+_payload = itemgetter(3)
 _by_due = itemgetter(6, 7)  # priority and due time
 _by_next_run_at = itemgetter(7)
 make_job = partial(tuple.__new__, Job)  # a third of the time of Job(*row)

@@ -135,7 +135,7 @@ class Events:
                 try:
                     if completed is not None and _is_completion(event):
                         job = event.claimed.job
-                        completed(job if job.arg != ELSEWHERE else _without_payload(job))
+                        completed(job if job.arg is not ELSEWHERE else _without_payload(job))
                     else:
                         self._tell(event)
                 except BaseException:
@@ -173,7 +173,7 @@ class Events:
 
 def _without_payload(job: Job) -> Job:
     """Return a job as observers see it: a large payload is not kept for them."""
-    return job._replace(arg=None) if job.arg == ELSEWHERE else job
+    return job._replace(arg=None) if job.arg is ELSEWHERE else job
 
 
 def _size(event: Event | BaseException) -> int:
