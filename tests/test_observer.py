@@ -361,10 +361,10 @@ class AsyncCallable:
 @pytest.mark.parametrize(
     ("observer", "text"),
     [
-        (NoopObserver, r"not a class: give NoopObserver\(\)"),
-        (a_coroutine, "give a plain function"),
-        (AsyncCallable(), "give a plain function"),
-        (7, "7 is no observer: give an Observer, a function of an event, or a list"),
+        (NoopObserver, r"not a class: pass NoopObserver\(\)"),
+        (a_coroutine, "pass a plain function"),
+        (AsyncCallable(), "pass a plain function"),
+        (7, "7 is not an observer: pass an Observer, a function of an event, or a list"),
         ([NoopObserver(), 7], "7 is no observer"),
         ("q", "'q' is no observer"),
         ([[NoopObserver()]], "is no observer"),
@@ -380,8 +380,8 @@ def test_what_cannot_observe_is_refused_when_the_worker_is_made(
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda only: only(print, "mail"), TypeError, "'mail' is no event: give classes"),
-        (lambda only: only(print, JobStarted(JOB)), TypeError, "is no event"),
+        (lambda only: only(print, "mail"), TypeError, "'mail' is not an event: pass classes"),
+        (lambda only: only(print, JobStarted(JOB)), TypeError, "is not an event"),
         (lambda only: only(print, queue=""), ValueError, "queue must have 1 to 255 characters"),
         (lambda only: only(print, queue=[]), ValueError, "queue names nothing"),
         (lambda only: only(print, type=7), TypeError, "type must be a str, not int"),

@@ -391,7 +391,7 @@ def test_a_queue_that_fails_takes_the_others_with_it(
         ({}, {}, QueueRequiredError, "queue is required"),
         ("", {}, QueueRequiredError, "queue is required"),
         ({"": 1}, {}, QueueRequiredError, "queue is required"),
-        ({"a": 1}, {"concurrency": 1}, ValueError, "give concurrency, or a mapping .* not both"),
+        ({"a": 1}, {"concurrency": 1}, ValueError, "pass concurrency, or a mapping .* not both"),
         ({"a": 0}, {}, ValueError, "concurrency must be at least 1, not 0: of queue 'a'"),
         ({"a": 1, "b": -1}, {}, ValueError, "at least 1, not -1: of queue 'b'"),
         ({"a": True}, {}, ValueError, "at least 1, not True: of queue 'a'"),

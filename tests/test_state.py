@@ -346,7 +346,7 @@ def test_a_worker_without_a_loop_of_the_callers_refuses_a_state_that_has_to_be_a
             (lambda: coroutine(), "coroutine"),
             (Pool().opened_async, "_AsyncGeneratorContextManager"),
         ):
-            with pytest.raises(TypeError, match=f"gave {kind}: only an AsyncWorker awaits"):
+            with pytest.raises(TypeError, match=f"returned {kind}: only an AsyncWorker awaits"):
                 Worker(client, "q", Mux(), state=make).run()
 
 

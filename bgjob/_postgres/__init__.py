@@ -1,7 +1,7 @@
 """How a statement is sent: the library's own connections.
 
-`connection` makes them from what the user gave, with the settings that the library depends
-on, and with a way to give up on a server that falls silent. `pool` keeps those of a client,
+`connection` makes them from the user's connection string or pool, with the settings that the
+library depends on, and gives up on a silent server. `pool` keeps a client's connections,
 without a thread of its own. `fork` notices a process that was forked from the one that
 opened them, and must not use them.
 """

@@ -1,21 +1,21 @@
 """The event loop of a worker: one for the coroutine handlers of all its queues.
 
-A Worker has one of its own, on a thread that starts with the first need. An
-AsyncWorker has its caller's. Pools and engines that a program keeps in a
-module belong to the loop that used them first, so there is never a second.
+A Worker has one of its own, on a thread that starts when it is first needed. An
+AsyncWorker uses its caller's. Pools and engines that a program keeps in a
+module belong to the loop that first used them, so there is never a second.
 
-What ends a loop early must not hold jobs forever:
+An early end of a loop must not hold jobs forever:
 
 - SystemExit and KeyboardInterrupt that leave a child task, and `loop.stop()`,
   only interrupt a loop. An own loop is run again, with all its tasks, and
   the task that awaits the child sees its exception.
-- An own loop whose thread was ended runs on in a new thread. One that was
-  closed, or fails again and again, is replaced; `generation` says so, and the
-  runners fail the jobs that were in it.
+An own loop whose thread was ended continues on a new thread. One that was
+  closed, or fails again and again, is replaced; `generation` then increases, and
+  the slots fail the jobs that ran on it.
 - A caller's loop cannot be replaced. `failure` says why it ended. `asyncio.run`
-  cancels all tasks before it closes a loop, so a task that only waits, the
-  guard, notices at once. A loop that was closed or abandoned without that is
-  noticed by the next look.
+  cancels all tasks before it closes a loop, so the guard, a task that only waits,
+  notices immediately. A loop that was closed or abandoned otherwise is noticed by
+  the next check.
 """
 
 import asyncio
@@ -35,37 +35,37 @@ from bgjob._sql.settlements import Claimed
 T = TypeVar("T")
 
 _LOOK = 1.0
-"""Seconds between two looks whether the loop lives, of a thread that waits for it."""
+"""Seconds between two checks of a waiting thread whether the loop is alive."""
 
 _MOST_FAULTS = 5
-"""Faults of an own loop, which are not a handler's, within so many seconds; then it is replaced."""
+"""Faults of an own loop (not of a handler) within so many seconds, after which it is replaced."""
 _FAULTS_WITHIN = 10.0
 
 _UNWINDING = 1.0
-"""Seconds for tasks that were cancelled at the end of the loop."""
+"""Seconds that cancelled tasks have at the end of the loop."""
 
 _MOST_STOPS = 5
-"""How often a loop that unwinds is run, at most: the `loop.stop()` of `close` may interrupt it."""
+"""The most runs of a loop that unwinds: the `loop.stop()` of `close` may interrupt it."""
 
 _NAP = 0.01
 
 _GUARD_WAITS = 2.0
-"""Seconds by which the end of a caller's loop waits until its worker has settled its jobs."""
+"""Seconds for which the end of a caller's loop waits while its worker settles its jobs."""
 
 
 class Slot(Protocol):
-    """What a task of the loop runs."""
+    """A slot that runs as a task of the loop."""
 
     claimed: Claimed | None
 
 
 class Loop:
-    """An event loop that is watched. Thread-safe.
+    """A supervised event loop. Thread-safe.
 
     Args:
-        name: of its thread.
-        given: the caller's loop; by default it has one of its own.
-        told: called with what interrupted an own loop, on its thread.
+        name: the name of its thread.
+        given: the caller's loop; by default it has a loop of its own.
+        told: called on an own loop's thread with the exception that interrupted it.
 
     """
 
@@ -89,22 +89,22 @@ class Loop:
         self._ends: Callable[[], object] = lambda: None
         self._is_cancelled = False
         self._turned = asyncio.Event()
-        self._still_since = inf  # when the caller's loop was first seen not to run
+        self._still_since = inf  # when the caller's loop was first seen stopped
         self._has_failed = False
-        self._beat_at = inf  # when it was asked for a sign of life that has not come
+        self._beat_at = inf  # when an unanswered sign of life was requested
         self._beat_due = -inf
         self._beat_told = False
         self.generation = 0
-        """Increases when a fresh loop takes the place of one that cannot be run again."""
+        """Increases when a new loop replaces one that cannot be run again."""
         self.has_ended = False
-        """Whether the thread of an own loop has ended, though the loop is not to be closed."""
+        """Whether the thread of an own loop has ended before the loop was closed."""
         self.slots: dict[asyncio.Task[Any], Slot] = {}
         """The tasks of all queues."""
 
     def open(self) -> None:
-        """Start an own loop, if it does not run; raises RuntimeError where no thread can start."""
+        """Start an own loop unless it runs; raise RuntimeError if no thread can start."""
         with self._lock:
-            if self._pid != os.getpid():  # the parent's are left alone
+            if self._pid != os.getpid():  # leave the parent's alone
                 self._pid, self._loop, self._thread = os.getpid(), None, None
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -117,20 +117,20 @@ class Loop:
         self._thread, self.has_ended = thread, False
 
     def guard(self, done: "Future[None]", ends: Callable[[], object]) -> None:
-        """Notice the end of the caller's loop; call this on another thread than the loop's.
+        """Watch for the end of the caller's loop; call this on another thread than the loop's.
 
         Args:
-            done: for what the end of the loop then waits, for 2 s at most.
+            done: the end of the loop waits for it, for 2 s at most.
             ends: called when the loop is about to end.
 
         """
         self._done, self._ends = done, ends
         if self._given is not None:
-            with contextlib.suppress(RuntimeError):  # closed: the next look says so
+            with contextlib.suppress(RuntimeError):  # closed: the next check notices
                 self._given.call_soon_threadsafe(self._start_guard, self._given)
 
     def call(self, callback: Callable[..., object], *args: Any) -> asyncio.AbstractEventLoop:
-        """Call something on the loop, soon; an own loop is started for it.
+        """Schedule a call on the loop; start an own loop if needed.
 
         Raises:
             RuntimeError: the caller's loop is closed, or no thread can start.
@@ -147,15 +147,15 @@ class Loop:
         """Run a coroutine on an own loop, in a copy of the caller's context, and wait for it.
 
         Returns:
-            What it returned; and the KeyboardInterrupt, or whatever a signal handler raised,
-            that came meanwhile. It cancels the coroutine. A second one is raised at once.
+            Its result; and the KeyboardInterrupt, or whatever a signal handler raised,
+            meanwhile, which cancels the coroutine. A second one is raised immediately.
 
         """
         tasks: list[asyncio.Task[T]] = []
         ended: Future[T] = Future()
 
         def begin() -> None:
-            if not tasks:  # once, though an interrupt may let it be called twice
+            if not tasks:  # once: an interrupt may schedule this twice
                 tasks.append(asyncio.get_running_loop().create_task(coroutine))
                 tasks[0].add_done_callback(end)
 
@@ -206,11 +206,11 @@ class Loop:
         return self._given is not None and self._given.is_closed()
 
     def failure(self, patience: float, *, has_work: bool) -> RuntimeError | None:
-        """Return why nothing can run on the caller's loop any more; None while it can.
+        """Return why the caller's loop can run no more handlers; None while it can.
 
         Args:
             patience: seconds for which a loop with work may stand still.
-            has_work: whether something is to run on it.
+            has_work: whether handlers have to run on it.
 
         """
         loop = self._given
@@ -228,14 +228,14 @@ class Loop:
             self._still_since = min(self._still_since, now)
             if now - self._still_since < patience:
                 return None
-            how = "is not run any more"
+            how = "no longer runs"
         return RuntimeError(
             f"the event loop of the worker {how}: leave the worker's async with, or await its "
             "shutdown(), before the loop ends"
         )
 
     def look(self) -> None:
-        """Run an own loop whose thread has ended again; raises RuntimeError as `open`."""
+        """Restart an own loop whose thread has ended; raise RuntimeError as `open` does."""
         thread = self._thread
         if self._given is not None or thread is None or self._closing:
             return
@@ -257,9 +257,9 @@ class Loop:
             self._start(loop)
 
     def blocked(self, now: float, patience: float) -> tuple[asyncio.Task[Any] | None, float] | None:
-        """Return once what blocks a loop that has not turned for so many seconds, and how long.
+        """Return the task that has blocked the loop for `patience` seconds, and how long; once.
 
-        To be asked now and then, while something runs on it.
+        Call this regularly while handlers run on the loop.
         """
         with self._lock:
             loop = self._loop
@@ -269,7 +269,7 @@ class Loop:
                 if now >= self._beat_due:
                     self._beat_at, self._beat_due = now, now + patience / 2
                     self._beat_told = False
-                    with contextlib.suppress(RuntimeError):  # closed: `failure` says so
+                    with contextlib.suppress(RuntimeError):  # closed: `failure` notices
                         loop.call_soon_threadsafe(self._beat)
             elif now - self._beat_at >= patience and not self._beat_told:
                 self._beat_told = True
@@ -280,17 +280,17 @@ class Loop:
         self._beat_at = inf
 
     def close(self, patience: float) -> None:
-        """Cancel what is left on an own loop, and end it; end the guard of a caller's.
+        """Cancel the tasks of an own loop and end it; end the guard of a caller's.
 
         Args:
-            patience: seconds; what does not end within them is left alone.
+            patience: seconds to wait; tasks that do not end within them are left alone.
 
         """
         with self._lock:
             self._closing = True
             loop, thread = self._loop, self._thread
         if loop is None or loop.is_closed() or self._pid != os.getpid():
-            return  # after a fork it is the parent's, down to its file descriptors
+            return  # after a fork it is the parent's, including its file descriptors
         if self._given is not None:
             with contextlib.suppress(RuntimeError):  # closed meanwhile
                 loop.call_soon_threadsafe(self._end_guard)
@@ -305,7 +305,7 @@ class Loop:
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
-        """The task on the caller's loop that is the worker's own."""
+        """The worker's own task on the caller's loop."""
         return set() if self._guard_task is None else {self._guard_task}
 
     # -- an own loop's thread ---------------------------------------------------------------
@@ -317,7 +317,9 @@ class Loop:
                 try:
                     loop.run_forever()
                 except (SystemExit, KeyboardInterrupt) as error:
-                    self._told(error)  # a child task's; its parent sees it when the loop goes on
+                    self._told(
+                        error
+                    )  # a child task's; its parent receives it when the loop continues
                 except BaseException as error:
                     self._told(error)
                     now = monotonic()
@@ -335,7 +337,7 @@ class Loop:
 
     def _start_guard(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._closing:
-            # Not in the context of the caller.
+            # Not in the caller's context.
             self._guard_task = loop.create_task(
                 self._guard(), name=f"{self._name}-guard", context=Context()
             )
@@ -350,7 +352,7 @@ class Loop:
             self._ends()
             end = monotonic() + _GUARD_WAITS
             with contextlib.suppress(asyncio.CancelledError):
-                # Not by a future of the loop: what is cancelled with it would be the worker's.
+                # Not with a future of the loop: cancelling that would cancel the worker's.
                 while not self._done.done() and monotonic() < end:  # noqa: ASYNC110
                     await asyncio.sleep(_NAP)
             raise
@@ -361,12 +363,12 @@ class Loop:
 
 
 def _unwind(loop: asyncio.AbstractEventLoop) -> None:
-    """Cancel what handlers left behind, await it, and close the loop."""
+    """Cancel and await the tasks that handlers left behind, and close the loop."""
     end = monotonic() + _UNWINDING
     while (tasks := asyncio.all_tasks(loop)) and (left := end - monotonic()) > 0:
         for task in tasks:
             task.cancel()
-        with contextlib.suppress(BaseException):  # SystemExit in one of them, say
+        with contextlib.suppress(BaseException):  # for example SystemExit in one of them
             loop.run_until_complete(asyncio.wait(tasks, timeout=left))
     left = max(end - monotonic(), 0.1)
     closing = loop.create_task(asyncio.wait_for(loop.shutdown_asyncgens(), left))

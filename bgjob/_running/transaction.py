@@ -1,12 +1,11 @@
 """A handler's SQL and the settlement of its job, in one transaction.
 
-The handler is given a connection with a transaction open, and what it answers
-is stored in that transaction: both commit, or neither does. A retry and an
-exception roll it back, and are stored afterwards like any other handler's.
-Without a connection the handler is not entered, and no attempt has begun.
+The handler receives a connection with an open transaction, and its result is stored
+in that transaction: both commit, or neither does. A retry and an exception roll it
+back, and are stored afterwards like any other handler's. Without a connection the
+handler is not entered, and no attempt has begun.
 
-What happens is written once, as a generator of steps; each colour takes them
-in its own way.
+The logic is one generator of steps, with a driver for threads and one for coroutines.
 """
 
 import asyncio
@@ -66,14 +65,14 @@ from bgjob.mux import Mux
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 _PATIENCE = 10.0
-"""Seconds without a sign of the server, outside the handler."""
+"""Seconds without an answer of the server, outside the handler."""
 
 _FIRST_PAUSE = 0.05
-"""Seconds for which a slot rests after it could not connect; doubles with each failure."""
+"""Seconds that a slot waits after it could not connect; doubles with each failure."""
 _LONGEST_PAUSE = 1.0
 
 _NAP = 0.2
-"""Seconds after which a coroutine that rests looks whether the worker shuts down."""
+"""Seconds after which a waiting coroutine checks whether the worker shuts down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +83,18 @@ class NotBegun:
 
 
 Ending: TypeAlias = Result | Committed | CommitUnknown | Fenced | NotBegun
-"""How it ended: settled already, or a result that is still to be stored."""
+"""How a job ended: settled already, or a result to store."""
 
 
 _FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
 
 
 class _Handle:
-    """Run the handler; gives what it returned."""
+    """A step that runs the handler; the answer is its return value."""
 
 
 class _End(Enum):
-    """End the transaction; a rollback gives the token of a claim that was committed."""
+    """A step that ends the transaction; a rollback answers the token of a committed claim."""
 
     COMMIT = auto()
     ROLLBACK = auto()
@@ -103,7 +102,7 @@ class _End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """Run statements in the transaction; gives their answers, or None if it is over."""
+    """A step that runs statements; the answers, or None if the transaction is over."""
 
     statements: tuple[Statement[Any], ...]
 
@@ -134,7 +133,7 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
             result, commits = route.failed(job, error), False
     if not commits:
         committed = yield _End.ROLLBACK
-        # What the handler committed by itself would be repeated by another run.
+        # Another run would repeat the part that the handler itself committed.
         return MoveToDlq(route.transaction_ended()) if committed == token else result
     try:
         yield _End.COMMIT
@@ -144,32 +143,33 @@ def _steps(route: Route, claimed: Claimed) -> _Steps:
 
 
 def _end_with_sync(pipeline: Any) -> None:
-    """Have a pipeline send nothing after its Sync.
+    """Make a pipeline send nothing after its Sync.
 
-    psycopg sends a Flush, too. The server takes it for the next command: it stops the clock of
+    psycopg also sends a Flush. The server takes that for the next command: it stops the timer of
     idle_in_transaction_session_timeout, and starts it only with its next answer. A worker that
-    vanished here would keep the job's row, and what its handler locked, for good.
+    vanished here would keep the job's row, and the handler's locks, forever.
     """
     pipeline._exit_gen = pipeline._sync_gen  # noqa: SLF001
 
 
 def settlement(claimed: Claimed, result: Result | CommitUnknown | Release) -> list[Statement[Any]]:
-    """Give the statements that settle one job; the first gives its id, if it is still held."""
+    """Return the statements that settle one job; the first returns its id if it is still held."""
     exchange = Exchange()
     exchange.settle(Outcome(claimed, result, None))
     return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
 
 
 def unblocking(queue: str, keys: list[str]) -> list[Statement[Any]]:
-    """Give the statements that release keys."""
+    """Return the statements that release keys."""
     return [statement for statement, _ in Exchange(release=keys).statements(queue, 0.0)]
 
 
 def conclusion(claimed: Claimed, ending: Ending | Release) -> list[Statement[Any]]:
-    """Give the statements that settle one job and release its key; the first as of `settlement`.
+    """Return the statements that settle one job and release its key; see `settlement`.
 
-    Nothing is left to settle where its own transaction has. That does not release the key: what
-    it locks is locked until it ends, and it may see nothing that others did since it began.
+    A job that its own transaction settled needs only the release. That transaction does not
+    release the key: it would keep it locked until it ends, and may not see other sessions'
+    commits since it began.
     """
     if isinstance(ending, Fenced):
         return []
@@ -181,24 +181,24 @@ def conclusion(claimed: Claimed, ending: Ending | Release) -> list[Statement[Any
 
 
 def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToDlq]:
-    """Give the claim, with the key that its handler wants for it, and its route or result."""
+    """Return the claim, with the key that its type defines, and its route or result."""
     job, token, is_charged = claimed
     route = mux.route(job)
     if isinstance(route, NeedsKey):
         job = job._replace(exclusive=route.key)
         route = mux.route(job)
-    assert not isinstance(route, NeedsKey)  # noqa: S101 (it has one)
+    assert not isinstance(route, NeedsKey)  # noqa: S101 (the job has its key)
     return Claimed(job, token, is_charged), route
 
 
 def acquisition(claimed: Claimed) -> list[Statement[Any]]:
-    """Give the statements that grant one job its key; `has_key` reads their answers."""
+    """Return the statements that grant one job its key; `has_key` reads their answers."""
     exchange = Exchange(acquire=[claimed])
     return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
 
 
 def has_key(answers: list[Any]) -> bool | None:
-    """Tell whether a job got its key; None where nothing was decided, and it must be given back."""
+    """Whether a job was granted its key; None if undecided: release the job."""
     [answer] = answers[-1].values() or [False]
     return cast("bool | None", answer)
 
@@ -212,7 +212,7 @@ _FORBIDDEN = (
 _ENDED = "the handler that was given this connection has ended, and its transaction with it"
 
 _GONE = psycopg.pq.PGconn.connect_start(b"host=/")
-"""What a handler's connection holds when its session has gone on to the next one."""
+"""Replaces the session of a handler's connection when the next handler uses that session."""
 _GONE.finish()
 
 _NOBODY = object()
@@ -221,13 +221,13 @@ _NOBODY = object()
 class _Connection(connection.Connection):
     token = ""
     ended_by: str | None = None
-    """The token of the claim, where the handler closed what it had ended before."""
+    """The claim's token, if the handler closed the connection after ending the transaction."""
     user: object = None
-    """The only one who may use it, since the handler has ended: a thread's number, or a task."""
+    """After the handler's end, the only thread (its number) or task that may use it."""
 
     @override
     def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        # What the handler has left behind comes here with each statement, after the lock.
+        # Threads that the handler left behind come here with each statement, after the lock.
         if self.user is not None and self.user != threading.get_ident():
             raise psycopg.ProgrammingError(_ENDED)
         return super().wait(gen, *args, **kwargs)
@@ -250,9 +250,9 @@ class _Connection(connection.Connection):
 class _AsyncConnection(connection.AsyncConnection):
     token = ""
     ended_by: str | None = None
-    """As _Connection.ended_by."""
+    """See _Connection.ended_by."""
     user: object = None
-    """As _Connection.user."""
+    """See _Connection.user."""
 
     @override
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
@@ -276,18 +276,17 @@ class _AsyncConnection(connection.AsyncConnection):
 
 
 class Transactions:
-    """Connections for transactional handlers: a session for each that runs, kept for the next.
+    """Connections for transactional handlers: a session for each running one, then reused.
 
-    No other code has them, so that handlers which wait for a pool never
-    wait for each other. Each handler gets a connection object of its own, which
-    loses the session with the commit: what a handler does to it, or through it
-    after its end, does not reach the next one. Thread-safe.
+    No other code uses them, so that handlers that wait for a pool never wait for each
+    other. Each handler gets a connection object of its own, which loses the session with
+    the commit: a later use of it by the handler does not reach the next one. Thread-safe.
     """
 
     def __init__(self, connection_parameters: ConnectionParameters, fork_guard: ForkGuard) -> None:
         self._fork_guard = fork_guard
         self._options: dict[str, Any] = {**options(connection_parameters), "autocommit": True}
-        # Through a pooler that forbids prepared statements others would lose theirs.
+        # Through a pooler that forbids prepared statements, other clients would lose theirs.
         prepares = self._options.get("prepare_threshold", 0) is not None
         self._commit = COMMIT + DEALLOCATE if prepares else COMMIT
         self._idle: deque[PGconn] = deque()
@@ -299,10 +298,10 @@ class Transactions:
     def run(
         self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
     ) -> Ending:
-        """Run a plain handler; nothing it raises escapes.
+        """Run a plain handler; its exceptions become results.
 
         Args:
-            route: whose handler it is.
+            route: the handler's route.
             claimed: the job.
             started: called when the transaction is open, before the handler.
 
@@ -337,7 +336,7 @@ class Transactions:
     async def run_async(
         self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
     ) -> Ending:
-        """Run a coroutine handler; as `run`."""
+        """Run a coroutine handler. Async variant of `run`."""
         try:
             connection = await self._begin_async(claimed)
         except BaseException as error:
@@ -366,7 +365,7 @@ class Transactions:
             raise
 
     def whole(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload, which the claim has left behind.
+        """Return the job with its payload, which the claim did not return.
 
         It may take long, over a slow network, as long as it goes on.
         """
@@ -394,7 +393,7 @@ class Transactions:
             return NotBegun(error)
 
     async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload; as `whole`."""
+        """Return the job with its payload. Async variant of `whole`."""
         try:
             while True:
                 kept = self._kept()
@@ -422,7 +421,7 @@ class Transactions:
             return NotBegun(error)
 
     def rest(self) -> None:
-        """Wait before the next attempt to connect; returns at once where the worker shuts down.
+        """Wait before the next attempt to connect; return immediately if the worker shuts down.
 
         A slot that could not connect keeps its job for as long: to give it back immediately
         would be to claim it again immediately.
@@ -430,31 +429,31 @@ class Transactions:
         self._leaving.wait(self._next_pause())
 
     async def rest_async(self) -> None:
-        """Wait before the next attempt to connect; as `rest`, and where the task is cancelled."""
+        """Wait before the next attempt to connect. Async variant of `rest`; can be cancelled."""
         end = monotonic() + self._next_pause()
         with contextlib.suppress(asyncio.CancelledError):
-            # Another thread says that it is over: there is no event of the loop to wait for.
+            # Another thread sets the event, so there is no event of the loop to await.
             while (left := end - monotonic()) > 0 and not self._leaving.is_set():  # noqa: ASYNC110
                 await asyncio.sleep(min(left, _NAP))
 
     def _next_pause(self) -> float:
         now = monotonic()
-        if now >= self._pause_grows_at:  # once for all slots that have failed together
+        if now >= self._pause_grows_at:  # once for all slots that failed together
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._pause_grows_at = now + self._pause
         return self._pause
 
     def leave(self) -> None:
-        """Wait for no connection any more: the worker shuts down."""
+        """Stop waiting for connections: the worker shuts down."""
         self._leaving.set()
 
     def doubt(self) -> None:
-        """Wait no longer for what was asked before a network that is back went silent."""
+        """Give up on queries that were sent before the network was lost; it is back."""
         for conn in self._handling.copy():
             conn.patience = _PATIENCE
 
     def close(self) -> None:
-        """Close what is idle; a connection in use closes after its handler."""
+        """Close the idle connections; one in use closes after its handler."""
         self._closed = True
         while self._idle:
             self._idle.pop().finish()
@@ -463,7 +462,7 @@ class Transactions:
         return not self._closed and connection.info.transaction_status == TransactionStatus.IDLE
 
     def _furnish(self, connection: _Connection | _AsyncConnection) -> None:
-        """Set what psycopg sets on the connections that it opens."""
+        """Set the attributes that psycopg sets on the connections that it opens."""
         own: Any = connection
         own.row_factory = self._options.get("row_factory") or tuple_row
         if factory := self._options.get("cursor_factory"):
@@ -496,7 +495,7 @@ class Transactions:
             return self._idle.pop()
         return None
 
-    # -- plain ----------------------------------------------------------------------
+    # -- driver for threads -----------------------------------------------------------
 
     def _begin(self, claimed: Claimed) -> _Connection:
         while True:
@@ -504,7 +503,7 @@ class Transactions:
             connection = self._connect() if kept is None else self._connection(kept)
             connection.patience, connection.token = _PATIENCE, str(claimed.token)
             try:
-                # Several commands in one string, which cannot be prepared.
+                # Several commands in one string cannot be prepared.
                 Cursor(connection).execute(_begin(connection, claimed), prepare=False)
             except BaseException as error:
                 connection.close()
@@ -547,7 +546,7 @@ class Transactions:
                     return cursor.fetchall()[0][0]
         return None
 
-    # -- coroutine --------------------------------------------------------------------
+    # -- driver for coroutines --------------------------------------------------------
 
     async def _begin_async(self, claimed: Claimed) -> _AsyncConnection:
         while True:

@@ -1,13 +1,13 @@
-"""Notices that the server's clock was set."""
+"""Detects that the server's clock was set."""
 
 from datetime import datetime
 
 STEP = 60.0
-"""Seconds of a step that is told: less is a clock that is corrected, or a host that was busy."""
+"""The least seconds of a reported step: less is a corrected clock or a busy host."""
 
 
 class ServerClock:
-    """Compares the server's time with a monotonic clock, each as of one exchange."""
+    """Compares the server's time with a monotonic clock, once for each exchange."""
 
     def __init__(self) -> None:
         self._bounds: tuple[float, float] | None = None
@@ -21,7 +21,7 @@ class ServerClock:
             answered_at: when its answer was read.
 
         """
-        # Between the two the process may have been stopped for any time.
+        # Between the two times the process may have been stopped for any time.
         lowest, highest = at.timestamp() - answered_at, at.timestamp() - sent_at
         before, self._bounds = self._bounds, (lowest, highest)
         if before is None:

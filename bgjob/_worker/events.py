@@ -1,4 +1,4 @@
-"""Tells an observer of events, on a thread of its own."""
+"""Passes events to the observer, on a thread of its own."""
 
 import threading
 import time
@@ -28,18 +28,18 @@ from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
 _MOST = 100_000
-"""Events that wait for a blocked observer; later ones are dropped, and counted in the log."""
+"""The most events that wait for a blocked observer; later ones are dropped and counted."""
 _MOST_BYTES = 64 * 1024 * 1024
-"""Payloads that wait with them, as above."""
+"""The most bytes of payloads that wait with them; the same holds beyond it."""
 _UNCOUNTED = 1000
-"""Events that wait before their payloads are counted: claims bring no large ones."""
+"""Waiting events from which payloads are counted: claims return no large ones."""
 
 
 class Events:
-    """The events of a worker, on their way to an observer that may raise or block.
+    """The events of a worker, queued for an observer that may raise or block.
 
     Args:
-        observer: it.
+        observer: the observer.
         queue: the queue, or the queues, for the log.
 
     """
@@ -52,11 +52,11 @@ class Events:
         self._waiting: deque[Event | BaseException] = deque()
         self._ready = threading.Condition()
         self._closed = False
-        self._bytes = 0  # of payloads that wait, as far as they are counted
+        self._bytes = 0  # of waiting payloads, as far as they are counted
         self._dropped = 0
         self._error_at = float("-inf")
         self.thread: threading.Thread | None = None
-        """On which the observer is told."""
+        """The thread that calls the observer."""
 
     def open(self) -> None:
         """Start the thread."""
@@ -67,7 +67,7 @@ class Events:
 
     @property
     def started(self) -> Callable[[Job], None] | None:
-        """What tells that a handler is about to run, on the caller's thread; None if unheard."""
+        """Returns job_started, for the caller's thread; None if no observer handles it."""
         return None if self._job_started is None else self._tell_started
 
     def _tell_started(self, job: Job) -> None:
@@ -78,9 +78,9 @@ class Events:
             _log.exception("observer failed in job_started")
 
     def tell(self, events: Iterable[Event | BaseException]) -> None:
-        """Tell of events, in order, soon."""
+        """Queue events for the observer, in order."""
         if self._job_completed is None:
-            # Most events are completions: to hear none of them is to be left in peace.
+            # Most events are completions: an observer without them costs nearly nothing.
             events = [event for event in events if not _is_completion(event)]
             if not events:
                 return
@@ -95,16 +95,16 @@ class Events:
             self._ready.notify()
 
     def error(self, error: BaseException) -> None:
-        """Tell of trouble, at most once a second: a database that is away stays away."""
+        """Report an error, at most once a second: an outage repeats its error."""
         now = time.monotonic()
-        with self._ready:  # slots may be in trouble together
+        with self._ready:  # several slots may fail together
             if now < self._error_at + 1:
                 return
             self._error_at = now
         self.tell([error])
 
     def close(self, timeout: float) -> None:
-        """Tell what waits, for at most so many seconds, and end the thread."""
+        """Deliver the waiting events, for at most `patience` seconds, and end the thread."""
         with self._ready:
             self._closed = True
             self._ready.notify()
@@ -131,7 +131,7 @@ class Events:
                 )
             completed = self._job_completed
             for event in waiting:
-                # This loop competes with the handlers.
+                # This loop competes with the handlers for the interpreter.
                 try:
                     if completed is not None and _is_completion(event):
                         job = event.claimed.job
@@ -156,7 +156,7 @@ class Events:
                     case MoveToDlq(error):
                         observer.job_moved_to_dlq(job, error)
                     case Release() | NeedsKey() | Committed() | Fenced() | CommitUnknown():
-                        raise AssertionError("that is no event")
+                        raise AssertionError("this is not an event")
                     case _:
                         assert_never(result)
             case LeaseLost(job):
@@ -172,7 +172,7 @@ class Events:
 
 
 def _without_payload(job: Job) -> Job:
-    """Return a job as observers see it: a large payload is not kept for them."""
+    """Return a job for observers, without a large payload."""
     return job._replace(arg=None) if job.arg is ELSEWHERE else job
 
 

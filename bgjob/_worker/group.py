@@ -1,4 +1,4 @@
-"""The queues of one worker: a control thread each, and what they share."""
+"""The queues of one worker: a control thread for each, and what they share."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from bgjob.mux import Mux
 from bgjob.service import Service, ServiceTimer
 
 _AFTER = 1.9
-"""Seconds after the grace period for which a shutdown waits at most; it promises 2."""
+"""The most seconds after the grace period that a shutdown waits; it promises 2."""
 
 Queues = str | Mapping[str, int]
 """A queue, or several, each with its concurrency."""
@@ -76,7 +76,7 @@ class WorkerGroup:
                     service_timer=service_timer,
                 )
             )
-            service_timer = ServiceTimer(())  # the services are the first one's
+            service_timer = ServiceTimer(())  # the first queue runs the services
         self._queues = ", ".join(slots_of)
         self._loop: Loop | None = None
         self._pid = os.getpid()
@@ -90,7 +90,7 @@ class WorkerGroup:
         self.done: Future[None] = Future()
 
     def open(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        """Connect and start; raises what keeps the worker from working.
+        """Connect and start; raise whatever prevents the start.
 
         A worker that is shut down meanwhile, by a signal handler for example, does not start.
         """
@@ -100,7 +100,7 @@ class WorkerGroup:
             self._opened = True
             self._opener = threading.get_ident()
         try:
-            # Without the lock: a shutdown does not wait until a server answers.
+            # Without the lock, so that a shutdown does not wait for a server.
             mux = self._connect(loop)
         except BaseException:
             with self._lock:
@@ -116,7 +116,7 @@ class WorkerGroup:
             try:
                 self._start(mux, loop)
             except BaseException:
-                # Out of threads, or of sockets. What was started ends.
+                # Out of threads or sockets: end the queues that were started.
                 self._asked = True
                 self._give_up(monotonic())
                 for control in self._controls:
@@ -129,7 +129,7 @@ class WorkerGroup:
             self._mux.check_bound()
         mux, end = self._mux, monotonic() + self._patience
         try:
-            # The first one, which runs the services, comes when all others can work.
+            # The first queue, which runs the services, connects after the others.
             for control in reversed(self._controls):
                 if not self._asked:
                     control.connect(max(end - monotonic(), 0.1))
@@ -176,7 +176,7 @@ class WorkerGroup:
         self._events.error(error)
 
     def stop(self, timeout: Duration | EllipsisType | None = ...) -> None:
-        """Begin to shut down; of several grace periods the one that ends first counts."""
+        """Begin to shut down; of several grace periods the one that ends first applies."""
         if isinstance(timeout, EllipsisType):
             timeout = self._grace
         if os.getpid() != self._pid:
@@ -196,9 +196,9 @@ class WorkerGroup:
         return max(self._give_up_at + _AFTER - monotonic(), 0.0)
 
     def join(self) -> None:
-        """Wait until it has ended after `stop`, or until its time is over, whatever hangs."""
+        """Wait until it has ended after `stop`, or its time is over, whatever hangs."""
         while not self.done.done() and (left := self.time_left):
-            # In pieces: another shutdown may grant less.
+            # In pieces: another shutdown may allow less time.
             wait([self.done], min(left, 1.0))
 
     def _give_up(self, end: float) -> None:
@@ -208,24 +208,24 @@ class WorkerGroup:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why it ended by itself."""
+        """Why it ended on its own."""
         return next((c.failure for c in self._controls if c.failure is not None), None)
 
     @property
     def was_asked(self) -> bool:
-        """Whether somebody shut it down; it may also end by itself, where nothing can run."""
+        """Whether it was shut down; it may also end on its own, if it cannot run handlers."""
         return self._asked and self.failure is None
 
     @property
     def is_inside(self) -> bool:
-        """Whether the worker waits for the caller: a handler, the observer, or who starts it."""
+        """Whether the worker waits for the caller: a handler, the observer, or its starter."""
         is_observer = threading.current_thread() is self._events.thread
         is_opener = threading.get_ident() == self._opener
         return is_observer or is_opener or any(control.is_inside for control in self._controls)
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
-        """What is left on the caller's loop."""
+        """The tasks that are left on the caller's loop."""
         return self._handling | (set() if self._loop is None else self._loop.tasks)
 
     @property
@@ -234,17 +234,17 @@ class WorkerGroup:
 
     @property
     def abandoned(self) -> int:
-        """Jobs that were left to their leases."""
+        """The number of jobs left to their leases."""
         return sum(control.abandoned for control in self._controls)
 
     @property
     def has_finished(self) -> bool:
-        """Whether it has ended, and every job that had started has a result that is stored."""
+        """Whether it has ended and stored a result for every job that had started."""
         is_cut_short = any(c.abandoned or c.interrupted for c in self._controls)
         return self.done.done() and not is_cut_short
 
     def _leave(self) -> None:
-        """Close what is shared when the last handler of the last queue has ended."""
+        """Close the shared state when the last handler of the last queue has ended."""
         with self._lock:
             self._at_work -= 1
             is_last = not self._at_work
@@ -255,7 +255,7 @@ class WorkerGroup:
             self._events.close(self._patience_of(LAST_WORDS))
 
     def _patience_of(self, seconds: float) -> float:
-        """Return for how long to wait for something: all together must not exceed the bound."""
+        """Return how long to wait: all waits together must not exceed the limit."""
         return min(seconds, max(self.time_left - 0.4, 0.1)) if self._asked else seconds
 
     def _close_state(self) -> None:
@@ -275,17 +275,17 @@ class WorkerGroup:
             is_last = not self._alive
         if is_last:
             self._finish()
-        elif not self._asked:  # one that fails takes the others with it
+        elif not self._asked:  # a queue that fails ends the others
             self._give_up(monotonic() + LAST_WORDS)
 
 
 def _slots(queues: Queues, concurrency: int | None) -> dict[str, int]:
-    """Give the concurrency of each queue; raise where that cannot be."""
+    """Return the concurrency of each queue; raise if the arguments are wrong."""
     if isinstance(queues, str):
         slots = {queues: 1 if concurrency is None else concurrency}
     elif isinstance(queues, Mapping):
         if concurrency is not None:
-            raise ValueError("give concurrency, or a mapping from queues to theirs, not both")
+            raise ValueError("pass concurrency, or a mapping from queues to theirs, not both")
         slots = dict(queues)
     else:
         raise TypeError(

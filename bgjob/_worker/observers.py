@@ -1,4 +1,4 @@
-"""Who hears a worker: an observer, a function, several of them, or only some of the events."""
+"""Observers: an instance, a function, several of them, or only some of the events."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -24,7 +24,7 @@ Listener: TypeAlias = Observer | Callable[[Event], object]
 """An Observer, or a plain function of an event."""
 
 Observers: TypeAlias = Listener | Iterable[Listener]
-"""One that listens, or several."""
+"""One observer or function, or several."""
 
 _METHODS: Mapping[str, Callable[..., Event]] = {
     "job_started": JobStarted,
@@ -42,7 +42,7 @@ _Tell: TypeAlias = Callable[..., object]
 
 
 def combined(observer: Observers | None) -> Observer:
-    """Give one observer that has every method, and tells all who listen.
+    """Return one observer that has every method, and passes events to all.
 
     An event without an observer stays NoopObserver's own method: it costs nothing.
 
@@ -65,7 +65,7 @@ def only(
     type: str | Collection[str] | None = None,  # noqa: A002
     schedule: str | Collection[str] | None = None,
 ) -> Observer:
-    """Give an observer that is told some of the events only; the others cost it nothing.
+    """Restrict an observer to some events, queues, types or schedules; others cost nothing.
 
     Args:
         observer: an Observer, or a function of an event.
@@ -87,14 +87,14 @@ def only(
     for event in events:
         if event not in _METHODS.values():
             raise TypeError(
-                f"{event!r} is no event: give classes such as bgjob.JobCompleted, and names as "
+                f"{event!r} is not an event: pass classes such as bgjob.JobCompleted, and names as "
                 "queue=, type= or schedule="
             )
     return _Only(_one(observer), events, _names("queue", queue), _names("type", type), schedule)
 
 
 def listener(observer: Observer, method: str) -> _Tell | None:
-    """Give the observer's method; None where it has none, or one that does nothing."""
+    """Return the observer's method; None if it has none, or one that does nothing."""
     found: _Tell | None = getattr(observer, method, None)
     body = getattr(found, "__func__", None)
     silent = body is getattr(NoopObserver, method) or body is getattr(Observer, method)
@@ -102,7 +102,7 @@ def listener(observer: Observer, method: str) -> _Tell | None:
 
 
 class _Several(NoopObserver):
-    """Tells each of several; one that raises does not keep the others from hearing."""
+    """Passes events to several observers; one that raises does not affect the others."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         observers = list(observers)
@@ -113,7 +113,7 @@ class _Several(NoopObserver):
 
 
 class _Function(NoopObserver):
-    """Tells a function of events."""
+    """Passes events to a function."""
 
     def __init__(self, function: Callable[[Event], object]) -> None:
         for method, event in _METHODS.items():
@@ -121,7 +121,7 @@ class _Function(NoopObserver):
 
 
 class _Only(NoopObserver):
-    """Tells of some of the events."""
+    """Passes on some of the events."""
 
     def __init__(
         self,
@@ -176,21 +176,21 @@ def _where(fits: Callable[[Any], bool], tell: _Tell) -> _Tell:
 
 def _one(observer: object) -> Observer:
     if inspect.isclass(observer):
-        raise TypeError(f"an observer is an instance, not a class: give {observer.__name__}()")
+        raise TypeError(f"an observer is an instance, not a class: pass {observer.__name__}()")
     if _is_observer(observer):
         whole = all(hasattr(observer, method) for method in _METHODS)
         some = cast("Observer", observer)
         return some if whole else _Several([some])
     if not callable(observer):
         raise TypeError(
-            f"{observer!r} is no observer: give an Observer, a function of an event, "
+            f"{observer!r} is not an observer: pass an Observer, a function of an event, "
             "or a list of them"
         )
     if inspect.iscoroutinefunction(observer) or inspect.iscoroutinefunction(
         type(observer).__call__
     ):
         raise TypeError(
-            f"{observer!r} cannot observe: events are told on threads; give a plain function"
+            f"{observer!r} cannot observe: events come on threads; pass a plain function"
         )
     return _Function(observer)
 
@@ -205,7 +205,7 @@ def _names(what: str, names: str | Collection[str] | None) -> frozenset[str] | N
     one = isinstance(names, str) or not isinstance(names, Iterable)
     chosen: frozenset[Any] = frozenset([names] if one else names)
     if not chosen:
-        raise ValueError(f"{what} names nothing: give a name, several, or None for all")
+        raise ValueError(f"{what} names nothing: pass a name, several, or None for all")
     for name in chosen:
         check_name(what, name)
     return chosen

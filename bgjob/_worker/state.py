@@ -1,4 +1,4 @@
-"""What the handlers of one worker share: made before it claims, closed when it has ended."""
+"""The state that a worker's handlers share: made before it claims, closed when it has ended."""
 
 import asyncio
 import inspect
@@ -11,14 +11,14 @@ from typing import Any
 from bgjob._handlers.call import can_be_called, is_coroutine
 
 _LAST_WORDS = 1.0
-"""Seconds for coroutines that were cancelled to let go of it."""
+"""Seconds that cancelled coroutines have to release it."""
 
 
 class State:
-    """The state of a worker: of its own thread, or of the caller's loop.
+    """The state of a worker, on its own thread or on the caller's loop.
 
     Args:
-        factory: makes it, or a context manager that does.
+        factory: makes it, or a context manager for it.
         is_async: whether there is a loop to await on.
 
     """
@@ -37,7 +37,7 @@ class State:
         self._async_stack = AsyncExitStack()
 
     def open(self, loop: asyncio.AbstractEventLoop | None) -> Any:
-        """Make it, on the loop if there is one; raises what the factory raises."""
+        """Make it, on the loop if there is one; raise whatever the factory raises."""
         self._loop = loop
         if loop is not None:
             return asyncio.run_coroutine_threadsafe(self._enter_async(), loop).result()
@@ -47,7 +47,7 @@ class State:
         if _is_awaited(made) or hasattr(type(made), "__aenter__"):
             if inspect.iscoroutine(made):
                 made.close()
-            raise TypeError(f"state {self._factory!r} gave {type(made).__name__}: {_AWAITED}")
+            raise TypeError(f"state {self._factory!r} returned {type(made).__name__}: {_AWAITED}")
         return made
 
     async def _enter_async(self) -> Any:
@@ -63,36 +63,36 @@ class State:
     def close(
         self, patience: float | None, tasks: Callable[[], Collection[asyncio.Task[None]]]
     ) -> None:
-        """Close it, on the loop after its last tasks; raises what that raises.
+        """Close it, on the loop after its last tasks; raise whatever that raises.
 
         Raises:
-            TimeoutError: it took longer than so many seconds. It goes on.
+            TimeoutError: it took longer than `patience` seconds, and goes on.
 
         """
         if self._loop is not None:
             closing = self._exit_async(tasks)
             try:
                 ended = asyncio.run_coroutine_threadsafe(closing, self._loop)
-            except RuntimeError:  # the caller has closed its loop
+            except RuntimeError:  # the caller closed its loop
                 closing.close()
                 raise
         else:
             ended = Future()
-            # A thread of its own, which may hang while the worker ends.
+            # On a thread of its own, which may hang while the worker ends.
             thread = threading.Thread(
                 target=self._exit, args=(ended,), name="bgjob-state", daemon=True
             )
             try:
                 thread.start()
-            except Exception:  # no thread can start: here, then
+            except Exception:  # no thread can start: close it here
                 self._exit(ended)
         try:
             ended.result(patience)
         except TimeoutError:
             if ended.done():
-                raise  # its own
+                raise  # the state's own exception
             raise TimeoutError(
-                f"the state was not closed within {patience:.3g} s, and is left to itself"
+                f"the state was not closed within {patience:.3g} s; the worker ends without it"
             ) from None
 
     def _exit(self, ended: "Future[None]") -> None:
@@ -113,5 +113,5 @@ _AWAITED = "only an AsyncWorker awaits its state, on its loop"
 
 
 def _is_awaited(made: object) -> bool:
-    # Pools of some drivers can be awaited, and entered as well: only that closes them.
+    # Pools of some drivers can be both awaited and entered; only entering closes them.
     return inspect.isawaitable(made) and not hasattr(type(made), "__aenter__")

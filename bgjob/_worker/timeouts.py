@@ -1,4 +1,4 @@
-"""Handlers whose time is limited, and what is done about those that outlive it.
+"""Handlers with a timeout, and what happens to those that exceed it.
 
 A coroutine is cancelled, and answers with a JobTimeoutError by itself. A thread
 cannot be stopped, and a coroutine may ignore its cancellation: such a run is
@@ -18,11 +18,11 @@ from bgjob._sql.settlements import Claimed
 from bgjob.job import Job
 
 _UNWINDING = 1.0
-"""Seconds in which a coroutine that was cancelled is to end."""
+"""Seconds within which a cancelled coroutine should end."""
 
 
 class Run:
-    """One run of a handler that has a timeout; `route` is the one to run it by."""
+    """One run of a handler with a timeout; `route` is the route to run."""
 
     __slots__ = (
         "_began",
@@ -43,14 +43,14 @@ class Run:
         self.claimed = claimed
         self.route = limited.around(self._await if limited.is_coroutine else self._call)
         self.is_given_up = False
-        """Whether its job has failed meanwhile, so that its result is dropped."""
+        """Whether its job failed meanwhile, so that its result is dropped."""
         self.is_overdue = False
-        """Whether its job has failed, whether it has come back or not."""
+        """Whether its job failed, whether the handler has returned or not."""
         self._timeouts = timeouts
         self._limited = limited
 
     def fail(self, now: float) -> Outcome:
-        """Give the outcome of a run that is given up."""
+        """Return the outcome of a run that is given up."""
         error = self._limited.timed_out(self.claimed.job)
         return Outcome(
             self.claimed, self._limited.failed(self.claimed.job, error), now - self._began
@@ -83,7 +83,7 @@ class Run:
 
 
 class Timeouts:
-    """The runs of one worker's queue whose time is limited. Thread-safe.
+    """The runs with a timeout of one queue of a worker. Thread-safe.
 
     Args:
         slots: how many there are, and how many of those that are lost to runs
@@ -98,49 +98,49 @@ class Timeouts:
         self._began = began
         self._runs: dict[Run, None] = {}
         self._lock = threading.Lock()
-        self._lost = 0  # runs that were given up and have not come back
+        self._lost = 0  # runs that were given up and have not returned
 
     @property
     def next_at(self) -> float:
-        """When the first of them is to be given up."""
+        """When to give up the first of them."""
         if not self._runs:
             return inf
-        # A copy, which is made at once: others begin and end meanwhile.
+        # An atomic copy: other runs begin and end meanwhile.
         return min((run.ends for run in self._runs.copy()), default=inf)
 
     @property
     def missing(self) -> int:
-        """Slots that are lost, and not replaced."""
+        """The number of slots that are lost and not replaced."""
         return max(self._lost - self._slots, 0)
 
     def limit(self, route: Route, claimed: Claimed) -> Run:
-        """Give a run of a job, to be looked after as soon as its handler is called."""
+        """Return a run of a job; its timeout starts when its handler is called."""
         return Run(self, route, claimed)
 
     def began(self, run: Run) -> None:
-        """Look after a run."""
+        """Start the timeout of a run."""
         self._runs[run] = None
         self._began()
 
     def ended(self, run: Run) -> bool:
-        """Look after it no longer; False where it was given up before."""
+        """End the timeout of a run; False if it was given up before."""
         return self._runs.pop(run, run) is None
 
     def overdue(self, now: float) -> list[Run]:
-        """Give up those whose time is over."""
+        """Give up and return the runs that exceeded their timeouts."""
         overdue = [run for run in self._runs.copy() if run.ends <= now and self.ended(run)]
         for run in overdue:
             run.is_overdue = True
         return overdue
 
     def lose(self) -> bool:
-        """Take it that a slot is lost; whether another one is to take its place."""
+        """Record that a handler is abandoned. True if its slot is replaced."""
         with self._lock:
             self._lost += 1
             return self._lost <= self._slots
 
     def find(self) -> bool:
-        """Take it that a slot came back; whether its place has been kept."""
+        """Record that an abandoned handler returned. True if its slot was not replaced."""
         with self._lock:
             self._lost -= 1
             return self._lost >= self._slots
