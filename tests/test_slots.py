@@ -569,7 +569,7 @@ def test_slots_whose_threads_were_killed_come_back(
     assert observer.of("lost") == []
     assert len(observer.of("retried")) == 3
     for event in observer.of("retried"):
-        assert "was ended under it, by Thrown: outside of any handler" in event[4]
+        assert "was ended, by Thrown: outside of any handler" in event[4]
 
 
 # -- threads that cannot start -----------------------------------------------------------------------

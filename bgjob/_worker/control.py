@@ -1,4 +1,4 @@
-"""The control thread between the engine, one connection and the handlers of one queue."""
+"""The control thread of one queue, between the engine, its connection and the slots."""
 
 import asyncio
 import threading
@@ -41,32 +41,32 @@ _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
 
 _MOMENT = 0.001
-"""Seconds granted to a thread that is handed jobs: it wants the interpreter, and may be quick."""
+"""Seconds for a thread that is handed jobs: it needs the interpreter, and may be quick."""
 
 _WATCH = 1.0
-"""Seconds between two looks whether all slots live; a death that can be told of is seen at once."""
+"""Seconds between two checks that all slots live; a death that Python reports is seen sooner."""
 
 _WATCH_AGAIN = 0.01
-"""Seconds to the next look where one has not settled what became of a job."""
+"""Seconds to the next check if one could not decide what became of a job."""
 
 _UNWINDING = 0.5
-"""Seconds, after the grace period, for coroutines that were cancelled to end."""
+"""Seconds after the grace period within which cancelled coroutines should end."""
 
 LAST_WORDS = 1.0
-"""Seconds, after the grace period, to settle what has finished."""
+"""Seconds after the grace period to settle the finished jobs."""
 
 _OF_DATA = ("22", "23", "P0")
-"""Classes of errors that are about certain rows: their values, a constraint, a trigger."""
+"""Classes of errors that concern single rows: their values, a constraint, a trigger."""
 
 _MOST_TRIED = 1000
-"""Jobs of which those that cannot be claimed are sought: as many as one claim may take."""
+"""The jobs among which unclaimable ones are searched: as many as one claim may take."""
 
 _MOST_FAULTS = 5
-"""Faults of its own that it survives within so many seconds; more would come again."""
+"""The faults of its own that it survives within so many seconds; more would repeat."""
 _FAULTS_WITHIN = 10.0
 
 _STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, DatatypeMismatch)
-"""What a prepared statement fails with after its table has changed, or has been made anew."""
+"""The errors of a prepared statement after its table was changed or made again."""
 
 
 class QueueControl:
@@ -104,10 +104,10 @@ class QueueControl:
             meanwhile=self._meanwhile,
             ends_at=lambda: inf if self._give_up_at is None else self._give_up_at + LAST_WORDS,
         )
-        self._awaits_flow = False  # it waits for an answer, and has planned nothing to follow
+        self._awaits_flow = False  # it waits for an answer, and has planned no next exchange
         self._following: Plan | None = None
         self._events = events
-        # Made by start(): a thread that was made before a fork cannot start after it.
+        # Made by start(): a thread object from before a fork cannot start after it.
         self._thread: threading.Thread | None = None
         self._give_up_at: float | None = None  # None: not asked to stop
         self._pause = _FIRST_PAUSE
@@ -117,12 +117,12 @@ class QueueControl:
         self._faults: deque[float] = deque(maxlen=_MOST_FAULTS + 1)
         self._ends = ExitStack()
         self.failure: BaseException | None = None
-        """Why it ends by itself."""
+        """Why it ends on its own."""
         self.done: Future[None] = Future()
         self.abandoned = 0
 
     def connect(self, patience: float) -> None:
-        """Connect, and run the services; raises what keeps the worker from working.
+        """Connect, and run the services; raise whatever prevents the start.
 
         It can be called again.
 
@@ -151,7 +151,7 @@ class QueueControl:
     ) -> None:
         """Start to work; `leave` is called when the last handler has ended.
 
-        Where that fails it has ended.
+        If this fails the control has ended.
         """
         self._ends.callback(self.done.set_result, None)
         self._ends.callback(leave)
@@ -172,7 +172,7 @@ class QueueControl:
             conninfo, kwargs = self._connection_parameters()
             if (
                 not self._session.is_direct
-            ):  # a pooler's other sessions would not find what it prepared
+            ):  # a pooler's other sessions would not find its prepared statements
                 kwargs = {"prepare_threshold": None, **kwargs}
             self._transactions = Transactions((conninfo, kwargs), fork_guard)
             self._ends.callback(self._transactions.close)
@@ -201,7 +201,7 @@ class QueueControl:
             raise
 
     def stop(self, give_up_at: float) -> None:
-        """Begin to shut down; of several times at which to give up the first counts."""
+        """Begin to shut down; of several times at which to give up the first applies."""
         if self._give_up_at is None or give_up_at < self._give_up_at:
             self._give_up_at = give_up_at
         if self.has_run:
@@ -209,7 +209,7 @@ class QueueControl:
             self._waker.shout()
 
     def look(self) -> None:
-        """Look at once whether all slots live. From any thread."""
+        """Check immediately that all slots live. From any thread."""
         if self.has_run:
             self._slots.needs_watch = True
             self._waker.ring()
@@ -221,17 +221,17 @@ class QueueControl:
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
-        """What is left on the caller's loop."""
+        """The tasks that are left on the caller's loop."""
         return self._slots.tasks if self.has_run else set()
 
     @property
     def interrupted(self) -> int:
-        """Jobs that were cancelled at the end of the grace period and given back."""
+        """Jobs that were cancelled at the end of the grace period and released."""
         return self._slots.interrupted if self.has_run else 0
 
     @property
     def has_run(self) -> bool:
-        """Whether `start` got so far as to start the thread, with all that it works with."""
+        """Whether `start` got as far as starting the thread."""
         return self._thread is not None and self._thread.ident is not None
 
     def _run(self) -> None:
@@ -239,19 +239,19 @@ class QueueControl:
             try:
                 while self._goes_on():
                     pass
-            except BaseException as error:  # beyond what is survived
+            except BaseException as error:  # more faults than it survives
                 self._fail(error)
                 self.abandoned = self._engine.unsettled
 
     def _goes_on(self) -> bool:
-        """Take one step, and survive it; False when the worker has ended."""
+        """Take one step, and survive its faults; False when the worker has ended."""
         try:
             return self._turn()
         except psycopg.Error as error:
             self._disconnected(error)
-        except BaseException as error:  # a fault of ours: say so, and work on
+        except BaseException as error:  # a fault of bgjob: report it and continue
             if self.failure is not None:
-                raise  # it is only to settle what it can
+                raise  # it only settles what it can
             _log.exception("worker of queue %r failed; it connects again and goes on", self._queue)
             now = monotonic()
             self._faults.append(now)
@@ -273,7 +273,9 @@ class QueueControl:
                 if now >= self._give_up_at + _UNWINDING or not slots.is_unwinding:
                     engine.abandon()
             if now >= self._give_up_at + LAST_WORDS:
-                self.abandoned = engine.unsettled  # the database is away: the leases decide
+                self.abandoned = (
+                    engine.unsettled
+                )  # the database is away: leave the jobs to their leases
                 return False
         slots.spread()
         if slots.next_timeout <= now:
@@ -323,7 +325,7 @@ class QueueControl:
         return self._watched_at + often
 
     def _fail(self, error: BaseException) -> None:
-        """End by itself, without waiting for handlers."""
+        """End on its own, without waiting for handlers."""
         if self.failure is None:
             self.failure = error
             self._events.tell([error])
@@ -340,7 +342,7 @@ class QueueControl:
                 raise
             if isinstance(error, UnreadError):
                 self._events.error(error)
-                self._engine.disconnect(monotonic())  # it happened, or did not
+                self._engine.disconnect(monotonic())  # the exchange may have happened or not
                 return
             is_text = isinstance(error, UntranslatableCharacter | CharacterNotInRepertoire)
             if isinstance(error, _STALE):
@@ -381,16 +383,16 @@ class QueueControl:
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
-            self._events.error(error)  # they are left to their leases
+            self._events.error(error)  # the jobs are left to their leases
 
     def _clock_was_set(self) -> None:
         step, self._session.step = self._session.step, 0.0
         how = "back" if step < 0 else "forward"
         then = (
-            "jobs that have since been due in the future are due as they would have been, but for "
-            "those of a dead worker, and those that were enqueued for a time"
+            "jobs whose due times were left in the future are corrected, except for those of a "
+            "dead worker and those that were enqueued for a certain time"
             if step < 0
-            else "jobs have come early, and leases have ended: a job that runs may run twice"
+            else "jobs are due early, and leases have ended: a running job may run twice"
         )
         text = f"the database's clock was set {how} by {abs(step):.0f} s, or another server answers"
         self._events.tell([BgjobError(f"{text}; {then}")])
@@ -408,7 +410,7 @@ class QueueControl:
         return not self._session.is_open or isinstance(error, ReadOnlySqlTransaction)
 
     def _stream(self, exchange: Exchange) -> None:
-        """Exchange for as long as jobs flow, each answer worked on while the next is made."""
+        """Exchange while jobs flow; each answer is processed while the server makes the next."""
         session = self._session
         with session.streaming():
             answer: Answer | None = session.send(session.plan(exchange))
@@ -426,7 +428,7 @@ class QueueControl:
                 answer = coming
 
     def _follow(self) -> Plan | None:
-        """Plan what follows the exchange under way, if jobs flow."""
+        """Plan the exchange after the current one, if jobs flow."""
         self._collect()
         now = monotonic()
         due_at = min(self._service_timer.pressing_at, self._slots.next_timeout)
@@ -436,12 +438,12 @@ class QueueControl:
         return self._session.plan(ahead) if ahead else None
 
     def _meanwhile(self) -> None:
-        """Use the time while the server works."""
+        """Work while the server works."""
         if not self.has_run:
             return
-        self._slots.spread()  # what was taken for quick jobs, and given one slot, may not be
+        self._slots.spread()  # jobs that were assumed quick, and given one slot, may not be
         if self._awaits_flow and self._slots.is_idle:
-            # All that will be settled next is known: the server is not to wait for its words.
+            # All jobs to settle next are known: make the statements now, so that no server waits.
             self._following = self._follow()
             self._awaits_flow = self._following is None
 
@@ -467,7 +469,7 @@ class QueueControl:
                 self._events.tell(events)
 
     def _acknowledge(self, reply: Reply) -> bool:
-        """Hand out jobs and tell events; whether there were jobs."""
+        """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
             self._slots.submit(effects.run, quick=self._engine.is_quick)

@@ -40,29 +40,29 @@ from bgjob._sql.statement import Statement
 from bgjob._worker.clock import ServerClock
 
 _PATIENCE = 10.0
-"""Seconds without a sign of the server, after which it is given up."""
+"""Seconds without an answer of the server, after which the connection is given up."""
 
 _CAUGHT_UP = 1000
-"""Jobs that are moved by one statement after the clock was set back."""
+"""Jobs that one statement corrects after the clock was set back."""
 
 _NEVER = datetime(1, 1, 3, tzinfo=UTC)
-"""Later than the time that stands for none."""
+"""Later than the time that means none."""
 
 _MOMENT = 0.001
-"""Seconds of waiting for the server after which there is time for something else."""
+"""Seconds of waiting for the server after which `meanwhile` is called."""
 
 _SLICE = 0.25
-"""Seconds after which a wait looks whether the worker's time is over."""
+"""Seconds after which a wait checks whether the worker's time is over."""
 
 _LONGEST_SLEEP = 3600.0
 
 _SAMPLE = 20
-"""Jobs of which one must be claimable, if others are to blame that they are not."""
+"""Sample of jobs: if none of them can be claimed, the cause is not a single job."""
 
 _MOST_REFUSED = 20
-"""Jobs that are moved to the dead-letter table at once because no worker can claim them."""
+"""The most unclaimable jobs moved to the dead-letter table in one go."""
 
-# Of an exchange that the server refused, or that could not be put into words.
+# After an exchange that the server refused, or whose statements could not be made.
 _UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
 
 _EVENTS = {
@@ -71,7 +71,7 @@ _EVENTS = {
     Wait.RW: select.POLLIN | select.POLLOUT,
 }
 _READY = {
-    0: Ready.RW,  # an error or a hang-up: reading tells which
+    0: Ready.RW,  # an error or a hang-up: reading shows which
     select.POLLIN: Ready.R,
     select.POLLOUT: Ready.W,
     select.POLLIN | select.POLLOUT: Ready.RW,
@@ -82,32 +82,32 @@ class Waker:
     """Wakes a thread that waits on sockets."""
 
     def __init__(self) -> None:
-        # Sockets, not a pipe: a send to one that was closed fails, where a write
-        # to a closed descriptor may reach the file that has its number since.
+        # Sockets, not a pipe: a send to a closed socket fails, but a write to a closed
+        # descriptor may reach the file that has its number now.
         self._heard, self._rope = socket.socketpair()
         self._heard.setblocking(False)
         self._rope.setblocking(False)
         self._armed = self._rings = False
 
     def fileno(self) -> int:
-        """Give what to wait on."""
+        """Return the file descriptor to wait on."""
         return self._heard.fileno()
 
     def arm(self) -> None:
-        """Let the next ring be felt; look for what it would tell after this, then wait."""
+        """Make the next `ring` wake the thread; after this check for work, then wait."""
         self._armed = True
 
     def ring(self) -> None:
-        """Wake the thread if it is armed, which costs a flag where it is not. From any thread."""
+        """Wake the thread if it is armed; otherwise this only tests a flag. From any thread."""
         if self._armed:
             self._armed = False
             self.shout()
 
     def shout(self) -> None:
         """Wake the thread now, or at its next wait. From any thread."""
-        with contextlib.suppress(OSError):  # full: it is ringing already; or closed
+        with contextlib.suppress(OSError):  # full: it rings already; or closed
             self._rope.send(b"!")
-        self._rings = True  # after it does: at worst it is silenced at the second wait
+        self._rings = True  # after the send: at worst the second wait silences it
 
     def silence(self) -> None:
         """Stop ringing."""
@@ -125,21 +125,21 @@ class Waker:
 
 
 class _Connection(psycopg.Connection[TupleRow]):
-    """A connection whose every wait ends."""
+    """A connection whose waits all end."""
 
     patience: float = _PATIENCE
-    """Seconds without a sign of the server, after which it is given up."""
+    """Seconds without an answer of the server, after which the connection is given up."""
 
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
-    """Called where an answer takes more than a moment."""
+    """Called when an answer takes more than a moment."""
 
     ends_at: Callable[[], float] = staticmethod(lambda: inf)
-    """When no answer is worth waiting for any more."""
+    """When to stop waiting for any answer."""
 
     @override
     def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
-        # poll() and nothing else: each system call here gives up the interpreter
-        # to the handlers' threads, and has to win it back.
+        # Only poll(): each system call here releases the interpreter to the handlers'
+        # threads, and has to get it back.
         try:
             wanted = next(gen)
             poll = select.poll()
@@ -160,7 +160,7 @@ class _Connection(psycopg.Connection[TupleRow]):
             return stop.value  # type: ignore[no-any-return]
         except BaseException:
             if inspect.getgeneratorstate(gen) == inspect.GEN_SUSPENDED:
-                # Interrupted between a question and its answer: nothing else can be asked.
+                # Interrupted between a query and its answer: the connection is useless.
                 self.pgconn.finish()
                 with contextlib.suppress(psycopg.Error):
                     gen.close()
@@ -176,7 +176,7 @@ class _Connection(psycopg.Connection[TupleRow]):
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Make a refusal of what is raised before a statement is sent, so that no other suffers."""
+    """Turn an exception before sending into a refusal, so that only that statement fails."""
     try:
         yield
     except psycopg.Error:
@@ -186,14 +186,14 @@ def _refusing() -> Iterator[None]:
 
 
 class UnreadError(psycopg.DataError):
-    """The exchange was committed, and its answer could not be read."""
+    """The exchange was committed, but its answer could not be read."""
 
 
 class Unread(NamedTuple):
     """A claimed job that could not be read."""
 
     place: str
-    """Where its row is."""
+    """The position of its row."""
     token: int
     id: str
     """In the notation of Python's bytes."""
@@ -201,9 +201,9 @@ class Unread(NamedTuple):
 
 
 class Answer:
-    """The cursors of an exchange that was sent; they are lent to it until it is read.
+    """The cursors of a sent exchange, borrowed until it is read.
 
-    To make them anew is a noticeable part of what an idle worker needs for a claim.
+    Making new ones is a noticeable part of an idle worker's time for a claim.
     """
 
     def __init__(self, connection: _Connection, cursors: list[Cursor]) -> None:
@@ -223,22 +223,22 @@ class Answer:
             self._asked.append((statement, part, cursor))
 
     def say(self, text: LiteralString | bytes) -> None:
-        """Send a word of which nothing is read, but that it was answered."""
+        """Send a command whose result is only awaited."""
         self.cursor().execute(text)
 
     def wait(self) -> None:
-        """Wait until the last that was sent is answered."""
+        """Wait until the last statement is answered."""
         self._used[-1].fetchall()
 
     def read(self) -> Reply:
-        """Read what the server said."""
+        """Read the server's answers."""
         reply = Reply()
         for statement, part, cursor in self._asked:
             try:
                 rows = cursor.fetchall()
             except Exception as error:
                 if cursor.pgresult is None or cursor.pgresult.status != ExecStatus.TUPLES_OK:
-                    raise  # the server's
+                    raise  # the server's error
                 rows = self._readable(statement, cursor, error)
             reply.add(part, statement.parse(rows))
         reply.unread = len(self.unread)
@@ -248,7 +248,7 @@ class Answer:
     def _readable(
         self, statement: Statement[Any], cursor: Cursor, error: Exception
     ) -> list[TupleRow]:
-        """Read a claim row by row, and note those that cannot be read."""
+        """Read a claim row by row, and record the rows that cannot be read."""
         result, rows = cursor.pgresult, []
         names = [column.name for column in cursor.description or ()]
         if result is None or "ctid" not in names or statement.params is None:
@@ -265,7 +265,7 @@ class Answer:
         return rows
 
     def cursor(self) -> Cursor:
-        """Make a cursor whose answer `wait` and `read` wait for."""
+        """Return a cursor whose answer `wait` and `read` await."""
         cursor = self._spare.pop() if self._spare else Cursor(self._connection)
         self._used.append(cursor)
         return cursor
@@ -293,18 +293,18 @@ class Session:
         self._lease = lease
         self._notify = notify
         self._connection: _Connection | None = None
-        self._cursors: list[Cursor] = []  # to use again
+        self._cursors: list[Cursor] = []  # for reuse
         self._heard: Notice | None = None
         self._has_opened = False
         self.is_direct = False
-        """Whether the open connection has a session of its own, and no pooler gives it others."""
+        """Whether the open connection has a session of its own, without a transaction pooler."""
         self.warning: str | None = None
-        """What is to be told of the open connection."""
+        """A warning about the open connection, for the observer."""
         self._clock = ServerClock()
         self.step = 0.0
-        """Seconds by which the server's clock was set; to be told and made good."""
+        """Seconds by which the server's clock was set; to report and correct."""
         self.unread: list[Unread] = []
-        """Claimed jobs that could not be read, and are to be dead_lettered."""
+        """Claimed jobs that could not be read, to move to the dead-letter table."""
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
@@ -327,7 +327,7 @@ class Session:
             settings["connect_timeout"] = min(
                 timeout_from_conninfo(settings), max(ceil(patience / hosts), 1)
             )
-        # Statements are few and long: prepared at once, unless a pool forbids it.
+        # Statements are few and long: prepare them immediately, unless a pool forbids it.
         asked = settings.get("prepare_threshold", 0)
         ours = {
             "autocommit": True,
@@ -341,8 +341,8 @@ class Session:
         connection.patience = max(end - monotonic(), 0.1)
         connection.ends_at = self._ends_at
         try:
-            # A pooler in transaction mode gives each transaction another session:
-            # settings and locks would stay behind with strangers.
+            # A pooler in transaction mode uses another session for each transaction:
+            # settings and locks would stay behind in other clients' sessions.
             answers = self._run(connection, backend())
             if answers.is_read_only:
                 raise psycopg.errors.ReadOnlySqlTransaction(
@@ -352,9 +352,9 @@ class Session:
             if self.is_direct:
                 self._run(connection, session(answers.pid, WORKER_SETTINGS))
             elif "prepare_threshold" not in settings:
-                connection.prepare_threshold = None  # nor would it find what was prepared
-            # One that has worked with the tables goes on while they have what its statements
-            # need, whatever they are called: a deploy may have changed them meanwhile.
+                connection.prepare_threshold = None  # nor would it find prepared statements
+            # A worker that has used the tables continues while they have what its statements
+            # need, whatever their version: a deploy may have changed them meanwhile.
             check = schema.check_tables if self._has_opened else schema.check_version
             check(self._run(connection, schema_comment()))
             schema.check_lacks(self._run(connection, lacks()))
@@ -381,14 +381,14 @@ class Session:
         plan = self.plan(exchange)
         if len(plan) == 1 and self.is_direct:
             answer = self._answer()
-            answer.ask(plan)  # a transaction by itself
+            answer.ask(plan)  # one statement is a transaction
         else:
             with self.streaming():
                 answer = self._transact(plan)
         return self.read(answer)
 
     def read(self, answer: Answer) -> Reply:
-        """Read an answer; what cannot be read of a claim is in `unread`."""
+        """Read an answer; `unread` gets the jobs of a claim that cannot be read."""
         reply = answer.read()
         self.unread += answer.unread
         at = reply.seen.at if reply.seen else max((x.since for x in reply.lines), default=_NEVER)
@@ -397,7 +397,7 @@ class Session:
         return reply
 
     def catch_up(self) -> None:
-        """Move jobs back whose due times the clock left in the future when it was set back."""
+        """Correct the due times that lie in the future because the clock was set back."""
         while self._run(self._ready(), catch_up(self._queue, limit=_CAUGHT_UP)) == _CAUGHT_UP:
             pass
 
@@ -409,14 +409,14 @@ class Session:
         self._run(self._ready(), dead_letter_unread(places, tokens, text))
 
     def dead_letter_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
-        """Move the jobs that the server lets no worker claim to the dead-letter table.
+        """Move the jobs whose claim the server refuses to the dead-letter table.
 
-        Of the jobs that are claimed next, each is found by halves whose claim the server
-        refuses, as a constraint or a trigger of the user's may. Where it refuses all of
-        them, it is not for one job to suffer, and all stay.
+        A user's constraint or trigger may refuse claims. Of the next jobs, the refused ones
+        are found by halving. If the server refuses all of them, the cause is not a single
+        job, and all stay.
 
         Returns:
-            Their ids, and why.
+            Their ids and errors.
 
         """
         connection = self._ready()
@@ -444,7 +444,7 @@ class Session:
         return [(id_, error) for _, id_, error in refused]
 
     def _refusal(self, connection: _Connection, statement: Statement[None]) -> psycopg.Error | None:
-        """Run a statement and undo it; why the server refuses it."""
+        """Run a statement and undo it; return the error with which the server refuses it."""
         try:
             with connection.transaction(force_rollback=True):
                 self._run(connection, statement)
@@ -455,28 +455,28 @@ class Session:
         return None
 
     def use_server_encoding(self) -> None:
-        """Read text as it is stored: some of it has no equivalent in UTF-8."""
+        """Read text in its stored encoding: some of it has no equivalent in UTF-8."""
         connection = self._ready()
         encoding = connection.info.parameter_status("server_encoding") or ""
         with contextlib.suppress(psycopg.NotSupportedError):
-            pg2pyenc(encoding.encode())  # some Python does not know
+            pg2pyenc(encoding.encode())  # Python does not know some encodings
             self._run(
                 connection, session(connection.info.backend_pid, {"client_encoding": encoding})
             )
 
     def forget_plans(self) -> None:
-        """Prepare all statements anew, after the tables have changed under their plans."""
-        # psycopg forgets what it has prepared when it sees a rollback.
+        """Prepare all statements again, after the tables of their plans have changed."""
+        # psycopg forgets its prepared statements when it sees a rollback.
         Cursor(self._ready()).execute("rollback", prepare=False)
 
     def plan(self, exchange: Exchange) -> Plan:
-        """Put an exchange into words, so that nothing but to send them is left to do."""
+        """Return the statements of an exchange, ready to send."""
         with _refusing():
             return exchange.statements(self._queue, self._lease, self._served)
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
-        """Let exchanges be sent before the last one's answer is read; see `send`.
+        """Allow sending exchanges before the last one's answer is read; see `send`.
 
         Raises:
             psycopg.Error: as for `exchange`.
@@ -491,7 +491,7 @@ class Session:
                 connection.rollback()
 
     def send(self, plan: Plan) -> Answer:
-        """Send an exchange, as a transaction; give what to wait for, and to read later."""
+        """Send an exchange as a transaction; return its answer, to await and read later."""
         answer = self._transact(plan)
         answer.say("select")
         return answer
@@ -506,8 +506,8 @@ class Session:
         return Answer(self._ready(), self._cursors)
 
     def _transact(self, plan: Plan) -> Answer:
-        # The commit is sent with the rest: a process that is stopped, or cut off, while
-        # it waits for the answers must not keep rows locked.
+        # The commit is sent with the rest: a process that is stopped or cut off while it
+        # waits for the answers must not keep rows locked.
         answer = self._answer()
         answer.say("begin isolation level read committed")
         if not self.is_direct:
@@ -517,7 +517,7 @@ class Session:
         return answer
 
     def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
-        """Let a service use the connection; what it leaves uncommitted is rolled back."""
+        """Lend the connection to a service; roll back what it leaves uncommitted."""
         connection = self._ready()
         pid = connection.info.backend_pid
         self._run(connection, session(pid, SERVICE_SETTINGS))
@@ -550,7 +550,7 @@ class Session:
         """
         connection = self._connection
         if connection is not None:
-            # One that came behind the last answer has been read, and wakes no poll().
+            # A notification after the last answer is read already, and wakes no poll().
             self._take_notifies(connection)
             if self._heard is not None:
                 return
@@ -558,7 +558,7 @@ class Session:
         poll.register(waker, select.POLLIN)
         if connection is not None:
             poll.register(connection.fileno(), select.POLLIN)
-        # Rounded up: poll() counts whole milliseconds, and would come back early.
+        # Rounded up: poll() takes whole milliseconds, and would return early.
         ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
         rung = waker.fileno()
         for fd, _ in ready:
@@ -576,7 +576,7 @@ class Session:
         return self._heard is not None
 
     def take_notice(self) -> Notice | None:
-        """Give what was heard since the last call."""
+        """Return the notifications since the last call."""
         heard, self._heard = self._heard, None
         return heard
 
@@ -598,5 +598,5 @@ class Session:
             return
         connection = self._connection
         if notice.relief and connection is not None and pid == connection.info.backend_pid:
-            return  # who has stopped asking to be notified has looked
+            return  # a worker that released the lock itself has claimed since
         self._heard = notice | self._heard if self._heard else notice
