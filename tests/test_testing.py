@@ -828,7 +828,9 @@ def test_a_recording_observer_waits_for_events_of_other_threads() -> None:
 
 def test_what_was_heard_is_shown_where_the_event_does_not_come() -> None:
     recording = RecordingObserver()
-    with pytest.raises(AssertionError, match="^no 1 JobCompleted within 0 s; nothing was heard$"):
+    with pytest.raises(
+        AssertionError, match="^no 1 JobCompleted within 0 s; no event was recorded$"
+    ):
         recording.wait_for(JobCompleted, timeout=0)
     recording(JobStarted(a_job(id="a")))
     recording(QueueIsEmpty("mail"))

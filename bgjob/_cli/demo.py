@@ -54,7 +54,7 @@ _RATE = "each reads and hashes a file, and commits a row"
 _PICK_UP = f"from an enqueue's return to its handler's start, {_SINGLES} times"
 
 _PATIENCE = 60.0
-"""Seconds without any job starting or ending after which the demo gives up."""
+"""Seconds without a job's start or end after which the demo gives up."""
 
 _CONNECT_TIMEOUT = 10
 _GRACE = 5.0  # seconds for the handlers that run when the demo is interrupted

@@ -963,7 +963,7 @@ class Engine:
             self._lose(lost, effects)
 
     def _lose(self, claims: list[Claimed], effects: Effects) -> None:
-        """Give up claims that other workers may have: drop their present and later outcomes."""
+        """Drop claims that other workers may have, with their present and later outcomes."""
         lost = set(claims)
         sent = [outcome for sent in self._sent for outcome in sent.outcomes]
         waiting = [*self._pending, *self._refused, *self._apart]

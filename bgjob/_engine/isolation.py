@@ -24,10 +24,6 @@ turn: from the next claim of them on, even one that the server refuses, they are
 claimed for as long as they were held up, and alongside the group while it runs.
 If a worker's claim finds no suspect, because other workers have them, it holds nothing
 up.
-others: from the next look at them on, even one that the server refuses, they are
-claimed for as long as they were held up, and beside the group for as long as it runs.
-If a worker's claim finds no suspect, because other workers have them, it holds nothing
-up.
 
 A group that has run for a second is not proved harmless, but other jobs must not wait for
 a job of ten minutes. So the next group may be claimed alongside it. After each further

@@ -448,7 +448,7 @@ class Transactions:
         self._leaving.set()
 
     def doubt(self) -> None:
-        """Give up on queries that were sent before the network was lost; it is back."""
+        """Abort queries that were sent before the network was lost; it is back."""
         for conn in self._handling.copy():
             conn.patience = _PATIENCE
 

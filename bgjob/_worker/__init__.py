@@ -38,14 +38,14 @@ A worker has these threads. `group` starts them and ends them together.
 - The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
   caller's. The observer is told of a loop that is blocked for a third of the lease.
 - The event thread (`events`) calls the observer, so that a slow one delays no job. Only
-  job_started is told on the handler's own thread, before the handler is entered.
-- `timeouts` gives up handlers that take too long. `state` is what handlers share, opened
+  job_started is called on the handler's own thread, before the handler.
+- `timeouts` gives up handlers that take too long. `state` is the object that handlers share, opened
   before the first job and closed after the last.
 
 From claim to settlement, with the files in order:
 
     control     the turn: step, exchange, acknowledge
-    engine      what to claim (_engine/engine), put into words (_engine/protocol)
+    engine      what to claim (_engine/engine), as statements (_engine/protocol)
     claims      the statement (_sql/claims), sent by `session` over its connection
     slots       a slot takes the job
     route       whose handler it is, and what attempts it has (_handlers/route)

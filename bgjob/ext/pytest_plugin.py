@@ -6,8 +6,8 @@ conftest.py at the root of your tests:
     pytest_plugins = ["bgjob.ext.pytest_plugin"]
 
 or by `-p bgjob.ext.pytest_plugin` in pytest's `addopts`. Each process of pytest-xdist has a server
-of its own. Override `bgjob_migrate` to have your own tables beside bgjob's, and `bgjob_server` to
-use a server that is there already.
+of its own. Override `bgjob_migrate` to have your own tables alongside bgjob's, and `bgjob_server`
+to use an existing server.
 """
 
 import secrets

@@ -95,7 +95,7 @@ class RecordingObserver:
             heard = [_event_text(each) for each in self._events]
         raise AssertionError(
             f"no {wanted} within {limit:g} s; "
-            + (f"heard:\n{_listed(heard)}" if heard else "nothing was heard")
+            + (f"recorded:\n{_listed(heard)}" if heard else "no event was recorded")
         )
 
     def reset(self) -> None:
