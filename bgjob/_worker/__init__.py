@@ -34,13 +34,13 @@ A worker has these threads. `group` starts them and ends them together.
   on it, so that leases are extended whatever handlers do.
 - A slot lives on a thread or in a task, takes job after job from the deque, and moves to the
   other side with a job of the other kind, plain or coroutine (`slots`). Every second, and
-    immediately after a death that Python reports, the control thread checks that each lives.
+  immediately after a death that Python reports, the control thread checks that each lives.
 - The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
   caller's. The observer is told of a loop that is blocked for a third of the lease.
 - The event thread (`events`) calls the observer, so that a slow one delays no job. Only
   job_started is called on the handler's own thread, before the handler.
-- `timeouts` gives up handlers that take too long. `state` is the object that handlers share, opened
-  before the first job and closed after the last.
+- `timeouts` gives up handlers that take too long. `state` is the object that handlers share,
+  opened before the first job and closed after the last.
 
 From claim to settlement, with the files in order:
 
