@@ -365,9 +365,9 @@ class AsyncCallable:
         (a_coroutine, "pass a plain function"),
         (AsyncCallable(), "pass a plain function"),
         (7, "7 is not an observer: pass an Observer, a function of an event, or a list"),
-        ([NoopObserver(), 7], "7 is no observer"),
-        ("q", "'q' is no observer"),
-        ([[NoopObserver()]], "is no observer"),
+        ([NoopObserver(), 7], "7 is not an observer"),
+        ("q", "'q' is not an observer"),
+        ([[NoopObserver()]], "is not an observer"),
     ],
 )
 def test_what_cannot_observe_is_refused_when_the_worker_is_made(
@@ -386,7 +386,7 @@ def test_what_cannot_observe_is_refused_when_the_worker_is_made(
         (lambda only: only(print, queue=[]), ValueError, "queue names nothing"),
         (lambda only: only(print, type=7), TypeError, "type must be a str, not int"),
         (lambda only: only(print, schedule=["a\0b"]), ValueError, "schedule must not contain NUL"),
-        (lambda only: only(7), TypeError, "7 is no observer"),
+        (lambda only: only(7), TypeError, "7 is not an observer"),
     ],
 )
 def test_a_filter_that_cannot_fit_is_refused(
