@@ -778,6 +778,8 @@ def test_hostile_texts_pass_through_a_worker_and_its_notifications(
             transactional=transactional,
         )
     for n, queue in enumerate(HOSTILE):
+        if n % 2 == transactional:
+            continue  # each name is tried with one kind, and each text with both
         texts = [*HOSTILE[n:], *HOSTILE[:n]][:4]
         observer = Recorder()
         seen.clear()

@@ -556,7 +556,7 @@ def test_11_delays_of_every_kind_are_settled_together(
         seen[job.id] += 1
         return results[int(job.id) % len(results)] if seen[job.id] == 1 else None
 
-    ids = [str(n) for n in range(20 * len(results))]
+    ids = [str(n) for n in range(6 * len(results))]
     world.enqueue(kind.type, *ids, ledger=False)
     mux = kind.register(Mux(), act, dsn=world.dsn, backoff=lambda attempt: attempt - 1)
     worker = world.worker(mux, is_async=is_async, concurrency=8)

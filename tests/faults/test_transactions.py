@@ -182,7 +182,7 @@ def test_a_restart_under_transactional_jobs_of_one_attempt_buries_none_that_was_
     hurt: World, server: EmbeddedServer
 ) -> None:
     effects = Effects()
-    ids = hurt.enqueue_many("transactional", 3000)
+    ids = hurt.enqueue_many("transactional", 1000)
     worker = hurt.worker(effects.mux("Worker-plain", max_attempts=1), concurrency=8, lease=LONG)
     assert eventually(lambda: len(effects.called) > 200)
     server.stop("immediate")
