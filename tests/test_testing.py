@@ -840,7 +840,7 @@ def test_what_was_heard_is_shown_where_the_event_does_not_come() -> None:
         recording.wait_for(JobStarted, id="b", count=2, timeout=timedelta(seconds=0.1))
     assert time.monotonic() - began >= 0.1
     assert str(caught.value) == (
-        "no 2 JobStarted of job 'b' within 0.1 s; heard:\n"
+        "no 2 JobStarted of job 'b' within 0.1 s; recorded:\n"
         "  JobStarted(t 'a', attempt 1)\n"
         "  QueueIsEmpty('mail')\n"
         "  WorkerError(OSError('gone'))"
