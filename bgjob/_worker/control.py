@@ -104,8 +104,6 @@ class QueueControl:
             meanwhile=self._meanwhile,
             ends_at=lambda: inf if self._give_up_at is None else self._give_up_at + LAST_WORDS,
         )
-        self._awaits_flow = False  # it waits for an answer, and has planned no next exchange
-        self._following: Plan | None = None
         self._events = events
         # Made by start(): a thread object from before a fork cannot start after it.
         self._thread: threading.Thread | None = None
@@ -410,17 +408,17 @@ class QueueControl:
         return not self._session.is_open or isinstance(error, ReadOnlySqlTransaction)
 
     def _stream(self, exchange: Exchange) -> None:
-        """Exchange while jobs flow; each answer is processed while the server makes the next."""
+        """Exchange while jobs flow; each answer is processed while the server makes the next.
+
+        Planning the next exchange already while this one is awaited, once the slots are idle,
+        gained nothing: a drain is 1.00 (PostgreSQL 15) to 1.1 times as fast without it.
+        """
         session = self._session
         with session.streaming():
             answer: Answer | None = session.send(session.plan(exchange))
             while answer is not None:
-                self._awaits_flow = True
-                try:
-                    answer.wait()
-                    following = self._follow() if self._awaits_flow else self._following
-                finally:
-                    self._awaits_flow, self._following = False, None
+                answer.wait()
+                following = self._follow()
                 try:
                     coming = session.send(following) if following else None
                 finally:
@@ -442,10 +440,6 @@ class QueueControl:
         if not self.has_run:
             return
         self._slots.spread()  # jobs that were assumed quick, and given one slot, may not be
-        if self._awaits_flow and self._slots.is_idle:
-            # All jobs to settle next are known: make the statements now, so that no server waits.
-            self._following = self._follow()
-            self._awaits_flow = self._following is None
 
     def _serve(self) -> None:
         self._service_timer.run(self._session.lend, monotonic, self._service_failed)
