@@ -320,8 +320,6 @@ class Monitor:
                 del self._ended[id]
                 if not self._kills(id):
                     seconds = self._late(ended_at, now)
-                    if seconds > 4:
-                        print("LATE", id, seconds, deaths, attempt, found, flush=True)
                     if deaths <= 1:
                         self.longest_wait = max(self.longest_wait, seconds)
                     else:
