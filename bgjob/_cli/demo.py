@@ -153,7 +153,7 @@ class Report:
     def _headline(self) -> str:
         return (
             f"counted {self.lines:,} lines and {self.bytes:,} bytes in {self.files:,} files, "
-            f"{self.concurrency} at once, on PostgreSQL {self.postgresql}"
+            f"{self.concurrency} at a time, on PostgreSQL {self.postgresql}"
         )
 
 

@@ -67,7 +67,7 @@ The vocabulary
     look        a claim, from the marks on; a sweep looks behind them as well, frees what
                 dead workers held, and says when the next job is due
     flow        jobs go through so fast that the next exchange is planned (`ahead`) while
-                one is under way
+                one is in progress
     notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
 
