@@ -26,7 +26,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._checks import Duration, seconds
-from bgjob._engine.protocol import Committed, CommitUnknown, Fenced, Release
+from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Release
 from bgjob._handlers.route import Awaiting
 from bgjob._logger import log
 from bgjob._postgres.connection import (

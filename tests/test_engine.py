@@ -1,7 +1,7 @@
 """What the engine decides, one situation at a time."""
 
-from dataclasses import replace
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
 from math import inf
@@ -10,17 +10,12 @@ import pytest
 
 from bgjob._engine import engine
 from bgjob._engine.engine import Engine
+from bgjob._engine.outcome import Effects, Event, LeaseLost, Outcome, QueueIsEmpty, Release
 from bgjob._engine.protocol import (
     Claim,
     ClaimGroup,
-    Event,
     Exchange,
-    LeaseLost,
-    Effects,
     Notice,
-    Outcome,
-    QueueIsEmpty,
-    Release,
     Reply,
     Sleep,
     Step,
@@ -28,11 +23,11 @@ from bgjob._engine.protocol import (
     Sweep,
     Withdraw,
 )
+from bgjob._engine.watermarks import Watermarks
 from bgjob._handlers.route import NeedsKey
-from bgjob._sql.claims import Group, Window, Line, Swept, Taken, UnderWay
+from bgjob._sql.claims import Group, Line, Swept, Taken, UnderWay, Window
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
-from bgjob._engine.watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
 

@@ -34,7 +34,8 @@ from bgjob import (
     Worker,
 )
 from bgjob._engine.engine import Engine
-from bgjob._engine.protocol import Committed, Exchange, Outcome, Release, Reply, Sleep
+from bgjob._engine.outcome import Committed, Outcome, Release
+from bgjob._engine.protocol import Exchange, Reply, Sleep
 from bgjob._running.transaction import acquisition, conclusion
 from bgjob._sql.claims import Line, Swept, claim_any
 from bgjob._sql.keys import acquire, blocked, lock_keys, release

@@ -35,7 +35,8 @@ from bgjob import (
     TypeRequiredError,
     UnknownTypeError,
 )
-from bgjob._engine.protocol import CommitUnknown, Exchange, Outcome
+from bgjob._engine.outcome import CommitUnknown, Outcome
+from bgjob._engine.protocol import Exchange
 from bgjob._sql.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError

@@ -36,7 +36,7 @@ from bgjob import (
     WorkerError,
     only,
 )
-from bgjob._engine.protocol import LeaseLost, Outcome, TimedOut
+from bgjob._engine.outcome import LeaseLost, Outcome, TimedOut
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.events import Events
 from bgjob._worker.observers import combined

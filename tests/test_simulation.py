@@ -20,21 +20,23 @@ from typing import Literal
 import pytest
 
 from bgjob._engine.engine import Engine
+from bgjob._engine.outcome import (
+    Committed,
+    CommitUnknown,
+    Event,
+    Fenced,
+    LeaseLost,
+    Effects,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+)
 from bgjob._engine.protocol import (
     MOST_FREED,
     Claim,
     ClaimGroup,
-    Committed,
-    CommitUnknown,
-    Event,
     Exchange,
-    Fenced,
-    LeaseLost,
-    Effects,
     Notice,
-    Outcome,
-    QueueIsEmpty,
-    Release,
     Reply,
     Sleep,
     Stop,

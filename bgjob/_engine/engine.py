@@ -49,22 +49,24 @@ from operator import itemgetter
 
 from bgjob._engine.isolation import Isolation
 from bgjob._engine.notify_lock import NotifyLock
+from bgjob._engine.outcome import (
+    Committed,
+    CommitUnknown,
+    Effects,
+    Event,
+    Fenced,
+    LeaseLost,
+    Outcome,
+    QueueIsEmpty,
+    Release,
+)
 from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import (
     MOST_FREED,
     Claim,
     ClaimGroup,
-    Committed,
-    CommitUnknown,
-    Effects,
-    Event,
     Exchange,
-    Fenced,
-    LeaseLost,
     Notice,
-    Outcome,
-    QueueIsEmpty,
-    Release,
     Reply,
     Sleep,
     Step,

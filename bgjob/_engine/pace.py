@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import inf
 
-from bgjob._engine.protocol import Outcome
+from bgjob._engine.outcome import Outcome
 from bgjob._sql.settlements import Claimed
 
 MOST_AHEAD = 2000

@@ -28,7 +28,8 @@ from psycopg.pq.abc import PGconn
 from psycopg.rows import tuple_row
 from typing_extensions import override
 
-from bgjob._engine.protocol import Committed, CommitUnknown, Exchange, Fenced, Outcome, Release
+from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Outcome, Release
+from bgjob._engine.protocol import Exchange
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._postgres import connection
 from bgjob._postgres.connection import (

@@ -24,7 +24,8 @@ from psycopg.errors import (
 )
 
 from bgjob._engine.engine import Engine
-from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, TimedOut, Withdraw
+from bgjob._engine.outcome import TimedOut
+from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, Withdraw
 from bgjob._logger import log as _log
 from bgjob._postgres.connection import ConnectionParameters, Silence
 from bgjob._postgres.fork import ForkGuard

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TypeGuard, assert_never
 
-from bgjob._engine.protocol import (
+from bgjob._engine.outcome import (
     Committed,
     CommitUnknown,
     Event,

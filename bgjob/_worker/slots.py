@@ -20,7 +20,7 @@ from functools import partial
 from math import inf
 from time import monotonic, perf_counter
 
-from bgjob._engine.protocol import Outcome, Release
+from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.route import COMPLETE, Awaiting, NeedsKey
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop

@@ -12,7 +12,7 @@ from math import inf
 from time import monotonic
 from typing import Any
 
-from bgjob._engine.protocol import Outcome
+from bgjob._engine.outcome import Outcome
 from bgjob._handlers.route import Route
 from bgjob._sql.settlements import Claimed
 from bgjob.job import Job

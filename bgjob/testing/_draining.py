@@ -18,7 +18,7 @@ from psycopg import AsyncConnection, Connection
 from psycopg.pq import TransactionStatus
 
 from bgjob._checks import Duration, seconds
-from bgjob._engine.protocol import Committed, CommitUnknown, Fenced, Release
+from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Release
 from bgjob._handlers.route import Awaiting
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard

@@ -1,0 +1,92 @@
+"""How jobs ended, and the effects of an acknowledged exchange."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from bgjob._handlers.route import NeedsKey
+from bgjob._sql.settlements import Claimed
+from bgjob.job import Job
+from bgjob.result import Reschedule, Result, Retry
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The result of a job that did not start: it is released, and its attempt not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The result of a job that its handler's own transaction settled."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The handler's own transaction found the lease lost, and was rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommitUnknown:
+    """The commit of the handler's own transaction failed, or its answer was lost."""
+
+    result: Result
+    """Applies if it was committed, so that the job is no longer held."""
+    otherwise: Result
+
+
+class Outcome(NamedTuple):
+    """How a claimed job ended."""
+
+    claimed: Claimed
+    result: Result | Release | NeedsKey | Committed | Fenced | CommitUnknown
+    took: float | None
+    """Seconds in its handler; None if it did not run."""
+
+    @property
+    def delay(self) -> float:
+        """Seconds until the job is due again; the delay of a retry is already decided."""
+        result = self.result.otherwise if isinstance(self.result, CommitUnknown) else self.result
+        match result:
+            case Retry(delay) | Reschedule(delay) if delay is not None:
+                return float(delay) if isinstance(delay, float | int) else delay.total_seconds()
+            case _:
+                return 0.0
+
+
+# -- effects of an acknowledged exchange -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLost:
+    """Another worker may have the job; its result is dropped."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """A handler ran for longer than its timeout; its outcome follows."""
+
+    job: Job
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueIsEmpty:
+    """No job is due and none is running."""
+
+    queue: str = ""
+
+
+Event: TypeAlias = Outcome | LeaseLost | TimedOut | QueueIsEmpty
+
+
+@dataclass(slots=True)
+class Effects:
+    """Jobs to run, and events to tell."""
+
+    run: list[Claimed] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    locked: list[str] = field(default_factory=list)
+    """Jobs whose rows or keys have been locked for so long that the observer is told."""
