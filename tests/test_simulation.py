@@ -1,9 +1,9 @@
 """Thousands of random histories of one worker, without a server, threads or time.
 
-`replay(seed)` lives through one history and raises `Broken` where the engine
-breaks a promise; the note on the error says which history it was. A history has two parts: a time of trouble, in which jobs are
-enqueued and whatever can go wrong does, and the peace after it, in which every
-job has to come to its end.
+`replay(seed)` lives through one history and raises `Broken` where the engine breaks a promise; the
+note on the error says which history it was. A history has two parts: a time of trouble, in which
+jobs are enqueued and whatever can go wrong does, and the peace after it, in which every job has to
+come to its end. `pytest -m soak tests/test_simulation.py` lives through ten times as many.
 """
 
 from collections import deque
