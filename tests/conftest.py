@@ -46,6 +46,17 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 pytest.register_assert_rewrite("support")
 pytest_plugins = ["support.clients", "support.statements", "support.workers"]
 
+LONGEST = {
+    "test_data",
+    "test_demo",
+    "test_embedded",
+    "test_killers",
+    "test_scale",
+    "test_simulation",
+    "test_testing",
+}
+"""Modules with tests of many seconds: one that began last would keep all but one core idle."""
+
 server_dsn_key = pytest.StashKey[str]()
 server_version_key = pytest.StashKey[str]()
 
@@ -112,6 +123,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_configure_node(node: Any) -> None:
     """Tell a new pytest-xdist worker where the server is."""
     node.workerinput["server_dsn"] = node.config.stash[server_dsn_key]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin the share of each pytest-xdist worker with tests of the modules that take longest."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    first = [item for item in items if item.path.stem in LONGEST]
+    others = [item for item in items if item.path.stem not in LONGEST]
+    others.sort(key=lambda item: item.path.stem != "test_plans")  # they run one at a time
+    ends = [round(len(others) * n / workers) for n in range(workers + 1)]
+    items[:] = [
+        item
+        for n in range(workers)
+        for item in (*first[n::workers], *others[ends[n] : ends[n + 1]])
+    ]
 
 
 def pytest_collection_finish() -> None:
