@@ -1428,7 +1428,7 @@ def replay(seed: int) -> History:
 
 CHUNKS = 5
 HISTORIES = 2500
-"""Each mutation of the engine that a run of 10,000 finds, several of these find."""
+"""Enough for the faults of the engine that were tried; the long run has more, for rare ones."""
 
 MANY_CHUNKS = 60
 MANY_HISTORIES = 30_000
