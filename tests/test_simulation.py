@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
-from math import ceil, inf, log2
+from math import inf, log2
 from random import Random
 from typing import Literal
 
@@ -43,7 +43,7 @@ from bgjob._engine.protocol import (
     Sweep,
     Withdraw,
 )
-from bgjob._engine.isolation import LONGEST
+from bgjob._engine.isolation import ALONE, LONGEST
 from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Line, Stray, Swept, Taken, UnderWay, Window
 from bgjob._sql.keys import Blocked, Woken
@@ -996,7 +996,7 @@ class History:
                     self.group.clear()
                     jobs, deaths = reply.group
                     is_charged = exchange.claim.charge and len(jobs) == 1
-                    alone = inf if is_charged else LONGEST * 2.0 ** (deaths - 2)
+                    alone = inf if is_charged else ALONE * 2.0 ** (deaths - 2)
                     self.group_until = self.now + alone
                 news = self.engine.acknowledge(reply, self.now)
                 self._hear(news, began)
@@ -1576,8 +1576,6 @@ def find_killers(seed: int) -> None:
     assert lives.killers <= dead == spared, seed
     # Killers that strike at the same time come together until one has run out of attempts.
     groups = (log2(lives.count) + 1) * (1 if len(lives.killers) == 1 else 3)
-    # Where they strike late, other groups run beside theirs once or twice.
-    groups += max(ceil(log2(max(lives.takes[killer] for killer in lives.killers))), 0)
     for killer, kills in lives.kills.items():
         assert lives.alone_after[killer] <= 2 + groups, seed
         assert kills <= lives.max_attempts + _GRANTED + groups, seed

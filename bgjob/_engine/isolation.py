@@ -25,11 +25,11 @@ claimed for as long as they were held up, and alongside the group while it runs.
 If a worker's claim finds no suspect, because other workers have them, it holds nothing
 up.
 
-A group that has run for a second is not proved harmless, but other jobs must not wait for
-a job of ten minutes. So the next group may be claimed alongside it. After each further
+A group that has run for half a minute is not proved harmless, but suspects must not wait
+for a job of an hour. So the next group may be claimed alongside it. After each further
 death that takes twice as long: a killer that strikes after S seconds takes other groups
-with it log2(S) times at most. A suspect that is claimed alone alongside a group is charged
-nothing, and no group is claimed alongside one that was charged.
+with it log2(S / 30) times at most. A suspect that is claimed alone alongside a group is
+charged nothing, and no group is claimed alongside one that was charged.
 
 A killer that strikes late takes other jobs with it, too. Those have one death, and no
 isolation. At most half of the jobs with its number of deaths are in flight with it, so it
@@ -37,8 +37,8 @@ still ends up alone.
 
 What was tried: each suspect alone, for a second that doubled with each death. Sixty
 coroutines of 10 s that had been in flight at one `kill -9` kept all other jobs waiting
-for a minute. And one group a worker, until it had ended:
-under a kill every two seconds suspects waited for up to 46 s behind jobs of 8 s.
+for a minute. And the next group after a second: under a kill every two seconds more
+suspects were in flight at each, so that they waited for up to 66 s instead of 16 s.
 """
 
 from collections.abc import Iterable
@@ -52,8 +52,12 @@ LONGEST = 1.0
 _WAIT = LONGEST / 2
 """The part of these seconds in which a group waits for running handlers to end."""
 
-_MOST_DOUBLED = 16
-"""The most doublings of the time for which a group is alone: 18 hours."""
+ALONE = 30.0
+"""Seconds for which a group is alone after two deaths, if it has not ended before: killers
+mostly strike sooner."""
+
+_MOST_DOUBLED = 8
+"""The most doublings of that time: to two hours."""
 
 
 class Isolation:
@@ -144,7 +148,7 @@ class Isolation:
         self._groups = {token: count for token, count in self._groups.items() if count}
         self._groups[token], self._token = jobs, token
         doublings = min(max(deaths - 2, 0), _MOST_DOUBLED)
-        self._alone_until = inf if is_charged else now + LONGEST * 2.0**doublings
+        self._alone_until = inf if is_charged else now + ALONE * 2.0**doublings
         self._known = self._has_brought = jobs > 0
 
     def ended(self, claims: Iterable[Claimed]) -> None:
