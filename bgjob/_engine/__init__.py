@@ -71,7 +71,8 @@ The vocabulary
     notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
 
-The parts: `engine` decides, and asks `pace` how many jobs may be in flight, `watermarks`
+The parts: `protocol` has what is exchanged with the control thread, and `outcome` how a job
+ended. `engine` decides, and asks `pace` how many jobs may be in flight, `watermarks`
 where to look, `notify_lock` whether to take or release the lock, and `isolation` whether
 suspects or other jobs are next.
 """

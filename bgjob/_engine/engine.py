@@ -402,7 +402,7 @@ class Engine:
         if self._stopping:
             exchange.notify_lock = "release" if done else None
         else:
-            self._add_parking(exchange, now)
+            self._add_notify_lock(exchange, now)
         if exchange:
             return self._send(exchange, outcomes, now)
         return Sleep(self._wake_at(now))
@@ -562,7 +562,7 @@ class Engine:
         if not self._notify_lock.is_held:  # while it is held, no unseen enqueue is in progress
             exchange.watch = "claims" if self._marks.has_seen else "all"
 
-    def _add_parking(self, exchange: Exchange, now: float) -> None:
+    def _add_notify_lock(self, exchange: Exchange, now: float) -> None:
         alone = not exchange
         idle = isinstance(exchange.claim, Sweep) and not self._more
         if not alone and (self._careful or not (idle or self._notify_lock.is_held)):

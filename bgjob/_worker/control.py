@@ -411,8 +411,8 @@ class QueueControl:
     def _stream(self, exchange: Exchange) -> None:
         """Exchange while jobs flow; each answer is processed while the server makes the next.
 
-        Planning the next exchange already while this one is awaited, once the slots are idle,
-        gained nothing: a drain is 1.00 (PostgreSQL 15) to 1.1 times as fast without it.
+        What was tried: planning the next exchange while this one is awaited, once the slots
+        are idle. It gained nothing.
         """
         session = self._session
         with session.streaming():
