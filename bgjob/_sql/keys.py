@@ -172,6 +172,9 @@ def acquire(
                 from bgjob_exclusive e
                 where e.key = any (%(keys)s::text[])
                     and ({_IS_HELD} or e.key in (select key from granted))
+                    -- Where no claim has met such jobs there may be none: an old snapshot
+                    -- keeps the entries of all that were put aside, and this walks over them.
+                    and e.key in (select key from wanted where id not in (select id from granted))
             ) as k (key, since, since_id)
             -- Jobs of this queue only: they are a range of the index, however many are not
             -- due. The workers of another queue find theirs.
