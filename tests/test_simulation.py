@@ -392,13 +392,14 @@ class Table:
     def take_group(
         self, limit: int, token: int, charge: bool, *, began: int, now: int, at: float
     ) -> Group:
-        """Claim the first half of the suspects with the most deaths."""
+        """Claim the first half of the suspects of one number of deaths."""
         suspects = self._suspects(began)
-        most = max((row.deaths for row in suspects), default=0)
-        found = [row for row in suspects if row.deaths == most]
+        classes = sorted({row.deaths for row in suspects}, reverse=True)
+        deaths = classes[token % len(classes)] if classes else 0
+        found = [row for row in suspects if row.deaths == deaths]
         rows = self._unlocked(found, 2 * limit, at)
         rows = rows[: (len(rows) + 1) // 2]
-        return Group(self._hold(rows, token, now=now, charge=charge and len(rows) == 1), most)
+        return Group(self._hold(rows, token, now=now, charge=charge and len(rows) == 1), deaths)
 
     def _suspects(self, began: int) -> list[Row]:
         return [row for row in self._due(began) if row.deaths > 1 and row.lease_until is None]

@@ -294,11 +294,13 @@ def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_c
     assert ask(worker, sweep("q", limit=9, lease=60, token=2))[:2] == ([], 0)
     groups = [
         ask(worker, claim_group("q", limit=9, lease=60, token=n, charge=True)).jobs
-        for n in range(3, 13)
+        for n in range(4, 14)
     ]
-    # Half of what is left of the class; a suspect that is alone is charged an attempt.
-    assert [len(group) for group in groups] == [4, 2, 1, 1, 5, 3, 1, 1, 0, 0]
-    assert all(job.id < "q000009" for group in groups[:4] for job in group)
+    # Half of what is left of the class, of the most deaths and of two in turn; a suspect that is
+    # alone is charged an attempt.
+    assert [len(group) for group in groups] == [4, 5, 2, 3, 1, 1, 1, 1, 0, 0]
+    for which, group in enumerate(groups[:8]):
+        assert {job.id < "q000009" for job in group} == {which % 2 == 0}
     for group in groups:
         assert {job.attempt for job in group} <= {3 if len(group) == 1 else 2}
     assert worker.execute("select count(*) from bgjob_job where token is null").fetchall() == [(0,)]

@@ -5,11 +5,13 @@ it: a deploy did, or the kernel, or the host. So the first death of a job change
 nothing: `deaths` is 1, and the job is claimed in its place, alongside others.
 
 A job with two deaths or more is a suspect. Ordinary claims skip it. Suspects are
-claimed in groups: of those with the most deaths that are due and free, the first half,
-at most as many as there are free slots. If the worker dies, the deaths of its group
-are the most, and half of the group comes next. So the killer among n jobs is alone
+claimed in groups: of those with the same number of deaths that are due and free, the
+first half, at most as many as there are free slots. If the worker dies, its group has
+one death more, and is halved when its turn comes. So the killer among n jobs is alone
 after two deaths and log2(n) more, whatever the jobs cost and whichever workers claim
-them. Jobs of groups that survive complete, and are no longer suspects.
+them. Jobs of groups that survive complete, and are no longer suspects. Which number of
+deaths is next is chosen at random, so that no suspect waits for a killer to use up its
+attempts.
 
 Attempts: the claim after the first death is charged like any other. A group of several
 is charged nothing: it repeats the attempt that was interrupted. A suspect that is

@@ -29,7 +29,7 @@ MAX_ATTEMPTS = 25
 """Few enough that a killer is dead soon, and more than bad luck takes from others."""
 
 BACKLOG = 200
-"""Live jobs at which the producers wait."""
+"""Live jobs that are no suspects at which the producers wait."""
 
 SLOTS = {"thread": 8, "async": 250}
 """Concurrency by colour: the coroutine workers always have a slot free."""
@@ -223,7 +223,7 @@ class Monitor:
     """Looks ten times a second how the queue is, and how long recoveries take.
 
     Attributes:
-        backlog: live jobs.
+        backlog: live jobs that are no suspects: others are not to wait for those.
         working_since: since when there is a worker whom no fault keeps from working; None where
             there is none. For others to set, as the next.
         server_since: since when the server is there.
@@ -304,7 +304,9 @@ class Monitor:
 
     def _look(self, conn: psycopg.Connection[Any]) -> None:
         self._look_for_delays(conn)
-        [[self.backlog]] = conn.execute("select count(*) from bgjob_job").fetchall()
+        [[self.backlog]] = conn.execute(
+            "select count(*) from bgjob_job where deaths <= 1"
+        ).fetchall()
         rows = conn.execute(
             "select id, attempt, extract(epoch from lease_until)::float8,"
             " extract(epoch from clock_timestamp())::float8, deaths"
