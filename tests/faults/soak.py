@@ -58,7 +58,7 @@ PEACE = 300.0
 NETWORK_LIMIT = 15.0
 """Seconds after the network's return in which a worker is to work again."""
 
-RECOVERY = "from a lease's end until its job was claimed again"
+RECOVERY = "from a lease's end until its job was claimed again, while a worker had slots free"
 SUSPECT = "the same, of jobs with two deaths or more, which wait for their group"
 DELAY = "from due to its first claim while a worker had slots free"
 
@@ -229,8 +229,8 @@ class Monitor:
         server_since: since when the server is there.
         longest_claim: seconds at most from a lease's end until its job was freed.
         longest_locked: the same, where a session that was left behind has locked the row.
-        longest_wait: and until it was claimed again, for jobs that kill no worker and have one
-            death at most.
+        longest_wait: and until it was claimed again, while there was a worker with slots free,
+            for jobs that kill no worker and have one death at most.
         longest_suspect: the same, for those with more.
         ready_since: since when there is a worker that has slots free and that no fault keeps
             from claiming; None where there is none. For others to set.
@@ -321,7 +321,7 @@ class Monitor:
             elif found != attempt or (lease_until is not None and lease_until > now):
                 del self._ended[id]
                 if not self._kills(id):
-                    seconds = self._late(ended_at, now)
+                    seconds = self._late(ended_at, now, self.ready_since)
                     if deaths <= 1:
                         self.longest_wait = max(self.longest_wait, seconds)
                     else:
@@ -330,7 +330,7 @@ class Monitor:
         for id, (attempt, lease_until, now, _) in live.items():
             if lease_until is not None and lease_until < now:
                 self._ended[id] = (attempt, lease_until)
-                late[id] = self._late(lease_until, now)
+                late[id] = self._late(lease_until, now, self.working_since)
         self._note_late(conn, late)
 
     def _note_late(self, conn: psycopg.Connection[Any], late: dict[str, float]) -> None:
@@ -348,9 +348,8 @@ class Monitor:
             else:
                 self.longest_locked = max(self.longest_locked, seconds)
 
-    def _late(self, ended_at: float, now: float) -> float:
-        """Seconds for which somebody could have taken a job whose lease has ended."""
-        since = self.working_since
+    def _late(self, ended_at: float, now: float, since: float | None) -> float:
+        """Seconds since a job's lease has ended, the server is there, and a worker `since`."""
         return 0.0 if since is None else max(now - max(ended_at, since, self.server_since), 0.0)
 
     def _kills(self, id: str) -> bool:
