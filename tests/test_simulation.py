@@ -6,7 +6,7 @@ jobs are enqueued and whatever can go wrong does, and the peace after it, in whi
 come to its end. `pytest -m soak tests/test_simulation.py` lives through ten times as many.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -394,8 +394,12 @@ class Table:
     ) -> Group:
         """Claim the first half of the suspects of one number of deaths."""
         suspects = self._suspects(began)
-        classes = sorted({row.deaths for row in suspects}, reverse=True)
-        deaths = classes[token % len(classes)] if classes else 0
+        sizes = Counter(row.deaths for row in suspects)
+        classes = sorted(sizes, reverse=True)
+        if token % 2 == 0:
+            deaths = max(classes, key=lambda deaths: min(sizes[deaths], 2 * limit), default=0)
+        else:
+            deaths = classes[token // 2 % len(classes)] if classes else 0
         found = [row for row in suspects if row.deaths == deaths]
         rows = self._unlocked(found, 2 * limit, at)
         rows = rows[: (len(rows) + 1) // 2]

@@ -292,15 +292,23 @@ def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_c
     others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
     assert {job.id for job in others.jobs} == {"q000019", "q000020"}
     assert ask(worker, sweep("q", limit=9, lease=60, token=2))[:2] == ([], 0)
-    groups = [
-        ask(worker, claim_group("q", limit=9, lease=60, token=n, charge=True)).jobs
-        for n in range(4, 14)
+    claims = [claim_group("q", limit=9, lease=60, token=n, charge=True) for n in (4, 5, 6, 7, 8)]
+    groups = [ask(worker, claim).jobs for claim in claims]
+    # Half of what is left of 8 with three deaths and 10 with two: of the larger class at an even
+    # token, of the first at 5, and of the second at 7.
+    assert [(len(group), group[0].id < "q000009") for group in groups] == [
+        (5, False),
+        (4, True),
+        (3, False),
+        (1, False),
+        (2, True),
     ]
-    # Half of what is left of the class, of the most deaths and of two in turn; a suspect that is
-    # alone is charged an attempt.
-    assert [len(group) for group in groups] == [4, 5, 2, 3, 1, 1, 1, 1, 0, 0]
-    for which, group in enumerate(groups[:8]):
-        assert {job.id < "q000009" for job in group} == {which % 2 == 0}
+    groups += [
+        ask(worker, claim_group("q", limit=9, lease=60, token=n, charge=True)).jobs
+        for n in range(9, 15)
+    ]
+    # A suspect that is alone is charged an attempt.
+    assert [len(group) for group in groups[5:]] == [1, 1, 1, 0, 0, 0]
     for group in groups:
         assert {job.attempt for job in group} <= {3 if len(group) == 1 else 2}
     assert worker.execute("select count(*) from bgjob_job where token is null").fetchall() == [(0,)]

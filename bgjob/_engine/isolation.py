@@ -10,8 +10,8 @@ first half, at most as many as there are free slots. If the worker dies, its gro
 one death more, and is halved when its turn comes. So the killer among n jobs is alone
 after two deaths and log2(n) more, whatever the jobs cost and whichever workers claim
 them. Jobs of groups that survive complete, and are no longer suspects. Which number of
-deaths is next is chosen at random, so that no suspect waits for a killer to use up its
-attempts.
+deaths is next is chosen at random, in half of all cases that of most suspects, so that
+none waits for a killer to use up its attempts.
 
 Attempts: the claim after the first death is charged like any other. A group of several
 is charged nothing: it repeats the attempt that was interrupted. A suspect that is
