@@ -25,16 +25,6 @@ _SOON = 0.05
 """Seconds between two batches."""
 
 
-class _Run(Protocol):
-    def __call__(self, statement: Statement[T], conn: Connection[Any] | None, /) -> T: ...
-
-
-class _RunAsync(Protocol):
-    def __call__(
-        self, statement: Statement[T], conn: AsyncConnection[Any] | None, /
-    ) -> Awaitable[T]: ...
-
-
 class DeadFilters(TypedDict, total=False):
     """Filters of dead jobs; a dead job has to match all of them.
 
@@ -55,6 +45,110 @@ class DeadFilters(TypedDict, total=False):
     moved_before: datetime | None
     moved_after: datetime | None
     older_than: Duration | None
+
+
+# -- async -----------------------------------------------------------------------------
+
+
+class _RunAsync(Protocol):
+    def __call__(
+        self, statement: Statement[T], conn: AsyncConnection[Any] | None, /
+    ) -> Awaitable[T]: ...
+
+
+class AsyncDlq:
+    """The dead-letter table of an async client; safe to share between tasks.
+
+    Every method takes `conn`, to work inside the caller's transaction, and
+    raises psycopg's errors. The filters are those of DeadFilters.
+    """
+
+    def __init__(self, run: _RunAsync, *, notify: bool) -> None:
+        self._run = run
+        self._notify = notify
+
+    async def list(
+        self,
+        ids: str | Iterable[str] | None = None,
+        *,
+        before: DeadJob | int | None = None,
+        limit: int = 100,
+        conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
+    ) -> builtins.list[DeadJob]:
+        """List dead jobs, the latest first.
+
+        Args:
+            ids: one id or several; None (the default) for any id. A job that died more
+                than once is listed as often.
+            before: the last dead job of a page, or its number: lists the next page.
+                Jobs that die meanwhile do not shift pages.
+            limit: the most jobs to return; 100 by default, a screenful or two.
+            conn: a connection of the caller's.
+            filters: those of DeadFilters.
+
+        """
+        return await self._run(_list(ids, before, limit, filters), conn)
+
+    async def get(
+        self,
+        id: str,  # noqa: A002
+        *,
+        conn: AsyncConnection[Any] | None = None,
+    ) -> DeadJob | None:
+        """Return the dead job with this id, the latest of several; None without one."""
+        found = await self._run(_list(id, None, 1, {}), conn)
+        return found[0] if found else None
+
+    async def requeue(
+        self,
+        ids: str | Iterable[str] | None = None,
+        *,
+        conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
+    ) -> builtins.list[str]:
+        """Move dead jobs back to their queues, due now, with attempts counted from 0.
+
+        All their settings are kept. Of several dead jobs with one id only the latest is
+        requeued; one whose id a live job has stays dead. Sleeping workers are notified.
+
+        Args:
+            ids: one id or several; None (the default) for any id.
+            conn: a connection of the caller's.
+            filters: those of DeadFilters.
+
+        Returns:
+            The ids of the requeued jobs.
+
+        """
+        requeued = await self._run(dead.requeue(_filter(ids, filters)), conn)
+        if self._notify and requeued.queues and not is_two_phase(conn):
+            await self._run(enqueues.tell_all(requeued.queues), conn)
+        return requeued.ids
+
+    async def purge(
+        self,
+        ids: str | Iterable[str] | None = None,
+        *,
+        conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
+    ) -> int:
+        """Delete dead jobs permanently; return their number.
+
+        Args:
+            ids: one id or several; None (the default) for any id.
+            conn: a connection of the caller's.
+            filters: those of DeadFilters.
+
+        """
+        return await self._run(dead.purge(_filter(ids, filters)), conn)
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
+class _Run(Protocol):
+    def __call__(self, statement: Statement[T], conn: Connection[Any] | None, /) -> T: ...
 
 
 class Dlq:
@@ -91,7 +185,12 @@ class Dlq:
         """
         return self._run(_list(ids, before, limit, filters), conn)
 
-    def get(self, id: str, *, conn: Connection[Any] | None = None) -> DeadJob | None:  # noqa: A002
+    def get(
+        self,
+        id: str,  # noqa: A002
+        *,
+        conn: Connection[Any] | None = None,
+    ) -> DeadJob | None:
         """Return the dead job with this id, the latest of several; None without one."""
         found = self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
@@ -140,57 +239,7 @@ class Dlq:
         return self._run(dead.purge(_filter(ids, filters)), conn)
 
 
-class AsyncDlq:
-    """The dead-letter table of an async client. Async variant of Dlq."""
-
-    def __init__(self, run: _RunAsync, *, notify: bool) -> None:
-        self._run = run
-        self._notify = notify
-
-    async def list(
-        self,
-        ids: str | Iterable[str] | None = None,
-        *,
-        before: DeadJob | int | None = None,
-        limit: int = 100,
-        conn: AsyncConnection[Any] | None = None,
-        **filters: Unpack[DeadFilters],
-    ) -> builtins.list[DeadJob]:
-        """List dead jobs, the latest first. Async variant of Dlq.list."""
-        return await self._run(_list(ids, before, limit, filters), conn)
-
-    async def get(
-        self,
-        id: str,  # noqa: A002
-        *,
-        conn: AsyncConnection[Any] | None = None,
-    ) -> DeadJob | None:
-        """Return the dead job with this id, or None. Async variant of Dlq.get."""
-        found = await self._run(_list(id, None, 1, {}), conn)
-        return found[0] if found else None
-
-    async def requeue(
-        self,
-        ids: str | Iterable[str] | None = None,
-        *,
-        conn: AsyncConnection[Any] | None = None,
-        **filters: Unpack[DeadFilters],
-    ) -> builtins.list[str]:
-        """Move dead jobs back to their queues. Async variant of Dlq.requeue."""
-        requeued = await self._run(dead.requeue(_filter(ids, filters)), conn)
-        if self._notify and requeued.queues and not is_two_phase(conn):
-            await self._run(enqueues.tell_all(requeued.queues), conn)
-        return requeued.ids
-
-    async def purge(
-        self,
-        ids: str | Iterable[str] | None = None,
-        *,
-        conn: AsyncConnection[Any] | None = None,
-        **filters: Unpack[DeadFilters],
-    ) -> int:
-        """Delete dead jobs permanently. Async variant of Dlq.purge."""
-        return await self._run(dead.purge(_filter(ids, filters)), conn)
+# -- both colours ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

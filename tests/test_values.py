@@ -4,15 +4,19 @@ import asyncio
 import functools
 import importlib.metadata
 import logging
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from support.documents import ROOT
 from support.jobs import NOON, a_job
 
 import bgjob
@@ -666,3 +670,13 @@ def test_a_logged_exception_keeps_its_traceback(caplog: pytest.LogCaptureFixture
 )
 def test_an_array_literal_quotes_every_item(items: list[str], literal: str) -> None:
     assert text_array(items) == literal
+
+
+# -- colours -----------------------------------------------------------------------------------
+
+
+def test_the_sync_text_of_a_module_is_what_its_async_text_makes() -> None:
+    colours = ROOT / ".ci" / "colours.py"
+    if not colours.exists() or find_spec("ruff") is None:
+        pytest.skip("the program, or the formatter that it needs, is not here")
+    subprocess.run([sys.executable, colours, "--check"], check=True)

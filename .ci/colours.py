@@ -1,0 +1,96 @@
+"""Write the sync text of the modules that have both colours.
+
+Such a module has its async text, written by hand, then its sync text, made from it:
+
+    # -- async ---------------------------------------------------------
+    class AsyncDlq: ...
+
+    # -- sync: made from the async text by .ci/colours.py; do not edit -
+    class Dlq: ...
+
+    # -- both colours --------------------------------------------------
+
+A sync text ends there, or with its module. The rules below are all that it takes:
+code, comments and docstrings are translated alike. What truly differs is a function
+that both colours have outside these texts, such as `_join_async` and `_join`.
+
+    python .ci/colours.py [--check]
+
+Writes the modules, or, to check, shows what it would change, and fails if there is any.
+"""
+
+import difflib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BOTH = re.compile(
+    r"^# -- async -.*?\n(?P<written>.*?)^# -- sync: .*?\n(?P<made>.*?)(?=^# -- both colours -|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+
+RULES = [
+    # Code.
+    (r"\basync (?=def|with|for)", ""),
+    (r"\bawait ", ""),
+    (r"\bAwaitable\[(\w+)\]", r"\1"),
+    # Names.
+    (r"Async(?=[A-Z])|(?<=[a-z])Async\b|_async\b", ""),
+    # English.
+    (r"\b([Aa])n async\b", r"\1"),
+    (r"\bsafe to share between tasks\b", "thread-safe"),
+]
+
+
+def sync(text: str, used: set[str]) -> str:
+    """Return the sync text for an async text."""
+    for pattern, replacement in RULES:
+        text, count = re.subn(pattern, replacement, text)
+        if count:
+            used.add(pattern)
+    return text
+
+
+def formatted(source: str, path: Path) -> str:
+    """Return a module's source as ruff formats it."""
+    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(path), "-"]
+    return subprocess.run(  # noqa: S603
+        command, input=source, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    ).stdout
+
+
+def main() -> int:
+    """Write or check every module; return the exit status."""
+    is_check = sys.argv[1:] == ["--check"]
+    used: set[str] = set()
+    status = 0
+    for path in sorted(ROOT.glob("bgjob/**/*.py")):
+        old, pieces, end = path.read_text(), [], 0
+        for match in BOTH.finditer(old):
+            pieces += [old[end : match.start("made")], sync(match["written"], used)]
+            end = match.end("made")
+        if not pieces:
+            continue
+        new = formatted("".join(pieces) + old[end:], path)
+        if new == old:
+            continue
+        if is_check:
+            name = str(path.relative_to(ROOT))
+            lines = difflib.unified_diff(
+                old.splitlines(keepends=True), new.splitlines(keepends=True), name, "from async"
+            )
+            sys.stdout.writelines(lines)
+            status = 1
+        else:
+            path.write_text(new)
+    if unused := [pattern for pattern, _ in RULES if pattern not in used]:
+        print("no async text needs the rules", *unused)
+        status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
