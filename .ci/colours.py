@@ -37,11 +37,19 @@ RULES = [
     (r"\basync (?=def|with|for)", ""),
     (r"\bawait ", ""),
     (r"\bAwaitable\[(\w+)\]", r"\1"),
+    (r"__a(?=enter__|exit__)", "__"),
     # Names.
+    (r"\bhas_loop=True\b", "has_loop=False"),
     (r"Async(?=[A-Z])|(?<=[a-z])Async\b|_async\b", ""),
-    # English.
+    # English. A sync call cannot be cancelled, and its caller has no event loop.
+    (r"\n\n +(?:If the call is cancelled|The caller's event loop).*(?:\n +[^\s\"].*)*", ""),
+    (r"\bthe caller's event loop\b", "one event loop for all queues"),
     (r"\b([Aa])n async\b", r"\1"),
+    (r"\ba cancellation\b", "a KeyboardInterrupt"),
+    (r"\ban asyncio\.Event\b", "a threading.Event"),
+    (r"\bany task\b", "any thread or signal handler"),
     (r"\bsafe to share between tasks\b", "thread-safe"),
+    (r"\bSafe to share between tasks\b", "Thread-safe"),
 ]
 
 

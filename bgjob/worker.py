@@ -1,14 +1,11 @@
 """Workers: run the jobs of queues until they are shut down."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import wait
 from types import EllipsisType
 from typing import Any, Protocol, Self
 
 from bgjob._checks import Duration, seconds
-from bgjob._worker.control import LAST_WORDS
 from bgjob._worker.group import Queues, WorkerGroup
 from bgjob._worker.observers import Observers
 from bgjob._worker.state import State
@@ -34,6 +31,204 @@ class AsyncEvent(Protocol):
     def wait(self) -> Coroutine[Any, Any, object]:
         """Wait until it is set."""
         ...
+
+
+def _until(event: Event, group: WorkerGroup) -> None:
+    """Wait until the event is set or the worker ends."""
+    while not event.wait(_LOOK) and not group.ended_within(0):
+        pass
+
+
+async def _until_async(event: AsyncEvent, group: WorkerGroup) -> None:
+    waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
+    ended: asyncio.Future[Any] = asyncio.wrap_future(group.done)
+    try:
+        await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+
+
+# -- async -----------------------------------------------------------------------------
+
+
+class AsyncWorker:
+    """Runs the due jobs of queues with the handlers of a Mux, until it is shut down.
+
+    Args:
+        client: of the database with the queues. The worker opens one connection of
+            its own for each queue, and uses none from the client's pool.
+        queue: the queue to work on; or several, as a mapping from each to its
+            concurrency, such as `{"high": 10, "low": 2}`: a busy queue never
+            takes another's slots.
+        mux: the handlers.
+        concurrency: the number of slots: how many handlers run at the same time; 1
+            by default, so that handlers need not be thread-safe. Not allowed with
+            a mapping. Plain handlers run on as many threads, coroutine handlers on
+            the caller's event loop, both within this bound.
+        poll_interval: seconds or a timedelta between two looks at an idle
+            queue; 1 s by default. Enqueues of a Client wake the worker
+            immediately; the interval bounds the delay after a lost notification, a
+            retry of another worker or an ended lease. At least 0.001 s.
+        lease: seconds or a timedelta after which the jobs of a worker that died
+            are due again; 30 s by default: longer than most pauses of a host,
+            short enough to wait for. The worker extends it while it holds the job,
+            so handlers may run for any time. At least 1 s.
+        observer: receives the events: an Observer, a plain function that takes an
+            event, or a list of these, each optionally restricted by `only`. By
+            default a LoggingObserver; a list without one logs nothing.
+        notify: whether enqueues wake the worker; True by default. Behind a
+            pooler in transaction mode it polls regardless.
+        services: what the worker runs alongside its jobs, such as Schedules; see
+            bgjob.service.Service. None by default.
+        state: a callable without arguments that makes an object which the handlers
+            share, such as a connection pool or a model; each handler with a
+            parameter `state` receives it. None by default. run() calls it once,
+            before the worker claims jobs. A context manager is entered, and
+            exited when the last handler or the grace period has ended.
+        init_timeout: seconds or a timedelta within which run() connects or
+            raises; 10 s by default, so that a wrong address shows immediately. At
+            least 1 s; each host of the connection string gets at least 2 s.
+        grace: seconds or a timedelta for which a shutdown waits for running handlers;
+            30 s by default, as most supervisors allow. None waits without limit.
+
+    Jobs run at least once: a job whose worker dies before its result is stored
+    runs again elsewhere. An async context manager: entering runs the worker, leaving
+    shuts it down. Safe to share between tasks. A worker runs once, and not across a fork.
+
+    The caller's event loop also makes, enters and exits `state`, which may be a
+    coroutine function, or make an async context manager. A handler that blocks the loop
+    delays other coroutines, but ends no lease: a thread extends those.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        queue: Queues,
+        mux: Mux,
+        *,
+        concurrency: int | None = None,
+        poll_interval: Duration = 1.0,
+        lease: Duration = 30.0,
+        observer: Observers | None = None,
+        notify: bool = True,
+        services: Iterable[Service] = (),
+        state: Callable[[], Any] | None = None,
+        init_timeout: Duration = 10.0,
+        grace: Duration | None = 30.0,
+    ) -> None:
+        self._group = WorkerGroup(
+            client,
+            queue,
+            mux,
+            concurrency=concurrency,
+            poll_interval=poll_interval,
+            lease=lease,
+            observer=observer,
+            notify=notify,
+            services=services,
+            state=None if state is None else State(state, has_loop=True),
+            init_timeout=init_timeout,
+            grace=grace,
+        )
+
+    async def run(self) -> None:
+        """Connect, check the schema, and start to work; do not block.
+
+        If the call is cancelled, the worker does not start, or ends.
+
+        Raises:
+            SchemaError: the tables or a grant are missing, or of another version.
+            psycopg.Error: the server cannot be reached, or refuses.
+            StateRequiredError: a handler has a parameter `state`, and the worker none.
+            RuntimeError: the worker has been run or shut down before.
+            Exception: whatever `state` raises. The worker can be run again.
+
+        """
+        await self._group.open_async()
+
+    async def shutdown(self, timeout: Duration | EllipsisType | None = ...) -> bool:
+        """Stop claiming, release jobs that have not started, finish the running ones.
+
+        After the grace period a coroutine that still runs is cancelled, and its job is
+        due again immediately. A thread cannot be cancelled: its job is due again when its
+        lease ends. Neither attempt is counted. The call returns within the grace period and
+        2 s, whatever hangs.
+
+        Idempotent, from any task. It does not wait where it would wait for
+        itself: in a handler, in an observer, and where it interrupts `run`.
+
+        Args:
+            timeout: the grace period, seconds or a timedelta; the worker's `grace` by
+                default. None waits without limit.
+
+        Returns:
+            True if the worker has ended and stored a result for every job that had
+            started.
+
+        """
+        self._group.stop(timeout)
+        if self._group.is_inside:
+            return not self._group.abandoned
+        await self._group.join_async()
+        return self._group.has_finished
+
+    async def wait(self, timeout: Duration | None = None) -> bool:
+        """Wait until the worker has ended, by a shutdown or by a fault of its own.
+
+        Args:
+            timeout: seconds or a timedelta; None (the default) waits without limit.
+
+        Returns:
+            True if it has ended.
+
+        """
+        limit = None if timeout is None else seconds(timeout, "timeout")
+        return await self._group.ended_within_async(limit)
+
+    async def run_until(self, event: AsyncEvent) -> None:
+        """Run until an event is set or the worker ends on its own, and shut it down.
+
+        For a worker alongside other work in one program, in the main thread or any other.
+        An exception that interrupts the call, for example a cancellation, shuts the
+        worker down as well, and is raised.
+
+        Args:
+            event: an asyncio.Event, or an object with the same `wait`.
+
+        Raises:
+            BaseException: `failure`, if the worker has ended on its own; and whatever
+                `run` raises.
+
+        """
+        await self.run()
+        try:
+            await _until_async(event, self._group)
+        finally:
+            await self.shutdown()
+        if self.failure is not None:
+            raise self.failure
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the worker ended on its own; None while it works, or after a shutdown.
+
+        A worker survives an outage of the database of any length. It ends on its own, with
+        all its queues, after more than 5 faults of its own within 10 s. The failure is set
+        shortly before the worker ends.
+
+        The caller's event loop has to outlast the worker, which ends with it.
+        """
+        return self._group.failure
+
+    async def __aenter__(self) -> Self:
+        await self.run()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shutdown()
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
 
 
 class Worker:
@@ -107,7 +302,7 @@ class Worker:
             observer=observer,
             notify=notify,
             services=services,
-            state=None if state is None else State(state, is_async=False),
+            state=None if state is None else State(state, has_loop=False),
             init_timeout=init_timeout,
             grace=grace,
         )
@@ -123,7 +318,7 @@ class Worker:
             Exception: whatever `state` raises. The worker can be run again.
 
         """
-        self._group.open(None)
+        self._group.open()
 
     def shutdown(self, timeout: Duration | EllipsisType | None = ...) -> bool:
         """Stop claiming, release jobs that have not started, finish the running ones.
@@ -133,9 +328,8 @@ class Worker:
         lease ends. Neither attempt is counted. The call returns within the grace period and
         2 s, whatever hangs.
 
-        Idempotent, from any thread. It does not wait when called inside a handler or an
-        observer, where it would wait for itself, or in a signal handler that interrupts
-        `run`.
+        Idempotent, from any thread or signal handler. It does not wait where it would wait for
+        itself: in a handler, in an observer, and where it interrupts `run`.
 
         Args:
             timeout: the grace period, seconds or a timedelta; the worker's `grace` by
@@ -163,7 +357,7 @@ class Worker:
 
         """
         limit = None if timeout is None else seconds(timeout, "timeout")
-        return self._group.done in wait([self._group.done], limit).done
+        return self._group.ended_within(limit)
 
     def run_until(self, event: Event) -> None:
         """Run until an event is set or the worker ends on its own, and shut it down.
@@ -182,8 +376,7 @@ class Worker:
         """
         self.run()
         try:
-            while not event.wait(_LOOK) and not self.wait(0):
-                pass
+            _until(event, self._group)
         finally:
             self.shutdown()
         if self.failure is not None:
@@ -194,8 +387,8 @@ class Worker:
         """Why the worker ended on its own; None while it works, or after a shutdown.
 
         A worker survives an outage of the database of any length. It ends on its own, with
-        all its queues, if the caller's event loop ends while it runs, and after more than 5
-        faults of its own within 10 s. The failure is set shortly before the worker ends.
+        all its queues, after more than 5 faults of its own within 10 s. The failure is set
+        shortly before the worker ends.
         """
         return self._group.failure
 
@@ -205,119 +398,3 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
-
-
-class AsyncWorker:
-    """Runs the due jobs of queues. Async variant of Worker.
-
-    Coroutine handlers run on the caller's loop. The arguments are Worker's, with an
-    AsyncClient. A handler that blocks the loop delays other coroutines, but ends no lease:
-    a thread extends those. `state` may also be a coroutine function, or make an async
-    context manager; it is called, entered and exited on the loop. An async context
-    manager.
-    """
-
-    def __init__(
-        self,
-        client: AsyncClient,
-        queue: Queues,
-        mux: Mux,
-        *,
-        concurrency: int | None = None,
-        poll_interval: Duration = 1.0,
-        lease: Duration = 30.0,
-        observer: Observers | None = None,
-        notify: bool = True,
-        services: Iterable[Service] = (),
-        state: Callable[[], Any] | None = None,
-        init_timeout: Duration = 10.0,
-        grace: Duration | None = 30.0,
-    ) -> None:
-        self._group = WorkerGroup(
-            client,
-            queue,
-            mux,
-            concurrency=concurrency,
-            poll_interval=poll_interval,
-            lease=lease,
-            observer=observer,
-            notify=notify,
-            services=services,
-            state=None if state is None else State(state, is_async=True),
-            init_timeout=init_timeout,
-            grace=grace,
-        )
-
-    async def run(self) -> None:
-        """Connect, check the schema, and start to work. Async variant of Worker.run.
-
-        If the call is cancelled, the worker does not start, or ends.
-        """
-        opening = asyncio.create_task(
-            asyncio.to_thread(self._group.open, asyncio.get_running_loop())
-        )
-        try:
-            await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            self._group.stop(0)
-            with contextlib.suppress(BaseException):  # whatever prevented the start
-                await asyncio.wait([opening], timeout=self._group.time_left)
-                await self._join()
-            if opening.done() and not opening.cancelled():
-                opening.exception()  # retrieve it, or asyncio logs that it was not
-            raise
-
-    async def shutdown(
-        self,
-        timeout: Duration | EllipsisType | None = ...,  # noqa: ASYNC109
-    ) -> bool:
-        """Stop claiming and finish the running jobs. Async variant of Worker.shutdown."""
-        self._group.stop(timeout)
-        if self._group.is_inside:
-            return not self._group.abandoned
-        await self._join()
-        return self._group.has_finished
-
-    async def _join(self) -> None:
-        group = self._group
-        ended = asyncio.wrap_future(group.done)
-        while not ended.done() and (left := group.time_left):
-            await asyncio.wait([ended], timeout=min(left, 1.0))
-        if tasks := group.tasks:
-            await asyncio.wait(tasks, timeout=min(LAST_WORDS, max(group.time_left, 0.1)))
-
-    async def wait(self, timeout: Duration | None = None) -> bool:  # noqa: ASYNC109
-        """Wait until the worker has ended. Async variant of Worker.wait."""
-        limit = None if timeout is None else seconds(timeout, "timeout")
-        ended = asyncio.shield(asyncio.wrap_future(self._group.done))
-        return ended in (await asyncio.wait([ended], timeout=limit))[0]
-
-    async def run_until(self, event: AsyncEvent) -> None:
-        """Run until an event is set, and shut down. Async variant of Worker.run_until.
-
-        Args:
-            event: an asyncio.Event, or an object with the same `wait`.
-
-        """
-        await self.run()
-        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
-        ended: asyncio.Future[Any] = asyncio.wrap_future(self._group.done)
-        try:
-            await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-            await self.shutdown()
-        if self.failure is not None:
-            raise self.failure
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why the worker ended on its own; see Worker.failure."""
-        return self._group.failure
-
-    async def __aenter__(self) -> Self:
-        await self.run()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.shutdown()

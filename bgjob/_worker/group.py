@@ -1,6 +1,7 @@
 """The queues of one worker: a control thread for each, and what they share."""
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -89,7 +90,7 @@ class WorkerGroup:
         self._alive = 0  # controls that have not ended
         self.done: Future[None] = Future()
 
-    def open(self, loop: asyncio.AbstractEventLoop | None) -> None:
+    def open(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Connect and start; raise whatever prevents the start.
 
         A worker that is shut down meanwhile, by a signal handler for example, does not start.
@@ -123,6 +124,20 @@ class WorkerGroup:
                     if not control.has_run:
                         control.disconnect()
                 raise
+
+    async def open_async(self) -> None:
+        """Connect and start on the caller's event loop; if cancelled, do not start, or end."""
+        opening = asyncio.create_task(asyncio.to_thread(self.open, asyncio.get_running_loop()))
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self.stop(0)
+            with contextlib.suppress(BaseException):  # whatever prevented the start
+                await asyncio.wait([opening], timeout=self.time_left)
+                await self.join_async()
+            if opening.done() and not opening.cancelled():
+                opening.exception()  # retrieve it, or asyncio logs that it was not
+            raise
 
     def _connect(self, loop: asyncio.AbstractEventLoop | None) -> Mux:
         if self._shared is None:
@@ -200,6 +215,23 @@ class WorkerGroup:
         while not self.done.done() and (left := self.time_left):
             # In pieces: another shutdown may allow less time.
             wait([self.done], min(left, 1.0))
+
+    async def join_async(self) -> None:
+        """Wait until it has ended, and its tasks with it. Async variant of `join`."""
+        ended = asyncio.wrap_future(self.done)
+        while not ended.done() and (left := self.time_left):
+            await asyncio.wait([ended], timeout=min(left, 1.0))
+        if tasks := self.tasks:
+            await asyncio.wait(tasks, timeout=min(LAST_WORDS, max(self.time_left, 0.1)))
+
+    def ended_within(self, timeout: float | None) -> bool:
+        """Wait until it has ended, however that comes about; True if it has."""
+        return self.done in wait([self.done], timeout).done
+
+    async def ended_within_async(self, timeout: float | None) -> bool:
+        """Wait until it has ended. Async variant of `ended_within`."""
+        ended = asyncio.shield(asyncio.wrap_future(self.done))
+        return ended in (await asyncio.wait([ended], timeout=timeout))[0]
 
     def _give_up(self, end: float) -> None:
         self._give_up_at = min(end, self._give_up_at)

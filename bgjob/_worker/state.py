@@ -19,17 +19,17 @@ class State:
 
     Args:
         factory: makes it, or a context manager for it.
-        is_async: whether there is a loop to await on.
+        has_loop: whether there is a loop to await on.
 
     """
 
-    def __init__(self, factory: Callable[[], Any], *, is_async: bool) -> None:
+    def __init__(self, factory: Callable[[], Any], *, has_loop: bool) -> None:
         if not can_be_called(factory):
             raise TypeError(
                 "state must be a callable without arguments that makes the state, such as "
                 f"lambda: State(), not {factory!r}"
             )
-        if is_coroutine(factory) and not is_async:
+        if is_coroutine(factory) and not has_loop:
             raise TypeError(f"state {factory!r} is a coroutine function: {_AWAITED}")
         self._factory = factory
         self._loop: asyncio.AbstractEventLoop | None = None
