@@ -12,7 +12,7 @@ Such a module has its async text, written by hand, then its sync text, made from
 
 A sync text ends there, or with its module. The rules below are all that it takes:
 code, comments and docstrings are translated alike. What truly differs is a function
-that both colours have outside these texts, such as `_join_async` and `_join`.
+that both colours have outside these texts, such as `_until_async` and `_until`.
 
     python .ci/colours.py [--check]
 
@@ -33,20 +33,22 @@ BOTH = re.compile(
 )
 
 RULES = [
+    # Articles, before what follows them is gone.
+    (r"\b([Aa])n(?=\s+[Aa]sync)", r"\1"),
     # Code.
-    (r"\basync (?=def|with|for)", ""),
+    (r"\basync ", ""),
     (r"\bawait ", ""),
     (r"\bAwaitable\[(\w+)\]", r"\1"),
     (r"__a(?=enter__|exit__)", "__"),
     # Names.
+    (r"\basyncio\.Event\b", "threading.Event"),
     (r"\bhas_loop=True\b", "has_loop=False"),
+    (r"\baassert_", "assert_"),
     (r"Async(?=[A-Z])|(?<=[a-z])Async\b|_async\b", ""),
     # English. A sync call cannot be cancelled, and its caller has no event loop.
     (r"\n\n +(?:If the call is cancelled|The caller's event loop).*(?:\n +[^\s\"].*)*", ""),
     (r"\bthe caller's event loop\b", "one event loop for all queues"),
-    (r"\b([Aa])n async\b", r"\1"),
     (r"\ba cancellation\b", "a KeyboardInterrupt"),
-    (r"\ban asyncio\.Event\b", "a threading.Event"),
     (r"\bany task\b", "any thread or signal handler"),
     (r"\bsafe to share between tasks\b", "thread-safe"),
     (r"\bSafe to share between tasks\b", "Thread-safe"),

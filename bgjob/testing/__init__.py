@@ -104,6 +104,58 @@ class RecordingObserver:
             self._events.clear()
 
 
+# -- async -----------------------------------------------------------------------------
+
+
+async def aassert_enqueued(
+    source: AsyncSource,
+    type: str | None = None,  # noqa: A002
+    *,
+    queue: str | None = None,
+    id: str | None = None,  # noqa: A002
+    arg: Any = ...,
+    count: int | None = None,
+) -> list[Job]:
+    """Assert that jobs are enqueued; return the matching ones.
+
+    Enqueued jobs are those that wait, are delayed or run; completed and dead ones are not. The
+    result is sorted by queue, priority and due time.
+
+    Args:
+        source: the test's own connection, whose uncommitted jobs count, an
+            AsyncClient or a connection string.
+        type: only jobs of this type; an argument that is not given matches any job.
+        queue: only jobs of this queue.
+        id: only the job with this id.
+        arg: only jobs with this payload, compared as JSON; bytes and None exactly.
+        count: the exact number; by default at least one.
+
+    Raises:
+        AssertionError: there are none, or another number; the text shows the enqueued jobs.
+
+    """
+    __tracebackhide__ = True
+    async with connected_async(source) as (conn, _):
+        jobs = await run_async(conn, live_jobs())
+    return _asserted(jobs, _Wanted(type, queue, id, arg), count)
+
+
+async def aassert_not_enqueued(
+    source: AsyncSource,
+    type: str | None = None,  # noqa: A002
+    *,
+    queue: str | None = None,
+    id: str | None = None,  # noqa: A002
+    arg: Any = ...,
+) -> None:
+    """Assert that no matching job is enqueued; the arguments are those of aassert_enqueued."""
+    __tracebackhide__ = True
+    await aassert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
 def assert_enqueued(
     source: Source,
     type: str | None = None,  # noqa: A002
@@ -150,33 +202,7 @@ def assert_not_enqueued(
     assert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
 
 
-async def aassert_enqueued(
-    source: AsyncSource,
-    type: str | None = None,  # noqa: A002
-    *,
-    queue: str | None = None,
-    id: str | None = None,  # noqa: A002
-    arg: Any = ...,
-    count: int | None = None,
-) -> list[Job]:
-    """Assert that jobs are enqueued. Async variant of assert_enqueued."""
-    __tracebackhide__ = True
-    async with connected_async(source) as (conn, _):
-        jobs = await run_async(conn, live_jobs())
-    return _asserted(jobs, _Wanted(type, queue, id, arg), count)
-
-
-async def aassert_not_enqueued(
-    source: AsyncSource,
-    type: str | None = None,  # noqa: A002
-    *,
-    queue: str | None = None,
-    id: str | None = None,  # noqa: A002
-    arg: Any = ...,
-) -> None:
-    """Assert that no matching job is enqueued. Async variant of assert_not_enqueued."""
-    __tracebackhide__ = True
-    await aassert_enqueued(source, type, queue=queue, id=id, arg=arg, count=0)
+# -- both colours ----------------------------------------------------------------------
 
 
 class _Wanted:
