@@ -16,6 +16,55 @@ from bgjob._sql.statement import Statement
 T = TypeVar("T")
 
 
+# -- async -----------------------------------------------------------------------------
+
+
+async def send_async(
+    cursor: AsyncCursor, statement: Statement[Any], *, keeps_plans: bool = False
+) -> AsyncCursor:
+    """Execute a statement; in a pipeline its answer comes later.
+
+    Args:
+        cursor: of the connection. It takes no factory that the user may have set.
+        statement: what to send.
+        keeps_plans: whether the connection decides what is prepared, and not the statement.
+
+    """
+    prepare = None if keeps_plans else statement.prepare
+    return await cursor.execute(statement.text, statement.params, binary=True, prepare=prepare)
+
+
+async def read_async(cursor: AsyncCursor, statement: Statement[T]) -> T:
+    """Read the rows that answer a statement; in a pipeline it waits for them."""
+    return statement.parse(await cursor.fetchall())
+
+
+async def run_async(
+    connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keeps_plans: bool = False
+) -> T:
+    """Execute a statement and read its rows, if it has any; as `send_async`."""
+    cursor = await send_async(AsyncCursor(connection), statement, keeps_plans=keeps_plans)
+    return statement.parse(await cursor.fetchall() if cursor.description else [])
+
+
+async def send_all_async(
+    connection: psycopg.AsyncConnection[Any], statements: Sequence[Statement[Any]]
+) -> list[AsyncCursor]:
+    """Send statements one after the other, each by a cursor of its own, in a pipeline."""
+    return [await send_async(AsyncCursor(connection), statement) for statement in statements]
+
+
+async def read_all_async(
+    cursors: Sequence[AsyncCursor], statements: Sequence[Statement[Any]]
+) -> list[Any]:
+    """Read the answers to what `send_all_async` has sent."""
+    pairs = zip(cursors, statements, strict=True)
+    return [await read_async(cursor, statement) for cursor, statement in pairs]
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
 def send(cursor: Cursor, statement: Statement[Any], *, keeps_plans: bool = False) -> Cursor:
     """Execute a statement; in a pipeline its answer comes later.
 
@@ -51,37 +100,5 @@ def send_all(
 
 def read_all(cursors: Sequence[Cursor], statements: Sequence[Statement[Any]]) -> list[Any]:
     """Read the answers to what `send_all` has sent."""
-    return [read(cursor, statement) for cursor, statement in zip(cursors, statements, strict=True)]
-
-
-async def send_async(cursor: AsyncCursor, statement: Statement[Any]) -> AsyncCursor:
-    """Execute a statement on an AsyncConnection."""
-    return await cursor.execute(
-        statement.text, statement.params, binary=True, prepare=statement.prepare
-    )
-
-
-async def read_async(cursor: AsyncCursor, statement: Statement[T]) -> T:
-    """Read the rows that answer a statement; in a pipeline it waits for them."""
-    return statement.parse(await cursor.fetchall())
-
-
-async def run_async(connection: psycopg.AsyncConnection[Any], statement: Statement[T]) -> T:
-    """Execute a statement and read its rows, if it has any."""
-    cursor = await send_async(AsyncCursor(connection), statement)
-    return statement.parse(await cursor.fetchall() if cursor.description else [])
-
-
-async def send_all_async(
-    connection: psycopg.AsyncConnection[Any], statements: Sequence[Statement[Any]]
-) -> list[AsyncCursor]:
-    """Send statements one after the other, each by a cursor of its own, in a pipeline."""
-    return [await send_async(AsyncCursor(connection), statement) for statement in statements]
-
-
-async def read_all_async(
-    cursors: Sequence[AsyncCursor], statements: Sequence[Statement[Any]]
-) -> list[Any]:
-    """Read the answers to what `send_all_async` has sent."""
     pairs = zip(cursors, statements, strict=True)
-    return [await read_async(cursor, statement) for cursor, statement in pairs]
+    return [read(cursor, statement) for cursor, statement in pairs]
