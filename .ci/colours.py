@@ -10,13 +10,16 @@ Such a module has its async text, written by hand, then its sync text, made from
 
     # -- both colours --------------------------------------------------
 
-A sync text ends there, or with its module. The rules below are all that it takes:
-code, comments and docstrings are translated alike. What truly differs is a function
-that both colours have outside these texts, such as `_until_async` and `_until`.
+A sync text ends there, or with its module. The rules below translate code, comments and
+docstrings alike, one after the other. Two things are not translated:
 
-    python .ci/colours.py [--check]
+- What the colours do in different ways is a function in each, outside these texts, such as
+  `_until_async` and `_until`; the suffix goes, like every other.
+- What only an async caller has to know is a paragraph of a docstring that begins in one of
+  a few ways, and is left out.
 
-Writes the modules, or, to check, shows what it would change, and fails if there is any.
+    python .ci/colours.py            writes the modules
+    python .ci/colours.py --check    shows what that would change, and fails if it is anything
 """
 
 import difflib
