@@ -1,78 +1,36 @@
 """Routes job types to handlers, each with its policy."""
 
 import builtins
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from types import EllipsisType
-from typing import (
-    Any,
-    Concatenate,
-    Literal,
-    Self,
-    TypeAlias,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    cast,
-    overload,
-)
-
-from psycopg import AsyncConnection, Connection
+from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, cast, overload
 
 from bgjob._checks import Duration, seconds
-from bgjob._handlers.call import NO_STATE, Calling, Middleware
-from bgjob._handlers.route import BACKOFF, Exclusive, NeedsKey, Route
-from bgjob.codec import Codec, class_option, codec_of, type_name
-from bgjob.errors import (
-    QueueRequiredError,
-    StateRequiredError,
-    TypeRequiredError,
-    UnknownTypeError,
+from bgjob._handlers.call import (
+    NO_STATE,
+    Calling,
+    Handles,
+    HandlesInTransaction,
+    Middleware,
+    in_order,
 )
+from bgjob._handlers.policy import BACKOFF, MAX_ATTEMPTS, Exclusive, Policy, TypePolicy
+from bgjob._handlers.route import NeedsKey, Route
+from bgjob.codec import Codec, class_option, codec_of, type_name
+from bgjob.errors import StateRequiredError, TypeRequiredError, UnknownTypeError
 from bgjob.job import EnqueueRequest, Job, check_name
-from bgjob.result import BackoffPolicy, MoveToDlq, Result, Retry
+from bgjob.result import BackoffPolicy, MoveToDlq, Retry
 
 __all__ = ["Handler", "Middleware", "Mux", "Policy", "Route", "TransactionalHandler"]
 
 T = TypeVar("T")
 
-Handles: TypeAlias = (
-    Callable[Concatenate[T, ...], Result | None]
-    | Callable[Concatenate[T, ...], Awaitable[Result | None]]
-)
-"""A plain function, run on a thread, or a coroutine function, run on an event loop; arguments
-passed by name follow."""
-
-HandlesInTransaction: TypeAlias = (
-    Callable[Concatenate[T, Connection[Any], ...], Result | None]
-    | Callable[Concatenate[T, AsyncConnection[Any], ...], Awaitable[Result | None]]
-)
-"""A handler with a connection (async for a coroutine function) in a transaction."""
-
 Handler: TypeAlias = Handles[Job]
 TransactionalHandler: TypeAlias = HandlesInTransaction[Job]
 
 _H = TypeVar("_H", bound=Callable[..., Any])
-
-_MAX_ATTEMPTS = 25
-
-_GRANTED = 2
-"""Attempts beyond the last one for a job whose worker died while it held the job."""
-
-
-class Policy(TypedDict, total=False):
-    """The options of a job type; see Mux.register."""
-
-    queue: str | None
-    max_attempts: int | EllipsisType | None
-    backoff: BackoffPolicy | None
-    timeout: Duration | None
-    priority: int | None
-    retry_priority: int | None
-    exclusive: Exclusive | None
-    middleware: Sequence[Middleware]
 
 
 class Mux:
@@ -97,7 +55,7 @@ class Mux:
 
     def __init__(self, *, middleware: Sequence[Middleware] = ()) -> None:
         self._routes: dict[str, Route] = {}
-        self._middleware = _in_order(middleware)
+        self._middleware = in_order(middleware)
         self._state: object = NO_STATE
         self.transactional: set[str] = set()
         """The job types with a transactional handler."""
@@ -248,34 +206,29 @@ class Mux:
         self._check_is_new(name, cls)
         if not callable(handler):
             raise TypeError(f"the handler of job type {name!r} is not callable: {handler!r}")
-        said = partial(class_option, cls or object)
+        declared = partial(class_option, cls or object)
         if isinstance(max_attempts, EllipsisType):
-            attempts: int | None = said("max_attempts", _MAX_ATTEMPTS)
-        else:
-            attempts = max_attempts
-        waits: BackoffPolicy = said("backoff", BACKOFF) if backoff is None else backoff
-        rank: int = said("priority", 0) if priority is None else priority
+            max_attempts = cast("int | None", declared("max_attempts", MAX_ATTEMPTS))
+        policy = TypePolicy(
+            name,
+            queue=declared("queue") if queue is None else queue,
+            max_attempts=max_attempts,
+            backoff=declared("backoff", BACKOFF) if backoff is None else backoff,
+            timeout=None if timeout is None else seconds(timeout, f"timeout of job type {name!r}"),
+            priority=declared("priority", 0) if priority is None else priority,
+            retry_priority=retry_priority,
+            exclusive=exclusive,
+        )
         calling = Calling.of(
             name,
             handler,
             transactional=transactional,
             codec=codec if codec is not None or cls is None else codec_of(cls),
             value_type=cls,
-            middleware=self._middleware + _in_order(middleware),
+            middleware=self._middleware + in_order(middleware),
         )
         self._routes[name] = Route(
-            name,
-            calling.with_state(self._state),
-            calling.is_coroutine,
-            transactional,
-            attempts,
-            waits,
-            retry_priority,
-            None if timeout is None else seconds(timeout, f"timeout of job type {name!r}"),
-            exclusive,
-            said("queue") if queue is None else queue,
-            rank,
-            calling,
+            policy, calling, calling.with_state(self._state), calling.is_coroutine, transactional
         )
         if transactional:
             self.transactional.add(name)
@@ -339,12 +292,7 @@ class Mux:
                 )
 
     def route(self, job: Job) -> Route | NeedsKey | Retry | MoveToDlq:
-        """Return the route of a claimed job, or the result of a job that must not run (yet).
-
-        A job whose worker died during its last attempt is granted two more attempts, because
-        other jobs may have caused these deaths: a job is first claimed alone at its third
-        death; see _engine/isolation.py.
-        """
+        """Return the route of a claimed job, or the result of a job that must not run (yet)."""
         route = self._routes.get(job.type)
         if route is None:
             return MoveToDlq(
@@ -353,12 +301,12 @@ class Mux:
                     "then requeue the job"
                 )
             )
-        most = route.max_attempts
-        if most is not None and job.attempt > most + _GRANTED:
-            return route.exhausted(job)
-        if route.exclusive and job.exclusive is None:
+        policy = route.policy
+        if job.attempt > policy.last_attempt:
+            return policy.exhausted(job)
+        if policy.exclusive and job.exclusive is None:
             try:
-                key = route.key(job)
+                key = policy.key(job)
             except BaseException as error:
                 return cast("Retry | MoveToDlq", route.failed(job, error))
             if key is not None:
@@ -373,7 +321,7 @@ class Mux:
     @property
     def names_keys(self) -> bool:
         """Whether any type gives its jobs an exclusive key."""
-        return any(route.exclusive for route in self._routes.values())
+        return any(route.policy.exclusive for route in self._routes.values())
 
     def request(
         self,
@@ -416,25 +364,7 @@ class Mux:
                 f"no handler is registered for job type {name!r}; register it before you request "
                 "it, or make an EnqueueRequest"
             )
-        queue = route.queue if queue is None else queue
-        if queue is None:
-            raise QueueRequiredError(
-                f"job type {name!r} has no queue: pass request(queue=...) or register(queue=...)"
-            )
-        request = EnqueueRequest(
-            queue,
-            name,
-            route.calling.payload(arg),
-            priority=route.priority if priority is None else priority,
-            **options,
-        )
-        if not route.exclusive or "exclusive" in options:
-            return request
-        now = datetime.now(UTC)
-        job = Job(
-            request.id, queue, name, request.payload, 0, None, request.priority, now, now, now
-        )
-        return replace(request, arg=request.payload, exclusive=route.key(job))
+        return route.request(arg, queue=queue, priority=priority, **options)
 
     @property
     def has_coroutines(self) -> bool:
@@ -451,9 +381,3 @@ def _name_of(type_: str | type[Any]) -> tuple[str, type[Any] | None]:
         raise TypeRequiredError("type is required: name the jobs that the handler runs")
     check_name("type", name)
     return name, cls
-
-
-def _in_order(middleware: Sequence[Middleware]) -> tuple[Middleware, ...]:
-    if callable(middleware):
-        raise TypeError(f"middleware must be a sequence of functions: [{middleware!r}]")
-    return tuple(middleware)

@@ -37,6 +37,7 @@ from bgjob import (
 )
 from bgjob._engine.outcome import CommitUnknown, Outcome
 from bgjob._engine.protocol import Exchange
+from bgjob._handlers.policy import TypePolicy
 from bgjob._sql.settlements import Claimed
 from bgjob.codec import RawCodec
 from bgjob.errors import PayloadError
@@ -77,6 +78,10 @@ def route_of(mux: Mux, type: str = "t") -> Route:
     return route
 
 
+def policy_of(mux: Mux, type: str = "t") -> TypePolicy:
+    return route_of(mux, type).policy
+
+
 def run(mux: Mux, job: Job, *conn: object) -> Any:
     """Call a handler as the worker does; give what it returned."""
     route = route_of(mux, job.type)
@@ -100,9 +105,14 @@ def coloured(function: Callable[..., Any], *, is_async: bool) -> Callable[..., A
 
 
 def test_a_type_without_options_has_the_defaults() -> None:
-    route = route_of(Mux().register("t", lambda _: None))
-    assert (route.max_attempts, route.backoff, route.retry_priority) == (25, Backoff(), None)
-    assert (route.queue, route.priority, route.timeout, route.exclusive) == (None, 0, None, None)
+    policy = policy_of(Mux().register("t", lambda _: None))
+    assert (policy.max_attempts, policy.backoff, policy.retry_priority) == (25, Backoff(), None)
+    assert (policy.queue, policy.priority, policy.timeout, policy.exclusive) == (
+        None,
+        0,
+        None,
+        None,
+    )
 
 
 def test_a_type_keeps_its_options() -> None:
@@ -118,10 +128,14 @@ def test_a_type_keeps_its_options() -> None:
     mux = Mux().register("registered", lambda _: None, **options)
     mux.handler("decorated", **options)(lambda _: None)
     for name in ("registered", "decorated"):
-        route = route_of(mux, name)
-        assert (route.queue, route.max_attempts, route.backoff) == ("mail", None, Backoff.linear(2))
-        assert (route.timeout, route.priority, route.retry_priority) == (60.0, -1, -5)
-        assert callable(route.exclusive) and route.exclusive(a_job()) == "id"
+        policy = policy_of(mux, name)
+        assert (policy.queue, policy.max_attempts, policy.backoff) == (
+            "mail",
+            None,
+            Backoff.linear(2),
+        )
+        assert (policy.timeout, policy.priority, policy.retry_priority) == (60.0, -1, -5)
+        assert callable(policy.exclusive) and policy.exclusive(a_job()) == "id"
 
 
 @pytest.mark.parametrize(
@@ -155,9 +169,9 @@ def test_a_bad_option_is_refused_at_registration_by_name(
 
 def test_a_class_names_its_type_and_gives_the_defaults_of_its_policy() -> None:
     mux = Mux().register(Report, lambda report: None)
-    route = route_of(mux, "Report")
-    assert (route.queue, route.priority, route.max_attempts) == ("reports", 3, None)
-    assert route.backoff is Report.backoff
+    policy = policy_of(mux, "Report")
+    assert (policy.queue, policy.priority, policy.max_attempts) == ("reports", 3, None)
+    assert policy.backoff is Report.backoff
 
 
 def test_what_is_registered_comes_before_what_the_class_says() -> None:
@@ -166,9 +180,9 @@ def test_what_is_registered_comes_before_what_the_class_says() -> None:
     mux.register(
         Report, lambda report: None, queue="other", max_attempts=2, backoff=other, priority=0
     )
-    route = route_of(mux, "Report")
-    assert (route.queue, route.priority, route.max_attempts) == ("other", 0, 2)
-    assert route.backoff is other
+    policy = policy_of(mux, "Report")
+    assert (policy.queue, policy.priority, policy.max_attempts) == ("other", 0, 2)
+    assert policy.backoff is other
 
 
 def test_endless_attempts_can_be_registered_over_those_of_a_class() -> None:
@@ -176,9 +190,9 @@ def test_endless_attempts_can_be_registered_over_those_of_a_class() -> None:
     class Thrice:
         max_attempts: ClassVar[int] = 3
 
-    assert route_of(Mux().register(Thrice, lambda _: None), "Thrice").max_attempts == 3
+    assert policy_of(Mux().register(Thrice, lambda _: None), "Thrice").max_attempts == 3
     mux = Mux().register(Thrice, lambda _: None, max_attempts=None)
-    assert route_of(mux, "Thrice").max_attempts is None
+    assert policy_of(mux, "Thrice").max_attempts is None
 
 
 def test_a_field_of_a_class_is_payload_and_no_policy() -> None:
@@ -187,8 +201,8 @@ def test_a_field_of_a_class_is_payload_and_no_policy() -> None:
         queue: str = "the one at the counter"
         priority: int = 70_000
 
-    route = route_of(Mux().register(Ticket, lambda _: None), "Ticket")
-    assert (route.queue, route.priority) == (None, 0)
+    policy = policy_of(Mux().register(Ticket, lambda _: None), "Ticket")
+    assert (policy.queue, policy.priority) == (None, 0)
 
 
 def test_a_bad_option_of_a_class_is_refused_at_registration() -> None:

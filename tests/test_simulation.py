@@ -50,7 +50,7 @@ from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST
 from bgjob.job import Job
-from bgjob.mux import _GRANTED
+from bgjob._handlers.policy import _GRANTED
 from bgjob._handlers.route import NeedsKey
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 

@@ -414,7 +414,7 @@ def test_registration_is_chainable_and_the_decorator_leaves_the_function_alone()
     assert handle(a_job()) == Complete()
     route = mux.route(a_job("c"))
     assert isinstance(route, Route)
-    assert (route.handler, route.max_attempts) == (handle, 3)
+    assert (route.handler, route.policy.max_attempts) == (handle, 3)
 
 
 def test_a_type_has_one_handler() -> None:

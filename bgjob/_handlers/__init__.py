@@ -1,7 +1,19 @@
 """What a handler's return value means.
 
-`call` inspects a function once, when it is registered: whether it is a coroutine function,
-which of job, payload and state it takes, and whether it accepts them. `route` is a handler
-with its policy (attempts, backoff, timeout, transaction, key): it runs the handler, and
-turns what it returned or raised into a Result.
+    policy     a job type's options, checked: attempts, backoff, timeout, priorities, key
+    calling    a function, inspected: which of job, payload, connection and state it takes
+    route      both, and the callable that a slot calls with a job
+
+`Mux.register` makes all three. It is the only place that looks up an option: among its
+arguments, then on the registered class, then among the defaults. The policy checks itself
+(`policy`). The function is inspected once (`call`), and the callable is composed from the inside
+out: the function, its state, the decoding of its payload, the middleware of its type, the
+middleware of the Mux. A function that takes only a job, without middleware, is called directly.
+`Mux.bound` composes again, with a state.
+
+Policies and routes do not change. A worker that limits a run, and a test that records one, make
+a copy of the route with another handler.
+
+`route` runs the handler, and turns what it returned or raised into the Result to store. This
+is a hot path: a completed job costs the calls of `Mux.route`, `Route.run` and the handler.
 """

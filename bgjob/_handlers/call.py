@@ -5,21 +5,38 @@ a job, without middleware, is called directly.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
-from typing import Any, TypeAlias, cast
+from typing import Any, Concatenate, TypeAlias, TypeVar, cast
+
+from psycopg import AsyncConnection, Connection
 
 from bgjob.codec import Codec
 from bgjob.errors import PayloadError
 from bgjob.job import Job
-from bgjob.result import MoveToDlq
+from bgjob.result import MoveToDlq, Result
+
+T = TypeVar("T")
 
 Middleware: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Takes a handler (called with a job, and with a connection if it is transactional) and returns
 one of the same kind: a coroutine function for a coroutine function, a plain one for a plain
 one."""
+
+Handles: TypeAlias = (
+    Callable[Concatenate[T, ...], Result | None]
+    | Callable[Concatenate[T, ...], Awaitable[Result | None]]
+)
+"""A plain function, run on a thread, or a coroutine function, run on an event loop; arguments
+passed by name follow."""
+
+HandlesInTransaction: TypeAlias = (
+    Callable[Concatenate[T, Connection[Any], ...], Result | None]
+    | Callable[Concatenate[T, AsyncConnection[Any], ...], Awaitable[Result | None]]
+)
+"""A handler with a connection (async for a coroutine function) in a transaction."""
 
 NO_STATE = object()
 
@@ -164,6 +181,13 @@ class Calling:
             error = PayloadError(f"payload of job type {self.job_type!r} cannot be decoded: {text}")
             error.__cause__ = cause
         return MoveToDlq(error)
+
+
+def in_order(middleware: Sequence[Middleware]) -> tuple[Middleware, ...]:
+    """Return middleware, the outermost first; raise TypeError if it is not a sequence."""
+    if callable(middleware):
+        raise TypeError(f"middleware must be a sequence of functions: [{middleware!r}]")
+    return tuple(middleware)
 
 
 def is_coroutine(function: Callable[..., Any]) -> bool:

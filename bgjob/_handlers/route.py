@@ -3,30 +3,15 @@
 import asyncio
 import inspect
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from datetime import UTC, datetime
+from typing import Any
 
-from bgjob._checks import seconds
-from bgjob._handlers.call import Calling, can_be_called
-from bgjob._logger import log as _log
-from bgjob.errors import BgjobError, JobTimeoutError
-from bgjob.job import Job, check_key, check_name, check_priority
-from bgjob.result import (
-    Backoff,
-    BackoffPolicy,
-    Complete,
-    MoveToDlq,
-    Reschedule,
-    Result,
-    Retry,
-)
-
-Exclusive: TypeAlias = bool | Callable[[Job], str | None]
-"""True: jobs of the type run one at a time. A callable: jobs with the same key do."""
-
-BACKOFF = Backoff()
-"""The default backoff."""
+from bgjob._handlers.call import Calling
+from bgjob._handlers.policy import TypePolicy
+from bgjob.errors import BgjobError, JobTimeoutError, QueueRequiredError
+from bgjob.job import EnqueueRequest, Job
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 COMPLETE = Complete()
 """What a handler that returns None has answered; nearly all do."""
@@ -55,75 +40,42 @@ class Awaiting:
 class Route:
     """A job type's handler and policy."""
 
-    type: str
+    policy: TypePolicy
+    calling: Calling
     handler: Callable[..., Any]
     """Takes the job, and the connection if it is transactional."""
     is_coroutine: bool
     is_transactional: bool
-    max_attempts: int | None
-    backoff: BackoffPolicy
-    retry_priority: int | None
-    timeout: float | None
-    """Seconds."""
-    exclusive: Exclusive | None
-    queue: str | None
-    """The default of `Mux.request`."""
-    priority: int
-    """The default of `Mux.request`."""
-    calling: Calling
     is_simple: bool = field(init=False)
     """Whether it needs only a call: it has no transaction and no timeout."""
 
     def __post_init__(self) -> None:
-        simple = not self.is_transactional and self.timeout is None
+        simple = not self.is_transactional and self.policy.timeout is None
         object.__setattr__(self, "is_simple", simple)
-        of_type = f"of job type {self.type!r}"
-        most, backoff, exclusive = self.max_attempts, self.backoff, self.exclusive
-        if most is not None and (type(most) is not int or most < 1):
-            raise ValueError(
-                f"max_attempts {of_type} must be at least 1, or None for no limit, not {most!r}"
-            )
-        if isinstance(backoff, type) or not can_be_called(backoff, 1):
-            raise TypeError(
-                f"backoff {of_type} must be a Backoff() or another callable from the number of an "
-                f"attempt to seconds, such as Backoff.constant(5), not {backoff!r}"
-            )
-        if self.timeout == 0:
-            raise ValueError(f"timeout {of_type} must be over 0 s, or None for no timeout")
-        if not (exclusive is None or isinstance(exclusive, bool) or callable(exclusive)):
-            raise TypeError(
-                f"exclusive {of_type} must be True for one job at a time, or a callable from a "
-                f"job to its key, not {exclusive!r}"
-            )
-        if self.queue is not None:
-            check_name(f"queue {of_type}", self.queue)
-        check_priority(self.priority, f"priority {of_type}")
-        if self.retry_priority is not None:
-            check_priority(self.retry_priority, f"retry_priority {of_type}")
 
-    def exhausted(self, job: Job) -> MoveToDlq:
-        """Return the result of a job that had used all its attempts before this one."""
-        return MoveToDlq(
-            f"out of attempts: {self.max_attempts} of {self.max_attempts} were charged, the last "
-            "without a result; its worker died or lost the lease"
-            + (f"; last error: {job.last_error}" if job.last_error else "")
+    def request(
+        self, arg: Any, *, queue: str | None, priority: int | None, **options: Any
+    ) -> EnqueueRequest:
+        """Make a request; see Mux.request."""
+        policy = self.policy
+        queue = policy.queue if queue is None else queue
+        if queue is None:
+            raise QueueRequiredError(
+                f"job type {policy.job_type!r} has no queue: pass request(queue=...) or "
+                "register(queue=...)"
+            )
+        request = EnqueueRequest(
+            queue,
+            policy.job_type,
+            self.calling.payload(arg),
+            priority=policy.priority if priority is None else priority,
+            **options,
         )
-
-    def key(self, job: Job) -> str | None:
-        """Return the key of a job whose request names none; None for no key.
-
-        Raises:
-            ValueError, TypeError: the type's callable returned an invalid key; and whatever it
-                raises.
-
-        """
-        if not callable(self.exclusive):
-            return f"type:{self.type}" if self.exclusive else None
-        key = self.exclusive(job)
-        if key is not None:
-            what = f"the exclusive key of a job of type {self.type!r}"
-            check_key(what, key, job.queue, job.id)
-        return key
+        if not policy.exclusive or "exclusive" in options:
+            return request
+        arg, now = request.payload, datetime.now(UTC)
+        job = Job(request.id, queue, request.type, arg, 0, None, request.priority, now, now, now)
+        return replace(request, arg=arg, exclusive=policy.key(job))
 
     def run(self, job: Job) -> Result | Awaiting:
         """Run a plain handler; its exceptions become results."""
@@ -144,7 +96,7 @@ class Route:
             JobTimeoutError: the timeout was reached, whatever the handler returned.
 
         """
-        limit = asyncio.timeout(self.timeout)
+        limit = asyncio.timeout(self.policy.timeout)
         try:
             async with limit:
                 returned = await self.handler(job, *conn)
@@ -164,12 +116,13 @@ class Route:
             case Complete() | Reschedule() | MoveToDlq():
                 return returned
             case Retry(delay, error, priority=priority):
-                if self.max_attempts is not None and job.attempt >= self.max_attempts:
+                policy = self.policy
+                if policy.max_attempts is not None and job.attempt >= policy.max_attempts:
                     return MoveToDlq(error if error is not None else "out of attempts")
                 return Retry(
-                    self._delay(job.attempt) if delay is None else delay,
+                    policy.delay(job.attempt) if delay is None else delay,
                     error,
-                    priority=self.retry_priority if priority is None else priority,
+                    priority=policy.retry_priority if priority is None else priority,
                 )
             case _ if inspect.isawaitable(returned):
                 if inspect.iscoroutine(returned):
@@ -199,14 +152,8 @@ class Route:
         """Make the error of a handler that ran for longer than its timeout."""
         return JobTimeoutError(
             f"job {job.id!r} of type {job.type!r} did not end within its timeout of "
-            f"{self.timeout:g} s"
+            f"{self.policy.timeout:g} s"
         )
-
-    def around(self, handler: Callable[..., Any]) -> "Route":
-        """Return a copy of the route with another handler of the same kind (plain or coroutine)."""
-        other = copy(self)
-        object.__setattr__(other, "handler", handler)
-        return other
 
     def transaction_ended(self) -> BgjobError:
         """Make the error of a handler that ended the transaction it was given."""
@@ -214,10 +161,3 @@ class Route:
             f"{self.calling.name} ended the transaction it was given, and anything that it "
             "committed stays; the job does not run again: leave commit and rollback to the worker"
         )
-
-    def _delay(self, attempt: int) -> float:
-        try:
-            return seconds(self.backoff(attempt), "backoff")
-        except BaseException:  # whatever it raises, even SystemExit
-            _log.exception("the backoff of job type %r failed; the default is used", self.type)
-            return BACKOFF(attempt)

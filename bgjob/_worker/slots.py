@@ -634,7 +634,7 @@ class Slots:
             whole: the job with its payload, if the claim did not return it.
 
         """
-        run = None if route.timeout is None else self._timeouts.limit(route, claimed)
+        run = None if route.policy.timeout is None else self._timeouts.limit(route, claimed)
         if run is not None:
             route, me.run = run.route, run
         result: Ending | Awaiting
@@ -833,7 +833,7 @@ class Slots:
         self, me: _Task, route: Route, claimed: Claimed, whole: Claimed
     ) -> Ending | Release | None:
         """Run a handler with a transaction or a timeout. Async variant of `_run`."""
-        run = None if route.timeout is None else self._timeouts.limit(route, claimed)
+        run = None if route.policy.timeout is None else self._timeouts.limit(route, claimed)
         if run is not None:
             route, me.run = run.route, run
         result: Ending

@@ -8,6 +8,7 @@ dropped, and its transaction is rolled back.
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from time import monotonic
 from typing import Any
@@ -37,11 +38,11 @@ class Run:
     )
 
     def __init__(self, timeouts: "Timeouts", limited: Route, claimed: Claimed) -> None:
-        assert limited.timeout is not None  # noqa: S101 (it is why there is a Run)
-        self.timeout = limited.timeout
+        assert limited.policy.timeout is not None  # noqa: S101 (it is why there is a Run)
+        self.timeout = limited.policy.timeout
         """Seconds."""
         self.claimed = claimed
-        self.route = limited.around(self._await if limited.is_coroutine else self._call)
+        self.route = replace(limited, handler=self._await if limited.is_coroutine else self._call)
         self.is_given_up = False
         """Whether its job failed meanwhile, so that its result is dropped."""
         self.is_overdue = False

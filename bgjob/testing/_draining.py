@@ -310,7 +310,7 @@ def _overheard(route: Route, answer: _Answer) -> Route:
             answer.value = await handler(*args)
             return answer.value
 
-        return replace(route, handler=coroutine, timeout=None)
+        return replace(route, handler=coroutine, policy=replace(route.policy, timeout=None))
 
     @wraps(handler)
     def plain(*args: Any) -> object:
@@ -437,7 +437,7 @@ def _is_over(conn: psycopg.BaseConnection[Any]) -> bool:
 
 def _wrong_colour(route: Route, why: str) -> TypeError:
     return TypeError(
-        f"the transactional handler of job type {route.type!r} is {why}(), or give a "
+        f"the transactional handler of job type {route.policy.job_type!r} is {why}(), or give a "
         "connection string"
     )
 
