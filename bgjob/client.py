@@ -497,7 +497,7 @@ class Client:
             pooled.close()  # its server is not a primary any more: the next one may be
             raise
         finally:
-            pool.give_back(pooled)
+            pool.release(pooled)
 
     def _run(
         self, statement: Statement[T], conn: psycopg.Connection[Any] | None, *, keep: bool = False
@@ -893,7 +893,7 @@ class AsyncClient:
             await pooled.close()  # its server is not a primary any more: the next one may be
             raise
         finally:
-            await pool.give_back(pooled)
+            await pool.release(pooled)
 
     async def _run(
         self,

@@ -23,7 +23,7 @@ from contextlib import suppress
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -56,7 +56,8 @@ class PooledConnection(Connection):
 
     patience = PATIENCE
     opened_at = idle_since = 0.0
-    home: "_Home[PooledConnection]"
+    siblings: "deque[PooledConnection]"
+    """The idle connections of the process that opened it; a forked child has others."""
     _pool = None  # keeps psycopg from warning if the program ends without closing it
 
     @cached_property
@@ -70,9 +71,10 @@ class AsyncPooledConnection(AsyncConnection):
 
     patience = PATIENCE
     opened_at = idle_since = 0.0
-    home: "_Home[AsyncPooledConnection]"
-    places: asyncio.Semaphore
-    """The free connections of the event loop that uses it."""
+    siblings: "deque[AsyncPooledConnection]"
+    """See PooledConnection.siblings."""
+    permits: asyncio.Semaphore
+    """Those of the event loop that uses it."""
     _pool = None
 
     @cached_property
@@ -93,46 +95,36 @@ def has_news(connection: BaseConnection[Any]) -> bool:
     return bool(poll.poll(0))
 
 
-class _Home(Generic[C]):
-    """The connections of a pool in one process; a forked child gets another home."""
+def _take(idle: deque[C]) -> C | None:
+    """Take the most recently used connection that works; None without one."""
+    with suppress(IndexError):
+        while True:
+            connection = idle.pop()
+            if monotonic() < connection.opened_at + _AGE and not has_news(connection):
+                return connection
+            connection.pgconn.finish()
+    return None
 
-    def __init__(self) -> None:
-        self.idle: deque[C] = deque()
-        self.useless: deque[C] = deque()
-        """The connections to close."""
 
-    def take(self) -> C | None:
-        """Take the most recently used idle connection that works; None without one."""
-        try:
-            while True:
-                connection = self.idle.pop()
-                if monotonic() < connection.opened_at + _AGE and not has_news(connection):
-                    return connection
-                self.useless.append(connection)
-        except IndexError:
-            return None
+def _keep(idle: deque[C], connection: C) -> None:
+    """Keep a connection for the next caller, if it can be used; close those that are old."""
+    status = connection.pgconn.transaction_status
+    if status != TransactionStatus.IDLE:
+        connection.pgconn.finish()
+        if status == TransactionStatus.UNKNOWN:
+            _close(idle)  # a broken connection is hardly the only one
+        return
+    connection.idle_since = now = monotonic()
+    idle.append(connection)
+    with suppress(IndexError):  # another thread took it
+        while idle[0].idle_since < now - _IDLE:
+            idle.popleft().pgconn.finish()
 
-    def put(self, connection: C) -> None:
-        """Keep a connection for the next caller, if it can be used."""
-        status = connection.pgconn.transaction_status
-        if status != TransactionStatus.IDLE:
-            self.useless.append(connection)
-            if status == TransactionStatus.UNKNOWN:
-                self.empty()  # a broken connection is hardly the only one
-            return
-        connection.idle_since = now = monotonic()
-        self.idle.append(connection)
-        try:
-            while self.idle[0].idle_since < now - _IDLE:
-                self.useless.append(self.idle.popleft())
-        except IndexError:  # another thread took it
-            pass
 
-    def empty(self) -> None:
-        """Keep no connection."""
-        with suppress(IndexError):
-            while True:
-                self.useless.append(self.idle.pop())
+def _close(idle: deque[C]) -> None:
+    with suppress(IndexError):
+        while True:
+            idle.pop().pgconn.finish()
 
 
 class Pool:
@@ -154,11 +146,11 @@ class Pool:
 
     def in_child(self) -> None:
         """Start empty: the connections are the parent's, and a lock may stay locked forever."""
-        self._home: _Home[PooledConnection] = _Home()
+        self._idle: deque[PooledConnection] = deque()
         # The standard library's semaphore takes ten times as long.
-        self._places: SimpleQueue[None] = SimpleQueue()
+        self._permits: SimpleQueue[None] = SimpleQueue()
         for _ in range(_SIZE):
-            self._places.put(None)
+            self._permits.put(None)
 
     def take(self) -> PooledConnection:
         """Take a connection in autocommit; try to open one for `patience` seconds.
@@ -168,15 +160,15 @@ class Pool:
             psycopg.OperationalError: none could be opened, or all stayed in use.
 
         """
-        self._check_open()
-        home, places = self._home, self._places
+        _check_open(is_closed=self._is_closed)
+        idle, permits = self._idle, self._permits
         until = monotonic() + self._patience
         try:
-            places.get(timeout=self._patience)
+            permits.get(timeout=self._patience)
         except Empty:
             raise _all_in_use(self._patience) from None
         try:
-            while (connection := home.take()) is None:
+            while (connection := _take(idle)) is None:
                 try:
                     connection = PooledConnection.connect(**self._options(), autocommit=True)
                     self._configure(connection)
@@ -184,44 +176,30 @@ class Pool:
                     if monotonic() + _PAUSE > until:
                         raise
                     sleep(_PAUSE)
-                    self._check_open()
+                    _check_open(is_closed=self._is_closed)
                 else:
                     connection.isolation_level = IsolationLevel.READ_COMMITTED
-                    connection.home, connection.opened_at = home, monotonic()
+                    connection.siblings, connection.opened_at = idle, monotonic()
                     break
         except BaseException:
-            places.put(None)
+            permits.put(None)
             raise
-        if home.useless:
-            self._clear(home)
         return connection
 
-    def give_back(self, connection: PooledConnection) -> None:
+    def release(self, connection: PooledConnection) -> None:
         """Return a connection; one that was taken before a fork belongs to the parent."""
-        home = connection.home
-        if home is not self._home:
+        idle = connection.siblings
+        if idle is not self._idle:
             return
-        home.put(connection)
-        self._places.put(None)
+        _keep(idle, connection)
+        self._permits.put(None)
         if self._is_closed:
-            home.empty()
-        if home.useless:
-            self._clear(home)
+            _close(idle)
 
     def close(self) -> None:
         """Close the idle connections, and the others when they are returned. Idempotent."""
         self._is_closed = True
-        self._home.empty()
-        self._clear(self._home)
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise _closed()
-
-    def _clear(self, home: _Home[PooledConnection]) -> None:
-        with suppress(IndexError):
-            while True:
-                home.useless.popleft().close()
+        _close(self._idle)
 
 
 class AsyncPool:
@@ -243,29 +221,29 @@ class AsyncPool:
 
     def in_child(self) -> None:
         """Start empty; see Pool.in_child."""
-        self._home: _Home[AsyncPooledConnection] = _Home()
-        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+        self._idle: deque[AsyncPooledConnection] = deque()
+        self._permits: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
             WeakKeyDictionary()
         )
 
     async def take(self) -> AsyncPooledConnection:
         """Take a connection in autocommit. Async variant of Pool.take."""
-        self._check_open()
+        _check_open(is_closed=self._is_closed)
         loop = asyncio.get_running_loop()
-        if (places := self._places.get(loop)) is None:
-            places = self._places[loop] = asyncio.Semaphore(_SIZE)
-        home = self._home
+        if (permits := self._permits.get(loop)) is None:
+            permits = self._permits[loop] = asyncio.Semaphore(_SIZE)
+        idle = self._idle
         until = monotonic() + self._patience
-        if places.locked():
+        if permits.locked():
             try:
                 async with asyncio.timeout(self._patience):
-                    await places.acquire()
+                    await permits.acquire()
             except TimeoutError:
                 raise _all_in_use(self._patience) from None
         else:
-            await places.acquire()
+            await permits.acquire()
         try:
-            while (connection := home.take()) is None:
+            while (connection := _take(idle)) is None:
                 try:
                     connection = await AsyncPooledConnection.connect(
                         **self._options(), autocommit=True
@@ -275,46 +253,32 @@ class AsyncPool:
                     if monotonic() + _PAUSE > until:
                         raise
                     await asyncio.sleep(_PAUSE)
-                    self._check_open()
+                    _check_open(is_closed=self._is_closed)
                 else:
                     await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
-                    connection.home, connection.opened_at = home, monotonic()
+                    connection.siblings, connection.opened_at = idle, monotonic()
                     break
         except BaseException:
-            places.release()
+            permits.release()
             raise
-        if home.useless:
-            await self._clear(home)
-        connection.places = places
+        connection.permits = permits
         return connection
 
-    async def give_back(self, connection: AsyncPooledConnection) -> None:
-        """Return a connection. Async variant of Pool.give_back."""
-        home = connection.home
-        if home is not self._home:
+    async def release(self, connection: AsyncPooledConnection) -> None:
+        """Return a connection. Async variant of Pool.release."""
+        idle = connection.siblings
+        if idle is not self._idle:
             return
-        places = connection.places
-        home.put(connection)
-        places.release()
+        permits = connection.permits
+        _keep(idle, connection)
+        permits.release()
         if self._is_closed:
-            home.empty()
-        if home.useless:
-            await self._clear(home)
+            _close(idle)
 
     async def close(self) -> None:
         """Close the idle connections. Async variant of Pool.close."""
         self._is_closed = True
-        self._home.empty()
-        await self._clear(self._home)
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise _closed()
-
-    async def _clear(self, home: _Home[AsyncPooledConnection]) -> None:
-        with suppress(IndexError):
-            while True:
-                await home.useless.popleft().close()
+        _close(self._idle)
 
 
 class BorrowedPool:
@@ -334,7 +298,8 @@ class BorrowedPool:
 
     def take(self) -> psycopg.Connection[Any]:
         """Take a connection, as the pool returns it."""
-        _check_borrowed(is_closed=self._is_closed, is_inherited=self._is_inherited)
+        _check_open(is_closed=self._is_closed)
+        _check_not_inherited(is_inherited=self._is_inherited)
         connection: psycopg.Connection[Any]
         while has_news(connection := self._pool.getconn()):
             try:
@@ -346,7 +311,7 @@ class BorrowedPool:
                 break  # a notification was waiting
         return connection
 
-    def give_back(self, connection: psycopg.Connection[Any]) -> None:
+    def release(self, connection: psycopg.Connection[Any]) -> None:
         """Return a connection."""
         self._pool.putconn(connection)
 
@@ -369,7 +334,8 @@ class AsyncBorrowedPool:
 
     async def take(self) -> psycopg.AsyncConnection[Any]:
         """Take a connection, as the pool returns it."""
-        _check_borrowed(is_closed=self._is_closed, is_inherited=self._is_inherited)
+        _check_open(is_closed=self._is_closed)
+        _check_not_inherited(is_inherited=self._is_inherited)
         connection: psycopg.AsyncConnection[Any]
         while has_news(connection := await self._pool.getconn()):
             try:
@@ -384,7 +350,7 @@ class AsyncBorrowedPool:
                 break
         return connection
 
-    async def give_back(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    async def release(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Return a connection."""
         await self._pool.putconn(connection)
 
@@ -393,8 +359,9 @@ class AsyncBorrowedPool:
         self._is_closed = True
 
 
-def _closed() -> ClientClosedError:
-    return ClientClosedError("this client is closed: make a new one")
+def _check_open(*, is_closed: bool) -> None:
+    if is_closed:
+        raise ClientClosedError("this client is closed: make a new one")
 
 
 def _all_in_use(patience: float) -> psycopg.OperationalError:
@@ -404,9 +371,7 @@ def _all_in_use(patience: float) -> psycopg.OperationalError:
     )
 
 
-def _check_borrowed(*, is_closed: bool, is_inherited: bool) -> None:
-    if is_closed:
-        raise _closed()
+def _check_not_inherited(*, is_inherited: bool) -> None:
     if is_inherited:
         raise BgjobError(
             "the pool of this client was opened before the fork, and its sockets are the "
