@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from bgjob import schema
 from bgjob._postgres.connection import Connection, check_conninfo, options
+from bgjob._postgres.pool import PATIENCE
 from bgjob._sql.execute import run
 from bgjob._sql.session import schema_comment
 from bgjob.client import Client
@@ -14,7 +15,6 @@ from bgjob.errors import BgjobError
 VARIABLE = "BGJOB_DSN"
 
 _LIBPQS = ("PGSERVICE", "PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER")
-_PATIENCE = 30.0  # seconds, as a client's
 
 
 class DatabaseError(BgjobError):
@@ -50,7 +50,7 @@ def find(given: str | None) -> str:
 def connect(dsn: str) -> Connection:
     """Connect in autocommit; every wait for the server has a limit."""
     conn = Connection.connect(**options((dsn, {})), autocommit=True)
-    conn.patience = _PATIENCE
+    conn.patience = PATIENCE
     return conn
 
 

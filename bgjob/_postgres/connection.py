@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from math import inf
+from math import ceil, inf
 from typing import Any, TypeAlias
 
 import psycopg
@@ -16,7 +16,7 @@ from psycopg import postgres
 from psycopg._encodings import pg2pyenc
 from psycopg.abc import RV, AdaptContext, Buffer, PQGen
 from psycopg.adapt import AdaptersMap, Dumper, Loader
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 from psycopg.errors import UntranslatableCharacter
 from psycopg.pq import Format
 from psycopg.rows import TupleRow, tuple_row
@@ -57,10 +57,25 @@ def check_conninfo(text: str) -> str:
     )
 
 
-def options(connection_parameters: ConnectionParameters) -> dict[str, Any]:
-    """Return the keyword arguments for connecting."""
+def options(
+    connection_parameters: ConnectionParameters, *, within: float | None = None
+) -> dict[str, Any]:
+    """Return the keyword arguments for connecting.
+
+    Args:
+        connection_parameters: of the user; they come before the library's defaults.
+        within: seconds for all hosts together. Each one is given its part of them, rounded
+            up, and 2 s at least, by psycopg. By default each has 10 s, or what the
+            connection string says.
+
+    """
     conninfo, kwargs = connection_parameters
-    return _DEFAULTS | conninfo_to_dict(conninfo) | dict(kwargs)
+    chosen = _DEFAULTS | conninfo_to_dict(conninfo) | dict(kwargs)
+    if within is not None:
+        hosts = str(chosen.get("host", "")).count(",") + 1
+        limit = max(ceil(within / hosts), 1)
+        chosen["connect_timeout"] = min(timeout_from_conninfo(chosen), limit)
+    return chosen
 
 
 # -- values ---------------------------------------------------------------------------
@@ -276,6 +291,13 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
         return await super().wait(_patient(gen, self), *args, **kwargs)
 
 
+def give_up(connection: Connection | AsyncConnection, gen: PQGen[Any]) -> None:
+    """Close a connection whose query is open: nothing else can be sent on it."""
+    connection.pgconn.finish()
+    with contextlib.suppress(psycopg.Error):
+        gen.close()
+
+
 def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[RV]:
     # Both ways of waiting for the socket, sync and async, return from time to time without data.
     try:
@@ -286,9 +308,7 @@ def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[
             if ready:
                 since = time.monotonic()
             elif time.monotonic() >= since + connection.patience:
-                connection.pgconn.finish()  # a query is open, so nothing else can be sent
-                with contextlib.suppress(psycopg.Error):
-                    gen.close()
+                give_up(connection, gen)
                 raise Silence(connection.patience)
             wanted = gen.send(ready)
     except StopIteration as stop:

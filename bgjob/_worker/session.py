@@ -6,14 +6,13 @@ import select
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
-from math import ceil, inf
+from math import inf
 from time import monotonic
 from typing import Any, LiteralString, NamedTuple, cast
 
 import psycopg
 from psycopg._encodings import pg2pyenc
 from psycopg.abc import RV, PQGen
-from psycopg.conninfo import timeout_from_conninfo
 from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import TupleRow, tuple_row
 from psycopg.waiting import Ready, Wait
@@ -21,7 +20,14 @@ from typing_extensions import override
 
 from bgjob import schema
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply
-from bgjob._postgres.connection import ConnectionParameters, Cursor, Silence, options
+from bgjob._postgres.connection import (
+    Connection,
+    ConnectionParameters,
+    Cursor,
+    Silence,
+    give_up,
+    options,
+)
 from bgjob._sql.claims import next_due, try_claim
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
@@ -124,11 +130,10 @@ class Waker:
         self._rope.close()
 
 
-class _Connection(psycopg.Connection[TupleRow]):
+class _Connection(Connection):
     """A connection whose waits all end."""
 
-    patience: float = _PATIENCE
-    """Seconds without an answer of the server, after which the connection is given up."""
+    patience = _PATIENCE
 
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
     """Called when an answer takes more than a moment."""
@@ -160,10 +165,7 @@ class _Connection(psycopg.Connection[TupleRow]):
             return stop.value  # type: ignore[no-any-return]
         except BaseException:
             if inspect.getgeneratorstate(gen) == inspect.GEN_SUSPENDED:
-                # Interrupted between a query and its answer: the connection is useless.
-                self.pgconn.finish()
-                with contextlib.suppress(psycopg.Error):
-                    gen.close()
+                give_up(self, gen)  # interrupted between a query and its answer
             raise
 
     def _wait_long(self, poll: select.poll) -> list[tuple[int, int]]:
@@ -312,21 +314,16 @@ class Session:
         """Connect, check the schema, listen.
 
         Args:
-            patience: seconds for all of that. Each host is given its part of them, and 2 s
-                at least, by psycopg; by default 10 s, or what the connection string says.
+            patience: seconds for all of that, 10 by default; see `options` for how
+                much of it connecting may take.
 
         Raises:
             psycopg.Error: the server cannot be reached, or refuses.
             SchemaError: the tables are missing or of another version.
 
         """
-        settings = options(self._connection_parameters())
         end = monotonic() + (patience or _PATIENCE)
-        if patience is not None:
-            hosts = str(settings.get("host", "")).count(",") + 1
-            settings["connect_timeout"] = min(
-                timeout_from_conninfo(settings), max(ceil(patience / hosts), 1)
-            )
+        settings = options(self._connection_parameters(), within=patience)
         # Statements are few and long: prepare them immediately, unless a pool forbids it.
         asked = settings.get("prepare_threshold", 0)
         ours = {
