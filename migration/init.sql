@@ -1,10 +1,10 @@
--- bgjob, schema version 1. Apply it with your own migration tool, in any
--- schema: bgjob finds its tables through search_path.
+-- bgjob, schema version 1. Apply it with your migration tool, in any schema:
+-- bgjob finds its tables through search_path.
 
 create table bgjob_job (
-    -- A length, not a check of it: that would be made again at each claim (a tenth of what
-    -- a claim costs the server). In the order of bytes ids are found in less time than by
-    -- the rules of a language (a tenth of what it costs to delete a job).
+    -- The type limits the length. A check constraint would be evaluated again at each claim,
+    -- which is a tenth of a claim's cost on the server. Collation "C" compares bytes: with the
+    -- rules of a language a delete of a job costs a tenth more.
     id          varchar(255) collate "C" not null,
     queue       varchar(255) collate "C" not null,
     type        varchar(255) not null,
@@ -12,18 +12,20 @@ create table bgjob_job (
     attempt     integer     not null default 0,
     last_error  text,
     priority    smallint    not null default 0,
-    -- How many workers in a row have died, or lost the lease, with the job in
-    -- flight. From two on it is a suspect: claimed in groups, until it is alone.
+    -- The number of workers in a row that died, or lost the lease, while they held
+    -- the job. From two on the job is a suspect: claimed in smaller and smaller groups,
+    -- and finally alone.
     deaths      smallint    not null default 0,
-    -- No two jobs with one key run at once. Those that were claimed while it was
-    -- held wait aside, in no claim's way, until it is free.
+    -- Of the jobs with the same key one runs at a time. Jobs that were claimed while
+    -- another one held the key have waits = true, so that no claim finds them, until
+    -- the key is free.
     exclusive   varchar(255) collate "C",
     waits       boolean     not null default false,
     next_run_at timestamptz not null default clock_timestamp(),
-    -- A claim: who holds the job, and until when. No index may cover these
-    -- two or attempt: claims and extensions then stay heap-only updates,
-    -- for which the fillfactor leaves room in the page. Measured against a
-    -- lease kept in next_run_at: 445 bytes of WAL a job instead of 698.
+    -- The claim: which one holds the job, and until when. No index may cover these
+    -- two columns or attempt, so that claims and extensions are heap-only updates,
+    -- for which the fillfactor leaves room in the page. Measured against a lease in
+    -- next_run_at: 445 bytes of WAL a job instead of 698.
     token       bigint,
     lease_until timestamptz,
     created_at  timestamptz not null default clock_timestamp(),
@@ -34,41 +36,40 @@ create table bgjob_job (
     constraint bgjob_job_type_check check (type <> ''),
     constraint bgjob_job_exclusive_check check (exclusive <> '')
 ) with (
-    -- A claim makes a row 16 bytes longer, so that pages filled to a half have no room for
-    -- the last few. To claim and delete a job wrote 357 bytes of WAL at 45, with every claim
-    -- heap-only; 450 at 50 (94 %), 658 at 70 (40 %), 776 at 100 (3 %). To enqueue it wrote
-    -- 381 at each.
+    -- A claim makes a row 16 bytes longer, so half-filled pages have no room for the last
+    -- few rows. Measured: the claim and the delete of a job wrote 357 bytes of WAL at 45, where
+    -- every claim is heap-only; 450 at 50 (94 % heap-only), 658 at 70 (40 %), 776 at 100
+    -- (3 %). Its enqueue wrote 381 bytes at each of them.
     fillfactor = 45,
-    -- To give back the pages of a drained queue, vacuum locks out every claim: the longest
-    -- one beside it took 27 to 38 ms, and 5 to 10 ms without. The next burst uses the pages.
+    -- To return the pages of a drained queue to the file system, vacuum blocks all claims:
+    -- the longest claim meanwhile took 27 to 38 ms, and 5 to 10 ms without it. The next burst
+    -- of jobs uses the pages.
     vacuum_truncate = off
-    -- Other thresholds and no cost delay for autovacuum made no difference that could be
-    -- told from noise.
+    -- Other thresholds for autovacuum, and no cost delay, made no measurable difference.
 );
 
--- The only way in which a claim finds its rows, in the order it takes them.
+-- Every claim finds its rows here, in the order in which it takes them.
 create index bgjob_job_due on bgjob_job (queue, priority, next_run_at) where not waits;
 
--- The suspects, those with the most deaths first; hardly ever more than a few. The
--- order keeps the planner from the index above, which does not have it. With statistics
--- of a smaller table a look for the first suspect among 250,000 due jobs, of which none
--- was one, took 100 ms there.
+-- The suspects, those with the most deaths first; rarely more than a few. A query in this
+-- order cannot use the index above. Without the order, and with statistics of a smaller table,
+-- the planner chose that one: to find no suspect among 250,000 due jobs took 100 ms.
 create index bgjob_job_suspect on bgjob_job (queue, deaths desc, priority, next_run_at)
     where deaths > 1 and not waits;
 
--- The jobs of a key, and those of them that wait, in the order they run.
+-- The jobs of a key, and those of them that wait, in the order in which they run.
 create index bgjob_job_exclusive on bgjob_job (exclusive, waits, queue, next_run_at, id)
     where exclusive is not null;
 
--- The keys that are held or waited for. Whoever changes anything about a key locks its
--- row first, and looks at the jobs after that. A key is held while its job has the token.
+-- The keys that jobs hold or wait for. A statement that changes a key or its jobs locks the
+-- key's row first, and reads the jobs afterwards. A key is held while its job has the token.
 create table bgjob_exclusive (
     key    text   not null,
     job_id text,
     token  bigint,
-    -- Nothing of this queue waits for the key that was due before this time, or then and has
-    -- a lower id: where to look from, so that it is not over all that an old snapshot keeps.
-    -- No time says nothing.
+    -- No job of this queue that waits for the key comes before this due time and id. The
+    -- search for the next one starts there, and not among the dead rows that an old snapshot
+    -- keeps. Null: unknown.
     queue    text,
     since    timestamptz,
     since_id text,
@@ -92,10 +93,10 @@ create table bgjob_dead_job (
     constraint bgjob_dead_job_pkey primary key (id)
 );
 
--- One job id may die more than once: requeued, or enqueued again.
+-- Not unique: a job that was requeued, or enqueued again with its id, may die again.
 create index bgjob_dead_job_job_id on bgjob_dead_job (job_id);
 
--- One row a schedule. Whoever moves its tick forward enqueues the jobs.
+-- One row for each schedule. The worker that moves its tick forward enqueues the jobs.
 create table bgjob_schedule (
     name        text        not null,
     spec        text        not null,
@@ -104,7 +105,7 @@ create table bgjob_schedule (
     arg         bytea,
     priority    smallint    not null,
     exclusive   text,
-    -- All ticks up to this one are dealt with.
+    -- The last tick that was enqueued or skipped.
     tick        timestamptz not null default clock_timestamp(),
     -- The last tick for which a job was enqueued, and that job.
     last_run_at timestamptz,
@@ -121,6 +122,6 @@ create table bgjob_pause (
     constraint bgjob_pause_pkey primary key (queue)
 );
 
--- A later version to which only something was added, such as a column that may be null, says
--- 'bgjob schema 2, works with 1': then what needs version 1 starts with it as well.
+-- A later version that only adds something, such as a nullable column, has the comment
+-- 'bgjob schema 2, works with 1': code that needs version 1 starts with it as well.
 comment on table bgjob_job is 'bgjob schema 1';
