@@ -1,4 +1,4 @@
-"""How many jobs a second are written in bulk, against a binary COPY of the same rows."""
+"""How many jobs a second are enqueued in bulk, compared with a binary COPY of their rows."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from harness import Bench
 
 from bgjob import Client
 
-# Requests and rows are made outside of the timing, and so is the connection.
+# The requests, the rows and the connection are made before the time is taken.
 
 
 def main(bench: Bench) -> Mapping[str, object]:

@@ -1,4 +1,4 @@
-"""The chart: throughput and latency beside other systems, and the pinned-horizon curve."""
+"""The chart: throughput and latency of all systems, and the curve under a pinned snapshot."""
 
 # mypy: disable-error-code="import-not-found"
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ _SIZE = 13.0, 4.2  # inches
 
 
 def draw(reports: Mapping[str, Any], folder: Path) -> Sequence[str]:
-    """Draw it as PNG and SVG, and name the files; draw nothing without the other systems."""
+    """Draw it as PNG and SVG; return the files' names. Without peers.py it draws nothing."""
     if "peers" not in reports:
         return ()
-    # Imported here: the table can be written without it.
+    # Imported here, because the table can be written without it.
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""Where the time goes: processor time for each job, in this process and in its server sessions."""
+"""The processor time of a job, in this process and in its server sessions."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Run = Callable[[], object]
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Do the work of drain.py, bulk.py and single.py, each beside its floor."""
+    """Do the work of drain.py, bulk.py and single.py, each in turn with its floor."""
     if not Path(f"/proc/{bench.admin.info.backend_pid}/stat").exists():
         raise SystemExit("costs.py reads /proc: it needs Linux, and a server on this machine")
     drained, written, single = (
@@ -94,7 +94,7 @@ def _one_by_one(client: Client, requests: Any) -> None:
 
 
 def _cost(bench: Bench, count: int, run: Run) -> Figures:
-    """Run it from its first connection to its last; the microseconds of each job."""
+    """Run it, with all its connections; return the microseconds of each job."""
     postmaster = _stat(bench.admin.info.backend_pid)[0]
     children, server = _children(postmaster), _of_ended_children(postmaster)
     began, process = perf_counter(), process_time()
@@ -104,7 +104,7 @@ def _cost(bench: Bench, count: int, run: Run) -> Figures:
     while not _children(postmaster) <= children:
         sleep(0.01)
         if monotonic() > give_up_at:
-            raise RuntimeError("sessions of the run, or of others, are still there")
+            raise RuntimeError("sessions of this run, or of another program, are still open")
     server = _of_ended_children(postmaster) - server
     return {
         "process_us": process / count * 1e6,
@@ -118,13 +118,13 @@ def _children(pid: int) -> set[str]:
 
 
 def _of_ended_children(pid: int) -> float:
-    """Give the processor time, in seconds, of its children that have ended."""
+    """Return the processor time, in seconds, of the ended children of a process."""
     user, system = _stat(pid)[12:14]
     return (user + system) / os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: int) -> list[int]:
-    """Give the numbers that /proc tells of a process behind its name and its state."""
+    """Return the numbers after name and state in a process's /proc/PID/stat."""
     text = Path(f"/proc/{pid}/stat").read_text("utf-8")
     return [int(number) for number in text.rpartition(")")[2].split()[1:]]
 

@@ -1,4 +1,4 @@
-"""Whether a worker drains its queue as fast in a table that is full of jobs for others."""
+"""Whether a worker drains its queue as fast in a table full of other jobs."""
 
 from collections.abc import Mapping, Sequence
 from time import sleep
@@ -12,10 +12,10 @@ from work import Ran
 from bgjob import Client, Mux, Worker
 
 _QUEUES = 100
-_COUNTED = 1.0  # seconds until what a session counted that has ended is told
+_COUNTED = 1.0  # seconds until the statistics of an ended session are visible
 
-# The delayed ones are in the queue that is drained, next to what is due; the due ones
-# in queues on both sides of it.
+# The delayed jobs are in the drained queue, next to its due jobs. The due ones are in queues
+# on both sides of it in the index.
 _FILL = f"""
     insert into bgjob_job (id, queue, type, next_run_at)
     select 'crowd-delayed-' || n, '{work.QUEUE}', 'noop',
@@ -65,7 +65,7 @@ def _add(bench: Bench, count: int, others: int) -> list[str]:
 
 
 def _look(bench: Bench, ids: Sequence[str]) -> Figures:
-    """Drain; tell how often a page of the table, or of an index of its, was looked at."""
+    """Drain; return how often a page of the table or its indexes was read, for each job."""
     before = _pages(bench)
     ran = Ran(len(ids))
     with Client(bench.dsn) as client:

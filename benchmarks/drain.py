@@ -1,4 +1,4 @@
-"""How many no-op jobs a second one worker drains, against the least that bare psycopg needs."""
+"""How many no-op jobs a second one worker drains, compared with bare psycopg."""
 
 from collections.abc import Callable, Mapping
 from time import perf_counter
@@ -12,7 +12,7 @@ from work import Handler, Ran
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Drain the same jobs by a worker of each colour and by the floor."""
+    """Drain the same jobs with a worker of each colour and with the floor."""
     count = 20_000 if bench.options.quick else 100_000
 
     def compare(title: str, handler: Callable[[Ran], Handler]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What jobs with an exclusive key cost: the others while many wait for one key, and themselves."""
+"""What exclusive keys cost: other jobs, while many wait for a key; and jobs with keys."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ _HOLDERS_QUEUE = "holders"
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Drain jobs beside those that wait for a key; drain jobs that have keys."""
+    """Drain jobs beside others that wait for a key; drain jobs that have keys."""
     count = 20_000 if bench.options.quick else 100_000
     keyed = _KEYED // 4 if bench.options.quick else _KEYED
     return {
@@ -61,7 +61,7 @@ def main(bench: Bench) -> Mapping[str, object]:
 
 
 def _beside(bench: Bench, count: int) -> Figures:
-    """Drain jobs while others wait aside."""
+    """Drain jobs while others wait for a key."""
     with Client(bench.dsn) as client:
         bench.fresh()
         with _held(client):
@@ -75,7 +75,7 @@ def _beside(bench: Bench, count: int) -> Figures:
 
 
 def _among(bench: Bench, count: int) -> Figures:
-    """Drain jobs among which there are others that have yet to be put aside."""
+    """Drain jobs among others that claims still find, and that then wait for a key."""
     with Client(bench.dsn) as client:
         bench.fresh()
         with _held(client):
@@ -105,7 +105,7 @@ def _wanting() -> list[EnqueueRequest]:
 
 @contextmanager
 def _held(client: Client) -> Iterator[None]:
-    """Let a job of another queue hold the key."""
+    """Hold the key, by a job of another queue."""
     started, gate = threading.Event(), threading.Event()
 
     def hold(_: Job) -> None:

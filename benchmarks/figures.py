@@ -1,4 +1,4 @@
-"""Figures: how their runs are summarised, and which goals they are to reach."""
+"""Figures: the summary of their runs, and their goals."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,41 +6,41 @@ from statistics import median
 from typing import Literal
 
 Figures = Mapping[str, float]
-"""What one run measured, by name; the names carry the unit."""
+"""The results of one run, by name; the names end in the unit."""
 
 Of = Literal["median", "ratio", "difference"]
-"""The median of the runs; its ratio to the floor's; how much more than the floor's it is."""
+"""The median of the runs; its ratio to the median of the floor; or their difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure is to reach."""
+    """The bound that a figure should reach."""
 
     of: Of
     bound: Literal["at least", "at most"]
     value: float
 
     def reached(self, got: float, *, slack: float = 1.0) -> bool:
-        """Tell whether `got` reaches the goal, or the goal made easier by the factor `slack`."""
+        """Whether `got` reaches the goal, or the goal made easier by the factor `slack`."""
         if self.bound == "at least":
             return got >= self.value / slack
         return got <= self.value * slack
 
 
 def at_least(value: float, of: Of = "ratio") -> Goal:
-    """Make a goal that more than `value` reaches as well."""
+    """Make a goal of `value` or more."""
     return Goal(of, "at least", value)
 
 
 def at_most(value: float, of: Of = "ratio") -> Goal:
-    """Make a goal that less than `value` reaches as well."""
+    """Make a goal of `value` or less."""
     return Goal(of, "at most", value)
 
 
 def figure(
     measured: Sequence[float], floor: Sequence[float] = (), goal: Goal | None = None
 ) -> dict[str, object]:
-    """Summarise the runs of one figure, beside those of its floor and its goal."""
+    """Summarise the runs of one figure, with those of its floor, and its goal."""
     got = {"median": median(measured)}
     summary: dict[str, object] = {"measured": _spread(measured)}
     if floor:
@@ -63,12 +63,12 @@ def figure(
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Give the smallest value that this share of the values does not exceed."""
+    """Return the smallest value that this share of the values does not exceed."""
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
 
 
 def far_off(report: Mapping[str, object]) -> Iterator[str]:
-    """Name the figures that miss even half of their goal."""
+    """Yield the names of the figures that miss even half of their goal."""
     for name, part in report.items():
         if isinstance(part, Mapping):
             if part.get("half_reached") is False:

@@ -26,9 +26,9 @@ _INSERT = """
     values (%s, %s, %s, %s, %s, %s)
 """
 
-# The best form of those that were tried. Binary results, prepared statements and one
-# array literal, not a list that psycopg dumps item by item, are each faster than
-# without; 1000 a claim is faster than 500, 2000 is not.
+# The fastest of those that were tried. Binary results, prepared statements, and one array
+# literal instead of a list that psycopg dumps item by item each make it faster. 1000 jobs a
+# claim are faster than 500; 2000 are not.
 BATCH = 1000
 
 _TAKE = "lease_until = clock_timestamp() + interval '30 s', attempt = attempt + 1"
@@ -73,12 +73,12 @@ _CLAIM_ONE = f"""
 
 
 def connect(dsn: str) -> psycopg.Connection[Any]:
-    """Open a connection whose statements are prepared at once, each a transaction."""
+    """Open a connection that prepares statements immediately, each one a transaction."""
     return psycopg.connect(dsn, autocommit=True, prepare_threshold=0)
 
 
 def rows(requests: Sequence[EnqueueRequest]) -> list[Row]:
-    """Give the rows of the requests, due now."""
+    """Return the rows of the requests, due now."""
     now = datetime.now(UTC)
     return [(r.id, r.queue, r.type, r.payload, r.priority, now) for r in requests]
 
@@ -99,7 +99,7 @@ def insert(connection: psycopg.Connection[Any], rows: Sequence[Row]) -> None:
 
 
 def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = True) -> None:
-    """Claim a batch and delete it, until there is none; raise unless so many were deleted.
+    """Claim a batch and delete it, until none is left; raise unless `count` were deleted.
 
     Args:
         watermark: whether a claim starts where the last one ended, or at the queue's
@@ -124,7 +124,7 @@ def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = 
 
 @contextmanager
 def listening(dsn: str, start: Callable[[], object]) -> Iterator[None]:
-    """Run a thread that listens, and claims one row and starts it when told."""
+    """Run a thread that listens, and claims a row and starts it when it is notified."""
     stopping = threading.Event()
     with connect(dsn) as consumer:
         consumer.execute("listen bgjob_benchmark")
@@ -141,7 +141,7 @@ def listening(dsn: str, start: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def another_thread(start: Callable[[], object]) -> Iterator[Callable[[], object]]:
-    """Give what starts something on another thread, and waits until that has been done."""
+    """Yield a function that runs `start` on another thread and waits for it."""
     asked: SimpleQueue[bool] = SimpleQueue()
     answered: SimpleQueue[None] = SimpleQueue()
 
@@ -165,7 +165,7 @@ def another_thread(start: Callable[[], object]) -> Iterator[Callable[[], object]
 
 @contextmanager
 def telling(dsn: str) -> Iterator[Callable[[], object]]:
-    """Give what writes a row, and tells the thread that listens."""
+    """Yield a function that writes a row and notifies the listening thread."""
     with connect(dsn) as producer:
         yield lambda: producer.execute(_TELL, [str(uuid4())])
 
@@ -174,7 +174,7 @@ def _listen(
     connection: psycopg.Connection[Any], start: Callable[[], object], stopping: threading.Event
 ) -> None:
     # Not connection.notifies(): it takes a lock and a selector for each wait.
-    told: list[psycopg.Notify] = []  # came with the answer to a statement
+    told: list[psycopg.Notify] = []  # notifications that came with the answer to a statement
     connection.add_notify_handler(told.append)
     while not stopping.is_set():
         if not told:

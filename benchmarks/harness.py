@@ -1,8 +1,8 @@
-"""What the benchmarks share: a fresh schema, strict alternation with a floor, goals, one object.
+"""What the benchmarks share: new tables, runs in turn with a floor, goals, a JSON report.
 
-A rate by itself says more about the machine than about the library. Each
-program therefore measures a floor beside it: the least that bare psycopg needs
-for the same rows in the same table, on the same server, in the same minute.
+A rate alone says more about the machine than about the library. So each program also
+measures a floor: the least that bare psycopg needs for the same rows in the same table,
+on the same server, in the same minute.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A server, and a schema on it that each run begins anew."""
+    """A server, and a schema on it that is new for each run."""
 
     options: Options
     dsn: str
@@ -68,7 +68,7 @@ class Bench:
     schema: str
 
     def fresh(self, fill: Callable[[], object] | None = None) -> None:
-        """Make the tables anew, fill them, and leave the server no work of that to do."""
+        """Make new tables, fill them, and do the maintenance that follows from it."""
         self.admin.execute(f"drop schema if exists {self.schema} cascade")
         self.admin.execute(f"create schema {self.schema}")
         self.admin.execute(init_sql())
@@ -77,11 +77,11 @@ class Bench:
         self.settle()
 
     def settle(self) -> None:
-        """Do now what the server, or this process, would do during the run."""
+        """Do the maintenance now that the server or this process would do during the run."""
         self.admin.execute("vacuum (analyze) bgjob_job")
         self.admin.execute("checkpoint")
         gc.collect()
-        gc.freeze()  # as `bgjob worker` does with what was imported
+        gc.freeze()  # as `bgjob worker` does after its imports
 
     def jobs(self) -> int:
         """Count the live jobs."""
@@ -91,7 +91,7 @@ class Bench:
 
     @contextmanager
     def beside(self) -> Iterator["Bench"]:
-        """Give a second schema on the same server, for tables that stay as they are."""
+        """Yield a second schema on the same server, for tables that stay as they are."""
         with bench_in(f"{self.schema}_beside", self.dsn, self.options) as bench:
             yield bench
 
@@ -102,7 +102,7 @@ class Bench:
         floor: Callable[[], Figures],
         goals: Mapping[str, Goal] = _NO_GOALS,
     ) -> dict[str, object]:
-        """Run both in alternation, after one pair that does not count; summarise each figure."""
+        """Run both in turn, after a pair that does not count; summarise each figure."""
         runs: list[tuple[Figures, Figures]] = []
         for number in range(self.options.rounds + 1):
             pair = measured(), floor()
@@ -118,7 +118,7 @@ class Bench:
         }
 
     def repeat(self, title: str, measured: Callable[[], Figures]) -> dict[str, list[float]]:
-        """Run what is its own comparison, or has none; give the runs of each figure."""
+        """Run a measurement without a floor; return the runs of each figure."""
         runs = []
         for number in range(1, self.options.rounds + 1):
             runs.append(measured())
@@ -128,7 +128,7 @@ class Bench:
 
 @contextmanager
 def bench_in(schema: str, dsn: str, options: Options) -> Iterator[Bench]:
-    """Give a bench whose tables are in this schema, which is dropped at the end."""
+    """Yield a bench whose tables are in this schema; drop the schema at the end."""
     own = conninfo_to_dict(dsn).get("options") or ""
     dsn = make_conninfo(dsn, options=f"{own} -c search_path={schema}".strip())
     with psycopg.connect(dsn, autocommit=True) as admin:
@@ -157,12 +157,12 @@ def main(program: Callable[[Bench], Mapping[str, object]], description: str | No
 
 
 def say(text: str) -> None:
-    """Tell of progress, where it does not mix with the results."""
+    """Print progress to stderr, apart from the results."""
     print(text, file=sys.stderr, flush=True)
 
 
 def environment(admin: psycopg.Connection[Any]) -> dict[str, object]:
-    """Give the versions and settings that a figure depends on."""
+    """Return the versions and settings on which the figures depend."""
     return {
         "bgjob": _bgjob_version(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -184,7 +184,7 @@ def _parse(description: str | None) -> Options:
     parser.add_argument("--quick", action="store_true", help="fewer jobs; for a first look")
     parser.add_argument("--check", action="store_true", help="fail under half of a goal")
     parser.add_argument("--rounds", type=int, default=5, help="of runs; 5 by default")
-    parser.add_argument("--seed", type=int, default=1, help="of what is random; 1 by default")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers; 1 by default")
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")

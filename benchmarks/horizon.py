@@ -1,4 +1,4 @@
-"""Whether a worker keeps its rate, and finds late jobs, while an old snapshot keeps dead rows."""
+"""Whether a worker keeps its rate and finds late jobs while a snapshot keeps dead rows."""
 
 import random
 import threading
@@ -17,8 +17,8 @@ from work import CONCURRENCY, QUEUE, Ran, Started
 from bgjob import Client, EnqueueRequest, Job, Mux, Worker
 
 _POLL_INTERVAL = 1.0  # seconds; the default
-_LATE = 0.1, 0.9  # seconds from the insert to the commit of a straggler, the least and the most
-_FLOW = 20, 0.01  # jobs at once beside the stragglers, and seconds between: up to 2,000/s
+_LATE = 0.1, 0.9  # seconds from the insert to the commit of a straggler, least and most
+_FLOW = 20, 0.01  # other jobs at once, and seconds between: up to 2,000/s
 
 
 def main(bench: Bench) -> Mapping[str, object]:
@@ -55,7 +55,7 @@ def main(bench: Bench) -> Mapping[str, object]:
 
 @contextmanager
 def _pinned(dsn: str) -> Iterator[None]:
-    """Hold a snapshot, as a forgotten transaction does: nothing that dies now is cleaned up."""
+    """Hold a snapshot, as a forgotten transaction does: vacuum removes no row that dies now."""
     with psycopg.connect(dsn) as connection:
         connection.execute("set transaction isolation level repeatable read")
         connection.execute("select from bgjob_job limit 1")
@@ -79,7 +79,7 @@ def _pinned_run(
 
 
 def _rounds(bench: Bench, size: int, rounds: int) -> list[float]:
-    """Enqueue and drain, round after round, with one worker; give the rate of each tenth."""
+    """Enqueue and drain in rounds, with one worker; return the rate of each tenth."""
     ran, took = Ran(size), []
     mux = Mux().register("noop", ran.plain)
     with (
@@ -102,7 +102,7 @@ def _rounds(bench: Bench, size: int, rounds: int) -> list[float]:
 
 
 def _stragglers(bench: Bench, count: int, chance: random.Random, *, notify: bool) -> list[float]:
-    """Commit jobs long after they were inserted, while others flow; ms from commit to start."""
+    """Commit jobs long after their insert, while others flow; return ms from commit to start."""
     ran, started, waited = Ran(0), Started(), []
     late: list[str] = []
 
@@ -126,7 +126,7 @@ def _stragglers(bench: Bench, count: int, chance: random.Random, *, notify: bool
         ran.expect(1)
         first = client.enqueue(EnqueueRequest(QUEUE, "noop"))
         ran.wait()
-        sleep(3 * _POLL_INTERVAL)  # it has looked at everything twice, dead rows and all, and rests
+        sleep(3 * _POLL_INTERVAL)  # it has swept the queue twice, with all dead rows, and rests
         with _flowing(client) as ids:
             for _ in range(count):
                 late.append(client.enqueue(EnqueueRequest(QUEUE, "straggler"), conn=connection))
@@ -141,7 +141,7 @@ def _stragglers(bench: Bench, count: int, chance: random.Random, *, notify: bool
 
 @contextmanager
 def _flowing(client: Client) -> Iterator[list[str]]:
-    """Enqueue jobs all the while; gives their ids."""
+    """Enqueue jobs until the block ends; yield their ids."""
     ids: list[str] = []
     stopping = threading.Event()
     count, pause = _FLOW
@@ -162,7 +162,7 @@ def _flowing(client: Client) -> Iterator[list[str]]:
 
 
 def _bare(bench: Bench, size: int, rounds: int, patience: float) -> list[float]:
-    """Let the floor drain rounds, each claim from the queue's beginning, for a minute or so."""
+    """Drain rounds with the floor for about a minute, each claim from the queue's beginning."""
     bench.fresh()
     rates: list[float] = []
     took = 0.0

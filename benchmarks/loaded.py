@@ -1,4 +1,4 @@
-"""How long jobs wait for a worker that is busy: 5,000 jobs a second, of 1 ms each."""
+"""How long jobs wait for a busy worker: 5,000 jobs a second, of 1 ms each."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ _CONCURRENCY = 100
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Offer jobs on a schedule; measure from the schedule, and from the enqueue's return."""
+    """Offer jobs on a schedule; measure from it, and from the return of the enqueue."""
     seconds = 5 if bench.options.quick else 60
     runs = bench.repeat("loaded", lambda: asyncio.run(_run(bench, seconds)))
     rates = runs["enqueued_per_s"]
@@ -47,7 +47,7 @@ def main(bench: Bench) -> Mapping[str, object]:
             "jobs_per_s": figure(rates, [_RATE] * len(rates)),
             "p99_ms_late": figure(runs["p99_ms_late"]),
         },
-        # Then the latencies are those of a lower rate.
+        # The latencies are then those of a lower rate.
         "warning": "the producer could not offer the rate" if min(rates) < 0.98 * _RATE else None,
     }
 
@@ -55,7 +55,7 @@ def main(bench: Bench) -> Mapping[str, object]:
 async def _run(bench: Bench, seconds: int) -> Figures:
     bench.fresh()
     count = _RATE * seconds
-    ran: list[tuple[int, float]] = []  # which job, and when it started
+    ran: list[tuple[int, float]] = []  # the job's number, and when it started
     all_ran = asyncio.Event()
 
     async def handler(job: Job) -> None:
@@ -72,7 +72,7 @@ async def _run(bench: Bench, seconds: int) -> Figures:
             began, returned = await asyncio.to_thread(producer.result, patience)
             await asyncio.wait_for(all_ran.wait(), work.PATIENCE)
     if sorted(number for number, _ in ran) != list(range(count)):
-        raise RuntimeError(f"{len(ran)} runs of {count} jobs, each of which was to run once")
+        raise RuntimeError(f"{len(ran)} runs of {count} jobs; each of them must run once")
     work.check_left(bench)
 
     due = [_due(began, number) for number in range(count)]
@@ -96,12 +96,12 @@ def _ms(spans: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _due(began: float, number: int) -> float:
-    """Give the time at which the schedule wants a job enqueued."""
+    """Return the time at which a job is to be enqueued by the schedule."""
     return began + (number // _TOGETHER + 1) * _TOGETHER / _RATE
 
 
 def _produce(dsn: str, count: int) -> tuple[float, list[float]]:
-    """Enqueue what is due, again and again; give the begin, and each job's enqueue's return."""
+    """Enqueue on schedule; return when it began, and when each job's enqueue returned."""
     returned: list[float] = []
     with Client(dsn) as client:
         client.dlq.list(limit=1)

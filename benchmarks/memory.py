@@ -1,4 +1,4 @@
-"""Whether a worker's resident memory stays the same through a million jobs."""
+"""Whether a worker's resident memory stays constant over a million jobs."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ _BATCH = 10_000
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Drain the jobs by a worker in a process of its own, which looks at itself."""
+    """Drain the jobs with a worker in another process, which measures itself."""
     jobs = 100_000 if bench.options.quick else 1_000_000
     curves: list[list[float]] = []
     runs = bench.repeat("memory", lambda: _run(bench, jobs, curves))
@@ -56,7 +56,7 @@ def _fill(bench: Bench, jobs: int) -> None:
 
 
 def _work(dsn: str, jobs: int) -> list[float]:
-    """Drain the queue; give the resident memory after each tenth."""
+    """Drain the queue; return the resident memory after each tenth."""
     runs = bytearray(jobs)  # of each job: to remember their ids would take memory of its own
     done, curve, all_ran = count(1), [], threading.Event()
 
@@ -78,7 +78,7 @@ def _work(dsn: str, jobs: int) -> list[float]:
 
 
 def _resident() -> float:
-    """Give the resident memory in MiB; its peak where the system does not tell the present."""
+    """Return the resident memory in MiB; where the system only shows its peak, that."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20

@@ -1,7 +1,7 @@
-"""bgjob beside other systems: bulk enqueue, drain, pick-up, and drain under a pinned snapshot.
+"""bgjob and other systems: bulk enqueue, drain, pick-up, and drain under a pinned snapshot.
 
-`--cache FOLDER` keeps the environments (`.venvs` beside this file if it is not given),
-`--python PATH` makes them, and `--peers A,B` takes only these and bgjob.
+`--cache FOLDER` keeps the environments (by default `.venvs` beside this file), `--python PATH`
+is the interpreter that makes them, and `--peers A,B` runs only these and bgjob.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from systems import SYSTEMS, Environment, LeftOutError
 
-_PAUSE = 0.01, 0.05  # seconds between two jobs, the least and the most
-_MOST = 100_000  # jobs of a run; slower systems get what they do in the time budget
+_PAUSE = 0.01, 0.05  # seconds between two jobs, least and most
+_MOST = 100_000  # jobs of a run; slower systems get as many as fit in the time budget
 
 
 class Runner:
@@ -38,25 +38,25 @@ class Runner:
         self._url = _url_of(bench.dsn, self._database) if store is None else store
 
     def about(self) -> dict[str, Any]:
-        """Give versions and settings."""
+        """Return versions and settings."""
         about: dict[str, Any] = self._environment.run("about", self._url)
         return about
 
     def drain(self, count: int) -> tuple[float, float]:
-        """Give the jobs/s of a bulk enqueue, and of the drain of what it wrote."""
+        """Return the jobs/s of a bulk enqueue, and of the drain of its jobs."""
         with self._fresh():
             return self._round(count)
 
     def pick_up(self, count: int, chance: random.Random) -> tuple[float, float]:
-        """Give p50 and p99 of the ms from an enqueue's return to its handler's start."""
+        """Return p50 and p99 of the ms from an enqueue's return to its handler's start."""
         waited = []
         with (
             self._fresh(),
             self._environment.conversation("work", self._url) as (_, started),
             self._environment.conversation("produce", self._url) as (ask, returned),
         ):
-            started()  # that it works
-            for number in range(-5, count):  # the first few find connections to be made
+            started()  # waits until the worker works
+            for number in range(-5, count):  # the first few wait for connections
                 sleep(chance.uniform(*_PAUSE))
                 ask.write("one more\n")
                 back = returned()
@@ -66,9 +66,9 @@ class Runner:
         return percentile(waited, 0.5), percentile(waited, 0.99)
 
     def pinned(self, count: int, rounds: int, longest: float) -> list[float]:
-        """Give the jobs/s of each round while another session holds a snapshot.
+        """Return the jobs/s of each round while another session holds a snapshot.
 
-        It ends with the round that takes longer than `longest` seconds.
+        It ends after a round that takes longer than `longest` seconds.
         """
         rates: list[float] = []
         with self._fresh(), psycopg.connect(self._url) as holder:
@@ -101,7 +101,7 @@ class Runner:
 
 
 def main(bench: Bench, cache: Path, python: str, names: Sequence[str]) -> Mapping[str, object]:
-    """Run every system in turn, round after round; then each by itself under a pinned snapshot."""
+    """Run all systems in turn, in rounds; then each one under a pinned snapshot."""
     with ExitStack() as stack:
         runners, left_out = _runners(bench, cache, python, names, stack)
         report = {runner.system.name: runner.about() for runner in runners}
@@ -134,7 +134,7 @@ def _runners(
 
 
 def _measure(bench: Bench, runners: Sequence[Runner], report: dict[str, Any]) -> None:
-    """Take turns; a first run that does not count says how many jobs fit in the budget."""
+    """Run in turns, after a first run that finds how many jobs fit in the budget."""
     quick = bench.options.quick
     picked_up, chance = 30 if quick else 200, random.Random(bench.options.seed)
     counts = {}
@@ -183,7 +183,7 @@ def _against_the_fastest(runners: Sequence[Runner]) -> dict[str, object]:
 
 
 def _url_of(dsn: str, database: str) -> str:
-    """Write the server's address so that every driver reads it the same way."""
+    """Return the server's address in a form that every driver reads alike."""
     given = {name: quote(str(value), safe="") for name, value in conninfo_to_dict(dsn).items()}
     password = f":{given['password']}" if "password" in given else ""
     host = f"{given.get('host', 'localhost')}:{given.get('port', 5432)}"

@@ -1,4 +1,4 @@
-"""How long an idle worker takes to start a job, against a bare LISTEN loop that claims a row."""
+"""How long an idle worker takes to start a job, compared with a bare LISTEN loop."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from bgjob import Client, EnqueueRequest, Mux, Worker
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Compare a worker of each colour with the floor, in blocks."""
+    """Compare a worker of each colour with the floor."""
     count = 200 if bench.options.quick else 400
     chance = random.Random(bench.options.seed)
 
@@ -34,7 +34,7 @@ def main(bench: Bench) -> Mapping[str, object]:
         "floor": "a thread that listens, and claims one row when told",
         "threads": compare("threads", lambda started: started.plain),
         "coroutines": compare("coroutines", lambda started: started.coroutine),
-        # What is left of a worker that has another thread for its handlers, and nothing else.
+        # The part of it that is the hand-over to a handler's thread.
         "handed_over": bench.compare(
             "handed over",
             lambda: _floor(bench, count, chance, hands_over=True),

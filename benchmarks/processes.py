@@ -1,4 +1,4 @@
-"""How much faster two worker processes drain a queue than one."""
+"""How much faster two worker processes drain a queue than one does."""
 
 from collections.abc import Mapping
 from multiprocessing import get_context
@@ -15,7 +15,7 @@ from bgjob import Client, Mux, Worker
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Drain the same jobs by two processes and by one."""
+    """Drain the same jobs with two processes and with one."""
     count = 20_000 if bench.options.quick else 100_000
     return {
         "benchmark": "processes",
@@ -38,14 +38,14 @@ def _drain(bench: Bench, count: int, *, processes: int) -> Figures:
     children = [Child(_work, bench.dsn, begin, end) for _ in range(processes)]
     begin.wait(PATIENCE)
     began = perf_counter()
-    drained_at = work.settled_at(bench, ids, pause=0.005)  # seldom: the processes need the cores
+    drained_at = work.settled_at(bench, ids, pause=0.005)  # rarely: the processes need the cores
     end.set()
     work.check([ran for child in children for ran in child.result()], ids)
     return {"jobs_per_s": count / (drained_at - began)}
 
 
 def _work(dsn: str, begin: Barrier, end: Event) -> list[str]:
-    """Run a worker between the two signals; give the ids of the jobs it ran."""
+    """Run a worker between the two signals; return the ids of the jobs that it ran."""
     ran = Ran(0)
     with Client(dsn) as client:
         worker = Worker(client, QUEUE, Mux().register("noop", ran.plain), concurrency=CONCURRENCY)

@@ -1,4 +1,4 @@
-"""What notification costs eight processes that enqueue one by one beside a busy worker."""
+"""What notification costs eight processes that enqueue one by one while a worker runs."""
 
 from collections.abc import Mapping
 from multiprocessing import get_context
@@ -35,13 +35,13 @@ def main(bench: Bench) -> Mapping[str, object]:
         "notification": bench.compare(
             "notification", told, lambda: polled(1.0), {"jobs_per_s": at_least(0.95)}
         ),
-        # While jobs flow a worker that can be notified looks as often, and is not notified.
+        # While jobs flow, a worker with notification polls as often, and is not notified.
         "beside_looks": bench.compare("beside looks", told, lambda: polled(0.002)),
     }
 
 
 def _enqueue(bench: Bench, each: int, *, notify: bool, poll_interval: float) -> Figures:
-    """Enqueue from several processes, one job a transaction, while a worker drains them."""
+    """Enqueue from several processes, one job in each transaction, while a worker drains."""
     bench.fresh()
     count = each * _PRODUCERS
     ran = Ran(count)
@@ -73,7 +73,7 @@ def _enqueue(bench: Bench, each: int, *, notify: bool, poll_interval: float) -> 
 def _produce(
     dsn: str, count: int, notify: bool, begin: Barrier
 ) -> tuple[tuple[float, float], list[str]]:
-    """Enqueue one by one; give when that began and ended, and the ids."""
+    """Enqueue one by one; return when that began and ended, and the ids."""
     requests = work.requests(count)
     with Client(dsn, notify=notify) as client:
         client.dlq.list(limit=1)

@@ -1,4 +1,4 @@
-"""A proxy before a PostgreSQL server that counts round trips."""
+"""A proxy of a PostgreSQL server that counts round trips."""
 
 import contextlib
 import selectors
@@ -11,21 +11,21 @@ from psycopg.conninfo import make_conninfo
 
 
 class Proxy:
-    """Passes on what clients and server say to each other, on a thread of its own.
+    """Forwards all data between clients and server, on a thread of its own.
 
-    A round trip begins where a client speaks after the server did: what is sent without
-    waiting for an answer between is one.
+    A round trip begins when a client sends after the server did. All that a client sends
+    before the next answer belongs to it.
     """
 
     def __init__(self, server: ConnectionInfo) -> None:
         self._server = server
         self.round_trips = 0
-        """Of all connections since the start, those that open a connection included."""
+        """Of all connections since the start, including those that open a connection."""
 
     def __enter__(self) -> Self:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, socket.socket] = {}
-        self._waiting: set[socket.socket] = set()  # clients that have spoken last
+        self._waiting: set[socket.socket] = set()  # clients that sent last
         self._clients: set[socket.socket] = set()
         self._door = socket.create_server(("127.0.0.1", 0), backlog=256)
         self._heard, self._waker = socket.socketpair()
@@ -43,7 +43,7 @@ class Proxy:
             end.close()
 
     def through(self, dsn: str) -> str:
-        """Give the connection string that leads through the proxy."""
+        """Return a connection string that leads through the proxy."""
         host, port = self._door.getsockname()
         return make_conninfo(
             dsn, host=host, hostaddr=host, port=port, sslmode="disable", gssencmode="disable"

@@ -1,4 +1,4 @@
-"""What a hundred workers of one process cost while they are idle, among ten thousand queues."""
+"""What a hundred idle workers of one process cost, among ten thousand queues."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from work import Started
 from bgjob import Client, EnqueueRequest, Mux, Worker
 
 _POLL_INTERVAL = 1.0  # seconds; the default
-_HISTORY = 5  # jobs that each queue has had; the last is delayed by a day, the others are gone
+_HISTORY = 5  # jobs enqueued in each queue; the last is delayed by a day, the others are gone
 
 _FILL = f"""
     insert into bgjob_job (id, queue, type, next_run_at)
@@ -28,7 +28,7 @@ _FILL = f"""
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Count what idle workers do; then compare the latency of random ones with the floor."""
+    """Count round trips of idle workers; compare the latency of random ones with the floor."""
     queues, watched, count, seconds = (
         (1000, 20, 100, 5) if bench.options.quick else (10_000, 100, 400, 10)
     )
@@ -74,7 +74,7 @@ def _watching(client: Client, watched: int, started: Started) -> Iterator[None]:
             workers.enter_context(
                 Worker(client, f"queue-{number}", mux, poll_interval=_POLL_INTERVAL)
             )
-        sleep(2 * _POLL_INTERVAL)  # all have started, looked at everything, and gone to sleep
+        sleep(2 * _POLL_INTERVAL)  # all have started, swept their queues, and gone to sleep
         yield
 
 
@@ -110,7 +110,7 @@ def _worker(bench: Bench, queues: int, watched: int, count: int, chance: random.
     with Client(bench.dsn) as client, _watching(client, watched, started):
         producer = partial(_producer, watched, chance.random())
         figures = work.pick_up(bench, count, chance, producer, started)
-    work.check_left(bench, queues)  # the delayed ones
+    work.check_left(bench, queues)  # the delayed jobs
     return figures
 
 

@@ -1,4 +1,4 @@
-"""RESULTS.md, from what the programs printed."""
+"""RESULTS.md, from the output of the programs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
@@ -22,11 +22,11 @@ WORK = {
     "startup": "import and start",
     "peers": "against the fastest other system on PostgreSQL",
 }
-"""The programs, in the order of their rows, and what each does."""
+"""What each program does, in the order of the rows."""
 
 
 def text(reports: Mapping[str, Any], drawn: Sequence[str], day: date) -> str:
-    """Write the page: environment, one table of all figures, the other systems."""
+    """Return the page: environment, one table of all figures, the other systems."""
     lines = ["# Results", "", *_environment(reports, day), ""]
     lines += [f"![{alternative}]({name})\n" for name, alternative in _pictures(drawn)]
     lines += [
@@ -46,7 +46,7 @@ def text(reports: Mapping[str, Any], drawn: Sequence[str], day: date) -> str:
 
 
 def number(value: float) -> str:
-    """Write a number with as many digits as it deserves."""
+    """Return a number with three significant digits, or as an integer from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -63,7 +63,7 @@ def _environment(reports: Mapping[str, Any], day: date) -> Iterator[str]:
 
 
 def _rounds(reports: Mapping[str, Any]) -> str:
-    """Say how often each program was run, and which of them only for a first look."""
+    """Return how many rounds each program ran, and which ran with `--quick`."""
     runs: dict[str, list[str]] = {}
     for program, report in reports.items():
         count = "1 round" if report["rounds"] == 1 else f"{report['rounds']} rounds"
@@ -77,7 +77,7 @@ def _pictures(drawn: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _figures(report: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Find the figures of a report, in its order; the systems have a table of their own."""
+    """Yield the figures of a report in order, without the systems, which have another table."""
     for name, part in report.items():
         if isinstance(part, dict) and name != "systems":
             if "measured" in part:

@@ -1,4 +1,4 @@
-"""Run every benchmark, keep what each prints, and write RESULTS.md and the chart from it."""
+"""Run every benchmark, keep its output, and write RESULTS.md and the chart."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ _HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run the programs one after the other; go on after one that fails, and say so at the end."""
+    """Run the programs one after the other; report at the end which of them failed."""
     given = _parse()
     failed = []
     if given.kept is None:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _options(given: argparse.Namespace, name: str) -> Iterator[str]:
-    """Give the options that a program is run with."""
+    """Yield the options of a program."""
     yield f"--rounds={given.rounds}"
     yield f"--seed={given.seed}"
     if given.quick:
@@ -74,13 +74,15 @@ def _programs(names: str) -> Sequence[str]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", type=_programs, help="these programs, separated by commas")
-    parser.add_argument("--out", type=Path, default=_HERE / ".results", help="keeps the JSON")
-    parser.add_argument("--from", dest="kept", type=Path, help="run nothing; take what this keeps")
+    parser.add_argument("--out", type=Path, default=_HERE / ".results", help="folder for the JSON")
+    parser.add_argument(
+        "--from", dest="kept", type=Path, help="run nothing; use the JSON of this folder"
+    )
     parser.add_argument("--to", type=Path, default=_HERE, help="for RESULTS.md and the chart")
     parser.add_argument("--quick", action="store_true", help="fewer jobs; for a first look")
     parser.add_argument("--check", action="store_true", help="fail under half of a goal")
     parser.add_argument("--rounds", type=int, default=5, help="of runs; 5 by default")
-    parser.add_argument("--seed", type=int, default=1, help="of what is random; 1 by default")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers; 1 by default")
     parser.add_argument("--dsn", help="a superuser's; by default embedded servers are started")
     parser.add_argument("--cache", help="folder of the peers' environments")
     parser.add_argument("--python", help="interpreter of the peers")

@@ -54,7 +54,7 @@ def _insert(bench: Bench, count: int) -> Figures:
 def _round_trips(bench: Bench) -> Figures:
     bench.fresh()
     with Proxy(bench.admin.info) as proxy, Client(proxy.through(bench.dsn)) as client:
-        # Beyond the first few, in which psycopg opens the connection and prepares the statement.
+        # After the first few, with which psycopg opens the connection and prepares the statement.
         _enqueue(client, work.requests(10))
         before = proxy.round_trips
         _enqueue(client, work.requests(_COUNTED))

@@ -1,4 +1,4 @@
-"""How long it takes to import bgjob, what that imports, and to start a worker's first job."""
+"""How long an import of bgjob takes, what it imports, and how soon a worker starts a job."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from bgjob import Client, EnqueueRequest
 
 _RUNTIME = "import orjson, psycopg, psycopg_pool, typing_extensions"
 
-# Each is the whole program of a fresh interpreter.
+# Each one is the whole program of a new interpreter.
 
 _IMPORT = """
 import sys
@@ -51,7 +51,7 @@ print(json.dumps([began, started]))
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Start fresh interpreters, again and again."""
+    """Start new interpreters, one after the other."""
     optional = sorted(set(_imported("import bgjob")[1]) - set(_imported(_RUNTIME)[1]) - {"bgjob"})
     first = bench.repeat("first job", lambda: _first_job(bench))
     return {
@@ -79,7 +79,7 @@ def _fresh_interpreter(program: str, *args: str) -> Any:
 
 
 def _imported(statement: str) -> tuple[float, list[str]]:
-    """Give the seconds an import took, and the packages it brought beyond the standard library."""
+    """Return the seconds of an import, and what it loaded beyond the standard library."""
     seconds, packages = _fresh_interpreter(_IMPORT.format(statement))
     return seconds, packages
 

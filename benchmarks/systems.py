@@ -1,4 +1,4 @@
-"""The systems that are compared, and an environment with its own packages for each of them."""
+"""The systems that are compared, each with an environment of its own packages."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from typing import IO, Any
 from harness import say
 
 _HERE = Path(__file__).parent
-_PATIENCE = 900.0  # seconds, before a command that does not end is killed
+_PATIENCE = 900.0  # seconds after which a command that does not end is killed
 
-# What counts the jobs; the systems that use psycopg themselves get the same one.
+# It counts the jobs; systems that use psycopg themselves get the same version.
 _PSYCOPG = "psycopg[binary,pool]==3.3.9"
 
 
@@ -33,9 +33,9 @@ class System:
     name: str
     adapter: str
     requirements: tuple[str, ...] = ()
-    """To install; where there are none, it is run by this interpreter."""
+    """To install; without any, this interpreter runs the system."""
     python: tuple[int, int] = (3, 11)
-    """The oldest that it runs on."""
+    """The oldest version that it runs on."""
     on_postgres: bool = True
 
 
@@ -80,14 +80,14 @@ class Environment:
             installed.write_text(wanted)
 
     def run(self, command: str, url: str, *arguments: int) -> Any:
-        """Run a command that ends by itself, and give what it prints."""
+        """Run a command that ends on its own; return its output."""
         return json.loads(
             _check([*self._adapter(), command, url, *map(str, arguments)], timeout=_PATIENCE)
         )
 
     @contextmanager
     def conversation(self, command: str, url: str) -> Iterator[tuple[IO[str], Callable[[], Any]]]:
-        """Run a command until the block is left; give its stdin, and what reads its next line."""
+        """Run a command until the block ends; yield its stdin and a function that reads a line."""
         with _started([*self._adapter(), command, url]) as process:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -103,7 +103,7 @@ class Environment:
 
     @contextmanager
     def store(self) -> Iterator[str]:
-        """Start the server of a system that is not on PostgreSQL, and give its URL."""
+        """Start the server of a system that is not on PostgreSQL; yield its URL."""
         # Not in the default temporary folder: a socket's path must be short.
         with (
             tempfile.TemporaryDirectory(dir="/tmp") as folder,
@@ -120,10 +120,10 @@ class Environment:
 
 
 def _recent_enough(system: System, python: str) -> str:
-    """Give an interpreter that the system runs on."""
+    """Return an interpreter that the system runs on."""
     for candidate in (python, "python3.14", "python3.13", "python3.12"):
         found = shutil.which(candidate)
-        # Asked, not taken by its name: a version manager's stub may lead nowhere.
+        # Run, because a name is not enough: a version manager's stub may not work.
         if found is not None and _version(found) >= system.python:
             return found
     raise LeftOutError(f"needs Python {'.'.join(map(str, system.python))}; none was found")
@@ -150,7 +150,7 @@ def _check(command: list[str], timeout: float | None = None) -> str:
 
 @contextmanager
 def _started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that ends when its stdin is closed; kill it if it does not answer."""
+    """Start a process that ends when its stdin closes; kill it if it does not answer."""
     process = subprocess.Popen(
         command,
         cwd=_HERE,

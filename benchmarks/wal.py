@@ -13,7 +13,7 @@ from bgjob import Client, EnqueueRequest, Mux, Worker
 
 
 def main(bench: Bench) -> Mapping[str, object]:
-    """Take the same jobs through the library, and through the floor."""
+    """Enqueue and drain the same jobs with the library and with the floor."""
     count = 10_000 if bench.options.quick else 100_000
     return {
         "benchmark": "wal",
@@ -59,7 +59,7 @@ def _floor(bench: Bench, requests: list[EnqueueRequest]) -> None:
 
 
 def _position(bench: Bench) -> int:
-    """Give the end of what was logged, which pg_current_wal_lsn() reaches when it is written."""
+    """Return the end of the log, which pg_current_wal_lsn() shows only once it is written."""
     row = bench.admin.execute(
         "select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"
     ).fetchone()

@@ -17,9 +17,9 @@ from bgjob import Client, EnqueueRequest, Job, Mux, Worker
 QUEUE = "benchmark"
 CONCURRENCY = 10
 PATIENCE = 120.0
-"""Seconds before a run that does not end is given up."""
+"""Seconds after which a run that does not end fails."""
 
-_PAUSE = 0.005, 0.03  # seconds between two jobs for an idle worker, the least and the most
+_PAUSE = 0.005, 0.03  # seconds between two jobs for an idle worker, least and most
 
 _ANY_OF = "select from bgjob_job where id between %s and %s limit 1"
 
@@ -34,7 +34,7 @@ def requests(count: int) -> list[EnqueueRequest]:
 
 
 def fill(bench: Bench, count: int) -> list[str]:
-    """Make new tables that hold so many jobs; give the jobs' ids."""
+    """Make new tables with `count` jobs; return their ids."""
     batch = requests(count)
     with Client(bench.dsn) as client:
         bench.fresh(lambda: client.bulk_enqueue(batch))
@@ -42,7 +42,7 @@ def fill(bench: Bench, count: int) -> list[str]:
 
 
 def write(bench: Bench, count: int, how: Callable[[], object]) -> Figures:
-    """Write so many rows into the empty table."""
+    """Write `count` rows into the empty table."""
     began = perf_counter()
     how()
     took = perf_counter() - began
@@ -51,7 +51,7 @@ def write(bench: Bench, count: int, how: Callable[[], object]) -> Figures:
 
 
 class Ran:
-    """The ids of the jobs that ran; tells when the last one has."""
+    """Handlers that record the ids of the jobs that ran, and when the last one did."""
 
     def __init__(self, expected: int) -> None:
         self.ids: list[str] = []
@@ -71,12 +71,12 @@ class Ran:
         self.plain(job)
 
     def wait(self) -> None:
-        """Wait until as many jobs have run as are expected."""
+        """Wait until all expected jobs have run."""
         if not self._all.wait(PATIENCE):
             raise RuntimeError(f"{len(self.ids)} of {self._expected} jobs ran in {PATIENCE:g} s")
 
     def expect(self, count: int) -> None:
-        """Begin anew."""
+        """Start again, with `count` expected jobs."""
         self.ids = []
         self._all.clear()
         self._expected = count
@@ -86,12 +86,12 @@ def check(ran: Sequence[str], ids: Sequence[str]) -> None:
     """Raise unless each job ran exactly once."""
     if sorted(ran) != sorted(ids):
         raise RuntimeError(
-            f"{len(ran)} runs of {len(set(ran))} jobs, where {len(ids)} jobs were to run once"
+            f"{len(ran)} runs of {len(set(ran))} jobs; each of {len(ids)} jobs must run once"
         )
 
 
 def check_left(bench: Bench, count: int = 0) -> None:
-    """Raise unless just so many jobs are in the table."""
+    """Raise unless the table has exactly `count` jobs."""
     if bench.jobs() != count:
         raise RuntimeError(f"{bench.jobs()} jobs are in the table, not {count}")
 
@@ -99,12 +99,12 @@ def check_left(bench: Bench, count: int = 0) -> None:
 def settled_at(
     bench: Bench, ids: Sequence[str], *, others: int = 0, pause: float = 0.0005
 ) -> float:
-    """Wait until the jobs are gone, and only so many others are left; give the time.
+    """Wait until the jobs are gone and only `others` jobs are left; return the time.
 
-    It looks again after a pause in seconds.
+    It checks again after `pause` seconds.
     """
-    # The jobs that are settled last are among those that were enqueued last; to look
-    # at the whole table would take longer than the settlement.
+    # The last jobs to be settled are among the last that were enqueued. A query of the
+    # whole table would take longer than the settlement.
     last = ids[-min(len(ids), 5000)], ids[-1]
     give_up_at = monotonic() + PATIENCE
     while True:
@@ -124,7 +124,7 @@ def settled_at(
 
 
 def drain(bench: Bench, ids: Sequence[str], handler: Callable[[Ran], Handler]) -> Figures:
-    """Let a worker of this process run the jobs, which are all in the table besides others."""
+    """Run the jobs with a worker of this process; the table may have others as well."""
     ran, others = Ran(len(ids)), bench.jobs() - len(ids)
     mux = Mux().register("noop", handler(ran))
     with Client(bench.dsn) as client:
@@ -141,7 +141,7 @@ def drain(bench: Bench, ids: Sequence[str], handler: Callable[[Ran], Handler]) -
 
 
 class Started:
-    """When the job that was written last was started."""
+    """Handlers that record when the last job was started."""
 
     def __init__(self) -> None:
         self.at = 0.0
@@ -149,7 +149,7 @@ class Started:
         self._event = threading.Event()
 
     def now(self) -> None:
-        """Tell that it starts now."""
+        """Record a start."""
         self.at = perf_counter()
         self.runs += 1
         self._event.set()
@@ -163,7 +163,7 @@ class Started:
         self.now()
 
     def wait(self) -> float:
-        """Wait until it has started, and give the time."""
+        """Wait until a job has started; return the time."""
         if not self._event.wait(PATIENCE):
             raise RuntimeError(f"no job was started within {PATIENCE:g} s")
         self._event.clear()
@@ -171,16 +171,17 @@ class Started:
 
 
 Producer = Callable[[str], AbstractContextManager[Callable[[], object]]]
-"""Connects to a database; gives what enqueues a job."""
+"""Connects to a database, and yields a function that enqueues a job."""
 
 
 def pick_up(
     bench: Bench, count: int, chance: random.Random, producer: Producer, started: Started
 ) -> Figures:
-    """Enqueue at random intervals, each job for an idle worker; from the return to the start.
+    """Measure from the return of an enqueue to the start of the job, on an idle worker.
 
-    The producer is a process by itself. In this one it would contend with the worker for
-    the interpreter, and the later it were told of its commit the quicker were the start.
+    The jobs are enqueued at random intervals, by another process. A producer in this
+    process would compete with the worker for the interpreter: the later it noticed its
+    commit, the shorter the measured time.
     """
     here, there = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_enqueue, args=(there, producer, bench.dsn), daemon=True)
@@ -210,9 +211,9 @@ def _enqueue(pipe: Connection, producer: Producer, dsn: str) -> None:
 
 
 class Child:
-    """A new process that runs a function, and gives what the function returns.
+    """A new process that runs a function and sends back its result.
 
-    It is spawned, not forked: it shares no connection, no thread and no memory with this one.
+    It is spawned, not forked: it shares no connection, thread or memory with this one.
     """
 
     def __init__(self, function: Callable[..., object], *args: object) -> None:
@@ -222,7 +223,7 @@ class Child:
         there.close()
 
     def result(self, patience: float = PATIENCE) -> Any:
-        """Wait for the end; raise where the function raised, which is on stderr."""
+        """Wait for the result; raise if the function raised, whose traceback is on stderr."""
         if not self._here.poll(patience):
             raise RuntimeError(f"a process has not ended within {patience:g} s")
         try:

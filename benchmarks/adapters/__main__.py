@@ -3,12 +3,12 @@
 - `about` prints versions and settings.
 - `setup` makes the tables.
 - `enqueue COUNT` prints the seconds that it took.
-- `drain COUNT` starts a worker and prints the seconds from then to the last handler, and to
-  the last job that is done according to the store. It fails unless each job ran exactly once.
-- `work` starts a worker, says so, and prints when each handler started, until stdin is closed.
+- `drain COUNT` starts a worker and prints the seconds from then to the last handler, and until
+  the store has no unfinished job. It fails unless each job ran exactly once.
+- `work` starts a worker, prints a line, and prints when each handler started, until stdin closes.
 - `produce` enqueues one job for each line of stdin, and prints when that returned.
 
-The last two run side by side, and tell the time of a clock that all processes of a host share.
+The last two run at the same time; their times are of a clock that all processes of a host share.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from typing import Any
 
 from adapters.peer import Peer
 
-_PATIENCE = 600.0  # seconds, before a drain that does not end is given up
+_PATIENCE = 600.0  # seconds after which a drain that does not end fails
 
 
 def main() -> None:
-    """Run the command on the event loop that the system would run on in production."""
+    """Run the command on the event loop that the system uses in production."""
     name, command, url, *rest = sys.argv[1:]
     peer: Peer = importlib.import_module(f"adapters.{name}").System(url)
     work = _COMMANDS[command](peer, *map(int, rest))
@@ -114,7 +114,7 @@ async def _produce(peer: Peer) -> None:
 
 
 def _lines() -> asyncio.Queue[str]:
-    """Read stdin's lines, and an empty one at its end, without holding up the event loop."""
+    """Yield stdin's lines, and an empty one at its end, without blocking the event loop."""
     lines: asyncio.Queue[str] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 

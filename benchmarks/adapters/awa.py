@@ -21,7 +21,7 @@ class Noop:
 
 
 class System(OnPostgres):
-    """`max_workers` bounds what is claimed at once: 10 drained 700 jobs/s, 1000 and 2000 6,500."""
+    """`max_workers` limits a claim: 10 drained 700 jobs/s, 1000 and 2000 drained 6,500."""
 
     packages = "awa-pg", "psycopg", "psycopg-binary"
     settings = {
@@ -30,8 +30,8 @@ class System(OnPostgres):
         "max_connections": _CONNECTIONS,
         "bulk enqueue": "enqueue_many_copy",
     }
-    # The view awa.jobs and the client's own queue_stats() say the same, but took 40 s
-    # over 20,000 completed jobs; these are what they read.
+    # The view awa.jobs and the client's queue_stats() return the same, but took 40 s for
+    # 20,000 completed jobs. These are the tables that they read.
     unfinished = """
         select (select count(*) from awa.ready_entries)
             - (select coalesce(sum(completed_count), 0) from awa.receipt_completion_batches)

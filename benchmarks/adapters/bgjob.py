@@ -1,4 +1,4 @@
-"""bgjob itself, by the same rules as the others."""
+"""bgjob, under the same rules as the other systems."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +13,7 @@ from bgjob.schema import init_sql
 
 
 class System(OnPostgres):
-    """Everything but the concurrency at its default."""
+    """All options but the concurrency have their defaults."""
 
     packages = "bgjob", "psycopg", "psycopg-binary"
     settings = {"handlers": "plain functions on threads", "concurrency": 10}

@@ -12,7 +12,7 @@ from oban import Oban, worker
 from oban.schema import install
 
 # "I/O-bound jobs can often use higher concurrency" (defining_queues): 10 drained 1,700 jobs/s,
-# 100 and 300 about 3,000, 1000 a little more.
+# 100 and 300 about 3,000, and 1000 a little more.
 _LIMIT = 1000
 
 
@@ -21,7 +21,7 @@ def _nothing(_: int) -> None: ...
 
 @worker(queue=QUEUE)
 class Noop:
-    """Looked up by its name; so what it calls cannot be given to an instance."""
+    """Found by its name, so its callback is an attribute of the class."""
 
     new: Callable[..., Any]  # added by the decorator
     ran: Ran = staticmethod(_nothing)
@@ -31,7 +31,7 @@ class Noop:
 
 
 class System(OnPostgres):
-    """The command line's loop; the default pool, which is "comfortable for most deployments"."""
+    """The loop of its command; the default pool, "comfortable for most deployments"."""
 
     packages = "oban", "psycopg", "psycopg-binary", "uvloop"
     settings = {

@@ -1,4 +1,4 @@
-"""What the systems on PostgreSQL have in common."""
+"""The common part of the systems on PostgreSQL."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -9,14 +9,14 @@ from adapters.peer import Peer
 
 
 class OnPostgres(Peer):
-    """A system whose jobs can be counted with a query."""
+    """A system whose unfinished jobs a query counts."""
 
     unfinished: ClassVar[str]
-    """Counts the jobs that are not done."""
+    """The query that counts the jobs that are not done."""
 
     @asynccontextmanager
     async def counter(self) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-        """Count over a connection of its own."""
+        """Yield a function that counts, over a connection of its own."""
         async with await psycopg.AsyncConnection.connect(self.url, autocommit=True) as connection:
 
             async def left() -> int:

@@ -1,4 +1,4 @@
-"""What a system must do to be compared."""
+"""The interface of a system that is compared."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -8,16 +8,16 @@ from typing import ClassVar
 QUEUE = "benchmark"
 
 Ran = Callable[[int], None]
-"""What a handler calls first, and once, with the number of its job; from any thread."""
+"""Each handler calls it first, once, with the number of its job; from any thread."""
 
 
 class Peer(ABC):
     """A system, set up as its own documentation recommends for throughput."""
 
     packages: ClassVar[Sequence[str]]
-    """Whose versions are stated; the system's own is the first."""
+    """The packages whose versions are reported; the system's own is the first."""
     settings: ClassVar[Mapping[str, object]]
-    """What was chosen, where there was a choice."""
+    """The settings that were chosen."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -28,19 +28,19 @@ class Peer(ABC):
 
     @abstractmethod
     async def enqueue(self, count: int) -> float:
-        """Write jobs numbered from 0 in the fastest documented way; give the seconds it took.
+        """Write jobs numbered from 0 in the fastest documented way; return the seconds.
 
-        What has to be done once in a process, such as to connect, does not count.
+        Work that a process does once, such as connecting, is not counted.
         """
 
     @abstractmethod
     def producer(self) -> AbstractAsyncContextManager[Callable[[], Awaitable[object]]]:
-        """Give a function that enqueues one job, number 0."""
+        """Yield a function that enqueues one job, number 0."""
 
     @abstractmethod
     def worker(self, ran: Ran) -> AbstractAsyncContextManager[None]:
-        """Run a worker until the block is left."""
+        """Run a worker until the block ends."""
 
     @abstractmethod
     def counter(self) -> AbstractAsyncContextManager[Callable[[], Awaitable[int]]]:
-        """Give a function that counts the jobs which are not done, from outside the system."""
+        """Yield a function that counts the unfinished jobs, from outside the system."""

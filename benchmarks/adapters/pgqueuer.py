@@ -14,13 +14,13 @@ from pgqueuer import PgQueuer
 from pgqueuer.db import AsyncpgDriver
 from pgqueuer.queries import Queries
 
-# "Increase batch_size when jobs are short-lived" (guides/performance-tuning): 500 was the best
-# of 50, 100, 200, 500 and 2000, and one consumer better than two or five in the process.
+# "Increase batch_size when jobs are short-lived" (guides/performance-tuning): 500 was the
+# fastest of 50, 100, 200, 500 and 2000, and one consumer faster than two or five in the process.
 _BATCH_SIZE = 500
 
 
 class System(OnPostgres):
-    """Durable tables, which are the default; "a single connection for QueueManager"."""
+    """Durable tables, the default; "a single connection for QueueManager"."""
 
     packages = "pgqueuer", "asyncpg", "uvloop"
     settings = {
