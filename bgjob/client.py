@@ -421,11 +421,11 @@ class Client:
         self._run(_pause(queue, until), conn)
         if conn is None:
             deadline = monotonic() + PATIENCE
-            under_way = self._run(pauses.claims_under_way(), None)
-            while under_way:
+            claiming = self._run(pauses.claiming_transactions(), None)
+            while claiming:
                 _check_patience(queue, deadline)
                 sleep(_LOOK)
-                under_way &= self._run(pauses.claims_under_way(), None)
+                claiming &= self._run(pauses.claiming_transactions(), None)
 
     def resume(self, queue: str, *, conn: psycopg.Connection[Any] | None = None) -> bool:
         """End the pause of a queue and notify its workers; True if it was paused.
@@ -831,11 +831,11 @@ class AsyncClient:
         await self._run(_pause(queue, until), conn)
         if conn is None:
             deadline = monotonic() + PATIENCE
-            under_way = await self._run(pauses.claims_under_way(), None)
-            while under_way:
+            claiming = await self._run(pauses.claiming_transactions(), None)
+            while claiming:
                 _check_patience(queue, deadline)
                 await asyncio.sleep(_LOOK)
-                under_way &= await self._run(pauses.claims_under_way(), None)
+                claiming &= await self._run(pauses.claiming_transactions(), None)
 
     async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
         """End the pause of a queue. Async variant of Client.resume."""

@@ -16,7 +16,7 @@ from support.workers import Crew, Gate, Recorder
 
 from bgjob import BgjobError, Client, EmptyQueueError, EnqueueRequest, Job, Mux
 from bgjob._sql.claims import claim, claim_any, claim_group, free, survey, sweep
-from bgjob._sql.pauses import claims_under_way
+from bgjob._sql.pauses import claiming_transactions
 from bgjob._sql.statement import Statement
 
 HELD: LiteralString = "select id from bgjob_job where token is not null order by id"
@@ -285,10 +285,10 @@ def test_a_pause_waits_for_nobody_else(
         other.bulk_enqueue(requests("b"), conn=producer)
         reader.execute("select from bgjob_job, bgjob_pause, bgjob_dead_job")
         owner.execute("delete from bgjob_job where id = 'a'")
-        assert ask(conn, claims_under_way()) == set()
+        assert ask(conn, claiming_transactions()) == set()
         with worker.transaction():
             ask(worker, sweep("other", limit=1, lease=60, token=1))
-            assert len(ask(conn, claims_under_way())) == 1
+            assert len(ask(conn, claiming_transactions())) == 1
         client.pause("q")
     assert list(client.paused()) == ["q"]
 

@@ -20,7 +20,7 @@ def pause(queue: str, until: datetime | None) -> Statement[None]:
     )
 
 
-def claims_under_way() -> Statement[set[str]]:
+def claiming_transactions() -> Statement[set[str]]:
     """List the transactions that may have read the pauses earlier, and may still claim.
 
     A claim locks both tables in these modes before it reads them and until its transaction
