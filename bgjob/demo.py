@@ -1,5 +1,6 @@
 """The demo: a few thousand jobs with every kind of outcome, and a check of the results."""
 
-from bgjob._cli.demo import Check, DemoError, Report, run
+from bgjob._cli.demo import DemoError, Report, run
+from bgjob._cli.demo_jobs import Check
 
 __all__ = ["Check", "DemoError", "Report", "run"]

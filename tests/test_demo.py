@@ -18,7 +18,7 @@ from psycopg.conninfo import make_conninfo
 from support.documents import ROOT
 
 from bgjob import Client, EnqueueRequest, cli
-from bgjob._cli import demo
+from bgjob._cli import demo, demo_jobs
 
 COMMAND = [sys.executable, "-m", "bgjob", "demo"]
 
@@ -79,7 +79,7 @@ def test_shows_every_outcome_and_agrees_with_a_direct_count(tmp_dir: Path) -> No
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "every check agrees" in ended.stdout
     assert "WRONG" not in ended.stdout
-    files = len(list(demo.find_files(Path(os.__file__).parent)))
+    files = len(list(demo_jobs.find_files(Path(os.__file__).parent)))
     assert f"in {files:,} files" in ended.stdout
     assert number(ended.stdout, "completed") == files + 103
     assert number(ended.stdout, "retried") == 2
@@ -161,14 +161,14 @@ def test_a_difference_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = schemas(conn)
-    counted = demo.direct_count
+    counted = demo_jobs.direct_count
 
-    def count_with_a_difference(root: Path) -> dict[str, demo.FileCount]:
+    def count_with_a_difference(root: Path) -> dict[str, demo_jobs.FileCount]:
         counts = counted(root)
         counts["os.py"] = counts["os.py"]._replace(lines=7)
         return counts
 
-    monkeypatch.setattr(demo, "direct_count", count_with_a_difference)
+    monkeypatch.setattr(demo_jobs, "direct_count", count_with_a_difference)
 
     assert cli.main(["demo", "--dsn", dsn]) == 1
 
@@ -182,13 +182,13 @@ def test_a_difference_fails(
 def test_a_wrong_outcome_fails(
     dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    enqueue = demo._enqueue_others
+    enqueue = demo_jobs.enqueue_others
 
-    def enqueue_one_more(client: Client) -> dict[str, demo._Sent]:
-        client.enqueue(EnqueueRequest(demo.QUEUE, "hopeless", priority=-2))
+    def enqueue_one_more(client: Client) -> dict[str, demo_jobs.Sent]:
+        client.enqueue(EnqueueRequest(demo_jobs.QUEUE, "hopeless", priority=-2))
         return enqueue(client)
 
-    monkeypatch.setattr(demo, "_enqueue_others", enqueue_one_more)
+    monkeypatch.setattr(demo_jobs, "enqueue_others", enqueue_one_more)
 
     assert cli.main(["demo", "--dsn", dsn]) == 1
 
@@ -202,7 +202,7 @@ def test_gives_up_when_a_job_never_ends(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = schemas(conn)
-    monkeypatch.setattr(demo, "_DELAY", 1000)
+    monkeypatch.setattr(demo_jobs, "_DELAY", 1000)
     monkeypatch.setattr(demo, "_PATIENCE", 2.5)  # longer than the worker's poll interval
 
     assert cli.main(["demo", "--dsn", dsn]) == 1

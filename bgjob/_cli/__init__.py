@@ -4,5 +4,5 @@
 does not wait for the imports of `bgjob worker`. `arguments` parses what they share,
 `database` opens the connection, `table` and `progress` print. `worker` is the process around
 a Worker: its target, its signals, its log, and several of them under one supervisor.
-`demo` and `playground` are programs of their own.
+`demo`, with `demo_jobs`, and `playground` are programs of their own.
 """

@@ -5,7 +5,6 @@ file and stores the result. Other jobs wait, fail, are retried and die. The
 results are compared with a count that was made without the queue.
 """
 
-import hashlib
 import os
 import signal
 import sysconfig
@@ -13,14 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil
-from operator import ge
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from secrets import token_hex
 from time import perf_counter
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import psycopg
 from psycopg import sql
@@ -29,29 +26,18 @@ from psycopg_pool import ConnectionPool
 from typing_extensions import override
 
 from bgjob import schema
+from bgjob._cli import demo_jobs
+from bgjob._cli.demo_jobs import QUEUE, SINGLES, Check, FileCount, Start
 from bgjob._cli.progress import progress, say
 from bgjob.client import Client
-from bgjob.errors import BgjobError, UnknownTypeError
+from bgjob.errors import BgjobError
 from bgjob.job import EnqueueRequest, Job
-from bgjob.mux import Mux
 from bgjob.observer import NoopObserver
-from bgjob.result import Backoff, Complete, MoveToDlq, Reschedule, Result
 from bgjob.worker import Worker
-
-QUEUE = "bgjob_demo"
-
-_DELAY = 0.5  # seconds before the delayed job is due
-_FAILURES = 2  # of the flaky job
-_BACKOFF = Backoff(base=0.1, factor=2, jitter=0)  # between them
-_LATER = 0.2  # seconds by which the patient job reschedules itself
-_HOPELESS = "this job always fails, on purpose"
-
-_SINGLES = 100
-"""Jobs enqueued one by one, while the worker is idle, to measure its pick-up time."""
 
 _OUTCOMES = ("completed", "retried", "rescheduled", "dead")
 _RATE = "each reads and hashes a file, and commits a row"
-_PICK_UP = f"from an enqueue's return to its handler's start, {_SINGLES} times"
+_PICK_UP = f"from an enqueue's return to its handler's start, {SINGLES} times"
 
 _PATIENCE = 60.0
 """Seconds without a job's start or end after which the demo gives up."""
@@ -60,34 +46,9 @@ _CONNECT_TIMEOUT = 10
 _GRACE = 5.0  # seconds for the handlers that run when the demo is interrupted
 _MOST_CONNECTIONS = 10
 
-_CREATE = """
-create table demo_file (
-    path   text    primary key,
-    lines  integer not null,
-    bytes  integer not null,
-    sha256 text    not null
-)
-"""
-
-# A job may run twice, so storing its result twice must have the effect of once.
-_STORE = """
-insert into demo_file (path, lines, bytes, sha256)
-values (%s, %s, %s, %s)
-on conflict (path) do update
-set lines = excluded.lines, bytes = excluded.bytes, sha256 = excluded.sha256
-"""
-
 
 class DemoError(BgjobError):
     """The demo cannot run here, or made no progress."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """A check, and whether it passed."""
-
-    ok: bool
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +145,7 @@ def run(dsn: str | None = None, *, concurrency: int = 8) -> Report:
 
 def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
     root = Path(sysconfig.get_path("stdlib"))
-    files = list(find_files(root))
+    files = list(demo_jobs.find_files(root))
     if not files:
         raise DemoError(f"Python's standard library has no source files in {root}: nothing to do")
     if dsn is None:
@@ -200,12 +161,14 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
     pool.wait()
     client = stack.enter_context(Client(dsn))
     watch = _Watch()
-    worker = Worker(client, QUEUE, _mux(root, pool), concurrency=concurrency, observer=watch)
+    worker = Worker(
+        client, QUEUE, demo_jobs.make_mux(root, pool), concurrency=concurrency, observer=watch
+    )
 
     began = perf_counter()
     client.bulk_enqueue(EnqueueRequest(QUEUE, "count_file", {"file": name}) for name in files)
     say(f"enqueued {len(files):,} jobs in {perf_counter() - began:.2f} s")
-    others = _enqueue_others(client)
+    others = demo_jobs.enqueue_others(client)
 
     stack.callback(worker.shutdown, _GRACE)
     began = perf_counter()
@@ -215,7 +178,7 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
         watch.wait(lambda: len(watch.ended) >= total, tell)
     seconds = watch.ended_at["count_file"] - began
     watch.wait(lambda: watch.idle)
-    pick_up = sorted(_pick_up(client, watch) for _ in range(_SINGLES))
+    pick_up = sorted(_pick_up(client, watch) for _ in range(SINGLES))
 
     say("counting the files again, without the queue")
     with pool.connection() as conn:
@@ -237,99 +200,15 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
         pick_up_p99_ms=1000 * _quantile(pick_up, 0.99),
         dead=dead,
         checks=[
-            _check_counts(counted, direct_count(root)),
-            _check_outcomes(watch.outcomes, files=len(files)),
-            _check_delayed(watch.starts[others["delayed"].id], others["delayed"].at),
-            _check_flaky(watch.starts[others["flaky"].id]),
-            _check_patient(watch.starts[others["patient"].id]),
-            _check_dead(dead),
+            demo_jobs.check_counts(counted, demo_jobs.direct_count(root)),
+            demo_jobs.check_outcomes(watch.outcomes, files=len(files)),
+            demo_jobs.check_delayed(watch.starts[others["delayed"].id], others["delayed"].at),
+            demo_jobs.check_flaky(watch.starts[others["flaky"].id]),
+            demo_jobs.check_patient(watch.starts[others["patient"].id]),
+            demo_jobs.check_dead(dead),
             Check(not left, f"{len(left):,} jobs are left in the queue"),
         ],
     )
-
-
-# -- the work -----------------------------------------------------------------------------
-
-
-class FileCount(NamedTuple):
-    """The counts of a file."""
-
-    lines: int
-    bytes: int
-    sha256: str
-
-
-def find_files(root: Path) -> Iterator[str]:
-    """Find the standard library's source files, as paths below `root`."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in {"site-packages", "dist-packages"}]
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix == ".py" and path.is_file() and os.access(path, os.R_OK):
-                yield path.relative_to(root).as_posix()
-
-
-def count_file(path: Path) -> FileCount:
-    """Count a file."""
-    content = path.read_bytes()
-    return FileCount(content.count(b"\n"), len(content), hashlib.sha256(content).hexdigest())
-
-
-def direct_count(root: Path) -> dict[str, FileCount]:
-    """Count all files, without the queue."""
-    return {name: count_file(root / name) for name in find_files(root)}
-
-
-def _mux(root: Path, pool: ConnectionPool[Any]) -> Mux:
-    mux = Mux()
-    put_off: set[str] = set()
-
-    @mux.handler("count_file", max_attempts=3)
-    def count(job: Job) -> None:
-        name = job.json()["file"]
-        counted = count_file(root / name)
-        with pool.connection() as conn:
-            conn.execute(_STORE, (name, *counted))
-
-    @mux.handler("delayed")
-    @mux.handler("pick_up")
-    def nothing(_: Job) -> Result:
-        return Complete()
-
-    @mux.handler("flaky", backoff=_BACKOFF)
-    async def flaky(job: Job) -> Result:
-        if job.attempt <= _FAILURES:
-            raise ConnectionError(f"attempt {job.attempt} is made to fail")
-        return Complete()
-
-    @mux.handler("patient")
-    async def patient(job: Job) -> Result:
-        if job.id in put_off:
-            return Complete()
-        put_off.add(job.id)
-        return Reschedule(_LATER)
-
-    @mux.handler("hopeless")
-    def hopeless(_: Job) -> Result:
-        return MoveToDlq(_HOPELESS)
-
-    return mux
-
-
-class _Sent(NamedTuple):
-    id: str
-    at: float  # just before the enqueue
-
-
-def _enqueue_others(client: Client) -> dict[str, _Sent]:
-    """Enqueue one job of each other type; they run before the files."""
-    sent = {}
-    for type_ in ("delayed", "flaky", "patient", "hopeless", "unheard_of"):
-        delay = _DELAY if type_ == "delayed" else 0
-        at = perf_counter()
-        id_ = client.enqueue(EnqueueRequest(QUEUE, type_, delay=delay, priority=-1))
-        sent[type_] = _Sent(id_, at)
-    return sent
 
 
 def _pick_up(client: Client, watch: "_Watch") -> float:
@@ -341,96 +220,6 @@ def _pick_up(client: Client, watch: "_Watch") -> float:
     return max(watch.starts[id_][0].at - returned, 0.0)
 
 
-# -- the checks ---------------------------------------------------------------------------
-
-
-def _check_counts(counted: dict[str, FileCount], direct: dict[str, FileCount]) -> Check:
-    wrong = sorted(
-        name for name in counted.keys() | direct.keys() if counted.get(name) != direct.get(name)
-    )
-    if not wrong:
-        return Check(
-            ok=True, text=f"{len(direct):,} files: lines, bytes and SHA-256 as in a direct count"
-        )
-    shown = "; ".join(
-        f"{name}: {_shown(counted.get(name))} by its job, {_shown(direct.get(name))} directly"
-        for name in wrong[:3]
-    )
-    return Check(ok=False, text=f"{len(wrong):,} of {len(direct):,} files differ: {shown}")
-
-
-def _shown(count: FileCount | None) -> str:
-    if count is None:
-        return "not counted"
-    return f"{count.lines} lines, {count.bytes} bytes, SHA-256 {count.sha256[:8]}..."
-
-
-def _check_outcomes(outcomes: Counter[tuple[str, str]], *, files: int) -> Check:
-    expected = Counter(
-        {
-            ("completed", "count_file"): files,
-            ("completed", "pick_up"): _SINGLES,
-            ("completed", "delayed"): 1,
-            ("completed", "flaky"): 1,
-            ("completed", "patient"): 1,
-            ("retried", "flaky"): _FAILURES,
-            ("rescheduled", "patient"): 1,
-            ("dead", "hopeless"): 1,
-            ("dead", "unheard_of"): 1,
-        }
-    )
-    wrong = [
-        f"{type_} {name}: {outcomes[name, type_]:,}, not {expected[name, type_]:,}"
-        for name, type_ in outcomes | expected
-        if outcomes[name, type_] != expected[name, type_]
-    ]
-    if wrong:
-        return Check(ok=False, text=f"outcomes differ: {'; '.join(wrong)}")
-    return Check(ok=True, text=f"{expected.total():,} outcomes, each as often as expected")
-
-
-def _check_delayed(starts: "Sequence[_Start]", enqueued_at: float) -> Check:
-    waits = [start.at - enqueued_at for start in starts]
-    return Check(
-        len(waits) == 1 and waits[0] >= _DELAY,
-        f"delayed: started after {_listed(waits)}, delay {_DELAY:g} s",
-    )
-
-
-def _check_flaky(starts: "Sequence[_Start]") -> Check:
-    attempts, waits = [start.attempt for start in starts], _waits(starts)
-    backoff = [_BACKOFF(attempt) for attempt in range(1, _FAILURES + 1)]
-    return Check(
-        attempts == [*range(1, _FAILURES + 2)] and all(map(ge, waits, backoff)),
-        f"flaky: attempts {attempts}, retried after {_listed(waits)}, backoff {_listed(backoff)}",
-    )
-
-
-def _check_patient(starts: "Sequence[_Start]") -> Check:
-    attempts, waits = [start.attempt for start in starts], _waits(starts)
-    return Check(
-        attempts == [1, 1] and waits[0] >= _LATER,
-        f"patient: attempts {attempts}, ran again after {_listed(waits)}, delay {_LATER:g} s",
-    )
-
-
-def _check_dead(dead: dict[str, str | None]) -> Check:
-    return Check(
-        dead.keys() == {"hopeless", "unheard_of"}
-        and dead["hopeless"] == _HOPELESS
-        and (dead["unheard_of"] or "").startswith(UnknownTypeError.__name__),
-        f"dead: {', '.join(sorted(dead)) or 'none'}, each with its error",
-    )
-
-
-def _waits(starts: "Sequence[_Start]") -> list[float]:
-    return [after.at - before.at for before, after in pairwise(starts)]
-
-
-def _listed(seconds: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in seconds) + " s"
-
-
 def _times(outcomes: Counter[tuple[str, str]], outcome: str) -> int:
     return sum(times for (name, _), times in outcomes.items() if name == outcome)
 
@@ -440,11 +229,6 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 # -- watching -----------------------------------------------------------------------------
-
-
-class _Start(NamedTuple):
-    attempt: int
-    at: float
 
 
 class _Event(NamedTuple):
@@ -461,7 +245,7 @@ class _Watch(NoopObserver):
         self._events: SimpleQueue[_Event] = SimpleQueue()
         self._trouble = ""
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by outcome and job type
-        self.starts: defaultdict[str, list[_Start]] = defaultdict(list)  # by job id
+        self.starts: defaultdict[str, list[Start]] = defaultdict(list)  # by job id
         self.ended: set[str] = set()  # ids of jobs that completed or died
         self.ended_at: dict[str, float] = {}  # by job type, the last one's
         self.idle = False
@@ -486,7 +270,7 @@ class _Watch(NoopObserver):
         match event:
             case _Event("started", at, Job() as job):
                 self.idle = False
-                self.starts[job.id].append(_Start(job.attempt, at))
+                self.starts[job.id].append(Start(job.attempt, at))
             case _Event(outcome, at, Job() as job):
                 self.outcomes[outcome, job.type] += 1
                 if outcome in {"completed", "dead"}:
@@ -547,7 +331,7 @@ def _own_schema(dsn: str) -> Iterator[str]:
         with conn:
             conn.execute(sql.SQL("create schema {}").format(schema_name))
             conn.execute(schema.init_sql().encode())
-            conn.execute(_CREATE)
+            conn.execute(demo_jobs.CREATE_TABLE)
         yield inside
     finally:
         try:
