@@ -1,4 +1,4 @@
-"""Two checkouts side by side: their programs in turns, on one server, by one interpreter."""
+"""Compare two checkouts: run their programs in turn, on one server, with one interpreter."""
 
 import argparse
 import json
@@ -20,9 +20,9 @@ _PROGRAMS = "costs,drain,bulk,single,pickup,horizon,memory"
 
 
 def main() -> None:
-    """Run each program of both trees in turns, and set each figure of the second by the first's."""
+    """Run each program of both trees in turn; compare the second's figures with the first's."""
     given = _parse()
-    # Without a DSN: of this interpreter's package, unless another PostgreSQL is named.
+    # For use without a DSN: by default of this interpreter's package.
     server = EmbeddedServer(bin_dir=given.bin_dir, settings={"max_connections": "200"})
     with nullcontext(given) if given.dsn else server as at:
         with psycopg.connect(at.dsn, autocommit=True) as admin:
@@ -37,7 +37,7 @@ def _compare(program: str, given: argparse.Namespace, dsn: str) -> dict[str, obj
     first, second = given.trees
     runs: dict[Path, list[dict[str, float]]] = {first: [], second: []}
     for number in range(given.rounds):
-        # Each time the other begins: the one behind may find a warmer machine.
+        # They take turns at the begin: the second one may find a warmer machine.
         for tree in given.trees if number % 2 == 0 else given.trees[::-1]:
             runs[tree].append(_run(tree, program, dsn, quick=given.quick))
             say(f"{program}, round {number + 1}, {tree}: {json.dumps(runs[tree][-1])}")
@@ -49,7 +49,7 @@ def _compare(program: str, given: argparse.Namespace, dsn: str) -> dict[str, obj
 
 
 def _run(tree: Path, program: str, dsn: str, *, quick: bool) -> dict[str, float]:
-    """Run a tree's program with the tree's own library; give each figure's median and ratio."""
+    """Run a tree's program with its own library; return each figure's median and ratio."""
     ended = subprocess.run(
         [
             sys.executable,
@@ -67,7 +67,7 @@ def _run(tree: Path, program: str, dsn: str, *, quick: bool) -> dict[str, float]
 
 
 def _figures(part: Mapping[str, Any], path: str) -> Iterator[tuple[str, float]]:
-    """Find the figures in a program's report, by where they are in it."""
+    """Yield the figures of a program's report, each with its path."""
     if "measured" in part:
         yield path, part["measured"]["median"]
         if "ratio" in part:
