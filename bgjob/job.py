@@ -57,10 +57,10 @@ class EnqueueRequest:
         run_at: an aware datetime at which the job is due, instead of a delay;
             one in the past means now.
         priority: -32768 to 32767, 0 by default; lower runs first.
-        exclusive: a key of 1 to 255 characters, and with queue and id of at most
-            of all jobs with this key, in any queue and on any host, one runs at
-                a time, and those of one queue run in the order in which they are
-                due. None by default.
+        exclusive: a key of 1 to 255 characters; key, queue and id together have at
+            most 2,600 bytes. Of all jobs with this key, in any queue and on any
+            host, one runs at a time, and those of one queue run in the order in
+            which they are due. None by default.
         codec: encodes `arg` if that is not None; an argument of the constructor
             only. JSON by default. Register the handler with the same codec.
 
