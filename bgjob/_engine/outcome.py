@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from bgjob._handlers.route import NeedsKey
-from bgjob._sql.settlements import Claimed
+from bgjob._sql.settlements import Claimed, delay_of
 from bgjob.job import Job
-from bgjob.result import Reschedule, Result, Retry
+from bgjob.result import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,8 @@ class Outcome(NamedTuple):
     @property
     def delay(self) -> float:
         """Seconds until the job is due again; the delay of a retry is already decided."""
-        result = self.result.otherwise if isinstance(self.result, CommitUnknown) else self.result
-        match result:
-            case Retry(delay) | Reschedule(delay) if delay is not None:
-                return float(delay) if isinstance(delay, float | int) else delay.total_seconds()
-            case _:
-                return 0.0
+        result = self.result
+        return delay_of(result.otherwise if isinstance(result, CommitUnknown) else result)
 
 
 # -- effects of an acknowledged exchange -------------------------------------------------

@@ -35,22 +35,8 @@ from bgjob._sql.keys import (
     release,
 )
 from bgjob._sql.notices import EVERYTHING, LATER, release_notify_lock, take_notify_lock
-from bgjob._sql.settlements import (
-    Claimed,
-    DeadLettered,
-    Postponed,
-    abandon,
-    barred,
-    complete,
-    complete_at,
-    dead_letter,
-    end_sessions,
-    extend,
-    give_back,
-    postpone,
-)
+from bgjob._sql.settlements import Claimed, Settlements, abandon, barred, end_sessions, extend
 from bgjob._sql.statement import Statement
-from bgjob.result import Complete, MoveToDlq, Reschedule, Retry, error_text
 
 # -- the engine's steps -------------------------------------------------------------
 
@@ -112,19 +98,9 @@ Plan: TypeAlias = list[tuple[Statement[Any], str]]
 
 
 @dataclass(slots=True)
-class Exchange:
+class Exchange(Settlements):
     """One round trip in one transaction; an empty part is left out."""
 
-    complete: list[Claimed] = field(default_factory=list)
-    places: dict[int, Sequence[str]] = field(default_factory=dict)
-    """By token, the positions of the rows of claims that `complete` has as a whole."""
-    postpone: list[Postponed] = field(default_factory=list)
-    dead_letter: list[DeadLettered] = field(default_factory=list)
-    give_back: list[Claimed] = field(default_factory=list)
-    """Jobs that did not start."""
-    holds_notify_lock: bool = False
-    """Whether this session holds the notify lock, so that the lock does not show
-    whether another worker sleeps."""
     abandon: list[Claimed] = field(default_factory=list)
     """Jobs that still run when the worker ends."""
     extend: list[Claimed] = field(default_factory=list)
@@ -158,21 +134,12 @@ class Exchange:
         """Add the settlement of a job."""
         claimed, result = outcome.claimed, outcome.result
         match result.otherwise if isinstance(result, CommitUnknown) else result:
-            case Complete():
-                self.complete.append(claimed)
-            case Retry(_, error, priority=priority):
-                text = error_text(error)
-                self.postpone.append(
-                    Postponed(claimed, outcome.delay, text, refund=False, priority=priority)
-                )
-            case Reschedule():
-                self.postpone.append(Postponed(claimed, outcome.delay, None, refund=True))
             case Release():
                 self.give_back.append(claimed)
-            case MoveToDlq(error):
-                self.dead_letter.append(DeadLettered(claimed, error_text(error) or ""))
             case Committed() | Fenced() | NeedsKey():
                 raise AssertionError("it is settled already, or must not be settled")
+            case stored:
+                self.store(claimed, stored)
 
     @property
     def probes(self) -> bool:
@@ -228,19 +195,7 @@ class Exchange:
                 plan.append((statement, "claimed"))
         if self.watch:
             plan.append((under_way(surely=self.watch == "all"), "seen"))
-        others = self.complete
-        if self.places:
-            ids = [c.job.id for c in others if c.token in self.places]
-            plan.append((complete_at(self.places, ids), "settled"))
-            others = [c for c in others if c.token not in self.places]
-        if others:
-            plan.append((complete(others), "settled"))
-        if self.postpone:
-            plan.append((postpone(self.postpone), "settled"))
-        if self.dead_letter:
-            plan.append((dead_letter(self.dead_letter), "settled"))
-        if self.give_back:
-            plan.append((give_back(queue, self.give_back, tell=self.holds_notify_lock), "settled"))
+        plan += [(statement, "settled") for statement in self.settlements(queue)]
         if self.abandon:
             plan.append((abandon(self.abandon), "abandoned"))
         if self.extend:

@@ -1,6 +1,7 @@
 """Settle claimed jobs, and extend their leases."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from itertools import chain
@@ -20,6 +21,7 @@ from bgjob._sql.statement import (
     text_array,
 )
 from bgjob.job import Job
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
 
 
 class Claimed(NamedTuple):
@@ -29,6 +31,69 @@ class Claimed(NamedTuple):
     token: int
     is_charged: bool = True
     """Whether the claim charged an attempt; only a claim of several suspects does not."""
+
+
+@dataclass(slots=True)
+class Settlements:
+    """Jobs to settle, by what happens to their rows; only `store` says what a result does."""
+
+    complete: list[Claimed] = field(default_factory=list)
+    places: dict[int, Sequence[str]] = field(default_factory=dict)
+    """By token, the positions of the rows of claims that `complete` has as a whole."""
+    postpone: "list[Postponed]" = field(default_factory=list)
+    dead_letter: "list[DeadLettered]" = field(default_factory=list)
+    give_back: list[Claimed] = field(default_factory=list)
+    """Jobs that did not start."""
+    holds_notify_lock: bool = False
+    """Whether this session holds the notify lock, so that the lock does not show
+    whether another worker sleeps."""
+
+    def store(self, claimed: Claimed, result: Result) -> None:
+        """Add a job that has ended."""
+        match result:
+            case Complete():
+                self.complete.append(claimed)
+            case Retry(_, error, priority=priority):
+                self.postpone.append(
+                    Postponed(
+                        claimed,
+                        delay_of(result),
+                        error_text(error),
+                        refund=False,
+                        priority=priority,
+                    )
+                )
+            case Reschedule():
+                self.postpone.append(Postponed(claimed, delay_of(result), None, refund=True))
+            case MoveToDlq(error):
+                self.dead_letter.append(DeadLettered(claimed, error_text(error) or ""))
+
+    def settlements(self, queue: str) -> list[Statement[list[str]]]:
+        """Return the statements; each returns the ids of those of its jobs that are still held."""
+        statements = []
+        others = self.complete
+        if self.places:
+            ids = [c.job.id for c in others if c.token in self.places]
+            statements.append(complete_at(self.places, ids))
+            others = [c for c in others if c.token not in self.places]
+        if others:
+            statements.append(complete(others))
+        if self.postpone:
+            statements.append(postpone(self.postpone))
+        if self.dead_letter:
+            statements.append(dead_letter(self.dead_letter))
+        if self.give_back:
+            statements.append(give_back(queue, self.give_back, tell=self.holds_notify_lock))
+        return statements
+
+
+def delay_of(result: object) -> float:
+    """Return the seconds until the job is due again; the delay of a retry is already decided."""
+    match result:
+        case Retry(delay) | Reschedule(delay) if delay is not None:
+            return float(delay) if isinstance(delay, float | int) else delay.total_seconds()
+        case _:
+            return 0.0
 
 
 _COMPLETE: LiteralString = """
