@@ -5,41 +5,35 @@ in that transaction: both commit, or neither does. A retry and an exception roll
 back, and are stored afterwards like any other handler's. Without a connection the
 handler is not entered, and no attempt has begun.
 
-The logic is one generator of steps, with a driver for threads and one for coroutines.
+The logic is one generator of steps, with a driver for threads and one for coroutines; a third
+pair, for the caller's own connection, is in `testing`.
 """
 
 import asyncio
 import contextlib
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
-from time import monotonic
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import psycopg
-from psycopg.abc import RV, PQGen
-from psycopg.adapt import AdaptersMap
-from psycopg.pq import TransactionStatus
-from psycopg.pq.abc import PGconn
-from psycopg.rows import tuple_row
-from typing_extensions import override
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Outcome, Release
 from bgjob._engine.protocol import Exchange
 from bgjob._handlers.route import NeedsKey, Route
-from bgjob._postgres import connection
-from bgjob._postgres.connection import (
-    AsyncCursor,
-    ConnectionParameters,
-    Cursor,
-    options,
-    server_codec,
-)
+from bgjob._postgres.connection import AsyncCursor, ConnectionParameters, Cursor, server_codec
 from bgjob._postgres.fork import ForkGuard
+from bgjob._running.drive import drive, drive_async
+from bgjob._running.sessions import (
+    PATIENCE,
+    AsyncHandlerConnection,
+    HandlerConnection,
+    Sessions,
+    is_over,
+)
 from bgjob._sql.execute import (
     read,
     read_all,
@@ -65,15 +59,7 @@ from bgjob.job import Job
 from bgjob.mux import Mux
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
-_PATIENCE = 10.0
-"""Seconds without an answer of the server, outside the handler."""
-
-_FIRST_PAUSE = 0.05
-"""Seconds that a slot waits after it could not connect; doubles with each failure."""
-_LONGEST_PAUSE = 1.0
-
-_NAP = 0.2
-"""Seconds after which a waiting coroutine checks whether the worker shuts down."""
+_FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,57 +73,63 @@ Ending: TypeAlias = Result | Committed | CommitUnknown | Fenced | NotBegun
 """How a job ended: settled already, or a result to store."""
 
 
-_FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
-
-
-class _Handle:
+class Call:
     """A step that runs the handler; the answer is its return value."""
 
 
-class _End(Enum):
+class Settle(NamedTuple):
+    """A step that settles the job; the answer is a Settled, or None if the transaction is over."""
+
+    statement: Statement[list[str]]
+
+
+class Settled(NamedTuple):
+    """The transaction has settled the job, if that was still held."""
+
+    token: str | None
+    """The claim that the transaction was opened for; another one is the handler's own."""
+    ids: list[str]
+    """The job's id, if it was held."""
+
+
+class End(Enum):
     """A step that ends the transaction; a rollback answers the token of a committed claim."""
 
     COMMIT = auto()
     ROLLBACK = auto()
 
 
-@dataclass(frozen=True, slots=True)
-class _Ask:
-    """A step that runs statements; the answers, or None if the transaction is over."""
-
-    statements: tuple[Statement[Any], ...]
-
-
-_Step: TypeAlias = _Handle | _End | _Ask
-_Steps: TypeAlias = Generator[_Step, Any, Ending]
+_Step: TypeAlias = Call | Settle | End
 
 _KEEPS = (Complete, Reschedule, MoveToDlq)
 
 
-def _steps(route: Route, claimed: Claimed) -> _Steps:
+def in_transaction(route: Route, claimed: Claimed) -> Generator[_Step, Any, Ending]:
+    """Run a handler in a transaction that has begun, and settle its job."""
+    __tracebackhide__ = True
     job, token = claimed.job, str(claimed.token)
     try:
-        returned = yield _Handle()
+        returned = yield Call()
         result = route.judge(job, returned)
         commits = returned is None or isinstance(returned, _KEEPS)
     except BaseException as error:
         result, commits = route.failed(job, error), False
     if commits:
         try:
-            answers = yield _Ask((claim_of_transaction(), *settlement(claimed, result)))
-            if answers is None or answers[0] != token:
+            settled: Settled | None = yield Settle(settlement(claimed, result)[0])
+            if settled is None or settled.token != token:
                 result, commits = MoveToDlq(route.transaction_ended()), False
-            elif not answers[1]:
-                yield _End.ROLLBACK
+            elif not settled.ids:
+                yield End.ROLLBACK
                 return Fenced()
         except BaseException as error:
             result, commits = route.failed(job, error), False
     if not commits:
-        committed = yield _End.ROLLBACK
+        committed = yield End.ROLLBACK
         # Another run would repeat the part that the handler itself committed.
         return MoveToDlq(route.transaction_ended()) if committed == token else result
     try:
-        yield _End.COMMIT
+        yield End.COMMIT
     except BaseException as error:
         return CommitUnknown(result, route.failed(job, error))
     return Committed(result)
@@ -204,97 +196,17 @@ def has_key(answers: list[Any]) -> bool | None:
     return cast("bool | None", answer)
 
 
-_FORBIDDEN = (
-    "a transactional handler cannot {} its connection: the worker does, with the job's "
-    "settlement; raise or return Retry() to roll back"
-)
-
-
-_ENDED = "the handler that was given this connection has ended, and its transaction with it"
-
-_GONE = psycopg.pq.PGconn.connect_start(b"host=/")
-"""Replaces the session of a handler's connection when the next handler uses that session."""
-_GONE.finish()
-
-_NOBODY = object()
-
-
-class _Connection(connection.Connection):
-    token = ""
-    ended_by: str | None = None
-    """The claim's token, if the handler closed the connection after ending the transaction."""
-    user: object = None
-    """After the handler's end, the only thread (its number) or task that may use it."""
-
-    @override
-    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        # Threads that the handler left behind come here with each statement, after the lock.
-        if self.user is not None and self.user != threading.get_ident():
-            raise psycopg.ProgrammingError(_ENDED)
-        return super().wait(gen, *args, **kwargs)
-
-    @override
-    def close(self) -> None:
-        if _is_over(self):
-            self.ended_by = self.token
-        super().close()
-
-    @override
-    def commit(self) -> NoReturn:
-        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
-
-    @override
-    def rollback(self) -> NoReturn:
-        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
-
-
-class _AsyncConnection(connection.AsyncConnection):
-    token = ""
-    ended_by: str | None = None
-    """See _Connection.ended_by."""
-    user: object = None
-    """See _Connection.user."""
-
-    @override
-    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        if self.user is not None and self.user is not asyncio.current_task():
-            raise psycopg.ProgrammingError(_ENDED)
-        return await super().wait(gen, *args, **kwargs)
-
-    @override
-    async def close(self) -> None:
-        if _is_over(self):
-            self.ended_by = self.token
-        await super().close()
-
-    @override
-    async def commit(self) -> NoReturn:
-        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
-
-    @override
-    async def rollback(self) -> NoReturn:
-        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
-
-
-class Transactions:
-    """Connections for transactional handlers: a session for each running one, then reused.
-
-    No other code uses them, so that handlers that wait for a pool never wait for each
-    other. Each handler gets a connection object of its own, which loses the session with
-    the commit: a later use of it by the handler does not reach the next one. Thread-safe.
-    """
+class Transactions(Sessions):
+    """Runs transactional handlers, each in a session of its own. Thread-safe."""
 
     def __init__(self, connection_parameters: ConnectionParameters, fork_guard: ForkGuard) -> None:
+        super().__init__(connection_parameters)
         self._fork_guard = fork_guard
-        self._options: dict[str, Any] = {**options(connection_parameters), "autocommit": True}
         # Through a pooler that forbids prepared statements, other clients would lose theirs.
         prepares = self._options.get("prepare_threshold", 0) is not None
         self._commit = COMMIT + DEALLOCATE if prepares else COMMIT
-        self._idle: deque[PGconn] = deque()
-        self._handling: set[_Connection | _AsyncConnection] = set()
-        self._closed = False
-        self._leaving = threading.Event()
-        self._pause, self._pause_grows_at = _FIRST_PAUSE, -inf
+
+    # -- driver for threads -----------------------------------------------------------
 
     def run(
         self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
@@ -307,238 +219,54 @@ class Transactions:
             started: called when the transaction is open, before the handler.
 
         """
+
+        def begin(connection: HandlerConnection) -> None:
+            connection.token = str(claimed.token)
+            # Several commands in one string cannot be prepared.
+            Cursor(connection).execute(_begin(connection, claimed), prepare=False)
+
         try:
-            connection = self._begin(claimed)
+            connection, _ = self.open(begin)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
             started(claimed.job)
-        steps = _steps(route, claimed)
         try:
-            step = next(steps)
-            while True:
-                try:
-                    answer = self._take(step, connection, route, claimed)
-                except BaseException as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(answer)
-        except StopIteration as stop:
-            ending: Ending = stop.value
-            if isinstance(ending, Committed) and self._may_keep(connection):
-                self._keep(connection)
-            else:
-                connection.close()
-            return ending
+            ending = drive(
+                in_transaction(route, claimed),
+                lambda step: self._take(step, connection, route, claimed.job),
+            )
         except BaseException:
             connection.close()
             raise
-
-    async def run_async(
-        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
-    ) -> Ending:
-        """Run a coroutine handler. Async variant of `run`."""
-        try:
-            connection = await self._begin_async(claimed)
-        except BaseException as error:
-            return NotBegun(error)
-        if started is not None:
-            started(claimed.job)
-        steps = _steps(route, claimed)
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    answer = await self._take_async(step, connection, route, claimed)
-                except BaseException as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(answer)
-        except StopIteration as stop:
-            ending: Ending = stop.value
-            if isinstance(ending, Committed) and self._may_keep(connection):
-                self._keep(connection)
-            else:
-                await connection.close()
-            return ending
-        except BaseException:
-            await connection.close()
-            raise
-
-    def whole(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload, which the claim did not return.
-
-        It may take long, over a slow network, as long as it goes on.
-        """
-        try:
-            while True:
-                kept = self._kept()
-                connection = self._connect() if kept is None else self._connection(kept)
-                connection.patience = _PATIENCE
-                try:
-                    with connection.pipeline():
-                        for text in _FETCH:
-                            Cursor(connection).execute(text, prepare=False)
-                        statement = payload(claimed)
-                        cursor = send(Cursor(connection), statement)
-                        Cursor(connection).execute(b"commit", prepare=False)
-                        found = read(cursor, statement)
-                except BaseException as error:
-                    connection.close()
-                    if kept is None or not isinstance(error, psycopg.Error):
-                        raise
-                else:
-                    self._keep(connection)
-                    return _with_payload(claimed, found)
-        except BaseException as error:
-            return NotBegun(error)
-
-    async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload. Async variant of `whole`."""
-        try:
-            while True:
-                kept = self._kept()
-                if kept is None:
-                    connection = await self._connect_async()
-                else:
-                    connection = self._async_connection(kept)
-                connection.patience = _PATIENCE
-                try:
-                    async with connection.pipeline():
-                        for text in _FETCH:
-                            await AsyncCursor(connection).execute(text, prepare=False)
-                        statement = payload(claimed)
-                        cursor = await send_async(AsyncCursor(connection), statement)
-                        await AsyncCursor(connection).execute(b"commit", prepare=False)
-                        found = await read_async(cursor, statement)
-                except BaseException as error:
-                    await connection.close()
-                    if kept is None or not isinstance(error, psycopg.Error):
-                        raise
-                else:
-                    self._keep(connection)
-                    return _with_payload(claimed, found)
-        except BaseException as error:
-            return NotBegun(error)
-
-    def rest(self) -> None:
-        """Wait before the next attempt to connect; return immediately if the worker shuts down.
-
-        A slot that could not connect keeps its job for as long: to give it back immediately
-        would be to claim it again immediately.
-        """
-        self._leaving.wait(self._next_pause())
-
-    async def rest_async(self) -> None:
-        """Wait before the next attempt to connect. Async variant of `rest`; can be cancelled."""
-        end = monotonic() + self._next_pause()
-        with contextlib.suppress(asyncio.CancelledError):
-            # Another thread sets the event, so there is no event of the loop to await.
-            while (left := end - monotonic()) > 0 and not self._leaving.is_set():  # noqa: ASYNC110
-                await asyncio.sleep(min(left, _NAP))
-
-    def _next_pause(self) -> float:
-        now = monotonic()
-        if now >= self._pause_grows_at:  # once for all slots that failed together
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-            self._pause_grows_at = now + self._pause
-        return self._pause
-
-    def leave(self) -> None:
-        """Stop waiting for connections: the worker shuts down."""
-        self._leaving.set()
-
-    def doubt(self) -> None:
-        """Abort queries that were sent before the network was lost; it is back."""
-        for conn in self._handling.copy():
-            conn.patience = _PATIENCE
-
-    def close(self) -> None:
-        """Close the idle connections; one in use closes after its handler."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().finish()
-
-    def _may_keep(self, connection: _Connection | _AsyncConnection) -> bool:
-        return not self._closed and connection.info.transaction_status == TransactionStatus.IDLE
-
-    def _furnish(self, connection: _Connection | _AsyncConnection) -> None:
-        """Set the attributes that psycopg sets on the connections that it opens."""
-        own: Any = connection
-        own.row_factory = self._options.get("row_factory") or tuple_row
-        if factory := self._options.get("cursor_factory"):
-            own.cursor_factory = factory
-        if context := self._options.get("context"):
-            own._adapters = AdaptersMap(context.adapters)  # noqa: SLF001
-        own._autocommit = True  # noqa: SLF001
-        own.prepare_threshold = self._options.get("prepare_threshold", 5)
-
-    def _connection(self, session: PGconn) -> _Connection:
-        connection = _Connection(session)
-        self._furnish(connection)
-        return connection
-
-    def _async_connection(self, session: PGconn) -> _AsyncConnection:
-        connection = _AsyncConnection(session)
-        self._furnish(connection)
-        return connection
-
-    def _keep(self, connection: _Connection | _AsyncConnection) -> None:
-        session: PGconn = connection.pgconn
-        connection.user, connection.pgconn = _NOBODY, _GONE
-        if self._closed:
-            session.finish()
+        if isinstance(ending, Committed) and is_over(connection):
+            self.keep(connection)
         else:
-            self._idle.append(session)
+            connection.close()
+        return ending
 
-    def _kept(self) -> PGconn | None:
-        with contextlib.suppress(IndexError):
-            return self._idle.pop()
-        return None
-
-    # -- driver for threads -----------------------------------------------------------
-
-    def _begin(self, claimed: Claimed) -> _Connection:
-        while True:
-            kept = self._kept()
-            connection = self._connect() if kept is None else self._connection(kept)
-            connection.patience, connection.token = _PATIENCE, str(claimed.token)
-            try:
-                # Several commands in one string cannot be prepared.
-                Cursor(connection).execute(_begin(connection, claimed), prepare=False)
-            except BaseException as error:
-                connection.close()
-                if kept is None or not isinstance(error, psycopg.Error):
-                    raise
-            else:
-                return connection
-
-    def _connect(self) -> _Connection:
-        connection = _Connection.connect(**self._options)
-        self._pause = _FIRST_PAUSE
-        return connection
-
-    def _take(self, step: _Step, connection: _Connection, route: Route, claimed: Claimed) -> object:
+    def _take(self, step: _Step, connection: HandlerConnection, route: Route, job: Job) -> object:
         match step:
-            case _Handle():
+            case Call():
                 connection.patience = inf  # its statements may take long
                 self._handling.add(connection)
                 try:
-                    return route.handler(claimed.job, connection)
+                    return route.handler(job, connection)
                 finally:
                     if self._fork_guard.is_child:
                         self._fork_guard.end(sys.exc_info()[1])
                     self._handling.discard(connection)
-                    connection.user, connection.patience = threading.get_ident(), _PATIENCE
-            case _Ask(statements):
-                if _is_over(connection):
+                    connection.user, connection.patience = threading.get_ident(), PATIENCE
+            case Settle(statement):
+                if is_over(connection):
                     return None
+                statements = (claim_of_transaction(), statement)
                 with connection.pipeline() as pipeline:
                     _end_with_sync(pipeline)
-                    return read_all(send_all(connection, statements), statements)
-            case _End.COMMIT:
+                    return Settled(*read_all(send_all(connection, statements), statements))
+            case End.COMMIT:
                 Cursor(connection).execute(self._commit, prepare=False)
-            case _End.ROLLBACK:
+            case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
@@ -547,54 +275,84 @@ class Transactions:
                     return cursor.fetchall()[0][0]
         return None
 
+    def whole(self, claimed: Claimed) -> Claimed | NotBegun:
+        """Return the job with its payload, which the claim did not return.
+
+        It may take long, over a slow network, as long as it goes on.
+        """
+        statement = payload(claimed)
+
+        def fetch(connection: HandlerConnection) -> list[bytes | None]:
+            with connection.pipeline():
+                for text in _FETCH:
+                    Cursor(connection).execute(text, prepare=False)
+                cursor = send(Cursor(connection), statement)
+                Cursor(connection).execute(b"commit", prepare=False)
+                return read(cursor, statement)
+
+        try:
+            connection, found = self.open(fetch)
+            self.keep(connection)
+            return _with_payload(claimed, found)
+        except BaseException as error:
+            return NotBegun(error)
+
     # -- driver for coroutines --------------------------------------------------------
 
-    async def _begin_async(self, claimed: Claimed) -> _AsyncConnection:
-        while True:
-            kept = self._kept()
-            if kept is None:
-                connection = await self._connect_async()
-            else:
-                connection = self._async_connection(kept)
-            connection.patience, connection.token = _PATIENCE, str(claimed.token)
-            try:
-                await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
-            except BaseException as error:
-                await connection.close()
-                if kept is None or not isinstance(error, psycopg.Error):
-                    raise
-            else:
-                return connection
+    async def run_async(
+        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
+    ) -> Ending:
+        """Run a coroutine handler. Async variant of `run`."""
 
-    async def _connect_async(self) -> _AsyncConnection:
-        connection = await _AsyncConnection.connect(**self._options)
-        self._pause = _FIRST_PAUSE
-        return connection
+        async def begin(connection: AsyncHandlerConnection) -> None:
+            connection.token = str(claimed.token)
+            await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
+
+        try:
+            connection, _ = await self.open_async(begin)
+        except BaseException as error:
+            return NotBegun(error)
+        if started is not None:
+            started(claimed.job)
+        try:
+            ending = await drive_async(
+                in_transaction(route, claimed),
+                lambda step: self._take_async(step, connection, route, claimed.job),
+            )
+        except BaseException:
+            await connection.close()
+            raise
+        if isinstance(ending, Committed) and is_over(connection):
+            self.keep(connection)
+        else:
+            await connection.close()
+        return ending
 
     async def _take_async(
-        self, step: _Step, connection: _AsyncConnection, route: Route, claimed: Claimed
+        self, step: _Step, connection: AsyncHandlerConnection, route: Route, job: Job
     ) -> object:
         match step:
-            case _Handle():
+            case Call():
                 connection.patience = inf  # its statements may take long
                 self._handling.add(connection)
                 try:
-                    return await route.awaited(claimed.job, connection)
+                    return await route.awaited(job, connection)
                 finally:
                     if self._fork_guard.is_child:  # in which no loop runs
                         self._fork_guard.end(sys.exc_info()[1])
                     self._handling.discard(connection)
-                    connection.user, connection.patience = asyncio.current_task(), _PATIENCE
-            case _Ask(statements):
-                if _is_over(connection):
+                    connection.user, connection.patience = asyncio.current_task(), PATIENCE
+            case Settle(statement):
+                if is_over(connection):
                     return None
+                statements = (claim_of_transaction(), statement)
                 async with connection.pipeline() as pipeline:
                     _end_with_sync(pipeline)
                     cursors = await send_all_async(connection, statements)
-                    return await read_all_async(cursors, statements)
-            case _End.COMMIT:
+                    return Settled(*await read_all_async(cursors, statements))
+            case End.COMMIT:
                 await AsyncCursor(connection).execute(self._commit, prepare=False)
-            case _End.ROLLBACK:
+            case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
@@ -603,6 +361,25 @@ class Transactions:
                     cursor.nextset()
                     return (await cursor.fetchall())[0][0]
         return None
+
+    async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
+        """Return the job with its payload. Async variant of `whole`."""
+        statement = payload(claimed)
+
+        async def fetch(connection: AsyncHandlerConnection) -> list[bytes | None]:
+            async with connection.pipeline():
+                for text in _FETCH:
+                    await AsyncCursor(connection).execute(text, prepare=False)
+                cursor = await send_async(AsyncCursor(connection), statement)
+                await AsyncCursor(connection).execute(b"commit", prepare=False)
+                return await read_async(cursor, statement)
+
+        try:
+            connection, found = await self.open_async(fetch)
+            self.keep(connection)
+            return _with_payload(claimed, found)
+        except BaseException as error:
+            return NotBegun(error)
 
 
 def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotBegun:
@@ -620,7 +397,3 @@ def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:
         server_version=info.server_version,
         codec=server_codec(connection),
     )
-
-
-def _is_over(connection: psycopg.BaseConnection[Any]) -> bool:
-    return connection.info.transaction_status == TransactionStatus.IDLE

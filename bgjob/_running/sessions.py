@@ -1,0 +1,233 @@
+"""Sessions for the transactions of handlers: one for each running handler, then reused.
+
+Each handler gets a connection object of its own, which loses the session with the commit: a
+later use of it by the handler does not reach the next one.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from math import inf
+from time import monotonic
+from typing import Any, NoReturn, TypeVar
+
+import psycopg
+from psycopg.abc import RV, PQGen
+from psycopg.adapt import AdaptersMap
+from psycopg.pq import TransactionStatus
+from psycopg.pq.abc import PGconn
+from psycopg.rows import tuple_row
+from typing_extensions import override
+
+from bgjob._postgres import connection
+from bgjob._postgres.connection import ConnectionParameters, options
+
+T = TypeVar("T")
+
+PATIENCE = 10.0
+"""Seconds without an answer of the server, outside the handler."""
+
+_FIRST_PAUSE = 0.05
+"""Seconds that a slot waits after it could not connect; doubles with each failure."""
+_LONGEST_PAUSE = 1.0
+
+_NAP = 0.2
+"""Seconds after which a waiting coroutine checks whether the worker shuts down."""
+
+_FORBIDDEN = (
+    "a transactional handler cannot {} its connection: the worker does, with the job's "
+    "settlement; raise or return Retry() to roll back"
+)
+
+
+_ENDED = "the handler that was given this connection has ended, and its transaction with it"
+
+_GONE = psycopg.pq.PGconn.connect_start(b"host=/")
+"""Replaces the session of a handler's connection when the next handler uses that session."""
+_GONE.finish()
+
+_NOBODY = object()
+
+
+class HandlerConnection(connection.Connection):
+    """The connection of one handler, for as long as that runs."""
+
+    token = ""
+    ended_by: str | None = None
+    """The claim's token, if the handler closed the connection after ending the transaction."""
+    user: object = None
+    """After the handler's end, the only thread (its number) or task that may use it."""
+
+    @override
+    def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        # Threads that the handler left behind come here with each statement, after the lock.
+        if self.user is not None and self.user != threading.get_ident():
+            raise psycopg.ProgrammingError(_ENDED)
+        return super().wait(gen, *args, **kwargs)
+
+    @override
+    def close(self) -> None:
+        if is_over(self):
+            self.ended_by = self.token
+        super().close()
+
+    @override
+    def commit(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
+
+    @override
+    def rollback(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
+
+
+class AsyncHandlerConnection(connection.AsyncConnection):
+    """The connection of one coroutine handler. Async variant of HandlerConnection."""
+
+    token = ""
+    ended_by: str | None = None
+    """See HandlerConnection.ended_by."""
+    user: object = None
+    """See HandlerConnection.user."""
+
+    @override
+    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        if self.user is not None and self.user is not asyncio.current_task():
+            raise psycopg.ProgrammingError(_ENDED)
+        return await super().wait(gen, *args, **kwargs)
+
+    @override
+    async def close(self) -> None:
+        if is_over(self):
+            self.ended_by = self.token
+        await super().close()
+
+    @override
+    async def commit(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
+
+    @override
+    async def rollback(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
+
+
+class Sessions:
+    """Sessions that no other code uses, so that handlers never wait for each other. Thread-safe."""
+
+    def __init__(self, connection_parameters: ConnectionParameters) -> None:
+        self._options: dict[str, Any] = {**options(connection_parameters), "autocommit": True}
+        self._idle: deque[PGconn] = deque()
+        self._handling: set[HandlerConnection | AsyncHandlerConnection] = set()
+        self._closed = False
+        self._leaving = threading.Event()
+        self._pause, self._pause_grows_at = _FIRST_PAUSE, -inf
+
+    def open(self, use: Callable[[HandlerConnection], T]) -> tuple[HandlerConnection, T]:
+        """Use an idle session, or a new one; return the connection and what `use` returned.
+
+        An idle session that fails may have ended meanwhile: then the next one is tried.
+        """
+        while True:
+            session = self._idle_session()
+            if session is None:
+                opened = HandlerConnection.connect(**self._options)
+                self._pause = _FIRST_PAUSE
+            else:
+                opened = HandlerConnection(session)
+                self._furnish(opened)
+            opened.patience = PATIENCE
+            try:
+                return opened, use(opened)
+            except BaseException as error:
+                opened.close()
+                if session is None or not isinstance(error, psycopg.Error):
+                    raise
+
+    async def open_async(
+        self, use: Callable[[AsyncHandlerConnection], Awaitable[T]]
+    ) -> tuple[AsyncHandlerConnection, T]:
+        """Use a session. Async variant of `open`."""
+        while True:
+            session = self._idle_session()
+            if session is None:
+                opened = await AsyncHandlerConnection.connect(**self._options)
+                self._pause = _FIRST_PAUSE
+            else:
+                opened = AsyncHandlerConnection(session)
+                self._furnish(opened)
+            opened.patience = PATIENCE
+            try:
+                return opened, await use(opened)
+            except BaseException as error:
+                await opened.close()
+                if session is None or not isinstance(error, psycopg.Error):
+                    raise
+
+    def _idle_session(self) -> PGconn | None:
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()
+        return None
+
+    def rest(self) -> None:
+        """Wait before the next attempt to connect; return immediately if the worker shuts down.
+
+        A slot that could not connect keeps its job for as long: to give it back immediately
+        would be to claim it again immediately.
+        """
+        self._leaving.wait(self._next_pause())
+
+    async def rest_async(self) -> None:
+        """Wait before the next attempt to connect. Async variant of `rest`; can be cancelled."""
+        end = monotonic() + self._next_pause()
+        with contextlib.suppress(asyncio.CancelledError):
+            # Another thread sets the event, so there is no event of the loop to await.
+            while (left := end - monotonic()) > 0 and not self._leaving.is_set():  # noqa: ASYNC110
+                await asyncio.sleep(min(left, _NAP))
+
+    def _next_pause(self) -> float:
+        now = monotonic()
+        if now >= self._pause_grows_at:  # once for all slots that failed together
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._pause_grows_at = now + self._pause
+        return self._pause
+
+    def leave(self) -> None:
+        """Stop waiting for connections: the worker shuts down."""
+        self._leaving.set()
+
+    def doubt(self) -> None:
+        """Abort queries that were sent before the network was lost; it is back."""
+        for conn in self._handling.copy():
+            conn.patience = PATIENCE
+
+    def close(self) -> None:
+        """Close the idle connections; one in use closes after its handler."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().finish()
+
+    def _furnish(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
+        """Set the attributes that psycopg sets on the connections that it opens."""
+        own: Any = connection
+        own.row_factory = self._options.get("row_factory") or tuple_row
+        if factory := self._options.get("cursor_factory"):
+            own.cursor_factory = factory
+        if context := self._options.get("context"):
+            own._adapters = AdaptersMap(context.adapters)  # noqa: SLF001
+        own._autocommit = True  # noqa: SLF001
+        own.prepare_threshold = self._options.get("prepare_threshold", 5)
+
+    def keep(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
+        """Take the session away from a connection, for the next one."""
+        session: PGconn = connection.pgconn
+        connection.user, connection.pgconn = _NOBODY, _GONE
+        if self._closed:
+            session.finish()
+        else:
+            self._idle.append(session)
+
+
+def is_over(connection: psycopg.BaseConnection[Any]) -> bool:
+    """Whether no transaction is open."""
+    return connection.info.transaction_status == TransactionStatus.IDLE
