@@ -11,7 +11,7 @@ from support.workers import Crew, Recorder
 
 import bgjob._worker.session
 from bgjob import EnqueueRequest, Job, Mux, Retry
-from bgjob._sql.settlements import catch_up
+from bgjob._sql.repairs import catch_up
 from bgjob._worker.clock import ServerClock
 
 HOUR = 3600.0

@@ -15,7 +15,8 @@ from support.workers import Crew, Recorder
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
 from bgjob._postgres.connection import server_codec
-from bgjob._sql.settlements import Claimed, begin
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.transactions import begin
 from bgjob.testing import drain
 
 HELD = {"LATIN1": "é", "EUC_JP": "エラー", "WIN1252": "€", "SQL_ASCII": "é€✓😀"}

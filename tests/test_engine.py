@@ -25,7 +25,8 @@ from bgjob._engine.protocol import (
 )
 from bgjob._engine.watermarks import Watermarks
 from bgjob._handlers.route import NeedsKey
-from bgjob._sql.claims import Group, Line, Swept, Taken, UnderWay, Window
+from bgjob._sql.claims import Group, Swept, Taken, Window
+from bgjob._sql.survey import Line, UnderWay
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
 from bgjob.job import Job

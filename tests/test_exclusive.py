@@ -37,7 +37,8 @@ from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Committed, Outcome, Release
 from bgjob._engine.protocol import Exchange, Reply, Sleep
 from bgjob._running.transaction import acquisition, conclusion
-from bgjob._sql.claims import Line, Swept, claim_any
+from bgjob._sql.survey import Line
+from bgjob._sql.claims import Swept, claim_any
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
 from bgjob._sql.settlements import Claimed, complete, give_back
 from bgjob.testing import drain

@@ -15,9 +15,10 @@ from support.waiting import NEVER, eventually
 from support.workers import Crew, Gate, Recorder
 
 from bgjob import BgjobError, Client, EmptyQueueError, EnqueueRequest, Job, Mux
-from bgjob._sql.claims import claim, claim_any, claim_group, free, survey, sweep
+from bgjob._sql.claims import claim, claim_any, claim_group, free, sweep
 from bgjob._sql.pauses import claiming_transactions
 from bgjob._sql.statement import Statement
+from bgjob._sql.survey import survey
 
 HELD: LiteralString = "select id from bgjob_job where token is not null order by id"
 

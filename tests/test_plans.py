@@ -23,19 +23,8 @@ from support.statements import LONG_AGO
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._engine.protocol import MOST_FREED
-from bgjob._sql.claims import (
-    Taken,
-    Window,
-    claim,
-    claim_any,
-    claim_group,
-    free,
-    free_within,
-    strays,
-    survey,
-    survey_known,
-    sweep,
-)
+from bgjob._sql.claims import Taken, Window, claim, claim_any, claim_group, free, free_within, sweep
+from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
@@ -47,10 +36,10 @@ from bgjob._sql.settlements import (
     dead_letter,
     complete,
     complete_at,
-    extend,
     give_back,
     postpone,
 )
+from bgjob._sql.leases import extend
 from bgjob._sql.statement import Statement
 
 MILLION = 1_000_000

@@ -47,7 +47,7 @@ from bgjob import (
     Schedules,
     SchemaError,
 )
-from bgjob._sql import claims, dead, enqueues, keys, pauses, schedules, settlements
+from bgjob._sql import claims, dead, enqueues, keys, leases, pauses, schedules, settlements, survey
 from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
@@ -660,8 +660,8 @@ def _everything(group: str) -> list[Statement[Any]]:
                 claims.claim("q", limit=1, lease=1, token=1, marks=marks),
                 claims.claim("q", limit=1, lease=1, token=1, marks={**marks, 1: marks[0]}),
                 claims.sweep("q", limit=1, lease=1, token=1),
-                claims.survey("q"),
-                settlements.extend([claimed], lease=1),
+                survey.survey("q"),
+                leases.extend([claimed], lease=1),
                 settlements.complete([claimed]),
                 settlements.complete_at({1: ["(0,1)"]}, ["x"]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),

@@ -45,7 +45,8 @@ from bgjob._engine.protocol import (
 )
 from bgjob._engine.isolation import ALONE, LONGEST
 from bgjob._engine.pace import MOST_AHEAD
-from bgjob._sql.claims import Group, Line, Stray, Swept, Taken, UnderWay, Window
+from bgjob._sql.claims import Group, Swept, Taken, Window
+from bgjob._sql.survey import Line, Stray, UnderWay
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST

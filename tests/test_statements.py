@@ -18,21 +18,8 @@ import bgjob
 from bgjob import EnqueueRequest, Job
 from bgjob._engine.protocol import Notice
 from bgjob._engine.watermarks import Watermarks
-from bgjob._sql.claims import (
-    Line,
-    UnderWay,
-    Window,
-    claim,
-    claim_any,
-    claim_group,
-    free,
-    free_within,
-    strays,
-    survey,
-    survey_known,
-    sweep,
-    under_way,
-)
+from bgjob._sql.survey import Line, UnderWay, strays, survey, survey_known, under_way
+from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import barred_keys
 from bgjob._sql.notices import listen, release_notify_lock, take_notify_lock
@@ -41,14 +28,13 @@ from bgjob._sql.settlements import (
     DeadLettered,
     Claimed,
     Postponed,
-    barred,
     dead_letter,
     complete,
     complete_at,
-    extend,
     give_back,
     postpone,
 )
+from bgjob._sql.leases import barred, extend
 from bgjob._sql.statement import Statement, text_array
 
 

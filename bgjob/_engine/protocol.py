@@ -9,21 +9,14 @@ from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Outcome, Rel
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import (
     Group,
-    Line,
-    Stray,
     Swept,
     Taken,
-    UnderWay,
     Window,
     claim,
     claim_group,
     free,
     free_within,
-    strays,
-    survey,
-    survey_known,
     sweep,
-    under_way,
 )
 from bgjob._sql.keys import (
     Blocked,
@@ -34,9 +27,12 @@ from bgjob._sql.keys import (
     lock_keys,
     release,
 )
+from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.notices import EVERYTHING, LATER, release_notify_lock, take_notify_lock
-from bgjob._sql.settlements import Claimed, Settlements, abandon, barred, end_sessions, extend
+from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.statement import Statement
+from bgjob._sql.survey import Line, Stray, UnderWay, strays, survey, survey_known, under_way
+from bgjob._sql.transactions import end_sessions
 
 # -- the engine's steps -------------------------------------------------------------
 

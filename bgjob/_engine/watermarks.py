@@ -23,7 +23,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from math import inf
 
-from bgjob._sql.claims import Line, UnderWay, Window
+from bgjob._sql.claims import Window
+from bgjob._sql.survey import Line, UnderWay
 from bgjob.job import Job
 
 _SLACK = timedelta(milliseconds=20)

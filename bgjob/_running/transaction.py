@@ -44,16 +44,16 @@ from bgjob._sql.execute import (
     send_all_async,
     send_async,
 )
-from bgjob._sql.settlements import (
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement
+from bgjob._sql.transactions import (
     COMMIT,
     DEALLOCATE,
     ROLLBACK,
-    Claimed,
     begin,
     claim_of_transaction,
     payload,
 )
-from bgjob._sql.statement import Statement
 from bgjob.errors import LeaseLostError
 from bgjob.job import Job
 from bgjob.mux import Mux

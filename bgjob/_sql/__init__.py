@@ -15,4 +15,18 @@ Their rules:
 - Arrays instead of loops, and always `id = any (...)` on bgjob_job in addition to
   a join with an unnested array: the plan is then an index scan, whatever the
   planner assumes about the array.
+
+A job's row, in the order of its life:
+
+    enqueues      write it
+    claims        take due jobs; free those of dead workers
+    survey        what is there for the next claims, and what is not committed yet
+    leases        extend, look which rows are locked, abandon
+    keys          its exclusive key: who has it, who waits for it
+    transactions  its handler's own transaction
+    settlements   what its result does to it: the only place that says so
+    dead          its row in the dead-letter table
+    repairs       rows that cannot be claimed or read
+
+`execute` sends statements, and nothing else does.
 """

@@ -1,14 +1,16 @@
-"""Claim due jobs, free the jobs of dead workers, and survey a queue."""
+"""Claim due jobs, and free the jobs of dead workers.
+
+All these statements are put together from the same parts: what is due, what has ended, and
+what a claim writes. So they lie in one module of over 400 lines.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import pairwise
 from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.session import IS_OURS
-from bgjob._sql.settlements import SESSION_NAME
 from bgjob._sql.statement import (
     Row,
     Statement,
@@ -17,6 +19,7 @@ from bgjob._sql.statement import (
     number_array,
     text_array,
 )
+from bgjob._sql.transactions import SESSION_NAME
 from bgjob.job import Job
 
 JOB_COLUMNS = f"""
@@ -40,7 +43,7 @@ _SMALL_ARG = f"""
 CLAIMED_COLUMNS = JOB_COLUMNS.replace(" arg,", f" {_SMALL_ARG},")
 
 # The priorities in use, without a scan over their rows.
-_PRIORITIES = """
+PRIORITIES = """
     with recursive line (priority) as (
         (
             select priority from bgjob_job where queue = %(queue)s and not waits
@@ -64,7 +67,7 @@ _TAKE = """
 
 # After one death, which is usually not the job's fault, a job is claimed like any other. After
 # more it is a suspect; see _engine/isolation.py.
-_FRESH = "j.lease_until is null and j.deaths <= 1"
+FRESH = "j.lease_until is null and j.deaths <= 1"
 
 # A worker that was starved, or had no server, finds its own leases ended. It extends or settles
 # the jobs that it holds, and never frees them. A row edited by hand may have no token.
@@ -74,7 +77,7 @@ _ENDED = "j.lease_until <= now() and (j.token <> all (%(held)s::bigint[])) is no
 _FREEABLE = f"({_ENDED} or j.token = any (%(unanswered)s::bigint[]))"
 
 # Independent of the row: evaluated once a statement; a paused queue's rows are not read.
-_UNPAUSED = """
+UNPAUSED = """
     not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
 """
 
@@ -105,7 +108,7 @@ _LINES_FROM_MARKS = """
 
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
-    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{_FRESH} and {_UNPAUSED}")}))
+    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{FRESH} and {UNPAUSED}")}))
     returning {CLAIMED_COLUMNS}, ctid::text
 """
 
@@ -117,7 +120,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.priority = %(priority)s
             and j.next_run_at >= %(mark)s::timestamptz and j.next_run_at <= now()
-            and not j.waits and {_FRESH} and {_UNPAUSED}
+            and not j.waits and {FRESH} and {UNPAUSED}
         order by j.next_run_at
         limit %(limit)s
         for update skip locked
@@ -126,7 +129,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
 """
 
 _LINES = f"""
-    {_PRIORITIES}
+    {PRIORITIES}
     select due.ctid, due.ended, due.id, due.token
     from (
         select priority, timestamptz '-infinity' as since from line where priority is not null
@@ -163,7 +166,7 @@ _FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 # The jobs of a dead worker are only freed here, also while the queue is paused, and claimed
 # by a later claim.
 _SWEEP = f"""
-    with due as materialized ({_due(_LINES, f"{_FRESH} and {_UNPAUSED} or {_FREEABLE}")}),
+    with due as materialized ({_due(_LINES, f"{FRESH} and {UNPAUSED} or {_FREEABLE}")}),
     freed as (
         {_SET_FREE}
         where ctid = any (array(select ctid from due where ended))
@@ -197,21 +200,21 @@ _LINES_OF_WINDOW = """
         from unnest(%(priorities)s::smallint[]) as w (priority)
     ) as line
 """
-_WITHIN = "j.next_run_at < %(until)s::timestamptz"
+WITHIN = "j.next_run_at < %(until)s::timestamptz"
 _FREE_WITHIN = f"""
-    with due as materialized ({_due(_LINES_OF_WINDOW, f"{_FREEABLE} and {_WITHIN}")}), {_FREED}
+    with due as materialized ({_due(_LINES_OF_WINDOW, f"{_FREEABLE} and {WITHIN}")}), {_FREED}
 """
 
 _SUSPECTS = f"""
     j.queue = %(queue)s and j.deaths > 1 and j.lease_until is null
-    and j.next_run_at <= now() and not j.waits and {_UNPAUSED}
+    and j.next_run_at <= now() and not j.waits and {UNPAUSED}
 """
 
 # The order of bgjob_job_suspect, which no other index has, so that the plan walks over no due
 # jobs that are not suspects. Not `deaths =`: then bgjob_job_due would have that order as well.
 _SUSPECTS_IN_ORDER = "order by j.deaths desc, j.priority, j.next_run_at"
 
-_HAS_SUSPECTS = f"""
+HAS_SUSPECTS = f"""
     (select true from bgjob_job j where {_SUSPECTS} {_SUSPECTS_IN_ORDER} limit 1) is not null
 """
 
@@ -271,7 +274,7 @@ _CLAIM_GROUP = f"""
 
 _CLAIM_ANY = f"""
     with due as materialized (
-        {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+        {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {UNPAUSED}")}
     ), taken as (
         update bgjob_job
         set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
@@ -317,46 +320,6 @@ def claim(
     return Statement(_CLAIM, params, _taken)
 
 
-class UnderWay(NamedTuple):
-    """The transactions that have written something and not ended."""
-
-    at: datetime
-    """When the transaction of the preceding claim began."""
-    numbers: frozenset[int]
-    is_complete: bool
-    """Whether it contains all transactions with lower numbers than the future ones."""
-
-
-_MOST_HIDDEN = 1000  # a transaction uses one number for each of its savepoints
-
-_UNDER_WAY = """
-    select now(), pg_current_xact_id_if_assigned()::text::bigint, pg_current_snapshot()::text
-"""
-_SURELY_UNDER_WAY = _UNDER_WAY.replace("_if_assigned", "")
-
-
-def under_way(*, surely: bool) -> Statement[UnderWay]:
-    """List the transactions in progress after a claim.
-
-    Args:
-        surely: make it complete even if this transaction has not claimed anything, which
-            uses one transaction number.
-
-    """
-    return Statement(_SURELY_UNDER_WAY if surely else _UNDER_WAY, None, _read_under_way)
-
-
-def _read_under_way(rows: Sequence[Row]) -> UnderWay:
-    [(at, own, snapshot)] = rows
-    # The snapshot: the lowest number, the one after the highest ended, and the active ones between.
-    # Later transactions have numbers between that one and this transaction's own.
-    _, after, between = snapshot.split(":")
-    numbers = {int(number) for number in between.split(",") if number}
-    if own is not None:
-        numbers.update(range(int(after), min(own, int(after) + _MOST_HIDDEN)))
-    return UnderWay(at, frozenset(numbers), own is not None)
-
-
 class Swept(NamedTuple):
     """The jobs that a sweep claimed, and how many it freed."""
 
@@ -397,7 +360,7 @@ def sweep(
 
 _NEXT = f"""
     with due as materialized (
-        {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {_UNPAUSED}")}
+        {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {UNPAUSED}")}
     )
     select ctid::text, id from due
 """
@@ -460,7 +423,7 @@ def free_within(
 ) -> Statement[Swept]:
     """Free jobs whose lease has ended, within a window; see `free`."""
     params = {
-        **_within(queue, window),
+        **within(queue, window),
         "limit": limit,
         "held": number_array(held),
         "unanswered": number_array(unanswered),
@@ -468,33 +431,8 @@ def free_within(
     return Statement(_FREE_WITHIN, params, lambda rows: Swept([], rows[0][-1], rows[0][-2]))
 
 
-class Stray(NamedTuple):
-    """The first due, fresh job of a priority within a window."""
-
-    priority: int
-    since: datetime
-
-
-def strays(queue: str, window: Window) -> Statement[list[Stray]]:
-    """Find where claims must start to take jobs that were written behind the marks."""
-    return Statement(
-        f"""
-        select w.priority, {in_range("due.next_run_at")}
-        from unnest(%(priorities)s::smallint[]) as w (priority)
-        cross join lateral (
-            select j.next_run_at from bgjob_job j
-            where j.queue = %(queue)s and j.priority = w.priority
-                and j.next_run_at >= %(since)s::timestamptz and {_WITHIN}
-                and j.next_run_at <= now() and not j.waits and {_FRESH} and {_UNPAUSED}
-            order by j.next_run_at limit 1
-        ) as due
-        """,
-        _within(queue, window),
-        lambda rows: [Stray(*row) for row in rows],
-    )
-
-
-def _within(queue: str, window: Window) -> dict[str, object]:
+def within(queue: str, window: Window) -> dict[str, object]:
+    """Return the parameters of a window."""
     return {
         "queue": queue,
         "since": window.since,
@@ -547,72 +485,6 @@ _CLAIM_NOW = _CLAIM_ANY.replace("now()", "clock_timestamp()")
 def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
     """Claim the first due job, also one that this transaction made due; see claim_any."""
     return claim_any(queue, lease=lease, token=token)._replace(text=_CLAIM_NOW)
-
-
-class Line(NamedTuple):
-    """One priority of a queue."""
-
-    priority: int
-    since: datetime
-    """Jobs that were due earlier have been claimed; long ago if the queue is paused."""
-    wait: float | None
-    """Seconds until the next job that is not due yet."""
-    has_suspects: bool
-    """Whether the queue has suspects that can be claimed."""
-
-
-# The known priorities, and the first one in each gap between them, found without reading the
-# rows of a known one.
-_KNOWN_PRIORITIES = """
-    with line (priority) as (
-        select priority from unnest(%(priorities)s::smallint[]) as k (priority)
-        union all
-        select (
-            select j.priority from bgjob_job j
-            where j.queue = %(queue)s and j.priority >= gap.low and j.priority <= gap.high
-                and not j.waits
-            order by j.priority limit 1
-        ) from unnest(%(lows)s::smallint[], %(highs)s::smallint[]) as gap (low, high)
-    )
-"""
-
-
-def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
-    """List lines as `survey` does, without walking over the rows of known priorities."""
-    ends = [-(2**15) - 1, *window.priorities, 2**15]
-    gaps = [(low + 1, high - 1) for low, high in pairwise(ends) if low + 1 <= high - 1]
-    return Statement(
-        _KNOWN_PRIORITIES + _SURVEY,
-        {
-            "queue": queue,
-            "priorities": number_array(window.priorities),
-            "lows": number_array([low for low, _ in gaps]),
-            "highs": number_array([high for _, high in gaps]),
-        },
-        _lines,
-    )
-
-
-def survey(queue: str) -> Statement[list[Line]]:
-    """List the priorities in use, the next due time of each, and whether there are suspects."""
-    return Statement(_PRIORITIES + _SURVEY, {"queue": queue}, _lines)
-
-
-_SURVEY = f"""
-        select line.priority,
-            case when {_UNPAUSED} then now() else '0001-01-02 00:00+00' end,
-            extract(epoch from (
-            select j.next_run_at from bgjob_job j
-            where j.queue = %(queue)s and j.priority = line.priority
-                and j.next_run_at > now() and j.next_run_at < 'infinity' and not j.waits
-            order by j.next_run_at limit 1
-        ) - clock_timestamp())::float8, {_HAS_SUSPECTS}
-        from line where line.priority is not null
-"""
-
-
-def _lines(rows: Sequence[Row]) -> list[Line]:
-    return [Line(*row) for row in rows]
 
 
 # An update returns rows unordered. Rows of one priority are sorted twice as fast.

@@ -31,6 +31,7 @@ from bgjob._postgres.connection import (
 from bgjob._sql.claims import next_due, try_claim
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
+from bgjob._sql.repairs import catch_up, dead_letter_refused, dead_letter_unread
 from bgjob._sql.session import (
     SERVICE_SETTINGS,
     WORKER_SETTINGS,
@@ -41,7 +42,6 @@ from bgjob._sql.session import (
     session,
     transaction,
 )
-from bgjob._sql.settlements import catch_up, dead_letter_refused, dead_letter_unread
 from bgjob._sql.statement import Statement
 from bgjob._worker.clock import ServerClock
 

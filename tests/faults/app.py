@@ -33,7 +33,7 @@ from bgjob import (
     Worker,
 )
 
-from bgjob._sql import session, settlements
+from bgjob._sql import session, transactions
 
 Event = tuple[Any, ...]
 Colour = Literal["thread", "async"]
@@ -322,7 +322,7 @@ def end_with_parent() -> None:
 def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
     """Make a worker of these settings."""
     if settings.server_patience is not None:
-        settlements._IDLE = f"{settings.server_patience * 1000:.0f}"
+        transactions._IDLE = f"{settings.server_patience * 1000:.0f}"
         session.WORKER_SETTINGS["transaction_timeout"] = f"{settings.server_patience:g}s"
     options: dict[str, Any] = {
         "concurrency": settings.concurrency,

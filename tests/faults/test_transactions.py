@@ -31,7 +31,8 @@ from bgjob import (
 )
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.session import WORKER_SETTINGS
-from bgjob._sql.settlements import Claimed, begin, end_sessions, session_name
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.transactions import begin, end_sessions, session_name
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.testing import adrain, drain
 from faults.proxy import Proxy

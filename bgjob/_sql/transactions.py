@@ -1,0 +1,128 @@
+"""The transaction of a handler: how it begins and ends, and the session that it runs in."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import LiteralString
+
+from bgjob._sql.session import IS_OURS
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement, column, nothing, number_array, scalar, text_array
+
+
+def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
+    """Return the payload of a job in a list, which is empty if the job is no longer held."""
+    return Statement(
+        "select arg from bgjob_job where id = %(id)s and token = %(token)s",
+        {"id": claimed.job.id, "token": claimed.token},
+        column,
+    )
+
+
+def session_name(claimed: Claimed, codec: str = "utf-8") -> str:
+    """Return the name of a transactional handler's session while it holds this claim.
+
+    It is unique over all workers and schemas, because tokens are random. It is ASCII, as
+    `application_name` has to be. SQL computes it as SESSION_NAME.
+
+    Args:
+        claimed: the claim.
+        codec: Python's name of the server's encoding. Both digest the stored bytes, because
+            the server may store ids that it cannot convert.
+
+    """
+    stored = claimed.job.id.encode(codec, "backslashreplace")
+    return f"bgjob {claimed.token:d} {sha256(stored).hexdigest()[:16]}"
+
+
+SESSION_NAME: LiteralString = """
+    format(
+        'bgjob %%s %%s', {0},
+        left(encode(sha256(convert_to({1}, getdatabaseencoding())), 'hex'), 16)
+    )
+"""
+"""The name of the session that holds the claim of a token (0) and an id (1); see `session_name`."""
+
+# An unused connection whose other end has vanished would keep its locks for two hours.
+_KEEPALIVE = (
+    "; set local tcp_keepalives_idle = 30; set local tcp_keepalives_interval = 10; "
+    "set local tcp_keepalives_count = 3"
+)
+
+
+# This limit ends an active transaction as well; since version 17.
+_NO_LIMIT = "; set local transaction_timeout = 0"
+_LIMITED_SINCE = 17_00_00
+
+
+def begin(claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str = "utf-8") -> bytes:
+    """Open a handler's transaction, and mark it with its claim.
+
+    One mark (bgjob.claim) lasts until the transaction ends. The other (bgjob.committed) is
+    undone by a rollback and survives a commit. The lease limits how long the handler may take
+    and be idle: the worker that frees the claim ends the session, which it knows by its name.
+    Read committed, whatever the default is, because an extension of the lease must not make
+    the settlement fail.
+    """
+    return (
+        "begin isolation level read committed; "
+        f"set local bgjob.claim = '{claimed.token:d}'; "
+        f"set bgjob.committed = '{claimed.token:d}'; "
+        f"set local application_name = '{session_name(claimed, codec)}'; "
+        f"set local idle_in_transaction_session_timeout = 0{_KEEPALIVE if over_tcp else ''}"
+        f"{_NO_LIMIT if server_version >= _LIMITED_SINCE else ''}"
+    ).encode()
+
+
+_IDLE: LiteralString = "10000"
+"""Milliseconds that a transaction whose handler has ended may wait for its worker."""
+
+
+def claim_of_transaction() -> Statement[str | None]:
+    """Return the token of the claim that this transaction was opened for.
+
+    The next statement locks the job's row, which a sweep then skips: a worker that is stopped
+    now must not keep the transaction open.
+    """
+    return Statement(
+        "select current_setting('bgjob.claim', true), "
+        f"set_config('idle_in_transaction_session_timeout', '{_IDLE}', true)",
+        None,
+        scalar,
+        prepare=None,
+    )
+
+
+def end_sessions(claims: Sequence[Claimed]) -> Statement[None]:
+    """End the sessions of handlers whose claims were freed or given up, with their locks.
+
+    Sessions of other roles are left alone.
+    """
+    return Statement(
+        f"""
+        select pg_terminate_backend(a.pid) from pg_stat_activity a
+        where {IS_OURS} and a.application_name = any (array(
+            select {SESSION_NAME.format("c.token", "c.id")}
+            from unnest(%(ids)s::text[], %(tokens)s::bigint[]) as c (id, token)
+        ))
+        """,
+        {
+            "ids": text_array([claimed.job.id for claimed in claims]),
+            "tokens": number_array([claimed.token for claimed in claims]),
+        },
+        nothing,
+        prepare=False,
+    )
+
+
+COMMIT = (
+    b"commit; close all; set session authorization default; reset all; unlisten *; "
+    b"select pg_advisory_unlock_all(); discard temp; discard sequences"
+)
+"""Commits, and resets the session that the handler used: everything that `discard all` resets,
+except for prepared statements."""
+
+DEALLOCATE = b"; deallocate all"
+"""Drops the prepared statements too, after COMMIT."""
+
+ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
+"""Rolls back; the second result is the token of a claim whose transaction had committed."""
