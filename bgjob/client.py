@@ -1,14 +1,11 @@
 """Clients: enqueue jobs, pause queues, count jobs, run one job."""
 
 import asyncio
-import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from contextvars import copy_context
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from secrets import randbits
 from time import monotonic, sleep
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -25,10 +22,7 @@ from psycopg.errors import (
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob._checks import Duration, seconds
-from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Release
-from bgjob._handlers.route import Awaiting
-from bgjob._logger import log
+from bgjob._checks import Duration
 from bgjob._postgres.connection import (
     UNENCODABLE,
     AsyncCursor,
@@ -39,7 +33,6 @@ from bgjob._postgres.connection import (
     options,
     unencodable,
 )
-from bgjob._postgres.fork import ForkGuard
 from bgjob._postgres.pool import (
     PATIENCE,
     AsyncBorrowedPool,
@@ -49,19 +42,8 @@ from bgjob._postgres.pool import (
     Pool,
     PooledConnection,
 )
-from bgjob._running.loop import Loop
-from bgjob._running.transaction import (
-    Ending,
-    NotBegun,
-    Transactions,
-    acquisition,
-    conclusion,
-    has_key,
-    routed,
-    settlement,
-    unblocking,
-)
-from bgjob._sql import claims, enqueues, keys, pauses, views
+from bgjob._running.do import AsyncDo, Do
+from bgjob._sql import enqueues, pauses, views
 from bgjob._sql.execute import (
     read,
     read_all,
@@ -73,28 +55,22 @@ from bgjob._sql.execute import (
     send_async,
 )
 from bgjob._sql.session import session
-from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
 from bgjob.errors import (
     BgjobError,
-    EmptyQueueError,
     EnqueueConflictError,
     JobAlreadyExistsError,
-    LeaseLostError,
     RequestsRequiredError,
 )
-from bgjob.job import EnqueueOptions, EnqueueRequest, Job, check_name
-from bgjob.mux import Mux, Route
-from bgjob.result import MoveToDlq, Result, Retry
+from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
+from bgjob.mux import Mux
+from bgjob.result import Result
 from bgjob.stats import QueueStats
 from bgjob.timetable import AsyncTimetable, Timetable
 
 T = TypeVar("T")
-
-_LOOP_ENDS = 1.5
-"""Seconds within which the tasks that coroutine handlers of do() left behind must end."""
 
 OnConflict = Literal["raise", "skip"]
 
@@ -105,9 +81,6 @@ _FEW = 500
 """Requests below which COPY's round trips cost more than they save."""
 
 _DO_LEASE = 300.0
-
-_MOST_KEYS = 1_000_000
-"""The most exclusive keys that do() checks when no job is due."""
 
 _NOTHING_WRITTEN = (
     DeadlockDetected,
@@ -151,7 +124,7 @@ class Client:
             if isinstance(source, str)
             else BorrowedPool(source)
         )
-        self._loop = Loop("bgjob-do")
+        self._do = Do(self._run_all, partial(_connection_parameters, source))
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = Timetable(self._run, self.enqueue)
@@ -334,44 +307,7 @@ class Client:
                 got no connection.
 
         """
-        mux.check_bound()
-        if mux.has_coroutines and _runs_a_loop():
-            raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
-        lease = seconds(lease, "lease")
-        token = randbits(63)
-        claim = claims.claim_any(queue, lease=lease, token=token)
-        while True:
-            jobs = self._run(claim, None) or self._unblocked(queue, claim)
-            claimed, route = copy_context().run(routed, _only(jobs, queue, token), mux)
-            if claimed.job.exclusive is None or (
-                granted := has_key(self._run_all(acquisition(claimed)))
-            ):
-                break  # otherwise the job waits for its key: claim another
-            if granted is None:
-                self._run_all(settlement(claimed, Release()))
-        job = claimed.job
-        ends_at = monotonic() + lease
-        ran: Ending | Awaiting
-        interrupt: BaseException | None = None
-        if not isinstance(route, Route):
-            ran = route
-        elif route.is_coroutine:
-            ran = Awaiting(route)
-        elif route.is_transactional:
-            with closing(Transactions(self.connection_parameters, ForkGuard())) as transactions:
-                ran = copy_context().run(transactions.run, route, claimed)
-        else:
-            ran = copy_context().run(route.run, job)
-        if isinstance(ran, Awaiting):
-            ending, interrupt = self._await(
-                _run_async(ran.route, claimed, self.connection_parameters)
-            )
-        else:
-            ending = ran
-        settled = any(self._run_all(conclusion(claimed, ending))[:1])
-        if interrupt is not None:
-            raise interrupt
-        return _result(claimed, ending, settled=settled, lease=lease, alive=monotonic() < ends_at)
+        return self._do(queue, mux, lease)
 
     def stats(
         self, queue: str | None = None, *, conn: psycopg.Connection[Any] | None = None
@@ -448,7 +384,7 @@ class Client:
         Tasks that coroutine handlers of `do` left behind are cancelled. A closed client stays
         closed: every later call raises ClientClosedError.
         """
-        self._loop.close(_LOOP_ENDS)
+        self._do.close()
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -459,13 +395,6 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} at {id(self):#x}>"  # never the connection string
-
-    def _await(self, coroutine: Coroutine[Any, Any, T]) -> tuple[T, BaseException | None]:
-        """Run a coroutine on the client's loop; see Loop.run."""
-        if not self._loop.is_open:
-            # A client need not be closed, but the tasks on its loop must be cancelled.
-            weakref.finalize(self, self._loop.close, _LOOP_ENDS)
-        return self._loop.run(coroutine)
 
     @property
     def connection_parameters(self) -> ConnectionParameters:
@@ -512,14 +441,6 @@ class Client:
             except _NOTHING_WRITTEN:
                 if (repetitions := repetitions + 1) > _REPETITIONS:
                     raise
-
-    def _unblocked(self, queue: str, claim: Statement[list[Job]]) -> list[Job]:
-        """Release jobs that wait for a free key, and claim again; workers do so as they poll."""
-        look = keys.blocked(queue, after="", limit=_MOST_KEYS)
-        if not (blocked := self._run(look, None).keys):
-            return []
-        self._run_all(unblocking(queue, blocked))
-        return self._run(claim, None)
 
     def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
         if len(statements) < 2:  # noqa: PLR2004
@@ -591,10 +512,7 @@ class AsyncClient:
             if isinstance(source, str)
             else AsyncBorrowedPool(source)
         )
-        self._begun: set[asyncio.Task[Any]] = set()
-        """The running tasks: the event loop itself keeps only weak references."""
-        self._left: set[asyncio.Task[Any]] = set()
-        """The running tasks whose caller was cancelled."""
+        self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
@@ -712,107 +630,7 @@ class AsyncClient:
         handler, and the attempt has failed. A plain handler cannot be cancelled: it goes on,
         and its result is stored when it ends; `close` waits for that.
         """
-        mux.check_bound()
-        claiming = self._begin(self._claimed(queue, mux, seconds(lease, "lease")))
-        try:
-            claimed, route, ends_at = await asyncio.shield(claiming)
-        except asyncio.CancelledError:
-            self._leave(self._begin(self._give_back(claiming)))
-            raise
-        if isinstance(route, Route) and route.is_coroutine:
-            # A task, so that the handler cannot change the caller's context variables.
-            handling = asyncio.create_task(_run_async(route, claimed, self.connection_parameters))
-            try:
-                result: Ending | Release = await handling
-            except asyncio.CancelledError:
-                result = Release()  # the handler had not started
-            concluding = self._begin(self._concluded(claimed, result))
-        else:
-            concluding = self._begin(self._run_plain(claimed, route))
-        try:
-            ending, settled = await asyncio.shield(concluding)
-        except asyncio.CancelledError:
-            self._leave(concluding)
-            raise
-        if isinstance(ending, Release):
-            raise asyncio.CancelledError
-        return _result(
-            claimed,
-            ending,
-            settled=settled,
-            lease=seconds(lease, "lease"),
-            alive=monotonic() < ends_at,
-        )
-
-    async def _claimed(
-        self, queue: str, mux: Mux, lease: float
-    ) -> tuple[Claimed, Route | Retry | MoveToDlq, float]:
-        """Claim a job and its key; return it, its route, and the local time its lease ends."""
-        token = randbits(63)
-        claim = claims.claim_any(queue, lease=lease, token=token)
-        while True:
-            jobs = await self._run(claim, None) or await self._unblocked(queue, claim)
-            claimed, route = copy_context().run(routed, _only(jobs, queue, token), mux)
-            if claimed.job.exclusive is None or (
-                granted := has_key(await self._run_all(acquisition(claimed)))
-            ):
-                return claimed, route, monotonic() + lease
-            # Otherwise the job waits for its key: claim another.
-            if granted is None:
-                await self._run_all(settlement(claimed, Release()))
-
-    async def _run_plain(
-        self, claimed: Claimed, route: Route | Retry | MoveToDlq
-    ) -> tuple[Ending | Release, bool]:
-        """Run a plain handler on a thread, and store its result; see _concluded."""
-        if not isinstance(route, Route):
-            return await self._concluded(claimed, route)
-        loop, context = asyncio.get_running_loop(), copy_context()
-        if not route.is_transactional:
-            ran = await _uncancelled(loop, lambda: context.run(route.run, claimed.job))
-            if not isinstance(ran, Awaiting):
-                return await self._concluded(claimed, ran)
-            awaited = await _run_async(ran.route, claimed, self.connection_parameters)
-            return await self._concluded(claimed, awaited)
-        with closing(Transactions(self.connection_parameters, ForkGuard())) as transactions:
-            ending = await _uncancelled(loop, lambda: context.run(transactions.run, route, claimed))
-        return await self._concluded(claimed, ending)
-
-    async def _concluded(
-        self, claimed: Claimed, ending: Ending | Release
-    ) -> tuple[Ending | Release, bool]:
-        """Store how a job ended; return that, and whether the claim was still held."""
-        statements = conclusion(claimed, ending)
-        try:
-            answers = await self._run_all(statements)
-        except asyncio.CancelledError:  # the loop ends; storing it twice does no harm
-            answers = await self._run_all(statements)
-        return ending, any(answers[:1])
-
-    async def _give_back(
-        self, claiming: "asyncio.Task[tuple[Claimed, Route | Retry | MoveToDlq, float]]"
-    ) -> None:
-        """Release the job that was claimed for a cancelled call."""
-        with suppress(EmptyQueueError):
-            claimed, *_ = await claiming
-            await self._concluded(claimed, Release())
-
-    def _begin(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        """Start a task that goes on when the caller is cancelled."""
-        task = asyncio.create_task(work)
-        self._begun.add(task)
-        task.add_done_callback(self._begun.discard)
-        return task
-
-    def _leave(self, task: "asyncio.Task[Any]") -> None:
-        """Keep a task running for a caller that was cancelled."""
-        self._left.add(task)
-        task.add_done_callback(self._has_ended)
-
-    def _has_ended(self, task: "asyncio.Task[Any]") -> None:
-        self._left.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("could not store the result of a cancelled do(): %s", error)
+        return await self._do(queue, mux, lease)
 
     async def stats(
         self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
@@ -852,8 +670,7 @@ class AsyncClient:
 
         It waits for the plain handlers of cancelled calls of `do`.
         """
-        while self._left:
-            await asyncio.wait(self._left)
+        await self._do.close()
         await self._pool.close()
 
     async def __aenter__(self) -> Self:
@@ -912,13 +729,6 @@ class AsyncClient:
             except _NOTHING_WRITTEN:
                 if (repetitions := repetitions + 1) > _REPETITIONS:
                     raise
-
-    async def _unblocked(self, queue: str, claim: Statement[list[Job]]) -> list[Job]:
-        look = keys.blocked(queue, after="", limit=_MOST_KEYS)
-        if not (blocked := (await self._run(look, None)).keys):
-            return []
-        await self._run_all(unblocking(queue, blocked))
-        return await self._run(claim, None)
 
     async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
         if len(statements) < 2:  # noqa: PLR2004
@@ -994,14 +804,6 @@ def _may_begin(conn: BaseConnection[Any]) -> bool:
     return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
 
 
-def _runs_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _request(request: EnqueueRequest | TypedJob, options: EnqueueOptions) -> EnqueueRequest:
     if not isinstance(request, EnqueueRequest):
         return EnqueueRequest.of(request, **options)
@@ -1066,59 +868,3 @@ def _check_patience(queue: str, deadline: float) -> None:
             f"queue {queue!r} is paused, but a transaction that may have claimed from it before "
             f"has not ended for {PATIENCE:g} s: look for it in pg_stat_activity"
         )
-
-
-def _only(jobs: list[Job], queue: str, token: int) -> Claimed:
-    if not jobs:
-        raise EmptyQueueError(f"no job of queue {queue!r} is due now, or the queue is paused")
-    [job] = jobs
-    return Claimed(job, token)
-
-
-async def _run_async(
-    route: Route, claimed: Claimed, connection_parameters: ConnectionParameters
-) -> Ending:
-    if route.is_transactional:
-        with closing(Transactions(connection_parameters, ForkGuard())) as transactions:
-            return await transactions.run_async(route, claimed)
-    try:
-        return route.judge(claimed.job, await route.awaited(claimed.job))
-    except BaseException as error:
-        return route.failed(claimed.job, error)
-
-
-async def _uncancelled(loop: asyncio.AbstractEventLoop, call: Callable[[], T]) -> T:
-    """Run a call on a thread and wait until it ends, even if the event loop ends."""
-    future = loop.run_in_executor(None, call)
-    while True:
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            if future.done():
-                raise
-
-
-def _result(
-    claimed: Claimed, ending: Ending, *, settled: bool, lease: float, alive: bool
-) -> Result:
-    """Return the stored result; raise the handler's interrupt, or LeaseLostError."""
-    if isinstance(ending, Committed):
-        return ending.result
-    if isinstance(ending, NotBegun):
-        raise ending.error
-    if isinstance(ending, CommitUnknown):
-        if not settled and alive:
-            # The lease had not ended, so only the commit can have removed the job.
-            return ending.result
-        ending = ending.otherwise
-    if isinstance(ending, Fenced) or not settled:
-        job = claimed.job
-        raise LeaseLostError(
-            f"job {job.id!r} of type {job.type!r} outlived its lease of {lease:g} s and was "
-            "claimed again; its result was dropped: call do() with a longer lease"
-        )
-    if isinstance(ending, Retry | MoveToDlq):
-        error = ending.error
-        if isinstance(error, BaseException) and not isinstance(error, Exception):
-            raise error
-    return ending

@@ -34,9 +34,10 @@ from bgjob import (
     Worker,
 )
 from bgjob._engine.engine import Engine
-from bgjob._engine.outcome import Committed, Outcome, Release
+from bgjob._engine.outcome import Committed, Outcome
 from bgjob._engine.protocol import Exchange, Reply, Sleep
-from bgjob._running.transaction import acquisition, conclusion
+from bgjob._running.one_job import conclusion
+from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.survey import Line
 from bgjob._sql.claims import Swept, claim_any
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
@@ -437,11 +438,28 @@ def ask_all(conn: psycopg.Connection, statements: list[Any]) -> list[Any]:
         return [s.parse(conn.execute(s.text, s.params).fetchall()) for s in statements]
 
 
+def exchange(conn: psycopg.Connection, asked: Exchange, queue: str) -> Reply:
+    reply, plan = Reply(), asked.statements(queue, 0.0)
+    for (_, part), answer in zip(plan, ask_all(conn, [s for s, _ in plan]), strict=True):
+        reply.add(part, answer)
+    return reply
+
+
+def granted(conn: psycopg.Connection, claimed: Claimed) -> Any:
+    """Ask for the key of a job; whether it has it, by id and token."""
+    return exchange(conn, Exchange(acquire=[claimed]), claimed.job.queue).acquired
+
+
+def settled(conn: psycopg.Connection, claimed: Claimed, ending: Ending) -> set[str]:
+    """Settle a job and release its key; the ids of those that were held."""
+    return exchange(conn, conclusion(claimed, ending), claimed.job.queue).settled
+
+
 def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) -> Claimed:
     """Claim a job that has a key, and the key, as a worker that does no more."""
     [[[job]]] = [ask_all(conn, [claim_any(queue, lease=lease, token=token)])]
     claimed = Claimed(job, token)
-    assert ask_all(conn, acquisition(claimed))[-1] == {(job.id, 1): True}
+    assert granted(conn, claimed) == {(job.id, 1): True}
     return claimed
 
 
@@ -455,7 +473,7 @@ def test_a_key_is_free_when_its_holder_died_in_a_queue_that_has_no_worker_left(
         crew(Mux().register("t", lambda _: None), poll_interval=0.05)
         assert eventually(lambda: count(conn, "bgjob_job where queue = 'q'") == 0)
     # It is fenced off, and a suspect.
-    assert ask_all(conn, conclusion(dead, Complete()))[0] == []
+    assert settled(conn, dead, Complete()) == set()
     assert conn.execute("select token, deaths from bgjob_job").fetchall() == [(None, 1)]
 
 
@@ -493,7 +511,7 @@ def test_a_job_that_is_given_back_keeps_its_place(dsn: str, conn: psycopg.Connec
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
         first = take(conn, "q", lease=NEVER)
-        assert ask_all(conn, conclusion(first, Release()))[0] == ["0"]
+        assert settled(conn, first, NotBegun(TimeoutError())) == {"0"}
         for _ in range(3):
             client.do("q", Mux().register("t", lambda job: ran.append(job.id)))
     assert ran == ["0", "1", "2"]
@@ -564,9 +582,9 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
     conn.execute("set lock_timeout = '50ms'")
     with psycopg.connect(dsn) as other:
         other.execute("select from bgjob_job where id = '0' for update")
-        assert ask_all(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): None}
-    assert ask_all(conn, acquisition(Claimed(job, 1)))[-1] == {("0", 1): True}
-    assert ask_all(conn, acquisition(Claimed(job, 2)))[-1] == {}
+        assert granted(conn, Claimed(job, 1)) == {("0", 1): None}
+    assert granted(conn, Claimed(job, 1)) == {("0", 1): True}
+    assert granted(conn, Claimed(job, 2)) == {}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -678,7 +696,7 @@ def test_what_a_key_knows_of_a_time_to_come_is_not_believed(
     conn.execute("update bgjob_job set waits = id = '1'")
     conn.execute("delete from bgjob_job where id = '0'")
     [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
-    assert ask_all(conn, acquisition(Claimed(job, 1)))[-1] == {("2", 1): False}
+    assert granted(conn, Claimed(job, 1)) == {("2", 1): False}
     assert len(ask_all(conn, [lock_keys(["k"]), release("q", ["k"])])[-1]) == 1
     assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("1",)]
 
@@ -696,10 +714,10 @@ def test_a_job_that_is_committed_late_waits_before_those_that_are_due_later(
         "update bgjob_job set next_run_at = next_run_at - interval '1 h' where id = 'late'"
     )
     [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=2)])]
-    assert ask_all(conn, acquisition(Claimed(job, 2)))[-1] == {("late", 2): False}
+    assert granted(conn, Claimed(job, 2)) == {("late", 2): False}
     if asks_again:  # whoever does not know whether it was granted its key
-        assert ask_all(conn, acquisition(held))[-1] == {("0", 1): True}
-    assert ask_all(conn, conclusion(held, Complete()))[0] == ["0"]
+        assert granted(conn, held) == {("0", 1): True}
+    assert settled(conn, held, Complete()) == {"0"}
     assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("late",)]
 
 
@@ -712,7 +730,7 @@ def test_a_key_that_is_released_wakes_the_first_job_of_each_queue(
         client.bulk_enqueue(requests)
     held = take(conn, "q", lease=NEVER)
     conn.execute("update bgjob_job set waits = true where id <> 'q1'")
-    assert ask_all(conn, conclusion(held, Complete()))[0] == ["q1"]
+    assert settled(conn, held, Complete()) == {"q1"}
     woken = conn.execute("select id from bgjob_job where not waits order by id").fetchall()
     assert woken == [("a1",), ("q2",), ("r1",), ("s1",)]
 

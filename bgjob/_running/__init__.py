@@ -1,10 +1,20 @@
 """How one job is run and settled, apart from slots.
 
-`transaction` runs a transactional handler: its own connection, the settlement of the job in
-the handler's transaction, and what a lost connection leaves in doubt. It is written once, as
-a generator of steps; a driver for threads and one for coroutines take them. `Client.do` and
-`bgjob.testing` use it too, so that a job behaves the same in a worker, in the caller's thread
-and in a test.
+    one_job      claims a job, gets its key, runs it and settles it: the steps that `Client.do`,
+                 `AsyncClient.do`, `testing.drain` and `testing.adrain` share
+    do           `Client.do` and `AsyncClient.do`: the caller may be interrupted or cancelled
+    transaction  runs a transactional handler and settles its job in its own transaction
+    sessions     the connections of transactional handlers
+    loop         the event loop, on a thread of its own, that runs coroutine handlers
+    drive        takes the steps of a generator, on a thread or in a task
 
-`loop` is the event loop, on a thread of its own, that runs coroutine handlers.
+A worker claims and settles by its engine, many jobs in one exchange. It shares `transaction`,
+`sessions` and `loop` with `do` and `drain`, and what they send: `one_job` makes the same
+exchanges for a single job. So a job behaves the same in a worker, in its caller's thread and
+in a test. What a result does to the row is in `_sql/settlements`, for all of them.
+
+    ending       how a job ended: a result that is yet to be stored, or what became of its own
+                 transaction (committed, fenced, not begun, commit unknown)
+    settle       store the ending; the claim's token fences it
+    release      store that the job did not start: its attempt is given back
 """

@@ -17,13 +17,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import psycopg
 
-from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Outcome, Release
-from bgjob._engine.protocol import Exchange
-from bgjob._handlers.route import NeedsKey, Route
+from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
+from bgjob._handlers.route import Route
 from bgjob._postgres.connection import AsyncCursor, ConnectionParameters, Cursor, server_codec
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
@@ -44,7 +43,7 @@ from bgjob._sql.execute import (
     send_all_async,
     send_async,
 )
-from bgjob._sql.settlements import Claimed
+from bgjob._sql.settlements import Claimed, settlement
 from bgjob._sql.statement import Statement
 from bgjob._sql.transactions import (
     COMMIT,
@@ -56,15 +55,14 @@ from bgjob._sql.transactions import (
 )
 from bgjob.errors import LeaseLostError
 from bgjob.job import Job
-from bgjob.mux import Mux
-from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
 _FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
 
 
 @dataclass(frozen=True, slots=True)
 class NotBegun:
-    """The handler was not entered: its transaction could not be opened."""
+    """The handler was not entered: no transaction could be opened, or its caller has gone."""
 
     error: BaseException
 
@@ -116,7 +114,7 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[_Step, Any, Endi
         result, commits = route.failed(job, error), False
     if commits:
         try:
-            settled: Settled | None = yield Settle(settlement(claimed, result)[0])
+            settled: Settled | None = yield Settle(settlement(claimed, result))
             if settled is None or settled.token != token:
                 result, commits = MoveToDlq(route.transaction_ended()), False
             elif not settled.ids:
@@ -143,57 +141,6 @@ def _end_with_sync(pipeline: Any) -> None:
     vanished here would keep the job's row, and the handler's locks, forever.
     """
     pipeline._exit_gen = pipeline._sync_gen  # noqa: SLF001
-
-
-def settlement(claimed: Claimed, result: Result | CommitUnknown | Release) -> list[Statement[Any]]:
-    """Return the statements that settle one job; the first returns its id if it is still held."""
-    exchange = Exchange()
-    exchange.settle(Outcome(claimed, result, None))
-    return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
-
-
-def unblocking(queue: str, keys: list[str]) -> list[Statement[Any]]:
-    """Return the statements that release keys."""
-    return [statement for statement, _ in Exchange(release=keys).statements(queue, 0.0)]
-
-
-def conclusion(claimed: Claimed, ending: Ending | Release) -> list[Statement[Any]]:
-    """Return the statements that settle one job and release its key; see `settlement`.
-
-    A job that its own transaction settled needs only the release. That transaction does not
-    release the key: it would keep it locked until it ends, and may not see other sessions'
-    commits since it began.
-    """
-    if isinstance(ending, Fenced):
-        return []
-    job = claimed.job
-    releases = [] if job.exclusive is None else unblocking(job.queue, [job.exclusive])
-    if isinstance(ending, NotBegun):
-        ending = Release()
-    return releases if isinstance(ending, Committed) else settlement(claimed, ending) + releases
-
-
-def routed(claimed: Claimed, mux: Mux) -> tuple[Claimed, Route | Retry | MoveToDlq]:
-    """Return the claim, with the key that its type defines, and its route or result."""
-    job, token, is_charged = claimed
-    route = mux.route(job)
-    if isinstance(route, NeedsKey):
-        job = job._replace(exclusive=route.key)
-        route = mux.route(job)
-    assert not isinstance(route, NeedsKey)  # noqa: S101 (the job has its key)
-    return Claimed(job, token, is_charged), route
-
-
-def acquisition(claimed: Claimed) -> list[Statement[Any]]:
-    """Return the statements that grant one job its key; `has_key` reads their answers."""
-    exchange = Exchange(acquire=[claimed])
-    return [statement for statement, _ in exchange.statements(claimed.job.queue, 0.0)]
-
-
-def has_key(answers: list[Any]) -> bool | None:
-    """Whether a job was granted its key; None if undecided: release the job."""
-    [answer] = answers[-1].values() or [False]
-    return cast("bool | None", answer)
 
 
 class Transactions(Sessions):

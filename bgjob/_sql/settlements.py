@@ -105,6 +105,14 @@ class Settlements:
         return statements
 
 
+def settlement(claimed: Claimed, result: Result) -> Statement[list[str]]:
+    """Return the statement that settles one job, and returns its id if it is still held."""
+    settlements = Settlements()
+    settlements.store(claimed, result)
+    [statement] = settlements.settlements(claimed.job.queue)
+    return statement
+
+
 def delay_of(result: object) -> float:
     """Return the seconds until the job is due again; the delay of a retry is already decided."""
     match result:

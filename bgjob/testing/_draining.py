@@ -5,42 +5,31 @@ The logic is one generator of steps, with a sync and an async driver.
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Generator
-from contextlib import closing
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import wraps
-from secrets import randbits
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection, Connection
-from psycopg.pq import TransactionStatus
 
 from bgjob._checks import Duration, seconds
-from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Release
-from bgjob._handlers.route import Awaiting
 from bgjob._postgres.connection import ConnectionParameters
-from bgjob._postgres.fork import ForkGuard
-from bgjob._running.transaction import (
-    Ending,
-    NotBegun,
-    Transactions,
-    acquisition,
-    conclusion,
-    has_key,
-    routed,
-    settlement,
-)
+from bgjob._running.do import runs_a_loop
+from bgjob._running.drive import drive, drive_async
+from bgjob._running.one_job import Run, Step, Steps, ask, hold, run_in_task, run_on_thread, settle
+from bgjob._running.sessions import is_over
+from bgjob._running.transaction import Call, End, Ending, NotBegun, Settle, Settled, in_transaction
 from bgjob._sql.claims import claim_now
 from bgjob._sql.execute import run, run_async
 from bgjob._sql.settlements import Claimed
-from bgjob._sql.statement import Statement
 from bgjob._sql.views import let_pass
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
-from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
+from bgjob.result import MoveToDlq, Result, Retry
 from bgjob.testing._source import AsyncSource, Source, connected, connected_async
 
 OnError = Literal["raise", "store"]
@@ -56,13 +45,6 @@ class Ran(NamedTuple):
 
     job: Job
     result: Result
-
-
-class _Run(NamedTuple):
-    """A step that runs a job's handler; the answer is how it ended."""
-
-    route: Route
-    claimed: Claimed
 
 
 @dataclass(slots=True)
@@ -86,9 +68,6 @@ class _Drained(NamedTuple):
     ran: list[Ran]
     error: BaseException | None
     """The exception to raise in the test."""
-
-
-_Steps: TypeAlias = Generator[Statement[Any] | _Run, Any, _Drained]
 
 
 def drain(
@@ -142,28 +121,19 @@ def drain(
     """
     __tracebackhide__ = True
     plan = _planned(queue, mux, limit, within, on_error)
-    if mux.has_coroutines and _runs_a_loop():
+    if mux.has_coroutines and runs_a_loop():
         raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
-    steps = _steps(plan)
     runner = asyncio.Runner()  # makes its loop for the first coroutine, if any
-    with connected(source) as (conn, connection_parameters), closing(runner), closing(steps):
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    if isinstance(step, _Run):
-                        # Each handler runs in its own context, not the test's.
-                        answer: object = copy_context().run(
-                            _run, step, conn, connection_parameters, runner
-                        )
-                    else:
-                        answer = run(conn, step)
-                except BaseException as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(answer)
-        except StopIteration as stop:
-            drained: _Drained = stop.value
+    with connected(source) as (conn, connection_parameters), closing(runner):
+
+        def take(step: Step) -> object:
+            __tracebackhide__ = True
+            if isinstance(step, Run):
+                # Each handler runs in its own context, not the test's.
+                return copy_context().run(_run, step, conn, connection_parameters, runner)
+            return [run(conn, statement) for statement in step]
+
+        drained = drive(_steps(plan), take)
     if drained.error is not None:
         raise drained.error
     return drained.ran
@@ -189,25 +159,15 @@ async def adrain(
     """
     __tracebackhide__ = True
     plan = _planned(queue, mux, limit, within, on_error)
-    steps = _steps(plan)
     async with connected_async(source) as (conn, connection_parameters):
-        with closing(steps):
-            try:
-                step = next(steps)
-                while True:
-                    try:
-                        if isinstance(step, _Run):
-                            answer: object = await asyncio.create_task(
-                                _run_async(step, conn, connection_parameters)
-                            )
-                        else:
-                            answer = await run_async(conn, step)
-                    except BaseException as error:
-                        step = steps.throw(error)
-                    else:
-                        step = steps.send(answer)
-            except StopIteration as stop:
-                drained: _Drained = stop.value
+
+        async def take(step: Step) -> object:
+            __tracebackhide__ = True
+            if isinstance(step, Run):
+                return await asyncio.create_task(_run_async(step, conn, connection_parameters))
+            return [await run_async(conn, statement) for statement in step]
+
+        drained = await drive_async(_steps(plan), take)
     if drained.error is not None:
         raise drained.error
     return drained.ran
@@ -227,105 +187,77 @@ def _planned(queue: str, mux: Mux, limit: int | None, within: Duration, on_error
     return _Plan(queue, mux, limit, seconds(within, "within"), on_error)
 
 
-def _steps(plan: _Plan) -> _Steps:
+def _steps(plan: _Plan) -> Steps[_Drained]:
     ran: list[Ran] = []
     left = plan.within
     while len(ran) != plan.limit:
-        token = randbits(63)
-        jobs = yield claim_now(plan.queue, lease=_LEASE, token=token)
-        if not jobs:
+        step = yield from hold(plan.queue, plan.mux, _LEASE, claim_now, frees_keys=False)
+        if step is None:
             if not left:
                 break
-            left -= yield let_pass(plan.queue, left)
+            left -= yield from ask(let_pass(plan.queue, left))
             continue
-        [job] = jobs
+        job = step.claimed.job
         if plan.limit is None and len(ran) == _ENDLESS:
-            yield from _all(conclusion(Claimed(job, token), Release()))
-            raise BgjobError(
+            endless = BgjobError(
                 f"{_ENDLESS} jobs ran and another is due, {job.id!r} of type {job.type!r}: does "
                 "it enqueue or reschedule itself without a delay? Give drain() a limit"
             )
-        claimed, route = copy_context().run(routed, Claimed(job, token), plan.mux)
-        if claimed.job.exclusive is not None:
-            granted = has_key((yield from _all(acquisition(claimed))))
-            if granted is None:
-                yield from _all(settlement(claimed, Release()))
-            if not granted:
-                continue  # another job holds its key, and it waits
-        result, error = yield from _one(route, claimed)
-        ran.append(Ran(job, result))
+            yield from settle(step, NotBegun(endless))
+            raise endless
+        answer = _Answer()
+        ending = yield _overheard(step, answer)
+        try:
+            ended = yield from settle(step, ending)
+        except psycopg.errors.InFailedSqlTransaction:
+            # An ordinary handler made the test's transaction fail: raise its error.
+            if (error := _not_returned(ending, answer)) is not None:
+                raise error from None
+            raise
+        match ended.stored:
+            case None:
+                raise LeaseLostError(
+                    f"job {job.id!r} of type {job.type!r} was gone or no longer held when "
+                    f"its handler had ended: it took over {_LEASE:g} s, or its row was changed "
+                    "meanwhile"
+                )
+            case NotBegun(error):
+                raise error
+            case result:
+                ran.append(Ran(job, result))
+        error = _not_returned(result, answer)
         if error is not None and (plan.on_error == "raise" or not isinstance(error, Exception)):
             error.add_note(f"of job {job.id!r} of type {job.type!r}, attempt {job.attempt}")
             return _Drained(ran, error)
     return _Drained(ran, None)
 
 
-def _all(statements: list[Statement[Any]]) -> Generator[Statement[Any], Any, list[Any]]:
-    answers = []
-    for statement in statements:
-        answers.append((yield statement))  # noqa: PERF401 (a comprehension cannot yield)
-    return answers
-
-
-def _one(
-    route: Route | Retry | MoveToDlq, claimed: Claimed
-) -> Generator[Statement[Any] | _Run, Any, tuple[Result, BaseException | None]]:
-    """Run one job and store its result; return it, and an error that the handler did not return."""
-    job, answer = claimed.job, _Answer()
-    ending: Ending
+def _overheard(step: Run, answer: _Answer) -> Run:
+    """Return a step whose handler has no timeout, and records its return value in `answer`."""
+    route = step.route
     if not isinstance(route, Route):
-        ending = route
-    else:
-        ending = yield _Run(_overheard(route, answer), claimed)
-    try:
-        answers = yield from _all(conclusion(claimed, ending))
-    except psycopg.errors.InFailedSqlTransaction:
-        # An ordinary handler made the test's transaction fail: raise its error.
-        if (error := _not_returned(ending, answer)) is not None:
-            raise error from None
-        raise
-    if isinstance(ending, Committed):
-        return ending.result, None
-    if isinstance(ending, NotBegun):
-        raise ending.error
-    held = any(answers[:1])
-    if isinstance(ending, CommitUnknown):
-        ending = ending.otherwise if held else ending.result
-    elif isinstance(ending, Fenced) or not held:
-        raise LeaseLostError(
-            f"job {job.id!r} of type {job.type!r} was gone or no longer held when its handler "
-            f"had ended: it took over {_LEASE:g} s, or its row was changed meanwhile"
-        )
-    return ending, _not_returned(ending, answer)
-
-
-def _overheard(route: Route, answer: _Answer) -> Route:
-    """Return a route whose handler records its return value in `answer`."""
+        return step
     handler = route.handler
-    if route.is_coroutine:
 
-        @wraps(handler)
-        async def coroutine(*args: Any) -> object:
-            __tracebackhide__ = True
-            answer.value = await handler(*args)
-            return answer.value
+    async def heard(value: Awaitable[object]) -> object:
+        __tracebackhide__ = True
+        answer.value = await value
+        return answer.value
 
-        return replace(route, handler=coroutine, policy=replace(route.policy, timeout=None))
+    @wraps(handler)
+    async def coroutine(*args: Any) -> object:
+        __tracebackhide__ = True
+        return await heard(handler(*args))
 
     @wraps(handler)
     def plain(*args: Any) -> object:
         __tracebackhide__ = True
-        value = handler(*args)
-        if inspect.isawaitable(value):
-            return heard(value)
-        answer.value = value
-        return value
+        answer.value = value = handler(*args)
+        return heard(value) if inspect.isawaitable(value) else value
 
-    async def heard(value: Awaitable[object]) -> object:
-        answer.value = await value
-        return answer.value
-
-    return replace(route, handler=plain)
+    listening = coroutine if route.is_coroutine else plain
+    policy = replace(route.policy, timeout=None)
+    return step._replace(route=replace(route, handler=listening, policy=policy))
 
 
 def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
@@ -338,101 +270,93 @@ def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
 
 
 def _run(
-    step: _Run,
+    step: Run,
     conn: Connection[Any],
     connection_parameters: ConnectionParameters | None,
     runner: asyncio.Runner,
 ) -> Ending:
-    route, claimed = step
-    if not route.is_transactional:
-        ending = Awaiting(route) if route.is_coroutine else route.run(claimed.job)
-        if isinstance(ending, Awaiting):
-            return runner.run(_awaited(ending.route, claimed.job), context=copy_context())
-        return ending
-    if connection_parameters is not None:
-        with closing(Transactions(connection_parameters, ForkGuard())) as transactions:
-            if route.is_coroutine:
-                return runner.run(transactions.run_async(route, claimed), context=copy_context())
-            return transactions.run(route, claimed)
-    if route.is_coroutine:
-        raise _wrong_colour(route, "a coroutine function and needs an AsyncConnection: use adrain")
-    job, ended, fenced = claimed.job, False, False
-    try:
-        with conn.transaction():
-            returned = route.handler(job, conn)
-            ended = _is_over(conn)
-            result = route.judge(job, returned)
-            if ended or not _commits(returned):
-                raise psycopg.Rollback
-            answers = [run(conn, statement) for statement in settlement(claimed, result)]
-            if answers[0]:
-                return Committed(result)
-            fenced = True
-            raise psycopg.Rollback
-    except BaseException as error:
-        result = route.failed(job, error)
-    if ended:
-        return MoveToDlq(route.transaction_ended())
-    return Fenced() if fenced else result
+    claimed, route, _ = step
+    if isinstance(route, Route) and route.is_transactional and connection_parameters is None:
+        if route.is_coroutine:
+            raise _wrong_colour(
+                route, "a coroutine function and needs an AsyncConnection: use adrain"
+            )
+        return _run_within(route, claimed, conn)
+    return run_on_thread(
+        step,
+        lambda: connection_parameters or _UNUSED,
+        lambda coroutine: runner.run(coroutine, context=copy_context()),
+    )
+
+
+def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending:
+    """Run a transactional handler in the test's transaction, inside a savepoint."""
+    savepoint, token, has_ended = ExitStack(), str(claimed.token), False
+
+    def take(step: Call | Settle | End) -> object:
+        __tracebackhide__ = True
+        nonlocal has_ended
+        match step:
+            case Call():
+                savepoint.enter_context(conn.transaction())
+                returned = route.handler(claimed.job, conn)
+                has_ended = is_over(conn)
+                return returned
+            case Settle(statement):
+                return None if has_ended else Settled(token, run(conn, statement))
+            case End.COMMIT:
+                savepoint.close()
+            case End.ROLLBACK:
+                with suppress(psycopg.Error):
+                    savepoint.__exit__(psycopg.Rollback, psycopg.Rollback(), None)
+        return token if has_ended else None
+
+    return drive(in_transaction(route, claimed), take)
 
 
 # -- async driver -------------------------------------------------------------------------
 
 
 async def _run_async(
-    step: _Run, conn: AsyncConnection[Any], connection_parameters: ConnectionParameters | None
+    step: Run, conn: AsyncConnection[Any], connection_parameters: ConnectionParameters | None
 ) -> Ending:
-    route, claimed = step
-    if not route.is_transactional:
+    claimed, route, _ = step
+    if isinstance(route, Route) and route.is_transactional and connection_parameters is None:
         if not route.is_coroutine:
-            ending = await asyncio.to_thread(route.run, claimed.job)
-            if not isinstance(ending, Awaiting):
-                return ending
-            route = ending.route
-        return await _awaited(route, claimed.job)
-    if connection_parameters is not None:
-        with closing(Transactions(connection_parameters, ForkGuard())) as transactions:
-            if route.is_coroutine:
-                return await transactions.run_async(route, claimed)
-            return await asyncio.to_thread(transactions.run, route, claimed)
-    if not route.is_coroutine:
-        raise _wrong_colour(route, "a plain function and needs a psycopg.Connection: use drain")
-    job, ended, fenced = claimed.job, False, False
-    try:
-        async with conn.transaction():
-            returned = await route.handler(job, conn)
-            ended = _is_over(conn)
-            result = route.judge(job, returned)
-            if ended or not _commits(returned):
-                raise psycopg.Rollback
-            answers = [await run_async(conn, s) for s in settlement(claimed, result)]
-            if answers[0]:
-                return Committed(result)
-            fenced = True
-            raise psycopg.Rollback
-    except BaseException as error:
-        result = route.failed(job, error)
-    if ended:
-        return MoveToDlq(route.transaction_ended())
-    return Fenced() if fenced else result
+            raise _wrong_colour(route, "a plain function and needs a psycopg.Connection: use drain")
+        return await _run_within_async(route, claimed, conn)
+    return await run_in_task(step, lambda: connection_parameters or _UNUSED, asyncio.to_thread)
 
 
-async def _awaited(route: Route, job: Job) -> Result:
-    try:
-        return route.judge(job, await route.handler(job))
-    except BaseException as error:
-        return route.failed(job, error)
+async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnection[Any]) -> Ending:
+    savepoint, token, has_ended = AsyncExitStack(), str(claimed.token), False
+
+    async def take(step: Call | Settle | End) -> object:
+        __tracebackhide__ = True
+        nonlocal has_ended
+        match step:
+            case Call():
+                await savepoint.enter_async_context(conn.transaction())
+                returned = await route.handler(claimed.job, conn)
+                has_ended = is_over(conn)
+                return returned
+            case Settle(statement):
+                return None if has_ended else Settled(token, await run_async(conn, statement))
+            case End.COMMIT:
+                await savepoint.aclose()
+            case End.ROLLBACK:
+                with suppress(psycopg.Error):
+                    await savepoint.__aexit__(psycopg.Rollback, psycopg.Rollback(), None)
+        return token if has_ended else None
+
+    return await drive_async(in_transaction(route, claimed), take)
 
 
 # -- shared by both drivers -----------------------------------------------------------------
 
 
-def _commits(returned: object) -> bool:
-    return returned is None or isinstance(returned, Complete | Reschedule | MoveToDlq)
-
-
-def _is_over(conn: psycopg.BaseConnection[Any]) -> bool:
-    return conn.info.transaction_status == TransactionStatus.IDLE
+_UNUSED: ConnectionParameters = ("", {})
+"""Only a transactional handler needs connection parameters."""
 
 
 def _wrong_colour(route: Route, why: str) -> TypeError:
@@ -440,11 +364,3 @@ def _wrong_colour(route: Route, why: str) -> TypeError:
         f"the transactional handler of job type {route.policy.job_type!r} is {why}(), or give a "
         "connection string"
     )
-
-
-def _runs_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

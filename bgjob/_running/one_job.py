@@ -1,0 +1,230 @@
+"""One job outside a worker: claimed, given its key, run and settled.
+
+`Client.do` and `bgjob.testing.drain` run jobs one after the other, for their caller. The steps
+are the same for all four colours of them: `hold` claims, the handler runs, `settle` stores how
+it ended. Nothing extends the lease. A step is a list of statements, whose answers it receives,
+or a Run. Whether statements are sent in a transaction, and where a handler runs, is the
+caller's part.
+"""
+
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import closing
+from contextvars import copy_context
+from functools import partial
+from secrets import randbits
+from time import monotonic
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
+
+from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
+from bgjob._engine.protocol import Exchange, Reply
+from bgjob._handlers.route import Awaiting, NeedsKey, Route
+from bgjob._postgres.connection import ConnectionParameters
+from bgjob._postgres.fork import ForkGuard
+from bgjob._running.transaction import Ending, NotBegun, Transactions
+from bgjob._sql.claims import claim_any
+from bgjob._sql.keys import blocked
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement
+from bgjob.job import Job
+from bgjob.mux import Mux
+from bgjob.result import MoveToDlq, Result, Retry
+
+T = TypeVar("T")
+
+_MOST_KEYS = 1_000_000
+"""The most exclusive keys to check when no job is due."""
+
+
+class Run(NamedTuple):
+    """A step that runs the handler of a claimed job; the answer is how that ended."""
+
+    claimed: Claimed
+    route: Route | Retry | MoveToDlq
+    """Its route; or the result of a job that must not run, which is the answer."""
+    ends_at: float
+    """When its lease ends, by this process's clock."""
+
+
+Step: TypeAlias = Sequence[Statement[Any]] | Run
+Steps: TypeAlias = Generator[Step, Any, T]
+
+
+class Ended(NamedTuple):
+    """A job that is over."""
+
+    job: Job
+    stored: Result | NotBegun | None
+    """None: the claim had been lost, and the result was dropped."""
+
+
+def one_job(queue: str, mux: Mux, lease: float) -> Steps[Ended | None]:
+    """Claim, run and settle one due job; None if none is due."""
+    run = yield from hold(queue, mux, lease, claim_any, frees_keys=True)
+    return None if run is None else (yield from settle(run, (yield run)))
+
+
+def hold(
+    queue: str,
+    mux: Mux,
+    lease: float,
+    claim: Callable[..., Statement[list[Job]]],
+    *,
+    frees_keys: bool,
+) -> Steps[Run | None]:
+    """Claim the first due job that has no key or gets it; None if none is due.
+
+    Args:
+        queue: the queue.
+        mux: the handlers; a job's type may define its key.
+        lease: seconds.
+        claim: makes the claim from the queue, the lease and a token.
+        frees_keys: whether to search for jobs whose key is free, if no other job is due.
+            Workers do so as they poll.
+
+    """
+    token = randbits(63)
+    statement = claim(queue, lease=lease, token=token)
+    while True:
+        jobs = yield from ask(statement)
+        if not jobs and frees_keys:
+            free = yield from ask(blocked(queue, after="", limit=_MOST_KEYS))
+            if free.keys:
+                yield from _exchange(queue, Exchange(release=free.keys))
+                jobs = yield from ask(statement)
+        if not jobs:
+            return None
+        [job] = jobs
+        # In a context of its own, which the type's callable may change.
+        run = copy_context().run(_routed, Claimed(job, token), mux, monotonic() + lease)
+        if run.claimed.job.exclusive is not None:
+            reply = yield from _exchange(queue, Exchange(acquire=[run.claimed]))
+            has_key = reply.acquired.get((job.id, token), False)
+            if has_key is None:  # undecided
+                yield from _exchange(queue, Exchange(give_back=[run.claimed]))
+            if not has_key:
+                continue  # it waits for its key: claim another
+        return run
+
+
+def _routed(claimed: Claimed, mux: Mux, ends_at: float) -> Run:
+    route = mux.route(claimed.job)
+    if isinstance(route, NeedsKey):
+        claimed = claimed._replace(job=claimed.job._replace(exclusive=route.key))
+        route = mux.route(claimed.job)
+    assert not isinstance(route, NeedsKey)  # noqa: S101 (the job has its key)
+    return Run(claimed, route, ends_at)
+
+
+def settle(run: Run, ending: Ending) -> Steps[Ended]:
+    """Store how a job ended, and release its key."""
+    job = run.claimed.job
+    reply = yield from _exchange(job.queue, conclusion(run.claimed, ending))
+    is_held = job.id in reply.settled
+    match ending:
+        case Committed(result):
+            return Ended(job, result)
+        case NotBegun():
+            return Ended(job, ending)
+        case CommitUnknown(result) if not is_held and monotonic() < run.ends_at:
+            return Ended(job, result)  # only the commit can have removed the job
+        case CommitUnknown(_, otherwise):
+            return Ended(job, otherwise if is_held else None)
+        case Fenced():
+            return Ended(job, None)
+        case result:
+            return Ended(job, result if is_held else None)
+
+
+def conclusion(claimed: Claimed, ending: Ending) -> Exchange:
+    """Return the exchange that settles a job and releases its key.
+
+    A job that its own transaction settled needs only the release. That transaction does not
+    release the key: it would keep it locked until it ends, and may not see other sessions'
+    commits since it began.
+    """
+    exchange = Exchange()
+    match ending:
+        case Fenced():
+            return exchange
+        case Committed():
+            pass
+        case NotBegun():
+            exchange.give_back.append(claimed)
+        case CommitUnknown(_, otherwise):
+            exchange.store(claimed, otherwise)
+        case result:
+            exchange.store(claimed, result)
+    if claimed.job.exclusive is not None:
+        exchange.release.append(claimed.job.exclusive)
+    return exchange
+
+
+def ask(statement: Statement[T]) -> Steps[T]:
+    """Return the answer to a statement."""
+    [answer] = yield [statement]
+    return cast("T", answer)
+
+
+def _exchange(queue: str, exchange: Exchange) -> Steps[Reply]:
+    plan = exchange.statements(queue, 0.0)
+    answers = yield [statement for statement, _ in plan]
+    reply = Reply()
+    for (_, part), answer in zip(plan, answers, strict=True):
+        reply.add(part, answer)
+    return reply
+
+
+# -- running a handler ----------------------------------------------------------------
+
+
+def run_on_thread(
+    run: Run,
+    connection_parameters: Callable[[], ConnectionParameters],
+    wait: Callable[[Coroutine[Any, Any, Ending]], Ending],
+) -> Ending:
+    """Run a plain handler on this thread, and a coroutine one by `wait`."""
+    ran = _begin(run, connection_parameters)
+    if isinstance(ran, Awaiting):
+        return wait(_await(ran.route, run.claimed, connection_parameters))
+    return ran
+
+
+async def run_in_task(
+    run: Run,
+    connection_parameters: Callable[[], ConnectionParameters],
+    on_thread: "Callable[[Callable[[], Ending | Awaiting]], Awaitable[Ending | Awaiting]]",
+) -> Ending:
+    """Run a coroutine handler in this task, and a plain one by `on_thread`."""
+    begin = partial(_begin, run, connection_parameters)
+    is_plain = isinstance(run.route, Route) and not run.route.is_coroutine
+    ran = await on_thread(begin) if is_plain else begin()
+    if isinstance(ran, Awaiting):
+        return await _await(ran.route, run.claimed, connection_parameters)
+    return ran
+
+
+def _begin(
+    run: Run, connection_parameters: Callable[[], ConnectionParameters]
+) -> Ending | Awaiting:
+    """Run a handler as far as it need not be awaited."""
+    claimed, route, _ = run
+    if not isinstance(route, Route):
+        return route
+    if route.is_coroutine:
+        return Awaiting(route)
+    if route.is_transactional:
+        with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+            return transactions.run(route, claimed)
+    return route.run(claimed.job)
+
+
+async def _await(
+    route: Route, claimed: Claimed, connection_parameters: Callable[[], ConnectionParameters]
+) -> Ending:
+    if route.is_transactional:
+        with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+            return await transactions.run_async(route, claimed)
+    try:
+        return route.judge(claimed.job, await route.awaited(claimed.job))
+    except BaseException as error:
+        return route.failed(claimed.job, error)
