@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, LiteralString
@@ -23,7 +24,7 @@ from psycopg.rows import dict_row
 from support.clients import HOSTILE, Blocking, Colour, bury
 from support.database import clock, count, row, rows
 from support.jobs import requests
-from support.waiting import eventually
+from support.waiting import NEVER, eventually
 
 from bgjob import (
     AsyncClient,
@@ -722,6 +723,46 @@ def test_do_drops_its_result_where_the_lease_was_lost(
     assert client.dlq.list() == []
 
 
+@pytest.mark.parametrize("coroutine", [False, True])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_do_runs_changes_no_context_variable_of_its_caller(
+    dsn: str, is_async: bool, coroutine: bool
+) -> None:
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+    seen: list[str] = []
+
+    def act(what: str) -> str:
+        seen.append(tenant.get())
+        tenant.set(what)
+        return what
+
+    async def handle(_: Job) -> None:
+        act("handler")
+
+    handler: Any = handle if coroutine else lambda _: act("handler") and None
+    mux = Mux().register("t", handler, exclusive=lambda _: act("key"))
+
+    async def in_a_task() -> None:
+        tenant.set("caller")
+        async with AsyncClient(dsn) as client:
+            await client.do("q", mux)
+        assert tenant.get() == "caller"
+
+    def on_a_thread() -> None:
+        tenant.set("caller")
+        with Client(dsn) as client:
+            client.do("q", mux)
+        assert tenant.get() == "caller"
+
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t"))
+    if is_async:
+        asyncio.run(in_a_task())
+    else:
+        copy_context().run(on_a_thread)
+    assert seen == ["caller", "caller"]
+
+
 @pytest.mark.parametrize("transactional", [False, True])
 def test_a_cancelled_do_stores_what_its_plain_handler_gives_once_it_has_ended(
     dsn: str, conn: psycopg.Connection, transactional: bool
@@ -777,6 +818,39 @@ def test_a_program_that_ends_after_a_cancelled_do_has_stored_what_its_handler_ga
 
     asyncio.run(main(AsyncClient(dsn)))
     assert count(conn) == 0
+
+
+@pytest.mark.parametrize("loop_ends", [False, True])
+def test_a_cancelled_do_cancels_its_coroutine_handler_once_and_stores_that_it_failed(
+    dsn: str, conn: psycopg.Connection, loop_ends: bool
+) -> None:
+    order: list[str] = []
+
+    async def handle(_: Job) -> None:
+        started.set()
+        try:
+            await asyncio.sleep(NEVER)
+        finally:
+            order.append("cancelled")
+            await asyncio.sleep(0.01)
+            order.append("cleaned up")
+
+    async def main(client: AsyncClient) -> None:
+        await client.enqueue(EnqueueRequest("q", "t", exclusive="k"))
+        doing = asyncio.create_task(client.do("q", Mux().register("t", handle, max_attempts=1)))
+        await started.wait()
+        if loop_ends:
+            return  # asyncio.run() cancels all tasks, those of the client, too
+        doing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doing
+        order.append("raised")
+
+    started = asyncio.Event()
+    asyncio.run(main(AsyncClient(dsn)))
+    assert order == ["cancelled", "cleaned up", *(() if loop_ends else ("raised",))]
+    assert rows(conn, "select last_error from bgjob_dead_job") == [("CancelledError",)]
+    assert count(conn) == count(conn, "bgjob_exclusive") == 0
 
 
 def test_a_do_that_is_cancelled_while_it_claims_gives_the_job_back(
