@@ -97,13 +97,14 @@ def has_news(connection: BaseConnection[Any]) -> bool:
 
 def _take(idle: deque[C]) -> C | None:
     """Take the most recently used connection that works; None without one."""
-    with suppress(IndexError):
+    try:
         while True:
             connection = idle.pop()
             if monotonic() < connection.opened_at + _AGE and not has_news(connection):
                 return connection
             connection.pgconn.finish()
-    return None
+    except IndexError:
+        return None
 
 
 def _keep(idle: deque[C], connection: C) -> None:
@@ -116,9 +117,11 @@ def _keep(idle: deque[C], connection: C) -> None:
         return
     connection.idle_since = now = monotonic()
     idle.append(connection)
-    with suppress(IndexError):  # another thread took it
+    try:  # suppress() costs 0.4 µs; a take and a release together cost 1.7
         while idle[0].idle_since < now - _IDLE:
             idle.popleft().pgconn.finish()
+    except IndexError:  # another thread took it
+        pass
 
 
 def _close(idle: deque[C]) -> None:
