@@ -6,8 +6,9 @@ from types import EllipsisType
 from typing import Any, Protocol, Self
 
 from bgjob._checks import Duration, seconds
-from bgjob._worker.group import Queues, WorkerGroup
+from bgjob._worker.group import WorkerGroup
 from bgjob._worker.observers import Observers
+from bgjob._worker.options import Queues, WorkerOptions
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.mux import Mux
@@ -118,17 +119,19 @@ class AsyncWorker:
     ) -> None:
         self._group = WorkerGroup(
             client,
-            queue,
             mux,
-            concurrency=concurrency,
-            poll_interval=poll_interval,
-            lease=lease,
+            WorkerOptions.checked(
+                queue,
+                concurrency=concurrency,
+                poll_interval=poll_interval,
+                lease=lease,
+                notify=notify,
+                init_timeout=init_timeout,
+                grace=grace,
+            ),
             observer=observer,
-            notify=notify,
             services=services,
             state=None if state is None else State(state, has_loop=True),
-            init_timeout=init_timeout,
-            grace=grace,
         )
 
     async def run(self) -> None:
@@ -294,17 +297,19 @@ class Worker:
     ) -> None:
         self._group = WorkerGroup(
             client,
-            queue,
             mux,
-            concurrency=concurrency,
-            poll_interval=poll_interval,
-            lease=lease,
+            WorkerOptions.checked(
+                queue,
+                concurrency=concurrency,
+                poll_interval=poll_interval,
+                lease=lease,
+                notify=notify,
+                init_timeout=init_timeout,
+                grace=grace,
+            ),
             observer=observer,
-            notify=notify,
             services=services,
             state=None if state is None else State(state, has_loop=False),
-            init_timeout=init_timeout,
-            grace=grace,
         )
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from support.database import all_done, clock, count, row, rows, sleeper, terminate_workers
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
+from support.workers import Crew, Gate, Recorder, Style, both_styles, handler, session_of
 
 from bgjob import (
     BgjobError,
@@ -46,7 +46,7 @@ from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
 from bgjob._sql.settlements import Claimed, Postponed, give_back
 from bgjob._worker import slots
-from bgjob._worker.session import Waker, Session
+from bgjob._worker.session import Waker
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 from bgjob._sql.execute import run as ask
@@ -496,7 +496,7 @@ def test_an_enqueue_wakes_a_worker_when_it_commits(crew: Crew, conn: psycopg.Con
 
 def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn: str) -> None:
     bell = Waker()
-    link = Session(lambda: (dsn, {}), "q", lease=30, notify=True)
+    link = session_of(dsn)
     link.open()
     try:
         connection = link._ready()
@@ -978,7 +978,7 @@ def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_to_complai
     complaints: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", complaints.append)
     for number in range(10):
-        link = Session(lambda: (dsn, {}), "q", lease=30, notify=True)
+        link = session_of(dsn)
         link.open()
         assert terminate_workers(conn) == 1
         assert eventually(lambda: terminate_workers(conn) == 0)
@@ -994,7 +994,7 @@ def test_an_exchange_that_cannot_be_put_into_words_leaves_nothing_behind(
     dsn: str, crew: Crew, conn: psycopg.Connection
 ) -> None:
     crew.enqueue("a", "b")
-    link = Session(lambda: (dsn, {}), "q", lease=30, notify=True)
+    link = session_of(dsn)
     link.open()
     [job] = link.exchange(Exchange(claim=Sweep(1, 1))).swept.jobs
     delay: Any = "soon"

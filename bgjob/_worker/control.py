@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
@@ -32,6 +32,7 @@ from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._worker.events import Events
+from bgjob._worker.options import WorkerOptions
 from bgjob._worker.session import Answer, Session, UnreadError, Waker
 from bgjob._worker.slots import Slots, inside
 from bgjob.errors import BgjobError, ScheduleError
@@ -81,27 +82,19 @@ class QueueControl:
         self,
         connection_parameters: Callable[[], ConnectionParameters],
         queue: str,
+        options: WorkerOptions,
         *,
-        concurrency: int,
-        poll_interval: float,
-        lease: float,
         events: Events,
-        notify: bool,
-        served: Collection[str],
         service_timer: ServiceTimer,
     ) -> None:
         self._connection_parameters = connection_parameters
         self._queue = queue
-        self._concurrency = concurrency
-        self._poll_interval = poll_interval
-        self._lease = lease
+        self._options = options
         self._service_timer = service_timer
         self._session = Session(
             connection_parameters,
             queue,
-            lease=lease,
-            notify=notify,
-            served=served,
+            options,
             meanwhile=self._meanwhile,
             ends_at=lambda: inf if self._give_up_at is None else self._give_up_at + LAST_WORDS,
         )
@@ -158,9 +151,9 @@ class QueueControl:
             self._waker = Waker()
             self._ends.callback(self._waker.close)
             self._engine = Engine(
-                concurrency=self._concurrency,
-                poll_interval=self._poll_interval,
-                lease=self._lease,
+                concurrency=self._options.concurrency[self._queue],
+                poll_interval=self._options.poll_interval,
+                lease=self._options.lease,
                 notify=self._session.can_notify,
                 tokens=count(randbits(62)),
                 queue=self._queue,
@@ -181,7 +174,7 @@ class QueueControl:
                 fork_guard,
                 loop,
                 queue=self._queue,
-                concurrency=self._concurrency,
+                concurrency=self._options.concurrency[self._queue],
                 started=self._events.started,
                 timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
                 finished=self._waker.ring,
@@ -282,7 +275,7 @@ class QueueControl:
         self._collect()
         if now >= self._watch_at:
             self._watched_at = now
-            slots.watch(engine.running, self._lease / 3)
+            slots.watch(engine.running, self._options.lease / 3)
             self._collect()
             if slots.failure is not None and self._give_up_at is None:
                 self._fail(slots.failure)
@@ -290,7 +283,7 @@ class QueueControl:
         if notice := self._session.take_notice():
             engine.wake(notice)
         now = monotonic()
-        if (blocked := slots.blocked(now, self._lease / 3)) is not None:
+        if (blocked := slots.blocked(now, self._options.lease / 3)) is not None:
             self._events.tell([blocked])
         if not self._session.is_open:
             self._reopen(now)
@@ -320,7 +313,7 @@ class QueueControl:
 
     @property
     def _watch_at(self) -> float:
-        often = _WATCH_AGAIN if self._slots.needs_watch else min(_WATCH, self._lease / 12)
+        often = _WATCH_AGAIN if self._slots.needs_watch else min(_WATCH, self._options.lease / 12)
         return self._watched_at + often
 
     def _fail(self, error: BaseException) -> None:

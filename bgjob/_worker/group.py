@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, wait
 from math import inf
 from time import monotonic
@@ -15,18 +15,15 @@ from bgjob._running.loop import Loop
 from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
 from bgjob._worker.observers import Observers, combined
+from bgjob._worker.options import WorkerOptions
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
-from bgjob.errors import BgjobError, QueueRequiredError
-from bgjob.job import check_name
+from bgjob.errors import BgjobError
 from bgjob.mux import Mux
 from bgjob.service import Service, ServiceTimer
 
 _AFTER = 1.9
 """The most seconds after the grace period that a shutdown waits; it promises 2."""
-
-Queues = str | Mapping[str, int]
-"""A queue, or several, each with its concurrency."""
 
 
 class WorkerGroup:
@@ -35,50 +32,31 @@ class WorkerGroup:
     def __init__(
         self,
         client: Client | AsyncClient,
-        queues: Queues,
         mux: Mux,
+        options: WorkerOptions,
         *,
-        concurrency: int | None,
-        poll_interval: Duration,
-        lease: Duration,
         observer: Observers | None,
-        notify: bool,
         services: Iterable[Service],
         state: State | None,
-        init_timeout: Duration,
-        grace: Duration | None,
     ) -> None:
-        poll, held = seconds(poll_interval, "poll_interval"), seconds(lease, "lease")
-        if poll < 0.001:  # noqa: PLR2004
-            raise ValueError(f"poll_interval must be at least 0.001 s, not {poll_interval!r}")
-        if held < 1:
-            raise ValueError(f"lease must be at least 1 s, not {lease!r}")
-        self._patience = seconds(init_timeout, "init_timeout")
-        if self._patience < 1:
-            raise ValueError(f"init_timeout must be at least 1 s, not {init_timeout!r}")
-        self._grace = None if grace is None else seconds(grace, "grace")
+        self._options = options
         self._mux = mux
         self._shared = state
-        slots_of = _slots(queues, concurrency)
-        self._events = Events(combined(observer), ", ".join(slots_of))
+        self._queues = ", ".join(options.concurrency)
+        self._events = Events(combined(observer), self._queues)
         service_timer = ServiceTimer(services)
         self._controls: list[QueueControl] = []
-        for queue, slots in slots_of.items():
+        for queue in options.concurrency:
             self._controls.append(
                 QueueControl(
                     lambda: client.connection_parameters,
                     queue,
-                    concurrency=slots,
-                    poll_interval=poll,
-                    lease=held,
+                    options,
                     events=self._events,
-                    notify=notify,
-                    served=slots_of.keys(),
                     service_timer=service_timer,
                 )
             )
             service_timer = ServiceTimer(())  # the first queue runs the services
-        self._queues = ", ".join(slots_of)
         self._loop: Loop | None = None
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -142,7 +120,7 @@ class WorkerGroup:
     def _connect(self, loop: asyncio.AbstractEventLoop | None) -> Mux:
         if self._shared is None:
             self._mux.check_bound()
-        mux, end = self._mux, monotonic() + self._patience
+        mux, end = self._mux, monotonic() + self._options.init_timeout
         try:
             # The first queue, which runs the services, connects after the others.
             for control in reversed(self._controls):
@@ -193,7 +171,7 @@ class WorkerGroup:
     def stop(self, timeout: Duration | EllipsisType | None = ...) -> None:
         """Begin to shut down; of several grace periods the one that ends first applies."""
         if isinstance(timeout, EllipsisType):
-            timeout = self._grace
+            timeout = self._options.grace
         if os.getpid() != self._pid:
             raise BgjobError(
                 "this worker runs in the process that called run(), not in a fork of it"
@@ -309,25 +287,3 @@ class WorkerGroup:
             self._finish()
         elif not self._asked:  # a queue that fails ends the others
             self._give_up(monotonic() + LAST_WORDS)
-
-
-def _slots(queues: Queues, concurrency: int | None) -> dict[str, int]:
-    """Return the concurrency of each queue; raise if the arguments are wrong."""
-    if isinstance(queues, str):
-        slots = {queues: 1 if concurrency is None else concurrency}
-    elif isinstance(queues, Mapping):
-        if concurrency is not None:
-            raise ValueError("pass concurrency, or a mapping from queues to theirs, not both")
-        slots = dict(queues)
-    else:
-        raise TypeError(
-            f"queue must be a str, not {type(queues).__name__}; or, for several queues, a mapping "
-            "from their names to their concurrency, such as {'high': 10, 'low': 2}"
-        )
-    if not slots or not all(slots):
-        raise QueueRequiredError("queue is required: name the queue to work on")
-    for queue, count in slots.items():
-        check_name("queue", queue)
-        if type(count) is not int or count < 1:
-            raise ValueError(f"concurrency must be at least 1, not {count!r}: of queue {queue!r}")
-    return slots

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import select
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic
@@ -44,6 +44,7 @@ from bgjob._sql.session import (
 )
 from bgjob._sql.statement import Statement
 from bgjob._worker.clock import ServerClock
+from bgjob._worker.options import WorkerOptions
 
 _PATIENCE = 10.0
 """Seconds without an answer of the server, after which the connection is given up."""
@@ -280,10 +281,8 @@ class Session:
         self,
         connection_parameters: Callable[[], ConnectionParameters],
         queue: str,
+        options: WorkerOptions,
         *,
-        lease: float,
-        notify: bool,
-        served: Collection[str] = (),
         meanwhile: Callable[[], object] = lambda: None,
         ends_at: Callable[[], float] = lambda: inf,
     ) -> None:
@@ -291,9 +290,7 @@ class Session:
         self._ends_at = ends_at
         self._connection_parameters = connection_parameters
         self._queue = queue
-        self._served = served
-        self._lease = lease
-        self._notify = notify
+        self._options = options
         self._connection: _Connection | None = None
         self._cursors: list[Cursor] = []  # for reuse
         self._heard: Notice | None = None
@@ -356,7 +353,7 @@ class Session:
             check(self._run(connection, schema_comment()))
             schema.check_lacks(self._run(connection, lacks()))
             self.warning = schema.hidden_text(self._run(connection, hidden()))
-            self.can_notify = self._notify and self.is_direct
+            self.can_notify = self._options.notify and self.is_direct
             if self.can_notify:
                 connection.add_notify_handler(self._notice)
                 self._run(connection, listen(self._queue))
@@ -468,8 +465,9 @@ class Session:
 
     def plan(self, exchange: Exchange) -> Plan:
         """Return the statements of an exchange, ready to send."""
+        options = self._options
         with _refusing():
-            return exchange.statements(self._queue, self._lease, self._served)
+            return exchange.statements(self._queue, options.lease, options.concurrency)
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 from support.waiting import NEVER, PATIENCE, eventually
+from support.workers import session_of
 
 from bgjob import (
     AsyncClient,
@@ -30,7 +31,6 @@ from bgjob import (
 )
 from bgjob._engine.protocol import Exchange, Sweep
 from bgjob._sql.settlements import Claimed, Postponed
-from bgjob._worker.session import Session
 from faults.world import Local, World
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
@@ -577,7 +577,7 @@ def test_11_an_exchange_that_cannot_be_put_into_words_is_refused_and_claims_noth
     world: World,
 ) -> None:
     world.enqueue("plain", "a", "b", ledger=False)
-    link = Session(lambda: (world.dsn, {}), "q", lease=30.0, notify=False)
+    link = session_of(world.dsn, notify=False)
     link.open()
     try:
         held = Claimed(Job._make(["\ud800", "q", "plain", *[None] * (len(Job._fields) - 3)]), 1)

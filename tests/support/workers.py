@@ -19,7 +19,8 @@ from bgjob import (
     Result,
     Worker,
 )
-from bgjob._worker.group import Queues
+from bgjob._worker.options import Queues, WorkerOptions
+from bgjob._worker.session import Session
 from bgjob.mux import Handler
 from support.waiting import PATIENCE, eventually
 
@@ -39,6 +40,14 @@ def handler(style: Style, body: Callable[[Job], Any]) -> Handler:
         return result
 
     return coroutine
+
+
+def session_of(dsn: str, *, notify: bool = True) -> Session:
+    """Make the session of a worker of queue q with a lease of 30 s."""
+    options = WorkerOptions(
+        {"q": 1}, poll_interval=1.0, lease=30.0, notify=notify, init_timeout=10.0, grace=30.0
+    )
+    return Session(lambda: (dsn, {}), "q", options)
 
 
 class Gate:
