@@ -10,7 +10,7 @@ import pytest
 
 from bgjob._engine import engine
 from bgjob._engine.engine import Engine
-from bgjob._engine.outcome import Effects, Event, LeaseLost, Outcome, QueueIsEmpty, Release
+from bgjob._engine.outcome import Effects, Event, Outcome, Release
 from bgjob._engine.protocol import (
     Claim,
     ClaimGroup,
@@ -29,6 +29,7 @@ from bgjob._sql.claims import Group, Swept, Taken, Window
 from bgjob._sql.survey import Line, UnderWay
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
+from bgjob.event import JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
 
@@ -232,7 +233,7 @@ def test_a_job_whose_lease_another_worker_took_is_told_lost_once_and_its_result_
     claimed = drive.claim("a")
     drive.now = drive.sleep()
     drive.exchange()
-    assert drive.answer(Reply()).events == [LeaseLost(claimed[0].job)]
+    assert drive.answer(Reply()).events == [JobLeaseLost(claimed[0].job)]
     drive.finish(*claimed)
     assert drive.engine.in_flight == 0
     exchange = drive.exchange()
@@ -393,7 +394,7 @@ def test_an_outcome_is_told_once_its_settlement_is_acknowledged() -> None:
     drive = Drive()
     (a,) = drive.claim("a")
     drive.finish(a)
-    assert drive.settle() == [Outcome(a, Complete(), 1.0), QueueIsEmpty()]
+    assert drive.settle() == [Outcome(a, Complete(), 1.0), QueueIsEmpty("")]
 
 
 def test_a_settlement_that_finds_nothing_means_that_the_lease_was_lost() -> None:
@@ -401,7 +402,7 @@ def test_a_settlement_that_finds_nothing_means_that_the_lease_was_lost() -> None
     (a,) = drive.claim("a")
     drive.finish(a)
     drive.exchange()
-    assert LeaseLost(a.job) in drive.answer(Reply()).events
+    assert JobLeaseLost(a.job) in drive.answer(Reply()).events
 
 
 def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lease() -> None:
@@ -411,7 +412,7 @@ def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lea
     drive.exchange()
     drive.lose()
     assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == [Outcome(a, Complete(), 1.0), QueueIsEmpty()]
+    assert drive.answer(Reply()).events == [Outcome(a, Complete(), 1.0), QueueIsEmpty("")]
 
 
 def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> None:
@@ -423,7 +424,7 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
     drive.now += 3.0
     drive.engine.reconnect()
     assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == [LeaseLost(a.job)]
+    assert drive.answer(Reply()).events == [JobLeaseLost(a.job)]
 
 
 def flowing(drive: Drive, *names: str) -> list[Claimed]:
@@ -491,7 +492,7 @@ def test_what_is_not_at_its_place_is_sought_by_its_id_before_it_counts_as_lost()
     assert exchange.complete == [b, c]
     assert not exchange.places
     events = drive.answer(Reply(settled={"b"})).events
-    assert events[:2] == [Outcome(b, Complete(), 1.0), LeaseLost(c.job)]
+    assert events[:2] == [Outcome(b, Complete(), 1.0), JobLeaseLost(c.job)]
 
 
 def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
@@ -505,7 +506,7 @@ def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
     assert ahead is not None
     assert ahead.complete == claimed[:1]
     drive.now += 3.0
-    assert drive.answer(found(claimed[0].job)).events == [LeaseLost(claimed[0].job)]
+    assert drive.answer(found(claimed[0].job)).events == [JobLeaseLost(claimed[0].job)]
     drive.lose()
     drive.finish(*claimed[1:-1])
     exchange = drive.next_exchange()
@@ -645,7 +646,7 @@ def test_outcomes_that_are_refused_for_good_do_not_stop_the_worker_as_a_full_dis
 ) -> None:
     monkeypatch.setattr(engine, "_MOST", 8)
     drive = Drive(concurrency=2, poll_interval=0.1)
-    lost: list[LeaseLost] = []
+    lost: list[JobLeaseLost] = []
     names = iter(range(100))
     ends = drive.now + 20.0
     claims = 0
@@ -664,7 +665,7 @@ def test_outcomes_that_are_refused_for_good_do_not_stop_the_worker_as_a_full_dis
                     replace(found(*jobs), extended={c.job.id for c in exchange.extend})
                 )
                 drive.finish(*news.run)
-                lost += [event for event in news.events if isinstance(event, LeaseLost)]
+                lost += [event for event in news.events if isinstance(event, JobLeaseLost)]
                 if claims == 40:
                     break
     assert (claims == 40) is for_data
@@ -729,7 +730,7 @@ def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:
     while drive.exchange().extend == [old]:
         drive.engine.reject(drive.now)
         drive.now = drive.sleep()
-    assert drive.answer(found(job("a"))).events == [LeaseLost(old.job)]
+    assert drive.answer(found(job("a"))).events == [JobLeaseLost(old.job)]
     drive.finish(old)
     assert settled(drive.exchange()) == []
 

@@ -36,7 +36,7 @@ from bgjob import (
     WorkerError,
     only,
 )
-from bgjob._engine.outcome import LeaseLost, Outcome, TimedOut
+from bgjob._engine.outcome import Outcome
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.events import Events
 from bgjob._worker.observers import combined
@@ -266,7 +266,7 @@ def test_an_observer_that_lacks_a_method_hears_the_rest(
     for observer in ([old, recording], alone):
         events = Events(combined(observer), "q")
         events.open()
-        events.tell([TimedOut(JOB, 3.0), LeaseLost(JOB)])
+        events.tell([JobTimedOut(JOB, 3.0), JobLeaseLost(JOB)])
         events.close(5)
         tell(combined(observer), ALL)
     expected = ["lost id", "completed id", "lost id"] if make is Old else ["completed id"]

@@ -25,10 +25,8 @@ from bgjob._engine.outcome import (
     CommitUnknown,
     Event,
     Fenced,
-    LeaseLost,
     Effects,
     Outcome,
-    QueueIsEmpty,
     Release,
 )
 from bgjob._engine.protocol import (
@@ -50,6 +48,7 @@ from bgjob._sql.survey import Line, Stray, UnderWay
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST
+from bgjob.event import JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
 from bgjob._handlers.policy import _GRANTED
 from bgjob._handlers.route import NeedsKey
@@ -1200,7 +1199,7 @@ class History:
                     key = claimed.job.id, claimed.token
                     self._end_claim(key, "told")
                     self._check_settled(key, result)
-                case LeaseLost(job):
+                case JobLeaseLost(job):
                     if id(job) not in self.claim_of:
                         promise(job.exclusive is not None, f"{job.id}: lost, never handed out")
                         continue

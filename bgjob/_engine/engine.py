@@ -49,17 +49,7 @@ from operator import itemgetter
 
 from bgjob._engine.isolation import Isolation
 from bgjob._engine.notify_lock import NotifyLock
-from bgjob._engine.outcome import (
-    Committed,
-    CommitUnknown,
-    Effects,
-    Event,
-    Fenced,
-    LeaseLost,
-    Outcome,
-    QueueIsEmpty,
-    Release,
-)
+from bgjob._engine.outcome import Committed, CommitUnknown, Effects, Event, Fenced, Outcome, Release
 from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import (
     MOST_FREED,
@@ -78,6 +68,7 @@ from bgjob._engine.watermarks import Watermarks
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import Window
 from bgjob._sql.settlements import Claimed
+from bgjob.event import JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Retry
 
@@ -284,7 +275,7 @@ class Engine:
             case Committed(result):
                 event: Event = Outcome(claimed, result, took)
             case Fenced():
-                event = LeaseLost(claimed.job)
+                event = JobLeaseLost(claimed.job)
             case _:
                 return None
         self._drop(claimed)
@@ -876,7 +867,7 @@ class Engine:
                 # The job is gone, and no other worker can have had it: the settlement whose
                 # answer was lost had been committed. With two lost answers that is unknown.
                 if unsure == commit_unknown or sent.at >= batch.expires:
-                    effects.events.append(LeaseLost(claimed.job))
+                    effects.events.append(JobLeaseLost(claimed.job))
                     continue
                 result = result.result if isinstance(result, CommitUnknown) else result
             elif isinstance(result, CommitUnknown):
@@ -989,7 +980,7 @@ class Engine:
         for claimed in claims:
             if (batch := self._drop(claimed)) is not None:
                 batch.places = ()  # a sent outcome may be of a job that the batch no longer has
-            effects.events.append(LeaseLost(claimed.job))
+            effects.events.append(JobLeaseLost(claimed.job))
 
     def _waits(self, now: float) -> bool:
         return not (

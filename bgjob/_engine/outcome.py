@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.settlements import Claimed, delay_of
-from bgjob.job import Job
+from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.result import Result
 
 
@@ -53,29 +53,8 @@ class Outcome(NamedTuple):
 # -- effects of an acknowledged exchange -------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseLost:
-    """Another worker may have the job; its result is dropped."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class TimedOut:
-    """A handler ran for longer than its timeout; its outcome follows."""
-
-    job: Job
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class QueueIsEmpty:
-    """No job is due and none is running."""
-
-    queue: str = ""
-
-
-Event: TypeAlias = Outcome | LeaseLost | TimedOut | QueueIsEmpty
+Event: TypeAlias = Outcome | JobLeaseLost | JobTimedOut | QueueIsEmpty | WorkerError
+"""An event for the observer: a public value, or the outcome of a job that was settled."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,6 @@ from psycopg.errors import (
 )
 
 from bgjob._engine.engine import Engine
-from bgjob._engine.outcome import TimedOut
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, Withdraw
 from bgjob._logger import log as _log
 from bgjob._postgres.connection import ConnectionParameters, Silence
@@ -36,6 +35,7 @@ from bgjob._worker.options import WorkerOptions
 from bgjob._worker.session import Answer, Session, UnreadError, Waker
 from bgjob._worker.slots import Slots, inside
 from bgjob.errors import BgjobError, ScheduleError
+from bgjob.event import JobTimedOut, WorkerError
 from bgjob.mux import Mux
 from bgjob.service import ServiceTimer
 
@@ -129,7 +129,7 @@ class QueueControl:
 
     def _tell_warning(self) -> None:
         if self._session.warning is not None:
-            self._events.tell([BgjobError(self._session.warning)])
+            self._events.tell([WorkerError(BgjobError(self._session.warning))])
 
     def disconnect(self) -> None:
         """Close the connection of a worker that does not start."""
@@ -176,7 +176,7 @@ class QueueControl:
                 queue=self._queue,
                 concurrency=self._options.concurrency[self._queue],
                 started=self._events.started,
-                timed_out=lambda job, limit: self._events.tell([TimedOut(job, limit)]),
+                timed_out=lambda job, limit: self._events.tell([JobTimedOut(job, limit)]),
                 finished=self._waker.ring,
                 hindered=self._events.error,
             )
@@ -284,7 +284,7 @@ class QueueControl:
             engine.wake(notice)
         now = monotonic()
         if (blocked := slots.blocked(now, self._options.lease / 3)) is not None:
-            self._events.tell([blocked])
+            self._events.tell([WorkerError(blocked)])
         if not self._session.is_open:
             self._reopen(now)
             return True
@@ -320,7 +320,7 @@ class QueueControl:
         """End on its own, without waiting for handlers."""
         if self.failure is None:
             self.failure = error
-            self._events.tell([error])
+            self._events.tell([WorkerError(error)])
             self.stop(monotonic())
 
     def _exchange(self, exchange: Exchange) -> None:
@@ -361,7 +361,7 @@ class QueueControl:
                 f"job {id_} of queue {self._queue!r} could not be claimed, and was moved to the "
                 f"dead-letter table: {why}"
             )
-            self._events.tell([BgjobError(text)])
+            self._events.tell([WorkerError(BgjobError(text))])
 
     def _bury_unread(self) -> None:
         for unread in self._session.unread:
@@ -369,7 +369,7 @@ class QueueControl:
                 f"job {unread.id} of queue {self._queue!r} could not be read, and was moved to the "
                 f"dead-letter table: {unread.error}"
             )
-            self._events.tell([BgjobError(text)])
+            self._events.tell([WorkerError(BgjobError(text))])
         try:
             self._session.dead_letter_unread()
         except psycopg.Error as error:
@@ -387,7 +387,7 @@ class QueueControl:
             else "jobs are due early, and leases have ended: a running job may run twice"
         )
         text = f"the database's clock was set {how} by {abs(step):.0f} s, or another server answers"
-        self._events.tell([BgjobError(f"{text}; {then}")])
+        self._events.tell([WorkerError(BgjobError(f"{text}; {then}"))])
         try:
             if step < 0:
                 self._session.catch_up()

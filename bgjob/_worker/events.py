@@ -1,4 +1,10 @@
-"""Passes events to the observer, on a thread of its own."""
+"""Passes events to the observer, on a thread of its own.
+
+The events are the values of bgjob.event, except that a settled job is its Outcome: the
+engine appends those of a whole claim as one list. The event thread calls a method of the
+observer with each. A value for each completion as well would be made only for functions that
+observe, and cost every other observer an object a job.
+"""
 
 import threading
 import time
@@ -7,22 +13,13 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TypeGuard, assert_never
 
-from bgjob._engine.outcome import (
-    Committed,
-    CommitUnknown,
-    Event,
-    Fenced,
-    LeaseLost,
-    Outcome,
-    QueueIsEmpty,
-    Release,
-    TimedOut,
-)
+from bgjob._engine.outcome import Committed, CommitUnknown, Event, Fenced, Outcome, Release
 from bgjob._handlers.route import NeedsKey
 from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.observers import listener
+from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
 from bgjob.observer import Observer
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
@@ -49,7 +46,7 @@ class Events:
         self._job_started = listener(observer, "job_started")
         self._job_completed = listener(observer, "job_completed")
         self._queue = queue
-        self._waiting: deque[Event | BaseException] = deque()
+        self._waiting: deque[Event] = deque()
         self._ready = threading.Condition()
         self._closed = False
         self._bytes = 0  # of waiting payloads, as far as they are counted
@@ -77,7 +74,7 @@ class Events:
         except BaseException:  # whatever it raises, even SystemExit: the job goes on
             _log.exception("observer failed in job_started")
 
-    def tell(self, events: Iterable[Event | BaseException]) -> None:
+    def tell(self, events: Iterable[Event]) -> None:
         """Queue events for the observer, in order."""
         if self._job_completed is None:
             # Most events are completions: an observer without them costs nearly nothing.
@@ -101,7 +98,7 @@ class Events:
             if now < self._error_at + 1:
                 return
             self._error_at = now
-        self.tell([error])
+        self.tell([WorkerError(error)])
 
     def close(self, timeout: float) -> None:
         """Deliver the waiting events, for at most `patience` seconds, and end the thread."""
@@ -141,7 +138,7 @@ class Events:
                 except BaseException:
                     _log.exception("observer failed on %s", _name(event))
 
-    def _tell(self, event: Event | BaseException) -> None:
+    def _tell(self, event: Event) -> None:
         observer = self._observer
         match event:
             case Outcome(Claimed(job), result):
@@ -159,14 +156,14 @@ class Events:
                         raise AssertionError("this is not an event")
                     case _:
                         assert_never(result)
-            case LeaseLost(job):
+            case JobLeaseLost(job):
                 observer.job_lease_lost(_without_payload(job))
-            case TimedOut(job, seconds):
+            case JobTimedOut(job, seconds):
                 observer.job_timed_out(_without_payload(job), seconds)
             case QueueIsEmpty(queue):
                 observer.queue_is_empty(queue)
-            case BaseException():
-                observer.worker_error(event)
+            case WorkerError():
+                observer.worker_error(event.error)
             case _:
                 assert_never(event)
 
@@ -176,19 +173,19 @@ def _without_payload(job: Job) -> Job:
     return job._replace(arg=None) if job.arg is ELSEWHERE else job
 
 
-def _size(event: Event | BaseException) -> int:
+def _size(event: Event) -> int:
     match event:
         case Outcome(claimed):
             return len(claimed.job.arg or b"")
-        case LeaseLost(job) | TimedOut(job):
+        case JobLeaseLost(job) | JobTimedOut(job):
             return len(job.arg or b"")
         case _:
             return 0
 
 
-def _is_completion(event: Event | BaseException) -> TypeGuard[Outcome]:
+def _is_completion(event: Event) -> TypeGuard[Outcome]:
     return type(event) is Outcome and type(event.result) is Complete
 
 
-def _name(event: Event | BaseException) -> str:
+def _name(event: Event) -> str:
     return type(event.result if isinstance(event, Outcome) else event).__name__
