@@ -46,7 +46,7 @@ from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
 from bgjob._sql.settlements import Claimed, Postponed, give_back
 from bgjob._worker import slots
-from bgjob._worker.session import Waker
+from bgjob._worker.waker import Waker
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
 from bgjob._sql.execute import run as ask

@@ -30,10 +30,12 @@ from bgjob._postgres.connection import ConnectionParameters, Silence
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
+from bgjob._worker.answer import Answer, UnreadError
 from bgjob._worker.events import Events
 from bgjob._worker.options import WorkerOptions
-from bgjob._worker.session import Answer, Session, UnreadError, Waker
+from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots, inside
+from bgjob._worker.waker import Waker
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.event import JobTimedOut, WorkerError
 from bgjob.mux import Mux

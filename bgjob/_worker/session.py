@@ -1,33 +1,21 @@
 """The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
 
 import contextlib
-import inspect
 import select
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic
-from typing import Any, LiteralString, NamedTuple, cast
+from typing import Any
 
 import psycopg
 from psycopg._encodings import pg2pyenc
-from psycopg.abc import RV, PQGen
-from psycopg.pq import ExecStatus, TransactionStatus
-from psycopg.rows import TupleRow, tuple_row
-from psycopg.waiting import Ready, Wait
-from typing_extensions import override
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from bgjob import schema
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply
-from bgjob._postgres.connection import (
-    Connection,
-    ConnectionParameters,
-    Cursor,
-    Silence,
-    give_up,
-    options,
-)
+from bgjob._postgres.connection import ConnectionParameters, Cursor, options
 from bgjob._sql.claims import next_due, try_claim
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
@@ -43,23 +31,17 @@ from bgjob._sql.session import (
     transaction,
 )
 from bgjob._sql.statement import Statement
+from bgjob._worker.answer import Answer, Unread, refusing
 from bgjob._worker.clock import ServerClock
+from bgjob._worker.connection import PATIENCE, WorkerConnection
 from bgjob._worker.options import WorkerOptions
-
-_PATIENCE = 10.0
-"""Seconds without an answer of the server, after which the connection is given up."""
+from bgjob._worker.waker import Waker
 
 _CAUGHT_UP = 1000
 """Jobs that one statement corrects after the clock was set back."""
 
 _NEVER = datetime(1, 1, 3, tzinfo=UTC)
 """Later than the time that means none."""
-
-_MOMENT = 0.001
-"""Seconds of waiting for the server after which `meanwhile` is called."""
-
-_SLICE = 0.25
-"""Seconds after which a wait checks whether the worker's time is over."""
 
 _LONGEST_SLEEP = 3600.0
 
@@ -71,207 +53,6 @@ _MOST_REFUSED = 20
 
 # After an exchange that the server refused, or whose statements could not be made.
 _UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
-
-_EVENTS = {
-    Wait.R: select.POLLIN,
-    Wait.W: select.POLLOUT,
-    Wait.RW: select.POLLIN | select.POLLOUT,
-}
-_READY = {
-    0: Ready.RW,  # an error or a hang-up: reading shows which
-    select.POLLIN: Ready.R,
-    select.POLLOUT: Ready.W,
-    select.POLLIN | select.POLLOUT: Ready.RW,
-}
-
-
-class Waker:
-    """Wakes a thread that waits on sockets."""
-
-    def __init__(self) -> None:
-        # Sockets, not a pipe: a send to a closed socket fails, but a write to a closed
-        # descriptor may reach the file that has its number now.
-        self._heard, self._rope = socket.socketpair()
-        self._heard.setblocking(False)
-        self._rope.setblocking(False)
-        self._armed = self._rings = False
-
-    def fileno(self) -> int:
-        """Return the file descriptor to wait on."""
-        return self._heard.fileno()
-
-    def arm(self) -> None:
-        """Make the next `ring` wake the thread; after this check for work, then wait."""
-        self._armed = True
-
-    def ring(self) -> None:
-        """Wake the thread if it is armed; otherwise this only tests a flag. From any thread."""
-        if self._armed:
-            self._armed = False
-            self.shout()
-
-    def shout(self) -> None:
-        """Wake the thread now, or at its next wait. From any thread."""
-        with contextlib.suppress(OSError):  # full: it rings already; or closed
-            self._rope.send(b"!")
-        self._rings = True  # after the send: at worst the second wait silences it
-
-    def silence(self) -> None:
-        """Stop ringing."""
-        self._armed = False
-        if self._rings:
-            self._rings = False
-            with contextlib.suppress(BlockingIOError):
-                self._heard.recv(4096)
-
-    def close(self) -> None:
-        """Close both ends."""
-        self._armed = False
-        self._heard.close()
-        self._rope.close()
-
-
-class _Connection(Connection):
-    """A connection whose waits all end."""
-
-    patience = _PATIENCE
-
-    meanwhile: Callable[[], object] = staticmethod(lambda: None)
-    """Called when an answer takes more than a moment."""
-
-    ends_at: Callable[[], float] = staticmethod(lambda: inf)
-    """When to stop waiting for any answer."""
-
-    @override
-    def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
-        # Only poll(): each system call here releases the interpreter to the handlers'
-        # threads, and has to get it back.
-        try:
-            wanted = next(gen)
-            poll = select.poll()
-            poll.register(self.pgconn.socket, _EVENTS[wanted])
-            while True:
-                ready = poll.poll(_MOMENT * 1000)
-                if not ready:
-                    self.meanwhile()
-                    ready = self._wait_long(poll)
-                if not ready:
-                    raise Silence(self.patience)
-                event = ready[0][1]
-                again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
-                if again != wanted:
-                    wanted = again
-                    poll.modify(self.pgconn.socket, _EVENTS[wanted])
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        except BaseException:
-            if inspect.getgeneratorstate(gen) == inspect.GEN_SUSPENDED:
-                give_up(self, gen)  # interrupted between a query and its answer
-            raise
-
-    def _wait_long(self, poll: select.poll) -> list[tuple[int, int]]:
-        end = monotonic() + self.patience
-        while (left := min(end, self.ends_at()) - monotonic()) > 0:
-            if ready := poll.poll(min(left, _SLICE) * 1000):
-                return ready
-        return []
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Turn an exception before sending into a refusal, so that only that statement fails."""
-    try:
-        yield
-    except psycopg.Error:
-        raise
-    except Exception as error:
-        raise psycopg.DataError(f"a statement could not be sent: {error!r}") from error
-
-
-class UnreadError(psycopg.DataError):
-    """The exchange was committed, but its answer could not be read."""
-
-
-class Unread(NamedTuple):
-    """A claimed job that could not be read."""
-
-    place: str
-    """The position of its row."""
-    token: int
-    id: str
-    """In the notation of Python's bytes."""
-    error: Exception
-
-
-class Answer:
-    """The cursors of a sent exchange, borrowed until it is read.
-
-    Making new ones is a noticeable part of an idle worker's time for a claim.
-    """
-
-    def __init__(self, connection: _Connection, cursors: list[Cursor]) -> None:
-        self._connection = connection
-        self._spare = cursors
-        self._used: list[Cursor] = []
-        self.unread: list[Unread] = []
-        self.sent_at = monotonic()
-        self._asked: list[tuple[Statement[Any], str, Cursor]] = []
-
-    def ask(self, plan: Plan) -> None:
-        """Send statements, each for its part of the Reply."""
-        for statement, part in plan:
-            cursor = self.cursor()
-            with _refusing():
-                send(cursor, statement, keeps_plans=True)
-            self._asked.append((statement, part, cursor))
-
-    def say(self, text: LiteralString | bytes) -> None:
-        """Send a command whose result is only awaited."""
-        self.cursor().execute(text)
-
-    def wait(self) -> None:
-        """Wait until the last statement is answered."""
-        self._used[-1].fetchall()
-
-    def read(self) -> Reply:
-        """Read the server's answers."""
-        reply = Reply()
-        for statement, part, cursor in self._asked:
-            try:
-                rows = cursor.fetchall()
-            except Exception as error:
-                if cursor.pgresult is None or cursor.pgresult.status != ExecStatus.TUPLES_OK:
-                    raise  # the server's error
-                rows = self._readable(statement, cursor, error)
-            reply.add(part, statement.parse(rows))
-        reply.unread = len(self.unread)
-        self._spare += self._used
-        return reply
-
-    def _readable(
-        self, statement: Statement[Any], cursor: Cursor, error: Exception
-    ) -> list[TupleRow]:
-        """Read a claim row by row, and record the rows that cannot be read."""
-        result, rows = cursor.pgresult, []
-        names = [column.name for column in cursor.description or ()]
-        if result is None or "ctid" not in names or statement.params is None:
-            raise UnreadError(f"the server's answer could not be read: {error}") from error
-        for number in range(result.ntuples):
-            cursor.scroll(number, "absolute")
-            try:
-                rows += [row for row in [cursor.fetchone()] if row is not None]
-            except Exception as problem:
-                place = (result.get_value(number, names.index("ctid")) or b"").decode()
-                id_ = repr(result.get_value(number, 0) or b"")[1:]
-                token = cast("int", statement.params["token"])
-                self.unread.append(Unread(place, token, id_, problem))
-        return rows
-
-    def cursor(self) -> Cursor:
-        """Return a cursor whose answer `wait` and `read` await."""
-        cursor = self._spare.pop() if self._spare else Cursor(self._connection)
-        self._used.append(cursor)
-        return cursor
 
 
 class Session:
@@ -291,7 +72,7 @@ class Session:
         self._connection_parameters = connection_parameters
         self._queue = queue
         self._options = options
-        self._connection: _Connection | None = None
+        self._connection: WorkerConnection | None = None
         self._cursors: list[Cursor] = []  # for reuse
         self._heard: Notice | None = None
         self._has_opened = False
@@ -319,7 +100,7 @@ class Session:
             SchemaError: the tables are missing or of another version.
 
         """
-        end = monotonic() + (patience or _PATIENCE)
+        end = monotonic() + (patience or PATIENCE)
         settings = options(self._connection_parameters(), within=patience)
         # Statements are few and long: prepare them immediately, unless a pool forbids it.
         asked = settings.get("prepare_threshold", 0)
@@ -331,7 +112,7 @@ class Session:
             "context": None,
             "client_encoding": "UTF8",
         }
-        connection = _Connection.connect(**settings | ours)
+        connection = WorkerConnection.connect(**settings | ours)
         connection.patience = max(end - monotonic(), 0.1)
         connection.ends_at = self._ends_at
         try:
@@ -361,7 +142,7 @@ class Session:
             connection.close()
             raise
         connection.meanwhile = self._meanwhile
-        connection.patience = _PATIENCE
+        connection.patience = PATIENCE
         self._connection, self._cursors, self._has_opened = connection, [], True
 
     def exchange(self, exchange: Exchange) -> Reply:
@@ -437,7 +218,9 @@ class Session:
                 )
         return [(id_, error) for _, id_, error in refused]
 
-    def _refusal(self, connection: _Connection, statement: Statement[None]) -> psycopg.Error | None:
+    def _refusal(
+        self, connection: WorkerConnection, statement: Statement[None]
+    ) -> psycopg.Error | None:
         """Run a statement and undo it; return the error with which the server refuses it."""
         try:
             with connection.transaction(force_rollback=True):
@@ -466,7 +249,7 @@ class Session:
     def plan(self, exchange: Exchange) -> Plan:
         """Return the statements of an exchange, ready to send."""
         options = self._options
-        with _refusing():
+        with refusing():
             return exchange.statements(self._queue, options.lease, options.concurrency)
 
     @contextlib.contextmanager
@@ -491,7 +274,7 @@ class Session:
         answer.say("select")
         return answer
 
-    def _ready(self) -> _Connection:
+    def _ready(self) -> WorkerConnection:
         connection = self._connection
         if connection is None:
             raise psycopg.OperationalError("the connection is closed")
@@ -561,7 +344,7 @@ class Session:
                 connection.pgconn.consume_input()
                 self._take_notifies(connection)
 
-    def _take_notifies(self, connection: _Connection) -> None:
+    def _take_notifies(self, connection: WorkerConnection) -> None:
         while notice := connection.pgconn.notifies():
             self._hear(notice.be_pid, notice.extra.decode())
 
@@ -581,7 +364,7 @@ class Session:
         if connection is not None:
             connection.close()
 
-    def _run(self, connection: _Connection, statement: Statement[Any]) -> Any:
+    def _run(self, connection: WorkerConnection, statement: Statement[Any]) -> Any:
         return run(connection, statement)
 
     def _notice(self, notice: psycopg.Notify) -> None:

@@ -1,0 +1,112 @@
+"""The answer to an exchange: sent statement by statement, awaited, and read."""
+
+import contextlib
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any, LiteralString, NamedTuple, cast
+
+import psycopg
+from psycopg.pq import ExecStatus
+from psycopg.rows import TupleRow
+
+from bgjob._engine.protocol import Plan, Reply
+from bgjob._postgres.connection import Cursor
+from bgjob._sql.execute import send
+from bgjob._sql.statement import Statement
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turn an exception before sending into a refusal, so that only that statement fails."""
+    try:
+        yield
+    except psycopg.Error:
+        raise
+    except Exception as error:
+        raise psycopg.DataError(f"a statement could not be sent: {error!r}") from error
+
+
+class UnreadError(psycopg.DataError):
+    """The exchange was committed, but its answer could not be read."""
+
+
+class Unread(NamedTuple):
+    """A claimed job that could not be read."""
+
+    place: str
+    """The position of its row."""
+    token: int
+    id: str
+    """In the notation of Python's bytes."""
+    error: Exception
+
+
+class Answer:
+    """The cursors of a sent exchange, borrowed until it is read.
+
+    Making new ones is a noticeable part of an idle worker's time for a claim.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], cursors: list[Cursor]) -> None:
+        self._connection = connection
+        self._spare = cursors
+        self._used: list[Cursor] = []
+        self.unread: list[Unread] = []
+        self.sent_at = monotonic()
+        self._asked: list[tuple[Statement[Any], str, Cursor]] = []
+
+    def ask(self, plan: Plan) -> None:
+        """Send statements, each for its part of the Reply."""
+        for statement, part in plan:
+            cursor = self.cursor()
+            with refusing():
+                send(cursor, statement, keeps_plans=True)
+            self._asked.append((statement, part, cursor))
+
+    def say(self, text: LiteralString | bytes) -> None:
+        """Send a command whose result is only awaited."""
+        self.cursor().execute(text)
+
+    def wait(self) -> None:
+        """Wait until the last statement is answered."""
+        self._used[-1].fetchall()
+
+    def read(self) -> Reply:
+        """Read the server's answers."""
+        reply = Reply()
+        for statement, part, cursor in self._asked:
+            try:
+                rows = cursor.fetchall()
+            except Exception as error:
+                if cursor.pgresult is None or cursor.pgresult.status != ExecStatus.TUPLES_OK:
+                    raise  # the server's error
+                rows = self._readable(statement, cursor, error)
+            reply.add(part, statement.parse(rows))
+        reply.unread = len(self.unread)
+        self._spare += self._used
+        return reply
+
+    def _readable(
+        self, statement: Statement[Any], cursor: Cursor, error: Exception
+    ) -> list[TupleRow]:
+        """Read a claim row by row, and record the rows that cannot be read."""
+        result, rows = cursor.pgresult, []
+        names = [column.name for column in cursor.description or ()]
+        if result is None or "ctid" not in names or statement.params is None:
+            raise UnreadError(f"the server's answer could not be read: {error}") from error
+        for number in range(result.ntuples):
+            cursor.scroll(number, "absolute")
+            try:
+                rows += [row for row in [cursor.fetchone()] if row is not None]
+            except Exception as problem:
+                place = (result.get_value(number, names.index("ctid")) or b"").decode()
+                id_ = repr(result.get_value(number, 0) or b"")[1:]
+                token = cast("int", statement.params["token"])
+                self.unread.append(Unread(place, token, id_, problem))
+        return rows
+
+    def cursor(self) -> Cursor:
+        """Return a cursor whose answer `wait` and `read` await."""
+        cursor = self._spare.pop() if self._spare else Cursor(self._connection)
+        self._used.append(cursor)
+        return cursor

@@ -1,0 +1,50 @@
+"""Wakes the control thread while it waits on its sockets."""
+
+import contextlib
+import socket
+
+
+class Waker:
+    """Wakes a thread that waits on sockets."""
+
+    def __init__(self) -> None:
+        # Sockets, not a pipe: a send to a closed socket fails, but a write to a closed
+        # descriptor may reach the file that has its number now.
+        self._heard, self._rope = socket.socketpair()
+        self._heard.setblocking(False)
+        self._rope.setblocking(False)
+        self._armed = self._rings = False
+
+    def fileno(self) -> int:
+        """Return the file descriptor to wait on."""
+        return self._heard.fileno()
+
+    def arm(self) -> None:
+        """Make the next `ring` wake the thread; after this check for work, then wait."""
+        self._armed = True
+
+    def ring(self) -> None:
+        """Wake the thread if it is armed; otherwise this only tests a flag. From any thread."""
+        if self._armed:
+            self._armed = False
+            self.shout()
+
+    def shout(self) -> None:
+        """Wake the thread now, or at its next wait. From any thread."""
+        with contextlib.suppress(OSError):  # full: it rings already; or closed
+            self._rope.send(b"!")
+        self._rings = True  # after the send: at worst the second wait silences it
+
+    def silence(self) -> None:
+        """Stop ringing."""
+        self._armed = False
+        if self._rings:
+            self._rings = False
+            with contextlib.suppress(BlockingIOError):
+                self._heard.recv(4096)
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._armed = False
+        self._heard.close()
+        self._rope.close()
