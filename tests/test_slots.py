@@ -34,9 +34,9 @@ from bgjob import (
 )
 from bgjob._running import loop
 from bgjob._running.loop import Loop
-from bgjob._worker import slots
 from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
+from bgjob._worker.threads import Threads
 from bgjob.testing import adrain, drain
 
 # -- context variables -----------------------------------------------------------------------------
@@ -542,20 +542,20 @@ def test_slots_whose_threads_were_killed_come_back(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Recorder()
-    before, kills = slots.Slots._work, 6
+    before, kills = Threads._work, 6
 
-    def work(runner: slots.Slots, me: Any, context: contextvars.Context) -> bool:
+    def work(threads: Threads, me: Any, context: contextvars.Context) -> bool:
         nonlocal kills
         if kills:
             kills -= 1
             if kills % 2:  # with its job, which is in nobody's hands any more
-                runner._jobs.popleft()
+                threads.slots.jobs.popleft()
             else:
-                me.claimed = runner._jobs.popleft()
+                me.claimed = threads.slots.jobs.popleft()
             raise Thrown("outside of any handler")
-        return before(runner, me, context)
+        return before(threads, me, context)
 
-    monkeypatch.setattr(slots.Slots, "_work", work)
+    monkeypatch.setattr(Threads, "_work", work)
     barrier = threading.Barrier(2)
 
     def meet(_: Job) -> None:

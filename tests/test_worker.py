@@ -45,7 +45,9 @@ from bgjob._running.transaction import Transactions
 from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
 from bgjob._sql.settlements import Claimed, Postponed, give_back
-from bgjob._worker import slots
+from bgjob._worker import tasks
+from bgjob._worker.slots import Slots
+from bgjob._worker.supervisor import Supervisor
 from bgjob._worker.waker import Waker
 from bgjob.mux import Handler
 from bgjob.schema import init_sql
@@ -390,13 +392,12 @@ def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connecti
 
 
 @contextmanager
-def running(body: Handler, *ids: str) -> Iterator[slots.Slots]:
-    """Let a runner by itself run jobs, one after the other."""
-    runner = slots.Slots(
+def running(body: Handler, *ids: str) -> Iterator[Slots]:
+    """Let a slot by itself run jobs, one after the other."""
+    slots = Slots(
         Mux().register("t", body),
         Transactions(("", {}), fork_guard := ForkGuard()),
         fork_guard,
-        loop := Loop("loop"),
         queue="q",
         concurrency=1,
         started=None,
@@ -404,21 +405,21 @@ def running(body: Handler, *ids: str) -> Iterator[slots.Slots]:
         finished=lambda: None,
         hindered=lambda _: None,
     )
-    runner.open()
+    supervisor = Supervisor(slots, loop := Loop("loop"))
     try:
         now = datetime.now(UTC)
         jobs = (Job(id_, "q", "t", None, 1, None, 0, now, now, now) for id_ in ids)
-        runner.submit([Claimed(job, 1) for job in jobs])
-        yield runner
+        supervisor.submit([Claimed(job, 1) for job in jobs])
+        yield slots
     finally:
-        runner.close()
+        supervisor.close()
         loop.close(PATIENCE)
 
 
 def test_coroutines_that_compute_let_the_loop_turn_between_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(slots, "_TURN", 0.0)  # each of them computes for longer
+    monkeypatch.setattr(tasks, "_TURN", 0.0)  # each of them computes for longer
     turns: list[None] = []
     seen: list[int] = []
     others: list[asyncio.Task[None]] = []
@@ -445,10 +446,10 @@ def test_nothing_of_a_job_is_kept_by_the_slot_that_ran_it(style: Style) -> None:
     def alive() -> bool:
         return any(type(o) is Job and o.id == "to be forgotten" for o in gc.get_objects())
 
-    with running(handler(style, lambda _: None), "to be forgotten") as runner:
-        assert eventually(lambda: runner.is_idle and runner.has_outcomes)
+    with running(handler(style, lambda _: None), "to be forgotten") as slots:
+        assert eventually(lambda: slots.free and slots.outcomes)
         assert alive()
-        runner.collect()
+        slots.collect()
         assert eventually(lambda: not alive())
 
 

@@ -35,6 +35,7 @@ from bgjob._worker.events import Events
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots, inside
+from bgjob._worker.supervisor import Supervisor
 from bgjob._worker.waker import Waker
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.event import JobTimedOut, WorkerError
@@ -174,7 +175,6 @@ class QueueControl:
                 mux,
                 self._transactions,
                 fork_guard,
-                loop,
                 queue=self._queue,
                 concurrency=self._options.concurrency[self._queue],
                 started=self._events.started,
@@ -182,8 +182,10 @@ class QueueControl:
                 finished=self._waker.ring,
                 hindered=self._events.error,
             )
-            self._ends.callback(self._slots.close)
-            self._slots.open()
+            self._supervisor = Supervisor(self._slots, loop)
+            self._ends.callback(self._supervisor.close)
+            if mux.has_coroutines:
+                loop.open()
             self._ends.callback(self._session.close)
             self._thread = threading.Thread(
                 target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
@@ -216,12 +218,12 @@ class QueueControl:
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
         """The tasks that are left on the caller's loop."""
-        return self._slots.tasks if self.has_run else set()
+        return set(self._supervisor.tasks.all) if self.has_run else set()
 
     @property
     def interrupted(self) -> int:
         """Jobs that were cancelled at the end of the grace period and released."""
-        return self._slots.interrupted if self.has_run else 0
+        return self._supervisor.tasks.interrupted if self.has_run else 0
 
     @property
     def has_run(self) -> bool:
@@ -252,40 +254,40 @@ class QueueControl:
             if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
                 self._fail(error)
             self._disconnected(error)
-            self._slots.suspect()
+            self._supervisor.suspect()
         return True
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
-        engine, slots = self._engine, self._slots
+        engine, slots, supervisor = self._engine, self._slots, self._supervisor
         now = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
             self._service_timer.end()
             if now >= self._give_up_at:
-                slots.cancel()
-                if now >= self._give_up_at + _UNWINDING or not slots.is_unwinding:
+                supervisor.tasks.cancel()
+                if now >= self._give_up_at + _UNWINDING or not supervisor.tasks.is_unwinding:
                     engine.abandon()
             if now >= self._give_up_at + LAST_WORDS:
                 self.abandoned = (
                     engine.unsettled
                 )  # the database is away: leave the jobs to their leases
                 return False
-        slots.spread()
-        if slots.next_timeout <= now:
-            engine.give_up(slots.expire(now))
+        supervisor.spread()
+        if supervisor.next_timeout <= now:
+            engine.give_up(supervisor.expire(now))
         self._collect()
         if now >= self._watch_at:
             self._watched_at = now
-            slots.watch(engine.running, self._options.lease / 3)
+            supervisor.watch(engine.running, self._options.lease / 3)
             self._collect()
-            if slots.failure is not None and self._give_up_at is None:
-                self._fail(slots.failure)
+            if supervisor.failure is not None and self._give_up_at is None:
+                self._fail(supervisor.failure)
                 return True
         if notice := self._session.take_notice():
             engine.wake(notice)
         now = monotonic()
-        if (blocked := slots.blocked(now, self._options.lease / 3)) is not None:
+        if (blocked := supervisor.tasks.blocked(now, self._options.lease / 3)) is not None:
             self._events.tell([WorkerError(blocked)])
         if not self._session.is_open:
             self._reopen(now)
@@ -425,7 +427,7 @@ class QueueControl:
         """Plan the exchange after the current one, if jobs flow."""
         self._collect()
         now = monotonic()
-        due_at = min(self._service_timer.pressing_at, self._slots.next_timeout)
+        due_at = min(self._service_timer.pressing_at, self._supervisor.next_timeout)
         needed = self._session.unread or self._session.step or self._slots.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
@@ -435,7 +437,7 @@ class QueueControl:
         """Work while the server works."""
         if not self.has_run:
             return
-        self._slots.spread()  # jobs that were assumed quick, and given one slot, may not be
+        self._supervisor.spread()  # jobs that were assumed quick, and given one slot, may not be
 
     def _serve(self) -> None:
         self._service_timer.run(self._session.lend, monotonic, self._service_failed)
@@ -452,8 +454,8 @@ class QueueControl:
         self._service_failed(error)
 
     def _collect(self) -> None:
-        self._engine.slots = self._slots.usable
-        if self._slots.has_outcomes:
+        self._engine.slots = self._supervisor.usable
+        if self._slots.outcomes:
             events = self._engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
@@ -462,7 +464,7 @@ class QueueControl:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
-            self._slots.submit(effects.run, quick=self._engine.is_quick)
+            self._supervisor.submit(effects.run, quick=self._engine.is_quick)
         if effects.events:
             self._events.tell(effects.events)
         if effects.locked:
@@ -481,12 +483,12 @@ class QueueControl:
             ends = (self._give_up_at + more for more in (0, _UNWINDING, LAST_WORDS))
             until = min(until, *(end for end in ends if now < end), now + LAST_WORDS)
         self._waker.arm()
-        slots = self._slots
-        if slots.needs_watch:
+        supervisor = self._supervisor
+        if self._slots.needs_watch:
             until = min(until, self._watch_at)
-        has_news = slots.has_outcomes or self._session.has_notice
-        if not has_news and slots.usable == self._engine.slots:
-            self._session.wait(self._waker, min(until, slots.next_timeout) - monotonic())
+        has_news = self._slots.outcomes or self._session.has_notice
+        if not has_news and supervisor.usable == self._engine.slots:
+            self._session.wait(self._waker, min(until, supervisor.next_timeout) - monotonic())
         self._waker.silence()
 
     def _disconnected(self, error: BaseException) -> None:

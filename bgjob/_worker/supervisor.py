@@ -1,0 +1,199 @@
+"""Places slots on threads or on the loop, replaces lost ones, and misses no job of a dead one."""
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Sequence
+from math import inf
+
+from bgjob._engine.outcome import Outcome, Release
+from bgjob._handlers.route import NeedsKey, Route
+from bgjob._running.loop import Loop
+from bgjob._sql.settlements import Claimed
+from bgjob._worker.slots import Slot, Slots
+from bgjob._worker.tasks import Tasks
+from bgjob._worker.threads import Threads
+from bgjob.errors import BgjobError
+from bgjob.result import Result
+
+
+class Supervisor:
+    """Gives the slots of a queue their threads and tasks; for the control thread only.
+
+    Args:
+        slots: the slots.
+        loop: where coroutine handlers run.
+
+    """
+
+    def __init__(self, slots: Slots, loop: Loop) -> None:
+        self._slots = slots
+        self._loop = loop
+        self._generation = 0  # of the loop
+        self.tasks = Tasks(slots, loop, lambda claimed: self._threads.start(claimed))  # noqa: PLW0108 (made below)
+        self._threads = Threads(slots, self.tasks)
+        self._is_unclear = False
+        self.failure: RuntimeError | None = None
+        """Why no handler can run any more."""
+
+    def submit(self, batch: Sequence[Claimed], *, quick: bool = False) -> None:
+        """Run jobs, in order, as slots become free.
+
+        Jobs that are likely to be quick get one slot, until `spread` is called: waking
+        ten threads costs more than a hundred such jobs, and they would only compete
+        for the interpreter.
+        """
+        slots = self._slots
+        slots.jobs.extend(batch)
+        if quick:
+            self._start(1 if slots.free == slots.concurrency else 0)
+        else:
+            self.spread()
+
+    def spread(self) -> None:
+        """Use a free slot for each waiting job, as far as there are any."""
+        if self._slots.free and self._slots.jobs:
+            self._start(len(self._slots.jobs))
+
+    def _start(self, most: int) -> None:
+        """Start free slots, on threads or on the loop as the next job needs."""
+        slots = self._slots
+        count = slots.take(most)
+        if not count:
+            return
+        try:
+            on_loop = slots.mux.runs_on_loop(slots.jobs[0].job)
+        except IndexError:
+            on_loop = False
+        if on_loop:
+            self.tasks.start(count)
+        else:
+            for _ in range(count):
+                self._threads.start(None)
+
+    @property
+    def next_timeout(self) -> float:
+        """When to call `expire` next."""
+        return min(self._slots.timeouts.next_at, self._threads.retry_at)
+
+    @property
+    def usable(self) -> int:
+        """The number of slots without those whose jobs have timed out and do not end.
+
+        If no thread can start, it is the number of running ones.
+        """
+        slots = self._slots.concurrency - self._slots.timeouts.missing
+        if self._threads.retry_at == inf:
+            return slots
+        return min(slots, len(self._threads.all) + len(self.tasks.all))
+
+    def expire(self, now: float) -> list[Claimed]:
+        """Fail the jobs that exceeded their timeouts and do not end; replace their slots.
+
+        If a thread could not be started, try again.
+
+        Returns:
+            The failed jobs.
+
+        """
+        slots = self._slots
+        overdue = slots.timeouts.overdue(now)
+        for run in overdue:
+            if slots.timeouts.lose():
+                slots.free_again()
+            slots.timed_out(run.claimed.job, run.timeout)
+            slots.done(run.fail(now))
+        if self._threads.retry_at <= now:
+            self._threads.retry()
+        self.spread()
+        return [run.claimed for run in overdue]
+
+    def close(self) -> None:
+        """End the idle threads, and cancel the tasks; a running thread is left alone."""
+        self._threads.close()
+        self.tasks.close()
+
+    # -- dead threads, tasks and loops ------------------------------------------------------
+
+    def suspect(self) -> None:
+        """Search for lost jobs at the next `watch`: a fault may have lost some."""
+        self._is_unclear = self._slots.needs_watch = True
+
+    def watch(self, running: Callable[[], Collection[Claimed]], patience: float) -> None:
+        """Check that each thread, task and loop lives, so that no dead one holds a job.
+
+        A job that ran on a dead one fails with an error that says so. One that never started is
+        released, and its attempt not counted. Call `collect` first.
+
+        Args:
+            running: returns the submitted jobs without an outcome.
+            patience: seconds for which a caller's loop may stand still.
+
+        """
+        self._slots.needs_watch = False
+        dead = self._threads.take_dead()
+        try:
+            self._loop.look()
+        except RuntimeError as error:  # no thread can start; the next check tries again
+            self._slots.hindered(error)
+        # First: a loop that is closed after this is left to the next check, which knows why.
+        is_closed = self._loop.is_closed
+        self.failure = self._loop.failure(patience, has_work=self.tasks.is_unwinding)
+        if is_closed or self._loop.generation != self._generation:
+            self._generation = self._loop.generation
+            dead += self.tasks.lose()
+            self._is_unclear = True  # the jobs that were moving
+        while self.tasks.dead:
+            dead.append(self.tasks.dead.popleft())
+        for slot in dead:
+            self._free(slot)
+        if dead or self._is_unclear:
+            self._settle(dead, running())
+            self.spread()
+
+    def _free(self, slot: Slot) -> None:
+        run, has_slot = slot.run, slot.has_slot
+        if run is not None and run.is_overdue:
+            has_slot = self._slots.timeouts.find()
+        elif run is not None:
+            self._slots.timeouts.ended(run)
+        if has_slot:
+            self._slots.free_again()
+
+    def _settle(self, dead: Iterable[Slot], running: Collection[Claimed]) -> None:
+        """Make an outcome for each job that is in no queue, no live slot and no outcome."""
+        slots = self._slots
+        errors = {_key(slot.claimed): slot.error for slot in dead if slot.claimed is not None}
+        # In the order in which a job moves, so that none is missed.
+        held = {_key(claimed) for claimed in tuple(slots.jobs)}
+        live = [*self.tasks.moving.copy(), *self._threads.busy, *tuple(self.tasks.all.values())]
+        held |= {_key(slot.claimed) for slot in live if slot.claimed is not None}
+        held |= {_key(outcome.claimed) for outcome in tuple(slots.outcomes)}
+        takes = any(slot.claimed is None for slot in live)
+        self._is_unclear = False
+        for claimed in running:
+            key = _key(claimed)
+            if key in held:
+                continue
+            if key in errors:
+                slots.done(Outcome(claimed, self._killed(claimed, errors[key]), None))
+            elif takes:
+                self._is_unclear = slots.needs_watch = True  # a live slot may be taking it now
+            else:
+                slots.done(Outcome(claimed, Release(), None))
+
+    def _killed(self, claimed: Claimed, error: BaseException | None) -> Result | Release | NeedsKey:
+        """Return the result of a job whose thread or task was ended."""
+        if self.failure is not None or isinstance(error, asyncio.CancelledError):
+            return Release()  # the caller's code ended its loop
+        route = self._slots.isolated(claimed.job)
+        if not isinstance(route, Route):
+            return route
+        failure = BgjobError(
+            "the thread or event loop that ran the job was ended"
+            + ("" if error is None else f", by {type(error).__name__}: {error}")
+        )
+        failure.__cause__ = error
+        return route.failed(claimed.job, failure)
+
+
+def _key(claimed: Claimed) -> tuple[str, int]:
+    return claimed.job.id, claimed.token
