@@ -500,7 +500,7 @@ def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn:
     link = session_of(dsn)
     link.open()
     try:
-        connection = link._ready()
+        connection = link.connection
         with psycopg.connect(dsn, autocommit=True) as other:
             other.execute("select pg_notify(%s, '0 5 q')", [channel("q")])
         select.select([connection.fileno()], [], [], 30)

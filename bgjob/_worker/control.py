@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import count
@@ -33,6 +33,7 @@ from bgjob._running.transaction import Transactions
 from bgjob._worker.answer import Answer, UnreadError
 from bgjob._worker.events import Events
 from bgjob._worker.options import WorkerOptions
+from bgjob._worker.repairs import clock_was_set, dead_letter_unclaimable, dead_letter_unreadable
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots, inside
 from bgjob._worker.supervisor import Supervisor
@@ -62,9 +63,6 @@ LAST_WORDS = 1.0
 
 _OF_DATA = ("22", "23", "P0")
 """Classes of errors that concern single rows: their values, a constraint, a trigger."""
-
-_MOST_TRIED = 1000
-"""The jobs among which unclaimable ones are searched: as many as one claim may take."""
 
 _MOST_FAULTS = 5
 """The faults of its own that it survives within so many seconds; more would repeat."""
@@ -296,10 +294,11 @@ class QueueControl:
             self._serve()
             return True
         if self._session.unread:
-            self._bury_unread()
+            self._repair(dead_letter_unreadable)
             return True
         if self._session.step:
-            self._clock_was_set()
+            self._repair(clock_was_set)
+            engine.wake(Notice(later=True))
             return True
         match engine.step(now):
             case Exchange() as exchange:
@@ -350,56 +349,16 @@ class QueueControl:
             if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
                 self._events.error(error)
             if for_data and not is_text and exchange.claims_only:
-                self._bury_refused()
+                self._repair(dead_letter_unclaimable)
 
-    def _bury_refused(self) -> None:
+    def _repair(self, repair: Callable[[Session, str], Iterable[BgjobError]]) -> None:
         try:
-            refused = self._session.dead_letter_refused(_MOST_TRIED)
+            for error in repair(self._session, self._queue):
+                self._events.tell([WorkerError(error)])
         except psycopg.Error as error:
             if self._must_reconnect(error):
                 raise
             self._events.error(error)
-            return
-        for id_, why in refused:
-            text = (
-                f"job {id_} of queue {self._queue!r} could not be claimed, and was moved to the "
-                f"dead-letter table: {why}"
-            )
-            self._events.tell([WorkerError(BgjobError(text))])
-
-    def _bury_unread(self) -> None:
-        for unread in self._session.unread:
-            text = (
-                f"job {unread.id} of queue {self._queue!r} could not be read, and was moved to the "
-                f"dead-letter table: {unread.error}"
-            )
-            self._events.tell([WorkerError(BgjobError(text))])
-        try:
-            self._session.dead_letter_unread()
-        except psycopg.Error as error:
-            if self._must_reconnect(error):
-                raise
-            self._events.error(error)  # the jobs are left to their leases
-
-    def _clock_was_set(self) -> None:
-        step, self._session.step = self._session.step, 0.0
-        how = "back" if step < 0 else "forward"
-        then = (
-            "jobs whose due times were left in the future are corrected, except for those of a "
-            "dead worker and those that were enqueued for a certain time"
-            if step < 0
-            else "jobs are due early, and leases have ended: a running job may run twice"
-        )
-        text = f"the database's clock was set {how} by {abs(step):.0f} s, or another server answers"
-        self._events.tell([WorkerError(BgjobError(f"{text}; {then}"))])
-        try:
-            if step < 0:
-                self._session.catch_up()
-        except psycopg.Error as error:
-            if self._must_reconnect(error):
-                raise
-            self._events.error(error)
-        self._engine.wake(Notice(later=True))
 
     def _must_reconnect(self, error: psycopg.Error) -> bool:
         # A primary that became a standby: the next one may be elsewhere.

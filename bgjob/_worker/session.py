@@ -2,7 +2,7 @@
 
 import contextlib
 import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic
@@ -16,10 +16,8 @@ from psycopg.rows import tuple_row
 from bgjob import schema
 from bgjob._engine.protocol import Exchange, Notice, Plan, Reply
 from bgjob._postgres.connection import ConnectionParameters, Cursor, options
-from bgjob._sql.claims import next_due, try_claim
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
-from bgjob._sql.repairs import catch_up, dead_letter_refused, dead_letter_unread
 from bgjob._sql.session import (
     SERVICE_SETTINGS,
     WORKER_SETTINGS,
@@ -30,26 +28,16 @@ from bgjob._sql.session import (
     session,
     transaction,
 )
-from bgjob._sql.statement import Statement
 from bgjob._worker.answer import Answer, Unread, refusing
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.connection import PATIENCE, WorkerConnection
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.waker import Waker
 
-_CAUGHT_UP = 1000
-"""Jobs that one statement corrects after the clock was set back."""
-
 _NEVER = datetime(1, 1, 3, tzinfo=UTC)
 """Later than the time that means none."""
 
 _LONGEST_SLEEP = 3600.0
-
-_SAMPLE = 20
-"""Sample of jobs: if none of them can be claimed, the cause is not a single job."""
-
-_MOST_REFUSED = 20
-"""The most unclaimable jobs moved to the dead-letter table in one go."""
 
 # After an exchange that the server refused, or whose statements could not be made.
 _UNENDED = (TransactionStatus.INERROR, TransactionStatus.INTRANS)
@@ -88,6 +76,14 @@ class Session:
         self.can_notify = False
         """Whether the open connection receives notifications."""
 
+    @property
+    def connection(self) -> WorkerConnection:
+        """The connection; raises psycopg.OperationalError if it is closed."""
+        connection = self._connection
+        if connection is None:
+            raise psycopg.OperationalError("the connection is closed")
+        return connection
+
     def open(self, patience: float | None = None) -> None:
         """Connect, check the schema, listen.
 
@@ -118,26 +114,26 @@ class Session:
         try:
             # A pooler in transaction mode uses another session for each transaction:
             # settings and locks would stay behind in other clients' sessions.
-            answers = self._run(connection, backend())
+            answers = run(connection, backend())
             if answers.is_read_only:
                 raise psycopg.errors.ReadOnlySqlTransaction(
                     "the server, or this database or role, is read-only: connect to the primary"
                 )
             self.is_direct = answers.pid == connection.info.backend_pid
             if self.is_direct:
-                self._run(connection, session(answers.pid, WORKER_SETTINGS))
+                run(connection, session(answers.pid, WORKER_SETTINGS))
             elif "prepare_threshold" not in settings:
                 connection.prepare_threshold = None  # nor would it find prepared statements
             # A worker that has used the tables continues while they have what its statements
             # need, whatever their version: a deploy may have changed them meanwhile.
             check = schema.check_tables if self._has_opened else schema.check_version
-            check(self._run(connection, schema_comment()))
-            schema.check_lacks(self._run(connection, lacks()))
-            self.warning = schema.hidden_text(self._run(connection, hidden()))
+            check(run(connection, schema_comment()))
+            schema.check_lacks(run(connection, lacks()))
+            self.warning = schema.hidden_text(run(connection, hidden()))
             self.can_notify = self._options.notify and self.is_direct
             if self.can_notify:
                 connection.add_notify_handler(self._notice)
-                self._run(connection, listen(self._queue))
+                run(connection, listen(self._queue))
         except BaseException:
             connection.close()
             raise
@@ -171,80 +167,18 @@ class Session:
             self.step += self._clock.observe(at, answer.sent_at, monotonic())
         return reply
 
-    def catch_up(self) -> None:
-        """Correct the due times that lie in the future because the clock was set back."""
-        while self._run(self._ready(), catch_up(self._queue, limit=_CAUGHT_UP)) == _CAUGHT_UP:
-            pass
-
-    def dead_letter_unread(self) -> None:
-        """Move the jobs that could not be read to the dead-letter table."""
-        unread, self.unread = self.unread, []
-        text = f"the job could not be read: {unread[0].error}"
-        places, tokens = [u.place for u in unread], [u.token for u in unread]
-        self._run(self._ready(), dead_letter_unread(places, tokens, text))
-
-    def dead_letter_refused(self, limit: int) -> list[tuple[str, psycopg.Error]]:
-        """Move the jobs whose claim the server refuses to the dead-letter table.
-
-        A user's constraint or trigger may refuse claims. Of the next jobs, the refused ones
-        are found by halving. If the server refuses all of them, the cause is not a single
-        job, and all stay.
-
-        Returns:
-            Their ids and errors.
-
-        """
-        connection = self._ready()
-        refused: list[tuple[str, str, psycopg.Error]] = []
-
-        def refusal(places: Sequence[str]) -> psycopg.Error | None:
-            return self._refusal(connection, try_claim(places))
-
-        with connection.transaction():
-            due = self._run(connection, next_due(self._queue, limit=limit))
-            sample = due[:: max(len(due) // _SAMPLE, 1)]
-            halves = [due] if any(refusal([place]) is None for place, _ in sample) else []
-            while halves and len(refused) < _MOST_REFUSED:
-                half = halves.pop()
-                error = refusal([place for place, _ in half])
-                if error is not None and len(half) == 1:
-                    refused.append((*half[0], error))
-                elif error is not None:
-                    middle = len(half) // 2
-                    halves += [half[middle:], half[:middle]]
-            for place, _, error in refused:
-                self._run(
-                    connection, dead_letter_refused(place, f"the job could not be claimed: {error}")
-                )
-        return [(id_, error) for _, id_, error in refused]
-
-    def _refusal(
-        self, connection: WorkerConnection, statement: Statement[None]
-    ) -> psycopg.Error | None:
-        """Run a statement and undo it; return the error with which the server refuses it."""
-        try:
-            with connection.transaction(force_rollback=True):
-                self._run(connection, statement)
-        except psycopg.Error as error:
-            if connection.closed:
-                raise
-            return error
-        return None
-
     def use_server_encoding(self) -> None:
         """Read text in its stored encoding: some of it has no equivalent in UTF-8."""
-        connection = self._ready()
+        connection = self.connection
         encoding = connection.info.parameter_status("server_encoding") or ""
         with contextlib.suppress(psycopg.NotSupportedError):
             pg2pyenc(encoding.encode())  # Python does not know some encodings
-            self._run(
-                connection, session(connection.info.backend_pid, {"client_encoding": encoding})
-            )
+            run(connection, session(connection.info.backend_pid, {"client_encoding": encoding}))
 
     def forget_plans(self) -> None:
         """Prepare all statements again, after the tables of their plans have changed."""
         # psycopg forgets its prepared statements when it sees a rollback.
-        Cursor(self._ready()).execute("rollback", prepare=False)
+        Cursor(self.connection).execute("rollback", prepare=False)
 
     def plan(self, exchange: Exchange) -> Plan:
         """Return the statements of an exchange, ready to send."""
@@ -260,7 +194,7 @@ class Session:
             psycopg.Error: as for `exchange`.
 
         """
-        connection = self._ready()
+        connection = self.connection
         try:
             with connection.pipeline():
                 yield
@@ -274,14 +208,8 @@ class Session:
         answer.say("select")
         return answer
 
-    def _ready(self) -> WorkerConnection:
-        connection = self._connection
-        if connection is None:
-            raise psycopg.OperationalError("the connection is closed")
-        return connection
-
     def _answer(self) -> Answer:
-        return Answer(self._ready(), self._cursors)
+        return Answer(self.connection, self._cursors)
 
     def _transact(self, plan: Plan) -> Answer:
         # The commit is sent with the rest: a process that is stopped or cut off while it
@@ -296,16 +224,16 @@ class Session:
 
     def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
         """Lend the connection to a service; roll back what it leaves uncommitted."""
-        connection = self._ready()
+        connection = self.connection
         pid = connection.info.backend_pid
-        self._run(connection, session(pid, SERVICE_SETTINGS))
+        run(connection, session(pid, SERVICE_SETTINGS))
         try:
             wait = use(connection)
         finally:
             if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
             if self.is_open:
-                self._run(connection, session(pid, WORKER_SETTINGS))
+                run(connection, session(pid, WORKER_SETTINGS))
         if not self.is_open:
             raise psycopg.OperationalError("a service closed the connection, or left it busy")
         return wait
@@ -363,9 +291,6 @@ class Session:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-
-    def _run(self, connection: WorkerConnection, statement: Statement[Any]) -> Any:
-        return run(connection, statement)
 
     def _notice(self, notice: psycopg.Notify) -> None:
         self._hear(notice.pid, notice.payload)
