@@ -8,8 +8,8 @@ A worker has these threads. `group` starts them and ends them together.
     | engine.step()                      |         one connection a queue,
     | Exchange -> session.exchange()  ---+---->    owned by `session`
     |             acknowledge()       <--+----
-    | Effects  -> slots.submit(jobs)     |
-    |             events.tell(...)       |
+    | Effects  -> supervisor.submit()    |
+    |             events.tell()          |
     | Sleep    -> session.wait(): for a  |
     |             notification, or for   |
     |             the waker              |
@@ -32,22 +32,30 @@ A worker has these threads. `group` starts them and ends them together.
 
 - The control thread (`control`) alone touches the engine and the connection. No handler runs
   on it, so that leases are extended whatever handlers do.
-- A slot lives on a thread or in a task, takes job after job from the deque, and moves to the
-  other side with a job of the other kind, plain or coroutine (`slots`). Every second, and
-  immediately after a death that Python reports, the control thread checks that each lives.
+- A slot is the right to run a handler. A thread (`threads`) or a task of the loop (`tasks`) has
+  it, takes job after job from the deque, and passes it to the other side with a job of the
+  other kind, plain or coroutine. `supervisor` starts threads and tasks. Every second, and
+  immediately after a death that Python reports, it checks that each lives, and settles or
+  releases what a dead one held.
 - The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
   caller's. The observer is told of a loop that is blocked for a third of the lease.
 - The event thread (`events`) calls the observer, so that a slow one delays no job. Only
   job_started is called on the handler's own thread, before the handler.
-- `timeouts` gives up handlers that take too long. `state` is the object that handlers share,
-  opened before the first job and closed after the last.
+
+The other files: `group` starts the control threads of all queues and ends them, with the checked
+`options` of the worker. `session` opens the connection (`connection`, whose waits all end) and
+reads what comes back (`answer`); `clock` notices that the server's clock was set, and `repairs`
+corrects that, and dead-letters jobs that cannot be claimed or read. `timeouts` gives up handlers
+that take too long. `observers` makes one observer of many. `state` is the object that handlers
+share, opened before the first job and closed after the last.
 
 From claim to settlement, with the files in order:
 
     control     the turn: step, exchange, acknowledge
     engine      what to claim (_engine/engine), as statements (_engine/protocol)
-    claims      the statement (_sql/claims), sent by `session` over its connection
-    slots       a slot takes the job
+    claims      the statement (_sql/claims), sent by `session`, read by `answer`
+    supervisor  free slots get a thread, or a task for a coroutine handler
+    threads     a thread takes the job and runs it; `tasks` for a coroutine handler
     route       whose handler it is, and what attempts it has (_handlers/route)
     transaction where the handler has one (_running/transaction)
     slots       the outcome goes back; the waker wakes the control thread

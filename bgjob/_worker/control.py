@@ -1,4 +1,8 @@
-"""The control thread of one queue, between the engine, its connection and the slots."""
+"""The control thread of one queue, between the engine, its connection and the slots.
+
+It has over 400 lines because one turn may use each part, and any part may be cut short by the
+end of the grace period.
+"""
 
 import asyncio
 import threading
