@@ -18,8 +18,9 @@ import pytest
 from faults.proxy import Proxy
 from psycopg.conninfo import make_conninfo
 from support.database import all_done, row, rows
+from support.jobs import a_job
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles
+from support.workers import Crew, Gate, Recorder, Style, both_styles, running
 
 from bgjob import (
     AsyncClient,
@@ -34,8 +35,10 @@ from bgjob import (
 )
 from bgjob._running import loop
 from bgjob._running.loop import Loop
+from bgjob._sql.settlements import Claimed
 from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
+from bgjob._worker.slots import Slot
 from bgjob._worker.threads import Threads
 from bgjob.testing import adrain, drain
 
@@ -570,6 +573,24 @@ def test_slots_whose_threads_were_killed_come_back(
     assert len(observer.of("retried")) == 3
     for event in observer.of("retried"):
         assert "was ended, by Thrown: outside of any handler" in event[4]
+
+
+def test_a_job_on_its_way_to_the_loop_is_not_given_back_when_slots_are_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    claimed, before = Claimed(a_job(), 1), Threads.busy.fget
+    assert before is not None
+
+    def moves(threads: Threads) -> Any:
+        supervisor.tasks.moving.add(Slot(claimed))  # from a thread that is idle now
+        return before(threads)
+
+    monkeypatch.setattr(Threads, "busy", property(moves))
+    with running(lambda _: None) as (slots, supervisor):
+        supervisor.suspect()
+        supervisor.watch(lambda: [claimed], PATIENCE)
+        assert slots.collect() == []
+        supervisor.tasks.moving.clear()
 
 
 # -- threads that cannot start -----------------------------------------------------------------------

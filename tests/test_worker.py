@@ -10,8 +10,6 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
@@ -20,7 +18,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from support.database import all_done, clock, count, row, rows, sleeper, terminate_workers
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles, handler, session_of
+from support.workers import Crew, Gate, Recorder, Style, both_styles, handler, running, session_of
 
 from bgjob import (
     BgjobError,
@@ -39,17 +37,11 @@ from bgjob import (
     Worker,
 )
 from bgjob._engine.protocol import Exchange, Notice, Sweep
-from bgjob._postgres.fork import ForkGuard
-from bgjob._running.loop import Loop
-from bgjob._running.transaction import Transactions
 from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
 from bgjob._sql.settlements import Claimed, Postponed, give_back
 from bgjob._worker import tasks
-from bgjob._worker.slots import Slots
-from bgjob._worker.supervisor import Supervisor
 from bgjob._worker.waker import Waker
-from bgjob.mux import Handler
 from bgjob.schema import init_sql
 from bgjob._sql.execute import run as ask
 
@@ -391,31 +383,6 @@ def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connecti
     assert rows(conn, "select id, attempt from bgjob_job") == [("other", 0)]
 
 
-@contextmanager
-def running(body: Handler, *ids: str) -> Iterator[Slots]:
-    """Let a slot by itself run jobs, one after the other."""
-    slots = Slots(
-        Mux().register("t", body),
-        Transactions(("", {}), fork_guard := ForkGuard()),
-        fork_guard,
-        queue="q",
-        concurrency=1,
-        started=None,
-        timed_out=lambda *_: None,
-        finished=lambda: None,
-        hindered=lambda _: None,
-    )
-    supervisor = Supervisor(slots, loop := Loop("loop"))
-    try:
-        now = datetime.now(UTC)
-        jobs = (Job(id_, "q", "t", None, 1, None, 0, now, now, now) for id_ in ids)
-        supervisor.submit([Claimed(job, 1) for job in jobs])
-        yield slots
-    finally:
-        supervisor.close()
-        loop.close(PATIENCE)
-
-
 def test_coroutines_that_compute_let_the_loop_turn_between_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -446,7 +413,7 @@ def test_nothing_of_a_job_is_kept_by_the_slot_that_ran_it(style: Style) -> None:
     def alive() -> bool:
         return any(type(o) is Job and o.id == "to be forgotten" for o in gc.get_objects())
 
-    with running(handler(style, lambda _: None), "to be forgotten") as slots:
+    with running(handler(style, lambda _: None), "to be forgotten") as (slots, _):
         assert eventually(lambda: slots.free and slots.outcomes)
         assert alive()
         slots.collect()

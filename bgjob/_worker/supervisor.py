@@ -162,12 +162,16 @@ class Supervisor:
         """Make an outcome for each job that is in no queue, no live slot and no outcome."""
         slots = self._slots
         errors = {_key(slot.claimed): slot.error for slot in dead if slot.claimed is not None}
-        # In the order in which a job moves, so that none is missed.
+        # A job moves from the queue to a thread or a task, between these, and to the outcomes.
+        # So each is read after those that it may come from.
         held = {_key(claimed) for claimed in tuple(slots.jobs)}
-        live = [*self.tasks.moving.copy(), *self._threads.busy, *tuple(self.tasks.all.values())]
-        held |= {_key(slot.claimed) for slot in live if slot.claimed is not None}
+        claims = [slot.claimed for slot in self._threads.busy]
+        claims += [slot.claimed for slot in self.tasks.moving.copy()]
+        claims += [slot.claimed for slot in tuple(self.tasks.all.values())]
+        claims += [slot.claimed for slot in self._threads.busy]
+        held |= {_key(claimed) for claimed in (*claims, *tuple(slots.jobs)) if claimed is not None}
         held |= {_key(outcome.claimed) for outcome in tuple(slots.outcomes)}
-        takes = any(slot.claimed is None for slot in live)
+        takes = None in claims
         self._is_unclear = False
         for claimed in running:
             key = _key(claimed)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Literal
 
 import pytest
@@ -19,9 +19,16 @@ from bgjob import (
     Result,
     Worker,
 )
+from bgjob._postgres.fork import ForkGuard
+from bgjob._running.loop import Loop
+from bgjob._running.transaction import Transactions
+from bgjob._sql.settlements import Claimed
 from bgjob._worker.options import Queues, WorkerOptions
 from bgjob._worker.session import Session
+from bgjob._worker.slots import Slots
+from bgjob._worker.supervisor import Supervisor
 from bgjob.mux import Handler
+from support.jobs import a_job
 from support.waiting import PATIENCE, eventually
 
 Style = Literal["plain", "coroutine"]
@@ -48,6 +55,29 @@ def session_of(dsn: str, *, notify: bool = True) -> Session:
         {"q": 1}, poll_interval=1.0, lease=30.0, notify=notify, init_timeout=10.0, grace=30.0
     )
     return Session(lambda: (dsn, {}), "q", options)
+
+
+@contextmanager
+def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Supervisor]]:
+    """Let a slot by itself run jobs, one after the other."""
+    slots = Slots(
+        Mux().register("t", body),
+        Transactions(("", {}), fork_guard := ForkGuard()),
+        fork_guard,
+        queue="q",
+        concurrency=1,
+        started=None,
+        timed_out=lambda *_: None,
+        finished=lambda: None,
+        hindered=lambda _: None,
+    )
+    supervisor = Supervisor(slots, loop := Loop("loop"))
+    try:
+        supervisor.submit([Claimed(a_job(id=id_), 1) for id_ in ids])
+        yield slots, supervisor
+    finally:
+        supervisor.close()
+        loop.close(PATIENCE)
 
 
 class Gate:
