@@ -101,7 +101,7 @@ class Events:
         self.tell([WorkerError(error)])
 
     def close(self, timeout: float) -> None:
-        """Deliver the waiting events, for at most `patience` seconds, and end the thread."""
+        """Deliver the waiting events, for at most `timeout` seconds, and end the thread."""
         with self._ready:
             self._closed = True
             self._ready.notify()

@@ -151,7 +151,7 @@ class Slots:
         """Continue after a job that was given up; False if its slot was replaced."""
         if self.fork_guard.is_child:
             self.fork_guard.end(None)
-        slot.has_slot = self.timeouts.find()
+        slot.has_slot = self.timeouts.slot_recovered()
         slot.claimed = slot.run = None
         if not slot.has_slot:
             with self.lock:

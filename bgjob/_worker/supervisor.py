@@ -1,4 +1,4 @@
-"""Places slots on threads or on the loop, replaces lost ones, and misses no job of a dead one."""
+"""Starts the threads and tasks of a queue, replaces lost slots, and settles jobs of dead ones."""
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -16,7 +16,7 @@ from bgjob.result import Result
 
 
 class Supervisor:
-    """Gives the slots of a queue their threads and tasks; for the control thread only.
+    """The supervisor of a queue's threads and tasks; for the control thread only.
 
     Args:
         slots: the slots.
@@ -97,7 +97,7 @@ class Supervisor:
         slots = self._slots
         overdue = slots.timeouts.overdue(now)
         for run in overdue:
-            if slots.timeouts.lose():
+            if slots.timeouts.slot_lost():
                 slots.free_again()
             slots.timed_out(run.claimed.job, run.timeout)
             slots.done(run.fail(now))
@@ -152,7 +152,7 @@ class Supervisor:
     def _free(self, slot: Slot) -> None:
         run, has_slot = slot.run, slot.has_slot
         if run is not None and run.is_overdue:
-            has_slot = self._slots.timeouts.find()
+            has_slot = self._slots.timeouts.slot_recovered()
         elif run is not None:
             self._slots.timeouts.ended(run)
         if has_slot:

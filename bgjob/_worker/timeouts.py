@@ -133,13 +133,13 @@ class Timeouts:
             run.is_overdue = True
         return overdue
 
-    def lose(self) -> bool:
+    def slot_lost(self) -> bool:
         """Record that a handler is abandoned. True if its slot is replaced."""
         with self._lock:
             self._lost += 1
             return self._lost <= self._slots
 
-    def find(self) -> bool:
+    def slot_recovered(self) -> bool:
         """Record that an abandoned handler returned. True if its slot was not replaced."""
         with self._lock:
             self._lost -= 1
