@@ -1,4 +1,7 @@
-"""Clients: enqueue jobs, pause queues, count jobs, run one job."""
+"""Clients: enqueue jobs, pause queues, count jobs, run one job.
+
+The module is as long as it is because both colours are here; only the async one is written.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -97,8 +100,425 @@ _LOOK = 0.005
 """Seconds between two checks whether the claims that a pause found running have ended."""
 
 
+# -- async -----------------------------------------------------------------------------
+
+
+class AsyncClient:
+    """Enqueues jobs on PostgreSQL, and manages queues and dead jobs.
+
+    Args:
+        source: a connection string, or a psycopg_pool.AsyncConnectionPool. From a string
+            the client opens up to 10 connections as it needs them, and closes them
+            with `close()`; a forked child opens its own; a server that is silent or
+            away for 30 s raises psycopg.OperationalError. Your own pool is only
+            borrowed, with the timeouts that you gave it.
+        notify: whether enqueues notify sleeping workers; True by default. Set it to
+            False if no worker can listen: behind a pooler in transaction mode
+            workers poll.
+
+    Raises:
+        ValueError: the string is not a connection string.
+
+    Safe to share between tasks. An async context manager; leaving it closes it.
+
+    The caller's event loop may be one of several, one after the other or at the same
+    time, if the source is a connection string: each has up to 10 connections.
+    """
+
+    def __init__(self, source: str | AsyncConnectionPool[Any], *, notify: bool = True) -> None:
+        self._source = check_conninfo(source) if isinstance(source, str) else source
+        self._notify = notify
+        self._pool: AsyncPool | AsyncBorrowedPool = (
+            AsyncPool(partial(options, (source, {})), _configure_async, patience=PATIENCE)
+            if isinstance(source, str)
+            else AsyncBorrowedPool(source)
+        )
+        self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
+        self.dlq = AsyncDlq(self._run, notify=notify)
+        """The dead-letter table."""
+        self.schedules = AsyncTimetable(self._run, self.enqueue)
+        """The database's schedules, which workers wrote."""
+
+    @overload
+    async def enqueue(
+        self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> str: ...
+
+    @overload
+    async def enqueue(
+        self,
+        request: TypedJob,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> str: ...
+
+    async def enqueue(
+        self,
+        request: EnqueueRequest | TypedJob,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> str:
+        """Write a job and return its id.
+
+        Args:
+            request: the job: an EnqueueRequest, or a typed job (for example a value of a
+                dataclass) whose class names the type and may name the queue, as for
+                EnqueueRequest.of.
+            conn: a connection of the caller's: the job is written in its
+                transaction and exists if that commits. In a transaction begun with
+                `tpc_begin` no worker is notified: workers find the job when they poll.
+            options: queue, id, delay, run_at, priority and exclusive of a typed job;
+                they take precedence over the class.
+
+        Raises:
+            QueueRequiredError, PayloadError, TypeError, ValueError: as
+                EnqueueRequest.of; a TypeError also for options together with a request.
+            JobAlreadyExistsError: a live job has the id. Nothing was written,
+                and the caller's transaction goes on.
+            EnqueueConflictError: the caller's transaction is repeatable read or
+                serializable and cannot see the job that has the id: repeat the
+                transaction. Also a psycopg.errors.SerializationFailure.
+            ValueError: a name that the database's encoding cannot hold.
+            psycopg.Error: the database's. After a lost connection the job may or may
+                not have been written. Enqueuing a request with an id again is refused
+                while the first job is in the queue; if that has already completed, the
+                job is written, and runs, again.
+
+        """
+        request = _request(request, options)
+        statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
+        try:
+            is_written = await self._run(statement, conn, keep=True)
+        except SerializationFailure as error:
+            if conn is None:
+                raise
+            raise EnqueueConflictError([request.id]) from error
+        if not is_written:
+            raise JobAlreadyExistsError([request.id])
+        return request.id
+
+    async def bulk_enqueue(
+        self,
+        requests: Iterable[EnqueueRequest],
+        *,
+        on_conflict: OnConflict = "raise",
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> list[str | None]:
+        """Write jobs, all or none, and return their ids in order.
+
+        Args:
+            requests: the jobs; any number of them, consumed in chunks of 10,000. Make
+                those of typed jobs with EnqueueRequest.of.
+            on_conflict: "raise" (the default) writes nothing if any id is taken;
+                "skip" leaves out jobs whose id is taken, and returns None in their
+                places.
+            conn: a connection of the caller's: the jobs are written in its
+                transaction and exist if that commits.
+
+        Raises:
+            RequestsRequiredError: there are no requests.
+            JobAlreadyExistsError: an id is taken, or occurs twice in the
+                requests. Nothing was written, and the caller's transaction goes on.
+            EnqueueConflictError, ValueError: as for enqueue.
+            psycopg.Error: the database's. Two calls of over 10,000 requests that
+                share ids may deadlock: the client repeats the call if `requests` is a
+                list or a tuple and `conn` is not given.
+
+        """
+        if conn is None and isinstance(requests, list | tuple):
+            for _ in range(_REPETITIONS):
+                with suppress(*_NOTHING_WRITTEN):
+                    return await self._bulk_enqueue(requests, on_conflict, None)
+        return await self._bulk_enqueue(requests, on_conflict, conn)
+
+    async def _bulk_enqueue(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.AsyncConnection[Any] | None,
+    ) -> list[str | None]:
+        chunks = _chunks(requests)
+        ids: list[str | None] = []
+        if conn is not None and _may_begin(conn):
+            await conn.execute(_BEGIN)
+        async with (
+            self._connection(conn) as connection,
+            _levelled_async(connection, is_own=conn is None),
+            connection.transaction(),
+        ):
+            for chunk in chunks:
+                if on_conflict == "raise" and await self._copied(connection, chunk):
+                    ids += [request.id for request in chunk]
+                    continue
+                statement = enqueues.enqueue_many(
+                    chunk, notify=self._notify and not is_two_phase(conn)
+                )
+                try:
+                    written = await _execute_async(connection, statement)
+                except SerializationFailure as error:
+                    if conn is None:
+                        raise
+                    raise EnqueueConflictError([request.id for request in chunk]) from error
+                ids += _placed(chunk, written, on_conflict)
+        return ids
+
+    async def _copied(
+        self, connection: psycopg.AsyncConnection[Any], chunk: list[EnqueueRequest]
+    ) -> bool:
+        """Write jobs by COPY; False if that is not possible, and nothing was written."""
+        copy = _copy_of(connection, chunk)
+        if copy is None:
+            return False
+        await _execute_async(connection, enqueues.begin_copy())
+        try:
+            async with (
+                connection.transaction(),
+                AsyncCursor(connection) as cursor,
+                cursor.copy(copy.text) as stream,
+            ):
+                stream.set_types(copy.types)
+                for row in copy.rows:
+                    await stream.write_row(row)
+        except (UniqueViolation, ProtocolViolation):
+            # Which ids are taken an insert tells; or a column has another type.
+            return False
+        except UNENCODABLE as error:
+            names = [name for r in chunk for name in (r.id, r.queue, r.type)]
+            raise unencodable(connection, names, error) from error
+        if self._notify and not is_two_phase(connection):
+            await _execute_async(connection, enqueues.tell_many(chunk))
+        return True
+
+    async def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
+        """Claim one due job, run its handler, and store the result.
+
+        If the call is cancelled, so is a coroutine handler, and the attempt has failed. A
+        plain handler goes on, and its result is stored when it ends; `close` waits for it.
+
+        Args:
+            queue: the queue to claim from.
+            mux: the handlers. The client runs coroutine ones on the caller's event loop,
+                and cancels only these at their timeouts. Plain ones run on another thread.
+            lease: seconds or a timedelta for which no worker can claim the job again;
+                it is not extended. 300 s by default.
+
+        Returns:
+            The stored result; for example a Retry if the handler raised.
+
+        Raises:
+            EmptyQueueError: no job is due, or the queue is paused.
+            LeaseLostError: the handler outlived the lease; its result was dropped.
+            StateRequiredError: a handler has a parameter `state`: pass `mux.bound(state)`.
+            RuntimeError: a Client's mux has coroutine handlers, and a loop runs in this
+                thread.
+            KeyboardInterrupt, SystemExit: the handler's, after the attempt was
+                stored as failed.
+            psycopg.Error: the database's. The job is due again when its lease ends; or
+                immediately, without counting the attempt, if a transactional handler
+                got no connection.
+
+        """
+        return await self._do(queue, mux, lease)
+
+    async def stats(
+        self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> list[QueueStats]:
+        """Count the jobs of each queue and type at one moment; sorted by both.
+
+        One query that reads both tables once, however large they are: call it every few
+        seconds, not for every request.
+
+        Args:
+            queue: only this queue; by default all queues that have jobs, live or dead.
+            conn: a connection of the caller's.
+
+        """
+        return await self._run(views.stats(queue), conn)
+
+    async def pause(
+        self,
+        queue: str,
+        until: datetime | None = None,
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> None:
+        """Pause a queue: no worker claims from it; running jobs go on.
+
+        Once this has returned, no worker on any host and no `do` claims from the queue.
+        Jobs can still be enqueued. A worker may hold quick jobs that it claimed before and
+        has not started yet: they run. Each worker's observer is told once that the queue
+        is empty. Pausing a paused queue replaces its pause.
+
+        Args:
+            queue: the queue.
+            until: an aware datetime at which the pause ends, by the database's
+                clock; workers notice within their poll interval. None (the
+                default) pauses until `resume`.
+            conn: a connection of the caller's: the queue is paused when its
+                transaction commits, and a claim that runs at that moment may still
+                take jobs.
+
+        Raises:
+            ValueError: a naive `until`, or an invalid queue name.
+            BgjobError: the queue is paused, but a transaction that may have claimed from
+                it before did not end within 30 s.
+            psycopg.Error: the database's.
+
+        """
+        await self._run(_pause(queue, until), conn)
+        if conn is None:
+            deadline = monotonic() + PATIENCE
+            claiming = await self._run(pauses.claiming_transactions(), None)
+            while claiming:
+                _check_patience(queue, deadline)
+                await asyncio.sleep(_LOOK)
+                claiming &= await self._run(pauses.claiming_transactions(), None)
+
+    async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
+        """End the pause of a queue and notify its workers; True if it was paused.
+
+        Args:
+            queue: the queue.
+            conn: a connection of the caller's: the pause ends when its transaction
+                commits.
+
+        """
+        return await self._run(pauses.resume(queue, notify=not is_two_phase(conn)), conn)
+
+    async def paused(
+        self, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> dict[str, datetime | None]:
+        """Return the paused queues, each with the end of its pause; None for no end."""
+        return await self._run(pauses.paused(), conn)
+
+    async def close(self) -> None:
+        """Close the client's own connections; a borrowed pool stays open. Idempotent.
+
+        Tasks that coroutine handlers of `do` left behind go on. A closed client stays
+        closed: every later call raises ClientClosedError.
+
+        If calls of `do` were cancelled, it waits until their plain handlers have ended.
+        """
+        await self._do.close()
+        await self._pool.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {id(self):#x}>"  # never the connection string
+
+    @property
+    def connection_parameters(self) -> ConnectionParameters:
+        """How a worker opens a connection of its own."""
+        return _connection_parameters(self._source)
+
+    @asynccontextmanager
+    async def _connection(
+        self, conn: psycopg.AsyncConnection[Any] | None
+    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        if conn is not None:
+            yield conn
+            return
+        # pool.connection() would commit, with nothing to commit. In autocommit one
+        # statement is a transaction and one round trip.
+        pool: Any = self._pool
+        pooled = await pool.take()
+        try:
+            if pooled.autocommit:
+                yield pooled
+                return
+            await pooled.set_autocommit(True)
+            try:
+                yield pooled
+            finally:
+                if pooled.info.transaction_status == TransactionStatus.IDLE:
+                    await pooled.set_autocommit(False)
+        except ReadOnlySqlTransaction:
+            await pooled.close()  # its server is not a primary any more: the next one may be
+            raise
+        finally:
+            await pool.release(pooled)
+
+    async def _run(
+        self,
+        statement: Statement[T],
+        conn: psycopg.AsyncConnection[Any] | None,
+        *,
+        keep: bool = False,
+    ) -> T:
+        if conn is not None:
+            return await _execute_async(conn, statement)
+        repetitions = 0
+        while True:
+            try:
+                async with self._connection(None) as connection:
+                    return await _execute_async(connection, statement, keep=keep)
+            except _NOTHING_WRITTEN:
+                if (repetitions := repetitions + 1) > _REPETITIONS:
+                    raise
+
+    async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
+        if len(statements) < 2:  # noqa: PLR2004
+            return [await self._run(statement, None) for statement in statements]
+        async with self._connection(None) as connection:
+            # In one go: a process that is stopped meanwhile must not keep a key locked.
+            async with connection.pipeline(), connection.transaction():
+                # Each statement is to see what others did before the lock was had.
+                await connection.execute("set transaction isolation level read committed")
+                cursors = await send_all_async(connection, statements)
+            return await read_all_async(cursors, statements)
+
+
+async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
+    cursor = await send_async(AsyncCursor(connection), session(connection.info.backend_pid))
+    if not cursor.rowcount:  # a pooler may use another session for each transaction
+        connection.prepare_threshold = None
+
+
+@asynccontextmanager
+async def _levelled_async(
+    connection: psycopg.AsyncConnection[Any], *, is_own: bool
+) -> AsyncIterator[None]:
+    """Begin transactions as read committed, whatever a borrowed pool's level is."""
+    level = connection.isolation_level
+    if not is_own or level == IsolationLevel.READ_COMMITTED:
+        yield
+        return
+    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
+    try:
+        yield
+    finally:
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            await connection.set_isolation_level(level)
+
+
+async def _execute_async(
+    connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keep: bool = False
+) -> T:
+    # A plain cursor, whatever factories the caller's connection has. A kept cursor
+    # keeps its rows too, so only an enqueue uses one: it returns almost none.
+    if keep and isinstance(connection, AsyncPooledConnection):
+        cursor = connection.enqueuing
+    else:
+        cursor = AsyncCursor(connection)
+    try:
+        await send_async(cursor, statement)
+    except UNENCODABLE as error:
+        raise unencodable(connection, (statement.params or {}).values(), error) from error
+    return await read_async(cursor, statement)
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
 class Client:
-    """Enqueues jobs on PostgreSQL, and manages queues and dead jobs. Thread-safe.
+    """Enqueues jobs on PostgreSQL, and manages queues and dead jobs.
 
     Args:
         source: a connection string, or a psycopg_pool.ConnectionPool. From a string
@@ -113,7 +533,7 @@ class Client:
     Raises:
         ValueError: the string is not a connection string.
 
-    A context manager; leaving it closes it.
+    Thread-safe. A context manager; leaving it closes it.
     """
 
     def __init__(self, source: str | ConnectionPool[Any], *, notify: bool = True) -> None:
@@ -271,9 +691,8 @@ class Client:
                 for row in copy.rows:
                     stream.write_row(row)
         except (UniqueViolation, ProtocolViolation):
-            return (
-                False  # which ids are taken is for an insert to tell; or a column has another type
-            )
+            # Which ids are taken an insert tells; or a column has another type.
+            return False
         except UNENCODABLE as error:
             names = [name for r in chunk for name in (r.id, r.queue, r.type)]
             raise unencodable(connection, names, error) from error
@@ -286,9 +705,8 @@ class Client:
 
         Args:
             queue: the queue to claim from.
-            mux: the handlers. Coroutine handlers run on an event loop that the client
-                keeps on a thread of its own until it is closed, and only they are
-                cancelled at their timeouts; a plain handler runs on the calling thread.
+            mux: the handlers. The client runs coroutine ones on an event loop of its own,
+                and cancels only these at their timeouts. Plain ones run on the calling thread.
             lease: seconds or a timedelta for which no worker can claim the job again;
                 it is not extended. 300 s by default.
 
@@ -299,7 +717,8 @@ class Client:
             EmptyQueueError: no job is due, or the queue is paused.
             LeaseLostError: the handler outlived the lease; its result was dropped.
             StateRequiredError: a handler has a parameter `state`: pass `mux.bound(state)`.
-            RuntimeError: the mux has coroutine handlers, and a loop runs in this thread.
+            RuntimeError: a Client's mux has coroutine handlers, and a loop runs in this
+                thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
             psycopg.Error: the database's. The job is due again when its lease ends; or
@@ -416,12 +835,12 @@ class Client:
             if pooled.autocommit:
                 yield pooled
                 return
-            pooled.autocommit = True
+            pooled.set_autocommit(True)
             try:
                 yield pooled
             finally:
                 if pooled.info.transaction_status == TransactionStatus.IDLE:
-                    pooled.autocommit = False
+                    pooled.set_autocommit(False)
         except ReadOnlySqlTransaction:
             pooled.close()  # its server is not a primary any more: the next one may be
             raise
@@ -429,7 +848,11 @@ class Client:
             pool.release(pooled)
 
     def _run(
-        self, statement: Statement[T], conn: psycopg.Connection[Any] | None, *, keep: bool = False
+        self,
+        statement: Statement[T],
+        conn: psycopg.Connection[Any] | None,
+        *,
+        keep: bool = False,
     ) -> T:
         if conn is not None:
             return _execute(conn, statement)
@@ -467,12 +890,12 @@ def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[
     if not is_own or level == IsolationLevel.READ_COMMITTED:
         yield
         return
-    connection.isolation_level = IsolationLevel.READ_COMMITTED
+    connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
     try:
         yield
     finally:
         if connection.info.transaction_status == TransactionStatus.IDLE:
-            connection.isolation_level = level
+            connection.set_isolation_level(level)
 
 
 def _execute(
@@ -491,294 +914,7 @@ def _execute(
     return read(cursor, statement)
 
 
-class AsyncClient:
-    """Enqueues jobs on PostgreSQL, and manages queues. Async variant of Client.
-
-    For use from the tasks of one event loop; with a connection string, of several loops.
-
-    Args:
-        source: a connection string, or a psycopg_pool.AsyncConnectionPool; as for
-            Client.
-        notify: as for Client.
-
-    An async context manager; leaving it closes it.
-    """
-
-    def __init__(self, source: str | AsyncConnectionPool[Any], *, notify: bool = True) -> None:
-        self._source = check_conninfo(source) if isinstance(source, str) else source
-        self._notify = notify
-        self._pool: AsyncPool | AsyncBorrowedPool = (
-            AsyncPool(partial(options, (source, {})), _configure_async, patience=PATIENCE)
-            if isinstance(source, str)
-            else AsyncBorrowedPool(source)
-        )
-        self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
-        self.dlq = AsyncDlq(self._run, notify=notify)
-        """The dead-letter table."""
-        self.schedules = AsyncTimetable(self._run, self.enqueue)
-        """The database's schedules, which workers wrote."""
-
-    @overload
-    async def enqueue(
-        self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None
-    ) -> str: ...
-
-    @overload
-    async def enqueue(
-        self,
-        request: TypedJob,
-        *,
-        conn: psycopg.AsyncConnection[Any] | None = None,
-        **options: Unpack[EnqueueOptions],
-    ) -> str: ...
-
-    async def enqueue(
-        self,
-        request: EnqueueRequest | TypedJob,
-        *,
-        conn: psycopg.AsyncConnection[Any] | None = None,
-        **options: Unpack[EnqueueOptions],
-    ) -> str:
-        """Write a job and return its id. Async variant of Client.enqueue."""
-        request = _request(request, options)
-        statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
-        try:
-            is_written = await self._run(statement, conn, keep=True)
-        except SerializationFailure as error:
-            if conn is None:
-                raise
-            raise EnqueueConflictError([request.id]) from error
-        if not is_written:
-            raise JobAlreadyExistsError([request.id])
-        return request.id
-
-    async def bulk_enqueue(
-        self,
-        requests: Iterable[EnqueueRequest],
-        *,
-        on_conflict: OnConflict = "raise",
-        conn: psycopg.AsyncConnection[Any] | None = None,
-    ) -> list[str | None]:
-        """Write jobs, all or none. Async variant of Client.bulk_enqueue."""
-        if conn is None and isinstance(requests, list | tuple):
-            for _ in range(_REPETITIONS):
-                with suppress(*_NOTHING_WRITTEN):
-                    return await self._bulk_enqueue(requests, on_conflict, None)
-        return await self._bulk_enqueue(requests, on_conflict, conn)
-
-    async def _bulk_enqueue(
-        self,
-        requests: Iterable[EnqueueRequest],
-        on_conflict: OnConflict,
-        conn: psycopg.AsyncConnection[Any] | None,
-    ) -> list[str | None]:
-        chunks = _chunks(requests)
-        ids: list[str | None] = []
-        if conn is not None and _may_begin(conn):
-            await conn.execute(_BEGIN)
-        async with (
-            self._connection(conn) as connection,
-            _levelled_async(connection, is_own=conn is None),
-            connection.transaction(),
-        ):
-            for chunk in chunks:
-                if on_conflict == "raise" and await self._copied(connection, chunk):
-                    ids += [request.id for request in chunk]
-                    continue
-                statement = enqueues.enqueue_many(
-                    chunk, notify=self._notify and not is_two_phase(conn)
-                )
-                try:
-                    written = await _execute_async(connection, statement)
-                except SerializationFailure as error:
-                    if conn is None:
-                        raise
-                    raise EnqueueConflictError([request.id for request in chunk]) from error
-                ids += _placed(chunk, written, on_conflict)
-        return ids
-
-    async def _copied(
-        self, connection: psycopg.AsyncConnection[Any], chunk: list[EnqueueRequest]
-    ) -> bool:
-        copy = _copy_of(connection, chunk)
-        if copy is None:
-            return False
-        await _execute_async(connection, enqueues.begin_copy())
-        try:
-            async with (
-                connection.transaction(),
-                AsyncCursor(connection) as cursor,
-                cursor.copy(copy.text) as stream,
-            ):
-                stream.set_types(copy.types)
-                for row in copy.rows:
-                    await stream.write_row(row)
-        except (UniqueViolation, ProtocolViolation):
-            return False
-        except UNENCODABLE as error:
-            names = [name for r in chunk for name in (r.id, r.queue, r.type)]
-            raise unencodable(connection, names, error) from error
-        if self._notify and not is_two_phase(connection):
-            await _execute_async(connection, enqueues.tell_many(chunk))
-        return True
-
-    async def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
-        """Claim one due job, run its handler, and store the result.
-
-        Async variant of Client.do. A coroutine handler is awaited here; a plain one runs on
-        a thread, without its timeout. If the call is cancelled, it cancels a coroutine
-        handler, and the attempt has failed. A plain handler cannot be cancelled: it goes on,
-        and its result is stored when it ends; `close` waits for that.
-        """
-        return await self._do(queue, mux, lease)
-
-    async def stats(
-        self, queue: str | None = None, *, conn: psycopg.AsyncConnection[Any] | None = None
-    ) -> list[QueueStats]:
-        """Count the jobs of each queue and type. Async variant of Client.stats."""
-        return await self._run(views.stats(queue), conn)
-
-    async def pause(
-        self,
-        queue: str,
-        until: datetime | None = None,
-        *,
-        conn: psycopg.AsyncConnection[Any] | None = None,
-    ) -> None:
-        """Pause a queue: no worker claims from it. Async variant of Client.pause."""
-        await self._run(_pause(queue, until), conn)
-        if conn is None:
-            deadline = monotonic() + PATIENCE
-            claiming = await self._run(pauses.claiming_transactions(), None)
-            while claiming:
-                _check_patience(queue, deadline)
-                await asyncio.sleep(_LOOK)
-                claiming &= await self._run(pauses.claiming_transactions(), None)
-
-    async def resume(self, queue: str, *, conn: psycopg.AsyncConnection[Any] | None = None) -> bool:
-        """End the pause of a queue. Async variant of Client.resume."""
-        return await self._run(pauses.resume(queue, notify=not is_two_phase(conn)), conn)
-
-    async def paused(
-        self, *, conn: psycopg.AsyncConnection[Any] | None = None
-    ) -> dict[str, datetime | None]:
-        """Return the paused queues with their ends. Async variant of Client.paused."""
-        return await self._run(pauses.paused(), conn)
-
-    async def close(self) -> None:
-        """Close the client's own connections. Async variant of Client.close.
-
-        It waits for the plain handlers of cancelled calls of `do`.
-        """
-        await self._do.close()
-        await self._pool.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} at {id(self):#x}>"  # never the connection string
-
-    @property
-    def connection_parameters(self) -> ConnectionParameters:
-        """How a worker opens a connection of its own."""
-        return _connection_parameters(self._source)
-
-    @asynccontextmanager
-    async def _connection(
-        self, conn: psycopg.AsyncConnection[Any] | None
-    ) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        if conn is not None:
-            yield conn
-            return
-        pool: Any = self._pool
-        pooled = await pool.take()
-        try:
-            if pooled.autocommit:
-                yield pooled
-                return
-            await pooled.set_autocommit(True)
-            try:
-                yield pooled
-            finally:
-                if pooled.info.transaction_status == TransactionStatus.IDLE:
-                    await pooled.set_autocommit(False)
-        except ReadOnlySqlTransaction:
-            await pooled.close()  # its server is not a primary any more: the next one may be
-            raise
-        finally:
-            await pool.release(pooled)
-
-    async def _run(
-        self,
-        statement: Statement[T],
-        conn: psycopg.AsyncConnection[Any] | None,
-        *,
-        keep: bool = False,
-    ) -> T:
-        if conn is not None:
-            return await _execute_async(conn, statement)
-        repetitions = 0
-        while True:
-            try:
-                async with self._connection(None) as connection:
-                    return await _execute_async(connection, statement, keep=keep)
-            except _NOTHING_WRITTEN:
-                if (repetitions := repetitions + 1) > _REPETITIONS:
-                    raise
-
-    async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
-        if len(statements) < 2:  # noqa: PLR2004
-            return [await self._run(statement, None) for statement in statements]
-        async with self._connection(None) as connection:
-            # In one go: a process that is stopped meanwhile must not keep a key locked.
-            async with connection.pipeline(), connection.transaction():
-                # Each statement is to see what others did before the lock was had.
-                await connection.execute("set transaction isolation level read committed")
-                cursors = await send_all_async(connection, statements)
-            return await read_all_async(cursors, statements)
-
-
-async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
-    cursor = await send_async(AsyncCursor(connection), session(connection.info.backend_pid))
-    if not cursor.rowcount:
-        connection.prepare_threshold = None
-
-
-@asynccontextmanager
-async def _levelled_async(
-    connection: psycopg.AsyncConnection[Any], *, is_own: bool
-) -> AsyncIterator[None]:
-    level = connection.isolation_level
-    if not is_own or level == IsolationLevel.READ_COMMITTED:
-        yield
-        return
-    await connection.set_isolation_level(IsolationLevel.READ_COMMITTED)
-    try:
-        yield
-    finally:
-        if connection.info.transaction_status == TransactionStatus.IDLE:
-            await connection.set_isolation_level(level)
-
-
-async def _execute_async(
-    connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keep: bool = False
-) -> T:
-    if keep and isinstance(connection, AsyncPooledConnection):
-        cursor = connection.enqueuing
-    else:
-        cursor = AsyncCursor(connection)
-    try:
-        await send_async(cursor, statement)
-    except UNENCODABLE as error:
-        raise unencodable(connection, (statement.params or {}).values(), error) from error
-    return await read_async(cursor, statement)
-
-
-# -- shared by Client and AsyncClient -----------------------------------------------
+# -- both colours ----------------------------------------------------------------------
 
 
 def _connection_parameters(

@@ -247,7 +247,7 @@ class Worker:
         concurrency: the number of slots: how many handlers run at the same time; 1
             by default, so that handlers need not be thread-safe. Not allowed with
             a mapping. Plain handlers run on as many threads, coroutine handlers on
-            one event loop for all queues, both within this bound.
+            an event loop of its own, both within this bound.
         poll_interval: seconds or a timedelta between two looks at an idle
             queue; 1 s by default. Enqueues of a Client wake the worker
             immediately; the interval bounds the delay after a lost notification, a
