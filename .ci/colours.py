@@ -48,8 +48,8 @@ RULES = [
     # Names.
     (r"\basyncio\.Event\b", "threading.Event"),
     (r"\bhas_loop=True\b", "has_loop=False"),
-    (r"\baassert_", "assert_"),
-    (r"Async(?=[A-Z])|(?<=[a-z])Async\b|_async\b", ""),
+    (r"\ba(?=assert_|drain\b|close\b)", ""),
+    (r"Async(?=[A-Z])|(?<=[a-z])Async\b|_async(?=_|\b)", ""),
     # English. A sync call cannot be cancelled, and its caller has no event loop.
     (r"\n\n +(?:If the call is|If calls of|The caller's event loop).*(?:\n +[^\s\"].*)*", ""),
     (r"\bthe caller's event loop\b", "an event loop of its own"),

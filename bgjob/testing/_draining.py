@@ -5,8 +5,15 @@ The logic is one generator of steps, with a sync and an async driver.
 
 import asyncio
 import inspect
-from collections.abc import Awaitable
-from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+    suppress,
+)
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -70,8 +77,11 @@ class _Drained(NamedTuple):
     """The exception to raise in the test."""
 
 
-def drain(
-    source: Source,
+# -- async -----------------------------------------------------------------------------
+
+
+async def adrain(
+    source: AsyncSource,
     queue: str,
     mux: Mux,
     *,
@@ -83,14 +93,14 @@ def drain(
 
     Jobs run as by a worker with a concurrency of 1: by priority and due time, including
     the jobs that handlers enqueue meanwhile, and with the same results, attempts, backoff
-    and dead-letter table. Plain handlers run on the caller's thread, coroutine handlers on
-    one event loop. Timeouts are not enforced.
+    and dead-letter table. The drain runs coroutine handlers on the caller's event loop, and
+    plain ones on another thread. Timeouts are not enforced.
 
     Args:
-        source: the test's own connection, a connection string or a Client. On
+        source: the test's own connection, a connection string or an AsyncClient. On
             a connection everything happens in its transaction, which is neither
             committed nor rolled back: uncommitted jobs run too. A transactional
-            handler receives this connection, inside a savepoint. On a Client or
+            handler receives this connection, inside a savepoint. On a client or
             a connection string each step is committed, as in a worker.
         queue: the queue.
         mux: the handlers.
@@ -107,13 +117,14 @@ def drain(
 
     Returns:
         The jobs that ran, in order, each with its stored result.
-            and MoveToDlq that a handler returned are never raised.
 
     Raises:
         BgjobError: 10,000 jobs ran and there was no limit.
         LeaseLostError: a handler outlived the lease of 300 s, or its row was removed.
-        TypeError: a coroutine handler needs the test's transaction: use adrain.
-        RuntimeError: the mux has coroutine handlers, and a loop runs in this thread.
+        TypeError: the test's own connection is of another colour than a transactional
+            handler.
+        RuntimeError: the mux of `drain` has coroutine handlers, and a loop runs in this
+            thread.
         KeyboardInterrupt, SystemExit: the handler's, whatever `on_error` says.
         psycopg.Error: the database's. If a transactional handler got no connection, its job
             is due again, and its attempt is not counted.
@@ -121,50 +132,15 @@ def drain(
     """
     __tracebackhide__ = True
     plan = _planned(queue, mux, limit, within, on_error)
-    if mux.has_coroutines and runs_a_loop():
-        raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
-    runner = asyncio.Runner()  # makes its loop for the first coroutine, if any
-    with connected(source) as (conn, connection_parameters), closing(runner):
-
-        def take(step: Step) -> object:
-            __tracebackhide__ = True
-            if isinstance(step, Run):
-                # Each handler runs in its own context, not the test's.
-                return copy_context().run(_run, step, conn, connection_parameters, runner)
-            return [run(conn, statement) for statement in step]
-
-        drained = drive(_steps(plan), take)
-    if drained.error is not None:
-        raise drained.error
-    return drained.ran
-
-
-async def adrain(
-    source: AsyncSource,
-    queue: str,
-    mux: Mux,
-    *,
-    limit: int | None = None,
-    within: Duration = 0.0,
-    on_error: OnError = "raise",
-) -> list[Ran]:
-    """Run the due jobs of a queue. Async variant of drain.
-
-    The source is an AsyncConnection, an AsyncClient or a connection string. Coroutine
-    handlers are awaited here, plain ones run on a thread.
-
-    Raises:
-        TypeError: a plain handler needs the test's transaction: use drain.
-
-    """
-    __tracebackhide__ = True
-    plan = _planned(queue, mux, limit, within, on_error)
-    async with connected_async(source) as (conn, connection_parameters):
+    async with (
+        connected_async(source) as (conn, connection_parameters),
+        _handlers_async(mux, conn, connection_parameters) as handled,
+    ):
 
         async def take(step: Step) -> object:
             __tracebackhide__ = True
             if isinstance(step, Run):
-                return await asyncio.create_task(_run_async(step, conn, connection_parameters))
+                return await handled(step)
             return [await run_async(conn, statement) for statement in step]
 
         drained = await drive_async(_steps(plan), take)
@@ -173,7 +149,129 @@ async def adrain(
     return drained.ran
 
 
-# -- steps ----------------------------------------------------------------------------
+async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnection[Any]) -> Ending:
+    """Run a transactional handler in the test's transaction, inside a savepoint."""
+    savepoint, token, has_ended = AsyncExitStack(), str(claimed.token), False
+
+    async def take(step: Call | Settle | End) -> object:
+        __tracebackhide__ = True
+        nonlocal has_ended
+        match step:
+            case Call():
+                await savepoint.enter_async_context(conn.transaction())
+                returned = await route.handler(claimed.job, conn)
+                has_ended = is_over(conn)
+                return returned
+            case Settle(statement):
+                return None if has_ended else Settled(token, await run_async(conn, statement))
+            case End.COMMIT:
+                await savepoint.aclose()
+            case End.ROLLBACK:
+                with suppress(psycopg.Error):
+                    await savepoint.__aexit__(psycopg.Rollback, psycopg.Rollback(), None)
+        return token if has_ended else None
+
+    return await drive_async(in_transaction(route, claimed), take)
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
+def drain(
+    source: Source,
+    queue: str,
+    mux: Mux,
+    *,
+    limit: int | None = None,
+    within: Duration = 0.0,
+    on_error: OnError = "raise",
+) -> list[Ran]:
+    """Run the due jobs of a queue, one after the other, until none is due.
+
+    Jobs run as by a worker with a concurrency of 1: by priority and due time, including
+    the jobs that handlers enqueue meanwhile, and with the same results, attempts, backoff
+    and dead-letter table. The drain runs coroutine handlers on an event loop of its own, and
+    plain ones on the calling thread. Timeouts are not enforced.
+
+    Args:
+        source: the test's own connection, a connection string or a Client. On
+            a connection everything happens in its transaction, which is neither
+            committed nor rolled back: uncommitted jobs run too. A transactional
+            handler receives this connection, inside a savepoint. On a client or
+            a connection string each step is committed, as in a worker.
+        queue: the queue.
+        mux: the handlers.
+        limit: runs after which to return; None (the default) runs until no job
+            is due.
+        within: seconds or a timedelta to skip without waiting: jobs that become
+            due meanwhile run too, in order. The due times of the queue's
+            waiting jobs are moved back for that. 0 by default: delayed jobs
+            do not run.
+        on_error: "raise" (the default) raises the exception of a handler, or
+            the error of an unknown type, as soon as it is stored, so that the
+            test shows its traceback. "store" continues, as a worker does. Retry
+            and MoveToDlq that a handler returned are never raised.
+
+    Returns:
+        The jobs that ran, in order, each with its stored result.
+
+    Raises:
+        BgjobError: 10,000 jobs ran and there was no limit.
+        LeaseLostError: a handler outlived the lease of 300 s, or its row was removed.
+        TypeError: the test's own connection is of another colour than a transactional
+            handler.
+        RuntimeError: the mux of `drain` has coroutine handlers, and a loop runs in this
+            thread.
+        KeyboardInterrupt, SystemExit: the handler's, whatever `on_error` says.
+        psycopg.Error: the database's. If a transactional handler got no connection, its job
+            is due again, and its attempt is not counted.
+
+    """
+    __tracebackhide__ = True
+    plan = _planned(queue, mux, limit, within, on_error)
+    with (
+        connected(source) as (conn, connection_parameters),
+        _handlers(mux, conn, connection_parameters) as handled,
+    ):
+
+        def take(step: Step) -> object:
+            __tracebackhide__ = True
+            if isinstance(step, Run):
+                return handled(step)
+            return [run(conn, statement) for statement in step]
+
+        drained = drive(_steps(plan), take)
+    if drained.error is not None:
+        raise drained.error
+    return drained.ran
+
+
+def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending:
+    """Run a transactional handler in the test's transaction, inside a savepoint."""
+    savepoint, token, has_ended = ExitStack(), str(claimed.token), False
+
+    def take(step: Call | Settle | End) -> object:
+        __tracebackhide__ = True
+        nonlocal has_ended
+        match step:
+            case Call():
+                savepoint.enter_context(conn.transaction())
+                returned = route.handler(claimed.job, conn)
+                has_ended = is_over(conn)
+                return returned
+            case Settle(statement):
+                return None if has_ended else Settled(token, run(conn, statement))
+            case End.COMMIT:
+                savepoint.close()
+            case End.ROLLBACK:
+                with suppress(psycopg.Error):
+                    savepoint.__exit__(psycopg.Rollback, psycopg.Rollback(), None)
+        return token if has_ended else None
+
+    return drive(in_transaction(route, claimed), take)
+
+
+# -- both colours ----------------------------------------------------------------------
 
 
 def _planned(queue: str, mux: Mux, limit: int | None, within: Duration, on_error: OnError) -> _Plan:
@@ -266,7 +364,25 @@ def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
     return error if isinstance(error, BaseException) and error is not returned else None
 
 
-# -- sync driver ----------------------------------------------------------------------
+# -- running a handler ----------------------------------------------------------------
+
+
+@contextmanager
+def _handlers(
+    mux: Mux, conn: Connection[Any], connection_parameters: ConnectionParameters | None
+) -> Iterator[Callable[[Run], Ending]]:
+    """Yield what runs a handler, in a context of its own and not the test's."""
+    if mux.has_coroutines and runs_a_loop():
+        raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
+    with closing(asyncio.Runner()) as runner:  # makes its loop for the first coroutine, if any
+        yield lambda step: copy_context().run(_run, step, conn, connection_parameters, runner)
+
+
+@asynccontextmanager
+async def _handlers_async(
+    _: Mux, conn: AsyncConnection[Any], connection_parameters: ConnectionParameters | None
+) -> AsyncIterator[Callable[[Run], Awaitable[Ending]]]:
+    yield lambda step: asyncio.create_task(_run_async(step, conn, connection_parameters))
 
 
 def _run(
@@ -289,34 +405,6 @@ def _run(
     )
 
 
-def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending:
-    """Run a transactional handler in the test's transaction, inside a savepoint."""
-    savepoint, token, has_ended = ExitStack(), str(claimed.token), False
-
-    def take(step: Call | Settle | End) -> object:
-        __tracebackhide__ = True
-        nonlocal has_ended
-        match step:
-            case Call():
-                savepoint.enter_context(conn.transaction())
-                returned = route.handler(claimed.job, conn)
-                has_ended = is_over(conn)
-                return returned
-            case Settle(statement):
-                return None if has_ended else Settled(token, run(conn, statement))
-            case End.COMMIT:
-                savepoint.close()
-            case End.ROLLBACK:
-                with suppress(psycopg.Error):
-                    savepoint.__exit__(psycopg.Rollback, psycopg.Rollback(), None)
-        return token if has_ended else None
-
-    return drive(in_transaction(route, claimed), take)
-
-
-# -- async driver -------------------------------------------------------------------------
-
-
 async def _run_async(
     step: Run, conn: AsyncConnection[Any], connection_parameters: ConnectionParameters | None
 ) -> Ending:
@@ -326,33 +414,6 @@ async def _run_async(
             raise _wrong_colour(route, "a plain function and needs a psycopg.Connection: use drain")
         return await _run_within_async(route, claimed, conn)
     return await run_in_task(step, lambda: connection_parameters or _UNUSED, asyncio.to_thread)
-
-
-async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnection[Any]) -> Ending:
-    savepoint, token, has_ended = AsyncExitStack(), str(claimed.token), False
-
-    async def take(step: Call | Settle | End) -> object:
-        __tracebackhide__ = True
-        nonlocal has_ended
-        match step:
-            case Call():
-                await savepoint.enter_async_context(conn.transaction())
-                returned = await route.handler(claimed.job, conn)
-                has_ended = is_over(conn)
-                return returned
-            case Settle(statement):
-                return None if has_ended else Settled(token, await run_async(conn, statement))
-            case End.COMMIT:
-                await savepoint.aclose()
-            case End.ROLLBACK:
-                with suppress(psycopg.Error):
-                    await savepoint.__aexit__(psycopg.Rollback, psycopg.Rollback(), None)
-        return token if has_ended else None
-
-    return await drive_async(in_transaction(route, claimed), take)
-
-
-# -- shared by both drivers -----------------------------------------------------------------
 
 
 _UNUSED: ConnectionParameters = ("", {})
