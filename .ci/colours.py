@@ -31,7 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 BOTH = re.compile(
-    r"^# -- async -.*?\n(?P<written>.*?)^# -- sync: .*?\n(?P<made>.*?)(?=^# -- both colours -|\Z)",
+    r"^ *# -- async -.*?\n(?P<written>.*?)^ *# -- sync: .*?\n(?P<made>.*?)"
+    r"(?=^ *# -- both colours -|\Z)",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -46,6 +47,8 @@ RULES = [
     (r"\basyncio\.sleep\b", "sleep"),
     (r"\basynccontextmanager\b", "contextmanager"),
     # Names.
+    (r"\broute\.awaited\b", "route.handler"),
+    (r"\basyncio\.current_task\b", "threading.get_ident"),
     (r"\basyncio\.Event\b", "threading.Event"),
     (r"\bhas_loop=True\b", "has_loop=False"),
     (r"\ba(?=assert_|drain\b|close\b)", ""),

@@ -11,14 +11,17 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def drive(steps: Generator[S, Any, T], take: Callable[[S], object]) -> T:
+# -- async -----------------------------------------------------------------------------
+
+
+async def drive_async(steps: Generator[S, Any, T], take: Callable[[S], Awaitable[object]]) -> T:
     """Take each step, and return what the generator returns."""
     __tracebackhide__ = True
     try:
         step = next(steps)
         while True:
             try:
-                answer = take(step)
+                answer = await take(step)
             except BaseException as error:
                 step = steps.throw(error)
             else:
@@ -28,14 +31,17 @@ def drive(steps: Generator[S, Any, T], take: Callable[[S], object]) -> T:
         return returned
 
 
-async def drive_async(steps: Generator[S, Any, T], take: Callable[[S], Awaitable[object]]) -> T:
-    """Take each step. Async variant of `drive`."""
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
+def drive(steps: Generator[S, Any, T], take: Callable[[S], object]) -> T:
+    """Take each step, and return what the generator returns."""
     __tracebackhide__ = True
     try:
         step = next(steps)
         while True:
             try:
-                answer = await take(step)
+                answer = take(step)
             except BaseException as error:
                 step = steps.throw(error)
             else:

@@ -51,6 +51,43 @@ _GONE.finish()
 _NOBODY = object()
 
 
+# -- async -----------------------------------------------------------------------------
+
+
+class AsyncHandlerConnection(connection.AsyncConnection):
+    """The connection of one handler, for as long as that runs."""
+
+    token = ""
+    ended_by: str | None = None
+    """The claim's token, if the handler closed the connection after ending the transaction."""
+    user: object = None
+    """After the handler's end, the only task, or thread by its number, that may use it."""
+
+    @override
+    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
+        # What the handler left behind comes here with each statement, after the lock.
+        if self.user is not None and self.user != asyncio.current_task():
+            raise psycopg.ProgrammingError(_ENDED)
+        return await super().wait(gen, *args, **kwargs)
+
+    @override
+    async def close(self) -> None:
+        if is_over(self):
+            self.ended_by = self.token
+        await super().close()
+
+    @override
+    async def commit(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
+
+    @override
+    async def rollback(self) -> NoReturn:
+        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
+
+
+# -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
+
+
 class HandlerConnection(connection.Connection):
     """The connection of one handler, for as long as that runs."""
 
@@ -58,11 +95,11 @@ class HandlerConnection(connection.Connection):
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     user: object = None
-    """After the handler's end, the only thread (its number) or task that may use it."""
+    """After the handler's end, the only task, or thread by its number, that may use it."""
 
     @override
     def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        # Threads that the handler left behind come here with each statement, after the lock.
+        # What the handler left behind comes here with each statement, after the lock.
         if self.user is not None and self.user != threading.get_ident():
             raise psycopg.ProgrammingError(_ENDED)
         return super().wait(gen, *args, **kwargs)
@@ -82,34 +119,7 @@ class HandlerConnection(connection.Connection):
         raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
 
 
-class AsyncHandlerConnection(connection.AsyncConnection):
-    """The connection of one coroutine handler. Async variant of HandlerConnection."""
-
-    token = ""
-    ended_by: str | None = None
-    """See HandlerConnection.ended_by."""
-    user: object = None
-    """See HandlerConnection.user."""
-
-    @override
-    async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
-        if self.user is not None and self.user is not asyncio.current_task():
-            raise psycopg.ProgrammingError(_ENDED)
-        return await super().wait(gen, *args, **kwargs)
-
-    @override
-    async def close(self) -> None:
-        if is_over(self):
-            self.ended_by = self.token
-        await super().close()
-
-    @override
-    async def commit(self) -> NoReturn:
-        raise psycopg.ProgrammingError(_FORBIDDEN.format("commit"))
-
-    @override
-    async def rollback(self) -> NoReturn:
-        raise psycopg.ProgrammingError(_FORBIDDEN.format("roll back"))
+# -- both colours ----------------------------------------------------------------------
 
 
 class Sessions:
@@ -122,6 +132,33 @@ class Sessions:
         self._closed = False
         self._leaving = threading.Event()
         self._pause, self._pause_grows_at = _FIRST_PAUSE, -inf
+
+    # -- async -------------------------------------------------------------------------
+
+    async def open_async(
+        self, use: Callable[[AsyncHandlerConnection], Awaitable[T]]
+    ) -> tuple[AsyncHandlerConnection, T]:
+        """Use an idle session, or a new one; return the connection and what `use` returned.
+
+        An idle session that fails may have ended meanwhile: then the next one is tried.
+        """
+        while True:
+            session = self._idle_session()
+            if session is None:
+                opened = await AsyncHandlerConnection.connect(**self._options)
+                self._pause = _FIRST_PAUSE
+            else:
+                opened = AsyncHandlerConnection(session)
+                self._furnish(opened)
+            opened.patience = PATIENCE
+            try:
+                return opened, await use(opened)
+            except BaseException as error:
+                await opened.close()
+                if session is None or not isinstance(error, psycopg.Error):
+                    raise
+
+    # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
     def open(self, use: Callable[[HandlerConnection], T]) -> tuple[HandlerConnection, T]:
         """Use an idle session, or a new one; return the connection and what `use` returned.
@@ -144,25 +181,7 @@ class Sessions:
                 if session is None or not isinstance(error, psycopg.Error):
                     raise
 
-    async def open_async(
-        self, use: Callable[[AsyncHandlerConnection], Awaitable[T]]
-    ) -> tuple[AsyncHandlerConnection, T]:
-        """Use a session. Async variant of `open`."""
-        while True:
-            session = self._idle_session()
-            if session is None:
-                opened = await AsyncHandlerConnection.connect(**self._options)
-                self._pause = _FIRST_PAUSE
-            else:
-                opened = AsyncHandlerConnection(session)
-                self._furnish(opened)
-            opened.patience = PATIENCE
-            try:
-                return opened, await use(opened)
-            except BaseException as error:
-                await opened.close()
-                if session is None or not isinstance(error, psycopg.Error):
-                    raise
+    # -- both colours ------------------------------------------------------------------
 
     def _idle_session(self) -> PGconn | None:
         with contextlib.suppress(IndexError):

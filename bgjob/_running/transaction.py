@@ -153,12 +153,108 @@ class Transactions(Sessions):
         prepares = self._options.get("prepare_threshold", 0) is not None
         self._commit = COMMIT + DEALLOCATE if prepares else COMMIT
 
-    # -- driver for threads -----------------------------------------------------------
+    # -- async -------------------------------------------------------------------------
+
+    async def run_async(
+        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
+    ) -> Ending:
+        """Run a handler; its exceptions become results.
+
+        Args:
+            route: the handler's route.
+            claimed: the job.
+            started: called when the transaction is open, before the handler.
+
+        """
+
+        async def begin(connection: AsyncHandlerConnection) -> None:
+            connection.token = str(claimed.token)
+            # Several commands in one string cannot be prepared.
+            await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
+
+        try:
+            connection, _ = await self.open_async(begin)
+        except BaseException as error:
+            return NotBegun(error)
+        if started is not None:
+            started(claimed.job)
+        try:
+            ending = await drive_async(
+                in_transaction(route, claimed),
+                lambda step: self._take_async(step, connection, route, claimed.job),
+            )
+        except BaseException:
+            await connection.close()
+            raise
+        if isinstance(ending, Committed) and is_over(connection):
+            self.keep(connection)
+        else:
+            await connection.close()
+        return ending
+
+    async def _take_async(
+        self, step: _Step, connection: AsyncHandlerConnection, route: Route, job: Job
+    ) -> object:
+        match step:
+            case Call():
+                connection.patience = inf  # its statements may take long
+                self._handling.add(connection)
+                try:
+                    return await route.awaited(job, connection)
+                finally:
+                    if self._fork_guard.is_child:
+                        self._fork_guard.end(sys.exc_info()[1])
+                    self._handling.discard(connection)
+                    connection.user, connection.patience = asyncio.current_task(), PATIENCE
+            case Settle(statement):
+                if is_over(connection):
+                    return None
+                statements = (claim_of_transaction(), statement)
+                async with connection.pipeline() as pipeline:
+                    _end_with_sync(pipeline)
+                    cursors = await send_all_async(connection, statements)
+                    return Settled(*await read_all_async(cursors, statements))
+            case End.COMMIT:
+                await AsyncCursor(connection).execute(self._commit, prepare=False)
+            case End.ROLLBACK:
+                if connection.ended_by is not None:
+                    return connection.ended_by
+                with contextlib.suppress(psycopg.Error):
+                    cursor = AsyncCursor(connection)
+                    await cursor.execute(ROLLBACK, prepare=False)
+                    cursor.nextset()
+                    rows = await cursor.fetchall()
+                    return rows[0][0]
+        return None
+
+    async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
+        """Return the job with its payload, which the claim did not return.
+
+        It may take long, over a slow network, as long as it goes on.
+        """
+        statement = payload(claimed)
+
+        async def fetch(connection: AsyncHandlerConnection) -> list[bytes | None]:
+            async with connection.pipeline():
+                for text in _FETCH:
+                    await AsyncCursor(connection).execute(text, prepare=False)
+                cursor = await send_async(AsyncCursor(connection), statement)
+                await AsyncCursor(connection).execute(b"commit", prepare=False)
+                return await read_async(cursor, statement)
+
+        try:
+            connection, found = await self.open_async(fetch)
+            self.keep(connection)
+            return _with_payload(claimed, found)
+        except BaseException as error:
+            return NotBegun(error)
+
+    # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
     def run(
         self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
     ) -> Ending:
-        """Run a plain handler; its exceptions become results.
+        """Run a handler; its exceptions become results.
 
         Args:
             route: the handler's route.
@@ -210,16 +306,19 @@ class Transactions(Sessions):
                 statements = (claim_of_transaction(), statement)
                 with connection.pipeline() as pipeline:
                     _end_with_sync(pipeline)
-                    return Settled(*read_all(send_all(connection, statements), statements))
+                    cursors = send_all(connection, statements)
+                    return Settled(*read_all(cursors, statements))
             case End.COMMIT:
                 Cursor(connection).execute(self._commit, prepare=False)
             case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
                 with contextlib.suppress(psycopg.Error):
-                    cursor = Cursor(connection).execute(ROLLBACK, prepare=False)
+                    cursor = Cursor(connection)
+                    cursor.execute(ROLLBACK, prepare=False)
                     cursor.nextset()
-                    return cursor.fetchall()[0][0]
+                    rows = cursor.fetchall()
+                    return rows[0][0]
         return None
 
     def whole(self, claimed: Claimed) -> Claimed | NotBegun:
@@ -244,89 +343,8 @@ class Transactions(Sessions):
         except BaseException as error:
             return NotBegun(error)
 
-    # -- driver for coroutines --------------------------------------------------------
 
-    async def run_async(
-        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
-    ) -> Ending:
-        """Run a coroutine handler. Async variant of `run`."""
-
-        async def begin(connection: AsyncHandlerConnection) -> None:
-            connection.token = str(claimed.token)
-            await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
-
-        try:
-            connection, _ = await self.open_async(begin)
-        except BaseException as error:
-            return NotBegun(error)
-        if started is not None:
-            started(claimed.job)
-        try:
-            ending = await drive_async(
-                in_transaction(route, claimed),
-                lambda step: self._take_async(step, connection, route, claimed.job),
-            )
-        except BaseException:
-            await connection.close()
-            raise
-        if isinstance(ending, Committed) and is_over(connection):
-            self.keep(connection)
-        else:
-            await connection.close()
-        return ending
-
-    async def _take_async(
-        self, step: _Step, connection: AsyncHandlerConnection, route: Route, job: Job
-    ) -> object:
-        match step:
-            case Call():
-                connection.patience = inf  # its statements may take long
-                self._handling.add(connection)
-                try:
-                    return await route.awaited(job, connection)
-                finally:
-                    if self._fork_guard.is_child:  # in which no loop runs
-                        self._fork_guard.end(sys.exc_info()[1])
-                    self._handling.discard(connection)
-                    connection.user, connection.patience = asyncio.current_task(), PATIENCE
-            case Settle(statement):
-                if is_over(connection):
-                    return None
-                statements = (claim_of_transaction(), statement)
-                async with connection.pipeline() as pipeline:
-                    _end_with_sync(pipeline)
-                    cursors = await send_all_async(connection, statements)
-                    return Settled(*await read_all_async(cursors, statements))
-            case End.COMMIT:
-                await AsyncCursor(connection).execute(self._commit, prepare=False)
-            case End.ROLLBACK:
-                if connection.ended_by is not None:
-                    return connection.ended_by
-                with contextlib.suppress(psycopg.Error):
-                    cursor = AsyncCursor(connection)
-                    await cursor.execute(ROLLBACK, prepare=False)
-                    cursor.nextset()
-                    return (await cursor.fetchall())[0][0]
-        return None
-
-    async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload. Async variant of `whole`."""
-        statement = payload(claimed)
-
-        async def fetch(connection: AsyncHandlerConnection) -> list[bytes | None]:
-            async with connection.pipeline():
-                for text in _FETCH:
-                    await AsyncCursor(connection).execute(text, prepare=False)
-                cursor = await send_async(AsyncCursor(connection), statement)
-                await AsyncCursor(connection).execute(b"commit", prepare=False)
-                return await read_async(cursor, statement)
-
-        try:
-            connection, found = await self.open_async(fetch)
-            self.keep(connection)
-            return _with_payload(claimed, found)
-        except BaseException as error:
-            return NotBegun(error)
+# -- both colours ----------------------------------------------------------------------
 
 
 def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotBegun:
