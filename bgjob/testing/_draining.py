@@ -337,25 +337,21 @@ def _overheard(step: Run, answer: _Answer) -> Run:
         return step
     handler = route.handler
 
-    async def heard(value: Awaitable[object]) -> object:
+    async def awaited(value: Awaitable[object]) -> object:
         __tracebackhide__ = True
         answer.value = await value
         return answer.value
 
     @wraps(handler)
-    async def coroutine(*args: Any) -> object:
-        __tracebackhide__ = True
-        return await heard(handler(*args))
-
-    @wraps(handler)
-    def plain(*args: Any) -> object:
+    def heard(*args: Any) -> object:
         __tracebackhide__ = True
         answer.value = value = handler(*args)
-        return heard(value) if inspect.isawaitable(value) else value
+        return awaited(value) if inspect.isawaitable(value) else value
 
-    listening = coroutine if route.is_coroutine else plain
-    policy = replace(route.policy, timeout=None)
-    return step._replace(route=replace(route, handler=listening, policy=policy))
+    policy = route.policy
+    if policy.timeout is not None:
+        policy = replace(policy, timeout=None)
+    return step._replace(route=replace(route, handler=heard, policy=policy))
 
 
 def _not_returned(ending: object, answer: _Answer) -> BaseException | None:
