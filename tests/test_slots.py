@@ -581,15 +581,15 @@ def test_a_job_on_its_way_to_the_loop_is_not_given_back_when_slots_are_checked(
     claimed, before = Claimed(a_job(), 1), vars(Threads)["busy"].fget
 
     def moves(threads: Threads) -> Any:
-        supervisor.tasks.moving.add(Slot(claimed))  # from a thread that is idle now
+        executor.tasks.moving.add(Slot(claimed))  # from a thread that is idle now
         return before(threads)
 
     monkeypatch.setattr(Threads, "busy", property(moves))
-    with running(lambda _: None) as (slots, supervisor):
-        supervisor.suspect()
-        supervisor.watch(lambda: [claimed], PATIENCE)
+    with running(lambda _: None) as (slots, executor):
+        executor.suspect()
+        executor.watch(lambda: [claimed], PATIENCE)
         assert slots.collect() == []
-        supervisor.tasks.moving.clear()
+        executor.tasks.moving.clear()
 
 
 # -- threads that cannot start -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ A worker has these threads. `group` starts them and ends them together.
     | engine.step()                      |         one connection a queue,
     | Exchange -> session.exchange()  ---+---->    owned by `session`
     |             acknowledge()       <--+----
-    | Effects  -> supervisor.submit()    |
+    | Effects  -> executor.submit()      |
     |             events.tell()          |
     | Sleep    -> session.wait(): for a  |
     |             notification, or for   |
@@ -34,9 +34,9 @@ A worker has these threads. `group` starts them and ends them together.
   on it, so that leases are extended whatever handlers do.
 - A slot is the right to run a handler. A thread (`threads`) or a task of the loop (`tasks`) has
   it, takes job after job from the deque, and passes it to the other side with a job of the
-  other kind, plain or coroutine. `supervisor` starts threads and tasks. Every second, and
-  immediately after a death that Python reports, it checks that each lives, and settles or
-  releases what a dead one held.
+  other kind, plain or coroutine. `executor` starts threads and tasks. Every second, and
+  immediately after a death that Python reports, it checks that each is alive, and settles or
+  releases the job of a dead one.
 - The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
   caller's. The observer is told of a loop that is blocked for a third of the lease.
 - The event thread (`events`) calls the observer, so that a slow one delays no job. Only
@@ -54,7 +54,7 @@ From claim to settlement, with the files in order:
     control     the turn: step, exchange, acknowledge
     engine      what to claim (_engine/engine), as statements (_engine/protocol)
     claims      the statement (_sql/claims), sent by `session`, read by `answer`
-    supervisor  free slots get a thread, or a task for a coroutine handler
+    executor    free slots get a thread, or a task for a coroutine handler
     threads     a thread takes the job and runs it; `tasks` for a coroutine handler
     route       whose handler it is, and what attempts it has (_handlers/route)
     transaction where the handler has one (_running/transaction)

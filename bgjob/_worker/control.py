@@ -36,11 +36,11 @@ from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._worker.answer import Answer, UnreadError
 from bgjob._worker.events import Events
+from bgjob._worker.executor import Executor
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.repairs import clock_was_set, dead_letter_unclaimable, dead_letter_unreadable
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots, inside
-from bgjob._worker.supervisor import Supervisor
 from bgjob._worker.waker import Waker
 from bgjob.errors import BgjobError, ScheduleError
 from bgjob.event import JobTimedOut, WorkerError
@@ -140,12 +140,7 @@ class QueueControl:
         """Close the connection of a worker that does not start."""
         self._session.close()
 
-    def start(
-        self,
-        mux: Mux,
-        loop: Loop,
-        leave: Callable[[], None],
-    ) -> None:
+    def start(self, mux: Mux, loop: Loop, leave: Callable[[], None]) -> None:
         """Start to work; `leave` is called when the last handler has ended.
 
         If this fails the control has ended.
@@ -167,9 +162,8 @@ class QueueControl:
             )
             fork_guard = ForkGuard()
             conninfo, kwargs = self._connection_parameters()
-            if (
-                not self._session.is_direct
-            ):  # a pooler's other sessions would not find its prepared statements
+            if not self._session.is_direct:
+                # A pooler's other sessions would not find its prepared statements.
                 kwargs = {"prepare_threshold": None, **kwargs}
             self._transactions = Transactions((conninfo, kwargs), fork_guard)
             self._ends.callback(self._transactions.close)
@@ -184,8 +178,8 @@ class QueueControl:
                 finished=self._waker.ring,
                 hindered=self._events.error,
             )
-            self._supervisor = Supervisor(self._slots, loop)
-            self._ends.callback(self._supervisor.close)
+            self._executor = Executor(self._slots, loop)
+            self._ends.callback(self._executor.close)
             if mux.has_coroutines:
                 loop.open()
             self._ends.callback(self._session.close)
@@ -220,12 +214,12 @@ class QueueControl:
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
         """The tasks that are left on the caller's loop."""
-        return set(self._supervisor.tasks.all) if self.has_run else set()
+        return set(self._executor.tasks.all) if self.has_run else set()
 
     @property
     def interrupted(self) -> int:
         """Jobs that were cancelled at the end of the grace period and released."""
-        return self._supervisor.tasks.interrupted if self.has_run else 0
+        return self._executor.tasks.interrupted if self.has_run else 0
 
     @property
     def has_run(self) -> bool:
@@ -256,40 +250,39 @@ class QueueControl:
             if len(self._faults) > _MOST_FAULTS and now - self._faults[0] <= _FAULTS_WITHIN:
                 self._fail(error)
             self._disconnected(error)
-            self._supervisor.suspect()
+            self._executor.suspect()
         return True
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
-        engine, slots, supervisor = self._engine, self._slots, self._supervisor
+        engine, slots, executor = self._engine, self._slots, self._executor
         now = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
             self._service_timer.end()
             if now >= self._give_up_at:
-                supervisor.tasks.cancel()
-                if now >= self._give_up_at + _UNWINDING or not supervisor.tasks.is_unwinding:
+                executor.tasks.cancel()
+                if now >= self._give_up_at + _UNWINDING or not executor.tasks.is_unwinding:
                     engine.abandon()
             if now >= self._give_up_at + LAST_WORDS:
-                self.abandoned = (
-                    engine.unsettled
-                )  # the database is away: leave the jobs to their leases
+                # The database is away: leave the jobs to their leases.
+                self.abandoned = engine.unsettled
                 return False
-        supervisor.spread()
-        if supervisor.next_timeout <= now:
-            engine.give_up(supervisor.expire(now))
+        executor.spread()
+        if executor.next_timeout <= now:
+            engine.give_up(executor.expire(now))
         self._collect()
         if now >= self._watch_at:
             self._watched_at = now
-            supervisor.watch(engine.running, self._options.lease / 3)
+            executor.watch(engine.running, self._options.lease / 3)
             self._collect()
-            if supervisor.failure is not None and self._give_up_at is None:
-                self._fail(supervisor.failure)
+            if executor.failure is not None and self._give_up_at is None:
+                self._fail(executor.failure)
                 return True
         if notice := self._session.take_notice():
             engine.wake(notice)
         now = monotonic()
-        if (blocked := supervisor.tasks.blocked(now, self._options.lease / 3)) is not None:
+        if (blocked := executor.tasks.blocked(now, self._options.lease / 3)) is not None:
             self._events.tell([WorkerError(blocked)])
         if not self._session.is_open:
             self._reopen(now)
@@ -390,7 +383,7 @@ class QueueControl:
         """Plan the exchange after the current one, if jobs flow."""
         self._collect()
         now = monotonic()
-        due_at = min(self._service_timer.pressing_at, self._supervisor.next_timeout)
+        due_at = min(self._service_timer.pressing_at, self._executor.next_timeout)
         needed = self._session.unread or self._session.step or self._slots.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
@@ -400,7 +393,7 @@ class QueueControl:
         """Work while the server works."""
         if not self.has_run:
             return
-        self._supervisor.spread()  # jobs that were assumed quick, and given one slot, may not be
+        self._executor.spread()  # jobs that were assumed quick, and given one slot, may not be
 
     def _serve(self) -> None:
         self._service_timer.run(self._session.lend, monotonic, self._service_failed)
@@ -417,7 +410,7 @@ class QueueControl:
         self._service_failed(error)
 
     def _collect(self) -> None:
-        self._engine.slots = self._supervisor.usable
+        self._engine.slots = self._executor.usable
         if self._slots.outcomes:
             events = self._engine.finish(self._slots.collect())
             if events:
@@ -427,7 +420,7 @@ class QueueControl:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
-            self._supervisor.submit(effects.run, quick=self._engine.is_quick)
+            self._executor.submit(effects.run, quick=self._engine.is_quick)
         if effects.events:
             self._events.tell(effects.events)
         if effects.locked:
@@ -446,12 +439,12 @@ class QueueControl:
             ends = (self._give_up_at + more for more in (0, _UNWINDING, LAST_WORDS))
             until = min(until, *(end for end in ends if now < end), now + LAST_WORDS)
         self._waker.arm()
-        supervisor = self._supervisor
+        executor = self._executor
         if self._slots.needs_watch:
             until = min(until, self._watch_at)
         has_news = self._slots.outcomes or self._session.has_notice
-        if not has_news and supervisor.usable == self._engine.slots:
-            self._session.wait(self._waker, min(until, supervisor.next_timeout) - monotonic())
+        if not has_news and executor.usable == self._engine.slots:
+            self._session.wait(self._waker, min(until, executor.next_timeout) - monotonic())
         self._waker.silence()
 
     def _disconnected(self, error: BaseException) -> None:

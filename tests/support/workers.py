@@ -26,7 +26,7 @@ from bgjob._sql.settlements import Claimed
 from bgjob._worker.options import Queues, WorkerOptions
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots
-from bgjob._worker.supervisor import Supervisor
+from bgjob._worker.executor import Executor
 from bgjob.mux import Handler
 from support.jobs import a_job
 from support.waiting import PATIENCE, eventually
@@ -58,7 +58,7 @@ def session_of(dsn: str, *, notify: bool = True) -> Session:
 
 
 @contextmanager
-def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Supervisor]]:
+def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Executor]]:
     """Let a slot by itself run jobs, one after the other."""
     slots = Slots(
         Mux().register("t", body),
@@ -71,12 +71,12 @@ def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Supervisor]]:
         finished=lambda: None,
         hindered=lambda _: None,
     )
-    supervisor = Supervisor(slots, loop := Loop("loop"))
+    executor = Executor(slots, loop := Loop("loop"))
     try:
-        supervisor.submit([Claimed(a_job(id=id_), 1) for id_ in ids])
-        yield slots, supervisor
+        executor.submit([Claimed(a_job(id=id_), 1) for id_ in ids])
+        yield slots, executor
     finally:
-        supervisor.close()
+        executor.close()
         loop.close(PATIENCE)
 
 

@@ -15,8 +15,8 @@ from bgjob.errors import BgjobError
 from bgjob.result import Result
 
 
-class Supervisor:
-    """The supervisor of a queue's threads and tasks; for the control thread only.
+class Executor:
+    """Runs the jobs of a queue on threads and on the loop; for the control thread only.
 
     Args:
         slots: the slots.
