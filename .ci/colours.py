@@ -30,8 +30,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+ASYNC = "# -- async -"
+
 BOTH = re.compile(
-    r"^ *# -- async -.*?\n(?P<written>.*?)^ *# -- sync: .*?\n(?P<made>.*?)"
+    r"(?P<kept>^ *# -- async -.*?\n(?P<written>.*?)^ *# -- sync: .*?\n).*?"
     r"(?=^ *# -- both colours -|\Z)",
     re.DOTALL | re.MULTILINE,
 )
@@ -66,7 +68,7 @@ RULES = [
 
 
 def sync(text: str, used: set[str]) -> str:
-    """Return the sync text for an async text."""
+    """Return the sync text for an async text, and add the patterns that it needed."""
     for pattern, replacement in RULES:
         text, count = re.subn(pattern, replacement, text)
         if count:
@@ -78,7 +80,7 @@ def formatted(source: str, path: Path) -> str:
     """Return a module's source as ruff formats it."""
     command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(path), "-"]
     return subprocess.run(  # noqa: S603
-        command, input=source, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+        command, input=source, stdout=subprocess.PIPE, encoding="utf-8", check=True, cwd=ROOT
     ).stdout
 
 
@@ -88,27 +90,22 @@ def main() -> int:
     used: set[str] = set()
     status = 0
     for path in sorted(ROOT.glob("bgjob/**/*.py")):
-        old, pieces, end = path.read_text(), [], 0
-        for match in BOTH.finditer(old):
-            pieces += [old[end : match.start("made")], sync(match["written"], used)]
-            end = match.end("made")
-        if not pieces:
-            continue
-        new = formatted("".join(pieces) + old[end:], path)
-        if new == old:
-            continue
-        if is_check:
-            name = str(path.relative_to(ROOT))
-            lines = difflib.unified_diff(
-                old.splitlines(keepends=True), new.splitlines(keepends=True), name, "from async"
-            )
-            sys.stdout.writelines(lines)
+        old, name = path.read_text("utf-8"), path.relative_to(ROOT)
+        new, count = BOTH.subn(lambda both: both["kept"] + sync(both["written"], used), old)
+        if count != old.count(ASYNC):
+            print(f"{name}: an async text has no sync text")
             status = 1
-        else:
-            path.write_text(new)
-    if unused := [pattern for pattern, _ in RULES if pattern not in used]:
-        print("no async text needs the rules", *unused)
-        status = 1
+        elif count and (new := formatted(new, path)) != old:
+            if is_check:
+                lines = old.splitlines(), new.splitlines()
+                print(*difflib.unified_diff(*lines, str(name), "made", lineterm=""), sep="\n")
+                status = 1
+            else:
+                path.write_text(new, "utf-8")
+    for pattern, _ in RULES:
+        if pattern not in used:
+            print(f"no async text needs the rule {pattern}")
+            status = 1
     return status
 
 
