@@ -457,7 +457,7 @@ class Table:
             )
         return jobs
 
-    def commit(self, outcome: Outcome, *, now: int, at: float) -> bool:
+    def commit(self, outcome: Outcome[Result], *, now: int, at: float) -> bool:
         """Settle a job in its handler's own transaction; whether the claim was still held."""
         id_, token = outcome.claimed.job.id, outcome.claimed.token
         row = self.rows.get(id_)
@@ -843,7 +843,7 @@ class History:
             self.unsure.add((claimed.job.id, claimed.token))
         if breaks and random.random() < 0.5:
             return Outcome(claimed, CommitUnknown(result, failed), took)  # it was rolled back
-        if not self.table.commit(outcome, now=self.db_now, at=self.now):
+        if not self.table.commit(Outcome(claimed, result, took), now=self.db_now, at=self.now):
             return Outcome(claimed, Fenced(), took)
         self.live.pop((claimed.job.id, claimed.token), None)
         return Outcome(

@@ -46,10 +46,20 @@ from functools import partial
 from itertools import repeat
 from math import inf
 from operator import itemgetter
+from typing import cast
 
 from bgjob._engine.isolation import Isolation
 from bgjob._engine.notify_lock import NotifyLock
-from bgjob._engine.outcome import Committed, CommitUnknown, Effects, Event, Fenced, Outcome, Release
+from bgjob._engine.outcome import (
+    Committed,
+    CommitUnknown,
+    Effects,
+    Event,
+    Fenced,
+    Outcome,
+    Release,
+    Unsettled,
+)
 from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import (
     MOST_FREED,
@@ -118,7 +128,7 @@ class _Sent:
     """An exchange that was sent and is not acknowledged; its outcomes have left pending."""
 
     exchange: Exchange
-    outcomes: list[Outcome]
+    outcomes: list[Unsettled]
     at: float
     again: bool
     """Whether it repeats an outcome that was refused alone."""
@@ -158,13 +168,13 @@ class Engine:
         self._batches: dict[int, _Batch] = {}
         self._lost: set[Claimed] = set()  # another worker may have it, but its handler still runs
         self._running = 0  # claimed and not finished: in a handler, or waiting for a slot
-        self._pending: deque[Outcome] = deque()  # finished and not settled, the oldest first
-        self._refused: deque[Outcome] = deque()  # refused alone: kept apart from the others
+        self._pending: deque[Unsettled] = deque()  # finished and not settled, the oldest first
+        self._refused: deque[Unsettled] = deque()  # refused alone: kept apart from the others
         self._refused_at = inf  # when the first of them is tried again
         self._refused_pause = _PAUSE
         self._spilled = 0  # how many of the oldest refused ones to leave to their leases
         # Rows and keys that other sessions may have locked; none of these jobs uses a slot.
-        self._apart: list[Outcome] = []
+        self._apart: list[Unsettled] = []
         self._apart_wanting: list[Claimed] = []
         self._apart_free: dict[str, None] = {}
         self._apart_at = inf  # when to ask again which of them are locked
@@ -266,7 +276,7 @@ class Engine:
         if self._transactional:
             events = [e for o in outcomes if (e := self._settled_itself(o)) is not None]
             outcomes = [o for o in outcomes if not isinstance(o.result, Committed | Fenced)]
-        self._pending.extend(outcomes)
+        self._pending.extend(cast("Sequence[Unsettled]", outcomes))
         return events
 
     def _settled_itself(self, outcome: Outcome) -> Event | None:
@@ -360,7 +370,7 @@ class Engine:
             return Sleep(self._not_before)
 
         exchange = Exchange()
-        outcomes: list[Outcome] = []
+        outcomes: list[Unsettled] = []
         if self._doomed:
             # Alone: if the server refuses it, it must not refuse settlements.
             exchange.end, self._doomed = self._doomed, []
@@ -409,7 +419,7 @@ class Engine:
         is processed. None unless jobs flow and there is no other work.
         """
         exchange = Exchange()
-        outcomes: list[Outcome] = []
+        outcomes: list[Unsettled] = []
         quiet = not (
             self._careful
             or self._stopping
@@ -430,7 +440,7 @@ class Engine:
         return None
 
     def _send(
-        self, exchange: Exchange, outcomes: list[Outcome], now: float, *, again: bool = False
+        self, exchange: Exchange, outcomes: list[Unsettled], now: float, *, again: bool = False
     ) -> Exchange:
         told = vague = False
         if exchange.claim and exchange.claim.looks:
@@ -439,7 +449,7 @@ class Engine:
         self._sent.append(_Sent(exchange, outcomes, now, again, told, vague))
         return exchange
 
-    def _add_settlements(self, exchange: Exchange, outcomes: list[Outcome], limit: int) -> None:
+    def _add_settlements(self, exchange: Exchange, outcomes: list[Unsettled], limit: int) -> None:
         pending, completed = self._pending, exchange.complete
         for _ in range(min(limit, len(pending))):
             outcome = pending.popleft()
@@ -459,7 +469,7 @@ class Engine:
             if batch is not None and batch.places and count == len(batch.jobs):
                 exchange.places[token] = batch.places
 
-    def _add_releases(self, exchange: Exchange, outcomes: list[Outcome]) -> None:
+    def _add_releases(self, exchange: Exchange, outcomes: list[Unsettled]) -> None:
         if self._has_keys:
             exchange.release += _keys(outcomes)
 
@@ -480,7 +490,7 @@ class Engine:
         exchange.probe_keys = [*_keys(self._apart), *wanting, *self._apart_free]
         self._apart_at = inf
 
-    def _add_extensions(self, exchange: Exchange, outcomes: list[Outcome], now: float) -> None:
+    def _add_extensions(self, exchange: Exchange, outcomes: list[Unsettled], now: float) -> None:
         if self._leaving:
             ended = {o.claimed for o in [*outcomes, *self._pending]}
             exchange.abandon = [c for c in self._leaving if c not in ended]
@@ -839,7 +849,9 @@ class Engine:
 
     def _settled(self, sent: _Sent, reply: Reply, effects: Effects, now: float) -> float:
         """Report the settled jobs; return when the first of them is due again."""
-        settled, due_at, events = reply.settled, inf, effects.events
+        settled, due_at = reply.settled, inf
+        # Of the outcomes those are told whose results are a handler's.
+        events = cast("list[Event | Unsettled]", effects.events)
         outcomes, places = sent.outcomes, sent.exchange.places
         if places and len(settled) < len(outcomes):
             outcomes = self._found(sent, settled)
@@ -867,7 +879,7 @@ class Engine:
                 # The job is gone, and no other worker can have had it: the settlement whose
                 # answer was lost had been committed. With two lost answers that is unknown.
                 if unsure == commit_unknown or sent.at >= batch.expires:
-                    effects.events.append(JobLeaseLost(claimed.job))
+                    events.append(JobLeaseLost(claimed.job))
                     continue
                 result = result.result if isinstance(result, CommitUnknown) else result
             elif isinstance(result, CommitUnknown):
@@ -877,17 +889,17 @@ class Engine:
                 known = self._marks.told({claimed.job.priority: claimed.job.next_run_at})
                 self._look(thoroughly=not known)
                 continue
-            effects.events.append(Outcome(claimed, result, took) if commit_unknown else outcome)
+            events.append(Outcome(claimed, result, took) if commit_unknown else outcome)
             if not isinstance(result, Complete | MoveToDlq):
                 due_at = min(due_at, now + outcome.delay)
                 if isinstance(result, Retry) and result.priority is not None:
                     self._marks.retried(result.priority)
         return due_at
 
-    def _found(self, sent: _Sent, settled: set[str]) -> list[Outcome]:
+    def _found(self, sent: _Sent, settled: set[str]) -> list[Unsettled]:
         """Return the outcomes whose rows were found; settle the others by id next."""
-        found: list[Outcome] = []
-        astray: list[Outcome] = []
+        found: list[Unsettled] = []
+        astray: list[Unsettled] = []
         for outcome in sent.outcomes:
             job, token, _ = outcome.claimed
             batch = self._batches.get(token) if token in sent.exchange.places else None

@@ -1,7 +1,9 @@
 """How jobs ended, and the effects of an acknowledged exchange."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, TypeAlias
+
+from typing_extensions import TypeVar
 
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.settlements import Claimed, delay_of
@@ -35,11 +37,15 @@ class CommitUnknown:
     otherwise: Result
 
 
-class Outcome(NamedTuple):
-    """How a claimed job ended."""
+_AnyResult: TypeAlias = Result | Release | NeedsKey | Committed | Fenced | CommitUnknown
+R_co = TypeVar("R_co", bound=_AnyResult, default=_AnyResult, covariant=True)
+
+
+class Outcome(NamedTuple, Generic[R_co]):
+    """How a claimed job ended: with any result, unless its type says less."""
 
     claimed: Claimed
-    result: Result | Release | NeedsKey | Committed | Fenced | CommitUnknown
+    result: R_co
     took: float | None
     """Seconds in its handler; None if it did not run."""
 
@@ -50,10 +56,14 @@ class Outcome(NamedTuple):
         return delay_of(result.otherwise if isinstance(result, CommitUnknown) else result)
 
 
+Unsettled: TypeAlias = Outcome[Result | Release | CommitUnknown]
+"""An outcome that a settlement stores."""
+
+
 # -- effects of an acknowledged exchange -------------------------------------------------
 
 
-Event: TypeAlias = Outcome | JobLeaseLost | JobTimedOut | QueueIsEmpty | WorkerError
+Event: TypeAlias = Outcome[Result] | JobLeaseLost | JobTimedOut | QueueIsEmpty | WorkerError
 """An event for the observer: a public value, or the outcome of a job that was settled."""
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Outcome, Release
-from bgjob._handlers.route import NeedsKey
+from bgjob._engine.outcome import CommitUnknown, Release, Unsettled
 from bgjob._sql.claims import (
     Group,
     Swept,
@@ -126,14 +125,12 @@ class Exchange(Settlements):
         keys = (self.acquire, self.release, self.probe, self.probe_keys)
         return self.claim is not None and not any(others) and not any(keys)
 
-    def settle(self, outcome: "Outcome") -> None:
+    def settle(self, outcome: Unsettled) -> None:
         """Add the settlement of a job."""
         claimed, result = outcome.claimed, outcome.result
         match result.otherwise if isinstance(result, CommitUnknown) else result:
             case Release():
                 self.give_back.append(claimed)
-            case Committed() | Fenced() | NeedsKey():
-                raise AssertionError("it is settled already, or must not be settled")
             case stored:
                 self.store(claimed, stored)
 

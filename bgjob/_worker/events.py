@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TypeGuard, assert_never
 
-from bgjob._engine.outcome import Committed, CommitUnknown, Event, Fenced, Outcome, Release
-from bgjob._handlers.route import NeedsKey
+from bgjob._engine.outcome import Event, Outcome
 from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
@@ -152,8 +151,6 @@ class Events:
                         observer.job_rescheduled(job, event.delay)
                     case MoveToDlq(error):
                         observer.job_moved_to_dlq(job, error)
-                    case Release() | NeedsKey() | Committed() | Fenced() | CommitUnknown():
-                        raise AssertionError("this is not an event")
                     case _:
                         assert_never(result)
             case JobLeaseLost(job):
@@ -183,7 +180,7 @@ def _size(event: Event) -> int:
             return 0
 
 
-def _is_completion(event: Event) -> TypeGuard[Outcome]:
+def _is_completion(event: Event) -> TypeGuard[Outcome[Complete]]:
     return type(event) is Outcome and type(event.result) is Complete
 
 
