@@ -819,8 +819,10 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     exchange = drive.exchange()
     assert isinstance(exchange.claim, Sweep)
     assert exchange.notify_lock == "take"
-    words = [part for _, part in exchange.statements("q", 30.0)]
-    assert words == ["lock_answer", "swept", "lines", "blocked", "seen"]
+    answers = [store for _, store in exchange.statements("q", 30.0)]
+    claims = [Reply.set_lock_answer, Reply.set_swept]
+    surveys = [Reply.set_lines, Reply.set_blocked, Reply.set_seen]
+    assert answers == claims + surveys
     drive.answer(Reply(lock_answer="taken"))
     assert drive.sleep() > drive.now + 9.0
 

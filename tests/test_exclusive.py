@@ -440,8 +440,8 @@ def ask_all(conn: psycopg.Connection, statements: list[Any]) -> list[Any]:
 
 def exchange(conn: psycopg.Connection, asked: Exchange, queue: str) -> Reply:
     reply, plan = Reply(), asked.statements(queue, 0.0)
-    for (_, part), answer in zip(plan, ask_all(conn, [s for s, _ in plan]), strict=True):
-        reply.add(part, answer)
+    for (_, store), answer in zip(plan, ask_all(conn, [s for s, _ in plan]), strict=True):
+        store(reply, answer)
     return reply
 
 

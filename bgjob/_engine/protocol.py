@@ -1,9 +1,9 @@
 """The values that the engine and the control thread exchange."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from bgjob._engine.outcome import CommitUnknown, Release, Unsettled
 from bgjob._sql.claims import (
@@ -88,8 +88,18 @@ class ClaimGroup:
     looks: ClassVar = False
 
 
-Plan: TypeAlias = list[tuple[Statement[Any], str]]
-"""Statements in their order, each with its part of the Reply."""
+T = TypeVar("T")
+
+
+class Part(NamedTuple, Generic[T]):
+    """A statement of an exchange, and the method of Reply that takes its answer."""
+
+    statement: Statement[T]
+    store: "Callable[[Reply, T], None]"
+
+
+Plan: TypeAlias = list[Part[Any]]
+"""The statements of an exchange in their order."""
 
 
 @dataclass(slots=True)
@@ -143,11 +153,11 @@ class Exchange(Settlements):
         """Return the SQL; `served` are the queues of the same worker."""
         plan: Plan = []
         if self.end:
-            plan.append((end_sessions(self.end), "ended"))
+            plan.append(Part(end_sessions(self.end), Reply.ignore))
         if self.notify_lock == "take":
             # Before the claim: a job that the claim does not see notifies.
             taking = take_notify_lock(queue, is_deputy=self.is_deputy, relieve=self.relieve)
-            plan.append((taking, "lock_answer"))
+            plan.append(Part(taking, Reply.set_lock_answer))
         # The claim comes before settlements: its jobs are read while the server settles.
         match self.claim:
             case Sweep(0, after=after, window=Window() as window) as part:
@@ -158,15 +168,15 @@ class Exchange(Settlements):
                     held=part.held,
                     unanswered=part.unanswered,
                 )
-                plan.append((frees, "swept"))
-                plan.append((survey_known(queue, window), "lines"))
-                plan.append((strays(queue, window), "strays"))
+                plan.append(Part(frees, Reply.set_swept))
+                plan.append(Part(survey_known(queue, window), Reply.set_lines))
+                plan.append(Part(strays(queue, window), Reply.set_strays))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
-                plan.append((unheld, "blocked"))
+                plan.append(Part(unheld, Reply.set_blocked))
             case Sweep(0, held=held, unanswered=unanswered):
                 frees = free(queue, limit=MOST_FREED, held=held, unanswered=unanswered)
-                plan.append((frees, "swept"))
-                plan.append((survey(queue), "lines"))
+                plan.append(Part(frees, Reply.set_swept))
+                plan.append(Part(survey(queue), Reply.set_lines))
             case Sweep(limit, token, after, held, unanswered=unanswered):
                 sweeps = sweep(
                     queue,
@@ -176,36 +186,36 @@ class Exchange(Settlements):
                     held=held,
                     unanswered=unanswered,
                 )
-                plan.append((sweeps, "swept"))
-                plan.append((survey(queue), "lines"))
+                plan.append(Part(sweeps, Reply.set_swept))
+                plan.append(Part(survey(queue), Reply.set_lines))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
-                plan.append((unheld, "blocked"))
+                plan.append(Part(unheld, Reply.set_blocked))
             case ClaimGroup(limit, token, charge):
                 group = claim_group(queue, limit=limit, lease=lease, token=token, charge=charge)
-                plan.append((group, "group"))
+                plan.append(Part(group, Reply.set_group))
             case Claim(limit, token, marks):
                 statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
-                plan.append((statement, "claimed"))
+                plan.append(Part(statement, Reply.set_claimed))
         if self.watch:
-            plan.append((under_way(surely=self.watch == "all"), "seen"))
-        plan += [(statement, "settled") for statement in self.settlements(queue)]
+            plan.append(Part(under_way(surely=self.watch == "all"), Reply.set_seen))
+        plan += [Part(statement, Reply.add_settled) for statement in self.settlements(queue)]
         if self.abandon:
-            plan.append((abandon(self.abandon), "abandoned"))
+            plan.append(Part(abandon(self.abandon), Reply.ignore))
         if self.extend:
-            plan.append((extend(self.extend, lease=lease), "extended"))
+            plan.append(Part(extend(self.extend, lease=lease), Reply.add_extended))
         if self.acquire or self.release:
             keys = [str(claimed.job.exclusive) for claimed in self.acquire]
-            plan.append((lock_keys([*keys, *self.release]), "locked"))
+            plan.append(Part(lock_keys([*keys, *self.release]), Reply.ignore))
         if self.acquire:
-            plan.append((acquire(queue, self.acquire), "acquired"))
+            plan.append(Part(acquire(queue, self.acquire), Reply.set_acquired))
         if self.release:
-            plan.append((release(queue, self.release), "woken"))
+            plan.append(Part(release(queue, self.release), Reply.set_woken))
         if self.probe:
-            plan.append((barred(self.probe), "barred"))
+            plan.append(Part(barred(self.probe), Reply.set_barred))
         if self.probe_keys:
-            plan.append((barred_keys(self.probe_keys), "barred_keys"))
+            plan.append(Part(barred_keys(self.probe_keys), Reply.set_barred_keys))
         if self.notify_lock == "release":
-            plan.append((release_notify_lock(queue), "lock_answer"))
+            plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
         return plan
 
     def __bool__(self) -> bool:
@@ -293,6 +303,7 @@ class Notice(NamedTuple):
 
 _NOTHING_TAKEN = Taken([], [])
 _NOTHING_SWEPT = Swept([], 0)
+_NO_GROUP = Group([], 0)
 _NOTHING_BLOCKED = Blocked([], "")
 
 
@@ -301,16 +312,13 @@ class Reply:
     """The server's answer to an exchange."""
 
     settled: set[str] = field(default_factory=set)
-    abandoned: list[str] = field(default_factory=list)
     extended: set[str] = field(default_factory=set)
     lock_answer: str | None = None
     claimed: Taken = _NOTHING_TAKEN
     seen: UnderWay | None = None
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
-    group: Group = field(default_factory=lambda: Group([], 0))
-    locked: None = None
-    ended: None = None
+    group: Group = _NO_GROUP
     acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
     """Whether the job of an id and token has its key; see `acquire`."""
     woken: list[Woken] = field(default_factory=list)
@@ -321,12 +329,49 @@ class Reply:
     unread: int = 0
     """The number of claimed jobs that could not be read."""
 
-    def add(self, part: str, answer: Any) -> None:
-        """Add the answer to one statement of the exchange."""
-        match part:
-            case "settled":
-                self.settled.update(answer)
-            case "extended":
-                self.extended.update(answer)
-            case _:
-                setattr(self, part, answer)
+    # The answers to the statements of an exchange.
+
+    def add_settled(self, ids: Iterable[str]) -> None:
+        self.settled.update(ids)
+
+    def add_extended(self, ids: Iterable[str]) -> None:
+        self.extended.update(ids)
+
+    def set_lock_answer(self, answer: str | None) -> None:
+        self.lock_answer = answer
+
+    def set_claimed(self, taken: Taken) -> None:
+        self.claimed = taken
+
+    def set_seen(self, seen: UnderWay) -> None:
+        self.seen = seen
+
+    def set_swept(self, swept: Swept) -> None:
+        self.swept = swept
+
+    def set_lines(self, lines: list[Line]) -> None:
+        self.lines = lines
+
+    def set_strays(self, strays: list[Stray]) -> None:
+        self.strays = strays
+
+    def set_blocked(self, blocked: Blocked) -> None:
+        self.blocked = blocked
+
+    def set_group(self, group: Group) -> None:
+        self.group = group
+
+    def set_acquired(self, acquired: Mapping[tuple[str, int], bool | None]) -> None:
+        self.acquired = acquired
+
+    def set_woken(self, woken: list[Woken]) -> None:
+        self.woken = woken
+
+    def set_barred(self, ids: list[str]) -> None:
+        self.barred = ids
+
+    def set_barred_keys(self, keys: list[str]) -> None:
+        self.barred_keys = keys
+
+    def ignore(self, answer: object) -> None:
+        """Drop an answer that says nothing to the engine."""

@@ -169,8 +169,8 @@ def _exchange(queue: str, exchange: Exchange) -> Steps[Reply]:
     plan = exchange.statements(queue, 0.0)
     answers = yield [statement for statement, _ in plan]
     reply = Reply()
-    for (_, part), answer in zip(plan, answers, strict=True):
-        reply.add(part, answer)
+    for (_, store), answer in zip(plan, answers, strict=True):
+        store(reply, answer)
     return reply
 
 

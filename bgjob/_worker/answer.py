@@ -9,7 +9,7 @@ import psycopg
 from psycopg.pq import ExecStatus
 from psycopg.rows import TupleRow
 
-from bgjob._engine.protocol import Plan, Reply
+from bgjob._engine.protocol import Part, Plan, Reply
 from bgjob._postgres.connection import Cursor
 from bgjob._sql.execute import send
 from bgjob._sql.statement import Statement
@@ -53,15 +53,15 @@ class Answer:
         self._used: list[Cursor] = []
         self.unread: list[Unread] = []
         self.sent_at = monotonic()
-        self._asked: list[tuple[Statement[Any], str, Cursor]] = []
+        self._asked: list[tuple[Part[Any], Cursor]] = []
 
     def ask(self, plan: Plan) -> None:
-        """Send statements, each for its part of the Reply."""
-        for statement, part in plan:
+        """Send the statements of an exchange."""
+        for part in plan:
             cursor = self.cursor()
             with refusing():
-                send(cursor, statement, keeps_plans=True)
-            self._asked.append((statement, part, cursor))
+                send(cursor, part.statement, keeps_plans=True)
+            self._asked.append((part, cursor))
 
     def say(self, text: LiteralString | bytes) -> None:
         """Send a command whose result is only awaited."""
@@ -74,14 +74,14 @@ class Answer:
     def read(self) -> Reply:
         """Read the server's answers."""
         reply = Reply()
-        for statement, part, cursor in self._asked:
+        for (statement, store), cursor in self._asked:
             try:
                 rows = cursor.fetchall()
             except Exception as error:
                 if cursor.pgresult is None or cursor.pgresult.status != ExecStatus.TUPLES_OK:
                     raise  # the server's error
                 rows = self._readable(statement, cursor, error)
-            reply.add(part, statement.parse(rows))
+            store(reply, statement.parse(rows))
         reply.unread = len(self.unread)
         self._spare += self._used
         return reply

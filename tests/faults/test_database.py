@@ -27,7 +27,7 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._engine.protocol import Exchange
+from bgjob._engine.protocol import Exchange, Part, Plan, Reply
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
@@ -658,13 +658,11 @@ class Work:
         self._count = 0
         plan = Exchange.statements
 
-        def counted(
-            exchange: Exchange, queue: str, lease: float, served: Collection[str]
-        ) -> list[tuple[Statement[Any], str]]:
+        def counted(exchange: Exchange, queue: str, lease: float, served: Collection[str]) -> Plan:
             statements = plan(exchange, queue, lease, served)
             if exchange.claim is not None:
                 kind = type(exchange.claim).__name__
-                claim, part = statements[0]
+                claim, store = statements[0]
                 got: list[int] = []
 
                 def parse(rows: Sequence[tuple[Any, ...]]) -> Any:
@@ -682,9 +680,9 @@ class Work:
                 query = b"select pg_stat_get_xact_tuples_returned('bgjob_job_due'::regclass)"
                 at = 2 if kind == "Sweep" else 1  # a survey belongs to it
                 statements[:at] = [
-                    (claim._replace(parse=parse), part),
+                    Part(claim._replace(parse=parse), store),
                     *statements[1:at],
-                    (Statement(query, None, note), "settled"),
+                    Part(Statement(query, None, note), Reply.add_settled),
                 ]
             return statements
 
