@@ -8,7 +8,7 @@ from math import inf
 
 import pytest
 
-from bgjob._engine import engine
+from bgjob._engine import engine, settling
 from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Effects, Event, Outcome, Release
 from bgjob._engine.protocol import (
@@ -200,7 +200,7 @@ def test_jobs_claimed_ahead_that_do_not_start_are_given_back() -> None:
                 drive.now = until
     assert drive.now <= claimed_at + 0.5
     drive.engine.withdrawn([waiting])
-    assert drive.engine.in_flight == 1
+    assert drive.engine.pace.running == 1
     exchange = drive.exchange()
     assert exchange.give_back == [waiting]
     assert drive.answer(Reply(settled={"c"})).events == []
@@ -235,7 +235,7 @@ def test_a_job_whose_lease_another_worker_took_is_told_lost_once_and_its_result_
     drive.exchange()
     assert drive.answer(Reply()).events == [JobLeaseLost(claimed[0].job)]
     drive.finish(*claimed)
-    assert drive.engine.in_flight == 0
+    assert drive.engine.pace.running == 0
     exchange = drive.exchange()
     assert settled(exchange) == []
 
@@ -332,7 +332,7 @@ def test_a_sweep_in_parts_frees_what_was_claimed_without_an_answer_and_nothing_t
     while not isinstance(lost := (exchange := drive.next_exchange()).claim, Claim):
         drive.now += 0.2 if isinstance(lost, Sweep) else 0.0
         drive.answer(Reply(extended={c.job.id for c in exchange.extend}))
-        if drive.engine._marks.window() is not None:
+        if drive.engine._lookout.marks.window() is not None:
             drive.engine.wake(Notice())
     drive.lose()
     sweep = drive.exchange().claim
@@ -644,7 +644,8 @@ def test_a_row_that_stays_locked_is_told_after_some_seconds() -> None:
 def test_outcomes_that_are_refused_for_good_do_not_stop_the_worker_as_a_full_disk_does(
     monkeypatch: pytest.MonkeyPatch, for_data: bool
 ) -> None:
-    monkeypatch.setattr(engine, "_MOST", 8)
+    monkeypatch.setattr(engine, "MOST", 8)
+    monkeypatch.setattr(settling, "MOST", 8)
     drive = Drive(concurrency=2, poll_interval=0.1)
     lost: list[JobLeaseLost] = []
     names = iter(range(100))
@@ -1617,8 +1618,8 @@ def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> N
     first = drive.claim("a", "b")
     drive.finish(*first, took=0.0001)
     waiting = drive.claim("c", "d", "e")
-    drive.engine.slots = 0
-    assert drive.engine.capacity == 0
+    drive.engine.pace.slots = 0
+    assert drive.engine.pace.capacity == 0
     while not isinstance(step := drive.step(), Withdraw):
         if isinstance(step, Exchange):
             drive.answer(Reply(settled=set(settled(step))))
@@ -1638,9 +1639,9 @@ def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> N
 
 def test_an_engine_claims_again_as_soon_as_a_slot_is_back() -> None:
     drive = Drive(concurrency=3)
-    drive.engine.slots = 0
+    drive.engine.pace.slots = 0
     drive.drain()
-    drive.engine.slots = 1
+    drive.engine.pace.slots = 1
     claim = drive.exchange().claim
     assert claim is not None
     assert claim.limit == 1

@@ -806,12 +806,12 @@ def test_a_key_that_others_have_locked_holds_no_slot() -> None:
     step = engine.step(0.1)
     assert isinstance(step, Exchange)
     assert step.probe_keys == ["a", "b"]
-    assert engine.in_flight == 0
+    assert engine.pace.running == 0
     engine.acknowledge(Reply(barred_keys=["a"]), 0.1)
-    assert engine.in_flight == 1
+    assert engine.pace.running == 1
     sent = exchanges(engine, 0.1, lambda _: False)
     assert [c for exchange in sent for c in exchange.acquire] == claimed[1:] + claimed[:1]
-    assert engine.in_flight == 2
+    assert engine.pace.running == 2
 
 
 def test_a_job_that_others_had_locked_asks_for_its_key_again_and_soon() -> None:
@@ -845,7 +845,7 @@ def test_a_job_that_is_lost_before_it_has_its_key_is_forgotten() -> None:
     assert isinstance(step, Exchange)
     assert step.acquire == [claimed]
     assert engine.acknowledge(Reply(acquired={(claimed.job.id, 9): True}), 1.0).run == []
-    assert engine.in_flight == 0
+    assert engine.pace.running == 0
 
 
 @pytest.mark.parametrize("how", ["answered", "refused", "disconnected"])

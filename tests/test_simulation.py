@@ -988,7 +988,7 @@ class History:
                     begins = window is None or window.until == _LATEST
                     self.pass_cost = self.sweep_cost + (0.0 if begins else self.pass_cost)
                     self.longest_pass = max(self.longest_pass, self.pass_cost)
-                    known = self.calm and self.engine._marks.known
+                    known = self.calm and self.engine._lookout.marks.known
                     self.long_sweeps += known and self.sweep_cost > 0.25
                     often = self.long_sweeps > 6 + (self.now - self.began) / 30
                     promise(not often, "stops again and again for a sweep")
@@ -1052,7 +1052,7 @@ class History:
         if window is None:
             return 1.0
         first = EPOCH + int((self.began - 1.0) * SECOND) * MICROSECOND
-        marks = self.engine._marks._marks.values()
+        marks = self.engine._lookout.marks._marks.values()
         last = max([first + timedelta(seconds=1), *marks])
         looked_at = min(window.until, last) - max(window.since, first)
         return max(looked_at / (last - first), 0.0)
@@ -1138,11 +1138,11 @@ class History:
         if exchange.claim is not None:
             promise(not self.stopping, "claims after shutdown")
             self._check_order()
-            wanted = self.engine.in_flight + coming + exchange.claim.limit
+            wanted = self.engine.pace.running + coming + exchange.claim.limit
             if isinstance(exchange.claim, Sweep) and not exchange.claim.limit:
                 return
             promise(exchange.claim.limit > 0, "claims nothing")
-            promise(wanted <= self.engine.capacity, "claims more than its capacity")
+            promise(wanted <= self.engine.pace.capacity, "claims more than its capacity")
             promise(wanted <= self.concurrency + MOST_AHEAD, "claims far too much")
             if isinstance(exchange.claim, ClaimGroup):
                 alone = self.group and self.now < self.group_until
@@ -1245,7 +1245,7 @@ class History:
 
     def _check_turn(self) -> None:
         promise(
-            self.engine.in_flight - len(self.engine._wanting)
+            self.engine.pace.running - len(self.engine._keys.wanting)
             == self.busy + len(self.waiting) + len(self.outcomes),
             "lost count of its jobs",
         )
@@ -1310,7 +1310,7 @@ class History:
         if not self.connected or self.breaking or self.give_up_at is not None:
             return
         self._check_freedom()
-        for priority in self.engine._marks._marks:
+        for priority in self.engine._lookout.marks._marks:
             self.known_at.setdefault(priority, self.now)
         if self.busy >= self.concurrency or self.waiting or self.outcomes:
             return

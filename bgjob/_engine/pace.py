@@ -39,7 +39,9 @@ class Pace:
 
     def __init__(self, concurrency: int) -> None:
         self.slots = concurrency
-        """The present number of slots."""
+        """How many jobs may be in handlers; fewer than configured if some do not end."""
+        self.running = 0
+        """Jobs that are claimed and not finished: in a handler, or waiting for a slot or a key."""
         self._took = inf  # recent seconds in a handler
         self._ramp = concurrency  # grows from claim to claim: a few quick jobs prove little
         self._round_trip = 0.0
@@ -53,12 +55,18 @@ class Pace:
         return self.slots + min(rounds * self.slots, self._ramp, self._ahead)
 
     @property
+    def has_free_slot(self) -> bool:
+        """Whether a job that is claimed now starts now."""
+        return self.running < self.slots
+
+    @property
     def is_quick(self) -> bool:
         """Whether jobs are so quick that one slot runs a batch as soon as several slots would."""
         return self._took < _QUICK
 
     def finished(self, outcomes: Sequence[Outcome]) -> None:
-        """Record the durations of jobs that ran."""
+        """Record the end of jobs, and how long their handlers ran."""
+        self.running -= len(outcomes)
         took = [outcome.took for outcome in outcomes if outcome.took is not None]
         if took:
             weight = 1.0 if self._took == inf else min(1.0, len(took) / _MEMORY)
@@ -71,15 +79,17 @@ class Pace:
 
     def claimed(self, jobs: Sequence[Claimed], now: float) -> None:
         """Record a claim, and the size of its payloads."""
+        self.running += len(jobs)
         self._claimed_at = now
         some = jobs[:: len(jobs) // _SAMPLE + 1]
         size = sum(len(claimed.job.arg or b"") for claimed in some) // len(some)
         self._ahead = min(_MOST_BYTES // (size + 1), MOST_AHEAD)
         self._ramp = min(_GROWTH * self._ramp, MOST_AHEAD)
 
-    def stale_at(self, running: int) -> float:
-        """Return when to release jobs that were claimed ahead and have not started."""
-        return self._claimed_at + _STALE if running > self.slots else inf
+    @property
+    def stale_at(self) -> float:
+        """When to release jobs that were claimed ahead and have not started."""
+        return self._claimed_at + _STALE if self.running > self.slots else inf
 
     def slow_down(self, now: float) -> None:
         """Assume that jobs are slow, until the next ones show."""

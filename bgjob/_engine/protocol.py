@@ -36,6 +36,9 @@ from bgjob._sql.transactions import end_sessions
 # -- the engine's steps -------------------------------------------------------------
 
 
+MOST = 2000
+"""Jobs in one settlement, and in two claims: one runs while the next is fetched."""
+
 MOST_FREED = 1000
 """The most jobs that a sweep without a claim frees."""
 
@@ -51,6 +54,10 @@ class Claim:
     token: int
     marks: dict[int, datetime]
     """The first due time by priority."""
+    is_told: bool = False
+    """Whether it answers a notification, or the end of a delay."""
+    is_vague: bool = False
+    """Whether it may miss some of these jobs."""
     looks: ClassVar = True
     """Whether it answers a notification."""
 
@@ -70,11 +77,18 @@ class Sweep:
     """Restricts the search for ended leases and strays; such a sweep claims nothing."""
     unanswered: tuple[int, ...] = ()
     """Tokens of the worker's claims whose answers were lost; frees their jobs immediately."""
+    is_told: bool = False
+    """See Claim."""
 
     @property
     def looks(self) -> bool:
         """Whether it answers a notification."""
         return self.limit > 0
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it finds out when the next job is due."""
+        return self.limit > 0 or self.window is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +99,7 @@ class ClaimGroup:
     token: int
     charge: bool
     """Whether a job that is claimed alone is charged an attempt."""
+    is_told: ClassVar = False
     looks: ClassVar = False
 
 
@@ -127,6 +142,16 @@ class Exchange(Settlements):
     claim: Claim | Sweep | ClaimGroup | None = None
     watch: Literal["claims", "all"] | None = None
     """Whether to read the transactions in progress: as far as claims need, or all."""
+
+    # What the engine needs for the answer.
+    outcomes: list[Unsettled] = field(default_factory=list)
+    """Those that it settles."""
+    again: bool = False
+    """Whether that is one which was refused alone."""
+    freed: Sequence[str] = ()
+    """The part of `release` that belongs to none of its outcomes."""
+    at: float = 0.0
+    """When it was sent."""
 
     @property
     def claims_only(self) -> bool:

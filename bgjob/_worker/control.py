@@ -410,7 +410,7 @@ class QueueControl:
         self._service_failed(error)
 
     def _collect(self) -> None:
-        self._engine.slots = self._executor.usable
+        self._engine.pace.slots = self._executor.usable
         if self._slots.outcomes:
             events = self._engine.finish(self._slots.collect())
             if events:
@@ -420,7 +420,7 @@ class QueueControl:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
-            self._executor.submit(effects.run, quick=self._engine.is_quick)
+            self._executor.submit(effects.run, quick=self._engine.pace.is_quick)
         if effects.events:
             self._events.tell(effects.events)
         if effects.locked:
@@ -443,7 +443,7 @@ class QueueControl:
         if self._slots.needs_watch:
             until = min(until, self._watch_at)
         has_news = self._slots.outcomes or self._session.has_notice
-        if not has_news and executor.usable == self._engine.slots:
+        if not has_news and executor.usable == self._engine.pace.slots:
             self._session.wait(self._waker, min(until, executor.next_timeout) - monotonic())
         self._waker.silence()
 

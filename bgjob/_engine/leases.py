@@ -1,0 +1,177 @@
+"""The leases of a worker's claims, and the jobs whose lease is lost or in doubt."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from operator import itemgetter
+
+from bgjob._engine.outcome import Outcome
+from bgjob._engine.protocol import Exchange
+from bgjob._sql.settlements import Claimed
+
+_token = itemgetter(1)
+
+
+@dataclass(slots=True)
+class Batch:
+    """The jobs of one claim: they share its token and its lease."""
+
+    expires: float
+    extend_at: float
+    jobs: dict[str, Claimed]
+    places: Sequence[str]
+    """The positions of their rows, if known."""
+
+
+class Leases:
+    """The jobs that a worker holds, by claim.
+
+    A job is in the batch of its claim from the answer that brings it until it is settled,
+    released or lost, and a batch has at least one job. Of two claims of one job the later has
+    it, so that no statement names both.
+
+    Args:
+        seconds: the length of a lease. It is extended when a third of it has passed, whatever
+            its jobs wait for.
+
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._batches: dict[int, Batch] = {}
+        self.lost: set[Claimed] = set()
+        """In no batch: another worker may have them, but their handlers still run."""
+        self.unsure: set[Claimed] = set()
+        """In a batch, and perhaps gone: their settlement was sent, its answer was lost."""
+
+    @property
+    def tokens(self) -> Collection[int]:
+        """The claims that have jobs."""
+        return self._batches.keys()
+
+    @property
+    def jobs(self) -> list[Claimed]:
+        """The jobs of all claims."""
+        return [claimed for batch in self._batches.values() for claimed in batch.jobs.values()]
+
+    def hold(self, claimed: Sequence[Claimed], places: Sequence[str], sent_at: float) -> None:
+        """Record the jobs of an answered claim."""
+        self._batches[claimed[0].token] = Batch(
+            sent_at + self.seconds,
+            sent_at + self.seconds / 3,
+            {c.job.id: c for c in claimed},
+            places,
+        )
+
+    def claimed_before(self, claimed: Iterable[Claimed], now: float) -> list[Claimed]:
+        """Return the older claims of jobs that the worker has just claimed again.
+
+        Two claims of one job must not be in one statement, which would affect either.
+        """
+        expired = [batch for batch in self._batches.values() if batch.expires <= now]
+        if not (expired or self.unsure):
+            return []
+        again = {c.job.id for c in claimed}
+        unsure = (b for c in self.unsure if (b := self._batches.get(c.token)) is not None)
+        batches = {id(batch): batch for batch in [*expired, *unsure]}.values()
+        return [c for batch in batches for c in batch.jobs.values() if c.job.id in again]
+
+    def batch(self, claimed: Claimed) -> Batch | None:
+        """Return the batch of a job that is held; None if it is gone or lost."""
+        batch = self._batches.get(claimed.token)
+        return batch if batch is not None and claimed.job.id in batch.jobs else None
+
+    def replace(self, claimed: Claimed) -> bool:
+        """Record the key that a handler names for a job; False if the job is lost."""
+        batch = self.batch(claimed)
+        if batch is None:
+            return False
+        batch.jobs[claimed.job.id] = claimed
+        batch.places = ()  # writing the key moves the row
+        return True
+
+    def drop(self, claimed: Claimed) -> Batch | None:
+        """Remove a job; return its batch, or None if it is gone already."""
+        batch = self._batches.get(claimed.token)
+        if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
+            return None
+        if not batch.jobs:
+            del self._batches[claimed.token]
+        return batch
+
+    def drop_whole(self, tokens: Collection[int], count: int) -> bool:
+        """Remove whole claims, if they have `count` jobs together and no job is in doubt.
+
+        True if they were removed.
+        """
+        batches = [batch for t in tokens if (batch := self._batches.get(t)) is not None]
+        if self.unsure or count != sum(len(batch.jobs) for batch in batches):
+            return False
+        for token in tokens:
+            del self._batches[token]
+        return True
+
+    def lose(self, claims: Collection[Claimed], running: Iterable[Claimed]) -> None:
+        """Remove jobs that other workers may have; `running` are in handlers, or waiting."""
+        for claimed in claims:
+            if (batch := self.drop(claimed)) is not None:
+                batch.places = ()  # a sent outcome may be of a job that the batch no longer has
+        self.unsure.difference_update(claims)
+        self.lost.update(running)
+
+    def but_lost(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """Return the outcomes but those of lost jobs, whose handlers have ended."""
+        if not self.lost:
+            return outcomes
+        lost = {outcome.claimed for outcome in outcomes} & self.lost
+        self.lost -= lost
+        return [outcome for outcome in outcomes if outcome.claimed not in lost]
+
+    def forget(self, claims: Collection[Claimed]) -> None:
+        """Remove jobs that no handler has, be they held or lost."""
+        for claimed in claims:
+            self.drop(claimed)
+        self.lost.difference_update(claims)
+
+    def places(self, completed: Iterable[Claimed]) -> dict[int, Sequence[str]]:
+        """Return by token the positions of the rows of claims that are completed as a whole."""
+        places = {}
+        for token, count in Counter(map(_token, completed)).items():
+            batch = self._batches.get(token)
+            if batch is not None and batch.places and count == len(batch.jobs):
+                places[token] = batch.places
+        return places
+
+    # -- extensions -----------------------------------------------------------------
+
+    @property
+    def extend_at(self) -> float:
+        """When the next extension is due."""
+        return min((batch.extend_at for batch in self._batches.values()), default=inf)
+
+    def are_overdue(self, now: float) -> bool:
+        """Whether other workers may free a job whose lease is not being extended."""
+        return any(b.expires <= now and b.extend_at <= now for b in self._batches.values())
+
+    def add_extensions(self, exchange: Exchange, now: float) -> None:
+        """Extend the leases that are due, of jobs that are not settled at the same time."""
+        due = [batch for batch in self._batches.values() if batch.extend_at <= now]
+        if due:
+            settled = {outcome.claimed for outcome in exchange.outcomes}
+            exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in settled]
+
+    def extended(self, exchange: Exchange, extended: Collection[str]) -> list[Claimed]:
+        """Record an extension; return the jobs that other workers may have."""
+        missing = []
+        for claimed in exchange.extend:
+            batch = self.batch(claimed)
+            if batch is None:
+                continue  # its own transaction settled it meanwhile
+            batch.extend_at = exchange.at + self.seconds / 3
+            batch.places = ()
+            if claimed.job.id in extended:
+                batch.expires = exchange.at + self.seconds
+            elif claimed not in self.unsure:
+                missing.append(claimed)
+        return missing

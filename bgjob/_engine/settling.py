@@ -1,0 +1,198 @@
+"""Which outcomes go into the next exchange, and what its answer says about them."""
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from math import inf
+from typing import cast
+
+from bgjob._engine.leases import Leases
+from bgjob._engine.outcome import (
+    Committed,
+    CommitUnknown,
+    Event,
+    Fenced,
+    Outcome,
+    Release,
+    Unsettled,
+)
+from bgjob._engine.pause import Pause
+from bgjob._engine.protocol import MOST, Exchange, Reply
+from bgjob._sql.settlements import Claimed
+from bgjob.event import JobLeaseLost
+from bgjob.result import Complete, MoveToDlq
+
+
+class Settling:
+    """The outcomes that are not settled.
+
+    An outcome is in `pending`, in `refused` or in a sent exchange, until the server has
+    answered its settlement or its job is lost. A refused exchange is tried again in halves,
+    and after the others, until the outcome that the server refuses is alone. That one is kept
+    in `refused`, and tried alone, at growing intervals: it delays no other. When one of these
+    is accepted, all are pending again.
+    """
+
+    def __init__(self, leases: Leases, pause: Pause, transactional: Collection[str] = ()) -> None:
+        self._leases = leases
+        self._transactional = transactional
+        self._pause = pause
+        self.pending: deque[Unsettled] = deque()  # the oldest first
+        self.refused: deque[Unsettled] = deque()
+        self.retry_at = inf
+        """When the first refused one is tried again."""
+        self._limit = MOST
+        self._spilled = 0  # how many of the oldest refused ones to leave to their leases
+
+    def __len__(self) -> int:
+        return len(self.pending) + len(self.refused)
+
+    @property
+    def outcomes(self) -> list[Unsettled]:
+        """Those in none of the exchanges."""
+        return [*self.pending, *self.refused]
+
+    @property
+    def gives_back(self) -> bool:
+        """Whether jobs that did not start are next."""
+        return bool(self.pending) and type(self.pending[0].result) is Release
+
+    def finish(self, outcomes: Sequence[Outcome]) -> list[Event]:
+        """Take outcomes; return the events of jobs that their own transactions have settled."""
+        outcomes = self._leases.but_lost(outcomes)
+        events: list[Event] = []
+        if self._transactional:
+            for claimed, result, took in outcomes:
+                if isinstance(result, Committed):
+                    events.append(Outcome(claimed, result.result, took))
+                elif isinstance(result, Fenced):
+                    events.append(JobLeaseLost(claimed.job))
+                else:
+                    continue
+                self._leases.drop(claimed)
+            outcomes = [o for o in outcomes if not isinstance(o.result, Committed | Fenced)]
+        # Those that named a key and were not lost wait for it.
+        self.pending.extend(cast("Sequence[Unsettled]", outcomes))
+        return events
+
+    def add_pending(self, exchange: Exchange) -> None:
+        """Settle as many as an exchange may, the oldest first."""
+        pending, outcomes, completed = self.pending, exchange.outcomes, exchange.complete
+        for _ in range(min(self._limit, len(pending))):
+            outcome = pending.popleft()
+            outcomes.append(outcome)
+            if type(outcome.result) is Complete:  # nearly all are
+                completed.append(outcome.claimed)
+            else:
+                exchange.settle(outcome)
+        if completed:
+            exchange.places = self._leases.places(completed)
+
+    def add_refused(self, exchange: Exchange, now: float) -> None:
+        """Settle the first refused one."""
+        outcome = self.refused.popleft()
+        exchange.outcomes.append(outcome)
+        exchange.settle(outcome)
+        exchange.again = True
+        self.retry_at = now + self._pause.seconds if self.refused else inf
+
+    def accepted(self, exchange: Exchange) -> None:
+        """Record that the server did not refuse an exchange: the next may be larger."""
+        if exchange.outcomes:
+            self._limit = min(2 * self._limit, MOST)
+        if exchange.again:  # the others may be accepted too
+            self.pending.extend(self.refused)
+            self.refused.clear()
+            self.retry_at, self._limit = inf, 1
+            self._pause.reset()
+
+    def rejected(self, exchange: Exchange, now: float, *, for_data: bool) -> None:
+        """Record that the server refused an exchange.
+
+        Outcomes that are refused for their data, for example by a user's foreign key, may be
+        refused forever: only so many are kept, and the oldest are left to their leases. Outcomes
+        refused for other reasons are all kept; too many of them stop the claims.
+        """
+        if len(exchange.outcomes) > 1:
+            self._limit = len(exchange.outcomes) // 2
+            self.pending += exchange.outcomes
+        elif exchange.outcomes:
+            self.refused += exchange.outcomes
+            if for_data and len(self.refused) > MOST // 2:
+                self._spilled += 1
+            if exchange.again:
+                self._pause.grow()
+            if exchange.again or self.retry_at == inf:
+                self.retry_at = now + self._pause.seconds
+
+    def take_back(self, exchange: Exchange) -> None:
+        """Record that an exchange was not answered: its outcomes come first again."""
+        self.pending.extendleft(reversed(exchange.outcomes))
+
+    def spill(self) -> list[Claimed]:
+        """Return the jobs of the oldest refused outcomes, where too many were kept."""
+        spilled, self._spilled = self._spilled, 0
+        return [outcome.claimed for outcome in [*self.refused][:spilled]]
+
+    def drop(self, lost: set[Claimed]) -> set[Claimed]:
+        """Drop the outcomes of lost jobs; return these jobs."""
+        dropped = {outcome.claimed for outcome in self.outcomes} & lost
+        self.pending = deque(o for o in self.pending if o.claimed not in lost)
+        self.refused = deque(o for o in self.refused if o.claimed not in lost)
+        if not self.refused:
+            self.retry_at = inf
+        return dropped
+
+    def settled(self, exchange: Exchange, reply: Reply, events: list[Event]) -> list[Unsettled]:
+        """Record the answer to an exchange; return the outcomes of jobs that run again.
+
+        `events` gets those that the observer is told.
+        """
+        leases, settled, outcomes = self._leases, reply.settled, exchange.outcomes
+        # Of the outcomes those are told whose results are a handler's.
+        told = cast("list[Event | Unsettled]", events)
+        run_again: list[Unsettled] = []
+        if exchange.places and len(settled) < len(outcomes):
+            outcomes = self._found(exchange, settled)
+        elif exchange.places and leases.drop_whole(exchange.places, len(outcomes)):
+            told += outcomes  # only whole claims: no need to process each job
+            outcomes = []
+        for outcome in outcomes:
+            claimed, result, took = outcome
+            batch = leases.drop(claimed)
+            if batch is None:
+                continue  # lost meanwhile
+            if type(result) is Complete and not leases.unsure and claimed.job.id in settled:
+                told.append(outcome)  # nearly all go this way
+                continue
+            unsure = claimed in leases.unsure
+            leases.unsure.discard(claimed)
+            if claimed.job.id not in settled:
+                # The job is gone, and no other worker can have had it: the settlement whose
+                # answer was lost had been committed. With two lost answers that is unknown.
+                if unsure == isinstance(result, CommitUnknown) or exchange.at >= batch.expires:
+                    told.append(JobLeaseLost(claimed.job))
+                    continue
+                stored = result.result if isinstance(result, CommitUnknown) else result
+            else:
+                stored = result.otherwise if isinstance(result, CommitUnknown) else result
+            last: Unsettled = Outcome(claimed, stored, took)
+            if not isinstance(stored, Release):
+                told.append(last)
+            if not isinstance(stored, Complete | MoveToDlq):
+                run_again.append(last)
+        return run_again
+
+    def _found(self, exchange: Exchange, settled: set[str]) -> list[Unsettled]:
+        """Return the outcomes whose rows were found; settle the others by id next."""
+        found: list[Unsettled] = []
+        astray: list[Unsettled] = []
+        for outcome in exchange.outcomes:
+            claimed = outcome.claimed
+            batch = self._leases.batch(claimed) if claimed.token in exchange.places else None
+            if batch is None or claimed.job.id in settled:
+                found.append(outcome)
+            else:
+                batch.places = ()
+                astray.append(outcome)
+        self.pending.extendleft(reversed(astray))
+        return found
