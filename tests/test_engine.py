@@ -11,18 +11,8 @@ import pytest
 from bgjob._engine import engine, settling
 from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Effects, Event, Outcome, Release
-from bgjob._engine.protocol import (
-    Claim,
-    ClaimGroup,
-    Exchange,
-    Notice,
-    Reply,
-    Sleep,
-    Step,
-    Stop,
-    Sweep,
-    Withdraw,
-)
+from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Step, Stop, Sweep, Withdraw
+from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.watermarks import Watermarks
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import Group, Swept, Taken, Window

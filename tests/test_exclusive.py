@@ -35,7 +35,8 @@ from bgjob import (
 )
 from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Committed, Outcome
-from bgjob._engine.protocol import Exchange, Reply, Sleep
+from bgjob._engine.protocol import Exchange, Sleep
+from bgjob._engine.reply import Reply
 from bgjob._running.one_job import conclusion
 from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.survey import Line

@@ -34,13 +34,12 @@ from bgjob._engine.protocol import (
     Claim,
     ClaimGroup,
     Exchange,
-    Notice,
-    Reply,
     Sleep,
     Stop,
     Sweep,
     Withdraw,
 )
+from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.isolation import ALONE, LONGEST
 from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Swept, Taken, Window

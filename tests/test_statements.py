@@ -16,7 +16,7 @@ from support.statements import LONG_AGO, ask
 
 import bgjob
 from bgjob import EnqueueRequest, Job
-from bgjob._engine.protocol import Notice
+from bgjob._engine.reply import Notice
 from bgjob._engine.watermarks import Watermarks
 from bgjob._sql.survey import Line, UnderWay, strays, survey, survey_known, under_way
 from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep

@@ -36,7 +36,8 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._engine.protocol import Exchange, Notice, Sweep
+from bgjob._engine.protocol import Exchange, Sweep
+from bgjob._engine.reply import Notice
 from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
 from bgjob._sql.settlements import Claimed, Postponed, give_back

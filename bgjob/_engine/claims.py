@@ -9,7 +9,8 @@ from bgjob._engine.isolation import Isolation
 from bgjob._engine.leases import Leases
 from bgjob._engine.lookout import Lookout
 from bgjob._engine.pace import Pace
-from bgjob._engine.protocol import MOST, Claim, ClaimGroup, Exchange, Reply, Sweep
+from bgjob._engine.protocol import MOST, Claim, ClaimGroup, Exchange, Sweep
+from bgjob._engine.reply import Reply
 from bgjob._sql.settlements import Claimed
 from bgjob.job import Job
 

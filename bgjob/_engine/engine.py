@@ -23,7 +23,8 @@ from bgjob._engine.lookout import Lookout
 from bgjob._engine.outcome import Effects, Event, Outcome, Release
 from bgjob._engine.pace import Pace
 from bgjob._engine.pause import FIRST, Pause
-from bgjob._engine.protocol import MOST, Claim, Exchange, Notice, Reply, Sleep, Step, Stop, Withdraw
+from bgjob._engine.protocol import MOST, Claim, Exchange, Sleep, Step, Stop, Withdraw
+from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost, QueueIsEmpty

@@ -6,7 +6,8 @@ from math import inf
 from bgjob._engine.leases import Leases
 from bgjob._engine.outcome import Outcome
 from bgjob._engine.pause import FIRST, Pause
-from bgjob._engine.protocol import MOST, Exchange, Reply
+from bgjob._engine.protocol import MOST, Exchange
+from bgjob._engine.reply import Reply
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.settlements import Claimed
 

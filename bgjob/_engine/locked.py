@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from bgjob._engine.outcome import Unsettled
 from bgjob._engine.pause import Pause
-from bgjob._engine.protocol import Exchange, Reply
+from bgjob._engine.protocol import Exchange
+from bgjob._engine.reply import Reply
 from bgjob._sql.settlements import Claimed
 
 _LONG = 5.0

@@ -6,7 +6,8 @@ from typing import Literal
 
 from bgjob._engine.notify_lock import NotifyLock
 from bgjob._engine.outcome import Release, Unsettled
-from bgjob._engine.protocol import MOST_FREED, Claim, Exchange, Notice, Reply, Sweep
+from bgjob._engine.protocol import MOST_FREED, Claim, Exchange, Sweep
+from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.watermarks import Watermarks
 from bgjob.job import Job
 from bgjob.result import Retry

@@ -16,7 +16,8 @@ from bgjob._engine.outcome import (
     Unsettled,
 )
 from bgjob._engine.pause import Pause
-from bgjob._engine.protocol import MOST, Exchange, Reply
+from bgjob._engine.protocol import MOST, Exchange
+from bgjob._engine.reply import Reply
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost
 from bgjob.result import Complete, MoveToDlq

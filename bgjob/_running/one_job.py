@@ -16,7 +16,8 @@ from time import monotonic
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
-from bgjob._engine.protocol import Exchange, Reply
+from bgjob._engine.protocol import Exchange
+from bgjob._engine.reply import Reply
 from bgjob._handlers.route import Awaiting, NeedsKey, Route
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard

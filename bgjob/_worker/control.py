@@ -28,7 +28,8 @@ from psycopg.errors import (
 )
 
 from bgjob._engine.engine import Engine
-from bgjob._engine.protocol import Exchange, Notice, Plan, Reply, Sleep, Stop, Withdraw
+from bgjob._engine.protocol import Exchange, Sleep, Stop, Withdraw
+from bgjob._engine.reply import Notice, Plan, Reply
 from bgjob._logger import log as _log
 from bgjob._postgres.connection import ConnectionParameters, Silence
 from bgjob._postgres.fork import ForkGuard

@@ -27,7 +27,8 @@ from bgjob import (
     SchemaError,
     Worker,
 )
-from bgjob._engine.protocol import Exchange, Part, Plan, Reply
+from bgjob._engine.protocol import Exchange
+from bgjob._engine.reply import Part, Plan, Reply
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql

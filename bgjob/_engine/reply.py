@@ -1,0 +1,140 @@
+"""What the server says: its answer to an exchange, and notifications."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from bgjob._sql.claims import Group, Swept, Taken
+from bgjob._sql.keys import Blocked, Woken
+from bgjob._sql.notices import EVERYTHING, LATER
+from bgjob._sql.statement import Statement
+from bgjob._sql.survey import Line, Stray, UnderWay
+
+T = TypeVar("T")
+
+_NOTHING_TAKEN = Taken([], [])
+_NOTHING_SWEPT = Swept([], 0)
+_NO_GROUP = Group([], 0)
+_NOTHING_BLOCKED = Blocked([], "")
+
+
+@dataclass(slots=True)
+class Reply:
+    """The server's answer to an exchange."""
+
+    settled: set[str] = field(default_factory=set)
+    extended: set[str] = field(default_factory=set)
+    lock_answer: str | None = None
+    claimed: Taken = _NOTHING_TAKEN
+    seen: UnderWay | None = None
+    swept: Swept = _NOTHING_SWEPT
+    lines: list[Line] = field(default_factory=list)
+    group: Group = _NO_GROUP
+    acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
+    """Whether the job of an id and token has its key; see `acquire`."""
+    woken: list[Woken] = field(default_factory=list)
+    blocked: Blocked = _NOTHING_BLOCKED
+    strays: list[Stray] = field(default_factory=list)
+    barred: Sequence[str] = ()
+    barred_keys: Sequence[str] = ()
+    unread: int = 0
+    """The number of claimed jobs that could not be read."""
+
+    # The answers to the statements of an exchange.
+
+    def add_settled(self, ids: Iterable[str]) -> None:
+        self.settled.update(ids)
+
+    def add_extended(self, ids: Iterable[str]) -> None:
+        self.extended.update(ids)
+
+    def set_lock_answer(self, answer: str | None) -> None:
+        self.lock_answer = answer
+
+    def set_claimed(self, taken: Taken) -> None:
+        self.claimed = taken
+
+    def set_seen(self, seen: UnderWay) -> None:
+        self.seen = seen
+
+    def set_swept(self, swept: Swept) -> None:
+        self.swept = swept
+
+    def set_lines(self, lines: list[Line]) -> None:
+        self.lines = lines
+
+    def set_strays(self, strays: list[Stray]) -> None:
+        self.strays = strays
+
+    def set_blocked(self, blocked: Blocked) -> None:
+        self.blocked = blocked
+
+    def set_group(self, group: Group) -> None:
+        self.group = group
+
+    def set_acquired(self, acquired: Mapping[tuple[str, int], bool | None]) -> None:
+        self.acquired = acquired
+
+    def set_woken(self, woken: list[Woken]) -> None:
+        self.woken = woken
+
+    def set_barred(self, ids: list[str]) -> None:
+        self.barred = ids
+
+    def set_barred_keys(self, keys: list[str]) -> None:
+        self.barred_keys = keys
+
+    def ignore(self, answer: object) -> None:
+        """Drop an answer that says nothing to the engine."""
+
+
+class Part(NamedTuple, Generic[T]):
+    """A statement of an exchange, and the method of Reply that takes its answer."""
+
+    statement: Statement[T]
+    store: Callable[[Reply, T], None]
+
+
+Plan: TypeAlias = list[Part[Any]]
+"""The statements of an exchange in their order."""
+
+
+class Notice(NamedTuple):
+    """The content of notifications for a queue."""
+
+    since: Mapping[int, datetime] = {}
+    """By priority, when the first enqueuing transaction began."""
+    later: bool = False
+    """Whether a job is due later, or may have any due time."""
+    relief: bool = False
+    """Whether another worker released the notify lock."""
+
+    @classmethod
+    def read(cls, payload: str, queue: str) -> "Notice | None":
+        """Parse a notification; None if it is not for `queue`, or not bgjob's.
+
+        Other queues share its channel, and any session can send anything.
+        """
+        if not payload:
+            return cls(relief=True)
+        try:
+            began, what, told = payload.split(" ", 2)
+            if told != queue:
+                return None
+            if what == EVERYTHING:
+                return cls(later=True)
+            since = {int(what.removesuffix(LATER)): datetime.fromtimestamp(float(began), UTC)}
+            return cls(since, later=what.endswith(LATER))
+        except (ValueError, OverflowError, OSError):
+            return None
+
+    def __or__(self, other: "Notice") -> "Notice":
+        """Combine two notices."""
+        both = self.since.keys() & other.since.keys()
+        first = {p: min(self.since[p], other.since[p]) for p in both}
+        return Notice(
+            {**self.since, **other.since, **first},
+            self.later or other.later,
+            self.relief or other.relief,
+        )
