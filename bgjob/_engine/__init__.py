@@ -10,6 +10,7 @@ One turn:
     control thread                      engine
     --------------                      ------
     finish(outcomes), wake(notice)  ->  records them
+    shutdown(), abandon()
     step(now)                       ->  Exchange: what to send, as one transaction
                                         Withdraw: take back jobs that wait for a slot
                                         Sleep(until): nothing to do before that time
@@ -19,8 +20,8 @@ One turn:
     reject() or disconnect()        ->  the same work comes again, in smaller parts
 
 An exchange carries all work of that time: outcomes to store, jobs to release, leases to
-extend, keys to acquire and to release, a claim or a sweep, the notify lock. `protocol` defines
-the statements and their order.
+extend, keys to acquire and to release, a claim or a sweep, the notify lock. `protocol` has
+the exchange and the order of its statements, `reply` the answer.
 
 The life of a held job
 ======================
@@ -30,32 +31,73 @@ it. In between it is in one of these states:
 
     state     stored in                   what moves it on
     -------   -------------------------   -------------------------------------------------
-    claimed   `_batches[token]`, in all   settled or released: gone
-              states below but the last   the lease was lost to another worker: lost
-    wanting   `_wanting`                  its exclusive key is granted: running
-                                          another job has the key: it waits in the table,
-                                          and the worker does not hold it any more
+    claimed   `leases`: the batch of      settled or released: gone
+              its claim, in all states    the lease was lost to another worker: lost
+              below but the last
+    wanting   `keys.wanting`, or the      its exclusive key is granted: running
+              `acquire` of a sent         another job has the key: it waits in the table,
+              exchange                    and the worker does not hold it any more
                                           the key's row is locked: wanting; or locked
-    running   `_batches` only: it waits   finish(): pending; or gone, where the handler's
-              for a slot, or is in one    own transaction has settled it
+    running   `leases` only: it waits     finish(): pending; or gone, where the handler's
+              for a slot, or is in one    own transaction has settled it; or wanting, if
+                                          its handler names a key
                                           withdrawn(): pending, to be released
                                           abandon(): leaving
-    pending   `_pending`                  step() puts it into an exchange: sent
-    sent      `_sent`                     acknowledge(): gone
-                                          reject(): pending, in halves; alone: refused
+    pending   `settling.pending`          step() puts it into an exchange: sent
+    sent      `outcomes` of a sent        acknowledge(): gone
+              exchange                    reject(): pending, in halves; alone: refused
                                           reject() for a lock: locked
                                           disconnect(): pending, and unsure
-    refused   `_refused`                  its pause is over: sent, alone
+    refused   `settling.refused`          its pause is over: sent, alone
                                           too many are refused for their data: the oldest
                                           are left to their leases: lost
-    locked    `_apart`, `_apart_wanting`  a probe finds its row or its key free: pending,
-                                          or wanting
-    unsure    `_unsure`, and `_pending`   sent again. Its row is found: gone. It is not,
-              or `_sent`                  within the lease: it was settled the first time
-    leaving   `_leaving`                  the server was told, once or twice: gone
-    lost      `_lost`                     its handler ends: the outcome is dropped
+    locked    `locked.outcomes`,          a probe finds its row or its key free: pending,
+              `locked.wanting`            or wanting
+    unsure    `leases.unsure`, and        sent again. Its row is found: gone. It is not,
+              pending or sent             within the lease: it was settled the first time
+    leaving   `_leaving` of the engine    the server was told, once or twice: gone
+    lost      `leases.lost`               its handler ends: the outcome is dropped
 
-Running and wanting jobs take up slots. The worker extends the leases of all but the last two.
+Running and wanting jobs take up slots. The worker extends the leases of all but lost jobs.
+
+The parts
+=========
+
+Each decides one kind of work, and its docstring says what always holds for it. The engine asks
+them in turn what goes into the next exchange, and reports what became of it to all:
+
+    Engine        which kinds of work are next; the end of the worker
+      pace        how many jobs may be in flight, and how many are
+      leases      which jobs are held, until when, and which are lost or in doubt
+      settling    which outcomes go into the next exchange, and what a refusal does to them
+      keys        which keys to ask for, and to release
+      locked      which rows other sessions have locked
+      claims      which claim, sweep or group is next: there is room, nothing is held up
+        isolation   whether suspects or other jobs are next
+      lookout     when to look for jobs: after a notification, a poll, a due time
+        watermarks  where claims start, and when to look behind that
+        notify_lock whether enqueues have to notify this worker
+
+`settling`, `keys` and `claims` ask `leases`; `claims` asks `lookout` and `pace`. No other part
+knows of another: what moves a job from one to the next is in `engine`. `outcome` has the ways
+in which a job ends, and `pause` the time for which refused work waits.
+
+What always holds
+=================
+
+- Each claimed job is settled or released once. An outcome is kept until its
+  settlement is acknowledged, and sent again as often as needed.
+- No more jobs are claimed than free slots and the jobs' duration justify.
+- A row that another session has locked delays its own settlement only. When an exchange
+  was refused for a lock, the engine asks which of its rows are locked. Those are set apart.
+- A lease is extended when a third of it has passed, whether its job runs,
+  waits for a slot, or waits for its settlement to be accepted.
+- After an outage that was longer than the lease the worker settles and extends
+  before it claims. Its sweeps never free a job that it holds itself.
+- An attempt begins with its handler: jobs that were claimed by an exchange whose
+  answer was lost are freed by the worker's own sweeps, and are charged nothing.
+- Jobs that two workers died with are claimed in groups, until the killer is alone.
+- A job with an exclusive key is handed out once the server has granted the key.
 
 The vocabulary
 ==============
@@ -63,16 +105,14 @@ The vocabulary
     batch       the jobs of one claim: they share a token and a lease
     token       the number of a claim. What ends or extends a claim names it, so that a
                 worker whose lease has ended changes nothing: a fence
+    in flight   claimed, and no outcome yet
     mark        the due time up to which a priority has been looked through
     look        a claim, from the marks on; a sweep looks behind them as well, frees what
                 dead workers held, and says when the next job is due
     flow        jobs go through so fast that the next exchange is planned (`ahead`) while
                 one is in progress
+    careful     after a refusal: the next exchanges carry one kind of work each, so that the
+                kind that is refused does not stop the others
     notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
-
-The parts: `protocol` has what is exchanged with the control thread, and `outcome` how a job
-ended. `engine` decides, and asks `pace` how many jobs may be in flight, `watermarks`
-where to look, `notify_lock` whether to take or release the lock, and `isolation` whether
-suspects or other jobs are next.
 """
