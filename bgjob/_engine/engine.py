@@ -178,7 +178,8 @@ class Engine:
             if self._stopping:
                 exchange.notify_lock = "release" if done else None
             elif not (self._careful and exchange):
-                self._claims.add_notify_lock(exchange, 0 if self._careful else self._room(), now)
+                room = 0 if exchange or self._careful else self._room()
+                self._claims.add_notify_lock(exchange, room, now)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
     def _add_work(self, exchange: Exchange, now: float) -> None:
@@ -273,8 +274,7 @@ class Engine:
         """Process the answer to an exchange, which was committed."""
         exchange, effects = self._answered(), Effects()
         self.pace.exchanged(now - max(exchange.at, self._answered_at))
-        self._answered_at = now
-        self._not_before = -inf
+        self._answered_at, self._not_before = now, -inf
         self._pause.reset()
         self._careful = max(self._careful - 1, 0)
         if not self._careful:
@@ -286,11 +286,13 @@ class Engine:
         self._lose(self._settling.spill(), effects)
         run_again = self._settling.settled(exchange, reply, effects.events)
         gone = self._keys.answered(exchange, reply, effects.run, now)
-        self._leave_flight(gone)
-        self._leases.forget(gone)
-        missing = self._leases.extended(exchange, reply.extended)
-        # A transactional job's own transaction notices.
-        self._lose([c for c in missing if c.job.type not in self._transactional], effects)
+        if gone:
+            self._leave_flight(gone)
+            self._leases.forget(gone)
+        if exchange.extend:
+            missing = self._leases.extended(exchange, reply.extended)
+            # A transactional job's own transaction notices.
+            self._lose([c for c in missing if c.job.type not in self._transactional], effects)
         self._lookout.answered(exchange, reply, run_again, now)
         claimed = self._claims.answered(exchange, reply, now)
         if claimed:
@@ -307,7 +309,6 @@ class Engine:
         return effects
 
     def _probed(self, reply: Reply, effects: Effects, now: float) -> None:
-        """Continue with unlocked rows; ask for the others again, at growing intervals."""
         unlocked = self._locked.probed(reply, now)
         self._settling.pending.extend(unlocked.outcomes)
         self._want_again(unlocked.wanting)
@@ -340,10 +341,6 @@ class Engine:
 
     def reject(self, now: float, *, for_lock: bool = False, for_data: bool = False) -> bool:
         """Record that the server refused the exchange: nothing of it happened.
-
-        Its outcomes are tried again in smaller parts and after the others, until the one
-        that is refused is alone. That one is kept apart, and uses no slot and delays no
-        other job.
 
         If it was refused for a lock, the engine asks which rows are locked. Only those are
         set apart. Returns False in that case: the observer is not told.

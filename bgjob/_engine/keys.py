@@ -96,7 +96,8 @@ class Keys:
                 self._pause.grow()
             else:
                 self._pause.reset()
-        self.free.update(dict.fromkeys(reply.blocked.keys))
+        if reply.blocked.keys:
+            self.free.update(dict.fromkeys(reply.blocked.keys))
         if exchange.acquire or exchange.release:
             self._limit = min(2 * self._limit, MOST // 2)
         return gone

@@ -105,11 +105,10 @@ class Lookout:
             self.wake(Notice({priority: since}))
         if wish:
             lock.answered(wish, reply.lock_answer, now)
-        match claim:
-            case Claim():
-                self._claimed(claim, reply, now)
-            case Sweep():
-                self._swept(claim, reply, exchange.at, now)
+        if isinstance(claim, Claim):
+            self._claimed(claim, reply, now)
+        elif isinstance(claim, Sweep):
+            self._swept(claim, reply, exchange.at, now)
         if seen is not None and wish == "release":
             self.marks.notifications_off(seen.at)
         elif seen is not None:
@@ -155,17 +154,16 @@ class Lookout:
         if sweep.limit:
             self.has_more = len(jobs) + freed + reply.unread == sweep.limit
             self._looked(jobs, None, now)
+        has_found = bool(reply.strays) or since is not None
         if sweep.window is None:
-            has_found = False
             full = self.has_more or not sweep.limit
             marks.swept(reply.lines, reply.seen, full=full, began=began, now=now)
         else:
-            has_found = marks.swept_part(sweep.window, reply.lines, began=began, now=now)
-            has_found |= bool(reply.strays)
+            has_found |= marks.swept_part(sweep.window, reply.lines, began=began, now=now)
             marks.told({stray.priority: stray.since for stray in reply.strays})
         if since is not None:
             marks.freed(since)  # start the next claim at the freed jobs that are not suspects
-        if has_found or since is not None:
+        if has_found:
             self.look(thoroughly=False)
         if not sweep.surveys:
             self._has_more_to_free = False
