@@ -309,7 +309,7 @@ def live(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("type_", ["hello", "hello_async"])
 @each_target
-def test_runs_jobs_until_a_signal_asks_it_to_end(
+def test_the_command_runs_jobs_until_a_signal(
     start: Start,
     client: Client,
     conn: psycopg.Connection,
@@ -332,14 +332,16 @@ def test_runs_jobs_until_a_signal_asks_it_to_end(
 @pytest.mark.parametrize(
     "name", ["make", "make_async", "make_on_loop", "make_plain_on_loop", "Workers.main"]
 )
-def test_serves_what_a_factory_makes(start: Start, client: Client, name: str) -> None:
+def test_the_command_serves_the_worker_that_a_factory_makes(
+    start: Start, client: Client, name: str
+) -> None:
     command = start(f"jobs:{name}")
     enqueue(client, "hello_async")
     command.heard("hello a")
     assert command.stopped() == 0
 
 
-def test_what_the_program_has_imported_is_never_looked_at_by_the_garbage_collector_again(
+def test_imported_objects_are_never_examined_by_the_garbage_collector_again(
     start: Start, client: Client
 ) -> None:
     command = start("jobs:worker")
@@ -402,7 +404,7 @@ def test_readmes_example_runs_as_printed(
         (["--queue", "q=2", "--concurrency", "1"], 2),
     ],
 )
-def test_a_mux_is_worked_on_with_as_many_handlers_at_once_as_is_said(
+def test_the_command_runs_as_many_handlers_concurrently_as_requested(
     start: Start, client: Client, tmp_path: Path, args: list[str], at_once: int
 ) -> None:
     for id_ in "abc":
@@ -419,7 +421,7 @@ def test_a_mux_is_worked_on_with_as_many_handlers_at_once_as_is_said(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_each_of_several_queues_has_its_own_handlers_at_once_in_each_process(
+def test_each_of_several_queues_has_its_own_concurrency_in_each_process(
     start: Start, client: Client, conn: psycopg.Connection, tmp_path: Path, processes: int
 ) -> None:
     at_once = {"high": 10, "low": 2}
@@ -449,7 +451,7 @@ def test_each_of_several_queues_has_its_own_handlers_at_once_in_each_process(
     assert not any(is_held for _, _, is_held in live(conn))
 
 
-def test_a_mux_is_worked_on_in_the_database_that_is_named(start: Start, client: Client) -> None:
+def test_the_command_works_on_a_mux_in_the_named_database(start: Start, client: Client) -> None:
     nowhere = "postgresql://somebody@127.0.0.1:1/db"
     dsn = str(client.connection_parameters[0])
     for env in ({"BGJOB_DSN": dsn}, {"DATABASE_URL": dsn, "BGJOB_DSN": ""}):
@@ -461,7 +463,7 @@ def test_a_mux_is_worked_on_in_the_database_that_is_named(start: Start, client: 
     assert command.stopped() == 0
 
 
-def test_a_factory_is_given_what_it_takes(start: Start, client: Client) -> None:
+def test_a_factory_receives_the_arguments_that_it_accepts(start: Start, client: Client) -> None:
     enqueue(client, "hello")
     command = start("jobs:make_of", "--queue", "q=3")
     command.heard("made of True {'q': 3} None")
@@ -487,7 +489,7 @@ def test_a_factory_is_given_what_it_takes(start: Start, client: Client) -> None:
         ("make_on_loop", ["--dsn", ""], "does not accept --dsn: it has no parameter dsn"),
     ],
 )
-def test_what_the_command_line_cannot_change_is_told_in_one_line(
+def test_options_that_the_command_line_cannot_change_are_refused_in_one_line(
     start: Start, target: str, args: list[str], told: str
 ) -> None:
     command = start(f"jobs:{target}", *args)
@@ -501,7 +503,7 @@ def test_what_the_command_line_cannot_change_is_told_in_one_line(
 
 @pytest.mark.parametrize("type_", ["gate", "gate_async"])
 @each_target
-def test_finishes_what_runs_and_gives_back_what_has_not_started(
+def test_the_command_finishes_running_jobs_and_releases_those_that_have_not_started(
     start: Start,
     client: Client,
     conn: psycopg.Connection,
@@ -527,7 +529,7 @@ def test_finishes_what_runs_and_gives_back_what_has_not_started(
 
 @pytest.mark.parametrize("type_", ["thread", "coroutine", "stubborn_coroutine", "blocked_loop"])
 @each_target
-def test_what_outlives_the_grace_period_gets_its_attempt_back_and_keeps_its_lease_if_it_runs_on(
+def test_a_job_that_outlives_the_grace_period_gets_its_attempt_back_and_keeps_its_lease_if_it_runs_on(
     start: Start, client: Client, conn: psycopg.Connection, target: str, type_: str
 ) -> None:
     enqueue(client, type_)
@@ -545,7 +547,7 @@ def test_what_outlives_the_grace_period_gets_its_attempt_back_and_keeps_its_leas
 
 @pytest.mark.parametrize("type_", ["leaves_a_thread", "leaves_an_executor", "leaves_at_exit"])
 @each_target
-def test_exits_whatever_handlers_have_left_behind(
+def test_the_command_exits_despite_threads_and_tasks_that_handlers_left_behind(
     start: Start, client: Client, conn: psycopg.Connection, target: str, type_: str
 ) -> None:
     enqueue(client, type_)
@@ -562,7 +564,7 @@ def test_exits_whatever_handlers_have_left_behind(
 @pytest.mark.parametrize("type_", ["thread", "blocked_loop", "leaves_at_exit"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @each_target
-def test_a_second_signal_ends_it_at_once(
+def test_a_second_signal_ends_the_command_immediately(
     start: Start, client: Client, target: str, signum: signal.Signals, type_: str
 ) -> None:
     enqueue(client, type_)
@@ -737,7 +739,7 @@ worker.run()
 
 
 @pytest.mark.parametrize("target", FAULTS)
-def test_says_in_one_line_why_there_is_nothing_to_serve(
+def test_a_target_that_cannot_be_served_is_explained_in_one_line(
     start: Start, tmp_path: Path, target: str
 ) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY.replace("worker.run()", ""))
@@ -785,7 +787,7 @@ def test_a_worker_that_runs_already_cannot_be_served(start: Start, tmp_path: Pat
 
 
 @each_target
-def test_missing_tables_are_told_in_one_line(start: Start, empty_dsn: str, target: str) -> None:
+def test_missing_tables_are_reported_in_one_line(start: Start, empty_dsn: str, target: str) -> None:
     command = start(f"jobs:{target}", DATABASE_URL=empty_dsn)
     assert command.ended() == 1
     assert command.err.startswith("bgjob: ")
@@ -794,7 +796,7 @@ def test_missing_tables_are_told_in_one_line(start: Start, empty_dsn: str, targe
 
 
 @each_target
-def test_a_server_that_cannot_be_reached_is_told_in_one_line_without_the_password(
+def test_a_server_that_cannot_be_reached_is_reported_in_one_line_without_the_password(
     start: Start, target: str
 ) -> None:
     address = "postgresql://somebody:s3cret@127.0.0.1:1/db"
@@ -880,7 +882,7 @@ def test_json_lines_replace_the_programs_own_logging(
     assert not [line for line in lines if line["level"] in ("DEBUG", "INFO")]  # its own level
 
 
-def test_json_lines_hold_the_last_words_too(start: Start, tmp_path: Path) -> None:
+def test_json_lines_include_the_last_error(start: Start, tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text("1 / 0")
     command = start("faulty:worker", "--log-format", "json")
     assert command.ended() == 1
@@ -916,7 +918,7 @@ def test_a_logger_of_the_programs_own_prints_its_lines_once(
         assert command.err.count(line) == 1
 
 
-def test_json_lines_replace_what_a_logger_of_the_programs_own_prints(
+def test_json_lines_replace_the_lines_of_a_logger_of_the_programs_own(
     start: Start, client: Client, tmp_path: Path
 ) -> None:
     (tmp_path / "own.py").write_text(
@@ -1006,7 +1008,7 @@ def test_wrong_usage_exits_with_2(args: list[str], capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith("usage: bgjob worker")
 
 
-def test_help_tells_of_signals_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_signals_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(["worker", "--help"])
     assert exit.value.code == 0

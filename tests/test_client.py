@@ -89,7 +89,7 @@ def returning(result: Any) -> Mux:
 # -- enqueue ----------------------------------------------------------------------------
 
 
-def test_an_enqueue_writes_a_row_and_gives_its_generated_id(
+def test_an_enqueue_writes_a_row_and_returns_its_generated_id(
     client: Any, conn: psycopg.Connection
 ) -> None:
     before = clock(conn)
@@ -171,7 +171,7 @@ def test_a_bulk_enqueue_that_comes_first_begins_the_callers_transaction(
     assert count(conn) == 2
 
 
-def test_a_callers_autocommit_connection_commits_at_once(
+def test_a_callers_autocommit_connection_commits_immediately(
     colour: Colour, client: Any, conn: psycopg.Connection
 ) -> None:
     caller = colour.connect(autocommit=True, row_factory=dict_row)
@@ -229,7 +229,7 @@ def test_an_enqueue_joins_a_transaction_of_any_isolation_level(
 
 @pytest.mark.parametrize("bulk", [0, 1, 600])
 @pytest.mark.parametrize("level", LEVELS)
-def test_an_id_that_was_taken_since_the_callers_transaction_began_is_told_by_name(
+def test_an_id_that_was_taken_since_the_callers_transaction_began_is_named_in_the_error(
     colour: Colour,
     client: Any,
     conn: psycopg.Connection,
@@ -340,7 +340,7 @@ few_and_many = pytest.mark.parametrize("size", [11, 1_100])
 
 
 @few_and_many
-def test_a_bulk_enqueue_writes_every_setting_and_gives_the_ids_in_order(
+def test_a_bulk_enqueue_writes_every_setting_and_returns_the_ids_in_order(
     client: Any, conn: psycopg.Connection, size: int
 ) -> None:
     batch = [
@@ -417,7 +417,7 @@ def test_some_requests_of_a_large_bulk_enqueue_may_be_delayed(
     assert row(conn, late) == (500,)
 
 
-def test_a_bulk_enqueue_can_skip_taken_ids_and_gives_none_in_their_places(
+def test_a_bulk_enqueue_can_skip_taken_ids_and_returns_none_in_their_places(
     client: Any, conn: psycopg.Connection
 ) -> None:
     client.bulk_enqueue(requests("b", "d"))
@@ -539,7 +539,7 @@ def test_a_copy_and_an_insert_of_the_same_ids_wait_for_each_other_in_any_collati
         conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
-def test_a_bulk_enqueue_writes_in_the_order_of_bytes_whatever_the_databases_collation(
+def test_a_bulk_enqueue_writes_in_byte_order_in_any_collation(
     conn: psycopg.Connection,
 ) -> None:
     statement = enqueues.enqueue_many(requests("a", "b"), notify=False)
@@ -563,7 +563,7 @@ def test_the_due_times_of_a_bulk_enqueue_keep_its_order(
 # -- do -----------------------------------------------------------------------------------
 
 
-def test_do_gives_a_plain_handler_its_job(client: Any, conn: psycopg.Connection) -> None:
+def test_do_passes_its_job_to_a_plain_handler(client: Any, conn: psycopg.Connection) -> None:
     seen: list[Job] = []
     id_ = client.enqueue(EnqueueRequest("q", "t", {"n": 1}, priority=4))
     due, created = row(conn, "select next_run_at, created_at from bgjob_job")
@@ -607,9 +607,7 @@ def test_do_stores_a_retry_with_its_error_and_delay(
         client.do("q", returning(Complete()))
 
 
-def test_do_gives_the_attempt_back_where_a_job_is_rescheduled(
-    client: Any, conn: psycopg.Connection
-) -> None:
+def test_do_refunds_the_attempt_of_a_rescheduled_job(client: Any, conn: psycopg.Connection) -> None:
     client.enqueue(EnqueueRequest("q", "t"))
     client.do("q", returning(Retry(0, error="why")))
     before = clock(conn)
@@ -644,7 +642,7 @@ def test_do_moves_a_job_of_an_unknown_type_to_the_dlq(client: Any) -> None:
     assert "UnknownTypeError: no handler is registered for job type 'mystery'" in dead.last_error
 
 
-def test_do_stores_what_a_handler_raised_and_gives_the_result(
+def test_do_stores_the_exception_of_a_handler_and_returns_the_result(
     client: Any, conn: psycopg.Connection
 ) -> None:
     error = ValueError("a\0b")
@@ -661,7 +659,7 @@ def test_do_stores_what_a_handler_raised_and_gives_the_result(
 
 
 @pytest.mark.parametrize("coroutine", [False, True])
-def test_do_stores_a_failed_attempt_before_it_lets_an_interrupt_through(
+def test_do_stores_a_failed_attempt_before_it_raises_an_interrupt(
     client: Any, conn: psycopg.Connection, coroutine: bool
 ) -> None:
     async def interrupted(_: Job) -> Result:
@@ -764,7 +762,7 @@ def test_what_do_runs_changes_no_context_variable_of_its_caller(
 
 
 @pytest.mark.parametrize("transactional", [False, True])
-def test_a_cancelled_do_stores_what_its_plain_handler_gives_once_it_has_ended(
+def test_a_cancelled_do_stores_the_result_of_its_plain_handler_once_that_has_ended(
     dsn: str, conn: psycopg.Connection, transactional: bool
 ) -> None:
     started, go_on = threading.Event(), threading.Event()
@@ -797,7 +795,7 @@ def test_a_cancelled_do_stores_what_its_plain_handler_gives_once_it_has_ended(
     assert count(conn) == 0
 
 
-def test_a_program_that_ends_after_a_cancelled_do_has_stored_what_its_handler_gave(
+def test_a_program_that_ends_after_a_cancelled_do_has_stored_the_handlers_result(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     started, go_on = threading.Event(), threading.Event()
@@ -853,7 +851,7 @@ def test_a_cancelled_do_cancels_its_coroutine_handler_once_and_stores_that_it_fa
     assert count(conn) == count(conn, "bgjob_exclusive") == 0
 
 
-def test_a_do_that_is_cancelled_while_it_claims_gives_the_job_back(
+def test_a_do_that_is_cancelled_while_it_claims_releases_the_job(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     runs: list[Job] = []
@@ -929,7 +927,7 @@ def test_a_handler_may_use_the_only_connection_of_its_pool(
     assert rows(conn, "select id from bgjob_job") == [("child",)]
 
 
-def test_a_closed_client_stays_closed_and_says_so(
+def test_a_closed_client_stays_closed_and_its_error_names_that(
     colour: Colour, client: Any, conn: psycopg.Connection
 ) -> None:
     client.enqueue(EnqueueRequest("q", "t", id="a"))
@@ -956,7 +954,7 @@ def test_a_closed_client_stays_closed_and_says_so(
     pool.putconn(pool.getconn())
 
 
-def test_what_a_client_does_while_it_is_closed_is_done(colour: Colour, dsn: str) -> None:
+def test_a_call_during_the_close_of_a_client_is_completed(colour: Colour, dsn: str) -> None:
     with psycopg.connect(dsn) as blocker, psycopg.connect(dsn, autocommit=True) as conn:
         client = colour.client().target
         Client(dsn).enqueue(EnqueueRequest("q", "t", id="a"), conn=blocker)
@@ -1019,7 +1017,7 @@ def test_a_low_idle_session_timeout_fails_no_enqueue(
 
 
 @pytest.mark.parametrize("source", ["string", "pool"])
-def test_a_client_leaves_a_server_that_is_no_primary_any_more(
+def test_a_client_leaves_a_server_that_has_become_a_standby(
     colour: Colour, dsn: str, conn: psycopg.Connection, source: str
 ) -> None:
     def read_only(value: LiteralString) -> None:
@@ -1123,7 +1121,7 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child(
     ]
 
 
-def test_a_client_whose_connections_are_all_in_use_for_long_says_so(
+def test_a_client_whose_connections_are_all_in_use_for_long_reports_it(
     colour: Colour, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bgjob.client.PATIENCE", 0.2)
@@ -1210,7 +1208,7 @@ print([thread.name for thread in threading.enumerate()])
 """
 
 
-def test_a_program_that_does_not_close_its_client_ends_at_once(dsn: str) -> None:
+def test_a_program_that_does_not_close_its_client_ends_immediately(dsn: str) -> None:
     # On Python 3.13.0 a thread that waits for work held the end up for 5 s.
     script = [sys.executable, "-W", "error", "-c", LEFT_OPEN, dsn]
     ended = subprocess.run(script, capture_output=True, text=True, timeout=15)
@@ -1352,7 +1350,7 @@ def test_dead_jobs_are_purged_by_id_or_by_filter(client: Any, conn: psycopg.Conn
     assert client.dlq.list() == []
 
 
-def test_every_filter_restricts_what_is_listed_requeued_and_purged(
+def test_every_filter_restricts_list_requeue_and_purge(
     client: Any, conn: psycopg.Connection
 ) -> None:
     conn.execute("set timezone to 'UTC'")
@@ -1455,7 +1453,7 @@ def write_dead(conn: psycopg.Connection, count: int, moved_at: LiteralString) ->
     )
 
 
-def test_a_retention_purges_what_has_been_dead_for_longer_than_its_age(
+def test_a_retention_purges_jobs_that_have_been_dead_for_longer_than_its_age(
     conn: psycopg.Connection,
 ) -> None:
     write_dead(conn, 3, "now() - interval '31 d'")
@@ -1467,7 +1465,7 @@ def test_a_retention_purges_what_has_been_dead_for_longer_than_its_age(
     assert row(conn, "select count(*) from bgjob_dead_job") == (2,)
 
 
-def test_a_retention_purges_a_batch_at_a_time_and_comes_back_at_once_for_the_next(
+def test_a_retention_purges_a_batch_at_a_time_and_returns_immediately_for_the_next(
     conn: psycopg.Connection,
 ) -> None:
     write_dead(conn, 2_500, "now() - interval '2 s'")
@@ -1483,7 +1481,7 @@ def test_a_retention_purges_a_batch_at_a_time_and_comes_back_at_once_for_the_nex
     assert waits == [0.05, 0.05, 3600.0, 3600.0]
 
 
-def test_a_retention_runs_on_whatever_connection_it_is_given(dsn: str) -> None:
+def test_a_retention_runs_on_any_connection(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as conn:
         assert DlqRetention(0).run(conn) == 3600.0
 
@@ -1553,7 +1551,7 @@ def test_a_purge_and_a_requeue_of_the_same_jobs_wait_for_each_other(
     assert sorted(moved) == [0, len(ids)]
 
 
-def test_a_retention_does_not_wait_for_what_is_requeued(
+def test_a_retention_does_not_wait_for_a_requeue(
     client: Any, dsn: str, conn: psycopg.Connection
 ) -> None:
     bury(client, *requests("a", "b"))

@@ -30,7 +30,7 @@ def test_a_step_is_noticed_once_and_measured(step: float) -> None:
     assert clock.observe(at(120 + step), 120, 120.01) == 0
 
 
-def test_a_clock_that_drifts_and_a_process_that_is_stopped_are_no_steps() -> None:
+def test_a_drifting_clock_and_a_stopped_process_are_not_steps() -> None:
     clock = ServerClock()
     for n in range(100):
         assert clock.observe(at(n * 1.5), n, n + 0.01) == 0
@@ -82,7 +82,7 @@ def test_jobs_written_before_a_clock_was_set_back_keep_their_delays(
     assert timedelta(seconds=500) < waits["after"] <= timedelta(seconds=600)
 
 
-def test_a_worker_says_that_the_clock_was_set_back_and_retries_do_not_wait_for_it(
+def test_a_worker_reports_a_clock_that_was_set_back_and_retries_do_not_wait_for_it(
     crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offset = [HOUR]

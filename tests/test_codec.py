@@ -42,7 +42,7 @@ def test_json_is_the_default_codec(value: Any) -> None:
         assert EnqueueRequest("q", "t", value, codec=codec).payload == codec.encode(value)
 
 
-def test_the_json_codec_refuses_what_the_default_refuses() -> None:
+def test_the_json_codec_refuses_the_values_that_the_default_refuses() -> None:
     with pytest.raises(TypeError, match="the value cannot be encoded as JSON"):
         JsonCodec().encode(object())
     with pytest.raises(ValueError, match="the value holds NaN or infinity"):
@@ -58,7 +58,7 @@ def test_the_raw_codec_leaves_bytes_as_they_are(data: bytes) -> None:
     assert type(EnqueueRequest("q", "t", data, codec=codec).payload) is bytes
 
 
-def test_the_raw_codec_refuses_what_is_no_bytes() -> None:
+def test_the_raw_codec_refuses_values_that_are_not_bytes() -> None:
     with pytest.raises(TypeError, match="RawCodec takes bytes, not str"):
         EnqueueRequest("q", "t", "text", codec=RawCodec())
 
@@ -70,7 +70,7 @@ def test_a_request_encodes_its_arg_with_a_codec_of_the_users() -> None:
     assert Yaml().decode(request.payload) == {"title": "é", "pages": [1, 2]}
 
 
-def test_a_user_s_codec_gets_bytes_as_well_but_never_none() -> None:
+def test_a_users_codec_receives_bytes_as_well_but_never_none() -> None:
     request = EnqueueRequest("q", "t", b"\xff", codec=Yaml())
     assert request.payload == b"!!binary |\n  /w==\n"
     assert EnqueueRequest("q", "t", None, codec=Yaml()).payload is None
@@ -84,14 +84,14 @@ def test_a_copy_of_a_request_is_not_encoded_again() -> None:
 
 
 @pytest.mark.parametrize("codec", [Yaml, None, object(), "json", yaml])
-def test_what_is_no_codec_is_refused(codec: Any) -> None:
+def test_an_object_that_is_not_a_codec_is_refused(codec: Any) -> None:
     with pytest.raises(TypeError, match=r"codec must be an object with the methods encode"):
         EnqueueRequest("q", "t", 1, codec=codec)
     with pytest.raises(TypeError, match=r"codec must be an object with the methods encode"):
         check_codec(codec)
 
 
-def test_a_codec_that_gives_no_bytes_is_told() -> None:
+def test_a_codec_that_does_not_return_bytes_is_reported() -> None:
     class Text(Yaml):
         def encode(self, value: Any, /) -> Any:
             return str(value)
@@ -100,7 +100,7 @@ def test_a_codec_that_gives_no_bytes_is_told() -> None:
         EnqueueRequest("q", "t", 1, codec=Text())
 
 
-def test_what_a_codec_raises_the_enqueue_raises() -> None:
+def test_an_exception_of_a_codec_is_raised_by_the_enqueue() -> None:
     with pytest.raises(yaml.representer.RepresenterError):
         EnqueueRequest("q", "t", object(), codec=Yaml())
 
@@ -213,7 +213,7 @@ def test_a_model_is_a_job(cls: Any) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_does_not_fit_a_model_is_refused_by_type_and_field(
+def test_a_payload_that_does_not_fit_a_model_is_refused_by_type_and_field(
     cls: Any, data: bytes, complaint: str
 ) -> None:
     with pytest.raises(PayloadError, match=f"^payload of job type 'order'.*{complaint}"):
@@ -226,12 +226,12 @@ def test_a_model_tolerates_fields_that_came_or_went(cls: Any) -> None:
     assert (decoded.number, decoded.items, decoded.note) == (7, [], None)
 
 
-def test_a_model_s_own_validation_speaks() -> None:
+def test_a_models_own_validation_error_is_shown() -> None:
     with pytest.raises(PayloadError, match=r"field 'orderNumber': .*greater than 0 \(and 1 more\)"):
         codec_of(PydanticOrder).decode(b'{"orderNumber":-1,"note":5}')
 
 
-def test_a_struct_s_own_validation_speaks() -> None:
+def test_a_structs_own_validation_error_is_shown() -> None:
     class Positive(msgspec.Struct):
         n: int
 
@@ -298,7 +298,7 @@ def test_a_class_that_is_no_job_type_is_refused_with_the_remedy(cls: Any) -> Non
 
 
 @pytest.mark.parametrize("cls", ["SendMail", list[int], None])
-def test_what_is_no_class_is_no_job_type(cls: Any) -> None:
+def test_a_value_that_is_not_a_class_is_not_a_job_type(cls: Any) -> None:
     with pytest.raises(TypeError, match="a job's class must be a class"):
         codec_of(cls)
 

@@ -109,7 +109,7 @@ def test_libpqs_variables_are_enough(run: Run, dsn: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("variable", ["BGJOB_DSN", "DATABASE_URL"])
-def test_a_variable_that_holds_no_connection_string_is_named_and_not_shown(
+def test_a_variable_without_a_valid_connection_string_is_named_and_not_shown(
     variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(variable, "postgresql://u:s3cret@word@host/db")
@@ -120,7 +120,7 @@ def test_a_variable_that_holds_no_connection_string_is_named_and_not_shown(
 
 
 @pytest.mark.parametrize("command", READ)
-def test_a_server_that_cannot_be_reached_is_told_at_once_and_without_the_password(
+def test_a_server_that_cannot_be_reached_is_reported_immediately_and_without_the_password(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dsn = "postgresql://somebody:s3cret@127.0.0.1:1/db"
@@ -132,7 +132,7 @@ def test_a_server_that_cannot_be_reached_is_told_at_once_and_without_the_passwor
 
 
 @pytest.mark.parametrize("command", [*READ, "schema --check", "playground"])
-def test_missing_tables_are_told_with_the_remedy(
+def test_missing_tables_are_reported_with_the_remedy(
     command: str, empty_dsn: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*command.split(), "--dsn", empty_dsn]) == 1
@@ -150,14 +150,14 @@ def job(conn: psycopg.Connection) -> tuple[Any, ...]:
     return row
 
 
-def test_enqueues_a_job(run: Run, conn: psycopg.Connection) -> None:
+def test_the_command_enqueues_a_job(run: Run, conn: psycopg.Connection) -> None:
     status, out, err = run("enqueue", "mail", "confirm", '{"order":  1}')
     id_, *rest = job(conn)
     assert (status, out, err) == (0, f"{id_}\n", "")
     assert rest == ["mail", "confirm", b'{"order":  1}', 0, 0]
 
 
-def test_enqueues_with_every_option(run: Run, conn: psycopg.Connection) -> None:
+def test_the_command_enqueues_with_every_option(run: Run, conn: psycopg.Connection) -> None:
     args = ["--delay", "1.5h", "--priority", "-7", "--exclusive", "user:42", "--id", "a", "--json"]
     status, out, _ = run("enqueue", "q", "t", *args)
     assert (status, json.loads(out)) == (0, {"id": "a"})
@@ -173,7 +173,7 @@ def test_enqueues_with_every_option(run: Run, conn: psycopg.Connection) -> None:
         (["--raw", "FILE"], b"", b"\0\1"),
     ],
 )
-def test_takes_the_payload_from_a_file_or_the_standard_input(
+def test_the_command_reads_the_payload_from_a_file_or_the_standard_input(
     run: Run,
     conn: psycopg.Connection,
     tmp_path: Path,
@@ -198,7 +198,7 @@ def test_takes_the_payload_from_a_file_or_the_standard_input(
         (["--priority", "40000"], "priority must be an integer from -32768 to 32767"),
     ],
 )
-def test_a_job_that_cannot_be_made_is_wrong_usage(
+def test_a_job_with_invalid_options_is_wrong_usage(
     run: Run, conn: psycopg.Connection, args: list[str], told: str
 ) -> None:
     status, out, err = run("enqueue", "q", "t", *args)
@@ -207,7 +207,7 @@ def test_a_job_that_cannot_be_made_is_wrong_usage(
     assert live(conn) == []
 
 
-def test_an_id_that_is_taken_is_told(run: Run) -> None:
+def test_an_id_that_is_taken_is_reported(run: Run) -> None:
     assert run("enqueue", "q", "t", "--id", "a")[0] == 0
     status, out, err = run("enqueue", "q", "t", "--id", "a")
     assert (status, out) == (1, "")
@@ -240,7 +240,7 @@ def test_stats_are_a_table_or_json(run: Run, conn: psycopg.Connection) -> None:
     assert row == {"queue": "mail", "type": "confirm", **counts, **pause}
 
 
-def test_stats_tell_which_queues_are_paused_also_those_without_jobs(run: Run) -> None:
+def test_stats_show_paused_queues_including_those_without_jobs(run: Run) -> None:
     for queue in ("busy", "timed", "runs"):
         run("enqueue", queue, "t")
     end = "2100-01-01T00:00:00+00:00"
@@ -277,7 +277,7 @@ def test_stats_tell_which_queues_are_paused_also_those_without_jobs(run: Run) ->
 # -- dlq -----------------------------------------------------------------------------------
 
 
-def test_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Connection) -> None:
+def test_the_command_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Connection) -> None:
     bury(conn, "a", last_error="it broke\nat line 1")
     bury(conn, "b", "c", queue="other")
     status, out, err = run("dlq", "list")
@@ -290,7 +290,7 @@ def test_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Connection) ->
     assert [job["id"] for job in json.loads(run("dlq", "list", "--json")[1])] == ["c", "b", "a"]
 
 
-def test_pages_follow_each_other_and_a_page_says_how_to_get_the_next(
+def test_pages_follow_each_other_and_a_page_shows_how_to_get_the_next(
     run: Run, conn: psycopg.Connection
 ) -> None:
     bury(conn, *"abcdef")
@@ -326,7 +326,7 @@ def test_pages_follow_each_other_and_a_page_says_how_to_get_the_next(
         ("--queue other --type u", ""),
     ],
 )
-def test_filters_choose_what_is_listed_requeued_and_purged(
+def test_the_commands_filters_restrict_list_requeue_and_purge(
     run: Run, conn: psycopg.Connection, args: str, ids: str
 ) -> None:
     for command in ("purge", "requeue"):
@@ -346,7 +346,7 @@ def test_filters_choose_what_is_listed_requeued_and_purged(
 
 @pytest.mark.parametrize("command", ["requeue", "purge"])
 @pytest.mark.parametrize("args", [[], ["--all", "--queue", "q"], ["--all", "--older-than", "0"]])
-def test_what_is_to_be_requeued_or_purged_has_to_be_said(
+def test_requeue_and_purge_need_ids_a_filter_or_all(
     run: Run, conn: psycopg.Connection, command: str, args: list[str]
 ) -> None:
     bury(conn, "a")
@@ -371,7 +371,7 @@ def test_a_dead_job_whose_id_lives_stays_dead_and_is_counted(
 
 
 @pytest.mark.parametrize("command", ["requeue", "purge"])
-def test_many_go_in_batches_and_progress_is_told(
+def test_many_jobs_go_in_batches_and_progress_is_shown(
     run: Run, conn: psycopg.Connection, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dlq, "_BATCH", 3)
@@ -393,7 +393,7 @@ def test_many_go_in_batches_and_progress_is_told(
         assert transactions == 1 + 4
 
 
-def test_an_interrupted_purge_says_how_far_it_came(
+def test_an_interrupted_purge_reports_how_many_it_deleted(
     run: Run, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dlq, "_BATCH", 2)
@@ -409,7 +409,7 @@ def test_an_interrupted_purge_says_how_far_it_came(
     assert dead(conn) == list("cdef")
 
 
-def test_shows_all_of_a_dead_job(run: Run, conn: psycopg.Connection) -> None:
+def test_the_command_shows_all_of_a_dead_job(run: Run, conn: psycopg.Connection) -> None:
     bury(conn, "a", arg=b'{"n": 1}', last_error="it broke\nat line 1")
     status, out, err = run("dlq", "show", "a")
     assert (status, err) == (0, "")
@@ -445,7 +445,9 @@ def test_any_payload_can_be_shown(
         assert json.loads(told)["arg"] == value
 
 
-def test_what_a_terminal_may_obey_is_shown_as_escapes(run: Run, conn: psycopg.Connection) -> None:
+def test_control_sequences_of_a_terminal_are_shown_as_escapes(
+    run: Run, conn: psycopg.Connection
+) -> None:
     bury(conn, "\x1b[31mred", last_error="\x1b]0;title\x07[bold]bold[/bold]\r\u202e", arg=b'"\x7f"')
     for out in (run("dlq", "list")[1], run("dlq", "show", "\x1b[31mred")[1]):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", out)
@@ -484,7 +486,7 @@ def test_a_pause_ends_at_the_time_that_is_given(run: Run, dsn: str, text: str) -
     assert datetime.fromisoformat(row["until"]) == end
 
 
-def test_a_pause_lasts_as_long_as_is_said_by_the_databases_clock(
+def test_a_pause_lasts_for_the_given_time_by_the_databases_clock(
     run: Run, conn: psycopg.Connection
 ) -> None:
     [[before]] = conn.execute("select clock_timestamp()").fetchall()
@@ -496,7 +498,9 @@ def test_a_pause_lasts_as_long_as_is_said_by_the_databases_clock(
 
 
 @pytest.mark.parametrize("args", ["--for 0", "--until 2020-01-01T00:00Z"])
-def test_a_pause_that_is_over_is_refused_and_ends_no_other(run: Run, dsn: str, args: str) -> None:
+def test_a_pause_that_ends_in_the_past_is_refused_and_ends_no_other(
+    run: Run, dsn: str, args: str
+) -> None:
     run("pause", "mail")
     status, out, err = run("pause", "mail", *args.split())
     assert (status, out) == (2, "")
@@ -505,7 +509,7 @@ def test_a_pause_that_is_over_is_refused_and_ends_no_other(run: Run, dsn: str, a
         assert client.paused() == {"mail": None}
 
 
-def test_a_pause_that_a_transaction_holds_up_is_told(
+def test_a_pause_that_waits_for_a_transaction_is_reported(
     run: Run, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bgjob.client.PATIENCE", 0.1)
@@ -597,7 +601,7 @@ def test_a_schedule_is_run_once_also_while_it_is_paused(
 
 
 @pytest.mark.parametrize("command", ["pause", "resume", "remove", "run"])
-def test_of_an_unknown_schedule_the_known_ones_are_told_and_nothing_is_done(
+def test_an_unknown_schedule_is_an_error_that_lists_the_known_ones(
     run: Run, daily: None, conn: psycopg.Connection, command: str
 ) -> None:
     conn.execute("update bgjob_schedule set paused = name = 'daily'")
@@ -612,7 +616,7 @@ def test_of_an_unknown_schedule_the_known_ones_are_told_and_nothing_is_done(
     assert (schedules(run), live(conn)) == (before, [])
 
 
-def test_an_error_lists_a_screenful_of_schedules_or_says_that_there_is_none(
+def test_an_error_lists_a_screenful_of_schedules_or_states_that_there_are_none(
     run: Run, conn: psycopg.Connection
 ) -> None:
     assert "no schedule 'x'; there are none; " in run("schedules", "run", "x")[2]
@@ -621,7 +625,7 @@ def test_an_error_lists_a_screenful_of_schedules_or_says_that_there_is_none(
     assert "'s18', 's19' and 3 more; " in run("schedules", "run", "x")[2]
 
 
-def test_the_name_of_a_schedule_is_told_as_escapes(run: Run, conn: psycopg.Connection) -> None:
+def test_the_name_of_a_schedule_is_printed_with_escapes(run: Run, conn: psycopg.Connection) -> None:
     name = "\x1b[31mred"
     Schedules([Schedule(name, every=60, request=EnqueueRequest("q", "t"))]).run(conn)
     for args in (["list"], ["pause", name], ["run", name], ["run", "x"], ["pause", name + "?"]):
@@ -633,7 +637,9 @@ def test_the_name_of_a_schedule_is_told_as_escapes(run: Run, conn: psycopg.Conne
 # -- schema --------------------------------------------------------------------------------
 
 
-def test_prints_the_schema_and_needs_no_database(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_schema_without_a_database(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["schema"]) == 0
     assert capsys.readouterr().out == (ROOT / "migration" / "init.sql").read_text("utf-8")
     assert cli.main(["schema", "--json"]) == 0
@@ -641,7 +647,7 @@ def test_prints_the_schema_and_needs_no_database(capsys: pytest.CaptureFixture[s
     assert told == {"version": schema.VERSION, "sql": schema.init_sql()}
 
 
-def test_checks_the_databases_schema(run: Run, conn: psycopg.Connection) -> None:
+def test_the_command_checks_the_databases_schema(run: Run, conn: psycopg.Connection) -> None:
     version = schema.VERSION
     told = f"the tables have schema version {version}, as needed\n"
     assert run("schema", "--check") == (0, told, "")
@@ -677,7 +683,7 @@ def environment(dsn: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "BGJOB_DSN": dsn, "TERM": "xterm"}
 
 
-def test_a_reader_that_has_read_enough_is_no_error_to_speak_of(
+def test_a_reader_that_closes_the_pipe_early_is_not_reported_as_an_error(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     bury(conn, "a", last_error=100 * "x")
@@ -773,7 +779,7 @@ def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str])
     + ["playground", "demo", "worker", "pause", "resume", "paused", "schedules", "schedules list"]
     + [f"schedules {command}" for command in ("pause", "resume", "remove", "run")],
 )
-def test_help_tells_the_exit_status(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_the_exit_status(args: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main([*args.split(), "--help"])
     assert exit.value.code == 0
@@ -806,7 +812,7 @@ def play(dsn: str | None, *lines: str, **options: Any) -> subprocess.CompletedPr
     )
 
 
-def test_the_playground_does_what_its_banner_says(dsn: str) -> None:
+def test_the_examples_in_the_playgrounds_banner_work(dsn: str) -> None:
     banner = play(dsn).stderr
     tries = re.findall(r"^  (\S.*)$", banner, re.MULTILINE)
     assert len(tries) == 3
@@ -825,7 +831,7 @@ def test_the_playground_has_a_server_of_its_own_and_exit_leaves() -> None:
     assert "a private PostgreSQL" in played.stderr
 
 
-def test_the_playground_leaves_when_the_terminal_says_so(dsn: str) -> None:
+def test_the_playground_ends_at_the_terminals_end_of_file(dsn: str) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "bgjob", "playground", "--dsn", dsn],

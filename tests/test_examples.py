@@ -19,7 +19,7 @@ def output(example: Path) -> str:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_prints_what_lies_beside_it(example: Path, dsn: str) -> None:
+def test_an_example_prints_its_expected_output(example: Path, dsn: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-W", "error", example],
         # BGJOB_DSN would have precedence.

@@ -337,7 +337,7 @@ def test_a_type_may_name_the_keys_of_its_jobs(
         assert all(ids == sorted(ids) for key, ids in diary.order.items() if key is not None)
 
 
-def test_a_callable_that_finds_no_key_fails_the_attempt(
+def test_a_key_callable_that_fails_fails_the_attempt(
     dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
 ) -> None:
     mux = Mux().register(
@@ -574,7 +574,7 @@ def test_a_key_that_is_deleted_while_it_is_waited_for_is_locked_all_the_same(
                 ask_all(third, [lock_keys(["k"])])
 
 
-def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
+def test_acquiring_a_key_waits_for_no_job_that_others_have_locked(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     with Client(dsn) as client:
@@ -589,7 +589,7 @@ def test_to_acquire_a_key_waits_for_no_job_that_others_have_locked(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_happens_the_first_job_of_a_key_and_a_queue_goes_first(
+def test_the_first_job_of_a_key_and_a_queue_always_goes_first(
     dsn: str, conn: psycopg.Connection, seed: int
 ) -> None:
     random, tokens, numbers = Random(seed), itertools.count(1), itertools.count(1)
@@ -782,7 +782,7 @@ def exchanges(engine: Engine, now: float, refused: Callable[[Exchange], bool]) -
     return sent
 
 
-def test_a_key_that_cannot_be_locked_holds_up_no_other() -> None:
+def test_a_key_that_cannot_be_locked_delays_no_other() -> None:
     engine, claimed = engine_with("a", "b", "c", "d")
 
     def refused(exchange: Exchange) -> bool:
@@ -874,7 +874,7 @@ def test_the_key_of_a_job_that_its_own_transaction_settled_is_released_in_the_en
 WIDE = "😀" * 255
 
 
-def test_a_key_that_no_index_could_hold_is_refused_where_it_is_enqueued() -> None:
+def test_a_key_that_no_index_can_hold_is_refused_at_the_enqueue() -> None:
     with pytest.raises(ValueError, match=r"at most 2600 bytes together.*shorter key"):
         EnqueueRequest(WIDE, "t", id=WIDE, exclusive=WIDE)
     request = EnqueueRequest("q", "t", exclusive=WIDE[:100])

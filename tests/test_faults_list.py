@@ -49,5 +49,5 @@ def test_each_test_that_carries_a_number_is_listed_with_its_fault() -> None:
             assert any(fnmatchcase(test, name) for name in names), f"{test} is not listed"
 
 
-def test_guarantees_say_what_becomes_of_each_fault() -> None:
+def test_the_guarantees_describe_the_outcome_of_each_fault() -> None:
     assert named_in_guarantees() == {number for number, _ in rows()}

@@ -116,7 +116,7 @@ def is_intact(client: Client) -> None:
 
 
 @EVERY_STRANGENESS
-def test_a_client_writes_and_reads_the_same_whatever_its_sessions_inherit(
+def test_a_client_writes_and_reads_the_same_regardless_of_inherited_settings(
     dsn: str, settings: dict[str, str]
 ) -> None:
     inherit(dsn, settings)
@@ -166,7 +166,7 @@ def look_around(client: Client) -> None:
 
 
 @EVERY_STRANGENESS
-def test_a_worker_works_the_same_whatever_its_sessions_inherit(
+def test_a_worker_works_the_same_regardless_of_inherited_settings(
     crew: Crew, dsn: str, settings: dict[str, str]
 ) -> None:
     inherit(dsn, settings)
@@ -255,7 +255,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_what_a_program_registers_for_its_own_values_is_not_asked_for_the_librarys(
+def test_adapters_that_a_program_registers_do_not_change_the_librarys_values(
     registered: None, crew: Crew, dsn: str
 ) -> None:
     seen: list[Any] = []
@@ -287,7 +287,7 @@ def test_a_connection_string_may_ask_for_any_encoding(crew: Crew, dsn: str) -> N
         assert (dead.id, dead.last_error) == ("ä✓", "✓")
 
 
-def test_the_users_word_counts_more_than_the_librarys_about_keepalives() -> None:
+def test_keepalive_settings_of_the_user_override_those_of_the_library() -> None:
     ours = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     assert options(("host=h", {})).items() >= {**ours, "tcp_user_timeout": 60_000}.items()
     assert options(("host=h keepalives_idle=7", {}))["keepalives_idle"] == "7"
@@ -309,7 +309,7 @@ NOTE = """
 
 
 @pytest.mark.parametrize("way", ["direct", "pooler"])
-def test_a_worker_claims_with_its_own_timeouts_and_plans_whatever_the_defaults_are(
+def test_a_worker_claims_with_its_own_timeouts_and_plans_regardless_of_the_defaults(
     crew: Crew, dsn: str, conn: psycopg.Connection, way: str
 ) -> None:
     expected = {
@@ -367,7 +367,7 @@ def role(conn: psycopg.Connection[Any], dsn: str) -> Iterator[tuple[str, str]]:
         conn.execute(cast(Any, f"drop owned by {name}; drop role {name}"))
 
 
-def test_row_level_security_that_may_hide_jobs_is_told_with_the_remedy(
+def test_row_level_security_that_may_hide_jobs_is_reported_with_the_remedy(
     crew: Crew, dsn: str, conn: psycopg.Connection
 ) -> None:
     def errors_of(source: str) -> list[str]:
@@ -398,7 +398,7 @@ def test_row_level_security_that_may_hide_jobs_is_told_with_the_remedy(
 
 @EVERY_STRANGENESS
 @pytest.mark.parametrize("threshold", [0, 5, None])
-def test_a_transactional_handler_is_settled_whatever_its_session_inherits(
+def test_a_transactional_handler_is_settled_regardless_of_inherited_settings(
     dsn: str, conn: psycopg.Connection, settings: dict[str, str], threshold: int | None
 ) -> None:
     inherit(dsn, settings)

@@ -174,7 +174,7 @@ def test_a_class_names_its_type_and_gives_the_defaults_of_its_policy() -> None:
     assert policy.backoff is Report.backoff
 
 
-def test_what_is_registered_comes_before_what_the_class_says() -> None:
+def test_options_of_the_registration_override_those_of_the_class() -> None:
     other = Backoff.constant(1)
     mux = Mux()
     mux.register(
@@ -195,7 +195,7 @@ def test_endless_attempts_can_be_registered_over_those_of_a_class() -> None:
     assert policy_of(mux, "Thrice").max_attempts is None
 
 
-def test_a_field_of_a_class_is_payload_and_no_policy() -> None:
+def test_a_field_of_a_class_is_payload_and_not_policy() -> None:
     @dataclass(frozen=True)
     class Ticket:
         queue: str = "the one at the counter"
@@ -235,7 +235,7 @@ def test_a_type_is_a_name_or_a_class() -> None:
 # -- requests -------------------------------------------------------------------------------
 
 
-def test_a_request_has_the_defaults_of_its_type_and_what_it_names_itself() -> None:
+def test_a_request_has_the_defaults_of_its_type_unless_it_names_its_own() -> None:
     mux = Mux().register("t", lambda _: None, queue="mail", priority=4)
     request = mux.request("t", {"n": 1})
     assert (request.queue, request.type, request.priority) == ("mail", "t", 4)
@@ -268,7 +268,7 @@ def test_a_request_is_encoded_with_the_codec_of_its_type() -> None:
     assert mux.request("t").payload is None
 
 
-def test_a_codec_that_encodes_to_no_bytes_is_told_of() -> None:
+def test_a_codec_of_a_type_that_does_not_return_bytes_is_reported() -> None:
     class Text(Reversed):
         def encode(self, value: str, /) -> Any:
             return value
@@ -339,7 +339,7 @@ def test_a_codec_comes_before_that_of_the_class() -> None:
 
 
 @both_colours
-def test_a_handler_is_given_by_name_what_it_asks_for(is_async: bool) -> None:
+def test_a_handler_receives_the_arguments_that_it_names(is_async: bool) -> None:
     job, typed = a_job(arg=b"1"), a_job("SendMail", b'{"to":"a"}')
     mail = SendMail("a")
 
@@ -375,7 +375,7 @@ def test_a_handler_is_given_by_name_what_it_asks_for(is_async: bool) -> None:
     assert run(registered("t", anything), job) == ((job,), {})
 
 
-def test_the_first_parameter_is_given_by_position_whatever_its_name() -> None:
+def test_the_first_parameter_is_passed_by_position_regardless_of_its_name() -> None:
     mux = Mux().register(SendMail, lambda job: job)
     assert run(mux, a_job("SendMail", b'{"to":"a"}')) == SendMail("a")
 
@@ -390,7 +390,7 @@ def test_a_parameter_with_a_default_is_filled_where_there_is_a_state() -> None:
     assert run(mux.bound("given"), a_job()) == "given"
 
 
-def test_what_a_partial_has_set_already_is_not_given() -> None:
+def test_arguments_that_a_partial_has_set_are_not_passed() -> None:
     def handle(job: Job, state: str) -> Any:
         return state
 
@@ -456,7 +456,7 @@ def test_a_handler_that_cannot_be_called_is_refused_with_the_signature_that_is_e
 
 @both_colours
 @pytest.mark.parametrize("payload", [b'{"to":5}', b"no json", b"", None], ids=repr)
-def test_a_payload_that_does_not_fit_goes_to_the_dlq_at_once(
+def test_a_payload_that_does_not_fit_goes_to_the_dlq_immediately(
     is_async: bool, payload: bytes | None
 ) -> None:
     ran: list[Any] = []
@@ -467,7 +467,7 @@ def test_a_payload_that_does_not_fit_goes_to_the_dlq_at_once(
     assert ran == []
 
 
-def test_what_a_codec_raises_becomes_an_error_that_names_the_type_and_keeps_its_cause() -> None:
+def test_an_exception_of_a_codec_becomes_an_error_that_names_the_type_and_keeps_its_cause() -> None:
     mux = Mux().register("t", lambda text: None, codec=Reversed())
     result = run(mux, a_job(arg=b"\xff"))
     assert isinstance(result, MoveToDlq) and isinstance(result.error, PayloadError)
@@ -476,7 +476,7 @@ def test_what_a_codec_raises_becomes_an_error_that_names_the_type_and_keeps_its_
 
 
 @both_colours
-def test_an_error_of_the_handler_is_no_error_of_the_payload(is_async: bool) -> None:
+def test_an_error_of_the_handler_is_not_an_error_of_the_payload(is_async: bool) -> None:
     def fail(mail: SendMail) -> None:
         raise PayloadError("of something else")
 
@@ -611,7 +611,7 @@ def test_middleware_that_changes_the_colour_of_a_handler_is_refused_by_name(is_a
         Mux(middleware=[bleaching]).register("t", coloured(handle, is_async=is_async))
 
 
-def test_middleware_that_gives_nothing_is_refused_by_name() -> None:
+def test_middleware_that_returns_none_is_refused_by_name() -> None:
     def forgetful(handler: Callable[..., Any]) -> Any:
         pass
 
@@ -635,7 +635,7 @@ def test_middleware_sees_the_name_of_the_handler() -> None:
     assert names == ["send", "send"]
 
 
-def test_a_message_names_the_users_handler_and_not_what_wraps_it() -> None:
+def test_a_message_names_the_users_handler_and_not_its_wrapper() -> None:
     def misspelt(mail: SendMail) -> Any:
         return "done"
 
@@ -662,7 +662,7 @@ def test_a_bound_mux_is_another_one_with_the_same_types() -> None:
     assert run(mux.bound(None), a_job()) is None
 
 
-def test_a_mux_whose_handlers_ask_for_a_state_says_so_until_it_is_bound() -> None:
+def test_a_mux_whose_handlers_need_a_state_refuses_to_run_until_it_is_bound() -> None:
     def send(job: Job, state: str) -> None: ...
 
     mux = Mux().register("t", send)
@@ -728,7 +728,7 @@ def test_a_failed_job_goes_back_with_the_priority_of_its_retry(
     assert priorities == [(-5, 1), (3, 2), (3, 2), (-32768, 4)]
 
 
-def test_a_failed_job_overtakes_a_backlog_of_jobs_that_were_before_it(crew: Crew) -> None:
+def test_a_retry_of_a_higher_priority_overtakes_a_backlog(crew: Crew) -> None:
     observer = Recorder()
     ran: list[str] = []
 
@@ -748,7 +748,7 @@ def test_a_failed_job_overtakes_a_backlog_of_jobs_that_were_before_it(crew: Crew
     assert len(ran) == 103
 
 
-def test_a_retry_with_a_priority_that_no_job_had_is_found_when_it_is_due(
+def test_a_retry_with_a_new_priority_is_found_when_it_is_due(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()

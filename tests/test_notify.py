@@ -84,7 +84,7 @@ def test_where_the_queue_of_notifications_is_full_all_goes_on_by_polling(
     assert not recorder.of("error"), recorder.of("error")
 
 
-def test_a_two_phase_transaction_enqueues_and_notifies_nobody(
+def test_a_two_phase_transaction_enqueues_and_does_not_notify(
     crew: Crew, dsn: str, conn: psycopg.Connection
 ) -> None:
     done: list[str] = []
@@ -111,7 +111,7 @@ def test_a_two_phase_transaction_enqueues_and_notifies_nobody(
         assert eventually(lambda: len(done) == 604)
 
 
-def test_an_async_two_phase_transaction_enqueues_and_notifies_nobody(
+def test_an_async_two_phase_transaction_enqueues_and_does_not_notify(
     crew: Crew, dsn: str, conn: psycopg.Connection
 ) -> None:
     done: list[str] = []

@@ -106,7 +106,7 @@ class Old:
 # -- a worker tells -------------------------------------------------------------------------
 
 
-def test_a_function_is_told_each_event_as_a_value(crew: Crew) -> None:
+def test_a_function_receives_each_event_as_a_value(crew: Crew) -> None:
     def act(job: Job) -> Result | None:
         match job.type, job.attempt:
             case "retry", 1:
@@ -142,7 +142,7 @@ def test_a_function_is_told_each_event_as_a_value(crew: Crew) -> None:
     assert sorted(map(repr, told)) == sorted(map(repr, recording.events))
 
 
-def test_an_observer_that_raises_does_not_keep_those_beside_it_from_hearing(
+def test_an_observer_that_raises_does_not_keep_events_from_other_observers(
     crew: Crew, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(NoopObserver):
@@ -165,7 +165,7 @@ def test_an_observer_that_raises_does_not_keep_those_beside_it_from_hearing(
     ]
 
 
-def test_each_hears_only_of_its_queues_types_and_schedules(crew: Crew) -> None:
+def test_each_filter_passes_only_its_queues_types_and_schedules(crew: Crew) -> None:
     everything, mail, other, nightly = (RecordingObserver() for _ in range(4))
     dead: list[Event] = []
     mux = Mux().register("t", lambda _: None).register("bad", lambda _: MoveToDlq("why"))
@@ -243,7 +243,7 @@ def test_every_event_reaches_a_function_and_an_observer_alike(
     assert recording.events == ALL
 
 
-def test_an_observer_is_given_what_its_methods_take() -> None:
+def test_an_observer_is_called_with_the_arguments_of_its_methods() -> None:
     heard: list[tuple[Any, ...]] = []
 
     class Watching(NoopObserver):
@@ -258,7 +258,7 @@ def test_an_observer_is_given_what_its_methods_take() -> None:
 
 
 @pytest.mark.parametrize("make", [make_before, Old])
-def test_an_observer_that_lacks_a_method_hears_the_rest(
+def test_an_observer_that_lacks_a_method_receives_the_other_events(
     make: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     old, recording = make(), RecordingObserver()
@@ -287,7 +287,7 @@ def test_an_observer_that_lacks_a_method_hears_the_rest(
         [NoopObserver(), only(RecordingObserver(), JobTimedOut, QueueIsEmpty)],
     ],
 )
-def test_what_nobody_hears_is_known_before_the_first_job(deaf: Any) -> None:
+def test_events_without_an_observer_are_known_before_the_first_job(deaf: Any) -> None:
     assert Events(combined(deaf), "q").started is None
     whole = combined(deaf)
     if not isinstance(deaf, Before):
@@ -295,7 +295,7 @@ def test_what_nobody_hears_is_known_before_the_first_job(deaf: Any) -> None:
             assert getattr(whole, method).__func__ is getattr(NoopObserver, method)
 
 
-def test_one_that_listens_among_many_is_called_without_a_detour() -> None:
+def test_the_only_observer_of_an_event_among_many_is_called_directly() -> None:
     class Watching(NoopObserver):
         def job_completed(self, job: Job, /) -> None:
             raise AssertionError
@@ -319,7 +319,7 @@ def test_one_that_listens_among_many_is_called_without_a_detour() -> None:
         ({"schedule": "id"}, []),
     ],
 )
-def test_filters_must_all_fit_and_pass_on_what_is_theirs(
+def test_filters_must_all_match_and_forward_the_matching_events(
     options: dict[str, Any], heard: list[Event]
 ) -> None:
     recording = RecordingObserver()
@@ -370,7 +370,7 @@ class AsyncCallable:
         ([[NoopObserver()]], "is not an observer"),
     ],
 )
-def test_what_cannot_observe_is_refused_when_the_worker_is_made(
+def test_an_object_that_is_not_an_observer_is_refused_by_the_constructor(
     dsn: str, observer: Any, text: str
 ) -> None:
     with Client(dsn) as client, pytest.raises(TypeError, match=text):
@@ -389,7 +389,7 @@ def test_what_cannot_observe_is_refused_when_the_worker_is_made(
         (lambda only: only(7), TypeError, "7 is not an observer"),
     ],
 )
-def test_a_filter_that_cannot_fit_is_refused(
+def test_a_filter_that_can_match_nothing_is_refused(
     make: Callable[[Any], Any], error: type[Exception], text: str
 ) -> None:
     untyped: Any = only
@@ -400,7 +400,7 @@ def test_a_filter_that_cannot_fit_is_refused(
 # -- logging ----------------------------------------------------------------------------------
 
 
-def test_what_happened_is_in_the_fields_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_event_is_in_the_fields_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="bgjob"):
         tell(LoggingObserver(), OF_A_JOB)
     found = [
@@ -449,7 +449,7 @@ def test_a_start_is_told_where_the_handler_runs_and_the_rest_elsewhere(dsn: str)
     assert heard[JobStarted] == ran[0] != heard[JobCompleted]
 
 
-def test_an_observer_that_blocks_keeps_no_more_than_some_payloads() -> None:
+def test_an_observer_that_blocks_keeps_only_a_few_payloads() -> None:
     blocked, released = threading.Event(), threading.Event()
 
     class Blocks(NoopObserver):

@@ -48,7 +48,7 @@ def test_a_test_that_names_no_event_fails(world: World) -> None:
     assert "named no error or event" in judge(world)
 
 
-def test_an_event_that_was_not_seen_is_no_event(world: World) -> None:
+def test_an_expected_event_that_was_not_seen_fails_the_test(world: World) -> None:
     with pytest.raises(AssertionError, match="not seen: it"):
         world.saw("it", [])
 
@@ -60,7 +60,7 @@ def test_a_job_that_is_neither_done_nor_live_nor_dead_is_lost(world: World, type
     assert "1 jobs are lost: ['a" in judge(world)
 
 
-def test_a_job_without_a_ledger_is_lost_unless_its_end_was_told(world: World) -> None:
+def test_a_job_without_a_ledger_is_lost_unless_its_end_was_reported(world: World) -> None:
     worker = world.worker(world.mux())
     world.enqueue("plain", "done", mute=True, ledger=False)
     world.done()

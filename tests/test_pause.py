@@ -49,7 +49,7 @@ def test_no_claim_takes_a_job_of_a_paused_queue(
     assert len(rows(worker, HELD)) == 1
 
 
-def test_what_a_dead_worker_held_is_set_free_while_its_queue_is_paused(
+def test_a_dead_workers_job_is_freed_while_its_queue_is_paused(
     client: Any, worker: psycopg.Connection
 ) -> None:
     client.bulk_enqueue(requests(*"abcdef"))
@@ -122,7 +122,7 @@ def test_a_backlog_of_several_priorities_that_was_never_seen_before_is_found_aft
     assert ids == sorted(ids, key=lambda id_: id_[0])
 
 
-def test_what_runs_goes_on_through_a_pause_and_keeps_its_lease(
+def test_running_jobs_go_on_through_a_pause_and_keep_their_lease(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     gate, observer = Gate(), Recorder()
@@ -161,7 +161,7 @@ def test_a_timed_pause_ends_by_itself_and_a_worker_polls_for_its_end(
     assert not crew.client.resume("q")
 
 
-def test_the_observer_is_told_once_that_a_paused_queue_is_empty(crew: Crew) -> None:
+def test_the_observer_is_notified_once_that_a_paused_queue_is_empty(crew: Crew) -> None:
     observer = Recorder()
     crew.client.pause("q")
     crew.enqueue("a")
@@ -177,7 +177,7 @@ def test_the_observer_is_told_once_that_a_paused_queue_is_empty(crew: Crew) -> N
 # -- clients --------------------------------------------------------------------------------
 
 
-def test_paused_queues_are_told_with_the_end_of_their_pause(
+def test_paused_queues_are_listed_with_the_end_of_their_pause(
     client: Any, conn: psycopg.Connection
 ) -> None:
     end = datetime(2100, 1, 1, tzinfo=UTC)
@@ -273,7 +273,7 @@ def test_a_pause_returns_when_the_claims_that_did_not_see_it_have_ended(
     assert len(rows(conn, HELD)) == 1
 
 
-def test_a_pause_waits_for_nobody_else(
+def test_a_pause_waits_for_no_other_kind_of_transaction(
     dsn: str, client: Any, worker: psycopg.Connection, conn: psycopg.Connection
 ) -> None:
     client.bulk_enqueue(requests("a"))
@@ -294,7 +294,7 @@ def test_a_pause_waits_for_nobody_else(
     assert list(client.paused()) == ["q"]
 
 
-def test_a_pause_for_which_a_transaction_does_not_end_says_so(
+def test_a_pause_that_waits_too_long_for_a_transaction_fails_and_names_it(
     colour: Colour, worker: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pausing = colour.client()

@@ -370,7 +370,7 @@ def check_walks(plan: dict[str, Any]) -> None:
 @EVERY_STATISTICS
 @EVERY_SIZE
 @pytest.mark.parametrize("name", WORKERS)
-def test_a_worker_handles_no_more_rows_than_it_asks_for(
+def test_a_workers_statement_handles_no_more_rows_than_requested(
     plans: psycopg.Connection, name: str, jobs: int, statistics: str
 ) -> None:
     choose_table(plans, jobs, statistics)
@@ -385,7 +385,7 @@ def test_a_worker_handles_no_more_rows_than_it_asks_for(
 @EVERY_STATISTICS
 @EVERY_SIZE
 @pytest.mark.parametrize("name", CLIENTS)
-def test_a_client_handles_no_more_rows_than_it_asks_for(
+def test_a_clients_statement_handles_no_more_rows_than_requested(
     plans: psycopg.Connection, name: str, jobs: int, statistics: str
 ) -> None:
     choose_table(plans, jobs, statistics)
@@ -442,7 +442,7 @@ def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
 @EVERY_STATISTICS
 @EVERY_SIZE
 @pytest.mark.parametrize("is_worker", [True, False], ids=["worker", "client"])
-def test_what_is_done_with_keys_handles_the_jobs_it_is_about_and_no_others(
+def test_statements_about_keys_handle_only_the_jobs_of_those_keys(
     plans: psycopg.Connection, is_worker: bool, jobs: int, statistics: str
 ) -> None:
     choose_table(plans, jobs, statistics)

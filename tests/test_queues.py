@@ -126,7 +126,7 @@ def test_coroutines_of_all_queues_of_an_async_worker_run_on_the_callers_loop(dsn
 # -- events ------------------------------------------------------------------------------------
 
 
-def test_events_name_their_queue_and_are_told_one_at_a_time(
+def test_events_name_their_queue_and_are_delivered_one_at_a_time(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     completed: list[tuple[str, str]] = []
@@ -229,7 +229,7 @@ def test_a_shutdown_waits_for_the_handlers_of_all_queues(
     assert row(conn, left) == (["a waits", "b waits"], 0, 0)
 
 
-def test_what_outlives_the_grace_period_in_one_queue_is_told(crew: Crew) -> None:
+def test_a_job_that_outlives_the_grace_period_in_one_queue_is_reported(crew: Crew) -> None:
     gate = Gate()
     crew.enqueue("a", queue="a")
     worker = crew.start(Mux().register("t", gate), {"a": 1, "b": 1})
@@ -404,7 +404,7 @@ def test_a_queue_that_fails_takes_the_others_with_it(
         (None, {}, TypeError, "queue must be a str, not NoneType; or, for several queues"),
     ],
 )
-def test_queues_that_cannot_be_are_refused_at_once(
+def test_invalid_queues_are_refused_immediately(
     dsn: str, queue: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with Client(dsn) as client, pytest.raises(error, match=message):

@@ -207,7 +207,7 @@ def test_a_tick_is_a_whole_second_later_than_any_instant_before_it() -> None:
         ),
     ],
 )
-def test_a_schedule_that_is_none_is_refused_by_its_name(
+def test_a_schedule_that_is_invalid_is_refused_by_its_name(
     options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=text) as raised:
@@ -216,7 +216,7 @@ def test_a_schedule_that_is_none_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "x" * 201, "nul\0", "\ud800"])
-def test_a_name_that_no_job_id_could_hold_is_refused(name: str) -> None:
+def test_a_schedule_name_that_a_job_id_cannot_hold_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="the name of a schedule must"):
         Schedule(name, every=60, request=REQUEST)
 
@@ -309,7 +309,7 @@ def test_nothing_is_due_before_its_tick_or_while_paused() -> None:
         assert schedule.wait(paused, None) is None
 
 
-def test_what_counts_from_the_end_of_a_run_waits_for_it() -> None:
+def test_an_interval_after_completion_waits_for_the_end_of_the_run() -> None:
     schedule = Schedule("s", after_completion=60, request=REQUEST)
     now, later = "2024-05-05 05:00:00", "2024-05-05 05:01:00"
     assert schedule.firing(state(now, later, running=True)) is None
@@ -365,7 +365,7 @@ def test_the_first_look_starts_from_now_and_runs_nothing_for_the_past(
 
 
 @pytest.mark.parametrize(("missed", "count"), [("one", 1), ("all", 36), ("skip", 0)])
-def test_an_outage_of_three_hours_brings_what_the_policy_says(
+def test_after_an_outage_of_three_hours_the_policy_is_followed(
     conn: psycopg.Connection, missed: Any, count: int
 ) -> None:
     service = Schedules([schedule(missed=missed)])
@@ -395,7 +395,7 @@ def test_a_long_outage_is_made_up_for_in_parts(conn: psycopg.Connection) -> None
     assert len(jobs(conn)) == passed
 
 
-def test_many_workers_that_look_at_once_enqueue_one_job_a_tick(
+def test_many_workers_that_look_concurrently_enqueue_one_job_a_tick(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     names = [f"s{n}" for n in range(20)]
@@ -533,7 +533,7 @@ def test_an_unchanged_schedule_goes_on_over_a_restart_and_its_new_request_counts
     assert rows(conn, "select queue, type, arg, priority from bgjob_schedule") == [new]
 
 
-def test_a_worker_with_schedules_says_what_grant_or_table_it_lacks(
+def test_a_worker_with_schedules_names_the_grant_or_table_that_it_lacks(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     conn.execute("drop table bgjob_schedule")
@@ -546,7 +546,7 @@ def test_a_worker_with_schedules_says_what_grant_or_table_it_lacks(
 @pytest.mark.parametrize(
     "settings", [{}, WORKER_SETTINGS], ids=["any session", "a worker's session"]
 )
-def test_a_look_does_not_read_all_jobs_whatever_the_statistics_say(
+def test_a_look_does_not_read_all_jobs_for_any_statistics(
     conn: psycopg.Connection, settings: dict[str, str]
 ) -> None:
     conn.execute("alter table bgjob_job set (autovacuum_enabled = off)")
@@ -583,7 +583,7 @@ AHEAD = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "options", [{"every": 300}, {"cron": "*/5 * * * *"}, {"missed": "all", "every": 300}]
 )
-def test_a_schedule_that_is_ahead_of_the_clock_is_set_right_and_told_and_stops_no_other(
+def test_a_schedule_that_is_ahead_of_the_clock_is_corrected_and_reported_and_stops_no_other(
     conn: psycopg.Connection, tick: LiteralString, options: dict[str, Any]
 ) -> None:
     service = Schedules([schedule("a"), schedule("s", **options), schedule("z")])
@@ -613,7 +613,7 @@ def test_a_schedule_that_is_ahead_of_the_clock_is_set_right_and_told_and_stops_n
 
 
 @pytest.mark.parametrize("step", ["infinity", "1 hour"])
-def test_an_interval_after_completion_that_is_ahead_of_the_clock_is_set_right(
+def test_an_interval_after_completion_that_is_ahead_of_the_clock_is_corrected(
     conn: psycopg.Connection, step: str
 ) -> None:
     service = Schedules([schedule(after_completion=300)])
@@ -627,7 +627,7 @@ def test_an_interval_after_completion_that_is_ahead_of_the_clock_is_set_right(
     service.run(conn)
 
 
-def test_a_clock_that_was_set_back_by_seconds_is_waited_for_and_no_tick_comes_twice(
+def test_a_clock_that_was_set_back_by_seconds_is_waited_for_and_no_tick_is_repeated(
     conn: psycopg.Connection,
 ) -> None:
     service = Schedules([schedule()])
@@ -697,7 +697,7 @@ def test_a_schedule_that_cannot_be_registered_stops_no_other(conn: psycopg.Conne
     assert len(jobs(conn, "a")) == len(jobs(conn, "c")) == 1
 
 
-def test_a_worker_starts_with_a_bad_schedule_and_says_so(
+def test_a_worker_starts_with_a_bad_schedule_and_reports_it(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     conn.execute("alter table bgjob_schedule add check (name <> 'bad')")
@@ -883,7 +883,7 @@ def test_a_pause_in_a_transaction_of_the_caller_counts_when_that_commits(
 # -- in a worker ----------------------------------------------------------------------------
 
 
-def test_the_job_of_a_tick_starts_at_once_in_the_worker_that_enqueued_it(crew: Crew) -> None:
+def test_the_job_of_a_tick_starts_immediately_in_the_worker_that_enqueued_it(crew: Crew) -> None:
     observer = Recorder()
     every_second = schedule(cron="* * * * * *", missed="all")
     crew.start(
@@ -924,7 +924,7 @@ def test_no_tick_is_enqueued_once_a_pause_has_returned(
     assert eventually(lambda: len(jobs(conn)) > len(paused))
 
 
-def test_a_look_finds_no_tick_anew_that_is_still_to_come(
+def test_a_look_does_not_compute_future_ticks_again(
     conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # However many there are: no cache helps over 4,096 of them.

@@ -157,9 +157,7 @@ def test_the_privileges_script_speaks_of_all_roles_and_tables() -> None:
     assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
 
 
-def test_a_producer_needs_no_more_than_its_role(
-    crew: Crew, roles: Roles, conn: psycopg.Connection
-) -> None:
+def test_a_producer_needs_only_its_role(crew: Crew, roles: Roles, conn: psycopg.Connection) -> None:
     producer = roles.login("producer")
     observer = Recorder()
     crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
@@ -192,7 +190,7 @@ def test_a_producer_needs_no_more_than_its_role(
 
 
 @pytest.mark.parametrize("transactional", [False, True])
-def test_a_worker_needs_no_more_than_its_role(
+def test_a_worker_needs_only_its_role(
     crew: Crew, roles: Roles, conn: psycopg.Connection, transactional: bool
 ) -> None:
     results: dict[str, list[Result]] = {
@@ -272,7 +270,7 @@ def test_a_worker_with_its_role_extends_leases_frees_ended_ones_and_releases(
 
 
 @pytest.mark.parametrize("transactional", [False, True])
-def test_a_worker_needs_no_more_than_its_role_for_keys_and_priorities(
+def test_a_worker_needs_only_its_role_for_keys_and_priorities(
     crew: Crew, roles: Roles, conn: psycopg.Connection, transactional: bool
 ) -> None:
     def handle(job: Job, *_: Any) -> Result:
@@ -304,7 +302,7 @@ def test_a_worker_needs_no_more_than_its_role_for_keys_and_priorities(
     assert observer.of("error") == []
 
 
-def test_do_needs_no_more_than_the_role_of_a_worker(
+def test_do_needs_only_the_role_of_a_worker(
     crew: Crew, roles: Roles, conn: psycopg.Connection
 ) -> None:
     worker = roles.login("worker")
@@ -319,7 +317,7 @@ def test_do_needs_no_more_than_the_role_of_a_worker(
     assert rows(conn, "select job_id from bgjob_dead_job") == [("a",)]
 
 
-def test_a_transactional_handler_that_enqueues_needs_the_role_of_a_producer_besides(
+def test_a_transactional_handler_that_enqueues_also_needs_the_role_of_a_producer(
     crew: Crew, roles: Roles, conn: psycopg.Connection
 ) -> None:
     dsn = roles.login("worker", "producer")
@@ -345,7 +343,7 @@ def test_a_transactional_handler_that_enqueues_needs_the_role_of_a_producer_besi
     assert observer.of("error", "retried", "buried") == []
 
 
-def test_a_worker_with_schedules_needs_the_role_of_a_scheduler_besides(
+def test_a_worker_with_schedules_also_needs_the_role_of_a_scheduler(
     crew: Crew, roles: Roles
 ) -> None:
     dsn = roles.login("worker", "scheduler")
@@ -371,7 +369,7 @@ def test_a_worker_with_schedules_needs_the_role_of_a_scheduler_besides(
     assert observer.of("error") == []
 
 
-def test_a_worker_with_a_retention_needs_the_role_of_an_operator_besides(
+def test_a_worker_with_a_retention_also_needs_the_role_of_an_operator(
     roles: Roles, conn: psycopg.Connection
 ) -> None:
     with Client(roles.dsn) as owner:
@@ -387,7 +385,7 @@ def test_a_worker_with_a_retention_needs_the_role_of_an_operator_besides(
     assert rows(conn, "select count(*) from bgjob_dead_job") == [(0,)]
 
 
-def test_an_operator_needs_no_more_than_its_role(
+def test_an_operator_needs_only_its_role(
     crew: Crew, roles: Roles, conn: psycopg.Connection
 ) -> None:
     Schedules([Schedule("s", every=60, request=EnqueueRequest("other", "t"))]).run(conn)
@@ -523,7 +521,7 @@ REFUSED_TO_ALL: list[LiteralString] = [
 
 
 @pytest.mark.parametrize("role", REFUSED)
-def test_a_role_is_refused_what_it_does_not_need(
+def test_a_role_lacks_every_privilege_that_it_does_not_need(
     roles: Roles, conn: psycopg.Connection, role: str
 ) -> None:
     with Client(roles.dsn) as owner:
@@ -579,7 +577,7 @@ MAY = {
 
 
 @pytest.mark.parametrize("role", MAY)
-def test_a_role_may_call_its_own_methods_of_a_client_and_no_others(
+def test_a_role_may_call_only_its_own_methods_of_a_client(
     roles: Roles, conn: psycopg.Connection, role: str
 ) -> None:
     with Client(roles.dsn) as owner:
@@ -597,7 +595,9 @@ def test_a_role_may_call_its_own_methods_of_a_client_and_no_others(
 
 
 @pytest.mark.parametrize("role", ["producer", "scheduler", "operator", "nobody"])
-def test_who_is_no_worker_cannot_start_one(crew: Crew, roles: Roles, role: str) -> None:
+def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
+    crew: Crew, roles: Roles, role: str
+) -> None:
     worker = crew.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
     try:
         with pytest.raises(SchemaError, match="bgjob_job"):
@@ -694,7 +694,7 @@ def _everything(group: str) -> list[Statement[Any]]:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_no_privilege_of_the_script_is_idle(roles: Roles, group: str) -> None:
+def test_every_privilege_of_the_script_is_needed(roles: Roles, group: str) -> None:
     def refused() -> int:
         count = 0
         for statement in _everything(group):

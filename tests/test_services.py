@@ -45,7 +45,7 @@ class Clock:
         self.timer.run(lambda use: use(conn), lambda: self.now, self.errors.append)
 
 
-def test_each_service_is_run_when_it_said() -> None:
+def test_each_service_is_run_when_it_asked_to_be() -> None:
     short, long = Calls(lambda _: 1), Calls(lambda _: 3)
     clock = Clock(short, long)
     for now in (100, 100.5, 101, 102, 103):
@@ -91,7 +91,7 @@ def test_a_service_that_fails_is_run_again_after_a_second_that_doubles_to_a_minu
 
 
 @pytest.mark.parametrize("wait", [None, "1", -1, nan, True])
-def test_a_service_that_does_not_say_when_it_runs_again_is_told(wait: Any) -> None:
+def test_a_service_that_does_not_return_its_next_run_is_reported(wait: Any) -> None:
     clock = Clock(Calls(lambda _: wait))
     clock.go_to(100)
     [error] = clock.errors
@@ -100,7 +100,7 @@ def test_a_service_that_does_not_say_when_it_runs_again_is_told(wait: Any) -> No
     assert clock.timer.due_at == 101
 
 
-def test_what_is_no_service_is_refused_when_the_worker_is_made(crew: Crew) -> None:
+def test_an_object_that_is_not_a_service_is_refused_by_the_constructor(crew: Crew) -> None:
     with pytest.raises(TypeError, match="'nightly' has none"):
         crew.make(Mux(), services=["nightly"])
 
@@ -150,7 +150,7 @@ def test_a_worker_whose_exchanges_follow_one_another_runs_its_services_between(
     assert len([n for n in left if 0 < n < count]) >= 3
 
 
-def test_services_that_fail_are_told_and_harm_neither_jobs_nor_each_other(
+def test_services_that_fail_are_reported_and_harm_neither_jobs_nor_each_other(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     def refused(conn: psycopg.Connection[Any]) -> float:
@@ -210,7 +210,7 @@ def test_no_service_runs_while_the_worker_shuts_down(crew: Crew) -> None:
     assert service.runs == runs
 
 
-def test_what_a_service_lacks_keeps_the_worker_from_starting(crew: Crew) -> None:
+def test_a_service_that_lacks_a_grant_keeps_the_worker_from_starting(crew: Crew) -> None:
     def body(_: object) -> float:
         if service.runs == 1:
             raise BgjobError("grant this, and start again")
@@ -227,7 +227,7 @@ def test_what_a_service_lacks_keeps_the_worker_from_starting(crew: Crew) -> None
     observer.wait_for("completed", "a")
 
 
-def test_other_trouble_of_a_service_at_the_start_is_told(crew: Crew) -> None:
+def test_other_errors_of_a_service_at_the_start_are_reported(crew: Crew) -> None:
     def body(_: object) -> float:
         raise RuntimeError("out of luck")
 

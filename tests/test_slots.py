@@ -90,7 +90,7 @@ def leaver(seen: list[Any], value: Callable[[], Any] = object) -> Callable[[Job]
     [{}, {"timeout": 60}, {"transactional": True}, {"exclusive": lambda job: job.id[-1]}],
     ids=["simple", "timeout", "transactional", "exclusive"],
 )
-def test_what_a_job_sets_in_its_context_is_not_seen_by_the_next(
+def test_context_variables_of_a_job_are_not_seen_by_the_next(
     crew: Crew, conn: psycopg.Connection, style: Style, policy: dict[str, Any]
 ) -> None:
     seen: list[Any] = []
@@ -126,7 +126,7 @@ def test_values_of_any_kind_stay_behind(
 
 
 @both_styles
-def test_what_the_observer_sets_for_a_job_is_seen_by_that_job_only(
+def test_context_variables_that_the_observer_sets_for_a_job_are_seen_by_that_job_only(
     crew: Crew, conn: psycopg.Connection, style: Style
 ) -> None:
     class Tagger(Recorder):
@@ -145,7 +145,7 @@ def test_what_the_observer_sets_for_a_job_is_seen_by_that_job_only(
 
 @both_styles
 @pytest.mark.parametrize("transactional", [False, True], ids=["simple", "transactional"])
-def test_do_gives_nothing_of_the_jobs_context_to_its_caller(
+def test_do_leaks_no_context_variable_of_the_job_to_its_caller(
     dsn: str, style: Style, transactional: bool
 ) -> None:
     seen: list[Any] = []
@@ -237,7 +237,7 @@ each_way = pytest.mark.parametrize("how", ["wraps", "lambda", "awaitable"])
 
 @each_way
 @pytest.mark.parametrize("policy", [{}, {"timeout": 60}], ids=["simple", "timeout"])
-def test_what_a_plain_handler_returns_to_be_awaited_is_awaited_on_the_loop(
+def test_an_awaitable_that_a_plain_handler_returns_is_awaited_on_the_loop(
     crew: Crew, conn: psycopg.Connection, how: str, policy: dict[str, Any]
 ) -> None:
     loops: set[int] = set()
@@ -274,7 +274,7 @@ def test_a_hidden_coroutine_is_held_to_its_timeout(crew: Crew) -> None:
 
 
 @each_way
-def test_do_and_drains_await_what_a_plain_handler_returns(dsn: str, how: str) -> None:
+def test_do_and_drain_await_a_coroutine_that_a_plain_handler_returns(dsn: str, how: str) -> None:
     seen: list[str] = []
     mux = Mux().register("t", hidden(lambda job: seen.append(job.id), how))
 
@@ -291,7 +291,9 @@ def test_do_and_drains_await_what_a_plain_handler_returns(dsn: str, how: str) ->
     assert sorted(seen) == ["e0", "e1", "e2", "e3"]
 
 
-def test_a_coroutine_that_nothing_can_await_is_refused_at_once_with_the_remedy(crew: Crew) -> None:
+def test_a_coroutine_that_nothing_can_await_is_refused_immediately_with_the_remedy(
+    crew: Crew,
+) -> None:
     async def coroutine(*_: object) -> None: ...
 
     async def forgets_await(job: Job) -> Any:
@@ -392,7 +394,7 @@ def test_an_interrupt_cancels_the_coroutine_of_do_and_its_attempt_is_stored(dsn:
         assert client.do("q", mux) == Complete()
 
 
-def test_what_handlers_left_behind_is_cancelled_and_awaited_at_the_end_of_the_loop(
+def test_tasks_that_handlers_left_behind_are_cancelled_and_awaited_at_the_end_of_the_loop(
     dsn: str,
 ) -> None:
     ended: list[str] = []
@@ -511,7 +513,7 @@ class Thrown(Exception):
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__.strip("_"))
-def test_whatever_ends_the_loop_of_a_worker_ends_only_the_attempt(
+def test_an_exception_that_ends_the_loop_of_a_worker_ends_only_the_attempt(
     dsn: str, conn: psycopg.Connection, end: Any
 ) -> None:
     observer, neighbour = Recorder(), Gate()
@@ -664,7 +666,7 @@ def test_jobs_run_on_the_threads_that_there_are(
 
 
 @pytest.mark.parametrize("name", ["bgjob-events", "bgjob-loop", "bgjob-worker"])
-def test_a_worker_that_lacks_a_thread_of_its_own_does_not_start_and_says_so(
+def test_a_worker_that_lacks_a_thread_of_its_own_does_not_start_and_explains_why(
     dsn: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     async def handle(_: Job) -> None: ...
@@ -700,7 +702,7 @@ def test_a_state_is_closed_though_no_thread_can_start(
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_a_worker_ends_with_the_loop_that_asyncio_run_ends_and_gives_its_jobs_back(
+def test_a_worker_ends_with_the_loop_that_asyncio_run_ends_and_releases_its_jobs(
     dsn: str, conn: psycopg.Connection, busy: bool
 ) -> None:
     entered = threading.Event()
@@ -729,7 +731,7 @@ def test_a_worker_ends_with_the_loop_that_asyncio_run_ends_and_gives_its_jobs_ba
     assert eventually(lambda: set(threading.enumerate()) <= threads)
 
 
-def test_an_exit_in_a_child_task_ends_the_callers_loop_and_its_worker_says_so(
+def test_an_exit_in_a_child_task_ends_the_callers_loop_and_its_worker_reports_it(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     workers: list[AsyncWorker] = []
@@ -755,7 +757,7 @@ def test_an_exit_in_a_child_task_ends_the_callers_loop_and_its_worker_says_so(
 
 
 @pytest.mark.parametrize("when", ["between two turns", "between two looks"])
-def test_a_worker_whose_loop_was_closed_under_its_jobs_ends_and_gives_them_back(
+def test_a_worker_whose_loop_was_closed_under_its_jobs_ends_and_releases_them(
     dsn: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     loop = asyncio.new_event_loop()
@@ -881,7 +883,7 @@ def test_a_shutdown_does_not_wait_for_a_silent_server(dsn: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["service", "observer", "state"])
-def test_a_shutdown_does_not_wait_for_what_hangs(dsn: str, what: str) -> None:
+def test_a_shutdown_does_not_wait_for_a_handler_that_hangs(dsn: str, what: str) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def hang(*_: object) -> float:
@@ -948,7 +950,7 @@ def test_a_shutdown_does_not_wait_for_a_server_that_does_not_answer_a_start(dsn:
 # -- the grace period ------------------------------------------------------------------------------------
 
 
-def test_jobs_that_outlast_grace_periods_keep_their_attempts_and_say_how_often(
+def test_jobs_that_outlast_grace_periods_keep_their_attempts_and_record_how_often(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     gates = [Gate(), Gate(), Gate()]
@@ -973,7 +975,7 @@ def test_jobs_that_outlast_grace_periods_keep_their_attempts_and_say_how_often(
 
 
 @pytest.mark.parametrize("policy", [{}, {"timeout": 60}, {"transactional": True}])
-def test_a_coroutine_that_is_cancelled_at_the_end_is_due_again_at_once(
+def test_a_coroutine_that_is_cancelled_at_the_end_is_due_again_immediately(
     crew: Crew, conn: psycopg.Connection, policy: dict[str, Any]
 ) -> None:
     entered = threading.Event()

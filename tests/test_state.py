@@ -100,7 +100,7 @@ def test_a_state_is_made_once_given_to_handlers_that_ask_and_closed_after_the_la
     assert [job.id for job in calls] == ["d"]
 
 
-def test_a_state_that_is_no_context_manager_is_given_as_it_is(crew: Crew) -> None:
+def test_a_state_that_is_not_a_context_manager_is_passed_as_it_is(crew: Crew) -> None:
     pool, observer = Pool(), Recorder()
     state = {"shared": True}
     crew.enqueue("a", "b")
@@ -214,7 +214,7 @@ def test_a_state_is_there_until_a_slow_handler_has_ended(crew: Crew) -> None:
 # -- what goes wrong -------------------------------------------------------------------------
 
 
-def test_run_raises_what_the_factory_raises_and_the_worker_can_be_run_again(
+def test_run_raises_the_factorys_exception_and_the_worker_can_be_run_again(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     states: list[Any] = [OSError("no model"), "state"]
@@ -288,7 +288,7 @@ def test_a_worker_without_the_state_that_a_handler_asks_for_does_not_start(
     assert crew.shutdown(bound)
 
 
-def test_what_closing_a_state_raises_is_told_to_the_observer(crew: Crew) -> None:
+def test_an_exception_while_a_state_is_closed_is_reported_to_the_observer(crew: Crew) -> None:
     observer = Recorder()
     failure = OSError("cannot close")
 

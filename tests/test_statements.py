@@ -86,7 +86,7 @@ def test_claims_and_extensions_are_heap_only_updates(worker: psycopg.Connection)
         assert counted(extend(held, lease=60)) == (200, 200)
 
 
-def test_no_index_covers_what_a_claim_changes(conn: psycopg.Connection) -> None:
+def test_no_index_covers_a_column_that_a_claim_changes(conn: psycopg.Connection) -> None:
     indexed = {
         column
         for (column,) in conn.execute(
@@ -173,7 +173,7 @@ def spoil_leases(conn: psycopg.Connection) -> None:
     )
 
 
-def test_a_sweep_passes_over_what_is_held_and_frees_what_is_held_no_more(
+def test_a_sweep_skips_held_jobs_and_frees_those_whose_lease_has_ended(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
@@ -206,7 +206,7 @@ def test_a_sweep_that_frees_nothing_names_no_place_to_look_at(worker: psycopg.Co
     assert ask(worker, free("q", limit=9)) == ([], 1, None)
 
 
-def test_what_is_held_no_more_is_freed_without_claiming_anything(
+def test_jobs_whose_lease_has_ended_are_freed_without_claiming_anything(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
@@ -219,7 +219,7 @@ def test_what_is_held_no_more_is_freed_without_claiming_anything(
     ]
 
 
-def test_what_the_worker_itself_holds_is_not_freed(worker: psycopg.Connection) -> None:
+def test_jobs_that_the_worker_itself_holds_are_not_freed(worker: psycopg.Connection) -> None:
     fill(worker, 3)
     worker.execute(
         "update bgjob_job set lease_until = clock_timestamp() - interval '1 ms', attempt = 1, "
@@ -233,7 +233,7 @@ def test_what_the_worker_itself_holds_is_not_freed(worker: psycopg.Connection) -
 
 
 @pytest.mark.parametrize("way", ["sweep", "free", "free_within"])
-def test_what_was_claimed_without_an_answer_is_freed_as_it_was_before_its_lease_ends(
+def test_a_job_claimed_without_an_answer_is_restored_before_its_lease_ends(
     worker: psycopg.Connection, way: str
 ) -> None:
     fill(worker, 5)
@@ -326,7 +326,7 @@ def test_what_did_not_start_goes_back_with_what_it_was_charged(
     assert after == before
 
 
-def test_one_job_is_claimed_whatever_became_of_its_last_worker(
+def test_one_job_is_claimed_even_if_its_last_worker_died(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
@@ -450,7 +450,7 @@ def test_a_claim_is_settled_where_its_rows_are(worker: psycopg.Connection) -> No
 
 
 @pytest.mark.parametrize("marks", [{0: LONG_AGO}, {0: LONG_AGO, 1: LONG_AGO}], ids=["one", "two"])
-def test_what_was_written_or_taken_since_the_claim_stays(
+def test_jobs_written_or_taken_since_the_claim_stay(
     worker: psycopg.Connection, marks: dict[int, datetime]
 ) -> None:
     fill(worker, 20)
@@ -481,7 +481,7 @@ def test_what_was_written_or_taken_since_the_claim_stays(
     ],
     ids=["complete", "postpone", "give_back", "bury", "extend"],
 )
-def test_a_settlement_touches_only_what_its_token_still_holds(
+def test_a_settlement_changes_only_jobs_that_its_token_still_holds(
     worker: psycopg.Connection, settle: Callable[[list[Claimed]], Statement[list[str]]]
 ) -> None:
     fill(worker, 6)
@@ -495,7 +495,7 @@ def test_a_settlement_touches_only_what_its_token_still_holds(
     assert ask(worker, settle([Claimed(held[0].job, 4)])) == []
 
 
-def test_a_postponed_job_is_free_due_and_charged_as_it_was_said(
+def test_a_postponed_job_is_free_due_and_charged_as_requested(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
@@ -527,7 +527,7 @@ def test_a_postponed_job_is_free_due_and_charged_as_it_was_said(
 
 
 @pytest.mark.parametrize("sleeper", ["nobody", "another session", "its own session"])
-def test_a_job_that_is_given_back_is_as_before_its_claim_and_sleeping_workers_hear_of_it(
+def test_a_released_job_is_as_before_its_claim_and_wakes_sleeping_workers(
     worker: psycopg.Connection, dsn: str, sleeper: str
 ) -> None:
     fill(worker, 3)
@@ -577,7 +577,7 @@ def test_an_extension_passes_over_a_row_that_others_have_locked(
     assert longer == {c.job.id for c in others}
 
 
-def test_rows_and_keys_that_others_have_locked_are_told_without_waiting(
+def test_rows_and_keys_that_others_have_locked_are_reported_without_waiting(
     worker: psycopg.Connection, dsn: str
 ) -> None:
     fill(worker, 4)
@@ -597,7 +597,7 @@ def test_rows_and_keys_that_others_have_locked_are_told_without_waiting(
     assert ask(worker, barred_keys(["k", "l", "m"])) == []
 
 
-def test_a_postponed_job_has_the_priority_that_was_said_or_keeps_its_own(
+def test_a_postponed_job_has_the_requested_priority_or_keeps_its_own(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 3)
@@ -677,7 +677,7 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == []
 
 
-def test_a_notification_tells_when_its_transaction_began(
+def test_a_notification_carries_the_start_of_its_transaction(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     queue = "a queue, or two"
@@ -696,7 +696,7 @@ def test_a_notification_tells_when_its_transaction_began(
         assert list(sleeper.notifies(timeout=0)) == []
 
 
-def test_a_worker_that_parked_twice_unparks_once(dsn: str) -> None:
+def test_a_worker_that_took_the_notify_lock_twice_releases_it_once(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         for _ in range(2):  # an exchange that is refused leaves the lock behind
             assert ask(sleeper, take_notify_lock("q")) == "taken"
@@ -728,9 +728,7 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
             pass
 
 
-def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
-    dsn: str, conn: psycopg.Connection
-) -> None:
+def test_no_worker_sleeps_while_an_enqueue_is_in_flight(dsn: str, conn: psycopg.Connection) -> None:
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         with conn.transaction():
             ask(conn, enqueue(EnqueueRequest("q", "t"), notify=True))
@@ -741,7 +739,7 @@ def test_nobody_falls_asleep_while_an_enqueue_is_in_flight(
         assert held == 1
 
 
-def test_a_sweep_within_a_window_frees_and_finds_only_what_lies_there(
+def test_a_sweep_within_a_window_frees_and_finds_only_jobs_of_that_window(
     worker: psycopg.Connection,
 ) -> None:
     fill(worker, 12)  # of priorities 0 to 4, a millisecond apart
@@ -817,7 +815,7 @@ def test_after_a_claim_each_transaction_is_seen_that_is_under_way(
         assert number_of(earlier) not in seen.numbers
 
 
-def test_what_is_under_way_is_seen_surely_at_the_price_of_a_number(
+def test_every_transaction_under_way_is_seen_by_a_session_with_a_number_of_its_own(
     dsn: str, conn: psycopg.Connection
 ) -> None:
     with psycopg.connect(dsn) as other:

@@ -49,7 +49,7 @@ def test_each_job_is_counted_once_as_due_delayed_running_or_dead(
     assert numbers("b", "z") == (1, 1, 2, 0, 2)
 
 
-def test_a_job_is_counted_as_what_it_is_through_its_life(client: Any) -> None:
+def test_a_job_is_counted_by_its_state_throughout_its_life(client: Any) -> None:
     client.enqueue(EnqueueRequest("q", "t"))
 
     def numbers(s: QueueStats) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ def test_a_connect_timeout_of_the_connection_string_may_be_shorter(crew: Crew) -
         assert refused(crew, dsn, psycopg.Error, init_timeout=60) < 2 * DEFAULT
 
 
-def test_a_run_without_the_tables_fails_at_once_and_can_be_repeated(
+def test_a_run_without_the_tables_fails_immediately_and_can_be_repeated(
     empty_dsn: str, dsn: str
 ) -> None:
     crew = Crew(dsn, is_async=False)
@@ -128,7 +128,7 @@ def test_a_run_without_the_tables_fails_at_once_and_can_be_repeated(
 @pytest.mark.parametrize(
     ("value", "error"), [(0, ValueError), (0.5, ValueError), ("1", TypeError), (-1, ValueError)]
 )
-def test_an_init_timeout_that_cannot_be_is_refused_at_once(
+def test_an_invalid_init_timeout_is_refused_immediately(
     dsn: str, value: Any, error: type[Exception]
 ) -> None:
     with Client(dsn) as client, pytest.raises(error, match="init_timeout"):
@@ -282,7 +282,7 @@ def breaks():
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_command_exits_with_1_and_says_why_its_worker_has_ended(
+def test_the_command_exits_with_1_and_explains_why_its_worker_has_ended(
     dsn: str, tmp_path: Path, log_format: str
 ) -> None:
     Path(tmp_path, "program.py").write_text(PROGRAM)
@@ -302,7 +302,7 @@ def test_the_command_exits_with_1_and_says_why_its_worker_has_ended(
     assert "RuntimeError: the turn is broken" in ended.stderr
 
 
-def test_the_command_exits_with_1_and_says_so_where_nobody_answers(tmp_path: Path) -> None:
+def test_the_command_exits_with_1_and_an_error_where_no_server_answers(tmp_path: Path) -> None:
     Path(tmp_path, "program.py").write_text(PROGRAM.replace("Mux())", "Mux(), init_timeout=1)"))
     with mute() as port:
         ended = subprocess.run(

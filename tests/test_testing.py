@@ -161,7 +161,7 @@ def noop(_: Job) -> None: ...
 
 
 @benches(*PLACES)
-def test_what_is_due_runs_by_priority_and_due_time_and_what_is_not_stays(bench: Bench) -> None:
+def test_due_jobs_run_by_priority_and_due_time_and_others_stay(bench: Bench) -> None:
     seen: list[Job] = []
     bench.query("select 1")  # a transaction whose now() stands still from here on
     bench.enqueue(id="second", arg={"n": 1})
@@ -255,7 +255,9 @@ def test_a_limit_ends_it(bench: Bench) -> None:
     assert ids(bench.drain(mux, limit=2)) == ["2"]
 
 
-def test_jobs_that_never_end_are_told_of(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_rescheduled_without_end_is_reported(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bgjob.testing._draining._ENDLESS", 50)
     runs: list[Job] = []
     with psycopg.connect(dsn) as conn, Client(dsn) as client:
@@ -336,7 +338,7 @@ def test_a_handlers_exception_is_stored_and_raised_with_its_traceback(
 
 
 @benches("transaction", "client")
-def test_an_exception_is_stored_and_the_rest_runs_where_the_test_says_so(bench: Bench) -> None:
+def test_an_exception_is_stored_and_the_rest_runs_with_on_error_store(bench: Bench) -> None:
     def explode(job: Job) -> None:
         if job.id == "bad":
             raise Boom("why")
@@ -366,7 +368,7 @@ def test_an_interrupt_is_always_raised(bench: Bench, on_error: str) -> None:
 
 
 @benches("transaction", "string")
-def test_a_result_that_is_none_and_an_unknown_type_are_raised(bench: Bench) -> None:
+def test_a_value_that_is_not_a_result_and_an_unknown_type_are_raised(bench: Bench) -> None:
     bench.enqueue("odd")
     mux = Mux().register("odd", bench.handler(lambda _: 7))
     with pytest.raises(TypeError, match="of job type 'odd' returned int"):
@@ -509,7 +511,9 @@ def test_the_error_is_the_handlers_where_it_spoiled_the_tests_transaction(bench:
 
 
 @benches("transaction", "autocommit")
-def test_a_transactional_handler_that_ends_the_transaction_is_told_so(bench: Bench) -> None:
+def test_a_transactional_handler_that_ends_the_transaction_gets_an_error_that_names_it(
+    bench: Bench,
+) -> None:
     def commit(_: Job, conn: Any) -> Any:
         answer = conn.execute("commit")
 
@@ -663,7 +667,7 @@ def test_time_passes_without_waiting(bench: Bench) -> None:
 
 
 @benches("transaction", "client")
-def test_what_a_handler_delays_counts_from_its_own_time(bench: Bench) -> None:
+def test_a_delay_in_a_handler_counts_from_the_handlers_time(bench: Bench) -> None:
     def act(job: Job) -> Any:
         if int(job.id) == 100:
             return None
@@ -751,7 +755,7 @@ def test_coroutine_handlers_cannot_be_drained_inside_a_loop_by_drain(dsn: str) -
 
 
 @benches(*PLACES)
-def test_what_is_enqueued_can_be_asserted(bench: Bench) -> None:
+def test_enqueued_jobs_can_be_asserted(bench: Bench) -> None:
     def check(name: str, *args: Any, **options: Any) -> Any:
         function: Any = {
             "is": aassert_enqueued if bench.is_async else assert_enqueued,
@@ -792,7 +796,7 @@ def test_what_is_enqueued_can_be_asserted(bench: Bench) -> None:
         check("is not", id="1")
 
 
-def test_a_failure_shows_no_more_than_can_be_read(dsn: str) -> None:
+def test_a_failure_message_is_short_enough_to_be_read(dsn: str) -> None:
     with Client(dsn) as client:
         with pytest.raises(AssertionError, match="^no jobs enqueued, not one at least; nothing"):
             assert_enqueued(client)
@@ -826,7 +830,7 @@ def test_a_recording_observer_waits_for_events_of_other_threads() -> None:
     assert recording.events == []
 
 
-def test_what_was_heard_is_shown_where_the_event_does_not_come() -> None:
+def test_the_recorded_events_are_shown_if_the_expected_one_does_not_come() -> None:
     recording = RecordingObserver()
     with pytest.raises(
         AssertionError, match="^no 1 JobCompleted within 0 s; no event was recorded$"

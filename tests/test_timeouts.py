@@ -73,7 +73,7 @@ def on_first_attempt(gate: Gate, style: Style) -> Handler:
 
 
 @both_styles
-def test_what_outlives_its_timeout_is_told_once_and_then_retried(crew: Crew, style: Style) -> None:
+def test_a_job_that_times_out_is_reported_once_and_then_retried(crew: Crew, style: Style) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("t", on_first_attempt(gate, style), timeout=0.1, backoff=lambda _: 0.05)
     crew.enqueue("a")
@@ -90,9 +90,7 @@ def test_what_outlives_its_timeout_is_told_once_and_then_retried(crew: Crew, sty
 
 
 @both_styles
-def test_what_outlives_its_timeout_at_its_last_attempt_goes_to_the_dlq(
-    crew: Crew, style: Style
-) -> None:
+def test_a_job_that_times_out_at_its_last_attempt_goes_to_the_dlq(crew: Crew, style: Style) -> None:
     gate, observer = Gate(), Errors()
     mux = Mux().register("t", gate.of(style), timeout=0.1, max_attempts=1)
     crew.enqueue("a")
@@ -120,7 +118,7 @@ def test_what_outlives_its_timeout_at_its_last_attempt_goes_to_the_dlq(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_ends_in_time_is_as_without_a_timeout(
+def test_a_handler_that_ends_in_time_is_as_without_a_timeout(
     crew: Crew, style: Style, result: Result | None, event: str
 ) -> None:
     observer = Recorder()
@@ -133,7 +131,7 @@ def test_what_ends_in_time_is_as_without_a_timeout(
 
 @both_styles
 @pytest.mark.parametrize("transactional", [False, True], ids=["", "transactional"])
-def test_what_ends_as_its_time_does_has_one_outcome_and_one_effect(
+def test_a_handler_that_ends_at_its_timeout_has_one_outcome_and_one_effect(
     crew: Crew, conn: psycopg.Connection, style: Style, transactional: bool
 ) -> None:
     conn.execute(EFFECT)
@@ -175,7 +173,7 @@ def test_what_ends_as_its_time_does_has_one_outcome_and_one_effect(
         assert sorted(effects) == sorted(completed)
 
 
-def test_what_a_thread_returns_late_is_dropped_and_the_thread_works_on(
+def test_the_late_result_of_a_thread_is_dropped_and_the_thread_works_on(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     gate, observer = Gate(Reschedule(0)), Recorder()
@@ -318,7 +316,7 @@ def test_the_error_of_a_coroutine_that_was_cancelled_shows_where_it_was(crew: Cr
     assert isinstance(error.__cause__, ValueError)
 
 
-def test_a_cancellation_that_is_not_the_timeouts_is_no_timeout(crew: Crew) -> None:
+def test_a_cancellation_by_something_other_than_the_timeout_is_not_a_timeout(crew: Crew) -> None:
     async def cancels(job: Job) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -487,7 +485,7 @@ def test_do_cancels_a_coroutine_that_outlives_its_timeout(
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
-def test_do_waits_for_a_plain_handler_whatever_its_timeout(dsn: str, is_async: bool) -> None:
+def test_do_waits_for_a_plain_handler_regardless_of_its_timeout(dsn: str, is_async: bool) -> None:
     mux = Mux().register("t", lambda _: time.sleep(0.1), timeout=0.01)
     assert do(dsn, mux, is_async=is_async) == Complete()
 

@@ -225,7 +225,7 @@ class Random:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_enqueued_comes_back_equal_and_of_the_same_types(seed: int) -> None:
+def test_an_enqueued_value_comes_back_equal_and_of_the_same_types(seed: int) -> None:
     draw = Random(seed)
     for _ in range(40):
         annotation, make = draw.draw()
@@ -306,7 +306,7 @@ def test_an_int_stays_an_int_where_both_may_be(annotation: Any) -> None:
     assert [type(there_and_back(annotation, value)) for value in (3, 3.0)] == [int, float]
 
 
-def test_members_of_an_enum_are_taken_for_what_they_are_as_well() -> None:
+def test_members_of_an_enum_are_accepted_as_their_plain_values() -> None:
     assert there_and_back(str, Size.BIG) == "big"
     assert there_and_back(dict[str, int], {Size.BIG: Level.HIGH}) == {"big": 2}
 
@@ -361,7 +361,7 @@ def test_the_fields_of_an_ancestor_come_along() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_does_not_fit_is_refused_by_type_and_path(
+def test_a_payload_that_does_not_fit_is_refused_by_type_and_path(
     cls: Any, data: bytes, complaint: str
 ) -> None:
     with pytest.raises(PayloadError) as caught:
@@ -371,13 +371,13 @@ def test_what_does_not_fit_is_refused_by_type_and_path(
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b'{"to": NaN}', b"'x'"])
-def test_what_is_no_json_is_refused_by_type(data: bytes) -> None:
+def test_a_payload_that_is_not_json_is_refused_by_type(data: bytes) -> None:
     with pytest.raises(PayloadError, match="payload of job type 'SendMail' is not JSON: "):
         codec_of(SendMail).decode(data)
 
 
 @pytest.mark.parametrize("data", [b"[]", b"null", b'"x"', b"1"])
-def test_what_is_no_object_is_refused_by_type(data: bytes) -> None:
+def test_a_payload_that_is_not_an_object_is_refused_by_type(data: bytes) -> None:
     with pytest.raises(PayloadError, match="'SendMail' must be a dict with the fields of SendMail"):
         codec_of(SendMail).decode(data)
 
@@ -413,7 +413,9 @@ def test_what_is_no_object_is_refused_by_type(data: bytes) -> None:
     ],
     ids=str,
 )
-def test_each_type_says_what_it_would_have_been(annotation: Any, data: Any, complaint: str) -> None:
+def test_the_error_about_a_field_describes_its_type(
+    annotation: Any, data: Any, complaint: str
+) -> None:
     codec = codec_of(one_field(annotation))
     if isinstance(data, int) and data > 2**64:
         assert codec.decode(b'{"x": %d}' % data).x == float(data)  # JSON has but numbers
@@ -463,7 +465,7 @@ def test_each_type_says_what_it_would_have_been(annotation: Any, data: Any, comp
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_would_not_come_back_is_refused_at_the_enqueue(
+def test_a_value_that_would_not_come_back_equal_is_refused_at_the_enqueue(
     annotation: Any, value: Any, complaint: str
 ) -> None:
     cls = one_field(annotation)
@@ -480,7 +482,7 @@ def test_a_value_of_a_subclass_is_not_cut_short() -> None:
         codec_of(Order).encode(Order(number=1, items=[Parcel(Decimal(1))]))
 
 
-def test_a_class_s_own_check_speaks_with_its_path() -> None:
+def test_a_classs_own_validation_error_is_shown_with_its_path() -> None:
     @dataclass(frozen=True)
     class Percent:
         value: int
@@ -512,7 +514,7 @@ def test_a_payload_of_any_depth_is_decoded_or_refused() -> None:
         codec_of(Tree).encode(tree)
 
 
-def test_an_error_never_shows_what_was_in_the_field() -> None:
+def test_an_error_never_shows_the_value_of_the_field() -> None:
     secret = "hunter2"
     codec = codec_of(one_field(datetime | int | None))
     for data in ({"x": secret}, {"x": [secret]}, {secret: 1}):
@@ -585,7 +587,7 @@ def test_an_annotation_that_cannot_come_back_is_refused_by_class_and_field(
         codec_of(one_field(annotation))
 
 
-def test_annotations_that_cannot_be_read_are_told() -> None:
+def test_annotations_that_cannot_be_resolved_are_reported() -> None:
     class Local: ...
 
     with pytest.raises(TypeError, match="annotations of Sample cannot be read: name 'Local' is"):
@@ -612,7 +614,7 @@ def test_the_class_names_the_type_and_may_name_more() -> None:
     assert request.payload == b'{"text":"now"}'
 
 
-def test_what_the_enqueue_names_goes_before_what_the_class_says() -> None:
+def test_options_of_the_enqueue_override_those_of_the_class() -> None:
     noon = datetime(2030, 1, 1, 12, tzinfo=UTC)
     request = EnqueueRequest.of(Urgent("now"), queue="slow", priority=7, id="1", run_at=noon)
     assert (request.queue, request.priority, request.id) == ("slow", 7, "1")
@@ -620,7 +622,7 @@ def test_what_the_enqueue_names_goes_before_what_the_class_says() -> None:
     assert EnqueueRequest.of(Urgent("now"), priority=0).priority == 0
 
 
-def test_a_field_is_no_option() -> None:
+def test_a_field_of_a_typed_job_is_not_an_option() -> None:
     @dataclass(frozen=True, slots=True)
     class Row:
         queue: str
@@ -634,7 +636,7 @@ def test_a_field_is_no_option() -> None:
         EnqueueRequest.of(Row("of people"))
 
 
-def test_a_typed_job_without_a_queue_is_told_both_remedies() -> None:
+def test_a_typed_job_without_a_queue_is_refused_with_both_remedies() -> None:
     with pytest.raises(QueueRequiredError) as caught:
         EnqueueRequest.of(SendMail("x"))
     assert "`queue: ClassVar[str]` in SendMail" in str(caught.value)
@@ -658,12 +660,12 @@ def unnamed(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("value", [SendMail, EnqueueRequest("q", "t")], ids=["class", "request"])
-def test_what_is_no_typed_job_is_refused(value: Any) -> None:
+def test_an_object_that_is_not_a_typed_job_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="a typed job is a value of a class of yours"):
         EnqueueRequest.of(value, queue="q")
 
 
-def test_a_typed_job_is_written_as_its_class_and_the_call_say(
+def test_a_typed_job_has_the_options_of_its_class_and_of_the_call(
     client: Any, conn: psycopg.Connection
 ) -> None:
     id_ = client.enqueue(SendMail("x"), queue="mail", delay=timedelta(hours=1), priority=3)
@@ -705,13 +707,15 @@ def test_options_beside_a_request_are_refused(client: Any, conn: psycopg.Connect
 
 
 @pytest.mark.parametrize("value", ["text", 5, None, {"to": "x"}, [SendMail("x")]])
-def test_what_is_no_job_is_refused(client: Any, conn: psycopg.Connection, value: Any) -> None:
+def test_an_object_that_is_not_a_job_is_refused(
+    client: Any, conn: psycopg.Connection, value: Any
+) -> None:
     with pytest.raises(TypeError, match="is not a job type: make it a dataclass"):
         client.enqueue(value, queue="q")
     assert rows(conn, "select id from bgjob_job") == []
 
 
-def test_a_type_checker_knows_what_can_be_enqueued() -> None:
+def test_a_type_checker_knows_the_types_that_can_be_enqueued() -> None:
     client = PlainClient("host=nowhere")
 
     def checked() -> None:

@@ -71,7 +71,7 @@ def test_an_error_of_bgjob_is_also_of_the_usual_python_class() -> None:
 @pytest.mark.parametrize(
     "text", ["x" * 255, "\U0001f600" * 255, " ", "'\"\\{},%s", "\n", "\ufeff", "\uffff"]
 )
-def test_a_name_may_hold_whatever_postgresql_holds(name: str, text: str) -> None:
+def test_a_name_may_hold_every_character_that_postgresql_can_store(name: str, text: str) -> None:
     request = a_request_with(name, text)
     assert getattr(request, name) == text
 
@@ -94,7 +94,7 @@ def test_a_name_that_postgresql_cannot_hold_is_refused_by_name(
 
 @pytest.mark.parametrize("name", ["queue", "type", "id"])
 @pytest.mark.parametrize("value", [5, b"bytes", ["q"]])
-def test_a_name_that_is_no_text_is_refused_by_name(name: str, value: object) -> None:
+def test_a_name_that_is_not_a_string_is_refused_by_its_parameter(name: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a str"):
         a_request_with(name, value)
 
@@ -131,7 +131,7 @@ def test_a_delay_is_seconds_or_a_timedelta(delay: float | timedelta) -> None:
 
 
 @pytest.mark.parametrize("delay", BAD_DELAYS, ids=lambda delay: repr(delay)[:30])
-def test_a_delay_that_nobody_can_wait_for_is_refused(delay: Any) -> None:
+def test_a_delay_out_of_range_is_refused(delay: Any) -> None:
     with pytest.raises(ValueError, match="delay must be from 0 seconds to 100 years"):
         EnqueueRequest("q", "t", delay=delay)
 
@@ -159,7 +159,7 @@ def test_a_priority_is_a_smallint(priority: int) -> None:
 
 
 @pytest.mark.parametrize("priority", [-32769, 32768, 2**70, True, 0.5, 1.0, "1", None])
-def test_a_priority_that_is_no_smallint_is_refused(priority: Any) -> None:
+def test_a_priority_outside_the_range_of_smallint_is_refused(priority: Any) -> None:
     with pytest.raises(ValueError, match="priority must be an integer from -32768 to 32767"):
         EnqueueRequest("q", "t", priority=priority)
 
@@ -226,7 +226,7 @@ def test_json_comes_back_as_it_went(arg: Any) -> None:
         nested(2_000),
     ],
 )
-def test_what_json_cannot_express_is_refused_with_the_job_type(arg: Any) -> None:
+def test_a_value_that_json_cannot_express_is_refused_with_the_job_type(arg: Any) -> None:
     with pytest.raises(TypeError, match="arg of job type 'resize' cannot be encoded as JSON"):
         EnqueueRequest("q", "resize", arg)
 
@@ -285,7 +285,7 @@ def test_results_refuse_a_bad_delay_where_it_is_written(
 
 
 @pytest.mark.parametrize("priority", [-32769, 32768, True, 0.5, "1"])
-def test_a_retry_refuses_a_priority_that_is_no_smallint(priority: Any) -> None:
+def test_a_retry_refuses_a_priority_outside_the_range_of_smallint(priority: Any) -> None:
     with pytest.raises(ValueError, match=r"Retry\(priority\) must be an integer from -32768"):
         Retry(priority=priority)
 
@@ -384,7 +384,7 @@ def test_an_error_becomes_text_that_postgresql_can_store(error: Any, text: str |
 
 
 @pytest.mark.parametrize("wrap", [str, ValueError])
-def test_a_huge_error_text_is_cut_and_says_so(wrap: Callable[[str], Any]) -> None:
+def test_a_huge_error_text_is_cut_and_marked_as_cut(wrap: Callable[[str], Any]) -> None:
     text = error_text(wrap("x" * 50_000_000))
     assert text is not None
     assert len(text) < 10_100
@@ -423,7 +423,7 @@ def test_a_type_has_one_handler() -> None:
         mux.register("t", complete)
 
 
-def test_registration_refuses_what_could_never_run() -> None:
+def test_registration_refuses_a_handler_that_could_never_run() -> None:
     with pytest.raises(TypeRequiredError):
         Mux().register("", complete)
     with pytest.raises(ValueError, match="type must have 1 to 255 characters"):
@@ -466,7 +466,9 @@ def test_a_broken_backoff_is_logged_and_the_default_one_used(
 
 
 @pytest.mark.parametrize("returned", [True, 0, "done", Complete, object(), {"retry": 1}])
-def test_what_is_no_result_is_an_error_that_names_handler_and_type(returned: Any) -> None:
+def test_a_return_value_that_is_not_a_result_is_an_error_that_names_handler_and_type(
+    returned: Any,
+) -> None:
     def misspelt(_: Job) -> Any:
         return returned
 
@@ -486,7 +488,7 @@ def test_a_coroutine_that_a_plain_handler_returns_is_to_be_awaited_on_a_loop() -
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit])
-def test_whatever_a_handler_raises_is_a_retry(error: type[BaseException]) -> None:
+def test_any_exception_of_a_handler_is_a_retry(error: type[BaseException]) -> None:
     raised = error("reason")
 
     def fail(_: Job) -> Result:
@@ -577,7 +579,7 @@ def test_a_mux_knows_coroutine_handlers(handler: Any, is_coroutine: bool) -> Non
 # -- the package ------------------------------------------------------------------------------
 
 
-def test_the_package_tells_its_version() -> None:
+def test_the_package_has_a_version() -> None:
     assert bgjob.__version__ == importlib.metadata.version("bgjob")
 
 
@@ -599,7 +601,7 @@ def test_the_package_tells_its_version() -> None:
         (lambda o: o.job_moved_to_dlq(a_job(), "why"), logging.ERROR, "dead-letter table: why"),
     ],
 )
-def test_what_goes_well_is_logged_quietly_and_what_does_not_with_the_job(
+def test_success_is_logged_quietly_and_failure_with_the_job(
     event: Callable[[LoggingObserver], None],
     level: int,
     text: str,

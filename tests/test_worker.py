@@ -66,7 +66,7 @@ def test_a_job_runs_and_its_row_is_deleted(
 
 
 @both_styles
-def test_a_retry_waits_for_its_delay_and_tells_the_next_attempt_why(
+def test_a_retry_waits_for_its_delay_and_the_next_attempt_sees_its_error(
     crew: Crew, conn: psycopg.Connection, style: Style
 ) -> None:
     seen: list[tuple[int, str | None]] = []
@@ -150,7 +150,7 @@ def test_a_job_of_an_unknown_type_goes_to_the_dlq_with_its_columns(
 
 
 @both_styles
-def test_what_is_no_result_is_retried_with_an_error_that_names_handler_and_type(
+def test_a_return_value_that_is_not_a_result_is_retried_with_an_error_that_names_handler_and_type(
     crew: Crew, style: Style
 ) -> None:
     errors: list[str | None] = []
@@ -173,7 +173,7 @@ def test_what_is_no_result_is_retried_with_an_error_that_names_handler_and_type(
 @pytest.mark.parametrize(
     "error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
 )
-def test_whatever_a_handler_raises_its_job_is_retried_and_the_worker_lives(
+def test_after_any_exception_of_a_handler_its_job_is_retried_and_the_worker_lives(
     crew: Crew, style: Style, error: type[BaseException]
 ) -> None:
     def body(job: Job) -> None:
@@ -245,7 +245,7 @@ def test_hostile_error_texts_are_stored_cleaned_and_harm_no_neighbour(
 
 
 @pytest.mark.parametrize("styles", [["plain"], ["coroutine"], ["plain", "coroutine"]])
-def test_no_more_handlers_run_at_once_than_the_worker_may_and_no_fewer(
+def test_as_many_handlers_run_concurrently_as_the_worker_allows(
     crew: Crew, conn: psycopg.Connection, styles: list[Style]
 ) -> None:
     lock = threading.Lock()
@@ -325,7 +325,7 @@ def test_jobs_keep_their_order_around_one_that_is_slow(
     assert order == expected
 
 
-def test_a_sleeping_worker_hears_of_a_job_that_another_gives_back(
+def test_a_sleeping_worker_is_woken_by_a_job_that_another_releases(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     crew.start(Mux().register("t", lambda _: None), poll_interval=NEVER)
@@ -480,7 +480,7 @@ def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn:
         bell.close()
 
 
-def test_two_enqueues_at_once_are_both_noticed_whatever_their_delays_and_priorities(
+def test_two_concurrent_enqueues_are_both_noticed_for_any_delays_and_priorities(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     crew.start(
@@ -505,7 +505,7 @@ def test_a_retry_is_noticed_by_another_worker_that_polls(
 
 
 @pytest.mark.parametrize("who", ["client", "worker"])
-def test_polling_finds_what_nobody_was_notified_of(
+def test_polling_finds_jobs_without_a_notification(
     crew: Crew, conn: psycopg.Connection, who: str
 ) -> None:
     observer = Recorder()
@@ -542,7 +542,7 @@ def test_an_idle_worker_relieves_the_one_that_was_shut_down(
 
 
 @both_styles
-def test_shutdown_finishes_what_runs_and_gives_back_what_has_not_started(
+def test_shutdown_finishes_running_jobs_and_releases_those_that_have_not_started(
     crew: Crew, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
@@ -659,7 +659,7 @@ def test_several_threads_may_shut_a_worker_down(
 
 
 @both_styles
-def test_after_its_grace_period_shutdown_gives_up_what_runs_and_gives_its_attempt_back(
+def test_after_its_grace_period_shutdown_abandons_running_jobs_and_refunds_their_attempts(
     crew: Crew, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
@@ -679,7 +679,7 @@ def test_after_its_grace_period_shutdown_gives_up_what_runs_and_gives_its_attemp
     assert len(gate.runs) == 1
 
 
-def test_shutdown_says_so_where_a_result_could_not_be_stored(
+def test_shutdown_returns_false_where_a_result_could_not_be_stored(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     gate = Gate()
@@ -935,7 +935,7 @@ def test_results_outlive_the_connection_that_was_killed_while_handlers_ran(
     assert sorted(job.id for job in gate.runs) == ["a", "b", "c"]
 
 
-def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_to_complain_later(
+def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_unraisable(
     dsn: str,
     conn: psycopg.Connection,
     monkeypatch: pytest.MonkeyPatch,
@@ -959,7 +959,7 @@ def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_to_complai
     assert complaints == []
 
 
-def test_an_exchange_that_cannot_be_put_into_words_leaves_nothing_behind(
+def test_an_exchange_that_cannot_be_encoded_leaves_nothing_behind(
     dsn: str, crew: Crew, conn: psycopg.Connection
 ) -> None:
     crew.enqueue("a", "b")
@@ -1058,7 +1058,7 @@ REFUSALS: dict[str, LiteralString] = {
 
 
 @pytest.mark.parametrize("how", REFUSALS)
-def test_jobs_whose_claim_the_server_refuses_are_buried_alone(
+def test_jobs_whose_claim_the_server_refuses_are_dead_lettered_alone(
     crew: Crew, conn: psycopg.Connection, how: str
 ) -> None:
     conn.execute(REFUSALS[how])
@@ -1077,7 +1077,7 @@ def test_jobs_whose_claim_the_server_refuses_are_buried_alone(
     assert eventually(lambda: any("bad 0" in str(event[1]) for event in observer.of("error")))
 
 
-def test_where_the_server_refuses_every_claim_no_job_is_buried_for_it(
+def test_where_the_server_refuses_every_claim_no_job_is_dead_lettered(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     conn.execute(
@@ -1100,7 +1100,7 @@ def test_where_the_server_refuses_every_claim_no_job_is_buried_for_it(
 # -- observers ---------------------------------------------------------------------------------
 
 
-def test_an_observer_hears_each_event_of_a_job_in_order_and_after_it_was_committed(
+def test_an_observer_receives_each_event_of_a_job_in_order_and_after_its_commit(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     looked = threading.Event()
@@ -1176,7 +1176,7 @@ def test_a_large_bulk_enqueue_wakes_a_worker(crew: Crew) -> None:
 
 
 @both_styles
-def test_a_slow_job_among_quick_ones_holds_nobody_up_while_a_slot_is_idle(
+def test_a_slow_job_among_quick_ones_delays_no_job_while_a_slot_is_idle(
     crew: Crew, style: Style
 ) -> None:
     gate, followed = Gate(), threading.Event()
@@ -1192,7 +1192,7 @@ def test_a_slow_job_among_quick_ones_holds_nobody_up_while_a_slot_is_idle(
     assert crew.shutdown(worker)
 
 
-def test_an_observer_that_blocks_holds_up_no_job(crew: Crew, conn: psycopg.Connection) -> None:
+def test_an_observer_that_blocks_delays_no_job(crew: Crew, conn: psycopg.Connection) -> None:
     blocked, released = threading.Event(), threading.Event()
 
     class Blocking(Recorder):
@@ -1229,7 +1229,7 @@ def test_an_observer_that_blocks_does_not_keep_a_worker_from_its_shutdown(
     released.set()
 
 
-def test_an_observer_is_told_each_time_the_queue_has_become_empty(crew: Crew) -> None:
+def test_an_observer_is_notified_each_time_the_queue_has_become_empty(crew: Crew) -> None:
     gate = Gate()
     observer = Recorder()
     crew.enqueue("0")
@@ -1275,7 +1275,7 @@ def test_a_worker_refuses_a_schema_that_is_not_its_own_and_names_the_remedy(
     crew.shutdown(worker)
 
 
-def test_a_deploy_that_adds_a_column_stops_no_worker_before_it(
+def test_a_deploy_that_adds_a_column_stops_no_worker_of_the_older_version(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
@@ -1297,7 +1297,7 @@ def test_a_deploy_that_adds_a_column_stops_no_worker_before_it(
 
 
 @pytest.mark.parametrize("comment", ["'bgjob schema 2'", "'ours'", "null"])
-def test_a_worker_goes_on_after_a_deploy_while_the_tables_have_what_it_needs(
+def test_a_worker_goes_on_after_a_deploy_while_the_tables_have_the_columns_that_it_needs(
     crew: Crew, conn: psycopg.Connection, comment: LiteralString
 ) -> None:
     observer = Recorder()
@@ -1340,7 +1340,7 @@ def test_the_tables_may_lie_in_any_schema_of_the_search_path(crew: Crew, empty_d
     assert crew.shutdown(worker)
 
 
-def test_a_worker_that_cannot_connect_says_so_at_once(crew: Crew) -> None:
+def test_a_worker_that_cannot_connect_raises_immediately(crew: Crew) -> None:
     worker = crew.make(Mux(), dsn="host=127.0.0.1 port=1 dbname=none")
     with pytest.raises(psycopg.OperationalError):
         crew.run(worker.run())

@@ -139,7 +139,7 @@ def test_24_bytes_come_back_as_they_were(world: World, is_async: bool) -> None:
     assert worker.of("error", "lost") == []
 
 
-def test_24_a_payload_that_is_no_json_fails_the_job_that_decodes_it(world: World) -> None:
+def test_24_a_payload_that_is_not_json_fails_the_job_that_decodes_it(world: World) -> None:
     def decode(job: Job) -> None:
         job.json()
 
@@ -158,7 +158,9 @@ def test_24_a_payload_that_is_no_json_fails_the_job_that_decodes_it(world: World
 
 @pytest.mark.timeout(180)
 @HOST
-def test_24_100_mb_come_back_and_hold_up_no_neighbour(world: World, is_async: bool) -> None:
+def test_24_a_payload_of_100_mb_comes_back_and_delays_no_neighbour(
+    world: World, is_async: bool
+) -> None:
     payload = random.Random(24).randbytes(100_000_000)
     enqueuer = Enqueuer(world, is_async=is_async)
     neighbours = [EnqueueRequest("q", "t", n, id=f"neighbour {n}") for n in range(6)]
@@ -216,7 +218,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 @COLOUR
-def test_24_what_json_cannot_express_is_refused_at_the_enqueue(
+def test_24_values_that_json_cannot_express_are_refused_at_the_enqueue(
     world: World, is_async: bool
 ) -> None:
     enqueuer = Enqueuer(world, is_async=is_async)
@@ -235,7 +237,9 @@ def test_24_what_json_cannot_express_is_refused_at_the_enqueue(
 
 
 @HOST
-def test_24_what_json_can_just_express_comes_back_equal(world: World, is_async: bool) -> None:
+def test_24_extreme_values_that_json_can_express_come_back_equal(
+    world: World, is_async: bool
+) -> None:
     values: dict[str, Any] = {
         "2**64 - 1": 2**64 - 1,
         "-2**63": -(2**63),
@@ -382,7 +386,7 @@ def test_25_a_spoiled_row_affects_itself_only(world: World, is_async: bool, resu
         "updated_at = null",
     ],
 )
-def test_25_the_schema_refuses_what_no_worker_could_read(world: World, spoil: str) -> None:
+def test_25_the_schema_refuses_rows_that_a_worker_could_not_read(world: World, spoil: str) -> None:
     world.enqueue("t", "a", ledger=False)
     with pytest.raises((psycopg.IntegrityError, psycopg.DataError)) as error:
         world.query(f"update bgjob_job set {spoil}")
@@ -631,7 +635,7 @@ def at_once(
 
 @COLOUR
 @pytest.mark.parametrize("on_conflict", ["skip", "raise"])
-def test_26_small_calls_in_opposite_orders_at_once_lose_nothing(
+def test_26_concurrent_small_calls_in_opposite_orders_lose_nothing(
     world: World, is_async: bool, on_conflict: str
 ) -> None:
     for round in range(5):
@@ -698,7 +702,7 @@ BAD_NAMES: dict[str, tuple[Any, str]] = {
 
 
 @COLOUR
-def test_27_names_that_no_database_holds_are_refused_before_it_sees_them(
+def test_27_names_that_a_database_cannot_hold_are_refused_before_it_sees_them(
     world: World, is_async: bool
 ) -> None:
     enqueuer = Enqueuer(world, is_async=is_async)
@@ -723,7 +727,7 @@ def test_27_names_that_no_database_holds_are_refused_before_it_sees_them(
     assert world.live() == 0
 
 
-def test_27_looking_for_a_name_that_cannot_be_is_refused_or_finds_nothing(world: World) -> None:
+def test_27_looking_for_an_impossible_name_is_refused_or_finds_nothing(world: World) -> None:
     client = world.client
     found: list[Any] = []
     for value in ("", "x" * 10_000, "'", '"', "a\0b"):

@@ -608,7 +608,7 @@ def test_results_are_kept_while_the_disk_is_full_and_no_handler_runs_again_for_i
 
 
 @both_colours
-def test_a_settlement_that_is_refused_delays_no_other_and_repeats_none(
+def test_a_settlement_that_is_refused_delays_no_other_and_repeats_no_job(
     world: World, colour: Colour
 ) -> None:
     world.query(FULL)
@@ -810,7 +810,7 @@ def pooler(request: pytest.FixtureRequest, dsn: str) -> Iterator[Pooler]:
 
 
 @both_workers
-def test_nothing_has_to_be_said_of_a_pooler(pooler: Pooler, world: World, is_async: bool) -> None:
+def test_a_pooler_needs_no_configuration(pooler: Pooler, world: World, is_async: bool) -> None:
     dsn = pooler.dsn(world.dsn)
     with Client(dsn) as client:
         worker = world.worker(

@@ -125,7 +125,7 @@ def errors_of(world: World) -> dict[str, str]:
 
 @HOST
 @each_kind
-def test_8_what_ends_a_program_ends_only_the_attempt(
+def test_8_an_exception_that_ends_programs_ends_only_the_attempt(
     world: World, is_async: bool, kind: Kind
 ) -> None:
     errors: dict[str, BaseException] = {
@@ -221,7 +221,7 @@ def test_8_a_coroutine_that_is_cancelled_ends_only_its_attempt(
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.style == "coroutine"], ids=str)
-def test_8_what_ends_a_program_in_a_task_of_the_handler_ends_only_the_attempt(
+def test_8_an_exception_that_ends_programs_in_a_task_of_the_handler_ends_only_the_attempt(
     world: World, kind: Kind
 ) -> None:
     async def leave(error: BaseException) -> None:
@@ -392,7 +392,7 @@ def clean(stored: str | None) -> bool:
 
 @HOST
 @each_kind
-def test_10_error_texts_that_no_database_takes_are_stored_cleaned_and_capped(
+def test_10_error_texts_that_the_database_cannot_store_are_cleaned_and_capped(
     world: World, is_async: bool, kind: Kind
 ) -> None:
     errors = odd_errors()
@@ -504,7 +504,7 @@ class Hostile:
 
 @HOST
 @each_kind
-def test_11_what_is_no_result_fails_the_attempt_and_names_the_handler(
+def test_11_a_return_value_that_is_not_a_result_fails_the_attempt_and_names_the_handler(
     world: World, is_async: bool, kind: Kind
 ) -> None:
     values: dict[str, Callable[[], object]] = {
@@ -573,7 +573,7 @@ def test_11_delays_of_every_kind_are_settled_together(
     assert worker.of("error", "lost") == []
 
 
-def test_11_an_exchange_that_cannot_be_put_into_words_is_refused_and_claims_nothing(
+def test_11_an_exchange_that_cannot_be_encoded_is_refused_and_claims_nothing(
     world: World,
 ) -> None:
     world.enqueue("plain", "a", "b", ledger=False)
@@ -716,7 +716,7 @@ def test_11_an_observer_that_raises_in_every_method_harms_nothing(
 
 @HOST
 @pytest.mark.parametrize("method", METHODS)
-def test_11_an_observer_that_blocks_holds_up_no_other_job_and_no_shutdown(
+def test_11_an_observer_that_blocks_delays_neither_other_jobs_nor_the_shutdown(
     world: World, is_async: bool, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     blocked, released = threading.Event(), threading.Event()
@@ -1055,7 +1055,7 @@ def test_12_a_transaction_that_fails_leaves_nothing_and_the_failure_is_recorded(
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback"])
-def test_12_the_connection_says_why_it_does_not_end_the_transaction(
+def test_12_the_connection_explains_why_it_does_not_end_the_transaction(
     stage: Stage, world: World, method: Literal["commit", "rollback"]
 ) -> None:
     script = stage.play([ROW, Try(Call(method)), Child], children=1)
@@ -1087,7 +1087,7 @@ ENDINGS: dict[str, tuple[list[Step], int]] = {
 }
 
 
-def test_12_raw_sql_that_ends_the_transaction_is_not_repeated_and_said(
+def test_12_raw_sql_that_ends_the_transaction_is_reported_and_not_repeated(
     stage: Stage, world: World
 ) -> None:
     script = stage.play_all({case: [steps] for case, (steps, _) in ENDINGS.items()}, ledger=False)
@@ -1148,7 +1148,7 @@ SETTINGS: dict[str, list[Step]] = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_12_what_a_transaction_does_to_its_session_does_not_reach_the_next_job(
+def test_12_changes_of_a_transaction_to_its_session_do_not_reach_the_next_job(
     stage: Stage, world: World, case: str
 ) -> None:
     role = f"nobody_{world.value('select current_database()')}"
@@ -1168,7 +1168,7 @@ def test_12_what_a_transaction_does_to_its_session_does_not_reach_the_next_job(
 
 
 @HOST
-def test_12_what_a_handler_sets_on_its_connection_does_not_reach_the_next_job(
+def test_12_settings_that_a_handler_makes_on_its_connection_do_not_reach_the_next_job(
     world: World, is_async: bool
 ) -> None:
     rows: list[Any] = []

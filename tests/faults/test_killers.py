@@ -70,7 +70,7 @@ def test_one_death_keeps_neither_its_jobs_nor_others_waiting(world: World) -> No
     world.saw("all of them run at once", world.live() == 60)
 
 
-def test_an_urgent_job_waits_for_no_suspect_longer_than_a_second(world: World) -> None:
+def test_an_urgent_job_waits_for_suspects_no_longer_than_a_second(world: World) -> None:
     world.enqueue_many("plain", 60, mute=True, sleep=2.0, ledger=False)
     world.query("update bgjob_job set deaths = 2, attempt = 2")
     workers = [world.start(colour="async", concurrency=100, grace=0.1) for _ in range(2)]

@@ -173,7 +173,7 @@ def test_statements_of_handlers_end_with_the_connection_that_a_silent_network_ha
         pytest.param(30.0, 10, marks=[pytest.mark.soak, pytest.mark.timeout(150)]),
     ],
 )
-def test_a_producer_is_told_that_the_network_is_silent_and_works_again_when_it_is_back(
+def test_a_producer_gets_an_error_while_the_network_is_silent_and_works_again_afterwards(
     proxy: Proxy,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
@@ -318,7 +318,7 @@ def told(worker: Process, id: str) -> list[tuple[str, int]]:
 @both_colours
 @both_moments
 @pytest.mark.parametrize("then", ["complete", "retry", "reschedule", "dlq"])
-def test_a_settlement_whose_answer_was_lost_is_made_once_and_told_once(
+def test_a_settlement_whose_answer_was_lost_is_made_once_and_reported_once(
     proxy: Proxy, world: World, colour: Colour, moment: str, then: str
 ) -> None:
     world.enqueue("plain", "a", hold="gate", then=then, until=2)
@@ -381,7 +381,7 @@ def test_a_claim_whose_answer_was_lost_is_undone_at_once_and_charges_no_attempt(
 @both_colours
 @both_moments
 @pytest.mark.parametrize("then", ["complete", "reschedule", "dlq"])
-def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is_told_once(
+def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is_reported_once(
     proxy: Proxy, world: World, colour: Colour, moment: str, then: str
 ) -> None:
     world.enqueue("transactional", "a", hold="gate", then=then)
@@ -470,7 +470,7 @@ def test_31_a_settlement_of_which_half_was_sent_locks_its_rows_for_seconds(
 
 
 @both_colours
-def test_31_the_notify_lock_of_a_host_that_vanished_makes_nobody_deaf(
+def test_31_the_notify_lock_of_a_host_that_vanished_makes_no_worker_deaf(
     proxy: Proxy, world: World, colour: Colour
 ) -> None:
     first = world.start(colour=colour, dsn=proxy.dsn(world.dsn), poll_interval=30.0)

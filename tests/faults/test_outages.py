@@ -58,7 +58,7 @@ def test_a_server_that_is_away_for_longer_than_the_lease_repeats_no_job_of_the_o
 
 
 @both_colours
-def test_a_worker_that_slept_longer_than_its_lease_repeats_nothing_if_nobody_took_it(
+def test_a_worker_that_slept_longer_than_its_lease_repeats_nothing_unless_another_took_the_job(
     world: World, colour: Colour
 ) -> None:
     worker = world.start(colour=colour, concurrency=20)

@@ -53,7 +53,7 @@ def test_no_process_claims_from_a_queue_once_its_pause_has_returned(
 
 
 @both_colours
-def test_what_was_in_flight_when_its_worker_was_killed_waits_for_the_end_of_the_pause(
+def test_jobs_in_flight_when_their_worker_was_killed_wait_for_the_end_of_the_pause(
     world: World, colour: Colour
 ) -> None:
     world.enqueue("plain", "a", hold="gate")

@@ -112,7 +112,7 @@ def test_workers_killed_at_random_under_load_lose_nothing_and_repeat_no_transact
 
 @both_types
 @both_colours
-def test_a_worker_killed_between_effect_and_settlement_repeats_only_what_is_not_transactional(
+def test_a_worker_killed_between_effect_and_settlement_repeats_only_jobs_that_are_not_transactional(
     world: World, colour: Colour, type: Type
 ) -> None:
     world.enqueue(type, "a", then="kill", until=2)
@@ -208,7 +208,7 @@ def supervise(world: World, *ids: str, **options: Any) -> list[Process]:
         ("kill", "thread", 2, 2),
     ],
 )
-def test_what_kills_its_process_each_time_is_buried_and_the_neighbours_complete(
+def test_a_job_that_kills_its_process_each_time_is_dead_lettered_and_its_neighbours_complete(
     world: World, how: str, colour: Colour, max_attempts: int, killers: int
 ) -> None:
     # All of them run when the first killer kills.
@@ -278,7 +278,7 @@ def serve(world: World, grace: float, **options: Any) -> Process:
 
 @both_types
 @both_colours
-def test_a_terminated_worker_finishes_what_runs_and_gives_back_what_has_not_started(
+def test_a_terminated_worker_finishes_running_jobs_and_releases_those_that_have_not_started(
     world: World, colour: Colour, type: Type
 ) -> None:
     # One slot is held, and quick jobs flow through the other: some wait for it nearly always.
@@ -344,7 +344,7 @@ def test_a_handler_that_outlives_the_grace_period_is_left_to_its_lease(
 
 
 @both_colours
-def test_a_second_signal_ends_the_worker_at_once(world: World, colour: Colour) -> None:
+def test_a_second_signal_ends_the_worker_immediately(world: World, colour: Colour) -> None:
     world.enqueue("plain", "slow", hold="gate")
     world.release("gate", 2)
     worker = serve(world, 2 * PATIENCE, colour=colour)
@@ -376,7 +376,7 @@ def test_shutdown_may_be_called_twice(world: World, is_async: bool) -> None:
 
 
 @both_workers
-def test_a_worker_that_was_shut_down_before_it_ran_says_so_and_claims_nothing(
+def test_a_worker_that_was_shut_down_before_it_ran_raises_and_claims_nothing(
     world: World, is_async: bool
 ) -> None:
     world.enqueue("plain", "a")
@@ -425,7 +425,7 @@ def test_a_handler_may_shut_its_own_worker_down(world: World, is_async: bool, st
 
 
 @both_workers
-def test_several_threads_may_shut_a_worker_down_at_once(world: World, is_async: bool) -> None:
+def test_several_threads_may_shut_a_worker_down_concurrently(world: World, is_async: bool) -> None:
     worker = world.worker(world.mux(is_async=is_async), is_async=is_async)
     world.enqueue("plain", "a", hold="gate")
     assert eventually(lambda: world.rows("a"))
@@ -533,7 +533,7 @@ def test_a_running_worker_is_refused_to_a_forked_child_and_works_on(
 
 
 @pytest.mark.parametrize("case", ["made", "async_made"])
-def test_a_worker_made_before_a_fork_works_in_the_child_or_says_why_not(
+def test_a_worker_made_before_a_fork_works_in_the_child_or_explains_why_not(
     world: World, case: str
 ) -> None:
     colour = "async" if case == "async_made" else "thread"
@@ -592,7 +592,7 @@ def pick_up(world: World) -> float:
     return seconds
 
 
-def test_the_death_of_the_worker_that_is_notified_makes_no_other_deaf(world: World) -> None:
+def test_the_death_of_the_worker_that_is_notified_leaves_the_others_notified(world: World) -> None:
     workers = []
     for locks in (1, 2, 2, 2):  # it holds the notify lock, is its deputy, relies on them
         workers.append(world.start(poll_interval=10.0, lease=30.0))

@@ -89,7 +89,7 @@ def test_28_a_worker_whose_clock_is_off_rescues_nothing_early(
 
 @SHIFT
 @COLOUR
-def test_28_a_worker_whose_clock_is_off_takes_nothing_that_is_held(
+def test_28_a_worker_whose_clock_is_off_takes_no_job_that_another_holds(
     world: World, shift: int, colour: Any
 ) -> None:
     holder = world.start()
@@ -105,7 +105,9 @@ def test_28_a_worker_whose_clock_is_off_takes_nothing_that_is_held(
 
 
 @SHIFT
-def test_28_a_shifted_worker_keeps_what_it_holds(world: World, shift: int) -> None:
+def test_28_a_worker_whose_clock_is_off_keeps_the_jobs_that_it_holds(
+    world: World, shift: int
+) -> None:
     holder = start_shifted(world, shift)
     world.enqueue("plain", "held", sleep=4.0)
     holder.wait_for("started", "held")
@@ -314,7 +316,7 @@ def test_30_a_worker_reads_nothing_of_ten_thousand_other_queues(
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
-def test_30_an_enqueue_into_ten_thousand_queues_takes_few_locks_and_wakes_who_sleeps(
+def test_30_an_enqueue_into_ten_thousand_queues_takes_few_locks_and_wakes_sleeping_workers(
     world: World, is_async: bool
 ) -> None:
     sleepers = [
@@ -350,7 +352,7 @@ def test_30_an_enqueue_into_ten_thousand_queues_takes_few_locks_and_wakes_who_sl
     assert world.live() == QUEUES - len(sleepers)
 
 
-def test_idle_workers_beside_an_enqueue_that_stays_open_ask_the_server_seldom(
+def test_idle_workers_alongside_an_open_enqueue_rarely_query_the_server(
     world: World,
 ) -> None:
     commits = "select xact_commit from pg_stat_database where datname = current_database()"

@@ -71,7 +71,7 @@ def test_29_five_hosts_run_a_tick_once(world: World) -> None:
     check_one_run_a_second(world, min(began, ticks(world)[0] - SECOND))
 
 
-def test_29_workers_that_are_killed_and_started_on_the_tick_lose_none_and_repeat_none(
+def test_29_workers_that_are_killed_and_started_on_the_tick_neither_lose_nor_repeat_a_tick(
     world: World,
 ) -> None:
     survivor = start(world, EVERY_SECOND)
@@ -96,7 +96,9 @@ POLICIES = {"one": 1, "all": 36, "skip": 0}
 
 
 @pytest.mark.parametrize("hosts", [1, HOSTS])
-def test_29_an_outage_of_three_hours_brings_what_each_policy_says(world: World, hosts: int) -> None:
+def test_29_after_an_outage_of_three_hours_each_policy_is_followed(
+    world: World, hosts: int
+) -> None:
     schedules = [
         {"name": missed, "every": 300, "missed": missed, "after_completion": None}
         for missed in POLICIES
@@ -127,7 +129,7 @@ def test_29_an_outage_of_three_hours_brings_what_each_policy_says(world: World, 
     assert eventually(lambda: world.value(ahead) == 4)
 
 
-def test_29_a_deploy_on_the_tick_runs_it_once_whatever_the_policy(world: World) -> None:
+def test_29_a_deploy_on_the_tick_runs_it_once_under_any_policy(world: World) -> None:
     schedules = [{"name": missed, "every": 3600, "missed": missed} for missed in POLICIES]
     start(world, *schedules).terminate()
     world.processes[0].wait()
@@ -145,7 +147,7 @@ def test_29_a_deploy_on_the_tick_runs_it_once_whatever_the_policy(world: World) 
         assert ticks(world, missed) == [last[missed] + 3600 * SECOND]
 
 
-def test_29_what_counts_from_completion_never_runs_twice_at_once_though_workers_are_killed(
+def test_29_an_interval_after_completion_never_overlaps_itself_though_workers_are_killed(
     world: World,
 ) -> None:
     schedule = {"name": "s", "after_completion": 1}

@@ -29,7 +29,7 @@ def server(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(SECONDS + PEACE + 300)
-def test_nothing_is_lost_and_no_effect_doubled_whatever_happens(
+def test_under_all_faults_nothing_is_lost_and_no_effect_doubled(
     hurt: World, server: EmbeddedServer, pytestconfig: pytest.Config
 ) -> None:
     seed = int(os.environ.get("BGJOB_SOAK_SEED") or secrets.randbelow(1_000_000))

@@ -115,7 +115,7 @@ def test_no_orphan_is_left_when_the_parent_is_killed_while_its_children_start(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_terminated_parent_waits_for_what_its_children_finish(
+def test_a_terminated_parent_waits_until_its_children_have_finished_their_jobs(
     world: World, signum: signal.Signals
 ) -> None:
     parent = start(world, "--grace", "1000")
@@ -133,7 +133,7 @@ def test_a_terminated_parent_waits_for_what_its_children_finish(
     world.witness(other, "completed", *late)
 
 
-def test_a_signal_to_all_processes_at_once_is_one_wish(world: World) -> None:
+def test_a_signal_to_all_processes_counts_once(world: World) -> None:
     # As a terminal's Ctrl-C, and systemd's KillMode=control-group.
     parent = start(world, "--grace", "1000")
     ids, pids = held(world, 2)
@@ -145,7 +145,7 @@ def test_a_signal_to_all_processes_at_once_is_one_wish(world: World) -> None:
     world.saw("both finished what they ran", world.live(*ids) == 0)
 
 
-def test_a_signal_that_follows_the_parents_wish_is_the_same_wish(world: World) -> None:
+def test_a_signal_that_follows_the_parents_counts_as_the_same(world: World) -> None:
     parent = start(world, "--grace", "1000")
     ids, pids = held(world, 2)
     parent.signal(signal.SIGTERM)
@@ -157,7 +157,7 @@ def test_a_signal_that_follows_the_parents_wish_is_the_same_wish(world: World) -
     world.saw("both finished what they ran", world.live(*ids) == 0)
 
 
-def test_a_second_signal_ends_all_at_once(world: World) -> None:
+def test_a_second_signal_ends_all_processes_immediately(world: World) -> None:
     parent = start(world, "--grace", "1000")
     ids, pids = held(world, 2)
     parent.must_end_well = False
@@ -210,7 +210,7 @@ def test_children_that_die_too_often_end_the_others_and_the_parent(world: World)
     assert world.live(kept) == 0
 
 
-def test_a_target_that_cannot_be_served_is_told_and_ends_the_parent(world: World) -> None:
+def test_a_target_that_cannot_be_served_is_reported_and_ends_the_parent(world: World) -> None:
     argv = ("-m", "bgjob", "worker", "faults.app:missing", "--processes", "6")
     parent = world.command(*argv)
     parent.must_end_well = False

@@ -24,7 +24,7 @@ def start(world: World, colour: Colour = "thread", concurrency: int = 2) -> Proc
 
 @each_colour
 @each_type
-def test_13_a_handler_that_never_returns_is_told_of_and_other_slots_go_on(
+def test_13_a_handler_that_never_returns_is_reported_and_other_slots_go_on(
     world: World, colour: Colour, type: str
 ) -> None:
     worker = start(world, colour)
@@ -87,7 +87,7 @@ def test_13_a_worker_that_is_killed_with_jobs_that_hang_loses_none_of_them(
 
 @each_colour
 @each_type
-def test_13_a_worker_with_jobs_that_hang_ends_when_it_is_told_to(
+def test_13_a_worker_with_jobs_that_hang_ends_when_it_is_terminated(
     world: World, colour: Colour, type: str
 ) -> None:
     worker = start(world, colour)

@@ -94,7 +94,7 @@ def limited(world: World) -> Iterator[tuple[str, str]]:
 
 
 @hosts
-def test_a_connection_limit_charges_no_job_and_is_told_once_a_second(
+def test_a_connection_limit_charges_no_job_and_is_reported_once_a_second(
     world: World, host: Host
 ) -> None:
     effects = Effects()
@@ -129,7 +129,7 @@ def test_a_connection_limit_charges_no_job_and_is_told_once_a_second(
 
 
 @hosts
-def test_a_worker_without_connections_gives_its_jobs_back_when_it_is_shut_down(
+def test_a_worker_without_connections_releases_its_jobs_when_it_is_shut_down(
     world: World, host: Host
 ) -> None:
     effects = Effects()
@@ -148,7 +148,7 @@ def test_a_worker_without_connections_gives_its_jobs_back_when_it_is_shut_down(
 
 
 @pytest.mark.parametrize("how", ["do", "do async", "drain", "adrain"])
-def test_what_runs_one_job_here_and_now_gives_it_back_where_there_is_no_connection(
+def test_do_and_drain_release_their_job_where_there_is_no_connection(
     world: World, how: str
 ) -> None:
     effects = Effects()
@@ -179,7 +179,7 @@ def test_what_runs_one_job_here_and_now_gives_it_back_where_there_is_no_connecti
     assert world.live() == 0
 
 
-def test_a_restart_under_transactional_jobs_of_one_attempt_buries_none_that_was_not_entered(
+def test_a_restart_under_transactional_jobs_of_one_attempt_dead_letters_none_that_had_not_begun(
     hurt: World, server: EmbeddedServer
 ) -> None:
     effects = Effects()
@@ -397,7 +397,7 @@ def test_a_statement_that_a_task_sends_after_its_handler_has_ended_is_refused(
 
 @pytest.mark.parametrize("threshold", [0, 1, None])
 @pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
-def test_transactional_handlers_work_whatever_a_client_prepares(
+def test_transactional_handlers_work_regardless_of_prepared_statements(
     world: World, is_async: bool, threshold: int | None
 ) -> None:
     effects = Effects()
@@ -428,7 +428,7 @@ def test_transactional_handlers_work_whatever_a_client_prepares(
 
 @pytest.mark.parametrize("level", ["repeatable read", "serializable"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
-def test_a_transaction_outlives_the_extension_of_its_lease_whatever_the_default_isolation(
+def test_a_transaction_outlives_the_extension_of_its_lease_at_any_default_isolation(
     world: World, level: str, is_async: bool
 ) -> None:
     name = world.value("select current_database()")
@@ -692,7 +692,7 @@ def test_a_large_payload_that_cannot_be_fetched_costs_no_attempt(world: World) -
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
-def test_a_large_payload_over_a_slow_network_arrives_and_holds_up_no_other(
+def test_a_large_payload_over_a_slow_network_arrives_and_delays_no_other(
     world: World, is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(WORKER_SETTINGS, "statement_timeout", "1500ms")
