@@ -39,7 +39,7 @@ SETTINGS = {
     "shared_buffers": "32MB",
 }
 
-# Hundreds of interpreters are started: each of them would compile the package anew.
+# Hundreds of interpreters are started: each of them would compile the package again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -121,7 +121,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a new pytest-xdist worker where the server is."""
+    """Pass the server's address to a new pytest-xdist worker."""
     node.workerinput["server_dsn"] = node.config.stash[server_dsn_key]
 
 
@@ -141,7 +141,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector some thousand tests, and each fork their pages."""
+    """Keep some thousand tests out of garbage collections, and their pages shared by forks."""
     gc.collect()
     gc.freeze()
 
@@ -173,7 +173,7 @@ class Databases:
     def make(
         self, *, template: str = "template1", prefix: str = "t", encoding: str | None = None
     ) -> Iterator[tuple[str, str]]:
-        """Give the name and the DSN of a new database, and drop it after.
+        """Yield the name and the DSN of a new database, and drop it afterwards.
 
         An encoding of its own needs the template `template0`.
         """

@@ -297,7 +297,7 @@ def enqueue(client: Client, type_: str, id_: str = "a") -> None:
 
 
 def live(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
-    """Give the id, the attempt and whether there is a lease, of each live job."""
+    """Return the id, the attempt and whether there is a lease, of each live job."""
     return conn.execute(
         "select id, attempt, lease_until is not null from bgjob_job order by id"
     ).fetchall()
@@ -439,7 +439,7 @@ def test_each_of_several_queues_has_its_own_concurrency_in_each_process(
     while entered() != expected:
         assert time.monotonic() < deadline, (entered(), command.err)
         time.sleep(0.01)
-    # Nobody claims for slots that are not free: what is held is what runs.
+    # A worker claims for free slots only: the held jobs are the running ones.
     counts = conn.execute("select queue, count(token) from bgjob_job group by queue").fetchall()
     assert dict(counts) == expected
     command.send()

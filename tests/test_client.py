@@ -53,7 +53,7 @@ from bgjob.schema import init_sql
 
 
 def sessions(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
-    """The processes of this database's other sessions."""
+    """The server processes of this database's other sessions."""
     return rows(
         conn,
         "select pid from pg_stat_activity where datname = current_database() "
@@ -356,7 +356,7 @@ def test_a_bulk_enqueue_writes_every_setting_and_returns_the_ids_in_order(
 def test_a_bulk_enqueue_reads_no_due_time_before_its_transaction_has_a_number(
     client: Any, conn: psycopg.Connection, size: int
 ) -> None:
-    # A worker takes it that what has a later number than its claim is due later, too.
+    # A worker assumes that a transaction with a later number wrote later due times, too.
     conn.execute(
         """
         create function has_number() returns trigger language plpgsql as $$ begin
@@ -786,7 +786,7 @@ def test_a_cancelled_do_stores_the_result_of_its_plain_handler_once_that_has_end
             with pytest.raises(asyncio.CancelledError):
                 await doing  # which does not wait for the thread
             with pytest.raises(EmptyQueueError):
-                await client.do("q", mux)  # nothing runs beside itself
+                await client.do("q", mux)  # nothing overlaps itself
             go_on.set()
         assert rows(conn, "select job_id, last_error from bgjob_dead_job") == [("a", "why")]
 
@@ -811,7 +811,7 @@ def test_a_program_that_ends_after_a_cancelled_do_has_stored_the_handlers_result
         doing.cancel()
         with suppress(asyncio.CancelledError):
             await doing
-        # While the event loop waits for what is left of the program.
+        # While the event loop waits for the rest of the program.
         asyncio.get_running_loop().call_later(0.1, go_on.set)
 
     asyncio.run(main(AsyncClient(dsn)))
@@ -1163,7 +1163,7 @@ def test_an_async_client_serves_several_event_loops(dsn: str, conn: psycopg.Conn
             await asyncio.gather(*(client.enqueue(EnqueueRequest("q", "t")) for _ in range(30)))
 
     asyncio.run(enqueue())  # one after another
-    with ThreadPoolExecutor() as threads:  # and beside each other
+    with ThreadPoolExecutor() as threads:  # and concurrently
         for ended in [threads.submit(asyncio.run, enqueue()) for _ in range(2)]:
             ended.result()
     asyncio.run(client.close())

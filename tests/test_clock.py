@@ -42,7 +42,7 @@ def test_a_drifting_clock_and_a_stopped_process_are_not_steps() -> None:
 
 
 def set_back(conn: psycopg.Connection[Any]) -> None:
-    """Let all that was written so far have been written an hour later, by the server's clock."""
+    """Move all times that were written so far an hour ahead, by the server's clock."""
     conn.execute(
         "update bgjob_job set next_run_at = next_run_at + interval '1 hour', "
         "updated_at = updated_at + interval '1 hour', created_at = created_at + interval '1 hour'"
@@ -88,7 +88,7 @@ def test_a_worker_reports_a_clock_that_was_set_back_and_retries_do_not_wait_for_
     offset = [HOUR]
 
     class Shifted(ServerClock):
-        """What a worker saw before was an hour ahead of what it sees from now on."""
+        """A clock whose readings are ahead by `offset`, until the test sets that to 0."""
 
         def observe(self, at: datetime, sent_at: float, answered_at: float) -> float:
             return super().observe(at + timedelta(seconds=offset[0]), sent_at, answered_at)

@@ -1,4 +1,4 @@
-"""The commands that are no worker: what they do, print, and exit with."""
+"""The commands other than the worker: effect, output and exit status."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(
     dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Run]:
-    """Run a command; give its exit status, and what it wrote."""
+    """Run a command, and return its exit status and output."""
     monkeypatch.setenv("BGJOB_DSN", dsn)
 
     def run(*args: str) -> tuple[int, str, str]:
@@ -668,7 +668,7 @@ def test_the_command_checks_the_databases_schema(run: Run, conn: psycopg.Connect
     assert "upgrade the bgjob package" in err
 
 
-# -- what is printed -------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------
 
 
 def command(*args: str, **options: Any) -> "subprocess.Popen[bytes]":

@@ -1,4 +1,4 @@
-"""The demo proves itself, says so by its exit status, and leaves nothing behind."""
+"""The demo checks itself, exits with 1 if a check fails, and leaves nothing behind."""
 
 import json
 import os
@@ -232,7 +232,7 @@ def test_the_demo_shows_a_bar_on_a_terminal_where_rich_is_installed(
         try:
             while chunk := os.read(terminal, 65536):
                 shown += chunk
-        except OSError:  # Linux's way to say that nobody writes any more
+        except OSError:  # on Linux the end of file of a terminal
             pass
         os.close(terminal)
     assert process.returncode == 0, shown

@@ -162,7 +162,7 @@ def handled(crew: Crew, mux: Mux, name: str, body: Any, **options: Any) -> Mux:
 
 
 ARG = b"\\x00 \\ ' \" \x00\xff {NULL}"
-"""What a string that is escaped wrongly does not come through."""
+"""A payload that wrong escaping would change."""
 
 NAME = "caf\xe9 \\ ' {NULL}"
 """An id that LATIN1 holds."""
@@ -199,7 +199,7 @@ def test_an_enqueue_works_when_its_client_was_idle_for_longer_than_a_session_may
     client.enqueue(EnqueueRequest("q", "t", id="first"))
     sessions = "select count(*) from pg_stat_activity where usename = 'plain'"
     with psycopg.connect(elsewhere[0].dsn, autocommit=True) as admin:
-        # The library may have seen to it that the server never ends it: that is as good.
+        # The library may keep the server from ending it: that is as good.
         eventually(lambda: admin.execute(sessions).fetchone() == (0,), timeout=1.0)
     assert client.enqueue(EnqueueRequest("q", "t", id="second")) == "second"
 

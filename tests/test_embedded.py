@@ -1,4 +1,4 @@
-"""The embedded server starts anywhere, and leaves nothing behind, whatever ends its owner."""
+"""The embedded server starts anywhere, and leaves nothing behind however its owner ends."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""A database of any encoding: what it cannot hold is escaped, or refused where it is written."""
+"""A database of any encoding: texts that it cannot hold are escaped, names are refused."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""The programs of tests/examples/ print what lies beside them, and the guide shows them as they are."""
+"""The programs of tests/examples/ print their .txt files, and the guide shows both unchanged."""
 
 import os
 import re

@@ -760,7 +760,7 @@ def engine_with(*keys: str, transactional: bool = False) -> tuple[Engine, list[C
 
 
 def exchanges(engine: Engine, now: float, refused: Callable[[Exchange], bool]) -> list[Exchange]:
-    """Let the engine go on for some time; give what it sent, of which some was refused."""
+    """Run the engine for some time, and return the exchanges it sent, some of them refused."""
     end, sent = now + 5.0, []
     while now < end:
         match engine.step(now):

@@ -11,7 +11,7 @@ FAULTS = TESTS / "faults"
 
 
 def rows() -> list[tuple[int, list[str]]]:
-    """The numbers of the table, and the names of tests that stand beside each."""
+    """The numbers of the table, and the tests that are named for each."""
     lines = (FAULTS / "README.md").read_text("utf-8").splitlines()
     cells = [line.strip("|").split(" | ") for line in lines if re.match(r"\| \d+ \|", line)]
     return [(int(cell[0]), re.findall(r"`([\w./*]+::[\w*]+)`", cell[-1])) for cell in cells]

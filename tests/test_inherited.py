@@ -1,4 +1,4 @@
-"""What a session inherits of its database, its role or its program changes nothing."""
+"""Settings that a session inherits of its database, role or program change nothing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ EVERY_STRANGENESS = pytest.mark.parametrize("settings", [STRANGE, STRANGER, STRA
 
 
 def inherit(dsn: str, settings: dict[str, str]) -> None:
-    """Let each later session of the database begin with these."""
+    """Make each later session of the database begin with these settings."""
     with psycopg.connect(dsn, autocommit=True) as conn:
         for name, value in settings.items():
             conn.execute(
@@ -73,7 +73,7 @@ def inherit(dsn: str, settings: dict[str, str]) -> None:
 
 
 def fill(client: Client, conn: psycopg.Connection[Any] | None = None) -> set[str]:
-    """Enqueue in each way there is; the ids of the jobs, which are due within a second."""
+    """Enqueue in each way, and return the ids of the jobs, which are due within a second."""
     ids = []
     for n, name in enumerate(NAMES):
         request = EnqueueRequest(name, "t", EVERY_BYTE, id=f"one-{n}", exclusive=name)

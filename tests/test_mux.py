@@ -1,4 +1,4 @@
-"""A job type's policy, and how its handler is called: with what it asks for, inside middleware."""
+"""A job type's policy, and the call of its handler: arguments by name, inside middleware."""
 
 import asyncio
 import functools
@@ -83,7 +83,7 @@ def policy_of(mux: Mux, type: str = "t") -> TypePolicy:
 
 
 def run(mux: Mux, job: Job, *conn: object) -> Any:
-    """Call a handler as the worker does; give what it returned."""
+    """Call a handler as the worker does, and return its result."""
     route = route_of(mux, job.type)
     returned = route.handler(job, *conn)
     return asyncio.run(returned) if route.is_coroutine else returned

@@ -22,7 +22,7 @@ FULL = """
 
 
 def fill_queue(conn: psycopg.Connection[Any]) -> None:
-    """Let no later session of the database notify, as where its queue of notifications is full."""
+    """Make notifications of later sessions fail, as when the notification queue is full."""
     conn.execute(FULL)
     conn.execute(
         sql.SQL("alter database {} set search_path = full_queue, pg_catalog, public").format(

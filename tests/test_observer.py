@@ -1,4 +1,4 @@
-"""Whoever listens to a worker hears what it asked for, and nobody pays for what nobody hears."""
+"""An observer receives the events that it handles, and an event without an observer is free."""
 
 import logging
 import threading
@@ -68,7 +68,7 @@ ALL: list[Event] = [*OF_A_JOB, QueueIsEmpty("q"), WorkerError(OSError("gone"))]
 
 
 def tell(observer: Observer, events: list[Event]) -> None:
-    """Call an observer's method beside each event, as a worker does."""
+    """Call an observer's method for each event, as a worker does."""
     names = {event: name for name, event in METHODS.items()}
     for event in events:
         arguments = [getattr(event, name) for name in event.__slots__]
@@ -76,7 +76,7 @@ def tell(observer: Observer, events: list[Event]) -> None:
 
 
 class Before(Observer):
-    """An observer that has what it needs of the protocol's methods, and inherits the rest."""
+    """An observer that has some of the protocol's methods, and inherits the rest."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []

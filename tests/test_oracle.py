@@ -1,4 +1,4 @@
-"""The oracle of the faults sees what it is there to see."""
+"""The oracle of the faults finds each error that it looks for."""
 
 import asyncio
 import threading

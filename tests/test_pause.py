@@ -1,4 +1,4 @@
-"""A paused queue is claimed from by nobody, and loses nothing by it."""
+"""No worker claims from a paused queue, and none of its jobs is lost."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -31,7 +31,7 @@ CLAIMS: dict[str, Statement[Any]] = {
 }
 
 
-# -- what is claimed ------------------------------------------------------------------------
+# -- claims ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -58,7 +58,7 @@ def test_a_dead_workers_job_is_freed_while_its_queue_is_paused(
         "where id in ('d', 'e', 'f')"
     )
     client.pause("q")
-    # Those that are due come first, and leave it no less room for what is to be freed.
+    # Due jobs come first, and leave the same room for those that are to be freed.
     assert ask(worker, sweep("q", limit=2, lease=60, token=2))[:2] == ([], 2)
     assert ask(worker, free("q", limit=9))[:2] == ([], 1)
     assert rows(worker, "select id, deaths from bgjob_job where deaths > 0 order by id") == [

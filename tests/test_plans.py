@@ -148,7 +148,7 @@ def make_tables(conn: psycopg.Connection) -> None:
     make_table(conn, "none", 0)
     make_table(conn, "of an empty table", 0)
     conn.execute("analyze bgjob_job, bgjob_exclusive")
-    # Its pages are still there, and no rows: the planner takes it that they will stay empty.
+    # It has its pages but no rows: the planner assumes that they stay empty.
     make_table(conn, "of a drained table", 10_000)
     conn.execute("delete from bgjob_job")
     conn.execute("delete from bgjob_exclusive")
@@ -193,7 +193,7 @@ def plans(shared: psycopg.Connection) -> Iterator[psycopg.Connection]:
 
 
 def choose_table(conn: psycopg.Connection, jobs: int, statistics: str) -> None:
-    """Go to a table of so many jobs, about which the planner is told what is true of another."""
+    """Select a table of so many jobs, and replace its statistics by those of another."""
     if jobs == MILLION:
         conn.execute('set local search_path to "of a million jobs"')
     else:
@@ -218,7 +218,7 @@ def choose_table(conn: psycopg.Connection, jobs: int, statistics: str) -> None:
 
 @dataclass(frozen=True)
 class Hot:
-    """A hot statement, and what it may cost."""
+    """A hot statement, and its limits."""
 
     statement: Statement[Any]
     rows: int
@@ -306,7 +306,7 @@ PAUSED = {
 }
 
 ASIDE = 1000
-"""The most jobs that are put aside at once."""
+"""The most jobs that are put aside by one statement."""
 
 
 def wanting(key: str, *ids: str) -> list[Claimed]:
@@ -349,13 +349,13 @@ EVERY_SIZE = pytest.mark.parametrize("jobs", [10, MILLION])
 
 
 def enter_session(conn: psycopg.Connection) -> None:
-    """Take the settings of a worker's session."""
+    """Apply the settings of a worker's session."""
     settings = session(conn.info.backend_pid, WORKER_SETTINGS)
     conn.execute(cast(Any, settings.text), settings.params)
 
 
 def check_walks(plan: dict[str, Any]) -> None:
-    """Fail if jobs are found otherwise than by their position, or in the order of an index."""
+    """Fail unless jobs are found by their position or in the order of an index."""
     for node in nodes(plan):
         found = {below.get("Relation Name") for below in nodes(node)} & {
             "bgjob_job",
@@ -425,7 +425,7 @@ def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
         "the first page": DeadFilter(),
         "a page": DeadFilter(before=10_000),
     }
-    if analyzed:  # who never counted takes it that a queue has hardly any
+    if analyzed:  # without statistics the planner assumes that a queue has few
         pages["a page of a queue"] = DeadFilter(queue="q", before=10_000)
     for name, where in pages.items():
         explain = prepare(plans, name, listed(where, limit=100))
@@ -590,7 +590,7 @@ def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
             conn.execute("update bgjob_job set token = 1 where id = %s", [f"job{n}"])
             [wanted] = wanting("k", f"job{n}")
             carry_out(lock_keys(["k"]))
-            if n > 1:  # whoever is the first to have it looks at all
+            if n > 1:  # the first holder looks at all
                 check(f"acquire {n}", acquire("q", [wanted]))
             assert carry_out(acquire("q", [wanted])) == [{(f"job{n}", 1): True}]
             conn.execute("delete from bgjob_job where id = %s", [f"job{n}"])

@@ -1,4 +1,4 @@
-"""README shows what runs and what was measured."""
+"""README shows programs that run and figures that were measured."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Schedules enqueue one job a tick: whoever looks, whatever the clock does, whenever it runs."""
+"""Schedules enqueue one job a tick, for any number of workers, clocks and outages."""
 
 import asyncio
 import random
@@ -238,7 +238,7 @@ def test_cron_without_its_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Schedule("s", every=60, request=REQUEST).spec == "every 0:01:00"
 
 
-# -- what is due, as a function of the last tick and now -------------------------------------
+# -- due ticks, as a function of the last tick and now ---------------------------------------
 
 
 def state(tick: str, now: str, planned: str | None = None, **options: bool) -> State:
@@ -340,7 +340,7 @@ def tick(conn: psycopg.Connection, name: str = "s") -> datetime:
 
 
 def set_back(conn: psycopg.Connection, ago: str, name: str = "s") -> datetime:
-    """Pretend that the last tick was so long ago; give it."""
+    """Set the last tick back by so long, and return it."""
     conn.execute(
         "update bgjob_schedule set tick = clock_timestamp() - %s::interval, "
         "next_run_at = clock_timestamp() where name = %s",
@@ -776,7 +776,7 @@ def test_a_column_that_changes_its_type_under_live_sessions_stops_nothing(
     with Client(crew.dsn) as client:
 
         def use() -> None:
-            """Prepare whatever a session prepares, and keep its plans."""
+            """Run each statement often enough to be prepared and to keep its plan."""
             for n in range(12):
                 client.enqueue(EnqueueRequest("q", "t"))
                 client.enqueue(EnqueueRequest("q", "t", delay=0.01, exclusive="k"))

@@ -109,7 +109,7 @@ class Roles:
         return f"bgjob_{group}{self._suffix}"
 
     def named(self, script: str) -> bytes:
-        """Give SQL in which the roles have this test's names."""
+        """Return SQL in which the roles have this test's names."""
         return re.sub(
             r"\bbgjob_(producer|worker|scheduler|operator)\b", rf"\g<0>{self._suffix}", script
         ).encode()
@@ -501,7 +501,7 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
     ],
 }
-"""What a role must not do, beside what is refused to all of them."""
+"""Statements that a role must not run, besides those that no role may."""
 
 REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_job",
@@ -1010,7 +1010,7 @@ def right(guarded: EmbeddedServer, form: str) -> str:
 
 
 class Output:
-    """Everything that can be seen of what is done: logs, standard streams, errors, reprs."""
+    """All visible output of a test: logs, standard streams, errors, reprs."""
 
     def __init__(self, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
         for name in ("", "bgjob", "psycopg", "psycopg.pool"):
@@ -1023,7 +1023,7 @@ class Output:
         self._shown += [f"{thing!r} {thing!s}" for thing in things]
 
     def call(self, call: Callable[[], object]) -> BaseException | None:
-        """Call it, and look at what it gives or raises."""
+        """Call it, and record its result or exception."""
         try:
             self.show(call())
         except Exception as error:

@@ -1,4 +1,4 @@
-"""A worker runs its services beside its jobs, whatever they do."""
+"""A worker runs its services alongside its jobs, also if they fail."""
 
 import threading
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Calls:
 
 
 class Clock:
-    """A timer with a clock that is set by hand, and a connection that nobody uses."""
+    """A timer with a clock that is set by hand, and an unused connection."""
 
     def __init__(self, *services: Service) -> None:
         self.now = 100.0

@@ -48,7 +48,7 @@ tenant: contextvars.ContextVar[Any] = contextvars.ContextVar("tenant", default=N
 
 
 class Incomparable:
-    """As an array of numpy: nobody can say whether two are equal."""
+    """Like an array of numpy: comparing two of them raises."""
 
     def __eq__(self, other: object) -> bool:
         raise ValueError("ambiguous")
@@ -73,7 +73,7 @@ def of_style(style: Style, body: Callable[[Job], Any], *, transactional: bool = 
 
 
 def leaver(seen: list[Any], value: Callable[[], Any] = object) -> Callable[[Job], None]:
-    """Make a body that tells what it finds, and leaves something."""
+    """Return a body that records the variable that it finds, and sets it."""
 
     def body(job: Job) -> None:
         seen.append(tenant.get())
@@ -486,7 +486,7 @@ async def _stop() -> None:
 
 
 async def _break() -> None:
-    """Let the loop fail each time that it is run."""
+    """Make the loop fail each time that it is run."""
 
     def broken() -> None:
         raise OSError("the loop is broken")
@@ -598,7 +598,7 @@ def test_a_job_on_its_way_to_the_loop_is_not_given_back_when_slots_are_checked(
 
 
 class NoThreads:
-    """Lets no thread start whose name begins so, until it is told otherwise."""
+    """Refuses to start threads whose name begins so, while it is switched on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
         self.refused = 0
@@ -963,7 +963,7 @@ def test_jobs_that_outlast_grace_periods_keep_their_attempts_and_record_how_ofte
             attempt, error, is_leased = row(
                 conn, "select attempt, last_error, lease_until > clock_timestamp() from bgjob_job"
             )
-            assert (attempt, is_leased) == (0, True)  # nobody starts it beside the handler
+            assert (attempt, is_leased) == (0, True)  # no worker starts it while the handler runs
             assert f"abandoned at the end of a grace period, {n} in a row" in error
             gate.released.set()
         observer = Recorder()
@@ -1017,7 +1017,7 @@ def test_a_coroutine_that_ends_while_it_is_cancelled_is_settled(
     assert rows(conn, "select id from bgjob_job") == []
 
 
-# -- a worker beside other work --------------------------------------------------------------------------
+# -- a worker alongside other work -----------------------------------------------------------------------
 
 
 def test_a_worker_runs_until_an_event_and_is_shut_down(dsn: str, conn: psycopg.Connection) -> None:

@@ -165,7 +165,7 @@ def test_a_claim_starts_at_its_marks(worker: psycopg.Connection) -> None:
 
 
 def spoil_leases(conn: psycopg.Connection) -> None:
-    """Let the first of the jobs be held, the second one's lease be over, and leave the third."""
+    """Hold the first job, end the second one's lease, and leave the third."""
     conn.execute(
         "update bgjob_job set token = 9, attempt = 1, lease_until = clock_timestamp() + case id "
         "when 'q000001' then interval '1 hour' when 'q000002' then interval '-1 ms' end "
@@ -255,7 +255,7 @@ def test_a_job_claimed_without_an_answer_is_restored_before_its_lease_ends(
     rows = worker.execute(
         "select token, lease_until is null, attempt, deaths from bgjob_job order by id"
     ).fetchall()
-    # Of a group of suspects nobody knows whether it was charged.
+    # Whether a group of suspects was charged is unknown.
     assert rows == [
         (None, True, 0, 0),
         (None, True, 0, 1),
@@ -280,7 +280,7 @@ def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_c
     assert ask(worker, sweep("q", limit=9, lease=60, token=2))[:2] == ([], 0)
     claims = [claim_group("q", limit=9, lease=60, token=n, charge=True) for n in (4, 5, 6, 7, 8)]
     groups = [ask(worker, claim).jobs for claim in claims]
-    # Half of what is left of 8 with three deaths and 10 with two: of the larger class at an even
+    # Half of the rest of 8 with three deaths and 10 with two: of the larger class at an even
     # token, of the first at 5, and of the second at 7.
     assert [(len(group), group[0].id < "q000009") for group in groups] == [
         (5, False),
@@ -868,7 +868,7 @@ def test_the_mark_of_a_full_claim_goes_back_to_its_last_job() -> None:
 
 def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
     marks = Watermarks(poll_interval=1.0)
-    assert marks.sweep_at < 0  # at once
+    assert marks.sweep_at < 0  # immediately
     seen = UnderWay(LONG_AGO, frozenset(), is_complete=True)
     marks.swept(
         [Line(3, LONG_AGO, None, has_suspects=False)], seen, full=False, began=10.0, now=10.01

@@ -1,4 +1,4 @@
-"""Stats tell what is due, delayed, running, dead and retried, by queue and type, at one moment."""
+"""Stats count due, delayed, running, dead and retried jobs, by queue and type, at one moment."""
 
 from typing import Any, LiteralString
 

@@ -36,7 +36,7 @@ DEFAULT = 10.0
 
 @contextmanager
 def black_hole() -> Iterator[int]:
-    """Give a port that drops what is sent to it: nobody accepts, and the queue is full."""
+    """Yield a port that drops all data: its queue is full, and no server accepts."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def black_hole() -> Iterator[int]:
 
 @contextmanager
 def mute() -> Iterator[int]:
-    """Give a port where everybody is accepted, and nobody answered."""
+    """Yield a port that accepts every connection and answers none."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)

@@ -1,4 +1,4 @@
-"""Jobs are run and looked at in a test's own transaction; the fixtures work in a user's project."""
+"""Jobs are run and asserted in a test's own transaction; the fixtures work in a user's project."""
 
 import asyncio
 import inspect
@@ -54,7 +54,7 @@ from bgjob.testing import (
 )
 
 Place: TypeAlias = Literal["transaction", "autocommit", "client", "string"]
-"""What a test drains: its own connection, in two ways, or what makes connections of its own."""
+"""The source that a test drains: its own connection, in two ways, or one that connects."""
 
 
 class Bench:
@@ -751,7 +751,7 @@ def test_coroutine_handlers_cannot_be_drained_inside_a_loop_by_drain(dsn: str) -
     asyncio.run(test())
 
 
-# -- what is enqueued ----------------------------------------------------------------------------
+# -- enqueued jobs -------------------------------------------------------------------------------
 
 
 @benches(*PLACES)
@@ -945,7 +945,7 @@ Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Run:
-    """Give a function that runs pytest in a user's project."""
+    """Return a function that runs pytest in a user's project."""
     (tmp_path / "shop.py").write_text(SHOP)
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_shop.py").write_text(TESTS)

@@ -1,4 +1,4 @@
-"""A dataclass is a job: what was enqueued comes back equal, and nothing else comes through."""
+"""A dataclass is a job: an enqueued value comes back equal, and other payloads are refused."""
 
 import dataclasses
 import random
@@ -36,7 +36,7 @@ from bgjob.codec import class_option, codec_of, type_name
 
 T = TypeVar("T")
 
-# Annotations that are put together here are no types to a type checker.
+# To a type checker, annotations made at run time are not types.
 LIST: Any = list
 SET: Any = set
 FROZENSET: Any = frozenset
@@ -165,7 +165,7 @@ class Random:
         return "".join(self.rng.choices(characters, k=self.rng.randrange(6)))
 
     def draw(self, depth: int = 3, *, hashable: bool = False) -> tuple[Any, Callable[[], Any]]:
-        """Give an annotation, and what draws a value of it."""
+        """Return an annotation, and a function that draws a value of it."""
         r = self.rng
         kinds = ["scalar"] * 2 + ["optional", "union", "tuple", "row", "frozenset"]
         kinds += [] if hashable else ["list", "set", "dict", "dataclass", "any"]

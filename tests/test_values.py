@@ -1,4 +1,4 @@
-"""Values check themselves when they are made, and say what was wrong with them."""
+"""Values check themselves when they are made, and their errors name the mistake."""
 
 import asyncio
 import functools

@@ -318,7 +318,7 @@ def test_jobs_keep_their_order_around_one_that_is_slow(
     def run(job: Job) -> None:
         order.append(job.id)
         if job.id == "1500":
-            time.sleep(0.4)  # what was claimed with it goes back meanwhile
+            time.sleep(0.4)  # the jobs claimed with it are released meanwhile
 
     crew.start(Mux().register("t", run), poll_interval=NEVER)
     assert all_done(conn)
@@ -332,7 +332,7 @@ def test_a_sleeping_worker_is_woken_by_a_job_that_another_releases(
     assert eventually(
         lambda: rows(conn, "select 1 from pg_locks where locktype = 'advisory'") != []
     )
-    with conn.transaction():  # so that nobody hears of the job before it is claimed
+    with conn.transaction():  # so that no worker is notified before the job is claimed
         conn.execute(
             "insert into bgjob_job (id, queue, type, next_run_at) values ('a', 'q', 't', now())"
         )
@@ -728,7 +728,7 @@ def test_nothing_is_left_after_shutdown_and_close(crew: Crew, conn: psycopg.Conn
     assert all_done(conn)
     assert crew.shutdown(worker)
     client.close()
-    # Those of the crew's own client are told by their names.
+    # Those of the crew's own client are recognised by their names.
     assert eventually(
         lambda: (
             not [

@@ -22,7 +22,7 @@ _numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a test that the oracle would not see."""
+    """Refuse a test that the oracle would not check."""
     for item in items:
         worlds = {"world", "hurt"} & set(getattr(item, "fixturenames", ()))
         if HERE in item.path.parents and not worlds:

@@ -1,4 +1,4 @@
-"""What must be true after every fault; see the five parts."""
+"""The conditions that must hold after every fault; see the five parts."""
 
 import threading
 import time
@@ -92,9 +92,9 @@ def _check_jobs(world: "World") -> None:
 
 
 def _ended(world: "World") -> set[str]:
-    """The jobs of whose end a worker told, or the test.
+    """The jobs whose end a worker or the test reported.
 
-    A worker that was killed may have settled what it had no time to tell of: of its jobs the
+    A worker that was killed may have settled jobs without reporting it: of its jobs the
     start counts.
     """
     ended = set(world.ended)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 LIMIT = 1 << 20
 SLOW_STEP = 1 << 16
-"""Bytes that pass at once where the network is slow."""
+"""Bytes that pass in one piece where the network is slow."""
 Side = Literal["after", "before", "abandoned"]
 BEGINS = re.compile(r"\s*begin\b", re.IGNORECASE)
 COMMITS = re.compile(r"\s*commit\b", re.IGNORECASE)
@@ -24,19 +24,19 @@ WRITES = re.compile(r"\b(insert into|update|delete from)\b", re.IGNORECASE)
 
 
 async def read_message(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """Give the type of the next message of PostgreSQL's protocol, and all its bytes."""
+    """Return the type of the next message of PostgreSQL's protocol, and all its bytes."""
     head = await reader.readexactly(5)
     return head[:1], head + await reader.readexactly(int.from_bytes(head[1:]) - 4)
 
 
 async def read_startup(reader: asyncio.StreamReader) -> bytes:
-    """Give a client's first message, which has no type."""
+    """Return a client's first message, which has no type."""
     head = await reader.readexactly(4)
     return head + await reader.readexactly(int.from_bytes(head) - 4)
 
 
 def reset(writer: asyncio.StreamWriter | None) -> None:
-    """Close a connection as a host does that knows nothing of it: what was not sent is lost."""
+    """Reset a connection, as a host that does not know it does: unsent data is lost."""
     if writer is not None and not writer.is_closing():
         linger = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -69,13 +69,13 @@ class Service:
         assert not self._failures, self._failures
 
     def dsn(self, dsn: str) -> str:
-        """Give a DSN that goes through here to the database of `dsn`."""
+        """Return a DSN that leads through here to the database of `dsn`."""
         return make_conninfo(
             dsn, host="127.0.0.1", port=self.port, sslmode="disable", gssencmode="disable"
         )
 
     def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Run a coroutine function on the loop; give what it returns."""
+        """Run a coroutine function on the loop, and return its result."""
 
         async def run() -> T:
             return await function()
@@ -145,7 +145,7 @@ class _Pair:
         self.lost = False
         """Whether nothing passes any more."""
         self.is_abandoned = False
-        """Whether the server is never to hear of it: its end stays open, with nobody behind it."""
+        """Whether the server does not learn of it: its end stays open, without a peer."""
         self.cut: threading.Event | None = None
         """Set once the server has answered all that it was sent, and both ends are cut."""
         self.unanswered = 0
@@ -213,7 +213,7 @@ class Proxy(Service):
         self.call(act)
 
     def silence(self) -> None:
-        """Forward nothing, in no direction; what is sent is lost, and connections open."""
+        """Forward nothing in either direction. Data is lost, and new connections open."""
 
         async def act() -> None:
             self._mode = "silent"
@@ -224,7 +224,7 @@ class Proxy(Service):
         self.call(act)
 
     def abandon(self) -> None:
-        """Lose each connection that is open, as when its host loses power: nobody is told.
+        """Lose each open connection, as when its host loses power: neither end is notified.
 
         Nothing passes any more, and the server's end stays open until the server, or the proxy,
         closes it. New connections are forwarded.
@@ -282,7 +282,7 @@ class Proxy(Service):
             if not pair.lost and pair.server is not None:
                 pair.server.close()
         finally:
-            # The server does not hear that its client is gone.
+            # The server does not learn that its client is gone.
             if pair.is_abandoned and answering is not None:
                 await asyncio.wait([answering])
             elif pair.lost and self._mode == "silent":

@@ -35,7 +35,7 @@ SLOTS = {"thread": 8, "async": 250}
 """Concurrency by colour: the coroutine workers always have a slot free."""
 
 CROWD = 320
-"""Jobs that are enqueued at once before two workers are killed."""
+"""Jobs that are enqueued together before two workers are killed."""
 
 IN_FLIGHT = 200
 """Jobs in flight in both at which they are killed, or after 10 s."""
@@ -78,7 +78,7 @@ _ANYWHERE = """
 
 
 class Producer:
-    """Enqueues jobs by one way, and acknowledges to the world what was written.
+    """Enqueues jobs in one way, and acknowledges the written ones to the world.
 
     Args:
         name: the ids begin with it.
@@ -121,7 +121,7 @@ class Producer:
         return self._thread.is_alive()
 
     def join(self) -> None:
-        """Wait until what was being enqueued is there."""
+        """Wait until the enqueue under way has returned."""
         self.end()
         if self._thread.ident is not None:
             self._thread.join()
@@ -349,7 +349,7 @@ class Monitor:
                 self.longest_locked = max(self.longest_locked, seconds)
 
     def _late(self, ended_at: float, now: float, since: float | None) -> float:
-        """Seconds since a job's lease has ended, the server is there, and a worker `since`."""
+        """Seconds since a job's lease has ended, the server is up, and a worker works `since`."""
         return 0.0 if since is None else max(now - max(ended_at, since, self.server_since), 0.0)
 
     def _kills(self, id: str) -> bool:
@@ -470,7 +470,7 @@ class Report:
 
 
 class Soak:
-    """Everything at once, for as long as it is wished.
+    """All faults together, for as long as you like.
 
     Args:
         world: on the server.
@@ -507,7 +507,7 @@ class Soak:
         self._traps: list[tuple[str, threading.Event]] = []
 
     def run(self) -> Report:
-        """Let it all happen, make peace, and see what came of it."""
+        """Run all faults, end them, and check the outcome."""
         world = self._world
         world.lease, world.poll_interval = LEASE, POLL_INTERVAL
         world.query(INDEXES)
@@ -623,7 +623,7 @@ class Soak:
         heapq.heappush(self._endings, (when, next(self._order), what))
 
     def _fill(self, slot: Slot, now: float) -> None:
-        """See to it that there is a worker."""
+        """Make sure that there is a worker."""
         process = slot.process
         if process is None:
             if now >= slot.start_at:
@@ -672,7 +672,7 @@ class Soak:
         self.report.longest[what] = max(self.report.longest.get(what, 0.0), seconds)
 
     def _disturb(self, slot: Slot) -> None:
-        """Say that from now on the slot's last recovery is not to be expected."""
+        """Record that from now on the slot's last recovery is not expected."""
         if slot.recovery is not None:
             slot.recovery.until = time.time()
             slot.recovery = None
@@ -740,7 +740,7 @@ class Soak:
         return True
 
     def _gather_a_crowd(self, now: float) -> None:
-        """Have many jobs in flight in two workers, and kill both at once."""
+        """Have many jobs in flight in two workers, and kill both."""
         for _ in range(8):  # which do not all open their connections in one moment
             self._killers.produce("plain", {"sleep": self._dice.uniform(4, 7)}, count=CROWD // 8)
         slots, patience = [self._slots[1], self._slots[3]], now + 10
@@ -801,7 +801,7 @@ class Soak:
         return True
 
     def _network(self) -> tuple[Proxy, Slot | None] | None:
-        """Choose a network that is whole; what is behind it is a worker, or the producers."""
+        """Choose a working network, in front of a worker or of the producers."""
         slots = {slot.proxy: slot for slot in self._slots if slot.proxy is not None}
         whole = [p for p in self._proxies if p not in slots or not slots[p].is_cut_off]
         whole = [p for p in whole if p in slots or not self._producers_are_cut_off]

@@ -1,4 +1,4 @@
-"""Faults 24 to 27: odd payloads, spoiled rows, enormous calls and names are nobody else's trouble."""
+"""Faults 24 to 27: odd payloads, spoiled rows, enormous calls and names harm no other job."""
 
 import asyncio
 import os
@@ -182,7 +182,7 @@ def test_24_a_payload_of_100_mb_comes_back_and_delays_no_neighbour(
 
 
 class Unknown:
-    """What JSON has no form for."""
+    """A value that JSON cannot express."""
 
 
 def endless() -> list[Any]:
@@ -317,7 +317,7 @@ NEVER_DUE = {
     if spoil.startswith(("next_run_at", "lease_until"))
     and ("'infinity'" in spoil or "294276" in spoil)
 }
-"""What waits for a time that does not come is left alone."""
+"""Jobs that wait for a time that never comes stay as they are."""
 
 
 @HOST
@@ -446,7 +446,7 @@ def test_25_a_row_whose_columns_were_spoiled_while_it_ran_affects_itself_only(
         if "token = null" in id or "token = -1" in id:
             world.witness(worker, "lost", id)
     assert worker.of("error") == []
-    # Nothing but these can hold a job for ever: a claim without an end, and no due time.
+    # Only these can hold a job forever: a claim without an end, and a due time of infinity.
     left = {id for (id,) in world.query("select id from bgjob_job where lease_until = 'infinity'")}
     assert all("lease_until = 'infinity'" in id for id in left)
     assert worker.shutdown()
@@ -586,7 +586,7 @@ def test_26_duplicates_are_found_inside_one_call_and_against_live_jobs(
     enqueuer = Enqueuer(world, is_async=is_async)
     many = [f"{n:05}" for n in range(25_000)]
     world.enqueue("t", "00007", "15000", ledger=False)
-    # In the same chunk, in another, beside its twin, and live already in each place.
+    # In the same chunk, in another, next to its twin, and already live in each place.
     calls = {
         "twice in a chunk": [*many[100:200], many[150]],
         "beside its twin": [many[1], many[1]],
@@ -610,7 +610,7 @@ def test_26_duplicates_are_found_inside_one_call_and_against_live_jobs(
 def at_once(
     world: World, is_async: bool, calls: list[list[EnqueueRequest]], on_conflict: str
 ) -> list[Any]:
-    """Make bulk calls at once; what each gives or raises."""
+    """Make concurrent bulk calls, and return the result or exception of each."""
 
     async def gathered() -> list[Any]:
         async with AsyncClient(world.dsn) as client:

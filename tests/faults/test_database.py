@@ -45,7 +45,7 @@ both_workers = pytest.mark.parametrize("is_async", [False, True], ids=["Worker",
 both_types = pytest.mark.parametrize("type", ["plain", "transactional"])
 
 LONG = 30.0
-"""A lease that no pause of the tests outlives: what runs again was not owed to its end."""
+"""A lease that no pause of the tests outlives: no job runs again because it ended."""
 
 
 def enqueue(world: World, type: Type, *ids: str, count: int = 0, **arg: Any) -> None:
@@ -387,7 +387,7 @@ def test_a_worker_outlives_a_time_in_which_the_database_is_read_only(
     world.release("gate", 1, 2, 3, 4, 5, 6)
     worker.wait_for("error", READ_ONLY)
     world.query(f"alter database {name} reset default_transaction_read_only")
-    # A session keeps the default that it began with: nobody ends those that began meanwhile.
+    # A session keeps the default that it began with: those that began meanwhile stay.
     enqueue(world, "transactional", "c")
     enqueue(world, "plain", "d")
     world.done()
@@ -398,7 +398,7 @@ def test_a_worker_outlives_a_time_in_which_the_database_is_read_only(
 
 
 def set_standbys(admin: psycopg.Connection, names: str) -> None:
-    """Let commits wait for these standbys, of which there are none; "" for no wait."""
+    """Make commits wait for these standbys, which do not exist; "" for no wait."""
     admin.execute(f"alter system set synchronous_standby_names = '{names}'".encode())
     admin.execute("select pg_reload_conf()")
 
@@ -651,7 +651,7 @@ def test_a_transaction_for_which_the_disk_is_full_is_rolled_back_and_runs_again(
 
 
 class Work:
-    """What the claims of this process's workers read of their index, and how many jobs they got."""
+    """Counts the index entries that this process's workers read, and the jobs they claimed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.claims: list[tuple[str, int, int]] = []
@@ -690,7 +690,7 @@ class Work:
         monkeypatch.setattr(Exchange, "statements", counted)
 
     def since(self, start: int) -> tuple[int, int]:
-        """The jobs that were claimed from the marks since then, and what was read for them.
+        """Return the jobs claimed from the marks since then, and the entries read for them.
 
         Without the sweeps, which have a twentieth of the time at most, and the looks that found
         nothing: those walk over what the producer has not committed yet, as often as they come.
@@ -929,7 +929,7 @@ STATEMENTS = [
 
 
 def refused(world: World, *, is_async: bool, dsn: str | None = None) -> str:
-    """What a worker says that does not start."""
+    """Return the error of a worker that does not start."""
     local = world.make(world.mux(is_async=is_async), is_async=is_async, dsn=dsn)
     with pytest.raises(SchemaError) as caught:
         world.answer(local.worker.run())

@@ -299,7 +299,7 @@ def test_9_a_coroutine_that_blocks_its_loop_for_three_leases_keeps_its_job(
         began = world.value(CLOCK)
         beside = world.start()
         running = world.value(CLOCK)
-        # By the database's clock: without an extension the worker beside had the job by now.
+        # By the database's clock: without an extension the other worker had the job by now.
         until = max(began + 3 * world.lease, running + 1.5 * world.lease)
         assert eventually(lambda: world.value(CLOCK) >= until)
         world.enqueue("plain", "beside")
@@ -590,7 +590,7 @@ def test_11_an_exchange_that_cannot_be_encoded_is_refused_and_claims_nothing(
         assert link.is_open
     finally:
         link.close()
-    # Whoever is told of a refusal relies on it that nothing of the exchange has happened.
+    # A refusal means that no part of the exchange was done.
     assert world.query("select id from bgjob_job where token is not null or attempt > 0") == []
 
 
@@ -652,7 +652,7 @@ def provoke(world: World, worker: Local, method: str, gate: threading.Event) -> 
 
 
 def said(world: World, handler: Callable[[Job], Result | None]) -> Callable[[Job], Result | None]:
-    """Tell the oracle which jobs completed, where no observer is left to do so."""
+    """Report the completed jobs to the oracle, where no observer is left to do so."""
 
     def handle(job: Job) -> Result | None:
         result = handler(job)
@@ -889,7 +889,7 @@ def _sql(step: str, job: Job) -> tuple[bytes, Sequence[object] | None]:
 
 
 class Stage:
-    """A worker of one colour that runs transactional jobs, and neighbours beside them."""
+    """A worker of one colour that runs transactional jobs and their neighbours."""
 
     def __init__(self, world: World, *, is_async: bool, style: Literal["plain", "coroutine"]):
         self.world = world

@@ -14,7 +14,7 @@ AT_ONCE = 3.0
 
 
 def end_leases(world: World) -> None:
-    """Let the leases of a worker that is dead end now, so that the test is quick."""
+    """End the leases of a dead worker now, so that the test is quick."""
     world.query("update bgjob_job set lease_until = clock_timestamp() where token is not null")
 
 

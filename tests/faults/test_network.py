@@ -71,11 +71,11 @@ class Crew:
                 worker.wait_for("empty")
 
     def finish(self) -> None:
-        """Let the handlers end."""
+        """Release the handlers."""
         self._world.release("gate", 1, 2, 3, 4, 5)
 
     def recover(self, back: float) -> float:
-        """Give each something to do, and wait until it does; the longest time from `back` on."""
+        """Enqueue a job for each, and return the longest time from `back` to a job's start."""
         waits = {queue: len(worker.of("started")) for queue, worker in self.workers.items()}
         for queue in self.workers:
             self._world.enqueue("plain", f"{queue}: last", queue=queue)
@@ -169,7 +169,7 @@ def test_statements_of_handlers_end_with_the_connection_that_a_silent_network_ha
     ("patience", "connect_timeout"),
     [
         (6.0, 2),
-        # As they are, for which nobody has to wait each time.
+        # The defaults, which are too long for every run.
         pytest.param(30.0, 10, marks=[pytest.mark.soak, pytest.mark.timeout(150)]),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_claim_whose_answer_was_lost_is_undone_at_once_and_charges_no_attempt(
     proxy: Proxy, world: World, colour: Colour, moment: str
 ) -> None:
     world.enqueue("plain", "busy", hold="gate")
-    # It has no slot to claim for until the gate opens, and then settles and claims at once.
+    # It has no slot to claim for until the gate opens, and then settles and claims immediately.
     worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), concurrency=1, lease=LONG)
     worker.wait_for("effect", "busy")
     world.enqueue("plain", "a", hold="door")
@@ -427,7 +427,7 @@ LOCK = (
 
 
 def end_sessions(world: World) -> None:
-    """End what is half open, as only the server's keepalive would."""
+    """End half-open sessions, as only the server's keepalive would."""
     world.query(
         "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
         "where datname = current_database() and application_name ^@ 'bgjob'"

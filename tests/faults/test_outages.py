@@ -32,7 +32,7 @@ RUNNING = [f"running {n}" for n in range(5)]
 
 
 def hold_some(world: World, worker: Process) -> None:
-    """Let jobs run that end during the outage, and others that end after it."""
+    """Start jobs that end during the outage, and others that end after it."""
     world.enqueue("plain", *RUNNING, linger=AWAY + 1.5)
     world.enqueue("plain", "exclusive", exclusive="key", linger=AWAY + 1.5)
     world.enqueue("plain", *FINISHED, linger=0.7)

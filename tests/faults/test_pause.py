@@ -1,4 +1,4 @@
-"""A pause holds for every process: what is claimed after it, what dies in it, what ends it."""
+"""A pause holds for every process: claims, deaths during it, and its end."""
 
 from typing import Literal
 

@@ -145,7 +145,7 @@ def test_a_worker_killed_in_the_middle_of_a_settlement_settles_once_or_not_at_al
         first.kill()
     second = world.start(colour=colour)
     world.done()
-    # Where the settlement was committed all the same, there was nothing to run again.
+    # If the settlement was committed after all, there was nothing to run again.
     assert world.rows("a", type) == 1 + second.heard("effect", "a") * (type == "plain")
 
 
@@ -170,7 +170,7 @@ def test_a_worker_that_slept_longer_than_its_lease_changes_nothing_of_the_newer_
     world.release("gate", 1)
     world.witness(first, "lost", "a")
     assert world.query(claim) == newer
-    # It goes on: what it is given now, it does.
+    # It goes on, and runs new jobs.
     world.enqueue(type, "b")
     world.done("b")
     assert world.query(claim) == newer
@@ -185,7 +185,7 @@ def test_a_worker_that_slept_longer_than_its_lease_changes_nothing_of_the_newer_
 
 
 def supervise(world: World, *ids: str, **options: Any) -> list[Process]:
-    """Keep a worker process running until these jobs are no longer live; give all there were."""
+    """Keep a worker process running until these jobs have ended; return all processes."""
     started = [world.start(**options)]
     deadline = time.monotonic() + 45
     while world.live(*ids):
@@ -282,7 +282,7 @@ def test_a_terminated_worker_finishes_running_jobs_and_releases_those_that_have_
     world: World, colour: Colour, type: Type
 ) -> None:
     # One slot is held, and quick jobs flow through the other: some wait for it nearly always.
-    # A stop makes them slow to the worker, so that it is not tried again at once.
+    # A stop makes them slow to the worker, so that it is not tried again immediately.
     world.enqueue(type, "slow", hold="gate")
     quick = world.enqueue_many("plain", 20_000, mute=True, ledger=False)
     written = world.value("select xmin::text from bgjob_job where id = %s", quick[:1])
@@ -351,7 +351,7 @@ def test_a_second_signal_ends_the_worker_immediately(world: World, colour: Colou
     worker.wait_for("effect", "slow")
 
     def ended() -> bool:
-        worker.terminate()  # two at once may be felt as one
+        worker.terminate()  # the kernel may merge two signals
         return not worker.alive
 
     assert eventually(ended)

@@ -22,7 +22,7 @@ CLOCK = "select clock_timestamp()"
 
 
 def runs(world: World, id: str) -> list[datetime]:
-    """When the runs of a job wrote the ledger, by the database's clock."""
+    """The times when the runs of a job wrote the ledger, by the database's clock."""
     return [
         at for (at,) in world.query("select at from ledger where job_id = %s order by at", [id])
     ]
@@ -265,7 +265,7 @@ QUEUES = 10_000
 
 
 def in_each_queue(ids: str) -> Iterator[EnqueueRequest]:
-    """A job for each queue; the ids begin so."""
+    """A job for each queue; `ids` is the prefix of their ids."""
     for n in range(QUEUES):
         yield EnqueueRequest(f"queue {n}", "plain", id=f"{ids} {n}")
 

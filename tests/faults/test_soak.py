@@ -1,4 +1,4 @@
-"""The long run: everything at once, for as long as it is wished; `pytest -m soak`.
+"""The long run: all faults together, for as long as you like; `pytest -m soak`.
 
 BGJOB_SOAK_SECONDS says how long (1,800 by default), BGJOB_SOAK_SEED what happens.
 """

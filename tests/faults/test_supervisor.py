@@ -23,7 +23,7 @@ def start(world: World, *args: str, processes: int = 2) -> Process:
 
 
 def held(world: World, count: int, gate: str = "gate") -> tuple[list[str], list[int]]:
-    """Give so many new jobs, each held in a child of its own, and the children's pids."""
+    """Return so many new jobs, each held in a child of its own, and the children's pids."""
     ids = [f"{len(world.jobs)}-{n}" for n in range(count)]
     world.enqueue("plain", *ids, hold=gate)
     assert eventually(lambda: len(world.query(WORKING, [ids])) == count), [
@@ -33,12 +33,12 @@ def held(world: World, count: int, gate: str = "gate") -> tuple[list[str], list[
 
 
 def started(parent: Process) -> list[int]:
-    """Give the pids of all children so far."""
+    """Return the pids of all children so far."""
     return [int(pid) for pid in re.findall(r"process \d+: pid (\d+)", parent.output)]
 
 
 def is_gone(pid: int) -> bool:
-    """Whether there is no such process; a zombie that nobody waits for is gone, too."""
+    """Whether there is no such process; a zombie without a waiting parent counts as gone."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

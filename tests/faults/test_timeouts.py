@@ -33,7 +33,7 @@ def test_13_a_handler_that_never_returns_is_reported_and_other_slots_go_on(
     world.enqueue_many(type, 20)
     world.done(*[id for id in world.jobs if id != "hangs"])
     world.witness(worker, "timed_out", "hangs")
-    # It hangs again, in another slot, and is told of again.
+    # It hangs again, in another slot, and is reported again.
     world.witness(worker, "timed_out", "hangs", times=2)
     worker.wait_for("retried", "hangs", times=2)
     told = [event[0] for event in worker.of("timed_out", "retried") if event[1] == "hangs"]

@@ -75,12 +75,12 @@ class Effects:
         return mux
 
 
-# -- 5: where there is no connection, no attempt begins ---------------------------------------
+# -- 5: without a connection no attempt begins ------------------------------------------------
 
 
 @contextmanager
 def limited(world: World) -> Iterator[tuple[str, str]]:
-    """Give a role that may use the tables, and a DSN of it."""
+    """Yield a role that may use the tables, and a DSN of it."""
     name = f"limited_{world.value('select current_database()')}"
     world.query(f"create role {name} login")
     world.query(f"grant all on all tables in schema public to {name}")
@@ -100,7 +100,7 @@ def test_a_connection_limit_charges_no_job_and_is_reported_once_a_second(
     effects = Effects()
     with limited(world) as (role, dsn):
         ids = world.enqueue_many("transactional", 30)
-        # The worker's own connection is there; there is no other.
+        # The worker has its own connection; there is no other.
         world.query(f"alter role {role} connection limit 1")
         began = time.monotonic()
         worker = world.worker(
@@ -288,10 +288,10 @@ def test_nothing_that_a_handler_leaves_on_its_connection_is_seen_by_the_next(
     worker = world.worker(mux, lease=LONG)
     world.done()
     world.witness(worker, "completed", times=3)
-    assert len(sessions) == 1  # it is kept all the same
+    assert len(sessions) == 1  # it is kept nevertheless
     assert seen == [seen[0]] * 3
     assert seen[0][2] == (1,)
-    # The first has heard itself, and nobody hears what others say.
+    # The first was notified by itself, and none by others.
     first, *others = said.values()
     assert (first, others) in (([], [[], []]), (["notice"], [[], []]), (["news"], [[], []]))
 
@@ -461,7 +461,7 @@ def test_a_transaction_outlives_the_extension_of_its_lease_at_any_default_isolat
     assert not worker.of("error", "retried", "buried", "lost")
 
 
-# -- 11: whoever gives up or frees a claim ends its transaction, with its locks ------------------
+# -- 11: a claim that is given up or freed ends its transaction, with its locks ------------------
 
 
 ONE_AT_A_TIME = "create unique index on ledger (job_id) where kind = 'transactional'"
@@ -535,7 +535,7 @@ def test_the_transaction_of_a_worker_that_is_stopped_ends_when_its_claim_is_free
     second.wait_for("completed", "a")
     took = time.monotonic() - stopped
     print(f"completed {took:.2f} s after the stop, lease {world.lease:g} s")
-    assert took < world.lease + 8  # seconds; for ever before
+    assert took < world.lease + 8  # seconds; forever before
     first.cont()
     world.witness(first, "lost", "a")
     assert world.query("select attempt from ledger where job_id = 'a'") == [(2,)]

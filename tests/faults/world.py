@@ -57,11 +57,11 @@ class Heard:
 
     @property
     def ended_well(self) -> bool:
-        """Whether it had the time to tell of all that it did."""
+        """Whether it had the time to report all its events."""
         raise NotImplementedError
 
     def tail(self) -> str:
-        """What happened last, for a message."""
+        """The last events, for a message."""
         return "\n".join(map(str, self.events()[-40:]))
 
 
@@ -148,7 +148,7 @@ class Process(Heard):
         self.is_stopped = True
 
     def cont(self) -> None:
-        """Let it go on."""
+        """Continue it."""
         self.signal(signal.SIGCONT)
         self.is_stopped = False
 
@@ -157,7 +157,7 @@ class Process(Heard):
         self.signal(signal.SIGTERM)
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """Wait until it has ended; give its exit code, negative for a signal."""
+        """Wait until it has ended, and return its exit code, negative for a signal."""
         try:
             code = self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -218,7 +218,7 @@ class Local(Heard):
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """A job whose enqueue was acknowledged, and what is to be found of it."""
+    """A job whose enqueue was acknowledged, and the traces that the oracle looks for."""
 
     id: str
     type: str
@@ -228,7 +228,7 @@ class Acknowledged:
 
 
 class Watch:
-    """Looks how long claims outlive their leases, again and again, on a thread of its own."""
+    """Measures continually, on a thread of its own, how long claims outlive their leases."""
 
     def __init__(self, dsn: str) -> None:
         self.longest = 0.0
@@ -328,7 +328,7 @@ class World:
                 time.sleep(0.1)
 
     def value(self, query: str, params: Sequence[object] = ()) -> Any:
-        """The only value that a query gives."""
+        """Return the only value of a query's result."""
         [[value]] = self.query(query, params)
         return value
 
@@ -355,7 +355,7 @@ class World:
         )
 
     def watch(self) -> Watch:
-        """Measure, for the length of a `with` block, how long ended leases are left alone."""
+        """Measure, during a `with` block, for how long ended leases are not freed."""
         return Watch(self.dsn)
 
     # -- jobs ---------------------------------------------------------------------------
@@ -417,7 +417,7 @@ class World:
         return ids
 
     def acknowledge(self, *ids: str, type: str = "plain", ledger: bool = True, **arg: Any) -> None:
-        """Say that these jobs were enqueued: the oracle holds the library to them.
+        """Record that these jobs were enqueued; the oracle checks that none is lost.
 
         `ledger=False` is for jobs whose handlers write no ledger: then one that is neither live
         nor dead counts as done where a worker of the world told of its end, or the test (`end`).
@@ -426,7 +426,7 @@ class World:
             self.jobs[id] = Acknowledged(id, type, arg, ledger)
 
     def end(self, *ids: str) -> None:
-        """Say that the test itself saw these jobs end, which no worker of the world ran."""
+        """Record that the test itself saw these jobs end, which no worker of the world ran."""
         self.ended.update(ids)
 
     def children(self, id: str) -> list[str]:
@@ -478,7 +478,7 @@ class World:
     def command(self, *argv: str, env: Mapping[str, str] | None = None, **options: Any) -> Process:
         """Start a Python process with these arguments, that makes its worker of faults.app.
 
-        As `start`, but for that it does not wait.
+        Like `start`, without waiting.
         """
         name = f"{len(self.processes)}.events"
         defaults = Settings(
@@ -514,13 +514,13 @@ class World:
         return asyncio.run_coroutine_threadsafe(wait(), self._loop).result(2 * PATIENCE)
 
     def answer(self, answer: Any) -> Any:
-        """What a method of either colour answers."""
+        """Return the result of a method of either colour."""
         return self.run(answer) if inspect.isawaitable(answer) else answer
 
     def make(
         self, mux: Mux, *, is_async: bool = False, dsn: str | None = None, **options: Any
     ) -> Local:
-        """Make a worker in this process, and do not run it; the world shuts it down."""
+        """Make a worker in this process without running it; the world shuts it down."""
         heard: list[Event] = []
         settings: dict[str, Any] = {
             "lease": self.lease,
@@ -611,7 +611,7 @@ class World:
             oracle.check_threads(self)
 
     def _end_workers(self) -> list[tuple[Process, int]]:
-        """End the processes and workers; give the exit codes of processes that ended well."""
+        """End the processes and workers, and return the exit codes of those that ended well."""
         ended: list[tuple[Process, int]] = []
         running = [process for process in self.processes if process.alive]
         for process in running:

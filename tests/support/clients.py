@@ -95,7 +95,7 @@ class Colour:
             yield
 
     def at_once(self, *calls: Callable[[Any], Any], client: Any = None) -> list[Any]:
-        """Make calls of one client at the same time, each given the client."""
+        """Make concurrent calls of one client; each is passed the client."""
         client = (client or self.client()).target
         if self.is_async:
 
@@ -130,7 +130,7 @@ def client(colour: Colour) -> Any:
 
 
 def bury(client: Any, *requests: EnqueueRequest, error: str = "why") -> None:
-    """Let jobs die, one after another."""
+    """Move new jobs to the dead-letter table, one after another."""
     for request in requests:
         client.enqueue(request)
         client.do(request.queue, Mux().register(request.type, lambda _: MoveToDlq(error)))

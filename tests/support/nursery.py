@@ -40,7 +40,7 @@ class Nursery:
         self._answers = self._socket.makefile("rb")
 
     def close(self) -> None:
-        """Let it end."""
+        """End it."""
         self._answers.close()
         self._socket.close()
         self._popen.wait()
@@ -48,7 +48,7 @@ class Nursery:
     def fork(
         self, module: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path, *fds: int
     ) -> int:
-        """Run a module as a program in a fork, with these as its standard files; give the pid."""
+        """Run a module as a program in a fork with these standard files; return its pid."""
         return int(self._ask(["fork", module, list(argv), dict(env), str(cwd)], fds))
 
     def waitpid(self, pid: int, options: int) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Give its exit code, None while it has not ended."""
+        """Return its exit code, or None while it has not ended."""
         if self.returncode is None:
             pid, status = _nursery().waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -140,7 +140,7 @@ def fork(
 
 
 def _serve(owner: socket.socket) -> None:
-    """Fork, and wait, as the owner asks; in a fork, become what was asked for."""
+    """Fork and wait on the owner's requests; in a fork, become the requested program."""
     gc.freeze()  # no fork has to walk over all that was imported when it ends
     while True:
         words, fds, _, _ = socket.recv_fds(owner, 1 << 16, 3)

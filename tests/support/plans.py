@@ -14,7 +14,7 @@ from bgjob._sql.statement import Statement
 
 
 def prepare(conn: psycopg.Connection, name: str, statement: Statement[Any]) -> str:
-    """Prepare a statement as the driver does; give the SQL that explains it."""
+    """Prepare a statement as the driver does, and return the SQL that explains it."""
     assert statement.params is not None
     query = PostgresQuery(Transformer(conn))
     query.convert(statement.text, statement.params)
@@ -28,7 +28,7 @@ def prepare(conn: psycopg.Connection, name: str, statement: Statement[Any]) -> s
 
 
 def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[str, Any]:
-    """Run what `prepare` gave, and undo it; give the plan, with what each of its steps did."""
+    """Run the SQL of `prepare`, undo it, and return the plan with its actual rows and pages."""
     with conn.transaction(force_rollback=True):
         conn.execute("select set_config('plan_cache_mode', %s, true)", [plan_cache_mode])
         [[[plan]]] = conn.execute(cast(Any, explain)).fetchall()
@@ -36,14 +36,14 @@ def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[st
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Give every step of a plan."""
+    """Yield every step of a plan."""
     yield plan
     for below in plan.get("Plans", []):
         yield from nodes(below)
 
 
 def handled(node: dict[str, Any]) -> float:
-    """Count the rows that a step gave or dropped."""
+    """Count the rows that a step returned or dropped."""
     if node["Node Type"] == "Bitmap Index Scan":  # counts dead rows too; the step above does not
         return 0
     dropped = sum(rows for key, rows in node.items() if key.startswith("Rows Removed"))

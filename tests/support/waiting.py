@@ -1,4 +1,4 @@
-"""Waiting for what other threads and processes do."""
+"""Waiting for other threads and processes."""
 
 import time
 from collections.abc import Callable
@@ -7,14 +7,14 @@ PATIENCE = 30.0
 """Seconds after which a test that waits has failed."""
 
 NEVER = 3600.0
-"""A poll interval that no test lives to see: what happens is not owed to polling."""
+"""A poll interval longer than any test: nothing happens because of polling."""
 
 _SHORTEST, _LONGEST = 0.005, 0.05
 """Seconds between two looks: a tenth of the time waited, within these bounds."""
 
 
 def eventually(condition: Callable[[], object], timeout: float = PATIENCE) -> bool:
-    """Wait until the condition holds; whether it ever did."""
+    """Wait until the condition holds; return whether it did."""
     began = time.monotonic()
     while not condition():
         waited = time.monotonic() - began

@@ -81,7 +81,7 @@ def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Executor]]:
 
 
 class Gate:
-    """A handler that says that it has been entered, and waits to be let go."""
+    """A handler that reports that it was entered, and waits for its release."""
 
     def __init__(self, result: Result | None = None) -> None:
         self.entered = threading.Semaphore(0)
@@ -174,7 +174,7 @@ class Crew:
         self._loop.close()
 
     def run(self, answer: Any) -> Any:
-        """Wait for a coroutine of the async colour; pass on what is none."""
+        """Wait for a coroutine of the async colour; return any other value."""
         if not self.is_async:
             return answer
         return asyncio.run_coroutine_threadsafe(answer, self._loop).result(2 * PATIENCE)
