@@ -10,16 +10,17 @@ generic one.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from time import monotonic
-from typing import Any, cast
+from typing import Any, LiteralString, cast
 
 import psycopg
 import pytest
 from conftest import MIGRATION, server_dsn_key
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from support.database import row
 from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare, run
 from support.statements import LONG_AGO
+from support.waiting import eventually
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._engine.protocol import MOST_FREED
@@ -498,14 +499,9 @@ def test_a_client_keeps_no_plan_of_a_small_table_when_it_grows(
         client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(large)])
         client.do("q", mux)
     # What a session read is counted when it has ended.
-    read = deleted = 0
-    deadline = monotonic() + 30
-    while deleted < runs + 1:
-        assert monotonic() < deadline
-        [(read, deleted)] = conn.execute(
-            "select seq_tup_read, n_tup_del from pg_stat_user_tables where relname = 'bgjob_job'"
-        )
-    assert read < large
+    counts: LiteralString = "from pg_stat_user_tables where relname = 'bgjob_job'"
+    assert eventually(lambda: row(conn, f"select n_tup_del {counts}")[0] == runs + 1)
+    assert row(conn, f"select seq_tup_read {counts}")[0] < large
 
 
 # -- dead rows ------------------------------------------------------------------------------

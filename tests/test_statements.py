@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, LiteralString, cast
 
 import psycopg
 import pytest
 from support.plans import PLAN_CACHE_MODES, buffers, prepare, run
 from support.statements import LONG_AGO, ask
+from support.waiting import eventually
 
 import bgjob
 from bgjob import EnqueueRequest, Job
@@ -717,15 +718,16 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
         assert ask(other, take_notify_lock("q")) == "covered"
         ask(other, listen("q"))
         holder.close()
-        took = "select count(*) from pg_locks where locktype = 'advisory'"
-        while deputy.execute(took).fetchall() != [(1,)]:  # the server has to notice
-            pass
+        locks: LiteralString = (
+            "select count(*) from pg_locks where locktype = 'advisory' "
+            "and database = (select oid from pg_database where datname = current_database())"
+        )
+        assert eventually(lambda: deputy.execute(locks).fetchall() == [(1,)])
         assert ask(deputy, take_notify_lock("q", is_deputy=True, relieve=True)) == "taken"
         assert [n.payload for n in other.notifies(timeout=30, stop_after=1)] == [""]
         assert ask(other, take_notify_lock("q")) == "deputy"  # its place was free
         deputy.close()
-        while other.execute(took).fetchall() != [(1,)]:
-            pass
+        assert eventually(lambda: other.execute(locks).fetchall() == [(1,)])
 
 
 def test_no_worker_sleeps_while_an_enqueue_is_in_flight(dsn: str, conn: psycopg.Connection) -> None:

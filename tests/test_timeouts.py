@@ -209,12 +209,12 @@ def test_a_transaction_of_a_thread_that_ends_late_is_rolled_back(
     observer.wait_for("completed", "a")
     gate.released.set()
     assert eventually(lambda: transactions(conn) == 0)
-    assert rows(conn, "select * from effect") == [("a", 2)]
-    assert [event[0] for event in observer.of("timed_out", "retried", "completed", "lost")] == [
-        "timed_out",
-        "retried",
-        "completed",
-    ]
+    # On a busy host later attempts may time out as well.
+    [(_, _, attempt)] = observer.of("completed")
+    assert attempt > 1
+    assert rows(conn, "select * from effect") == [("a", attempt)]
+    told = [event[0] for event in observer.of("timed_out", "retried", "completed", "lost")]
+    assert told == ["timed_out", "retried"] * (attempt - 1) + ["completed"]
 
 
 def test_a_transaction_of_a_coroutine_that_is_cancelled_is_rolled_back(
@@ -232,9 +232,12 @@ def test_a_transaction_of_a_coroutine_that_is_cancelled_is_rolled_back(
     crew.enqueue("a")
     crew.start(mux, observer=observer)
     observer.wait_for("completed", "a")
-    assert rows(conn, "select * from effect") == [("a", 2)]
+    # On a busy host later attempts may time out as well.
+    [(_, _, attempt)] = observer.of("completed")
+    assert attempt > 1
+    assert rows(conn, "select * from effect") == [("a", attempt)]
     assert eventually(lambda: transactions(conn) == 0)
-    assert len(observer.of("timed_out")) == 1
+    assert len(observer.of("timed_out")) == attempt - 1
 
 
 @both_styles

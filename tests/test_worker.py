@@ -329,9 +329,7 @@ def test_a_sleeping_worker_is_woken_by_a_job_that_another_releases(
     crew: Crew, conn: psycopg.Connection
 ) -> None:
     crew.start(Mux().register("t", lambda _: None), poll_interval=NEVER)
-    assert eventually(
-        lambda: rows(conn, "select 1 from pg_locks where locktype = 'advisory'") != []
-    )
+    assert eventually(lambda: sleeper(conn) is not None)
     with conn.transaction():  # so that no worker is notified before the job is claimed
         conn.execute(
             "insert into bgjob_job (id, queue, type, next_run_at) values ('a', 'q', 't', now())"
@@ -746,11 +744,16 @@ def test_nothing_is_left_after_shutdown_and_close(crew: Crew, conn: psycopg.Conn
             == (0,)
         )
     )
-    assert row(
-        conn,
-        "select count(*) from pg_locks where locktype = 'advisory' and database = "
-        "(select oid from pg_database where datname = current_database())",
-    ) == (0,)
+    assert eventually(
+        lambda: (
+            row(
+                conn,
+                "select count(*) from pg_locks where locktype = 'advisory' and database = "
+                "(select oid from pg_database where datname = current_database())",
+            )
+            == (0,)
+        )
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
