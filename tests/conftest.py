@@ -37,6 +37,9 @@ SETTINGS = {
     "max_prepared_transactions": "20",
     # A database is dropped after nearly each test: that looks through all buffers.
     "shared_buffers": "32MB",
+    # A table that is filled by the transaction that made it is not logged.
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
 }
 
 # Hundreds of interpreters are started: each of them would compile the package again.
@@ -231,12 +234,19 @@ def conn(dsn: str) -> Iterator[psycopg.Connection]:
         yield conn
 
 
-@pytest.fixture(scope="module")
-def server(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
-    """A server of the module's own, to stop, kill and restart.
+@pytest.fixture(scope="session")
+def second_server(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
+    """A server of this process's own; `server` is for tests.
 
     Commits survive a crash of the server: only a crash of the host would need fsync.
     """
     settings = {"fsync": "off", "max_connections": "300"}
     with EmbeddedServer(bin_dir=bin_dir, tmp_dir=find_tmp_dir(), settings=settings) as server:
         yield server
+
+
+@pytest.fixture
+def server(second_server: EmbeddedServer) -> EmbeddedServer:
+    """A server to stop, kill, restart and configure; it runs when the test begins."""
+    second_server.start()
+    return second_server

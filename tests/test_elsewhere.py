@@ -1,4 +1,4 @@
-"""The core works on a server that is nothing like the one of the other tests.
+"""The core works in a database that is nothing like those of the other tests.
 
 Those are UTF8 and C, over a Unix socket, as superuser, with PostgreSQL's default settings. Here
 it is LATIN1 (with a language's order, where the server has ICU), over TCP with a password, as a
@@ -12,12 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from conftest import find_tmp_dir
 from faults.proxy import Proxy
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -75,59 +73,56 @@ NEWER: Mapping[LiteralString, str] = {"transaction_timeout": "600ms"}
 """Since version 17."""
 
 
-@pytest.fixture(scope="module")
-def elsewhere(bin_dir: Path | None) -> Iterator[tuple[EmbeddedServer, Proxy]]:
+@pytest.fixture(scope="session")
+def elsewhere(second_server: EmbeddedServer) -> Iterator[tuple[EmbeddedServer, Proxy]]:
     """A server whose plain roles need a password, and the TCP port in front of it."""
-    with EmbeddedServer(
-        bin_dir=bin_dir, tmp_dir=find_tmp_dir(), settings={"fsync": "off"}
-    ) as server:
-        access = server.data_dir / "pg_hba.conf"
-        access.write_text(f"local all plain scram-sha-256\n{access.read_text()}")
-        with psycopg.connect(server.dsn, autocommit=True) as admin:
-            admin.execute("select pg_reload_conf()")
-            admin.execute("set password_encryption = 'scram-sha-256'")
-            admin.execute("create role plain login password 'a ''word'")
-            admin.execute("create role owner")
-            [[has_icu]] = admin.execute(
-                "select exists (select from pg_collation where collname = 'de-x-icu')"
-            ).fetchall()
-            icu: LiteralString = (
-                "locale_provider icu icu_locale 'de'"
-                if has_icu and admin.info.server_version >= 15_00_00
-                else ""
-            )
-            admin.execute(
-                sql.SQL(
-                    "create database elsewhere template template0 encoding 'LATIN1' locale 'C' {}"
-                ).format(sql.SQL(icu))
-            )
-        dsn = make_conninfo(server.dsn, dbname="elsewhere")
-        with psycopg.connect(dsn) as owner:
-            owner.execute("create schema jobs authorization owner")
-            owner.execute("set search_path = jobs")
-            owner.execute("set role owner")
-            owner.execute(init_sql().encode())
-            owner.execute("reset role")
-            owner.execute(SCRIPT.encode())
-            groups = sorted(set(re.findall(r"create role (\w+)", SCRIPT)))
-            for group in groups:
-                owner.execute(
-                    sql.SQL("grant usage on schema jobs to {}").format(sql.Identifier(group))
+    server = second_server
+    server.start()
+    access = server.data_dir / "pg_hba.conf"
+    access.write_text(f"local all plain scram-sha-256\n{access.read_text()}")
+    with psycopg.connect(server.dsn, autocommit=True) as admin:
+        admin.execute("select pg_reload_conf()")
+        admin.execute("set password_encryption = 'scram-sha-256'")
+        admin.execute("create role plain login password 'a ''word'")
+        admin.execute("create role owner")
+        [[has_icu]] = admin.execute(
+            "select exists (select from pg_collation where collname = 'de-x-icu')"
+        ).fetchall()
+        icu: LiteralString = (
+            "locale_provider icu icu_locale 'de'"
+            if has_icu and admin.info.server_version >= 15_00_00
+            else ""
+        )
+        admin.execute(
+            sql.SQL(
+                "create database elsewhere template template0 encoding 'LATIN1' locale 'C' {}"
+            ).format(sql.SQL(icu))
+        )
+    dsn = make_conninfo(server.dsn, dbname="elsewhere")
+    with psycopg.connect(dsn) as owner:
+        owner.execute("create schema jobs authorization owner")
+        owner.execute("set search_path = jobs")
+        owner.execute("set role owner")
+        owner.execute(init_sql().encode())
+        owner.execute("reset role")
+        owner.execute(SCRIPT.encode())
+        groups = sorted(set(re.findall(r"create role (\w+)", SCRIPT)))
+        for group in groups:
+            owner.execute(sql.SQL("grant usage on schema jobs to {}").format(sql.Identifier(group)))
+            owner.execute(sql.SQL("grant {} to plain").format(sql.Identifier(group)))
+        owner.execute("create table effect (id text, at text)")
+        owner.execute("grant select, insert on effect to plain")
+        defaults = dict(DEFAULTS)
+        if owner.info.server_version >= 17_00_00:
+            defaults |= NEWER
+        for name, value in defaults.items():
+            owner.execute(
+                sql.SQL("alter database elsewhere set {} = {}").format(
+                    sql.Identifier(name), sql.Literal(value)
                 )
-                owner.execute(sql.SQL("grant {} to plain").format(sql.Identifier(group)))
-            owner.execute("create table effect (id text, at text)")
-            owner.execute("grant select, insert on effect to plain")
-            defaults = dict(DEFAULTS)
-            if owner.info.server_version >= 17_00_00:
-                defaults |= NEWER
-            for name, value in defaults.items():
-                owner.execute(
-                    sql.SQL("alter database elsewhere set {} = {}").format(
-                        sql.Identifier(name), sql.Literal(value)
-                    )
-                )
-        with Proxy(dsn) as proxy:
-            yield server, proxy
+            )
+    with Proxy(dsn) as proxy:
+        yield server, proxy
 
 
 @pytest.fixture

@@ -986,18 +986,19 @@ WRONG = {
 }
 
 
-@pytest.fixture(scope="module")
-def guarded(server: EmbeddedServer) -> EmbeddedServer:
+@pytest.fixture(scope="session")
+def guarded(second_server: EmbeddedServer) -> EmbeddedServer:
     """A server that asks the role `app` for its password."""
-    with psycopg.connect(server.dsn, autocommit=True) as conn:
+    second_server.start()
+    with psycopg.connect(second_server.dsn, autocommit=True) as conn:
         conn.execute(bgjob.schema.init_sql().encode())
         conn.execute(
             sql.SQL("create role app superuser login password {}").format(sql.Literal(PASSWORD))
         )
-        rules = "local all postgres trust\nlocal all all scram-sha-256\n"
-        (server.data_dir / "pg_hba.conf").write_text(rules)
+        access = second_server.data_dir / "pg_hba.conf"
+        access.write_text(f"local all app scram-sha-256\n{access.read_text()}")
         conn.execute("select pg_reload_conf()")
-    return server
+    return second_server
 
 
 def right(guarded: EmbeddedServer, form: str) -> str:

@@ -55,9 +55,8 @@ def world(request: pytest.FixtureRequest, dsn: str) -> Iterator[World]:
 
 @pytest.fixture
 def hurt(request: pytest.FixtureRequest, server: EmbeddedServer) -> Iterator[World]:
-    """A world on the module's own server, which the test may hurt; it runs again in the end."""
+    """A world on a server that the test may hurt; it runs again in the end."""
     name = f"hurt_{next(_numbers)}"
-    server.start()
     dsn = make_conninfo(server.dsn, dbname=name)
     with psycopg.connect(server.dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
