@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.documents import ROOT
+from support.nursery import fork
+from support.waiting import PATIENCE
 
 EXAMPLES = sorted((ROOT / "tests" / "examples").glob("*.py"))
 GUIDE = (ROOT / "bgjob" / "docs" / "guide.md").read_text("utf-8")
@@ -19,17 +19,16 @@ def output(example: Path) -> str:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_prints_its_expected_output(example: Path, dsn: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", example],
-        # BGJOB_DSN would have precedence.
-        env={**os.environ, "DATABASE_URL": dsn, "BGJOB_DSN": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == output(example)
+def test_an_example_prints_its_expected_output(example: Path, dsn: str, tmp_path: Path) -> None:
+    out, err = tmp_path / "out", tmp_path / "err"
+    # BGJOB_DSN would have precedence.
+    env = {**os.environ, "DATABASE_URL": dsn, "BGJOB_DSN": "", "PYTHONWARNINGS": "error"}
+    with out.open("wb") as output_, err.open("wb") as errors:
+        process = fork(str(example), env=env, output=output_, errors=errors)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert (process.wait(PATIENCE), err.read_text("utf-8")) == (0, "")
+    assert out.read_text("utf-8") == output(example)
 
 
 def test_the_guide_or_readme_shows_each_example_with_its_output() -> None:

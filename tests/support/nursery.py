@@ -126,7 +126,7 @@ def fork(
     errors: IO[bytes] | None = None,
     cwd: Path = TESTS,
 ) -> Forked:
-    """Run a module as a program; it reads a pipe, and writes to `output`.
+    """Run a module, or a file, as a program; it reads a pipe, and writes to `output`.
 
     As with `python -P`, and `-W error` where PYTHONWARNINGS says so.
     """
@@ -164,7 +164,10 @@ def _serve(owner: socket.socket) -> None:
                         sys.path[:1] = filter(None, env["PYTHONPATH"].split(os.pathsep))
                     if env.get("PYTHONWARNINGS") == "error":
                         warnings.simplefilter("error")
-                    runpy.run_module(module, run_name="__main__", alter_sys=True)
+                    if module.endswith(".py"):
+                        runpy.run_path(module, run_name="__main__")
+                    else:
+                        runpy.run_module(module, run_name="__main__", alter_sys=True)
                     return
                 for fd in fds:
                     os.close(fd)
