@@ -187,61 +187,13 @@ def test_30_a_retry_and_a_reschedule_never_come_back_early(world: World, is_asyn
 
 # -- 30: many jobs -----------------------------------------------------------------------------------
 
-COUNTING = """
-import json, os, signal, sys, threading
-import psycopg
-from bgjob import AsyncClient, AsyncWorker, Client, Mux, NoopObserver, Worker
-from faults import app
-
-app.end_with_parent()
-settings = app.Settings(**json.loads(os.environ[app.ENVIRONMENT]))
-file = app.EventFile(settings.events)
-ran = []
-
-class Lost(NoopObserver):
-    def job_lease_lost(self, job, /):
-        file.tell(("lost", job.id, job.attempt))
-
-    def worker_error(self, error, /):
-        file.tell(("error", str(error)))
-
-def handler(job):
-    ran.append((job.id, job.attempt))
-
-async def coroutine(job):
-    ran.append((job.id, job.attempt))
-
-stop = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stop.set())
-mux = Mux().register("plain", coroutine if settings.colour == "async" else handler)
-with Client(settings.dsn) as client:
-    worker = Worker(
-        client,
-        settings.queue,
-        mux,
-        concurrency=settings.concurrency,
-        lease=settings.lease,
-        poll_interval=settings.poll_interval,
-        observer=Lost(),
-    )
-    worker.run()
-    file.tell(("running", os.getpid()))
-    stop.wait()
-    worker.shutdown(None)
-    with psycopg.connect(settings.ledger) as conn, conn.cursor() as cursor:
-        with cursor.copy("copy ledger (job_id, attempt, kind, pid) from stdin") as copy:
-            for id, attempt in ran:
-                copy.write_row((id, attempt, "plain", os.getpid()))
-    file.tell(("ran", len(ran)))
-"""
-"""A worker process whose handlers only remember; it writes the ledger in the end."""
-
 
 @COLOUR
 def test_30_two_workers_run_each_of_100_000_jobs_once(world: World, colour: Any) -> None:
     count = 100_000
     workers = [
-        world.command("-c", COUNTING, colour=colour, concurrency=10, lease=10.0) for _ in range(2)
+        world.command("-m", "faults.counting", colour=colour, concurrency=10, lease=10.0)
+        for _ in range(2)
     ]
     for worker in workers:
         worker.wait_for("running")
