@@ -246,7 +246,7 @@ class Command:
         return self._err.read_text()
 
     def heard(self, text: str) -> None:
-        """Wait until the process has said something."""
+        """Wait until the process has written a text."""
         deadline = time.monotonic() + PATIENCE
         while text not in self.out + self.err:
             ended = self.process.poll() is not None and text not in self.out + self.err
@@ -258,7 +258,7 @@ class Command:
         self.process.send_signal(signum)
 
     def ended(self) -> int:
-        """Wait until the process has ended; give its exit status."""
+        """Wait until the process has ended, and return its exit status."""
         return self.process.wait(PATIENCE)
 
     def stopped(self, signum: int = signal.SIGTERM) -> int:

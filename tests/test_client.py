@@ -1,4 +1,4 @@
-"""Clients write jobs, run single ones and look after the dead, in both colours alike."""
+"""Clients of both colours write jobs, run single ones and manage dead jobs."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The server's clock is set while workers run: it is said, and made good where it can be told."""
+"""The server's clock is set while workers run: they report it, and correct due times where known."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast

@@ -51,7 +51,7 @@ def answer(server: EmbeddedServer, query: LiteralString = "select 1") -> Any:
 
 
 class Traces(NamedTuple):
-    """What a running server has put on the host."""
+    """The traces of a running server on the host."""
 
     pid: int
     folder: Path

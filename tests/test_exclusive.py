@@ -1,4 +1,4 @@
-"""Of the jobs that share a key one runs at a time, in the order in which they are due."""
+"""Jobs that share a key run one at a time, in the order of their due times."""
 
 import asyncio
 import itertools
@@ -55,7 +55,7 @@ def _never(_: int) -> float:
 
 
 class Diary:
-    """Who ran when."""
+    """The times at which jobs ran."""
 
     def __init__(self) -> None:
         self.order: defaultdict[str | None, list[str]] = defaultdict(list)
@@ -457,7 +457,7 @@ def settled(conn: psycopg.Connection, claimed: Claimed, ending: Ending) -> set[s
 
 
 def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) -> Claimed:
-    """Claim a job that has a key, and the key, as a worker that does no more."""
+    """Claim a job that has a key, and the key, like a worker that then stops."""
     [[[job]]] = [ask_all(conn, [claim_any(queue, lease=lease, token=token)])]
     claimed = Claimed(job, token)
     assert granted(conn, claimed) == {(job.id, 1): True}

@@ -1,4 +1,4 @@
-"""tests/faults/README.md lists the faults, with the numbers and the tests that there are."""
+"""tests/faults/README.md lists the faults, with their numbers and existing tests."""
 
 import re
 from collections.abc import Iterator

@@ -100,7 +100,7 @@ def fill(client: Client, conn: psycopg.Connection[Any] | None = None) -> set[str
 
 
 def is_intact(client: Client) -> None:
-    """Fail where a payload or a key is not as it was given."""
+    """Fail if a payload or a key has changed."""
     with client._connection(None) as conn:  # noqa: SLF001
         found = dict(
             conn.execute("select id, coalesce(exclusive, '-none-') from bgjob_job").fetchall()
@@ -147,7 +147,7 @@ def test_a_callers_session_keeps_its_settings_and_the_jobs_are_the_same(
 
 
 def look_around(client: Client) -> None:
-    """Use what else a client has."""
+    """Use the other methods of a client."""
     until = datetime.now(UTC) + timedelta(hours=1)
     client.pause("a", until)
     client.pause("NULL")
@@ -216,7 +216,7 @@ def test_a_worker_works_the_same_regardless_of_inherited_settings(
 
 
 class Loud(TimestamptzLoader):
-    """A loader of a program that has times of a class of its own."""
+    """A loader of a program with a time class of its own."""
 
     def load(self, data: Any) -> Any:
         return f"time {bytes(data)!r}"
@@ -358,7 +358,7 @@ TABLES = "bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause"
 
 @contextlib.contextmanager
 def role(conn: psycopg.Connection[Any], dsn: str) -> Iterator[tuple[str, str]]:
-    """A role that may do all that a worker does, and its DSN."""
+    """A role with all privileges of a worker, and its DSN."""
     name = f"w_{conn.info.dbname}"
     conn.execute(cast(Any, f"create role {name} login; grant all on {TABLES} to {name}"))
     try:

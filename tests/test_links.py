@@ -1,4 +1,4 @@
-"""Every link in the documents leads somewhere, and every file that a text names is there."""
+"""Every link in the documents has a target, and every file that a text names exists."""
 
 import re
 from functools import cache

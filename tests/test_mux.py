@@ -503,7 +503,7 @@ def test_a_payload_that_does_not_fit_rests_in_the_dlq_as_it_is(crew: Crew) -> No
 
 
 def telling(told: list[Any], name: str) -> Middleware:
-    """Middleware of either colour that tells when it is entered and left."""
+    """Middleware of either colour that records when it is entered and left."""
 
     def middleware(handler: Callable[..., Any]) -> Callable[..., Any]:
         if asyncio.iscoroutinefunction(handler):

@@ -14,7 +14,7 @@ from faults.world import World
 
 @pytest.fixture
 def world(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """A world in which all is well, but for what the test does to it."""
+    """A world without a fault, until the test damages it."""
     monkeypatch.setattr(oracle, "_PATIENCE", 0.1)
     monkeypatch.setattr(oracle, "_SLACK", 0.1)
     world = World(dsn)
@@ -24,7 +24,7 @@ def world(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 
 def judge(world: World) -> str:
-    """What the oracle has to say."""
+    """Return the errors that the oracle finds."""
     with pytest.raises(AssertionError) as caught:
         world.close()
     return str(caught.value)

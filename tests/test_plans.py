@@ -1,4 +1,4 @@
-"""Each hot statement has a plan that no size of the table and no statistics can spoil.
+"""Each hot statement has a good plan for any size of the table and any statistics.
 
 These tests share one database, which the first to come makes. It holds a table of a million jobs,
 and other tables of the same definition, each of which was analyzed when it held something else. A

@@ -1,4 +1,4 @@
-"""Least privileges suffice, values stay values, and secrets stay secret."""
+"""Least privileges suffice, values are never executed, and secrets are never shown."""
 
 import ast
 import contextlib
@@ -94,7 +94,7 @@ GRANTS = parse(SCRIPT)
 
 
 class Roles:
-    """The script's roles, and logins that have no more than them.
+    """The script's roles, and logins that have only those.
 
     Roles belong to the whole server: their names carry that of the test's database.
     """
@@ -119,7 +119,7 @@ class Roles:
         self._made += [self.name(group) for group in GROUPS]
 
     def login(self, *groups: str) -> str:
-        """Make a login that is a member of these groups; give the DSN with which it connects."""
+        """Make a login that is a member of these groups, and return its DSN."""
         name = f"app_{len(self._made)}{self._suffix}"
         members = sql.SQL(", ").join(sql.Identifier(self.name(group)) for group in groups)
         self.conn.execute(sql.SQL("create role {} login").format(sql.Identifier(name)))
@@ -735,7 +735,7 @@ HOSTILE = [
 
 @pytest.fixture
 def canary(conn: psycopg.Connection) -> Iterator[None]:
-    """Whatever hostile texts were, no object of the database has changed."""
+    """After any hostile texts, no object of the database has changed."""
     objects: LiteralString = (
         "select c.oid, c.relname, c.relkind, a.attname, a.atttypid from pg_class c "
         "left join pg_attribute a on a.attrelid = c.oid order by c.oid, a.attnum"
@@ -859,7 +859,7 @@ METHODS_THAT_IMPORT = {"import_module", "resolve_name", "load_module", "exec_mod
 
 
 def dangers(source: str) -> list[str]:
-    """List what in this Python source could import, unpickle or evaluate a value."""
+    """List the calls in this Python source that could import, unpickle or evaluate a value."""
     found = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -912,7 +912,7 @@ def test_the_search_for_dangers_finds_them(source: str) -> None:
 
 
 class Bomb:
-    """What leaves a mark where it is unpickled."""
+    """An object that leaves a mark when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -960,7 +960,7 @@ def test_payloads_and_types_that_want_to_run_arrive_as_bytes_and_rest_in_the_dlq
 # -- secrets -----------------------------------------------------------------------------------
 
 SECRET = "Tr0ub4dor"
-"""What must be seen nowhere; the password holds it, and characters that are quoted."""
+"""A text that must appear nowhere; the password has it, and characters that need quoting."""
 
 PASSWORD = f"{SECRET}&3 '\\"
 

@@ -16,7 +16,7 @@ from bgjob.service import ServiceTimer, Service
 
 
 class Calls:
-    """A service that calls a function, and says so."""
+    """A service that calls a function, and counts the calls."""
 
     def __init__(self, body: Callable[[psycopg.Connection[Any]], Any] = lambda _: 0.01) -> None:
         self._body = body

@@ -1,4 +1,4 @@
-"""A slot leaves nothing of one job to the next, and is missed where it ends."""
+"""A slot keeps nothing of one job for the next, and is replaced if it ends."""
 
 import asyncio
 import contextvars
@@ -211,7 +211,7 @@ def test_a_drain_on_the_tests_connection_leaves_its_context_alone(dsn: str, styl
 
 
 def hidden(body: Callable[[Job], Any], how: str) -> Any:
-    """Make a plain function that returns what has to be awaited."""
+    """Make a plain function that returns an awaitable."""
 
     async def coroutine(job: Job) -> Any:
         await asyncio.sleep(0)
@@ -509,7 +509,7 @@ ENDS = [
 
 
 class Thrown(Exception):
-    """As some libraries throw into the threads of others."""
+    """An exception that some libraries raise in other threads."""
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__.strip("_"))

@@ -25,7 +25,7 @@ from bgjob import (
 
 
 class Pool:
-    """A state that tells what happens to it, and where."""
+    """A state that records its calls, and their threads."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -56,7 +56,7 @@ class Pool:
 
 
 class Awaitable:
-    """As pools of some drivers: it can be awaited, and entered as well."""
+    """Like the pools of some drivers: it can be awaited and entered."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool

@@ -1,4 +1,4 @@
-"""Each hot statement keeps its plan, its fence and its promise, whatever the statistics say."""
+"""Each hot statement keeps its plan, its fence and its promise, for any statistics."""
 
 import ast
 import threading
@@ -382,7 +382,7 @@ LOOKS: dict[str, Statement[Any]] = {
     "survey of a sweep": survey("q"),
     "free": free("q", limit=100),
 }
-"""What a worker asks when it looks for jobs."""
+"""The statements of a worker that looks for jobs."""
 
 
 def delay(conn: psycopg.Connection, first: int, last: int) -> None:

@@ -11,7 +11,7 @@ from bgjob._sql.views import stats
 
 
 def write(conn: psycopg.Connection, settings: LiteralString, *, queue: str, type: str) -> None:
-    """Write a job with columns as they may come to be."""
+    """Write a job with columns in any state that can occur."""
     conn.execute("insert into bgjob_job (id, queue, type) values ('new', %s, %s)", [queue, type])
     conn.execute("update bgjob_job set id = gen_random_uuid(), " + settings + " where id = 'new'")
 

@@ -1,4 +1,4 @@
-"""A worker that cannot start says so in time; one that breaks goes on, or ends and says why."""
+"""A worker that cannot start raises in time; one with a fault goes on, or ends with an error."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ from bgjob._worker.control import QueueControl
 from bgjob.schema import init_sql
 
 DEFAULT = 10.0
-"""Seconds after which a worker gives up by default: what comes sooner is owed to init_timeout."""
+"""Seconds after which a worker gives up by default: an earlier end is due to init_timeout."""
 
 
 # -- starts that fail ----------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def mute() -> Iterator[int]:
 
 
 def refused(crew: Crew, dsn: str, error: type[BaseException], **options: Any) -> float:
-    """Run a worker that cannot; give the seconds after which it said so."""
+    """Run a worker that cannot start, and return the seconds until it raised."""
     threads = set(threading.enumerate())
     worker = crew.make(Mux(), dsn=dsn, **options)
     began = time.monotonic()

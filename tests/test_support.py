@@ -1,4 +1,4 @@
-"""The tests help themselves from tests/support/, and not from one another."""
+"""Tests import helpers from tests/support/, and not from one another."""
 
 import ast
 from collections import defaultdict

@@ -58,7 +58,7 @@ Place: TypeAlias = Literal["transaction", "autocommit", "client", "string"]
 
 
 class Bench:
-    """Drains in either colour, on whatever a test has."""
+    """Drains in either colour, from any source that a test has."""
 
     def __init__(self, dsn: str, place: Place, *, is_async: bool) -> None:
         self.dsn, self.place, self.is_async = dsn, place, is_async
@@ -94,7 +94,7 @@ class Bench:
         return ran
 
     def query(self, text: str) -> list[tuple[Any, ...]]:
-        """Ask where the jobs are visible."""
+        """Run a query where the jobs are visible."""
 
         async def ask() -> Any:
             return await (await self.conn.execute(text)).fetchall()

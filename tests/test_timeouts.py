@@ -1,4 +1,4 @@
-"""A handler's time is limited: what outlives it fails, and holds up nothing but itself."""
+"""A handler's time is limited: an attempt that outlives it fails, and delays no other."""
 
 import asyncio
 import threading
@@ -370,7 +370,7 @@ def test_a_coroutine_that_blocks_its_loop_is_given_up(crew: Crew) -> None:
 
 
 def stick(crew: Crew, observer: Recorder, number: int) -> None:
-    """Enqueue so many jobs that are given up, and wait until they are."""
+    """Enqueue so many jobs that time out, and wait until they have."""
     before = len(observer.of("buried"))
     crew.enqueue(*[f"stuck{before + n}" for n in range(number)], type="stuck")
     observer.wait_for("buried", times=before + number)

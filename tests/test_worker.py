@@ -1,4 +1,4 @@
-"""Workers run jobs, whatever handlers, observers, connections and rows do."""
+"""Workers run jobs despite any handlers, observers, connections and rows."""
 
 import asyncio
 import gc

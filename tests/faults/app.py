@@ -1,6 +1,6 @@
 """The worker process of the tests: `python -m faults.app`, or `bgjob worker faults.app:make`.
 
-What it does is in the environment, what its jobs do in their arguments. It says what happens in a
+Its settings are in the environment, its jobs' actions in their arguments. It writes its events to a
 file, a line an event, so that nothing is forgotten when it is killed.
 """
 
@@ -59,7 +59,7 @@ LEDGER = """
         ended   timestamptz
     )
 """
-"""What the handlers write. No constraint: a row too many must be seen, not refused."""
+"""The tables that handlers write. No constraint: a row too many must be seen, not refused."""
 
 _INSERT = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
 _GATE = "select 1 from ledger where job_id = %s and attempt = %s and kind = 'gate'"
@@ -70,12 +70,12 @@ _RESCHEDULED = "select count(*) from ledger where job_id = %s and kind = 'resche
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A worker process, as the test wants it."""
+    """The settings of a worker process."""
 
     dsn: str
     """Where the worker works; a proxy may lie between."""
     ledger: str
-    """Where its ordinary handlers write the ledger: directly, whatever the worker's network does."""
+    """Where its ordinary handlers write the ledger: directly, not through the worker's network."""
     events: str
     """The file of its events."""
     queue: str = "q"
@@ -97,7 +97,7 @@ class Settings:
 
 
 class Recorder(NoopObserver):
-    """Tells the events, each a tuple: name, job id, attempt, and what else there is."""
+    """Reports each event as a tuple: name, job id, attempt, and further values."""
 
     def __init__(self, tell: Callable[[Event], object]) -> None:
         self._tell = tell
@@ -365,7 +365,7 @@ def serve(worker: Worker, file: EventFile, grace: float) -> None:
 
 
 async def serve_async(worker: AsyncWorker, file: EventFile, grace: float) -> None:
-    """As `serve`."""
+    """Like `serve`."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await worker.run()

@@ -1,4 +1,4 @@
-"""Worlds: each test of a fault takes one, and the oracle is asked after it."""
+"""Worlds: each fault test has one, which the oracle checks afterwards."""
 
 import itertools
 from collections.abc import Generator, Iterator
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Remember which test has failed: then the oracle has nothing to add."""
+    """Remember which test has failed: the oracle does not check it."""
     report = yield
     if report.failed:
         item.stash[failed_key] = True

@@ -48,7 +48,7 @@ def fork(body: Callable[[], object], *, end: Callable[[int], Any]) -> None:
 
 
 def tried(what: str, call: Callable[[], object]) -> bool:
-    """Do what may be refused, with an error that says why; whether it was done."""
+    """Run a call that may be refused, and report which; return whether it was done."""
     try:
         call()
     except (BgjobError, RuntimeError) as error:
@@ -84,7 +84,7 @@ async def async_client() -> None:
 
 
 def pool() -> None:
-    """As `client`, with a pool of the program's own."""
+    """Like `client`, with a pool of the program's own."""
     with ConnectionPool(SETTINGS.dsn, min_size=1, max_size=1) as pool:
         client = Client(pool)
         client.enqueue(request("before"))
@@ -145,7 +145,7 @@ async def async_pool() -> None:
 
 
 def worker() -> None:
-    """Run a worker before the fork, meddle with it in the child, and let it work on."""
+    """Run a worker before the fork, use it in the child, and let it go on."""
     worker = build(SETTINGS, FILE)
     assert isinstance(worker, Worker)
 
@@ -180,7 +180,7 @@ async def async_worker() -> None:
 
 
 def made() -> None:
-    """Make a worker, and run it in a child; as servers do that fork their workers."""
+    """Make a worker, and run it in a child, as servers do that fork their workers."""
     worker = build(SETTINGS, FILE)
     assert isinstance(worker, Worker)
 
@@ -214,7 +214,7 @@ async def async_made() -> None:
 
 
 def fork_in_handler() -> int | None:
-    """Fork, and end the child as programs end; give its exit code, or None if it lives on."""
+    """Fork, end the child as programs end, and return its exit code, or None if it lives on."""
     child = os.fork()
     if child == 0:
         signal.alarm(10)  # the end of one that lives on, and whose parent is killed
@@ -274,7 +274,7 @@ async def async_handler() -> None:
 
 
 def await_completion(id: str) -> None:
-    """Wait until the events tell of it."""
+    """Wait for an event."""
     wanted = json.dumps(("completed", id, 1))
     with open(SETTINGS.events) as file:
         while wanted not in file.read():

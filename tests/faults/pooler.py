@@ -1,4 +1,4 @@
-"""A stand-in for PgBouncer, as it was before it knew prepared statements."""
+"""A stand-in for PgBouncer before it supported prepared statements."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ class _Session:
         self.reader = reader
         self.writer = writer
         self.greeting = greeting
-        """What the server said of its parameters."""
+        """The parameters that the server reported."""
         self.unanswered = 0
 
 
@@ -98,7 +98,7 @@ class Pooler(Service):
         pool: asyncio.Queue[_Session | None],
         client: asyncio.StreamWriter,
     ) -> None:
-        """Hand on what the session answers until its transaction has ended, and free it."""
+        """Forward the session's answers until its transaction has ended, and free it."""
         rested = None
         try:
             while rested is None:

@@ -143,13 +143,13 @@ class _Pair:
         self.client = client
         self.server: asyncio.StreamWriter | None = None
         self.lost = False
-        """Whether nothing passes any more."""
+        """Whether no data passes any more."""
         self.is_abandoned = False
         """Whether the server does not learn of it: its end stays open, without a peer."""
         self.cut: threading.Event | None = None
         """Set once the server has answered all that it was sent, and both ends are cut."""
         self.unanswered = 0
-        """Questions after which the server says that it is ready."""
+        """Messages that the server answers with ReadyForQuery."""
         self._prepared: dict[bytes, str] = {}
         self._sql: list[str] = []
 
@@ -158,7 +158,7 @@ class _Pair:
         reset(self.server)
 
     def note(self, kind: bytes, message: bytes) -> str | None:
-        """Look at what a client says; the SQL of a transaction if this commits it."""
+        """Read a client's message; return the SQL of a transaction if this commits it."""
         said = None
         if kind == b"P":
             name, query, _ = message[5:].split(b"\0", 2)

@@ -1,4 +1,4 @@
-"""The machinery of the long run: producers, workers, and all that happens to them."""
+"""The machinery of the long run: producers, workers and faults."""
 
 import contextlib
 import heapq
@@ -26,7 +26,7 @@ POLL_INTERVAL = 0.2
 GRACE = 2.0
 
 MAX_ATTEMPTS = 25
-"""Few enough that a killer is dead soon, and more than bad luck takes from others."""
+"""Few enough that a killer is dead soon, and more than other jobs use by bad luck."""
 
 BACKLOG = 200
 """Live jobs that are no suspects at which the producers wait."""
@@ -44,7 +44,7 @@ CROWD_EVERY = 60.0
 """Seconds from one crowd to the next."""
 
 DEFAULTS = "alter database {} set default_transaction_isolation = 'repeatable read'"
-"""What the administrator of this database likes."""
+"""Settings that the administrator of this database made."""
 
 GAP = 1.5
 """Seconds from one fault to the next, on average."""
@@ -108,7 +108,7 @@ class Producer:
         self._thread = threading.Thread(target=self._run, name=f"producer-{name}")
 
     def start(self) -> None:
-        """Begin to produce."""
+        """Start to produce."""
         self._thread.start()
 
     def end(self) -> None:
@@ -117,7 +117,7 @@ class Producer:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it is running."""
         return self._thread.is_alive()
 
     def join(self) -> None:
@@ -149,7 +149,7 @@ class Producer:
         self.produce(kind, arg, count=count, delay=delay)
 
     def _work(self) -> tuple[dict[str, Any], float]:
-        """What a job is to do, and after how long."""
+        """The action of a job, and the delay before it."""
         dice = self._dice
         arg: dict[str, Any] = {}
         delay = 0.0
@@ -193,7 +193,7 @@ class Producer:
         self._world.acknowledge(*(request.id for request in requests), type=kind, **arg)
 
     def _repeat(self, requests: list[EnqueueRequest]) -> None:
-        """Enqueue again, with the same ids, what may or may not have been written.
+        """Enqueue jobs again, with the same ids, that may or may not have been written.
 
         A job that was written may be done already, and its id free again. So this looks, in the
         transaction that writes: what was done before the id could be taken, it sees.
@@ -220,7 +220,7 @@ class Producer:
 
 
 class Monitor:
-    """Looks ten times a second how the queue is, and how long recoveries take.
+    """Samples the queue ten times a second, and measures recoveries.
 
     Attributes:
         backlog: live jobs that are no suspects: others are not to wait for those.
@@ -259,11 +259,11 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="monitor")
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start sampling."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop sampling."""
         self._end.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -379,7 +379,7 @@ class Slot:
     proxy: Proxy | None
     process: Process | None = None
     runs: bool = False
-    """Whether the process has said so."""
+    """Whether the process has reported that it runs."""
     start_at: float = 0.0
     asked_at: float | None = None
     """When the process was asked to end."""
@@ -390,7 +390,7 @@ class Slot:
 
     @property
     def in_flight(self) -> set[str]:
-        """The jobs that its process has started, and of whose end it has not told."""
+        """The jobs that its process has started, and whose end it has not reported."""
         running: set[str] = set()
         for name, *details in self.process.events() if self.process is not None else ():
             if name == "started":
@@ -401,7 +401,7 @@ class Slot:
 
     @property
     def works(self) -> bool:
-        """Whether there is nothing to keep it from taking a job."""
+        """Whether it can take a job."""
         return self.is_ready and not self.is_cut_off
 
     @property
@@ -414,7 +414,7 @@ class Slot:
 
 @dataclass
 class Report:
-    """What happened in the long run, and what came of it."""
+    """The faults of the long run, and their outcome."""
 
     happened: Counter[str] = field(default_factory=Counter)
     jobs: Counter[str] = field(default_factory=Counter)
@@ -425,7 +425,7 @@ class Report:
     stuck: list[str] = field(default_factory=list)
     longest: dict[str, float] = field(default_factory=dict)
     delayed: str = ""
-    """Which innocent was delayed for longest."""
+    """The innocent job that was delayed for longest."""
 
     def text(self) -> str:
         """All of it, a line each."""
@@ -445,7 +445,7 @@ class Report:
         return "\n".join([*lines, "", *self._summary()])
 
     def _summary(self) -> list[str]:
-        """What is asked first, a line each."""
+        """The most important figures, a line each."""
         kills = self.happened["kills"] + self.happened["workers killed by their jobs"]
         counts = {
             "jobs": self.jobs["jobs acknowledged"] + self.jobs["jobs that jobs enqueued"],
@@ -465,7 +465,7 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing was found that must not be."""
+        """Whether no promise was broken."""
         return not (self.lost or self.duplicated or self.innocents or self.wrong_ends or self.stuck)
 
 
@@ -655,7 +655,7 @@ class Soak:
         )
 
     def _bury(self, slot: Slot, process: Process) -> None:
-        """Look at how a process has ended."""
+        """Check how a process has ended."""
         code, asked_at = process.wait(), slot.asked_at
         if code == -signal.SIGKILL:
             self.report.happened["workers killed by their jobs"] += not slot.is_killed
@@ -875,7 +875,7 @@ class Soak:
         self._note("from peace to an empty queue", time.time() - peace_at)
 
     def _stop(self) -> None:
-        """Stop what runs in this process; the workers are the world's to end."""
+        """Stop the threads of this process; the world ends the workers."""
         self._end_faults()
         self._monitor.stop()
         for producer in (*self._producers, self._killers):
@@ -884,7 +884,7 @@ class Soak:
     # -- the ledger ---------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        """See what came of it; the oracle looks again."""
+        """Check the outcome; the oracle checks it again."""
         world, report = self._world, self.report
         ledger = {
             (id, kind): rows

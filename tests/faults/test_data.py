@@ -42,7 +42,7 @@ COLOUR = pytest.mark.parametrize("is_async", [False, True], ids=["Client", "Asyn
 
 
 LEASE = 10.0
-"""Seconds, of each world here: no busy host takes it away, and this is not about leases."""
+"""Seconds, in each world here: so long that no busy host loses it. Leases are not the subject."""
 
 
 class Enqueuer:

@@ -1,4 +1,4 @@
-"""Faults 14, 15 and 18 to 23: what happens to the database, and on the way to it."""
+"""Faults 14, 15 and 18 to 23: faults of the database and of the connection to it."""
 
 import re
 import time
@@ -49,7 +49,7 @@ LONG = 30.0
 
 
 def enqueue(world: World, type: Type, *ids: str, count: int = 0, **arg: Any) -> None:
-    """Enqueue jobs through a connection of their own, which no fault has met yet."""
+    """Enqueue jobs through a new connection, which no fault has touched."""
     wanted = ids or tuple(f"{type} {len(world.jobs) + n}" for n in range(count))
     with psycopg.connect(world.dsn) as conn:
         world.enqueue(type, *wanted, conn=conn, **arg)
@@ -83,7 +83,7 @@ WAITS = "wait_event_type = 'Lock'"
 
 @contextmanager
 def locked(world: World, statement: LiteralString) -> Iterator[None]:
-    """Hold what a statement locks, for the length of a `with` block."""
+    """Hold the locks of a statement during a `with` block."""
     with psycopg.connect(world.dsn) as conn:
         conn.execute(statement)
         yield

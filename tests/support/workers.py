@@ -110,7 +110,7 @@ class Gate:
 
 
 class Recorder(NoopObserver):
-    """Remembers the events in order."""
+    """Records the events in order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
