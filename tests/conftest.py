@@ -1,21 +1,21 @@
-"""One PostgreSQL server per test run, one template database per worker, one database per test."""
+"""One PostgreSQL server per test run, and a database of its own for each test."""
 
 import contextlib
 import gc
 import importlib.util
-import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from bgjob.ext.embedded import EmbeddedServer
+
+pytest.register_assert_rewrite("support")
+from support.databases import Databases
 
 MIGRATION = Path(__file__).parents[1] / "migration" / "init.sql"
 
@@ -35,7 +35,7 @@ SETTINGS = {
     "synchronous_commit": "off",
     "max_connections": "300",
     "max_prepared_transactions": "20",
-    # A database is dropped after nearly each test: that looks through all buffers.
+    # Whatever drops a table or a database looks through all buffers.
     "shared_buffers": "32MB",
     # A table that is filled by the transaction that made it is not logged.
     "wal_level": "minimal",
@@ -46,7 +46,6 @@ SETTINGS = {
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-pytest.register_assert_rewrite("support")
 pytest_plugins = ["support.clients", "support.statements", "support.workers"]
 
 LONGEST = {
@@ -62,6 +61,7 @@ LONGEST = {
 
 server_dsn_key = pytest.StashKey[str]()
 server_version_key = pytest.StashKey[str]()
+failed_key = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -149,6 +149,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[failed_key] = True
+    return report
+
+
+def has_failed(request: pytest.FixtureRequest) -> bool:
+    """Whether the test of this request has failed so far."""
+    node: Any = request.node
+    return bool(node.stash.get(failed_key, False))
+
+
 def pytest_report_header(config: pytest.Config) -> str | None:
     version = config.stash.get(server_version_key, None)
     return version and f"PostgreSQL {version}"
@@ -158,42 +174,6 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def bin_dir(pytestconfig: pytest.Config) -> Path | None:
     """The programs that `--pg` asked for, as EmbeddedServer takes them."""
     return find_bin_dir(pytestconfig.getoption("--pg"))
-
-
-class Databases:
-    """Makes and drops the databases of one worker; the names of two workers never meet."""
-
-    def __init__(self, server_dsn: str, worker: str, admin: psycopg.Connection) -> None:
-        self._server_dsn = server_dsn
-        self._worker = worker
-        self._admin = admin
-        self._numbers = itertools.count(1)
-        # Copying files beats logging every page, and before version 15 was the only way.
-        new_enough = admin.info.server_version >= 15_00_00
-        self._strategy: LiteralString = "strategy file_copy" if new_enough else ""
-
-    @contextlib.contextmanager
-    def make(
-        self, *, template: str = "template1", prefix: str = "t", encoding: str | None = None
-    ) -> Iterator[tuple[str, str]]:
-        """Yield the name and the DSN of a new database, and drop it afterwards.
-
-        An encoding of its own needs the template `template0`.
-        """
-        name = f"{prefix}_{self._worker}_{next(self._numbers)}"
-        identifier = sql.Identifier(name)
-        self._admin.execute(
-            sql.SQL("create database {} template {} {} {}").format(
-                identifier,
-                sql.Identifier(template),
-                sql.SQL(self._strategy),
-                sql.SQL("encoding {} locale 'C'").format(encoding) if encoding else sql.SQL(""),
-            )
-        )
-        try:
-            yield name, make_conninfo(self._server_dsn, dbname=name)
-        finally:
-            self._admin.execute(sql.SQL("drop database {} with (force)").format(identifier))
 
 
 @pytest.fixture(scope="session")
@@ -207,16 +187,14 @@ def databases(pytestconfig: pytest.Config) -> Iterator[Databases]:
 @pytest.fixture(scope="session")
 def template(databases: Databases) -> Iterator[str]:
     """The name of a database that holds the schema and nothing else."""
-    with databases.make(prefix="tmpl") as (name, dsn):
-        with psycopg.connect(dsn) as conn:
-            conn.execute(MIGRATION.read_bytes())
+    with databases.make_template(MIGRATION.read_bytes()) as name:
         yield name
 
 
 @pytest.fixture
-def dsn(databases: Databases, template: str) -> Iterator[str]:
+def dsn(request: pytest.FixtureRequest, databases: Databases, template: str) -> Iterator[str]:
     """The DSN of a database of the test's own, with the schema and no rows."""
-    with databases.make(template=template) as (_, dsn):
+    with databases.lend(template, may_keep=lambda: not has_failed(request)) as dsn:
         yield dsn
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import MIGRATION, Databases
+from conftest import MIGRATION
+from support.databases import Databases
 from support.waiting import PATIENCE, eventually
 from support.workers import Crew, Recorder
 

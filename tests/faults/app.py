@@ -42,7 +42,7 @@ ENVIRONMENT = "BGJOB_FAULTS_APP"
 """The variable that holds the settings of a worker process."""
 
 LEDGER = """
-    create table ledger (
+    create table if not exists ledger (
         job_id  text        not null,
         attempt integer     not null,
         kind    text        not null,
@@ -50,7 +50,7 @@ LEDGER = """
         token   text        not null default gen_random_uuid(),
         at      timestamptz not null default clock_timestamp()
     );
-    create table run (
+    create table if not exists run (
         job_id  text        not null,
         key     text,
         attempt integer     not null,

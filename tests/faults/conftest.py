@@ -1,20 +1,20 @@
 """Worlds: each fault test has one, which the oracle checks afterwards."""
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
+from conftest import has_failed
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from support.databases import Databases
 
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
+from faults.app import LEDGER
 from faults.world import World
-
-failed_key = pytest.StashKey[bool]()
 
 HERE = Path(__file__).parent
 
@@ -29,20 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid} takes neither the world nor the hurt fixture")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item,
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Remember which test has failed: the oracle does not check it."""
-    report = yield
-    if report.failed:
-        item.stash[failed_key] = True
-    return report
+@pytest.fixture(scope="session")
+def world_template(databases: Databases) -> Iterator[str]:
+    """The name of a database that holds the schema and the ledger, without rows."""
+    with databases.make_template(init_sql().encode(), LEDGER.encode()) as name:
+        yield name
 
 
-def _failed(request: pytest.FixtureRequest) -> bool:
-    node: Any = request.node
-    return bool(node.stash.get(failed_key, False))
+@pytest.fixture
+def dsn(request: pytest.FixtureRequest, databases: Databases, world_template: str) -> Iterator[str]:
+    """The DSN of a database of the test's own, with the schema and the ledger."""
+    with databases.lend(world_template, may_keep=lambda: not has_failed(request)) as dsn:
+        yield dsn
 
 
 @pytest.fixture
@@ -50,7 +48,7 @@ def world(request: pytest.FixtureRequest, dsn: str) -> Iterator[World]:
     """A world on the run's shared server; a module's LEASE is the lease of its workers."""
     world = World(dsn, lease=getattr(request.module, "LEASE", 1.0))
     yield world
-    world.close(judge=not _failed(request))
+    world.close(judge=not has_failed(request))
 
 
 @pytest.fixture
@@ -65,6 +63,6 @@ def hurt(request: pytest.FixtureRequest, server: EmbeddedServer) -> Iterator[Wor
     world = World(dsn)
     yield world
     server.start()
-    world.close(judge=not _failed(request))
+    world.close(judge=not has_failed(request))
     with psycopg.connect(server.dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
