@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import psycopg
@@ -12,10 +13,15 @@ TESTS = Path(__file__).parent
 MODULES = [*TESTS.glob("*.py"), *TESTS.glob("support/*.py"), *TESTS.glob("faults/*.py")]
 
 
+@cache
+def parsed(module: Path) -> ast.Module:
+    return ast.parse(module.read_text("utf-8"))
+
+
 def imported(module: Path) -> set[str]:
     """The last parts of the names of all modules that may be imported."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+    for node in ast.walk(parsed(module)):
         match node:
             case ast.Import(found):
                 names |= {alias.name.rpartition(".")[2] for alias in found}
@@ -34,7 +40,7 @@ def test_no_test_module_imports_another() -> None:
 def test_no_helper_is_defined_twice() -> None:
     places: dict[str, dict[str, str]] = defaultdict(dict)
     for path in MODULES:
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (
                 node.name.startswith("test_")
             ):
