@@ -585,7 +585,7 @@ def pick_up(world: World) -> float:
     """Enqueue a job; the seconds until its handler ran."""
     [[before]] = world.query("select clock_timestamp()")
     [id] = world.enqueue("plain")
-    assert eventually(lambda: world.rows(id))
+    assert eventually(lambda: world.rows(id) and not world.live(id))
     seconds: float = (
         world.value("select at from ledger where job_id = %s", [id]) - before
     ).total_seconds()
