@@ -82,9 +82,9 @@ class Process(Heard):
         with self._output.open("wb") as output:
             # The worker ends itself when the other end of its standard input closes.
             self._popen: Forked | subprocess.Popen[bytes]
-            if argv[0] == "-m" and not env:
+            if argv[0] == "-m" and not any(name.startswith("PYTHON") for name in env):
                 self._popen = fork(*argv[1:], env=variables, output=output)
-            else:  # which an interpreter, or its loader, may have to see when it starts
+            else:  # what an interpreter has to see when it starts
                 self._popen = subprocess.Popen(
                     [sys.executable, *argv],
                     cwd=TESTS,
