@@ -716,7 +716,7 @@ def test_a_job_that_is_committed_late_waits_before_those_that_are_due_later(
     )
     [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=2)])]
     assert granted(conn, Claimed(job, 2)) == {("late", 2): False}
-    if asks_again:  # whoever does not know whether it was granted its key
+    if asks_again:  # after an unanswered request for its key
         assert granted(conn, held) == {("0", 1): True}
     assert settled(conn, held, Complete()) == {"0"}
     assert conn.execute("select id from bgjob_job where not waits").fetchall() == [("late",)]
