@@ -26,16 +26,8 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._checks import Duration
-from bgjob._postgres.connection import (
-    UNENCODABLE,
-    AsyncCursor,
-    ConnectionParameters,
-    Cursor,
-    check_conninfo,
-    is_two_phase,
-    options,
-    unencodable,
-)
+from bgjob._postgres.connection import ConnectionParameters, check_conninfo, is_two_phase, options
+from bgjob._postgres.cursor import UNENCODABLE, AsyncCursor, Cursor, unencodable
 from bgjob._postgres.pool import (
     PATIENCE,
     AsyncBorrowedPool,

@@ -15,7 +15,7 @@ from support.waiting import PATIENCE, eventually
 from support.workers import Crew, Recorder
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
-from bgjob._postgres.connection import server_codec
+from bgjob._postgres.cursor import server_codec
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.transactions import begin
 from bgjob.testing import drain

@@ -22,7 +22,7 @@ from support.workers import Crew, Gate, Recorder
 import bgjob._worker.control
 from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
 from bgjob._engine.protocol import Exchange
-from bgjob._postgres.connection import Cursor
+from bgjob._postgres.cursor import Cursor
 from bgjob._sql.session import schema_comment
 from bgjob._worker.control import QueueControl
 from bgjob.schema import init_sql

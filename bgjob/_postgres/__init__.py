@@ -1,8 +1,9 @@
 """How a statement is sent: the library's own connections.
 
 `connection` makes them from the user's connection string, with the settings that the library
-depends on, and gives up on a silent server. `pool` keeps a client's connections, without a
-thread of its own, and borrows those of a user's pool. `fork` notices a process that was forked
+depends on, and gives up on a silent server. `cursor` writes and reads values on any connection,
+whatever the program has registered for its own SQL. `pool` keeps a client's connections, without
+a thread of its own, and borrows those of a user's pool. `fork` notices a process that was forked
 from the one that opened them, and must not use them.
 
 A server may vanish silently: no read fails, and no write fails for a long time. Each wait of the

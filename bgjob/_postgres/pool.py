@@ -32,7 +32,8 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._postgres import fork
-from bgjob._postgres.connection import AsyncConnection, AsyncCursor, Connection, Cursor
+from bgjob._postgres.connection import AsyncConnection, Connection
+from bgjob._postgres.cursor import AsyncCursor, Cursor
 from bgjob.errors import BgjobError, ClientClosedError
 
 _SIZE = 10

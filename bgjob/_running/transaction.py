@@ -23,7 +23,8 @@ import psycopg
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.route import Route
-from bgjob._postgres.connection import AsyncCursor, ConnectionParameters, Cursor, server_codec
+from bgjob._postgres.connection import ConnectionParameters
+from bgjob._postgres.cursor import AsyncCursor, Cursor, server_codec
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.sessions import (

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import LiteralString, NamedTuple
 
 from bgjob._checks import seconds
-from bgjob._postgres.connection import Payloads, Texts, Times
+from bgjob._postgres.cursor import Payloads, Texts, Times
 from bgjob._sql.notices import (
     CHANNEL,
     EVERYTHING,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from bgjob._postgres.connection import AsyncCursor, Cursor
+from bgjob._postgres.cursor import AsyncCursor, Cursor
 from bgjob._sql.statement import Statement
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import LiteralString
 
-from bgjob._postgres.connection import ErrorTexts
+from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.statement import Statement, nothing, number_array, scalar, text_array
 
 

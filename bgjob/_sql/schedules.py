@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, LiteralString
 
-from bgjob._postgres.connection import Payloads, Texts, Times
+from bgjob._postgres.cursor import Payloads, Texts, Times
 from bgjob._sql.notices import NOTIFY, channel
 from bgjob._sql.session import Lack, lacks
 from bgjob._sql.statement import Statement, finite, in_range

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import NamedTuple
 
-from bgjob._postgres.connection import Texts
+from bgjob._postgres.cursor import Texts
 from bgjob._sql.statement import Statement, nothing, scalar
 
 SETTINGS = {

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import chain
 from typing import LiteralString, NamedTuple
 
-from bgjob._postgres.connection import ErrorTexts, Floats, Smallints
+from bgjob._postgres.cursor import ErrorTexts, Floats, Smallints
 from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._sql.statement import (
     Row,

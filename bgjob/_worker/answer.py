@@ -10,7 +10,7 @@ from psycopg.pq import ExecStatus
 from psycopg.rows import TupleRow
 
 from bgjob._engine.reply import Part, Plan, Reply
-from bgjob._postgres.connection import Cursor
+from bgjob._postgres.cursor import Cursor
 from bgjob._sql.execute import send
 from bgjob._sql.statement import Statement
 

@@ -16,7 +16,8 @@ from psycopg.rows import tuple_row
 from bgjob import schema
 from bgjob._engine.protocol import Exchange
 from bgjob._engine.reply import Notice, Plan, Reply
-from bgjob._postgres.connection import ConnectionParameters, Cursor, options
+from bgjob._postgres.connection import ConnectionParameters, options
+from bgjob._postgres.cursor import Cursor
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
 from bgjob._sql.session import (
