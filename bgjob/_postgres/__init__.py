@@ -21,9 +21,9 @@ A connection that is given up is closed, and the error is Silence, an Operationa
 never waits. No statement is sent twice: it may have been committed, and the caller has to find
 out.
 
-All are of two classes, `Connection` and `AsyncConnection`. `pool`, _running/transaction.py and
-_worker/session.py have subclasses. Only a worker's session waits with a loop of its own: after
-a millisecond it hands jobs to other slots, then it checks four times a second whether the
+All are of two classes, `Connection` and `AsyncConnection`; `pool` and _running/sessions.py have
+subclasses. A control thread's `WorkerConnection` is one, too, but waits with a loop of its own:
+after a millisecond it hands jobs to other slots, then it checks four times a second whether the
 worker's time is over, where a wait of psycopg has one interval. And at Ctrl-C psycopg asks the
 server to cancel the query, which may take 10 s. A client needs that, because its query would
 keep rows locked; a worker that starts over a dead network should end immediately.

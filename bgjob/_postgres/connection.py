@@ -1,14 +1,17 @@
 """Connections with the library's defaults, which give up on a silent server."""
 
 import contextlib
+import inspect
+import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil, inf
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
+from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
 ConnectionParameters: TypeAlias = tuple[str, Mapping[str, Any]]
@@ -23,6 +26,27 @@ _DEFAULTS: dict[str, Any] = {
     "tcp_user_timeout": 60_000,  # milliseconds
     # The only setting that poolers know; psycopg needs it while it connects.
     "client_encoding": "UTF8",
+}
+
+WORKER_PATIENCE = 10.0
+"""Seconds without an answer after which a worker gives up a connection."""
+
+_MOMENT = 0.001
+"""Seconds of waiting for the server after which `meanwhile` is called."""
+
+_SLICE = 0.25
+"""Seconds after which a wait checks whether the worker's time is over."""
+
+_EVENTS = {
+    Wait.R: select.POLLIN,
+    Wait.W: select.POLLOUT,
+    Wait.RW: select.POLLIN | select.POLLOUT,
+}
+_READY = {
+    0: Ready.RW,  # an error or a hang-up: reading shows which
+    select.POLLIN: Ready.R,
+    select.POLLOUT: Ready.W,
+    select.POLLIN | select.POLLOUT: Ready.RW,
 }
 
 
@@ -99,7 +123,7 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
         return await super().wait(_patient(gen, self), *args, **kwargs)
 
 
-def give_up(connection: Connection | AsyncConnection, gen: PQGen[Any]) -> None:
+def _give_up(connection: Connection | AsyncConnection, gen: PQGen[Any]) -> None:
     """Close a connection whose query is open: nothing else can be sent on it."""
     connection.pgconn.finish()
     with contextlib.suppress(psycopg.Error):
@@ -116,8 +140,54 @@ def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[
             if ready:
                 since = time.monotonic()
             elif time.monotonic() >= since + connection.patience:
-                give_up(connection, gen)
+                _give_up(connection, gen)
                 raise Silence(connection.patience)
             wanted = gen.send(ready)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
+
+
+class WorkerConnection(Connection):
+    """The connection of a control thread: each wait for the server ends."""
+
+    patience = WORKER_PATIENCE
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+    """Called when an answer takes more than a moment."""
+
+    ends_at: Callable[[], float] = staticmethod(lambda: inf)
+    """When to stop waiting for any answer."""
+
+    @override
+    def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
+        # Only poll(): each system call here releases the interpreter to the handlers'
+        # threads, and has to get it back.
+        try:
+            wanted = next(gen)
+            poll = select.poll()
+            poll.register(self.pgconn.socket, _EVENTS[wanted])
+            while True:
+                ready = poll.poll(_MOMENT * 1000)
+                if not ready:
+                    self.meanwhile()
+                    ready = self._wait_long(poll)
+                if not ready:
+                    raise Silence(self.patience)
+                event = ready[0][1]
+                again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
+                if again != wanted:
+                    wanted = again
+                    poll.modify(self.pgconn.socket, _EVENTS[wanted])
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        except BaseException:
+            if inspect.getgeneratorstate(gen) == inspect.GEN_SUSPENDED:
+                _give_up(self, gen)  # interrupted between a query and its answer
+            raise
+
+    def _wait_long(self, poll: select.poll) -> list[tuple[int, int]]:
+        end = time.monotonic() + self.patience
+        while (left := min(end, self.ends_at()) - time.monotonic()) > 0:
+            if ready := poll.poll(min(left, _SLICE) * 1000):
+                return ready
+        return []

@@ -22,12 +22,9 @@ from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob._postgres import connection
-from bgjob._postgres.connection import ConnectionParameters, options
+from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options
 
 T = TypeVar("T")
-
-PATIENCE = 10.0
-"""Seconds without an answer of the server, outside the handler."""
 
 _FIRST_PAUSE = 0.05
 """Seconds that a slot waits after it could not connect; doubles with each failure."""
@@ -150,7 +147,7 @@ class Sessions:
             else:
                 opened = AsyncHandlerConnection(session)
                 self._furnish(opened)
-            opened.patience = PATIENCE
+            opened.patience = WORKER_PATIENCE
             try:
                 return opened, await use(opened)
             except BaseException as error:
@@ -173,7 +170,7 @@ class Sessions:
             else:
                 opened = HandlerConnection(session)
                 self._furnish(opened)
-            opened.patience = PATIENCE
+            opened.patience = WORKER_PATIENCE
             try:
                 return opened, use(opened)
             except BaseException as error:
@@ -218,7 +215,7 @@ class Sessions:
     def doubt(self) -> None:
         """Abort queries that were sent before the network was lost; it is back."""
         for conn in self._handling.copy():
-            conn.patience = PATIENCE
+            conn.patience = WORKER_PATIENCE
 
     def close(self) -> None:
         """Close the idle connections; one in use closes after its handler."""

@@ -23,12 +23,11 @@ import psycopg
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.route import Route
-from bgjob._postgres.connection import ConnectionParameters
+from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
 from bgjob._postgres.cursor import AsyncCursor, Cursor, server_codec
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.sessions import (
-    PATIENCE,
     AsyncHandlerConnection,
     HandlerConnection,
     Sessions,
@@ -206,7 +205,7 @@ class Transactions(Sessions):
                     if self._fork_guard.is_child:
                         self._fork_guard.end(sys.exc_info()[1])
                     self._handling.discard(connection)
-                    connection.user, connection.patience = asyncio.current_task(), PATIENCE
+                    connection.user, connection.patience = asyncio.current_task(), WORKER_PATIENCE
             case Settle(statement):
                 if is_over(connection):
                     return None
@@ -300,7 +299,7 @@ class Transactions(Sessions):
                     if self._fork_guard.is_child:
                         self._fork_guard.end(sys.exc_info()[1])
                     self._handling.discard(connection)
-                    connection.user, connection.patience = threading.get_ident(), PATIENCE
+                    connection.user, connection.patience = threading.get_ident(), WORKER_PATIENCE
             case Settle(statement):
                 if is_over(connection):
                     return None

@@ -43,8 +43,8 @@ A worker has these threads. `group` starts them and ends them together.
   job_started is called on the handler's own thread, before the handler.
 
 The other files: `group` starts the control threads of all queues and ends them, with the checked
-`options` of the worker. `session` opens the connection (`connection`, whose waits all end) and
-reads what comes back (`answer`); `clock` notices that the server's clock was set, and `repairs`
+`options` of the worker. `session` opens the connection (_postgres/connection) and reads what
+comes back (`answer`); `clock` notices that the server's clock was set, and `repairs`
 corrects that, and dead-letters jobs that cannot be claimed or read. `timeouts` gives up handlers
 that take too long. `observers` makes one observer of many. `state` is the object that handlers
 share, opened before the first job and closed after the last.

@@ -16,7 +16,12 @@ from psycopg.rows import tuple_row
 from bgjob import schema
 from bgjob._engine.protocol import Exchange
 from bgjob._engine.reply import Notice, Plan, Reply
-from bgjob._postgres.connection import ConnectionParameters, options
+from bgjob._postgres.connection import (
+    WORKER_PATIENCE,
+    ConnectionParameters,
+    WorkerConnection,
+    options,
+)
 from bgjob._postgres.cursor import Cursor
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import listen
@@ -32,7 +37,6 @@ from bgjob._sql.session import (
 )
 from bgjob._worker.answer import Answer, Unread, refusing
 from bgjob._worker.clock import ServerClock
-from bgjob._worker.connection import PATIENCE, WorkerConnection
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.waker import Waker
 
@@ -98,7 +102,7 @@ class Session:
             SchemaError: the tables are missing or of another version.
 
         """
-        end = monotonic() + (patience or PATIENCE)
+        end = monotonic() + (patience or WORKER_PATIENCE)
         settings = options(self._connection_parameters(), within=patience)
         # Statements are few and long: prepare them immediately, unless a pool forbids it.
         asked = settings.get("prepare_threshold", 0)
@@ -140,7 +144,7 @@ class Session:
             connection.close()
             raise
         connection.meanwhile = self._meanwhile
-        connection.patience = PATIENCE
+        connection.patience = WORKER_PATIENCE
         self._connection, self._cursors, self._has_opened = connection, [], True
 
     def exchange(self, exchange: Exchange) -> Reply:

@@ -406,7 +406,7 @@ def set_standbys(admin: psycopg.Connection, names: str) -> None:
 def test_jobs_whose_claim_waits_for_a_standby_that_is_away_are_charged_nothing(
     hurt: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bgjob._worker.session, "PATIENCE", 1.0)
+    monkeypatch.setattr(bgjob._worker.session, "WORKER_PATIENCE", 1.0)
     ids = [f"job {n}" for n in range(10)]
     hurt.enqueue("plain", *ids)
     with ExitStack() as stack, psycopg.connect(hurt.dsn, autocommit=True) as admin:
