@@ -466,6 +466,7 @@ class Table:
         exchange.settle(outcome)  # and leaves the release of its key to the worker
         self.carry_out(exchange, began=now, now=now, at=at)
         self.rows.get(id_, row).is_known = False  # the engine learns of it by a look only
+        self.barred.discard(id_)  # it has waited for a stranger's lock
         return True
 
     def _match(self, claimed: list[Claimed]) -> list[str]:
@@ -1156,7 +1157,8 @@ class History:
             return
         priority, due = max((job.priority, job.next_run_at) for job in jobs)
         for row in self.table.rows.values():
-            if row.has_gone_back and not (row.waits or row.deaths) and row.due <= began:
+            is_free = row.free_since < self.now and not (row.waits or row.deaths)
+            if row.has_gone_back and is_free and row.due <= began:
                 kept = (row.priority, EPOCH + row.due * MICROSECOND) >= (priority, due)
                 promise(kept, f"{row.id}: overtaken after it was given back")
 
@@ -1315,7 +1317,7 @@ class History:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
         patience = max(self.poll_interval, REST * self.longest_pass) + self.longest_pass + 0.2
-        if self.sweeps_take:  # they go in parts
+        if self.longest_pass > 0.05:  # they go in parts
             patience = 1.5 * patience + self.poll_interval + 1.0
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
