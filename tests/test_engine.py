@@ -683,6 +683,29 @@ def test_what_was_to_follow_a_refused_exchange_comes_again() -> None:
     assert not drive.engine.unsettled
 
 
+def test_a_known_due_time_is_kept_when_a_claim_for_another_reason_finds_nothing() -> None:
+    # Of a sweep it would not learn it soon: that is put off for forty times what the last took.
+    drive = Drive(poll_interval=3600.0)
+    (a,) = drive.claim("a")
+    drive.finish(a, result=Retry(5.0))
+    drive.settle()
+    due_at = drive.now + 5.0
+    while drive.now < due_at - 1.0:
+        drive.engine.wake(Notice(later=True))
+        match drive.step():
+            case Sleep(until):
+                drive.now = min(until, due_at - 1.0)
+            case Exchange(claim=Sweep()):
+                drive.now += 0.5
+                drive.answer(found(waits=(due_at - drive.now,)))
+            case Exchange():
+                drive.answer()
+    while isinstance(step := drive.step(), Exchange):
+        drive.answer()
+    assert isinstance(step, Sleep)
+    assert step.until <= due_at + ROUND_TRIP
+
+
 def test_a_refused_settlement_is_not_tried_again_at_once() -> None:
     drive = Drive()
     (a,) = drive.claim("a")

@@ -142,8 +142,9 @@ class Lookout:
         self._looked(jobs, claim.marks, now)
         if claim.is_vague and not self.has_more:
             # The notified job may be behind the marks, or have an unknown priority, and
-            # only a sweep finds out when the next job is due.
-            self._due_at = inf
+            # only a sweep finds out when the next job is due; what is known of later stays so.
+            if self._due_at <= now:
+                self._due_at = inf
             # Not immediately: the thread that was woken for a job needs the interpreter,
             # and its settlement may be part of the sweep's exchange.
             soon = max(marks.early_sweep_at, now + _MOMENT if jobs else now)
