@@ -672,13 +672,3 @@ def test_a_logged_exception_keeps_its_traceback(caplog: pytest.LogCaptureFixture
 )
 def test_an_array_literal_quotes_every_item(items: list[str], literal: str) -> None:
     assert text_array(items) == literal
-
-
-# -- colours -----------------------------------------------------------------------------------
-
-
-def test_the_sync_text_of_a_module_is_what_its_async_text_makes() -> None:
-    colours = ROOT / ".ci" / "colours.py"
-    if not colours.exists() or find_spec("ruff") is None:
-        pytest.skip("the program, or the formatter that it needs, is not here")
-    subprocess.run([sys.executable, colours, "--check"], check=True)
