@@ -1,6 +1,6 @@
 """Clients: enqueue jobs, pause queues, count jobs, run one job.
 
-The module is as long as it is because both colours are here; only the async one is written.
+The module has over 400 lines because both colours are here; only the async one is written.
 """
 
 import asyncio
