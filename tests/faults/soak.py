@@ -31,8 +31,9 @@ MAX_ATTEMPTS = 25
 BACKLOG = 200
 """Live jobs that are no suspects at which the producers wait."""
 
-SLOTS = {"thread": 8, "async": 250}
-"""Concurrency by colour: the coroutine workers always have a slot free."""
+SLOTS = {"thread": 8, "async": 1000}
+"""Concurrency by colour: the coroutine workers always have a slot free, beside the backlog, a
+crowd and the suspects."""
 
 CROWD = 320
 """Jobs that are enqueued together before two workers are killed."""
