@@ -114,7 +114,7 @@ class Claims:
     # -- suspects and others -------------------------------------------------------------
 
     def has_room_for_others(self, now: float) -> bool:
-        """Whether a job that is no suspect would start now."""
+        """Whether a job that is not a suspect would start now."""
         return self._pace.has_free_slot and not self.is_held_up(now)
 
     def is_held_up(self, now: float) -> bool:

@@ -129,7 +129,7 @@ class Leases:
         return [outcome for outcome in outcomes if outcome.claimed not in lost]
 
     def forget(self, claims: Collection[Claimed]) -> None:
-        """Remove jobs that no handler has, be they held or lost."""
+        """Remove jobs that no handler has, whether they are held or lost."""
         for claimed in claims:
             self.drop(claimed)
         self.lost.difference_update(claims)

@@ -45,7 +45,7 @@ _GONE = psycopg.pq.PGconn.connect_start(b"host=/")
 """Replaces the session of a handler's connection when the next handler uses that session."""
 _GONE.finish()
 
-_NOBODY = object()
+_NO_USER = object()
 
 
 # -- async -----------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Sessions:
     def keep(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
         """Take the session away from a connection, for the next one."""
         session: PGconn = connection.pgconn
-        connection.user, connection.pgconn = _NOBODY, _GONE
+        connection.user, connection.pgconn = _NO_USER, _GONE
         if self._closed:
             session.finish()
         else:

@@ -29,7 +29,7 @@ MAX_ATTEMPTS = 25
 """Few enough that a killer is dead soon, and more than other jobs use by bad luck."""
 
 BACKLOG = 200
-"""Live jobs that are no suspects at which the producers wait."""
+"""Live jobs, not counting suspects, at which the producers wait."""
 
 SLOTS = {"thread": 8, "async": 1000}
 """Concurrency by colour: the coroutine workers always have a slot free, beside the backlog, a
@@ -224,7 +224,7 @@ class Monitor:
     """Samples the queue ten times a second, and measures recoveries.
 
     Attributes:
-        backlog: live jobs that are no suspects: others are not to wait for those.
+        backlog: live jobs, not counting suspects: producers do not wait for those.
         working_since: since when there is a worker whom no fault keeps from working; None where
             there is none. For others to set, as the next.
         server_since: since when the server is there.
