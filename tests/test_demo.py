@@ -203,8 +203,9 @@ def test_the_demo_fails_if_an_outcome_is_wrong(
     enqueue = demo_jobs.enqueue_others
 
     def enqueue_one_more(client: Client) -> dict[str, demo_jobs.Sent]:
-        client.enqueue(EnqueueRequest(demo_jobs.QUEUE, "hopeless", priority=-2))
-        return enqueue(client)
+        id_ = client.enqueue(EnqueueRequest(demo_jobs.QUEUE, "hopeless"))
+        # The demo waits for as many jobs as are returned: for this one and the delayed one too.
+        return {**enqueue(client), "one more": demo_jobs.Sent(id_, at=0.0)}
 
     monkeypatch.setattr(demo_jobs, "enqueue_others", enqueue_one_more)
 
