@@ -21,7 +21,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import FeatureNotSupported, SyntaxError
 from psycopg.rows import dict_row
-from support.clients import HOSTILE, Blocking, Colour, bury
+from support.clients import HOSTILE, Blocking, Colour, dead_letter
 from support.database import clock, count, row, rows
 from support.jobs import requests
 from support.waiting import NEVER, eventually
@@ -266,7 +266,7 @@ def test_an_id_that_was_taken_since_the_callers_transaction_began_is_named_in_th
 def test_a_clients_own_transactions_do_not_mind_the_databases_isolation_level(
     colour: Colour, client: Any, dsn: str, conn: psycopg.Connection, source: str
 ) -> None:
-    bury(client, *requests("dead"))
+    dead_letter(client, *requests("dead"))
     database = sql.Identifier(conn.info.dbname)
     alter = "alter database {} set default_transaction_isolation = 'repeatable read'"
     conn.execute(sql.SQL(alter).format(database))
@@ -293,7 +293,7 @@ def test_a_clients_own_transactions_do_not_mind_the_databases_isolation_level(
             blocker.execute("delete from bgjob_dead_job")
             both(call, conn=conn, then=blocker.commit)
             if call is calls[-2]:
-                bury(Client(dsn), *requests("dead"))
+                dead_letter(Client(dsn), *requests("dead"))
 
 
 def test_a_job_in_an_open_transaction_is_not_seen(colour: Colour, client: Any) -> None:
@@ -1238,7 +1238,7 @@ def test_hostile_text_passes_through_every_statement(
 
 
 def test_dead_jobs_are_listed_the_latest_first_by_queue_and_type(client: Any) -> None:
-    bury(
+    dead_letter(
         client,
         EnqueueRequest("a", "x", id="1"),
         EnqueueRequest("a", "y", id="2"),
@@ -1261,9 +1261,9 @@ def test_dead_jobs_are_listed_the_latest_first_by_queue_and_type(client: Any) ->
 def test_pages_of_dead_jobs_neither_repeat_nor_omit_one_while_jobs_die_and_leave(
     client: Any,
 ) -> None:
-    bury(client, *requests(*"12345"))
+    dead_letter(client, *requests(*"12345"))
     first = client.dlq.list(limit=2)
-    bury(client, *requests("6"))
+    dead_letter(client, *requests("6"))
     client.dlq.purge("4")
     second = client.dlq.list(limit=2, before=first[-1])
     third = client.dlq.list(limit=2, before=second[-1].number)
@@ -1276,7 +1276,7 @@ def test_pages_of_dead_jobs_neither_repeat_nor_omit_one_while_jobs_die_and_leave
 
 
 def test_one_dead_job_is_found_by_its_id(client: Any) -> None:
-    bury(client, EnqueueRequest("q", "t", id="a"))
+    dead_letter(client, EnqueueRequest("q", "t", id="a"))
     assert client.dlq.get("a") == client.dlq.list()[0]
     assert client.dlq.get("b") is None
 
@@ -1285,7 +1285,7 @@ def test_of_several_dead_jobs_with_one_id_the_latest_counts(
     client: Any, conn: psycopg.Connection
 ) -> None:
     for error in ("first", "second"):
-        bury(client, EnqueueRequest("q", "t", error, id="a"), error=error)
+        dead_letter(client, EnqueueRequest("q", "t", error, id="a"), error=error)
     assert client.dlq.get("a").last_error == "second"
     assert client.dlq.requeue("a") == ["a"]
     assert rows(conn, "select arg, last_error from bgjob_job") == [(b'"second"', "second")]
@@ -1295,7 +1295,7 @@ def test_of_several_dead_jobs_with_one_id_the_latest_counts(
 def test_a_requeued_job_keeps_every_setting_and_begins_afresh(
     client: Any, conn: psycopg.Connection
 ) -> None:
-    bury(client, EnqueueRequest("q", "t", b"arg", id="a", priority=-7))
+    dead_letter(client, EnqueueRequest("q", "t", b"arg", id="a", priority=-7))
     created = client.dlq.get("a").created_at
     before = clock(conn)
     assert client.dlq.requeue("a") == ["a"]
@@ -1310,7 +1310,7 @@ def test_a_requeued_job_keeps_every_setting_and_begins_afresh(
 
 
 def test_dead_jobs_are_requeued_by_id_or_by_filter(client: Any) -> None:
-    bury(
+    dead_letter(
         client,
         *(EnqueueRequest("a", "x", id=id_) for id_ in "123"),
         EnqueueRequest("a", "y", id="4"),
@@ -1329,7 +1329,7 @@ def test_dead_jobs_are_requeued_by_id_or_by_filter(client: Any) -> None:
 def test_a_dead_job_whose_id_a_live_job_has_stays_dead(
     client: Any, conn: psycopg.Connection
 ) -> None:
-    bury(client, EnqueueRequest("q", "t", b"dead", id="a"), EnqueueRequest("q", "t", id="b"))
+    dead_letter(client, EnqueueRequest("q", "t", b"dead", id="a"), EnqueueRequest("q", "t", id="b"))
     client.enqueue(EnqueueRequest("q", "t", b"live", id="a"))
     assert client.dlq.requeue() == ["b"]
     assert [dead.id for dead in client.dlq.list()] == ["a"]
@@ -1337,9 +1337,9 @@ def test_a_dead_job_whose_id_a_live_job_has_stays_dead(
 
 
 def test_dead_jobs_are_purged_by_id_or_by_filter(client: Any, conn: psycopg.Connection) -> None:
-    bury(client, *(EnqueueRequest("a", "x", id=id_) for id_ in "123"))
+    dead_letter(client, *(EnqueueRequest("a", "x", id=id_) for id_ in "123"))
     between = clock(conn)
-    bury(client, EnqueueRequest("a", "y", id="4"), EnqueueRequest("b", "x", id="5"))
+    dead_letter(client, EnqueueRequest("a", "y", id="4"), EnqueueRequest("b", "x", id="5"))
     assert client.dlq.purge("unknown") == 0
     assert client.dlq.purge([]) == 0
     assert client.dlq.purge(["1"]) == 1
@@ -1373,9 +1373,9 @@ def test_every_filter_restricts_list_requeue_and_purge(
 
     def fill() -> None:
         conn.execute("truncate bgjob_job, bgjob_dead_job")
-        bury(client, *(EnqueueRequest("a", "x", id=id_) for id_ in "123"))
-        bury(client, EnqueueRequest("a", "x", id="4"), error="at 100% \\o/_ of it")
-        bury(client, EnqueueRequest("a", "y", id="5"), EnqueueRequest("b", "x", id="6"))
+        dead_letter(client, *(EnqueueRequest("a", "x", id=id_) for id_ in "123"))
+        dead_letter(client, EnqueueRequest("a", "x", id="4"), error="at 100% \\o/_ of it")
+        dead_letter(client, EnqueueRequest("a", "y", id="5"), EnqueueRequest("b", "x", id="6"))
         conn.execute("update bgjob_dead_job set moved_at = '2019-01-01' where job_id = '1'")
         conn.execute("update bgjob_dead_job set moved_at = '2020-01-01' where job_id = '2'")
         conn.execute("update bgjob_dead_job set moved_at = '2021-01-01' where job_id = '3'")
@@ -1399,7 +1399,7 @@ def test_every_filter_restricts_list_requeue_and_purge(
 
 @pytest.mark.parametrize("method", ["list", "requeue", "purge"])
 def test_a_bad_filter_is_refused_by_name_and_changes_nothing(client: Any, method: str) -> None:
-    bury(client, *requests("a"))
+    dead_letter(client, *requests("a"))
     call = getattr(client.dlq, method)
     naive = datetime(2030, 1, 1)
     with pytest.raises(ValueError, match="moved_before must be an aware datetime"):
@@ -1419,8 +1419,8 @@ def test_a_bad_filter_is_refused_by_name_and_changes_nothing(client: Any, method
 def test_a_requeue_wakes_a_worker_that_sleeps_and_a_rolled_back_one_does_not(
     colour: Colour, client: Any, conn: psycopg.Connection, in_transaction: bool
 ) -> None:
-    bury(client, EnqueueRequest("q", "t", id="a", priority=9), *requests("b"))
-    bury(client, EnqueueRequest("other", "t", id="c"))
+    dead_letter(client, EnqueueRequest("q", "t", id="a", priority=9), *requests("b"))
+    dead_letter(client, EnqueueRequest("other", "t", id="c"))
     seen: list[str] = []
     mux = Mux().register("t", lambda job: seen.append(job.id))
     with Worker(Client(colour.dsn), "q", mux, poll_interval=3600):
@@ -1498,7 +1498,7 @@ def test_a_retention_refuses_bad_options_by_name() -> None:
 def test_a_job_that_two_requeues_meet_goes_back_once_whenever_it_runs(
     colour: Colour, client: Any, dsn: str, conn: psycopg.Connection
 ) -> None:
-    bury(client, *requests("a", "b"))
+    dead_letter(client, *requests("a", "b"))
     runs: list[str] = []
     mux = Mux().register("t", lambda job: runs.append(job.id))
 
@@ -1530,7 +1530,7 @@ def test_a_purge_and_a_requeue_of_the_same_jobs_wait_for_each_other(
     client: Any, dsn: str, conn: psycopg.Connection, order: int
 ) -> None:
     ids = [f"{n:03}" for n in range(200)]
-    bury(client, *requests(*ids))
+    dead_letter(client, *requests(*ids))
     # Purged in another order than that in which they died.
     conn.execute("create index on bgjob_dead_job (type, queue, id desc)")
 
@@ -1554,7 +1554,7 @@ def test_a_purge_and_a_requeue_of_the_same_jobs_wait_for_each_other(
 def test_a_retention_does_not_wait_for_a_requeue(
     client: Any, dsn: str, conn: psycopg.Connection
 ) -> None:
-    bury(client, *requests("a", "b"))
+    dead_letter(client, *requests("a", "b"))
     with psycopg.connect(dsn) as other, Client(dsn) as plain:
         assert plain.dlq.requeue("a", conn=other) == ["a"]
         conn.execute("set lock_timeout = '1s'")
@@ -1566,7 +1566,7 @@ def test_the_dlq_works_inside_the_callers_transaction(
     colour: Colour, client: Any, conn: psycopg.Connection
 ) -> None:
     caller = colour.connect(row_factory=dict_row)
-    bury(client, *requests("a", "b"))
+    dead_letter(client, *requests("a", "b"))
     assert client.dlq.requeue("a", conn=caller) == ["a"]
     assert client.dlq.purge("b", conn=caller) == 1
     assert client.dlq.list(conn=caller) == []
@@ -1579,7 +1579,7 @@ def test_the_dlq_works_inside_the_callers_transaction(
 def test_a_dead_job_with_times_out_of_pythons_range_does_not_hide_the_others(
     client: Any, conn: psycopg.Connection
 ) -> None:
-    bury(client, *requests("a"))
+    dead_letter(client, *requests("a"))
     client.enqueue(EnqueueRequest("q", "t", id="b"))
     conn.execute("update bgjob_job set next_run_at = '-infinity', created_at = '-infinity'")
     client.do("q", returning(MoveToDlq("why")))

@@ -7,7 +7,7 @@ import psycopg
 import pytest
 from support.database import rows
 from support.waiting import eventually
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 import bgjob._worker.session
 from bgjob import EnqueueRequest, Job, Mux, Retry
@@ -58,17 +58,17 @@ def catch_up_all(conn: psycopg.Connection[Any], limit: int = 1000) -> int:
 
 
 def test_jobs_written_before_a_clock_was_set_back_keep_their_delays(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.enqueue("now")
-    crew.client.bulk_enqueue([EnqueueRequest("q", "t", id=f"many{n}") for n in range(3)])
-    crew.enqueue("delayed", delay=600)
-    crew.enqueue("other", queue="r")
-    crew.client.enqueue(EnqueueRequest("q", "retry", id="retried", priority=-1))
+    launcher.enqueue("now")
+    launcher.client.bulk_enqueue([EnqueueRequest("q", "t", id=f"many{n}") for n in range(3)])
+    launcher.enqueue("delayed", delay=600)
+    launcher.enqueue("other", queue="r")
+    launcher.client.enqueue(EnqueueRequest("q", "retry", id="retried", priority=-1))
     mux = Mux().register("retry", lambda _: Retry(delay=300))
-    crew.client.do("q", mux)
+    launcher.client.do("q", mux)
     set_back(conn)
-    crew.enqueue("after", delay=600)
+    launcher.enqueue("after", delay=600)
     assert catch_up_all(conn, limit=3) == 3
     assert catch_up_all(conn) == 2
     assert catch_up_all(conn) == 0
@@ -83,7 +83,7 @@ def test_jobs_written_before_a_clock_was_set_back_keep_their_delays(
 
 
 def test_a_worker_reports_a_clock_that_was_set_back_and_retries_do_not_wait_for_it(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offset = [HOUR]
 
@@ -103,9 +103,9 @@ def test_a_worker_reports_a_clock_that_was_set_back_and_retries_do_not_wait_for_
         return None
 
     recorder = Recorder()
-    crew.start(Mux().register("t", handle), observer=recorder, poll_interval=0.1)
-    crew.enqueue("busy", delay=HOUR)  # so that there is something to look at
-    crew.enqueue("a")
+    launcher.start(Mux().register("t", handle), observer=recorder, poll_interval=0.1)
+    launcher.enqueue("busy", delay=HOUR)  # so that there is something to look at
+    launcher.enqueue("a")
     recorder.wait_for("retried", "a")
     conn.execute(
         "update bgjob_job set next_run_at = next_run_at + interval '1 hour', "
@@ -116,7 +116,7 @@ def test_a_worker_reports_a_clock_that_was_set_back_and_retries_do_not_wait_for_
     [(_, error)] = recorder.of("error")
     assert "the database's clock was set back by 3600 s" in str(error)
     assert eventually(lambda: "a" in done)
-    crew.enqueue("b")
+    launcher.enqueue("b")
     assert eventually(lambda: "b" in done)
     offset[0] = HOUR
     assert eventually(lambda: len(recorder.of("error")) == 2)

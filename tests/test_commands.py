@@ -53,7 +53,7 @@ def run(
     yield run
 
 
-def bury(conn: psycopg.Connection, *ids: str, **columns: Any) -> None:
+def dead_letter(conn: psycopg.Connection, *ids: str, **columns: Any) -> None:
     """Put dead jobs into the dead-letter table."""
     row = {"queue": "q", "type": "t", "arg": None, "last_error": None, "ago": 0.0} | columns
     for id_ in ids:
@@ -220,7 +220,7 @@ def test_an_id_that_is_taken_is_reported(run: Run) -> None:
 def test_stats_are_a_table_or_json(run: Run, conn: psycopg.Connection) -> None:
     run("enqueue", "mail", "confirm")
     run("enqueue", "mail", "confirm", "--delay", "1h")
-    bury(conn, "a", "b", queue="other", type="x")
+    dead_letter(conn, "a", "b", queue="other", type="x")
 
     status, out, err = run("stats")
     assert (status, err) == (0, "")
@@ -278,8 +278,8 @@ def test_stats_show_paused_queues_including_those_without_jobs(run: Run) -> None
 
 
 def test_the_command_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Connection) -> None:
-    bury(conn, "a", last_error="it broke\nat line 1")
-    bury(conn, "b", "c", queue="other")
+    dead_letter(conn, "a", last_error="it broke\nat line 1")
+    dead_letter(conn, "b", "c", queue="other")
     status, out, err = run("dlq", "list")
     assert (status, err) == (0, "")
     head, *lines = out.splitlines()
@@ -293,8 +293,8 @@ def test_the_command_lists_dead_jobs_the_latest_first(run: Run, conn: psycopg.Co
 def test_pages_follow_each_other_and_a_page_shows_how_to_get_the_next(
     run: Run, conn: psycopg.Connection
 ) -> None:
-    bury(conn, *"abcdef")
-    bury(conn, "x", queue="other")
+    dead_letter(conn, *"abcdef")
+    dead_letter(conn, "x", queue="other")
     args = ["dlq", "list", "--queue", "q", "--limit", "2"]
     pages: list[list[str]] = []
     more: list[str] = []
@@ -306,7 +306,7 @@ def test_pages_follow_each_other_and_a_page_shows_how_to_get_the_next(
             break
         assert err.startswith("for the next page add: --before ")
         more = err.split()[-2:]
-        bury(conn, "later")
+        dead_letter(conn, "later")
     assert pages == [["f", "e"], ["d", "c"], ["b", "a"]]
     # A program finds the number in the last job of a page.
     page = json.loads(run(*args, "--json")[1])
@@ -330,10 +330,10 @@ def test_the_commands_filters_restrict_list_requeue_and_purge(
     run: Run, conn: psycopg.Connection, args: str, ids: str
 ) -> None:
     for command in ("purge", "requeue"):
-        bury(conn, "a")
-        bury(conn, "b", queue="other")
-        bury(conn, "c", type="u")
-        bury(conn, "d", ago=10_000)
+        dead_letter(conn, "a")
+        dead_letter(conn, "b", queue="other")
+        dead_letter(conn, "c", type="u")
+        dead_letter(conn, "d", ago=10_000)
         listed = json.loads(run("dlq", "list", *args.split(), "--json")[1])
         assert [job["id"] for job in listed] == list(ids)
         status, out, _ = run("dlq", command, *args.split())
@@ -349,7 +349,7 @@ def test_the_commands_filters_restrict_list_requeue_and_purge(
 def test_requeue_and_purge_need_ids_a_filter_or_all(
     run: Run, conn: psycopg.Connection, command: str, args: list[str]
 ) -> None:
-    bury(conn, "a")
+    dead_letter(conn, "a")
     status, out, err = run("dlq", command, *args)
     assert (status, out) == (2, "")
     assert "or --all instead" in err
@@ -359,7 +359,7 @@ def test_requeue_and_purge_need_ids_a_filter_or_all(
 def test_a_dead_job_whose_id_lives_stays_dead_and_is_counted(
     run: Run, conn: psycopg.Connection
 ) -> None:
-    bury(conn, "a", "b")
+    dead_letter(conn, "a", "b")
     run("enqueue", "q", "t", "--id", "a")
     assert run("dlq", "requeue", "--all", "--json")[:2] == (
         0,
@@ -376,8 +376,8 @@ def test_many_jobs_go_in_batches_and_progress_is_shown(
 ) -> None:
     monkeypatch.setattr(dlq, "_BATCH", 3)
     ids = [f"{n:02}" for n in range(10)]
-    bury(conn, *ids)
-    bury(conn, "00")  # it has died twice
+    dead_letter(conn, *ids)
+    dead_letter(conn, "00")  # it has died twice
     run("enqueue", "q", "t", "--id", "01")
     status, out, err = run("dlq", command, "--all")
     assert status == 0
@@ -397,7 +397,7 @@ def test_an_interrupted_purge_reports_how_many_it_deleted(
     run: Run, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dlq, "_BATCH", 2)
-    bury(conn, *"abcdef")
+    dead_letter(conn, *"abcdef")
 
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
@@ -410,7 +410,7 @@ def test_an_interrupted_purge_reports_how_many_it_deleted(
 
 
 def test_the_command_shows_all_of_a_dead_job(run: Run, conn: psycopg.Connection) -> None:
-    bury(conn, "a", arg=b'{"n": 1}', last_error="it broke\nat line 1")
+    dead_letter(conn, "a", arg=b'{"n": 1}', last_error="it broke\nat line 1")
     status, out, err = run("dlq", "show", "a")
     assert (status, err) == (0, "")
     shown = dict(line.split(None, 1) for line in out.splitlines() if not line.startswith(" "))
@@ -432,7 +432,7 @@ def test_the_command_shows_all_of_a_dead_job(run: Run, conn: psycopg.Connection)
 def test_any_payload_can_be_shown(
     run: Run, conn: psycopg.Connection, arg: bytes | None, shown: str | None, value: object
 ) -> None:
-    bury(conn, "a", arg=arg)
+    dead_letter(conn, "a", arg=arg)
     out = run("dlq", "show", "a")[1]
     if arg is None:
         assert "\narg " not in out
@@ -448,7 +448,9 @@ def test_any_payload_can_be_shown(
 def test_control_sequences_of_a_terminal_are_shown_as_escapes(
     run: Run, conn: psycopg.Connection
 ) -> None:
-    bury(conn, "\x1b[31mred", last_error="\x1b]0;title\x07[bold]bold[/bold]\r\u202e", arg=b'"\x7f"')
+    dead_letter(
+        conn, "\x1b[31mred", last_error="\x1b]0;title\x07[bold]bold[/bold]\r\u202e", arg=b'"\x7f"'
+    )
     for out in (run("dlq", "list")[1], run("dlq", "show", "\x1b[31mred")[1]):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", out)
         assert r"\x1b[31mred" in out
@@ -686,7 +688,7 @@ def environment(dsn: str) -> dict[str, str]:
 def test_a_reader_that_closes_the_pipe_early_is_not_reported_as_an_error(
     dsn: str, conn: psycopg.Connection
 ) -> None:
-    bury(conn, "a", last_error=100 * "x")
+    dead_letter(conn, "a", last_error=100 * "x")
     conn.execute(
         "insert into bgjob_dead_job (job_id, queue, type, attempt, last_error, priority,"
         " next_run_at, job_created_at, job_updated_at) select job_id, queue, type, attempt,"
@@ -704,7 +706,7 @@ def test_a_reader_that_closes_the_pipe_early_is_not_reported_as_an_error(
 
 
 def test_a_table_is_drawn_on_a_terminal(dsn: str, conn: psycopg.Connection) -> None:
-    bury(conn, "a", last_error="[bold]no markup[/bold]")
+    dead_letter(conn, "a", last_error="[bold]no markup[/bold]")
     ours, theirs = pty.openpty()
     with command(
         "dlq", "list", stdout=theirs, env=environment(dsn) | {"COLUMNS": "120"}

@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from support.clients import Colour
 from support.documents import SCRIPT
 from support.waiting import eventually
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 from bgjob import (
     AsyncClient,
@@ -138,14 +138,14 @@ def dsn(elsewhere: tuple[EmbeddedServer, Proxy]) -> Iterator[str]:
 
 
 @pytest.fixture
-def colour(crew: Crew) -> Iterator[Colour]:
-    colour = Colour(crew.dsn, is_async=crew.is_async)
+def colour(launcher: Launcher) -> Iterator[Colour]:
+    colour = Colour(launcher.dsn, is_async=launcher.is_async)
     yield colour
     colour.close()
 
 
-def handled(crew: Crew, mux: Mux, name: str, body: Any, **options: Any) -> Mux:
-    """Register a handler of the crew's colour."""
+def handled(launcher: Launcher, mux: Mux, name: str, body: Any, **options: Any) -> Mux:
+    """Register a handler of the launcher's colour."""
 
     def plain(job: Job, *conn: Any) -> Any:
         return body(job)
@@ -153,7 +153,7 @@ def handled(crew: Crew, mux: Mux, name: str, body: Any, **options: Any) -> Mux:
     async def coroutine(job: Job, *conn: Any) -> Any:
         return body(job)
 
-    return mux.register(name, coroutine if crew.is_async else plain, **options)
+    return mux.register(name, coroutine if launcher.is_async else plain, **options)
 
 
 ARG = b"\\x00 \\ ' \" \x00\xff {NULL}"
@@ -164,7 +164,7 @@ NAME = "caf\xe9 \\ ' {NULL}"
 
 
 def test_jobs_are_enqueued_one_by_one_and_in_bulk_and_come_back_as_they_were(
-    colour: Colour, crew: Crew
+    colour: Colour, launcher: Launcher
 ) -> None:
     client = colour.client()
     seen: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def test_jobs_are_enqueued_one_by_one_and_in_bulk_and_come_back_as_they_were(
     client.enqueue(EnqueueRequest("q", "t", id="in a transaction"), conn=caller)
     client.bulk_enqueue([EnqueueRequest("q", "t", id="too")], conn=caller)
     caller.commit()
-    crew.start(handled(crew, Mux(), "t", lambda job: seen.update({job.id: job.arg})))
+    launcher.start(handled(launcher, Mux(), "t", lambda job: seen.update({job.id: job.arg})))
     wanted = {NAME: ARG, **{r.id: ARG for r in many}, "in a transaction": None, "too": None}
     assert eventually(lambda: len(seen) == len(wanted) + 3)
     assert wanted.items() <= seen.items()
@@ -199,7 +199,7 @@ def test_an_enqueue_works_when_its_client_was_idle_for_longer_than_a_session_may
     assert client.enqueue(EnqueueRequest("q", "t", id="second")) == "second"
 
 
-def test_every_result_is_settled_and_reported(colour: Colour, crew: Crew) -> None:
+def test_every_result_is_settled_and_reported(colour: Colour, launcher: Launcher) -> None:
     def act(job: Job) -> Result | None:
         if job.attempt > 1:
             return Complete()
@@ -221,12 +221,12 @@ def test_every_result_is_settled_and_reported(colour: Colour, crew: Crew) -> Non
     ids = ["complete", "retry", "dlq", "raise", "reschedule"]
     client.bulk_enqueue([EnqueueRequest("q", "t", ARG, id=id) for id in ids])
     client.enqueue(EnqueueRequest("q", "unknown", id="unknown"))
-    mux = handled(crew, Mux(), "t", act, backoff=lambda _: 0.0)
-    worker = crew.start(mux, observer=recorder, poll_interval=0.1)
+    mux = handled(launcher, Mux(), "t", act, backoff=lambda _: 0.0)
+    worker = launcher.start(mux, observer=recorder, poll_interval=0.1)
     for id in ("complete", "retry", "raise", "reschedule"):
         recorder.wait_for("completed", id)
     for id in ("dlq", "unknown"):
-        recorder.wait_for("buried", id)
+        recorder.wait_for("dead", id)
     assert not recorder.of("error")
     assert worker.failure is None
     dead = {job.id: job for job in client.dlq.list()}
@@ -234,19 +234,19 @@ def test_every_result_is_settled_and_reported(colour: Colour, crew: Crew) -> Non
     assert "caf\xe9" in (dead["dlq"].last_error or "")
     assert dead["dlq"].arg == ARG
     assert client.dlq.requeue("dlq") == ["dlq"]
-    recorder.wait_for("buried", "dlq", times=2)
+    recorder.wait_for("dead", "dlq", times=2)
     assert client.dlq.purge(["dlq", "unknown"]) == 2
 
 
 def test_a_transactional_handler_of_more_than_a_second_has_one_effect(
-    colour: Colour, crew: Crew
+    colour: Colour, launcher: Launcher
 ) -> None:
     insert = "insert into effect values (%s, clock_timestamp()::text)"
 
     def plain(job: Job, conn: psycopg.Connection[Any]) -> None:
         conn.execute(insert, [job.id])
         time.sleep(SLOW)
-        crew.client.enqueue(EnqueueRequest("children", "t", id=f"child of {job.id}"), conn=conn)
+        launcher.client.enqueue(EnqueueRequest("children", "t", id=f"child of {job.id}"), conn=conn)
 
     async def coroutine(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
         await conn.execute(insert, [job.id])
@@ -257,8 +257,8 @@ def test_a_transactional_handler_of_more_than_a_second_has_one_effect(
     recorder = Recorder()
     ids = ["a", "b", "c"]
     colour.client().bulk_enqueue([EnqueueRequest("q", "t", id=id) for id in ids])
-    mux = Mux().register("t", coroutine if crew.is_async else plain, transactional=True)
-    crew.start(mux, observer=recorder, lease=1.0, poll_interval=0.1, concurrency=3)
+    mux = Mux().register("t", coroutine if launcher.is_async else plain, transactional=True)
+    launcher.start(mux, observer=recorder, lease=1.0, poll_interval=0.1, concurrency=3)
     for id in ids:
         recorder.wait_for("completed", id)
     assert {event for event in recorder.of("started")} == {("started", id, 1) for id in ids}
@@ -270,7 +270,7 @@ def test_a_transactional_handler_of_more_than_a_second_has_one_effect(
     assert children == {f"child of {id}" for id in ids}
 
 
-def test_jobs_of_a_key_run_one_at_a_time(colour: Colour, crew: Crew) -> None:
+def test_jobs_of_a_key_run_one_at_a_time(colour: Colour, launcher: Launcher) -> None:
     running, most, ran = [0], [0], list[str]()
 
     def body(job: Job) -> None:
@@ -283,23 +283,23 @@ def test_jobs_of_a_key_run_one_at_a_time(colour: Colour, crew: Crew) -> None:
     ids = [f"{n}" for n in range(6)]
     requests = [EnqueueRequest("q", "t", id=id, exclusive=NAME) for id in ids]
     colour.client().bulk_enqueue(requests)
-    crew.start(handled(crew, Mux(), "t", body), poll_interval=0.1)
+    launcher.start(handled(launcher, Mux(), "t", body), poll_interval=0.1)
     assert eventually(lambda: len(ran) == len(ids))
     assert (sorted(ran), most) == (ids, [1])
 
 
-def test_schedules_tick_with_their_payload(colour: Colour, crew: Crew) -> None:
+def test_schedules_tick_with_their_payload(colour: Colour, launcher: Launcher) -> None:
     ran: list[tuple[str, bytes | None]] = []
     request = EnqueueRequest("q", "t", ARG, exclusive=NAME)
     recorder = Recorder()
     schedules = Schedules([Schedule(NAME, request=request, every=1)], poll_interval=0.1)
-    mux = handled(crew, Mux(), "t", lambda job: ran.append((job.id, job.arg)))
-    crew.start(mux, services=[schedules], observer=recorder)
+    mux = handled(launcher, Mux(), "t", lambda job: ran.append((job.id, job.arg)))
+    launcher.start(mux, services=[schedules], observer=recorder)
     assert eventually(lambda: bool(ran))
     [(id, arg)] = ran[:1]
     assert id.startswith(f"schedule:{NAME}:")
     assert arg == ARG
-    table = crew.client.schedules
+    table = launcher.client.schedules
     table.pause(NAME)
     [status] = table.list()
     assert (status.name, status.paused) == (NAME, True)
@@ -309,20 +309,20 @@ def test_schedules_tick_with_their_payload(colour: Colour, crew: Crew) -> None:
 
 
 def test_queues_are_paused_and_counted_and_their_jobs_done_by_hand(
-    colour: Colour, crew: Crew
+    colour: Colour, launcher: Launcher
 ) -> None:
     client = colour.client()
     client.bulk_enqueue([EnqueueRequest("q", "t", id=f"{n}") for n in range(5)])
     client.pause("q", datetime.now(UTC) + timedelta(hours=1))
     ran: list[str] = []
-    mux = handled(crew, Mux(), "t", lambda job: ran.append(job.id))
-    worker = crew.start(mux, poll_interval=0.1)
+    mux = handled(launcher, Mux(), "t", lambda job: ran.append(job.id))
+    worker = launcher.start(mux, poll_interval=0.1)
     [until] = client.paused().values()
     assert until.utcoffset() is not None
     [stats] = client.stats("q")
     assert (stats.queue, stats.type, stats.due) == ("q", "t", 5)
     assert stats.oldest_due_age >= 0
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert client.resume("q")
     assert not ran
     assert client.do("q", mux) == Complete()

@@ -12,7 +12,7 @@ import pytest
 from conftest import MIGRATION
 from support.databases import Databases
 from support.waiting import PATIENCE, eventually
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
 from bgjob._postgres.cursor import server_codec
@@ -50,29 +50,29 @@ def errors(client: Client) -> dict[str, str | None]:
 
 
 def test_an_error_text_that_the_server_cannot_hold_is_stored_in_escaped_form(
-    crew: Crew, dsn: str, encoding: str
+    launcher: Launcher, dsn: str, encoding: str
 ) -> None:
     text, held = TEXT[encoding], HELD[encoding]
 
-    def bury(job: Job) -> MoveToDlq:
+    def dead_letter(job: Job) -> MoveToDlq:
         return MoveToDlq(text)
 
-    async def bury_async(job: Job) -> MoveToDlq:
+    async def dead_letter_async(job: Job) -> MoveToDlq:
         return MoveToDlq(text)
 
-    def bury_with(job: Job, conn: psycopg.Connection[Any]) -> MoveToDlq:
+    def dead_letter_with(job: Job, conn: psycopg.Connection[Any]) -> MoveToDlq:
         conn.execute("select 1")
         return MoveToDlq(text)
 
-    async def bury_async_with(job: Job, conn: psycopg.AsyncConnection[Any]) -> MoveToDlq:
+    async def dead_letter_async_with(job: Job, conn: psycopg.AsyncConnection[Any]) -> MoveToDlq:
         return MoveToDlq(text)
 
     def fail(job: Job) -> None:
         raise ValueError(text)
 
-    mux = Mux().register("plain", bury).register("coroutine", bury_async)
-    mux.register("transactional", bury_with, transactional=True)
-    mux.register("both", bury_async_with, transactional=True)
+    mux = Mux().register("plain", dead_letter).register("coroutine", dead_letter_async)
+    mux.register("transactional", dead_letter_with, transactional=True)
+    mux.register("both", dead_letter_async_with, transactional=True)
     mux.register("fails", fail, max_attempts=2, backoff=lambda _: 0.0)
     mux.register("t", lambda job: None)
     types = ["plain", "coroutine", "transactional", "both", "fails"]
@@ -84,7 +84,7 @@ def test_an_error_text_that_the_server_cannot_hold_is_stored_in_escaped_form(
         assert client.bulk_enqueue([request]) == [held]
         assert client.bulk_enqueue([request], on_conflict="skip") == [None]
         schedule = Schedule(held, request=EnqueueRequest("s", "t", EVERY_BYTE), every=1)
-        crew.start(
+        launcher.start(
             mux,
             {"q": 2, f"q{held}": 1},
             observer=recorder,
@@ -151,7 +151,7 @@ def test_a_name_that_the_database_cannot_hold_is_refused_where_it_is_enqueued(
 
 @pytest.mark.parametrize("how", ["given up", "freed by a sweep", "taken over by do"])
 def test_the_session_of_a_claim_ends_with_it_for_any_characters_of_the_id(
-    crew: Crew, dsn: str, encoding: str, how: str
+    launcher: Launcher, dsn: str, encoding: str, how: str
 ) -> None:
     ids = [f"{HELD[encoding]} {n}" for n in range(2)]
     lock = "select pg_advisory_xact_lock(1, hashtext(%s))"
@@ -190,7 +190,7 @@ def test_the_session_of_a_claim_ends_with_it_for_any_characters_of_the_id(
             for _ in ids:
                 client.do("q", mux)
         else:
-            crew.start(mux, concurrency=4, poll_interval=0.1)
+            launcher.start(mux, concurrency=4, poll_interval=0.1)
         assert eventually(lambda: {id_ for id_, attempt in entered if attempt == 2} == {*ids})
         assert eventually(lambda: not client.stats())
         released.set()
@@ -208,7 +208,7 @@ UNREADABLE = {"SQL_ASCII": b"bad\xff\xfe", "WIN1252": b"bad\x81"}
 @pytest.mark.parametrize("encoding", list(UNREADABLE), indirect=True)
 @pytest.mark.parametrize("state", ["due", "held", "died"])
 def test_a_job_that_cannot_be_read_is_dead_lettered_and_its_neighbours_complete(
-    crew: Crew, dsn: str, encoding: str, state: str
+    launcher: Launcher, dsn: str, encoding: str, state: str
 ) -> None:
     done: list[str] = []
     recorder = Recorder()
@@ -225,7 +225,7 @@ def test_a_job_that_cannot_be_read_is_dead_lettered_and_its_neighbours_complete(
             conn.execute("update bgjob_job set token = 1, lease_until = now() - interval '1 s'")
         elif state == "died":
             conn.execute("update bgjob_job set deaths = 1 where id like 'bad%'")
-        crew.start(
+        launcher.start(
             Mux().register("t", lambda job: done.append(job.id)),
             observer=recorder,
             poll_interval=0.1,

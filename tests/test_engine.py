@@ -16,7 +16,7 @@ from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.watermarks import Watermarks
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import Group, Swept, Taken, Window
-from bgjob._sql.survey import Line, UnderWay
+from bgjob._sql.survey import Line, OpenTransactions
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost, QueueIsEmpty
@@ -123,7 +123,7 @@ def settled(exchange: Exchange) -> list[str]:
         *(c.job.id for c in exchange.complete),
         *(p.claimed.job.id for p in exchange.postpone),
         *(b.claimed.job.id for b in exchange.dead_letter),
-        *(c.job.id for c in exchange.give_back),
+        *(c.job.id for c in exchange.release_jobs),
     ]
 
 
@@ -192,7 +192,7 @@ def test_jobs_claimed_ahead_that_do_not_start_are_given_back() -> None:
     drive.engine.withdrawn([waiting])
     assert drive.engine.pace.running == 1
     exchange = drive.exchange()
-    assert exchange.give_back == [waiting]
+    assert exchange.release_jobs == [waiting]
     assert drive.answer(Reply(settled={"c"})).events == []
 
 
@@ -354,14 +354,14 @@ def test_a_claim_is_held_before_it_is_acknowledged() -> None:
     drive.engine.bulky = 1
     drive.finish(*drive.claim("quick"), took=1e-6)
     claimed = flowing(drive, *map(str, range(10)))
-    under_way = drive.exchange().claim
+    in_progress = drive.exchange().claim
     drive.finish(claimed[0], took=1e-6)
     drive.engine.reconnect()  # the next look is a sweep
     ahead = drive.engine.ahead(drive.now)
     assert ahead is not None
     assert isinstance(ahead.claim, Sweep)
-    assert under_way is not None
-    assert under_way.token in ahead.claim.held
+    assert in_progress is not None
+    assert in_progress.token in ahead.claim.held
 
 
 def test_an_extension_that_is_refused_again_and_again_does_not_stop_claims() -> None:
@@ -944,8 +944,8 @@ def at(seconds: float) -> datetime:
     return NOON + timedelta(seconds=seconds)
 
 
-def saw(seconds: float, *numbers: int, claimed: bool = True) -> UnderWay:
-    return UnderWay(at(seconds), frozenset(numbers), is_complete=claimed)
+def saw(seconds: float, *numbers: int, claimed: bool = True) -> OpenTransactions:
+    return OpenTransactions(at(seconds), frozenset(numbers), is_complete=claimed)
 
 
 def moved_to(seconds: float) -> Watermarks:
@@ -1161,7 +1161,7 @@ def test_the_parts_of_a_sweep_begin_at_what_is_due_now_however_long_the_backlog_
     marks = Watermarks(poll_interval=1.0)
     lines = [Line(0, at(0), None, has_suspects=False)]
     marks.swept(lines, None, full=True, began=1.0, now=1.1)
-    marks.saw(UnderWay(at(900.0), frozenset(), True), 1.1)
+    marks.saw(OpenTransactions(at(900.0), frozenset(), True), 1.1)
     starts = [900.0]
     while starts[-1] > 0.0:
         window = marks.window()
@@ -1263,7 +1263,7 @@ def test_what_goes_back_unstarted_is_looked_for_where_it_stays_and_nothing_claim
     drive.finish(*(c for c in news.run if c.job.id == "b"))
     drive.engine.withdrawn([c for c in news.run if c.job.id == "a"])  # or it wanted its key
     exchange = drive.exchange()
-    assert [c.job.id for c in exchange.give_back] == ["a"]
+    assert [c.job.id for c in exchange.release_jobs] == ["a"]
     assert exchange.claim is None
     assert drive.engine.ahead(drive.now) is None
     drive.answer(Reply(settled={"a", "b"}))
@@ -1278,7 +1278,7 @@ def test_nothing_is_claimed_ahead_while_jobs_go_back() -> None:
     drive.finish(*jobs[:150], took=0.0001)
     drive.engine.withdrawn(jobs[150:])
     exchange = drive.exchange()
-    assert len(exchange.give_back) == 50
+    assert len(exchange.release_jobs) == 50
     assert drive.engine.ahead(drive.now) is None
     drive.answer(Reply(settled=set(settled(exchange))))
     claim = drive.exchange().claim
@@ -1537,7 +1537,7 @@ def test_a_group_that_did_not_start_goes_back_as_it_was() -> None:
         drive.engine.shutdown()
         assert drive.step() == Withdraw()
         drive.engine.withdrawn(suspects)
-        given = drive.exchange().give_back
+        given = drive.exchange().release_jobs
         # What charged nothing refunds nothing.
         assert [claimed.is_charged for claimed in given] == [len(names) == 1] * len(names)
 
@@ -1552,7 +1552,7 @@ def test_shutdown_gives_back_what_has_not_started_and_waits_for_what_has() -> No
     assert drive.step() == Withdraw()
     drive.engine.withdrawn([b])
     exchange = drive.exchange()
-    assert exchange.give_back == [b]
+    assert exchange.release_jobs == [b]
     drive.answer(Reply(settled={"b"}))
     assert drive.sleep() > drive.now
     drive.finish(a)
@@ -1641,7 +1641,7 @@ def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> N
             drive.now = step.until
     drive.engine.withdrawn(waiting)
     released = drive.exchange()
-    assert released.give_back == waiting
+    assert released.release_jobs == waiting
     assert released.claim is None or released.claim.limit == 0
     drive.answer(Reply(settled=set(settled(released))))
     for _ in range(20):  # sweeps free suspects all the while

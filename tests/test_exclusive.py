@@ -42,7 +42,7 @@ from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.survey import Line
 from bgjob._sql.claims import Swept, claim_any
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
-from bgjob._sql.settlements import Claimed, complete, give_back
+from bgjob._sql.settlements import Claimed, complete, release_jobs
 from bgjob.testing import drain
 
 
@@ -76,7 +76,7 @@ class Diary:
 
 
 @pytest.fixture
-def crew(dsn: str) -> Iterator[Callable[..., Worker]]:
+def launcher(dsn: str) -> Iterator[Callable[..., Worker]]:
     with ExitStack() as stack:
         client = stack.enter_context(Client(dsn))
 
@@ -91,14 +91,14 @@ def crew(dsn: str) -> Iterator[Callable[..., Worker]]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_jobs_of_a_key_run_one_at_a_time_and_in_the_order_in_which_they_are_due(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker], workers: int
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker], workers: int
 ) -> None:
     diary = Diary()
     requests = [keyed([None, "a", "b", "c"][n % 4], f"{n:04}") for n in range(400)]
     with Client(dsn) as client:
         client.bulk_enqueue(requests)
     for _ in range(workers):
-        crew(Mux().register("t", diary.handle))
+        launcher(Mux().register("t", diary.handle))
     assert eventually(lambda: count(conn, "bgjob_job") == 0)
     for key in "abc":
         assert diary.order[key] == [r.id for r in requests if r.exclusive == key]
@@ -112,7 +112,7 @@ def test_jobs_of_a_key_run_one_at_a_time_and_in_the_order_in_which_they_are_due(
 def test_the_next_job_starts_however_the_one_before_it_ends(
     dsn: str,
     conn: psycopg.Connection,
-    crew: Callable[..., Worker],
+    launcher: Callable[..., Worker],
     ending: str,
     transactional: bool,
 ) -> None:
@@ -139,13 +139,13 @@ def test_the_next_job_starts_however_the_one_before_it_ends(
         mux.register("t", lambda job, conn: handle(job), transactional=True, backoff=_never)
     else:
         mux.register("t", handle, backoff=_never)
-    crew(mux, poll_interval=NEVER)
+    launcher(mux, poll_interval=NEVER)
     assert eventually(lambda: len(ran) == 4), ran
     assert ran == ["0", "1", "2", "3"]
 
 
 def test_jobs_that_wait_for_a_key_leave_the_way_to_others(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     gate, ran = threading.Event(), []
 
@@ -158,7 +158,7 @@ def test_jobs_that_wait_for_a_key_leave_the_way_to_others(
         client.enqueue(keyed("k", "first"))
         client.bulk_enqueue([keyed("k", f"held-{n:04}") for n in range(1200)])
         client.bulk_enqueue([keyed(None, f"free-{n:04}") for n in range(100)])
-        crew(Mux().register("t", handle), concurrency=2)
+        launcher(Mux().register("t", handle), concurrency=2)
         assert eventually(lambda: len(ran) == 101)
         assert [(True, 1200)] == conn.execute(
             "select waits, count(*) from bgjob_job where id like 'held%' group by waits"
@@ -171,7 +171,7 @@ def test_jobs_that_wait_for_a_key_leave_the_way_to_others(
 
 
 def test_a_key_is_one_in_all_queues(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     diary = Diary()
     with Client(dsn) as client, ExitStack() as stack:
@@ -189,7 +189,7 @@ def test_a_key_is_one_in_all_queues(
 
 
 def test_a_job_whose_holder_was_deleted_by_hand_runs_after_the_next_look(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     started = threading.Event()
     gate = threading.Event()
@@ -201,7 +201,7 @@ def test_a_job_whose_holder_was_deleted_by_hand_runs_after_the_next_look(
 
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
-        crew(Mux().register("t", handle), poll_interval=0.05)
+        launcher(Mux().register("t", handle), poll_interval=0.05)
         assert started.wait(PATIENCE)
         assert eventually(lambda: conn.execute("select from bgjob_job where waits").rowcount == 2)
         conn.execute("delete from bgjob_job where id = '0'")
@@ -253,7 +253,7 @@ async def _keeps_keys(dsn: str) -> None:
 
 @pytest.mark.parametrize("by", ["do", "async do", "drain", "worker"])
 def test_a_job_that_others_look_at_when_it_wants_its_key_runs_soon(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker], by: str
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker], by: str
 ) -> None:
     attempts: list[int] = []
     other = psycopg.connect(dsn)
@@ -281,7 +281,7 @@ def test_a_job_that_others_look_at_when_it_wants_its_key_runs_soon(
             case "drain":
                 assert [ran.job.id for ran in drain(client, "q", mux)] == ["a"]
             case _:
-                crew(mux, poll_interval=NEVER)
+                launcher(mux, poll_interval=NEVER)
     assert eventually(lambda: count(conn, "bgjob_job") == 0)
     assert other.closed
     assert attempts == [1]
@@ -306,7 +306,7 @@ def test_a_key_that_cannot_be_stored_is_refused_where_it_is_written(key: Any) ->
 @pytest.mark.parametrize("stamped", [False, True])
 @pytest.mark.parametrize("colour", ["plain", "coroutine"])
 def test_a_type_may_name_the_keys_of_its_jobs(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker], stamped: bool, colour: str
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker], stamped: bool, colour: str
 ) -> None:
     diary = Diary()
 
@@ -328,7 +328,7 @@ def test_a_type_may_name_the_keys_of_its_jobs(
     with Client(dsn) as client:
         client.bulk_enqueue(requests)
     for _ in range(2):
-        crew(mux)
+        launcher(mux)
     assert eventually(lambda: count(conn, "bgjob_job") == 0)
     assert sum(len(ids) for ids in diary.order.values()) == 60
     assert {key for key in diary.order if key} == {"a", "b", "type:one"}
@@ -338,7 +338,7 @@ def test_a_type_may_name_the_keys_of_its_jobs(
 
 
 def test_a_key_callable_that_fails_fails_the_attempt(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     mux = Mux().register(
         "t", lambda _: None, exclusive=lambda job: job.json()["no"], max_attempts=1
@@ -346,7 +346,7 @@ def test_a_key_callable_that_fails_fails_the_attempt(
     with Client(dsn) as client:
         client.enqueue(EnqueueRequest("q", "t", {"a": 1}))
         client.enqueue(EnqueueRequest("q", "t", {"no": "x" * 256}))
-        crew(mux)
+        launcher(mux)
         assert eventually(lambda: count(conn, "bgjob_dead_job") == 2)
         errors = {str(dead.last_error) for dead in client.dlq.list()}
     assert any("KeyError" in error for error in errors)
@@ -367,7 +367,7 @@ COMMIT_HANGS = """
 
 
 def test_a_transactional_handler_whose_commit_hangs_holds_up_its_own_key_only(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     ran: list[str] = []
     waits_for_7 = (
@@ -384,7 +384,7 @@ def test_a_transactional_handler_whose_commit_hangs_holds_up_its_own_key_only(
     with Client(dsn) as client, conn.transaction():
         conn.execute("select pg_advisory_xact_lock(7)")
         client.enqueue(keyed("a", "0"))
-        crew(mux)
+        launcher(mux)
         assert eventually(lambda: count(conn, waits_for_7) == 1)
         for id_, key in [("1", "a"), ("2", "b"), ("3", "b"), ("4", None)]:
             client.enqueue(EnqueueRequest("q", "plain", id=id_, exclusive=key))
@@ -465,13 +465,13 @@ def take(conn: psycopg.Connection, queue: str, *, lease: float, token: int = 1) 
 
 
 def test_a_key_is_free_when_its_holder_died_in_a_queue_that_has_no_worker_left(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     with Client(dsn) as client:
         client.enqueue(EnqueueRequest("r", "t", id="dead", exclusive="k"))
         dead = take(conn, "r", lease=0.5)
         client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
-        crew(Mux().register("t", lambda _: None), poll_interval=0.05)
+        launcher(Mux().register("t", lambda _: None), poll_interval=0.05)
         assert eventually(lambda: count(conn, "bgjob_job where queue = 'q'") == 0)
     # It is fenced off, and a suspect.
     assert settled(conn, dead, Complete()) == set()
@@ -479,13 +479,13 @@ def test_a_key_is_free_when_its_holder_died_in_a_queue_that_has_no_worker_left(
 
 
 def test_jobs_do_not_wait_for_those_of_a_queue_that_has_no_worker(
-    dsn: str, conn: psycopg.Connection, crew: Callable[..., Worker]
+    dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     with Client(dsn) as client:
         client.enqueue(keyed("k", "0"))
         take(conn, "q", lease=NEVER)
         client.enqueue(keyed("k", "1"))
-        crew(Mux().register("t", lambda _: None), poll_interval=0.05)
+        launcher(Mux().register("t", lambda _: None), poll_interval=0.05)
         assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
         client.enqueue(EnqueueRequest("r", "t", id="2", exclusive="k"))
         conn.execute("delete from bgjob_job where id = '0'")
@@ -617,13 +617,13 @@ def test_the_first_job_of_a_key_and_a_queue_always_goes_first(
     def end_holder(*, drains: bool) -> None:
         nonlocal done
         c = holding.pop()
-        event = "complete" if drains else random.choice(["complete", "give back", "delete", "die"])
+        event = "complete" if drains else random.choice(["complete", "release", "delete", "die"])
         match event:
             case "complete":
                 ask_all(conn, [complete([c])])
                 done += 1
-            case "give back":
-                ask_all(conn, [give_back(c.job.queue, [c], tell=False)])
+            case "release":
+                ask_all(conn, [release_jobs(c.job.queue, [c], tell=False)])
             case "delete":
                 conn.execute("delete from bgjob_job where id = %s", [c.job.id])
                 done += 1

@@ -13,7 +13,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.types.datetime import TimestamptzBinaryLoader, TimestamptzLoader
 from psycopg_pool import ConnectionPool
 from support.waiting import eventually
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 from bgjob import (
     Client,
@@ -167,7 +167,7 @@ def look_around(client: Client) -> None:
 
 @EVERY_STRANGENESS
 def test_a_worker_works_the_same_regardless_of_inherited_settings(
-    crew: Crew, dsn: str, settings: dict[str, str]
+    launcher: Launcher, dsn: str, settings: dict[str, str]
 ) -> None:
     inherit(dsn, settings)
     done: dict[str, bytes | None] = {}
@@ -191,7 +191,7 @@ def test_a_worker_works_the_same_regardless_of_inherited_settings(
     with Client(dsn) as client:
         ids = fill(client)
         client.enqueue(EnqueueRequest("a", "fatal", EVERY_BYTE, id="f"))
-        crew.start(
+        launcher.start(
             mux,
             dict.fromkeys(NAMES, 2),
             observer=recorder,
@@ -256,7 +256,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_adapters_that_a_program_registers_do_not_change_the_librarys_values(
-    registered: None, crew: Crew, dsn: str
+    registered: None, launcher: Launcher, dsn: str
 ) -> None:
     seen: list[Any] = []
 
@@ -267,7 +267,7 @@ def test_adapters_that_a_program_registers_do_not_change_the_librarys_values(
     mux = Mux().register("t", handle, transactional=True)
     recorder = Recorder()
     schedules = Schedules([Schedule("s", request=EnqueueRequest("q", "other"), every=1)])
-    crew.start(mux, observer=recorder, services=[schedules])
+    launcher.start(mux, observer=recorder, services=[schedules])
     with Client(dsn) as client:
         client.enqueue(EnqueueRequest("q", "t", id="a", delay=0.05))
         assert eventually(lambda: len(seen) >= 2)
@@ -279,7 +279,7 @@ def test_adapters_that_a_program_registers_do_not_change_the_librarys_values(
     assert not recorder.of("error")
 
 
-def test_a_connection_string_may_ask_for_any_encoding(crew: Crew, dsn: str) -> None:
+def test_a_connection_string_may_ask_for_any_encoding(launcher: Launcher, dsn: str) -> None:
     with Client(make_conninfo(dsn, client_encoding="LATIN1")) as client:
         client.enqueue(EnqueueRequest("q", "t", id="ä✓"))
         client.do("q", Mux().register("t", lambda _: MoveToDlq("✓")))
@@ -310,7 +310,7 @@ NOTE = """
 
 @pytest.mark.parametrize("way", ["direct", "pooler"])
 def test_a_worker_claims_with_its_own_timeouts_and_plans_regardless_of_the_defaults(
-    crew: Crew, dsn: str, conn: psycopg.Connection, way: str
+    launcher: Launcher, dsn: str, conn: psycopg.Connection, way: str
 ) -> None:
     expected = {
         "statement_timeout": "10000ms",
@@ -341,12 +341,12 @@ def test_a_worker_claims_with_its_own_timeouts_and_plans_regardless_of_the_defau
         source = pooler.dsn(dsn) if way == "pooler" else dsn
         done: list[str] = []
         mux = Mux().register("t", lambda job: done.append(job.id))
-        worker = crew.make(mux, dsn=source, poll_interval=0.05)
-        crew.run(worker.run())
+        worker = launcher.make(mux, dsn=source, poll_interval=0.05)
+        launcher.run(worker.run())
         for id_ in "abc":
-            crew.enqueue(id_)
+            launcher.enqueue(id_)
             assert eventually(lambda id_=id_: id_ in done)  # type: ignore[misc]
-        assert crew.shutdown(worker)
+        assert launcher.shutdown(worker)
     found = conn.execute("select distinct name, value from noted").fetchall()
     assert sorted(found) == sorted(expected.items())
 
@@ -368,14 +368,14 @@ def role(conn: psycopg.Connection[Any], dsn: str) -> Iterator[tuple[str, str]]:
 
 
 def test_row_level_security_that_may_hide_jobs_is_reported_with_the_remedy(
-    crew: Crew, dsn: str, conn: psycopg.Connection
+    launcher: Launcher, dsn: str, conn: psycopg.Connection
 ) -> None:
     def errors_of(source: str) -> list[str]:
         observer = Recorder()
-        worker = crew.make(Mux(), dsn=source, observer=observer)
-        crew.run(worker.run())
+        worker = launcher.make(Mux(), dsn=source, observer=observer)
+        launcher.run(worker.run())
         assert eventually(lambda: bool(observer.of("empty")))
-        assert crew.shutdown(worker)
+        assert launcher.shutdown(worker)
         return [str(error) for _, error in observer.of("error")]
 
     with role(conn, dsn) as (name, source):
@@ -410,7 +410,7 @@ def test_a_transactional_handler_is_settled_regardless_of_inherited_settings(
         match job.json():
             case "retry" if job.attempt == 1:
                 return Retry(delay=0.01, error="ärgerlich")
-            case "bury":
+            case "dead_letter":
                 return MoveToDlq("Müßiggang")
         return None
 
@@ -418,7 +418,7 @@ def test_a_transactional_handler_is_settled_regardless_of_inherited_settings(
     # Not opened: a worker makes connections of its own, as the pool would.
     pool: ConnectionPool[Any] = ConnectionPool(dsn, kwargs=kwargs, open=False)
     recorder = Recorder()
-    kinds = ["complete", "retry", "bury"]
+    kinds = ["complete", "retry", "dead_letter"]
     with Client(dsn) as client:
         worker = Worker(Client(pool), "q", mux, observer=recorder, poll_interval=0.1)
         with worker:

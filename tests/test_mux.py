@@ -16,7 +16,7 @@ import pytest
 from support.database import all_done, row, rows
 from support.jobs import a_job
 from support.waiting import NEVER
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 from bgjob import (
     Backoff,
@@ -485,15 +485,15 @@ def test_an_error_of_the_handler_is_not_an_error_of_the_payload(is_async: bool) 
         run(mux, a_job("SendMail", b'{"to":"a"}'))
 
 
-def test_a_payload_that_does_not_fit_rests_in_the_dlq_as_it_is(crew: Crew) -> None:
+def test_a_payload_that_does_not_fit_rests_in_the_dlq_as_it_is(launcher: Launcher) -> None:
     observer = Recorder()
     ran: list[Any] = []
-    crew.enqueue("bad", type="SendMail", arg=b'{"to":5}')
-    crew.enqueue("good", type="SendMail", arg={"to": "a"})
-    crew.start(Mux().register(SendMail, ran.append), observer=observer)
-    observer.wait_for("buried", "bad")
+    launcher.enqueue("bad", type="SendMail", arg=b'{"to":5}')
+    launcher.enqueue("good", type="SendMail", arg={"to": "a"})
+    launcher.start(Mux().register(SendMail, ran.append), observer=observer)
+    observer.wait_for("dead", "bad")
     observer.wait_for("completed", "good")
-    [dead] = crew.client.dlq.list()
+    [dead] = launcher.client.dlq.list()
     assert (dead.id, dead.arg, dead.attempt) == ("bad", b'{"to":5}', 1)
     assert dead.last_error is not None and "'to'" in dead.last_error
     assert ran == [SendMail("a")]
@@ -728,7 +728,7 @@ def test_a_failed_job_goes_back_with_the_priority_of_its_retry(
     assert priorities == [(-5, 1), (3, 2), (3, 2), (-32768, 4)]
 
 
-def test_a_retry_of_a_higher_priority_overtakes_a_backlog(crew: Crew) -> None:
+def test_a_retry_of_a_higher_priority_overtakes_a_backlog(launcher: Launcher) -> None:
     observer = Recorder()
     ran: list[str] = []
 
@@ -736,12 +736,12 @@ def test_a_retry_of_a_higher_priority_overtakes_a_backlog(crew: Crew) -> None:
         ran.append(job.id)
         if job.id != "a" or job.attempt > 1:
             return Complete()
-        crew.enqueue(*(f"other {n}" for n in range(100)))
+        launcher.enqueue(*(f"other {n}" for n in range(100)))
         return Retry(0, priority=-5)
 
-    crew.enqueue("a", priority=10)
-    crew.enqueue("before")  # so that the worker knows the priority of the others
-    crew.start(Mux().register("t", handle), observer=observer, poll_interval=NEVER)
+    launcher.enqueue("a", priority=10)
+    launcher.enqueue("before")  # so that the worker knows the priority of the others
+    launcher.start(Mux().register("t", handle), observer=observer, poll_interval=NEVER)
     observer.wait_for("completed", times=102)
     # Few are claimed ahead so soon. With its own priority it would be the last.
     assert ran[:2] == ["before", "a"] and ran.index("a", 2) <= 12, ran
@@ -749,15 +749,15 @@ def test_a_retry_of_a_higher_priority_overtakes_a_backlog(crew: Crew) -> None:
 
 
 def test_a_retry_with_a_new_priority_is_found_when_it_is_due(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
 
     def handle(job: Job) -> Result:
         return Retry(0.2, priority=-job.attempt) if job.attempt < 4 else Complete()
 
-    crew.enqueue("a")
-    crew.start(Mux().register("t", handle), observer=observer, poll_interval=NEVER)
+    launcher.enqueue("a")
+    launcher.start(Mux().register("t", handle), observer=observer, poll_interval=NEVER)
     observer.wait_for("completed", "a")
     assert all_done(conn)
     assert len(observer.of("retried")) == 3

@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 from support.waiting import eventually
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
 
@@ -31,7 +31,7 @@ def fill_queue(conn: psycopg.Connection[Any]) -> None:
     )
 
 
-def is_parked(conn: psycopg.Connection[Any]) -> bool:
+def holds_notify_lock(conn: psycopg.Connection[Any]) -> bool:
     [[held]] = conn.execute(
         "select count(*) from pg_locks l join pg_database d on d.oid = l.database "
         "where locktype = 'advisory' and granted and mode = 'ExclusiveLock' "
@@ -41,7 +41,7 @@ def is_parked(conn: psycopg.Connection[Any]) -> bool:
 
 
 def test_where_the_queue_of_notifications_is_full_all_goes_on_by_polling(
-    crew: Crew, dsn: str, conn: psycopg.Connection
+    launcher: Launcher, dsn: str, conn: psycopg.Connection
 ) -> None:
     fill_queue(conn)
     done: list[str] = []
@@ -53,16 +53,16 @@ def test_where_the_queue_of_notifications_is_full_all_goes_on_by_polling(
     recorder = Recorder()
     schedules = Schedules([Schedule("s", request=EnqueueRequest("q", "t"), every=1)])
     with Client(dsn) as client:
-        worker = crew.start(
+        worker = launcher.start(
             Mux().register("t", handle),
             observer=recorder,
             services=[schedules],
             poll_interval=0.2,
             concurrency=3,
         )
-        assert eventually(lambda: is_parked(conn))
+        assert eventually(lambda: holds_notify_lock(conn))
         client.enqueue(EnqueueRequest("q", "t", id="a"))
-        assert eventually(lambda: is_parked(conn))
+        assert eventually(lambda: holds_notify_lock(conn))
         client.enqueue(EnqueueRequest("q", "t", id="b", delay=0.01))
         client.bulk_enqueue([EnqueueRequest("q", "t", id=id_) for id_ in "cd"])
         client.bulk_enqueue([EnqueueRequest("q", "t", id=f"x{n:03}") for n in range(600)])
@@ -70,7 +70,7 @@ def test_where_the_queue_of_notifications_is_full_all_goes_on_by_polling(
         client.bulk_enqueue(keyed)
         client.enqueue(EnqueueRequest("q", "t", id="dies"))
         assert eventually(lambda: len(client.dlq.list()) == 1)
-        assert eventually(lambda: is_parked(conn))
+        assert eventually(lambda: holds_notify_lock(conn))
         assert client.dlq.requeue() == ["dies"]
         client.pause("q")
         client.enqueue(EnqueueRequest("q", "t", id="e"))
@@ -78,14 +78,14 @@ def test_where_the_queue_of_notifications_is_full_all_goes_on_by_polling(
         expected = {*"abcde", *(f"x{n:03}" for n in range(600)), *(r.id for r in keyed)}
         assert eventually(lambda: expected <= set(done) and done.count("dies") == 2)
         assert eventually(lambda: any(id_.startswith("schedule:") for id_ in done))
-        assert eventually(lambda: is_parked(conn))
-        assert crew.shutdown(worker)
+        assert eventually(lambda: holds_notify_lock(conn))
+        assert launcher.shutdown(worker)
         assert sorted(id_ for id_ in done if id_ in expected) == sorted(expected)
     assert not recorder.of("error"), recorder.of("error")
 
 
 def test_a_two_phase_transaction_enqueues_and_does_not_notify(
-    crew: Crew, dsn: str, conn: psycopg.Connection
+    launcher: Launcher, dsn: str, conn: psycopg.Connection
 ) -> None:
     done: list[str] = []
 
@@ -93,11 +93,11 @@ def test_a_two_phase_transaction_enqueues_and_does_not_notify(
         done.append(job.id)
         return MoveToDlq("no") if job.id == "dead" and len(done) == 1 else None
 
-    crew.start(Mux().register("t", handle), poll_interval=0.2)
+    launcher.start(Mux().register("t", handle), poll_interval=0.2)
     with Client(dsn) as client, psycopg.connect(dsn) as own:
         client.enqueue(EnqueueRequest("q", "t", id="dead"))
         assert eventually(lambda: len(client.dlq.list()) == 1)
-        assert eventually(lambda: is_parked(conn))
+        assert eventually(lambda: holds_notify_lock(conn))
         own.tpc_begin(conn.info.dbname)
         client.enqueue(EnqueueRequest("q", "t", id="a"), conn=own)
         client.bulk_enqueue([EnqueueRequest("q", "t", id="b")], conn=own)
@@ -112,11 +112,11 @@ def test_a_two_phase_transaction_enqueues_and_does_not_notify(
 
 
 def test_an_async_two_phase_transaction_enqueues_and_does_not_notify(
-    crew: Crew, dsn: str, conn: psycopg.Connection
+    launcher: Launcher, dsn: str, conn: psycopg.Connection
 ) -> None:
     done: list[str] = []
-    crew.start(Mux().register("t", lambda job: done.append(job.id)), poll_interval=0.2)
-    assert eventually(lambda: is_parked(conn))
+    launcher.start(Mux().register("t", lambda job: done.append(job.id)), poll_interval=0.2)
+    assert eventually(lambda: holds_notify_lock(conn))
 
     async def enqueue() -> None:
         async with AsyncClient(dsn) as client, await psycopg.AsyncConnection.connect(dsn) as own:

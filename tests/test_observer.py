@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.jobs import a_job
 from support.waiting import NEVER, eventually
-from support.workers import Crew
+from support.workers import Launcher
 
 from bgjob import (
     Client,
@@ -106,7 +106,7 @@ class Old:
 # -- a worker tells -------------------------------------------------------------------------
 
 
-def test_a_function_receives_each_event_as_a_value(crew: Crew) -> None:
+def test_a_function_receives_each_event_as_a_value(launcher: Launcher) -> None:
     def act(job: Job) -> Result | None:
         match job.type, job.attempt:
             case "retry", 1:
@@ -124,8 +124,8 @@ def test_a_function_receives_each_event_as_a_value(crew: Crew) -> None:
     mux = Mux()
     for type_ in ("done", "retry", "dlq", "reschedule"):
         mux.register(type_, act)
-        crew.enqueue(type_, type=type_)
-    crew.start(mux, observer=[recording, told.append], poll_interval=NEVER)
+        launcher.enqueue(type_, type=type_)
+    launcher.start(mux, observer=[recording, told.append], poll_interval=NEVER)
     recording.wait_for(JobCompleted, count=3)
     recording.wait_for(QueueIsEmpty)
     assert [e.job.attempt for e in recording.of(JobStarted, id="retry")] == [1, 2]
@@ -143,7 +143,7 @@ def test_a_function_receives_each_event_as_a_value(crew: Crew) -> None:
 
 
 def test_an_observer_that_raises_does_not_keep_events_from_other_observers(
-    crew: Crew, caplog: pytest.LogCaptureFixture
+    launcher: Launcher, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(NoopObserver):
         def job_started(self, job: Job, /) -> None:
@@ -153,8 +153,8 @@ def test_an_observer_that_raises_does_not_keep_events_from_other_observers(
             raise ValueError("broken at the end")
 
     first, last = RecordingObserver(), RecordingObserver()
-    crew.enqueue("a", "b")
-    crew.start(Mux().register("t", lambda _: None), observer=(first, Broken(), last))
+    launcher.enqueue("a", "b")
+    launcher.start(Mux().register("t", lambda _: None), observer=(first, Broken(), last))
     for recording in (first, last):
         recording.wait_for(JobCompleted, count=2)
         assert len(recording.of(JobStarted)) == 2
@@ -165,7 +165,7 @@ def test_an_observer_that_raises_does_not_keep_events_from_other_observers(
     ]
 
 
-def test_each_filter_passes_only_its_queues_types_and_schedules(crew: Crew) -> None:
+def test_each_filter_passes_only_its_queues_types_and_schedules(launcher: Launcher) -> None:
     everything, mail, other, nightly = (RecordingObserver() for _ in range(4))
     dead: list[Event] = []
     mux = Mux().register("t", lambda _: None).register("bad", lambda _: MoveToDlq("why"))
@@ -177,9 +177,9 @@ def test_each_filter_passes_only_its_queues_types_and_schedules(crew: Crew) -> N
         only(dead.append, JobMovedToDlq, type="bad"),
     ]
     for queue in ("mail", "other"):
-        crew.start(mux, queue, observer=observers)
-        crew.enqueue(f"schedule:nightly:{queue}", f"schedule:nightly-2:{queue}", queue=queue)
-        crew.enqueue(f"{queue}-bad", queue=queue, type="bad")
+        launcher.start(mux, queue, observer=observers)
+        launcher.enqueue(f"schedule:nightly:{queue}", f"schedule:nightly-2:{queue}", queue=queue)
+        launcher.enqueue(f"{queue}-bad", queue=queue, type="bad")
     everything.wait_for(JobCompleted, count=4)
     everything.wait_for(JobMovedToDlq, count=2)
     everything.wait_for(QueueIsEmpty, count=2)

@@ -12,7 +12,7 @@ from support.database import clock, count, row, rows, sleeper
 from support.jobs import requests
 from support.statements import LONG_AGO, ask
 from support.waiting import NEVER, eventually
-from support.workers import Crew, Gate, Recorder
+from support.workers import Launcher, Gate, Recorder
 
 from bgjob import BgjobError, Client, EmptyQueueError, EnqueueRequest, Job, Mux
 from bgjob._sql.claims import claim, claim_any, claim_group, free, sweep
@@ -84,90 +84,90 @@ def test_a_suspect_of_a_paused_queue_keeps_no_worker_busy(
 
 
 def test_a_worker_leaves_a_paused_queue_alone_and_is_woken_by_its_resume(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
-    crew.client.pause("q")
-    crew.enqueue("before")
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    launcher.client.pause("q")
+    launcher.enqueue("before")
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
     observer.wait_for("empty")
     assert eventually(lambda: sleeper(conn) is not None)
-    crew.enqueue("while", "elsewhere")
+    launcher.enqueue("while", "elsewhere")
     conn.execute("update bgjob_job set queue = 'other' where id = 'elsewhere'")
-    crew.start(Mux().register("t", lambda _: None), "other", observer=observer)
+    launcher.start(Mux().register("t", lambda _: None), "other", observer=observer)
     observer.wait_for("completed", "elsewhere")
     assert rows(conn, "select id, attempt from bgjob_job order by id") == [
         ("before", 0),
         ("while", 0),
     ]
-    assert crew.client.resume("q")
+    assert launcher.client.resume("q")
     for id_ in ("before", "while"):
         observer.wait_for("completed", id_)
     assert observer.of("error") == []
 
 
 def test_a_backlog_of_several_priorities_that_was_never_seen_before_is_found_after_a_resume(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.client.pause("q")
+    launcher.client.pause("q")
     for priority in range(4):
-        crew.enqueue(*(f"{priority} {n}" for n in range(50)), priority=priority)
+        launcher.enqueue(*(f"{priority} {n}" for n in range(50)), priority=priority)
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
     observer.wait_for("empty")
     assert eventually(lambda: sleeper(conn) is not None)
-    crew.client.resume("q")
+    launcher.client.resume("q")
     observer.wait_for("completed", times=200)
     ids = [id_ for _, id_, _ in observer.of("started")]
     assert ids == sorted(ids, key=lambda id_: id_[0])
 
 
 def test_running_jobs_go_on_through_a_pause_and_keep_their_lease(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate, observer = Gate(), Recorder()
-    crew.enqueue("a")
-    handler = gate.of("coroutine" if crew.is_async else "plain")
-    crew.start(
+    launcher.enqueue("a")
+    handler = gate.of("coroutine" if launcher.is_async else "plain")
+    launcher.start(
         Mux().register("t", handler), observer=observer, concurrency=2, lease=1, poll_interval=0.05
     )
     gate.wait()
-    crew.client.pause("q")
-    crew.enqueue("b")
+    launcher.client.pause("q")
+    launcher.enqueue("b")
     [(first,)] = rows(conn, "select lease_until from bgjob_job where id = 'a'")
     lease: LiteralString = "select lease_until from bgjob_job where id = 'a'"
     assert eventually(lambda: row(conn, lease)[0] > first + timedelta(seconds=2))
     gate.released.set()
     observer.wait_for("completed", "a")
     assert rows(conn, "select id, attempt, token from bgjob_job") == [("b", 0, None)]
-    crew.client.resume("q")
+    launcher.client.resume("q")
     observer.wait_for("completed", "b")
     assert observer.of("lost", "error") == []
 
 
 def test_a_timed_pause_ends_by_itself_and_a_worker_polls_for_its_end(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     began: list[datetime] = []
     observer = Recorder()
-    crew.enqueue("a")
+    launcher.enqueue("a")
     end = clock(conn) + timedelta(seconds=0.7)
-    crew.client.pause("q", end)
+    launcher.client.pause("q", end)
     mux = Mux().register("t", lambda _: began.append(clock(conn)))
-    crew.start(mux, observer=observer, poll_interval=0.05)
+    launcher.start(mux, observer=observer, poll_interval=0.05)
     observer.wait_for("completed", "a")
     assert began[0] >= end
-    assert crew.client.paused() == {}
-    assert not crew.client.resume("q")
+    assert launcher.client.paused() == {}
+    assert not launcher.client.resume("q")
 
 
-def test_the_observer_is_notified_once_that_a_paused_queue_is_empty(crew: Crew) -> None:
+def test_the_observer_is_notified_once_that_a_paused_queue_is_empty(launcher: Launcher) -> None:
     observer = Recorder()
-    crew.client.pause("q")
-    crew.enqueue("a")
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.01)
+    launcher.client.pause("q")
+    launcher.enqueue("a")
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.01)
     observer.wait_for("empty")
-    crew.client.resume("q")
+    launcher.client.resume("q")
     observer.wait_for("completed", "a")
     observer.wait_for("empty", times=2)
     names = [name for name, *_ in observer.events]

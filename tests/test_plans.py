@@ -37,7 +37,7 @@ from bgjob._sql.settlements import (
     dead_letter,
     complete,
     complete_at,
-    give_back,
+    release_jobs,
     postpone,
 )
 from bgjob._sql.leases import extend
@@ -258,8 +258,8 @@ def settlements(held: list[Claimed]) -> dict[str, Hot]:
     return {
         f"complete {count}": Hot(complete(held), count),
         f"postpone {count}": Hot(postpone(retries), count),
-        f"give back {count}": Hot(give_back("q", held, tell=False), count),
-        f"bury {count}": Hot(dead_letter([DeadLettered(c, "why") for c in held]), count),
+        f"release {count}": Hot(release_jobs("q", held, tell=False), count),
+        f"dead_letter {count}": Hot(dead_letter([DeadLettered(c, "why") for c in held]), count),
     }
 
 

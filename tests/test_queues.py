@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from support.database import all_done, row, terminate_workers
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
+from support.workers import Launcher, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import Client, Job, Mux, NoopObserver, QueueRequiredError, Worker
 from bgjob._worker.control import QueueControl
@@ -57,13 +57,13 @@ class State:
 
 @both_styles
 def test_each_queue_has_its_own_concurrency(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
     queues = {"high": 3, "default": 2, "low": 1}
     for queue in queues:
-        crew.enqueue(*[f"{queue}{n}" for n in range(5)], queue=queue)
-    crew.start(Mux().register("t", gate.of(style)), queues)
+        launcher.enqueue(*[f"{queue}{n}" for n in range(5)], queue=queue)
+    launcher.start(Mux().register("t", gate.of(style)), queues)
     for _ in range(6):
         gate.wait()
     assert Counter(job.queue for job in gate.runs) == queues
@@ -74,40 +74,40 @@ def test_each_queue_has_its_own_concurrency(
 
 @both_styles
 def test_a_busy_queue_takes_no_slot_of_another(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("slow", gate.of(style)).register("t", handler(style, lambda _: None))
-    crew.enqueue(*[f"slow{n}" for n in range(10)], queue="low", type="slow")
-    crew.start(mux, {"high": 1, "low": 1}, observer=observer, poll_interval=NEVER)
+    launcher.enqueue(*[f"slow{n}" for n in range(10)], queue="low", type="slow")
+    launcher.start(mux, {"high": 1, "low": 1}, observer=observer, poll_interval=NEVER)
     gate.wait()
-    crew.enqueue(*[f"fast{n}" for n in range(50)], queue="high")
+    launcher.enqueue(*[f"fast{n}" for n in range(50)], queue="high")
     observer.wait_for("completed", times=50)
     assert len(gate.runs) == 1
     gate.released.set()
     assert all_done(conn)
 
 
-def test_each_queue_has_one_connection(crew: Crew, conn: psycopg.Connection) -> None:
-    worker = crew.start(Mux(), {"a": 5, "b": 5, "c": 5})
+def test_each_queue_has_one_connection(launcher: Launcher, conn: psycopg.Connection) -> None:
+    worker = launcher.start(Mux(), {"a": 5, "b": 5, "c": 5})
     assert connections(conn) == 3
-    crew.shutdown(worker)
+    launcher.shutdown(worker)
     assert eventually(lambda: connections(conn) == 0)
 
 
 def test_a_worker_survives_the_loss_of_all_its_connections(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), {"a": 1, "b": 1}, observer=observer)
+    launcher.start(Mux().register("t", lambda _: None), {"a": 1, "b": 1}, observer=observer)
     assert terminate_workers(conn) == 2
     for queue in "ab":
-        crew.enqueue(queue, queue=queue)
+        launcher.enqueue(queue, queue=queue)
         observer.wait_for("completed", queue)
 
 
 def test_coroutines_of_all_queues_of_an_async_worker_run_on_the_callers_loop(dsn: str) -> None:
-    crew = Crew(dsn, is_async=True)
+    launcher = Launcher(dsn, is_async=True)
     try:
         loops: list[asyncio.AbstractEventLoop] = []
 
@@ -115,19 +115,19 @@ def test_coroutines_of_all_queues_of_an_async_worker_run_on_the_callers_loop(dsn
             loops.append(asyncio.get_running_loop())
 
         for queue in "abc":
-            crew.enqueue(queue, queue=queue)
-        crew.start(Mux().register("t", handle), {"a": 1, "b": 1, "c": 1})
+            launcher.enqueue(queue, queue=queue)
+        launcher.start(Mux().register("t", handle), {"a": 1, "b": 1, "c": 1})
         assert eventually(lambda: len(loops) == 3)
-        assert set(loops) == {crew._loop}
+        assert set(loops) == {launcher._loop}
     finally:
-        crew.close()
+        launcher.close()
 
 
 # -- events ------------------------------------------------------------------------------------
 
 
 def test_events_name_their_queue_and_are_delivered_one_at_a_time(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     completed: list[tuple[str, str]] = []
     empty: list[str] = []
@@ -143,8 +143,10 @@ def test_events_name_their_queue_and_are_delivered_one_at_a_time(
             empty.append(queue)
 
     for queue in "abc":
-        crew.enqueue(f"in {queue}", queue=queue)
-    crew.start(Mux().register("t", lambda _: None), {"a": 1, "b": 1, "c": 1}, observer=Observer())
+        launcher.enqueue(f"in {queue}", queue=queue)
+    launcher.start(
+        Mux().register("t", lambda _: None), {"a": 1, "b": 1, "c": 1}, observer=Observer()
+    )
     assert eventually(lambda: len(completed) == 3 and set(empty) == {"a", "b", "c"})
     assert set(completed) == {("in a", "a"), ("in b", "b"), ("in c", "c")}
     assert len(threads) == 1
@@ -155,7 +157,7 @@ def test_events_name_their_queue_and_are_delivered_one_at_a_time(
 
 @both_styles
 def test_the_state_is_made_once_and_closed_after_the_last_handler_of_the_last_queue(
-    crew: Crew, style: Style
+    launcher: Launcher, style: Style
 ) -> None:
     state, gate, observer = State(), Gate(), Recorder()
     given: list[Any] = []
@@ -174,12 +176,12 @@ def test_the_state_is_made_once_and_closed_after_the_last_handler_of_the_last_qu
         told.append([*state.told])
 
     mux = Mux().register("t", plain if style == "plain" else coroutine)
-    crew.enqueue("a", queue="a")
-    crew.enqueue("b", queue="b")
-    worker = crew.start(mux, {"a": 1, "b": 1}, state=state, observer=observer)
+    launcher.enqueue("a", queue="a")
+    launcher.enqueue("b", queue="b")
+    worker = launcher.start(mux, {"a": 1, "b": 1}, state=state, observer=observer)
     observer.wait_for("completed", "a")
     gate.wait()
-    ending = threading.Thread(target=crew.shutdown, args=(worker,), kwargs={"timeout": None})
+    ending = threading.Thread(target=launcher.shutdown, args=(worker,), kwargs={"timeout": None})
     ending.start()
     # The queue without a job has ended; the state is there for the other's.
     assert eventually(lambda: worker._group._at_work == 1)
@@ -192,9 +194,9 @@ def test_the_state_is_made_once_and_closed_after_the_last_handler_of_the_last_qu
     assert state.told == ["opened", "closed"]
 
 
-def test_services_are_run_by_one_queue(crew: Crew, conn: psycopg.Connection) -> None:
+def test_services_are_run_by_one_queue(launcher: Launcher, conn: psycopg.Connection) -> None:
     service, observer = Service(), Recorder()
-    crew.start(Mux(), {"a": 1, "b": 1, "c": 1}, services=[service], observer=observer)
+    launcher.start(Mux(), {"a": 1, "b": 1, "c": 1}, services=[service], observer=observer)
     observer.wait_for("empty", times=3)
     assert service.runs == 1
 
@@ -204,17 +206,19 @@ def test_services_are_run_by_one_queue(crew: Crew, conn: psycopg.Connection) -> 
 
 @both_styles
 def test_a_shutdown_waits_for_the_handlers_of_all_queues(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gates = {"a": Gate(), "b": Gate()}
     mux = Mux().register("a", gates["a"].of(style)).register("b", gates["b"].of(style))
     for queue in "ab":
-        crew.enqueue(queue, f"{queue} waits", queue=queue, type=queue)
-    worker = crew.start(mux, {"a": 1, "b": 1})
+        launcher.enqueue(queue, f"{queue} waits", queue=queue, type=queue)
+    worker = launcher.start(mux, {"a": 1, "b": 1})
     for gate in gates.values():
         gate.wait()
     settled: list[bool] = []
-    ending = threading.Thread(target=lambda: settled.append(crew.shutdown(worker, timeout=None)))
+    ending = threading.Thread(
+        target=lambda: settled.append(launcher.shutdown(worker, timeout=None))
+    )
     ending.start()
     # Asked a moment later, the queue would have claimed the job that waits.
     assert eventually(lambda: all(c._give_up_at is not None for c in worker._group._controls))
@@ -229,21 +233,21 @@ def test_a_shutdown_waits_for_the_handlers_of_all_queues(
     assert row(conn, left) == (["a waits", "b waits"], 0, 0)
 
 
-def test_a_job_that_outlives_the_grace_period_in_one_queue_is_reported(crew: Crew) -> None:
+def test_a_job_that_outlives_the_grace_period_in_one_queue_is_reported(launcher: Launcher) -> None:
     gate = Gate()
-    crew.enqueue("a", queue="a")
-    worker = crew.start(Mux().register("t", gate), {"a": 1, "b": 1})
+    launcher.enqueue("a", queue="a")
+    worker = launcher.start(Mux().register("t", gate), {"a": 1, "b": 1})
     gate.wait()
-    assert not crew.shutdown(worker, timeout=0)
+    assert not launcher.shutdown(worker, timeout=0)
     gate.released.set()
 
 
-def test_a_shutdown_from_inside_a_handler_of_any_queue_does_not_wait(crew: Crew) -> None:
+def test_a_shutdown_from_inside_a_handler_of_any_queue_does_not_wait(launcher: Launcher) -> None:
     workers: list[Any] = []
     ended: list[str] = []
 
     def handle(job: Job) -> None:
-        if not crew.is_async:
+        if not launcher.is_async:
             workers[0].shutdown()
             ended.append(job.queue)
 
@@ -251,10 +255,10 @@ def test_a_shutdown_from_inside_a_handler_of_any_queue_does_not_wait(crew: Crew)
         await workers[0].shutdown()
         ended.append(job.queue)
 
-    mux = Mux().register("t", coroutine if crew.is_async else handle)
-    workers.append(crew.start(mux, {"a": 1, "b": 1}))
-    crew.enqueue("b", queue="b")
-    assert crew.run(workers[0].wait(PATIENCE))
+    mux = Mux().register("t", coroutine if launcher.is_async else handle)
+    workers.append(launcher.start(mux, {"a": 1, "b": 1}))
+    launcher.enqueue("b", queue="b")
+    assert launcher.run(workers[0].wait(PATIENCE))
     assert ended == ["b"]
 
 
@@ -275,33 +279,33 @@ class Refusal:
 
 @pytest.mark.parametrize("refused", ["a", "b", "c"])
 def test_a_run_that_fails_for_one_queue_leaves_nothing_behind_and_can_be_repeated(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, refused: str
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     refusal = Refusal(monkeypatch, refused)
     state, service, observer = State(), Service(), Recorder()
     mux = Mux().register("t", lambda _: None)
     queues = {"a": 1, "b": 1, "c": 1}
     threads = set(threading.enumerate())
-    worker = crew.make(mux, queues, state=state, services=[service], observer=observer)
+    worker = launcher.make(mux, queues, state=state, services=[service], observer=observer)
     with pytest.raises(psycopg.OperationalError, match="too many connections"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     assert eventually(lambda: connections(conn) == 0)
     assert eventually(lambda: not _of_bgjob(threads))
     assert state.told == []
     assert service.runs == 0
     assert worker.failure is None
     refusal.is_over = True
-    crew.run(worker.run())
+    launcher.run(worker.run())
     for queue in queues:
-        crew.enqueue(queue, queue=queue)
+        launcher.enqueue(queue, queue=queue)
         observer.wait_for("completed", queue)
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert state.told == ["opened", "closed"]
     assert service.runs == 1
 
 
 def test_a_service_that_refuses_is_asked_again_by_the_next_run(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     answers: list[Any] = [QueueRequiredError("not yet"), QueueRequiredError("nor now"), NEVER]
 
@@ -313,19 +317,19 @@ def test_a_service_that_refuses_is_asked_again_by_the_next_run(
             wait: float = answer
             return wait
 
-    worker = crew.make(Mux(), {"a": 1, "b": 1}, services=[Refuses()])
+    worker = launcher.make(Mux(), {"a": 1, "b": 1}, services=[Refuses()])
     for message in ("not yet", "nor now"):
         with pytest.raises(QueueRequiredError, match=message):
-            crew.run(worker.run())
+            launcher.run(worker.run())
         assert eventually(lambda: connections(conn) == 0)
-    crew.run(worker.run())
+    launcher.run(worker.run())
     assert answers == []
-    crew.shutdown(worker)
+    launcher.shutdown(worker)
 
 
 @pytest.mark.parametrize("refused", ["a", "b"])
 def test_a_run_that_gets_no_thread_leaves_nothing_behind(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, refused: str
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     start = threading.Thread.start
 
@@ -338,16 +342,16 @@ def test_a_run_that_gets_no_thread_leaves_nothing_behind(
     state = State()
     threads = set(threading.enumerate())
     mux = Mux().register("t", handler("coroutine", lambda _: None))
-    worker = crew.make(mux, {"a": 1, "b": 1}, state=state)
+    worker = launcher.make(mux, {"a": 1, "b": 1}, state=state)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        crew.run(worker.run())
-    assert crew.run(worker.wait(PATIENCE))
-    assert crew.shutdown(worker)
+        launcher.run(worker.run())
+    assert launcher.run(worker.wait(PATIENCE))
+    assert launcher.shutdown(worker)
     assert eventually(lambda: connections(conn) == 0)
     assert eventually(lambda: not _of_bgjob(threads))
     assert state.told == ["opened", "closed"]
     with pytest.raises(RuntimeError, match="make a new one"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
 
 
 def _of_bgjob(before: set[threading.Thread]) -> list[str]:
@@ -355,7 +359,7 @@ def _of_bgjob(before: set[threading.Thread]) -> list[str]:
 
 
 def test_a_queue_that_fails_takes_the_others_with_it(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = RuntimeError("a fault")
     turn = QueueControl._turn
@@ -368,15 +372,15 @@ def test_a_queue_that_fails_takes_the_others_with_it(
 
     monkeypatch.setattr(QueueControl, "_turn", broken)
     observer = Recorder()
-    worker = crew.start(
+    worker = launcher.start(
         Mux().register("t", lambda _: None), {"a": 1, "b": 1, "c": 1}, observer=observer
     )
-    crew.enqueue("a", queue="a")
+    launcher.enqueue("a", queue="a")
     observer.wait_for("completed", "a")
     assert worker.failure is None
     is_broken.set()
-    crew.enqueue("b", queue="b")  # it wakes up
-    assert crew.run(worker.wait(PATIENCE))
+    launcher.enqueue("b", queue="b")  # it wakes up
+    assert launcher.run(worker.wait(PATIENCE))
     assert worker.failure is fault
     assert ("error", fault) in observer.events
     assert eventually(lambda: connections(conn) == 0)

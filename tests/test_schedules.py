@@ -14,7 +14,7 @@ import pytest
 from support.database import row, rows
 from support.plans import nodes
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Recorder
+from support.workers import Launcher, Recorder
 
 from bgjob import (
     AsyncClient,
@@ -534,13 +534,13 @@ def test_an_unchanged_schedule_goes_on_over_a_restart_and_its_new_request_counts
 
 
 def test_a_worker_with_schedules_names_the_grant_or_table_that_it_lacks(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute("drop table bgjob_schedule")
-    worker = crew.make(Mux(), services=[Schedules([schedule()])])
+    worker = launcher.make(Mux(), services=[Schedules([schedule()])])
     with pytest.raises(SchemaError, match=r"bgjob_schedule has no column name.*migration/init.sql"):
-        crew.run(worker.run())
-    crew.start(Mux())  # others do not need it
+        launcher.run(worker.run())
+    launcher.start(Mux())  # others do not need it
 
 
 @pytest.mark.parametrize(
@@ -698,12 +698,12 @@ def test_a_schedule_that_cannot_be_registered_stops_no_other(conn: psycopg.Conne
 
 
 def test_a_worker_starts_with_a_bad_schedule_and_reports_it(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute("alter table bgjob_schedule add check (name <> 'bad')")
     recorder = Recorder()
     services = [Schedules([schedule("bad", every=1), schedule("good", every=1)])]
-    crew.start(Mux().register("t", lambda _: None), observer=recorder, services=services)
+    launcher.start(Mux().register("t", lambda _: None), observer=recorder, services=services)
     recorder.wait_for("completed")
     [_, error] = recorder.of("error")[0]
     assert isinstance(error, ScheduleError)
@@ -716,23 +716,23 @@ def test_a_worker_starts_with_a_bad_schedule_and_reports_it(
 class Timetable:
     """The schedules of a client of either colour."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew = crew
-        client: Any = AsyncClient(crew.dsn) if crew.is_async else crew.client
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        client: Any = AsyncClient(launcher.dsn) if launcher.is_async else launcher.client
         self._client = client
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._client.schedules, name)
-        return lambda *args, **options: self._crew.run(method(*args, **options))
+        return lambda *args, **options: self._launcher.run(method(*args, **options))
 
     def close(self) -> None:
-        if self._crew.is_async:
-            self._crew.run(self._client.close())
+        if self._launcher.is_async:
+            self._launcher.run(self._client.close())
 
 
 @pytest.fixture
-def timetable(crew: Crew) -> Iterator[Timetable]:
-    timetable = Timetable(crew)
+def timetable(launcher: Launcher) -> Iterator[Timetable]:
+    timetable = Timetable(launcher)
     yield timetable
     timetable.close()
 
@@ -767,13 +767,13 @@ def test_a_schedule_of_infinite_times_is_listed_with_the_others(
 
 
 def test_a_column_that_changes_its_type_under_live_sessions_stops_nothing(
-    crew: Crew, timetable: Timetable, conn: psycopg.Connection
+    launcher: Launcher, timetable: Timetable, conn: psycopg.Connection
 ) -> None:
     done: list[str] = []
     mux = Mux().register("t", lambda job: done.append(job.id))
     services = [Schedules([schedule(every=1)])]
-    crew.start(mux, services=services, poll_interval=0.1)
-    with Client(crew.dsn) as client:
+    launcher.start(mux, services=services, poll_interval=0.1)
+    with Client(launcher.dsn) as client:
 
         def use() -> None:
             """Run each statement often enough to be prepared and to keep its plan."""
@@ -883,10 +883,12 @@ def test_a_pause_in_a_transaction_of_the_caller_counts_when_that_commits(
 # -- in a worker ----------------------------------------------------------------------------
 
 
-def test_the_job_of_a_tick_starts_immediately_in_the_worker_that_enqueued_it(crew: Crew) -> None:
+def test_the_job_of_a_tick_starts_immediately_in_the_worker_that_enqueued_it(
+    launcher: Launcher,
+) -> None:
     observer = Recorder()
     every_second = schedule(cron="* * * * * *", missed="all")
-    crew.start(
+    launcher.start(
         Mux().register("t", lambda _: None),
         services=[Schedules([every_second])],
         observer=observer,
@@ -899,20 +901,20 @@ def test_the_job_of_a_tick_starts_immediately_in_the_worker_that_enqueued_it(cre
     assert {later - early for early, later in zip(ticks, ticks[1:])} == {timedelta(seconds=1)}
 
 
-def test_the_job_of_a_tick_wakes_the_worker_of_another_queue(crew: Crew) -> None:
+def test_the_job_of_a_tick_wakes_the_worker_of_another_queue(launcher: Launcher) -> None:
     observer = Recorder()
     mux = Mux().register("t", lambda _: None)
-    crew.start(mux, "q", observer=observer, poll_interval=NEVER)
+    launcher.start(mux, "q", observer=observer, poll_interval=NEVER)
     observer.wait_for("empty")
     every_second = schedule(cron="* * * * * *")
-    crew.start(Mux(), "elsewhere", services=[Schedules([every_second])], poll_interval=NEVER)
+    launcher.start(Mux(), "elsewhere", services=[Schedules([every_second])], poll_interval=NEVER)
     observer.wait_for("completed", times=2)
 
 
 def test_no_tick_is_enqueued_once_a_pause_has_returned(
-    crew: Crew, conn: psycopg.Connection, timetable: Timetable
+    launcher: Launcher, conn: psycopg.Connection, timetable: Timetable
 ) -> None:
-    crew.start(Mux(), "elsewhere", services=[Schedules([schedule(cron="* * * * * *")])])
+    launcher.start(Mux(), "elsewhere", services=[Schedules([schedule(cron="* * * * * *")])])
     assert eventually(lambda: len(jobs(conn)) >= 1)
     timetable.pause("s")
     paused = jobs(conn)

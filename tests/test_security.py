@@ -26,7 +26,7 @@ from support.clients import HOSTILE as HOSTILE_NAMES
 from support.database import rows, sleeper
 from support.documents import DOCS, ROOT, SCRIPT
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder
+from support.workers import Launcher, Gate, Recorder
 
 import bgjob.cli
 import bgjob.schema
@@ -157,32 +157,34 @@ def test_the_privileges_script_speaks_of_all_roles_and_tables() -> None:
     assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
 
 
-def test_a_producer_needs_only_its_role(crew: Crew, roles: Roles, conn: psycopg.Connection) -> None:
+def test_a_producer_needs_only_its_role(
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection
+) -> None:
     producer = roles.login("producer")
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
 
     def request(id_: str, **options: Any) -> EnqueueRequest:
         return EnqueueRequest("q", "t", {"n": 1}, id=id_, **options)
 
-    client: Any = AsyncClient(producer) if crew.is_async else Client(producer)
+    client: Any = AsyncClient(producer) if launcher.is_async else Client(producer)
     try:
         for id_ in ("one", "many"):
             assert eventually(lambda: sleeper(conn) is not None)  # it has to be notified
             if id_ == "one":
-                assert crew.run(client.enqueue(request(id_))) == id_
+                assert launcher.run(client.enqueue(request(id_))) == id_
             else:
-                assert crew.run(client.bulk_enqueue([request(id_)])) == [id_]
+                assert launcher.run(client.bulk_enqueue([request(id_)])) == [id_]
             observer.wait_for("completed", id_)
-        crew.run(client.enqueue(request("taken", delay=NEVER, priority=3, exclusive="key")))
+        launcher.run(client.enqueue(request("taken", delay=NEVER, priority=3, exclusive="key")))
         with pytest.raises(JobAlreadyExistsError):
-            crew.run(client.enqueue(request("taken")))
+            launcher.run(client.enqueue(request("taken")))
         with pytest.raises(JobAlreadyExistsError):
-            crew.run(client.bulk_enqueue([request("new"), request("taken")]))
+            launcher.run(client.bulk_enqueue([request("new"), request("taken")]))
         both = [request("taken"), request("new", delay=NEVER)]
-        assert crew.run(client.bulk_enqueue(both, on_conflict="skip")) == [None, "new"]
+        assert launcher.run(client.bulk_enqueue(both, on_conflict="skip")) == [None, "new"]
     finally:
-        crew.run(client.close())
+        launcher.run(client.close())
     with Client(producer, notify=False) as quiet, psycopg.connect(producer) as transaction:
         quiet.enqueue(request("mine", delay=NEVER), conn=transaction)
         transaction.rollback()
@@ -191,13 +193,13 @@ def test_a_producer_needs_only_its_role(crew: Crew, roles: Roles, conn: psycopg.
 
 @pytest.mark.parametrize("transactional", [False, True])
 def test_a_worker_needs_only_its_role(
-    crew: Crew, roles: Roles, conn: psycopg.Connection, transactional: bool
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection, transactional: bool
 ) -> None:
     results: dict[str, list[Result]] = {
         "complete": [Complete()],
         "retry": [Retry(0.0, "once"), Complete()],
         "reschedule": [Reschedule(0.0), Complete()],
-        "bury": [MoveToDlq("why")],
+        "dead_letter": [MoveToDlq("why")],
         "exhaust": [Retry(0.0, "never")],
     }
 
@@ -208,56 +210,56 @@ def test_a_worker_needs_only_its_role(
         return handle(job)
 
     observer = Recorder()
-    crew.enqueue(*results)
+    launcher.enqueue(*results)
     mux: Any = Mux()
     mux.register(
         "t",
-        handle_async if crew.is_async else handle,
+        handle_async if launcher.is_async else handle,
         max_attempts=2,
         transactional=transactional,
     )
     results["exhaust"] *= 2
-    worker = crew.make(mux, dsn=roles.login("worker"), observer=observer, poll_interval=0.1)
-    crew.run(worker.run())
+    worker = launcher.make(mux, dsn=roles.login("worker"), observer=observer, poll_interval=0.1)
+    launcher.run(worker.run())
     try:
         for id_ in ("complete", "retry", "reschedule"):
             observer.wait_for("completed", id_)
-        for id_ in ("bury", "exhaust"):
-            observer.wait_for("buried", id_)
-        crew.enqueue("unknown", type="nobody's")
-        observer.wait_for("buried", "unknown")
+        for id_ in ("dead_letter", "exhaust"):
+            observer.wait_for("dead", id_)
+        launcher.enqueue("unknown", type="nobody's")
+        observer.wait_for("dead", "unknown")
     finally:
-        assert crew.shutdown(worker)
+        assert launcher.shutdown(worker)
     assert observer.of("error") == []
     assert rows(conn, "select id from bgjob_job") == []
 
 
 def test_a_worker_with_its_role_extends_leases_frees_ended_ones_and_releases(
-    crew: Crew, roles: Roles, conn: psycopg.Connection
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection
 ) -> None:
     gate = Gate()
     observer = Recorder()
     mux = Mux().register("quick", lambda _: None)
-    mux.register("slow", gate.of("coroutine" if crew.is_async else "plain"))
-    crew.enqueue("orphan", type="quick")
+    mux.register("slow", gate.of("coroutine" if launcher.is_async else "plain"))
+    launcher.enqueue("orphan", type="quick")
     conn.execute(
         "update bgjob_job set token = 1, attempt = 1, lease_until = now() - interval '1 second'"
     )
-    worker = crew.make(
+    worker = launcher.make(
         mux, dsn=roles.login("worker"), observer=observer, lease=3.0, poll_interval=0.1
     )
-    crew.run(worker.run())
+    launcher.run(worker.run())
     try:
         observer.wait_for("completed", "orphan")
-        crew.enqueue(*(f"quick {n:03}" for n in range(200)), type="quick")
-        crew.enqueue("slow", type="slow")
-        crew.enqueue(*(f"unstarted {n:03}" for n in range(200)), type="quick")
+        launcher.enqueue(*(f"quick {n:03}" for n in range(200)), type="quick")
+        launcher.enqueue("slow", type="slow")
+        launcher.enqueue(*(f"unstarted {n:03}" for n in range(200)), type="quick")
         gate.wait()
         held = "select lease_until from bgjob_job where id = 'slow'"
         [(first,)] = rows(conn, held)
         assert eventually(lambda: rows(conn, held)[0][0] > first)
     finally:
-        ending = threading.Thread(target=lambda: crew.shutdown(worker, timeout=None))
+        ending = threading.Thread(target=lambda: launcher.shutdown(worker, timeout=None))
         ending.start()
         claimed = "select id from bgjob_job where token is not null or attempt <> 0"
         released = eventually(lambda: rows(conn, claimed) == [("slow",)])
@@ -271,7 +273,7 @@ def test_a_worker_with_its_role_extends_leases_frees_ended_ones_and_releases(
 
 @pytest.mark.parametrize("transactional", [False, True])
 def test_a_worker_needs_only_its_role_for_keys_and_priorities(
-    crew: Crew, roles: Roles, conn: psycopg.Connection, transactional: bool
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection, transactional: bool
 ) -> None:
     def handle(job: Job, *_: Any) -> Result:
         if job.type == "dies":
@@ -284,41 +286,41 @@ def test_a_worker_needs_only_its_role_for_keys_and_priorities(
     requests = [EnqueueRequest("q", "named", id=f"named {n}", exclusive="key") for n in range(5)]
     requests += [EnqueueRequest("q", "found", id=f"found {n}") for n in range(5)]
     requests += [EnqueueRequest("q", "dies", id=f"dies {n}", exclusive="key") for n in range(2)]
-    crew.client.bulk_enqueue(requests)
+    launcher.client.bulk_enqueue(requests)
     observer = Recorder()
     mux: Any = Mux()
-    handler = handle_async if crew.is_async else handle
+    handler = handle_async if launcher.is_async else handle
     for type_, exclusive in (("named", None), ("found", True), ("dies", None)):
         mux.register(type_, handler, exclusive=exclusive, transactional=transactional)
     dsn = roles.login("worker")
-    worker = crew.make(mux, dsn=dsn, observer=observer, concurrency=4, poll_interval=0.1)
-    crew.run(worker.run())
+    worker = launcher.make(mux, dsn=dsn, observer=observer, concurrency=4, poll_interval=0.1)
+    launcher.run(worker.run())
     try:
         for request in requests:
-            observer.wait_for("buried" if request.type == "dies" else "completed", request.id)
+            observer.wait_for("dead" if request.type == "dies" else "completed", request.id)
         assert eventually(lambda: rows(conn, "select key from bgjob_exclusive") == [])
     finally:
-        assert crew.shutdown(worker)
+        assert launcher.shutdown(worker)
     assert observer.of("error") == []
 
 
 def test_do_needs_only_the_role_of_a_worker(
-    crew: Crew, roles: Roles, conn: psycopg.Connection
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection
 ) -> None:
     worker = roles.login("worker")
-    client: Any = AsyncClient(worker) if crew.is_async else Client(worker)
-    crew.client.enqueue(EnqueueRequest("q", "t", id="a", exclusive="key"))
+    client: Any = AsyncClient(worker) if launcher.is_async else Client(worker)
+    launcher.client.enqueue(EnqueueRequest("q", "t", id="a", exclusive="key"))
     try:
         for result in (Retry(0, error="e"), Reschedule(0), MoveToDlq("why")):
             mux = Mux().register("t", lambda _, result=result: result)
-            assert crew.run(client.do("q", mux)) == result
+            assert launcher.run(client.do("q", mux)) == result
     finally:
-        crew.run(client.close())
+        launcher.run(client.close())
     assert rows(conn, "select job_id from bgjob_dead_job") == [("a",)]
 
 
 def test_a_transactional_handler_that_enqueues_also_needs_the_role_of_a_producer(
-    crew: Crew, roles: Roles, conn: psycopg.Connection
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection
 ) -> None:
     dsn = roles.login("worker", "producer")
 
@@ -332,19 +334,19 @@ def test_a_transactional_handler_that_enqueues_also_needs_the_role_of_a_producer
 
     observer = Recorder()
     mux = Mux().register("child", lambda _: None)
-    mux.register("t", handle_async if crew.is_async else handle, transactional=True)
-    crew.enqueue("parent")
-    worker = crew.make(mux, dsn=dsn, observer=observer, poll_interval=0.1)
-    crew.run(worker.run())
+    mux.register("t", handle_async if launcher.is_async else handle, transactional=True)
+    launcher.enqueue("parent")
+    worker = launcher.make(mux, dsn=dsn, observer=observer, poll_interval=0.1)
+    launcher.run(worker.run())
     try:
         observer.wait_for("completed", "child")
     finally:
-        assert crew.shutdown(worker)
-    assert observer.of("error", "retried", "buried") == []
+        assert launcher.shutdown(worker)
+    assert observer.of("error", "retried", "dead") == []
 
 
 def test_a_worker_with_schedules_also_needs_the_role_of_a_scheduler(
-    crew: Crew, roles: Roles
+    launcher: Launcher, roles: Roles
 ) -> None:
     dsn = roles.login("worker", "scheduler")
     options: dict[str, Any] = {"request": EnqueueRequest("q", "t"), "every": 1}
@@ -356,15 +358,15 @@ def test_a_worker_with_schedules_also_needs_the_role_of_a_scheduler(
     for grant in lacking:
         roles.revoke(grant)
         services = [Schedules([Schedule("s", **options)])]
-        worker = crew.make(mux, dsn=dsn, services=services)
+        worker = launcher.make(mux, dsn=dsn, services=services)
         with pytest.raises(SchemaError, match=f"may not {grant.privilege}.*on.*{grant.table}"):
-            crew.run(worker.run())
+            launcher.run(worker.run())
         roles.conn.execute(roles.named(f"grant {grant} to bgjob_scheduler"))
     services = [Schedules([Schedule("s", **options)])]
-    crew.start(mux, dsn=dsn, services=services, observer=observer)
+    launcher.start(mux, dsn=dsn, services=services, observer=observer)
     observer.wait_for("completed")
-    crew.client.schedules.pause("s")
-    crew.client.schedules.resume("s")
+    launcher.client.schedules.pause("s")
+    launcher.client.schedules.resume("s")
     observer.wait_for("completed", times=2)
     assert observer.of("error") == []
 
@@ -386,35 +388,35 @@ def test_a_worker_with_a_retention_also_needs_the_role_of_an_operator(
 
 
 def test_an_operator_needs_only_its_role(
-    crew: Crew, roles: Roles, conn: psycopg.Connection
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection
 ) -> None:
     Schedules([Schedule("s", every=60, request=EnqueueRequest("other", "t"))]).run(conn)
     ids = ["a", "b", "c"]
-    crew.enqueue(*ids, "live", "failing", arg=b"arg")
+    launcher.enqueue(*ids, "live", "failing", arg=b"arg")
     for _ in ids:
-        crew.client.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
-    crew.client.do("q", Mux().register("t", lambda _: Retry(NEVER, error="no")))
+        launcher.client.do("q", Mux().register("t", lambda _: MoveToDlq("why")))
+    launcher.client.do("q", Mux().register("t", lambda _: Retry(NEVER, error="no")))
     dsn = roles.login("operator")
-    client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)
+    client: Any = AsyncClient(dsn) if launcher.is_async else Client(dsn)
     try:
-        assert {dead.id for dead in crew.run(client.dlq.list(queue="q"))} == set(ids)
-        dead = crew.run(client.dlq.get("a"))
+        assert {dead.id for dead in launcher.run(client.dlq.list(queue="q"))} == set(ids)
+        dead = launcher.run(client.dlq.get("a"))
         assert (dead.arg, dead.last_error) == (b"arg", "why")
-        assert crew.run(client.dlq.requeue("a")) == ["a"]
-        assert crew.run(client.dlq.requeue(type="t", ids=["b"])) == ["b"]
-        assert crew.run(client.dlq.purge(queue="q")) == 1
-        crew.run(client.schedules.pause("s"))
-        assert [s.paused for s in crew.run(client.schedules.list())] == [True]
-        crew.run(client.schedules.resume("s"))
-        crew.run(client.schedules.run("s"))
-        crew.run(client.schedules.remove("s"))
-        assert crew.run(client.schedules.list()) == []
-        assert (3, 1) in {(s.due, s.delayed) for s in crew.run(client.stats())}
-        crew.run(client.pause("q"))
-        assert crew.run(client.paused()) == {"q": None}
-        assert crew.run(client.resume("q"))
+        assert launcher.run(client.dlq.requeue("a")) == ["a"]
+        assert launcher.run(client.dlq.requeue(type="t", ids=["b"])) == ["b"]
+        assert launcher.run(client.dlq.purge(queue="q")) == 1
+        launcher.run(client.schedules.pause("s"))
+        assert [s.paused for s in launcher.run(client.schedules.list())] == [True]
+        launcher.run(client.schedules.resume("s"))
+        launcher.run(client.schedules.run("s"))
+        launcher.run(client.schedules.remove("s"))
+        assert launcher.run(client.schedules.list()) == []
+        assert (3, 1) in {(s.due, s.delayed) for s in launcher.run(client.stats())}
+        launcher.run(client.pause("q"))
+        assert launcher.run(client.paused()) == {"q": None}
+        assert launcher.run(client.resume("q"))
     finally:
-        crew.run(client.close())
+        launcher.run(client.close())
     monitoring = (DOCS / "monitoring.sql").read_text("utf-8")
     answers = []
     with psycopg.connect(dsn) as conn:
@@ -596,14 +598,14 @@ def test_a_role_may_call_only_its_own_methods_of_a_client(
 
 @pytest.mark.parametrize("role", ["producer", "scheduler", "operator", "nobody"])
 def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
-    crew: Crew, roles: Roles, role: str
+    launcher: Launcher, roles: Roles, role: str
 ) -> None:
-    worker = crew.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
+    worker = launcher.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
     try:
         with pytest.raises(SchemaError, match="bgjob_job"):
-            crew.run(worker.run())
+            launcher.run(worker.run())
     finally:
-        crew.shutdown(worker, timeout=1)
+        launcher.shutdown(worker, timeout=1)
 
 
 WORKERS_GRANTS = [grant for grant in GRANTS if grant.group == "worker"]
@@ -611,34 +613,36 @@ WORKERS_GRANTS = [grant for grant in GRANTS if grant.group == "worker"]
 
 @pytest.mark.parametrize("grant", WORKERS_GRANTS, ids=lambda g: f"{g.privilege} on {g.table}")
 def test_a_worker_that_lacks_a_grant_does_not_start_and_names_it(
-    crew: Crew, roles: Roles, grant: Grant
+    launcher: Launcher, roles: Roles, grant: Grant
 ) -> None:
     dsn = roles.login("worker")
     roles.revoke(grant)
-    worker = crew.make(Mux(), dsn=dsn)
+    worker = launcher.make(Mux(), dsn=dsn)
     try:
         with pytest.raises(SchemaError) as error:
-            crew.run(worker.run())
+            launcher.run(worker.run())
         text = str(error.value).lower()
         assert re.search(rf"grant\b.*\b{grant.privilege}\b.*\b{grant.table}\b", text), text
         roles.conn.execute(roles.named(f"grant {grant} to bgjob_worker"))
-        crew.run(worker.run())  # the remedy is one
+        launcher.run(worker.run())  # the remedy is one
     finally:
-        assert crew.shutdown(worker, timeout=1)
+        assert launcher.shutdown(worker, timeout=1)
 
 
-def test_a_worker_that_lacks_one_column_of_a_grant_does_not_start(crew: Crew, roles: Roles) -> None:
+def test_a_worker_that_lacks_one_column_of_a_grant_does_not_start(
+    launcher: Launcher, roles: Roles
+) -> None:
     dsn = roles.login("worker")
     started = []
     for grant in [single for grant in WORKERS_GRANTS for single in grant.single]:
         roles.revoke(grant)
-        worker = crew.make(Mux(), dsn=dsn)
+        worker = launcher.make(Mux(), dsn=dsn)
         try:
-            crew.run(worker.run())
+            launcher.run(worker.run())
             started.append(str(grant))
         except SchemaError as error:
             assert grant.table in str(error)
-        crew.shutdown(worker, timeout=0)
+        launcher.shutdown(worker, timeout=0)
         roles.conn.execute(roles.named(f"grant {grant} to bgjob_worker"))
     assert started == []
 
@@ -750,7 +754,7 @@ def canary(conn: psycopg.Connection) -> Iterator[None]:
 @pytest.mark.usefixtures("canary")
 @pytest.mark.parametrize("transactional", [False, True], ids=["ordinary", "transactional"])
 def test_hostile_texts_pass_through_a_worker_and_its_notifications(
-    crew: Crew, conn: psycopg.Connection, transactional: bool
+    launcher: Launcher, conn: psycopg.Connection, transactional: bool
 ) -> None:
     seen: list[tuple[object, ...]] = []
 
@@ -773,7 +777,7 @@ def test_hostile_texts_pass_through_a_worker_and_its_notifications(
     for text in HOSTILE:
         mux.register(
             text,
-            handle_async if crew.is_async else handle,
+            handle_async if launcher.is_async else handle,
             backoff=lambda _: 0.0,
             transactional=transactional,
         )
@@ -783,14 +787,14 @@ def test_hostile_texts_pass_through_a_worker_and_its_notifications(
         texts = [*HOSTILE[n:], *HOSTILE[:n]][:4]
         observer = Recorder()
         seen.clear()
-        worker = crew.start(mux, queue, observer=observer, concurrency=4, poll_interval=NEVER)
+        worker = launcher.start(mux, queue, observer=observer, concurrency=4, poll_interval=NEVER)
         assert eventually(lambda: sleeper(conn) is not None)
         wanted = [EnqueueRequest(queue, text, text.encode(), id=text) for text in texts]
-        crew.client.enqueue(wanted[0])  # only the notification tells the worker
-        observer.wait_for("buried", wanted[0].id)
-        crew.client.bulk_enqueue(wanted[1:])
-        observer.wait_for("buried", times=len(wanted))
-        assert crew.shutdown(worker)
+        launcher.client.enqueue(wanted[0])  # only the notification tells the worker
+        observer.wait_for("dead", wanted[0].id)
+        launcher.client.bulk_enqueue(wanted[1:])
+        observer.wait_for("dead", times=len(wanted))
+        assert launcher.shutdown(worker)
         for text in texts:
             last_errors = [None, text, f"ValueError: {text}"]
             assert [run for run in seen if run[1] == text] == [
@@ -799,55 +803,55 @@ def test_hostile_texts_pass_through_a_worker_and_its_notifications(
             ]
         assert observer.of("error", "completed", "lost") == []
         for text in texts:
-            [dead] = crew.client.dlq.list(queue=queue, type=text)
+            [dead] = launcher.client.dlq.list(queue=queue, type=text)
             assert (dead.id, dead.arg, dead.last_error) == (text, text.encode(), text)
         first, *others = texts
-        assert crew.client.dlq.purge(first, queue=queue, type=first) == 1
-        assert crew.client.dlq.purge(first, queue=queue, type=first) == 0
-        assert sorted(crew.client.dlq.requeue(others, queue=queue)) == sorted(others)
+        assert launcher.client.dlq.purge(first, queue=queue, type=first) == 1
+        assert launcher.client.dlq.purge(first, queue=queue, type=first) == 0
+        assert sorted(launcher.client.dlq.requeue(others, queue=queue)) == sorted(others)
         done = Mux()
         for text in others:
             done.register(text, lambda _: None)
-        worker = crew.start(done, queue, observer=observer, concurrency=4)
+        worker = launcher.start(done, queue, observer=observer, concurrency=4)
         observer.wait_for("completed", times=len(others))
-        assert crew.shutdown(worker)
+        assert launcher.shutdown(worker)
     assert rows(conn, "select count(*) from bgjob_job") == [(0,)]
     assert rows(conn, "select count(*) from bgjob_dead_job") == [(0,)]
 
 
 @pytest.mark.usefixtures("canary")
-def test_hostile_texts_pass_through_do(crew: Crew, conn: psycopg.Connection) -> None:
+def test_hostile_texts_pass_through_do(launcher: Launcher, conn: psycopg.Connection) -> None:
     def fail(job: Job, *_: Any) -> None:
         raise ValueError(job.type)
 
     async def fail_async(job: Job, *_: Any) -> None:
         fail(job)
 
-    client: Any = AsyncClient(crew.dsn) if crew.is_async else Client(crew.dsn)
+    client: Any = AsyncClient(launcher.dsn) if launcher.is_async else Client(launcher.dsn)
     try:
         for text in HOSTILE:
-            crew.run(client.enqueue(EnqueueRequest(text, text, text.encode(), id=text)))
+            launcher.run(client.enqueue(EnqueueRequest(text, text, text.encode(), id=text)))
             for transactional in (False, True):
                 mux: Any = Mux()
                 mux.register(
                     text,
-                    fail_async if crew.is_async else fail,
+                    fail_async if launcher.is_async else fail,
                     backoff=lambda _: 0.0,
                     max_attempts=2,
                     transactional=transactional,
                 )
-                crew.run(client.do(text, mux))
-            dead = crew.run(client.dlq.get(text))
+                launcher.run(client.do(text, mux))
+            dead = launcher.run(client.dlq.get(text))
             assert (dead.queue, dead.type, dead.arg) == (text, text, text.encode())
             assert dead.last_error == f"ValueError: {text}"
-            assert crew.run(client.dlq.requeue(text)) == [text]
-            crew.run(client.do(text, Mux()))
-            dead = crew.run(client.dlq.get(text))
+            assert launcher.run(client.dlq.requeue(text)) == [text]
+            launcher.run(client.do(text, Mux()))
+            dead = launcher.run(client.dlq.get(text))
             assert "no handler is registered" in dead.last_error
             assert repr(text) in dead.last_error
-            assert crew.run(client.dlq.purge(text)) == 1
+            assert launcher.run(client.dlq.purge(text)) == 1
     finally:
-        crew.run(client.close())
+        launcher.run(client.close())
     assert rows(conn, "select count(*) from bgjob_job") == [(0,)]
 
 
@@ -922,7 +926,7 @@ class Bomb:
 
 
 def test_payloads_and_types_that_want_to_run_arrive_as_bytes_and_rest_in_the_dlq(
-    crew: Crew, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, conn: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "mark"
     (tmp_path / "bgjob_spy.py").write_text(f"open({str(mark)!r}, 'w')\ndef run(*_): pass\n")
@@ -939,14 +943,14 @@ def test_payloads_and_types_that_want_to_run_arrive_as_bytes_and_rest_in_the_dlq
     observer = Recorder()
     mux = Mux().register("t", lambda job: seen.update({job.id: job.arg}))
     for id_, payload in payloads.items():
-        crew.enqueue(id_, arg=payload)
+        launcher.enqueue(id_, arg=payload)
         for type_ in types:
-            crew.enqueue(f"{id_} {type_}", type=type_, arg=payload)
-    crew.start(mux, observer=observer, concurrency=4)
+            launcher.enqueue(f"{id_} {type_}", type=type_, arg=payload)
+    launcher.start(mux, observer=observer, concurrency=4)
     observer.wait_for("completed", times=len(payloads))
-    observer.wait_for("buried", times=len(payloads) * len(types))
+    observer.wait_for("dead", times=len(payloads) * len(types))
     assert seen == payloads
-    dead = crew.client.dlq.list()
+    dead = launcher.client.dlq.list()
     assert {(d.id, d.type, d.arg) for d in dead} == {
         (f"{id_} {type_}", type_, payload) for id_, payload in payloads.items() for type_ in types
     }
@@ -1050,7 +1054,7 @@ def output(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("form", RIGHT)
 def test_a_right_password_is_shown_nowhere(
-    crew: Crew, guarded: EmbeddedServer, output: Output, form: str
+    launcher: Launcher, guarded: EmbeddedServer, output: Output, form: str
 ) -> None:
     def handle(job: Job) -> Result | None:
         if job.id == "raise":
@@ -1058,15 +1062,15 @@ def test_a_right_password_is_shown_nowhere(
         return None
 
     dsn = right(guarded, form)
-    client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)
-    worker = crew.make(Mux().register("t", handle, max_attempts=1), dsn=dsn, poll_interval=0.1)
+    client: Any = AsyncClient(dsn) if launcher.is_async else Client(dsn)
+    worker = launcher.make(Mux().register("t", handle, max_attempts=1), dsn=dsn, poll_interval=0.1)
     with psycopg.connect(guarded.dsn, autocommit=True) as conn:
         try:
             output.show(client, client.dlq, client.enqueue, worker, worker.run)
             both = [EnqueueRequest("q", "t", id=id_) for id_ in ("a", "raise")]
-            crew.run(client.bulk_enqueue(both))
-            output.call(lambda: crew.run(client.enqueue(both[0])))
-            crew.run(worker.run())
+            launcher.run(client.bulk_enqueue(both))
+            output.call(lambda: launcher.run(client.enqueue(both[0])))
+            launcher.run(worker.run())
             output.show(client, worker)
             assert eventually(lambda: rows(conn, "select id from bgjob_job") == [])
             assert rows(
@@ -1074,10 +1078,10 @@ def test_a_right_password_is_shown_nowhere(
                 "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'",
             )
             assert eventually(lambda: "worker: " in output.text())
-            output.call(lambda: crew.run(client.dlq.list()))
+            output.call(lambda: launcher.run(client.dlq.list()))
         finally:
-            crew.shutdown(worker)
-            crew.run(client.close())
+            launcher.shutdown(worker)
+            launcher.run(client.close())
             conn.execute("delete from bgjob_dead_job")
     output.show(client, worker)
     assert "t a (attempt 1) completed" in output.text()
@@ -1085,25 +1089,25 @@ def test_a_right_password_is_shown_nowhere(
 
 
 def test_a_password_that_is_wrong_is_shown_nowhere(
-    crew: Crew, guarded: EmbeddedServer, output: Output
+    launcher: Launcher, guarded: EmbeddedServer, output: Output
 ) -> None:
     for form in RIGHT:
         dsn = right(guarded, form).replace(SECRET, f"{SECRET}-not")
-        worker = crew.make(Mux(), dsn=dsn)
-        error = output.call(lambda: crew.run(worker.run()))
+        worker = launcher.make(Mux(), dsn=dsn)
+        error = output.call(lambda: launcher.run(worker.run()))
         assert isinstance(error, psycopg.OperationalError)
         assert "password authentication failed" in str(error)
-        crew.shutdown(worker)
+        launcher.shutdown(worker)
         output.show(worker)
     output.assert_secret()
 
 
 def test_a_worker_whose_password_was_changed_shows_neither(
-    crew: Crew, guarded: EmbeddedServer, output: Output
+    launcher: Launcher, guarded: EmbeddedServer, output: Output
 ) -> None:
-    worker = crew.make(Mux(), dsn=right(guarded, "url"), poll_interval=0.1)
+    worker = launcher.make(Mux(), dsn=right(guarded, "url"), poll_interval=0.1)
     with psycopg.connect(guarded.dsn, autocommit=True) as conn:
-        crew.run(worker.run())
+        launcher.run(worker.run())
         try:
             conn.execute(f"alter role app password '{SECRET}-new'")
             conn.execute(
@@ -1112,18 +1116,18 @@ def test_a_worker_whose_password_was_changed_shows_neither(
             assert eventually(lambda: "password authentication failed" in output.text())
         finally:
             conn.execute(sql.SQL("alter role app password {}").format(sql.Literal(PASSWORD)))
-            crew.shutdown(worker)
+            launcher.shutdown(worker)
     output.assert_secret()
 
 
-def test_a_worker_with_a_wrong_dsn_shows_no_password(crew: Crew, output: Output) -> None:
+def test_a_worker_with_a_wrong_dsn_shows_no_password(launcher: Launcher, output: Output) -> None:
     def use(dsn: str) -> None:
-        worker = crew.make(Mux(), dsn=dsn)
+        worker = launcher.make(Mux(), dsn=dsn)
         output.show(worker)
         try:
-            crew.run(worker.run())
+            launcher.run(worker.run())
         finally:
-            crew.shutdown(worker)
+            launcher.shutdown(worker)
             output.show(worker)
 
     for dsn in WRONG.values():
@@ -1132,18 +1136,18 @@ def test_a_worker_with_a_wrong_dsn_shows_no_password(crew: Crew, output: Output)
 
 
 def test_a_client_with_a_wrong_dsn_shows_no_password(
-    crew: Crew, output: Output, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A client waits for a while whether the server comes back; it says the same after a second.
     monkeypatch.setattr("bgjob.client.PATIENCE", 1.0)
 
     def use(dsn: str) -> None:
-        client: Any = AsyncClient(dsn) if crew.is_async else Client(dsn)
+        client: Any = AsyncClient(dsn) if launcher.is_async else Client(dsn)
         output.show(client)
         try:
-            crew.run(client.enqueue(EnqueueRequest("q", "t")))
+            launcher.run(client.enqueue(EnqueueRequest("q", "t")))
         finally:
-            crew.run(client.close())
+            launcher.run(client.close())
 
     with ThreadPoolExecutor(len(WRONG)) as pool:
         errors = pool.map(lambda dsn: output.call(partial(use, dsn)), WRONG.values())

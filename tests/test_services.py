@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from support.database import all_done, terminate_workers
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder
+from support.workers import Launcher, Gate, Recorder
 
 from bgjob import BgjobError, Job, Mux, Reschedule
 from bgjob.service import ServiceTimer, Service
@@ -100,15 +100,15 @@ def test_a_service_that_does_not_return_its_next_run_is_reported(wait: Any) -> N
     assert clock.timer.due_at == 101
 
 
-def test_an_object_that_is_not_a_service_is_refused_by_the_constructor(crew: Crew) -> None:
+def test_an_object_that_is_not_a_service_is_refused_by_the_constructor(launcher: Launcher) -> None:
     with pytest.raises(TypeError, match="'nightly' has none"):
-        crew.make(Mux(), services=["nightly"])
+        launcher.make(Mux(), services=["nightly"])
 
 
 # -- in a worker --------------------------------------------------------------------------
 
 
-def test_an_idle_worker_runs_its_services_on_its_own_connection(crew: Crew) -> None:
+def test_an_idle_worker_runs_its_services_on_its_own_connection(launcher: Launcher) -> None:
     seen: list[tuple[str, str, bool]] = []
 
     def body(conn: psycopg.Connection[Any]) -> float:
@@ -116,25 +116,25 @@ def test_an_idle_worker_runs_its_services_on_its_own_connection(crew: Crew) -> N
         seen.append((name, threading.current_thread().name, conn.autocommit))
         return 0.01
 
-    crew.start(Mux(), services=[Calls(body)], poll_interval=NEVER)
+    launcher.start(Mux(), services=[Calls(body)], poll_interval=NEVER)
     assert eventually(lambda: len(seen) >= 5)
     names, threads, autocommits = (set(values) for values in zip(*seen[1:], strict=True))
     assert (names, threads, autocommits) == ({"bgjob"}, {"bgjob-worker-q"}, {True})
 
 
-def test_a_worker_that_is_never_idle_runs_its_services(crew: Crew) -> None:
+def test_a_worker_that_is_never_idle_runs_its_services(launcher: Launcher) -> None:
     service = Calls()
     observer = Recorder()
-    crew.enqueue(*(f"{n:04}" for n in range(3000)))
+    launcher.enqueue(*(f"{n:04}" for n in range(3000)))
     mux = Mux().register("t", lambda _: Reschedule(0.0))
-    worker = crew.start(mux, services=[service], observer=observer, concurrency=4)
+    worker = launcher.start(mux, services=[service], observer=observer, concurrency=4)
     assert eventually(lambda: service.runs >= 10 and len(observer.of("rescheduled")) > 10_000)
     assert observer.of("empty") == []
-    crew.shutdown(worker, timeout=5)
+    launcher.shutdown(worker, timeout=5)
 
 
 def test_a_worker_whose_exchanges_follow_one_another_runs_its_services_between(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     count = 40_000
     left: list[int] = []
@@ -143,15 +143,15 @@ def test_a_worker_whose_exchanges_follow_one_another_runs_its_services_between(
         left.extend(n for (n,) in conn.execute("select count(*) from bgjob_job").fetchall())
         return 0.0
 
-    crew.enqueue(*(f"{n:05}" for n in range(count)))
+    launcher.enqueue(*(f"{n:05}" for n in range(count)))
     mux = Mux().register("t", lambda _: None)
-    crew.start(mux, services=[Calls(look)], concurrency=10, poll_interval=NEVER)
+    launcher.start(mux, services=[Calls(look)], concurrency=10, poll_interval=NEVER)
     assert all_done(conn)
     assert len([n for n in left if 0 < n < count]) >= 3
 
 
 def test_services_that_fail_are_reported_and_harm_neither_jobs_nor_each_other(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     def refused(conn: psycopg.Connection[Any]) -> float:
         conn.execute("begin")
@@ -167,16 +167,16 @@ def test_services_that_fail_are_reported_and_harm_neither_jobs_nor_each_other(
     good = Calls()
     observer = Recorder()
     services = [Calls(refused), Calls(open_ended), good]
-    crew.start(Mux().register("t", lambda _: None), services=services, observer=observer)
+    launcher.start(Mux().register("t", lambda _: None), services=services, observer=observer)
     assert eventually(lambda: good.runs >= 3)
-    crew.enqueue("a")
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
     assert any("division by zero" in str(error) for _, error in observer.of("error"))
     assert conn.execute("select to_regclass('left_open')").fetchall() == [(None,)]
 
 
 def test_a_service_that_breaks_the_connection_is_survived(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     def close(conn: psycopg.Connection[Any]) -> float:
         if service.runs == 2:
@@ -186,31 +186,31 @@ def test_a_service_that_breaks_the_connection_is_survived(
     service = Calls(close)
     observer = Recorder()
     mux = Mux().register("t", lambda _: None)
-    crew.start(mux, services=[service], observer=observer, poll_interval=NEVER)
+    launcher.start(mux, services=[service], observer=observer, poll_interval=NEVER)
     assert eventually(lambda: service.runs >= 4)
     assert any("a service closed the connection" in str(e) for _, e in observer.of("error"))
     assert terminate_workers(conn) == 1
     runs = service.runs
     assert eventually(lambda: service.runs >= runs + 3)
-    crew.enqueue("a")
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
 
 
-def test_no_service_runs_while_the_worker_shuts_down(crew: Crew) -> None:
+def test_no_service_runs_while_the_worker_shuts_down(launcher: Launcher) -> None:
     service = Calls()
     gate = Gate()
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", gate), services=[service], lease=1.0)
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", gate), services=[service], lease=1.0)
     gate.wait()
-    crew.run(worker.shutdown(0.0)) if crew.is_async else worker._group.stop(PATIENCE)
+    launcher.run(worker.shutdown(0.0)) if launcher.is_async else worker._group.stop(PATIENCE)
     assert eventually(lambda: worker._group._controls[0]._service_timer.due_at == inf)
     runs = service.runs
     gate.released.set()
-    crew.shutdown(worker, timeout=PATIENCE)
+    launcher.shutdown(worker, timeout=PATIENCE)
     assert service.runs == runs
 
 
-def test_a_service_that_lacks_a_grant_keeps_the_worker_from_starting(crew: Crew) -> None:
+def test_a_service_that_lacks_a_grant_keeps_the_worker_from_starting(launcher: Launcher) -> None:
     def body(_: object) -> float:
         if service.runs == 1:
             raise BgjobError("grant this, and start again")
@@ -218,16 +218,20 @@ def test_a_service_that_lacks_a_grant_keeps_the_worker_from_starting(crew: Crew)
 
     service = Calls(body)
     observer = Recorder()
-    worker = crew.make(Mux().register("t", lambda _: None), services=[service], observer=observer)
+    worker = launcher.make(
+        Mux().register("t", lambda _: None), services=[service], observer=observer
+    )
     with pytest.raises(BgjobError, match="grant this"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     service.runs = 1
-    worker = crew.start(Mux().register("t", lambda _: None), services=[service], observer=observer)
-    crew.enqueue("a")
+    worker = launcher.start(
+        Mux().register("t", lambda _: None), services=[service], observer=observer
+    )
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
 
 
-def test_other_errors_of_a_service_at_the_start_are_reported(crew: Crew) -> None:
+def test_other_errors_of_a_service_at_the_start_are_reported(launcher: Launcher) -> None:
     def body(_: object) -> float:
         raise RuntimeError("out of luck")
 
@@ -235,7 +239,7 @@ def test_other_errors_of_a_service_at_the_start_are_reported(crew: Crew) -> None
         return None
 
     observer = Recorder()
-    crew.start(Mux().register("t", handle), services=[Calls(body)], observer=observer)
-    crew.enqueue("a")
+    launcher.start(Mux().register("t", handle), services=[Calls(body)], observer=observer)
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
     assert "out of luck" in str(observer.of("error")[0][1])

@@ -43,7 +43,7 @@ from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.isolation import ALONE, LONGEST
 from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Swept, Taken, Window
-from bgjob._sql.survey import Line, Stray, UnderWay
+from bgjob._sql.survey import Line, Stray, OpenTransactions
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST
@@ -120,14 +120,14 @@ class Transactions:
         self._running.discard(number)
         self._last_ended = max(self._last_ended, number)
 
-    def seen(self, at: datetime, own: int | None) -> UnderWay:
+    def seen(self, at: datetime, own: int | None) -> OpenTransactions:
         """As a snapshot shows them: only those that began before one which has ended."""
         shown = {n for n in self._running if n < self._last_ended}
         if own is not None:
             shown = {n for n in self._running if n < own}
             if self.of_old is None:
                 self.of_old = frozenset(shown)
-        return UnderWay(at, frozenset(shown), own is not None)
+        return OpenTransactions(at, frozenset(shown), own is not None)
 
 
 class Table:
@@ -173,8 +173,8 @@ class Table:
                 row.is_known = True
                 row.free_since = at
                 reply.settled.add(id_)
-        charged = {c.job.id: c.is_charged for c in exchange.give_back}
-        for id_ in self._match(exchange.give_back):
+        charged = {c.job.id: c.is_charged for c in exchange.release_jobs}
+        for id_ in self._match(exchange.release_jobs):
             row = self.rows[id_]
             promise(row.is_charged == charged[id_], f"{id_}: wrongly refunded")
             assert row.token is not None
@@ -184,7 +184,7 @@ class Table:
             row.is_known = row.has_gone_back = True
             row.free_since = at
             reply.settled.add(id_)
-        for id_ in self._match([buried.claimed for buried in exchange.dead_letter]):
+        for id_ in self._match([dead.claimed for dead in exchange.dead_letter]):
             self._end(id_, "dead", reply)
         for id_ in self._match(exchange.abandon):
             row = self.rows[id_]
@@ -656,7 +656,7 @@ class History:
         for _ in range(random.choice([0, 0, 1, 5])):
             self._at(span * random.random(), self._rival_claims)
         for _ in range(random.choice([0, 0, 1, 3])):
-            self._at(span * random.random(), self._rival_parks)
+            self._at(span * random.random(), self._rival_takes_notify_lock)
         for _ in range(random.choice([0, 0, 2, 10])):
             self._at(span * random.random(), lambda: self._notice(Notice(later=True)))
         for _ in range(random.choice([0, 0, 1, 3])):
@@ -748,7 +748,7 @@ class History:
         if self.random.random() < 0.5:  # else it died
             self._at(self.random.random(), settle)
 
-    def _rival_parks(self) -> None:
+    def _rival_takes_notify_lock(self) -> None:
         if self.lock is None and not self.in_flight and self.notify:
             self.lock = "rival"
             self._at(self.random.random() * 2, self._rival_gives)
@@ -1128,7 +1128,7 @@ class History:
             *exchange.complete,
             *(p.claimed for p in exchange.postpone),
             *(b.claimed for b in exchange.dead_letter),
-            *exchange.give_back,
+            *exchange.release_jobs,
         ]
 
     # -- promises ------------------------------------------------------------------------------
@@ -1416,8 +1416,8 @@ class History:
 
     def _check_end(self) -> None:
         for key, how in self.table.settled.items():
-            given_back = how == "postponed" and self.keys
-            known = key[1] < 0 or key in self.handed or given_back
+            released = how == "postponed" and self.keys
+            known = key[1] < 0 or key in self.handed or released
             promise(bool(known), f"{key}: settled {how}, never handed out")
 
 

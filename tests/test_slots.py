@@ -20,7 +20,7 @@ from psycopg.conninfo import make_conninfo
 from support.database import all_done, row, rows
 from support.jobs import a_job
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles, running
+from support.workers import Launcher, Gate, Recorder, Style, both_styles, running
 
 from bgjob import (
     AsyncClient,
@@ -91,7 +91,7 @@ def leaver(seen: list[Any], value: Callable[[], Any] = object) -> Callable[[Job]
     ids=["simple", "timeout", "transactional", "exclusive"],
 )
 def test_context_variables_of_a_job_are_not_seen_by_the_next(
-    crew: Crew, conn: psycopg.Connection, style: Style, policy: dict[str, Any]
+    launcher: Launcher, conn: psycopg.Connection, style: Style, policy: dict[str, Any]
 ) -> None:
     seen: list[Any] = []
     body = leaver(seen)
@@ -106,8 +106,8 @@ def test_context_variables_of_a_job_are_not_seen_by_the_next(
     handler = of_style(style, body, transactional="transactional" in policy)
     register: Any = Mux().register
     mux = register("t", handler, backoff=lambda _: 0.0, max_attempts=2, **policy)
-    crew.enqueue(*(f"a{n}" for n in range(20)))
-    crew.start(mux, observer=[])
+    launcher.enqueue(*(f"a{n}" for n in range(20)))
+    launcher.start(mux, observer=[])
     assert all_done(conn)
     assert len(seen) >= 21
     assert set(seen) == {None}
@@ -116,18 +116,18 @@ def test_context_variables_of_a_job_are_not_seen_by_the_next(
 @both_styles
 @pytest.mark.parametrize("value", [Incomparable, list], ids=["incomparable", "equal"])
 def test_values_of_any_kind_stay_behind(
-    crew: Crew, conn: psycopg.Connection, style: Style, value: Callable[[], Any]
+    launcher: Launcher, conn: psycopg.Connection, style: Style, value: Callable[[], Any]
 ) -> None:
     seen: list[Any] = []
-    crew.enqueue(*(f"b{n}" for n in range(10)))
-    crew.start(Mux().register("t", of_style(style, leaver(seen, value))))
+    launcher.enqueue(*(f"b{n}" for n in range(10)))
+    launcher.start(Mux().register("t", of_style(style, leaver(seen, value))))
     assert all_done(conn)
     assert all(found is None for found in seen)
 
 
 @both_styles
 def test_context_variables_that_the_observer_sets_for_a_job_are_seen_by_that_job_only(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     class Tagger(Recorder):
         def job_started(self, job: Job, /) -> None:
@@ -135,9 +135,9 @@ def test_context_variables_that_the_observer_sets_for_a_job_are_seen_by_that_job
             tenant.set(job.id)
 
     seen: list[tuple[str, Any]] = []
-    crew.enqueue(*(f"b{n}" for n in range(10)))
+    launcher.enqueue(*(f"b{n}" for n in range(10)))
     mux = Mux().register("t", of_style(style, lambda job: seen.append((job.id, tenant.get()))))
-    crew.start(mux, observer=Tagger())
+    launcher.start(mux, observer=Tagger())
     assert all_done(conn)
     assert len(seen) == 10
     assert all(id == found for id, found in seen)
@@ -238,7 +238,7 @@ each_way = pytest.mark.parametrize("how", ["wraps", "lambda", "awaitable"])
 @each_way
 @pytest.mark.parametrize("policy", [{}, {"timeout": 60}], ids=["simple", "timeout"])
 def test_an_awaitable_that_a_plain_handler_returns_is_awaited_on_the_loop(
-    crew: Crew, conn: psycopg.Connection, how: str, policy: dict[str, Any]
+    launcher: Launcher, conn: psycopg.Connection, how: str, policy: dict[str, Any]
 ) -> None:
     loops: set[int] = set()
     found: list[Any] = []
@@ -251,9 +251,9 @@ def test_an_awaitable_that_a_plain_handler_returns_is_awaited_on_the_loop(
         return Retry(0.0, "once more") if job.id == "again" and job.attempt == 1 else None
 
     observer = Recorder()
-    crew.enqueue("a", "fails", "again", *(f"n{n}" for n in range(20)))
+    launcher.enqueue("a", "fails", "again", *(f"n{n}" for n in range(20)))
     mux = Mux().register("t", hidden(body, how), backoff=lambda _: 0.0, **policy)
-    crew.start(mux, observer=observer, concurrency=3)
+    launcher.start(mux, observer=observer, concurrency=3)
     assert all_done(conn)
     assert len(loops) == 1
     assert len(observer.of("started")) == 25
@@ -261,16 +261,16 @@ def test_an_awaitable_that_a_plain_handler_returns_is_awaited_on_the_loop(
     assert set(found) == {"the wrapper's" if how == "wraps" else None}
 
 
-def test_a_hidden_coroutine_is_held_to_its_timeout(crew: Crew) -> None:
+def test_a_hidden_coroutine_is_held_to_its_timeout(launcher: Launcher) -> None:
     async def forever(job: Job) -> None:
         await asyncio.sleep(NEVER)
 
     observer = Recorder()
-    crew.enqueue("a")
+    launcher.enqueue("a")
     mux = Mux().register("t", lambda job: forever(job), timeout=0.1, max_attempts=1)
-    crew.start(mux, observer=observer)
+    launcher.start(mux, observer=observer)
     observer.wait_for("timed_out", "a")
-    observer.wait_for("buried", "a")
+    observer.wait_for("dead", "a")
 
 
 @each_way
@@ -292,7 +292,7 @@ def test_do_and_drain_await_a_coroutine_that_a_plain_handler_returns(dsn: str, h
 
 
 def test_a_coroutine_that_nothing_can_await_is_refused_immediately_with_the_remedy(
-    crew: Crew,
+    launcher: Launcher,
 ) -> None:
     async def coroutine(*_: object) -> None: ...
 
@@ -303,12 +303,12 @@ def test_a_coroutine_that_nothing_can_await_is_refused_immediately_with_the_reme
     mux = Mux().register("forgets", forgets_await)
     register: Any = mux.register
     register("transactional", lambda job, conn: coroutine(job, conn), transactional=True)
-    crew.enqueue("a", type="forgets")
-    crew.enqueue("b", type="transactional")
-    crew.start(mux, observer=observer)
+    launcher.enqueue("a", type="forgets")
+    launcher.enqueue("b", type="transactional")
+    launcher.start(mux, observer=observer)
     for id_ in "ab":
-        observer.wait_for("buried", id_)
-        [(_, _, attempt, text)] = [e for e in observer.of("buried") if e[1] == id_]
+        observer.wait_for("dead", id_)
+        [(_, _, attempt, text)] = [e for e in observer.of("dead") if e[1] == id_]
         assert attempt == 1
         assert "register the coroutine function itself" in text
 
@@ -316,7 +316,9 @@ def test_a_coroutine_that_nothing_can_await_is_refused_immediately_with_the_reme
 # -- one loop -----------------------------------------------------------------------------------------
 
 
-def test_the_coroutines_of_all_queues_run_on_one_loop(crew: Crew, conn: psycopg.Connection) -> None:
+def test_the_coroutines_of_all_queues_run_on_one_loop(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
     loops: set[tuple[int, int]] = set()
 
     async def handle(job: Job) -> None:
@@ -324,8 +326,8 @@ def test_the_coroutines_of_all_queues_run_on_one_loop(crew: Crew, conn: psycopg.
         loops.add((id(asyncio.get_running_loop()), threading.get_ident()))
 
     for queue in ("a", "b"):
-        crew.enqueue(*(f"{queue}{n}" for n in range(20)), queue=queue)
-    crew.start(Mux().register("t", handle), {"a": 4, "b": 4})
+        launcher.enqueue(*(f"{queue}{n}" for n in range(20)), queue=queue)
+    launcher.start(Mux().register("t", handle), {"a": 4, "b": 4})
     assert all_done(conn)
     assert len(loops) == 1
 
@@ -544,7 +546,7 @@ def test_an_exception_that_ends_the_loop_of_a_worker_ends_only_the_attempt(
 
 
 def test_slots_whose_threads_were_killed_come_back(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer = Recorder()
     before, kills = Threads._work, 6
@@ -566,9 +568,9 @@ def test_slots_whose_threads_were_killed_come_back(
     def meet(_: Job) -> None:
         barrier.wait(PATIENCE)
 
-    crew.enqueue(*(f"l{n}" for n in range(6)))
+    launcher.enqueue(*(f"l{n}" for n in range(6)))
     mux = Mux().register("t", meet, backoff=lambda _: 0.0)
-    worker = crew.start(mux, observer=observer, concurrency=2, lease=1, poll_interval=0.05)
+    worker = launcher.start(mux, observer=observer, concurrency=2, lease=1, poll_interval=0.05)
     assert all_done(conn)
     assert worker.failure is None
     assert observer.of("lost") == []
@@ -615,7 +617,7 @@ class NoThreads:
 
 
 def test_where_no_thread_can_start_jobs_go_back_with_their_attempt_and_run_later(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer, threads = Recorder(), NoThreads(monkeypatch, "bgjob-q-")
     attempts: list[int] = []
@@ -626,10 +628,10 @@ def test_where_no_thread_can_start_jobs_go_back_with_their_attempt_and_run_later
         barrier.wait(PATIENCE)
 
     threads.are_refused = True
-    worker = crew.start(
+    worker = launcher.start(
         Mux().register("t", handle, max_attempts=1), observer=observer, concurrency=3
     )
-    crew.enqueue("a", "b", "c")
+    launcher.enqueue("a", "b", "c")
     assert eventually(lambda: threads.refused >= 3)
     assert eventually(
         lambda: rows(conn, "select distinct attempt, token from bgjob_job") == [(0, None)]
@@ -640,11 +642,11 @@ def test_where_no_thread_can_start_jobs_go_back_with_their_attempt_and_run_later
     assert worker.failure is None
     assert 1 <= len(observer.of("error")) <= 4  # once a second at most
     assert "no thread can start for a handler of queue 'q'" in str(observer.of("error")[0][1])
-    assert crew.client.dlq.list() == []
+    assert launcher.client.dlq.list() == []
 
 
 def test_jobs_run_on_the_threads_that_there_are(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, gate = NoThreads(monkeypatch, "bgjob-q-"), Gate()
 
@@ -652,15 +654,15 @@ def test_jobs_run_on_the_threads_that_there_are(
         await asyncio.sleep(0)
 
     mux = Mux().register("t", lambda _: None).register("gate", gate).register("c", coroutine)
-    worker = crew.start(mux, concurrency=10, lease=1, poll_interval=0.05)
-    crew.enqueue("first", type="gate")
+    worker = launcher.start(mux, concurrency=10, lease=1, poll_interval=0.05)
+    launcher.enqueue("first", type="gate")
     gate.wait()
     threads.are_refused = True
-    crew.enqueue(*(f"m{n}" for n in range(20)))
+    launcher.enqueue(*(f"m{n}" for n in range(20)))
     assert eventually(lambda: threads.refused > 0)
     gate.released.set()  # its thread is the only one
-    crew.enqueue(*(f"n{n}" for n in range(20)))
-    crew.enqueue(*(f"o{n}" for n in range(20)), type="c")
+    launcher.enqueue(*(f"n{n}" for n in range(20)))
+    launcher.enqueue(*(f"o{n}" for n in range(20)), type="c")
     assert all_done(conn)
     assert worker.failure is None
 
@@ -976,7 +978,7 @@ def test_jobs_that_outlast_grace_periods_keep_their_attempts_and_record_how_ofte
 
 @pytest.mark.parametrize("policy", [{}, {"timeout": 60}, {"transactional": True}])
 def test_a_coroutine_that_is_cancelled_at_the_end_is_due_again_immediately(
-    crew: Crew, conn: psycopg.Connection, policy: dict[str, Any]
+    launcher: Launcher, conn: psycopg.Connection, policy: dict[str, Any]
 ) -> None:
     entered = threading.Event()
 
@@ -991,17 +993,17 @@ def test_a_coroutine_that_is_cancelled_at_the_end_is_due_again_immediately(
     mux = register(
         "t", transactional if "transactional" in policy else handle, max_attempts=1, **policy
     )
-    crew.enqueue("a")
-    worker = crew.start(mux)
+    launcher.enqueue("a")
+    worker = launcher.start(mux)
     assert entered.wait(PATIENCE)
-    assert not crew.shutdown(worker, timeout=0)  # it was cut short
+    assert not launcher.shutdown(worker, timeout=0)  # it was cut short
     assert rows(conn, "select id, attempt, token, lease_until, deaths from bgjob_job") == [
         ("a", 0, None, None, 0)
     ]
 
 
 def test_a_coroutine_that_ends_while_it_is_cancelled_is_settled(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     entered = threading.Event()
 
@@ -1010,10 +1012,10 @@ def test_a_coroutine_that_ends_while_it_is_cancelled_is_settled(
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(NEVER)
 
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", handle))
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", handle))
     assert entered.wait(PATIENCE)
-    assert crew.shutdown(worker, timeout=0)
+    assert launcher.shutdown(worker, timeout=0)
     assert rows(conn, "select id from bgjob_job") == []
 
 
@@ -1048,16 +1050,16 @@ def test_a_worker_runs_until_an_event_and_is_shut_down(dsn: str, conn: psycopg.C
 
 
 def test_a_worker_that_ends_by_itself_raises_its_failure_where_it_is_waited_for(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> bool:
         raise ValueError("broken")
 
     monkeypatch.setattr(QueueControl, "_turn", broken)
-    worker = crew.make(Mux())
-    never = asyncio.Event() if crew.is_async else threading.Event()
+    worker = launcher.make(Mux())
+    never = asyncio.Event() if launcher.is_async else threading.Event()
     with pytest.raises(ValueError, match="broken"):
-        crew.run(worker.run_until(never))
+        launcher.run(worker.run_until(never))
 
 
 def test_an_interrupt_of_a_program_shuts_its_worker_down(dsn: str) -> None:

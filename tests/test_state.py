@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from support.database import count, row, rows
 from support.waiting import PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder
+from support.workers import Launcher, Gate, Recorder
 
 from bgjob import (
     AsyncClient,
@@ -78,7 +78,7 @@ async def awaited(state: Any) -> Any:
 
 
 def test_a_state_is_made_once_given_to_handlers_that_ask_and_closed_after_the_last(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     pool, observer = Pool(), Recorder()
     calls: list[Job] = []
@@ -88,40 +88,40 @@ def test_a_state_is_made_once_given_to_handlers_that_ask_and_closed_after_the_la
 
     mux = Mux().register("t", pool.handle).register("coroutine", coroutine)
     mux.register("other", calls.append)
-    crew.enqueue("a", "b")
-    crew.enqueue("c", type="coroutine")
-    crew.enqueue("d", type="other")
-    worker = crew.start(mux, state=pool.opened, observer=observer, concurrency=4)
+    launcher.enqueue("a", "b")
+    launcher.enqueue("c", type="coroutine")
+    launcher.enqueue("d", type="other")
+    worker = launcher.start(mux, state=pool.opened, observer=observer, concurrency=4)
     observer.wait_for("completed", times=4)
     assert pool.told[0] == "opened" and sorted(pool.told[1:]) == ["a", "b", "c"]
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert pool.told[-1] == "closed" and pool.told.count("opened") == 1
     assert pool.given == ["state"] * 3
     assert [job.id for job in calls] == ["d"]
 
 
-def test_a_state_that_is_not_a_context_manager_is_passed_as_it_is(crew: Crew) -> None:
+def test_a_state_that_is_not_a_context_manager_is_passed_as_it_is(launcher: Launcher) -> None:
     pool, observer = Pool(), Recorder()
     state = {"shared": True}
-    crew.enqueue("a", "b")
-    crew.start(Mux().register("t", pool.handle), state=lambda: state, observer=observer)
+    launcher.enqueue("a", "b")
+    launcher.start(Mux().register("t", pool.handle), state=lambda: state, observer=observer)
     observer.wait_for("completed", times=2)
     assert pool.given[0] is pool.given[1] is state
 
 
-def test_each_worker_has_a_state_of_its_own(crew: Crew) -> None:
+def test_each_worker_has_a_state_of_its_own(launcher: Launcher) -> None:
     pool, observer = Pool(), Recorder()
     numbers = iter(range(9))
     mux = Mux().register("t", pool.handle)
     for queue in ("one", "two"):
-        crew.start(mux, queue, state=lambda: next(numbers), observer=observer)
-        crew.enqueue(f"in {queue}", queue=queue)
+        launcher.start(mux, queue, state=lambda: next(numbers), observer=observer)
+        launcher.enqueue(f"in {queue}", queue=queue)
         observer.wait_for("completed", f"in {queue}")
     assert pool.given == [0, 1]
 
 
 def test_a_transactional_handler_and_one_of_a_class_are_given_the_state(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute("create table given (state text)")
     observer = Recorder()
@@ -129,9 +129,9 @@ def test_a_transactional_handler_and_one_of_a_class_are_given_the_state(
     def handle(job: Job, conn: psycopg.Connection, state: str) -> None:
         conn.execute("insert into given values (%s)", [state])
 
-    crew.enqueue("a")
+    launcher.enqueue("a")
     mux = Mux().register("t", handle, transactional=True)
-    crew.start(mux, state=lambda: "state", observer=observer)
+    launcher.start(mux, state=lambda: "state", observer=observer)
     observer.wait_for("completed", "a")
     assert row(conn, "select state from given") == ("state",)
 
@@ -193,17 +193,17 @@ def test_a_coroutine_that_is_cancelled_after_the_grace_period_ends_before_its_st
     assert pool.told == ["opened", "handler ended", "closed"]
 
 
-def test_a_state_is_there_until_a_slow_handler_has_ended(crew: Crew) -> None:
+def test_a_state_is_there_until_a_slow_handler_has_ended(launcher: Launcher) -> None:
     pool, gate = Pool(), Gate()
 
     def handle(job: Job, state: str) -> None:
         gate(job)
         pool.tell("handler ended")
 
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", handle), state=pool.opened)
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", handle), state=pool.opened)
     gate.wait()
-    stopping = threading.Thread(target=crew.shutdown, args=(worker,), kwargs={"timeout": None})
+    stopping = threading.Thread(target=launcher.shutdown, args=(worker,), kwargs={"timeout": None})
     stopping.start()
     assert pool.told == ["opened"]
     gate.released.set()
@@ -215,7 +215,7 @@ def test_a_state_is_there_until_a_slow_handler_has_ended(crew: Crew) -> None:
 
 
 def test_run_raises_the_factorys_exception_and_the_worker_can_be_run_again(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     states: list[Any] = [OSError("no model"), "state"]
     pool, observer = Pool(), Recorder()
@@ -226,36 +226,36 @@ def test_run_raises_the_factorys_exception_and_the_worker_can_be_run_again(
             raise state
         return state
 
-    crew.enqueue("a")
-    worker = crew.make(Mux().register("t", pool.handle), state=make, observer=observer)
+    launcher.enqueue("a")
+    worker = launcher.make(Mux().register("t", pool.handle), state=make, observer=observer)
     with pytest.raises(OSError, match="no model"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     assert count(conn) == 1 and observer.events == []
     connections = (
         "select from pg_stat_activity where application_name = 'bgjob' "
         "and datname = current_database()"
     )
     assert eventually(lambda: not rows(conn, connections))
-    crew.run(worker.run())
+    launcher.run(worker.run())
     observer.wait_for("completed", "a")
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert pool.given == ["state"]
 
 
-def test_a_state_whose_enter_fails_is_raised_by_run(crew: Crew) -> None:
+def test_a_state_whose_enter_fails_is_raised_by_run(launcher: Launcher) -> None:
     @contextmanager
     def failing() -> Iterator[None]:
         raise OSError("no entry")
         yield
 
-    worker = crew.make(Mux(), state=failing)
+    worker = launcher.make(Mux(), state=failing)
     with pytest.raises(OSError, match="no entry"):
-        crew.run(worker.run())
-    assert crew.shutdown(worker)
+        launcher.run(worker.run())
+    assert launcher.shutdown(worker)
 
 
 def test_a_state_is_closed_where_middleware_fails_on_a_handler_that_is_given_it(
-    crew: Crew,
+    launcher: Launcher,
 ) -> None:
     pool, fails = Pool(), False
 
@@ -266,29 +266,31 @@ def test_a_state_is_closed_where_middleware_fails_on_a_handler_that_is_given_it(
 
     mux = Mux(middleware=[middleware]).register("t", pool.handle)
     fails = True
-    worker = crew.make(mux, state=pool.opened)
+    worker = launcher.make(mux, state=pool.opened)
     with pytest.raises(OSError, match="not twice"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     assert pool.told == ["opened", "closed"]
 
 
 def test_a_worker_without_the_state_that_a_handler_asks_for_does_not_start(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     pool = Pool()
-    crew.enqueue("a")
-    worker = crew.make(Mux().register("t", pool.handle))
+    launcher.enqueue("a")
+    worker = launcher.make(Mux().register("t", pool.handle))
     with pytest.raises(
         StateRequiredError, match=r"handle of job type 't' has a parameter state: make"
     ):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     assert row(conn, "select attempt from bgjob_job") == (0,)
-    bound = crew.start(Mux().register("t", pool.handle).bound("bound"))
+    bound = launcher.start(Mux().register("t", pool.handle).bound("bound"))
     assert eventually(lambda: pool.given == ["bound"])
-    assert crew.shutdown(bound)
+    assert launcher.shutdown(bound)
 
 
-def test_an_exception_while_a_state_is_closed_is_reported_to_the_observer(crew: Crew) -> None:
+def test_an_exception_while_a_state_is_closed_is_reported_to_the_observer(
+    launcher: Launcher,
+) -> None:
     observer = Recorder()
     failure = OSError("cannot close")
 
@@ -297,12 +299,12 @@ def test_an_exception_while_a_state_is_closed_is_reported_to_the_observer(crew: 
         yield
         raise failure
 
-    worker = crew.start(Mux(), state=failing, observer=observer)
-    assert crew.shutdown(worker)
+    worker = launcher.start(Mux(), state=failing, observer=observer)
+    assert launcher.shutdown(worker)
     assert observer.of("error") == [("error", failure)]
 
 
-def test_a_state_that_does_not_close_is_left_after_the_grace_period(crew: Crew) -> None:
+def test_a_state_that_does_not_close_is_left_after_the_grace_period(launcher: Launcher) -> None:
     observer, released = Recorder(), threading.Event()
 
     @contextmanager
@@ -316,9 +318,11 @@ def test_a_state_that_does_not_close_is_left_after_the_grace_period(crew: Crew) 
         while not released.is_set():
             await asyncio.sleep(0.01)
 
-    worker = crew.start(Mux(), state=stuck_async if crew.is_async else stuck, observer=observer)
+    worker = launcher.start(
+        Mux(), state=stuck_async if launcher.is_async else stuck, observer=observer
+    )
     try:
-        assert crew.shutdown(worker, timeout=0)
+        assert launcher.shutdown(worker, timeout=0)
         [(_, error)] = observer.of("error")
         assert isinstance(error, TimeoutError)
         assert "the state was not closed within 1 s" in str(error)

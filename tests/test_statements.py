@@ -19,7 +19,14 @@ import bgjob
 from bgjob import EnqueueRequest, Job
 from bgjob._engine.reply import Notice
 from bgjob._engine.watermarks import Watermarks
-from bgjob._sql.survey import Line, UnderWay, strays, survey, survey_known, under_way
+from bgjob._sql.survey import (
+    Line,
+    OpenTransactions,
+    strays,
+    survey,
+    survey_known,
+    open_transactions,
+)
 from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import barred_keys
@@ -32,7 +39,7 @@ from bgjob._sql.settlements import (
     dead_letter,
     complete,
     complete_at,
-    give_back,
+    release_jobs,
     postpone,
 )
 from bgjob._sql.leases import barred, extend
@@ -322,7 +329,7 @@ def test_what_did_not_start_goes_back_with_what_it_was_charged(
         *(Claimed(job, 1, is_charged=False) for job in group),
         *(Claimed(job, 2) for job in alone),
     ]
-    ask(worker, give_back("q", claims, tell=False))
+    ask(worker, release_jobs("q", claims, tell=False))
     after = worker.execute("select id, attempt, deaths from bgjob_job order by id").fetchall()
     assert after == before
 
@@ -476,11 +483,11 @@ def test_jobs_written_or_taken_since_the_claim_stay(
     [
         complete,
         lambda held: postpone([Postponed(c, 0.0, "why", refund=True) for c in held]),
-        lambda held: give_back("q", held, tell=False),
+        lambda held: release_jobs("q", held, tell=False),
         lambda held: dead_letter([DeadLettered(c, "why") for c in held]),
         lambda held: extend(held, lease=3600),
     ],
-    ids=["complete", "postpone", "give_back", "bury", "extend"],
+    ids=["complete", "postpone", "release_jobs", "dead_letter", "extend"],
 )
 def test_a_settlement_changes_only_jobs_that_its_token_still_holds(
     worker: psycopg.Connection, settle: Callable[[list[Claimed]], Statement[list[str]]]
@@ -545,7 +552,7 @@ def test_a_released_job_is_as_before_its_claim_and_wakes_sleeping_workers(
                 ask(other if sleeper == "another session" else worker, take_notify_lock("q"))
                 == "taken"
             )
-        told = ask(worker, give_back("q", held, tell=sleeper == "its own session"))
+        told = ask(worker, release_jobs("q", held, tell=sleeper == "its own session"))
         assert sorted(told) == sorted(c.job.id for c in held)
         assert worker.execute(columns).fetchall() == before
         since = min(c.job.next_run_at for c in held)
@@ -803,7 +810,7 @@ def test_after_a_claim_each_transaction_is_seen_that_is_under_way(
         with conn.transaction():
             # None that began later has ended: a snapshot alone does not show it.
             mine = number_of(conn)
-            seen = ask(conn, under_way(surely=False))
+            seen = ask(conn, open_transactions(surely=False))
         assert number_of(earlier) in seen.numbers
         assert mine not in seen.numbers
         assert seen.is_complete
@@ -812,7 +819,7 @@ def test_after_a_claim_each_transaction_is_seen_that_is_under_way(
         earlier.commit()
         with conn.transaction():
             number_of(conn)
-            seen = ask(conn, under_way(surely=False))
+            seen = ask(conn, open_transactions(surely=False))
         assert number_of(other) in seen.numbers
         assert number_of(earlier) not in seen.numbers
 
@@ -822,11 +829,11 @@ def test_every_transaction_under_way_is_seen_by_a_session_with_a_number_of_its_o
 ) -> None:
     with psycopg.connect(dsn) as other:
         ask(other, enqueue(EnqueueRequest("q", "t"), notify=False))
-        seen = ask(conn, under_way(surely=True))
+        seen = ask(conn, open_transactions(surely=True))
         assert number_of(other) in seen.numbers
         assert seen.is_complete
-        assert not ask(conn, under_way(surely=False)).is_complete
-        assert ask(conn, under_way(surely=False)).at >= seen.at
+        assert not ask(conn, open_transactions(surely=False)).is_complete
+        assert ask(conn, open_transactions(surely=False)).at >= seen.at
 
 
 def test_many_savepoints_of_others_are_not_all_listed(dsn: str, conn: psycopg.Connection) -> None:
@@ -841,7 +848,7 @@ def test_many_savepoints_of_others_are_not_all_listed(dsn: str, conn: psycopg.Co
             end loop; end $$
             """
         )
-        seen = ask(conn, under_way(surely=True))
+        seen = ask(conn, open_transactions(surely=True))
         assert number_of(other) in seen.numbers
         assert len(seen.numbers) < 2000
 
@@ -871,7 +878,7 @@ def test_the_mark_of_a_full_claim_goes_back_to_its_last_job() -> None:
 def test_a_sweep_teaches_priorities_and_rests_forty_times_its_cost() -> None:
     marks = Watermarks(poll_interval=1.0)
     assert marks.sweep_at < 0  # immediately
-    seen = UnderWay(LONG_AGO, frozenset(), is_complete=True)
+    seen = OpenTransactions(LONG_AGO, frozenset(), is_complete=True)
     marks.swept(
         [Line(3, LONG_AGO, None, has_suspects=False)], seen, full=False, began=10.0, now=10.01
     )

@@ -4,7 +4,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from support.clients import Colour, bury
+from support.clients import Colour, dead_letter
 
 from bgjob import Complete, EnqueueRequest, Mux, QueueStats, Retry
 from bgjob._sql.views import stats
@@ -29,7 +29,7 @@ def test_an_empty_database_has_no_stats(client: Any) -> None:
 def test_each_job_is_counted_once_as_due_delayed_running_or_dead(
     client: Any, conn: psycopg.Connection
 ) -> None:
-    bury(client, EnqueueRequest("a", "x"), EnqueueRequest("a", "gone"))
+    dead_letter(client, EnqueueRequest("a", "x"), EnqueueRequest("a", "gone"))
     client.bulk_enqueue([EnqueueRequest("a", "x", delay=3600) for _ in range(2)])
     client.bulk_enqueue([EnqueueRequest("a", "x") for _ in range(3)])
     client.bulk_enqueue([EnqueueRequest("b", "x"), EnqueueRequest("a", "y")])
@@ -94,7 +94,7 @@ def test_the_age_is_that_of_the_oldest_job_that_is_due(
 
 
 def test_one_queue_can_be_asked_for(client: Any) -> None:
-    bury(client, EnqueueRequest("a", "x"), EnqueueRequest("b", "x"))
+    dead_letter(client, EnqueueRequest("a", "x"), EnqueueRequest("b", "x"))
     client.bulk_enqueue([EnqueueRequest("a", "y"), EnqueueRequest("b", "y")])
     assert [(s.queue, s.type, s.due, s.dead) for s in client.stats("b")] == [
         ("b", "x", 0, 1),

@@ -17,7 +17,7 @@ from faults.proxy import Proxy
 from psycopg.conninfo import make_conninfo
 from support.database import row
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder
+from support.workers import Launcher, Gate, Recorder
 
 import bgjob._worker.control
 from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
@@ -57,38 +57,38 @@ def mute() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def refused(crew: Crew, dsn: str, error: type[BaseException], **options: Any) -> float:
+def refused(launcher: Launcher, dsn: str, error: type[BaseException], **options: Any) -> float:
     """Run a worker that cannot start, and return the seconds until it raised."""
     threads = set(threading.enumerate())
-    worker = crew.make(Mux(), dsn=dsn, **options)
+    worker = launcher.make(Mux(), dsn=dsn, **options)
     began = time.monotonic()
     with pytest.raises(error):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     took = time.monotonic() - began
     left = {t.name for t in set(threading.enumerate()) - threads if t.name.startswith("bgjob")}
     assert not left
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     return took
 
 
 @pytest.mark.parametrize(("place", "hosts"), [(black_hole, 1), (mute, 1), (mute, 3)])
 def test_a_run_against_a_server_that_does_not_answer_fails_within_its_time(
-    crew: Crew, place: Any, hosts: int
+    launcher: Launcher, place: Any, hosts: int
 ) -> None:
     with place() as port:
         dsn = make_conninfo(
-            crew.dsn,
+            launcher.dsn,
             host=",".join(["127.0.0.1"] * hosts),
             port=",".join([str(port)] * hosts),
             sslmode="disable",
             gssencmode="disable",
         )
         # Each host is given 2 s at least.
-        assert refused(crew, dsn, psycopg.Error, init_timeout=1) < DEFAULT
+        assert refused(launcher, dsn, psycopg.Error, init_timeout=1) < DEFAULT
 
 
 def test_a_run_against_a_server_that_falls_silent_fails_within_its_time(
-    crew: Crew, dsn: str, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Proxy(dsn) as proxy:
 
@@ -98,23 +98,23 @@ def test_a_run_against_a_server_that_falls_silent_fails_within_its_time(
 
         monkeypatch.setattr("bgjob._worker.session.schema_comment", silenced)
         try:
-            assert refused(crew, proxy.dsn(dsn), psycopg.Error, init_timeout=1) < DEFAULT
+            assert refused(launcher, proxy.dsn(dsn), psycopg.Error, init_timeout=1) < DEFAULT
         finally:
             proxy.forward()
 
 
-def test_a_connect_timeout_of_the_connection_string_may_be_shorter(crew: Crew) -> None:
+def test_a_connect_timeout_of_the_connection_string_may_be_shorter(launcher: Launcher) -> None:
     with mute() as port:
-        dsn = make_conninfo(crew.dsn, host="127.0.0.1", port=port, connect_timeout=2)
-        assert refused(crew, dsn, psycopg.Error, init_timeout=60) < 2 * DEFAULT
+        dsn = make_conninfo(launcher.dsn, host="127.0.0.1", port=port, connect_timeout=2)
+        assert refused(launcher, dsn, psycopg.Error, init_timeout=60) < 2 * DEFAULT
 
 
 def test_a_run_without_the_tables_fails_immediately_and_can_be_repeated(
     empty_dsn: str, dsn: str
 ) -> None:
-    crew = Crew(dsn, is_async=False)
+    launcher = Launcher(dsn, is_async=False)
     try:
-        worker = crew.make(Mux(), dsn=empty_dsn, init_timeout=60)
+        worker = launcher.make(Mux(), dsn=empty_dsn, init_timeout=60)
         with pytest.raises(SchemaError, match="init.sql"):
             worker.run()
         with psycopg.connect(empty_dsn) as conn:
@@ -122,7 +122,7 @@ def test_a_run_without_the_tables_fails_immediately_and_can_be_repeated(
         worker.run()
         assert worker.shutdown()
     finally:
-        crew.close()
+        launcher.close()
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ everywhere = pytest.mark.parametrize("method", ["_turn", "_exchange", "_collect"
 
 @everywhere
 def test_five_faults_are_survived(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     faults, observer, gate = Faults(monkeypatch, method), Recorder(), Gate()
     mux = Mux().register("t", lambda _: None).register("slow", gate)
-    crew.enqueue("before", type="slow")
-    worker = crew.start(mux, observer=observer, concurrency=2, lease=1)
+    launcher.enqueue("before", type="slow")
+    worker = launcher.start(mux, observer=observer, concurrency=2, lease=1)
     gate.wait()
     faults.begin(5)
-    crew.enqueue("after")
+    launcher.enqueue("after")
     # What a fault loses on its way is another's when its lease has ended.
     observer.wait_for("completed", "after")
     gate.released.set()
@@ -184,78 +184,78 @@ def test_five_faults_are_survived(
     assert faults.are_over
     assert ("error", faults.errors[0]) in observer.events
     assert worker.failure is None
-    assert not crew.run(worker.wait(0))
+    assert not launcher.run(worker.wait(0))
 
 
 @everywhere
 def test_the_sixth_fault_ends_the_worker_and_leases_decide(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     faults, observer, gate = Faults(monkeypatch, method), Recorder(), Gate()
     mux = Mux().register("t", lambda _: None).register("slow", gate)
-    crew.enqueue("held", type="slow")
-    worker = crew.start(mux, observer=observer, concurrency=2)
+    launcher.enqueue("held", type="slow")
+    worker = launcher.start(mux, observer=observer, concurrency=2)
     gate.wait()
     faults.begin(6)
-    crew.enqueue("after")
-    assert crew.run(worker.wait(PATIENCE))
+    launcher.enqueue("after")
+    assert launcher.run(worker.wait(PATIENCE))
     assert len(faults.errors) == 6
     assert worker.failure is faults.errors[5]
     assert ("error", faults.errors[5]) in observer.events
-    assert not crew.shutdown(worker)  # a job that had started is not settled
+    assert not launcher.shutdown(worker)  # a job that had started is not settled
     assert row(conn, "select token is null from bgjob_job where id = 'held'") == (False,)
     gate.released.set()
 
 
 @everywhere
 def test_a_fault_without_end_ends_the_worker(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch, method: str
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     faults, observer = Faults(monkeypatch, method), Recorder()
-    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    worker = launcher.start(Mux().register("t", lambda _: None), observer=observer)
     faults.begin(10**9)
-    crew.enqueue("a")
-    assert crew.run(worker.wait(PATIENCE))
+    launcher.enqueue("a")
+    assert launcher.run(worker.wait(PATIENCE))
     assert worker.failure is faults.errors[5]
     assert len(faults.errors) <= 7
 
 
 def test_faults_that_are_seldom_are_survived_for_ever(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bgjob._worker.control, "_FAULTS_WITHIN", 0.0)
     faults, observer = Faults(monkeypatch, "_turn"), Recorder()
-    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    worker = launcher.start(Mux().register("t", lambda _: None), observer=observer)
     faults.begin(20)
-    crew.enqueue("a")
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
     assert len(faults.errors) == 20
     assert worker.failure is None
 
 
-def test_a_loss_of_the_connection_is_no_fault(crew: Crew, conn: psycopg.Connection) -> None:
+def test_a_loss_of_the_connection_is_no_fault(launcher: Launcher, conn: psycopg.Connection) -> None:
     observer = Recorder()
-    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    worker = launcher.start(Mux().register("t", lambda _: None), observer=observer)
     for n in range(10):
         conn.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity "
             "where datname = current_database() and application_name = 'bgjob'"
         )
-        crew.enqueue(f"a{n}")
+        launcher.enqueue(f"a{n}")
         observer.wait_for("completed", f"a{n}")
     assert worker.failure is None
 
 
 def test_a_fault_while_jobs_time_out_is_survived(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_backoff(attempt: int) -> float:
         raise SystemExit("whatever a backoff raises")
 
     gate, observer = Gate(), Recorder()
     mux = Mux().register("t", gate, timeout=0.05, max_attempts=2, backoff=no_backoff)
-    crew.enqueue("a")
-    worker = crew.start(mux, observer=observer, poll_interval=NEVER)
+    launcher.enqueue("a")
+    worker = launcher.start(mux, observer=observer, poll_interval=NEVER)
     observer.wait_for("retried", "a")
     assert worker.failure is None
     gate.released.set()
@@ -320,7 +320,7 @@ def test_the_command_exits_with_1_and_an_error_where_no_server_answers(tmp_path:
 
 @pytest.mark.parametrize("where", ["statements", "execute"])
 def test_whatever_is_raised_before_an_exchange_is_sent_is_a_refusal_of_that_exchange(
-    crew: Crew, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, where: str
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     spoiled = threading.Event()
     spoiled.set()
@@ -348,13 +348,13 @@ def test_whatever_is_raised_before_an_exchange_is_sent_is_a_refusal_of_that_exch
         monkeypatch.setattr(Cursor, "execute", refuse)
     done: list[str] = []
     recorder = Recorder()
-    crew.enqueue(*(f"a{n:03}" for n in range(100)), "bad")
+    launcher.enqueue(*(f"a{n:03}" for n in range(100)), "bad")
 
     def handle(job: Job) -> MoveToDlq | None:
         done.append(job.id)
         return MoveToDlq("bad") if job.id == "bad" else None
 
-    worker = crew.start(
+    worker = launcher.start(
         Mux().register("t", handle),
         observer=recorder,
         poll_interval=0.1,
@@ -363,7 +363,7 @@ def test_whatever_is_raised_before_an_exchange_is_sent_is_a_refusal_of_that_exch
     ids = "select count(*) from bgjob_job"
     assert eventually(lambda: len(done) == 101 and row(conn, ids) == (1,)), recorder.events
     assert eventually(lambda: "no words for it" in str(recorder.of("error")))
-    crew.enqueue("later")
+    launcher.enqueue("later")
     assert eventually(lambda: "later" in done)
     assert worker.failure is None
     spoiled.clear()

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from support.database import all_done, row, rows
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles, handler
+from support.workers import Launcher, Gate, Recorder, Style, both_styles, handler
 
 from bgjob import (
     AsyncClient,
@@ -73,12 +73,14 @@ def on_first_attempt(gate: Gate, style: Style) -> Handler:
 
 
 @both_styles
-def test_a_job_that_times_out_is_reported_once_and_then_retried(crew: Crew, style: Style) -> None:
+def test_a_job_that_times_out_is_reported_once_and_then_retried(
+    launcher: Launcher, style: Style
+) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("t", on_first_attempt(gate, style), timeout=0.1, backoff=lambda _: 0.05)
-    crew.enqueue("a")
+    launcher.enqueue("a")
     # Nobody polls: the worker wakes up for the timeout itself.
-    crew.start(mux, observer=observer, poll_interval=NEVER)
+    launcher.start(mux, observer=observer, poll_interval=NEVER)
     observer.wait_for("completed", "a")
     message = "job 'a' of type 't' did not end within its timeout of 0.1 s"
     assert observer.of("timed_out", "retried", "completed", "lost") == [
@@ -90,14 +92,16 @@ def test_a_job_that_times_out_is_reported_once_and_then_retried(crew: Crew, styl
 
 
 @both_styles
-def test_a_job_that_times_out_at_its_last_attempt_goes_to_the_dlq(crew: Crew, style: Style) -> None:
+def test_a_job_that_times_out_at_its_last_attempt_goes_to_the_dlq(
+    launcher: Launcher, style: Style
+) -> None:
     gate, observer = Gate(), Errors()
     mux = Mux().register("t", gate.of(style), timeout=0.1, max_attempts=1)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
-    observer.wait_for("buried", "a")
-    assert [event[0] for event in observer.of("timed_out", "buried")] == ["timed_out", "buried"]
-    [dead] = crew.client.dlq.list()
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
+    observer.wait_for("dead", "a")
+    assert [event[0] for event in observer.of("timed_out", "dead")] == ["timed_out", "dead"]
+    [dead] = launcher.client.dlq.list()
     assert dead.last_error == (
         "JobTimeoutError: job 'a' of type 't' did not end within its timeout of 0.1 s"
     )
@@ -114,17 +118,17 @@ def test_a_job_that_times_out_at_its_last_attempt_goes_to_the_dlq(crew: Crew, st
         (None, "completed"),
         (Reschedule(NEVER), "rescheduled"),
         (Retry(NEVER), "retried"),
-        (MoveToDlq("no"), "buried"),
+        (MoveToDlq("no"), "dead"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_handler_that_ends_in_time_is_as_without_a_timeout(
-    crew: Crew, style: Style, result: Result | None, event: str
+    launcher: Launcher, style: Style, result: Result | None, event: str
 ) -> None:
     observer = Recorder()
     mux = Mux().register("t", handler(style, lambda _: result), timeout=NEVER)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
     observer.wait_for(event, "a")
     assert observer.of("timed_out", "lost", "error") == []
 
@@ -132,7 +136,7 @@ def test_a_handler_that_ends_in_time_is_as_without_a_timeout(
 @both_styles
 @pytest.mark.parametrize("transactional", [False, True], ids=["", "transactional"])
 def test_a_handler_that_ends_at_its_timeout_has_one_outcome_and_one_effect(
-    crew: Crew, conn: psycopg.Connection, style: Style, transactional: bool
+    launcher: Launcher, conn: psycopg.Connection, style: Style, transactional: bool
 ) -> None:
     conn.execute(EFFECT)
     waits = iter(0.05 + (n - 20) / 2000 for n in range(40))
@@ -158,42 +162,42 @@ def test_a_handler_that_ends_at_its_timeout_has_one_outcome_and_one_effect(
     )
     observer = Recorder()
     ids = [f"j{n}" for n in range(40)]
-    crew.enqueue(*ids)
-    crew.start(mux, observer=observer, concurrency=4)
+    launcher.enqueue(*ids)
+    launcher.start(mux, observer=observer, concurrency=4)
     assert all_done(conn)
-    assert eventually(lambda: len(observer.of("completed", "buried", "lost")) >= 40)
+    assert eventually(lambda: len(observer.of("completed", "dead", "lost")) >= 40)
     completed = {event[1] for event in observer.of("completed")}
-    buried = {event[1] for event in observer.of("buried")}
-    assert sorted(completed | buried) == sorted(ids)
-    assert not completed & buried
+    dead = {event[1] for event in observer.of("dead")}
+    assert sorted(completed | dead) == sorted(ids)
+    assert not completed & dead
     assert observer.of("lost") == []
-    assert Counter(event[1] for event in observer.of("timed_out")) == Counter(buried)
+    assert Counter(event[1] for event in observer.of("timed_out")) == Counter(dead)
     if transactional:
         effects = [id_ for [id_] in rows(conn, "select job_id from effect")]
         assert sorted(effects) == sorted(completed)
 
 
 def test_the_late_result_of_a_thread_is_dropped_and_the_thread_works_on(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate, observer = Gate(Reschedule(0)), Recorder()
     mux = Mux().register("t", gate, timeout=0.1, max_attempts=1).register("u", lambda _: None)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
-    observer.wait_for("buried", "a")
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
+    observer.wait_for("dead", "a")
     gate.released.set()
-    crew.enqueue(*[f"b{n}" for n in range(20)], type="u")
+    launcher.enqueue(*[f"b{n}" for n in range(20)], type="u")
     assert all_done(conn)
     observer.wait_for("completed", times=20)
     assert observer.of("rescheduled", "retried", "lost", "error") == []
-    assert len(observer.of("timed_out", "buried")) == 2
+    assert len(observer.of("timed_out", "dead")) == 2
 
 
 # -- transactions ------------------------------------------------------------------------------
 
 
 def test_a_transaction_of_a_thread_that_ends_late_is_rolled_back(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute(EFFECT)
     gate, observer = Gate(), Recorder()
@@ -204,8 +208,8 @@ def test_a_transaction_of_a_thread_that_ends_late_is_rolled_back(
             gate(job)
 
     mux = Mux().register("t", handle, transactional=True, timeout=0.1, backoff=lambda _: 0.0)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
     observer.wait_for("completed", "a")
     gate.released.set()
     assert eventually(lambda: transactions(conn) == 0)
@@ -218,7 +222,7 @@ def test_a_transaction_of_a_thread_that_ends_late_is_rolled_back(
 
 
 def test_a_transaction_of_a_coroutine_that_is_cancelled_is_rolled_back(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute(EFFECT)
     observer = Recorder()
@@ -229,8 +233,8 @@ def test_a_transaction_of_a_coroutine_that_is_cancelled_is_rolled_back(
             await conn.execute("select pg_sleep(%s)", [NEVER])
 
     mux = Mux().register("t", handle, transactional=True, timeout=0.3, backoff=lambda _: 0.0)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
     observer.wait_for("completed", "a")
     # On a busy host later attempts may time out as well.
     [(_, _, attempt)] = observer.of("completed")
@@ -242,7 +246,7 @@ def test_a_transaction_of_a_coroutine_that_is_cancelled_is_rolled_back(
 
 @both_styles
 def test_a_transaction_that_is_being_committed_when_its_time_ends_counts(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     conn.execute(EFFECT)
     conn.execute(
@@ -265,8 +269,8 @@ def test_a_transaction_that_is_being_committed_when_its_time_ends_counts(
     mux = Mux().register(
         "t", plain if style == "plain" else coroutine, transactional=True, timeout=0.3
     )
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
     observer.wait_for("completed", "a")
     assert rows(conn, "select * from effect") == [("a", 1)]
     assert observer.of("timed_out", "retried", "lost") == []
@@ -285,7 +289,9 @@ def transactions(conn: psycopg.Connection) -> int:
 # -- coroutines and their cancellation ---------------------------------------------------------
 
 
-def test_a_coroutine_that_answers_its_cancellation_has_failed_all_the_same(crew: Crew) -> None:
+def test_a_coroutine_that_answers_its_cancellation_has_failed_all_the_same(
+    launcher: Launcher,
+) -> None:
     async def saves(job: Job) -> Result:
         try:
             await asyncio.sleep(NEVER)
@@ -295,14 +301,14 @@ def test_a_coroutine_that_answers_its_cancellation_has_failed_all_the_same(crew:
 
     observer = Errors()
     mux = Mux().register("t", saves, timeout=0.1, max_attempts=1)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
-    observer.wait_for("buried", "a")
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
+    observer.wait_for("dead", "a")
     assert isinstance(observer.errors[0], JobTimeoutError)
     assert len(observer.of("timed_out")) == 1
 
 
-def test_the_error_of_a_coroutine_that_was_cancelled_shows_where_it_was(crew: Crew) -> None:
+def test_the_error_of_a_coroutine_that_was_cancelled_shows_where_it_was(launcher: Launcher) -> None:
     async def fails(job: Job) -> None:
         try:
             await asyncio.sleep(NEVER)
@@ -311,15 +317,17 @@ def test_the_error_of_a_coroutine_that_was_cancelled_shows_where_it_was(crew: Cr
 
     observer = Errors()
     mux = Mux().register("t", fails, timeout=0.1, max_attempts=1)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
-    observer.wait_for("buried", "a")
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
+    observer.wait_for("dead", "a")
     [error] = observer.errors
     assert isinstance(error, JobTimeoutError)
     assert isinstance(error.__cause__, ValueError)
 
 
-def test_a_cancellation_by_something_other_than_the_timeout_is_not_a_timeout(crew: Crew) -> None:
+def test_a_cancellation_by_something_other_than_the_timeout_is_not_a_timeout(
+    launcher: Launcher,
+) -> None:
     async def cancels(job: Job) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -329,51 +337,51 @@ def test_a_cancellation_by_something_other_than_the_timeout_is_not_a_timeout(cre
     observer = Errors()
     mux = Mux().register("t", cancels, timeout=NEVER, max_attempts=1)
     mux.register("u", handler("coroutine", lambda _: None), timeout=NEVER)
-    crew.enqueue("a")
-    crew.enqueue("b", type="u")
-    crew.start(mux, observer=observer)
-    observer.wait_for("buried", "a")
+    launcher.enqueue("a")
+    launcher.enqueue("b", type="u")
+    launcher.start(mux, observer=observer)
+    observer.wait_for("dead", "a")
     observer.wait_for("completed", "b")  # and it does not reach the next job
     assert isinstance(observer.errors[0], asyncio.CancelledError)
     assert observer.of("timed_out") == []
 
 
 def test_a_coroutine_that_ignores_its_cancellation_is_given_up_and_others_go_on(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     sleepless, observer = Sleepless(), Recorder()
     mux = Mux().register("t", sleepless, timeout=0.1, max_attempts=1)
     mux.register("u", handler("coroutine", lambda _: None))
-    crew.enqueue("a")
-    crew.start(mux, observer=observer, poll_interval=NEVER)
-    observer.wait_for("buried", "a")
-    crew.enqueue("b", type="u")
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer, poll_interval=NEVER)
+    observer.wait_for("dead", "a")
+    launcher.enqueue("b", type="u")
     observer.wait_for("completed", "b")
     sleepless.released.set()
-    crew.enqueue("c", type="u")
+    launcher.enqueue("c", type="u")
     observer.wait_for("completed", "c")
-    assert len(observer.of("timed_out", "buried")) == 2
+    assert len(observer.of("timed_out", "dead")) == 2
     assert observer.of("retried", "lost") == []
 
 
-def test_a_coroutine_that_blocks_its_loop_is_given_up(crew: Crew) -> None:
+def test_a_coroutine_that_blocks_its_loop_is_given_up(launcher: Launcher) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("t", handler("coroutine", gate), timeout=0.1, max_attempts=1)
-    crew.start(mux, observer=observer)
-    crew.enqueue("a")
-    observer.wait_for("buried", "a")
-    assert [event[0] for event in observer.of("timed_out", "buried")] == ["timed_out", "buried"]
+    launcher.start(mux, observer=observer)
+    launcher.enqueue("a")
+    observer.wait_for("dead", "a")
+    assert [event[0] for event in observer.of("timed_out", "dead")] == ["timed_out", "dead"]
     gate.released.set()
 
 
 # -- slots that are lost -----------------------------------------------------------------------
 
 
-def stick(crew: Crew, observer: Recorder, number: int) -> None:
+def stick(launcher: Launcher, observer: Recorder, number: int) -> None:
     """Enqueue so many jobs that time out, and wait until they have."""
-    before = len(observer.of("buried"))
-    crew.enqueue(*[f"stuck{before + n}" for n in range(number)], type="stuck")
-    observer.wait_for("buried", times=before + number)
+    before = len(observer.of("dead"))
+    launcher.enqueue(*[f"stuck{before + n}" for n in range(number)], type="stuck")
+    observer.wait_for("dead", times=before + number)
 
 
 either_sticks = pytest.mark.parametrize("make", [Gate, Sleepless], ids=["threads", "coroutines"])
@@ -381,13 +389,13 @@ either_sticks = pytest.mark.parametrize("make", [Gate, Sleepless], ids=["threads
 
 @either_sticks
 def test_as_many_slots_are_replaced_as_there_are(
-    crew: Crew, conn: psycopg.Connection, make: Callable[[], Any]
+    launcher: Launcher, conn: psycopg.Connection, make: Callable[[], Any]
 ) -> None:
     stuck, gate, observer = make(), Gate(), Recorder()
     mux = Mux().register("stuck", stuck, timeout=0.05, max_attempts=1).register("t", gate)
-    crew.start(mux, observer=observer, concurrency=2)
-    stick(crew, observer, 2)
-    crew.enqueue("a", "b", "c")
+    launcher.start(mux, observer=observer, concurrency=2)
+    stick(launcher, observer, 2)
+    launcher.enqueue("a", "b", "c")
     gate.wait()
     gate.wait()  # both slots work
     assert not gate.entered.acquire(blocking=False)
@@ -399,42 +407,42 @@ def test_as_many_slots_are_replaced_as_there_are(
 
 @either_sticks
 def test_a_worker_whose_slots_are_all_lost_leaves_jobs_to_others_until_they_come_back(
-    crew: Crew, conn: psycopg.Connection, make: Callable[[], Any]
+    launcher: Launcher, conn: psycopg.Connection, make: Callable[[], Any]
 ) -> None:
     stuck, observer, others = make(), Recorder(), Recorder()
     mux = Mux().register("stuck", stuck, timeout=0.05, max_attempts=1)
     mux.register("t", lambda _: None)
-    crew.start(mux, observer=observer, concurrency=2, poll_interval=NEVER)
-    crew.enqueue(*[f"first{n}" for n in range(50)])  # quick ones, so that it would claim ahead
+    launcher.start(mux, observer=observer, concurrency=2, poll_interval=NEVER)
+    launcher.enqueue(*[f"first{n}" for n in range(50)])  # quick ones, so that it would claim ahead
     observer.wait_for("completed", times=50)
-    stick(crew, observer, 4)
-    crew.enqueue(*[f"left{n}" for n in range(50)])
-    other = crew.start(mux, observer=others)
+    stick(launcher, observer, 4)
+    launcher.enqueue(*[f"left{n}" for n in range(50)])
+    other = launcher.start(mux, observer=others)
     assert all_done(conn)
     others.wait_for("completed", times=50)
-    crew.shutdown(other)
+    launcher.shutdown(other)
     stuck.released.set()
-    crew.enqueue(*[f"last{n}" for n in range(50)])
+    launcher.enqueue(*[f"last{n}" for n in range(50)])
     observer.wait_for("completed", times=100)
     assert {event[1][:4] for event in others.of("completed")} == {"left"}
 
 
 def test_jobs_that_wait_for_slots_that_are_lost_go_back_with_their_attempt(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("stuck", gate, timeout=0.05, max_attempts=1)
     mux.register("t", lambda _: None)
-    crew.enqueue(*[f"first{n}" for n in range(100)], priority=-1)
-    crew.enqueue(*[f"first{n}" for n in range(100, 200)])
-    crew.start(mux, observer=observer, poll_interval=NEVER)
+    launcher.enqueue(*[f"first{n}" for n in range(100)], priority=-1)
+    launcher.enqueue(*[f"first{n}" for n in range(100, 200)])
+    launcher.start(mux, observer=observer, poll_interval=NEVER)
     observer.wait_for("completed", times=200)
     # These are quick, and so those behind them are claimed with them.
-    crew.client.bulk_enqueue(
+    launcher.client.bulk_enqueue(
         [EnqueueRequest("q", "stuck", id=f"stuck{n}", priority=-1) for n in range(2)]
         + [EnqueueRequest("q", "t", id=f"left{n}") for n in range(200)]
     )
-    observer.wait_for("buried", times=2)
+    observer.wait_for("dead", times=2)
     released = "select count(*) from bgjob_job where attempt = 0 and token is null"
     assert eventually(lambda: row(conn, released) == (200,))
     gate.released.set()
@@ -445,27 +453,27 @@ def test_jobs_that_wait_for_slots_that_are_lost_go_back_with_their_attempt(
 
 @both_styles
 def test_a_shutdown_without_end_ends_with_the_timeout(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("t", gate.of(style), timeout=0.5, backoff=lambda _: NEVER)
-    crew.enqueue("a")
-    worker = crew.start(mux, observer=observer)
+    launcher.enqueue("a")
+    worker = launcher.start(mux, observer=observer)
     gate.wait()
-    assert crew.shutdown(worker, timeout=None)
+    assert launcher.shutdown(worker, timeout=None)
     assert [event[0] for event in observer.of("timed_out", "retried")] == ["timed_out", "retried"]
     assert row(conn, "select attempt, token is null from bgjob_job") == (1, True)
     gate.released.set()
 
 
 def test_a_shutdown_does_not_wait_for_what_is_given_up(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate, observer = Gate(), Recorder()
     mux = Mux().register("stuck", gate, timeout=0.05, max_attempts=1)
-    worker = crew.start(mux, observer=observer, concurrency=2)
-    stick(crew, observer, 4)
-    assert crew.shutdown(worker, timeout=None)
+    worker = launcher.start(mux, observer=observer, concurrency=2)
+    stick(launcher, observer, 4)
+    assert launcher.shutdown(worker, timeout=None)
     gate.released.set()
 
 

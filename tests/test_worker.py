@@ -18,7 +18,16 @@ import pytest
 from psycopg.conninfo import make_conninfo
 from support.database import all_done, clock, count, row, rows, sleeper, terminate_workers
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Crew, Gate, Recorder, Style, both_styles, handler, running, session_of
+from support.workers import (
+    Launcher,
+    Gate,
+    Recorder,
+    Style,
+    both_styles,
+    handler,
+    running,
+    session_of,
+)
 
 from bgjob import (
     BgjobError,
@@ -40,7 +49,7 @@ from bgjob._engine.protocol import Exchange, Sweep
 from bgjob._engine.reply import Notice
 from bgjob._sql.claims import claim_any
 from bgjob._sql.notices import channel
-from bgjob._sql.settlements import Claimed, Postponed, give_back
+from bgjob._sql.settlements import Claimed, Postponed, release_jobs
 from bgjob._worker import tasks
 from bgjob._worker.waker import Waker
 from bgjob.schema import init_sql
@@ -51,23 +60,23 @@ from bgjob._sql.execute import run as ask
 
 @both_styles
 def test_a_job_runs_and_its_row_is_deleted(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     seen: list[Job] = []
     observer = Recorder()
-    crew.enqueue("a", arg={"n": 1})
-    crew.start(Mux().register("t", handler(style, seen.append)), observer=observer)
+    launcher.enqueue("a", arg={"n": 1})
+    launcher.start(Mux().register("t", handler(style, seen.append)), observer=observer)
     observer.wait_for("completed", "a")
     assert [(job.id, job.queue, job.type, job.json(), job.attempt) for job in seen] == [
         ("a", "q", "t", {"n": 1}, 1)
     ]
     assert count(conn) == 0
-    assert crew.client.dlq.list() == []
+    assert launcher.client.dlq.list() == []
 
 
 @both_styles
 def test_a_retry_waits_for_its_delay_and_the_next_attempt_sees_its_error(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     seen: list[tuple[int, str | None]] = []
     began: list[datetime] = []
@@ -83,8 +92,8 @@ def test_a_retry_waits_for_its_delay_and_the_next_attempt_sees_its_error(
 
     observer = Recorder()
     mux = Mux().register("t", handler(style, fail_twice), backoff=lambda attempt: attempt / 10)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer, poll_interval=NEVER)
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer, poll_interval=NEVER)
     observer.wait_for("completed", "a")
     assert seen == [(1, None), (2, "first"), (3, "ValueError: second")]
     assert began[1] - began[0] >= timedelta(seconds=0.3)
@@ -96,23 +105,25 @@ def test_a_retry_waits_for_its_delay_and_the_next_attempt_sees_its_error(
 
 
 def test_a_job_that_fails_max_attempts_times_goes_to_the_dlq(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     def fail(job: Job) -> Result:
         raise ValueError(f"attempt {job.attempt}")
 
     observer = Recorder()
-    crew.enqueue("a", arg=b"arg", priority=2)
-    crew.start(Mux().register("t", fail, max_attempts=3, backoff=lambda _: 0.0), observer=observer)
-    observer.wait_for("buried", "a")
+    launcher.enqueue("a", arg=b"arg", priority=2)
+    launcher.start(
+        Mux().register("t", fail, max_attempts=3, backoff=lambda _: 0.0), observer=observer
+    )
+    observer.wait_for("dead", "a")
     assert len(observer.of("started")) == 3
     assert count(conn) == 0
-    [dead] = crew.client.dlq.list()
+    [dead] = launcher.client.dlq.list()
     assert (dead.id, dead.attempt, dead.last_error) == ("a", 3, "ValueError: attempt 3")
     assert (dead.queue, dead.type, dead.arg, dead.priority) == ("q", "t", b"arg", 2)
 
 
-def test_a_reschedule_does_not_count_as_an_attempt(crew: Crew) -> None:
+def test_a_reschedule_does_not_count_as_an_attempt(launcher: Launcher) -> None:
     seen: list[int] = []
 
     def look_again(job: Job) -> Result:
@@ -120,8 +131,8 @@ def test_a_reschedule_does_not_count_as_an_attempt(crew: Crew) -> None:
         return Reschedule(0.01) if len(seen) < 5 else Complete()
 
     observer = Recorder()
-    crew.enqueue("a")
-    crew.start(
+    launcher.enqueue("a")
+    launcher.start(
         Mux().register("t", look_again, max_attempts=1), observer=observer, poll_interval=NEVER
     )
     observer.wait_for("completed", "a")
@@ -130,15 +141,15 @@ def test_a_reschedule_does_not_count_as_an_attempt(crew: Crew) -> None:
 
 
 def test_a_job_of_an_unknown_type_goes_to_the_dlq_with_its_columns(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
-    crew.enqueue("a", type="mystery", arg=b"arg", priority=2)
+    launcher.enqueue("a", type="mystery", arg=b"arg", priority=2)
     due, created, updated = row(conn, "select next_run_at, created_at, updated_at from bgjob_job")
     before = clock(conn)
-    crew.start(Mux(), observer=observer)
-    observer.wait_for("buried", "a")
-    [dead] = crew.client.dlq.list()
+    launcher.start(Mux(), observer=observer)
+    observer.wait_for("dead", "a")
+    [dead] = launcher.client.dlq.list()
     assert (dead.id, dead.queue, dead.type, dead.arg, dead.attempt, dead.priority) == (
         ("a", "q", "mystery", b"arg", 1, 2)
     )
@@ -151,7 +162,7 @@ def test_a_job_of_an_unknown_type_goes_to_the_dlq_with_its_columns(
 
 @both_styles
 def test_a_return_value_that_is_not_a_result_is_retried_with_an_error_that_names_handler_and_type(
-    crew: Crew, style: Style
+    launcher: Launcher, style: Style
 ) -> None:
     errors: list[str | None] = []
 
@@ -161,8 +172,8 @@ def test_a_return_value_that_is_not_a_result_is_retried_with_an_error_that_names
 
     observer = Recorder()
     mux = Mux().register("t", handler(style, body), backoff=lambda _: 0.0)
-    crew.enqueue("a")
-    crew.start(mux, observer=observer)
+    launcher.enqueue("a")
+    launcher.start(mux, observer=observer)
     observer.wait_for("completed", "a")
     assert errors[1] is not None
     assert errors[1].startswith("TypeError: handler ")
@@ -174,7 +185,7 @@ def test_a_return_value_that_is_not_a_result_is_retried_with_an_error_that_names
     "error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
 )
 def test_after_any_exception_of_a_handler_its_job_is_retried_and_the_worker_lives(
-    crew: Crew, style: Style, error: type[BaseException]
+    launcher: Launcher, style: Style, error: type[BaseException]
 ) -> None:
     def body(job: Job) -> None:
         if job.id == "bad" and job.attempt == 1:
@@ -182,17 +193,17 @@ def test_after_any_exception_of_a_handler_its_job_is_retried_and_the_worker_live
 
     observer = Recorder()
     mux = Mux().register("t", handler(style, body), backoff=lambda _: 0.0)
-    crew.enqueue("bad", "good")
-    worker = crew.start(mux, observer=observer)
+    launcher.enqueue("bad", "good")
+    worker = launcher.start(mux, observer=observer)
     observer.wait_for("completed", "good")
     observer.wait_for("completed", "bad")
     assert len(observer.of("retried")) == 1
-    crew.enqueue("later")
+    launcher.enqueue("later")
     observer.wait_for("completed", "later")
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
 
 
-def test_a_coroutine_that_cancels_its_own_task_harms_no_neighbour(crew: Crew) -> None:
+def test_a_coroutine_that_cancels_its_own_task_harms_no_neighbour(launcher: Launcher) -> None:
     async def body(job: Job) -> None:
         if job.id == "bad":
             task = asyncio.current_task()
@@ -204,14 +215,14 @@ def test_a_coroutine_that_cancels_its_own_task_harms_no_neighbour(crew: Crew) ->
     # Quick jobs are claimed many at a time, so that the same task runs the next.
     good = [f"{n:03}" for n in range(300)]
     observer = Recorder()
-    crew.enqueue(*good[:150], "bad", *good[150:])
-    crew.start(Mux().register("t", body, backoff=lambda _: NEVER), observer=observer)
+    launcher.enqueue(*good[:150], "bad", *good[150:])
+    launcher.start(Mux().register("t", body, backoff=lambda _: NEVER), observer=observer)
     observer.wait_for("completed", good[-1])
     assert {event[1] for event in observer.of("retried")} <= {"bad"}
 
 
 def test_hostile_error_texts_are_stored_cleaned_and_harm_no_neighbour(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     class Mute(Exception):
         def __str__(self) -> str:
@@ -228,9 +239,9 @@ def test_hostile_error_texts_are_stored_cleaned_and_harm_no_neighbour(
     def fail(job: Job) -> Result | None:
         return Retry(NEVER, error=texts[job.id]) if job.id in texts else None
 
-    crew.enqueue(*texts, "good")
+    launcher.enqueue(*texts, "good")
     observer = NoopObserver()
-    crew.start(Mux().register("t", fail), concurrency=3, observer=observer)
+    launcher.start(Mux().register("t", fail), concurrency=3, observer=observer)
     assert eventually(lambda: row(conn, "select count(last_error) from bgjob_job") == (5,))
     assert eventually(lambda: count(conn) == 5)
     stored = dict(rows(conn, "select id, last_error from bgjob_job"))
@@ -246,7 +257,7 @@ def test_hostile_error_texts_are_stored_cleaned_and_harm_no_neighbour(
 
 @pytest.mark.parametrize("styles", [["plain"], ["coroutine"], ["plain", "coroutine"]])
 def test_as_many_handlers_run_concurrently_as_the_worker_allows(
-    crew: Crew, conn: psycopg.Connection, styles: list[Style]
+    launcher: Launcher, conn: psycopg.Connection, styles: list[Style]
 ) -> None:
     lock = threading.Lock()
     full = threading.Event()
@@ -279,14 +290,14 @@ def test_as_many_handlers_run_concurrently_as_the_worker_allows(
 
     mux = Mux().register("plain", plain).register("coroutine", coroutine)
     dice = random.Random(3)
-    crew.client.bulk_enqueue([EnqueueRequest("q", dice.choice(styles)) for _ in range(600)])
-    crew.start(mux, concurrency=3)
+    launcher.client.bulk_enqueue([EnqueueRequest("q", dice.choice(styles)) for _ in range(600)])
+    launcher.start(mux, concurrency=3)
     assert all_done(conn)
     assert peak == 3
 
 
 def test_by_default_jobs_run_one_at_a_time_in_order_of_priority_and_due_time(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute(
         "insert into bgjob_job (id, queue, type, priority, next_run_at) "
@@ -297,13 +308,13 @@ def test_by_default_jobs_run_one_at_a_time_in_order_of_priority_and_due_time(
         id_ for (id_,) in rows(conn, "select id from bgjob_job order by priority, next_run_at")
     ]
     order: list[str] = []
-    crew.start(Mux().register("t", lambda job: order.append(job.id)), poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda job: order.append(job.id)), poll_interval=NEVER)
     assert all_done(conn)
     assert order == expected
 
 
 def test_jobs_keep_their_order_around_one_that_is_slow(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute(
         "insert into bgjob_job (id, queue, type, priority, next_run_at) "
@@ -320,26 +331,28 @@ def test_jobs_keep_their_order_around_one_that_is_slow(
         if job.id == "1500":
             time.sleep(0.4)  # the jobs claimed with it are released meanwhile
 
-    crew.start(Mux().register("t", run), poll_interval=NEVER)
+    launcher.start(Mux().register("t", run), poll_interval=NEVER)
     assert all_done(conn)
     assert order == expected
 
 
 def test_a_sleeping_worker_is_woken_by_a_job_that_another_releases(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.start(Mux().register("t", lambda _: None), poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda _: None), poll_interval=NEVER)
     assert eventually(lambda: sleeper(conn) is not None)
     with conn.transaction():  # so that no worker is notified before the job is claimed
         conn.execute(
             "insert into bgjob_job (id, queue, type, next_run_at) values ('a', 'q', 't', now())"
         )
         [job] = ask(conn, claim_any("q", lease=NEVER, token=1))
-    ask(conn, give_back("q", [Claimed(job, 1)], tell=False))
+    ask(conn, release_jobs("q", [Claimed(job, 1)], tell=False))
     assert all_done(conn)
 
 
-def test_two_workers_never_run_the_same_job_twice(crew: Crew, conn: psycopg.Connection) -> None:
+def test_two_workers_never_run_the_same_job_twice(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
     runs: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -350,33 +363,33 @@ def test_two_workers_never_run_the_same_job_twice(crew: Crew, conn: psycopg.Conn
     ids = [f"{n:04}" for n in range(3_000)]
     for style in ("plain", "coroutine"):
         mux = Mux().register("t", handler(style, note))
-        crew.start(mux, concurrency=4, poll_interval=0.05)
+        launcher.start(mux, concurrency=4, poll_interval=0.05)
     for n in range(0, 3_000, 500):
-        crew.enqueue(*ids[n : n + 500])
+        launcher.enqueue(*ids[n : n + 500])
     assert all_done(conn)
     assert runs == Counter(ids)
 
 
 def test_a_job_that_blocks_does_not_hold_up_those_claimed_with_it(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate = Gate()
     mux = Mux().register("slow", gate).register("quick", lambda _: None)
-    crew.enqueue(*(f"{n:03}" for n in range(300)), type="quick")
-    crew.enqueue("slow", type="slow")
-    crew.enqueue(*(f"{n:03}" for n in range(300, 600)), type="quick")
-    crew.start(mux, concurrency=2)
+    launcher.enqueue(*(f"{n:03}" for n in range(300)), type="quick")
+    launcher.enqueue("slow", type="slow")
+    launcher.enqueue(*(f"{n:03}" for n in range(300, 600)), type="quick")
+    launcher.start(mux, concurrency=2)
     gate.wait()
     assert eventually(lambda: rows(conn, "select id from bgjob_job") == [("slow",)])
     gate.released.set()
     assert all_done(conn)
 
 
-def test_a_worker_works_on_its_own_queue_only(crew: Crew, conn: psycopg.Connection) -> None:
-    crew.enqueue("mine")
-    crew.enqueue("other", queue="Q")
+def test_a_worker_works_on_its_own_queue_only(launcher: Launcher, conn: psycopg.Connection) -> None:
+    launcher.enqueue("mine")
+    launcher.enqueue("other", queue="Q")
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer)
     observer.wait_for("completed", "mine")
     observer.wait_for("empty", "q")
     assert rows(conn, "select id, attempt from bgjob_job") == [("other", 0)]
@@ -423,7 +436,7 @@ def test_nothing_of_a_job_is_kept_by_the_slot_that_ran_it(style: Style) -> None:
 
 
 def test_a_delayed_job_starts_at_its_time_and_not_at_the_next_poll(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     began: dict[str, tuple[datetime, datetime]] = {}
 
@@ -431,32 +444,34 @@ def test_a_delayed_job_starts_at_its_time_and_not_at_the_next_poll(
         began[job.id] = clock(conn), job.next_run_at
 
     observer = Recorder()
-    crew.enqueue("before", delay=0.5)
-    crew.start(Mux().register("t", note), observer=observer, poll_interval=NEVER)
+    launcher.enqueue("before", delay=0.5)
+    launcher.start(Mux().register("t", note), observer=observer, poll_interval=NEVER)
     observer.wait_for("empty")
-    crew.enqueue("while idle", delay=0.5)
+    launcher.enqueue("while idle", delay=0.5)
     observer.wait_for("completed", "before")
     observer.wait_for("completed", "while idle")
     for started, due in began.values():
         assert started >= due
 
 
-def test_an_enqueue_wakes_an_idle_worker(crew: Crew, conn: psycopg.Connection) -> None:
+def test_an_enqueue_wakes_an_idle_worker(launcher: Launcher, conn: psycopg.Connection) -> None:
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
     for n in range(5):
         assert eventually(lambda: sleeper(conn) is not None)
-        crew.enqueue(str(n))
+        launcher.enqueue(str(n))
         observer.wait_for("completed", str(n))
 
 
-def test_an_enqueue_wakes_a_worker_when_it_commits(crew: Crew, conn: psycopg.Connection) -> None:
+def test_an_enqueue_wakes_a_worker_when_it_commits(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
     assert eventually(lambda: sleeper(conn) is not None)
     with conn.transaction():
-        crew.client.enqueue(EnqueueRequest("q", "t", id="a"), conn=conn)
-        crew.enqueue("b")
+        launcher.client.enqueue(EnqueueRequest("q", "t", id="a"), conn=conn)
+        launcher.enqueue("b")
         observer.wait_for("completed", "b")
     observer.wait_for("completed", "a")
 
@@ -479,61 +494,61 @@ def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn:
 
 
 def test_two_concurrent_enqueues_are_both_noticed_for_any_delays_and_priorities(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.start(
+    launcher.start(
         Mux().register("t", lambda _: None),
         concurrency=2,
         observer=NoopObserver(),
         poll_interval=NEVER,
     )
     for n in range(20):
-        crew.client.enqueue(EnqueueRequest("q", "t"))
-        crew.client.enqueue(EnqueueRequest("q", "t", delay=n % 2 / 20, priority=n // 2))
+        launcher.client.enqueue(EnqueueRequest("q", "t"))
+        launcher.client.enqueue(EnqueueRequest("q", "t", delay=n % 2 / 20, priority=n // 2))
         assert all_done(conn), (n, rows(conn, "select priority, token from bgjob_job"))
 
 
 def test_a_retry_is_noticed_by_another_worker_that_polls(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.enqueue("a")
-    crew.client.do("q", Mux().register("t", lambda _: Retry(0.2)))
-    crew.start(Mux().register("t", lambda _: None), poll_interval=0.05)
+    launcher.enqueue("a")
+    launcher.client.do("q", Mux().register("t", lambda _: Retry(0.2)))
+    launcher.start(Mux().register("t", lambda _: None), poll_interval=0.05)
     assert all_done(conn)
 
 
 @pytest.mark.parametrize("who", ["client", "worker"])
 def test_polling_finds_jobs_without_a_notification(
-    crew: Crew, conn: psycopg.Connection, who: str
+    launcher: Launcher, conn: psycopg.Connection, who: str
 ) -> None:
     observer = Recorder()
-    crew.start(
+    launcher.start(
         Mux().register("t", lambda _: None),
         observer=observer,
         poll_interval=0.05,
         notify=who == "client",
     )
     observer.wait_for("empty")
-    with Client(crew.dsn, notify=who == "worker") as client:
+    with Client(launcher.dsn, notify=who == "worker") as client:
         client.enqueue(EnqueueRequest("q", "t", id="now"))
         client.enqueue(EnqueueRequest("q", "t", id="soon", delay=0.2))
     assert all_done(conn)
 
 
 def test_an_idle_worker_relieves_the_one_that_was_shut_down(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     # One worker asks to be notified, on behalf of all that share its queue.
     observer = Recorder()
     workers = []
     for n in range(2):
         mux = Mux().register("t", lambda _: None)
-        workers.append(crew.start(mux, observer=observer, poll_interval=NEVER))
+        workers.append(launcher.start(mux, observer=observer, poll_interval=NEVER))
         assert eventually(lambda: sleeper(conn) is not None)
     for n, worker in enumerate(workers):
-        crew.enqueue(str(n))
+        launcher.enqueue(str(n))
         observer.wait_for("completed", str(n))
-        crew.shutdown(worker)
+        launcher.shutdown(worker)
 
 
 # -- shutdown -----------------------------------------------------------------------------
@@ -541,17 +556,19 @@ def test_an_idle_worker_relieves_the_one_that_was_shut_down(
 
 @both_styles
 def test_shutdown_finishes_running_jobs_and_releases_those_that_have_not_started(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
     mux = Mux().register("quick", handler(style, lambda _: None)).register("slow", gate.of(style))
-    crew.enqueue(*(f"quick {n:03}" for n in range(200)), type="quick")
-    crew.enqueue("slow", type="slow")
-    crew.enqueue(*(f"unstarted {n:03}" for n in range(200)), type="quick")
-    worker = crew.start(mux)
+    launcher.enqueue(*(f"quick {n:03}" for n in range(200)), type="quick")
+    launcher.enqueue("slow", type="slow")
+    launcher.enqueue(*(f"unstarted {n:03}" for n in range(200)), type="quick")
+    worker = launcher.start(mux)
     gate.wait()
     answers: list[bool] = []
-    ending = threading.Thread(target=lambda: answers.append(crew.shutdown(worker, timeout=None)))
+    ending = threading.Thread(
+        target=lambda: answers.append(launcher.shutdown(worker, timeout=None))
+    )
     ending.start()
     held = "select id, attempt from bgjob_job where token is not null or attempt <> 0"
     assert eventually(lambda: rows(conn, held) == [("slow", 1)])
@@ -564,38 +581,38 @@ def test_shutdown_finishes_running_jobs_and_releases_those_that_have_not_started
     assert count(conn) == 200
 
 
-def test_shutdown_may_be_called_again(crew: Crew) -> None:
-    worker = crew.start(Mux())
-    assert crew.shutdown(worker)
-    assert crew.shutdown(worker)
-    assert crew.shutdown(worker, timeout=0)
+def test_shutdown_may_be_called_again(launcher: Launcher) -> None:
+    worker = launcher.start(Mux())
+    assert launcher.shutdown(worker)
+    assert launcher.shutdown(worker)
+    assert launcher.shutdown(worker, timeout=0)
 
 
-def test_a_worker_that_was_shut_down_before_it_ran_does_not_run(crew: Crew) -> None:
-    worker = crew.make(Mux())
-    assert crew.shutdown(worker)
+def test_a_worker_that_was_shut_down_before_it_ran_does_not_run(launcher: Launcher) -> None:
+    worker = launcher.make(Mux())
+    assert launcher.shutdown(worker)
     with pytest.raises(RuntimeError, match="runs once"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
 
 
-def test_a_worker_runs_once(crew: Crew) -> None:
-    worker = crew.start(Mux())
+def test_a_worker_runs_once(launcher: Launcher) -> None:
+    worker = launcher.start(Mux())
     with pytest.raises(RuntimeError, match="runs once"):
-        crew.run(worker.run())
-    crew.shutdown(worker)
+        launcher.run(worker.run())
+    launcher.shutdown(worker)
     with pytest.raises(RuntimeError, match="runs once"):
-        crew.run(worker.run())
+        launcher.run(worker.run())
 
 
 @both_styles
 def test_a_handler_may_shut_its_worker_down(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     returned = threading.Event()
 
     def plain(_: Job) -> None:
         worker = workers[0]
-        if crew.is_async:
+        if launcher.is_async:
             asyncio.run(worker.shutdown())
         else:
             worker.shutdown()
@@ -603,49 +620,51 @@ def test_a_handler_may_shut_its_worker_down(
 
     async def coroutine(_: Job) -> None:
         worker = workers[0]
-        if crew.is_async:
+        if launcher.is_async:
             await worker.shutdown()
         else:
             worker.shutdown()
         returned.set()
 
-    crew.enqueue("a", "b")
-    workers: list[Any] = [crew.make(Mux().register("t", plain if style == "plain" else coroutine))]
-    crew.run(workers[0].run())
+    launcher.enqueue("a", "b")
+    workers: list[Any] = [
+        launcher.make(Mux().register("t", plain if style == "plain" else coroutine))
+    ]
+    launcher.run(workers[0].run())
     assert returned.wait(PATIENCE)
-    assert crew.shutdown(workers[0])
+    assert launcher.shutdown(workers[0])
     assert rows(conn, "select id, attempt, token from bgjob_job") == [("b", 0, None)]
 
 
-def test_an_observer_may_shut_its_worker_down(crew: Crew, conn: psycopg.Connection) -> None:
+def test_an_observer_may_shut_its_worker_down(launcher: Launcher, conn: psycopg.Connection) -> None:
     returned = threading.Event()
 
     class Last(NoopObserver):
         def job_completed(self, _: Job, /) -> None:
             answer = workers[0].shutdown()
-            if crew.is_async:
+            if launcher.is_async:
                 asyncio.run(answer)
             returned.set()
 
-    crew.enqueue("a")
-    workers: list[Any] = [crew.make(Mux().register("t", lambda _: None), observer=Last())]
-    crew.run(workers[0].run())
+    launcher.enqueue("a")
+    workers: list[Any] = [launcher.make(Mux().register("t", lambda _: None), observer=Last())]
+    launcher.run(workers[0].run())
     assert returned.wait(PATIENCE)
-    assert crew.shutdown(workers[0])
+    assert launcher.shutdown(workers[0])
     assert count(conn) == 0
 
 
 @both_styles
 def test_several_threads_may_shut_a_worker_down(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", gate.of(style)))
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", gate.of(style)))
     gate.wait()
     answers: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: answers.append(crew.shutdown(worker))) for _ in range(4)
+        threading.Thread(target=lambda: answers.append(launcher.shutdown(worker))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -658,13 +677,13 @@ def test_several_threads_may_shut_a_worker_down(
 
 @both_styles
 def test_after_its_grace_period_shutdown_abandons_running_jobs_and_refunds_their_attempts(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
-    crew.enqueue("a", "b")
-    worker = crew.start(Mux().register("t", gate.of(style)))
+    launcher.enqueue("a", "b")
+    worker = launcher.start(Mux().register("t", gate.of(style)))
     gate.wait()
-    assert crew.shutdown(worker, timeout=timedelta(milliseconds=50)) is False
+    assert launcher.shutdown(worker, timeout=timedelta(milliseconds=50)) is False
     gate.released.set()
     claims = rows(
         conn,
@@ -678,55 +697,57 @@ def test_after_its_grace_period_shutdown_abandons_running_jobs_and_refunds_their
 
 
 def test_shutdown_returns_false_where_a_result_could_not_be_stored(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate = Gate()
     observer = Recorder()
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", gate), observer=observer)
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", gate), observer=observer)
     gate.wait()
     database = conn.info.dbname
-    with psycopg.connect(make_conninfo(crew.dsn, dbname="postgres"), autocommit=True) as admin:
+    with psycopg.connect(make_conninfo(launcher.dsn, dbname="postgres"), autocommit=True) as admin:
         admin.execute(f'alter database "{database}" allow_connections false')
         terminate_workers(conn)
         observer.wait_for("error")
         gate.released.set()
-        assert crew.shutdown(worker, timeout=0.5) is False
+        assert launcher.shutdown(worker, timeout=0.5) is False
         admin.execute(f'alter database "{database}" allow_connections true')
     assert count(conn) == 1
 
 
-def test_leaving_a_worker_shuts_it_down(crew: Crew, conn: psycopg.Connection) -> None:
+def test_leaving_a_worker_shuts_it_down(launcher: Launcher, conn: psycopg.Connection) -> None:
     observer = Recorder()
-    crew.enqueue("a", "b")
-    worker = crew.make(Mux().register("t", lambda _: None), observer=observer)
+    launcher.enqueue("a", "b")
+    worker = launcher.make(Mux().register("t", lambda _: None), observer=observer)
 
     async def use() -> None:
         async with worker as entered:
             assert entered is worker
             await asyncio.to_thread(observer.wait_for, "completed", "b")
 
-    if crew.is_async:
-        crew.run(use())
+    if launcher.is_async:
+        launcher.run(use())
     else:
         with worker as entered:
             assert entered is worker
             observer.wait_for("completed", "b")
     with pytest.raises(RuntimeError):
-        crew.run(worker.run())
+        launcher.run(worker.run())
 
 
-def test_nothing_is_left_after_shutdown_and_close(crew: Crew, conn: psycopg.Connection) -> None:
+def test_nothing_is_left_after_shutdown_and_close(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
     threads = set(threading.enumerate())
     mux = Mux().register("t", lambda _: None).register("c", handler("coroutine", lambda _: None))
-    client = Client(crew.dsn)
+    client = Client(launcher.dsn)
     for type_ in "tc":
         client.bulk_enqueue([EnqueueRequest("q", type_) for _ in range(50)])
-    worker = crew.start(mux, concurrency=5)
+    worker = launcher.start(mux, concurrency=5)
     assert all_done(conn)
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     client.close()
-    # Those of the crew's own client are recognised by their names.
+    # Those of the launcher's own client are recognised by their names.
     assert eventually(
         lambda: (
             not [
@@ -757,21 +778,21 @@ def test_nothing_is_left_after_shutdown_and_close(crew: Crew, conn: psycopg.Conn
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_worker_refuses_to_be_shut_down_in_a_fork(crew: Crew) -> None:
+def test_a_worker_refuses_to_be_shut_down_in_a_fork(launcher: Launcher) -> None:
     observer = Recorder()
-    worker = crew.start(Mux().register("t", lambda _: None), observer=observer)
+    worker = launcher.start(Mux().register("t", lambda _: None), observer=observer)
     child = os.fork()
     if child == 0:
         try:
             answer = worker.shutdown(timeout=0)
-            asyncio.run(answer) if crew.is_async else answer
+            asyncio.run(answer) if launcher.is_async else answer
         except BgjobError:
             os._exit(0)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    crew.enqueue("a")
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
 
 
@@ -780,7 +801,7 @@ def test_a_worker_refuses_to_be_shut_down_in_a_fork(crew: Crew) -> None:
 
 @pytest.mark.parametrize("style", ["plain", "coroutine", "blocking coroutine"])
 def test_the_lease_of_a_long_handler_is_extended(
-    crew: Crew, conn: psycopg.Connection, style: str
+    launcher: Launcher, conn: psycopg.Connection, style: str
 ) -> None:
     never = threading.Event()
     runs: list[int] = []
@@ -802,9 +823,9 @@ def test_the_lease_of_a_long_handler_is_extended(
         "blocking coroutine": blocking,
     }
     mux = Mux().register("t", handlers[style])
-    crew.enqueue("a")
-    crew.start(mux, lease=1, poll_interval=0.1)
-    with Client(crew.dsn) as client:
+    launcher.enqueue("a")
+    launcher.start(mux, lease=1, poll_interval=0.1)
+    with Client(launcher.dsn) as client:
         other = Worker(client, "q", Mux().register("t", plain), lease=1, poll_interval=0.1)
         with other:
             assert all_done(conn)
@@ -813,12 +834,12 @@ def test_the_lease_of_a_long_handler_is_extended(
 
 @pytest.mark.parametrize("result", [Complete(), Retry(0), Reschedule(0), MoveToDlq("why")])
 def test_a_result_that_comes_after_the_lease_was_lost_leaves_the_newer_claim_alone(
-    crew: Crew, conn: psycopg.Connection, result: Result
+    launcher: Launcher, conn: psycopg.Connection, result: Result
 ) -> None:
     gate = Gate(result)
     observer = Recorder()
-    crew.enqueue("a")
-    crew.start(Mux().register("t", gate), observer=observer)
+    launcher.enqueue("a")
+    launcher.start(Mux().register("t", gate), observer=observer)
     gate.wait()
     conn.execute(
         "update bgjob_job set token = 1, attempt = 2, last_error = 'newer', "
@@ -828,39 +849,39 @@ def test_a_result_that_comes_after_the_lease_was_lost_leaves_the_newer_claim_alo
     gate.released.set()
     observer.wait_for("lost", "a")
     assert rows(conn, "select * from bgjob_job") == newer
-    assert crew.client.dlq.list() == []
-    assert observer.of("completed", "retried", "rescheduled", "buried") == []
+    assert launcher.client.dlq.list() == []
+    assert observer.of("completed", "retried", "rescheduled", "dead") == []
 
 
 def test_a_lost_lease_is_noticed_while_the_handler_runs(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate = Gate()
     observer = Recorder()
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", gate), observer=observer, lease=1)
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", gate), observer=observer, lease=1)
     gate.wait()
     conn.execute("update bgjob_job set token = 1, lease_until = 'infinity'")
     observer.wait_for("lost", "a")
     gate.released.set()
-    crew.enqueue("b")
+    launcher.enqueue("b")
     observer.wait_for("completed", "b")
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert observer.of("lost") == [("lost", "a", 1)]
     assert rows(conn, "select id, token from bgjob_job") == [("a", 1)]
 
 
 def test_the_job_of_a_worker_that_died_is_run_again_when_its_lease_has_ended(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.enqueue("a", "b")
+    launcher.enqueue("a", "b")
     conn.execute(
         "update bgjob_job set token = 1, attempt = 1, lease_until = clock_timestamp() "
         "+ case id when 'b' then interval '1 hour' else '0.5 s' end"
     )
     [ends] = row(conn, "select lease_until from bgjob_job where id = 'a'")
     began: list[tuple[str, int, bool]] = []
-    crew.start(
+    launcher.start(
         Mux().register("t", lambda job: began.append((job.id, job.attempt, clock(conn) >= ends))),
         poll_interval=0.05,
     )
@@ -869,20 +890,20 @@ def test_the_job_of_a_worker_that_died_is_run_again_when_its_lease_has_ended(
 
 
 def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     gate = Gate()
     gate.released.set()
     observer = Recorder()
-    crew.enqueue("killer", "last chance")
+    launcher.enqueue("killer", "last chance")
     conn.execute(
         "update bgjob_job set token = 1, lease_until = clock_timestamp() - interval '1 s', "
         "last_error = 'why', deaths = 1, attempt = case id when 'killer' then 5 else 4 end"
     )
-    crew.start(Mux().register("t", gate, max_attempts=3), observer=observer)
-    observer.wait_for("buried", "killer")
+    launcher.start(Mux().register("t", gate, max_attempts=3), observer=observer)
+    observer.wait_for("dead", "killer")
     observer.wait_for("completed", "last chance")
-    [dead] = crew.client.dlq.list()
+    [dead] = launcher.client.dlq.list()
     assert dead.last_error is not None
     assert "out of attempts: 3 of 3 were charged" in dead.last_error
     assert "its worker died or lost the lease; last error: why" in dead.last_error
@@ -890,13 +911,13 @@ def test_a_job_that_keeps_killing_its_worker_runs_out_of_attempts(
 
 
 def test_the_last_attempt_of_a_job_that_was_not_alone_when_its_worker_died_is_given_again(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
-    crew.enqueue("a")
+    launcher.enqueue("a")
     conn.execute("update bgjob_job set token = 1, lease_until = '-infinity', attempt = 3")
-    crew.start(Mux().register("t", lambda _: Retry(0), max_attempts=3), observer=observer)
-    observer.wait_for("buried", "a")
+    launcher.start(Mux().register("t", lambda _: Retry(0), max_attempts=3), observer=observer)
+    observer.wait_for("dead", "a")
     assert observer.of("started") == [("started", "a", 4)]
 
 
@@ -904,17 +925,17 @@ def test_the_last_attempt_of_a_job_that_was_not_alone_when_its_worker_died_is_gi
 
 
 def test_an_idle_worker_whose_connection_was_killed_connects_again(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
     killed: set[int | None] = {None}
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=NEVER)
     for n in range(3):
         assert eventually(lambda: sleeper(conn) not in killed)
         killed.add(sleeper(conn))
         assert terminate_workers(conn) == 1
         assert eventually(lambda: sleeper(conn) not in killed)
-        crew.enqueue(str(n))
+        launcher.enqueue(str(n))
         observer.wait_for("completed", str(n))
     [first, *_] = observer.of("error")
     assert isinstance(first[1], psycopg.OperationalError)
@@ -922,12 +943,12 @@ def test_an_idle_worker_whose_connection_was_killed_connects_again(
 
 @both_styles
 def test_results_outlive_the_connection_that_was_killed_while_handlers_ran(
-    crew: Crew, conn: psycopg.Connection, style: Style
+    launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:
     gate = Gate()
     observer = Recorder()
-    crew.enqueue(*"abc")
-    crew.start(Mux().register("t", gate.of(style)), observer=observer, concurrency=3)
+    launcher.enqueue(*"abc")
+    launcher.start(Mux().register("t", gate.of(style)), observer=observer, concurrency=3)
     for _ in "abc":
         gate.wait()
     assert terminate_workers(conn) == 1
@@ -963,9 +984,9 @@ def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_unraisable
 
 
 def test_an_exchange_that_cannot_be_encoded_leaves_nothing_behind(
-    dsn: str, crew: Crew, conn: psycopg.Connection
+    dsn: str, launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    crew.enqueue("a", "b")
+    launcher.enqueue("a", "b")
     link = session_of(dsn)
     link.open()
     [job] = link.exchange(Exchange(claim=Sweep(1, 1))).swept.jobs
@@ -981,7 +1002,7 @@ def test_an_exchange_that_cannot_be_encoded_leaves_nothing_behind(
 
 
 def test_a_settlement_whose_connection_was_killed_is_sent_again(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     results: dict[str, Result] = {
         "a": Complete(),
@@ -997,8 +1018,8 @@ def test_a_settlement_whose_connection_was_killed_is_sent_again(
         gate(job)
         return results[job.id]
 
-    crew.enqueue(*"abc")
-    crew.start(Mux().register("t", body), observer=observer, concurrency=3)
+    launcher.enqueue(*"abc")
+    launcher.start(Mux().register("t", body), observer=observer, concurrency=3)
     for _ in "abc":
         gate.wait()
 
@@ -1009,23 +1030,23 @@ def test_a_settlement_whose_connection_was_killed_is_sent_again(
         )
         return row(conn, waiting) == (1,)
 
-    with psycopg.connect(crew.dsn) as blocker:
+    with psycopg.connect(launcher.dsn) as blocker:
         blocker.execute("lock table bgjob_job in share mode")
         gate.released.set()
         assert eventually(settles)
         assert terminate_workers(conn) == 1
     observer.wait_for("completed", "a")
-    observer.wait_for("buried", "b")
+    observer.wait_for("dead", "b")
     observer.wait_for("retried", "c")
     assert sorted(runs) == ["a", "b", "c"]
     assert rows(conn, "select id, attempt, last_error, token from bgjob_job") == [
         ("c", 1, "why", None)
     ]
-    assert [dead.id for dead in crew.client.dlq.list()] == ["b"]
+    assert [dead.id for dead in launcher.client.dlq.list()] == ["b"]
 
 
 def test_a_settlement_that_the_server_refuses_is_kept_and_blocks_no_other(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute(
         "create function refuse() returns trigger language plpgsql as "
@@ -1036,8 +1057,8 @@ def test_a_settlement_that_the_server_refuses_is_kept_and_blocks_no_other(
     )
     runs: Counter[str] = Counter()
     observer = Recorder()
-    crew.enqueue("refused", *(str(n) for n in range(100)))
-    crew.start(
+    launcher.enqueue("refused", *(str(n) for n in range(100)))
+    launcher.start(
         Mux().register("t", lambda job: runs.update([job.id])),
         observer=observer,
         concurrency=4,
@@ -1062,18 +1083,18 @@ REFUSALS: dict[str, LiteralString] = {
 
 @pytest.mark.parametrize("how", REFUSALS)
 def test_jobs_whose_claim_the_server_refuses_are_dead_lettered_alone(
-    crew: Crew, conn: psycopg.Connection, how: str
+    launcher: Launcher, conn: psycopg.Connection, how: str
 ) -> None:
     conn.execute(REFUSALS[how])
     bad = [f"bad {n}" for n in range(32)]
     good = [f"{n}" for n in range(60)]
-    crew.enqueue(*bad[:30], *good[:30], bad[30], *good[30:], bad[31])
+    launcher.enqueue(*bad[:30], *good[:30], bad[30], *good[30:], bad[31])
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.1)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.1)
     for id in good:
         observer.wait_for("completed", id)
-    assert eventually(lambda: len(crew.client.dlq.list()) == len(bad))
-    for dead in crew.client.dlq.list():
+    assert eventually(lambda: len(launcher.client.dlq.list()) == len(bad))
+    for dead in launcher.client.dlq.list():
         assert dead.id in bad
         assert "could not be claimed" in (dead.last_error or "")
     assert {event[1] for event in observer.of("started")} == set(good)
@@ -1081,7 +1102,7 @@ def test_jobs_whose_claim_the_server_refuses_are_dead_lettered_alone(
 
 
 def test_where_the_server_refuses_every_claim_no_job_is_dead_lettered(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     conn.execute(
         "create function refuse() returns trigger language plpgsql as "
@@ -1089,22 +1110,22 @@ def test_where_the_server_refuses_every_claim_no_job_is_dead_lettered(
         "create trigger refuse before update on bgjob_job for each row execute function refuse()"
     )
     ids = [f"{n}" for n in range(70)]
-    crew.enqueue(*ids)
+    launcher.enqueue(*ids)
     observer = Recorder()
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.1)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.1)
     observer.wait_for("error", times=2)
     assert count(conn) == len(ids)
     conn.execute("drop trigger refuse on bgjob_job")
     for id in ids:
         observer.wait_for("completed", id)
-    assert crew.client.dlq.list() == []
+    assert launcher.client.dlq.list() == []
 
 
 # -- observers ---------------------------------------------------------------------------------
 
 
 def test_an_observer_receives_each_event_of_a_job_in_order_and_after_its_commit(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     looked = threading.Event()
     stored: list[tuple[str, tuple[Any, ...]]] = []
@@ -1126,8 +1147,8 @@ def test_an_observer_receives_each_event_of_a_job_in_order_and_after_its_commit(
         return Complete()
 
     observer = Looking()
-    crew.enqueue("a")
-    crew.start(Mux().register("t", fail_once), observer=observer)
+    launcher.enqueue("a")
+    launcher.start(Mux().register("t", fail_once), observer=observer)
     observer.wait_for("completed", "a")
     mine = [event for event in observer.events if event[1] == "a"]
     assert [e for e in mine if e[0] == "started"] == [("started", "a", 1), ("started", "a", 2)]
@@ -1141,7 +1162,7 @@ def test_an_observer_receives_each_event_of_a_job_in_order_and_after_its_commit(
 @both_styles
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_an_observer_that_raises_harms_nothing(
-    crew: Crew,
+    launcher: Launcher,
     conn: psycopg.Connection,
     style: Style,
     error: type[BaseException],
@@ -1157,45 +1178,47 @@ def test_an_observer_that_raises_harms_nothing(
             raise error("in job_completed")
 
     observer = Broken()
-    crew.enqueue(*"abc")
-    worker = crew.start(Mux().register("t", handler(style, lambda _: None)), observer=observer)
+    launcher.enqueue(*"abc")
+    worker = launcher.start(Mux().register("t", handler(style, lambda _: None)), observer=observer)
     assert all_done(conn)
     observer.wait_for("completed", times=3)
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert {r.getMessage() for r in caplog.records if "observer" in r.getMessage()} == {
         "observer failed in job_started",
         "observer failed on Complete",
     }
 
 
-def test_a_large_bulk_enqueue_wakes_a_worker(crew: Crew) -> None:
+def test_a_large_bulk_enqueue_wakes_a_worker(launcher: Launcher) -> None:
     observer = Recorder()
     mux = Mux().register("t", handler("plain", lambda _: None))
-    worker = crew.start(mux, poll_interval=NEVER, observer=observer)
+    worker = launcher.start(mux, poll_interval=NEVER, observer=observer)
     observer.wait_for("empty")
-    crew.enqueue(*(f"{n:04}" for n in range(1_000)))
+    launcher.enqueue(*(f"{n:04}" for n in range(1_000)))
     observer.wait_for("completed", times=1_000)
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
 
 
 @both_styles
 def test_a_slow_job_among_quick_ones_delays_no_job_while_a_slot_is_idle(
-    crew: Crew, style: Style
+    launcher: Launcher, style: Style
 ) -> None:
     gate, followed = Gate(), threading.Event()
     mux = Mux().register("quick", handler(style, lambda _: None))
     mux.register("slow", gate.of(style)).register("next", handler(style, lambda _: followed.set()))
     quick = [EnqueueRequest("q", "quick") for _ in range(3000)]
-    crew.client.bulk_enqueue([*quick, EnqueueRequest("q", "slow"), EnqueueRequest("q", "next")])
+    launcher.client.bulk_enqueue([*quick, EnqueueRequest("q", "slow"), EnqueueRequest("q", "next")])
     observer = Recorder()
-    worker = crew.start(mux, concurrency=2, poll_interval=NEVER, observer=observer)
+    worker = launcher.start(mux, concurrency=2, poll_interval=NEVER, observer=observer)
     assert followed.wait(PATIENCE)
     gate.released.set()
     observer.wait_for("completed", times=3002)
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
 
 
-def test_an_observer_that_blocks_delays_no_job(crew: Crew, conn: psycopg.Connection) -> None:
+def test_an_observer_that_blocks_delays_no_job(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
     blocked, released = threading.Event(), threading.Event()
 
     class Blocking(Recorder):
@@ -1205,8 +1228,8 @@ def test_an_observer_that_blocks_delays_no_job(crew: Crew, conn: psycopg.Connect
             super().job_completed(job)
 
     observer = Blocking()
-    crew.enqueue(*(str(n) for n in range(50)))
-    crew.start(Mux().register("t", lambda _: None), observer=observer)
+    launcher.enqueue(*(str(n) for n in range(50)))
+    launcher.start(Mux().register("t", lambda _: None), observer=observer)
     assert blocked.wait(PATIENCE)
     assert all_done(conn)
     assert observer.of("completed") == []
@@ -1215,7 +1238,7 @@ def test_an_observer_that_blocks_delays_no_job(crew: Crew, conn: psycopg.Connect
 
 
 def test_an_observer_that_blocks_does_not_keep_a_worker_from_its_shutdown(
-    crew: Crew, conn: psycopg.Connection, caplog: pytest.LogCaptureFixture
+    launcher: Launcher, conn: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     blocked, released = threading.Event(), threading.Event()
 
@@ -1224,26 +1247,26 @@ def test_an_observer_that_blocks_does_not_keep_a_worker_from_its_shutdown(
             blocked.set()
             assert released.wait(PATIENCE)
 
-    crew.enqueue("a")
-    worker = crew.start(Mux().register("t", lambda _: None), observer=Blocking())
+    launcher.enqueue("a")
+    worker = launcher.start(Mux().register("t", lambda _: None), observer=Blocking())
     assert blocked.wait(PATIENCE)
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
     assert "observer of queue 'q' blocks" in caplog.text
     released.set()
 
 
-def test_an_observer_is_notified_each_time_the_queue_has_become_empty(crew: Crew) -> None:
+def test_an_observer_is_notified_each_time_the_queue_has_become_empty(launcher: Launcher) -> None:
     gate = Gate()
     observer = Recorder()
-    crew.enqueue("0")
-    crew.start(Mux().register("t", gate), observer=observer, poll_interval=NEVER)
+    launcher.enqueue("0")
+    launcher.start(Mux().register("t", gate), observer=observer, poll_interval=NEVER)
     gate.wait()
     assert observer.of("empty") == []
     gate.released.set()
     for n in range(10):
         observer.wait_for("completed", str(n))
         assert eventually(lambda: observer.events[-1] == ("empty", "q")), observer.events
-        crew.enqueue(str(n + 1))
+        launcher.enqueue(str(n + 1))
 
 
 # -- what keeps a worker from its start -------------------------------------------------------
@@ -1269,94 +1292,96 @@ def test_an_observer_is_notified_each_time_the_queue_has_become_empty(crew: Crew
     ],
 )
 def test_a_worker_refuses_a_schema_that_is_not_its_own_and_names_the_remedy(
-    crew: Crew, conn: psycopg.Connection, change: LiteralString, remedy: str
+    launcher: Launcher, conn: psycopg.Connection, change: LiteralString, remedy: str
 ) -> None:
     conn.execute(change)
-    worker = crew.make(Mux())
+    worker = launcher.make(Mux())
     with pytest.raises(SchemaError, match=remedy):
-        crew.run(worker.run())
-    crew.shutdown(worker)
+        launcher.run(worker.run())
+    launcher.shutdown(worker)
 
 
 def test_a_deploy_that_adds_a_column_stops_no_worker_of_the_older_version(
-    crew: Crew, conn: psycopg.Connection
+    launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     observer = Recorder()
     mux = Mux().register("t", lambda _: Complete())
-    crew.start(mux, observer=observer, poll_interval=0.1)
-    crew.enqueue("a")
+    launcher.start(mux, observer=observer, poll_interval=0.1)
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
     conn.execute(
         "alter table bgjob_job add column colour text; "
         "comment on table bgjob_job is 'bgjob schema 2, works with 1'"
     )
     terminate_workers(conn)
-    crew.enqueue("b")
+    launcher.enqueue("b")
     observer.wait_for("completed", "b")
     other = Recorder()
-    crew.start(mux, observer=other, queue="r")  # one that starts works as well
-    crew.enqueue("c", queue="r")
+    launcher.start(mux, observer=other, queue="r")  # one that starts works as well
+    launcher.enqueue("c", queue="r")
     other.wait_for("completed", "c")
 
 
 @pytest.mark.parametrize("comment", ["'bgjob schema 2'", "'ours'", "null"])
 def test_a_worker_goes_on_after_a_deploy_while_the_tables_have_the_columns_that_it_needs(
-    crew: Crew, conn: psycopg.Connection, comment: LiteralString
+    launcher: Launcher, conn: psycopg.Connection, comment: LiteralString
 ) -> None:
     observer = Recorder()
     mux = Mux().register("t", lambda _: Complete())
-    crew.start(mux, observer=observer, poll_interval=0.1)
+    launcher.start(mux, observer=observer, poll_interval=0.1)
     conn.execute(f"comment on table bgjob_job is {comment}")
     terminate_workers(conn)
-    crew.enqueue("a")
+    launcher.enqueue("a")
     observer.wait_for("completed", "a")
     conn.execute("alter table bgjob_job rename column deaths to lives")
     terminate_workers(conn)
     assert eventually(lambda: "no column deaths" in str(observer.of("error")))
     conn.execute("alter table bgjob_job rename column lives to deaths")
-    crew.enqueue("b")
+    launcher.enqueue("b")
     observer.wait_for("completed", "b")
 
 
-def test_a_worker_that_could_not_start_can_be_run_again(crew: Crew, empty_dsn: str) -> None:
-    worker = crew.make(Mux(), dsn=empty_dsn)
+def test_a_worker_that_could_not_start_can_be_run_again(launcher: Launcher, empty_dsn: str) -> None:
+    worker = launcher.make(Mux(), dsn=empty_dsn)
     with pytest.raises(SchemaError):
-        crew.run(worker.run())
+        launcher.run(worker.run())
     with psycopg.connect(empty_dsn) as conn:
         conn.execute(init_sql().encode())
-    crew.run(worker.run())
-    assert crew.shutdown(worker)
+    launcher.run(worker.run())
+    assert launcher.shutdown(worker)
 
 
-def test_the_tables_may_lie_in_any_schema_of_the_search_path(crew: Crew, empty_dsn: str) -> None:
+def test_the_tables_may_lie_in_any_schema_of_the_search_path(
+    launcher: Launcher, empty_dsn: str
+) -> None:
     observer = Recorder()
     with psycopg.connect(empty_dsn) as conn:
         conn.execute("create schema jobs")
         conn.execute("set search_path to jobs")
         conn.execute(init_sql().encode())
     dsn = make_conninfo(empty_dsn, options="-csearch_path=jobs")
-    worker = crew.make(Mux().register("t", lambda _: None), dsn=dsn, observer=observer)
-    crew.run(worker.run())
+    worker = launcher.make(Mux().register("t", lambda _: None), dsn=dsn, observer=observer)
+    launcher.run(worker.run())
     with Client(dsn) as client:
         client.enqueue(EnqueueRequest("q", "t", id="a"))
     observer.wait_for("completed", "a")
-    assert crew.shutdown(worker)
+    assert launcher.shutdown(worker)
 
 
-def test_a_worker_that_cannot_connect_raises_immediately(crew: Crew) -> None:
-    worker = crew.make(Mux(), dsn="host=127.0.0.1 port=1 dbname=none")
+def test_a_worker_that_cannot_connect_raises_immediately(launcher: Launcher) -> None:
+    worker = launcher.make(Mux(), dsn="host=127.0.0.1 port=1 dbname=none")
     with pytest.raises(psycopg.OperationalError):
-        crew.run(worker.run())
-    crew.shutdown(worker)
+        launcher.run(worker.run())
+    launcher.shutdown(worker)
 
 
-def test_a_worker_that_never_ran_leaves_nothing_open(crew: Crew, empty_dsn: str) -> None:
+def test_a_worker_that_never_ran_leaves_nothing_open(launcher: Launcher, empty_dsn: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        crew.make(Mux())
-        failed = crew.make(Mux(), dsn=empty_dsn)
+        launcher.make(Mux())
+        failed = launcher.make(Mux(), dsn=empty_dsn)
         with pytest.raises(SchemaError) as error:
-            crew.run(failed.run())
+            launcher.run(failed.run())
         del failed, error
         gc.collect()
     assert [str(warning.message) for warning in caught] == []
@@ -1375,10 +1400,10 @@ def test_a_worker_that_never_ran_leaves_nothing_open(crew: Crew, empty_dsn: str)
     ],
 )
 def test_a_worker_refuses_bad_options_by_name(
-    crew: Crew, options: dict[str, Any], complaint: str
+    launcher: Launcher, options: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        crew.make(Mux(), **options)
+        launcher.make(Mux(), **options)
     assert issubclass(QueueRequiredError, ValueError)
 
 
@@ -1400,7 +1425,7 @@ def test_a_worker_refuses_bad_options_by_name(
 )
 @pytest.mark.parametrize("result", [Complete(), Retry(NEVER, "e"), Reschedule(NEVER)])
 def test_a_spoiled_row_affects_itself_only(
-    crew: Crew, conn: psycopg.Connection, spoil: LiteralString, result: Result
+    launcher: Launcher, conn: psycopg.Connection, spoil: LiteralString, result: Result
 ) -> None:
     def handle(job: Job) -> Result | None:
         if job.id != "bad":
@@ -1408,15 +1433,15 @@ def test_a_spoiled_row_affects_itself_only(
         job.json()
         return result
 
-    crew.enqueue("1", "2", "bad", "3")
+    launcher.enqueue("1", "2", "bad", "3")
     conn.execute("update bgjob_job set " + spoil + " where id = 'bad'")
     observer = Recorder()
     mux = Mux().register("t", handle, max_attempts=None, backoff=lambda _: NEVER)
-    crew.start(mux, observer=observer, poll_interval=0.05)
+    launcher.start(mux, observer=observer, poll_interval=0.05)
     for id_ in "123":
         observer.wait_for("completed", id_)
     assert eventually(lambda: rows(conn, "select 1 from bgjob_job where token is not null") == [])
-    crew.enqueue("4")
+    launcher.enqueue("4")
     observer.wait_for("completed", "4")
     assert observer.of("error") == []
     assert len([event for event in observer.of("started") if event[1] == "bad"]) == 1
@@ -1424,15 +1449,15 @@ def test_a_spoiled_row_affects_itself_only(
 
 @pytest.mark.parametrize("never", ["next_run_at = 'infinity'", "lease_until = 'infinity'"])
 def test_a_row_that_is_never_due_is_left_alone(
-    crew: Crew, conn: psycopg.Connection, never: LiteralString
+    launcher: Launcher, conn: psycopg.Connection, never: LiteralString
 ) -> None:
     observer = Recorder()
-    crew.enqueue("1", "bad", "2")
+    launcher.enqueue("1", "bad", "2")
     conn.execute("update bgjob_job set " + never + " where id = 'bad'")
-    crew.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.05)
+    launcher.start(Mux().register("t", lambda _: None), observer=observer, poll_interval=0.05)
     for id_ in "12345":
         observer.wait_for("completed", id_)
-        crew.enqueue(str(int(id_) + 2))
+        launcher.enqueue(str(int(id_) + 2))
     observer.wait_for("completed", "7")
     assert rows(conn, "select id, attempt from bgjob_job") == [("bad", 0)]
     assert observer.of("error") == []

@@ -217,8 +217,8 @@ class Engine:
             or self._lookout.notify_lock.is_held
             or self._keys.wanting
             or self._doomed
-            or self._settling.gives_back
-            or any(sent.give_back for sent in self._sent)
+            or self._settling.has_releases
+            or any(sent.release_jobs for sent in self._sent)
             or self._claims.is_held_up(now)
             or self._leases.extend_at <= now
         )
@@ -243,7 +243,7 @@ class Engine:
         self._leases.add_extensions(exchange, now)
 
     def _add_claim(self, exchange: Exchange, now: float) -> None:
-        if self._stopping or exchange.give_back or self._settling.gives_back:
+        if self._stopping or exchange.release_jobs or self._settling.has_releases:
             return  # jobs that did not start are due before those that it would claim
         if not self._careful and self._leases.are_overdue(now):
             return  # first settle and extend jobs that another worker may free

@@ -25,7 +25,7 @@ from bgjob._sql.keys import (
 from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.notices import release_notify_lock, take_notify_lock
 from bgjob._sql.settlements import Claimed, Settlements
-from bgjob._sql.survey import strays, survey, survey_known, under_way
+from bgjob._sql.survey import open_transactions, strays, survey, survey_known
 from bgjob._sql.transactions import end_sessions
 
 MOST = 2000
@@ -134,7 +134,7 @@ class Exchange(Settlements):
     @property
     def claims_only(self) -> bool:
         """Whether only its claim can be refused."""
-        others = (self.complete, self.postpone, self.dead_letter, self.give_back, self.extend)
+        others = (self.complete, self.postpone, self.dead_letter, self.release_jobs, self.extend)
         keys = (self.acquire, self.release, self.probe, self.probe_keys)
         return self.claim is not None and not any(others) and not any(keys)
 
@@ -143,7 +143,7 @@ class Exchange(Settlements):
         claimed, result = outcome.claimed, outcome.result
         match result.otherwise if isinstance(result, CommitUnknown) else result:
             case Release():
-                self.give_back.append(claimed)
+                self.release_jobs.append(claimed)
             case stored:
                 self.store(claimed, stored)
 
@@ -200,7 +200,7 @@ class Exchange(Settlements):
                 statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
                 plan.append(Part(statement, Reply.set_claimed))
         if self.watch:
-            plan.append(Part(under_way(surely=self.watch == "all"), Reply.set_seen))
+            plan.append(Part(open_transactions(surely=self.watch == "all"), Reply.set_seen))
         plan += [Part(statement, Reply.add_settled) for statement in self.settlements(queue)]
         if self.abandon:
             plan.append(Part(abandon(self.abandon), Reply.ignore))
@@ -227,7 +227,7 @@ class Exchange(Settlements):
             self.complete
             or self.postpone
             or self.dead_letter
-            or self.give_back
+            or self.release_jobs
             or self.abandon
             or self.extend
             or self.acquire

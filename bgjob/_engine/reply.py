@@ -9,7 +9,7 @@ from bgjob._sql.claims import Group, Swept, Taken
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.notices import EVERYTHING, LATER
 from bgjob._sql.statement import Statement
-from bgjob._sql.survey import Line, Stray, UnderWay
+from bgjob._sql.survey import Line, OpenTransactions, Stray
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class Reply:
     extended: set[str] = field(default_factory=set)
     lock_answer: str | None = None
     claimed: Taken = _NOTHING_TAKEN
-    seen: UnderWay | None = None
+    seen: OpenTransactions | None = None
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
     group: Group = _NO_GROUP
@@ -55,7 +55,7 @@ class Reply:
     def set_claimed(self, taken: Taken) -> None:
         self.claimed = taken
 
-    def set_seen(self, seen: UnderWay) -> None:
+    def set_seen(self, seen: OpenTransactions) -> None:
         self.seen = seen
 
     def set_swept(self, swept: Swept) -> None:

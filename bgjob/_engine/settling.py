@@ -53,7 +53,7 @@ class Settling:
         return [*self.pending, *self.refused]
 
     @property
-    def gives_back(self) -> bool:
+    def has_releases(self) -> bool:
         """Whether jobs that did not start are next."""
         return bool(self.pending) and type(self.pending[0].result) is Release
 

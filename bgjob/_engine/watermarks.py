@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 from math import inf
 
 from bgjob._sql.claims import Window
-from bgjob._sql.survey import Line, UnderWay
+from bgjob._sql.survey import Line, OpenTransactions
 from bgjob.job import Job
 
 _SLACK = timedelta(milliseconds=20)
@@ -139,7 +139,7 @@ class Watermarks:
             told[priority] = min(since[priority], told.get(priority, since[priority]))
         return known
 
-    def saw(self, seen: UnderWay, now: float) -> None:
+    def saw(self, seen: OpenTransactions, now: float) -> None:
         """Record the transactions in progress after a claim.
 
         If it claimed nothing the marks have not moved: rows of transactions that it may not
@@ -210,7 +210,7 @@ class Watermarks:
     def swept(
         self,
         lines: Sequence[Line],
-        seen: UnderWay | None,
+        seen: OpenTransactions | None,
         *,
         full: bool,
         began: float,

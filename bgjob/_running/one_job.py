@@ -101,7 +101,7 @@ def hold(
             reply = yield from _exchange(queue, Exchange(acquire=[run.claimed]))
             has_key = reply.acquired.get((job.id, token), False)
             if has_key is None:  # undecided
-                yield from _exchange(queue, Exchange(give_back=[run.claimed]))
+                yield from _exchange(queue, Exchange(release_jobs=[run.claimed]))
             if not has_key:
                 continue  # it waits for its key: claim another
         return run
@@ -150,7 +150,7 @@ def conclusion(claimed: Claimed, ending: Ending) -> Exchange:
         case Committed():
             pass
         case NotBegun():
-            exchange.give_back.append(claimed)
+            exchange.release_jobs.append(claimed)
         case CommitUnknown(_, otherwise):
             exchange.store(claimed, otherwise)
         case result:

@@ -60,7 +60,7 @@ class Settlements:
     """By token, the positions of the rows of claims that `complete` has as a whole."""
     postpone: list[Postponed] = field(default_factory=list)
     dead_letter: list[DeadLettered] = field(default_factory=list)
-    give_back: list[Claimed] = field(default_factory=list)
+    release_jobs: list[Claimed] = field(default_factory=list)
     """Jobs that did not start."""
     holds_notify_lock: bool = False
     """Whether this session holds the notify lock, so that the lock does not show
@@ -100,8 +100,8 @@ class Settlements:
             statements.append(postpone(self.postpone))
         if self.dead_letter:
             statements.append(dead_letter(self.dead_letter))
-        if self.give_back:
-            statements.append(give_back(queue, self.give_back, tell=self.holds_notify_lock))
+        if self.release_jobs:
+            statements.append(release_jobs(queue, self.release_jobs, tell=self.holds_notify_lock))
         return statements
 
 
@@ -210,7 +210,7 @@ _NOTIFY_OF_GIVEN = NOTIFY.format(
 )
 
 
-def give_back(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statement[list[str]]:
+def release_jobs(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> Statement[list[str]]:
     """Release jobs that did not start, unchanged; return the ids of those still held.
 
     They keep their due times, so that they run before jobs that are due later. Sleeping

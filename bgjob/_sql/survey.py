@@ -1,4 +1,4 @@
-"""What a queue holds, for the next claims: its priorities, strays, transactions under way."""
+"""What a queue holds, for the next claims: its priorities, strays, open transactions."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -101,7 +101,7 @@ def strays(queue: str, window: Window) -> Statement[list[Stray]]:
     )
 
 
-class UnderWay(NamedTuple):
+class OpenTransactions(NamedTuple):
     """The transactions that have written something and not ended."""
 
     at: datetime
@@ -113,13 +113,13 @@ class UnderWay(NamedTuple):
 
 _MOST_HIDDEN = 1000  # a transaction uses one number for each of its savepoints
 
-_UNDER_WAY = """
+_OPEN = """
     select now(), pg_current_xact_id_if_assigned()::text::bigint, pg_current_snapshot()::text
 """
-_SURELY_UNDER_WAY = _UNDER_WAY.replace("_if_assigned", "")
+_SURELY_OPEN = _OPEN.replace("_if_assigned", "")
 
 
-def under_way(*, surely: bool) -> Statement[UnderWay]:
+def open_transactions(*, surely: bool) -> Statement[OpenTransactions]:
     """List the transactions in progress after a claim.
 
     Args:
@@ -127,10 +127,10 @@ def under_way(*, surely: bool) -> Statement[UnderWay]:
             uses one transaction number.
 
     """
-    return Statement(_SURELY_UNDER_WAY if surely else _UNDER_WAY, None, _read_under_way)
+    return Statement(_SURELY_OPEN if surely else _OPEN, None, _read_open_transactions)
 
 
-def _read_under_way(rows: Sequence[Row]) -> UnderWay:
+def _read_open_transactions(rows: Sequence[Row]) -> OpenTransactions:
     [(at, own, snapshot)] = rows
     # The snapshot: the lowest number, the one after the highest ended, and the active ones between.
     # Later transactions have numbers between that one and this transaction's own.
@@ -138,4 +138,4 @@ def _read_under_way(rows: Sequence[Row]) -> UnderWay:
     numbers = {int(number) for number in between.split(",") if number}
     if own is not None:
         numbers.update(range(int(after), min(own, int(after) + _MOST_HIDDEN)))
-    return UnderWay(at, frozenset(numbers), own is not None)
+    return OpenTransactions(at, frozenset(numbers), own is not None)

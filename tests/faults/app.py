@@ -117,7 +117,7 @@ class Recorder(NoopObserver):
         self._tell(("retried", job.id, job.attempt, delay, _text(error)))
 
     def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
-        self._tell(("buried", job.id, job.attempt, _text(error)))
+        self._tell(("dead", job.id, job.attempt, _text(error)))
 
     def job_lease_lost(self, job: Job, /) -> None:
         self._tell(("lost", job.id, job.attempt))

@@ -110,8 +110,8 @@ def _wrong_effects(
 ) -> list[str]:
     """What is wrong with the ledger rows of a transactional job."""
     effects = rows.get((job.id, job.type), 0)
-    buries_itself = job.arg.get("then") == "dlq"
-    expected = 0 if is_live or (is_dead and not buries_itself) else 1
+    dead_letters_itself = job.arg.get("then") == "dlq"
+    expected = 0 if is_live or (is_dead and not dead_letters_itself) else 1
     wrong = []
     if effects != expected:
         where = "live" if is_live else "dead" if is_dead else "done"

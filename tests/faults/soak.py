@@ -396,7 +396,7 @@ class Slot:
         for name, *details in self.process.events() if self.process is not None else ():
             if name == "started":
                 running.add(details[0])
-            elif name in ("completed", "retried", "rescheduled", "buried", "lost"):
+            elif name in ("completed", "retried", "rescheduled", "dead", "lost"):
                 running.discard(details[0])
         return running
 
@@ -632,7 +632,7 @@ class Soak:
                 slot.asked_at, slot.is_killed = None, False
         elif not process.alive:
             self._disturb(slot)
-            self._bury(slot, process)
+            self._dead_letter(slot, process)
             slot.process, slot.runs = None, False
             slot.start_at = now + self._dice.uniform(0, 1)
         elif not slot.runs:
@@ -655,7 +655,7 @@ class Soak:
             grace=GRACE,
         )
 
-    def _bury(self, slot: Slot, process: Process) -> None:
+    def _dead_letter(self, slot: Slot, process: Process) -> None:
         """Check how a process has ended."""
         code, asked_at = process.wait(), slot.asked_at
         if code == -signal.SIGKILL:

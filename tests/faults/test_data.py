@@ -130,7 +130,7 @@ def test_24_bytes_come_back_as_they_were(world: World, is_async: bool) -> None:
         Mux().register("t", coroutine if is_async else handler), is_async=is_async, concurrency=2
     )
     world.done()
-    world.witness(worker, "buried", times=len(one) + len(many))
+    world.witness(worker, "dead", times=len(one) + len(many))
     dead = {job.id: job.arg for job in world.client.dlq.list(queue="q")}
     assert dead == {request.id: request.payload for request in one + many}
     assert len(world.client.dlq.requeue(queue="q")) == len(dead)
@@ -151,7 +151,7 @@ def test_24_a_payload_that_is_not_json_fails_the_job_that_decodes_it(world: Worl
     worker = world.worker(Mux().register("t", decode, max_attempts=1), concurrency=2)
     world.done()
     for name in bad:
-        world.witness(worker, "buried", name)
+        world.witness(worker, "dead", name)
         world.witness(worker, "completed", f"neighbour of {name}")
     assert all("JSONDecodeError" in str(dead.last_error) for dead in world.client.dlq.list())
 
@@ -787,7 +787,7 @@ def test_27_every_other_name_passes_through_a_worker(
         world.client.enqueue(EnqueueRequest(name, name, id=name))
         world.acknowledge(name, type=name, ledger=False)
         worker = world.worker(mux, is_async=is_async, queue=name)
-        event = "completed" if name != NAMES[-1] else "buried"
+        event = "completed" if name != NAMES[-1] else "dead"
         world.witness(worker, event, name)
         assert worker.shutdown()
         assert worker.of("error") == []

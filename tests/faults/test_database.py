@@ -143,14 +143,12 @@ def test_a_settlement_that_is_terminated_is_made_again(
         terminate(world, waiting(world))
     world.done()
     world.witness(worker, "error")
-    worker.wait_for("buried" if then == "dlq" else "completed", "a")
-    told = [
-        event[0] for event in worker.of("completed", "retried", "rescheduled", "buried", "lost")
-    ]
+    worker.wait_for("dead" if then == "dlq" else "completed", "a")
+    told = [event[0] for event in worker.of("completed", "retried", "rescheduled", "dead", "lost")]
     outcomes = {
         "complete": ["completed"],
         "retry": ["retried", "completed"],
-        "dlq": ["buried"],
+        "dlq": ["dead"],
         "reschedule": ["rescheduled", "completed"],
     }
     assert told == outcomes[then]
@@ -588,7 +586,7 @@ ON_EVERY_WRITE = """
 def test_results_are_kept_while_the_disk_is_full_and_no_handler_runs_again_for_it(
     world: World, colour: Colour, triggers: str
 ) -> None:
-    outcomes = {"complete": "completed", "retry": "retried", "dlq": "buried"}
+    outcomes = {"complete": "completed", "retry": "retried", "dlq": "dead"}
     for then in outcomes:
         world.enqueue("plain", *[f"{then} {n}" for n in range(5)], hold="gate", then=then, until=2)
     worker = start(world, colour, concurrency=20, lease=LONG)
@@ -866,7 +864,7 @@ def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_asyn
             dead = [f"{type} dlq {n}" for type in ("plain", "transactional") for n in range(4)]
             assert {job.id for job in world.answer(client.dlq.list())} == set(dead)
             for then, event in zip(
-                outcomes, ("completed", "retried", "retried", "rescheduled", "buried"), strict=True
+                outcomes, ("completed", "retried", "retried", "rescheduled", "dead"), strict=True
             ):
                 world.witness(worker, event, f"plain {then} 0")
                 world.witness(worker, event, f"transactional {then} 0")
@@ -915,7 +913,7 @@ def test_handlers_may_use_the_only_connection_of_the_pool_that_their_worker_was_
             world.done()
             for id in ids:
                 world.witness(worker, "completed", id)
-            assert not worker.of("error", "retried", "buried", "lost")
+            assert not worker.of("error", "retried", "dead", "lost")
 
 
 # -- 23: the schema, and the privileges of the role --------------------------------------------
@@ -1072,7 +1070,7 @@ def test_a_worker_whose_role_lacks_a_privilege_names_the_grant_and_the_remedy(
     [remedy] = re.findall(r"grant .*", error)
     world.query(remedy)
     # These are all that a worker needs, and its job ends in each way.
-    outcomes = {"complete": "completed", "retry": "retried", "dlq": "buried"}
+    outcomes = {"complete": "completed", "retry": "retried", "dlq": "dead"}
     handlers = Handlers(world.client, world.dsn, lambda _: None)
     mux = handlers.register(Mux(), max_attempts=25, backoff=0.05)
     worker = world.worker(mux, dsn=dsn)

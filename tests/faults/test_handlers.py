@@ -158,7 +158,7 @@ def test_8_an_exception_that_ends_programs_ends_only_the_attempt(
         assert worker.heard("completed", id)
     for id in always:
         assert len([event for event in worker.of("started") if event[1] == id]) == 3
-        world.witness(worker, "buried", id)
+        world.witness(worker, "dead", id)
     stored = errors_of(world)
     assert {id: stored[id].partition(":")[0] for id in always} == {
         # A coroutine cannot raise StopIteration: Python turns it into a RuntimeError.
@@ -529,7 +529,7 @@ def test_11_a_return_value_that_is_not_a_result_fails_the_attempt_and_names_the_
     stored = errors_of(world)
     for id in values:
         world.witness(worker, "retried", id)
-        world.witness(worker, "buried", id)
+        world.witness(worker, "dead", id)
         assert "TypeError: handler " in stored[id]
         assert kind.style in stored[id]
         assert kind.type in stored[id]
@@ -926,7 +926,7 @@ class Stage:
         world.done()
         for neighbour in neighbours:
             self.worker.wait_for("completed", neighbour)
-        failed = self.worker.of("retried", "buried", "lost")
+        failed = self.worker.of("retried", "dead", "lost")
         assert [event for event in failed if event[1] in neighbours] == []
         assert world.value("select count(*) from public.ledger where kind = 'neighbour'") == len(
             neighbours
@@ -969,7 +969,7 @@ def test_12_a_job_that_moves_itself_to_the_dlq_keeps_its_effect_and_children(
     stage: Stage, world: World
 ) -> None:
     stage.play([ROW, Child, MoveToDlq("why")], then="dlq", children=1)
-    world.witness(stage.worker, "buried", "a")
+    world.witness(stage.worker, "dead", "a")
     world.witness(stage.worker, "completed", "a/0")
     assert errors_of(world) == {"a": "why"}
     assert (world.rows("a"), world.rows("a/0")) == (1, 1)
@@ -1044,7 +1044,7 @@ def test_12_a_transaction_that_fails_leaves_nothing_and_the_failure_is_recorded(
     told = {event[1]: event[-1] for event in stage.worker.of("retried")}
     for case, (_, error) in FAILURES.items():
         world.witness(stage.worker, "completed", f"{case}: recovers")
-        world.witness(stage.worker, "buried", f"{case}: dies")
+        world.witness(stage.worker, "dead", f"{case}: dies")
         for id in (f"{case}: recovers", f"{case}: dies"):
             world.witness(stage.worker, "retried", id, times=2)
             assert (id, error in told[id]) == (id, True), told[id]
@@ -1093,7 +1093,7 @@ def test_12_raw_sql_that_ends_the_transaction_is_reported_and_not_repeated(
     script = stage.play_all({case: [steps] for case, (steps, _) in ENDINGS.items()}, ledger=False)
     stored = errors_of(world)
     for case, (_, effects) in ENDINGS.items():
-        world.witness(stage.worker, "buried", case)
+        world.witness(stage.worker, "dead", case)
         assert (case, script.runs_of(case)) == (case, [1])
         assert (case, world.rows(case)) == (case, effects)
         assert "transaction" in stored[case]
@@ -1104,7 +1104,7 @@ def test_12_children_of_a_transaction_that_was_committed_by_hand_exist_once(
     stage: Stage, world: World
 ) -> None:
     script = stage.play([ROW, Child, "commit"], ledger=False, children=1)
-    world.witness(stage.worker, "buried", "a")
+    world.witness(stage.worker, "dead", "a")
     world.witness(stage.worker, "completed", "a/0")
     assert script.runs_of("a") == [1]
     assert (world.rows("a"), world.rows("a/0")) == (1, 1)

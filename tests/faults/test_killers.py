@@ -18,14 +18,14 @@ def end_leases(world: World) -> None:
     world.query("update bgjob_job set lease_until = clock_timestamp() where token is not null")
 
 
-def bury(world: World, killers: list[str], **options: Any) -> list[Process]:
+def dead_letter(world: World, killers: list[str], **options: Any) -> list[Process]:
     """Run one worker process after the other until the killers are dead letters."""
-    buried = "select count(*) from bgjob_dead_job"
+    dead = "select count(*) from bgjob_dead_job"
     processes: list[Process] = []
-    while world.value(buried) < len(killers):
+    while world.value(dead) < len(killers):
         process = world.start(colour="async", **options)
         processes.append(process)
-        ended = eventually(lambda: not process.alive or world.value(buried) == len(killers))
+        ended = eventually(lambda: not process.alive or world.value(dead) == len(killers))
         assert ended, process.tail()
         end_leases(world)
     return processes
@@ -40,7 +40,7 @@ def test_a_killer_is_alone_after_a_few_deaths_and_its_neighbours_complete(
     world.enqueue("plain", *bad, sleep=0.1, then="kill", ledger=False)
     world.enqueue_many("plain", neighbours - neighbours // 2, mute=True, sleep=0.15, ledger=False)
     everything = neighbours + killers
-    processes = bury(world, bad, concurrency=everything, max_attempts=1)
+    processes = dead_letter(world, bad, concurrency=everything, max_attempts=1)
     world.done()
     deaths = sum(not process.alive for process in processes)
     dead = world.query("select job_id, last_error from bgjob_dead_job")

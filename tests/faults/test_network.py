@@ -48,7 +48,7 @@ def other_proxy(dsn: str) -> Iterator[Proxy]:
 # -- 16: a network that goes silent -----------------------------------------------------------
 
 
-class Crew:
+class BusyWorkers:
     """Workers of both colours, one busy and one idle of each, through one proxy."""
 
     def __init__(self, world: World, proxy: Proxy, name: str) -> None:
@@ -94,14 +94,14 @@ class Crew:
 def test_workers_go_on_when_the_network_returns_and_resets_their_connections(
     proxy: Proxy, world: World
 ) -> None:
-    crew = Crew(world, proxy, "reset")
+    busy = BusyWorkers(world, proxy, "reset")
     proxy.silence()
-    crew.finish()
+    busy.finish()
     time.sleep(2.0)
     proxy.forward(old="reset")
-    assert crew.recover(time.monotonic()) <= RECOVERY
+    assert busy.recover(time.monotonic()) <= RECOVERY
     world.done()
-    for queue, worker in crew.workers.items():
+    for queue, worker in busy.workers.items():
         world.witness(worker, "error")
         world.witness(worker, "completed", f"{queue}: last")
 
@@ -112,8 +112,8 @@ def test_workers_give_up_connections_that_a_silent_network_does_not_give_back(
     proxy: Proxy, other_proxy: Proxy, world: World, silent: float
 ) -> None:
     # Some wait for an answer to what they asked, and some for one to their attempt to connect.
-    asking = Crew(world, proxy, "asking")
-    connecting = Crew(world, other_proxy, "connecting")
+    asking = BusyWorkers(world, proxy, "asking")
+    connecting = BusyWorkers(world, other_proxy, "connecting")
     other_proxy.cut()
     for worker in connecting.workers.values():
         worker.wait_for("error")
@@ -311,7 +311,7 @@ def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated_while_its_j
 
 def told(worker: Process, id: str) -> list[tuple[str, int]]:
     """What a worker told of the ends of a job's runs, and of which attempt."""
-    names = ("completed", "retried", "rescheduled", "buried", "lost")
+    names = ("completed", "retried", "rescheduled", "dead", "lost")
     return [(event[0], event[2]) for event in worker.of(*names) if event[1] == id]
 
 
@@ -334,13 +334,13 @@ def test_a_settlement_whose_answer_was_lost_is_made_once_and_reported_once(
     world.release("gate", 1, 2)
     assert cut.wait(PATIENCE)
     world.done()
-    world.witness(worker, "buried" if then == "dlq" else "completed", "a")
+    world.witness(worker, "dead" if then == "dlq" else "completed", "a")
     world.witness(worker, "error")
     outcomes = {
         "complete": [("completed", 1)],
         "retry": [("retried", 1), ("completed", 2)],
         "reschedule": [("rescheduled", 1), ("completed", 1)],
-        "dlq": [("buried", 1)],
+        "dlq": [("dead", 1)],
     }
     assert told(worker, "a") == outcomes[then]
     # No handler ran again for it.
@@ -391,7 +391,7 @@ def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is
     world.release("gate", 1, 2)
     assert cut.wait(PATIENCE)
     world.done()
-    world.witness(worker, "buried" if then == "dlq" else "completed", "a")
+    world.witness(worker, "dead" if then == "dlq" else "completed", "a")
     heard = told(worker, "a")
     if moment == "before":
         # It was rolled back, and runs again from the start.
@@ -400,7 +400,7 @@ def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is
     outcomes = {
         "complete": [("completed", n)],
         "reschedule": [("rescheduled", n), ("completed", n)],
-        "dlq": [("buried", n)],
+        "dlq": [("dead", n)],
     }
     assert heard == outcomes[then]
     assert world.rows("a", "transactional") == 1

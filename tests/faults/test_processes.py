@@ -31,7 +31,7 @@ HELD = "select id, attempt from bgjob_job where token is not null or attempt <> 
 
 def outcomes(process: Process, id: str) -> list[str]:
     """What a worker told of a job, but for its start."""
-    names = ("completed", "retried", "rescheduled", "buried", "lost")
+    names = ("completed", "retried", "rescheduled", "dead", "lost")
     return [event[0] for event in process.of(*names) if event[1] == id]
 
 
@@ -41,7 +41,7 @@ def in_flight(process: Process) -> set[str]:
     for name, *details in process.events():
         if name == "started":
             running.add(details[0])
-        elif name in ("completed", "retried", "rescheduled", "buried", "lost"):
+        elif name in ("completed", "retried", "rescheduled", "dead", "lost"):
             running.discard(details[0])
     return running
 
@@ -315,8 +315,8 @@ def test_a_terminated_worker_finishes_running_jobs_and_releases_those_that_have_
     assert left == {"slow", *quick, *late} - ran
     # Nothing was claimed any more, and what had been claimed and not begun was given back.
     assert left > set(late)
-    given_back = "select count(*) from bgjob_job where id = any(%s) and xmin::text <> %s"
-    world.saw("jobs were given back", world.value(given_back, [quick, written]))
+    released = "select count(*) from bgjob_job where id = any(%s) and xmin::text <> %s"
+    world.saw("jobs were given back", world.value(released, [quick, written]))
 
 
 @both_types
@@ -569,7 +569,7 @@ def test_a_child_forked_by_a_handler_runs_no_job_and_shares_no_connection(
     assert {pid for (pid,) in world.query("select pid from ledger")} == {process.pid}
     assert world.rows("forks and commits") == 1
     assert sorted(id for _, id, _ in process.of("effect")) == sorted(ids)
-    assert process.of("lost", "retried", "buried") == []
+    assert process.of("lost", "retried", "dead") == []
 
 
 # -- the worker that is notified for all dies -----------------------------------------------

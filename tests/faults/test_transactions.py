@@ -119,7 +119,7 @@ def test_a_connection_limit_charges_no_job_and_is_reported_once_a_second(
         # 4 slots, each with at most one job a pause, and a batch that is given back.
         assert claims <= 200 * (passed + 1)
         assert not effects.called
-        assert not worker.of("started", "retried", "buried")
+        assert not worker.of("started", "retried", "dead")
         world.query(f"alter role {role} connection limit 100")
         for id in ids:
             worker.wait_for("completed", id)
@@ -191,8 +191,8 @@ def test_a_restart_under_transactional_jobs_of_one_attempt_dead_letters_none_tha
     hurt.witness(worker, "error", times=2)
     server.start()
     hurt.done()
-    [buried] = hurt.query("select array_agg(job_id) from bgjob_dead_job")[0]
-    assert set(buried or ()) <= set(effects.called)
+    [dead] = hurt.query("select array_agg(job_id) from bgjob_dead_job")[0]
+    assert set(dead or ()) <= set(effects.called)
     assert set(ids) == set(effects.called)
 
 
@@ -458,7 +458,7 @@ def test_a_transaction_outlives_the_extension_of_its_lease_at_any_default_isolat
     for id in "ab":
         world.witness(worker, "completed", id)
     assert levels == [("read committed",)] * 2
-    assert not worker.of("error", "retried", "buried", "lost")
+    assert not worker.of("error", "retried", "dead", "lost")
 
 
 # -- 11: a claim that is given up or freed ends its transaction, with its locks ------------------
@@ -508,7 +508,7 @@ def test_a_transaction_that_has_timed_out_gives_its_locks_to_the_next_attempt(
         world.witness(worker, "timed_out", id)
         worker.wait_for("completed", id)
     assert time.monotonic() - began < 8  # seconds: about two for a coroutine that is cancelled
-    assert not worker.of("buried")
+    assert not worker.of("dead")
     released.set()
     worker.wait_for("completed", "neighbour")
     assert worker.of("completed")[-1] == ("completed", "neighbour", 1)

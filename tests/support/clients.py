@@ -129,7 +129,7 @@ def client(colour: Colour) -> Any:
     return colour.client()
 
 
-def bury(client: Any, *requests: EnqueueRequest, error: str = "why") -> None:
+def dead_letter(client: Any, *requests: EnqueueRequest, error: str = "why") -> None:
     """Move new jobs to the dead-letter table, one after another."""
     for request in requests:
         client.enqueue(request)

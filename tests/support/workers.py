@@ -128,7 +128,7 @@ class Recorder(NoopObserver):
         self.events.append(("retried", job.id, job.attempt, delay, str(error)))
 
     def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
-        self.events.append(("buried", job.id, job.attempt, str(error)))
+        self.events.append(("dead", job.id, job.attempt, str(error)))
 
     def job_lease_lost(self, job: Job, /) -> None:
         self.events.append(("lost", job.id, job.attempt))
@@ -153,7 +153,7 @@ class Recorder(NoopObserver):
         assert eventually(happened), (name, id_, self.events)
 
 
-class Crew:
+class Launcher:
     """Starts workers of one colour on a database, and shuts them down in the end."""
 
     def __init__(self, dsn: str, *, is_async: bool) -> None:
@@ -207,7 +207,7 @@ class Crew:
 
 
 @pytest.fixture(params=[False, True], ids=["Worker", "AsyncWorker"])
-def crew(request: pytest.FixtureRequest, dsn: str) -> Iterator[Crew]:
-    """A crew of either colour; every test that takes it also proves that no thread is left."""
-    with closing(Crew(dsn, is_async=request.param)) as crew:
-        yield crew
+def launcher(request: pytest.FixtureRequest, dsn: str) -> Iterator[Launcher]:
+    """A launcher of either colour; every test that takes it also proves that no thread is left."""
+    with closing(Launcher(dsn, is_async=request.param)) as launcher:
+        yield launcher
