@@ -60,7 +60,8 @@ NETWORK_LIMIT = 15.0
 """Seconds after the network's return in which a worker is to work again."""
 
 RECOVERY = "from a lease's end until its job was claimed again, while a worker had slots free"
-SUSPECT = "the same, of jobs with two deaths or more, which wait for their group"
+LOCKED = "until it was freed or claimed again, where a session that was left behind had locked it"
+SUSPECT = "until it was claimed again, of jobs with two deaths or more, which wait for their group"
 DELAY = "from due to its first claim while a worker had slots free"
 
 INDEXES = """
@@ -229,9 +230,10 @@ class Monitor:
             there is none. For others to set, as the next.
         server_since: since when the server is there.
         longest_claim: seconds at most from a lease's end until its job was freed.
-        longest_locked: the same, where a session that was left behind has locked the row.
+        longest_locked: the same, and until it was claimed again, where a session that was left
+            behind has locked the row.
         longest_wait: and until it was claimed again, while there was a worker with slots free,
-            for jobs that kill no worker and have one death at most.
+            for jobs that kill no worker, have one death at most, and were not locked.
         longest_suspect: the same, for those with more.
         ready_since: since when there is a worker that has slots free and that no fault keeps
             from claiming; None where there is none. For others to set.
@@ -255,6 +257,7 @@ class Monitor:
         self.failure: BaseException | None = None
         self._world = world
         self._ended: dict[str, tuple[int, float]] = {}  # by id: the attempt, and the lease's end
+        self._locked: set[str] = set()  # of these, the ids whose rows were seen locked
         self._due: dict[str, float] = {}  # by id: since when it was seen to be due
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="monitor")
@@ -323,10 +326,13 @@ class Monitor:
                 del self._ended[id]
                 if not self._kills(id):
                     seconds = self._late(ended_at, now, self.ready_since)
-                    if deaths <= 1:
+                    if id in self._locked:
+                        self.longest_locked = max(self.longest_locked, seconds)
+                    elif deaths <= 1:
                         self.longest_wait = max(self.longest_wait, seconds)
                     else:
                         self.longest_suspect = max(self.longest_suspect, seconds)
+        self._locked &= self._ended.keys()
         late = {}
         for id, (attempt, lease_until, now, _) in live.items():
             if lease_until is not None and lease_until < now:
@@ -347,6 +353,7 @@ class Monitor:
             if id in free:
                 self.longest_claim = max(self.longest_claim, seconds)
             else:
+                self._locked.add(id)
                 self.longest_locked = max(self.longest_locked, seconds)
 
     def _late(self, ended_at: float, now: float, since: float | None) -> float:
@@ -937,7 +944,10 @@ class Soak:
     def _judge_recoveries(self) -> None:
         report, monitor = self.report, self._monitor
         self._note("from a lease's end until its job was freed", monitor.longest_claim)
-        self._note("the same, where a session has locked the row", monitor.longest_locked)
+        self._note(
+            "until it was freed, or claimed again, where a session had locked the row",
+            monitor.longest_locked,
+        )
         self._note(RECOVERY, monitor.longest_wait)
         self._note(SUSPECT, monitor.longest_suspect)
         self._note(DELAY, monitor.longest_delay)
