@@ -49,17 +49,21 @@ corrects that, and dead-letters jobs that cannot be claimed or read. `timeouts` 
 that take too long. `observers` makes one observer of many. `state` is the object that handlers
 share, opened before the first job and closed after the last.
 
-From claim to settlement, with the files in order:
+The way of a plain job from claim to settlement is these twelve files, in order:
 
-    control     the turn: step, exchange, acknowledge
-    engine      what to claim (_engine/engine), as statements (_engine/protocol)
-    claims      the statement (_sql/claims), sent by `session`, read by `answer`
-    executor    free slots get a thread, or a task for a coroutine handler
-    threads     a thread takes the job and runs it; `tasks` for a coroutine handler
-    route       whose handler it is, and what attempts it has (_handlers/route)
-    transaction where the handler has one (_running/transaction)
-    slots       the outcome goes back; the waker wakes the control thread
-    engine      the next exchange carries it
-    settlements the statement (_sql/settlements)
-    events      the observer's events, once that is committed
+    control      the turn: step, exchange, acknowledge
+    engine       which kinds of work are next (_engine/engine): a claim
+    protocol     the exchange, as statements in their order (_engine/protocol)
+    claims       the statement that claims (_sql/claims)
+    session      sends the exchange, and reads what comes back
+    executor     free slots get a thread
+    threads      a thread takes the job and runs it
+    route        whose handler it is, and what attempts it has (_handlers/route)
+    slots        the outcome goes back; the waker wakes the control thread
+    settling     the outcome waits for the next exchange (_engine/settling)
+    settlements  the statement that stores it (_sql/settlements)
+    events       the observer's events, once that is committed
+
+A coroutine handler is run by `tasks` instead of `threads`. A transactional one has settled its
+job itself when the outcome comes back (_running/transaction).
 """
