@@ -7,12 +7,12 @@ or a Run. Whether statements are sent in a transaction, and where a handler runs
 caller's part.
 """
 
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import closing
 from contextvars import copy_context
 from functools import partial
-from secrets import randbits
-from time import monotonic
+from time import monotonic, time
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
@@ -26,11 +26,16 @@ from bgjob._sql.claims import claim_any
 from bgjob._sql.keys import blocked
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
+from bgjob._sql.tokens import Tokens
 from bgjob.job import Job
 from bgjob.mux import Mux
 from bgjob.result import MoveToDlq, Result, Retry
 
 T = TypeVar("T")
+
+_TOKENS = Tokens()
+"""Of all single jobs of this process, by its own clock."""
+os.register_at_fork(after_in_child=_TOKENS.renew)
 
 _MOST_KEYS = 1_000_000
 """The most exclusive keys to check when no job is due."""
@@ -83,7 +88,7 @@ def hold(
             Workers do so as they poll.
 
     """
-    token = randbits(63)
+    token = _TOKENS.make(time())
     statement = claim(queue, lease=lease, token=token)
     while True:
         jobs = yield from ask(statement)

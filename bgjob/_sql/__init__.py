@@ -28,5 +28,6 @@ A job's row, in the order of its life:
     dead          its row in the dead-letter table
     repairs       rows that cannot be claimed or read
 
-`execute` sends statements, and nothing else does.
+`tokens` makes the numbers of claims, and reads them. `execute` sends statements, and nothing
+else does.
 """

@@ -19,6 +19,7 @@ from bgjob._sql.statement import (
     number_array,
     text_array,
 )
+from bgjob._sql.tokens import CHOICE
 from bgjob._sql.transactions import SESSION_NAME
 from bgjob.job import Job
 
@@ -218,8 +219,8 @@ HAS_SUSPECTS = f"""
     (select true from bgjob_job j where {_SUSPECTS} {_SUSPECTS_IN_ORDER} limit 1) is not null
 """
 
-# Suspects with as many deaths are a class, and a group is the first half of one. The token, which
-# is random, chooses the class: the largest, or any. What was tried, by long runs in which a kill
+# Suspects with as many deaths are a class, and a group is the first half of one. The token chooses
+# the class, as if at random: the largest, or any. What was tried, by long runs in which a kill
 # every two seconds and 320 jobs of 4 to 7 s a minute made suspects of up to half of these: that
 # with the most deaths always first kept 446 suspects waiting for over 190 s behind a killer and
 # what had died with it. Always any, of which most were single jobs: 1,500 were left after 1,000 s.
@@ -230,6 +231,7 @@ HAS_SUSPECTS = f"""
 _FIRST_CLASS = f"""
     select j.deaths from bgjob_job j where {_SUSPECTS} {{which}} {_SUSPECTS_IN_ORDER} limit 1
 """
+_CHOICE = CHOICE.format("%(token)s")
 _CLAIM_GROUP = f"""
     with recursive line (deaths) as (
         ({_FIRST_CLASS.format(which="")})
@@ -248,9 +250,9 @@ _CLAIM_GROUP = f"""
         from line where line.deaths is not null
     ), chosen as materialized (
         select deaths from size
-        order by case when mod(%(token)s::bigint, 2) = 0 then jobs end desc, deaths desc
-        offset case when mod(%(token)s::bigint, 2) = 1
-            then mod(%(token)s::bigint / 2, greatest((select count(*) from size), 1)) else 0
+        order by case when mod({_CHOICE}, 2) = 0 then jobs end desc, deaths desc
+        offset case when mod({_CHOICE}, 2) = 1
+            then mod({_CHOICE} / 2, greatest((select count(*) from size), 1)) else 0
         end
         limit 1
     ), class as materialized (

@@ -176,12 +176,15 @@ class Backend(NamedTuple):
     pid: int
     """Behind a pooler it differs from the one of the connection."""
     is_read_only: bool
+    at: datetime
+    """Its time."""
 
 
 def backend() -> Statement[Backend]:
-    """Return the server process that answers."""
+    """Return the server process that answers, and its time."""
     return Statement(
-        "select pg_backend_pid(), current_setting('transaction_read_only')::bool",
+        "select pg_backend_pid(), current_setting('transaction_read_only')::bool, "
+        "clock_timestamp()",
         None,
         lambda rows: Backend(*rows[0]),
     )

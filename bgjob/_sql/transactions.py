@@ -21,7 +21,9 @@ def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
 def session_name(claimed: Claimed, codec: str = "utf-8") -> str:
     """Return the name of a transactional handler's session while it holds this claim.
 
-    It is unique over all workers and schemas, because tokens are random. It is ASCII, as
+    It is unique over all workers of a schema. Those of two schemas could both claim a job of
+    the same id in the same millisecond, each as the worker of the same number: if one of the
+    two leases ends, both transactions are rolled back, and run again. It is ASCII, as
     `application_name` has to be. SQL computes it as SESSION_NAME.
 
     Args:

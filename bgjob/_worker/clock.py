@@ -1,6 +1,7 @@
-"""Detects that the server's clock was set."""
+"""Knows the server's time, and detects that its clock was set."""
 
 from datetime import datetime
+from time import monotonic, time
 
 STEP = 60.0
 """The least seconds of a reported step: less is a corrected clock or a busy host."""
@@ -11,6 +12,19 @@ class ServerClock:
 
     def __init__(self) -> None:
         self._bounds: tuple[float, float] | None = None
+        self._offset = time() - monotonic()
+
+    def now(self) -> float:
+        """Return the server's time in seconds since 1970, as well as it is known.
+
+        It is that of the last observation, and the time passed since then by a clock that
+        is never set. Until the first one it is this host's.
+        """
+        return self._offset + monotonic()
+
+    def connected(self, at: datetime, sent_at: float, answered_at: float) -> None:
+        """Take over the time of a server; the arguments are as for `observe`."""
+        self._offset = at.timestamp() - (sent_at + answered_at) / 2
 
     def observe(self, at: datetime, sent_at: float, answered_at: float) -> float:
         """Return by how many seconds the clock was set since the last call; 0 if it was not.
@@ -23,6 +37,7 @@ class ServerClock:
         """
         # Between the two times the process may have been stopped for any time.
         lowest, highest = at.timestamp() - answered_at, at.timestamp() - sent_at
+        self._offset = min(max(self._offset, lowest), highest)
         before, self._bounds = self._bounds, (lowest, highest)
         if before is None:
             return 0.0

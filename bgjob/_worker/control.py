@@ -7,12 +7,10 @@ end of the grace period.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
-from itertools import count
 from math import inf
-from secrets import randbits
 from time import monotonic
 
 import psycopg
@@ -35,6 +33,7 @@ from bgjob._postgres.connection import ConnectionParameters, Silence
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
+from bgjob._sql.tokens import Tokens
 from bgjob._worker.answer import Answer, UnreadError
 from bgjob._worker.events import Events
 from bgjob._worker.executor import Executor
@@ -92,11 +91,13 @@ class QueueControl:
         *,
         events: Events,
         service_timer: ServiceTimer,
+        tokens: Tokens,
     ) -> None:
         self._connection_parameters = connection_parameters
         self._queue = queue
         self._options = options
         self._service_timer = service_timer
+        self._tokens = tokens
         self._session = Session(
             connection_parameters,
             queue,
@@ -156,7 +157,7 @@ class QueueControl:
                 poll_interval=self._options.poll_interval,
                 lease=self._options.lease,
                 notify=self._session.can_notify,
-                tokens=count(randbits(62)),
+                tokens=self._make_tokens(),
                 queue=self._queue,
                 transactional=mux.transactional,
                 names_keys=mux.names_keys,
@@ -192,6 +193,10 @@ class QueueControl:
             self._session.close()
             self._ends.close()
             raise
+
+    def _make_tokens(self) -> Iterator[int]:
+        while True:
+            yield self._tokens.make(self._session.clock.now())
 
     def stop(self, give_up_at: float) -> None:
         """Begin to shut down; of several times at which to give up the first applies."""

@@ -12,6 +12,7 @@ from types import EllipsisType
 
 from bgjob._checks import Duration, seconds
 from bgjob._running.loop import Loop
+from bgjob._sql.tokens import Tokens
 from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
 from bgjob._worker.observers import Observers, combined
@@ -45,6 +46,7 @@ class WorkerGroup:
         self._queues = ", ".join(options.concurrency)
         self._events = Events(combined(observer), self._queues)
         service_timer = ServiceTimer(services)
+        tokens = Tokens()
         self._controls: list[QueueControl] = []
         for queue in options.concurrency:
             self._controls.append(
@@ -54,6 +56,7 @@ class WorkerGroup:
                     options,
                     events=self._events,
                     service_timer=service_timer,
+                    tokens=tokens,
                 )
             )
             service_timer = ServiceTimer(())  # the first queue runs the services

@@ -74,7 +74,7 @@ class Session:
         """Whether the open connection has a session of its own, without a transaction pooler."""
         self.warning: str | None = None
         """A warning about the open connection, for the observer."""
-        self._clock = ServerClock()
+        self.clock = ServerClock()
         self.step = 0.0
         """Seconds by which the server's clock was set; to report and correct."""
         self.unread: list[Unread] = []
@@ -120,7 +120,9 @@ class Session:
         try:
             # A pooler in transaction mode uses another session for each transaction:
             # settings and locks would stay behind in other clients' sessions.
+            sent_at = monotonic()
             answers = run(connection, backend())
+            self.clock.connected(answers.at, sent_at, monotonic())
             if answers.is_read_only:
                 raise psycopg.errors.ReadOnlySqlTransaction(
                     "the server, or this database or role, is read-only: connect to the primary"
@@ -170,7 +172,7 @@ class Session:
         self.unread += answer.unread
         at = reply.seen.at if reply.seen else max((x.since for x in reply.lines), default=_NEVER)
         if at > _NEVER:
-            self.step += self._clock.observe(at, answer.sent_at, monotonic())
+            self.step += self.clock.observe(at, answer.sent_at, monotonic())
         return reply
 
     def use_server_encoding(self) -> None:
