@@ -17,6 +17,7 @@ WORK = {
     "exclusive": "jobs beside 20,000 that wait for a key, and jobs of 100 keys",
     "queues": "100 of 10,000 queues watched",
     "producers": "8 producers beside a worker",
+    "notifications": "notifications at a steady rate",
     "wal": "write-ahead log, enqueue to settled",
     "memory": "memory of a worker",
     "startup": "import and start",
