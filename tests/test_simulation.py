@@ -299,14 +299,12 @@ class Table:
         return id_ in self.rows and self.rows[id_].token == token
 
     def _blocked(self, began: int) -> list[str]:
-        return [
-            key
-            for key in self.holders
-            if not self._is_held(key)
-            and not any(
-                row.key == key and not row.waits and row.due <= began for row in self.rows.values()
-            )
-        ]
+        def is_next_due(key: str) -> bool:
+            """Whether the first of the key's jobs needs no release, but a claim."""
+            rows = [r for r in self.rows.values() if r.key == key and (r.waits or r.due <= began)]
+            return bool(rows) and not min(rows, key=lambda row: (row.due, row.id)).waits
+
+        return [key for key in self.holders if not (self._is_held(key) or is_next_due(key))]
 
     def _sweep_within(
         self,

@@ -70,12 +70,23 @@ _WAITS_SINCE = _OF_KEY_SINCE.format(
 )
 _WAITS_ANYWHERE = _OF_KEY.format(which="j.waits", order="j.queue")
 _SINCE_HERE = _SINCE.format(queue="%(queue)s")
-_WAITS_HERE = "coalesce({}, {})".format(
-    _OF_KEY_SINCE.format(which="j.waits and j.queue = %(queue)s", since=_SINCE_HERE),
-    _OF_KEY.format(which="j.waits and j.queue = %(queue)s", order="j.next_run_at, j.id"),
+_WAITS_HERE = """
+    select j.next_run_at, j.id from bgjob_job j
+    where j.exclusive = e.key and j.waits and j.queue = %(queue)s and {which}
+    order by j.next_run_at, j.id
+    limit 1
+"""
+_FIRST_HERE = "({}) union all ({}) limit 1".format(
+    _WAITS_HERE.format(which=f"(j.next_run_at, j.id) >= ({_SINCE_HERE})"),
+    _WAITS_HERE.format(which="true"),
 )
-_IS_DUE_HERE = _OF_KEY_SINCE.format(
-    which="not j.waits and j.queue = %(queue)s and j.next_run_at <= now()", since=_SINCE_HERE
+_EARLIER_IS_DUE_HERE = _OF_KEY_SINCE.format(
+    which="""
+        not j.waits and j.queue = %(queue)s and j.next_run_at <= now()
+        and (j.next_run_at, j.id)
+            < (coalesce(first.next_run_at, 'infinity'), coalesce(first.id, ''))
+    """,
+    since=_SINCE_HERE,
 )
 
 
@@ -353,12 +364,17 @@ def blocked(
                 ) as h
             ))
             returning id
+        ), free as materialized (
+            select * from looked_at e
+            where not ({_IS_HELD}) or e.job_id = any (array(select id from ended))
         )
         select array(
-            select e.key from looked_at e
-            where (not ({_IS_HELD}) or e.job_id = any (array(select id from ended)))
-                and {_IS_DUE_HERE} is null
-                and ({_WAITS_HERE} is not null or {_WAITS_ANYWHERE} is null)
+            select e.key from free e
+            left join lateral ({_FIRST_HERE}) as first on true
+            -- Only those before it: an old snapshot keeps the entries of all jobs that were
+            -- put aside, and they come after it.
+            where {_EARLIER_IS_DUE_HERE} is null
+                and (first.id is not null or {_WAITS_ANYWHERE} is null)
         ), case when count(*) = %(limit)s then max(key) else '' end
         from looked_at
         """,
