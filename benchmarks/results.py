@@ -18,6 +18,7 @@ WORK = {
     "queues": "100 of 10,000 queues watched",
     "producers": "8 producers beside a worker",
     "notifications": "notifications at a steady rate",
+    "overview": "overview of 1,000,000 jobs",
     "wal": "write-ahead log, enqueue to settled",
     "memory": "memory of a worker",
     "startup": "import and start",

@@ -41,7 +41,7 @@ from bgjob.observer import LoggingObserver, NoopObserver, Observer
 from bgjob.result import Backoff, Complete, MoveToDlq, Reschedule, Result, Retry
 from bgjob.schedule import Schedule, ScheduleStatus
 from bgjob.schedules import Schedules
-from bgjob.stats import QueueStats
+from bgjob.stats import CappedCount, Overview, QueueOverview, QueueStats
 from bgjob.worker import AsyncWorker, Worker
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "AsyncWorker",
     "Backoff",
     "BgjobError",
+    "CappedCount",
     "Client",
     "ClientClosedError",
     "Codec",
@@ -79,8 +80,10 @@ __all__ = [
     "Mux",
     "NoopObserver",
     "Observer",
+    "Overview",
     "PayloadError",
     "QueueIsEmpty",
+    "QueueOverview",
     "QueueRequiredError",
     "QueueStats",
     "RawCodec",

@@ -47,7 +47,18 @@ from bgjob import (
     Schedules,
     SchemaError,
 )
-from bgjob._sql import claims, dead, enqueues, keys, leases, pauses, schedules, settlements, survey
+from bgjob._sql import (
+    claims,
+    dead,
+    enqueues,
+    keys,
+    leases,
+    overviews,
+    pauses,
+    schedules,
+    settlements,
+    survey,
+)
 from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
@@ -414,15 +425,20 @@ def test_an_operator_needs_only_its_role(
         assert (3, 1) in {(s.due, s.delayed) for s in launcher.run(client.stats())}
         launcher.run(client.pause("q"))
         assert launcher.run(client.paused()) == {"q": None}
+        seen = launcher.run(client.overview()).queues
+        assert {(q.queue, q.load, q.is_paused) for q in seen} >= {("q", 3, True)}
         assert launcher.run(client.resume("q"))
     finally:
         launcher.run(client.close())
     monitoring = (DOCS / "monitoring.sql").read_text("utf-8")
+    operations = (DOCS / "operations.md").read_text("utf-8")
     answers = []
     with psycopg.connect(dsn) as conn:
         for query in monitoring.split(";"):
             if query.strip():
                 answers.append(conn.execute(query.encode()).fetchall())
+        [query] = re.findall(r"query: >\n(.*?)```", operations, re.DOTALL)
+        assert conn.execute(query.replace("'mail'", "'q'").encode()).fetchall() == [(3,)]
     assert {row[:3] for row in answers[0]} == {("q", "t", 3), ("other", "t", 1)}
     assert len(answers) == monitoring.count(";")
 
@@ -476,7 +492,8 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_job set token = 1",
         "select id from bgjob_job for update",
         "delete from bgjob_job",
-        "select key from bgjob_exclusive",
+        "insert into bgjob_exclusive (key) values ('k')",
+        "update bgjob_exclusive set token = null",
         "delete from bgjob_exclusive",
         "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
         "update bgjob_dead_job set arg = null",
@@ -559,6 +576,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "schedules.run": lambda client: client.schedules.run("s"),
     "schedules.remove": lambda client: client.schedules.remove("s"),
     "stats": lambda client: client.stats(),
+    "overview": lambda client: client.overview(),
     "pause": lambda client: client.pause("other"),
     "paused": lambda client: client.paused(),
     "resume": lambda client: client.resume("other"),
@@ -570,7 +588,7 @@ MAY = {
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",
-        *("stats", "pause", "paused", "resume"),
+        *("stats", "overview", "pause", "paused", "resume"),
         *(name for name in METHODS if "." in name),
     },
     "scheduler": {"schedules.list"},
@@ -690,6 +708,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 dead.purge(where),
                 pauses.pause("q", None),
                 pauses.resume("q"),
+                overviews.overview(None, cap=1),
                 Statement("select * from bgjob_job", None, lambda _: None),
                 schedules.listed(),
                 schedules.resume("s"),

@@ -33,7 +33,7 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, requeues and purges dead jobs, and pauses queues. It changes no
 -- live job.
-grant select on bgjob_job, bgjob_dead_job, bgjob_pause to bgjob_operator;
+grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
     to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write
