@@ -19,7 +19,8 @@ caller's session nothing is set: there the ends of a line are given as rows, for
 expects a ninth of the table, whatever it knows of a queue, and the lines by arrays, for which it
 expects ten. It errs where the table has never been analyzed.
 
-Not now(): in the caller's transaction its own jobs would be due in the future.
+The time is statement_timestamp(), and not now(): in the caller's transaction its own jobs
+would be due in the future.
 """
 
 from collections.abc import Sequence
