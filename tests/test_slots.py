@@ -11,6 +11,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
+from random import Random
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -33,12 +36,17 @@ from bgjob import (
     Retry,
     Worker,
 )
+from bgjob._engine.outcome import Outcome, Release
+from bgjob._handlers.route import COMPLETE
+from bgjob._postgres.fork import ForkGuard
 from bgjob._running import loop
 from bgjob._running.loop import Loop
+from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
-from bgjob._worker.slots import Slot
+from bgjob._worker.executor import Executor
+from bgjob._worker.slots import Slot, Slots
 from bgjob._worker.threads import Threads
 from bgjob.testing import adrain, drain
 
@@ -585,7 +593,8 @@ def test_a_job_on_its_way_to_the_loop_is_not_given_back_when_slots_are_checked(
     claimed, before = Claimed(a_job(), 1), vars(Threads)["busy"].fget
 
     def moves(threads: Threads) -> Any:
-        executor.tasks.moving.add(Slot(claimed))  # from a thread that is idle now
+        # From a thread that is idle now.
+        executor.tasks.moving[Slot(claimed)] = executor._loop.event_loop()
         return before(threads)
 
     monkeypatch.setattr(Threads, "busy", property(moves))
@@ -594,6 +603,207 @@ def test_a_job_on_its_way_to_the_loop_is_not_given_back_when_slots_are_checked(
         executor.watch(lambda: [claimed], PATIENCE)
         assert slots.collect() == []
         executor.tasks.moving.clear()
+
+
+# -- slots without a worker ----------------------------------------------------------------------------
+
+
+class Control:
+    """Does the control thread's part for a queue's slots, without a database."""
+
+    def __init__(self, mux: Mux, loop: Loop, *, concurrency: int) -> None:
+        self.errors: list[BaseException] = []
+        self.timed_out: list[str] = []
+        self.rings = 0
+        self.ended: dict[str, list[Outcome]] = {}
+        self._held: dict[str, Claimed] = {}
+        self._tokens = count()
+        self.slots = Slots(
+            mux,
+            Transactions(("", {}), fork_guard := ForkGuard()),
+            fork_guard,
+            queue="q",
+            concurrency=concurrency,
+            started=None,
+            timed_out=lambda job, _: self.timed_out.append(job.id),
+            finished=self._ring,
+            hindered=self.errors.append,
+        )
+        self.executor = Executor(self.slots, loop)
+
+    def _ring(self) -> None:
+        self.rings += 1
+
+    def submit(self, *jobs: Job) -> None:
+        batch = [Claimed(job, next(self._tokens)) for job in jobs]
+        self._held |= {claimed.job.id: claimed for claimed in batch}
+        self.executor.submit(batch)
+
+    def turn(self) -> None:
+        """Settle what has ended, check the slots, and claim released jobs again."""
+        self._collect()
+        if self.executor.next_timeout <= monotonic():
+            self.executor.expire(monotonic())
+        self.executor.watch(lambda: [*self._held.values()], PATIENCE)
+        self._collect()
+        self.executor.spread()
+
+    def _collect(self) -> None:
+        for outcome in self.slots.collect():
+            job = outcome.claimed.job
+            assert self._held.pop(job.id, None) is outcome.claimed, f"settled twice: {outcome}"
+            if isinstance(outcome.result, Release):
+                self.submit(job)
+            else:
+                self.ended.setdefault(job.id, []).append(outcome)
+
+    @property
+    def is_idle(self) -> bool:
+        """Take a turn; whether all jobs are settled and all slots free."""
+        self.turn()
+        return not self._held and self.slots.free == self.slots.concurrency
+
+    def error_of(self, id_: str) -> str:
+        (outcome,) = self.ended[id_]
+        return str(getattr(outcome.result, "error", ""))
+
+
+@contextmanager
+def controls(mux: Mux, number: int = 1, *, concurrency: int) -> Iterator[tuple[Loop, Any]]:
+    """Make the controls of some queues with one loop."""
+    loop = Loop("bgjob-loop")
+    made = [Control(mux, loop, concurrency=concurrency) for _ in range(number)]
+    try:
+        yield loop, made[0] if number == 1 else made
+    finally:
+        for control in made:
+            control.executor.close()
+        loop.close(PATIENCE)
+
+
+def broken(loop: Loop, turns: int = 0) -> bool:
+    """End an own loop after so many turns, so that it cannot be run again; wait for that."""
+    event_loop: Any = loop.event_loop()
+    thread = loop._thread
+    assert thread is not None
+
+    def fail() -> None:
+        raise OSError("the loop is broken")
+
+    def break_it(turns: int) -> None:
+        if turns:
+            event_loop.call_soon(break_it, turns - 1)
+        else:
+            event_loop._run_once = fail
+
+    event_loop.call_soon_threadsafe(break_it, turns)
+    thread.join(PATIENCE)
+    return not thread.is_alive()
+
+
+def test_only_jobs_of_the_former_loop_are_lost_when_another_queue_has_replaced_it() -> None:
+    gate = Gate()
+    with controls(Mux().register("t", gate.coroutine), 2, concurrency=2) as (loop, queues):
+        faster, slower = queues
+        slower.submit(a_job(id="before"))
+        gate.wait()
+        assert broken(loop)
+        faster.turn()
+        slower.submit(a_job(id="after"))
+        gate.wait()
+        slower.turn()
+        slower.turn()
+        assert slower.slots.free == 1
+        assert "was ended" in slower.error_of("before")
+        gate.released.set()
+        assert eventually(lambda: slower.is_idle)
+        assert slower.ended["after"][0].result is COMPLETE
+
+
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "unnoticed"])
+def test_a_slot_on_its_way_to_a_loop_that_dies_is_freed_once(is_noticed: bool) -> None:
+    ran: list[str] = []
+
+    async def handle(job: Job) -> None:
+        ran.append(job.id)
+
+    with controls(Mux().register("t", handle), concurrency=1) as (loop, control):
+        event_loop: Any = loop.event_loop()
+        schedule = event_loop.call_soon_threadsafe
+
+        def too_late(*args: Any) -> Any:
+            event_loop.call_soon_threadsafe = schedule
+            assert broken(loop)
+            event_loop.close()
+            if is_noticed:
+                control.turn()
+            return schedule(*args)
+
+        event_loop.call_soon_threadsafe = too_late
+        control.submit(a_job(id="a"))
+        assert eventually(lambda: control.is_idle)
+        assert ran == ["a"]
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+def test_no_slot_is_won_or_lost_however_often_the_loop_is_replaced() -> None:
+    random = Random(7)
+    concurrency = 3
+    running: dict[str, set[tuple[str, object]]] = {"a": set(), "b": set()}
+    most = dict.fromkeys(running, 0)
+
+    @contextmanager
+    def counted(job: Job) -> Iterator[None]:
+        """Count the handlers that run beside this; those of a dead loop do not."""
+        where = asyncio.get_running_loop()
+        queue, me = job.id[0], (job.id, where)
+        running[queue].add(me)
+        beside = sum(other is where for _, other in running[queue].copy())
+        most[queue] = max(most[queue], beside)
+        try:
+            yield
+        finally:
+            running[queue].remove(me)
+
+    async def coroutine(job: Job) -> None:
+        with counted(job):
+            for _ in range(random.randrange(4)):
+                await asyncio.sleep(0.0005)
+
+    async def hanging(job: Job) -> None:
+        with counted(job):
+            await asyncio.sleep(NEVER)
+
+    mux = (
+        Mux()
+        .register("coroutine", coroutine)
+        .register("moves", lambda job: coroutine(job))
+        .register("plain", lambda _: None)
+        .register("hangs", hanging)
+        .register("hangs later", lambda job: hanging(job))
+    )
+    types = ["coroutine", "moves", "plain", "hangs", "hangs later"]
+    with controls(mux, 2, concurrency=concurrency) as (loop, queues):
+        submitted = 0
+        for _ in range(100):
+            for name, control in zip("ab", queues, strict=True):
+                jobs = [
+                    a_job(id=f"{name}{submitted + n}", type=type)
+                    for n, type in enumerate(random.choices(types, k=random.randrange(1, 9)))
+                ]
+                submitted += len(jobs)
+                control.submit(*jobs)
+            for _ in range(random.randrange(6)):
+                random.choice(queues).turn()
+            assert broken(loop, random.randrange(6))
+            for _ in range(random.randrange(6)):
+                random.choice(queues).turn()
+        while not all([control.is_idle for control in queues]):
+            if any(control.executor.tasks.is_unwinding for control in queues):
+                assert broken(loop, 6)  # the last of those that hang
+        assert sum(len(control.ended) for control in queues) == submitted
+        assert most == dict.fromkeys(running, concurrency)
+    gc.collect()  # the coroutines of the dead loops
 
 
 # -- threads that cannot start -----------------------------------------------------------------------

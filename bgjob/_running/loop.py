@@ -136,12 +136,21 @@ class Loop:
             RuntimeError: the caller's loop is closed, or no thread can start.
 
         """
+        loop = self.event_loop()
+        loop.call_soon_threadsafe(callback, *args)
+        return loop
+
+    def event_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the loop; start an own one if needed, or raise RuntimeError as `open` does."""
         if self._thread is None and self._given is None:
             self.open()
         loop = self._loop
         assert loop is not None  # noqa: S101 (opened)
-        loop.call_soon_threadsafe(callback, *args)
         return loop
+
+    def was_replaced(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether this loop died, and another one continues in its place."""
+        return loop is not self._loop
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> tuple[T, BaseException | None]:
         """Run a coroutine on an own loop, in a copy of the caller's context, and wait for it.

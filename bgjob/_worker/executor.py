@@ -27,7 +27,6 @@ class Executor:
     def __init__(self, slots: Slots, loop: Loop) -> None:
         self._slots = slots
         self._loop = loop
-        self._generation = 0  # of the loop
         self.tasks = Tasks(slots, loop, lambda claimed: self._threads.start(claimed))  # noqa: PLW0108 (made below)
         self._threads = Threads(slots, self.tasks)
         self._is_unclear = False
@@ -137,10 +136,7 @@ class Executor:
         # First: a loop that is closed after this is left to the next check, which knows why.
         is_closed = self._loop.is_closed
         self.failure = self._loop.failure(patience, has_work=self.tasks.is_unwinding)
-        if is_closed or self._loop.generation != self._generation:
-            self._generation = self._loop.generation
-            dead += self.tasks.lose()
-            self._is_unclear = True  # the jobs that were moving
+        dead += self.tasks.lose(is_closed=is_closed)
         while self.tasks.dead:
             dead.append(self.tasks.dead.popleft())
         for slot in dead:

@@ -39,8 +39,8 @@ class Tasks:
         self._loop = loop
         self._to_thread = to_thread
         self.all: dict[asyncio.Task[None], Slot] = {}
-        self.moving: set[Slot] = set()
-        """Slots on their way to the loop."""
+        self.moving: dict[Slot, asyncio.AbstractEventLoop] = {}
+        """Slots on their way to this loop; the thread that removes one starts or frees it."""
         self.dead: deque[Slot] = deque()
         """Slots whose tasks were ended."""
         self._is_cancelled = False
@@ -79,18 +79,30 @@ class Tasks:
             context: the job's context, if it has run on a thread.
 
         """
-        slots, moving = self._slots, [Slot(claimed) for _ in range(count)]
-        self.moving.update(moving)
+        moving = [Slot(claimed) for _ in range(count)]
         try:
-            self._loop.call(self._start, moving, route, context)
-        except RuntimeError as error:
-            # The caller closed its loop while the worker ran, or no thread can start.
-            self.moving.difference_update(moving)
-            slots.hindered(error)
-            slots.free_again(count)
-            if claimed is not None:
-                slots.done(Outcome(claimed, Release(), None))
-            slots.needs_watch = True
+            loop = self._loop.event_loop()
+        except RuntimeError as error:  # no thread can start
+            self._slots.hindered(error)
+            for slot in moving:
+                self._not_started(slot)
+            return
+        self.moving.update(dict.fromkeys(moving, loop))
+        try:
+            loop.call_soon_threadsafe(self._start, moving, route, context)
+        except RuntimeError as error:  # it was closed
+            self._slots.hindered(error)
+            for slot in moving:
+                # Meanwhile the control thread may have noticed that.
+                if self.moving.pop(slot, None) is not None:
+                    self._not_started(slot)
+
+    def _not_started(self, slot: Slot) -> None:
+        """Free a slot that did not reach the loop, and release its job."""
+        self._slots.free_again()
+        if slot.claimed is not None:
+            self._slots.done(Outcome(slot.claimed, Release(), None))
+        self._slots.needs_watch = True
 
     def cancel(self) -> None:
         """Cancel the coroutines that still run: the grace period is over. Idempotent.
@@ -111,21 +123,31 @@ class Tasks:
         for task in tuple(self.all):
             task.cancel()
 
-    def lose(self) -> list[Slot]:
-        """Fail the jobs of a loop that will not continue; return its slots."""
-        lost = [*self.all.values()]
-        for slot in lost:
-            slot.is_lost = True
-        self.all.clear()
-        while self.moving:
-            self.moving.pop()
-            self._slots.free_again()
+    def lose(self, *, is_closed: bool) -> list[Slot]:
+        """Give up what was on its way to a loop that will not continue; return its tasks' slots.
+
+        Other threads use the next loop as soon as there is one, so that its slots are here too.
+
+        Args:
+            is_closed: whether the caller's loop is closed, which no other replaces.
+
+        """
+        lost: list[Slot] = []
+        for task, slot in tuple(self.all.items()):
+            if is_closed or self._loop.was_replaced(task.get_loop()):
+                slot.is_lost = True
+                self.all.pop(task, None)
+                lost.append(slot)
+        for slot, loop in self.moving.copy().items():
+            is_lost = is_closed or self._loop.was_replaced(loop)
+            if is_lost and self.moving.pop(slot, None) is not None:
+                self._not_started(slot)
         return lost
 
     def _start(self, moving: list[Slot], route: Route | None, context: Context | None) -> None:
         for me in moving:
             self._start_task(me, route, context)
-        self.moving.difference_update(moving)
+            del self.moving[me]
 
     def _start_task(
         self, me: Slot, route: Route | None = None, context: Context | None = None
