@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
+from math import inf
 from random import Random
 from time import monotonic
 from typing import Any
@@ -681,6 +682,19 @@ def controls(mux: Mux, number: int = 1, *, concurrency: int) -> Iterator[tuple[L
         loop.close(PATIENCE)
 
 
+@pytest.fixture
+def dead_loops() -> Iterator[None]:
+    """Collect the coroutines of dead loops here, and not in another test."""
+    yield
+    gc.collect()
+
+
+def breaks_loops(test: Any) -> Any:
+    """Mark a test that calls `broken`: some coroutines of that loop are never awaited."""
+    ignore = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+    return pytest.mark.usefixtures("dead_loops")(ignore(test))
+
+
 def broken(loop: Loop, turns: int = 0) -> bool:
     """End an own loop after so many turns, so that it cannot be run again; wait for that."""
     event_loop: Any = loop.event_loop()
@@ -701,6 +715,7 @@ def broken(loop: Loop, turns: int = 0) -> bool:
     return not thread.is_alive()
 
 
+@breaks_loops
 def test_only_jobs_of_the_former_loop_are_lost_when_another_queue_has_replaced_it() -> None:
     gate = Gate()
     with controls(Mux().register("t", gate.coroutine), 2, concurrency=2) as (loop, queues):
@@ -720,6 +735,7 @@ def test_only_jobs_of_the_former_loop_are_lost_when_another_queue_has_replaced_i
         assert slower.ended["after"][0].result is COMPLETE
 
 
+@breaks_loops
 @pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "unnoticed"])
 def test_a_slot_on_its_way_to_a_loop_that_dies_is_freed_once(is_noticed: bool) -> None:
     ran: list[str] = []
@@ -745,7 +761,7 @@ def test_a_slot_on_its_way_to_a_loop_that_dies_is_freed_once(is_noticed: bool) -
         assert ran == ["a"]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@breaks_loops
 def test_no_slot_is_won_or_lost_however_often_the_loop_is_replaced() -> None:
     random = Random(7)
     concurrency = 3
@@ -803,7 +819,6 @@ def test_no_slot_is_won_or_lost_however_often_the_loop_is_replaced() -> None:
                 assert broken(loop, 6)  # the last of those that hang
         assert sum(len(control.ended) for control in queues) == submitted
         assert most == dict.fromkeys(running, concurrency)
-    gc.collect()  # the coroutines of the dead loops
 
 
 # -- threads that cannot start -----------------------------------------------------------------------
@@ -875,6 +890,88 @@ def test_jobs_run_on_the_threads_that_there_are(
     launcher.enqueue(*(f"o{n}" for n in range(20)), type="c")
     assert all_done(conn)
     assert worker.failure is None
+
+
+def test_the_start_of_a_thread_is_tried_again_after_pauses_that_grow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, gate, now = NoThreads(monkeypatch, "bgjob-q-"), Gate(), 1000.0
+    monkeypatch.setattr("bgjob._worker.threads.monotonic", lambda: now)
+
+    with controls(Mux().register("t", gate), concurrency=2) as (_, control):
+        executor = control.executor
+
+        def pauses(number: int) -> Iterator[float]:
+            nonlocal now
+            for _ in range(number):
+                at, before = executor.next_timeout, threads.refused
+                yield at - now
+                executor.expire((now + at) / 2)
+                assert threads.refused == before
+                now = at
+                executor.expire(now)
+                assert threads.refused == before + 1
+
+        threads.are_refused = True
+        control.submit(a_job(id="a"))
+        assert executor.usable == 0
+        assert [*pauses(8)] == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2])
+        assert len(control.errors) == threads.refused == 9
+        threads.are_refused = False
+        now = executor.next_timeout
+        executor.expire(now)
+        gate.wait()
+        assert (executor.usable, executor.next_timeout) == (2, inf)
+        threads.are_refused = True
+        control.submit(a_job(id="b"))
+        assert executor.usable == 1
+        assert [*pauses(2)] == pytest.approx([0.05, 0.1])  # as the first time
+        threads.are_refused = False
+        now = executor.next_timeout
+        executor.expire(now)
+        gate.wait()  # beside the first
+        gate.released.set()
+        assert eventually(lambda: control.is_idle)
+
+
+def test_a_job_that_finds_no_thread_goes_back_to_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, ran = NoThreads(monkeypatch, "bgjob-q-"), []
+
+    async def coroutine(job: Job) -> None:
+        ran.append(job.id)
+
+    mux = Mux().register("t", lambda job: ran.append(job.id)).register("c", coroutine)
+    with controls(mux, concurrency=1) as (_, control):
+        threads.are_refused = True
+        control.submit(a_job("c", id="a"), a_job(id="b"), a_job(id="c"))
+        # It reports the end of the first job, and then that the second needs a thread.
+        assert eventually(lambda: control.rings == 2)
+        assert control.slots.free == 1
+        threads.are_refused = False
+        assert eventually(lambda: control.is_idle)
+    assert ran == ["a", "b", "c"]
+
+
+@breaks_loops
+def test_a_loop_whose_thread_cannot_start_again_is_tried_again_at_each_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, gate = NoThreads(monkeypatch, "bgjob-loop"), Gate()
+    with controls(Mux().register("t", gate.coroutine), concurrency=1) as (loop, control):
+        control.submit(a_job(id="a"), a_job(id="b"))
+        gate.wait()
+        threads.are_refused = True
+        assert broken(loop)
+        for n in range(1, 4):
+            control.turn()
+            assert threads.refused == n
+            assert str(control.errors[-1]) == "can't start new thread"
+        assert len(control.errors) == 3
+        assert "was ended" in control.error_of("a")
+        threads.are_refused = False
+        gate.released.set()
+        assert eventually(lambda: control.is_idle)
+        assert control.ended["b"][0].result is COMPLETE
 
 
 @pytest.mark.parametrize("name", ["bgjob-events", "bgjob-loop", "bgjob-worker"])
