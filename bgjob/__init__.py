@@ -43,6 +43,7 @@ from bgjob.schedule import Schedule, ScheduleStatus
 from bgjob.schedules import Schedules
 from bgjob.stats import CappedCount, Overview, QueueOverview, QueueStats
 from bgjob.worker import AsyncWorker, Worker
+from bgjob.workers import RunningJob, WorkerCounts, WorkerStatus
 
 __version__ = "0.1.0"
 
@@ -91,6 +92,7 @@ __all__ = [
     "Reschedule",
     "Result",
     "Retry",
+    "RunningJob",
     "Schedule",
     "ScheduleError",
     "ScheduleStatus",
@@ -101,7 +103,9 @@ __all__ = [
     "UnknownScheduleError",
     "UnknownTypeError",
     "Worker",
+    "WorkerCounts",
     "WorkerError",
+    "WorkerStatus",
     "__version__",
     "only",
 ]

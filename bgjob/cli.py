@@ -20,6 +20,7 @@ from bgjob._cli.commands import (
     schema,
     stats,
     worker,
+    workers,
 )
 from bgjob.errors import BgjobError
 
@@ -28,7 +29,7 @@ Command = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
 """The exit status that a shell reports for a command ended by Ctrl-C."""
 
-_COMMANDS = (worker, enqueue, stats, dlq, pauses, schedules, schema, playground, demo)
+_COMMANDS = (worker, workers, enqueue, stats, dlq, pauses, schedules, schema, playground, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

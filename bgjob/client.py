@@ -20,6 +20,7 @@ from psycopg.errors import (
     ProtocolViolation,
     ReadOnlySqlTransaction,
     SerializationFailure,
+    UndefinedTable,
     UniqueViolation,
 )
 from psycopg.pq import PipelineStatus, TransactionStatus
@@ -38,7 +39,7 @@ from bgjob._postgres.pool import (
     PooledConnection,
 )
 from bgjob._running.do import AsyncDo, Do
-from bgjob._sql import enqueues, overviews, pauses, views
+from bgjob._sql import enqueues, overviews, pauses, views, workers
 from bgjob._sql.execute import (
     read,
     read_all,
@@ -58,12 +59,14 @@ from bgjob.errors import (
     EnqueueConflictError,
     JobAlreadyExistsError,
     RequestsRequiredError,
+    SchemaError,
 )
 from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
 from bgjob.mux import Mux
 from bgjob.result import Result
 from bgjob.stats import Overview, QueueStats
 from bgjob.timetable import AsyncTimetable, Timetable
+from bgjob.workers import NO_TABLE, WorkerStatus
 
 T = TypeVar("T")
 
@@ -358,6 +361,25 @@ class AsyncClient:
 
         """
         return await self._run(_overview(queue, cap), conn, before=overviews.plan_by_index())
+
+    async def workers(
+        self, *, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> list[WorkerStatus]:
+        """List the workers that were seen within a day: the lost ones, the live ones, the others.
+
+        Each worker writes a row every 10 s, so what it tells of its jobs may be as old.
+
+        Args:
+            conn: a connection of the caller's.
+
+        Raises:
+            SchemaError: the schema is from before its table.
+
+        """
+        try:
+            return await self._run(workers.workers(), conn)
+        except UndefinedTable as error:
+            raise SchemaError(NO_TABLE) from error
 
     async def pause(
         self,
@@ -809,6 +831,23 @@ class Client:
 
         """
         return self._run(_overview(queue, cap), conn, before=overviews.plan_by_index())
+
+    def workers(self, *, conn: psycopg.Connection[Any] | None = None) -> list[WorkerStatus]:
+        """List the workers that were seen within a day: the lost ones, the live ones, the others.
+
+        Each worker writes a row every 10 s, so what it tells of its jobs may be as old.
+
+        Args:
+            conn: a connection of the caller's.
+
+        Raises:
+            SchemaError: the schema is from before its table.
+
+        """
+        try:
+            return self._run(workers.workers(), conn)
+        except UndefinedTable as error:
+            raise SchemaError(NO_TABLE) from error
 
     def pause(
         self,

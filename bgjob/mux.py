@@ -60,6 +60,11 @@ class Mux:
         self.transactional: set[str] = set()
         """The job types with a transactional handler."""
 
+    @property
+    def types(self) -> frozenset[str]:
+        """The job types with a handler."""
+        return frozenset(self._routes)
+
     @overload
     def register(
         self,

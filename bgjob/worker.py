@@ -94,6 +94,12 @@ class AsyncWorker:
             least 1 s; each host of the connection string gets at least 2 s.
         grace: seconds or a timedelta for which a shutdown waits for running handlers;
             30 s by default, as most supervisors allow. None waits without limit.
+        registry: whether `Client.workers` and `bgjob workers` list the worker, which writes
+            a row at its start, every 10 s and at its end; True by default: a beat
+            is one small statement. If the table or a grant is missing, the worker
+            works without a row, and the observer is told once.
+        release: the version of your program, for that list; that of the environment
+            variable BGJOB_RELEASE by default.
 
     Jobs run at least once: a job whose worker dies before its result is stored
     runs again elsewhere. An async context manager: entering runs the worker, leaving
@@ -119,6 +125,8 @@ class AsyncWorker:
         state: Callable[[], Any] | None = None,
         init_timeout: Duration = 10.0,
         grace: Duration | None = 30.0,
+        registry: bool = True,
+        release: str | None = None,
     ) -> None:
         self._group = WorkerGroup(
             client,
@@ -135,6 +143,8 @@ class AsyncWorker:
             observer=observer,
             services=services,
             state=None if state is None else State(state, has_loop=True),
+            registry=registry,
+            release=release,
         )
 
     async def run(self) -> None:
@@ -276,6 +286,12 @@ class Worker:
             least 1 s; each host of the connection string gets at least 2 s.
         grace: seconds or a timedelta for which a shutdown waits for running handlers;
             30 s by default, as most supervisors allow. None waits without limit.
+        registry: whether `Client.workers` and `bgjob workers` list the worker, which writes
+            a row at its start, every 10 s and at its end; True by default: a beat
+            is one small statement. If the table or a grant is missing, the worker
+            works without a row, and the observer is told once.
+        release: the version of your program, for that list; that of the environment
+            variable BGJOB_RELEASE by default.
 
     Jobs run at least once: a job whose worker dies before its result is stored
     runs again elsewhere. A context manager: entering runs the worker, leaving
@@ -297,6 +313,8 @@ class Worker:
         state: Callable[[], Any] | None = None,
         init_timeout: Duration = 10.0,
         grace: Duration | None = 30.0,
+        registry: bool = True,
+        release: str | None = None,
     ) -> None:
         self._group = WorkerGroup(
             client,
@@ -313,6 +331,8 @@ class Worker:
             observer=observer,
             services=services,
             state=None if state is None else State(state, has_loop=False),
+            registry=registry,
+            release=release,
         )
 
     def run(self) -> None:

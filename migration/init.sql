@@ -122,6 +122,43 @@ create table bgjob_pause (
     constraint bgjob_pause_pkey primary key (queue)
 );
 
+-- The workers, for people to see: it decides nothing. A row for each process's worker, written
+-- when it starts, every few seconds, and when it has ended.
+create table bgjob_worker (
+    -- The low bits of the tokens of its claims.
+    number        bigint      generated always as identity,
+    host          text        not null,
+    pid           integer     not null,
+    program       text        not null,
+    release       text,
+    version       text        not null,
+    started_at    timestamptz not null default clock_timestamp(),
+    -- In the same order: a queue, its slots, and how many handlers are busy.
+    queues        text[]      not null,
+    slots         integer[]   not null,
+    running       integer[]   not null default '{}',
+    types         text[]      not null,
+    -- Seconds: of a lease, and between two beats.
+    lease         real        not null,
+    every         real        not null,
+    seen_at       timestamptz not null default clock_timestamp(),
+    state         text        not null default 'working',
+    -- Since the start: completed, retried, rescheduled, dead, lost, timed_out, errors.
+    counts        bigint[]    not null default '{}',
+    -- The jobs that have run longest, and since when.
+    longest       text[]      not null default '{}',
+    longest_since timestamptz[] not null default '{}',
+    note          text,
+    constraint bgjob_worker_pkey primary key (number)
+) with (
+    -- No other index, and room in the page: so each beat is a heap-only update.
+    fillfactor = 25,
+    -- Each beat leaves a dead row, which the next ones remove from the page. Vacuum comes for
+    -- the rows of old workers.
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_scale_factor = 0
+);
+
 -- A later version that only adds something, such as a nullable column, has the comment
 -- 'bgjob schema 2, works with 1': code that needs version 1 starts with it as well.
 comment on table bgjob_job is 'bgjob schema 1';

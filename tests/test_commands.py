@@ -28,7 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 READ = ["stats", "dlq list", "dlq show a", "dlq requeue --all", "dlq purge --all", "enqueue q t"]
 READ += [f"schedules {rest}" for rest in ("list", "pause a", "resume a", "run a", "remove a")]
-READ += ["pause q", "resume q", "paused"]
+READ += ["pause q", "resume q", "paused", "workers"]
 """Commands that need the tables."""
 
 
@@ -657,6 +657,7 @@ def test_the_command_checks_the_databases_schema(run: Run, conn: psycopg.Connect
         "ok": True,
         "version": version,
         "needed": version,
+        "lists_workers": True,
         "error": None,
     }
     conn.execute("comment on table bgjob_job is 'bgjob schema 3, works with 1'")

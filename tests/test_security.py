@@ -46,6 +46,7 @@ from bgjob import (
     Schedule,
     Schedules,
     SchemaError,
+    WorkerCounts,
 )
 from bgjob._sql import (
     claims,
@@ -58,6 +59,7 @@ from bgjob._sql import (
     schedules,
     settlements,
     survey,
+    workers,
 )
 from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
 from bgjob._sql.statement import Statement
@@ -121,8 +123,11 @@ class Roles:
 
     def named(self, script: str) -> bytes:
         """Return SQL in which the roles have this test's names."""
+        # A table has the name of a role.
         return re.sub(
-            r"\bbgjob_(producer|worker|scheduler|operator)\b", rf"\g<0>{self._suffix}", script
+            r"\b((?:role|to|from)\s+bgjob_(?:producer|worker|scheduler|operator))\b",
+            rf"\g<1>{self._suffix}",
+            script,
         ).encode()
 
     def apply(self, script: str = SCRIPT) -> None:
@@ -465,8 +470,12 @@ REFUSED: dict[str, list[LiteralString]] = {
         "select arg from bgjob_schedule",
         "update bgjob_schedule set tick = now()",
         "select queue from bgjob_pause",
+        "select number from bgjob_worker",
     ],
     "worker": [
+        "select host from bgjob_worker",
+        "update bgjob_worker set host = 'x'",
+        "insert into bgjob_worker (state) values ('x')",
         "select name from bgjob_schedule",
         "update bgjob_schedule set tick = now()",
         "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
@@ -497,6 +506,8 @@ REFUSED: dict[str, list[LiteralString]] = {
         "delete from bgjob_exclusive",
         "insert into bgjob_dead_job (job_id, queue, type) values ('x', 'q', 't')",
         "update bgjob_dead_job set arg = null",
+        "update bgjob_worker set note = null",
+        "delete from bgjob_worker",
         "update bgjob_schedule set type = 'other'",
         "insert into bgjob_schedule (name, spec, queue, type, priority) "
         "values ('x', 'x', 'q', 't', 0)",
@@ -511,6 +522,7 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_schedule set paused = false",
         "update bgjob_schedule set name = 'other'",
         "delete from bgjob_schedule",
+        "select number from bgjob_worker",
     ],
     "nobody": [
         "select name from bgjob_schedule",
@@ -528,6 +540,7 @@ REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_exclusive",
     "truncate bgjob_schedule",
     "truncate bgjob_pause",
+    "truncate bgjob_worker",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -577,6 +590,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "schedules.remove": lambda client: client.schedules.remove("s"),
     "stats": lambda client: client.stats(),
     "overview": lambda client: client.overview(),
+    "workers": lambda client: client.workers(),
     "pause": lambda client: client.pause("other"),
     "paused": lambda client: client.paused(),
     "resume": lambda client: client.resume("other"),
@@ -588,7 +602,7 @@ MAY = {
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",
-        *("stats", "overview", "pause", "paused", "resume"),
+        *("stats", "overview", "workers", "pause", "paused", "resume"),
         *(name for name in METHODS if "." in name),
     },
     "scheduler": {"schedules.list"},
@@ -626,7 +640,15 @@ def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
         launcher.shutdown(worker, timeout=1)
 
 
-WORKERS_GRANTS = [grant for grant in GRANTS if grant.group == "worker"]
+WORKERS_GRANTS = [
+    grant for grant in GRANTS if grant.group == "worker" and grant.table != "bgjob_worker"
+]
+OWN_ROWS_GRANTS = [
+    single
+    for grant in GRANTS
+    if grant.group == "worker" and grant.table == "bgjob_worker"
+    for single in grant.single
+]
 
 
 @pytest.mark.parametrize("grant", WORKERS_GRANTS, ids=lambda g: f"{g.privilege} on {g.table}")
@@ -665,6 +687,45 @@ def test_a_worker_that_lacks_one_column_of_a_grant_does_not_start(
     assert started == []
 
 
+@pytest.mark.parametrize("grant", OWN_ROWS_GRANTS, ids=str)
+def test_a_worker_that_may_not_write_its_row_names_the_grant_once_and_works(
+    roles: Roles, conn: psycopg.Connection, grant: Grant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bgjob._worker.registry.EVERY", 0.01)
+    monkeypatch.setattr("bgjob._worker.registry._LOOK_AGAIN", 0.01)
+    launcher = Launcher(roles.dsn, is_async=False)
+    try:
+        dsn = roles.login("worker")
+        roles.revoke(grant)
+        recorder = Recorder()
+        launcher.start(Mux().register("t", lambda _: None), dsn=dsn, observer=recorder)
+        launcher.enqueue("a")
+        recorder.wait_for("completed", "a")
+        [(_, error)] = recorder.of("error")
+        assert re.search(rf"grant\b.*\b{grant.privilege}\b.*\bbgjob_worker\b", str(error))
+        assert rows(conn, "select from bgjob_worker") == []
+        roles.conn.execute(roles.named(f"grant {grant} to bgjob_worker"))
+        assert eventually(lambda: rows(conn, "select from bgjob_worker") != [])
+        assert len(recorder.of("error")) == 1
+    finally:
+        launcher.close()
+
+
+def test_a_worker_whose_grants_are_withdrawn_goes_on(
+    launcher: Launcher, roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bgjob._worker.registry.EVERY", 0.01)
+    dsn, recorder = roles.login("worker"), Recorder()
+    launcher.start(Mux().register("t", lambda _: None), dsn=dsn, observer=recorder)
+    for grant in OWN_ROWS_GRANTS:
+        roles.revoke(grant)
+    recorder.wait_for("error")
+    launcher.enqueue("a")
+    recorder.wait_for("completed", "a")
+    [(_, error)] = recorder.of("error")
+    assert "does not list this worker" in str(error)
+
+
 def _everything(group: str) -> list[Statement[Any]]:
     """Every statement of a role, each of which is refused whole if any privilege is missing."""
     request = EnqueueRequest("q", "t")
@@ -692,6 +753,10 @@ def _everything(group: str) -> list[Statement[Any]]:
                 keys.acquire("q", [claimed]),
                 keys.release("q", ["k"]),
                 keys.blocked("q", after="", limit=1),
+                workers.register(
+                    workers.Registration("h", 1, "p", None, "1", {"q": 1}, ["t"], 30, 10)
+                ),
+                workers.beat(1, workers.Beat("working", [0], WorkerCounts(), [], None)),
             ]
         case "scheduler":
             schedule = Schedule("s", every=60, request=request)
@@ -710,6 +775,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 pauses.resume("q"),
                 overviews.overview(None, cap=1),
                 Statement("select * from bgjob_job", None, lambda _: None),
+                workers.workers(),
                 schedules.listed(),
                 schedules.resume("s"),
                 schedules.remove("s"),

@@ -27,6 +27,7 @@ A job's row, in the order of its life:
     settlements   what its result does to it: the only place that says so
     dead          its row in the dead-letter table
     repairs       rows that cannot be claimed or read
+    workers       the row of a worker, for people to see it
 
 `tokens` makes the numbers of claims, and reads them. `execute` sends statements, and nothing
 else does.

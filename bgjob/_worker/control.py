@@ -9,9 +9,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from math import inf
 from time import monotonic
+from typing import TypeVar
 
 import psycopg
 from psycopg.errors import (
@@ -33,11 +34,14 @@ from bgjob._postgres.connection import ConnectionParameters, Silence
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement
 from bgjob._sql.tokens import Tokens
 from bgjob._worker.answer import Answer, UnreadError
 from bgjob._worker.events import Events
 from bgjob._worker.executor import Executor
 from bgjob._worker.options import WorkerOptions
+from bgjob._worker.registry import Registry
 from bgjob._worker.repairs import clock_was_set, dead_letter_unclaimable, dead_letter_unreadable
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots, inside
@@ -46,6 +50,8 @@ from bgjob.errors import BgjobError, ScheduleError
 from bgjob.event import JobTimedOut, WorkerError
 from bgjob.mux import Mux
 from bgjob.service import ServiceTimer
+
+T = TypeVar("T")
 
 _FIRST_PAUSE = 0.05  # seconds between two attempts to reconnect; doubles
 _LONGEST_PAUSE = 1.0
@@ -92,12 +98,14 @@ class QueueControl:
         events: Events,
         service_timer: ServiceTimer,
         tokens: Tokens,
+        registry: Registry | None,
     ) -> None:
         self._connection_parameters = connection_parameters
         self._queue = queue
         self._options = options
         self._service_timer = service_timer
         self._tokens = tokens
+        self._registry = registry
         self._session = Session(
             connection_parameters,
             queue,
@@ -133,6 +141,17 @@ class QueueControl:
         self._tell_warning()
         self._service_timer.begin()
         self._service_timer.run(self._session.lend, monotonic, self._service_cannot_start)
+        if self._registry is not None:
+            self._registry.enter(self._queue, lambda: self._running)
+
+    def register(self) -> None:
+        """Write the worker's row, when all queues are connected."""
+        if self._registry is not None:
+            self._write_row(self._registry)
+
+    @property
+    def _running(self) -> list[Claimed]:
+        return self._executor.in_handlers if self.has_run else []
 
     def _tell_warning(self) -> None:
         if self._session.warning is not None:
@@ -140,6 +159,7 @@ class QueueControl:
 
     def disconnect(self) -> None:
         """Close the connection of a worker that does not start."""
+        self._leave()
         self._session.close()
 
     def start(self, mux: Mux, loop: Loop, leave: Callable[[], None]) -> None:
@@ -240,6 +260,18 @@ class QueueControl:
             except BaseException as error:  # more faults than it survives
                 self._fail(error)
                 self.abandoned = self._engine.unsettled
+            self._leave()
+
+    def _leave(self) -> None:
+        """Write into the worker's row that it has ended, if this is its last queue."""
+        if self._registry is not None:
+            with suppress(Exception):  # without a connection it shows as lost
+                self._registry.leave(self._queue, self._ask_last, self.failure)
+
+    def _ask_last(self, statement: Statement[T]) -> T:
+        if self.failure is not None and not self._session.is_open:
+            self._session.open(LAST_WORDS)  # its faults have closed the connection
+        return self._session.ask(statement)
 
     def _goes_on(self) -> bool:
         """Take one step, and survive its faults; False when the worker has ended."""
@@ -296,6 +328,9 @@ class QueueControl:
         if now >= self._service_timer.pressing_at:
             self._serve()
             return True
+        if self._registry is not None and now >= self._row_due_at:
+            self._write_row(self._registry)
+            return True
         if self._session.unread:
             self._repair(dead_letter_unreadable)
             return True
@@ -311,7 +346,7 @@ class QueueControl:
             case Sleep() if now >= self._service_timer.due_at:
                 self._serve()
             case Sleep(until):
-                self._sleep(min(until, self._service_timer.due_at))
+                self._sleep(min(until, self._service_timer.due_at, self._row_due_at))
             case Stop(abandoned):
                 self.abandoned = abandoned
                 return False
@@ -389,7 +424,7 @@ class QueueControl:
         """Plan the exchange after the current one, if jobs flow."""
         self._collect()
         now = monotonic()
-        due_at = min(self._service_timer.pressing_at, self._executor.next_timeout)
+        due_at = min(self._service_timer.pressing_at, self._executor.next_timeout, self._row_due_at)
         needed = self._session.unread or self._session.step or self._slots.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None
@@ -400,6 +435,19 @@ class QueueControl:
         if not self.has_run:
             return
         self._executor.spread()  # jobs that were assumed quick, and given one slot, may not be
+
+    @property
+    def _row_due_at(self) -> float:
+        return inf if self._registry is None else self._registry.due_at(self._queue)
+
+    def _write_row(self, registry: Registry) -> None:
+        try:
+            is_stopping = self._give_up_at is not None
+            registry.write(self._session.ask, is_stopping=is_stopping)
+        except psycopg.Error as error:
+            if self._must_reconnect(error):
+                raise
+            self._events.error(error)
 
     def _serve(self) -> None:
         self._service_timer.run(self._session.lend, monotonic, self._service_failed)

@@ -9,7 +9,7 @@ observe, and cost every other observer an object a job.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TypeGuard, assert_never
 
@@ -18,6 +18,7 @@ from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.observers import listener
+from bgjob._worker.tally import Tally
 from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
 from bgjob.observer import Observer
@@ -41,6 +42,8 @@ class Events:
     """
 
     def __init__(self, observer: Observer, queue: str) -> None:
+        self.tally = Tally()
+        """What has been told so far."""
         self._observer = observer
         self._job_started = listener(observer, "job_started")
         self._job_completed = listener(observer, "job_completed")
@@ -73,14 +76,20 @@ class Events:
         except BaseException:  # whatever it raises, even SystemExit: the job goes on
             _log.exception("observer failed in job_started")
 
-    def tell(self, events: Iterable[Event]) -> None:
-        """Queue events for the observer, in order."""
-        if self._job_completed is None:
-            # Most events are completions: an observer without them costs nearly nothing.
-            events = [event for event in events if not _is_completion(event)]
-            if not events:
-                return
+    def tell(self, events: Sequence[Event]) -> None:
+        """Count events, and queue them for the observer, in order."""
+        others = [event for event in events if not _is_completion(event)]
+        completed = len(events) - len(others)
         with self._ready:
+            if completed:
+                self.tally.completed(completed)
+            if others:
+                self.tally.add(others)
+            if self._job_completed is None:
+                # Most events are completions: an observer without them costs nearly nothing.
+                events = others
+                if not events:
+                    return
             before = len(self._waiting)
             self._waiting.extend(events)
             if len(self._waiting) > _UNCOUNTED:

@@ -69,6 +69,12 @@ class Executor:
                 self._threads.start(None)
 
     @property
+    def in_handlers(self) -> list[Claimed]:
+        """The jobs that threads and tasks run. From any thread."""
+        slots = [*self._threads.busy, *tuple(self.tasks.all.values())]
+        return [claimed for slot in slots if (claimed := slot.claimed) is not None]
+
+    @property
     def next_timeout(self) -> float:
         """When to call `expire` next."""
         return min(self._slots.timeouts.next_at, self._threads.retry_at)

@@ -17,6 +17,7 @@ from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
 from bgjob._worker.observers import Observers, combined
 from bgjob._worker.options import WorkerOptions
+from bgjob._worker.registry import Registry
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError
@@ -39,6 +40,8 @@ class WorkerGroup:
         observer: Observers | None,
         services: Iterable[Service],
         state: State | None,
+        registry: bool,
+        release: str | None,
     ) -> None:
         self._options = options
         self._mux = mux
@@ -47,6 +50,18 @@ class WorkerGroup:
         self._events = Events(combined(observer), self._queues)
         service_timer = ServiceTimer(services)
         tokens = Tokens()
+        row = (
+            Registry(
+                options.concurrency,
+                lambda: mux.types,
+                lease=options.lease,
+                release=release,
+                tokens=tokens,
+                events=self._events,
+            )
+            if registry
+            else None
+        )
         self._controls: list[QueueControl] = []
         for queue in options.concurrency:
             self._controls.append(
@@ -57,6 +72,7 @@ class WorkerGroup:
                     events=self._events,
                     service_timer=service_timer,
                     tokens=tokens,
+                    registry=row,
                 )
             )
             service_timer = ServiceTimer(())  # the first queue runs the services
@@ -129,6 +145,8 @@ class WorkerGroup:
             for control in reversed(self._controls):
                 if not self._asked:
                     control.connect(max(end - monotonic(), 0.1))
+            if not self._asked:
+                self._controls[0].register()
             if self._shared is not None and not self._asked:
                 mux = mux.bound(self._shared.open(loop))
             self._events.open()

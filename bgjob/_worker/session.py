@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg._encodings import pg2pyenc
@@ -35,10 +35,13 @@ from bgjob._sql.session import (
     session,
     transaction,
 )
+from bgjob._sql.statement import Statement
 from bgjob._worker.answer import Answer, Unread, refusing
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.waker import Waker
+
+T = TypeVar("T")
 
 _NEVER = datetime(1, 1, 3, tzinfo=UTC)
 """Later than the time that means none."""
@@ -148,6 +151,14 @@ class Session:
         connection.meanwhile = self._meanwhile
         connection.patience = WORKER_PATIENCE
         self._connection, self._cursors, self._has_opened = connection, [], True
+
+    def ask(self, statement: Statement[T]) -> T:
+        """Run one statement in a transaction of its own, with a worker's settings."""
+        if self.is_direct:
+            return run(self.connection, statement)
+        with self.connection.transaction():
+            run(self.connection, transaction())
+            return run(self.connection, statement)
 
     def exchange(self, exchange: Exchange) -> Reply:
         """Run an exchange in one round trip and one transaction.

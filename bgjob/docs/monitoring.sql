@@ -13,6 +13,19 @@ select queue, type, id, attempt, lease_until from bgjob_job where lease_until is
 -- a suspect.
 select queue, type, id, attempt, deaths from bgjob_job where deaths > 0;
 
+-- Which workers have died without a word, or are cut off?
+select number, host, pid, program, release, now() - seen_at as not_seen, note
+from bgjob_worker
+where state in ('working', 'stopping') and seen_at < now() - 3 * every * interval '1 second';
+
+-- Which worker runs a job, and since when? The token of its claim tells both.
+select j.queue, j.type, j.id, w.host, w.pid, w.release,
+    to_timestamp((j.token >> 21) / 1000.0 + 1577836800) as since
+from bgjob_job j
+left join bgjob_worker w on (j.token & 2097151) = w.number % 1048576
+where j.token is not null
+order by since;
+
 -- How many jobs wait for an exclusive key?
 select exclusive, queue, count(*) from bgjob_job where waits group by exclusive, queue;
 

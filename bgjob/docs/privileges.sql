@@ -23,6 +23,12 @@ grant insert (job_id, queue, type, arg, attempt, last_error, priority, exclusive
 grant select (job_id) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
 
+-- It writes a row for people to see it; without these it works all the same. The table has the
+-- name of the role.
+grant select (number, seen_at), insert (host, pid, program, release, version, queues, slots, types,
+    lease, every), update (seen_at, state, running, counts, longest, longest_since, note), delete
+    on bgjob_worker to bgjob_worker;
+
 -- A worker with schedules moves their ticks, and enqueues the jobs that its own code names.
 grant select on bgjob_schedule to bgjob_scheduler;
 grant insert (name, spec, queue, type, arg, priority, exclusive) on bgjob_schedule to bgjob_scheduler;
@@ -33,7 +39,7 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, requeues and purges dead jobs, and pauses queues. It changes no
 -- live job.
-grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause to bgjob_operator;
+grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
     to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write

@@ -950,7 +950,8 @@ def test_a_worker_without_its_tables_names_them_and_the_remedy(
     world: World, is_async: bool
 ) -> None:
     world.query(
-        "drop table bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_schedule"
+        "drop table bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_schedule, "
+        "bgjob_worker"
     )
     error = refused(world, is_async=is_async)
     for word in ("bgjob_job", "bgjob_dead_job", "apply", "migration/init.sql", "search_path"):
@@ -1022,7 +1023,7 @@ def test_a_worker_whose_schema_has_lost_a_part_names_it_and_the_remedy(
         world.saw(f"{word!r} in: {error}", word in error)
     world.query(
         "drop table bgjob_job; drop table if exists bgjob_dead_job, bgjob_exclusive, "
-        "bgjob_pause, bgjob_schedule;"
+        "bgjob_pause, bgjob_schedule, bgjob_worker;"
     )
     world.query(init_sql())
     starts(world, "a", is_async=is_async)
@@ -1079,7 +1080,10 @@ def test_a_worker_whose_role_lacks_a_privilege_names_the_grant_and_the_remedy(
     world.done()
     for then, event in outcomes.items():
         worker.wait_for(event, then)
-    assert not worker.of("error")
+    # Only its row in the list of workers it may not write.
+    [(_, error)] = worker.of("error")
+    assert "does not list this worker" in error
+    assert "bgjob_worker" in error
 
 
 @both_workers

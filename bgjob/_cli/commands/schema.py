@@ -8,6 +8,7 @@ from bgjob import schema
 from bgjob._cli import arguments, database, table
 from bgjob._sql import execute
 from bgjob._sql.session import schema_comment
+from bgjob._sql.workers import registry_lacks
 from bgjob.errors import SchemaError
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     with database.connect(database.find(args.dsn)) as conn:
         comment = execute.run(conn, schema_comment())
+        lists_workers = not any(lack.is_absent for lack in execute.run(conn, registry_lacks()))
     version, _ = schema.versions(comment) or (None, None)
     found = {
         "version": version,
         "needed": schema.VERSION,
+        "lists_workers": lists_workers,
     }
     try:
         schema.check_version(comment)
@@ -64,4 +67,9 @@ def _check(args: argparse.Namespace) -> int:
     else:
         works = "as needed" if version == schema.VERSION else f"which works with {schema.VERSION}"
         sys.stdout.write(f"the tables have schema version {version}, {works}\n")
+        if not lists_workers:
+            sys.stdout.write(
+                "without table bgjob_worker, or a column of it, workers work, but are not listed: "
+                "apply its statement in migration/init.sql\n"
+            )
     return 0

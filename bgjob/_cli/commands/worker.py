@@ -89,6 +89,11 @@ def add(commands: "arguments.Commands") -> None:
         help="how long a shutdown waits for running handlers: seconds, or 5m (default: "
         "%(default)g); less than the supervisor waits before it kills",
     )
+    parser.add_argument(
+        "--release",
+        metavar="TEXT",
+        help="the version of the program, for `bgjob workers` (default: that of BGJOB_RELEASE)",
+    )
     arguments.add_dsn(parser)
     parser.add_argument(
         "--log-level",
@@ -122,8 +127,11 @@ def run(args: argparse.Namespace) -> int:
     from bgjob._cli.worker import log  # noqa: PLC0415 (only what a command needs is imported)
     from bgjob._cli.worker.serve import ServeError  # noqa: PLC0415
     from bgjob._cli.worker.target import TargetError  # noqa: PLC0415
+    from bgjob._worker.registry import RELEASE  # noqa: PLC0415
 
     choice = _choice(args)
+    if args.release is not None:
+        os.environ[RELEASE] = args.release  # also for children
     try:
         if args.processes > 1:
             _run_several(args)

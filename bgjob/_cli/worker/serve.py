@@ -17,6 +17,7 @@ import psycopg
 from bgjob._cli.worker.signals import Ending, Notice, flush
 from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
 from bgjob._logger import log as _log
+from bgjob._worker.registry import Registry
 from bgjob.errors import BgjobError
 from bgjob.worker import AsyncWorker, Worker
 
@@ -71,6 +72,7 @@ def _serve(
     set_up_logging: Callable[[], None],
     lifeline: int | None,
 ) -> None:
+    Registry.program = f"bgjob worker {target}"
     ending.obey_signals()
     with ending.interruptions():
         if lifeline is not None:
