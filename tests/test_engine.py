@@ -15,7 +15,7 @@ from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Step, Sto
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.watermarks import Watermarks
 from bgjob._handlers.route import NeedsKey
-from bgjob._sql.claims import Group, Swept, Taken, Window
+from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, OpenTransactions
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
@@ -114,8 +114,7 @@ def found(
 ) -> Reply:
     """Make the answer to a claim of any kind but a group's."""
     lines = [Line(0, NOON, wait, suspects) for wait in waits or (None,)]
-    taken = Taken(list(jobs), [f"(0,{job.id})" for job in jobs])
-    return Reply(claimed=taken, swept=Swept(list(jobs), freed), lines=lines)
+    return Reply(claimed=list(jobs), swept=Swept(list(jobs), freed), lines=lines)
 
 
 def settled(exchange: Exchange) -> list[str]:
@@ -426,65 +425,6 @@ def flowing(drive: Drive, *names: str) -> list[Claimed]:
     return drive.answer(found(*map(job, names))).run
 
 
-def test_a_claim_is_settled_at_its_places_once_all_of_it_is_done() -> None:
-    drive = Drive(concurrency=4)
-    a, b, c = flowing(drive, "a", "b", "c")
-    drive.finish(a)
-    assert not drive.exchange().places
-    drive.answer(Reply(settled={"a"}))
-    drive.finish(b)
-    drive.finish(c, result=Retry(60.0))
-    assert not drive.exchange().places
-    drive.answer(Reply(settled={"b", "c"}))
-    d, e = flowing(drive, "d", "e")
-    drive.finish(d, e)
-    exchange = drive.exchange()
-    assert exchange.places == {d.token: ["(0,d)", "(0,e)"]}
-    assert exchange.complete == [d, e]
-    assert drive.answer(Reply(settled={"d", "e"})).events[:2] == [
-        Outcome(d, Complete(), 1.0),
-        Outcome(e, Complete(), 1.0),
-    ]
-
-
-def test_a_claim_whose_rows_were_written_is_not_settled_at_its_places() -> None:
-    drive = Drive(concurrency=4, lease=3.0, poll_interval=10.0)
-    a, b = flowing(drive, "a", "b")
-    drive.now += 1.0
-    while not drive.exchange().extend:
-        drive.answer()
-    drive.answer(Reply(extended={"a", "b"}))
-    drive.finish(a, b)
-    exchange = drive.exchange()
-    assert exchange.complete == [a, b]
-    assert not exchange.places
-
-
-def test_a_claim_whose_jobs_were_given_keys_is_not_settled_at_its_places() -> None:
-    drive = Drive(concurrency=4, names_keys=True)
-    a, b = flowing(drive, "a", "b")
-    drive.engine.finish([Outcome(a, NeedsKey("key"), None)])
-    assert [c.job.id for c in drive.exchange().acquire] == ["a"]
-    (keyed,) = drive.answer(Reply(acquired={("a", a.token): True})).run
-    drive.finish(keyed, b)
-    exchange = drive.exchange()
-    assert exchange.complete == [keyed, b]
-    assert not exchange.places
-
-
-def test_what_is_not_at_its_place_is_sought_by_its_id_before_it_counts_as_lost() -> None:
-    drive = Drive(concurrency=4)
-    a, b, c = flowing(drive, "a", "b", "c")
-    drive.finish(a, b, c)
-    assert drive.exchange().places
-    assert drive.answer(Reply(settled={"a"})).events == [Outcome(a, Complete(), 1.0)]
-    exchange = drive.exchange()
-    assert exchange.complete == [b, c]
-    assert not exchange.places
-    events = drive.answer(Reply(settled={"b"})).events
-    assert events[:2] == [Outcome(b, Complete(), 1.0), JobLeaseLost(c.job)]
-
-
 def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
     drive = Drive(concurrency=2, lease=3.0)
     drive.engine.bulky = 1
@@ -501,7 +441,10 @@ def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
     drive.finish(*claimed[1:-1])
     exchange = drive.next_exchange()
     assert exchange.complete == claimed[:-1]
-    assert not exchange.places
+    ids = {c.job.id for c in claimed}
+    events = drive.answer(Reply(settled=ids - {"0"}, extended=ids)).events
+    assert events == [Outcome(c, Complete(), 1.0) for c in claimed[1:-1]]
+    assert claimed[-1] in drive.engine.running()
 
 
 def test_a_refused_settlement_is_halved_until_the_poisonous_outcome_stands_alone() -> None:

@@ -24,7 +24,7 @@ from support.waiting import eventually
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._engine.protocol import MOST_FREED
-from bgjob._sql.claims import Taken, Window, claim, claim_any, claim_group, free, free_within, sweep
+from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
 from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
@@ -36,7 +36,6 @@ from bgjob._sql.settlements import (
     Postponed,
     dead_letter,
     complete,
-    complete_at,
     release_jobs,
     postpone,
 )
@@ -241,13 +240,12 @@ HELD = [
     Claimed(Job(f"{n:07}", "q", "t", None, 1, None, 0, LONG_AGO, LONG_AGO, LONG_AGO), 1)
     for n in range(1, BATCH + 1)
 ]
-PLACES = {1: [f"({n // 50},{n % 50 + 1})" for n in range(BATCH)]}
 REQUESTS = [EnqueueRequest("q", "t", {"n": n}) for n in range(2 * BATCH)]
 PRIORITIES = 5
 FEW = 4 * PRIORITIES
 
 
-def claim_from(mark: datetime, limit: int) -> Statement[Taken]:
+def claim_from(mark: datetime, limit: int) -> Statement[list[Job]]:
     marks = dict.fromkeys(range(PRIORITIES), mark)
     return claim("q", limit=limit, lease=60, token=2, marks=marks)
 
@@ -287,7 +285,6 @@ WORKERS = {
         claim_group("fresh", limit=50, lease=60, token=2, charge=True), PRIORITIES, 0
     ),
     "extend": Hot(extend(HELD, lease=60), BATCH, BATCH),
-    "complete where they were": Hot(complete_at(PLACES, [c.job.id for c in HELD]), BATCH),
     **settlements(HELD),
     **settlements(HELD[:1]),
 }

@@ -746,7 +746,6 @@ def _everything(group: str) -> list[Statement[Any]]:
                 survey.survey("q"),
                 leases.extend([claimed], lease=1),
                 settlements.complete([claimed]),
-                settlements.complete_at({1: ["(0,1)"]}, ["x"]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),
                 settlements.dead_letter([DeadLettered(claimed, "e")]),
                 keys.lock_keys(["k"]),

@@ -42,7 +42,7 @@ from bgjob._engine.protocol import (
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.isolation import ALONE, LONGEST
 from bgjob._engine.pace import MOST_AHEAD
-from bgjob._sql.claims import Group, Swept, Taken, Window
+from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, Stray, OpenTransactions
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
@@ -91,7 +91,6 @@ class Row:
     deaths: int = 0
     key: str | None = None
     waits: bool = False
-    place: str = ""
     has_gone_back: bool = False
     """Whether the worker gave it back unstarted, and nobody has claimed it since."""
     is_delayed: bool = False
@@ -143,8 +142,6 @@ class Table:
         self.freed: list[Key] = []  # by sweeps, in their order
         self.locked = 0.0  # the share of rows that others have locked
         self.barred: set[str] = set()  # jobs whose rows a stranger has locked
-        self.moves = False  # whether others write rows that are claimed
-        self._places = map(str, count())
         self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
         self.transactions = Transactions()
         self.granted: dict[Key, str] = {}
@@ -154,9 +151,7 @@ class Table:
         reply = Reply()
         self._claim(exchange, reply, began=began, now=now, at=at)
         reply.barred = [id_ for id_ in self._match(exchange.probe) if id_ in self.barred]
-        if exchange.places:
-            self._complete_at(exchange, reply)
-        for id_ in self._match([c for c in exchange.complete if c.token not in exchange.places]):
+        for id_ in self._match(exchange.complete):
             self._end(id_, "done", reply)
         for postponed in exchange.postpone:
             id_, token = postponed.claimed.job.id, postponed.claimed.token
@@ -194,7 +189,6 @@ class Table:
         for id_ in self._match(exchange.extend):
             if id_ not in self.barred:
                 self.rows[id_].lease_until = now + self._lease
-                self.rows[id_].place = next(self._places)
             reply.extended.add(id_)
         if exchange.acquire:
             reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
@@ -212,11 +206,7 @@ class Table:
                     for row in self._due(began)
                     if self._is_fresh(row) and row.due >= starts.get(row.priority, inf)
                 ]
-                jobs = self.take(found, limit, token, now=now, at=at)
-                reply.claimed = Taken(jobs, [self.rows[job.id].place for job in jobs])
-                for job in jobs if self.moves else []:
-                    if job.id.endswith("5"):
-                        self.rows[job.id].place = next(self._places)
+                reply.claimed = self.take(found, limit, token, now=now, at=at)
             case Sweep(window=Window()) as part:
                 self._sweep_within(part, reply, began=began, now=now, at=at)
             case Sweep(limit, token, held=held, unanswered=unanswered):
@@ -228,7 +218,7 @@ class Table:
             case ClaimGroup(limit, token, charge):
                 reply.group = self.take_group(limit, token, charge, began=began, now=now, at=at)
         if exchange.watch:
-            writes = reply.claimed.jobs or reply.swept.jobs or reply.swept.freed
+            writes = reply.claimed or reply.swept.jobs or reply.swept.freed
             number = self.transactions.begin() if writes or exchange.watch == "all" else None
             reply.seen = self.transactions.seen(EPOCH + began * MICROSECOND, number)
             if number is not None:
@@ -432,7 +422,6 @@ class Table:
             row.token = token
             row.is_known = row.has_gone_back = False
             row.lease_until = now + self._lease
-            row.place = next(self._places)
             row.attempt += charge
             row.is_charged = charge
             when = EPOCH + row.due * MICROSECOND
@@ -478,16 +467,6 @@ class Table:
                 promise((id_, row.token) in asked, f"{id_}: hit by the statement of another claim")
                 held.append(id_)
         return held
-
-    def _complete_at(self, exchange: Exchange, reply: Reply) -> None:
-        """As `ctid = any (...) and token = any (...)`: rows may have been moved to any place."""
-        done = {(c.job.id, c.token) for c in exchange.complete}
-        for row in [row for row in self.rows.values() if row.token in exchange.places]:
-            assert row.token is not None
-            sure = (row.id, row.token) in done
-            promise(sure, f"{row.id}: may be deleted, wherever it lies, and is not done")
-            if row.place in exchange.places[row.token]:
-                self._end(row.id, "done", reply)
 
     def _end(self, id_: str, how: str, reply: Reply) -> None:
         row = self.rows.pop(id_)
@@ -563,7 +542,6 @@ class History:
         self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
-        self.table.moves = seed % 4 > 1
         self.clock_offset = 0.0
         self.starved = 0.0  # seconds for which the control thread is about to stop
 
@@ -992,7 +970,7 @@ class History:
                     promise(not often, "stops again and again for a sweep")
                 ahead = ahead or self._follow()
                 if ahead is not None:
-                    coming = len(reply.claimed.jobs) + len(reply.swept.jobs) + len(reply.group.jobs)
+                    coming = len(reply.claimed) + len(reply.swept.jobs) + len(reply.group.jobs)
                     self._check_exchange(ahead, coming=coming)
                 if isinstance(exchange.claim, ClaimGroup):
                     self.groups.add(exchange.claim.token)
@@ -1150,7 +1128,7 @@ class History:
 
     def _check_places(self, reply: Reply, began: int) -> None:
         """What was given back unstarted runs before what is due later."""
-        jobs = reply.claimed.jobs or reply.swept.jobs
+        jobs = reply.claimed or reply.swept.jobs
         if not (self.calm and jobs):
             return
         priority, due = max((job.priority, job.next_run_at) for job in jobs)
@@ -1562,7 +1540,7 @@ class Lives:
         group = reply.group.jobs
         if len(group) == 1 and (name := group[0].id) in self.killers:
             self.alone_after.setdefault(name, self.table.rows[name].deaths)
-        for job in [*reply.claimed.jobs, *reply.swept.jobs, *group]:
+        for job in [*reply.claimed, *reply.swept.jobs, *group]:
             if job.id not in self.killers:
                 self.most_attempts = max(self.most_attempts, job.attempt)
             if (due := self.due.get(job.id)) is not None and job.attempt == 1:

@@ -38,7 +38,6 @@ from bgjob._sql.settlements import (
     Postponed,
     dead_letter,
     complete,
-    complete_at,
     release_jobs,
     postpone,
 )
@@ -123,7 +122,7 @@ def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> 
                     jobs = ask(mine, sweep("q", limit=37, lease=60, token=number)).jobs
                 else:
                     marked = claim("q", limit=37, lease=60, token=number, marks=marks)
-                    jobs = ask(mine, marked).jobs
+                    jobs = ask(mine, marked)
                 if not jobs:
                     return
                 got[number] += [job.id for job in jobs]
@@ -148,7 +147,7 @@ def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Co
     ]
     marks = dict.fromkeys(range(5), LONG_AGO)
     jobs = ask(worker, sweep("q", limit=30, lease=60, token=1)).jobs
-    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks)).jobs
+    jobs += ask(worker, claim("q", limit=70, lease=60, token=1, marks=marks))
     assert [job.id for job in jobs] == expected
 
 
@@ -163,7 +162,7 @@ def test_a_claim_starts_at_its_marks(worker: psycopg.Connection) -> None:
     def found(**options: Any) -> list[str]:
         with worker.transaction(force_rollback=True):
             statement = claim("q", limit=9, lease=60, token=1, **options)
-            return [job.id for job in ask(worker, statement).jobs]
+            return [job.id for job in ask(worker, statement)]
 
     assert found(marks={0: mark}) == []
     assert found(marks={0: mark - timedelta(seconds=50)}) == ["10"]
@@ -246,7 +245,7 @@ def test_a_job_claimed_without_an_answer_is_restored_before_its_lease_ends(
 ) -> None:
     fill(worker, 5)
     marks = dict.fromkeys(range(5), LONG_AGO)
-    assert len(ask(worker, claim("q", limit=9, lease=60, token=7, marks=marks)).jobs) == 5
+    assert len(ask(worker, claim("q", limit=9, lease=60, token=7, marks=marks))) == 5
     worker.execute(
         "update bgjob_job set deaths = case id when 'q000002' then 1 when 'q000003' then 2 "
         "else 0 end, token = case id when 'q000004' then 8 when 'q000005' then null else 7 end"
@@ -284,7 +283,7 @@ def test_half_of_the_suspects_with_the_most_deaths_are_claimed_and_by_no_other_c
     )
     marks = dict.fromkeys(range(5), LONG_AGO)
     others = ask(worker, claim("q", limit=9, lease=60, token=1, marks=marks))
-    assert {job.id for job in others.jobs} == {"q000019", "q000020"}
+    assert {job.id for job in others} == {"q000019", "q000020"}
     assert ask(worker, sweep("q", limit=9, lease=60, token=2))[:2] == ([], 0)
     claims = [claim_group("q", limit=9, lease=60, token=n, charge=True) for n in (4, 5, 6, 7, 8)]
     groups = [ask(worker, claim).jobs for claim in claims]
@@ -439,40 +438,6 @@ def test_delayed_jobs_of_a_higher_priority_in_front_are_not_looked_at(
     conn.execute("analyze bgjob_job")
     many = touched()
     assert {look: pages for look, pages in many.items() if pages > few[look] + DEEPER} == {}
-
-
-# -- settlements at places ------------------------------------------------------------------
-
-
-def test_a_claim_is_settled_where_its_rows_are(worker: psycopg.Connection) -> None:
-    fill(worker, 9)
-    marks = dict.fromkeys(range(5), LONG_AGO)
-    first, second = (
-        ask(worker, claim("q", limit=3, lease=60, token=token, marks=marks)) for token in (1, 2)
-    )
-    ids = [job.id for job in [*first.jobs, *second.jobs]]
-    places = {1: first.places, 2: second.places}
-    assert ask(worker, complete_at(places, ids)) == ids
-    left = "select count(*), count(token), count(*) filter (where id = any (%s)) from bgjob_job"
-    assert worker.execute(left, [ids]).fetchall() == [(3, 0, 0)]
-
-
-@pytest.mark.parametrize("marks", [{0: LONG_AGO}, {0: LONG_AGO, 1: LONG_AGO}], ids=["one", "two"])
-def test_jobs_written_or_taken_since_the_claim_stay(
-    worker: psycopg.Connection, marks: dict[int, datetime]
-) -> None:
-    fill(worker, 20)
-    jobs, places = ask(worker, claim("q", limit=4, lease=60, token=1, marks=marks))
-    written, taken, *others = [job.id for job in jobs]
-    worker.execute("update bgjob_job set attempt = attempt where id = %s", [written])
-    worker.execute("update bgjob_job set token = 2 where id = %s", [taken])
-    # Another's row where one of them was.
-    [(place,)] = worker.execute("select ctid::text from bgjob_job where id = %s", [taken])
-    ids = [job.id for job in jobs]
-    assert set(ask(worker, complete_at({1: [*places, place]}, ids))) == set(others)
-    assert ask(worker, complete([Claimed(job, 1) for job in jobs])) == [written]
-    left = worker.execute("select id, token from bgjob_job where token is not null")
-    assert left.fetchall() == [(taken, 2)]
 
 
 # -- fences ------------------------------------------------------------------------------

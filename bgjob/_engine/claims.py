@@ -147,7 +147,7 @@ class Claims:
             isolation.others_looked(now)
         match claim:
             case Claim(token=token):
-                return _claimed(reply.claimed.jobs, token)
+                return _claimed(reply.claimed, token)
             case Sweep(token=token):
                 isolation.surveyed(any(line.has_suspects for line in reply.lines))
                 return _claimed(reply.swept.jobs, token)

@@ -23,7 +23,7 @@ from bgjob._engine.lookout import Lookout
 from bgjob._engine.outcome import Effects, Event, Outcome, Release
 from bgjob._engine.pace import Pace
 from bgjob._engine.pause import FIRST, Pause
-from bgjob._engine.protocol import MOST, Claim, Exchange, Sleep, Step, Stop, Withdraw
+from bgjob._engine.protocol import MOST, Exchange, Sleep, Step, Stop, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
 from bgjob._sql.settlements import Claimed
@@ -299,8 +299,7 @@ class Engine:
             self._is_idle = False
             self.pace.claimed(claimed, now)
             self._lose(self._leases.claimed_before(claimed, now), effects)
-            places = reply.claimed.places if isinstance(exchange.claim, Claim) else ()
-            self._leases.hold(claimed, places, exchange.at)
+            self._leases.hold(claimed, exchange.at)
             effects.run += self._keys.want(claimed)
         is_busy = self.pace.running or self._settling.pending or self._sent
         if not (self._is_idle or is_busy or self._isolation.is_needed) and self._lookout.waits(now):

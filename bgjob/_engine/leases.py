@@ -1,16 +1,12 @@
 """The leases of a worker's claims, and the jobs whose lease is lost or in doubt."""
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from operator import itemgetter
 
 from bgjob._engine.outcome import Outcome
 from bgjob._engine.protocol import Exchange
 from bgjob._sql.settlements import Claimed
-
-_token = itemgetter(1)
 
 
 @dataclass(slots=True)
@@ -20,8 +16,6 @@ class Batch:
     expires: float
     extend_at: float
     jobs: dict[str, Claimed]
-    places: Sequence[str]
-    """The positions of their rows, if known."""
 
 
 class Leases:
@@ -55,13 +49,12 @@ class Leases:
         """The jobs of all claims."""
         return [claimed for batch in self._batches.values() for claimed in batch.jobs.values()]
 
-    def hold(self, claimed: Sequence[Claimed], places: Sequence[str], sent_at: float) -> None:
+    def hold(self, claimed: Sequence[Claimed], sent_at: float) -> None:
         """Record the jobs of an answered claim."""
         self._batches[claimed[0].token] = Batch(
             sent_at + self.seconds,
             sent_at + self.seconds / 3,
             {c.job.id: c for c in claimed},
-            places,
         )
 
     def claimed_before(self, claimed: Iterable[Claimed], now: float) -> list[Claimed]:
@@ -88,7 +81,6 @@ class Leases:
         if batch is None:
             return False
         batch.jobs[claimed.job.id] = claimed
-        batch.places = ()  # writing the key moves the row
         return True
 
     def drop(self, claimed: Claimed) -> Batch | None:
@@ -100,23 +92,10 @@ class Leases:
             del self._batches[claimed.token]
         return batch
 
-    def drop_whole(self, tokens: Collection[int], count: int) -> bool:
-        """Remove whole claims, if they have `count` jobs together and no job is in doubt.
-
-        True if they were removed.
-        """
-        batches = [batch for t in tokens if (batch := self._batches.get(t)) is not None]
-        if self.unsure or count != sum(len(batch.jobs) for batch in batches):
-            return False
-        for token in tokens:
-            del self._batches[token]
-        return True
-
     def lose(self, claims: Collection[Claimed], running: Iterable[Claimed]) -> None:
         """Remove jobs that other workers may have; `running` are in handlers, or waiting."""
         for claimed in claims:
-            if (batch := self.drop(claimed)) is not None:
-                batch.places = ()  # a sent outcome may be of a job that the batch no longer has
+            self.drop(claimed)
         self.unsure.difference_update(claims)
         self.lost.update(running)
 
@@ -133,15 +112,6 @@ class Leases:
         for claimed in claims:
             self.drop(claimed)
         self.lost.difference_update(claims)
-
-    def places(self, completed: Iterable[Claimed]) -> dict[int, Sequence[str]]:
-        """Return by token the positions of the rows of claims that are completed as a whole."""
-        places = {}
-        for token, count in Counter(map(_token, completed)).items():
-            batch = self._batches.get(token)
-            if batch is not None and batch.places and count == len(batch.jobs):
-                places[token] = batch.places
-        return places
 
     # -- extensions -----------------------------------------------------------------
 
@@ -169,7 +139,6 @@ class Leases:
             if batch is None:
                 continue  # its own transaction settled it meanwhile
             batch.extend_at = exchange.at + self.seconds / 3
-            batch.places = ()
             if claimed.job.id in extended:
                 batch.expires = exchange.at + self.seconds
             elif claimed not in self.unsure:

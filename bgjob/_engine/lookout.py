@@ -136,7 +136,7 @@ class Lookout:
         return due_at
 
     def _claimed(self, claim: Claim, reply: Reply, now: float) -> None:
-        jobs, marks = reply.claimed.jobs, self.marks
+        jobs, marks = reply.claimed, self.marks
         marks.answered()
         self.has_more = len(jobs) + reply.unread == claim.limit
         self._looked(jobs, claim.marks, now)

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from bgjob._sql.claims import Group, Swept, Taken
+from bgjob._sql.claims import Group, Swept
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.notices import EVERYTHING, LATER
 from bgjob._sql.statement import Statement
 from bgjob._sql.survey import Line, OpenTransactions, Stray
+from bgjob.job import Job
 
 T = TypeVar("T")
 
-_NOTHING_TAKEN = Taken([], [])
 _NOTHING_SWEPT = Swept([], 0)
 _NO_GROUP = Group([], 0)
 _NOTHING_BLOCKED = Blocked([], "")
@@ -26,7 +26,7 @@ class Reply:
     settled: set[str] = field(default_factory=set)
     extended: set[str] = field(default_factory=set)
     lock_answer: str | None = None
-    claimed: Taken = _NOTHING_TAKEN
+    claimed: list[Job] = field(default_factory=list)
     seen: OpenTransactions | None = None
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
@@ -52,8 +52,8 @@ class Reply:
     def set_lock_answer(self, answer: str | None) -> None:
         self.lock_answer = answer
 
-    def set_claimed(self, taken: Taken) -> None:
-        self.claimed = taken
+    def set_claimed(self, jobs: list[Job]) -> None:
+        self.claimed = jobs
 
     def set_seen(self, seen: OpenTransactions) -> None:
         self.seen = seen

@@ -77,16 +77,14 @@ class Settling:
 
     def add_pending(self, exchange: Exchange) -> None:
         """Settle as many as an exchange may, the oldest first."""
-        pending, outcomes, completed = self.pending, exchange.outcomes, exchange.complete
+        pending, outcomes, complete = self.pending, exchange.outcomes, exchange.complete
         for _ in range(min(self._limit, len(pending))):
             outcome = pending.popleft()
             outcomes.append(outcome)
             if type(outcome.result) is Complete:  # nearly all are
-                completed.append(outcome.claimed)
+                complete.append(outcome.claimed)
             else:
                 exchange.settle(outcome)
-        if completed:
-            exchange.places = self._leases.places(completed)
 
     def add_refused(self, exchange: Exchange, now: float) -> None:
         """Settle the first refused one."""
@@ -148,16 +146,11 @@ class Settling:
 
         `events` gets those that the observer is told.
         """
-        leases, settled, outcomes = self._leases, reply.settled, exchange.outcomes
+        leases, settled = self._leases, reply.settled
         # Of the outcomes those are told whose results are a handler's.
         told = cast("list[Event | Unsettled]", events)
         run_again: list[Unsettled] = []
-        if exchange.places and len(settled) < len(outcomes):
-            outcomes = self._found(exchange, settled)
-        elif exchange.places and leases.drop_whole(exchange.places, len(outcomes)):
-            told += outcomes  # only whole claims: no need to process each job
-            outcomes = []
-        for outcome in outcomes:
+        for outcome in exchange.outcomes:
             claimed, result, took = outcome
             batch = leases.drop(claimed)
             if batch is None:
@@ -182,18 +175,3 @@ class Settling:
             if not isinstance(stored, Complete | MoveToDlq):
                 run_again.append(last)
         return run_again
-
-    def _found(self, exchange: Exchange, settled: set[str]) -> list[Unsettled]:
-        """Return the outcomes whose rows were found; settle the others by id next."""
-        found: list[Unsettled] = []
-        astray: list[Unsettled] = []
-        for outcome in exchange.outcomes:
-            claimed = outcome.claimed
-            batch = self._leases.batch(claimed) if claimed.token in exchange.places else None
-            if batch is None or claimed.job.id in settled:
-                found.append(outcome)
-            else:
-                batch.places = ()
-                astray.append(outcome)
-        self.pending.extendleft(reversed(astray))
-        return found

@@ -287,14 +287,6 @@ _CLAIM_ANY = f"""
 """
 
 
-class Taken(NamedTuple):
-    """The claimed jobs."""
-
-    jobs: list[Job]
-    places: list[str]
-    """The positions of their rows, until they are written again."""
-
-
 def claim(
     queue: str,
     *,
@@ -302,7 +294,7 @@ def claim(
     lease: float,
     token: int,
     marks: Mapping[int, datetime],
-) -> Statement[Taken]:
+) -> Statement[list[Job]]:
     """Claim due jobs of these priorities, from their marks on.
 
     Claimed and returned in (priority, next_run_at) order.
@@ -316,10 +308,10 @@ def claim(
     if len(marks) == 1:
         [(priority, mark)] = marks.items()
         params |= {"priority": priority, "mark": mark}
-        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _taken_of_one_priority)
+        return Statement(_CLAIM_OF_ONE_PRIORITY, params, _in_order_of_due)
     priorities = sorted(marks)
     params |= {"priorities": priorities, "marks": [marks[priority] for priority in priorities]}
-    return Statement(_CLAIM, params, _taken)
+    return Statement(_CLAIM, params, _in_order)
 
 
 class Swept(NamedTuple):
@@ -492,12 +484,8 @@ def claim_now(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
 # An update returns rows unordered. Rows of one priority are sorted twice as fast.
 
 
-def _taken(rows: Sequence[Row]) -> Taken:
-    return Taken(_jobs(sorted(rows, key=_by_due)), [row[-1] for row in rows])
-
-
-def _taken_of_one_priority(rows: Sequence[Row]) -> Taken:
-    return Taken(_jobs(sorted(rows, key=_by_next_run_at)), [row[-1] for row in rows])
+def _in_order_of_due(rows: Sequence[Row]) -> list[Job]:
+    return _jobs(sorted(rows, key=_by_next_run_at))
 
 
 def _jobs(rows: Sequence[Row]) -> list[Job]:
