@@ -16,6 +16,7 @@ from bgjob._cli.commands import (
     enqueue,
     pauses,
     playground,
+    preflight,
     schedules,
     schema,
     stats,
@@ -29,7 +30,19 @@ Command = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
 """The exit status that a shell reports for a command ended by Ctrl-C."""
 
-_COMMANDS = (worker, workers, enqueue, stats, dlq, pauses, schedules, schema, playground, demo)
+_COMMANDS = (
+    worker,
+    workers,
+    preflight,
+    enqueue,
+    stats,
+    dlq,
+    pauses,
+    schedules,
+    schema,
+    playground,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -318,6 +318,10 @@ class Mux:
                 return NeedsKey(key)
         return route
 
+    def route_of(self, type: str) -> Route | None:  # noqa: A002
+        """Return how jobs of a type are run, whatever the job; None for an unknown type."""
+        return self._routes.get(type)
+
     def runs_on_loop(self, job: Job) -> bool:
         """Whether the handler of a job is a coroutine function."""
         route = self._routes.get(job.type)

@@ -1,7 +1,7 @@
 """Schedules as a service of workers: any number of them, one job a tick."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from time import monotonic
 from typing import Any, TypeVar
@@ -75,6 +75,10 @@ class Schedules:
         self._coming: dict[str, tuple[State, datetime]] = {}
         self._retry_at: dict[str, float] = {}  # for schedules that failed
         self._pauses: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[Schedule]:
+        """Iterate over the schedules, in the order in which they were given."""
+        return iter(self._schedules)
 
     def run(self, conn: psycopg.Connection[Any], /) -> float:
         """Enqueue the jobs of due ticks; return the seconds until the next run.

@@ -133,6 +133,14 @@ def queue(text: str) -> tuple[str, int | None]:
     return name("queue")(queue), positive(number)
 
 
+def target(text: str) -> str:
+    """Check that a text has the form MODULE:NAME; the module is not imported."""
+    module, colon, name = text.partition(":")
+    if not (colon and all(part.isidentifier() for part in (module + "." + name).split("."))):
+        raise ArgumentTypeError(f"MODULE:NAME is needed, such as app.jobs:mux, not {text!r}")
+    return text
+
+
 def _checked(check: Callable[[T], R], value: T) -> R:
     try:
         return check(value)

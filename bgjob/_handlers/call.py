@@ -110,6 +110,14 @@ class Calling:
             )
         return payload
 
+    @property
+    def decoder(self) -> Callable[[bytes | None], Any] | None:
+        """A function that returns the value of a stored payload; None without a codec.
+
+        A job whose payload makes it raise goes to the dead-letter table.
+        """
+        return None if self.codec is None else self._value_of(self.codec.decode)
+
     def with_state(self, state: object) -> Callable[..., Any]:
         """Return the callable that takes a job, and the connection if it is transactional."""
         call = self.handler

@@ -52,7 +52,7 @@ def add(commands: "arguments.Commands") -> None:
     )
     parser.add_argument(
         "target",
-        type=_target,
+        type=arguments.target,
         metavar="MODULE:NAME",
         help="a Mux, such as app.jobs:mux; a Worker or an AsyncWorker; or a callable that returns "
         "one. It receives those of --dsn, --queue and --concurrency that it has parameters for: "
@@ -111,15 +111,6 @@ def add(commands: "arguments.Commands") -> None:
     # For a parent's children only.
     parser.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dsn-in-environment", action="store_true", help=argparse.SUPPRESS)
-
-
-def _target(text: str) -> str:
-    module, colon, name = text.partition(":")
-    if not (colon and all(part.isidentifier() for part in (module + "." + name).split("."))):
-        raise argparse.ArgumentTypeError(
-            f"MODULE:NAME is needed, such as app.jobs:worker, not {text!r}"
-        )
-    return text
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,10 +1,10 @@
-"""Loads `package.module:name`: a worker, or a callable or Mux that makes one."""
+"""Loads `package.module:name`: a worker, or a callable or Mux that makes one; or its parts."""
 
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from bgjob._cli import database
 from bgjob.client import Client
 from bgjob.errors import BgjobError
 from bgjob.mux import Mux
+from bgjob.schedule import Schedule
 from bgjob.worker import AsyncWorker, Worker
 
 AnyWorker: TypeAlias = Worker | AsyncWorker
@@ -71,11 +72,7 @@ def load(target: str, choice: Choice) -> AnyWorker | Awaitable[Any]:
         DatabaseError: no database is given.
 
     """
-    module_name, _, name = target.partition(":")
-    here = os.getcwd()  # noqa: PTH109 (a string is needed)
-    if sys.path[:1] != [here]:
-        sys.path.insert(0, here)
-    found = _attribute(_module(module_name), module_name, name)
+    found = _find(target)
     if isinstance(found, Mux):
         return _of_mux(found, target, choice)
     if isinstance(found, AnyWorker):
@@ -133,6 +130,44 @@ def _arguments(factory: Any, target: str, choice: Choice) -> dict[str, object]:
             f"{target} cannot be called: {error}; the command line can pass {', '.join(_OPTIONS)}"
         ) from None
     return given
+
+
+def load_mux(target: str) -> Mux:
+    """Import the target's module, and return its Mux; nothing is called.
+
+    Raises:
+        TargetError: there is no such module or name, it is not a Mux, or importing it failed.
+
+    """
+    found = _find(target)
+    if isinstance(found, Mux):
+        return found
+    raise TargetError(
+        f"{target} is {_kind(found)}; name the Mux itself, which no worker has to run"
+    )
+
+
+def load_schedules(target: str) -> list[Schedule]:
+    """Import the target's module, and return its schedules; nothing is called.
+
+    Raises:
+        TargetError: there is no such module or name, or it does not hold schedules.
+
+    """
+    found = _find(target)
+    schedules: list[Any] = [*found] if isinstance(found, Iterable) else [None]
+    if all(isinstance(schedule, Schedule) for schedule in schedules):
+        return schedules
+    raise TargetError(f"{target} is {_kind(found)}; name a Schedules, or a list of Schedule values")
+
+
+def _find(target: str) -> Any:
+    """Import the target's module, with the current directory first on the module path."""
+    module_name, _, name = target.partition(":")
+    here = os.getcwd()  # noqa: PTH109 (a string is needed)
+    if sys.path[:1] != [here]:
+        sys.path.insert(0, here)
+    return _attribute(_module(module_name), module_name, name)
 
 
 def check(made: object, target: str) -> AnyWorker:
