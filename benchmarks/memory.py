@@ -64,7 +64,7 @@ def _work(dsn: str, jobs: int) -> list[float]:
         runs[int(job.arg or b"")] += 1
         number = next(done)
         if number % (jobs // 10) == 0:
-            curve.append(_resident())
+            curve.append(resident())
         if number == jobs:
             all_ran.set()
 
@@ -77,7 +77,7 @@ def _work(dsn: str, jobs: int) -> list[float]:
     return curve
 
 
-def _resident() -> float:
+def resident() -> float:
     """Return the resident memory in MiB; where the system only shows its peak, that."""
     statm = Path("/proc/self/statm")
     if statm.exists():

@@ -29,6 +29,7 @@ from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
+from bgjob._sql import preflight
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
     DeadLettered,
@@ -437,6 +438,77 @@ def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
             plan = run(plans, prepare(plans, f"expire {age} {mode}", expiry), mode)
             check_walks(plan, "expire")
             Hot(expiry, 1000, 0 if age else 1000).check(plan, "expire")
+
+
+PAGE = 1000
+
+WANTED = {
+    "all": preflight.Wanted(None, ["t"], ["t"], [], 4096),
+    "a queue of few jobs": preflight.Wanted(["other 7"], ["t"], ["t"], ["t"], 4096),
+    "no payload": preflight.Wanted(None, [], [], [], -1),
+}
+"""What a preflight wants of a page: it costs the same if hardly a row is wanted."""
+
+PREFLIGHT = {
+    f"{place} page, {name}": Hot(preflight.page(preflight.LIVE, after, wanted, rows=PAGE), PAGE)
+    for name, wanted in WANTED.items()
+    for place, after in {"first": "", "middle": "0100000", "last": "0249900"}.items()
+} | {
+    "jobs by id": Hot(
+        preflight.candidates(preflight.LIVE, [c.job.id for c in HELD], WANTED["all"]), BATCH
+    ),
+    "payloads by id": Hot(preflight.payloads(preflight.LIVE, [c.job.id for c in HELD]), BATCH),
+}
+
+
+@EVERY_STATISTICS
+@EVERY_SIZE
+def test_a_page_of_a_preflight_looks_at_its_rows_and_no_more(
+    plans: psycopg.Connection, jobs: int, statistics: str
+) -> None:
+    choose_table(plans, jobs, statistics)
+    settings = session(plans.info.backend_pid, preflight.INSPECTION_SETTINGS)
+    plans.execute(cast(Any, settings.text), settings.params)
+    # The test undoes each run, which would need a transaction number otherwise.
+    plans.execute("set local default_transaction_read_only = off")
+    for name, hot in PREFLIGHT.items():
+        explain = prepare(plans, name, hot.statement)
+        for mode in PLAN_CACHE_MODES:
+            plan = run(plans, explain, mode)
+            check_walks(plan, name)
+            hot.check(plan, name)
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_a_page_of_dead_jobs_for_a_preflight_looks_at_its_rows_and_no_more(
+    plans: psycopg.Connection, analyzed: bool
+) -> None:
+    make_table(plans, "chosen", 0)
+    plans.execute(
+        "insert into bgjob_dead_job (job_id, queue, type, attempt, last_error, priority, "
+        "next_run_at, job_created_at, job_updated_at) select n, 'q', 't', 1, case "
+        "when n % 5000 = 0 then 'PayloadError: x' else 'ValueError: x' end, 0, now(), now(), now() "
+        "from generate_series(1, 20000) n"
+    )
+    if analyzed:
+        plans.execute("analyze bgjob_dead_job")
+    settings = session(plans.info.backend_pid, preflight.INSPECTION_SETTINGS)
+    plans.execute(cast(Any, settings.text), settings.params)
+    numbers = list(range(1, 500))
+    hots = {
+        f"{name} after {after}": Hot(preflight.page(preflight.DEAD, after, wanted, rows=PAGE), PAGE)
+        for name, wanted in WANTED.items()
+        for after in (preflight.DEAD.first, 10_000)
+    } | {
+        "jobs": Hot(preflight.candidates(preflight.DEAD, numbers, WANTED["all"]), 500),
+        "payloads": Hot(preflight.payloads(preflight.DEAD, numbers), 500),
+    }
+    for name, hot in hots.items():
+        explain = prepare(plans, name, hot.statement)
+        for mode in PLAN_CACHE_MODES:
+            plan = run(plans, explain, mode)
+            check_walks(plan, name)
+            hot.check(plan, name)
 
 
 @EVERY_STATISTICS

@@ -76,7 +76,7 @@ def never(*_: Any, **__: Any) -> NoReturn:
 
 
 def candidate(id_: str = "a", **columns: Any) -> Candidate:
-    given = {
+    given: dict[str, Any] = {
         "key": id_,
         "id": id_,
         "queue": "q",
@@ -322,6 +322,17 @@ def test_jobs_whose_attempts_are_over_or_nearly_are_told_apart(
     assert preflight.check(dsn, mails(max_attempts=3)).status == 3
 
 
+def test_the_attempt_that_runs_is_not_counted(dsn: str, conn: psycopg.Connection) -> None:
+    for attempt in (3, 4, 5, 6):
+        insert(conn, str(attempt), arg=FIT, attempt=attempt)
+    conn.execute("update bgjob_job set token = 1, lease_until = now() + interval '1 h'")
+    by_code = found(preflight.check(dsn, mails(max_attempts=3)))
+    assert by_code["last_attempt"].ids == ("4", "5")
+    assert by_code["attempts_over"].ids == ("6",)
+    conn.execute("update bgjob_job set lease_until = now() - interval '1 s'")
+    assert found(preflight.check(dsn, mails(max_attempts=3)))["attempts_over"].ids == ("5", "6")
+
+
 # -- keys --------------------------------------------------------------------------------------
 
 
@@ -450,6 +461,19 @@ def test_dead_jobs_that_would_be_handled_now_are_a_note(dsn: str, conn: psycopg.
     ]
     assert (report.status, report.dead, report.jobs) == (0, 10, 0)
     assert "bgjob dlq requeue --id fit0" in report.findings[0].remedy
+
+
+def test_every_page_of_dead_jobs_is_read_whatever_their_ids(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    conn.execute(
+        "insert into bgjob_dead_job (job_id, queue, type, arg, attempt, last_error, priority, "
+        "next_run_at, job_created_at, job_updated_at) select md5(n::text), 'q', 'mail', %s, 1, "
+        "'PayloadError: x', 0, now(), now(), now() from generate_series(1, 12345) n",
+        [FIT],
+    )
+    report = preflight.check(dsn, mails())
+    assert (report.dead, found(report)["dead_fit"].count) == (12_345, 12_345)
 
 
 # -- as a worker -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import logging
 import os
 import pickle
@@ -20,7 +21,7 @@ from typing import Any, LiteralString, NamedTuple, cast
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import InsufficientPrivilege
 from support.clients import HOSTILE as HOSTILE_NAMES
 from support.database import rows, sleeper
@@ -38,8 +39,10 @@ from bgjob import (
     EnqueueRequest,
     Job,
     JobAlreadyExistsError,
+    JsonCodec,
     MoveToDlq,
     Mux,
+    PayloadError,
     Reschedule,
     Result,
     Retry,
@@ -47,6 +50,7 @@ from bgjob import (
     Schedules,
     SchemaError,
     WorkerCounts,
+    preflight,
 )
 from bgjob._sql import (
     claims,
@@ -446,6 +450,67 @@ def test_an_operator_needs_only_its_role(
         assert conn.execute(query.replace("'mail'", "'q'").encode()).fetchall() == [(3,)]
     assert {row[:3] for row in answers[0]} == {("q", "t", 3), ("other", "t", 1)}
     assert len(answers) == monitoring.count(";")
+
+
+def jobs_for_a_preflight(roles: Roles) -> Mux:
+    """Write a live, a dead and a scheduled job that fit no handler of the returned Mux."""
+    with Client(roles.dsn) as owner:
+        owner.enqueue(EnqueueRequest("q", "json", b"dead", id="dead"))
+        owner.do("q", Mux().register("json", lambda _: MoveToDlq(PayloadError("why"))))
+        owner.enqueue(EnqueueRequest("q", "json", b"live", id="live"))
+    Schedules([Schedule("s", every=60, request=EnqueueRequest("q", "none"))]).run(roles.conn)
+    roles.conn.execute("update bgjob_dead_job set arg = '1'")
+    return Mux().register("json", lambda _: None, codec=JsonCodec())
+
+
+def test_a_preflight_needs_only_the_role_of_an_operator(roles: Roles) -> None:
+    mux = jobs_for_a_preflight(roles)
+    report = preflight.check(roles.login("operator"), mux)
+    assert report == dataclasses.replace(preflight.check(roles.dsn, mux), seconds=report.seconds)
+    codes = ["payload", "schedule_no_handler", "dead_fit"]
+    assert [finding.code for finding in report.findings] == codes
+
+
+def test_a_preflight_needs_no_privilege_but_to_read(roles: Roles) -> None:
+    mux = jobs_for_a_preflight(roles)
+    dsn = roles.login()
+    reader = sql.Identifier(str(conninfo_to_dict(dsn)["user"]))
+    roles.conn.execute(
+        sql.SQL("grant select on bgjob_job, bgjob_dead_job, bgjob_schedule to {}").format(reader)
+    )
+    assert len(preflight.check(dsn, mux).findings) == 3
+
+
+def test_a_preflight_of_a_workers_role_says_what_it_may_not_read(roles: Roles) -> None:
+    mux = jobs_for_a_preflight(roles)
+    report = preflight.check(roles.login("worker"), mux, schedules=[])
+    payload, *unread = report.findings
+    assert (payload.code, payload.ids, report.jobs, report.dead) == ("payload", ("live",), 1, 0)
+    assert [finding.code for finding in unread] == ["unread", "unread"]
+    for table in ("bgjob_dead_job", "bgjob_schedule"):
+        [finding] = [finding for finding in unread if table in finding.text]
+        assert finding.severity == "note"
+        assert f"grant select on {table} to app_" in finding.remedy
+
+
+@pytest.mark.parametrize("role", ["producer", "scheduler", "nobody"])
+def test_a_preflight_without_the_privilege_to_read_jobs_names_it(roles: Roles, role: str) -> None:
+    dsn = roles.login(*({role} & set(GROUPS)))
+    with pytest.raises(SchemaError, match=r"grant select .* on bgjob_job to app_"):
+        preflight.check(dsn, Mux())
+
+
+def test_a_preflight_says_that_jobs_may_be_hidden_from_its_role(roles: Roles) -> None:
+    mux = jobs_for_a_preflight(roles)
+    dsn = roles.login("operator")
+    roles.conn.execute("alter table bgjob_job enable row level security")
+    report = preflight.check(dsn, mux)
+    assert (report.jobs, report.status) == (0, 3)
+    [finding] = [finding for finding in report.findings if finding.code == "hidden"]
+    roles.conn.execute(finding.remedy.removeprefix("as its owner: ").encode())
+    report = preflight.check(dsn, mux)
+    assert (report.jobs, report.status) == (1, 4)
+    assert "hidden" not in {finding.code for finding in report.findings}
 
 
 REFUSED: dict[str, list[LiteralString]] = {

@@ -36,7 +36,7 @@ _LIVE_NEEDS = (
         "select",
         (
             "id queue type arg attempt priority next_run_at created_at updated_at exclusive "
-            "last_error"
+            "last_error lease_until"
         ),
     ),
 )
@@ -102,7 +102,7 @@ class Candidate(NamedTuple):
     queue: str
     type: str
     attempt: int
-    """How many attempts have begun."""
+    """How many attempts have ended: the one that runs is not counted."""
     priority: int
     next_run_at: datetime
     exclusive: str | None
@@ -144,8 +144,9 @@ class Table(NamedTuple):
 LIVE = Table(
     "bgjob_job",
     """
-    id as key, id, queue, type, attempt, priority, next_run_at, exclusive, created_at, updated_at,
-    last_error, arg
+    id as key, id, queue, type, priority, next_run_at, exclusive, created_at, updated_at,
+    last_error, arg,
+    attempt::bigint - (lease_until is not null and lease_until > now())::int as attempt
     """,
     "case when p.type = any (%(keyed)s::text[]) then p.last_error end",
     "true",
@@ -191,7 +192,7 @@ def page(table: Table, after: Key, wanted: Wanted, *, rows: int) -> Statement[Pa
         f"""
         with page as materialized (
             select {table.columns} from {table.name} where id > %(after)s
-            order by id limit %(rows)s
+            order by key limit %(rows)s
         )
         select e.looked_at, e.last, {_CANDIDATE.format(error=table.error)}
         from (select count(*) as looked_at, max(key) as last from page) as e

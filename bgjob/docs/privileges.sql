@@ -37,8 +37,8 @@ grant update (spec, queue, type, arg, priority, exclusive, tick, last_run_at, la
 grant insert (id, queue, type, arg, priority, exclusive) on bgjob_job to bgjob_scheduler;
 grant select (id) on bgjob_job to bgjob_scheduler;
 
--- An operator reads everything, requeues and purges dead jobs, and pauses queues. It changes no
--- live job.
+-- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
+-- queues. It changes no live job.
 grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
     to bgjob_operator;
