@@ -2,10 +2,12 @@
 
 import asyncio
 import contextvars
+import ctypes
 import functools
 import gc
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -48,7 +50,9 @@ from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
 from bgjob._worker.executor import Executor
 from bgjob._worker.slots import Slot, Slots
-from bgjob._worker.threads import Threads
+from bgjob._worker.tasks import _Move
+from bgjob._worker.threads import Threads, _HasBegun
+from bgjob._worker.timeouts import Timeouts
 from bgjob.testing import adrain, drain
 
 # -- context variables -----------------------------------------------------------------------------
@@ -595,7 +599,7 @@ def test_a_job_on_its_way_to_the_loop_is_not_given_back_when_slots_are_checked(
 
     def moves(threads: Threads) -> Any:
         # From a thread that is idle now.
-        executor.tasks.moving[Slot(claimed)] = executor._loop.event_loop()
+        executor.tasks.moving[Slot(claimed)] = _Move(executor._loop.event_loop())
         return before(threads)
 
     monkeypatch.setattr(Threads, "busy", property(moves))
@@ -819,6 +823,256 @@ def test_no_slot_is_won_or_lost_however_often_the_loop_is_replaced() -> None:
                 assert broken(loop, 6)  # the last of those that hang
         assert sum(len(control.ended) for control in queues) == submitted
         assert most == dict.fromkeys(running, concurrency)
+
+
+# -- exceptions that other threads raise in a slot's thread ---------------------------------------------
+
+
+def throw(ident: int, error: type[BaseException] | None = Thrown) -> bool:
+    """Raise an exception in another thread at its next instruction, or do not; whether it lives."""
+    what = None if error is None else ctypes.py_object(error)
+    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), what))
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str) -> list[Any]:
+    """Raise an exception once, after a method has done its work on a slot's thread."""
+    before, left = getattr(owner, method), ["once"]
+
+    def call(*args: Any, **options: Any) -> Any:
+        answer = before(*args, **options)
+        if left and threading.current_thread().name.startswith("bgjob-q-"):
+            left.pop()
+            raise Thrown(method)
+        return answer
+
+    monkeypatch.setattr(owner, method, call)
+    return left
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_slot_whose_thread_dies_while_it_moves_to_the_loop_moves_once(when: str) -> None:
+    ran: list[str] = []
+
+    async def later(job: Job) -> None:
+        ran.append(job.id)
+
+    with controls(Mux().register("t", lambda job: later(job)), concurrency=1) as (loop, control):
+        event_loop: Any = loop.event_loop()
+        schedule = event_loop.call_soon_threadsafe
+
+        def die(*args: Any) -> None:
+            event_loop.call_soon_threadsafe = schedule
+            if when == "after":
+                schedule(*args)
+            raise Thrown("on the way")
+
+        event_loop.call_soon_threadsafe = die
+        control.submit(a_job(id="a"), a_job(id="b"))
+        assert eventually(lambda: control.is_idle)
+        assert ran == ["a", "b"]
+
+
+def test_a_job_that_moves_to_a_thread_that_dies_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def coroutine(job: Job) -> None: ...
+
+    mux = Mux().register("t", lambda _: None).register("c", coroutine)
+    with controls(mux, concurrency=1) as (_, control):
+        control.submit(a_job(id="before"))
+        assert eventually(lambda: control.is_idle)
+        threads = control.executor._threads
+        (thread,) = threads.resting
+        assert throw(thread.thread.ident)  # as soon as it has the next job
+        start = threads.start
+
+        def start_and_check(claimed: Claimed | None) -> None:
+            start(claimed)
+            if claimed is not None:
+                assert eventually(lambda: thread.is_over)
+                control.turn()  # while the task that handed over its job still exists
+
+        monkeypatch.setattr(threads, "start", start_and_check)
+        control.submit(a_job("c", id="a"), a_job(id="b"))
+        assert eventually(lambda: control.is_idle)
+        assert "was ended, by Thrown" in control.error_of("b")
+
+
+def test_a_run_that_an_exception_ends_before_its_handler_does_not_time_out_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = raising(monkeypatch, Timeouts, "began")
+    with controls(Mux().register("t", lambda _: None, timeout=60), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"))
+        assert eventually(lambda: control.is_idle)
+        assert not left
+        assert "began" in control.error_of("a")
+        assert control.executor.next_timeout == inf
+
+
+@pytest.mark.parametrize("method", ["ended", "slot_recovered"])
+def test_a_run_that_was_given_up_comes_back_once_though_its_thread_dies_then(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    gates = {name: Gate() for name in "abc"}
+    mux = Mux().register("t", lambda job: gates[job.id](job), timeout=0.01)
+    with controls(mux, concurrency=1) as (_, control):
+
+        def is_given_up(id_: str) -> bool:
+            control.turn()
+            return id_ in control.ended
+
+        control.submit(a_job(id="a"))
+        assert eventually(lambda: is_given_up("a"))
+        left = raising(monkeypatch, Timeouts, method)
+        gates["a"].released.set()
+        assert eventually(lambda: not left)
+        assert eventually(lambda: control.is_idle and not control.executor._threads.busy)
+        # One slot is replaced, and not two.
+        control.submit(a_job(id="b"), a_job(id="c"))
+        assert eventually(lambda: is_given_up("b"))
+        assert control.executor.usable == 1
+        assert eventually(lambda: is_given_up("c"))
+        assert (control.executor.usable, control.slots.free) == (0, 0)
+        for gate in gates.values():
+            gate.released.set()
+        assert eventually(lambda: control.is_idle)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_thread_that_dies_before_it_begins_could_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bootstrap, deaths = threading.Thread._bootstrap, 2  # type: ignore[attr-defined]
+
+    def dies(thread: threading.Thread) -> None:
+        nonlocal deaths
+        if deaths and thread.name.startswith("bgjob-q-"):
+            deaths -= 1
+            raise MemoryError
+        bootstrap(thread)
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap", dies)
+    monkeypatch.setattr("bgjob._worker.threads._BEGINS_WITHIN", 0.01)
+    with controls(Mux().register("t", lambda _: None), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"))
+        assert eventually(lambda: control.is_idle)
+        assert not deaths
+        assert len(control.errors) == 2
+        assert "did not begin" in str(control.errors[0])
+        assert control.ended["a"][0].result is COMPLETE
+
+
+def test_a_thread_that_begins_too_late_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, gate, late = Threads._thread, Gate(), threading.Event()
+    bootstrap, ended = threading.Thread._bootstrap, []  # type: ignore[attr-defined]
+    monkeypatch.setattr("bgjob._worker.threads._BEGINS_WITHIN", 0.01)
+
+    def begins(thread: threading.Thread) -> None:
+        if thread.name == "bgjob-q-1":
+            assert late.wait(PATIENCE)
+        bootstrap(thread)
+
+    def ends(threads: Threads, me: Any) -> None:
+        run(threads, me)
+        ended.append(threading.current_thread().name)
+
+    monkeypatch.setattr(threading.Thread, "_bootstrap", begins)
+    monkeypatch.setattr(Threads, "_thread", ends)
+    with controls(Mux().register("t", gate), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"), a_job(id="b"))
+        assert eventually(lambda: control.turn() or gate.runs)
+        late.set()
+        assert eventually(lambda: ended == ["bgjob-q-1"])
+        gate.released.set()
+        assert eventually(lambda: control.is_idle)
+        assert [job.id for job in gate.runs] == ["a", "b"]
+
+
+def test_a_thread_that_has_begun_when_its_start_is_given_up_keeps_its_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+    wait = _HasBegun.wait
+
+    def misses(begun: _HasBegun, timeout: float | None = None) -> bool:
+        wait(begun, timeout)
+        gate.wait()
+        raise RuntimeError("a new thread did not begin")
+
+    monkeypatch.setattr(_HasBegun, "wait", misses)
+    with controls(Mux().register("t", gate), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"))
+        assert (control.slots.free, control.executor.usable) == (0, 1)
+        gate.released.set()
+        assert eventually(lambda: control.is_idle)
+        assert control.errors == []
+
+
+@breaks_loops
+def test_exceptions_at_any_place_of_slots_threads_lose_no_job_and_no_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bgjob._worker.threads._BEGINS_WITHIN", 0.05)
+    # Threads that die before they run a job tell these, and pytest would keep their frames.
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    random, concurrency, thrown = Random(7), 4, 0
+    is_over, is_ready, barrier = threading.Event(), threading.Event(), threading.Barrier(4)
+
+    def plain(_: Job) -> None:
+        sum(range(random.randrange(500)))
+
+    async def coroutine(_: Job) -> None:
+        await asyncio.sleep(0)
+
+    def changes(job: Job) -> None:
+        tenant.set(job.id)
+
+    def late(_: Job) -> None:
+        time.sleep(0.004)  # not with an event, whose lock such an exception leaves locked
+
+    def meets(_: Job) -> None:
+        barrier.wait(PATIENCE)
+
+    def throw_in_slots() -> None:
+        nonlocal thrown
+        jitter, others = Random(11), set(sys._current_frames())
+        is_ready.set()
+        while not is_over.wait(jitter.random() * 0.002):
+            # Also threads that have not begun: their control thread waits for that.
+            threads = sorted(sys._current_frames().keys() - others)
+            thrown += bool(threads) and throw(jitter.choice(threads))
+        for thread in sys._current_frames().keys() - others:
+            throw(thread, None)
+
+    mux = Mux().register("plain", plain).register("coroutine", coroutine)
+    mux.register("moves", lambda job: coroutine(job)).register("changes", changes)
+    mux.register("limited", plain, timeout=PATIENCE).register("late", late, timeout=0.002)
+    mux.register("meets", meets)
+    types = ["plain", "coroutine", "moves", "changes", "limited", "late"]
+    interval = sys.getswitchinterval()
+    with controls(mux, concurrency=concurrency) as (loop, control):
+        loop.open()
+        thread = threading.Thread(target=throw_in_slots)
+        thread.start()
+        assert is_ready.wait(PATIENCE)
+        submitted = 0
+        sys.setswitchinterval(1e-5)
+        try:
+            while thrown < 400:
+                for _ in range(random.randrange(8)):
+                    control.submit(a_job(random.choice(types), id=f"a{submitted}"))
+                    submitted += 1
+                control.turn()
+                assert control.slots.free <= concurrency
+        finally:
+            sys.setswitchinterval(interval)
+            is_over.set()
+            thread.join()
+        assert eventually(lambda: control.is_idle and not control.executor._threads.busy)
+        assert len(control.ended) == submitted
+        control.submit(*(a_job("meets", id=f"b{n}") for n in range(concurrency)))
+        assert eventually(lambda: control.is_idle)
+        assert not barrier.broken
 
 
 # -- threads that cannot start -----------------------------------------------------------------------

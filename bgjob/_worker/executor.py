@@ -148,13 +148,14 @@ class Executor:
         for slot in dead:
             self._free(slot)
         if dead or self._is_unclear:
+            self.tasks.start_again()
             self._settle(dead, running())
             self.spread()
 
     def _free(self, slot: Slot) -> None:
         run, has_slot = slot.run, slot.has_slot
         if run is not None and run.is_overdue:
-            has_slot = self._slots.timeouts.slot_recovered()
+            has_slot = self._slots.timeouts.slot_recovered(run)
         elif run is not None:
             self._slots.timeouts.ended(run)
         if has_slot:

@@ -135,6 +135,13 @@ class Slots:
         with self.lock:
             self.free += count
 
+    def give_back(self, slot: Slot) -> None:
+        """Free the slot of a thread that is about to be idle."""
+        with self.lock:
+            self.free += 1
+            slot.claimed = None
+            slot.has_slot = False
+
     def give_up(self, slot: Slot) -> bool:
         """Free the slot and make its thread idle; False if a job came meanwhile."""
         with self.lock:
@@ -151,7 +158,8 @@ class Slots:
         """Continue after a job that was given up; False if its slot was replaced."""
         if self.fork_guard.is_child:
             self.fork_guard.end(None)
-        slot.has_slot = self.timeouts.slot_recovered()
+        assert slot.run is not None  # noqa: S101 (it was given up)
+        slot.has_slot = self.timeouts.slot_recovered(slot.run)
         slot.claimed = slot.run = None
         if not slot.has_slot:
             with self.lock:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import Context
 from time import perf_counter
+from typing import NamedTuple
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.route import COMPLETE, Route
@@ -22,6 +23,16 @@ from bgjob.errors import JobTimeoutError, LoopBlockedError
 
 _TURN = 0.001
 """Seconds for which one task runs jobs before it yields to the loop's other tasks."""
+
+
+class _Move(NamedTuple):
+    """The way of a slot to a loop."""
+
+    loop: asyncio.AbstractEventLoop
+    route: Route | None = None
+    """The job's route, if a thread has reported its start."""
+    context: Context | None = None
+    """The job's context, if it has run on a thread."""
 
 
 class Tasks:
@@ -39,8 +50,8 @@ class Tasks:
         self._loop = loop
         self._to_thread = to_thread
         self.all: dict[asyncio.Task[None], Slot] = {}
-        self.moving: dict[Slot, asyncio.AbstractEventLoop] = {}
-        """Slots on their way to this loop; the thread that removes one starts or frees it."""
+        self.moving: dict[Slot, _Move] = {}
+        """Slots on their way to a loop; the thread that removes one starts or frees it."""
         self.dead: deque[Slot] = deque()
         """Slots whose tasks were ended."""
         self._is_cancelled = False
@@ -63,39 +74,57 @@ class Tasks:
         job = slot.claimed.job if slot is not None and slot.claimed is not None else None
         return LoopBlockedError(job and job.id, job and job.type, blocked_for)
 
-    def start(
-        self,
-        count: int,
-        claimed: Claimed | None = None,
-        route: Route | None = None,
-        context: Context | None = None,
-    ) -> None:
-        """Continue slots on the loop.
-
-        Args:
-            count: the number of slots.
-            claimed: the job of the only one, if it has one already.
-            route: the job's route, if a thread has reported its start.
-            context: the job's context, if it has run on a thread.
-
-        """
-        moving = [Slot(claimed) for _ in range(count)]
+    def start(self, count: int) -> None:
+        """Continue free slots on the loop."""
         try:
-            loop = self._loop.event_loop()
+            move = _Move(self._loop.event_loop())
         except RuntimeError as error:  # no thread can start
             self._slots.hindered(error)
-            for slot in moving:
-                self._not_started(slot)
+            self._slots.free_again(count)
+            self._slots.needs_watch = True
             return
-        self.moving.update(dict.fromkeys(moving, loop))
+        moving = [Slot(None) for _ in range(count)]
+        self.moving.update(dict.fromkeys(moving, move))
+        self._schedule(move.loop, moving)
+
+    def take_over(
+        self, thread: Slot, claimed: Claimed, route: Route | None, context: Context | None
+    ) -> None:
+        """Continue a thread's slot on the loop, with its job.
+
+        Args:
+            thread: the slot of the thread, which has none afterwards.
+            claimed: the job.
+            route: the job's route, if the thread has reported its start.
+            context: the job's context, if it has run on the thread.
+
+        """
+        slot = Slot(claimed)
         try:
-            loop.call_soon_threadsafe(self._start, moving, route, context)
-        except RuntimeError as error:  # it was closed
+            move = _Move(self._loop.event_loop(), route, context)
+        except RuntimeError as error:  # no thread can start
             self._slots.hindered(error)
-            for slot in moving:
-                # Meanwhile the control thread may have noticed that.
-                if self.moving.pop(slot, None) is not None:
-                    self._not_started(slot)
+            self._slots.done(Outcome(claimed, Release(), None))
+            self._slots.give_back(thread)
+            return
+        # Another thread may raise an exception in this one, but not between these: there is no
+        # call. Before them the slot is the thread's, and after them `start_again` completes this.
+        self.moving[slot] = move
+        thread.claimed = None
+        thread.has_slot = False
+        self._schedule(move.loop, [slot])
+
+    def start_again(self) -> None:
+        """Schedule the start of moving slots once more: their threads may have died before."""
+        for slot, move in self.moving.copy().items():
+            self._schedule(move.loop, [slot])
+
+    def _schedule(self, loop: asyncio.AbstractEventLoop, moving: list[Slot]) -> None:
+        try:
+            loop.call_soon_threadsafe(self._start, moving)
+        except RuntimeError as error:  # it was closed: the next check frees them
+            self._slots.hindered(error)
+            self._slots.needs_watch = True
 
     def _not_started(self, slot: Slot) -> None:
         """Free a slot that did not reach the loop, and release its job."""
@@ -138,16 +167,18 @@ class Tasks:
                 slot.is_lost = True
                 self.all.pop(task, None)
                 lost.append(slot)
-        for slot, loop in self.moving.copy().items():
-            is_lost = is_closed or self._loop.was_replaced(loop)
+        for slot, move in self.moving.copy().items():
+            is_lost = is_closed or self._loop.was_replaced(move.loop)
             if is_lost and self.moving.pop(slot, None) is not None:
                 self._not_started(slot)
         return lost
 
-    def _start(self, moving: list[Slot], route: Route | None, context: Context | None) -> None:
+    def _start(self, moving: list[Slot]) -> None:
         for me in moving:
-            self._start_task(me, route, context)
-            del self.moving[me]
+            move = self.moving.get(me)
+            if move is not None:  # else it was started before
+                self._start_task(me, move.route, move.context)
+                del self.moving[me]
 
     def _start_task(
         self, me: Slot, route: Route | None = None, context: Context | None = None
@@ -207,7 +238,7 @@ class Tasks:
             whole, job = claimed, claimed.job
             if job.arg is ELSEWHERE and known is None:
                 if not slots.mux.runs_on_loop(job):
-                    me.has_slot = False
+                    me.claimed, me.has_slot = None, False
                     self._to_thread(claimed)
                     return
                 whole = await self._fetch(claimed)
@@ -219,7 +250,7 @@ class Tasks:
             if not isinstance(route, Route):
                 slots.done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
-                me.has_slot = False
+                me.claimed, me.has_slot = None, False
                 self._to_thread(claimed)
                 return
             else:
@@ -294,7 +325,7 @@ class Tasks:
                 result = route.failed(whole.job, error)
         if run is None:
             return result
-        if run.is_given_up:
+        if not slots.timeouts.ended(run):
             return None
         me.run = None
         if isinstance(error_of(result), JobTimeoutError):

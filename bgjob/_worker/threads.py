@@ -5,6 +5,7 @@ is a coroutine function, the slot moves to the loop.
 """
 
 import threading
+from collections.abc import Callable
 from contextvars import Context
 from math import inf
 from time import monotonic, perf_counter
@@ -24,11 +25,55 @@ _FIRST_PAUSE = 0.05
 """Seconds after which starting a thread is tried again; doubles."""
 _LONGEST_PAUSE = 2.0
 
+_BEGINS_WITHIN = 2.0
+"""Seconds after which a thread that was started and does not run is given up."""
+
+
+class _HasBegun(threading.Event):
+    """What `threading.Thread.start` waits for, but not forever.
+
+    A thread that dies before it runs its target, because memory is exhausted or because another
+    thread raises an exception in it, would block the thread that started it: the control
+    thread, which extends the leases, or the event loop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_set = False
+        # Not the event's own, which a thread that dies in set() may leave locked.
+        self._unset = threading.Lock()
+        self._unset.acquire()
+
+    @override
+    def is_set(self) -> bool:
+        return self._is_set
+
+    @override
+    def set(self) -> None:
+        self._is_set = True
+        self._unset.release()
+
+    @override
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._unset.acquire(timeout=_BEGINS_WITHIN):
+            raise RuntimeError("a new thread did not begin")
+        self._unset.release()
+        return True
+
+
+class _SystemThread(threading.Thread):
+    """A thread whose start fails if it does not begin."""
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        # A daemon: a handler that never returns must not keep the process alive.
+        super().__init__(target=target, name=name, daemon=True)
+        self._started = _HasBegun()
+
 
 class Thread(Slot):
     """A handler thread, and the lock on which it waits for work."""
 
-    __slots__ = ("is_over", "pause", "thread", "threads")
+    __slots__ = ("has_begun", "is_over", "pause", "thread", "threads")
 
     def __init__(
         self, threads: "Threads", claimed: Claimed | None, *, has_slot: bool = True
@@ -38,6 +83,8 @@ class Thread(Slot):
         self.pause = threading.Lock()
         self.thread: threading.Thread | None = None
         """None until it has started."""
+        self.has_begun = False
+        """Whether it runs, and was not given up before."""
         self.is_over = False
 
     @override
@@ -125,18 +172,17 @@ class Threads:
     def _start(self, me: Thread) -> bool:
         """Start a thread; False if the system has no more threads or memory."""
         self._started += 1
-        thread = threading.Thread(
-            target=self._thread,
-            args=(me,),
-            name=f"bgjob-{self.slots.queue}-{self._started}",
-            daemon=True,  # a handler that never returns must not keep the process alive
-        )
+        name = f"bgjob-{self.slots.queue}-{self._started}"
+        thread = _SystemThread(lambda: self._thread(me), name)
         with self.slots.lock:
             self.all.add(me)
         try:
             thread.start()
         except Exception as error:
             with self.slots.lock:
+                if me.has_begun:  # it was only late
+                    me.thread = thread
+                    return True
                 self.all.discard(me)
             self.retry_at = monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -154,6 +200,10 @@ class Threads:
     def _thread(self, me: Thread) -> None:
         try:
             me.pause.acquire()
+            with self.slots.lock:
+                me.has_begun = me in self.all
+            if not me.has_begun:
+                return  # it was given up
             while not self.slots.is_closed:
                 context = self.slots.context.copy()
                 if not context.run(self._work, me, context):
@@ -247,9 +297,8 @@ class Threads:
         context: Context | None = None,
     ) -> None:
         """Move the slot to the loop with its job; the thread becomes idle."""
-        self._tasks.start(1, claimed, route, context)
+        self._tasks.take_over(me, claimed, route, context)
         with self.slots.lock:
-            me.claimed, me.has_slot = None, False
             me.rest()
 
     def _run(
@@ -275,7 +324,8 @@ class Threads:
                 return self._not_begun(result)
         else:
             result = route.run(whole.job)
-        if run is not None and run.is_given_up:
+        # Again: another thread may have raised an exception in this one before its end.
+        if run is not None and not slots.timeouts.ended(run):
             return None
         me.run = None
         return result

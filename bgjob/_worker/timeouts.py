@@ -27,12 +27,12 @@ class Run:
 
     __slots__ = (
         "_began",
+        "_decision",
         "_limited",
         "_timeouts",
         "claimed",
         "ends",
-        "is_given_up",
-        "is_overdue",
+        "is_slot_kept",
         "route",
         "timeout",
     )
@@ -43,12 +43,24 @@ class Run:
         """Seconds."""
         self.claimed = claimed
         self.route = replace(limited, handler=self._await if limited.is_coroutine else self._call)
-        self.is_given_up = False
-        """Whether its job failed meanwhile, so that its result is dropped."""
-        self.is_overdue = False
-        """Whether its job failed, whether the handler has returned or not."""
+        self._decision: dict[str, bool] = {}
+        self.is_slot_kept: bool | None = None
+        """Of a run that was given up and has ended: whether its slot was not replaced."""
         self._timeouts = timeouts
         self._limited = limited
+
+    def decide(self, *, is_overdue: bool) -> bool:
+        """Decide whether the run is given up; the first decision holds, and is returned.
+
+        Without a lock, which a handler's fork might find locked, and another thread's exception
+        might leave undecided.
+        """
+        return self._decision.setdefault("is_overdue", is_overdue)
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it was given up: its job has failed, whether the handler returned or not."""
+        return self._decision.get("is_overdue", False)
 
     def fail(self, now: float) -> Outcome:
         """Return the outcome of a run that is given up."""
@@ -78,9 +90,7 @@ class Run:
 
     def _end(self, job: Job) -> None:
         if not self._timeouts.ended(self):
-            self.is_given_up = True
-            # A transaction must roll back.
-            raise self._limited.timed_out(job)
+            raise self._limited.timed_out(job)  # a transaction must roll back
 
 
 class Timeouts:
@@ -123,14 +133,16 @@ class Timeouts:
         self._began()
 
     def ended(self, run: Run) -> bool:
-        """End the timeout of a run; False if it was given up before."""
-        return self._runs.pop(run, run) is None
+        """End the timeout of a run; False if it was given up before. Idempotent."""
+        self._runs.pop(run, None)
+        return not run.decide(is_overdue=False)
 
     def overdue(self, now: float) -> list[Run]:
-        """Return the runs that exceeded their timeouts, and mark them as given up."""
-        overdue = [run for run in self._runs.copy() if run.ends <= now and self.ended(run)]
+        """Return the runs that exceeded their timeouts, and give them up."""
+        ended = [run for run in self._runs.copy() if run.ends <= now]
+        overdue = [run for run in ended if run.decide(is_overdue=True)]
         for run in overdue:
-            run.is_overdue = True
+            self._runs.pop(run, None)
         return overdue
 
     def slot_lost(self) -> bool:
@@ -139,8 +151,13 @@ class Timeouts:
             self._lost += 1
             return self._lost <= self._slots
 
-    def slot_recovered(self) -> bool:
-        """Record that an abandoned handler returned. True if its slot was not replaced."""
+    def slot_recovered(self, run: Run) -> bool:
+        """Record that an abandoned handler returned. True if its slot was not replaced.
+
+        Idempotent, because its thread may be ended just after this.
+        """
         with self._lock:
-            self._lost -= 1
-            return self._lost >= self._slots
+            if run.is_slot_kept is None:
+                self._lost -= 1
+                run.is_slot_kept = self._lost >= self._slots
+            return run.is_slot_kept
