@@ -45,6 +45,7 @@ from bgjob._postgres.fork import ForkGuard
 from bgjob._running import loop
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
+from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
@@ -651,7 +652,6 @@ class Control:
             self.executor.expire(monotonic())
         self.executor.watch(lambda: [*self._held.values()], PATIENCE)
         self._collect()
-        self.executor.spread()
 
     def _collect(self) -> None:
         for outcome in self.slots.collect():
@@ -741,13 +741,16 @@ def test_only_jobs_of_the_former_loop_are_lost_when_another_queue_has_replaced_i
 
 @breaks_loops
 @pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "unnoticed"])
-def test_a_slot_on_its_way_to_a_loop_that_dies_is_freed_once(is_noticed: bool) -> None:
+@pytest.mark.parametrize("type", ["coroutine", "moves"])
+def test_a_slot_on_its_way_to_a_loop_that_dies_is_freed_once(type: str, is_noticed: bool) -> None:
     ran: list[str] = []
+    was_late = threading.Event()
 
     async def handle(job: Job) -> None:
         ran.append(job.id)
 
-    with controls(Mux().register("t", handle), concurrency=1) as (loop, control):
+    mux = Mux().register("coroutine", handle).register("moves", lambda job: handle(job))
+    with controls(mux, concurrency=1) as (loop, control):
         event_loop: Any = loop.event_loop()
         schedule = event_loop.call_soon_threadsafe
 
@@ -757,10 +760,12 @@ def test_a_slot_on_its_way_to_a_loop_that_dies_is_freed_once(is_noticed: bool) -
             event_loop.close()
             if is_noticed:
                 control.turn()
+            was_late.set()
             return schedule(*args)
 
         event_loop.call_soon_threadsafe = too_late
-        control.submit(a_job(id="a"))
+        control.submit(a_job(type, id="a"))
+        assert was_late.wait(PATIENCE)
         assert eventually(lambda: control.is_idle)
         assert ran == ["a"]
 
@@ -872,7 +877,10 @@ def test_a_slot_whose_thread_dies_while_it_moves_to_the_loop_moves_once(when: st
         assert ran == ["a", "b"]
 
 
-def test_a_job_that_moves_to_a_thread_that_dies_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arg", [None, ELSEWHERE], ids=["here", "elsewhere"])
+def test_a_job_that_moves_to_a_thread_that_dies_fails(
+    monkeypatch: pytest.MonkeyPatch, arg: bytes | None
+) -> None:
     async def coroutine(job: Job) -> None: ...
 
     mux = Mux().register("t", lambda _: None).register("c", coroutine)
@@ -891,9 +899,58 @@ def test_a_job_that_moves_to_a_thread_that_dies_fails(monkeypatch: pytest.Monkey
                 control.turn()  # while the task that handed over its job still exists
 
         monkeypatch.setattr(threads, "start", start_and_check)
-        control.submit(a_job("c", id="a"), a_job(id="b"))
+        control.submit(a_job("c", id="a"), a_job(id="b", arg=arg))
         assert eventually(lambda: control.is_idle)
         assert "was ended, by Thrown" in control.error_of("b")
+
+
+def test_a_thread_that_dies_without_a_word_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, deaths = Threads._thread, ["before its first job"]
+
+    def dies(threads: Threads, me: Any) -> None:
+        if not deaths:
+            run(threads, me)
+        deaths.clear()
+
+    monkeypatch.setattr(Threads, "_thread", dies)
+    with controls(Mux().register("t", lambda _: None), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"))
+        assert eventually(lambda: control.is_idle)
+        assert control.ended["a"][0].result is COMPLETE
+
+
+def test_a_thread_that_reports_its_death_is_replaced_immediately(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    mux = Mux().register("t", lambda job: ran.append(job.id))
+    with controls(mux, concurrency=1) as (_, control):
+        reported = threading.Event()
+
+        def check() -> None:
+            monkeypatch.undo()
+            assert control.slots.needs_watch
+            control.turn()  # while the thread that calls this still exists
+            reported.set()
+
+        monkeypatch.setattr(control.slots, "finished", check)
+        monkeypatch.setattr(Threads, "_work", lambda *_: 1 / 0)
+        control.submit(a_job(id="a"))
+        assert reported.wait(PATIENCE)
+        assert eventually(lambda: ran == ["a"])
+        assert eventually(lambda: control.is_idle)
+
+
+def test_an_idle_thread_that_dies_gets_no_more_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = raising(monkeypatch, Threads, "_work")
+    with controls(Mux().register("t", lambda _: None), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"))
+        assert eventually(lambda: not left and control.is_idle)
+        assert eventually(lambda: control.turn() or not control.executor._threads.all)
+        assert control.executor._threads.resting == []
+        control.submit(a_job(id="b"))
+        assert eventually(lambda: control.is_idle)
+        assert control.ended["b"][0].result is COMPLETE
 
 
 def test_a_run_that_an_exception_ends_before_its_handler_does_not_time_out_later(

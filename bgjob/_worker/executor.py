@@ -150,7 +150,7 @@ class Executor:
         if dead or self._is_unclear:
             self.tasks.start_again()
             self._settle(dead, running())
-            self.spread()
+        self.spread()
 
     def _free(self, slot: Slot) -> None:
         run, has_slot = slot.run, slot.has_slot

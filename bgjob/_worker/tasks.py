@@ -131,7 +131,6 @@ class Tasks:
         self._slots.free_again()
         if slot.claimed is not None:
             self._slots.done(Outcome(slot.claimed, Release(), None))
-        self._slots.needs_watch = True
 
     def cancel(self) -> None:
         """Cancel the coroutines that still run: the grace period is over. Idempotent.
