@@ -20,6 +20,7 @@ from bgjob._cli.commands import (
     schedules,
     schema,
     stats,
+    top,
     worker,
     workers,
 )
@@ -36,6 +37,7 @@ _COMMANDS = (
     preflight,
     enqueue,
     stats,
+    top,
     dlq,
     pauses,
     schedules,

@@ -26,7 +26,15 @@ from bgjob._cli.commands import dlq
 
 Run = Callable[..., tuple[int, str, str]]
 
-READ = ["stats", "dlq list", "dlq show a", "dlq requeue --all", "dlq purge --all", "enqueue q t"]
+READ = [
+    "stats",
+    "top",
+    "dlq list",
+    "dlq show a",
+    "dlq requeue --all",
+    "dlq purge --all",
+    "enqueue q t",
+]
 READ += [f"schedules {rest}" for rest in ("list", "pause a", "resume a", "run a", "remove a")]
 READ += ["pause q", "resume q", "paused", "workers"]
 """Commands that need the tables."""
@@ -778,7 +786,18 @@ def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     "args",
-    ["", "enqueue", "stats", "dlq", "dlq list", "dlq show", "dlq requeue", "dlq purge", "schema"]
+    [
+        "",
+        "enqueue",
+        "stats",
+        "top",
+        "dlq",
+        "dlq list",
+        "dlq show",
+        "dlq requeue",
+        "dlq purge",
+        "schema",
+    ]
     + ["playground", "demo", "worker", "pause", "resume", "paused", "schedules", "schedules list"]
     + [f"schedules {command}" for command in ("pause", "resume", "remove", "run")],
 )

@@ -26,7 +26,7 @@ def add(commands: "Commands") -> None:
         "dead, and those that wait for a retry; shows how many seconds the oldest due job has "
         "waited, and until when a queue is paused. A paused queue without jobs has a row without "
         "a type. It reads both tables from end to end, which takes a second or more with a "
-        "million jobs.",
+        "million jobs; `bgjob top --once` counts up to a cap, within milliseconds.",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--queue", type=arguments.name("queue"), help="only jobs of this queue")

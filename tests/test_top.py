@@ -1,0 +1,527 @@
+"""`bgjob top`: its frames, and the command on a terminal, over a pipe and in trouble."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from support.clients import HOSTILE
+from support.waiting import PATIENCE, eventually
+
+from bgjob import CappedCount, Client, EnqueueRequest, Overview, QueueOverview, cli
+from bgjob._cli.top.frame import (
+    SORTS,
+    Line,
+    Server,
+    Sort,
+    Style,
+    View,
+    age,
+    frame,
+    render,
+    width_of,
+)
+from bgjob._cli.top.history import History
+from bgjob._cli.top.terminal import split_keys
+
+NOW = datetime(2026, 11, 29, 3, 14, 7, tzinfo=UTC)
+SERVER = Server("shop@db1", "18.6")
+
+NONE = CappedCount(0, is_exact=True)
+MANY = CappedCount(1000, is_exact=False)
+
+
+def a_queue(
+    name: str, due: int | CappedCount = 0, oldest: float | None = None, **other: Any
+) -> QueueOverview:
+    if isinstance(due, int):
+        due = CappedCount(due, is_exact=True)
+    queue = QueueOverview(name, due, NONE, NONE, NONE, NONE, oldest, False, None)
+    return replace(queue, **other)
+
+
+def an_overview(*queues: QueueOverview, after: float = 0) -> Overview:
+    return Overview(NOW + timedelta(seconds=after), queues)
+
+
+def plain(line: Line) -> str:
+    return render(line, is_coloured=False)
+
+
+def drawn(*queues: QueueOverview, history: History | None = None, **view: Any) -> list[str]:
+    lines = frame(an_overview(*queues), SERVER, history or History(), View(**view))
+    return [plain(line) for line in lines]
+
+
+def names(lines: list[str]) -> list[str]:
+    return [line.split()[0] for line in lines[3:] if line]
+
+
+# -- a frame --------------------------------------------------------------------------------
+
+
+def test_a_frame_shows_what_each_queue_holds() -> None:
+    mail = a_queue(
+        "mail",
+        MANY,
+        3 * 3600 + 780,
+        running=CappedCount(536, is_exact=True),
+        delayed=MANY,
+        dead=CappedCount(9449, is_exact=True),
+    )
+    idle = a_queue("idle")
+    head, totals, titles, *rows = drawn(idle, mail, width=80)
+    assert head.startswith("bgjob shop@db1  PostgreSQL 18.6  ")
+    assert totals == "2 queues  1,000+ due  oldest 3 h 13 min  536 running  9,449 dead/h"
+    assert titles.split() == ["queue", "due", "oldest", "running", "delayed", "dead/h"]
+    assert [row.split() for row in rows] == [
+        ["mail", "1,000+", "3", "h", "13", "min", "536", "1,000+", "9,449"],
+        ["idle", "0", "-", "0", "0", "0"],
+    ]
+
+
+def test_a_column_that_says_nothing_is_left_out() -> None:
+    paused = a_queue("a", is_paused=True)
+    until = a_queue("b", is_paused=True, paused_until=NOW)
+    waits = a_queue("c", waiting_for_keys=CappedCount(7, is_exact=True))
+    assert "state" not in drawn(waits)[2]
+    assert "for keys" not in drawn(paused)[2]
+    *_, a, b, c = drawn(paused, until, waits)
+    assert a.split()[:2] == ["a", "PAUSED"]
+    assert b.split()[:3] == ["b", "until", f"{NOW.astimezone():%m-%d}"]
+    assert c.split() == ["c", "open", "0", "-", "0", "0", "7", "0"]
+
+
+def test_without_a_queue_a_frame_says_so() -> None:
+    assert "No queue has jobs" in "".join(drawn(width=80, height=24))
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_queues_are_sorted_as_asked_and_then_by_name(sort: Sort) -> None:
+    queues = [
+        a_queue("d", 5),
+        a_queue("c", 1, 90.0),
+        a_queue("b", 9, 10.0),
+        a_queue("a", 0, dead=CappedCount(3, is_exact=True)),
+    ]
+    expected = {"oldest": "cbad", "due": "bdca", "dead": "abcd", "name": "abcd"}
+    assert "".join(names(drawn(*queues, sort=sort))) == expected[sort]
+
+
+def test_a_screen_shows_the_queues_that_it_has_room_for_and_scrolls() -> None:
+    queues = [a_queue(f"q{n:03}") for n in range(100)]
+    lines = drawn(*queues, width=80, height=24, sort="name", first=7)
+    assert len(lines) == 24
+    assert names(lines[:-1]) == [f"q{n:03}" for n in range(7, 27)]
+    assert lines[-1].endswith("8 to 27 of 100")
+    assert len(drawn(*queues)) == 103  # a pipe has room for all
+
+
+WIDE = [
+    a_queue(
+        name,
+        CappedCount(32_768_000, is_exact=False),
+        86_400.0 * 999,
+        delayed=MANY,
+        running=MANY,
+        dead=MANY,
+        waiting_for_keys=MANY,
+        is_paused=True,
+        paused_until=NOW,
+    )
+    for name in [*HOSTILE, "請求書" * 30, "a"]
+]
+
+
+@pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 10, 200])
+@pytest.mark.parametrize("width", [1, 2, 11, 40, 79, 80, 100, 400])
+@pytest.mark.parametrize("trouble", [None, "not renewed: the database is away " * 20])
+def test_no_frame_is_larger_than_the_screen(width: int, height: int, trouble: str | None) -> None:
+    history = History()
+    for second in range(100):
+        history.add(an_overview(*WIDE, after=second))
+    lines = drawn(*WIDE, history=history, width=width, height=height, trouble=trouble)
+    assert len(lines) == height
+    assert max(map(width_of, lines)) <= width
+    assert all(c.isprintable() for line in lines for c in line)
+
+
+def test_a_narrow_screen_leaves_out_the_columns_that_matter_least() -> None:
+    shown = {width: drawn(*WIDE, width=width)[2] for width in (100, 85, 75, 66)}
+    for title, widths in (
+        ("oldest", {100, 85, 75, 66}),
+        ("dead/h", {100, 85, 75}),
+        ("delayed", {100, 85}),
+        ("for keys", {100}),
+    ):
+        assert {width for width, titles in shown.items() if title in titles} == widths
+
+
+def test_a_long_name_is_cut_and_a_short_one_is_not() -> None:
+    *_, short, long = drawn(a_queue("x" * 100, MANY), a_queue("short"), width=80)
+    assert short.startswith("short ")
+    assert re.match(r"x{12,}… ", long)
+
+
+def test_what_is_late_is_coloured_unless_the_queue_is_paused() -> None:
+    def styles(queue: QueueOverview) -> set[Style]:
+        lines = frame(an_overview(queue), SERVER, History(), View())
+        return {part.style for line in (lines[1], lines[3]) for part in line}
+
+    assert Style.BAD in styles(a_queue("q", 1, 301.0))
+    assert Style.WARN in styles(a_queue("q", 1, 61.0))
+    assert not {Style.BAD, Style.WARN} & styles(a_queue("q", 1, 59.0))
+    assert Style.BAD not in styles(a_queue("q", 1, 301.0, is_paused=True))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-1, "0 s"),
+        (0.9, "0 s"),
+        (59, "59 s"),
+        (60, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (11_580, "3 h 13 min"),
+        (86_400, "1 d 0 h"),
+        (86_400 * 1234 + 3600, "1,234 d 1 h"),
+    ],
+)
+def test_an_age_has_two_units(seconds: float, text: str) -> None:
+    assert age(seconds) == text
+
+
+# -- a trend --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ages", "trend"),
+    [
+        ([], 0),
+        ([10.0], 0),
+        ([10.0, 12.0, 14.0], 1),
+        ([10.0, 10.4, 11.0], 1),
+        ([10.0, 9.0, 10.0], 0),
+        ([10.0, 9.0, 8.0], -1),
+        ([10.0, None], -1),
+        ([None, 10.0], 1),
+        ([*[500.0] * 30, 400.0, *[400.0] * 16], 0),  # the fall was long ago
+    ],
+)
+def test_a_trend_says_whether_the_oldest_job_gets_older(
+    ages: list[float | None], trend: int
+) -> None:
+    history = History()
+    for n, oldest in enumerate(ages):
+        history.add(an_overview(a_queue("q", 1, oldest), after=2 * n))
+    assert history.trend("q") == trend
+    arrow = {1: "▲", 0: " ", -1: "▼"}[trend]
+    [*_, row] = drawn(a_queue("q", 1, 5.0), history=history)
+    assert f"5 s {arrow}" in row
+
+
+# -- keys -----------------------------------------------------------------------------------
+
+
+def test_keys_are_told_apart_that_arrive_together() -> None:
+    assert [*split_keys("q\x1b[Aj\x1b[6~\x1bOB\x1b\x1b[1~é")] == [
+        *("q", "up", "down", "page down", "down", "\x1b", "home", "é")
+    ]
+
+
+# -- the command, over a pipe ---------------------------------------------------------------
+
+
+def fill(client: Client) -> None:
+    client.bulk_enqueue([EnqueueRequest("mail", "t") for _ in range(3)])
+    client.enqueue(EnqueueRequest("reports", "t", delay=3600))
+    client.pause("reports")
+
+
+@pytest.fixture
+def filled(dsn: str) -> str:
+    with Client(dsn) as client:
+        fill(client)
+    return dsn
+
+
+@pytest.mark.parametrize("args", [[], ["--once"]])
+def test_over_a_pipe_it_prints_one_frame_without_control_sequences(
+    filled: str, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["top", "--dsn", filled, *args]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    *_, mail, reports = [line.split() for line in out.splitlines()]
+    assert (mail[:3], reports[:3]) == (["mail", "open", "3"], ["reports", "PAUSED", "0"])
+    assert "q quit" not in out
+
+
+def test_json_has_the_numbers_and_whether_they_are_exact(
+    filled: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["top", "--dsn", filled, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert datetime.fromisoformat(told["at"]).tzinfo is not None
+    mail, reports = told["queues"]
+    assert (mail["queue"], mail["due"]) == ("mail", {"number": 3, "is_exact": True})
+    assert (reports["is_paused"], reports["paused_until"]) == (True, None)
+    assert set(mail) == set(QueueOverview.__slots__)
+
+
+def test_it_changes_nothing_and_waits_for_no_lock(
+    filled: str, conn: psycopg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with conn.transaction():
+        conn.execute("lock table bgjob_job in access exclusive mode")
+        assert cli.main(["top", "--dsn", filled]) == 1
+    assert "lock timeout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", ["--every 0", "--every 1x", "--sort color", "mail"])
+def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["top", *args.split()])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: bgjob")
+
+
+def test_missing_tables_are_reported_with_the_remedy(
+    empty_dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["top", "--dsn", empty_dsn]) == 1
+    assert "migration/init.sql" in capsys.readouterr().err
+
+
+# -- the command, on a terminal -------------------------------------------------------------
+
+MAIN = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from bgjob.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+LEFT = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+
+
+class Screen:
+    """A terminal with the command on it."""
+
+    def __init__(self, *args: str, columns: int = 80, lines: int = 24, **env: str) -> None:
+        self.keyboard, terminal = pty.openpty()
+        self.before = termios.tcgetattr(terminal)
+        self._terminal = terminal
+        self.resize(columns, lines)
+        self.text = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, "top", "--every", "0.1", *args],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+            env={k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+            | {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
+            | env,
+        )
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def press(self, keys: str) -> None:
+        os.write(self.keyboard, keys.encode())
+
+    def frame(self) -> list[str]:
+        """Return the lines that are shown, without control sequences."""
+        self._read()
+        shown = self.text.rpartition("\x1b[J")[0].rpartition("\x1b[H")[2]
+        return [SEQUENCE.sub("", line) for line in re.split("\r+\n", shown)]
+
+    def shows(self, pattern: str) -> bool:
+        """Wait until a frame has a line that matches."""
+        return eventually(lambda: any(re.search(pattern, line) for line in self.frame()))
+
+    def has(self, lines: int) -> bool:
+        """Wait until a frame has this many lines."""
+        return eventually(lambda: len(self.frame()) == lines)
+
+    def status(self) -> int:
+        """Wait for the end of the process; return its status."""
+        give_up_at = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < give_up_at:
+            self._read()
+        self._read()
+        return self.process.wait(0)
+
+    def is_as_it_was(self) -> bool:
+        """Whether the terminal has the settings from before, and its own screen."""
+        return termios.tcgetattr(self._terminal) == self.before and LEFT in self.text
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.keyboard)
+        os.close(self._terminal)
+
+    def _read(self) -> None:
+        while select.select([self.keyboard], [], [], 0.01)[0]:
+            self.text += os.read(self.keyboard, 65536).decode("utf-8", "ignore")
+
+
+@contextlib.contextmanager
+def on_a_terminal(*args: str, **options: Any) -> Iterator[Screen]:
+    screen = Screen(*args, **options)
+    try:
+        yield screen
+    finally:
+        screen.close()
+
+
+def test_on_a_terminal_it_renews_the_screen_until_q_is_pressed(filled: str) -> None:
+    with on_a_terminal("--dsn", filled) as screen, Client(filled) as client:
+        assert screen.shows(r"^mail +open +3 ")
+        assert len(screen.frame()) == 24
+        assert screen.frame()[-1].startswith("q quit")
+        client.enqueue(EnqueueRequest("mail", "t"))
+        assert screen.shows(r"^mail +open +4 ")
+        assert STYLE.search(screen.text)
+        screen.press("q")
+        assert screen.status() == 0
+        assert screen.is_as_it_was()
+
+
+def test_it_draws_anew_when_the_terminal_is_resized(filled: str) -> None:
+    with on_a_terminal("--dsn", filled, "--every", "1h") as screen:
+        assert screen.shows("^mail ")
+        for columns, lines in ((40, 10), (132, 50)):
+            screen.resize(columns, lines)
+            assert screen.has(lines)
+            assert max(map(len, screen.frame())) <= columns
+
+
+def test_keys_sort_and_scroll(dsn: str) -> None:
+    with Client(dsn) as client:
+        client.bulk_enqueue([EnqueueRequest(f"q{n:02}", "t", delay=99) for n in range(40)])
+    with on_a_terminal("--dsn", dsn, "--sort", "name", lines=14) as screen:
+        assert screen.shows(r"sort: name +↑↓ 1 to 10 of 40")
+        for keys, first in (("\x1b[B", 1), ("\x1b[6~", 11), ("\x1b[F", 30), ("j", 30), ("kk", 28)):
+            screen.press(keys)
+            assert screen.shows(f" {first + 1} to {first + 10} of 40")
+            assert screen.frame()[3].startswith(f"q{first:02} ")
+        screen.press("s")
+        assert screen.shows(r"sort: oldest +↑↓ 1 to 10 of 40")
+
+
+def test_a_frozen_screen_stays_until_it_is_thawed(filled: str) -> None:
+    with on_a_terminal("--dsn", filled) as screen, Client(filled) as client:
+        assert screen.shows(r"^mail +open +3 ")
+        screen.press("p")
+        assert screen.shows("^FROZEN")
+        client.enqueue(EnqueueRequest("mail", "t"))
+        frames = screen.text.count("\x1b[H")
+        # It goes on drawing, at every second.
+        assert eventually(lambda: screen.frame() and screen.text.count("\x1b[H") > frames + 1)
+        assert screen.shows(r"^mail +open +3 ")
+        screen.press("p")
+        assert screen.shows(r"^mail +open +4 ")
+        assert "FROZEN" not in screen.frame()[-1]
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [("ctrl-c", 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["ctrl-c", "SIGTERM", "SIGHUP"],
+)
+def test_a_signal_that_ends_it_leaves_the_terminal_as_it_was(
+    filled: str, how: str | signal.Signals, status: int
+) -> None:
+    with on_a_terminal("--dsn", filled) as screen:
+        assert screen.shows("^mail ")
+        if isinstance(how, str):
+            screen.press("\x03")
+        else:
+            screen.process.send_signal(how)
+        assert screen.status() == status
+        assert screen.is_as_it_was()
+        assert "Traceback" not in screen.text
+
+
+def test_it_can_be_stopped_and_continued(filled: str) -> None:
+    with on_a_terminal("--dsn", filled) as screen:
+        assert screen.shows("^mail ")
+        screen.process.send_signal(signal.SIGTSTP)
+        os.waitid(os.P_PID, screen.process.pid, os.WSTOPPED | os.WNOWAIT)
+        screen.frame()
+        assert screen.is_as_it_was()
+        entered = screen.text.count("\x1b[?1049h")
+        screen.process.send_signal(signal.SIGCONT)
+        assert eventually(lambda: screen.frame() and screen.text.count("\x1b[?1049h") > entered)
+        assert screen.shows("^mail ")
+        screen.press("q")
+        assert screen.status() == 0
+        assert termios.tcgetattr(screen._terminal) == screen.before
+
+
+def test_without_colours_it_moves_the_cursor_only(filled: str) -> None:
+    with on_a_terminal("--dsn", filled, NO_COLOR="1") as screen:
+        assert screen.shows("^mail ")
+        screen.press("q")
+        assert screen.status() == 0
+        assert not STYLE.search(screen.text)
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_one_frame(filled: str) -> None:
+    with on_a_terminal("--dsn", filled, TERM="dumb") as screen:
+        assert screen.status() == 0
+        assert "mail" in screen.text
+        assert "\x1b" not in screen.text
+
+
+def test_an_encoding_without_the_signs_gets_others(filled: str) -> None:
+    with on_a_terminal("--dsn", filled, PYTHONIOENCODING="ascii") as screen:
+        assert screen.shows("^mail ")
+        assert screen.shows(r"sort: oldest +\^v 1 to 2 of 2")
+        assert screen.text.isascii()
+
+
+def test_trouble_is_said_and_the_last_frame_stays(filled: str, conn: psycopg.Connection) -> None:
+    with on_a_terminal("--dsn", filled) as screen:
+        assert screen.shows(r"^mail +open +3 ")
+        with conn.transaction():
+            conn.execute("lock table bgjob_job in access exclusive mode")
+            assert screen.shows("^not renewed: canceling statement due to lock timeout")
+            assert screen.shows(r"^mail +open +3 ")
+        with Client(filled) as client:
+            client.enqueue(EnqueueRequest("mail", "t"))
+        assert screen.shows(r"^mail +open +4 ")
+        assert screen.frame()[-1].startswith("q quit")
+
+
+def test_it_goes_on_after_its_session_was_ended(filled: str, conn: psycopg.Connection) -> None:
+    with on_a_terminal("--dsn", filled) as screen, Client(filled) as client:
+        assert screen.shows(r"^mail +open +3 ")
+        ended = conn.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where application_name = 'bgjob top' and datname = current_database()"
+        ).fetchall()
+        assert ended == [(True,)]
+        client.enqueue(EnqueueRequest("mail", "t"))
+        assert screen.shows(r"^mail +open +4 ")
