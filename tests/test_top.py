@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -23,10 +23,20 @@ import pytest
 from support.clients import HOSTILE
 from support.waiting import PATIENCE, eventually
 
-from bgjob import CappedCount, Client, EnqueueRequest, Overview, QueueOverview, cli
+from bgjob import (
+    CappedCount,
+    Client,
+    EnqueueRequest,
+    Mux,
+    Overview,
+    QueueOverview,
+    Worker,
+    cli,
+)
 from bgjob._cli.top.frame import (
     SORTS,
     Line,
+    Seen,
     Server,
     Sort,
     Style,
@@ -38,6 +48,7 @@ from bgjob._cli.top.frame import (
 )
 from bgjob._cli.top.history import History
 from bgjob._cli.top.terminal import split_keys
+from bgjob.workers import WorkerCounts, WorkerStatus
 
 NOW = datetime(2026, 11, 29, 3, 14, 7, tzinfo=UTC)
 SERVER = Server("shop@db1", "18.6")
@@ -63,9 +74,29 @@ def plain(line: Line) -> str:
     return render(line, is_coloured=False)
 
 
-def drawn(*queues: QueueOverview, history: History | None = None, **view: Any) -> list[str]:
-    lines = frame(an_overview(*queues), SERVER, history or History(), View(**view))
-    return [plain(line) for line in lines]
+def drawn(
+    *queues: QueueOverview,
+    history: History | None = None,
+    workers: Sequence[WorkerStatus] = (),
+    **view: Any,
+) -> list[str]:
+    seen = Seen(an_overview(*queues), workers)
+    return [plain(line) for line in frame(seen, SERVER, history or History(), View(**view))]
+
+
+def a_worker(
+    number: int, *, after: float = 0, done: int = 0, failed: int = 0, **other: Any
+) -> WorkerStatus:
+    told: dict[str, Any] = dict.fromkeys(WorkerStatus._fields)
+    told |= {
+        "number": number,
+        "state": "working",
+        "seen_at": NOW + timedelta(seconds=after),
+        "queues": {"mail": 8},
+        "running": {"mail": 5},
+        "counts": WorkerCounts(completed=done, retried=failed, dead=failed),
+    }
+    return WorkerStatus(**told | other)
 
 
 def names(lines: list[str]) -> list[str]:
@@ -86,7 +117,7 @@ def test_a_frame_shows_what_each_queue_holds() -> None:
     )
     idle = a_queue("idle")
     head, totals, titles, *rows = drawn(idle, mail, width=80)
-    assert head.startswith("bgjob shop@db1  PostgreSQL 18.6  ")
+    assert re.fullmatch(r"bgjob shop@db1  \d\d:14:07  PostgreSQL 18\.6", head)
     assert totals == "2 queues  1,000+ due  oldest 3 h 13 min  536 running  9,449 dead/h"
     assert titles.split() == ["queue", "due", "oldest", "running", "delayed", "dead/h"]
     assert [row.split() for row in rows] == [
@@ -180,7 +211,7 @@ def test_a_long_name_is_cut_and_a_short_one_is_not() -> None:
 
 def test_what_is_late_is_coloured_unless_the_queue_is_paused() -> None:
     def styles(queue: QueueOverview) -> set[Style]:
-        lines = frame(an_overview(queue), SERVER, History(), View())
+        lines = frame(Seen(an_overview(queue)), SERVER, History(), View())
         return {part.style for line in (lines[1], lines[3]) for part in line}
 
     assert Style.BAD in styles(a_queue("q", 1, 301.0))
@@ -204,6 +235,61 @@ def test_what_is_late_is_coloured_unless_the_queue_is_paused() -> None:
 )
 def test_an_age_has_two_units(seconds: float, text: str) -> None:
     assert age(seconds) == text
+
+
+# -- workers --------------------------------------------------------------------------------
+
+
+def test_the_slots_of_the_workers_that_are_seen_are_shown_by_queue() -> None:
+    workers = [
+        a_worker(1, queues={"mail": 8, "idle": 4}, running={"mail": 8}),
+        a_worker(2, state="stopping", running={"mail": 3}),
+        a_worker(3, state="lost"),
+        a_worker(4, state="ended"),
+    ]
+    queues = [a_queue("idle"), a_queue("mail", 5, 1.0), a_queue("other")]
+    head, _, titles, mail, idle, other = drawn(*queues, workers=workers, width=80)
+    assert "  2 workers  1 lost  11/20 busy  " in head
+    assert "busy/slots" in titles
+    assert ["busy" in line for line in drawn(*queues)] == [False] * 6
+    assert [line.split()[-3] for line in (mail, idle, other)] == ["11/16", "0/4", "0/0"]
+
+
+def test_a_queue_with_due_jobs_and_no_worker_is_said_to_have_none() -> None:
+    def states(*queues: QueueOverview, workers: Sequence[WorkerStatus]) -> list[bool]:
+        return ["NO WORKER" in line for line in drawn(*queues, workers=workers)[3:]]
+
+    runs = CappedCount(1, is_exact=True)
+    queues = [
+        a_queue("mail", 5, 5.0),
+        a_queue("nobody", 4, 4.0),
+        a_queue("paused", 3, 3.0, is_paused=True),
+        a_queue("unregistered", 2, 2.0, running=runs),
+        a_queue("quiet"),
+    ]
+    assert states(*queues, workers=[a_worker(1)]) == [False, True, False, False, False]
+    # Whoever was there is not any more.
+    assert states(*queues, workers=[a_worker(1, state="lost")]) == [True, True, *[False] * 3]
+    # Where no worker has a row, all may work without.
+    assert states(*queues, workers=[]) == [False] * 5
+
+
+def test_what_workers_did_each_second_is_shown_once_they_have_told_it_twice() -> None:
+    history = History()
+
+    def head(*workers: WorkerStatus) -> str:
+        history.add(an_overview(), workers)
+        return drawn(history=history, workers=workers)[0]
+
+    assert "done/s" not in head(a_worker(1, done=100), a_worker(2, done=9))
+    # Not every look finds a new beat.
+    assert "done/s" not in head(a_worker(1, done=100), a_worker(2, done=9))
+    assert "10.0 done/s" in head(a_worker(1, after=10, done=200), a_worker(2, done=9))
+    both = a_worker(1, after=20, done=300, failed=2), a_worker(2, after=10, done=14, failed=1)
+    assert "  10.5 done/s  0.4 failed/s  " in head(*both)
+    lost = a_worker(2, after=10, done=14, state="lost")
+    assert "10.0 done/s" in head(a_worker(1, after=20, done=300), lost)
+    assert "done/s" not in head()
 
 
 # -- a trend --------------------------------------------------------------------------------
@@ -245,6 +331,21 @@ def test_keys_are_told_apart_that_arrive_together() -> None:
 
 
 # -- the command, over a pipe ---------------------------------------------------------------
+
+
+def test_workers_are_shown_if_the_role_can_read_them(
+    filled: str, conn: psycopg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def head() -> str:
+        assert cli.main(["top", "--dsn", filled]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    with Client(filled) as client, Worker(client, "idle", Mux(), registry=True):
+        assert eventually(client.workers)
+        assert "1 worker  0/" in head()
+        conn.execute("alter table bgjob_worker rename to elsewhere")
+        assert "worker" not in head()
+        conn.execute("alter table elsewhere rename to bgjob_worker")
 
 
 def fill(client: Client) -> None:

@@ -29,10 +29,10 @@ def add(commands: "Commands") -> None:
         description="Shows what each queue holds, and renews it every few seconds: due, running "
         "and delayed jobs and those that wait for an exclusive key, counted up to 1,000 for each "
         "priority; for how long the oldest job has been due, and whether that grows or shrinks; "
-        "the jobs that died within the last hour. It costs the database some milliseconds, "
-        "whatever the tables hold. Keys: q quits, p freezes the screen, s sorts by another "
-        "column, the arrows and page keys scroll. Over a pipe it prints one frame and ends. "
-        "NO_COLOR=1 switches colours off.",
+        "the jobs that died within the last hour; the workers that are seen, their slots and "
+        "their rates. It costs the database some milliseconds, whatever the tables hold. Keys: "
+        "q quits, p freezes the screen, s sorts by another column, the arrows and page keys "
+        "scroll. Over a pipe it prints one frame and ends. NO_COLOR=1 switches colours off.",
     )
     parser.add_argument(
         "--every",
@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
         live.show(source.ask, source.server, every=args.every, sort=args.sort)
         return 0
     with closing(source):
-        overview = source.ask()
+        seen = source.ask()
     if args.json:
-        table.write_json(overview)
+        table.write_json(seen.overview)
     else:
         view = View(width=live.width(), sort=args.sort)
-        for line in live.texts(frame(overview, source.server, History(), view)):
+        for line in live.texts(frame(seen, source.server, History(), view)):
             sys.stdout.write(f"{line}\n")
     return 0
 

@@ -1,5 +1,6 @@
 """One frame of `bgjob top`: lines of styled text, from an overview and the size of the screen."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -9,6 +10,7 @@ from unicodedata import combining, east_asian_width
 from bgjob._cli.table import printable
 from bgjob._cli.top.history import History
 from bgjob.stats import CappedCount, Overview, QueueOverview
+from bgjob.workers import WorkerStatus
 
 Sort = Literal["oldest", "due", "dead", "name"]
 SORTS: tuple[Sort, ...] = ("oldest", "due", "dead", "name")
@@ -54,6 +56,20 @@ class Server:
 
     name: str
     version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the database answered.
+
+    Attributes:
+        overview: what the queues hold.
+        workers: the registered workers; empty if the role cannot read them.
+
+    """
+
+    overview: Overview
+    workers: Sequence[WorkerStatus] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +149,32 @@ def _count(count: CappedCount, style: Style = Style.PLAIN) -> Text:
     return Text(str(count), style)
 
 
-def _state(queue: QueueOverview) -> Text:
+class _Slots:
+    """The slots of the workers that are seen, and how many are busy, by queue."""
+
+    def __init__(self, workers: Sequence[WorkerStatus]) -> None:
+        self.are_known = bool(workers)
+        """Whether any worker has a row, though it may have ended or be lost."""
+        self.all: Counter[str] = Counter()
+        self.busy: Counter[str] = Counter()
+        for worker in workers:
+            if worker.is_alive:
+                self.all.update(worker.queues)
+                self.busy.update(worker.running)
+
+    def of(self, queue: str) -> str:
+        return f"{self.busy[queue]:,}/{self.all[queue]:,}"
+
+    def are_missing(self, queue: QueueOverview) -> bool:
+        """Whether the queue has due jobs, and no worker that could be seen here."""
+        # A worker may do without a row. Then it runs jobs.
+        is_served = self.all[queue.queue] or queue.running.number
+        return bool(self.are_known and queue.due.number and not queue.is_paused and not is_served)
+
+
+def _state(queue: QueueOverview, slots: _Slots) -> Text:
+    if slots.are_missing(queue):
+        return Text("NO WORKER", Style.BAD)
     if not queue.is_paused:
         return Text("open", Style.DIM)
     if queue.paused_until is None:
@@ -153,36 +194,48 @@ def _late(seconds: float) -> Style:
     return Style.BAD if seconds > _VERY_LATE else Style.WARN if seconds > _LATE else Style.PLAIN
 
 
-def _columns(overview: Overview, history: History) -> list[_Column]:
+def _busy(queue: QueueOverview, slots: _Slots) -> Text:
+    count = slots.all[queue.queue]
+    if not count:
+        return Text("0/0", Style.DIM)
+    is_full = slots.busy[queue.queue] >= count
+    return Text(slots.of(queue.queue), Style.WARN if is_full else Style.PLAIN)
+
+
+def _columns(queues: Sequence[QueueOverview], slots: _Slots, history: History) -> list[_Column]:
     """Return the columns; those that would be empty are left out."""
     columns = [
         _Column("queue", lambda q: Text(printable(q.queue), Style.BOLD), is_number=False),
         _Column("due", lambda q: _count(q.due)),
         _Column("oldest  ", lambda q: _oldest(q, history)),
         _Column("running", lambda q: _count(q.running, Style.GOOD)),
-        _Column("delayed", lambda q: _count(q.delayed), rank=2),
+        _Column("delayed", lambda q: _count(q.delayed), rank=3),
         _Column("dead/h", lambda q: _count(q.dead, Style.BAD), rank=1),
     ]
-    if any(queue.is_paused for queue in overview.queues):
-        columns.insert(1, _Column("state", _state, is_number=False))
-    if any(queue.waiting_for_keys.number for queue in overview.queues):
-        columns.insert(-1, _Column("for keys", lambda q: _count(q.waiting_for_keys), rank=3))
+    if any(queue.is_paused or slots.are_missing(queue) for queue in queues):
+        columns.insert(1, _Column("state", lambda q: _state(q, slots), is_number=False))
+    if slots.all:
+        slots_column = _Column("busy/slots", lambda q: _busy(q, slots), rank=2)
+        columns.insert(-2, slots_column)
+    if any(queue.waiting_for_keys.number for queue in queues):
+        columns.insert(-1, _Column("for keys", lambda q: _count(q.waiting_for_keys), rank=4))
     return columns
 
 
 # -- the frame ------------------------------------------------------------------------------
 
 
-def frame(overview: Overview, server: Server, history: History, view: View) -> list[Line]:
+def frame(seen: Seen, server: Server, history: History, view: View) -> list[Line]:
     """Return the lines of a frame, none longer and no more than the screen has room for."""
-    lines: list[Line] = [_header(overview, server), _totals(overview)]
+    overview, slots = seen.overview, _Slots(seen.workers)
+    lines: list[Line] = [_header(seen, server, slots, history), _totals(overview)]
     queues = _sorted(overview.queues, view.sort)
     if not queues:
         lines += [[], [Text(_NOTHING)]]
     else:
         room = None if view.height is None else rows(view.height)
         shown = queues[view.first :][:room]
-        lines += _table(_columns(overview, history), shown, view.width)
+        lines += _table(_columns(overview.queues, slots, history), shown, view.width)
     if view.height is not None:
         lines = lines[: view.height - 1]
         lines += [[]] * (view.height - 1 - len(lines))
@@ -218,13 +271,25 @@ def _sorted(queues: Iterable[QueueOverview], sort: Sort) -> list[QueueOverview]:
             return sorted(by_name, key=lambda q: -(q.oldest_due_age or 0.0))
 
 
-def _header(overview: Overview, server: Server) -> Line:
-    at = overview.at.astimezone()
-    return [
-        Text("bgjob ", Style.BOLD),
-        Text(printable(server.name), Style.BOLD),
-        Text(f"  PostgreSQL {printable(server.version)}  {at:%H:%M:%S}", Style.DIM),
+def _header(seen: Seen, server: Server, slots: _Slots, history: History) -> Line:
+    at = seen.overview.at.astimezone()
+    line = [
+        Text(f"bgjob {printable(server.name)}", Style.BOLD),
+        Text(f"  {at:%H:%M:%S}", Style.DIM),
     ]
+    alive = sum(worker.is_alive for worker in seen.workers)
+    lost = sum(worker.state == "lost" for worker in seen.workers)
+    if alive or lost:
+        line.append(Text(f"  {alive:,} {'worker' if alive == 1 else 'workers'}"))
+    if lost:
+        line.append(Text(f"  {lost:,} lost", Style.BAD))
+    if alive:
+        line.append(Text(f"  {slots.busy.total():,}/{slots.all.total():,} busy"))
+    if (rates := history.rates()) is not None:
+        line.append(Text(f"  {rates.completed:,.1f} done/s"))
+        if rates.failed:
+            line.append(Text(f"  {rates.failed:,.1f} failed/s", Style.WARN))
+    return [*line, Text(f"  PostgreSQL {printable(server.version)}", Style.DIM)]
 
 
 def _totals(overview: Overview) -> Line:

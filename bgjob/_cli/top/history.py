@@ -1,19 +1,32 @@
 """What the overviews of one run said, one after the other."""
 
 from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from bgjob.stats import Overview
+from bgjob.workers import WorkerStatus
 
 _KEPT = 60
 _STRETCH = 30.0
 """Seconds over which a trend is taken."""
 
+_BEATS = 4
+"""Beats of a worker, which come every 10 s, over which a rate is taken."""
+
 _STEADY = 0.05
 """Seconds by which an age may change each second while it counts as steady."""
 
 
+class Rates(NamedTuple):
+    """What the workers did each second."""
+
+    completed: float
+    failed: float
+
+
 class History:
-    """The ages of the oldest due jobs, by queue.
+    """The ages of the oldest due jobs, by queue, and the counts of the workers.
 
     Where the oldest due job of a queue stays the same, its age grows by a second each second. It
     grows more slowly where workers take jobs, but too few, and shrinks where they catch up.
@@ -21,11 +34,19 @@ class History:
 
     def __init__(self) -> None:
         self._overviews: deque[tuple[float, dict[str, float]]] = deque(maxlen=_KEPT)
+        self._workers: dict[int, deque[WorkerStatus]] = {}
 
-    def add(self, overview: Overview) -> None:
-        """Remember an overview."""
+    def add(self, overview: Overview, workers: Sequence[WorkerStatus] = ()) -> None:
+        """Remember an overview, and what its workers have counted."""
         ages = {queue.queue: queue.oldest_due_age or 0.0 for queue in overview.queues}
         self._overviews.append((overview.at.timestamp(), ages))
+        before, self._workers = self._workers, {}
+        for worker in workers:
+            seen = before.get(worker.number, deque(maxlen=_BEATS))
+            if seen and seen[-1].seen_at == worker.seen_at:
+                seen.pop()  # no beat since; it may count as lost now
+            seen.append(worker)
+            self._workers[worker.number] = seen
 
     def trend(self, queue: str) -> int:
         """Return 1 if the age has grown recently, -1 if it has shrunk, and 0 otherwise."""
@@ -37,3 +58,20 @@ class History:
             return 0
         change = (ages.get(queue, 0.0) - earlier.get(queue, 0.0)) / (now - then)
         return (change > _STEADY) - (change < -_STEADY)
+
+    def rates(self) -> Rates | None:
+        """Return what the workers did each second; None until one has told it twice."""
+        completed = failed = 0.0
+        has_rate = False
+        for seen in self._workers.values():
+            first, last = seen[0], seen[-1]
+            seconds = (last.seen_at - first.seen_at).total_seconds()
+            if seconds > 0 and last.is_alive:
+                has_rate = True
+                completed += (last.counts.completed - first.counts.completed) / seconds
+                failed += (_failures(last) - _failures(first)) / seconds
+        return Rates(completed, failed) if has_rate else None
+
+
+def _failures(worker: WorkerStatus) -> int:
+    return worker.counts.retried + worker.counts.dead

@@ -9,11 +9,10 @@ from time import monotonic, sleep
 
 import psycopg
 
-from bgjob._cli.top.frame import SORTS, Line, Server, Sort, View, frame, render, rows
+from bgjob._cli.top.frame import SORTS, Line, Seen, Server, Sort, View, frame, render, rows
 from bgjob._cli.top.history import History
 from bgjob._cli.top.terminal import Terminal
 from bgjob.errors import BgjobError
-from bgjob.stats import Overview
 
 _DUTY = 40
 """An overview that takes long is asked for more rarely, to keep the server busy for a fortieth
@@ -25,12 +24,12 @@ _LATE = 3.0
 
 _ASCII = str.maketrans({"▲": "^", "▼": "v", "…": "~", "↑": "^", "↓": "v"})
 
-Ask = Callable[[], Overview]
+Ask = Callable[[], Seen]
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    overview: Overview
+    seen: Seen
     asked_at: float | None = None
     """When the next one was asked for; None if it was not."""
     error: str | None = None
@@ -40,7 +39,7 @@ class _Answer:
 class _Asker:
     """Asks for overviews on a thread of its own, and keeps the last answer."""
 
-    def __init__(self, ask: Ask, first: Overview, every: float, wake: Callable[[], None]) -> None:
+    def __init__(self, ask: Ask, first: Seen, every: float, wake: Callable[[], None]) -> None:
         self.answer = _Answer(first)
         self.may_ask = threading.Event()
         self.may_ask.set()
@@ -70,25 +69,25 @@ def show(ask: Ask, server: Server, *, every: float, sort: Sort) -> None:
     """Show the screen until the user ends it.
 
     Args:
-        ask: returns an overview. It is called on another thread, after the first time.
+        ask: returns what is to be shown. It is called on another thread, after the first time.
         server: the database's name and version.
         every: seconds between two overviews, at least.
         sort: the order of the queues at first.
 
     """
     first, history, view = ask(), History(), View(sort=sort)
-    history.add(first)
+    history.add(first.overview, first.workers)
     with Terminal() as terminal:
         asker = _Asker(ask, first, every, terminal.wake)
         asker.start()
-        shown = asker.answer.overview
+        shown = asker.answer.seen
         while True:
             answer = asker.answer
-            if answer.overview is not shown:
-                shown = answer.overview
-                history.add(shown)
+            if answer.seen is not shown:
+                shown = answer.seen
+                history.add(shown.overview, shown.workers)
             width, height = terminal.size()
-            least = max(0, len(shown.queues) - rows(height))
+            least = max(0, len(shown.overview.queues) - rows(height))
             view = replace(
                 view,
                 width=width,

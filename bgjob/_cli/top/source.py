@@ -1,15 +1,17 @@
 """The database of `bgjob top`: a connection that never waits for long."""
 
 import psycopg
+from psycopg.errors import InsufficientPrivilege, UndefinedTable
 
 from bgjob import schema
 from bgjob._cli import database
-from bgjob._cli.top.frame import Server
+from bgjob._cli.top.frame import Seen, Server
 from bgjob._postgres.connection import Connection
 from bgjob._sql.execute import read_all, run, send_all
 from bgjob._sql.overviews import overview, plan_by_index
 from bgjob._sql.session import SETTINGS, schema_comment, session
-from bgjob.stats import Overview
+from bgjob._sql.workers import workers
+from bgjob.workers import WorkerStatus
 
 _CAP = 1000
 _PATIENCE = 10.0
@@ -45,8 +47,8 @@ class Source:
             f"{info.dbname}{host}", (info.parameter_status("server_version") or "?").split()[0]
         )
 
-    def ask(self) -> Overview:
-        """Return the overview of this moment.
+    def ask(self) -> Seen:
+        """Return what the queues hold at this moment, and the workers.
 
         Raises:
             psycopg.Error: the database's; the next call connects again.
@@ -58,11 +60,17 @@ class Source:
         try:
             with self._connection.pipeline():
                 cursors = send_all(self._connection, statements)
-            answer: Overview = read_all(cursors[1:], statements[1:])[0]
+            _, answer = read_all(cursors, statements)
+            return Seen(answer, self._workers())
         except psycopg.Error:
             self.close()
             raise
-        return answer
+
+    def _workers(self) -> list[WorkerStatus]:
+        try:
+            return run(self._connection, workers())
+        except (InsufficientPrivilege, UndefinedTable):
+            return []  # the rest can be shown without
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
