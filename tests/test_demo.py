@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from conftest import find_memory
 from psycopg.conninfo import make_conninfo
 from support.documents import ROOT
 
@@ -58,7 +59,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tmp_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The demo's temporary folder; short, and open to the user that a root's server runs as."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(dir=find_memory() or "/tmp") as folder:
         Path(folder).chmod(0o755)
         monkeypatch.setenv("TMPDIR", folder)
         yield Path(folder)

@@ -15,6 +15,7 @@ from typing import Any, LiteralString, NamedTuple
 
 import psycopg
 import pytest
+from conftest import find_memory
 from support.documents import ROOT
 from support.waiting import eventually
 
@@ -119,7 +120,7 @@ def start_owner(bin_dir: Path | None) -> Iterator[Callable[..., Owner]]:
 @pytest.fixture
 def shared_tmp_path() -> Iterator[Path]:
     """A short temporary folder that every user may enter: pytest's own are closed."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(dir=find_memory() or "/tmp") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 

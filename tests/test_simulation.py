@@ -1409,7 +1409,7 @@ def replay(seed: int) -> History:
 
 
 CHUNKS = 5
-HISTORIES = 2500
+HISTORIES = 1500
 """Enough for the faults of the engine that were tried; the long run has more, for rare ones."""
 
 MANY_CHUNKS = 60
@@ -1567,7 +1567,7 @@ def find_killers(seed: int) -> None:
         assert lives.longest_wait <= lives.poll_interval + LONGEST + 0.2, seed
 
 
-LIVES = 250
+LIVES = 150
 MANY_LIVES = 3000
 
 

@@ -11,7 +11,6 @@ from support.waiting import PATIENCE, eventually
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux, Reschedule, Result, Retry
 from faults.app import Colour
-from faults.clocks import SHIFTED
 from faults.world import Process, World
 
 LEDGER_ROW = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
@@ -40,7 +39,9 @@ SHIFT = pytest.mark.parametrize("shift", [3600, -3600], ids=["an hour ahead", "a
 
 def start_shifted(world: World, shift: int, **options: Any) -> Process:
     """Start a worker process whose wall clock is off by so many seconds."""
-    process = world.command("-c", SHIFTED, env={"SHIFT": str(shift)}, **options)
+    process = world.command(
+        "-m", "faults.clocks", env={"PROGRAM": "faults.app", "SHIFT": str(shift)}, **options
+    )
     process.wait_for("running")
     world.saw("the clock is shifted", f"shifted by {shift}" in process.output)
     return process
@@ -76,10 +77,10 @@ def test_28_a_worker_whose_clock_is_off_runs_nothing_early(
 def test_28_a_worker_whose_clock_is_off_rescues_nothing_early(
     world: World, shift: int, colour: Any
 ) -> None:
-    victim = world.start(lease=3.0)
-    world.enqueue("plain", "orphan", linger=1.5, then="kill", until=2)
+    victim = world.start(lease=2.0)
+    world.enqueue("plain", "orphan", linger=0.5, then="kill", until=2)
     victim.wait_for("effect", "orphan")
-    rescuer = start_shifted(world, shift, lease=3.0, colour=colour)
+    rescuer = start_shifted(world, shift, lease=2.0, colour=colour)
     assert victim.wait() == -9
     [(end,)] = world.query("select lease_until from bgjob_job where id = 'orphan'")
     assert end is not None
@@ -94,7 +95,7 @@ def test_28_a_worker_whose_clock_is_off_takes_no_job_that_another_holds(
     world: World, shift: int, colour: Any
 ) -> None:
     holder = world.start()
-    world.enqueue("plain", "held", sleep=4.0)
+    world.enqueue("plain", "held", sleep=2.5)
     holder.wait_for("started", "held")
     beside = start_shifted(world, shift, colour=colour)
     world.enqueue("plain", "other", sleep=0.1)
@@ -110,7 +111,7 @@ def test_28_a_worker_whose_clock_is_off_keeps_the_jobs_that_it_holds(
     world: World, shift: int
 ) -> None:
     holder = start_shifted(world, shift)
-    world.enqueue("plain", "held", sleep=4.0)
+    world.enqueue("plain", "held", sleep=2.5)
     holder.wait_for("started", "held")
     beside = world.start()
     world.witness(holder, "completed", "held")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from support.waiting import eventually
 
-from faults.clocks import SHIFTED
 from faults.scheduling import SCHEDULES
 from faults.world import Process, World
 
@@ -170,9 +169,12 @@ def test_29_a_worker_whose_clock_is_off_enqueues_nothing_early_and_nothing_late(
     world: World, shift: int
 ) -> None:
     schedules = [EVERY_SECOND, {"name": "hourly", "every": 1800, "missed": "all"}]
-    program = SHIFTED.replace("faults.app", "faults.scheduling")
-    env = {SCHEDULES: json.dumps(schedules), "SHIFT": str(shift)}
-    process = world.command("-c", program, env=env)
+    env = {
+        SCHEDULES: json.dumps(schedules),
+        "PROGRAM": "faults.scheduling",
+        "SHIFT": str(shift),
+    }
+    process = world.command("-m", "faults.clocks", env=env)
     process.wait_for("running")
     world.saw("the clock is shifted", f"shifted by {shift}" in process.output)
     assert eventually(lambda: len(ticks(world)) >= 3)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from bgjob.ext.embedded import EmbeddedServer
-from conftest import find_tmp_dir
 from faults.soak import PEACE, Soak
 from faults.world import World
 
@@ -23,7 +22,7 @@ SECONDS = float(os.environ.get("BGJOB_SOAK_SECONDS", "1800"))
 def server(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
     """A server with a connection for each of a crowd of handlers."""
     settings = {"fsync": "off", "max_connections": "800"}
-    with EmbeddedServer(bin_dir=bin_dir, tmp_dir=find_tmp_dir(), settings=settings) as server:
+    with EmbeddedServer(bin_dir=bin_dir, settings=settings) as server:
         yield server
 
 

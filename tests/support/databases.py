@@ -9,6 +9,8 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
+from support.waiting import eventually
+
 MOST_USES = 50
 """Tests that may have the same database, which grows a little with each."""
 
@@ -31,6 +33,8 @@ STATE = f"""
 """
 """How many objects there are; whether any has changed since a transaction; the tables that were
 written or analyzed since they were made or truncated."""
+
+TERMINATE = "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s"
 
 SETTINGS_CHANGED = """
     select age(d.xmin) < age(%s::xid)
@@ -121,10 +125,9 @@ class Databases:
     def _emptied(self, database: Kept, shape: bytes | None) -> Kept | None:
         """End the sessions, and empty the tables; None if more than rows has changed."""
         name, since = database.name, database.since
-        self._admin.execute(
-            "select pg_terminate_backend(pid, 30000) from pg_stat_activity where datname = %s",
-            [name],
-        )
+        # With a timeout, the function itself would look for their end ten times a second.
+        ended = eventually(lambda: not self._admin.execute(TERMINATE, [name]).rowcount)
+        assert ended, f"sessions of {name} outlive their termination"
         if self._admin.execute(SETTINGS_CHANGED, [since, name]).fetchall() != [(False,)]:
             return None
         with psycopg.connect(self._dsn(name), autocommit=True) as conn:
