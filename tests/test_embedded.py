@@ -26,8 +26,7 @@ import json, os, sys, time
 from pathlib import Path
 from bgjob.ext.embedded import EmbeddedServer
 
-bin_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-with EmbeddedServer(bin_dir=bin_dir) as server:
+with EmbeddedServer(bin_dir=Path(sys.argv[1])) as server:
     print(json.dumps([server.pid, str(server.data_dir)]), flush=True)
     sys.stdin.read()
     {last_words}
@@ -91,14 +90,14 @@ class Owner(NamedTuple):
 
 
 @pytest.fixture
-def start_owner(bin_dir: Path | None) -> Iterator[Callable[..., Owner]]:
+def start_owner(quick_bin_dir: Path) -> Iterator[Callable[..., Owner]]:
     """Start a process, in a process group of its own, that owns a server until its stdin ends."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(last_words: str = "pass", prefix: Sequence[str] = ()) -> Owner:
         command = [*prefix, sys.executable, "-c", OWNER.format(last_words=last_words)]
         process = subprocess.Popen(
-            [*command, bin_dir] if bin_dir else command,
+            [*command, quick_bin_dir],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -148,21 +147,21 @@ def test_the_owners_own_pg_environment_does_not_matter(
         assert answer(server) == 1
 
 
-def test_nothing_is_left_after_the_block(bin_dir: Path | None) -> None:
-    with EmbeddedServer(bin_dir=bin_dir) as server:
+def test_nothing_is_left_after_the_block(quick_bin_dir: Path) -> None:
+    with EmbeddedServer(bin_dir=quick_bin_dir) as server:
         traces = Traces.of(server.pid, server.data_dir)
     assert traces.gone()
 
 
-def test_nothing_is_left_after_an_exception(bin_dir: Path | None) -> None:
-    with pytest.raises(ZeroDivisionError), EmbeddedServer(bin_dir=bin_dir) as server:
+def test_nothing_is_left_after_an_exception(quick_bin_dir: Path) -> None:
+    with pytest.raises(ZeroDivisionError), EmbeddedServer(bin_dir=quick_bin_dir) as server:
         traces = Traces.of(server.pid, server.data_dir)
         raise ZeroDivisionError
     assert traces.gone()
 
 
-def test_nothing_is_left_after_the_server_was_killed(bin_dir: Path | None) -> None:
-    with EmbeddedServer(bin_dir=bin_dir) as server:
+def test_nothing_is_left_after_the_server_was_killed(quick_bin_dir: Path) -> None:
+    with EmbeddedServer(bin_dir=quick_bin_dir) as server:
         traces = Traces.of(server.pid, server.data_dir)
         os.kill(traces.pid, signal.SIGKILL)
     assert traces.gone()
@@ -180,11 +179,11 @@ def test_nothing_is_left_after_a_signal_to_the_owners_group(
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_after_a_signal_while_the_server_starts(
-    bin_dir: Path | None, shared_tmp_path: Path, signum: signal.Signals
+    quick_bin_dir: Path, shared_tmp_path: Path, signum: signal.Signals
 ) -> None:
     command = [sys.executable, "-c", OWNER.format(last_words="pass")]
     owner = subprocess.Popen(
-        [*command, bin_dir] if bin_dir else command,
+        [*command, quick_bin_dir],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -198,8 +197,8 @@ def test_nothing_is_left_after_a_signal_while_the_server_starts(
     assert eventually(lambda: list(shared_tmp_path.iterdir()) == [])
 
 
-def test_nothing_is_left_after_the_guardian_was_terminated(bin_dir: Path | None) -> None:
-    with EmbeddedServer(bin_dir=bin_dir) as server:
+def test_nothing_is_left_after_the_guardian_was_terminated(quick_bin_dir: Path) -> None:
+    with EmbeddedServer(bin_dir=quick_bin_dir) as server:
         traces = Traces.of(server.pid, server.data_dir)
         os.kill(server._guardian.pid, signal.SIGTERM)
         assert eventually(traces.gone)
@@ -232,11 +231,11 @@ def test_nothing_is_left_after_the_owner_was_killed_and_a_forked_child_lives_on(
         os.kill(child, signal.SIGKILL)
 
 
-def test_two_servers_run_concurrently(bin_dir: Path | None) -> None:
-    with EmbeddedServer(bin_dir=bin_dir) as one, EmbeddedServer(bin_dir=bin_dir) as other:
-        execute(one, "create table t as select 1")
-        assert answer(one, "select to_regclass('t')::text") == "t"
-        assert answer(other, "select to_regclass('t')::text") is None
+def test_two_servers_run_concurrently(server: EmbeddedServer, quick_bin_dir: Path) -> None:
+    with EmbeddedServer(bin_dir=quick_bin_dir) as other:
+        execute(other, "create table t as select 1")
+        assert answer(other, "select to_regclass('t')::text") == "t"
+        assert answer(server, "select to_regclass('t')::text") is None
 
 
 def test_a_fast_stop_and_a_start_keep_data_and_dsn(server: EmbeddedServer) -> None:
@@ -295,12 +294,12 @@ def test_the_server_runs_in_a_folder_whose_path_has_spaces(
 
 @pytest.mark.parametrize("name", ["d" * 90, "a,comma"])
 def test_the_server_runs_elsewhere_if_a_socket_in_the_temporary_folder_cannot_be_named(
-    bin_dir: Path | None, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    quick_bin_dir: Path, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     folder = shared_tmp_path / name
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with EmbeddedServer(bin_dir=bin_dir) as server:
+    with EmbeddedServer(bin_dir=quick_bin_dir) as server:
         assert answer(server) == 1
     assert list(folder.iterdir()) == []
 
@@ -342,12 +341,12 @@ def test_a_missing_wheel_is_an_error_that_names_the_remedy(
 
 
 def test_a_failed_start_shows_the_end_of_the_servers_log(
-    bin_dir: Path | None, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_bin_dir: Path, shared_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(shared_tmp_path))
     with (
         pytest.raises(EmbeddedServerError, match="no_such_setting"),
-        EmbeddedServer(bin_dir=bin_dir, settings={"no_such_setting": "1"}),
+        EmbeddedServer(bin_dir=quick_bin_dir, settings={"no_such_setting": "1"}),
     ):
         pass
     assert list(shared_tmp_path.iterdir()) == []

@@ -808,11 +808,11 @@ def test_the_lease_of_a_long_handler_is_extended(
 
     def plain(job: Job) -> None:
         runs.append(job.attempt)
-        never.wait(3)
+        never.wait(2.2)
 
     async def coroutine(job: Job) -> None:
         runs.append(job.attempt)
-        await asyncio.sleep(3)
+        await asyncio.sleep(2.2)
 
     async def blocking(job: Job) -> None:
         plain(job)
