@@ -149,19 +149,34 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["server_dsn"] = node.config.stash[server_dsn_key]
 
 
+BLOCK = 10
+"""Tests that follow one another in a module and run in one process, with the same databases."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin the share of each pytest-xdist worker with tests of the modules that take longest."""
+    """Give each pytest-xdist worker its share of tests of each kind, at different times.
+
+    It begins with tests of the modules that take longest. Of the others, those of the faults
+    wait more than they compute: at any time one of four processes waits, and never all of them.
+    """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
     first = [item for item in items if item.path.stem in LONGEST]
-    others = [item for item in items if item.path.stem not in LONGEST]
-    others.sort(key=lambda item: item.path.stem != "test_plans")  # they run one at a time
-    ends = [round(len(others) * n / workers) for n in range(workers + 1)]
-    items[:] = [
-        item
-        for n in range(workers)
-        for item in (*first[n::workers], *others[ends[n] : ends[n + 1]])
-    ]
+    plans = [item for item in items if item.path.stem == "test_plans"]  # they run one at a time
+    taken = {*first, *plans}
+    others = [item for item in items if item not in taken]
+    begin = [first[n::workers] for n in range(workers)]
+    begin[0] += plans
+    share: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for n in range(0, len(others), BLOCK):
+        least = min(range(workers), key=lambda n: len(begin[n]) + len(share[n]))
+        share[least] += others[n : n + BLOCK]
+    items[:] = []
+    for n in range(workers):
+        middle = len(share[n]) * n // workers
+        items += [*begin[n], *share[n][middle:], *share[n][:middle]]
 
 
 def pytest_collection_finish() -> None:
