@@ -15,6 +15,15 @@ poll interval is. A worker that takes a lock which was not released notifies the
 
 Enqueues that do not commit keep all workers from taking the lock. Then, too, only the deputy
 tries often; the others poll.
+
+While jobs flow, a worker polls every few milliseconds and does not hold the lock, although it is
+often idle for a moment. The flow is an estimate that fades. The simpler rule, to do without the
+lock only after a full claim, holds it nearly always, because a worker that keeps up makes no
+full claim. At 2,000 jobs/s (benchmarks/notifications.py) nearly each enqueue then notifies, and
+not one in 30; the worker's process needs 1.9 times the processor time, the server 1.5 times; half
+of the jobs start within 2.6 ms instead of 3.9, but 1 % after 37 ms instead of 12. Eight producers
+enqueue 0.7 times as fast (benchmarks/producers.py). At 200 jobs/s, in a drain and when idle
+the rules do the same.
 """
 
 from math import exp, inf
