@@ -27,6 +27,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._checks import Duration
+from bgjob._diagnosis.checks import examine
 from bgjob._postgres.connection import ConnectionParameters, check_conninfo, is_two_phase, options
 from bgjob._postgres.cursor import UNENCODABLE, AsyncCursor, Cursor, unencodable
 from bgjob._postgres.pool import (
@@ -39,6 +40,7 @@ from bgjob._postgres.pool import (
     PooledConnection,
 )
 from bgjob._running.do import AsyncDo, Do
+from bgjob._running.drive import drive, drive_async
 from bgjob._sql import enqueues, overviews, pauses, views, workers
 from bgjob._sql.execute import (
     read,
@@ -50,10 +52,12 @@ from bgjob._sql.execute import (
     send_all_async,
     send_async,
 )
+from bgjob._sql.server import bounds
 from bgjob._sql.session import session
 from bgjob._sql.statement import Statement
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
+from bgjob.doctor import LIMITS, Finding, Limits
 from bgjob.errors import (
     BgjobError,
     EnqueueConflictError,
@@ -380,6 +384,40 @@ class AsyncClient:
             return await self._run(workers.workers(), conn)
         except UndefinedTable as error:
             raise SchemaError(NO_TABLE) from error
+
+    async def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
+        """Look for what is wrong with the database, and return findings with their remedies.
+
+        Changes nothing. Some 30 statements, each in a transaction of its own, which takes at
+        most 5 s and waits at most 1 s for a lock. One of them reads the table of jobs
+        once, up to 1 GB: about a second at a million jobs.
+
+        Any role may call it. A check that needs a privilege which this role does not have
+        becomes a finding that says so; `bgjob_operator` of privileges.sql has all.
+
+        Args:
+            checks: the names of the checks, such as "horizon"; by default all. The
+                operations guide lists them.
+            limits: what counts as too much.
+
+        Returns:
+            The findings in the order of the checks, at least one for each; what is as it
+            should be is a finding with the severity "ok". `bgjob.doctor.exit_status`
+            makes one number of them.
+
+        Raises:
+            ValueError: there is no check of this name.
+            psycopg.Error: the server cannot be reached.
+
+        """
+        async with self._connection(None) as connection:
+            steps = examine(
+                checks,
+                limits,
+                pid=connection.info.backend_pid,
+                prepares=connection.prepare_threshold is not None,
+            )
+            return await drive_async(steps, partial(_execute_both_async, connection, bounds()))
 
     async def pause(
         self,
@@ -848,6 +886,40 @@ class Client:
             return self._run(workers.workers(), conn)
         except UndefinedTable as error:
             raise SchemaError(NO_TABLE) from error
+
+    def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
+        """Look for what is wrong with the database, and return findings with their remedies.
+
+        Changes nothing. Some 30 statements, each in a transaction of its own, which takes at
+        most 5 s and waits at most 1 s for a lock. One of them reads the table of jobs
+        once, up to 1 GB: about a second at a million jobs.
+
+        Any role may call it. A check that needs a privilege which this role does not have
+        becomes a finding that says so; `bgjob_operator` of privileges.sql has all.
+
+        Args:
+            checks: the names of the checks, such as "horizon"; by default all. The
+                operations guide lists them.
+            limits: what counts as too much.
+
+        Returns:
+            The findings in the order of the checks, at least one for each; what is as it
+            should be is a finding with the severity "ok". `bgjob.doctor.exit_status`
+            makes one number of them.
+
+        Raises:
+            ValueError: there is no check of this name.
+            psycopg.Error: the server cannot be reached.
+
+        """
+        with self._connection(None) as connection:
+            steps = examine(
+                checks,
+                limits,
+                pid=connection.info.backend_pid,
+                prepares=connection.prepare_threshold is not None,
+            )
+            return drive(steps, partial(_execute_both, connection, bounds()))
 
     def pause(
         self,

@@ -24,12 +24,13 @@ from support.waiting import eventually
 
 from bgjob import Client, Complete, EnqueueRequest, Job, Mux
 from bgjob._engine.protocol import MOST_FREED
+from bgjob._sql import backlog, preflight
 from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
 from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
-from bgjob._sql import preflight
+from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
     DeadLettered,
@@ -573,6 +574,58 @@ def test_a_client_keeps_no_plan_of_a_small_table_when_it_grows(
     counts: LiteralString = "from pg_stat_user_tables where relname = 'bgjob_job'"
     assert eventually(lambda: row(conn, f"select n_tup_del {counts}")[0] == runs + 1)
     assert row(conn, f"select seq_tup_read {counts}")[0] < large
+
+
+def enter_bounds(conn: psycopg.Connection) -> None:
+    """Apply the settings with which the doctor asks."""
+    conn.execute(cast(Any, bounds().text), bounds().params)
+
+
+@EVERY_STATISTICS
+@EVERY_SIZE
+def test_the_doctor_looks_at_each_priority_of_a_queue_and_not_at_its_jobs(
+    plans: psycopg.Connection, jobs: int, statistics: str
+) -> None:
+    choose_table(plans, jobs, statistics)
+    [[lines]] = plans.execute(
+        "select count(*) from (select distinct queue, priority from bgjob_job where not waits) _"
+    ).fetchall()
+    enter_bounds(plans)
+    # Each line is looked for once, and in each its first due job. Before the first due one are
+    # those that are held.
+    check_each(plans, {"due": Hot(backlog.due(), 2 * lines + EDGE)})
+
+
+@EVERY_STATISTICS
+def test_the_doctor_reads_the_table_for_leases_once_and_no_more_pages_than_it_may(
+    plans: psycopg.Connection, statistics: str
+) -> None:
+    choose_table(plans, LARGE, statistics)
+    enter_bounds(plans)
+    for pages, most in (backlog.MOST_PAGES, 2 * LARGE), (100, 100 * 100):
+        explain = prepare(plans, f"leases {pages}", backlog.leases(pages))
+        for mode in PLAN_CACHE_MODES:
+            plan = run(plans, explain, mode)
+            Hot(backlog.leases(pages), most).check(plan, "leases")
+            scans = [n for n in nodes(plan) if n.get("Relation Name") == "bgjob_job"]
+            assert [n["Node Type"] for n in scans] == ["Tid Range Scan"], plan
+
+
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_the_doctor_looks_at_the_latest_dead_jobs_only(
+    plans: psycopg.Connection, analyzed: bool
+) -> None:
+    make_table(plans, "chosen", 0)
+    plans.execute(
+        "insert into bgjob_dead_job (job_id, queue, type, attempt, priority, next_run_at, "
+        "job_created_at, job_updated_at) select n, 'q', 't', 1, 0, now(), now(), now() "
+        "from generate_series(1, %s::int) n",
+        [3 * backlog.MOST_DEAD],
+    )
+    if analyzed:
+        plans.execute("analyze bgjob_dead_job")
+    enter_bounds(plans)
+    check_each(plans, {"died": Hot(backlog.died(), backlog.MOST_DEAD)})
 
 
 # -- dead rows ------------------------------------------------------------------------------

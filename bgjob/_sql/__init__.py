@@ -29,6 +29,9 @@ A job's row, in the order of its life:
     repairs       rows that cannot be claimed or read
     workers       the row of a worker, for people to see it
 
+What the doctor asks: `server` (who holds what up), `storage` (tables and indexes) and `backlog`
+(what waits for too long).
+
 `tokens` makes the numbers of claims, and reads them. `execute` sends statements, and nothing
 else does.
 """
