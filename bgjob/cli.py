@@ -13,6 +13,7 @@ from bgjob._cli.arguments import STATUS, UsageError
 from bgjob._cli.commands import (
     demo,
     dlq,
+    doctor,
     enqueue,
     pauses,
     playground,
@@ -38,6 +39,7 @@ _COMMANDS = (
     enqueue,
     stats,
     top,
+    doctor,
     dlq,
     pauses,
     schedules,
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 if the command succeeded, 1 if it failed (or the reader of its output is gone), 2 for
-        arguments that contradict each other, 130 after Ctrl-C.
+        arguments that contradict each other, 130 after Ctrl-C. A command that diagnoses returns
+        3 for something to look at, and 4 for something to act on.
 
     Raises:
         SystemExit: with 2 for arguments that it does not understand, with 0 for --help.

@@ -513,6 +513,21 @@ def test_a_preflight_says_that_jobs_may_be_hidden_from_its_role(roles: Roles) ->
     assert "hidden" not in {finding.code for finding in report.findings}
 
 
+def test_an_operator_makes_every_check_of_the_doctor_with_only_its_role(
+    launcher: Launcher, roles: Roles
+) -> None:
+    def refused(dsn: str) -> set[str]:
+        client: Any = AsyncClient(dsn) if launcher.is_async else Client(dsn)
+        try:
+            found = launcher.run(client.doctor())
+        finally:
+            launcher.run(client.close())
+        return {finding.check for finding in found if finding.text.startswith("not checked")}
+
+    assert refused(roles.login("operator")) == set()
+    assert refused(roles.login()) == {"leases", "workers", "due", "pauses", "schedules", "dead"}
+
+
 REFUSED: dict[str, list[LiteralString]] = {
     "producer": [
         "select arg from bgjob_job",
@@ -659,19 +674,21 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "pause": lambda client: client.pause("other"),
     "paused": lambda client: client.paused(),
     "resume": lambda client: client.resume("other"),
+    # What a role may not look at it reports.
+    "doctor": lambda client: client.doctor(),
 }
 
 MAY = {
-    "producer": {"enqueue", "bulk_enqueue"},
-    "worker": {"do", "paused"},
+    "producer": {"enqueue", "bulk_enqueue", "doctor"},
+    "worker": {"do", "paused", "doctor"},
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",
-        *("stats", "overview", "workers", "pause", "paused", "resume"),
+        *("stats", "overview", "workers", "pause", "paused", "resume", "doctor"),
         *(name for name in METHODS if "." in name),
     },
-    "scheduler": {"schedules.list"},
-    "nobody": set[str](),
+    "scheduler": {"schedules.list", "doctor"},
+    "nobody": {"doctor"},
 }
 
 
