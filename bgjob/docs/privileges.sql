@@ -50,3 +50,7 @@ grant insert, update, delete on bgjob_pause to bgjob_operator;
 -- An operator pauses, resumes and removes schedules, and runs them once.
 grant select, delete on bgjob_schedule to bgjob_operator;
 grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
+
+-- Optional: `bgjob doctor` names a culprit without it. With it, it also shows what the sessions of
+-- other roles run, and since when.
+-- grant pg_read_all_stats to bgjob_operator;
