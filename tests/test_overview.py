@@ -281,7 +281,7 @@ def test_a_row_spoiled_by_hand_hides_no_other(client: Any, conn: psycopg.Connect
 def keda_query() -> str:
     """Return the query of the trigger that the document shows."""
     [block] = re.findall(
-        r"```yaml\n(.*?)```", (DOCS / "operations.md").read_text("utf-8"), re.DOTALL
+        r"```yaml\n(triggers:.*?)```", (DOCS / "operations.md").read_text("utf-8"), re.DOTALL
     )
     [trigger] = yaml.safe_load(block)["triggers"]
     query = trigger["metadata"]["query"]
