@@ -183,8 +183,6 @@ def pytest_collection_finish() -> None:
     """Keep some thousand tests out of garbage collections, and their pages shared by forks."""
     gc.collect()
     gc.freeze()
-    # What tests make is mostly freed without one: they took a twentieth of the time.
-    gc.set_threshold(20_000)
 
 
 @pytest.hookimpl(wrapper=True)
