@@ -135,7 +135,7 @@ def workers() -> Statement[list[WorkerStatus]]:
     return Statement(
         f"""
         with seen as materialized (
-            select w.*, extract(epoch from now - seen_at)::float8 as not_seen,
+            select w.*, extract(epoch from now - {in_range("seen_at")})::float8 as not_seen,
                 state in ('working', 'stopping')
                     and seen_at < now - %(missed)s::integer * every * interval '1 second' as is_lost
             from bgjob_worker w, (select clock_timestamp() as now) as clock

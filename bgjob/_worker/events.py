@@ -78,7 +78,8 @@ class Events:
 
     def tell(self, events: Sequence[Event]) -> None:
         """Count events, and queue them for the observer, in order."""
-        others = [event for event in events if not _is_completion(event)]
+        # Most events are completions. Inline: calling _is_completion took twice as long.
+        others = [e for e in events if type(e) is not Outcome or type(e.result) is not Complete]
         completed = len(events) - len(others)
         with self._ready:
             if completed:
@@ -86,7 +87,6 @@ class Events:
             if others:
                 self.tally.add(others)
             if self._job_completed is None:
-                # Most events are completions: an observer without them costs nearly nothing.
                 events = others
                 if not events:
                     return
