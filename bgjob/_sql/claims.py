@@ -1,6 +1,6 @@
 """Claim due jobs, and free the jobs of dead workers.
 
-All these statements are put together from the same parts: what is due, what has ended, and
+All these statements are put together from the same parts: due jobs, ended leases, and
 what a claim writes. So they lie in one module of over 400 lines.
 """
 
