@@ -64,7 +64,7 @@ class Drive:
         return step
 
     def next_exchange(self) -> Exchange:
-        """Let time pass until there is something to exchange."""
+        """Pass time until there is something to exchange."""
         while isinstance(step := self.step(), Sleep):
             self.now = step.until
         assert isinstance(step, Exchange), step
@@ -80,7 +80,7 @@ class Drive:
         return self.engine.acknowledge(reply or Reply(), self.now)
 
     def claim(self, *names: str, waits: tuple[float, ...] = ()) -> list[Claimed]:
-        """Let the engine claim, and give it these jobs."""
+        """Answer the engine's claim with these jobs."""
         while self.exchange().claim is None:
             self.answer()
         return self.answer(found(*map(job, names), waits=waits)).run
@@ -89,7 +89,7 @@ class Drive:
         self.engine.finish([Outcome(c, result or Complete(), took) for c in claimed])
 
     def settle(self) -> list[Event]:
-        """Let the engine settle, and find everything held."""
+        """Answer the engine's settlements: everything was held."""
         exchange = self.exchange()
         return self.answer(Reply(settled=set(settled(exchange)))).events
 
@@ -417,7 +417,7 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
 
 
 def flowing(drive: Drive, *names: str) -> list[Claimed]:
-    """Let the engine claim from its marks, and give it these jobs."""
+    """Answer the engine's claim from its marks with these jobs."""
     drive.engine.wake(Notice(since={0: NOON}))
     while not isinstance(drive.next_exchange().claim, Claim):
         drive.answer(found())
@@ -1238,7 +1238,7 @@ def group(*names: str, deaths: int = 2) -> Reply:
 
 
 def group_claim(drive: Drive) -> ClaimGroup:
-    """Let time pass until a group is claimed."""
+    """Pass time until a group is claimed."""
     claim = drive.next_exchange().claim
     assert isinstance(claim, ClaimGroup), claim
     return claim

@@ -656,7 +656,7 @@ class History:
         heappush(self._events, (self.now + delay, next(self._numbers), event))
 
     def _elapse(self, until: float, *, waking: bool = False) -> None:
-        """Let time pass; with `waking`, until something rings the bell."""
+        """Pass time; with `waking`, until something wakes the worker."""
         while self._events and self._events[0][0] <= until:
             self.now, _, event = heappop(self._events)
             event()

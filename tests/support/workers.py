@@ -59,7 +59,7 @@ def session_of(dsn: str, *, notify: bool = True) -> Session:
 
 @contextmanager
 def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Executor]]:
-    """Let a slot by itself run jobs, one after the other."""
+    """Run jobs in a slot without a worker, one after the other."""
     slots = Slots(
         Mux().register("t", body),
         Transactions(("", {}), fork_guard := ForkGuard()),
