@@ -155,7 +155,7 @@ BLOCK = 10
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each pytest-xdist worker its share of tests of each kind, at different times.
+    """Divide the tests of each kind among the pytest-xdist workers, at different times.
 
     It begins with tests of the modules that take longest. Of the others, those of the faults
     wait more than they compute: at any time one of four processes waits, and never all of them.

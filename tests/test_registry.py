@@ -41,7 +41,7 @@ from bgjob._worker.control import QueueControl
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the workers of this process beat often."""
+    """Make the workers of this process beat often."""
     monkeypatch.setattr("bgjob._worker.registry.EVERY", 0.02)
 
 
@@ -63,7 +63,7 @@ def only(workers: list[WorkerStatus]) -> WorkerStatus:
 
 
 def age(conn: psycopg.Connection, seconds: float = 60) -> None:
-    """Let so much time pass since all workers were seen."""
+    """Make all workers last seen so long ago."""
     conn.execute("update bgjob_worker set seen_at = seen_at - make_interval(secs => %s)", [seconds])
 
 

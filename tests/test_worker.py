@@ -477,20 +477,20 @@ def test_an_enqueue_wakes_a_worker_when_it_commits(
 
 
 def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn: str) -> None:
-    bell = Waker()
-    link = session_of(dsn)
-    link.open()
+    waker = Waker()
+    session = session_of(dsn)
+    session.open()
     try:
-        connection = link.connection
+        connection = session.connection
         with psycopg.connect(dsn, autocommit=True) as other:
             other.execute("select pg_notify(%s, '0 5 q')", [channel("q")])
         select.select([connection.fileno()], [], [], 30)
         connection.pgconn.consume_input()
-        link.wait(bell, 1.0)
-        assert link.take_notice() == Notice({5: datetime.fromtimestamp(0, UTC)})
+        session.wait(waker, 1.0)
+        assert session.take_notice() == Notice({5: datetime.fromtimestamp(0, UTC)})
     finally:
-        link.close()
-        bell.close()
+        session.close()
+        waker.close()
 
 
 def test_two_concurrent_enqueues_are_both_noticed_for_any_delays_and_priorities(
@@ -971,14 +971,14 @@ def test_an_exchange_on_a_killed_connection_raises_and_leaves_nothing_unraisable
     complaints: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", complaints.append)
     for number in range(10):
-        link = session_of(dsn)
-        link.open()
+        session = session_of(dsn)
+        session.open()
         assert terminate_workers(conn) == 1
         assert eventually(lambda: terminate_workers(conn) == 0)
         with pytest.raises(psycopg.OperationalError):
-            link.exchange(Exchange(claim=Sweep(1, number)))
-        assert not link.is_open
-        link.close()
+            session.exchange(Exchange(claim=Sweep(1, number)))
+        assert not session.is_open
+        session.close()
         gc.collect()
     assert complaints == []
 
@@ -987,18 +987,18 @@ def test_an_exchange_that_cannot_be_encoded_leaves_nothing_behind(
     dsn: str, launcher: Launcher, conn: psycopg.Connection
 ) -> None:
     launcher.enqueue("a", "b")
-    link = session_of(dsn)
-    link.open()
-    [job] = link.exchange(Exchange(claim=Sweep(1, 1))).swept.jobs
+    session = session_of(dsn)
+    session.open()
+    [job] = session.exchange(Exchange(claim=Sweep(1, 1))).swept.jobs
     delay: Any = "soon"
     exchange = Exchange(claim=Sweep(1, 2))
     exchange.postpone.append(Postponed(Claimed(job, 1), delay, None, refund=False))
     exchange.postpone.append(Postponed(Claimed(job, 1), 1.0, None, refund=False))
     with pytest.raises(psycopg.DataError):
-        link.exchange(exchange)
-    assert link.is_open
+        session.exchange(exchange)
+    assert session.is_open
     assert rows(conn, "select token from bgjob_job order by id") == [(1,), (None,)]
-    link.close()
+    session.close()
 
 
 def test_a_settlement_whose_connection_was_killed_is_sent_again(

@@ -135,7 +135,7 @@ class Slots:
         with self.lock:
             self.free += count
 
-    def give_back(self, slot: Slot) -> None:
+    def free_slot(self, slot: Slot) -> None:
         """Free the slot of a thread that is about to be idle."""
         with self.lock:
             self.free += 1

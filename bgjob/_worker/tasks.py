@@ -105,7 +105,7 @@ class Tasks:
         except RuntimeError as error:  # no thread can start
             self._slots.hindered(error)
             self._slots.done(Outcome(claimed, Release(), None))
-            self._slots.give_back(thread)
+            self._slots.free_slot(thread)
             return
         # Another thread may raise an exception in this one, but not between these: there is no
         # call. Before them the slot is the thread's, and after them `start_again` completes this.
