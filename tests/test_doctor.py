@@ -27,8 +27,8 @@ from support.documents import DOCS, ROOT
 from support.standby import standby_of
 from support.waiting import PATIENCE, eventually
 
-from bgjob import Client, EnqueueRequest, Mux, Worker, cli, schema
-from bgjob._diagnosis import blueprint, checks, queues, server, sessions, tables, words
+from bgjob import Client, EnqueueRequest, Mux, Worker, _words as words, cli, schema
+from bgjob._diagnosis import blueprint, checks, queues, server, sessions, tables
 from bgjob._diagnosis.checks import CHECKS, examine
 from bgjob._sql import backlog, storage
 from bgjob._sql.server import Connections, Holder, Server

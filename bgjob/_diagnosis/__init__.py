@@ -8,7 +8,6 @@ A check asks one or two statements, and makes findings of their rows:
     tables      rows -> findings: schema, dead rows, indexes
     queues      rows -> findings: leases, due jobs, pauses, schedules, dead jobs
     blueprint   the tables and indexes that migration/init.sql defines
-    words       durations, sizes and quoted names
 
 The functions from rows to findings are pure, so each rule is tested without a database; the tests
 of `client.doctor()` make each fault in one.

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from bgjob._diagnosis.words import count, lasting, literal
 from bgjob._sql.backlog import MOST_DEAD, MOST_PAGES, Died, Due, Held, LateSchedule
+from bgjob._words import count, lasting, literal
 from bgjob.doctor import Finding, Limits
 from bgjob.workers import WorkerStatus
 

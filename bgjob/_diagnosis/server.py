@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from bgjob._diagnosis.words import count, identifier, lasting
 from bgjob._sql.server import Connections, NotifyQueue, Rights, Server
+from bgjob._words import count, identifier, lasting
 from bgjob.doctor import Finding, Limits
 
 _SKEW = 1.0

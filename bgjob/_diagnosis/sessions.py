@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from bgjob._diagnosis.words import count, identifier, lasting, literal, one_line
 from bgjob._sql.server import Holder, TableLock, Wait
+from bgjob._words import count, identifier, lasting, literal, one_line
 from bgjob.doctor import Finding, Limits
 
 _HANDLER = re.compile(r"bgjob -?\d+ [0-9a-f]{16}")

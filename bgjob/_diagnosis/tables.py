@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 from bgjob._diagnosis.blueprint import Blueprint, shape
-from bgjob._diagnosis.words import identifier, lasting, size
 from bgjob._sql.session import Hidden, Lack
 from bgjob._sql.storage import Columns, Index, Table
+from bgjob._words import identifier, lasting, size
 from bgjob.doctor import Finding, Limits, Severity
 from bgjob.errors import SchemaError
 from bgjob.schema import VERSION, check_lacks, check_version, hidden_text, versions

@@ -8,6 +8,7 @@ from bgjob._preflight.judge import Group, Judge, Kind, Tally, misfit
 from bgjob._preflight.report import Finding, Severity, TypeFit
 from bgjob._sql.preflight import StoredSchedule
 from bgjob._sql.session import Hidden, Lack
+from bgjob._words import lasting
 from bgjob.schedule import Schedule
 
 _ORDER: Mapping[Severity, int] = {"bad": 0, "warn": 1, "note": 2}
@@ -140,14 +141,7 @@ def _first(group: Group) -> str:
 def _due(at: datetime, now: datetime) -> str:
     """Return since or until when the earliest of some jobs is due."""
     ago = (now - at).total_seconds()
-    return f"due for {_duration(ago)}" if ago >= 0 else f"due in {_duration(-ago)}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:,.0f} s"
+    return f"due for {lasting(ago)}" if ago >= 0 else f"due in {lasting(-ago)}"
 
 
 # -- schedules -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Words of a finding: durations, sizes, quoted names."""
+"""Words for people: durations, sizes, quoted names."""
 
 import re
 
