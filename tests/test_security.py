@@ -674,6 +674,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "pause": lambda client: client.pause("other"),
     "paused": lambda client: client.paused(),
     "resume": lambda client: client.resume("other"),
+    "explain": lambda client: client.explain("b"),
     # What a role may not look at it reports.
     "doctor": lambda client: client.doctor(),
 }
@@ -684,7 +685,7 @@ MAY = {
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",
-        *("stats", "overview", "workers", "pause", "paused", "resume", "doctor"),
+        *("stats", "overview", "workers", "pause", "paused", "resume", "explain", "doctor"),
         *(name for name in METHODS if "." in name),
     },
     "scheduler": {"schedules.list", "doctor"},

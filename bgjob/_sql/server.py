@@ -10,7 +10,6 @@ from typing import LiteralString, NamedTuple
 from bgjob._sql.statement import Statement, nothing, scalar
 
 _BOUNDS = {
-    "application_name": "bgjob doctor",
     "transaction_read_only": "on",
     "statement_timeout": "5s",
     "lock_timeout": "1s",
@@ -21,12 +20,18 @@ _BOUNDS = {
 }
 
 
-def bounds() -> Statement[None]:
-    """Make this transaction read-only, and limit how long its statements take and wait."""
+def bounds(application: str = "bgjob doctor") -> Statement[None]:
+    """Make this transaction read-only, and limit how long its statements take and wait.
+
+    Args:
+        application: the name of the session meanwhile.
+
+    """
+    settings = {"application_name": application} | _BOUNDS
     return Statement(
         "select set_config(name, value, true) "
         "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)",
-        {"names": [*_BOUNDS], "values": [*_BOUNDS.values()]},
+        {"names": [*settings], "values": [*settings.values()]},
         nothing,
     )
 

@@ -6,7 +6,7 @@ again with the next beat.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import LiteralString, NamedTuple
 
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.session import Lack, lacks
@@ -21,6 +21,12 @@ _MOST_REMOVED = "1000"
 """The most old rows that one start removes."""
 
 _QUIET = "quiet as materialized (select set_config('synchronous_commit', 'off', true))"
+
+IS_LOST: LiteralString = """(
+    state in ('working', 'stopping')
+    and seen_at < now - %(missed)s::integer * every * interval '1 second'
+)"""
+"""Whether a row is that of a worker that is not seen any more, at the time `now`."""
 
 _INSERTED = "host pid program release version queues slots types lease every"
 _UPDATED = "seen_at state running counts longest longest_since note"
@@ -136,8 +142,7 @@ def workers() -> Statement[list[WorkerStatus]]:
         f"""
         with seen as materialized (
             select w.*, extract(epoch from now - {in_range("seen_at")})::float8 as not_seen,
-                state in ('working', 'stopping')
-                    and seen_at < now - %(missed)s::integer * every * interval '1 second' as is_lost
+                {IS_LOST} as is_lost
             from bgjob_worker w, (select clock_timestamp() as now) as clock
         )
         select number, case when is_lost then 'lost' else state end, host, pid, program, release,

@@ -1,0 +1,18 @@
+"""Why does a job not run? The rules of `client.explain()`.
+
+    steps       which statements are asked, and in which order
+    seen        their answers, as one value
+    reasons     that value -> reasons: one rule each, in their order
+
+The rules are pure, so each is tested without a database; the tests of `client.explain()` make each
+situation in one. A new reason is a rule in its place in `reasons`, and what it needs to know a
+field of `Seen`, which `steps` fills.
+
+- All reasons that hold are given. Who lifts the first one has to know the next.
+- Each statement is its own transaction, read-only, with limits for its time and for its waits
+  (`_sql/server.bounds`). So the job may move on between two of them: what is said of it is of one
+  moment, and of the others a moment later.
+- The job is found first. If a later statement is refused, a reason says what was not looked at.
+- The registry of workers decides nothing here either: where it may miss a worker, the reason says
+  so, and does not block.
+"""

@@ -1,0 +1,136 @@
+"""The statements that explain a job, each in a transaction of its own."""
+
+from collections.abc import Generator
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg import errors
+
+from bgjob._explanation import reasons
+from bgjob._explanation.seen import Pause, Seen, Unread
+from bgjob._sql import looks, pauses
+from bgjob._sql import server as server_sql
+from bgjob._sql import session as session_sql
+from bgjob._sql.statement import Statement
+from bgjob._sql.tokens import origin
+from bgjob.explanation import Explanation
+from bgjob.workers import NO_TABLE
+
+Steps: TypeAlias = Generator[Statement[Any], Any, Explanation]
+"""Statements to execute; their answers; and the explanation."""
+
+_ROUNDS = 3
+"""How often to look for a due job that is not taken meanwhile."""
+
+_SCHEDULE = "schedule:"
+_THE_WORKERS = "the workers"
+
+
+def explain(id_: str) -> Steps:
+    """Explain a job.
+
+    A generator: it yields statements, is sent their answers, or thrown their errors.
+
+    Raises:
+        psycopg.Error: this role may not read jobs, or the connection is lost.
+
+    """
+    seen = yield from _look(id_)
+    queue = seen.job.queue if seen.job else seen.dead[0].queue if seen.dead else None
+    return Explanation(seen.id, queue, seen.state, seen.now, reasons.reasons(seen))
+
+
+def explain_queue(queue: str) -> Steps:
+    """Explain the job of a queue that has been due for longest; see `explain`."""
+    for _ in range(_ROUNDS):
+        found: looks.Oldest = yield looks.oldest(queue)
+        if found.id is None:
+            return Explanation(None, queue, "empty", found.now, (reasons.empty(queue, found),))
+        explanation = yield from explain(found.id)
+        if explanation.state not in {"absent", "dead"}:
+            return explanation
+    return Explanation(None, queue, "empty", found.now, (reasons.flowing(queue, _ROUNDS),))
+
+
+def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
+    found: looks.Found = yield looks.find(id_)
+    unread: dict[str, Unread] = {}
+
+    def ask(statement: Statement[Any], what: str) -> Generator[Statement[Any], Any, Any]:
+        try:
+            return (yield statement)
+        except psycopg.Error as error:
+            if error.sqlstate is None:  # not the server's answer: the connection is lost
+                raise
+            unread[what] = _unread(what, error)
+            return None
+
+    def claimant(token: int | None) -> Generator[Statement[Any], Any, looks.Claimant | None]:
+        made = None if token is None else origin(token)
+        if made is None or made.number is None:
+            return None
+        worker: looks.Claimant | None = yield from ask(
+            looks.claimant(made.number, made.at), _THE_WORKERS
+        )
+        return worker
+
+    job = found.job
+    facts: dict[str, Any] = {"id": id_, "now": found.now, "job": job, "dead": tuple(found.dead)}
+    if (name := _schedule_of(id_)) is not None:
+        facts["schedule_name"] = name
+        facts["schedule"] = yield from ask(looks.schedule(name), "its schedule")
+    if job is None:
+        if not found.dead:
+            facts["writers"] = tuple((yield from ask(looks.writers(), "open transactions")) or ())
+            facts["hidden"] = tuple((yield from ask(session_sql.hidden(), "policies")) or ())
+        return Seen(**facts, unread=tuple(unread.values()))
+
+    facts["claimant"] = yield from claimant(job.token)
+    if Seen(**facts).is_running:
+        return Seen(**facts, unread=tuple(unread.values()))
+    paused = (yield from ask(pauses.paused(), "pauses")) or {}
+    if job.queue in paused:
+        facts["pause"] = Pause(paused[job.queue])
+    if job.exclusive is not None:
+        key: looks.Key | None = yield from ask(looks.key(job), "its exclusive key")
+        facts["key"] = key
+        if key is not None and key.holder is not None:
+            facts["key_claimant"] = yield from claimant(key.holder.token)
+    if (
+        job.due_in <= 0
+        and not job.waits
+        and job.lease_until is None
+        and not reasons.is_suspect(job)
+    ):
+        ahead = looks.ahead(job.queue, job.priority, job.next_run_at)
+        facts["ahead"] = yield from ask(ahead, "the jobs before it")
+    serving: looks.Serving | None = yield from ask(looks.serving(job.queue, job.type), _THE_WORKERS)
+    facts["serving"] = serving
+    if serving is not None and not serving.alive:
+        facts["sessions"] = (yield from ask(server_sql.worker_sessions(), "sessions")) or 0
+    return Seen(**facts, unread=tuple(unread.values()))
+
+
+def _schedule_of(id_: str) -> str | None:
+    """Return the name in the id of a schedule's job; None for another id."""
+    if not id_.startswith(_SCHEDULE):
+        return None
+    name, colon, tick = id_.removeprefix(_SCHEDULE).partition(":")
+    return name if name and colon and tick else None
+
+
+def _unread(what: str, error: psycopg.Error) -> Unread:
+    match error:
+        case errors.InsufficientPrivilege():
+            remedy = "give this role what privileges.sql gives to bgjob_operator"
+        case errors.UndefinedTable() if what == _THE_WORKERS:
+            remedy = NO_TABLE
+        case errors.UndefinedTable() | errors.UndefinedColumn():
+            remedy = "bgjob doctor --check schema"
+        case errors.LockNotAvailable():
+            remedy = "who has the table: bgjob doctor --check locks"
+        case errors.QueryCanceled():
+            remedy = "the statement took over 5 s: repeat it when the server is less busy"
+        case _:
+            remedy = "repeat it with the tables' owner; the server's log has more"
+    return Unread(what, error.diag.message_primary or str(error), remedy, error.sqlstate)

@@ -1,0 +1,473 @@
+"""Look at one job, and at what may keep it from running.
+
+Each statement is bounded in what it reads, whatever the tables hold: an index finds the job,
+and what comes before it is counted up to a cap. The session's settings are those of
+`server.bounds`, so that plans do not depend on the statistics.
+
+Infinite times are brought into Python's range before they are subtracted: before PostgreSQL 17
+an infinite time has no difference to another one.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import LiteralString, NamedTuple
+
+from bgjob._sql.statement import Row, Statement, finite, in_range
+from bgjob._sql.workers import IS_LOST
+from bgjob.workers import MISSED
+
+CAP = 10_000
+"""The most jobs that are counted before one."""
+
+_LINES: LiteralString = "10000"
+"""The most priorities in which the oldest due job of a queue is looked for."""
+
+_KEYS: LiteralString = "1000"
+"""The most keys at which a job of a queue is looked for that waits for one."""
+
+_MOST_WORKERS: LiteralString = "1000"
+_NUMBERS: LiteralString = "1048576"
+"""A token has the number of its worker modulo this; see `tokens`."""
+
+_ERROR: LiteralString = "left(last_error, 2000)"
+
+
+class Live(NamedTuple):
+    """A job that waits or runs."""
+
+    id: str
+    queue: str
+    type: str
+    priority: int
+    attempt: int
+    deaths: int
+    exclusive: str | None
+    waits: bool
+    """Whether it was put aside, until its key is free."""
+    next_run_at: datetime
+    due_in: float
+    """Seconds; negative if it is due."""
+    is_never_due: bool
+    token: int | None
+    lease_until: datetime | None
+    lease_left: float | None
+    """Seconds; negative if the lease has ended, None without one."""
+    last_error: str | None
+
+
+class Dead(NamedTuple):
+    """A job in the dead-letter table."""
+
+    number: int
+    queue: str
+    type: str
+    attempt: int
+    last_error: str | None
+    moved_at: datetime
+    seconds: float
+    """Since then."""
+
+
+class Found(NamedTuple):
+    """What there is of an id, at one moment."""
+
+    now: datetime
+    job: Live | None
+    dead: list[Dead]
+    """The latest first, at most three."""
+
+
+def find(id_: str) -> Statement[Found]:
+    """Find a job, alive or dead. One statement: none can slip through between the tables."""
+    return Statement(
+        f"""
+        select clock.now, j.*, d.*
+        from (select clock_timestamp() as now) as clock
+        left join lateral (
+            select id, queue, type, priority, attempt, deaths, exclusive, waits,
+                {in_range("next_run_at")},
+                extract(epoch from {in_range("next_run_at")} - clock.now)::float8,
+                next_run_at = 'infinity', token,
+                case when lease_until is not null then {in_range("lease_until")} end,
+                case when lease_until is not null
+                    then extract(epoch from {in_range("lease_until")} - clock.now)::float8 end,
+                {_ERROR}
+            from bgjob_job where id = %(id)s
+        ) as j on true
+        left join lateral (
+            select d.id, d.queue, d.type, d.attempt, {_ERROR}, {in_range("moved_at")},
+                extract(epoch from clock.now - {in_range("moved_at")})::float8
+            -- All with this id first: in the order of the other index, which a plan preferred with
+            -- statistics of an empty table, it would walk over all later dead jobs.
+            from (select * from bgjob_dead_job where job_id = %(id)s offset 0) as d
+            order by d.id desc limit 3
+        ) as d on true
+        """,
+        {"id": id_},
+        _found,
+    )
+
+
+def _found(rows: Sequence[Row]) -> Found:
+    end = 1 + len(Live._fields)
+    first = rows[0]
+    return Found(
+        first[0],
+        None if first[1] is None else Live(*first[1:end]),
+        [Dead(*row[end:]) for row in rows if row[end] is not None],
+    )
+
+
+class Oldest(NamedTuple):
+    """The job of a queue that has been due for longest."""
+
+    now: datetime
+    id: str | None
+    next_in: float | None
+    """Without a due job: the seconds until the next one is."""
+
+
+def oldest(queue: str) -> Statement[Oldest]:
+    """Find the job of a queue that has been due for longest, also one that waits for a key.
+
+    Each priority is found by one look into the index, and its first due job by another. A job that
+    waits for a key is in no index of its queue: it is looked for at the first 1,000 keys.
+    """
+    return Statement(
+        f"""
+        with recursive line (priority) as (
+            (
+                select priority from bgjob_job where queue = %(queue)s and not waits
+                order by priority limit 1
+            )
+            union all
+            select (
+                select j.priority from bgjob_job j
+                where j.queue = %(queue)s and j.priority > line.priority and not j.waits
+                order by j.priority limit 1
+            ) from line where line.priority is not null
+        ), known as materialized (
+            select priority from line where priority is not null limit {_LINES}
+        ), due as materialized (
+            select first.id, first.next_run_at
+            from known cross join lateral (
+                select j.id, j.next_run_at from bgjob_job j
+                where j.queue = %(queue)s and j.priority = known.priority
+                    and j.next_run_at <= now() and not j.waits
+                    and (j.lease_until is null or j.lease_until <= now())
+                order by j.next_run_at limit 1
+            ) as first
+        ), key as materialized (
+            select key from bgjob_exclusive order by key limit {_KEYS}
+        ), waiting as materialized (
+            select first.id, first.next_run_at
+            from key cross join lateral (
+                select j.id, j.next_run_at from bgjob_job j
+                where j.exclusive = key.key and j.waits and j.queue = %(queue)s
+                    and j.next_run_at <= now()
+                order by j.next_run_at, j.id limit 1
+            ) as first
+        )
+        select clock_timestamp(), (
+            select id from (select * from due union all select * from waiting) as job
+            order by next_run_at, id limit 1
+        ), (
+            select min(extract(epoch from {in_range("first.next_run_at")} - now())::float8)
+            from known cross join lateral (
+                select j.next_run_at from bgjob_job j
+                where j.queue = %(queue)s and j.priority = known.priority
+                    and j.next_run_at > now() and not j.waits
+                order by j.next_run_at limit 1
+            ) as first
+        )
+        """,
+        {"queue": queue},
+        lambda rows: Oldest(*rows[0]),
+    )
+
+
+class Ahead(NamedTuple):
+    """How many due jobs come before a job, each counted up to a cap."""
+
+    lower: int
+    """Of lower priority numbers."""
+    earlier: int
+    """Of its own priority, due before it."""
+
+
+def ahead(queue: str, priority: int, next_run_at: datetime, *, cap: int = CAP) -> Statement[Ahead]:
+    """Count the due jobs of a queue that workers claim before one.
+
+    Priority by priority: a comparison of (priority, next_run_at) would walk over all the jobs of
+    a lower priority number that are not due.
+    """
+    return Statement(
+        """
+        with recursive line (priority) as (
+            (
+                select priority from bgjob_job
+                where queue = %(queue)s and priority < %(priority)s and not waits
+                order by priority limit 1
+            )
+            union all
+            select (
+                select j.priority from bgjob_job j
+                where j.queue = %(queue)s and j.priority > line.priority
+                    and j.priority < %(priority)s and not j.waits
+                order by j.priority limit 1
+            ) from line where line.priority is not null
+        )
+        select (
+            select count(*) from (
+                select from line cross join lateral (
+                    select from bgjob_job j
+                    where j.queue = %(queue)s and j.priority = line.priority and not j.waits
+                        and j.next_run_at <= now() and j.lease_until is null and j.deaths <= 1
+                    order by j.next_run_at limit %(cap)s
+                ) as due
+                where line.priority is not null
+                limit %(cap)s
+            ) as lower
+        ), (
+            select count(*) from (
+                select from bgjob_job j
+                where j.queue = %(queue)s and j.priority = %(priority)s and not j.waits
+                    and j.next_run_at < least(%(next_run_at)s::timestamptz, now())
+                    and j.lease_until is null and j.deaths <= 1
+                order by j.next_run_at limit %(cap)s
+            ) as earlier
+        )
+        """,
+        {"queue": queue, "priority": priority, "next_run_at": next_run_at, "cap": cap},
+        lambda rows: Ahead(*rows[0]),
+    )
+
+
+class Holder(NamedTuple):
+    """The job that holds an exclusive key."""
+
+    id: str
+    queue: str
+    type: str
+    attempt: int
+    token: int
+    lease_left: float
+    """Seconds; negative if the lease has ended."""
+
+
+class Key(NamedTuple):
+    """An exclusive key, as a job meets it."""
+
+    holder: Holder | None
+    before: int
+    """The jobs of the same queue that get the key first; counted up to a cap."""
+
+
+def key(job: Live, *, cap: int = CAP) -> Statement[Key]:
+    """Return who holds the key of a job, and how many of its queue come before it."""
+    return Statement(
+        f"""
+        select h.*, (
+            select count(*) from (
+                select from bgjob_job o
+                where o.exclusive = %(key)s and o.waits and o.queue = %(queue)s
+                    and (o.next_run_at, o.id) < (%(next_run_at)s::timestamptz, %(id)s)
+                order by o.next_run_at, o.id limit %(cap)s
+            ) as waiting
+        ) + (
+            select count(*) from (
+                select from bgjob_job o
+                where o.exclusive = %(key)s and not o.waits and o.queue = %(queue)s
+                    and (o.next_run_at, o.id) < (%(next_run_at)s::timestamptz, %(id)s)
+                    and o.token is null
+                order by o.next_run_at, o.id limit %(cap)s
+            ) as due
+        )
+        from (select 1) as one
+        left join lateral (
+            select e.job_id, e.token from bgjob_exclusive e where e.key = %(key)s limit 1
+        ) as e on true
+        left join lateral (
+            select j.id, j.queue, j.type, j.attempt, j.token,
+                extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8
+            from bgjob_job j where j.id = e.job_id and j.token = e.token limit 1
+        ) as h on true
+        """,
+        {
+            "key": job.exclusive,
+            "queue": job.queue,
+            "next_run_at": job.next_run_at,
+            "id": job.id,
+            "cap": cap,
+        },
+        _key,
+    )
+
+
+def _key(rows: Sequence[Row]) -> Key:
+    [[*holder, before]] = rows
+    return Key(None if holder[0] is None else Holder(*holder), before)
+
+
+class Claimant(NamedTuple):
+    """The worker that made a claim."""
+
+    number: int
+    host: str
+    pid: int
+    program: str
+    release: str | None
+    state: str
+    not_seen: float
+    """Seconds since its last beat."""
+
+
+def claimant(number: int, at: datetime) -> Statement[Claimant | None]:
+    """Find the worker of a token's number and time; None if its row is gone.
+
+    Of several workers whose numbers end alike it is the last that had started by then.
+    """
+    return Statement(
+        f"""
+        select number, host, pid, program, release, case when is_lost then 'lost' else state end,
+            not_seen
+        from (
+            select w.*, {IS_LOST} as is_lost,
+                extract(epoch from clock.now - {in_range("seen_at")})::float8 as not_seen
+            from bgjob_worker w, (select clock_timestamp() as now) as clock
+            where mod(number, {_NUMBERS}) = %(number)s
+                and started_at <= %(at)s::timestamptz + interval '1 minute'
+        ) as w
+        order by w.number desc limit 1
+        """,
+        {"number": number, "at": at, "missed": MISSED},
+        lambda rows: Claimant(*rows[0]) if rows else None,
+    )
+
+
+class Server(NamedTuple):
+    """A worker of a queue, as one of its jobs meets it."""
+
+    number: int
+    host: str
+    pid: int
+    release: str | None
+    state: str
+    not_seen: float
+    slots: int
+    busy: int
+    has_handler: bool
+
+
+class Serving(NamedTuple):
+    """The registered workers of a queue."""
+
+    alive: int
+    """The live workers of all queues."""
+    workers: list[Server]
+    """Those of this queue: the working ones, then those that were seen last; at most 1,000."""
+
+
+def serving(queue: str, type_: str) -> Statement[Serving]:
+    """List the workers of a queue, and whether each has a handler for a type."""
+    return Statement(
+        f"""
+        with seen as materialized (
+            select w.number, w.host, w.pid, w.release,
+                case when {IS_LOST} then 'lost' else w.state end as state,
+                extract(epoch from clock.now - {in_range("w.seen_at")})::float8 as not_seen,
+                array_position(w.queues, %(queue)s::text) as place, w.slots, w.running,
+                %(type)s = any (w.types) as has_handler
+            from bgjob_worker w, (select clock_timestamp() as now) as clock
+        )
+        select alive.n, s.*
+        from (
+            select count(*) as n from seen where state in ('working', 'stopping')
+        ) as alive
+        left join (
+            select number, host, pid, release, state, not_seen, coalesce(slots[place], 0),
+                coalesce(running[place], 0), has_handler
+            from seen where place is not null
+            order by state <> 'working', not_seen limit {_MOST_WORKERS}
+        ) as s on true
+        """,
+        {"queue": queue, "type": type_, "missed": MISSED},
+        lambda rows: Serving(rows[0][0], [Server(*row[1:]) for row in rows if row[1] is not None]),
+    )
+
+
+class Scheduled(NamedTuple):
+    """A schedule."""
+
+    name: str
+    spec: str
+    queue: str
+    type: str
+    paused: bool
+    last_run_at: datetime | None
+    next_run_at: datetime | None
+
+
+def schedule(name: str) -> Statement[Scheduled | None]:
+    """Return the schedule of this name; None if there is none."""
+    return Statement(
+        f"""
+        select name, spec, queue, type, paused, {finite("last_run_at")}, {finite("next_run_at")}
+        from bgjob_schedule where name = %(name)s
+        """,
+        {"name": name},
+        lambda rows: Scheduled(*rows[0]) if rows else None,
+    )
+
+
+class Writer(NamedTuple):
+    """An open transaction that has written jobs, or has locked some."""
+
+    pid: int | None
+    """None if it is prepared."""
+    prepared: str | None
+    """The identifier of a prepared transaction."""
+    role: str | None
+    application: str | None
+    state: str | None
+    seconds: float | None
+    """Its age; None if it is hidden from this role."""
+
+
+def writers() -> Statement[list[Writer]]:
+    """List transactions over a second old that have written jobs, the oldest first, at most five.
+
+    A job that such a transaction wrote is seen by nobody else until it commits.
+    """
+    return Statement(
+        """
+        with lock as materialized (
+            select * from pg_locks where database is null or database = (
+                select oid from pg_database where datname = current_database()
+            )
+        ), writer as materialized (
+            select distinct l.pid, l.virtualtransaction from lock l
+            where l.locktype = 'relation' and l.relation = to_regclass('bgjob_job') and l.granted
+                and l.mode = 'RowExclusiveLock' and l.pid is distinct from pg_backend_pid()
+        )
+        select * from (
+            select a.pid, null::text, a.usename::text, a.application_name, a.state,
+                extract(epoch from clock_timestamp() - a.xact_start)::float8 as seconds
+            from writer w join pg_stat_activity a on a.pid = w.pid
+            union all
+            select null, p.gid, p.owner::text, null, 'prepared',
+                extract(epoch from clock_timestamp() - p.prepared)::float8
+            from pg_prepared_xacts p
+            where p.database = current_database() and exists (
+                -- It keeps the virtual number of its session, until the server restarts.
+                select from writer w join lock x on x.virtualtransaction = w.virtualtransaction
+                where w.pid is null and x.pid is null and x.locktype = 'transactionid'
+                    and x.granted and x.transactionid = p.transaction
+            )
+        ) as open
+        where seconds is null or seconds > 1
+        order by seconds desc nulls last limit 5
+        """,
+        {},
+        lambda rows: [Writer(*row) for row in rows],
+    )

@@ -1,0 +1,151 @@
+"""An explanation looks at a few rows, whatever the tables hold and whatever is known of them.
+
+Each test works in a database of its own, where the tables have the statistics of what they held
+before. There it runs the statements as the driver prepares them, with a plan for their parameters
+or with a generic one, within the bounds that an explanation sets.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, LiteralString, cast
+
+import psycopg
+import pytest
+from support.plans import PLAN_CACHE_MODES, handled, nodes, prepare, run
+
+from bgjob._sql import looks
+from bgjob._sql.server import bounds
+from bgjob._sql.statement import Statement
+
+CAP = 100
+MANY = 40_000
+RUNNING = 300
+"""They lie before the due jobs of their queue."""
+
+TABLES = {"bgjob_job", "bgjob_dead_job", "bgjob_exclusive"}
+
+# Of queue q half of the jobs are due, in two priorities, and a quarter is delayed with a lower
+# priority number. The others, of queue keyed, wait for one key.
+FILL: LiteralString = """
+    insert into bgjob_job (
+        id, queue, type, priority, exclusive, waits, next_run_at, token, lease_until
+    )
+    select 'job ' || n, case when n %% 4 = 3 then 'keyed' else 'q' end, 't',
+        case n %% 4 when 0 then 0 when 1 then 1 when 2 then -1 else 0 end,
+        case when n %% 4 = 3 then 'key' end, n %% 4 = 3,
+        now() + case when n %% 4 = 2 then 1 else -1 end * n * interval '1 s',
+        case when n > %(jobs)s - %(running)s then 1 end,
+        case when n > %(jobs)s - %(running)s then now() + interval '1 h' end
+    from generate_series(1, %(jobs)s) n
+"""
+FILL_KEYS: LiteralString = """
+    insert into bgjob_exclusive (key, job_id, token)
+    select case n when 0 then 'key' else 'key ' || n end, 'job ' || %(jobs)s, 1
+    from generate_series(0, %(jobs)s / 10) n
+"""
+FILL_DEAD: LiteralString = """
+    insert into bgjob_dead_job (
+        job_id, queue, type, attempt, priority, next_run_at, job_created_at, job_updated_at
+    )
+    select 'dead ' || n, 'q', 't', 1, 0, now(), now(), now() from generate_series(1, %(jobs)s) n
+"""
+
+STATISTICS = ["none", "of empty tables", "of drained tables", "of ten jobs", "of these jobs"]
+EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
+
+
+def fill(conn: psycopg.Connection, jobs: int) -> None:
+    for statement in (FILL, FILL_KEYS, FILL_DEAD):
+        conn.execute(statement, {"jobs": jobs, "running": min(RUNNING, jobs)})
+
+
+def fill_with_statistics(conn: psycopg.Connection, statistics: str) -> None:
+    """Fill the tables, and leave what the server knows of them as it was before."""
+    for table in TABLES:
+        conn.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
+    if statistics in ("of drained tables", "of ten jobs"):
+        fill(conn, 10 if statistics == "of ten jobs" else MANY)
+    if statistics == "of drained tables":
+        for table in TABLES:
+            conn.execute(f"delete from {table}".encode())
+    if statistics not in ("none", "of these jobs"):
+        conn.execute("analyze")
+    if statistics == "of ten jobs":
+        conn.execute("truncate bgjob_job, bgjob_exclusive, bgjob_dead_job")
+    fill(conn, MANY)
+    if statistics == "of these jobs":
+        conn.execute("analyze")
+
+
+def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> list[Any]:
+    """Fail unless no step handles more rows; return what the statement returns."""
+    explain = prepare(conn, "look", statement)
+    for mode in PLAN_CACHE_MODES:
+        for node in nodes(run(conn, explain, mode)):
+            below = {node.get("Relation Name") for node in nodes(node)} & TABLES
+            assert not below or handled(node) <= most, node
+            assert node.get("Relation Name") not in TABLES or "Index" in node["Node Type"], node
+    conn.execute("deallocate look")
+    return conn.execute(cast(Any, statement.text), statement.params).fetchall()
+
+
+@pytest.fixture
+def bounded(conn: psycopg.Connection) -> psycopg.Connection:
+    for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
+        if name != "transaction_read_only":
+            conn.execute("select set_config(%s, %s, false)", [name, value])
+    return conn
+
+
+@EVERY_STATISTICS
+def test_a_job_alive_or_dead_is_found_by_its_id(
+    bounded: psycopg.Connection, statistics: str
+) -> None:
+    fill_with_statistics(bounded, statistics)
+    for id_ in (f"job {MANY // 2}", f"dead {MANY // 2}", "none"):
+        found = looks.find(id_).parse(check(bounded, looks.find(id_), 4))
+        assert (found.job is not None, bool(found.dead)) == (
+            id_.startswith("job"),
+            id_.startswith("dead"),
+        )
+
+
+@EVERY_STATISTICS
+def test_the_jobs_before_one_are_counted_up_to_a_cap(
+    bounded: psycopg.Connection, statistics: str
+) -> None:
+    fill_with_statistics(bounded, statistics)
+    now = datetime.now(UTC)
+    for priority, at in ((1, now), (1, now - timedelta(days=1)), (0, now), (2, now)):
+        statement = looks.ahead("q", priority, at, cap=CAP)
+        check(bounded, statement, 2 * (CAP + RUNNING))
+    assert check(bounded, statement, 2 * (CAP + RUNNING)) == [(CAP, 0)]
+    statement = looks.ahead("q", 1, now, cap=CAP)
+    assert check(bounded, statement, 2 * (CAP + RUNNING)) == [(CAP, CAP)]
+
+
+@EVERY_STATISTICS
+def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(
+    bounded: psycopg.Connection, statistics: str
+) -> None:
+    fill_with_statistics(bounded, statistics)
+    found = looks.find("job 3").parse(
+        bounded.execute(cast(Any, looks.find("job 3").text), {"id": "job 3"}).fetchall()
+    )
+    assert found.job is not None
+    statement = looks.key(found.job, cap=CAP)
+    key = statement.parse(check(bounded, statement, CAP + 4))
+    assert key.before == CAP
+    assert key.holder is not None
+    assert key.holder.id == f"job {MANY}"
+
+
+@EVERY_STATISTICS
+@pytest.mark.parametrize(("queue", "id_"), [("q", MANY - RUNNING), ("keyed", MANY - 1)])
+def test_the_oldest_due_job_of_a_queue_is_found_behind_the_running_ones_only(
+    bounded: psycopg.Connection, statistics: str, queue: str, id_: int
+) -> None:
+    fill_with_statistics(bounded, statistics)
+    statement = looks.oldest(queue)
+    # The first 1,000 keys, a look at each, and the running jobs of each priority.
+    [(_, found, _)] = check(bounded, statement, 2 * 1000 + 4 + RUNNING)
+    assert found == f"job {id_}"
