@@ -50,7 +50,7 @@ SETTINGS = {
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-pytest_plugins = ["support.clients", "support.statements", "support.workers"]
+pytest_plugins = ["support.clients", "support.roles", "support.statements", "support.workers"]
 
 LONGEST = {
     "test_data",

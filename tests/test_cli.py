@@ -287,9 +287,8 @@ def start(dsn: str, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def client(dsn: str) -> Iterator[Client]:
-    with Client(dsn) as client:
-        yield client
+def client(plain_client: Client) -> Client:
+    return plain_client
 
 
 def enqueue(client: Client, type_: str, id_: str = "a") -> None:

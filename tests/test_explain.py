@@ -12,12 +12,11 @@ from typing import Any, LiteralString, cast
 
 import psycopg
 import pytest
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 from support.clients import HOSTILE, Colour, dead_letter
 from support.database import row, rows
-from support.documents import DOCS, ROOT, SCRIPT
+from support.documents import DOCS, ROOT
 from support.nursery import Forked, fork
+from support.roles import Roles
 from support.waiting import PATIENCE, eventually
 from support.workers import Launcher
 
@@ -65,19 +64,12 @@ def follow(remedy: str, dsn: str) -> int:
     return cli.main([*found[1].split(), "--dsn", dsn])
 
 
-@pytest.fixture
-def ask(dsn: str) -> Iterator[Callable[..., Explanation]]:
-    with Client(dsn) as client:
-        yield client.explain
-
-
 Ask = Callable[..., Explanation]
 
 
 @pytest.fixture
-def plain(dsn: str) -> Iterator[Client]:
-    with Client(dsn) as client:
-        yield client
+def ask(plain_client: Client) -> Ask:
+    return plain_client.explain
 
 
 def enqueue(client: Client, *ids: str, queue: str = "q", type: str = "t", **options: Any) -> None:
@@ -150,9 +142,9 @@ def working(conn: psycopg.Connection, number: int) -> bool:
 
 
 def test_of_a_running_job_it_tells_since_when_and_which_process_has_it(
-    start: Start, ask: Ask, plain: Client, conn: psycopg.Connection
+    start: Start, ask: Ask, plain_client: Client, conn: psycopg.Connection
 ) -> None:
-    enqueue(plain, "a")
+    enqueue(plain_client, "a")
     other, process = start("r", BGJOB_RELEASE="v6"), start("q", BGJOB_RELEASE="v7")
     assert eventually(lambda: ask("a").state == "running")
     explanation = ask("a")
@@ -179,9 +171,9 @@ def test_of_a_running_job_it_tells_since_when_and_which_process_has_it(
 
 
 def test_of_a_running_job_it_tells_that_its_worker_is_not_seen_any_more(
-    start: Start, ask: Ask, plain: Client
+    start: Start, ask: Ask, plain_client: Client
 ) -> None:
-    enqueue(plain, "a")
+    enqueue(plain_client, "a")
     process = start("q")
     assert eventually(lambda: ask("a").state == "running")
     kill(process)
@@ -205,9 +197,9 @@ def test_of_a_job_of_do_it_tells_that_no_worker_has_it(client: Any, ask: Ask) ->
 
 
 def test_a_token_that_was_made_at_random_tells_neither_a_time_nor_a_worker(
-    ask: Ask, plain: Client, conn: psycopg.Connection
+    ask: Ask, plain_client: Client, conn: psycopg.Connection
 ) -> None:
-    enqueue(plain, "a")
+    enqueue(plain_client, "a")
     claim: LiteralString = "update bgjob_job set token = %s, lease_until = now() + interval '1 h'"
     for token in ((1 << 40) | 77, (1 << 62) | 77, -5, None):
         conn.execute(claim, [token])
@@ -219,9 +211,9 @@ def test_a_token_that_was_made_at_random_tells_neither_a_time_nor_a_worker(
 
 
 def test_a_lease_that_has_ended_and_a_suspect_are_told_until_another_worker_runs_it(
-    start: Start, ask: Ask, plain: Client, tmp_path: Path, conn: psycopg.Connection
+    start: Start, ask: Ask, plain_client: Client, tmp_path: Path, conn: psycopg.Connection
 ) -> None:
-    enqueue(plain, "a")
+    enqueue(plain_client, "a")
     for death in (1, 2):
         process = start("q", LEASE="1")
         assert eventually(lambda: ask("a").state == "running")
@@ -237,14 +229,14 @@ def test_a_lease_that_has_ended_and_a_suspect_are_told_until_another_worker_runs
         assert eventually(lambda: of(ask("a"), "no_worker").blocks)
         assert explanation.status == 3
     # A worker frees it, and because of the pause runs it not.
-    plain.pause("q")
+    plain_client.pause("q")
     process = start("q", LEASE="1")
     assert eventually(lambda: "suspect" in codes(ask("a")))
     assert codes(ask("a")) == ["paused", "suspect"]
     reason = of(ask("a"), "suspect")
     assert reason.text.startswith("2 workers in a row died while they held it")
     assert conn.execute(cast(Any, reason.remedy.partition(": ")[2])).fetchall() != []
-    plain.resume("q")
+    plain_client.resume("q")
     assert eventually(lambda: ask("a").state == "running")
     (tmp_path / "open").touch()
     assert eventually(lambda: ask("a").state == "absent")
@@ -275,8 +267,10 @@ def test_a_job_whose_attempt_failed_is_told_the_error_and_its_time(client: Any) 
     assert client.explain("rescheduled").reasons[0].code == "not_due"
 
 
-def test_infinite_times_are_told_as_such(ask: Ask, plain: Client, conn: psycopg.Connection) -> None:
-    enqueue(plain, "a", "-a'b")
+def test_infinite_times_are_told_as_such(
+    ask: Ask, plain_client: Client, conn: psycopg.Connection
+) -> None:
+    enqueue(plain_client, "a", "-a'b")
     conn.execute("update bgjob_job set next_run_at = 'infinity'")
     explanation = ask("-a'b")
     assert codes(explanation) == ["not_due", "no_worker"]
@@ -303,7 +297,7 @@ def test_infinite_times_are_told_as_such(ask: Ask, plain: Client, conn: psycopg.
     conn.execute("update bgjob_pause set until = '9999-12-31 23:00+00'")
     assert of(ask("a"), "paused").text.startswith("Queue 'q' is paused until 9999-12-3")
     conn.execute("delete from bgjob_job")
-    dead_letter(plain, EnqueueRequest("other", "t", id="dead"))
+    dead_letter(plain_client, EnqueueRequest("other", "t", id="dead"))
     for moved_at in ("infinity", "-infinity"):
         conn.execute("update bgjob_dead_job set moved_at = %s", [moved_at])
         assert ask("dead").state == "dead"
@@ -363,10 +357,10 @@ def test_the_due_jobs_before_it_are_counted_by_their_reason(client: Any) -> None
 
 
 def test_running_jobs_and_suspects_do_not_come_before_it(
-    ask: Ask, plain: Client, conn: psycopg.Connection
+    ask: Ask, plain_client: Client, conn: psycopg.Connection
 ) -> None:
-    enqueue(plain, "runs", "suspect", "a", priority=-1)
-    enqueue(plain, "b")
+    enqueue(plain_client, "runs", "suspect", "a", priority=-1)
+    enqueue(plain_client, "b")
     conn.execute("update bgjob_job set token = 1, lease_until = now() + '1 h' where id = 'runs'")
     conn.execute("update bgjob_job set deaths = 2 where id = 'suspect'")
     assert of(ask("b"), "behind").facts["lower"] == 1
@@ -375,14 +369,14 @@ def test_running_jobs_and_suspects_do_not_come_before_it(
 
 
 def test_over_ten_thousand_jobs_before_it_are_ten_thousand_or_more(
-    ask: Ask, plain: Client, conn: psycopg.Connection
+    ask: Ask, plain_client: Client, conn: psycopg.Connection
 ) -> None:
     conn.execute(
         "insert into bgjob_job (id, queue, type, priority) "
         "select n, 'q', 't', -1 - n %% 2 from generate_series(1, %s::int) n",
         [looks.CAP + 1],
     )
-    enqueue(plain, "a")
+    enqueue(plain_client, "a")
     reason = of(ask("a"), "behind")
     assert reason.text == (
         "10,000 or more due jobs of queue 'q' come first: 10,000 or more of a lower priority "
@@ -395,12 +389,12 @@ def test_over_ten_thousand_jobs_before_it_are_ten_thousand_or_more(
 
 
 def test_a_held_key_is_told_with_its_holder_in_another_process(
-    start: Start, ask: Ask, plain: Client, tmp_path: Path, dsn: str
+    start: Start, ask: Ask, plain_client: Client, tmp_path: Path, dsn: str
 ) -> None:
     holding = start("r")
-    enqueue(plain, "holder", queue="r", exclusive="user:286")
+    enqueue(plain_client, "holder", queue="r", exclusive="user:286")
     assert eventually(lambda: ask("holder").state == "running")
-    enqueue(plain, "before", "a", exclusive="user:286")
+    enqueue(plain_client, "before", "a", exclusive="user:286")
     # Before any worker has claimed it, it is known that it needs the key.
     reason = ask("a").reasons[0]
     assert reason.code == "key_held"
@@ -427,13 +421,13 @@ def test_a_held_key_is_told_with_its_holder_in_another_process(
 
 
 def test_a_key_whose_holder_died_is_told_and_then_free(
-    start: Start, ask: Ask, plain: Client, conn: psycopg.Connection, tmp_path: Path
+    start: Start, ask: Ask, plain_client: Client, conn: psycopg.Connection, tmp_path: Path
 ) -> None:
     holding = start("r", LEASE="1")
-    enqueue(plain, "holder", queue="r", exclusive="k")
+    enqueue(plain_client, "holder", queue="r", exclusive="k")
     assert eventually(lambda: ask("holder").state == "running")
     waiting = start("q")
-    enqueue(plain, "a", exclusive="k")
+    enqueue(plain_client, "a", exclusive="k")
     assert eventually(lambda: row(conn, "select waits from bgjob_job where id = 'a'") == (True,))
     kill(waiting)
     kill(holding)
@@ -454,17 +448,17 @@ def test_a_key_whose_holder_died_is_told_and_then_free(
 
 
 def test_a_queue_without_a_worker_is_told_with_the_last_one(
-    start: Start, ask: Ask, plain: Client, tmp_path: Path, conn: psycopg.Connection
+    start: Start, ask: Ask, plain_client: Client, tmp_path: Path, conn: psycopg.Connection
 ) -> None:
-    enqueue(plain, "a", queue="q 1")
+    enqueue(plain_client, "a", queue="q 1")
     reason = only(ask("a"))
     assert (reason.code, reason.blocks, ask("a").status) == ("no_worker", True, 3)
     assert reason.text == "No worker claims from queue 'q 1', and none of the last day did."
     assert reason.remedy == "start a worker: bgjob worker MODULE:NAME --queue 'q 1'"
-    enqueue(plain, "runs")
+    enqueue(plain_client, "runs")
     first, second = start("q"), start("r")
     assert eventually(lambda: ask("runs").state == "running" and working(conn, 2))
-    enqueue(plain, "b")
+    enqueue(plain_client, "b")
     os.kill(first.pid, signal.SIGTERM)
     assert eventually(lambda: "no_worker" in codes(ask("b")))
     assert f"pid {first.pid}), shuts down." in of(ask("b"), "no_worker").text
@@ -473,7 +467,7 @@ def test_a_queue_without_a_worker_is_told_with_the_last_one(
     assert re.search(
         rf"worker \d+ \(\S+, pid {first.pid}\), ended \S+ s ago\.", only_text(ask, "b")
     )
-    enqueue(plain, "c", queue="r")
+    enqueue(plain_client, "c", queue="r")
     kill(second)
     assert eventually(lambda: f"pid {second.pid}), has not been seen for" in only_text(ask, "c"))
 
@@ -483,9 +477,11 @@ def only_text(ask: Ask, id_: str) -> str:
     return found[0] if found else ""
 
 
-def test_a_worker_that_has_no_row_makes_it_uncertain(start: Start, ask: Ask, plain: Client) -> None:
-    plain.pause("q")
-    enqueue(plain, "a")
+def test_a_worker_that_has_no_row_makes_it_uncertain(
+    start: Start, ask: Ask, plain_client: Client
+) -> None:
+    plain_client.pause("q")
+    enqueue(plain_client, "a")
     start("q", UNKNOWN="1")
     assert eventually(lambda: "but 1 session of workers is" in of(ask("a"), "no_worker").text)
     reason = of(ask("a"), "no_worker")
@@ -494,30 +490,30 @@ def test_a_worker_that_has_no_row_makes_it_uncertain(start: Start, ask: Ask, pla
 
 
 def test_busy_workers_are_counted_with_their_slots(
-    start: Start, ask: Ask, plain: Client, tmp_path: Path
+    start: Start, ask: Ask, plain_client: Client, tmp_path: Path
 ) -> None:
-    enqueue(plain, *"abc")
+    enqueue(plain_client, *"abc")
     start("q=1")
     start("q=2")
     start("r=5")
     assert eventually(lambda: [ask(id_).state for id_ in "abc"] == ["running"] * 3)
-    enqueue(plain, "d")
+    enqueue(plain_client, "d")
     assert eventually(lambda: codes(ask("d")) == ["busy"])
     reason = only(ask("d"))
     assert reason.text == "2 workers are on queue 'q'; 3 of their 3 slots are busy."
     assert reason.facts == {"workers": 2, "slots": 3, "busy": 3}
     assert (reason.blocks, ask("d").status) == (False, 0)
-    enqueue(plain, "later", delay=LONG)
+    enqueue(plain_client, "later", delay=LONG)
     assert codes(ask("later")) == ["not_due"]
     (tmp_path / "open").touch()
     assert eventually(lambda: ask("d").state == "absent")
 
 
 def test_workers_without_a_handler_are_told_with_their_releases(
-    start: Start, ask: Ask, plain: Client, conn: psycopg.Connection, dsn: str
+    start: Start, ask: Ask, plain_client: Client, conn: psycopg.Connection, dsn: str
 ) -> None:
-    plain.pause("q")
-    enqueue(plain, "a", type="other")
+    plain_client.pause("q")
+    enqueue(plain_client, "a", type="other")
     start("q", BGJOB_RELEASE="2026.10")
     start("q", BGJOB_RELEASE="2026.09")
     start("r")
@@ -543,13 +539,13 @@ def test_workers_without_a_handler_are_told_with_their_releases(
 
 
 def test_what_nothing_keeps_from_running_is_ready(
-    start: Start, ask: Ask, plain: Client, conn: psycopg.Connection
+    start: Start, ask: Ask, plain_client: Client, conn: psycopg.Connection
 ) -> None:
     # Frozen for a moment, so that none takes it before it is asked about.
     frozen = [start("q=3", EVERY="10"), start("q=1", EVERY="10")]
     assert eventually(lambda: working(conn, 2))
     assert all(process.stop() for process in frozen)
-    enqueue(plain, "a")
+    enqueue(plain_client, "a")
     explanation = ask("a")
     reason = only(explanation)
     assert (explanation.state, explanation.status, reason.code) == ("due", 0, "ready")
@@ -600,13 +596,13 @@ def test_a_completed_job_is_absent_with_the_time_of_its_id(client: Any) -> None:
 
 
 def test_a_transaction_that_may_have_written_an_absent_job_is_named_and_can_be_ended(
-    ask: Ask, plain: Client, dsn: str, conn: psycopg.Connection
+    ask: Ask, plain_client: Client, dsn: str, conn: psycopg.Connection
 ) -> None:
     def told() -> str:
         return only(ask("a")).text
 
     with closing(psycopg.connect(dsn, application_name="shop")) as writer:
-        plain.enqueue(EnqueueRequest("q", "t", id="a"), conn=writer)
+        plain_client.enqueue(EnqueueRequest("q", "t", id="a"), conn=writer)
         assert eventually(lambda: "A transaction that is still open" in told())
         assert re.search(
             rf"may have written it: session {writer.info.backend_pid} \(\S+, shop, idle in "
@@ -617,7 +613,7 @@ def test_a_transaction_that_may_have_written_an_absent_job_is_named_and_can_be_e
         assert eventually(lambda: "never committed" in told())
     with closing(psycopg.connect(dsn)) as writer:
         writer.tpc_begin(writer.xid(1, f"of {conn.info.dbname}", ""))
-        plain.enqueue(EnqueueRequest("q", "t", id="a"), conn=writer)
+        plain_client.enqueue(EnqueueRequest("q", "t", id="a"), conn=writer)
         writer.tpc_prepare()
     assert eventually(lambda: "may have written it: prepared transaction '" in told())
     conn.execute(cast(Any, only(ask("a")).remedy.partition("to end it: ")[2]))
@@ -692,60 +688,25 @@ def test_a_lost_connection_is_an_error_and_no_reason() -> None:
         steps.throw(psycopg.OperationalError("gone"))
 
 
-class Roles:
-    """The roles of privileges.sql, with names of this test's own."""
-
-    def __init__(self, dsn: str, conn: psycopg.Connection) -> None:
-        self.dsn, self.conn = dsn, conn
-        self._suffix = f"_{conn.info.dbname}"
-        role = r"\b((?:role|to)\s+bgjob_(?:producer|worker|scheduler|operator))\b"
-        conn.execute(re.sub(role, rf"\g<1>{self._suffix}", SCRIPT).encode())
-        self.groups = ("producer", "worker", "scheduler", "operator")
-        for group in (*self.groups, "nobody"):
-            login = sql.Identifier(f"app_{group}{self._suffix}")
-            conn.execute(sql.SQL("create role {} login").format(login))
-            if group in self.groups:
-                name = sql.Identifier(f"bgjob_{group}{self._suffix}")
-                conn.execute(sql.SQL("grant {} to {}").format(name, login))
-
-    def login(self, group: str) -> str:
-        return make_conninfo(self.dsn, user=f"app_{group}{self._suffix}")
-
-    def close(self) -> None:
-        names = [f"app_{group}" for group in (*self.groups, "nobody")]
-        for name in [*names, *(f"bgjob_{group}" for group in self.groups)]:
-            self.conn.execute(
-                sql.SQL("drop owned by {0}; drop role {0}").format(
-                    sql.Identifier(f"{name}{self._suffix}")
-                )
-            )
-
-
-@pytest.fixture
-def roles(dsn: str, conn: psycopg.Connection) -> Iterator[Roles]:
-    with closing(Roles(dsn, conn)) as roles:
-        yield roles
-
-
 def test_an_operator_gets_every_reason_with_only_its_role(
-    roles: Roles, conn: psycopg.Connection, plain: Client, dsn: str, start: Start
+    roles: Roles, conn: psycopg.Connection, plain_client: Client, dsn: str, start: Start
 ) -> None:
     start("r")
-    enqueue(plain, "holder", queue="r", exclusive="k")
-    enqueue(plain, "first", "a", exclusive="k")
+    enqueue(plain_client, "holder", queue="r", exclusive="k")
+    enqueue(plain_client, "first", "a", exclusive="k")
     with Client(roles.login("operator")) as operator:
         assert eventually(lambda: operator.explain("holder").state == "running")
-        plain.pause("q")
+        plain_client.pause("q")
         assert codes(operator.explain("a")) == ["paused", "key_held", "behind", "no_worker"]
         assert operator.explain(queue="q").id == "first"
         assert codes(operator.explain("schedule:x:y")) == ["absent", "schedule"]
         with closing(psycopg.connect(dsn, application_name="shop")) as writer:
-            plain.enqueue(EnqueueRequest("q", "t", id="b"), conn=writer)
+            plain_client.enqueue(EnqueueRequest("q", "t", id="b"), conn=writer)
             # When the transaction began is hidden from this role, and who has it is not.
             reason = only(operator.explain("b"))
             session = f"session {writer.info.backend_pid} (postgres, shop)"
             assert f"may have written it: {session}" in reason.text
-        dead_letter(plain, EnqueueRequest("dead", "t", id="dead"))
+        dead_letter(plain_client, EnqueueRequest("dead", "t", id="dead"))
         assert codes(operator.explain("dead")) == ["dead"]
         conn.execute("alter table bgjob_job enable row level security")
         reason = operator.explain("a").reasons[-1]
@@ -755,19 +716,20 @@ def test_an_operator_gets_every_reason_with_only_its_role(
 
 @pytest.mark.parametrize("role", ["producer", "worker", "scheduler", "nobody"])
 def test_a_role_that_may_not_read_jobs_is_refused(roles: Roles, role: str) -> None:
+    groups = {role} - {"nobody"}
     with (
-        Client(roles.login(role)) as client,
+        Client(roles.login(*groups)) as client,
         pytest.raises(psycopg.errors.InsufficientPrivilege),
     ):
         client.explain("a")
 
 
 def test_what_a_role_may_not_read_besides_jobs_is_told(
-    roles: Roles, conn: psycopg.Connection, plain: Client
+    roles: Roles, conn: psycopg.Connection, plain_client: Client
 ) -> None:
-    enqueue(plain, "a", exclusive="k")
+    enqueue(plain_client, "a", exclusive="k")
     for table in ("bgjob_pause", "bgjob_exclusive", "bgjob_worker", "bgjob_schedule"):
-        statement = f"revoke select on {table} from bgjob_operator_{conn.info.dbname}"
+        statement = f"revoke select on {table} from {roles.name('operator')}"
         conn.execute(cast(Any, statement))
     with Client(roles.login("operator")) as operator:
         explanation = operator.explain("a")
@@ -969,10 +931,10 @@ def run(dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_the_command_prints_a_line_for_each_reason_and_one_for_its_remedy(
-    run: Run, plain: Client
+    run: Run, plain_client: Client
 ) -> None:
-    enqueue(plain, "a", delay=LONG)
-    plain.pause("q")
+    enqueue(plain_client, "a", delay=LONG)
+    plain_client.pause("q")
     status, told, errors = run("a")
     assert (status, errors) == (3, "")
     lines = told.splitlines()
@@ -985,13 +947,13 @@ def test_the_command_prints_a_line_for_each_reason_and_one_for_its_remedy(
     assert run("none")[1].startswith("job     none: absent\nabsent  No job with this id")
     status, told, _ = run("--queue", "empty")
     assert (status, told.splitlines()[0]) == (0, "queue  empty: empty")
-    enqueue(plain, "b", queue="r")
+    enqueue(plain_client, "b", queue="r")
     assert run("--queue", "r")[1].startswith("job        b: due\n")
 
 
-def test_the_command_prints_json(run: Run, plain: Client) -> None:
-    enqueue(plain, "a\x1b")
-    plain.pause("q", datetime.now(UTC) + timedelta(hours=1))
+def test_the_command_prints_json(run: Run, plain_client: Client) -> None:
+    enqueue(plain_client, "a\x1b")
+    plain_client.pause("q", datetime.now(UTC) + timedelta(hours=1))
     status, told, _ = run("--json", "a\x1b")
     answer = json.loads(told)
     assert status == 3

@@ -10,7 +10,15 @@ from typing import Any, LiteralString, cast
 
 import psycopg
 import pytest
-from support.plans import PLAN_CACHE_MODES, handled, nodes, prepare, run
+from support.plans import (
+    PLAN_CACHE_MODES,
+    STATISTICS,
+    fill_with_statistics,
+    handled,
+    nodes,
+    prepare,
+    run,
+)
 
 from bgjob._sql import looks
 from bgjob._sql.server import bounds
@@ -49,31 +57,12 @@ FILL_DEAD: LiteralString = """
     select 'dead ' || n, 'q', 't', 1, 0, now(), now(), now() from generate_series(1, %(jobs)s) n
 """
 
-STATISTICS = ["none", "of empty tables", "of drained tables", "of ten jobs", "of these jobs"]
 EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
 
 
 def fill(conn: psycopg.Connection, jobs: int) -> None:
     for statement in (FILL, FILL_KEYS, FILL_DEAD):
         conn.execute(statement, {"jobs": jobs, "running": min(RUNNING, jobs)})
-
-
-def fill_with_statistics(conn: psycopg.Connection, statistics: str) -> None:
-    """Fill the tables, and leave what the server knows of them as it was before."""
-    for table in TABLES:
-        conn.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
-    if statistics in ("of drained tables", "of ten jobs"):
-        fill(conn, 10 if statistics == "of ten jobs" else MANY)
-    if statistics == "of drained tables":
-        for table in TABLES:
-            conn.execute(f"delete from {table}".encode())
-    if statistics not in ("none", "of these jobs"):
-        conn.execute("analyze")
-    if statistics == "of ten jobs":
-        conn.execute("truncate bgjob_job, bgjob_exclusive, bgjob_dead_job")
-    fill(conn, MANY)
-    if statistics == "of these jobs":
-        conn.execute("analyze")
 
 
 def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> list[Any]:
@@ -100,7 +89,7 @@ def bounded(conn: psycopg.Connection) -> psycopg.Connection:
 def test_a_job_alive_or_dead_is_found_by_its_id(
     bounded: psycopg.Connection, statistics: str
 ) -> None:
-    fill_with_statistics(bounded, statistics)
+    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
     for id_ in (f"job {MANY // 2}", f"dead {MANY // 2}", "none"):
         found = looks.find(id_).parse(check(bounded, looks.find(id_), 4))
         assert (found.job is not None, bool(found.dead)) == (
@@ -113,7 +102,7 @@ def test_a_job_alive_or_dead_is_found_by_its_id(
 def test_the_jobs_before_one_are_counted_up_to_a_cap(
     bounded: psycopg.Connection, statistics: str
 ) -> None:
-    fill_with_statistics(bounded, statistics)
+    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
     now = datetime.now(UTC)
     for priority, at in ((1, now), (1, now - timedelta(days=1)), (0, now), (2, now)):
         statement = looks.ahead("q", priority, at, cap=CAP)
@@ -127,7 +116,7 @@ def test_the_jobs_before_one_are_counted_up_to_a_cap(
 def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(
     bounded: psycopg.Connection, statistics: str
 ) -> None:
-    fill_with_statistics(bounded, statistics)
+    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
     found = looks.find("job 3").parse(
         bounded.execute(cast(Any, looks.find("job 3").text), {"id": "job 3"}).fetchall()
     )
@@ -144,7 +133,7 @@ def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(
 def test_the_oldest_due_job_of_a_queue_is_found_behind_the_running_ones_only(
     bounded: psycopg.Connection, statistics: str, queue: str, id_: int
 ) -> None:
-    fill_with_statistics(bounded, statistics)
+    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
     statement = looks.oldest(queue)
     # The first 1,000 keys, a look at each, and the running jobs of each priority.
     [(_, found, _)] = check(bounded, statement, 2 * 1000 + 4 + RUNNING)

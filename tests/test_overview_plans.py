@@ -11,7 +11,15 @@ from typing import Any, LiteralString, cast
 import psycopg
 import pytest
 from support.documents import DOCS
-from support.plans import PLAN_CACHE_MODES, handled, nodes, prepare, run
+from support.plans import (
+    PLAN_CACHE_MODES,
+    STATISTICS,
+    fill_with_statistics,
+    handled,
+    nodes,
+    prepare,
+    run,
+)
 
 from bgjob._sql.overviews import overview, plan_by_index
 
@@ -59,30 +67,10 @@ FILL_DEAD: LiteralString = """
 
 MANY = 40_000
 
-STATISTICS = ["none", "of empty tables", "of drained tables", "of ten jobs", "of these jobs"]
-
 
 def fill(conn: psycopg.Connection, jobs: int) -> None:
     for statement in (FILL, FILL_KEYS, FILL_DEAD):
         conn.execute(statement, {"jobs": jobs, "queues": QUEUES, "running": min(RUNNING, jobs)})
-
-
-def fill_with_statistics(conn: psycopg.Connection, statistics: str) -> None:
-    """Fill the tables, and leave what the server knows of them as it was before."""
-    for table in TABLES:
-        conn.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
-    if statistics in ("of drained tables", "of ten jobs"):
-        fill(conn, 10 if statistics == "of ten jobs" else MANY)
-    if statistics == "of drained tables":
-        for table in TABLES:
-            conn.execute(f"delete from {table}".encode())
-    if statistics not in ("none", "of these jobs"):
-        conn.execute("analyze")
-    if statistics == "of ten jobs":
-        conn.execute("truncate bgjob_job, bgjob_exclusive, bgjob_dead_job")
-    fill(conn, MANY)
-    if statistics == "of these jobs":
-        conn.execute("analyze")
 
 
 def check(plan: dict[str, Any]) -> None:
@@ -103,7 +91,7 @@ QUEUE = pytest.mark.parametrize("queue", [None, "mail", "later", "keyed"])
 def test_an_overview_looks_at_no_more_rows_of_a_queue_than_its_cap(
     conn: psycopg.Connection, statistics: str, queue: str | None
 ) -> None:
-    fill_with_statistics(conn, statistics)
+    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
     explain = prepare(conn, "overview", overview(queue, cap=CAP))
     with conn.transaction():
         conn.execute(cast(Any, plan_by_index().text))
@@ -116,7 +104,7 @@ def test_an_overview_looks_at_no_more_rows_of_a_queue_than_its_cap(
 def test_nor_in_the_session_of_a_caller_once_the_tables_have_been_analyzed(
     conn: psycopg.Connection, statistics: str, queue: str | None
 ) -> None:
-    fill_with_statistics(conn, statistics)
+    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
     explain = prepare(conn, "overview", overview(queue, cap=CAP))
     for mode in PLAN_CACHE_MODES:
         check(run(conn, explain, mode))
@@ -128,7 +116,7 @@ def test_the_scalers_query_looks_at_no_more_rows_than_its_limit(
 ) -> None:
     [query] = re.findall(r"query: >\n(.*?)```", (DOCS / "operations.md").read_text(), re.DOTALL)
     query = query.replace("limit 1000", f"limit {CAP}")
-    fill_with_statistics(conn, statistics)
+    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
     explain = f"explain (analyze, buffers, timing off, format json) {query}"
     [[[plan]]] = conn.execute(explain.encode()).fetchall()
     check(plan["Plan"])

@@ -129,6 +129,12 @@ def client(colour: Colour) -> Any:
     return colour.client()
 
 
+@pytest.fixture
+def plain_client(dsn: str) -> Iterator[Client]:
+    with Client(dsn) as client:
+        yield client
+
+
 def dead_letter(client: Any, *requests: EnqueueRequest, error: str = "why") -> None:
     """Move new jobs to the dead-letter table, one after another."""
     for request in requests:

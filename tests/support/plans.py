@@ -1,7 +1,7 @@
 """Plans: statements prepared as the driver does, and the rows and pages they look at."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import psycopg
@@ -33,6 +33,34 @@ def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[st
         conn.execute("select set_config('plan_cache_mode', %s, true)", [plan_cache_mode])
         [[[plan]]] = conn.execute(cast(Any, explain)).fetchall()
     return cast(dict[str, Any], plan["Plan"])
+
+
+STATISTICS = ["none", "of empty tables", "of drained tables", "of ten jobs", "of these jobs"]
+"""What the server may know of tables that `fill_with_statistics` fills."""
+
+
+def fill_with_statistics(
+    conn: psycopg.Connection,
+    statistics: str,
+    fill: Callable[[psycopg.Connection, int], None],
+    jobs: int,
+    tables: Collection[str],
+) -> None:
+    """Fill tables with jobs, and leave what the server knows of them as it was before."""
+    for table in tables:
+        conn.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
+    if statistics in ("of drained tables", "of ten jobs"):
+        fill(conn, 10 if statistics == "of ten jobs" else jobs)
+    if statistics == "of drained tables":
+        for table in tables:
+            conn.execute(f"delete from {table}".encode())
+    if statistics not in ("none", "of these jobs"):
+        conn.execute("analyze")
+    if statistics == "of ten jobs":
+        conn.execute(f"truncate {', '.join(tables)}".encode())
+    fill(conn, jobs)
+    if statistics == "of these jobs":
+        conn.execute("analyze")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
