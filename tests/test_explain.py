@@ -32,7 +32,7 @@ from bgjob import (
     Schedules,
     cli,
 )
-from bgjob._explanation import reasons
+from bgjob._explanation.reasons import reasons
 from bgjob._explanation.seen import Pause, Seen
 from bgjob._explanation.steps import explain
 from bgjob._sql import looks
@@ -711,7 +711,7 @@ def test_an_operator_gets_every_reason_with_only_its_role(
         conn.execute("alter table bgjob_job enable row level security")
         reason = operator.explain("a").reasons[-1]
         assert (reason.code, reason.facts["tables"]) == ("unread", ["bgjob_job"])
-        assert reason.text.startswith("row-level security hides rows of table bgjob_job from role")
+        assert reason.text.startswith("Row-level security hides rows of table bgjob_job from role")
 
 
 @pytest.mark.parametrize("role", ["producer", "worker", "scheduler", "nobody"])
@@ -885,16 +885,14 @@ LIVE = looks.Live(
 
 
 def reason_of(code: str, job: looks.Live = LIVE, **facts: Any) -> Reason:
-    [reason] = [
-        r for r in reasons.reasons(Seen(id="a", now=NOW, job=job, **facts)) if r.code == code
-    ]
+    [reason] = [r for r in reasons(Seen(id="a", now=NOW, job=job, **facts)) if r.code == code]
     return reason
 
 
 def test_an_argument_that_begins_with_a_dash_is_kept_from_being_an_option() -> None:
     assert reason_of("paused", pause=Pause(None)).remedy == "bgjob resume -- -q"
     dead = looks.Dead(1, "q", "t", 1, None, NOW, 1.0)
-    [reason] = reasons.reasons(Seen(id="-a", now=NOW, dead=(dead,)))
+    [reason] = reasons(Seen(id="-a", now=NOW, dead=(dead,)))
     assert reason.remedy == "bgjob dlq requeue --id=-a"
     assert reason.text == "It is dead since 2026-11-29 03:00:00 UTC (1.0 s), after attempt 1."
 
@@ -908,10 +906,10 @@ def test_a_long_error_is_cut_and_an_empty_one_is_named() -> None:
 
 
 def test_of_many_releases_a_few_are_named() -> None:
-    worker = looks.Server(1, "h", 1, None, "working", 0.1, 1, 0, False)
-    serving = looks.Serving(8, [worker._replace(release=f"{n}") for n in range(8)])
-    assert "(releases 0, 1, 2, 3, 4, …)" in reason_of("no_handler", serving=serving).text
-    assert len(cast(list[str], reason_of("no_handler", serving=serving).facts["releases"])) == 8
+    worker = looks.QueueWorker(1, "h", 1, None, "working", 0.1, 1, 0, False)
+    known = looks.QueueWorkers(8, [worker._replace(release=f"{n}") for n in range(8)])
+    assert "(releases 0, 1, 2, 3, 4, …)" in reason_of("no_handler", workers=known).text
+    assert len(cast(list[str], reason_of("no_handler", workers=known).facts["releases"])) == 8
 
 
 # -- the command ---------------------------------------------------------------------------
@@ -1005,7 +1003,8 @@ def test_the_command_reports_a_database_without_tables(
 
 
 def test_the_operations_guide_lists_each_reason() -> None:
-    source = (ROOT / "bgjob/_explanation/reasons.py").read_text("utf-8")
+    rules = sorted((ROOT / "bgjob/_explanation").glob("*.py"))
+    source = "".join(path.read_text("utf-8") for path in rules)
     told = (DOCS / "operations.md").read_text("utf-8")
     found = set(re.findall(r'Reason\(\s*"(\w+)"', source)) | {"retry", "not_due"}
     assert len(found) >= 17

@@ -2,11 +2,15 @@
 
     steps       which statements are asked, and in which order
     seen        their answers, as one value
-    reasons     that value -> reasons: one rule each, in their order
+    reasons     the rules, in the order of their reasons
+    job         rules of a live job: its claim, its time, what it waits behind
+    workers     rules of the workers that would run it
+    gone        rules of an id without a live job, and of what could not be looked at
+    words       times, workers, claims, arguments of commands
 
-The rules are pure, so each is tested without a database; the tests of `client.explain()` make each
-situation in one. A new reason is a rule in its place in `reasons`, and what it needs to know a
-field of `Seen`, which `steps` fills.
+The rules are pure, so they can be tested without a database; the tests of `client.explain()` make
+each situation in one. A new reason is a rule, in its place in the list of `reasons`, and what it needs to
+know a field of `Seen`, which `steps` fills.
 
 - All reasons that hold are given. Who lifts the first one has to know the next.
 - Each statement is its own transaction, read-only, with limits for its time and for its waits

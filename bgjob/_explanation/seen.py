@@ -1,20 +1,20 @@
 """What is known of a job: the answers of all statements."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeAlias
 
-from bgjob._sql.looks import (
-    Ahead,
-    Claimant,
-    Dead,
-    Key,
-    Live,
-    Scheduled,
-    Serving,
-    Writer,
-)
+from bgjob._sql.looks import Ahead, Claimant, Dead, Key, Live, QueueWorkers, Writer
 from bgjob._sql.session import Hidden
-from bgjob.explanation import JobState
+from bgjob.explanation import JobState, Reason
+from bgjob.schedule import ScheduleStatus
+
+Reasons: TypeAlias = Iterator[Reason]
+"""What a rule yields: its reason, or nothing."""
+
+THE_WORKERS = "the workers"
+ITS_SCHEDULE = "its schedule"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +51,20 @@ class Seen:
     key_claimant: Claimant | None = None
     """The worker that holds the holder of the key."""
     ahead: Ahead | None = None
-    serving: Serving | None = None
+    workers: QueueWorkers | None = None
     sessions: int = 0
     """The sessions of workers, registered or not; counted if no worker is known."""
     schedule_name: str | None = None
     """The name of the schedule that the id tells of."""
-    schedule: Scheduled | None = None
+    schedule: ScheduleStatus | None = None
     writers: tuple[Writer, ...] = ()
     hidden: tuple[Hidden, ...] = ()
     """The tables that may hide rows from this role."""
-    unread: tuple[Unread, ...] = field(default=())
+    unread: tuple[Unread, ...] = ()
+
+    def has_read(self, what: str) -> bool:
+        """Whether something could be looked at."""
+        return all(part.what != what for part in self.unread)
 
     @property
     def is_running(self) -> bool:

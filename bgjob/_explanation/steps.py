@@ -1,13 +1,15 @@
 """The statements that explain a job, each in a transaction of its own."""
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import errors
 
-from bgjob._explanation import reasons
-from bgjob._explanation.seen import Pause, Seen, Unread
+from bgjob._explanation import gone
+from bgjob._explanation.reasons import reasons
+from bgjob._explanation.seen import ITS_SCHEDULE, THE_WORKERS, Pause, Seen, Unread
 from bgjob._sql import looks, pauses
 from bgjob._sql import server as server_sql
 from bgjob._sql import session as session_sql
@@ -23,7 +25,6 @@ _ROUNDS = 3
 """How often to look for a due job that is not taken meanwhile."""
 
 _SCHEDULE = "schedule:"
-_THE_WORKERS = "the workers"
 
 
 def explain(id_: str) -> Steps:
@@ -37,7 +38,7 @@ def explain(id_: str) -> Steps:
     """
     seen = yield from _look(id_)
     queue = seen.job.queue if seen.job else seen.dead[0].queue if seen.dead else None
-    return Explanation(seen.id, queue, seen.state, seen.now, reasons.reasons(seen))
+    return Explanation(seen.id, queue, seen.state, seen.now, reasons(seen))
 
 
 def explain_queue(queue: str) -> Steps:
@@ -45,11 +46,11 @@ def explain_queue(queue: str) -> Steps:
     for _ in range(_ROUNDS):
         found: looks.Oldest = yield looks.oldest(queue)
         if found.id is None:
-            return Explanation(None, queue, "empty", found.now, (reasons.empty(queue, found),))
+            return Explanation(None, queue, "empty", found.now, (gone.empty(queue, found),))
         explanation = yield from explain(found.id)
         if explanation.state not in {"absent", "dead"}:
             return explanation
-    return Explanation(None, queue, "empty", found.now, (reasons.flowing(queue, _ROUNDS),))
+    return Explanation(None, queue, "empty", found.now, (gone.flowing(queue, _ROUNDS),))
 
 
 def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
@@ -70,45 +71,47 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
         if made is None or made.number is None:
             return None
         worker: looks.Claimant | None = yield from ask(
-            looks.claimant(made.number, made.at), _THE_WORKERS
+            looks.claimant(made.number, made.at), THE_WORKERS
         )
         return worker
 
-    job = found.job
-    facts: dict[str, Any] = {"id": id_, "now": found.now, "job": job, "dead": tuple(found.dead)}
-    if (name := _schedule_of(id_)) is not None:
-        facts["schedule_name"] = name
-        facts["schedule"] = yield from ask(looks.schedule(name), "its schedule")
-    if job is None:
-        if not found.dead:
-            facts["writers"] = tuple((yield from ask(looks.writers(), "open transactions")) or ())
-            facts["hidden"] = tuple((yield from ask(session_sql.hidden(), "policies")) or ())
-        return Seen(**facts, unread=tuple(unread.values()))
+    def complete(seen: Seen) -> Seen:
+        return replace(seen, unread=tuple(unread.values()))
 
-    facts["claimant"] = yield from claimant(job.token)
-    if Seen(**facts).is_running:
-        return Seen(**facts, unread=tuple(unread.values()))
+    job = found.job
+    seen = Seen(id=id_, now=found.now, job=job, dead=tuple(found.dead))
+    if (name := _schedule_of(id_)) is not None:
+        schedule = yield from ask(looks.schedule(name), ITS_SCHEDULE)
+        seen = replace(seen, schedule_name=name, schedule=schedule)
+    if job is not None:
+        seen = replace(seen, claimant=(yield from claimant(job.token)))
+    if seen.state in {"running", "dead"}:
+        return complete(seen)
+    hidden = (yield from ask(session_sql.hidden(), "policies")) or ()
+    seen = replace(seen, hidden=tuple(hidden))
+    if job is None:
+        writers = (yield from ask(looks.writers(), "open transactions")) or ()
+        return complete(replace(seen, writers=tuple(writers)))
+
     paused = (yield from ask(pauses.paused(), "pauses")) or {}
     if job.queue in paused:
-        facts["pause"] = Pause(paused[job.queue])
+        seen = replace(seen, pause=Pause(paused[job.queue]))
     if job.exclusive is not None:
         key: looks.Key | None = yield from ask(looks.key(job), "its exclusive key")
-        facts["key"] = key
-        if key is not None and key.holder is not None:
-            facts["key_claimant"] = yield from claimant(key.holder.token)
-    if (
-        job.due_in <= 0
-        and not job.waits
-        and job.lease_until is None
-        and not reasons.is_suspect(job)
-    ):
+        holder = None if key is None else key.holder
+        by = None if holder is None else (yield from claimant(holder.token))
+        seen = replace(seen, key=key, key_claimant=by)
+    if job.due_in <= 0 and not job.waits and job.lease_until is None and not job.is_suspect:
         ahead = looks.ahead(job.queue, job.priority, job.next_run_at)
-        facts["ahead"] = yield from ask(ahead, "the jobs before it")
-    serving: looks.Serving | None = yield from ask(looks.serving(job.queue, job.type), _THE_WORKERS)
-    facts["serving"] = serving
-    if serving is not None and not serving.alive:
-        facts["sessions"] = (yield from ask(server_sql.worker_sessions(), "sessions")) or 0
-    return Seen(**facts, unread=tuple(unread.values()))
+        seen = replace(seen, ahead=(yield from ask(ahead, "the jobs before it")))
+    known: looks.QueueWorkers | None = yield from ask(
+        looks.workers_of(job.queue, job.type), THE_WORKERS
+    )
+    seen = replace(seen, workers=known)
+    if known is not None and not known.alive:
+        sessions = (yield from ask(server_sql.worker_sessions(), "sessions")) or 0
+        seen = replace(seen, sessions=sessions)
+    return complete(seen)
 
 
 def _schedule_of(id_: str) -> str | None:
@@ -123,7 +126,7 @@ def _unread(what: str, error: psycopg.Error) -> Unread:
     match error:
         case errors.InsufficientPrivilege():
             remedy = "give this role what privileges.sql gives to bgjob_operator"
-        case errors.UndefinedTable() if what == _THE_WORKERS:
+        case errors.UndefinedTable() if what == THE_WORKERS:
             remedy = NO_TABLE
         case errors.UndefinedTable() | errors.UndefinedColumn():
             remedy = "bgjob doctor --check schema"

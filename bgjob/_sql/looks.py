@@ -2,7 +2,8 @@
 
 Each statement is bounded in what it reads, whatever the tables hold: an index finds the job,
 and what comes before it is counted up to a cap. The session's settings are those of
-`server.bounds`, so that plans do not depend on the statistics.
+`server.bounds`, so that plans do not depend on the statistics. All these answers are about the one
+job, so they lie in one module of over 400 lines.
 
 Infinite times are brought into Python's range before they are subtracted: before PostgreSQL 17
 an infinite time has no difference to another one.
@@ -14,6 +15,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._sql.statement import Row, Statement, finite, in_range
 from bgjob._sql.workers import IS_LOST
+from bgjob.schedule import ScheduleStatus
 from bgjob.workers import MISSED
 
 CAP = 10_000
@@ -53,6 +55,11 @@ class Live(NamedTuple):
     lease_left: float | None
     """Seconds; negative if the lease has ended, None without one."""
     last_error: str | None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether two workers or more died with it."""
+        return self.deaths > 1
 
 
 class Dead(NamedTuple):
@@ -125,6 +132,8 @@ class Oldest(NamedTuple):
     id: str | None
     next_in: float | None
     """Without a due job: the seconds until the next one is."""
+    is_exact: bool
+    """Whether all keys were looked at."""
 
 
 def oldest(queue: str) -> Statement[Oldest]:
@@ -179,7 +188,7 @@ def oldest(queue: str) -> Statement[Oldest]:
                     and j.next_run_at > now() and not j.waits
                 order by j.next_run_at limit 1
             ) as first
-        )
+        ), (select count(*) from key) < {_KEYS}
         """,
         {"queue": queue},
         lambda rows: Oldest(*rows[0]),
@@ -243,7 +252,7 @@ def ahead(queue: str, priority: int, next_run_at: datetime, *, cap: int = CAP) -
     )
 
 
-class Holder(NamedTuple):
+class KeyHolder(NamedTuple):
     """The job that holds an exclusive key."""
 
     id: str
@@ -258,7 +267,7 @@ class Holder(NamedTuple):
 class Key(NamedTuple):
     """An exclusive key, as a job meets it."""
 
-    holder: Holder | None
+    holder: KeyHolder | None
     before: int
     """The jobs of the same queue that get the key first; counted up to a cap."""
 
@@ -306,7 +315,7 @@ def key(job: Live, *, cap: int = CAP) -> Statement[Key]:
 
 def _key(rows: Sequence[Row]) -> Key:
     [[*holder, before]] = rows
-    return Key(None if holder[0] is None else Holder(*holder), before)
+    return Key(None if holder[0] is None else KeyHolder(*holder), before)
 
 
 class Claimant(NamedTuple):
@@ -345,7 +354,7 @@ def claimant(number: int, at: datetime) -> Statement[Claimant | None]:
     )
 
 
-class Server(NamedTuple):
+class QueueWorker(NamedTuple):
     """A worker of a queue, as one of its jobs meets it."""
 
     number: int
@@ -359,16 +368,16 @@ class Server(NamedTuple):
     has_handler: bool
 
 
-class Serving(NamedTuple):
+class QueueWorkers(NamedTuple):
     """The registered workers of a queue."""
 
     alive: int
     """The live workers of all queues."""
-    workers: list[Server]
+    workers: list[QueueWorker]
     """Those of this queue: the working ones, then those that were seen last; at most 1,000."""
 
 
-def serving(queue: str, type_: str) -> Statement[Serving]:
+def workers_of(queue: str, type_: str) -> Statement[QueueWorkers]:
     """List the workers of a queue, and whether each has a handler for a type."""
     return Statement(
         f"""
@@ -392,23 +401,13 @@ def serving(queue: str, type_: str) -> Statement[Serving]:
         ) as s on true
         """,
         {"queue": queue, "type": type_, "missed": MISSED},
-        lambda rows: Serving(rows[0][0], [Server(*row[1:]) for row in rows if row[1] is not None]),
+        lambda rows: QueueWorkers(
+            rows[0][0], [QueueWorker(*row[1:]) for row in rows if row[1] is not None]
+        ),
     )
 
 
-class Scheduled(NamedTuple):
-    """A schedule."""
-
-    name: str
-    spec: str
-    queue: str
-    type: str
-    paused: bool
-    last_run_at: datetime | None
-    next_run_at: datetime | None
-
-
-def schedule(name: str) -> Statement[Scheduled | None]:
+def schedule(name: str) -> Statement[ScheduleStatus | None]:
     """Return the schedule of this name; None if there is none."""
     return Statement(
         f"""
@@ -416,7 +415,7 @@ def schedule(name: str) -> Statement[Scheduled | None]:
         from bgjob_schedule where name = %(name)s
         """,
         {"name": name},
-        lambda rows: Scheduled(*rows[0]) if rows else None,
+        lambda rows: ScheduleStatus(*rows[0]) if rows else None,
     )
 
 

@@ -1,0 +1,174 @@
+"""Rules of a live job: its claim, its time, and what it waits behind."""
+
+from bgjob._explanation import words
+from bgjob._explanation.seen import Reasons, Seen
+from bgjob._sql.looks import CAP
+from bgjob._words import count, lasting, literal
+from bgjob.explanation import Reason
+
+
+def running(seen: Seen) -> Reasons:
+    """Yield which worker holds it, and since when."""
+    job = seen.job
+    if job is None or not seen.is_running:
+        return
+    since, whom, facts = words.claim(job.token, seen.claimant, seen)
+    left = f"in {lasting(job.lease_left or 0)}"
+    text = f"It runs{words.since_when(since, seen.now)}, attempt {job.attempt}, on {whom}; "
+    text += "its lease ends "
+    if seen.claimant is None:
+        text += left
+    elif seen.claimant.state in {"working", "stopping"}:
+        text += f"{left} and is extended while it runs"
+    else:
+        text += f"{left}; unless it is extended, the job is then due again"
+    yield Reason(
+        "running",
+        False,
+        f"{text}.",
+        facts=facts | {"attempt": job.attempt, "lease_until": job.lease_until},
+    )
+
+
+def lease_ended(seen: Seen) -> Reasons:
+    """Yield that its lease has ended, and nobody has set it free yet."""
+    job = seen.job
+    if job is None or job.lease_left is None or seen.is_running:
+        return
+    since, whom, facts = words.claim(job.token, seen.claimant, seen)
+    at = "" if since is None else f" at {words.moment(since)}"
+    yield Reason(
+        "lease_ended",
+        False,
+        f"It was claimed{at} by {whom}, for attempt {job.attempt}; its lease ended "
+        f"{lasting(-job.lease_left)} ago. The next full look of a worker of its queue sets it "
+        "free, and it is due again.",
+        facts=facts | {"attempt": job.attempt, "lease_until": job.lease_until},
+    )
+
+
+def not_due(seen: Seen) -> Reasons:
+    """Yield when it is due, at first or after an attempt that failed."""
+    job = seen.job
+    if job is None or seen.is_running or job.due_in <= 0:
+        return
+    is_retry = job.attempt > 0 and job.last_error is not None
+    facts: dict[str, object] = {"next_run_at": job.next_run_at, "attempt": job.attempt}
+    text = ""
+    if is_retry:
+        error = words.first_line(job.last_error)
+        text = f"Attempt {job.attempt} ended with: {error}. "
+        facts["last_error"] = job.last_error
+    code = "retry" if is_retry else "not_due"
+    if job.is_never_due:
+        yield Reason(
+            code,
+            True,
+            f"{text}It is never due: its time is infinite.",
+            "to run it now: update bgjob_job set next_run_at = clock_timestamp() "
+            f"where id = {literal(job.id)}",
+            facts,
+        )
+        return
+    text += f"It is due in {lasting(job.due_in)}, at {words.moment(job.next_run_at)}"
+    text += f", for attempt {job.attempt + 1}." if job.attempt else "."
+    yield Reason(code, False, text, facts=facts)
+
+
+def paused(seen: Seen) -> Reasons:
+    """Yield that its queue is paused."""
+    job, pause = seen.job, seen.pause
+    if job is None or pause is None:
+        return
+    text = f"Queue {job.queue!r} is paused "
+    if pause.until is None:
+        text += "until it is resumed."
+    else:
+        left = (pause.until - seen.now).total_seconds()
+        text += f"until {words.moment(pause.until)}, for another {lasting(left)}."
+    yield Reason(
+        "paused",
+        pause.until is None,
+        text,
+        f"bgjob resume {words.argument(job.queue)}",
+        {"until": pause.until},
+    )
+
+
+def key(seen: Seen) -> Reasons:
+    """Yield which job holds its exclusive key, or that nobody does."""
+    job, key = seen.job, seen.key
+    if job is None or key is None:
+        return
+    before = f"; {words.capped(key.before)} of its queue come before it" if key.before else ""
+    facts: dict[str, object] = {"key": job.exclusive, "before": key.before}
+    holder = key.holder
+    verb = "waits for" if job.waits else "needs"
+    if holder is None:
+        if job.waits:
+            yield Reason(
+                "key_free",
+                False,
+                f"It waits for the exclusive key {job.exclusive!r}, which nobody holds: the next "
+                f"full look of a worker of its queue finds that{before}.",
+                facts=facts,
+            )
+        return
+    if holder.id == job.id:
+        return
+    since, whom, claim = words.claim(holder.token, seen.key_claimant, seen)
+    if holder.lease_left > 0:
+        lease = f"its lease ends in {lasting(holder.lease_left)}"
+    else:
+        lease = (
+            f"its lease ended {lasting(-holder.lease_left)} ago, and the next full look of a "
+            "worker of either queue sets the key free"
+        )
+    yield Reason(
+        "key_held",
+        False,
+        f"It {verb} the exclusive key {job.exclusive!r}, which job {holder.id!r} (queue "
+        f"{holder.queue!r}, type {holder.type!r}) holds{words.since_when(since, seen.now)} on "
+        f"{whom}; {lease}{before}.",
+        f"see what holds that one up: bgjob explain {words.argument(holder.id)}",
+        facts | {"holder": holder.id, "holder_queue": holder.queue} | claim,
+    )
+
+
+def suspect(seen: Seen) -> Reasons:
+    """Yield that workers died with it."""
+    job = seen.job
+    if job is None or seen.is_running or not job.is_suspect:
+        return
+    yield Reason(
+        "suspect",
+        False,
+        f"{job.deaths:,} workers in a row died while they held it: it is claimed with few other "
+        "jobs, and finally alone, until the one that kills its worker is found.",
+        f"see what it is: select type, arg, last_error from bgjob_job where id = {literal(job.id)}",
+        {"deaths": job.deaths},
+    )
+
+
+def behind(seen: Seen) -> Reasons:
+    """Yield how many due jobs are claimed before it."""
+    job, ahead = seen.job, seen.ahead
+    if job is None or ahead is None or not (ahead.lower or ahead.earlier):
+        return
+    parts = []
+    if ahead.lower:
+        lower = words.capped(ahead.lower)
+        parts.append(f"{lower} of a lower priority number than {job.priority}")
+    if ahead.earlier:
+        parts.append(f"{words.capped(ahead.earlier)} that were due earlier")
+    total = ahead.lower + ahead.earlier
+    is_capped = CAP in ahead
+    jobs = f"{total:,} or more due jobs" if is_capped else count(total, "due job")
+    come = "comes" if jobs == "1 due job" else "come"
+    yield Reason(
+        "behind",
+        False,
+        f"{jobs} of queue {job.queue!r} {come} first: {', '.join(parts)}.",
+        f"if that takes too long, start more workers: {words.worker_command(job.queue)}",
+        {**ahead._asdict(), "is_exact": not is_capped, "priority": job.priority},
+    )
