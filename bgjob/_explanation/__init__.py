@@ -9,8 +9,8 @@
     words       times, workers, claims, arguments of commands
 
 The rules are pure, so they can be tested without a database; the tests of `client.explain()` make
-each situation in one. A new reason is a rule, in its place in the list of `reasons`, and what it needs to
-know a field of `Seen`, which `steps` fills.
+each situation in one. A new reason is a rule, in its place in the list of `reasons`; what it needs
+to know is a field of `Seen`, which `steps` fills.
 
 - All reasons that hold are given. Who lifts the first one has to know the next.
 - Each statement is its own transaction, read-only, with limits for its time and for its waits
