@@ -173,7 +173,7 @@ def oldest(queue: str) -> Statement[Oldest]:
             from key cross join lateral (
                 select j.id, j.next_run_at from bgjob_job j
                 where j.exclusive = key.key and j.waits and j.queue = %(queue)s
-                    and j.next_run_at <= now()
+                    and j.next_run_at <= now() and j.lease_until is null
                 order by j.next_run_at, j.id limit 1
             ) as first
         )
