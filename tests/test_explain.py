@@ -576,7 +576,7 @@ def test_a_dead_job_is_told_its_error_and_can_be_requeued(client: Any, dsn: str)
     assert (explanation.state, explanation.queue, explanation.status) == ("dead", "q", 3)
     assert (reason.code, reason.blocks) == ("dead", True)
     assert re.fullmatch(
-        r"It is dead since [-\d]+ [:\d]+ UTC \(\S+ s\), after attempt 1: error 2; jobs with this "
+        r"It has been dead since [-\d]+ [:\d]+ UTC \(\S+ s\), after attempt 1: error 2; jobs with this "
         r"id died twice\.",
         reason.text,
     ), reason.text
@@ -905,7 +905,7 @@ def test_an_argument_that_begins_with_a_dash_is_kept_from_being_an_option() -> N
     dead = looks.Dead(1, "q", "t", 1, None, NOW, 1.0)
     [reason] = reasons(Seen(id="-a", now=NOW, dead=(dead,)))
     assert reason.remedy == "bgjob dlq requeue --id=-a"
-    assert reason.text == "It is dead since 2026-11-29 03:00:00 UTC (1.0 s), after attempt 1."
+    assert reason.text == "It has been dead since 2026-11-29 03:00:00 UTC (1.0 s), after attempt 1."
 
 
 def test_a_long_error_is_cut_and_an_empty_one_is_named() -> None:
@@ -914,6 +914,13 @@ def test_a_long_error_is_cut_and_an_empty_one_is_named() -> None:
     assert text.startswith("Attempt 2 ended with: xyyy")
     assert "y…. It is due in 5.0 s" in text
     assert "ended with: no error." in reason_of("retry", late._replace(last_error="\n\n")).text
+
+
+def test_an_only_worker_without_a_handler_is_told_as_one() -> None:
+    worker = looks.QueueWorker(1, "h", 1, "7", "working", 0.1, 1, 0, has_handler=False)
+    assert reason_of("no_handler", workers=looks.QueueWorkers(1, [worker])).text.startswith(
+        "The only worker on queue '-q' (release 7) has no handler for type 't': whichever claims it"
+    )
 
 
 def test_of_many_releases_a_few_are_named() -> None:

@@ -20,7 +20,7 @@ def dead(seen: Seen) -> Reasons:
     last = seen.dead[0]
     error = f": {words.first_line(last.last_error)}" if last.last_error else ""
     text = (
-        f"It is dead since {words.moment(last.moved_at)} ({lasting(last.seconds)}), after attempt "
+        f"It has been dead since {words.moment(last.moved_at)} ({lasting(last.seconds)}), after attempt "
         f"{last.attempt}{error}"
     )
     if len(seen.dead) > 1:

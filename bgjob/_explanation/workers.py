@@ -75,13 +75,18 @@ def no_handler(seen: Seen) -> Reasons:
         "workers": len(working),
         "releases": releases,
     }
+    place = f"queue {job.queue!r} ({release})"
     if len(without) == len(working):
+        nobody = (
+            f"The only worker on {place} has no"
+            if len(working) == 1
+            else f"None of the {len(working):,} workers on {place} has a"
+        )
         yield Reason(
             "no_handler",
             True,
-            f"None of the {count(len(working), 'worker')} on queue {job.queue!r} ({release}) has a "
-            f"handler for type {job.type!r}: whichever claims it moves it to the dead-letter "
-            "table.",
+            f"{nobody} handler for type {job.type!r}: whichever claims it moves it to the "
+            "dead-letter table.",
             "start workers of a release that has the type; to keep the job until then: bgjob "
             f"pause {words.argument(job.queue)}",
             facts,
@@ -91,9 +96,9 @@ def no_handler(seen: Seen) -> Reasons:
     yield Reason(
         "no_handler",
         False,
-        f"{len(without):,} of the {count(len(working), 'worker')} on queue {job.queue!r} "
-        f"({release}) {have} no handler for type {job.type!r}: whichever claims it first decides "
-        "whether it runs, or moves to the dead-letter table.",
+        f"{len(without):,} of the {len(working):,} workers on {place} {have} no handler for type "
+        f"{job.type!r}: whichever claims it first decides whether it runs, or moves to the "
+        "dead-letter table.",
         f"restart the old ones: bgjob workers {words.option('--queue', job.queue)}",
         facts,
     )
