@@ -20,8 +20,8 @@ def dead(seen: Seen) -> Reasons:
     last = seen.dead[0]
     error = f": {words.first_line(last.last_error)}" if last.last_error else ""
     text = (
-        f"It has been dead since {words.moment(last.moved_at)} ({lasting(last.seconds)}), after attempt "
-        f"{last.attempt}{error}"
+        f"It has been dead since {words.moment(last.moved_at)} ({lasting(last.seconds)}), after "
+        f"attempt {last.attempt}{error}"
     )
     if len(seen.dead) > 1:
         text += f"; jobs with this id died {'twice' if len(seen.dead) == 2 else 'several times'}"  # noqa: PLR2004
