@@ -430,9 +430,9 @@ class AsyncClient:
         """Return why a job does not run: every reason that holds, with its remedy.
 
         Changes nothing, and locks nothing. Up to ten statements, each in a transaction of its
-        own, which takes at most 5 s; a few milliseconds in all, and under a fifth of a
-        second behind a million due jobs. What the workers do is as they last wrote it, at
-        most 10 s ago.
+        own, which takes at most 5 s. Each reads a few rows, or up to 20,000 where it counts
+        the jobs that come first, however many there are. What the workers do is as they
+        last wrote it, at most 10 s ago.
 
         It needs the privileges of `bgjob_operator`. Without those on jobs it raises; of what
         else this role may not read, a reason says that it was not looked at.
@@ -969,9 +969,9 @@ class Client:
         """Return why a job does not run: every reason that holds, with its remedy.
 
         Changes nothing, and locks nothing. Up to ten statements, each in a transaction of its
-        own, which takes at most 5 s; a few milliseconds in all, and under a fifth of a
-        second behind a million due jobs. What the workers do is as they last wrote it, at
-        most 10 s ago.
+        own, which takes at most 5 s. Each reads a few rows, or up to 20,000 where it counts
+        the jobs that come first, however many there are. What the workers do is as they
+        last wrote it, at most 10 s ago.
 
         It needs the privileges of `bgjob_operator`. Without those on jobs it raises; of what
         else this role may not read, a reason says that it was not looked at.
