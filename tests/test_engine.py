@@ -1134,6 +1134,25 @@ def test_the_parts_of_a_sweep_stay_short_where_all_dead_rows_lie_in_its_first_pa
     assert max(rounds[1] + rounds[2]) < 0.1
 
 
+def test_a_part_of_a_sweep_that_was_slow_for_once_does_not_put_off_the_next_for_long() -> None:
+    marks = Watermarks(1.0)
+    marks.claimed([job("a")], full=False)
+    for now in (0.0, 500.0):
+        marks.swept([], None, full=True, began=now, now=now + 0.1)
+    rests: list[list[float]] = [[]]
+    while len(rests) < 4:
+        window = marks.window()
+        assert window is not None
+        cost = 0.5 if len(rests[-1]) == 1 else 0.03 if not rests[-1] else 0.001
+        marks.swept_part(window, [], began=600.0, now=600.0 + cost)
+        rests[-1].append(marks.sweep_at - 600.0 - cost)
+        if window.since.year == 1:
+            rests.append([])
+    slow = [a_pass[1] for a_pass in rests[:3]]
+    # In the first pass the host may be busy. In each, it is the rows.
+    assert slow == pytest.approx([2.0, 20.0, 20.0])
+
+
 def test_the_marks_of_priorities_that_were_used_once_are_forgotten_by_a_sweep() -> None:
     marks = Watermarks(poll_interval=1.0)
     used_once = [job(str(n), priority=n, due=at(n)) for n in range(500)]

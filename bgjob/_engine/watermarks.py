@@ -86,6 +86,7 @@ class Watermarks:
         self._until = _LATEST  # where the next part ends
         self._width = self._first_width = _FIRST_WIDTH
         self._parts_cost = 0.0
+        self._slowest = self._slowest_before = 0.0  # part, of this pass and of the last
 
     @property
     def known(self) -> bool:
@@ -290,9 +291,13 @@ class Watermarks:
             self._first_width = min(self._width, _FIRST_WIDTH)
         self._parts_cost += cost
         self._until = window.since
-        rest = REST * cost
+        # A single slow part shows a busy host or cold pages, and must not put off the freeing of
+        # jobs for forty times as long; one in each pass shows many dead rows.
+        rest = REST * min(cost, max(self._slowest_before, _MOST_COST))
+        self._slowest = max(self._slowest, cost)
         if window.since == _OLDEST:
             self._in_parts, self._claimed = self._parts_cost > _MOST_COST, 0
+            self._slowest_before, self._slowest = self._slowest, 0.0
             self.start_again()
             rest = max(rest, self._poll_interval)
         self._swept_at, self._cost, self._last_cost = now, cost, cost
