@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from itertools import islice
 from time import monotonic, sleep
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
 
 import psycopg
 from psycopg import BaseConnection, IsolationLevel
@@ -27,8 +27,6 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._checks import Duration
-from bgjob._diagnosis.checks import examine
-from bgjob._explanation.steps import Steps, explain, explain_queue
 from bgjob._postgres.connection import ConnectionParameters, check_conninfo, is_two_phase, options
 from bgjob._postgres.cursor import UNENCODABLE, AsyncCursor, Cursor, unencodable
 from bgjob._postgres.pool import (
@@ -73,6 +71,9 @@ from bgjob.result import Result
 from bgjob.stats import Overview, QueueStats
 from bgjob.timetable import AsyncTimetable, Timetable
 from bgjob.workers import NO_TABLE, WorkerStatus
+
+if TYPE_CHECKING:
+    from bgjob._explanation.steps import Steps
 
 T = TypeVar("T")
 
@@ -412,6 +413,8 @@ class AsyncClient:
             psycopg.Error: the server cannot be reached.
 
         """
+        from bgjob._diagnosis.checks import examine  # noqa: PLC0415 (only those who ask need it)
+
         async with self._connection(None) as connection:
             steps = examine(
                 checks,
@@ -951,6 +954,8 @@ class Client:
             psycopg.Error: the server cannot be reached.
 
         """
+        from bgjob._diagnosis.checks import examine  # noqa: PLC0415 (only those who ask need it)
+
         with self._connection(None) as connection:
             steps = examine(
                 checks,
@@ -1263,7 +1268,9 @@ def _overview(queue: str | None, cap: int) -> Statement[Overview]:
     return overviews.overview(queue, cap=cap)
 
 
-def _explaining(id_: str | None, queue: str | None) -> Steps:
+def _explaining(id_: str | None, queue: str | None) -> "Steps":
+    from bgjob._explanation.steps import explain, explain_queue  # noqa: PLC0415 (as above)
+
     if id_ is None and queue is not None:
         check_name("queue", queue)
         return explain_queue(queue)
