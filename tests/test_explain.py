@@ -477,8 +477,8 @@ def test_a_queue_without_a_worker_is_told_with_the_last_one(
     assert re.search(
         rf"worker \d+ \(\S+, pid {first.pid}\), ended \S+ s ago\.", only_text(ask, "b")
     )
+    kill(second)  # before it could run the job
     enqueue(plain_client, "c", queue="r")
-    kill(second)
     assert eventually(lambda: f"pid {second.pid}), has not been seen for" in only_text(ask, "c"))
 
 

@@ -290,7 +290,8 @@ def test_each_beat_is_a_heap_only_update_that_waits_for_no_disk(
     updates, hot = beats()
     # So often, and beside other tests, an old snapshot may keep three versions of a row for once.
     assert hot >= 0.9 * updates
-    assert row(conn, "select pg_relation_size('bgjob_worker') <= 5 * 8192") == (True,)
+    # Two hundred versions of the larger row would need over sixty pages.
+    assert row(conn, "select pg_relation_size('bgjob_worker') <= 30 * 8192") == (True,)
 
 
 # -- kill -9, and other ends without a word --------------------------------------------------------
