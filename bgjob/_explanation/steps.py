@@ -43,14 +43,17 @@ def explain(id_: str) -> Steps:
 
 def explain_queue(queue: str) -> Steps:
     """Explain the job of a queue that has been due for longest; see `explain`."""
-    for _ in range(_ROUNDS):
+    rounds = 0
+    while True:
         found: looks.Oldest = yield looks.oldest(queue)
         if found.id is None:
             return Explanation(None, queue, "empty", found.now, (gone.empty(queue, found),))
         explanation = yield from explain(found.id)
         if explanation.state not in {"absent", "dead"}:
             return explanation
-    return Explanation(None, queue, "empty", found.now, (gone.flowing(queue, _ROUNDS),))
+        rounds += 1
+        if rounds == _ROUNDS:
+            return Explanation(None, queue, "empty", found.now, (gone.flowing(queue, rounds),))
 
 
 def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
