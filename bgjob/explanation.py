@@ -40,7 +40,7 @@ class Reason:
 class Explanation:
     """Why a job does not run: all reasons that hold, in the order in which they matter.
 
-    Who lifts the first reason learns from the others what the job waits for next.
+    The others say what the job waits for next, once the first one is lifted.
 
     Attributes:
         id: the job's id; None if a queue was asked about that has no due job.

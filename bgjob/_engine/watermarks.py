@@ -34,7 +34,9 @@ _WALKS = 20
 """How often claims that look back walk over one row at most: a claim that looks back over
 a second comes a twentieth of a second after the one before."""
 
-REST = 40  # times the cost of a sweep: sweeps take at most a fortieth of the time
+REST = 40
+"""Times the cost of a sweep until the next: sweeps take at most a fortieth of the time, but for
+a part that is slow for once."""
 _OLDEST = datetime(1, 1, 2, tzinfo=UTC)
 
 _LATEST = datetime(9999, 12, 30, tzinfo=UTC)

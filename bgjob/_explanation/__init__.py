@@ -12,7 +12,7 @@ The rules are pure, so they can be tested without a database; the tests of `clie
 each situation in one. A new reason is a rule, in its place in the list of `reasons`; what it needs
 to know is a field of `Seen`, which `steps` fills.
 
-- All reasons that hold are given. Who lifts the first one has to know the next.
+- All reasons that hold are given: an operator who lifts the first needs to know the next.
 - Each statement is its own transaction, read-only, with limits for its time and for its waits
   (`_sql/server.bounds`). So the job may move on between two of them: what is said of it is of one
   moment, and of the others a moment later.

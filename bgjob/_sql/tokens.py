@@ -5,7 +5,7 @@
                                      1: no row           random
 
 So neither needs a column of bgjob_job, or a byte of WAL. The time is that of the database, as
-well as the maker knows it. It decides nothing: what is due, and whether a lease has ended, are
+well as the maker knows it. It decides nothing: due times and the ends of leases are
 decided by the database's clock alone.
 
 A fence needs tokens that differ from one another. Those of one maker increase, also when the

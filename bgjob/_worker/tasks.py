@@ -152,7 +152,7 @@ class Tasks:
             task.cancel()
 
     def lose(self, *, is_closed: bool) -> list[Slot]:
-        """Give up what was on its way to a loop that will not continue; return its tasks' slots.
+        """Free what was on its way to a loop that will not continue; return its tasks' slots.
 
         Other threads use the next loop as soon as there is one, so that its slots are here too.
 
