@@ -1,4 +1,11 @@
-"""The events of a worker as values: the argument of an observer that is a plain callable."""
+"""The events of a worker as values: the argument of an observer that is a plain callable.
+
+Those of a job's end have two times, in seconds. `ran` is how long its handler ran, with the
+commit of a transactional one. `waited` is how long the job was due before its handler was called,
+by the database's clock. A retry waits from its own due time, so neither contains the delay.
+Both are None if the handler did not run: a job of an unknown type is dead-lettered without.
+They have defaults, so that a test can make an event of a job alone.
+"""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -8,9 +15,10 @@ from bgjob.job import Job
 
 @dataclass(frozen=True, slots=True)
 class JobStarted:
-    """A handler is about to run the job."""
+    """A handler is about to run the job, which was due for `waited` seconds."""
 
     job: Job
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +26,8 @@ class JobCompleted:
     """The job is done and its row deleted."""
 
     job: Job
+    ran: float | None = None
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,8 @@ class JobRescheduled:
 
     job: Job
     delay: float
+    ran: float | None = None
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,8 @@ class JobWillBeRetried:
     job: Job
     delay: float
     error: str | BaseException | None
+    ran: float | None = None
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +57,28 @@ class JobMovedToDlq:
 
     job: Job
     error: str | BaseException
+    ran: float | None = None
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobLeaseLost:
-    """The job's lease ended while it ran: another worker may have it, its result is dropped."""
+    """The job's lease ended while it ran: another worker may have it, its result is dropped.
+
+    `ran` and `waited` are None unless its handler has ended.
+    """
 
     job: Job
+    ran: float | None = None
+    waited: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobTimedOut:
     """The job's handler ran for longer than its timeout of `seconds`.
 
-    A second event says what becomes of the job: JobWillBeRetried or JobMovedToDlq.
+    A second event says what becomes of the job, and how long it ran: JobWillBeRetried or
+    JobMovedToDlq.
     """
 
     job: Job

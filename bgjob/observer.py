@@ -1,7 +1,8 @@
 """Observers watch a worker; they never change what it does."""
 
 import logging
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 
 from typing_extensions import override
 
@@ -25,8 +26,9 @@ class Observer(Protocol):
     payloads of 64 MiB, later events are dropped, and the log has their number.
 
     A plain function that takes an event (bgjob.Event: JobCompleted and so on) is
-    an observer too, and receives all events. `bgjob.only` restricts either to
-    some events, queues, job types or schedules.
+    an observer too, and receives all events. Their values also have how long the
+    handler ran and how long the job waited, which the methods do not receive.
+    `bgjob.only` restricts either to some events, queues, job types or schedules.
     """
 
     def job_started(self, job: Job, /) -> None:
@@ -104,6 +106,36 @@ class NoopObserver(Observer):
         pass
 
 
+class Times(Protocol):
+    """How long a handler ran and its job waited, as bgjob.event has them."""
+
+    @property
+    def ran(self) -> float | None:
+        """Seconds in the handler."""
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds for which the job was due; computed when it is asked for."""
+
+
+_Method = TypeVar("_Method", bound=Callable[..., object])
+
+
+def with_times(method: _Method) -> _Method:
+    """Mark a method of bgjob's own observers: its last argument is the Times of the job.
+
+    Only `job_started` and the events of a job's end have Times. The methods of users have the
+    signatures of Observer, so that a subclass that overrides a marked method receives none.
+    """
+    cast("Any", method).takes_times = True
+    return method
+
+
+def takes_times(method: Callable[..., object]) -> bool:
+    """Whether a method is marked by `with_times`."""
+    return getattr(method, "takes_times", None) is True
+
+
 class LoggingObserver(NoopObserver):
     """Logs through the standard `logging`.
 
@@ -111,7 +143,9 @@ class LoggingObserver(NoopObserver):
     or a timeout is a WARNING, a dead job or a worker's error is an ERROR. Each
     record's `extra` has `job_id`, `job_queue`, `job_type` and `job_attempt`;
     `job_event`, for example "completed"; `job_delay`, the seconds until the next
-    run; and `job_timeout`, the timeout in seconds.
+    run; and `job_timeout`, the timeout in seconds. Those of a job's end also have
+    `job_seconds`, how long its handler ran, and `job_waited`, for how many seconds
+    it was due before; neither if it did not run.
 
     Args:
         logger: where to log; the logger `bgjob` by default. A configuration that
@@ -132,6 +166,7 @@ class LoggingObserver(NoopObserver):
         job: Job,
         *details: object,
         error: object = None,
+        times: Times | None = None,
         **fields: float,
     ) -> None:
         if self._logger.isEnabledFor(level):
@@ -150,6 +185,7 @@ class LoggingObserver(NoopObserver):
                     "job_attempt": job.attempt,
                     "job_event": event,
                     **fields,
+                    **_fields(times),
                 },
             )
 
@@ -161,17 +197,33 @@ class LoggingObserver(NoopObserver):
             self._log(logging.DEBUG, "started", "started", job)
 
     @override
-    def job_completed(self, job: Job, /) -> None:
+    @with_times
+    def job_completed(self, job: Job, times: Times | None = None, /) -> None:
         if self._plain.isEnabledFor(logging.DEBUG) or self._plain.disabled:
-            self._log(logging.DEBUG, "completed", "completed", job)
+            self._log(logging.DEBUG, "completed", "completed", job, times=times)
 
     @override
-    def job_rescheduled(self, job: Job, delay: float, /) -> None:
-        self._log(logging.DEBUG, "rescheduled", "runs again in %.3g s", job, delay, job_delay=delay)
+    @with_times
+    def job_rescheduled(self, job: Job, delay: float, times: Times | None = None, /) -> None:
+        self._log(
+            logging.DEBUG,
+            "rescheduled",
+            "runs again in %.3g s",
+            job,
+            delay,
+            times=times,
+            job_delay=delay,
+        )
 
     @override
+    @with_times
     def job_will_be_retried(
-        self, job: Job, delay: float, error: str | BaseException | None, /
+        self,
+        job: Job,
+        delay: float,
+        error: str | BaseException | None,
+        times: Times | None = None,
+        /,
     ) -> None:
         self._log(
             logging.WARNING,
@@ -181,11 +233,15 @@ class LoggingObserver(NoopObserver):
             delay,
             error,
             error=error,
+            times=times,
             job_delay=delay,
         )
 
     @override
-    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
+    @with_times
+    def job_moved_to_dlq(
+        self, job: Job, error: str | BaseException, times: Times | None = None, /
+    ) -> None:
         self._log(
             logging.ERROR,
             "moved_to_dlq",
@@ -193,11 +249,19 @@ class LoggingObserver(NoopObserver):
             job,
             error,
             error=error,
+            times=times,
         )
 
     @override
-    def job_lease_lost(self, job: Job, /) -> None:
-        self._log(logging.WARNING, "lease_lost", "outlived its lease; its result is dropped", job)
+    @with_times
+    def job_lease_lost(self, job: Job, times: Times | None = None, /) -> None:
+        self._log(
+            logging.WARNING,
+            "lease_lost",
+            "outlived its lease; its result is dropped",
+            job,
+            times=times,
+        )
 
     @override
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
@@ -217,3 +281,10 @@ class LoggingObserver(NoopObserver):
     @override
     def worker_error(self, error: BaseException, /) -> None:
         self._logger.error("worker: %s", error)
+
+
+def _fields(times: Times | None) -> dict[str, float]:
+    if times is None:
+        return {}
+    given = {"job_seconds": times.ran, "job_waited": times.waited}
+    return {name: seconds for name, seconds in given.items() if seconds is not None}

@@ -391,7 +391,7 @@ def test_a_settlement_that_finds_nothing_means_that_the_lease_was_lost() -> None
     (a,) = drive.claim("a")
     drive.finish(a)
     drive.exchange()
-    assert JobLeaseLost(a.job) in drive.answer(Reply()).events
+    assert JobLeaseLost(a.job, ran=1.0) in drive.answer(Reply()).events
 
 
 def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lease() -> None:
@@ -413,7 +413,7 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
     drive.now += 3.0
     drive.engine.reconnect()
     assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == [JobLeaseLost(a.job)]
+    assert drive.answer(Reply()).events == [JobLeaseLost(a.job, ran=1.0)]
 
 
 def flowing(drive: Drive, *names: str) -> list[Claimed]:

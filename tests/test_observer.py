@@ -1,14 +1,17 @@
 """An observer receives the events that it handles, and an event without an observer is free."""
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 from support.jobs import a_job
 from support.waiting import NEVER, eventually
-from support.workers import Launcher
+from support.workers import Launcher, Style, both_styles
+from support.workers import handler as of_style
 
 from bgjob import (
     Client,
@@ -38,8 +41,10 @@ from bgjob import (
 )
 from bgjob._engine.outcome import Outcome
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.clock import ServerClock
 from bgjob._worker.events import Events
 from bgjob._worker.observers import combined
+from bgjob.observer import takes_times
 from bgjob.testing import RecordingObserver
 
 METHODS = {
@@ -71,8 +76,11 @@ def tell(observer: Observer, events: list[Event]) -> None:
     """Call an observer's method for each event, as a worker does."""
     names = {event: name for name, event in METHODS.items()}
     for event in events:
-        arguments = [getattr(event, name) for name in event.__slots__]
-        getattr(observer, names[type(event)])(*arguments)
+        arguments = [
+            getattr(event, name) for name in event.__slots__ if name not in ("ran", "waited")
+        ]
+        method = getattr(observer, names[type(event)])
+        method(*arguments, *((event,) if takes_times(method) else ()))
 
 
 class Before(Observer):
@@ -138,8 +146,69 @@ def test_a_function_receives_each_event_as_a_value(launcher: Launcher) -> None:
     assert {e.job.id for e in recording.of(JobCompleted)} == {"done", "retry", "reschedule"}
     assert recording.of(QueueIsEmpty)[0] == QueueIsEmpty("q")
     assert eventually(lambda: len(told) == len(recording.events))
-    assert set(map(id, told)).isdisjoint(map(id, recording.events))
     assert sorted(map(repr, told)) == sorted(map(repr, recording.events))
+
+
+@both_styles
+def test_a_function_learns_how_long_a_job_waited_and_ran(
+    launcher: Launcher, conn: psycopg.Connection, caplog: pytest.LogCaptureFixture, style: Style
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="bgjob")
+    ran, hour = 0.02, 3600.0
+    released = threading.Event()
+
+    def act(job: Job) -> Result | None:
+        released.wait(ran)
+        match job.id:
+            case "dlq":
+                return MoveToDlq("why")
+            case "reschedule" if job.attempt == 1 and not any(recording.of(JobRescheduled)):
+                return Reschedule(NEVER)
+            case "retry":
+                return Retry(NEVER, "why")
+        return None
+
+    def hang(_: Job) -> None:
+        released.wait(NEVER)
+
+    async def hang_too(_: Job) -> None:
+        await asyncio.Event().wait()
+
+    def transact(job: Job, _: psycopg.Connection) -> Result | None:
+        return act(job)
+
+    recording = RecordingObserver()
+    mux = Mux().register("t", of_style(style, act))
+    mux.register("transact", transact, transactional=True)
+    hangs = hang if style == "plain" else hang_too
+    mux.register("hang", hangs, timeout=ran, max_attempts=1)
+    launcher.enqueue("done", "dlq", "reschedule", "retry")
+    for type_ in ("unknown", "hang", "transact"):
+        launcher.enqueue(type_, type=type_)
+    conn.execute("update bgjob_job set next_run_at = next_run_at - interval '1 hour'")
+    launcher.start(mux, observer=[recording, LoggingObserver()], concurrency=3)
+    recording.wait_for(JobCompleted, count=2)
+    recording.wait_for(JobMovedToDlq, count=3)
+    recording.wait_for(JobWillBeRetried)
+    recording.wait_for(JobRescheduled)
+    released.set()
+    ends = (JobCompleted, JobRescheduled, JobWillBeRetried, JobMovedToDlq)
+    told = [event for event in recording.events if isinstance(event, ends)]
+    assert {(e.job.id, e.ran is None or e.ran >= ran) for e in told} == {
+        (id_, True) for id_ in ("done", "dlq", "reschedule", "retry", "unknown", "hang", "transact")
+    }
+    for event in told:
+        not_run = event.job.id == "unknown"
+        assert (event.ran is None) is (event.waited is None) is not_run
+    waits = {e.job.id: e.waited for e in (*told, *recording.of(JobStarted)) if e.waited is not None}
+    assert len(waits) == 6
+    assert all(hour <= waited < 2 * hour for waited in waits.values())
+    fields = [
+        (getattr(r, "job_id"), getattr(r, "job_seconds", None), getattr(r, "job_waited", None))
+        for r in caplog.records
+        if getattr(r, "job_event", None) not in (None, "started", "timed_out")
+    ]
+    assert sorted(fields, key=str) == sorted(((e.job.id, e.ran, e.waited) for e in told), key=str)
 
 
 def test_an_observer_that_raises_does_not_keep_events_from_other_observers(
@@ -288,7 +357,7 @@ def test_an_observer_that_lacks_a_method_receives_the_other_events(
     ],
 )
 def test_events_without_an_observer_are_known_before_the_first_job(deaf: Any) -> None:
-    assert Events(combined(deaf), "q").started is None
+    assert Events(combined(deaf), "q").started(ServerClock()) is None
     whole = combined(deaf)
     if not isinstance(deaf, Before):
         for method in ("job_started", "job_completed"):

@@ -809,7 +809,7 @@ class History:
 
     def _transact(self, outcome: Outcome) -> Outcome:
         """As _transaction.py, for the jobs whose handlers take part in one."""
-        claimed, result, took = outcome
+        claimed, result, took, _ = outcome
         is_ordinary = claimed.job.type not in self.engine._transactional
         if is_ordinary or not isinstance(result, Complete | Reschedule | MoveToDlq):
             return outcome

@@ -47,6 +47,7 @@ from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.clock import ServerClock
 from bgjob._worker.control import QueueControl
 from bgjob._worker.session import Session
 from bgjob._worker.executor import Executor
@@ -629,6 +630,7 @@ class Control:
             Transactions(("", {}), fork_guard := ForkGuard()),
             fork_guard,
             queue="q",
+            clock=ServerClock(),
             concurrency=concurrency,
             started=None,
             timed_out=lambda job, _: self.timed_out.append(job.id),

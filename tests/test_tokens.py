@@ -119,13 +119,13 @@ def test_the_servers_time_is_known_from_its_answers_however_this_hosts_clock_is_
     server = ServerClock()
     server.connected(NOON, 100.0, 100.2)
     noon_here = NOON.timestamp() - 100.1
-    assert server._offset == pytest.approx(noon_here)
+    assert server.offset == pytest.approx(noon_here)
     server.observe(NOON + timedelta(seconds=10), 110.0, 110.2)  # tells nothing new
-    assert server._offset == pytest.approx(noon_here)
+    assert server.offset == pytest.approx(noon_here)
     server.observe(NOON + timedelta(seconds=25), 120.0, 120.2)  # the host slept for 5 s
-    assert server._offset == pytest.approx(noon_here + 4.9)
+    assert server.offset == pytest.approx(noon_here + 4.9)
     server.observe(NOON - timedelta(hours=1), 130.0, 130.0)
-    assert server._offset == pytest.approx(NOON.timestamp() - 3600 - 130)
+    assert server.offset == pytest.approx(NOON.timestamp() - 3600 - 130)
 
 
 def check(conn: psycopg.Connection, tokens: list[int], *, number: int | None) -> None:

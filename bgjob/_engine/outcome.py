@@ -8,6 +8,7 @@ from typing_extensions import TypeVar
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.settlements import Claimed, delay_of
 from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
+from bgjob.job import Job
 from bgjob.result import Result
 
 
@@ -41,19 +42,39 @@ _AnyResult: TypeAlias = Result | Release | NeedsKey | Committed | Fenced | Commi
 R_co = TypeVar("R_co", bound=_AnyResult, default=_AnyResult, covariant=True)
 
 
+_R = TypeVar("_R", bound=_AnyResult)
+
+
 class Outcome(NamedTuple, Generic[R_co]):
     """How a claimed job ended: with any result, unless its type says less."""
 
     claimed: Claimed
     result: R_co
-    took: float | None
+    ran: float | None
     """Seconds in its handler; None if it did not run."""
+    started: float | None = None
+    """When its handler was called, by the server's clock, in seconds since 1970."""
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds between its due time and the call of its handler; None if that did not run."""
+        return None if self.started is None else wait_of(self.claimed.job, self.started)
+
+    def with_result(self, result: _R) -> "Outcome[_R]":
+        """Return the same with another result."""
+        return Outcome(self.claimed, result, self.ran, self.started)
 
     @property
     def delay(self) -> float:
         """Seconds until the job is due again; the delay of a retry is already decided."""
         result = self.result
         return delay_of(result.otherwise if isinstance(result, CommitUnknown) else result)
+
+
+def wait_of(job: Job, started: float) -> float:
+    """Return the seconds between a job's due time and its start, by the server's clock."""
+    # What is known of that clock may be off by half a round trip.
+    return max(started - job.next_run_at.timestamp(), 0.0)
 
 
 Unsettled: TypeAlias = Outcome[Result | Release | CommitUnknown]

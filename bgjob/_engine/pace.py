@@ -67,7 +67,7 @@ class Pace:
     def finished(self, outcomes: Sequence[Outcome]) -> None:
         """Record the end of jobs, and how long their handlers ran."""
         self.running -= len(outcomes)
-        took = [outcome.took for outcome in outcomes if outcome.took is not None]
+        took = [outcome.ran for outcome in outcomes if outcome.ran is not None]
         if took:
             weight = 1.0 if self._took == inf else min(1.0, len(took) / _MEMORY)
             before = 0.0 if self._took == inf else self._took

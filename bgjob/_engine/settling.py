@@ -62,11 +62,12 @@ class Settling:
         outcomes = self._leases.but_lost(outcomes)
         events: list[Event] = []
         if self._transactional:
-            for claimed, result, took in outcomes:
+            for outcome in outcomes:
+                claimed, result = outcome.claimed, outcome.result
                 if isinstance(result, Committed):
-                    events.append(Outcome(claimed, result.result, took))
+                    events.append(outcome.with_result(result.result))
                 elif isinstance(result, Fenced):
-                    events.append(JobLeaseLost(claimed.job))
+                    events.append(JobLeaseLost(claimed.job, outcome.ran, outcome.waited))
                 else:
                     continue
                 self._leases.drop(claimed)
@@ -151,7 +152,7 @@ class Settling:
         told = cast("list[Event | Unsettled]", events)
         run_again: list[Unsettled] = []
         for outcome in exchange.outcomes:
-            claimed, result, took = outcome
+            claimed, result = outcome.claimed, outcome.result
             batch = leases.drop(claimed)
             if batch is None:
                 continue  # lost meanwhile
@@ -164,12 +165,12 @@ class Settling:
                 # The job is gone, and no other worker can have had it: the settlement whose
                 # answer was lost had been committed. With two lost answers that is unknown.
                 if unsure == isinstance(result, CommitUnknown) or exchange.at >= batch.expires:
-                    told.append(JobLeaseLost(claimed.job))
+                    told.append(JobLeaseLost(claimed.job, outcome.ran, outcome.waited))
                     continue
                 stored = result.result if isinstance(result, CommitUnknown) else result
             else:
                 stored = result.otherwise if isinstance(result, CommitUnknown) else result
-            last: Unsettled = Outcome(claimed, stored, took)
+            last: Unsettled = outcome.with_result(stored)
             if not isinstance(stored, Release):
                 told.append(last)
             if not isinstance(stored, Complete | MoveToDlq):

@@ -12,7 +12,8 @@ class ServerClock:
 
     def __init__(self) -> None:
         self._bounds: tuple[float, float] | None = None
-        self._offset = time() - monotonic()
+        self.offset = time() - monotonic()
+        """The server's time less the monotonic one; of this host until there is an answer."""
 
     def now(self) -> float:
         """Return the server's time in seconds since 1970, as well as it is known.
@@ -20,11 +21,11 @@ class ServerClock:
         It is that of the last observation, and the time passed since then by a clock that
         is never set. Until the first one it is this host's.
         """
-        return self._offset + monotonic()
+        return self.offset + monotonic()
 
     def connected(self, at: datetime, sent_at: float, answered_at: float) -> None:
         """Take over the time of a server; the arguments are as for `observe`."""
-        self._offset = at.timestamp() - (sent_at + answered_at) / 2
+        self.offset = at.timestamp() - (sent_at + answered_at) / 2
 
     def observe(self, at: datetime, sent_at: float, answered_at: float) -> float:
         """Return by how many seconds the clock was set since the last call; 0 if it was not.
@@ -37,7 +38,7 @@ class ServerClock:
         """
         # Between the two times the process may have been stopped for any time.
         lowest, highest = at.timestamp() - answered_at, at.timestamp() - sent_at
-        self._offset = min(max(self._offset, lowest), highest)
+        self.offset = min(max(self.offset, lowest), highest)
         before, self._bounds = self._bounds, (lowest, highest)
         if before is None:
             return 0.0

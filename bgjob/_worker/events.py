@@ -11,17 +11,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TypeGuard, assert_never
+from typing import NamedTuple, TypeGuard, assert_never
 
-from bgjob._engine.outcome import Event, Outcome
+from bgjob._engine.outcome import Event, Outcome, wait_of
 from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.clock import ServerClock
 from bgjob._worker.observers import listener
 from bgjob._worker.tally import Tally
 from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
-from bgjob.observer import Observer
+from bgjob.observer import Observer, Times, takes_times
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 
 _MOST = 100_000
@@ -64,17 +65,23 @@ class Events:
         )
         self.thread.start()
 
-    @property
-    def started(self) -> Callable[[Job], None] | None:
-        """Returns job_started, for the caller's thread; None if no observer handles it."""
-        return None if self._job_started is None else self._tell_started
+    def started(self, clock: ServerClock) -> Callable[[Job], None] | None:
+        """Return job_started, for a handler's thread; None if no observer handles it."""
+        tell = self._job_started
+        if tell is None:
+            return None
+        needs_times = takes_times(tell)
 
-    def _tell_started(self, job: Job) -> None:
-        assert self._job_started is not None  # noqa: S101 (started() checks)
-        try:
-            self._job_started(job)
-        except BaseException:  # whatever it raises, even SystemExit: the job goes on
-            _log.exception("observer failed in job_started")
+        def started(job: Job) -> None:
+            try:
+                if needs_times:
+                    tell(job, Started(wait_of(job, clock.now())))
+                else:
+                    tell(job)
+            except BaseException:  # whatever it raises, even SystemExit: the job goes on
+                _log.exception("observer failed in job_started")
+
+        return started
 
     def tell(self, events: Sequence[Event]) -> None:
         """Count events, and queue them for the observer, in order."""
@@ -135,12 +142,18 @@ class Events:
                     "observer of queue %r is behind: %d events dropped", self._queue, dropped
                 )
             completed = self._job_completed
+            needs_times = completed is not None and takes_times(completed)
             for event in waiting:
                 # This loop competes with the handlers for the interpreter.
                 try:
                     if completed is not None and _is_completion(event):
                         job = event.claimed.job
-                        completed(job if job.arg is not ELSEWHERE else _without_payload(job))
+                        if job.arg is ELSEWHERE:
+                            job = _without_payload(job)
+                        if needs_times:
+                            completed(job, event)
+                        else:
+                            completed(job)
                     else:
                         self._tell(event)
                 except BaseException:
@@ -153,17 +166,17 @@ class Events:
                 job = _without_payload(job)
                 match result:
                     case Complete():
-                        observer.job_completed(job)
+                        _call(observer.job_completed, event, job)
                     case Retry(_, error):
-                        observer.job_will_be_retried(job, event.delay, error)
+                        _call(observer.job_will_be_retried, event, job, event.delay, error)
                     case Reschedule():
-                        observer.job_rescheduled(job, event.delay)
+                        _call(observer.job_rescheduled, event, job, event.delay)
                     case MoveToDlq(error):
-                        observer.job_moved_to_dlq(job, error)
+                        _call(observer.job_moved_to_dlq, event, job, error)
                     case _:
                         assert_never(result)
             case JobLeaseLost(job):
-                observer.job_lease_lost(_without_payload(job))
+                _call(observer.job_lease_lost, event, _without_payload(job))
             case JobTimedOut(job, seconds):
                 observer.job_timed_out(_without_payload(job), seconds)
             case QueueIsEmpty(queue):
@@ -174,6 +187,17 @@ class Events:
                 assert_never(event)
 
 
+class Started(NamedTuple):
+    """The times of a job whose handler is about to be called."""
+
+    waited: float
+    ran: None = None
+
+
+def _call(method: Callable[..., object], times: Times, *about: object) -> None:
+    method(*about, *((times,) if takes_times(method) else ()))
+
+
 def _without_payload(job: Job) -> Job:
     """Return a job for observers, without a large payload."""
     return job._replace(arg=None) if job.arg is ELSEWHERE else job
@@ -181,7 +205,7 @@ def _without_payload(job: Job) -> Job:
 
 def _size(event: Event) -> int:
     match event:
-        case Outcome(claimed):
+        case Outcome(claimed=claimed):
             return len(claimed.job.arg or b"")
         case JobLeaseLost(job) | JobTimedOut(job):
             return len(job.arg or b"")

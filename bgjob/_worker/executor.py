@@ -105,7 +105,7 @@ class Executor:
             if slots.timeouts.slot_lost():
                 slots.free_again()
             slots.timed_out(run.claimed.job, run.timeout)
-            slots.done(run.fail(now))
+            slots.done(run.fail(now, slots.clock.offset))
         if self._threads.retry_at <= now:
             self._threads.retry()
         self.spread()

@@ -18,7 +18,14 @@ from bgjob.event import (
     WorkerError,
 )
 from bgjob.job import Job, check_name
-from bgjob.observer import LoggingObserver, NoopObserver, Observer
+from bgjob.observer import (
+    LoggingObserver,
+    NoopObserver,
+    Observer,
+    Times,
+    takes_times,
+    with_times,
+)
 
 Listener: TypeAlias = Observer | Callable[[Event], object]
 """An Observer, or a plain function of an event."""
@@ -156,6 +163,9 @@ class _Only(NoopObserver):
 
 
 def _each(method: str, heard: list[_Tell]) -> _Tell:
+    """Return what calls several methods; those that take times receive them."""
+    timed = [(one, takes_times(one)) for one in heard]
+
     def tell(*args: object) -> None:
         for one in heard:
             try:
@@ -163,15 +173,44 @@ def _each(method: str, heard: list[_Tell]) -> _Tell:
             except BaseException:  # whatever it raises, even SystemExit
                 _log.exception("observer failed in %s", method)
 
-    return tell
+    @with_times
+    def tell_with_times(*args: object) -> None:
+        without = args[:-1]
+        for one, takes in timed:
+            try:
+                one(*(args if takes else without))
+            except BaseException:
+                _log.exception("observer failed in %s", method)
+
+    return tell_with_times if any(takes for _, takes in timed) else tell
 
 
 def _made(event: Callable[..., Event], function: Callable[[Event], object]) -> _Tell:
-    return lambda *args: function(event(*args))
+    """Return what calls a function with the event's value."""
+    if event is JobStarted:
+
+        @with_times
+        def started(job: Job, times: Times) -> None:
+            function(JobStarted(job, times.waited))
+
+        return started
+    if event in (QueueIsEmpty, WorkerError, JobTimedOut):
+        return lambda *args: function(event(*args))
+
+    @with_times
+    def ended(*args: Any) -> None:
+        *about, times = args
+        function(event(*about, times.ran, times.waited))
+
+    return ended
 
 
 def _where(fits: Callable[[Any], bool], tell: _Tell) -> _Tell:
-    return lambda about, *rest: tell(about, *rest) if fits(about) else None
+    def chosen(about: Any, *rest: object) -> None:
+        if fits(about):
+            tell(about, *rest)
+
+    return with_times(chosen) if takes_times(tell) else chosen
 
 
 def _one(observer: object) -> Observer:

@@ -19,6 +19,7 @@ from bgjob._handlers.route import NeedsKey, Route
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.clock import ServerClock
 from bgjob._worker.timeouts import Run, Timeouts
 from bgjob.job import Job
 from bgjob.mux import Mux
@@ -58,6 +59,7 @@ class Slots:
         transactions: the connections of transactional handlers.
         fork_guard: detects a fork.
         queue: used in names and error texts.
+        clock: the server's time.
         concurrency: the number of slots.
         started: called on the handler's thread before it runs.
         timed_out: called with jobs whose handlers do not end.
@@ -73,6 +75,7 @@ class Slots:
         fork_guard: ForkGuard,
         *,
         queue: str,
+        clock: ServerClock,
         concurrency: int,
         started: Callable[[Job], None] | None,
         timed_out: Callable[[Job, float], None],
@@ -83,6 +86,7 @@ class Slots:
         self.transactions = transactions
         self.fork_guard = fork_guard
         self.queue = queue
+        self.clock = clock
         self.started = started
         self.timed_out = timed_out
         self.finished = finished

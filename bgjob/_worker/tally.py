@@ -28,7 +28,7 @@ class Tally:
         completed, retried, rescheduled, dead, lost, timed_out, errors = self.counts
         for event in events:
             match event:
-                case Outcome(_, result):
+                case Outcome(result=result):
                     match result:
                         case Complete():
                             completed += 1

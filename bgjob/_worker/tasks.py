@@ -9,7 +9,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
-from time import perf_counter
+from time import monotonic
 from typing import NamedTuple
 
 from bgjob._engine.outcome import Outcome, Release
@@ -214,16 +214,17 @@ class Tasks:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
         slots = self._slots
-        take, outcomes, route_of, started, finished, fork_guard, clean = (
+        take, outcomes, route_of, started, finished, fork_guard, clock, clean = (
             slots.jobs.popleft,
             slots.outcomes,
             slots.route_of,
             slots.started,
             slots.finished,
             slots.fork_guard,
+            slots.clock,
             slots.context,
         )
-        self._last, turned = me, perf_counter()
+        self._last, turned = me, monotonic()
         claimed, is_leaving = me.claimed, False
         whole: Claimed | None
         while not slots.is_closed:
@@ -256,7 +257,7 @@ class Tasks:
                 if started is not None and known is None and not route.is_transactional:
                     started(job)
                 known = None
-                began = perf_counter()
+                began = monotonic()
                 result: Ending | Release | None
                 try:
                     if route.is_simple:
@@ -271,7 +272,7 @@ class Tasks:
                             return
                 except BaseException as error:
                     result = route.failed(job, error)
-                took: float | None = perf_counter() - began
+                ran: float | None = monotonic() - began
                 if fork_guard.is_child:
                     fork_guard.end(error_of(result))
                 if me.is_lost or (result is not COMPLETE and not _is_running(task)):
@@ -285,10 +286,10 @@ class Tasks:
                         self.interrupted += 1
                 if result is not COMPLETE:  # nearly all are
                     if isinstance(result, Release):
-                        took = None
+                        ran = None
                     if whole is not claimed:
                         drop_payload(result)
-                outcomes.append(quick_outcome((claimed, result, took)))
+                outcomes.append(quick_outcome((claimed, result, ran, clock.offset + began)))
                 finished()
             claimed = me.claimed = None
             del whole, job
@@ -299,10 +300,10 @@ class Tasks:
                 self._start_task(Slot(None))
                 return
             if self._last is not me:
-                self._last, turned = me, perf_counter()  # other tasks have run since
-            elif perf_counter() - turned > _TURN:
+                self._last, turned = me, monotonic()  # other tasks have run since
+            elif monotonic() - turned > _TURN:
                 await asyncio.sleep(0)
-                turned = perf_counter()
+                turned = monotonic()
 
     async def _run(
         self, me: Slot, route: Route, claimed: Claimed, whole: Claimed

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextvars import Context
 from math import inf
-from time import monotonic, perf_counter
+from time import monotonic
 
 from typing_extensions import override
 
@@ -228,13 +228,14 @@ class Threads:
 
         """
         slots = self.slots
-        take, outcomes, route_of, started, finished, fork_guard, clean = (
+        take, outcomes, route_of, started, finished, fork_guard, clock, clean = (
             slots.jobs.popleft,
             slots.outcomes,
             slots.route_of,
             slots.started,
             slots.finished,
             slots.fork_guard,
+            slots.clock,
             slots.context,
         )
         claimed = me.claimed
@@ -266,10 +267,10 @@ class Threads:
             else:
                 if started is not None and not route.is_transactional:
                     started(job)
-                began = perf_counter()
+                began = monotonic()
                 result: Ending | Release | Awaiting | None
                 result = route.run(job) if route.is_simple else self._run(me, route, claimed, whole)
-                took: float | None = perf_counter() - began
+                ran: float | None = monotonic() - began
                 if fork_guard.is_child:
                     fork_guard.end(error_of(result))
                 if result is not COMPLETE:  # nearly all are
@@ -279,10 +280,10 @@ class Threads:
                         self._move(me, claimed, result.route, context.copy())
                         return False
                     if isinstance(result, Release):
-                        took = None
+                        ran = None
                     if whole is not claimed:
                         drop_payload(result)
-                outcomes.append(quick_outcome((claimed, result, took)))
+                outcomes.append(quick_outcome((claimed, result, ran, clock.offset + began)))
                 finished()
             claimed = me.claimed = None
             del whole, job

@@ -62,11 +62,20 @@ class Run:
         """Whether it was given up: its job has failed, whether the handler returned or not."""
         return self._decision.get("is_overdue", False)
 
-    def fail(self, now: float) -> Outcome:
-        """Return the outcome of a run that is given up."""
+    def fail(self, now: float, offset: float) -> Outcome:
+        """Return the outcome of a run that is given up.
+
+        Args:
+            now: by the monotonic clock.
+            offset: the server's time less the monotonic one.
+
+        """
         error = self._limited.timed_out(self.claimed.job)
         return Outcome(
-            self.claimed, self._limited.failed(self.claimed.job, error), now - self._began
+            self.claimed,
+            self._limited.failed(self.claimed.job, error),
+            now - self._began,
+            offset + self._began,
         )
 
     def _call(self, job: Job, *conn: Any) -> object:

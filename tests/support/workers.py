@@ -23,6 +23,7 @@ from bgjob._postgres.fork import ForkGuard
 from bgjob._running.loop import Loop
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.clock import ServerClock
 from bgjob._worker.options import Queues, WorkerOptions
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots
@@ -65,6 +66,7 @@ def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Executor]]:
         Transactions(("", {}), fork_guard := ForkGuard()),
         fork_guard,
         queue="q",
+        clock=ServerClock(),
         concurrency=1,
         started=None,
         timed_out=lambda *_: None,
