@@ -186,7 +186,7 @@ def test_a_function_learns_how_long_a_job_waited_and_ran(
     for type_ in ("unknown", "hang", "transact"):
         launcher.enqueue(type_, type=type_)
     conn.execute("update bgjob_job set next_run_at = next_run_at - interval '1 hour'")
-    launcher.start(mux, observer=[recording, LoggingObserver()], concurrency=3)
+    launcher.start(mux, observer=[LoggingObserver(), recording], concurrency=3)
     recording.wait_for(JobCompleted, count=2)
     recording.wait_for(JobMovedToDlq, count=3)
     recording.wait_for(JobWillBeRetried)

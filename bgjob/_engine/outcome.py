@@ -74,7 +74,8 @@ class Outcome(NamedTuple, Generic[R_co]):
 def wait_of(job: Job, started: float) -> float:
     """Return the seconds between a job's due time and its start, by the server's clock."""
     # What is known of that clock may be off by half a round trip.
-    return max(started - job.next_run_at.timestamp(), 0.0)
+    waited = started - job.next_run_at.timestamp()
+    return waited if waited > 0 else 0.0  # half the time of max()
 
 
 Unsettled: TypeAlias = Outcome[Result | Release | CommitUnknown]

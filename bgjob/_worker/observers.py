@@ -22,7 +22,6 @@ from bgjob.observer import (
     LoggingObserver,
     NoopObserver,
     Observer,
-    Times,
     takes_times,
     with_times,
 )
@@ -187,22 +186,17 @@ def _each(method: str, heard: list[_Tell]) -> _Tell:
 
 def _made(event: Callable[..., Event], function: Callable[[Event], object]) -> _Tell:
     """Return what calls a function with the event's value."""
+    # The first two, which most events are, without the arguments of the last.
     if event is JobStarted:
-
-        @with_times
-        def started(job: Job, times: Times) -> None:
-            function(JobStarted(job, times.waited))
-
-        return started
+        return with_times(lambda job, times: function(JobStarted(job, times.waited)))
+    if event is JobCompleted:
+        return with_times(lambda job, times: function(JobCompleted(job, times.ran, times.waited)))
     if event in (QueueIsEmpty, WorkerError, JobTimedOut):
         return lambda *args: function(event(*args))
 
-    @with_times
-    def ended(*args: Any) -> None:
-        *about, times = args
-        function(event(*about, times.ran, times.waited))
-
-    return ended
+    return with_times(
+        lambda *args: function(event(*args[:-1], args[-1].ran, args[-1].waited)),
+    )
 
 
 def _where(fits: Callable[[Any], bool], tell: _Tell) -> _Tell:
