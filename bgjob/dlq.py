@@ -15,6 +15,7 @@ from bgjob._sql import dead, enqueues, execute
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.statement import Statement
 from bgjob.job import DeadJob
+from bgjob.triage import DeadGroup
 
 T = TypeVar("T")
 
@@ -36,6 +37,9 @@ class DeadFilters(TypedDict, total=False):
         moved_after: jobs that died at this aware datetime or later.
         older_than: jobs that died longer ago than these seconds or this
             timedelta, by the database's clock.
+        fingerprint: jobs that died in the same way: that of a DeadGroup or a DeadJob.
+        numbers: jobs with these numbers.
+        upto: jobs up to this number: of those that died up to then.
 
     """
 
@@ -45,6 +49,9 @@ class DeadFilters(TypedDict, total=False):
     moved_before: datetime | None
     moved_after: datetime | None
     older_than: Duration | None
+    fingerprint: str | None
+    numbers: Iterable[int] | None
+    upto: int | None
 
 
 # -- async -----------------------------------------------------------------------------
@@ -99,6 +106,27 @@ class AsyncDlq:
         """Return the dead job with this id, the latest of several; None without one."""
         found = await self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
+
+    async def groups(
+        self,
+        *,
+        limit: int = 100,
+        conn: AsyncConnection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
+    ) -> builtins.list[DeadGroup]:
+        """Group dead jobs by how they died, the largest group first.
+
+        With a million dead jobs it takes 0.1 to 0.2 s; with a filter other than `fingerprint`,
+        `numbers` and `upto` it reads all their rows, and takes longer.
+
+        Args:
+            limit: the most groups to return; 100 by default.
+            conn: a connection of the caller's.
+            filters: those of DeadFilters.
+
+        """
+        where = _filter(None, filters)
+        return await self._run(dead.groups(where, limit=limit), conn)
 
     async def requeue(
         self,
@@ -195,6 +223,27 @@ class Dlq:
         found = self._run(_list(id, None, 1, {}), conn)
         return found[0] if found else None
 
+    def groups(
+        self,
+        *,
+        limit: int = 100,
+        conn: Connection[Any] | None = None,
+        **filters: Unpack[DeadFilters],
+    ) -> builtins.list[DeadGroup]:
+        """Group dead jobs by how they died, the largest group first.
+
+        With a million dead jobs it takes 0.1 to 0.2 s; with a filter other than `fingerprint`,
+        `numbers` and `upto` it reads all their rows, and takes longer.
+
+        Args:
+            limit: the most groups to return; 100 by default.
+            conn: a connection of the caller's.
+            filters: those of DeadFilters.
+
+        """
+        where = _filter(None, filters)
+        return self._run(dead.groups(where, limit=limit), conn)
+
     def requeue(
         self,
         ids: str | Iterable[str] | None = None,
@@ -289,7 +338,8 @@ def _filter(ids: str | Iterable[str] | None, filters: DeadFilters) -> DeadFilter
         moved = filters.get(name)
         if isinstance(moved, datetime) and moved.utcoffset() is None:
             raise ValueError(f"{name} must be an aware datetime: {moved!r} has no time zone")
-    older_than = filters.get("older_than")
+    older_than, numbers = filters.get("older_than"), filters.get("numbers")
+    fingerprint = filters.get("fingerprint")
     return DeadFilter(
         [ids] if isinstance(ids, str) else None if ids is None else list(ids),
         filters.get("queue"),
@@ -298,4 +348,7 @@ def _filter(ids: str | Iterable[str] | None, filters: DeadFilters) -> DeadFilter
         filters.get("moved_before"),
         filters.get("moved_after"),
         None if older_than is None else seconds(older_than, "older_than"),
+        upto=filters.get("upto"),
+        numbers=None if numbers is None else [*numbers],
+        fingerprint=None if fingerprint is None else dead.number_of(fingerprint),
     )

@@ -191,12 +191,13 @@ class Job(NamedTuple):
 
 
 class DeadJob(NamedTuple):
-    """A job in the dead-letter table: the attributes of Job, and two more.
+    """A job in the dead-letter table: the attributes of Job, and three more.
 
     Attributes:
         last_error: why it is there.
         moved_at: when it was moved there.
         number: its number in the table; a job that died later has a larger one.
+        fingerprint: the same for jobs that died in the same way; see bgjob.triage.
 
     """
 
@@ -213,6 +214,7 @@ class DeadJob(NamedTuple):
     exclusive: str | None
     moved_at: datetime
     number: int
+    fingerprint: str
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.

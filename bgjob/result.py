@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Self, TypeAlias
 
 from bgjob._checks import Duration, seconds
+from bgjob._failure import Error
 from bgjob.job import check_priority
-
-Error: TypeAlias = str | BaseException
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,24 +150,3 @@ class Backoff:
         delay = base * self.factor ** min(attempt - 1, 100) + step * (attempt - 1)
         delay = min(seconds(self.maximum, "maximum"), delay)
         return delay * random.uniform(1 - self.jitter, 1)  # noqa: S311
-
-
-_LONGEST_ERROR = 10_000
-
-
-def error_text(error: Error | None) -> str | None:
-    """Return text that PostgreSQL can store: no NUL, no surrogates, 10,000 characters."""
-    if error is None:
-        return None
-    try:
-        text = error if isinstance(error, str) else _described(error)
-        if len(text) > _LONGEST_ERROR:
-            text = f"{text[:_LONGEST_ERROR]}… ({len(text)} characters)"
-        return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
-    except BaseException as broken:
-        return f"{type(error).__name__} (its text raised {type(broken).__name__})"
-
-
-def _described(error: BaseException) -> str:
-    name, text = type(error).__name__, str(error)
-    return f"{name}: {text}" if text else name

@@ -90,11 +90,19 @@ create table bgjob_dead_job (
     job_created_at timestamptz not null,
     job_updated_at timestamptz not null,
     moved_at       timestamptz not null default clock_timestamp(),
+    -- Jobs that died in the same way have the same: of the type, the error's class, the place in
+    -- the program and the first line without values. The worker that has the exception makes it,
+    -- because the text tells less, and grouping a million texts takes 4 to 7 s. 0: unknown.
+    fingerprint    bigint      not null default 0,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 
 -- Not unique: a job that was requeued, or enqueued again with its id, may die again.
 create index bgjob_dead_job_job_id on bgjob_dead_job (job_id);
+
+-- The jobs of a group in the order of their death, and all groups without the table: 30 MB for a
+-- million dead jobs.
+create index bgjob_dead_job_fingerprint on bgjob_dead_job (fingerprint, id);
 
 -- One row for each schedule. The worker that moves its tick forward enqueues the jobs.
 create table bgjob_schedule (

@@ -259,7 +259,7 @@ def settlements(held: list[Claimed]) -> dict[str, Hot]:
         f"complete {count}": Hot(complete(held), count),
         f"postpone {count}": Hot(postpone(retries), count),
         f"release {count}": Hot(release_jobs("q", held, tell=False), count),
-        f"dead_letter {count}": Hot(dead_letter([DeadLettered(c, "why") for c in held]), count),
+        f"dead_letter {count}": Hot(dead_letter([DeadLettered(c, "why", 1) for c in held]), count),
     }
 
 

@@ -749,7 +749,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 leases.extend([claimed], lease=1),
                 settlements.complete([claimed]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),
-                settlements.dead_letter([DeadLettered(claimed, "e")]),
+                settlements.dead_letter([DeadLettered(claimed, "e", 1)]),
                 keys.lock_keys(["k"]),
                 keys.acquire("q", [claimed]),
                 keys.release("q", ["k"]),
@@ -882,11 +882,13 @@ def test_hostile_texts_pass_through_a_worker_and_its_notifications(
         observer.wait_for("dead", times=len(wanted))
         assert launcher.shutdown(worker)
         for text in texts:
-            last_errors = [None, text, f"ValueError: {text}"]
-            assert [run for run in seen if run[1] == text] == [
+            *runs, (*last, last_error) = [run for run in seen if run[1] == text]
+            assert runs == [
                 (queue, text, text, text.encode(), attempt, last_error)
-                for attempt, last_error in enumerate(last_errors, 1)
+                for attempt, last_error in enumerate([None, text], 1)
             ]
+            assert last == [queue, text, text, text.encode(), 3]
+            assert str(last_error).startswith(f"ValueError: {text}\n  at test_security.py:")
         assert observer.of("error", "completed", "lost") == []
         for text in texts:
             [dead] = launcher.client.dlq.list(queue=queue, type=text)
@@ -929,7 +931,7 @@ def test_hostile_texts_pass_through_do(launcher: Launcher, conn: psycopg.Connect
                 launcher.run(client.do(text, mux))
             dead = launcher.run(client.dlq.get(text))
             assert (dead.queue, dead.type, dead.arg) == (text, text, text.encode())
-            assert dead.last_error == f"ValueError: {text}"
+            assert dead.last_error.startswith(f"ValueError: {text}\n  at test_security.py:")
             assert launcher.run(client.dlq.requeue(text)) == [text]
             launcher.run(client.do(text, Mux()))
             dead = launcher.run(client.dlq.get(text))

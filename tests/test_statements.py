@@ -449,7 +449,7 @@ def test_delayed_jobs_of_a_higher_priority_in_front_are_not_looked_at(
         complete,
         lambda held: postpone([Postponed(c, 0.0, "why", refund=True) for c in held]),
         lambda held: release_jobs("q", held, tell=False),
-        lambda held: dead_letter([DeadLettered(c, "why") for c in held]),
+        lambda held: dead_letter([DeadLettered(c, "why", 1) for c in held]),
         lambda held: extend(held, lease=3600),
     ],
     ids=["complete", "postpone", "release_jobs", "dead_letter", "extend"],
@@ -603,7 +603,7 @@ def test_hostile_ids_and_errors_pass_through_every_settlement(worker: psycopg.Co
     assert sorted(ask(worker, postpone(back))) == sorted(ids)
     assert dict(worker.execute("select id, last_error from bgjob_job").fetchall()) == errors
     held = claimed(worker, 99)
-    dead = [DeadLettered(c, errors[c.job.id]) for c in held[:5]]
+    dead = [DeadLettered(c, errors[c.job.id], 1) for c in held[:5]]
     assert sorted(ask(worker, dead_letter(dead))) == sorted(b.claimed.job.id for b in dead)
     stored: dict[str, str] = dict(
         worker.execute("select job_id, last_error from bgjob_dead_job").fetchall()

@@ -42,7 +42,7 @@ from bgjob._handlers.route import Awaiting
 from bgjob._sql.statement import text_array
 from bgjob.job import new_id
 from bgjob.mux import Route
-from bgjob.result import error_text
+from bgjob._failure import error_text
 
 NAN, INF = float("nan"), float("inf")
 BAD_DELAYS = [-1, -1e-9, NAN, INF, -INF, 1e12, 10**400, timedelta(seconds=-1), timedelta.max]
@@ -262,7 +262,9 @@ def test_a_job_decodes_its_payload() -> None:
 
 
 def test_a_dead_job_decodes_its_payload_and_knows_when_it_was_moved() -> None:
-    dead = DeadJob("id", "q", "t", b"1", 3, "why", 0, NOON, NOON, NOON, None, NOON, 7)
+    dead = DeadJob(
+        "id", "q", "t", b"1", 3, "why", 0, NOON, NOON, NOON, None, NOON, 7, "00000000002a"
+    )
     assert (dead.json(), dead.last_error, dead.moved_at, dead.number) == (1, "why", NOON, 7)
 
 

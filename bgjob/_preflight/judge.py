@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from bgjob._failure import message_of
 from bgjob._handlers.policy import TypePolicy
 from bgjob._sql.preflight import Candidate
 from bgjob.errors import PayloadError
 from bgjob.job import Job
 from bgjob.mux import Mux, Route
-from bgjob.result import error_text
 
 _SHOWN = 3
 """The ids that a finding names."""
@@ -228,7 +228,7 @@ def _compare_key(tally: Tally, job: Candidate) -> None:
 
 
 def _problem(error: BaseException, type_: str) -> str:
-    text = error_text(error) or ""
+    text = message_of(error)
     if isinstance(error, PayloadError):
         text = text.removeprefix(f"{type(error).__name__}: ")
         text = text.removeprefix(f"payload of job type {type_!r}").lstrip(": ")

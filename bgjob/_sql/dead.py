@@ -1,16 +1,26 @@
 """The dead-letter table."""
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.statement import Statement, column, in_range, scalar
 from bgjob.job import DeadJob
+from bgjob.triage import DeadGroup
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{12,16}")
+_WORD = 1 << 64
+
+_NEAR: LiteralString = "100"
+"""The latest jobs of a group whose queues are named."""
+
+_LONGEST_ERROR: LiteralString = "2000"
 
 _DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
-    {in_range("moved_at")}, id
+    {in_range("moved_at")}, id, fingerprint
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
@@ -22,6 +32,14 @@ _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
     "moved_after": "moved_at >= %(moved_after)s",
     "older_than": "moved_at < clock_timestamp() - %(older_than)s * interval '1 second'",
     "before": "id < %(before)s",
+    "upto": "id <= %(upto)s",
+    "numbers": "id = any (%(numbers)s::bigint[])",
+    # As bounds of a range, for which the planner takes the index of both columns. With an equation
+    # it may follow the primary key, whose order is the same, past all dead jobs of other groups.
+    "fingerprint": (
+        "(fingerprint, id) >= (%(fingerprint)s, 0) "
+        "and (fingerprint, id) <= (%(fingerprint)s, 9223372036854775807)"
+    ),
 }
 
 
@@ -36,6 +54,9 @@ class DeadFilter(NamedTuple):
     moved_after: datetime | None = None
     older_than: float | None = None
     before: int | None = None
+    upto: int | None = None
+    numbers: Sequence[int] | None = None
+    fingerprint: int | None = None
 
     @property
     def params(self) -> dict[str, object]:
@@ -48,15 +69,88 @@ class DeadFilter(NamedTuple):
         return " and ".join(["true", *(_DEAD_CONDITIONS[name] for name in self.params)])
 
 
+def fingerprint_of(number: int) -> str:
+    """Return the text of a fingerprint."""
+    return f"{number % _WORD:012x}"
+
+
+def number_of(fingerprint: str) -> int:
+    """Return the number of a fingerprint's text.
+
+    Raises:
+        ValueError: it is not one.
+
+    """
+    if not isinstance(fingerprint, str) or not _FINGERPRINT.fullmatch(fingerprint):
+        raise ValueError(
+            f"a fingerprint has 12 hexadecimal digits, such as 4f1c9a0e2b77, not {fingerprint!r}; "
+            "client.dlq.groups() and bgjob triage list those that there are"
+        )
+    number = int(fingerprint, 16)
+    return number - _WORD if number >= _WORD // 2 else number
+
+
 def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
-    """List dead jobs, the latest first."""
+    """List dead jobs, the latest first.
+
+    Those with given ids are found before they are put in order: in the order of the primary key,
+    which a plan with statistics of an empty table prefers, it would walk over all later dead jobs.
+    """
+    source: LiteralString = "bgjob_dead_job"
+    order: LiteralString = "id desc"
+    if where.ids is not None:
+        source = f"(select * from bgjob_dead_job where {_DEAD_CONDITIONS['ids']} offset 0) as d"
+    elif where.fingerprint is not None:
+        order = "fingerprint desc, id desc"
     return Statement(
         f"""
-        select {_DEAD_COLUMNS} from bgjob_dead_job where {where.condition}
-        order by id desc limit %(limit)s
+        select {_DEAD_COLUMNS} from {source} where {where.condition}
+        order by {order} limit %(limit)s
         """,
         {**where.params, "limit": limit},
-        lambda rows: [DeadJob._make(row) for row in rows],
+        lambda rows: [DeadJob._make((*row[:-1], fingerprint_of(row[-1]))) for row in rows],
+    )
+
+
+def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
+    """Group dead jobs by their fingerprints, the largest group first.
+
+    Without a filter the index has all that is needed to count them. The first and the last
+    number of a group lead to the rest. With 1,000,000 dead jobs in 40 groups it takes 0.1 to 0.2 s
+    (benchmarks/triage.py).
+    """
+    return Statement(
+        f"""
+        with grouped as materialized (
+            select fingerprint, count(*) as jobs, min(id) as first, max(id) as last
+            from bgjob_dead_job where {where.condition}
+            group by fingerprint order by jobs desc, last desc limit %(limit)s
+        )
+        select g.fingerprint, g.jobs, array(
+                select distinct near.queue from (
+                    select d.queue from bgjob_dead_job d
+                    where (d.fingerprint, d.id) <= (g.fingerprint, g.last)
+                        and (d.fingerprint, d.id) >= (g.fingerprint, g.first)
+                    order by d.fingerprint desc, d.id desc limit {_NEAR}
+                ) as near
+            ),
+            l.type, {in_range("f.moved_at")}, {in_range("l.moved_at")}, g.last, l.job_id,
+            coalesce(left(l.last_error, {_LONGEST_ERROR}), '')
+        from grouped g
+        cross join lateral (
+            select d.moved_at from bgjob_dead_job d where d.id = g.first limit 1
+        ) as f
+        cross join lateral (
+            select d.job_id, d.type, d.moved_at, d.last_error
+            from bgjob_dead_job d where d.id = g.last limit 1
+        ) as l
+        order by g.jobs desc, g.last desc
+        """,
+        {**where.params, "limit": limit},
+        lambda rows: [
+            DeadGroup(fingerprint_of(number), jobs, tuple(sorted(queues)), *rest)
+            for number, jobs, queues, *rest in rows
+        ],
     )
 
 

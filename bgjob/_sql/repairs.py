@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import LiteralString
 
+from bgjob._failure import fingerprint
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.statement import Statement, nothing, number_array, scalar, text_array
 
@@ -20,11 +21,12 @@ _DEAD_LETTER_UNREAD = f"""
         returning *
     )
     insert into bgjob_dead_job (
-        job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
-        job_created_at, job_updated_at
+        job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+        next_run_at, job_created_at, job_updated_at
     )
     select {_bytes_of("id")}, {_bytes_of("queue")}, {_bytes_of("type")}, arg, attempt,
-        %(error)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at, updated_at
+        %(error)s, %(fingerprint)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at,
+        updated_at
     from gone
     returning true
 """
@@ -33,7 +35,7 @@ _DEAD_LETTER_UNREAD = f"""
 def dead_letter_unread(places: Sequence[str], tokens: Sequence[int], error: str) -> Statement[None]:
     """Move claimed jobs that cannot be read to the dead-letter table, by their positions."""
     params = {"places": text_array(places), "tokens": number_array(tokens), "error": error}
-    return Statement(_DEAD_LETTER_UNREAD, params, nothing)
+    return Statement(_DEAD_LETTER_UNREAD, params | {"fingerprint": fingerprint("", error)}, nothing)
 
 
 def dead_letter_refused(place: str, error: str) -> Statement[None]:
@@ -44,14 +46,18 @@ def dead_letter_refused(place: str, error: str) -> Statement[None]:
             delete from bgjob_job where ctid = %(place)s::tid returning *
         )
         insert into bgjob_dead_job (
-            job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
-            job_created_at, job_updated_at
+            job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+            next_run_at, job_created_at, job_updated_at
         )
-        select id, queue, type, arg, attempt, (%(errors)s::text[])[1], priority, exclusive,
-            next_run_at, created_at, updated_at
+        select id, queue, type, arg, attempt, (%(errors)s::text[])[1], %(fingerprint)s, priority,
+            exclusive, next_run_at, created_at, updated_at
         from gone
         """,
-        {"place": place, "errors": ErrorTexts([error])},
+        {
+            "place": place,
+            "errors": ErrorTexts([error]),
+            "fingerprint": fingerprint("", error),
+        },
         nothing,
         prepare=False,
     )

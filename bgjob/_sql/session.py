@@ -117,8 +117,8 @@ _COLUMN_NEEDS = (
         "bgjob_dead_job",
         "insert",
         (
-            "job_id queue type arg attempt last_error priority exclusive next_run_at "
-            "job_created_at job_updated_at"
+            "job_id queue type arg attempt last_error fingerprint priority exclusive "
+            "next_run_at job_created_at job_updated_at"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id"),

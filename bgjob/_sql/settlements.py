@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import LiteralString, NamedTuple
 
+from bgjob._failure import error_text, fingerprint
 from bgjob._postgres.cursor import ErrorTexts, Floats, Smallints
 from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._sql.statement import (
@@ -17,7 +18,7 @@ from bgjob._sql.statement import (
     text_array,
 )
 from bgjob.job import Job
-from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry, error_text
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 
 class Claimed(NamedTuple):
@@ -48,6 +49,7 @@ class DeadLettered(NamedTuple):
 
     claimed: Claimed
     error: str
+    fingerprint: int
 
 
 @dataclass(slots=True)
@@ -81,7 +83,11 @@ class Settlements:
             case Reschedule():
                 self.postpone.append(Postponed(claimed, delay_of(result), None, refund=True))
             case MoveToDlq(error):
-                self.dead_letter.append(DeadLettered(claimed, error_text(error) or ""))
+                self.dead_letter.append(
+                    DeadLettered(
+                        claimed, error_text(error) or "", fingerprint(claimed.job.type, error)
+                    )
+                )
 
     def settlements(self, queue: str) -> list[Statement[list[str]]]:
         """Return the statements; each returns the ids of those of its jobs that are still held."""
@@ -241,18 +247,21 @@ def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
                 created_at, updated_at
         )
         insert into bgjob_dead_job (
-            job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
-            job_created_at, job_updated_at
+            job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+            next_run_at, job_created_at, job_updated_at
         )
-        select gone.id, queue, type, arg, attempt, b.error, priority, exclusive, next_run_at,
-            created_at, updated_at
+        select gone.id, queue, type, arg, attempt, b.error, b.fingerprint, priority, exclusive,
+            next_run_at, created_at, updated_at
         from gone
-        join unnest(%(ids)s::text[], %(errors)s::text[]) as b (id, error) on b.id = gone.id
+        join unnest(
+            %(ids)s::text[], %(errors)s::text[], %(fingerprints)s::bigint[]
+        ) as b (id, error, fingerprint) on b.id = gone.id
         returning job_id
         """,
         {
             **held([b.claimed for b in dead_lettered]),
             "errors": ErrorTexts(b.error for b in dead_lettered),
+            "fingerprints": number_array([b.fingerprint for b in dead_lettered]),
         },
         column,
     )

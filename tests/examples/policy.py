@@ -16,4 +16,6 @@ with Client(os.environ["DATABASE_URL"]) as client:
     client.enqueue(mux.request("fetch", priority=1, id="sooner"))
     for _ in range(6):
         client.do("slow", mux)
-    print([(dead.attempt, dead.last_error) for dead in client.dlq.list()])
+    dead = client.dlq.list()[0]
+    print("dead after attempt", dead.attempt)
+    print(dead.last_error)
