@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from typing_extensions import override
 
 from bgjob._logger import log
 from bgjob.job import Job
+from bgjob.workers import WorkerHealth
 
 
 class Observer(Protocol):
@@ -134,6 +135,14 @@ def with_times(method: _Method) -> _Method:
 def takes_times(method: Callable[..., object]) -> bool:
     """Whether a method is marked by `with_times`."""
     return getattr(method, "takes_times", None) is True
+
+
+@runtime_checkable
+class WatchesWorker(Protocol):
+    """An observer of bgjob's own that also sees how each worker is."""
+
+    def watch_worker(self, health: Callable[[], WorkerHealth]) -> None:
+        """Take the method of a worker that it observes; it can be called from any thread."""
 
 
 class LoggingObserver(NoopObserver):

@@ -16,6 +16,7 @@ from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.mux import Mux
 from bgjob.service import Service
+from bgjob.workers import WorkerHealth
 
 _LOOK = 0.2
 """Seconds between two checks of `run_until` whether the worker has ended on its own."""
@@ -224,6 +225,14 @@ class AsyncWorker:
         if self.failure is not None:
             raise self.failure
 
+    def health(self) -> WorkerHealth:
+        """Return how the worker is, for a probe of yours: `is_live` and `is_ready`.
+
+        From any thread or task, also before `run` and after the end. It asks no database and
+        waits for nothing. `bgjob worker --health` serves it by HTTP.
+        """
+        return self._group.health()
+
     @property
     def failure(self) -> BaseException | None:
         """Why the worker ended on its own; None while it works, or after a shutdown.
@@ -409,6 +418,14 @@ class Worker:
             self.shutdown()
         if self.failure is not None:
             raise self.failure
+
+    def health(self) -> WorkerHealth:
+        """Return how the worker is, for a probe of yours: `is_live` and `is_ready`.
+
+        From any thread or task, also before `run` and after the end. It asks no database and
+        waits for nothing. `bgjob worker --health` serves it by HTTP.
+        """
+        return self._group.health()
 
     @property
     def failure(self) -> BaseException | None:

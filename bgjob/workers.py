@@ -1,4 +1,4 @@
-"""The registered workers of a database."""
+"""Workers: those that are registered in a database, and how one in this process is."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -6,6 +6,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 MISSED = 3
 """After so many beats that did not come a worker is lost."""
+
+LATE = 15.0
+"""Seconds by which a control thread may be late: it waits for a silent server for up to 10."""
 
 NO_TABLE = (
     "table bgjob_worker is not in the search_path: apply its statement in migration/init.sql "
@@ -103,3 +106,65 @@ class WorkerStatus(NamedTuple):
     def is_alive(self) -> bool:
         """Whether it works or shuts down, and was seen within three beats."""
         return self.state in {"working", "stopping"}
+
+
+class QueueHealth(NamedTuple):
+    """How the control thread of one queue is.
+
+    Attributes:
+        slots: how many handlers may run at the same time.
+        busy: how many run.
+        is_connected: whether it has a connection to the database.
+        turned: seconds since its last turn. It turns for each exchange, and at least once in
+            a poll interval, also while the database is away.
+        late: seconds since it should have turned; 0 if that is still to come.
+        claimed: seconds since it last claimed a job; None if it has not claimed any.
+
+    """
+
+    slots: int
+    busy: int
+    is_connected: bool
+    turned: float
+    late: float
+    claimed: float | None
+
+
+class WorkerHealth(NamedTuple):
+    """How a worker of this process is; known without asking the database.
+
+    Attributes:
+        has_started: whether `run` has returned: it was connected, and the schema fits.
+        is_stopping: whether it shuts down, or has ended.
+        has_ended: whether it has ended.
+        queues: how each of its queues is.
+        number: the number of its row in the list of workers; None if it has none.
+        note: its last error; None if there was none.
+        program: the name of its program.
+        release: the program's version; None if the worker was not told.
+
+    """
+
+    has_started: bool
+    is_stopping: bool
+    has_ended: bool
+    queues: Mapping[str, QueueHealth]
+    number: int | None
+    note: str | None
+    program: str
+    release: str | None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether no control thread is late by over 15 s: then a restart would not help.
+
+        Neither an outage of the database nor a handler that runs for hours makes it False.
+        It is True before the start, and after the end.
+        """
+        return all(queue.late <= LATE for queue in self.queues.values())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has started, is connected for each queue, and does not shut down."""
+        connected = all(queue.is_connected for queue in self.queues.values())
+        return self.has_started and connected and not self.is_stopping

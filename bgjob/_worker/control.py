@@ -50,6 +50,7 @@ from bgjob.errors import BgjobError, ScheduleError
 from bgjob.event import JobTimedOut, WorkerError
 from bgjob.mux import Mux
 from bgjob.service import ServiceTimer
+from bgjob.workers import QueueHealth
 
 T = TypeVar("T")
 
@@ -77,6 +78,9 @@ _OF_DATA = ("22", "23", "P0")
 _MOST_FAULTS = 5
 """The faults of its own that it survives within so many seconds; more would repeat."""
 _FAULTS_WITHIN = 10.0
+
+_CONNECTING = 60.0
+"""Seconds that an attempt to connect may take: each host has its time, and so has its name."""
 
 _STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, DatatypeMismatch)
 """The errors of a prepared statement after its table was changed or made again."""
@@ -122,6 +126,9 @@ class QueueControl:
         self._was_silent = False
         self._watched_at = -inf
         self._faults: deque[float] = deque(maxlen=_MOST_FAULTS + 1)
+        self._turned_at = 0.0
+        self._turns_by = inf
+        self._claimed_at: float | None = None
         self._ends = ExitStack()
         self.failure: BaseException | None = None
         """Why it ends on its own."""
@@ -206,6 +213,7 @@ class QueueControl:
             if mux.has_coroutines:
                 loop.open()
             self._ends.callback(self._session.close)
+            self._turned_at = self._turns_by = monotonic()
             self._thread = threading.Thread(
                 target=self._run, name=f"bgjob-worker-{self._queue}", daemon=True
             )
@@ -253,6 +261,20 @@ class QueueControl:
         """Whether `start` got as far as starting the thread."""
         return self._thread is not None and self._thread.ident is not None
 
+    @property
+    def health(self) -> QueueHealth:
+        """How it is. From any thread."""
+        now = monotonic()
+        is_at_work = self.has_run and not self.done.done()
+        return QueueHealth(
+            slots=self._options.concurrency[self._queue],
+            busy=self._slots.concurrency - self._slots.free if self.has_run else 0,
+            is_connected=self._session.is_connected,
+            turned=now - self._turned_at if is_at_work else 0.0,
+            late=max(now - self._turns_by, 0.0) if is_at_work else 0.0,
+            claimed=None if self._claimed_at is None else now - self._claimed_at,
+        )
+
     def _run(self) -> None:
         with self._ends:
             try:
@@ -295,7 +317,7 @@ class QueueControl:
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
         engine, slots, executor = self._engine, self._slots, self._executor
-        now = monotonic()
+        now = self._turned_at = self._turns_by = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
             self._service_timer.end()
@@ -424,7 +446,7 @@ class QueueControl:
     def _follow(self) -> Plan | None:
         """Plan the exchange after the current one, if jobs flow."""
         self._collect()
-        now = monotonic()
+        now = self._turned_at = self._turns_by = monotonic()
         due_at = min(self._service_timer.pressing_at, self._executor.next_timeout, self._row_due_at)
         needed = self._session.unread or self._session.step or self._slots.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
@@ -475,6 +497,7 @@ class QueueControl:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
+            self._claimed_at = self._turned_at
             self._executor.submit(effects.run, quick=self._engine.pace.is_quick)
         if effects.events:
             self._events.tell(effects.events)
@@ -499,7 +522,8 @@ class QueueControl:
             until = min(until, self._watch_at)
         has_news = self._slots.outcomes or self._session.has_notice
         if not has_news and executor.usable == self._engine.pace.slots:
-            self._session.wait(self._waker, min(until, executor.next_timeout) - monotonic())
+            self._turns_by = min(until, executor.next_timeout)
+            self._session.wait(self._waker, self._turns_by - monotonic())
         self._waker.silence()
 
     def _disconnected(self, error: BaseException) -> None:
@@ -514,9 +538,11 @@ class QueueControl:
             end = self._reopen_at
             if self._give_up_at is not None:
                 end = min(end, self._give_up_at + LAST_WORDS)
+            self._turns_by = end
             self._session.wait(self._waker, end - now)
             self._waker.silence()
             return
+        self._turns_by = now + _CONNECTING
         try:
             left = inf if self._give_up_at is None else self._give_up_at + LAST_WORDS - now
             self._session.open(None if left == inf else max(left, 0.1))

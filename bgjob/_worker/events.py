@@ -18,7 +18,7 @@ from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.clock import ServerClock
-from bgjob._worker.observers import listener
+from bgjob._worker.observers import combined, listener
 from bgjob._worker.tally import Tally
 from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
@@ -45,9 +45,7 @@ class Events:
     def __init__(self, observer: Observer, queue: str) -> None:
         self.tally = Tally()
         """What has been told so far."""
-        self._observer = observer
-        self._job_started = listener(observer, "job_started")
-        self._job_completed = listener(observer, "job_completed")
+        self._observe(observer)
         self._queue = queue
         self._waiting: deque[Event] = deque()
         self._ready = threading.Condition()
@@ -57,6 +55,15 @@ class Events:
         self._error_at = float("-inf")
         self.thread: threading.Thread | None = None
         """The thread that calls the observer."""
+
+    def _observe(self, observer: Observer) -> None:
+        self._observer = observer
+        self._job_started = listener(observer, "job_started")
+        self._job_completed = listener(observer, "job_completed")
+
+    def add(self, observer: Observer) -> None:
+        """Add an observer, before the start."""
+        self._observe(combined([self._observer, observer]))
 
     def open(self) -> None:
         """Start the thread."""

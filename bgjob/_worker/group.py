@@ -15,14 +15,17 @@ from bgjob._running.loop import Loop
 from bgjob._sql.tokens import Tokens
 from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
-from bgjob._worker.observers import Observers, combined
+from bgjob._worker.observers import Observers, combined, watchers
 from bgjob._worker.options import WorkerOptions
-from bgjob._worker.registry import Registry
+from bgjob._worker.registry import Registry, program
+from bgjob._worker.registry import release as worker_release
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError
 from bgjob.mux import Mux
+from bgjob.observer import Observer
 from bgjob.service import Service, ServiceTimer
+from bgjob.workers import WorkerHealth
 
 _AFTER = 1.9
 """The most seconds after the grace period that a shutdown waits; it promises 2."""
@@ -47,15 +50,19 @@ class WorkerGroup:
         self._mux = mux
         self._shared = state
         self._queues = ", ".join(options.concurrency)
-        self._events = Events(combined(observer), self._queues)
+        whole = combined(observer)
+        self._events = Events(whole, self._queues)
+        self.watchers = watchers(whole)
+        """The observers that also see how the worker is."""
         service_timer = ServiceTimer(services)
-        tokens = Tokens()
+        self._release = worker_release(release)
+        tokens = self._tokens = Tokens()
         row = (
             Registry(
                 options.concurrency,
                 lambda: mux.types,
                 lease=options.lease,
-                release=release,
+                release=self._release,
                 tokens=tokens,
                 events=self._events,
             )
@@ -76,16 +83,25 @@ class WorkerGroup:
                 )
             )
             service_timer = ServiceTimer(())  # the first queue runs the services
+        for watcher in self.watchers:
+            watcher.watch_worker(self.health)
         self._loop: Loop | None = None
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._opened = self._asked = False
+        self._opened = self._asked = self._has_started = False
         self._opener: int | None = None
         """The thread that connects and starts."""
         self._give_up_at = inf
         self._at_work = 0  # controls whose handlers have not all ended
         self._alive = 0  # controls that have not ended
         self.done: Future[None] = Future()
+
+    def observe_too(self, observer: Observer) -> None:
+        """Add an observer, before the worker is opened."""
+        self._events.add(observer)
+        for watcher in watchers(observer):
+            self.watchers.append(watcher)
+            watcher.watch_worker(self.health)
 
     def open(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Connect and start; raise whatever prevents the start.
@@ -121,6 +137,7 @@ class WorkerGroup:
                     if not control.has_run:
                         control.disconnect()
                 raise
+            self._has_started = True
 
     async def open_async(self) -> None:
         """Connect and start on the caller's event loop; if cancelled, do not start, or end."""
@@ -236,6 +253,22 @@ class WorkerGroup:
         self._give_up_at = min(end, self._give_up_at)
         for control in self._controls:
             control.stop(end)
+
+    def health(self) -> WorkerHealth:
+        """How it is. From any thread, without waiting."""
+        return WorkerHealth(
+            has_started=self._has_started,
+            is_stopping=self._asked or self.failure is not None or self.done.done(),
+            has_ended=self.done.done(),
+            queues={
+                queue: control.health
+                for queue, control in zip(self._options.concurrency, self._controls, strict=True)
+            },
+            number=self._tokens.number,
+            note=self._events.tally.note,
+            program=program(),
+            release=self._release,
+        )
 
     @property
     def failure(self) -> BaseException | None:

@@ -22,6 +22,7 @@ from bgjob.observer import (
     LoggingObserver,
     NoopObserver,
     Observer,
+    WatchesWorker,
     takes_times,
     with_times,
 )
@@ -107,11 +108,24 @@ def listener(observer: Observer, method: str) -> _Tell | None:
     return None if silent else found
 
 
+def watchers(observer: Observer) -> list[WatchesWorker]:
+    """Return those of an observer's parts that also see how the worker is."""
+    match observer:
+        case _Several(parts=parts):
+            return [watcher for part in parts for watcher in watchers(part)]
+        case _Only(observer=part):
+            return watchers(part)
+        case WatchesWorker():
+            return [observer]
+        case _:
+            return []
+
+
 class _Several(NoopObserver):
     """Passes events to several observers; one that raises does not affect the others."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
-        observers = list(observers)
+        self.parts = observers = list(observers)
         for method in _METHODS:
             heard = [tell for o in observers if (tell := listener(o, method)) is not None]
             if heard:
@@ -137,6 +151,7 @@ class _Only(NoopObserver):
         types: frozenset[str] | None,
         schedule: str | Collection[str] | None,
     ) -> None:
+        self.observer = observer
         schedules = _names("schedule", schedule)
         ids = None if schedules is None else frozenset(f"schedule:{name}" for name in schedules)
         prefixes = tuple(f"{id_}:" for id_ in ids or ())

@@ -62,7 +62,7 @@ class Registry:
         queues: the slots of each queue.
         types: returns the job types that have handlers.
         lease: seconds.
-        release: the program's version; None takes that of the environment, if it has one.
+        release: the program's version.
         tokens: receives the number of the row.
         events: what the worker counts, and the observer that is told.
 
@@ -200,12 +200,11 @@ class Registry:
         )
 
     def _registration(self) -> Registration:
-        release = os.environ.get(RELEASE) if self._release is None else self._release
         return Registration(
             host=_text(socket.gethostname()),
             pid=os.getpid(),
-            program=_text(self.program or Path(sys.argv[0] if sys.argv else "").name),
-            release=None if not release else _text(release),
+            program=program(),
+            release=self._release,
             version=_version(),
             queues=self._queues,
             types=sorted(self._types()),
@@ -216,6 +215,17 @@ class Registry:
 
 def _by_token(claimed: Claimed) -> int:
     return claimed.token
+
+
+def program() -> str:
+    """Return what this process runs."""
+    return _text(Registry.program or Path(sys.argv[0] if sys.argv else "").name)
+
+
+def release(given: str | None) -> str | None:
+    """Return the program's version: the given one, or that of the environment, if it has one."""
+    chosen = os.environ.get(RELEASE) if given is None else given
+    return _text(chosen) if chosen else None
 
 
 def _text(text: str) -> str:

@@ -266,6 +266,11 @@ class Session:
             and connection.pgconn.transaction_status == TransactionStatus.IDLE
         )
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, as far as is known. From any thread."""
+        return self._connection is not None
+
     def wait(self, waker: Waker, timeout: float) -> None:
         """Wait for the waker, a notification, the loss of the connection, or the time.
 
