@@ -36,12 +36,21 @@ from bgjob.event import (
     WorkerError,
 )
 from bgjob.job import DeadJob, EnqueueRequest, Job
+from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, NoopObserver, Observer
 from bgjob.result import Backoff, Complete, MoveToDlq, Reschedule, Result, Retry
 from bgjob.schedule import Schedule, ScheduleStatus
 from bgjob.schedules import Schedules
-from bgjob.stats import CappedCount, Overview, QueueOverview, QueueStats
+from bgjob.stats import (
+    CappedCount,
+    MinuteCounts,
+    MinuteReport,
+    MinuteSeries,
+    Overview,
+    QueueOverview,
+    QueueStats,
+)
 from bgjob.worker import AsyncWorker, Worker
 from bgjob.workers import RunningJob, WorkerCounts, WorkerStatus
 
@@ -77,6 +86,10 @@ __all__ = [
     "LeaseLostError",
     "LoggingObserver",
     "LoopBlockedError",
+    "MinuteCounts",
+    "MinuteReport",
+    "MinuteSeries",
+    "Minutes",
     "MoveToDlq",
     "Mux",
     "NoopObserver",

@@ -26,6 +26,7 @@ from psycopg.errors import (
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
+from bgjob import minutes
 from bgjob._checks import Duration
 from bgjob._postgres.connection import ConnectionParameters, check_conninfo, is_two_phase, options
 from bgjob._postgres.cursor import UNENCODABLE, AsyncCursor, Cursor, unencodable
@@ -66,9 +67,10 @@ from bgjob.errors import (
 )
 from bgjob.explanation import Explanation
 from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
+from bgjob.minutes import By
 from bgjob.mux import Mux
 from bgjob.result import Result
-from bgjob.stats import Overview, QueueStats
+from bgjob.stats import MinuteReport, Overview, QueueStats
 from bgjob.timetable import AsyncTimetable, Timetable
 from bgjob.workers import NO_TABLE, WorkerStatus
 
@@ -387,6 +389,44 @@ class AsyncClient:
             return await self._run(workers.workers(), conn)
         except UndefinedTable as error:
             raise SchemaError(NO_TABLE) from error
+
+    async def minutes(
+        self,
+        last: Duration = 3600.0,
+        *,
+        step: Duration | None = None,
+        by: By | None = "queue",
+        queue: str | None = None,
+        type: str | None = None,  # noqa: A002
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> MinuteReport:
+        """Return what ended recently, as the workers with the service Minutes have counted it.
+
+        `bgjob worker` has it by default. One query, which reads only the rows of that time:
+        milliseconds for some hours.
+
+        Args:
+            last: seconds or a timedelta back from now; an hour by default.
+            step: seconds or a timedelta, whole minutes: counts each of these for itself,
+                for a chart. None (the default) adds all up. At most 10,080 steps. They
+                begin at full minutes, hours or days of UTC, and the last one is the
+                current one: the last hour by minutes is 60 steps.
+            by: "queue" (the default) for a series of each queue, "type" for one of each
+                type in each queue, None for one of all.
+            queue: only what ended in this queue.
+            type: only jobs of this type.
+            conn: a connection of the caller's.
+
+        Raises:
+            SchemaError: the schema is from before its table.
+            ValueError: an argument is out of its range.
+
+        """
+        statement = minutes.report(last, step=step, by=by, queue=queue, type_=type)
+        try:
+            return await self._run(statement, conn, before=overviews.plan_by_index())
+        except UndefinedTable as error:
+            raise SchemaError(minutes.NO_TABLE) from error
 
     async def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
         """Look for what is wrong with the database, and return findings with their remedies.
@@ -928,6 +968,44 @@ class Client:
             return self._run(workers.workers(), conn)
         except UndefinedTable as error:
             raise SchemaError(NO_TABLE) from error
+
+    def minutes(
+        self,
+        last: Duration = 3600.0,
+        *,
+        step: Duration | None = None,
+        by: By | None = "queue",
+        queue: str | None = None,
+        type: str | None = None,  # noqa: A002
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> MinuteReport:
+        """Return what ended recently, as the workers with the service Minutes have counted it.
+
+        `bgjob worker` has it by default. One query, which reads only the rows of that time:
+        milliseconds for some hours.
+
+        Args:
+            last: seconds or a timedelta back from now; an hour by default.
+            step: seconds or a timedelta, whole minutes: counts each of these for itself,
+                for a chart. None (the default) adds all up. At most 10,080 steps. They
+                begin at full minutes, hours or days of UTC, and the last one is the
+                current one: the last hour by minutes is 60 steps.
+            by: "queue" (the default) for a series of each queue, "type" for one of each
+                type in each queue, None for one of all.
+            queue: only what ended in this queue.
+            type: only jobs of this type.
+            conn: a connection of the caller's.
+
+        Raises:
+            SchemaError: the schema is from before its table.
+            ValueError: an argument is out of its range.
+
+        """
+        statement = minutes.report(last, step=step, by=by, queue=queue, type_=type)
+        try:
+            return self._run(statement, conn, before=overviews.plan_by_index())
+        except UndefinedTable as error:
+            raise SchemaError(minutes.NO_TABLE) from error
 
     def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
         """Look for what is wrong with the database, and return findings with their remedies.

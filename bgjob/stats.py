@@ -1,4 +1,4 @@
-"""The numbers of jobs: exact ones by queue and type, and capped ones by queue."""
+"""The numbers of jobs: exact ones by queue and type, capped ones by queue, and those by minute."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -103,3 +103,114 @@ class Overview:
 
     at: datetime
     queues: tuple[QueueOverview, ...]
+
+
+class MinuteCounts(NamedTuple):
+    """What ended within some minutes.
+
+    Attributes:
+        completed: jobs that were completed.
+        retried: attempts that failed, and will be repeated.
+        rescheduled: jobs whose handlers returned Reschedule.
+        dead: jobs that were moved to the dead-letter table.
+        lost: jobs whose lease ended while a worker had them.
+        timed_out: handlers that exceeded their timeout; the job is also retried or dead.
+        runs: handlers that ended, in whatever way. A job that dies without a handler
+            has none.
+        run_seconds: how long all of these took together.
+        longest_run: seconds of the longest of them.
+        wait_seconds: how long their jobs had been due when they were claimed, all together.
+        longest_wait: seconds of the longest of these.
+
+    """
+
+    completed: int = 0
+    retried: int = 0
+    rescheduled: int = 0
+    dead: int = 0
+    lost: int = 0
+    timed_out: int = 0
+    runs: int = 0
+    run_seconds: float = 0.0
+    longest_run: float = 0.0
+    wait_seconds: float = 0.0
+    longest_wait: float = 0.0
+
+    @property
+    def ended(self) -> int:
+        """The number of attempts that ended."""
+        return self.completed + self.retried + self.rescheduled + self.dead
+
+    @property
+    def failed(self) -> int:
+        """The number of attempts that failed: retried and dead ones."""
+        return self.retried + self.dead
+
+    @property
+    def failure_ratio(self) -> float | None:
+        """The share of failed attempts, from 0 to 1; None if none ended."""
+        return self.failed / self.ended if self.ended else None
+
+    @property
+    def mean_run(self) -> float | None:
+        """Seconds that a handler took on average; None if none ended."""
+        return self.run_seconds / self.runs if self.runs else None
+
+    @property
+    def mean_wait(self) -> float | None:
+        """Seconds for which a job had been due, on average; None if no handler ended."""
+        return self.wait_seconds / self.runs if self.runs else None
+
+    def plus(self, other: "MinuteCounts") -> "MinuteCounts":
+        """Return the counts of both."""
+        return MinuteCounts(
+            self.completed + other.completed,
+            self.retried + other.retried,
+            self.rescheduled + other.rescheduled,
+            self.dead + other.dead,
+            self.lost + other.lost,
+            self.timed_out + other.timed_out,
+            self.runs + other.runs,
+            self.run_seconds + other.run_seconds,
+            max(self.longest_run, other.longest_run),
+            self.wait_seconds + other.wait_seconds,
+            max(self.longest_wait, other.longest_wait),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MinuteSeries:
+    """What ended of a queue, or of a type, step by step.
+
+    Attributes:
+        queue: the queue; None for all of them.
+        type: the type; None for all of them.
+        steps: the counts of each step, the earliest first; without any where nothing ended.
+        total: the counts of all steps together.
+
+    """
+
+    queue: str | None
+    type: str | None
+    steps: tuple[MinuteCounts, ...]
+    total: MinuteCounts
+
+
+@dataclass(frozen=True, slots=True)
+class MinuteReport:
+    """What ended recently, as the workers have counted it.
+
+    Attributes:
+        since: the begin of the first step.
+        now: when it was read, by the database's clock: within the last step, which is
+            therefore not complete.
+        step: seconds of a step.
+        series: one for each queue, or for each queue and type, sorted by both; those
+            without counts are left out.
+
+    """
+
+    since: datetime
+    now: datetime
+    step: float
+    series: tuple[MinuteSeries, ...]

@@ -167,6 +167,28 @@ create table bgjob_worker (
     autovacuum_vacuum_scale_factor = 0
 );
 
+-- What ended in each minute, by queue and type, for people to see it: it decides nothing. Each
+-- worker that counts minutes writes once a minute what it has counted since the last time.
+create table bgjob_minute (
+    minute       timestamptz not null,
+    queue        text collate "C" not null,
+    type         text collate "C" not null,
+    completed    bigint  not null,
+    retried      bigint  not null,
+    rescheduled  bigint  not null,
+    dead         bigint  not null,
+    lost         bigint  not null,
+    timed_out    bigint  not null,
+    -- The handlers that ended; for how long they ran, and their jobs had been due: all together,
+    -- and the longest.
+    runs         bigint  not null,
+    run_seconds  double precision not null,
+    longest_run  double precision not null,
+    wait_seconds double precision not null,
+    longest_wait double precision not null,
+    constraint bgjob_minute_pkey primary key (minute, queue, type)
+);
+
 -- A later version that only adds something, such as a nullable column, has the comment
 -- 'bgjob schema 2, works with 1': code that needs version 1 starts with it as well.
 comment on table bgjob_job is 'bgjob schema 1';

@@ -462,7 +462,7 @@ def test_without_the_table_a_worker_says_so_once_and_works_until_it_is_there(
     listed: List,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bgjob._worker.registry._LOOK_AGAIN", 0.02)
+    monkeypatch.setattr("bgjob._worker.registry.LOOK_AGAIN", 0.02)
     conn.execute("drop table bgjob_worker")
     recorder, gate = Recorder(), Gate()
     launcher.start(Mux().register("t", gate), observer=recorder)

@@ -41,6 +41,8 @@ from bgjob import (
     Job,
     JobAlreadyExistsError,
     JsonCodec,
+    MinuteCounts,
+    Minutes,
     MoveToDlq,
     Mux,
     PayloadError,
@@ -59,6 +61,7 @@ from bgjob._sql import (
     enqueues,
     keys,
     leases,
+    minutes,
     overviews,
     pauses,
     schedules,
@@ -470,8 +473,10 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_schedule set tick = now()",
         "select queue from bgjob_pause",
         "select number from bgjob_worker",
+        "select dead from bgjob_minute",
     ],
     "worker": [
+        "update bgjob_minute set queue = 'x'",
         "select host from bgjob_worker",
         "update bgjob_worker set host = 'x'",
         "insert into bgjob_worker (state) values ('x')",
@@ -507,6 +512,8 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_dead_job set arg = null",
         "update bgjob_worker set note = null",
         "delete from bgjob_worker",
+        "update bgjob_minute set dead = 0",
+        "delete from bgjob_minute",
         "update bgjob_schedule set type = 'other'",
         "insert into bgjob_schedule (name, spec, queue, type, priority) "
         "values ('x', 'x', 'q', 't', 0)",
@@ -522,6 +529,7 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_schedule set name = 'other'",
         "delete from bgjob_schedule",
         "select number from bgjob_worker",
+        "select dead from bgjob_minute",
     ],
     "nobody": [
         "select name from bgjob_schedule",
@@ -540,6 +548,7 @@ REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_schedule",
     "truncate bgjob_pause",
     "truncate bgjob_worker",
+    "truncate bgjob_minute",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -590,6 +599,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "stats": lambda client: client.stats(),
     "overview": lambda client: client.overview(),
     "workers": lambda client: client.workers(),
+    "minutes": lambda client: client.minutes(),
     "pause": lambda client: client.pause("other"),
     "paused": lambda client: client.paused(),
     "resume": lambda client: client.resume("other"),
@@ -600,11 +610,12 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 
 MAY = {
     "producer": {"enqueue", "bulk_enqueue", "doctor"},
-    "worker": {"do", "paused", "doctor"},
+    "worker": {"do", "paused", "minutes", "doctor"},
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",
-        *("stats", "overview", "workers", "pause", "paused", "resume", "explain", "doctor"),
+        *("stats", "overview", "workers", "minutes", "pause", "paused", "resume", "explain"),
+        "doctor",
         *(name for name in METHODS if "." in name),
     },
     "scheduler": {"schedules.list", "doctor"},
@@ -643,12 +654,14 @@ def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
 
 
 WORKERS_GRANTS = [
-    grant for grant in GRANTS if grant.group == "worker" and grant.table != "bgjob_worker"
+    grant
+    for grant in GRANTS
+    if grant.group == "worker" and grant.table not in {"bgjob_worker", "bgjob_minute"}
 ]
 OWN_ROWS_GRANTS = [
     single
     for grant in GRANTS
-    if grant.group == "worker" and grant.table == "bgjob_worker"
+    if grant.group == "worker" and grant.table in {"bgjob_worker", "bgjob_minute"}
     for single in grant.single
 ]
 
@@ -690,24 +703,36 @@ def test_a_worker_that_lacks_one_column_of_a_grant_does_not_start(
 
 
 @pytest.mark.parametrize("grant", OWN_ROWS_GRANTS, ids=str)
-def test_a_worker_that_may_not_write_its_row_names_the_grant_once_and_works(
+def test_a_worker_that_may_not_write_its_row_or_counts_names_the_grant_once_and_works(
     roles: Roles, conn: psycopg.Connection, grant: Grant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bgjob._worker.registry.EVERY", 0.01)
-    monkeypatch.setattr("bgjob._worker.registry._LOOK_AGAIN", 0.01)
+    for module in ("registry", "minutes"):
+        monkeypatch.setattr(f"bgjob._worker.{module}.EVERY", 0.01)
+        monkeypatch.setattr(f"bgjob._worker.{module}.LOOK_AGAIN", 0.01)
+    written = sql.SQL("select from {}").format(sql.Identifier(grant.table))
     launcher = Launcher(roles.dsn, is_async=False)
     try:
         dsn = roles.login("worker")
         roles.revoke(grant)
         recorder = Recorder()
-        launcher.start(Mux().register("t", lambda _: None), dsn=dsn, observer=recorder)
+        launcher.start(
+            Mux().register("t", lambda _: None),
+            dsn=dsn,
+            observer=recorder,
+            services=[Minutes()],
+        )
         launcher.enqueue("a")
         recorder.wait_for("completed", "a")
         [(_, error)] = recorder.of("error")
-        assert re.search(rf"grant\b.*\b{grant.privilege}\b.*\bbgjob_worker\b", str(error))
-        assert rows(conn, "select from bgjob_worker") == []
+        assert re.search(rf"grant\b.*\b{grant.privilege}\b.*\b{grant.table}\b", str(error))
+        assert conn.execute(written).fetchall() == []
         roles.conn.execute(roles.named(f"grant {grant} to bgjob_worker"))
-        assert eventually(lambda: rows(conn, "select from bgjob_worker") != [])
+
+        def is_written() -> bool:
+            launcher.client.enqueue(EnqueueRequest("q", "t"))
+            return conn.execute(written).fetchall() != []
+
+        assert eventually(is_written)
         assert len(recorder.of("error")) == 1
     finally:
         launcher.close()
@@ -758,6 +783,8 @@ def _everything(group: str) -> list[Statement[Any]]:
                     workers.Registration("h", 1, "p", None, "1", {"q": 1}, ["t"], 30, 10)
                 ),
                 workers.beat(1, workers.Beat("working", [0], WorkerCounts(), [], None)),
+                minutes.add({("q", "t"): MinuteCounts(1)}),
+                minutes.expire(1, limit=1),
             ]
         case "scheduler":
             schedule = Schedule("s", every=60, request=request)
@@ -777,6 +804,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 overviews.overview(None, cap=1),
                 Statement("select * from bgjob_job", None, lambda _: None),
                 workers.workers(),
+                minutes.report(minutes.Span(60, 1), by=None, queue=None, type_=None),
                 schedules.listed(),
                 schedules.resume("s"),
                 schedules.remove("s"),

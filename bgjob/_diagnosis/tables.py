@@ -28,7 +28,7 @@ _OTHER_ENTRY = 120
 _BLOATED = 4
 """How many times its expected size makes an index bloated."""
 
-_DISPENSABLE = {"bgjob_worker"}
+_DISPENSABLE = {"bgjob_worker", "bgjob_minute"}
 """The tables without which workers run jobs."""
 
 _APPLY = "apply migration/init.sql, as `bgjob schema` prints it, with your migration tool"

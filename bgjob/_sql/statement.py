@@ -33,6 +33,12 @@ def finite(column: LiteralString) -> LiteralString:
     )
 
 
+QUIET: LiteralString = """
+    quiet as materialized (select set_config('synchronous_commit', 'off', true))
+"""
+"""A common table expression after which its statement's commit does not wait for the disk."""
+
+
 def nothing(_: Sequence[Row]) -> None:
     return None
 

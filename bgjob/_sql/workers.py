@@ -10,7 +10,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.session import Lack, lacks
-from bgjob._sql.statement import Row, Statement, in_range, number_array, scalar
+from bgjob._sql.statement import QUIET, Row, Statement, in_range, number_array, scalar
 from bgjob._sql.tokens import MADE_AT
 from bgjob.workers import MISSED, RunningJob, WorkerCounts, WorkerStatus
 
@@ -19,8 +19,6 @@ _KEPT = "interval '1 day'"
 
 _MOST_REMOVED = "1000"
 """The most old rows that one start removes."""
-
-_QUIET = "quiet as materialized (select set_config('synchronous_commit', 'off', true))"
 
 IS_LOST: LiteralString = """(
     state in ('working', 'stopping')
@@ -78,7 +76,7 @@ def register(worker: Registration) -> Statement[int]:
     """
     return Statement(
         f"""
-        with {_QUIET}, gone as (
+        with {QUIET}, gone as (
             delete from bgjob_worker where number = any (array(
                 select number from bgjob_worker where seen_at < clock_timestamp() - {_KEPT}
                 limit {_MOST_REMOVED} for update skip locked
@@ -109,7 +107,7 @@ def beat(number: int, seen: Beat) -> Statement[bool]:
     """Update the row of a worker; False if it has none any more."""
     return Statement(
         f"""
-        with {_QUIET}
+        with {QUIET}
         update bgjob_worker
         set seen_at = clock_timestamp(), state = %(state)s, running = %(running)s::integer[],
             counts = %(counts)s::bigint[], longest = %(longest)s::text[],

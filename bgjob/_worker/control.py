@@ -40,6 +40,7 @@ from bgjob._sql.tokens import Tokens
 from bgjob._worker.answer import Answer, UnreadError
 from bgjob._worker.events import Events
 from bgjob._worker.executor import Executor
+from bgjob._worker.minutes import MinuteWriter
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.registry import Registry
 from bgjob._worker.repairs import clock_was_set, dead_letter_unclaimable, dead_letter_unreadable
@@ -103,6 +104,7 @@ class QueueControl:
         service_timer: ServiceTimer,
         tokens: Tokens,
         registry: Registry | None,
+        minutes: MinuteWriter | None,
     ) -> None:
         self._connection_parameters = connection_parameters
         self._queue = queue
@@ -110,6 +112,7 @@ class QueueControl:
         self._service_timer = service_timer
         self._tokens = tokens
         self._registry = registry
+        self._minutes = minutes
         self._session = Session(
             connection_parameters,
             queue,
@@ -286,7 +289,10 @@ class QueueControl:
             self._leave()
 
     def _leave(self) -> None:
-        """Write into the worker's row that it has ended, if this is its last queue."""
+        """Write what was counted, and that the worker has ended, if this is its last queue."""
+        if self._minutes is not None:
+            with suppress(Exception):
+                self._minutes.leave(self._ask_last)
         if self._registry is not None:
             with suppress(Exception):  # without a connection it shows as lost
                 self._registry.leave(self._queue, self._ask_last, self.failure)

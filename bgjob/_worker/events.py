@@ -19,7 +19,7 @@ from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.observers import combined, listener
-from bgjob._worker.tally import Tally
+from bgjob._worker.tally import MinuteCounter, Tally
 from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
 from bgjob.observer import Observer, Times, takes_times
@@ -45,6 +45,8 @@ class Events:
     def __init__(self, observer: Observer, queue: str) -> None:
         self.tally = Tally()
         """What has been told so far."""
+        self.minutes: MinuteCounter | None = None
+        """Counts them by queue and type, while the worker writes minutes."""
         self._observe(observer)
         self._queue = queue
         self._waiting: deque[Event] = deque()
@@ -95,6 +97,8 @@ class Events:
         # Most events are completions. Inline: calling _is_completion took twice as long.
         others = [e for e in events if type(e) is not Outcome or type(e.result) is not Complete]
         completed = len(events) - len(others)
+        if (minutes := self.minutes) is not None:
+            minutes.add(events)
         with self._ready:
             if completed:
                 self.tally.completed(completed)

@@ -9,12 +9,14 @@ from concurrent.futures import Future, wait
 from math import inf
 from time import monotonic
 from types import EllipsisType
+from typing import ClassVar
 
 from bgjob._checks import Duration, seconds
 from bgjob._running.loop import Loop
 from bgjob._sql.tokens import Tokens
 from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
+from bgjob._worker.minutes import MinuteWriter
 from bgjob._worker.observers import Observers, combined, watchers
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.registry import Registry, program
@@ -22,6 +24,7 @@ from bgjob._worker.registry import release as worker_release
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
 from bgjob.errors import BgjobError
+from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.observer import Observer
 from bgjob.service import Service, ServiceTimer
@@ -33,6 +36,9 @@ _AFTER = 1.9
 
 class WorkerGroup:
     """Starts and ends the control threads together. Thread-safe."""
+
+    minutes: ClassVar[Minutes | None] = None
+    """The service of a worker that has none such; `bgjob worker` sets it."""
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class WorkerGroup:
         self._events = Events(whole, self._queues)
         self.watchers = watchers(whole)
         """The observers that also see how the worker is."""
+        services, minutes = self._with_minutes(services)
         service_timer = ServiceTimer(services)
         self._release = worker_release(release)
         tokens = self._tokens = Tokens()
@@ -80,6 +87,7 @@ class WorkerGroup:
                     service_timer=service_timer,
                     tokens=tokens,
                     registry=row,
+                    minutes=minutes,
                 )
             )
             service_timer = ServiceTimer(())  # the first queue runs the services
@@ -102,6 +110,22 @@ class WorkerGroup:
         for watcher in watchers(observer):
             self.watchers.append(watcher)
             watcher.watch_worker(self.health)
+
+    def _with_minutes(
+        self, services: Iterable[Service]
+    ) -> tuple[list[Service], MinuteWriter | None]:
+        """Return the services, with a writer in place of Minutes, and that writer."""
+        others: list[Service] = []
+        minutes = self.minutes
+        for service in services:
+            if isinstance(service, Minutes):
+                minutes = service
+            else:
+                others.append(service)
+        if minutes is None:
+            return others, None
+        writer = MinuteWriter(minutes, self._events)
+        return [*others, writer], writer
 
     def open(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Connect and start; raise whatever prevents the start.

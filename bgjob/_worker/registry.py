@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -21,6 +21,7 @@ from typing import ClassVar, Protocol, TypeVar
 from psycopg.errors import InsufficientPrivilege, UndefinedColumn, UndefinedTable
 
 from bgjob import schema
+from bgjob._sql.session import Lack
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob._sql.tokens import Tokens
@@ -36,8 +37,11 @@ T = TypeVar("T")
 EVERY = 10.0
 """Seconds between two beats."""
 
-_LOOK_AGAIN = 300.0
-"""Seconds after which a worker without a row tries again."""
+LOOK_AGAIN = 300.0
+"""Seconds after which a worker without a table or a privilege tries again."""
+
+UNAVAILABLE = (SchemaError, UndefinedTable, UndefinedColumn, InsufficientPrivilege)
+"""The errors of a table that decides nothing, without which the worker works."""
 
 _LONGEST = 5
 """The jobs that have run longest, in a row."""
@@ -132,9 +136,9 @@ class Registry:
                 if not self._has_beaten:
                     raise SchemaError("its row in bgjob_worker vanishes, or is hidden from it")
                 self._begin(ask)
-        except (SchemaError, UndefinedTable, UndefinedColumn, InsufficientPrivilege) as error:
+        except UNAVAILABLE as error:
             self._tokens.number = None
-            pause = _LOOK_AGAIN
+            pause = LOOK_AGAIN
             if not self._is_told:
                 self._is_told = True
                 told = BgjobError(
@@ -169,10 +173,7 @@ class Registry:
             self._tokens.number = None
 
     def _begin(self, ask: Ask) -> None:
-        lacks = ask(registry_lacks())
-        if lacks and all(lack.is_absent for lack in lacks):
-            raise SchemaError(NO_TABLE)
-        schema.check_lacks(lacks)
+        check_table(ask(registry_lacks()), NO_TABLE)
         self._tokens.number = ask(register(self._registration()))
         self._has_beaten = False
 
@@ -211,6 +212,13 @@ class Registry:
             lease=self._lease,
             every=EVERY,
         )
+
+
+def check_table(lacks: Sequence[Lack], no_table: str) -> None:
+    """Raise SchemaError if a table, or what a worker needs of it, is missing."""
+    if lacks and all(lack.is_absent for lack in lacks):
+        raise SchemaError(no_table)
+    schema.check_lacks(lacks)
 
 
 def _by_token(claimed: Claimed) -> int:

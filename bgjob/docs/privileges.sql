@@ -29,6 +29,12 @@ grant select (number, seen_at), insert (host, pid, program, release, version, qu
     lease, every), update (seen_at, state, running, counts, longest, longest_since, note), delete
     on bgjob_worker to bgjob_worker;
 
+-- It counts what ends in each minute, unless it is told not to; also optional.
+grant select, delete, insert (minute, queue, type, completed, retried, rescheduled, dead, lost,
+    timed_out, runs, run_seconds, wait_seconds, longest_run, longest_wait), update (completed,
+    retried, rescheduled, dead, lost, timed_out, runs, run_seconds, wait_seconds, longest_run,
+    longest_wait) on bgjob_minute to bgjob_worker;
+
 -- A worker with schedules moves their ticks, and enqueues the jobs that its own code names.
 grant select on bgjob_schedule to bgjob_scheduler;
 grant insert (name, spec, queue, type, arg, priority, exclusive) on bgjob_schedule to bgjob_scheduler;
@@ -39,7 +45,8 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
 -- queues. It changes no live job.
-grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker to bgjob_operator;
+grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute
+    to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
     to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write

@@ -18,6 +18,8 @@ from bgjob.errors import BgjobError
 if TYPE_CHECKING:
     from bgjob._cli.worker.target import Choice
 
+_DAY = 86400.0
+
 _STATUS = dedent("""\
     signals:
       SIGTERM, SIGINT  shut down: stop claiming, release jobs that have not started, finish
@@ -94,6 +96,15 @@ def add(commands: "arguments.Commands") -> None:
         metavar="TEXT",
         help="the version of the program, for `bgjob workers` (default: that of BGJOB_RELEASE)",
     )
+    parser.add_argument(
+        "--minutes",
+        type=arguments.duration,
+        default=7 * _DAY,
+        metavar="DURATION",
+        help="how long to keep the counts of what ends in each minute, by queue and type, for "
+        "charts, `bgjob top` and client.minutes() (default: 7d); 0 counts nothing. A worker with "
+        "a service Minutes of its own uses that",
+    )
     arguments.add_dsn(parser)
     parser.add_argument(
         "--log-level",
@@ -144,11 +155,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _choice(args: argparse.Namespace) -> "Choice":
     from bgjob._cli.worker.target import Choice  # noqa: PLC0415
+    from bgjob.minutes import Minutes  # noqa: PLC0415
 
     if args.queues is not None and len(dict(args.queues)) < len(args.queues):
         raise arguments.UsageError("--queue names a queue twice")
     dsn = os.environ[VARIABLE] if args.dsn_in_environment else args.dsn
-    return Choice(dsn, dict(args.queues) if args.queues else None, args.concurrency)
+    minutes = Minutes(args.minutes / _DAY) if args.minutes else None
+    return Choice(dsn, dict(args.queues) if args.queues else None, args.concurrency, minutes)
 
 
 def _run_one(args: argparse.Namespace, choice: "Choice") -> None:
@@ -182,7 +195,7 @@ def _arguments_of(args: argparse.Namespace) -> Sequence[str]:
         f"--queue={queue}" if number is None else f"--queue={queue}={number}"
         for queue, number in args.queues or ()
     ]
-    for option in ("concurrency", "log_level", "log_format"):
+    for option in ("concurrency", "minutes", "log_level", "log_format"):
         if (value := getattr(args, option)) is not None:
             arguments.append(f"--{option.replace('_', '-')}={value}")
     if args.dsn is not None:

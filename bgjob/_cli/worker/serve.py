@@ -17,6 +17,7 @@ import psycopg
 from bgjob._cli.worker.signals import Ending, Notice, flush
 from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
 from bgjob._logger import log as _log
+from bgjob._worker.group import WorkerGroup
 from bgjob._worker.registry import Registry
 from bgjob.errors import BgjobError
 from bgjob.worker import AsyncWorker, Worker
@@ -73,6 +74,7 @@ def _serve(
     lifeline: int | None,
 ) -> None:
     Registry.program = f"bgjob worker {target}"
+    WorkerGroup.minutes = choice.minutes
     ending.obey_signals()
     with ending.interruptions():
         if lifeline is not None:

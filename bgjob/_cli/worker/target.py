@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from bgjob._cli import database
 from bgjob.client import Client
 from bgjob.errors import BgjobError
+from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.schedule import Schedule
 from bgjob.worker import AsyncWorker, Worker
@@ -32,12 +33,14 @@ class Choice:
         dsn: the database.
         queues: the queues, each with its number of slots or None.
         concurrency: the slots of queues without a number of their own.
+        minutes: the service of a worker that has none such.
 
     """
 
     dsn: str | None = None
     queues: dict[str, int | None] | None = None
     concurrency: int | None = None
+    minutes: Minutes | None = None
 
     def arguments(self) -> dict[str, object]:
         """Return the given options as arguments of a factory."""
