@@ -119,7 +119,7 @@ class MinuteCounts(NamedTuple):
             has none.
         run_seconds: how long all of these took together.
         longest_run: seconds of the longest of them.
-        wait_seconds: how long their jobs had been due when they were claimed, all together.
+        wait_seconds: how long their jobs had been due when they were called, all together.
         longest_wait: seconds of the longest of these.
 
     """

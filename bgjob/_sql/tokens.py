@@ -77,11 +77,6 @@ class Tokens:
         return last << _SHIFT | low
 
 
-def made_at(token: int) -> float:
-    """Return when a token of this worker was made, in seconds since 1970."""
-    return (token >> _SHIFT) / 1000 + _EPOCH
-
-
 def origin(token: int) -> Origin | None:
     """Return when and by whom a token was made; None if it cannot have been made here."""
     milliseconds, low = token >> _SHIFT, token & (1 << _SHIFT) - 1

@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, assert_never
 
-from bgjob._engine.outcome import Event, Outcome
+from bgjob._engine.outcome import Event, Outcome, wait_of
 from bgjob._sql.minutes import Counted
-from bgjob._sql.tokens import made_at
 from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 from bgjob.stats import MinuteCounts
@@ -106,12 +105,8 @@ class MinuteCounter:
 
 def _counts_of(outcomes: Sequence[Outcome[Any]]) -> MinuteCounts:
     results = Counter([type(outcome.result) for outcome in outcomes])
-    runs = [outcome.took for outcome in outcomes if outcome.took is not None]
-    waits = [
-        max(made_at(outcome.claimed.token) - outcome.claimed.job.next_run_at.timestamp(), 0.0)
-        for outcome in outcomes
-        if outcome.took is not None
-    ]
+    runs = [outcome.ran for outcome in outcomes if outcome.ran is not None]
+    waits = [wait_of(o.claimed.job, o.started) for o in outcomes if o.started is not None]
     return MinuteCounts(
         completed=results[Complete],
         retried=results[Retry],
