@@ -67,6 +67,7 @@ from bgjob.errors import (
 )
 from bgjob.explanation import Explanation
 from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
+from bgjob.jobs import AsyncJobs, Jobs
 from bgjob.minutes import By
 from bgjob.mux import Mux
 from bgjob.result import Result
@@ -140,6 +141,8 @@ class AsyncClient:
         self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
+        self.jobs = AsyncJobs(self._run, self._run_all, notify=notify)
+        """The live jobs."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
         """The database's schedules, which workers wrote."""
 
@@ -726,6 +729,8 @@ class Client:
         self._do = Do(self._run_all, partial(_connection_parameters, source))
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
+        self.jobs = Jobs(self._run, self._run_all, notify=notify)
+        """The live jobs."""
         self.schedules = Timetable(self._run, self.enqueue)
         """The database's schedules, which workers wrote."""
 

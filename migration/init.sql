@@ -94,6 +94,8 @@ create table bgjob_dead_job (
     -- the program and the first line without values. The worker that has the exception makes it,
     -- because the text tells less, and grouping a million texts takes 4 to 7 s. 0: unknown.
     fingerprint    bigint      not null default 0,
+    -- The claim that a cancel has ended, so that its worker can tell that from a lost lease.
+    token          bigint,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 

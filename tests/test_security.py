@@ -66,9 +66,11 @@ from bgjob._sql import (
     pauses,
     schedules,
     settlements,
+    steering,
     survey,
     workers,
 )
+from bgjob._sql.jobs import JobFilter
 from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
 from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
@@ -374,6 +376,41 @@ def test_an_operator_needs_only_its_role(
     assert len(answers) == monitoring.count(";")
 
 
+def test_an_editor_needs_only_its_role(
+    launcher: Launcher, roles: Roles, conn: psycopg.Connection
+) -> None:
+    gate = Gate()
+    mux = Mux().register("t", gate.coroutine)
+    launcher.client.bulk_enqueue(
+        [EnqueueRequest("q", "t", id=id_, exclusive="k") for id_ in ("first", "second")]
+    )
+    launcher.enqueue("third", "late", delay=NEVER)
+    launcher.start(mux, concurrency=4)
+    gate.wait()
+    assert eventually(lambda: rows(conn, "select id from bgjob_job where waits"))
+    dsn = roles.login("editor")
+    client: Any = AsyncClient(dsn) if launcher.is_async else Client(dsn)
+    try:
+        [running] = launcher.run(client.jobs.list(state="running")).jobs
+        assert running.worker is not None
+        assert launcher.run(client.jobs.set_priority("late", priority=-1)).waiting == ("late",)
+        assert launcher.run(client.jobs.cancel("first", by="me")).running == ("first",)
+        gate.wait()
+        assert launcher.run(client.jobs.abandon("second", by="me")).running == ("second",)
+        assert launcher.run(client.jobs.run_now("third")).waiting == ("third",)
+        gate.wait()
+        assert launcher.run(client.jobs.cancel(queue="q")).changed == ("late", "third")
+    finally:
+        launcher.run(client.close())
+    gate.released.set()
+    assert rows(conn, "select job_id, last_error from bgjob_dead_job order by id") == [
+        ("first", "cancelled by me"),
+        ("second", "abandoned by me"),
+        ("late", f"cancelled by {conninfo_to_dict(dsn)['user']}"),
+        ("third", f"cancelled by {conninfo_to_dict(dsn)['user']}"),
+    ]
+
+
 def jobs_for_a_preflight(roles: Roles) -> Mux:
     """Write a live, a dead and a scheduled job that fit no handler of the returned Mux."""
     with Client(roles.dsn) as owner:
@@ -518,6 +555,23 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_schedule (name, spec, queue, type, priority) "
         "values ('x', 'x', 'q', 't', 0)",
     ],
+    "editor": [
+        "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
+        "update bgjob_job set token = 1",
+        "update bgjob_job set arg = null",
+        "update bgjob_job set attempt = 0",
+        "update bgjob_job set exclusive = null",
+        "update bgjob_exclusive set token = null",
+        "insert into bgjob_exclusive (key, token) values ('x', 1)",
+        "select last_error from bgjob_dead_job",
+        "insert into bgjob_dead_job (moved_at) values (now())",
+        "update bgjob_dead_job set last_error = null",
+        "delete from bgjob_dead_job",
+        "select queue from bgjob_pause",
+        "insert into bgjob_pause (queue) values ('q')",
+        "update bgjob_worker set note = null",
+        "select name from bgjob_schedule",
+    ],
     "scheduler": [
         "select arg from bgjob_job",
         "insert into bgjob_job (id, queue, type, attempt) values ('x', 'q', 't', -9)",
@@ -591,6 +645,13 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "dlq.get": lambda client: client.dlq.get("a"),
     "dlq.requeue": lambda client: client.dlq.requeue("a"),
     "dlq.purge": lambda client: client.dlq.purge("a"),
+    "jobs.get": lambda client: client.jobs.get("b"),
+    "jobs.list": lambda client: client.jobs.list(state="running"),
+    "jobs.matching": lambda client: client.jobs.matching(type="none"),
+    "jobs.run_now": lambda client: client.jobs.run_now("b"),
+    "jobs.set_priority": lambda client: client.jobs.set_priority("b", priority=1),
+    "jobs.abandon": lambda client: client.jobs.abandon("b"),
+    "jobs.cancel": lambda client: client.jobs.cancel("none"),
     "schedules.list": lambda client: client.schedules.list(),
     "schedules.pause": lambda client: client.schedules.pause("s"),
     "schedules.resume": lambda client: client.schedules.resume("s"),
@@ -608,16 +669,20 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "doctor": lambda client: client.doctor(),
 }
 
+LOOKS = {"jobs.get", "jobs.list", "jobs.matching"}
+
 MAY = {
     "producer": {"enqueue", "bulk_enqueue", "doctor"},
-    "worker": {"do", "paused", "minutes", "doctor"},
+    "worker": {"do", "paused", "minutes", "doctor", "jobs.run_now", "jobs.set_priority"} | LOOKS,
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",
         *("stats", "overview", "workers", "minutes", "pause", "paused", "resume", "explain"),
         "doctor",
-        *(name for name in METHODS if "." in name),
-    },
+        *(name for name in METHODS if "." in name and not name.startswith("jobs.")),
+    }
+    | LOOKS,
+    "editor": {"doctor", "workers", *(name for name in METHODS if name.startswith("jobs."))},
     "scheduler": {"schedules.list", "doctor"},
     "nobody": {"doctor"},
 }
@@ -641,7 +706,7 @@ def test_a_role_may_call_only_its_own_methods_of_a_client(
     assert may == MAY[role]
 
 
-@pytest.mark.parametrize("role", ["producer", "scheduler", "operator", "nobody"])
+@pytest.mark.parametrize("role", ["producer", "scheduler", "operator", "editor", "nobody"])
 def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
     launcher: Launcher, roles: Roles, role: str
 ) -> None:
@@ -785,6 +850,19 @@ def _everything(group: str) -> list[Statement[Any]]:
                 workers.beat(1, workers.Beat("working", [0], WorkerCounts(), [], None)),
                 minutes.add({("q", "t"): MinuteCounts(1)}),
                 minutes.expire(1, limit=1),
+                steering.were_cancelled([claimed]),
+            ]
+        case "editor":
+            live = JobFilter()
+            return [
+                steering.cancel(["x"], live, by=None, reason=""),
+                steering.run_now(["x"], live),
+                steering.set_priority(["x"], live, 1),
+                keys.lock_keys(["k"]),
+                keys.release("q", ["k"]),
+                Statement("select * from bgjob_job", None, lambda _: None),
+                Statement("select * from bgjob_exclusive", None, lambda _: None),
+                workers.workers(),
             ]
         case "scheduler":
             schedule = Schedule("s", every=60, request=request)

@@ -9,11 +9,11 @@ Infinite times are brought into Python's range before they are subtracted: befor
 an infinite time has no difference to another one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
-from bgjob._sql.statement import Row, Statement, finite, in_range
+from bgjob._sql.statement import Row, Statement, finite, in_range, scalar
 from bgjob._sql.workers import IS_LOST
 from bgjob.schedule import ScheduleStatus
 from bgjob.workers import MISSED
@@ -331,26 +331,57 @@ class Claimant(NamedTuple):
     """Seconds since its last beat."""
 
 
+_CLAIMANT: LiteralString = f"""
+    select number, host, pid, program, release, case when is_lost then 'lost' else state end,
+        not_seen
+    from (
+        select w.*, {IS_LOST} as is_lost,
+            extract(epoch from clock.now - {in_range("seen_at")})::float8 as not_seen
+        from bgjob_worker w, (select clock_timestamp() as now) as clock
+        where mod(number, {_NUMBERS}) = {{number}}
+            and started_at <= {{at}} + interval '1 minute'
+    ) as w
+    order by w.number desc limit 1
+"""
+
+
 def claimant(number: int, at: datetime) -> Statement[Claimant | None]:
     """Find the worker of a token's number and time; None if its row is gone.
 
     Of several workers whose numbers end alike it is the last that had started by then.
     """
     return Statement(
-        f"""
-        select number, host, pid, program, release, case when is_lost then 'lost' else state end,
-            not_seen
-        from (
-            select w.*, {IS_LOST} as is_lost,
-                extract(epoch from clock.now - {in_range("seen_at")})::float8 as not_seen
-            from bgjob_worker w, (select clock_timestamp() as now) as clock
-            where mod(number, {_NUMBERS}) = %(number)s
-                and started_at <= %(at)s::timestamptz + interval '1 minute'
-        ) as w
-        order by w.number desc limit 1
-        """,
+        _CLAIMANT.format(number="%(number)s", at="%(at)s::timestamptz"),
         {"number": number, "at": at, "missed": MISSED},
         lambda rows: Claimant(*rows[0]) if rows else None,
+    )
+
+
+def claimants(
+    made: Collection[tuple[int, datetime]],
+) -> Statement[dict[tuple[int, datetime], Claimant]]:
+    """Find the workers of several tokens; see `claimant`."""
+    return Statement(
+        f"""
+        select made.number, made.at, w.*
+        from unnest(%(numbers)s::bigint[], %(ats)s::timestamptz[]) as made (number, at)
+        cross join lateral ({_CLAIMANT.format(number="made.number", at="made.at")}) as w
+        """,
+        {
+            "numbers": [number for number, _ in made],
+            "ats": [at for _, at in made],
+            "missed": MISSED,
+        },
+        lambda rows: {(number, at): Claimant(*worker) for number, at, *worker in rows},
+    )
+
+
+def may_read_workers() -> Statement[bool]:
+    """Return whether this role may read the workers, and there is a table of them."""
+    return Statement(
+        "select coalesce(has_table_privilege(to_regclass('bgjob_worker'), 'select'), false)",
+        None,
+        scalar,
     )
 
 

@@ -23,6 +23,9 @@ LATER = "+"
 EVERYTHING = "-"
 """Instead of a priority: the jobs may have any due time and priority."""
 
+CANCELLED: LiteralString = "x"
+"""Begins a notification of a cancelled claim; its token and the job's id follow."""
+
 NOTIFY: LiteralString = """
     case when pg_notification_queue_usage() < 0.5 then pg_notify({channel}, {payload}) end
 """

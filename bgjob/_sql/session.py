@@ -121,7 +121,7 @@ _COLUMN_NEEDS = (
             "next_run_at job_created_at job_updated_at"
         ),
     ),
-    ("bgjob_dead_job", "select", "job_id"),
+    ("bgjob_dead_job", "select", "job_id token"),
     ("bgjob_pause", "select", "queue until"),
 )
 

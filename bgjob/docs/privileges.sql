@@ -1,10 +1,11 @@
--- Least privileges, as four group roles. Apply it after the schema, with its tables in the
+-- Least privileges, as five group roles. Apply it after the schema, with its tables in the
 -- search_path, and grant the roles to the users of your programs.
 
 create role bgjob_producer nologin;
 create role bgjob_worker nologin;
 create role bgjob_scheduler nologin;
 create role bgjob_operator nologin;
+create role bgjob_editor nologin;
 
 -- A producer writes jobs. It learns which ids are taken, and reads no payload.
 grant insert (id, queue, type, arg, priority, exclusive, next_run_at) on bgjob_job
@@ -20,7 +21,7 @@ grant select, insert (key), update (job_id, token, queue, since, since_id), dele
     on bgjob_exclusive to bgjob_worker;
 grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
     next_run_at, job_created_at, job_updated_at) on bgjob_dead_job to bgjob_worker;
-grant select (job_id) on bgjob_dead_job to bgjob_worker;
+grant select (job_id, token) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
 
 -- It writes a row for people to see it; without these it works all the same. The table has the
@@ -57,6 +58,14 @@ grant insert, update, delete on bgjob_pause to bgjob_operator;
 -- An operator pauses, resumes and removes schedules, and runs them once.
 grant select, delete on bgjob_schedule to bgjob_operator;
 grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
+
+-- An editor looks at live jobs, and cancels, abandons, hastens and reorders them. It changes no
+-- payload and claims nothing. Where a job leaves its exclusive key, it wakes the next one (waits).
+grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob_job to bgjob_editor;
+grant select, insert (key), update (job_id), delete on bgjob_exclusive to bgjob_editor;
+grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, priority, exclusive,
+    next_run_at, job_created_at, job_updated_at, token) on bgjob_dead_job to bgjob_editor;
+grant select on bgjob_worker to bgjob_editor;
 
 -- Optional: `bgjob doctor` names a culprit without it. With it, it also shows what the sessions of
 -- other roles run, and since when.

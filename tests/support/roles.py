@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from support.documents import SCRIPT
 
-GROUPS = ("producer", "worker", "scheduler", "operator")
+GROUPS = ("producer", "worker", "scheduler", "operator", "editor")
 
 
 class Grant(NamedTuple):
@@ -52,7 +52,7 @@ class Roles:
         """Return SQL in which the roles have this test's names."""
         # A table has the name of a role.
         return re.sub(
-            r"\b((?:role|to|from)\s+bgjob_(?:producer|worker|scheduler|operator))\b",
+            r"\b((?:role|to|from)\s+bgjob_(?:producer|worker|scheduler|operator|editor))\b",
             rf"\g<1>{self._suffix}",
             script,
         ).encode()
