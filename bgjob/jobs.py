@@ -26,6 +26,7 @@ from psycopg import AsyncConnection, Connection
 from psycopg.errors import LockNotAvailable
 from typing_extensions import Unpack
 
+from bgjob._failure import error_text
 from bgjob._postgres.connection import is_two_phase
 from bgjob._running.drive import drive, drive_async
 from bgjob._sql import enqueues, keys, looks, steering
@@ -37,7 +38,6 @@ from bgjob._sql.statement import Statement
 from bgjob._sql.steering import Steered
 from bgjob._sql.tokens import Origin, origin
 from bgjob.job import check_name, check_priority
-from bgjob.result import error_text
 from bgjob.workers import WorkerState
 
 T = TypeVar("T")

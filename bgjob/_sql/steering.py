@@ -12,6 +12,7 @@ and token, changes nothing from that commit on: the fence is the one of every cl
 from collections.abc import Collection, Iterable, Sequence
 from typing import LiteralString, NamedTuple
 
+from bgjob._failure import fingerprint
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.jobs import JobFilter
 from bgjob._sql.notices import CANCELLED, NOTIFY, channel
@@ -88,11 +89,11 @@ _DEAD_LETTERED: LiteralString = """
             created_at, updated_at, token, waits
     ), dead as (
         insert into bgjob_dead_job (
-            job_id, queue, type, arg, attempt, last_error, priority, exclusive, next_run_at,
-            job_created_at, job_updated_at, token
+            job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+            next_run_at, job_created_at, job_updated_at, token
         )
-        select id, queue, type, arg, attempt, {error}, priority, exclusive, next_run_at,
-            created_at, updated_at, {claim}
+        select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
+            next_run_at, created_at, updated_at, {claim}
         from gone order by id
     ), changed as (
         select id, queue, token, case when not waits then exclusive end as key from gone
@@ -114,7 +115,8 @@ def cancel(
     lost the job.
     """
     changed = _DEAD_LETTERED.format(error=_ERROR.format(done="cancelled"), claim="token")
-    return _dead_lettering("cancel", changed, ids, where, by, reason)
+    why = _Why("cancelled", by, reason)
+    return _dead_lettering(changed, _WHY_NOT["cancel"], ids, where, why)
 
 
 def abandon(
@@ -122,23 +124,31 @@ def abandon(
 ) -> Statement[list[Steered]]:
     """Move running jobs to the dead-letter table; their workers find their leases lost."""
     changed = _DEAD_LETTERED.format(error=_ERROR.format(done="abandoned"), claim="null::bigint")
-    return _dead_lettering("abandon", changed, ids, where, by, reason)
+    why = _Why("abandoned", by, reason)
+    return _dead_lettering(changed, _WHY_NOT["abandon"], ids, where, why)
+
+
+class _Why(NamedTuple):
+    done: str
+    by: str | None
+    reason: str
 
 
 def _dead_lettering(
-    action: str,
     changed: LiteralString,
+    why_not: LiteralString,
     ids: Sequence[str],
     where: JobFilter,
-    by: str | None,
-    reason: str,
+    why: _Why,
 ) -> Statement[list[Steered]]:
     return Statement(
-        _steer(changed, _WHY_NOT[action], where),
+        _steer(changed, why_not, where),
         {
             **where.params,
             "ids": text_array(ids),
-            "texts": ErrorTexts([by, f": {reason}" if reason else None]),
+            "texts": ErrorTexts([why.by, f": {why.reason}" if why.reason else None]),
+            # The same for all types.
+            "fingerprint": fingerprint("", f"{why.done}: {why.reason}"),
         },
         _read,
     )

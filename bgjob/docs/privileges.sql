@@ -63,8 +63,8 @@ grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
 -- payload and claims nothing. Where a job leaves its exclusive key, it wakes the next one (waits).
 grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob_job to bgjob_editor;
 grant select, insert (key), update (job_id), delete on bgjob_exclusive to bgjob_editor;
-grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, priority, exclusive,
-    next_run_at, job_created_at, job_updated_at, token) on bgjob_dead_job to bgjob_editor;
+grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority,
+    exclusive, next_run_at, job_created_at, job_updated_at, token) on bgjob_dead_job to bgjob_editor;
 grant select on bgjob_worker to bgjob_editor;
 
 -- Optional: `bgjob doctor` names a culprit without it. With it, it also shows what the sessions of
