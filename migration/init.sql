@@ -5,7 +5,11 @@ create table bgjob_job (
     -- The type limits the length. A check constraint would be evaluated again at each claim,
     -- which is a tenth of a claim's cost on the server. Collation "C" compares bytes: with the
     -- rules of a language a delete of a job costs a tenth more.
-    id          varchar(255) collate "C" not null,
+    -- An insert without an id gets a UUID of version 7, as bgjob makes them: 48 bits of
+    -- milliseconds, 12 of their fraction, and the end of a random one.
+    id          varchar(255) collate "C" not null default overlay(overlay(
+        lpad(to_hex((extract(epoch from clock_timestamp()) * 4096000)::bigint), 15, '0')
+        placing '-7' from 13 for 0) placing '-' from 9 for 0) || substr(gen_random_uuid()::text, 19),
     queue       varchar(255) collate "C" not null,
     type        varchar(255) not null,
     arg         bytea,

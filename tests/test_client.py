@@ -1591,7 +1591,8 @@ def test_a_dead_job_with_times_out_of_pythons_range_does_not_hide_the_others(
 
 def test_what_a_program_does_not_ask_of_a_client_is_not_imported() -> None:
     code = (
-        "import sys, bgjob; unused = {'_cli', '_diagnosis', '_explanation', '_preflight', 'testing'}; "
+        "import sys, bgjob; unused = {'_cli', '_diagnosis', '_explanation', '_preflight', "
+        "'ext', 'sql', 'testing'}; "
         "print(sorted(unused & {name.split('.')[1] for name in sys.modules if 'bgjob.' in name}))"
     )
     ended = subprocess.run(

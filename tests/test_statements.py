@@ -30,7 +30,7 @@ from bgjob._sql.survey import (
 from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.keys import barred_keys
-from bgjob._sql.notices import listen, release_notify_lock, take_notify_lock
+from bgjob._sql.notices import channel, listen, release_notify_lock, take_notify_lock
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
     DeadLettered,
@@ -511,7 +511,7 @@ def test_a_released_job_is_as_before_its_claim_and_wakes_sleeping_workers(
     before = worker.execute(columns).fetchall()
     held = claimed(worker, 3)
     with psycopg.connect(dsn, autocommit=True) as other:
-        ask(other, listen("q"))
+        ask(other, listen(channel("q")))
         if sleeper != "nobody":
             assert (
                 ask(other if sleeper == "another session" else worker, take_notify_lock("q"))
@@ -632,8 +632,8 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
     one, many = EnqueueRequest("q", "t"), [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         sleeper.execute("listen sentinel")
-        ask(sleeper, listen("q"))
-        ask(sleeper, listen("r"))
+        ask(sleeper, listen(channel("q")))
+        ask(sleeper, listen(channel("r")))
         assert told(enqueue(one, notify=True)) == []
         assert ask(sleeper, take_notify_lock("q")) == "taken"
         assert told(enqueue(one, notify=True)) == []  # the id is taken: nothing was written
@@ -655,7 +655,7 @@ def test_a_notification_carries_the_start_of_its_transaction(
 ) -> None:
     queue = "a queue, or two"
     with psycopg.connect(dsn, autocommit=True) as sleeper:
-        ask(sleeper, listen(queue))
+        ask(sleeper, listen(channel(queue)))
         assert ask(sleeper, take_notify_lock(queue)) == "taken"
         for write in (enqueue, lambda r, notify: enqueue_many([r], notify=notify)):
             with conn.transaction():
@@ -688,7 +688,7 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
         assert ask(deputy, take_notify_lock("q")) == "deputy"
         assert ask(deputy, take_notify_lock("q", is_deputy=True)) == "deputy"
         assert ask(other, take_notify_lock("q")) == "covered"
-        ask(other, listen("q"))
+        ask(other, listen(channel("q")))
         holder.close()
         locks: LiteralString = (
             "select count(*) from pg_locks where locktype = 'advisory' "
@@ -880,4 +880,4 @@ def test_statements_are_sent_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "text"
         if isinstance(node.value, ast.Name) and node.value.id == "statement"
     }
-    assert senders == {"_sql/execute.py"}
+    assert senders == {"_sql/execute.py", "_sql/paramstyles.py"}  # that one only translates

@@ -129,6 +129,11 @@ class Notice(NamedTuple):
         except (ValueError, OverflowError, OSError):
             return None
 
+    @classmethod
+    def read_by_hand(cls, payload: str, queue: str) -> "Notice | None":
+        """Parse a notification of an insert by hand; None if it is not for `queue`."""
+        return cls(later=True) if payload in ("", queue) else None
+
     def __or__(self, other: "Notice") -> "Notice":
         """Combine two notices."""
         both = self.since.keys() & other.since.keys()

@@ -30,7 +30,8 @@ _ENQUEUE_OTHERS = """
     insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
     values (
         %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s,
-        greatest(%(run_at)s::timestamptz, clock_timestamp()) + %(delay)s * interval '1 second'
+        greatest(cast(%(run_at)s as timestamptz), clock_timestamp())
+            + %(delay)s * interval '1 second'
     )
     on conflict (id) do nothing
     returning
@@ -88,8 +89,8 @@ _TELL_MANY = """
     (
         select count({notify})
         from unnest(
-            %(told_queues)s::text[], %(told_whats)s::text[], %(told_channels)s::text[],
-            %(told_buckets)s::int[]
+            cast(%(told_queues)s as text[]), cast(%(told_whats)s as text[]),
+            cast(%(told_channels)s as text[]), cast(%(told_buckets)s as int[])
         ) as told (queue, what, channel, bucket)
         where {condition}
             and not pg_try_advisory_xact_lock_shared(%(class)s, told.bucket)
@@ -100,14 +101,21 @@ _TELL_MANY_ON = NOTIFY.format(
 )
 
 
-def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Statement[set[str]]:
+def enqueue_many(
+    requests: Sequence[EnqueueRequest], *, notify: bool, has_literals: bool = True
+) -> Statement[set[str]]:
     """Write jobs; return the written ids, without those that were taken.
 
     The rows are written in the order of their ids' bytes, as by COPY, so that two calls with
     the same ids wait for each other and do not deadlock; their due times keep the order of the
     call. The transaction gets its number before the first due time is read: workers assume that
     a transaction with a higher number has not written before.
+
+    With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
+    without, all arrays are lists, which every driver can send.
     """
+    texts = text_array if has_literals else list[str]
+    numbers = number_array if has_literals else list[float]
     tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
     return Statement(
         f"""
@@ -117,9 +125,10 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
                     run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
                 ) + delay * interval '1 second' as next_run_at
             from unnest(
-                %(ids)s::text[], %(queues)s::text[], %(types)s::text[], %(args)s::bytea[],
-                %(priorities)s::smallint[], %(exclusives)s::text[],
-                %(run_ats)s::timestamptz[], %(delays)s::float8[]
+                cast(%(ids)s as text[]), cast(%(queues)s as text[]), cast(%(types)s as text[]),
+                cast(%(args)s as bytea[]), cast(%(priorities)s as smallint[]),
+                cast(%(exclusives)s as text[]), cast(%(run_ats)s as timestamptz[]),
+                cast(%(delays)s as float8[])
             ) with ordinality as r (
                 id, queue, type, arg, priority, exclusive, run_at, delay, position
             )
@@ -130,17 +139,18 @@ def enqueue_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> Stateme
             on conflict (id) do nothing
             returning id
         )
-        select array(select id::text collate "default" from written) {tell if notify else ""}
+        select array(select cast(id as text) collate "default" from written)
+            {tell if notify else ""}
         """,
         {
-            "ids": text_array([r.id for r in requests]),
-            "queues": text_array([r.queue for r in requests]),
-            "types": text_array([r.type for r in requests]),
+            "ids": texts([r.id for r in requests]),
+            "queues": texts([r.queue for r in requests]),
+            "types": texts([r.type for r in requests]),
             "args": Payloads(r.payload for r in requests),
-            "priorities": number_array([r.priority for r in requests]),
+            "priorities": numbers([r.priority for r in requests]),
             "exclusives": Texts(r.exclusive for r in requests),
             "run_ats": Times(r.run_at for r in requests),
-            "delays": number_array([seconds(r.delay, "delay") for r in requests]),
+            "delays": numbers([seconds(r.delay, "delay") for r in requests]),
             **_told(_whats(requests)),
         },
         lambda rows: set(rows[0][0]),

@@ -17,6 +17,9 @@ BUCKETS = 128
 CHANNEL = "bgjob_"
 """The prefix of a channel's name; the bucket follows."""
 
+BY_HAND = "bgjob"
+"""The channel of inserts by hand, which know no bucket: the payload is the queue. Public."""
+
 LATER = "+"
 """Follows the priority if a job is due later."""
 
@@ -46,9 +49,9 @@ def channel(queue: str) -> str:
     return f"{CHANNEL}{bucket(queue)}"
 
 
-def listen(queue: str) -> Statement[None]:
-    """Receive the notifications of `queue` on this connection."""
-    return Statement(f"listen {channel(queue)}".encode(), None, nothing)
+def listen(channel: str) -> Statement[None]:
+    """Receive the notifications of a channel on this connection."""
+    return Statement(f"listen {channel}".encode(), None, nothing)
 
 
 def take_notify_lock(

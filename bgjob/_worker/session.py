@@ -24,7 +24,7 @@ from bgjob._postgres.connection import (
 )
 from bgjob._postgres.cursor import Cursor
 from bgjob._sql.execute import run, send
-from bgjob._sql.notices import listen
+from bgjob._sql.notices import BY_HAND, channel, listen
 from bgjob._sql.session import (
     SERVICE_SETTINGS,
     WORKER_SETTINGS,
@@ -144,7 +144,8 @@ class Session:
             self.can_notify = self._options.notify and self.is_direct
             if self.can_notify:
                 connection.add_notify_handler(self._notice)
-                run(connection, listen(self._queue))
+                run(connection, listen(channel(self._queue)))
+                run(connection, listen(BY_HAND))
         except BaseException:
             connection.close()
             raise
@@ -298,7 +299,7 @@ class Session:
 
     def _take_notifies(self, connection: WorkerConnection) -> None:
         while notice := connection.pgconn.notifies():
-            self._hear(notice.be_pid, notice.extra.decode())
+            self._hear(notice.relname.decode(), notice.be_pid, notice.extra.decode())
 
     @property
     def has_notice(self) -> bool:
@@ -317,10 +318,11 @@ class Session:
             connection.close()
 
     def _notice(self, notice: psycopg.Notify) -> None:
-        self._hear(notice.pid, notice.payload)
+        self._hear(notice.channel, notice.pid, notice.payload)
 
-    def _hear(self, pid: int, payload: str) -> None:
-        notice = Notice.read(payload, self._queue)
+    def _hear(self, channel: str, pid: int, payload: str) -> None:
+        read = Notice.read_by_hand if channel == BY_HAND else Notice.read
+        notice = read(payload, self._queue)
         if notice is None:
             return
         connection = self._connection

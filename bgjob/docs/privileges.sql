@@ -7,7 +7,8 @@ create role bgjob_scheduler nologin;
 create role bgjob_operator nologin;
 create role bgjob_editor nologin;
 
--- A producer writes jobs. It learns which ids are taken, and reads no payload.
+-- A producer writes jobs, also by plain SQL; these columns are promised. It learns which ids are
+-- taken, and reads no payload.
 grant insert (id, queue, type, arg, priority, exclusive, next_run_at) on bgjob_job
     to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
