@@ -6,6 +6,7 @@ from bgjob.codec import Codec, JsonCodec, RawCodec
 from bgjob.dlq import DlqRetention
 from bgjob.errors import (
     BgjobError,
+    CanaryRefusedError,
     ClientClosedError,
     EmptyQueueError,
     EnqueueConflictError,
@@ -61,6 +62,7 @@ __all__ = [
     "AsyncWorker",
     "Backoff",
     "BgjobError",
+    "CanaryRefusedError",
     "CappedCount",
     "Client",
     "ClientClosedError",

@@ -1,10 +1,15 @@
-"""The dead-letter table: list, requeue and purge the jobs that could not be handled."""
+"""The dead-letter table: list, group, try again, requeue and purge jobs that could not be handled.
 
+The module has over 400 lines because both colours are here; only the async one is written.
+"""
+
+import asyncio
 import builtins
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol, TypedDict, TypeVar
+from time import sleep
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from psycopg import AsyncConnection, Connection
 from typing_extensions import Unpack
@@ -15,7 +20,10 @@ from bgjob._sql import dead, enqueues, execute
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.statement import Statement
 from bgjob.job import DeadJob
-from bgjob.triage import DeadGroup
+from bgjob.triage import Canary, DeadGroup, Rest
+
+if TYPE_CHECKING:
+    from bgjob._triage import Steps
 
 T = TypeVar("T")
 
@@ -154,6 +162,96 @@ class AsyncDlq:
             await self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
 
+    async def canary(
+        self,
+        fingerprint: str,
+        *,
+        wait: Duration = 60.0,
+        one_try: bool = False,
+        force: bool = False,
+        progress: Callable[[Canary], object] | None = None,
+    ) -> Canary:
+        """Move the latest dead job of a group back to its queue, and wait for how it ends.
+
+        Call `rest` once it has completed. The job is requeued as by `requeue`: if it fails, it is
+        retried by the policy of its type. Each look is a statement of its own, every 0.02 to
+        0.5 s.
+
+        Args:
+            fingerprint: that of a DeadGroup or a DeadJob.
+            wait: seconds or a timedelta until the verdict is `undecided`; a minute by
+                default. The job stays in its queue.
+            one_try: whether a job that fails goes back to the dead-letter table, with its
+                new error, instead of waiting for its next attempt; False by default. It
+                needs the privileges of `bgjob_editor` in addition.
+            force: whether to move it even if its queue is paused, or no live worker is
+                known that has a handler for its type; False by default.
+            progress: called when the job is in its queue, and when it is seen to run, with
+                what is known by then.
+
+        Returns:
+            The verdict, and the new error if there is one.
+
+        Raises:
+            CanaryRefusedError: there is no such dead job, or nothing would run it.
+            ValueError: what is given is not a fingerprint.
+
+        """
+        from bgjob._triage import canary  # noqa: PLC0415 (only those who ask need it)
+
+        limit = seconds(wait, "wait")
+        options = canary.Options(limit, one_try, force, self._notify, progress)
+        return await self._walk(canary.canary(fingerprint, options))
+
+    async def rest(
+        self,
+        fingerprint: str,
+        *,
+        upto: int | None = None,
+        rate: float | None = 100.0,
+        stop_after: int | None = 5,
+        progress: Callable[[Rest], object] | None = None,
+    ) -> Rest:
+        """Move all dead jobs of a group back to their queues, and stop if they fail again.
+
+        Those that died first come first, in batches of up to 100, each in a transaction of its
+        own. It has no state but the table: what ends it, be it an exception of `progress` or
+        the process's end, leaves the others dead, and a later call goes on with them.
+
+        Args:
+            fingerprint: that of a DeadGroup or a DeadJob.
+            upto: a number: jobs that died later stay dead. By default those that die from
+                now on do. To go on later without those that failed again, pass that of the
+                first call's result.
+            rate: jobs a second; 100 by default, so that the brake sees failures before most
+                are moved. None for no limit.
+            stop_after: ends it, before the next batch, when more than so many have failed
+                again; 5 by default. None for no brake.
+            progress: called after each batch.
+
+        Raises:
+            ValueError: what is given is not a fingerprint, a rate is not above 0, or
+                stop_after is negative.
+
+        """
+        from bgjob._triage import rest  # noqa: PLC0415 (as above)
+
+        options = rest.Options(upto, rate, stop_after, self._notify, progress)
+        return await self._walk(rest.rest(fingerprint, options))
+
+    async def _walk(self, steps: "Steps[T]") -> T:
+        answer: Any = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as stop:
+                returned: T = stop.value
+                return returned
+            if isinstance(step, Statement):
+                answer = await self._run(step, None)
+            else:
+                await asyncio.sleep(step.seconds)
+
     async def purge(
         self,
         ids: str | Iterable[str] | None = None,
@@ -269,6 +367,96 @@ class Dlq:
         if self._notify and requeued.queues and not is_two_phase(conn):
             self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
+
+    def canary(
+        self,
+        fingerprint: str,
+        *,
+        wait: Duration = 60.0,
+        one_try: bool = False,
+        force: bool = False,
+        progress: Callable[[Canary], object] | None = None,
+    ) -> Canary:
+        """Move the latest dead job of a group back to its queue, and wait for how it ends.
+
+        Call `rest` once it has completed. The job is requeued as by `requeue`: if it fails, it is
+        retried by the policy of its type. Each look is a statement of its own, every 0.02 to
+        0.5 s.
+
+        Args:
+            fingerprint: that of a DeadGroup or a DeadJob.
+            wait: seconds or a timedelta until the verdict is `undecided`; a minute by
+                default. The job stays in its queue.
+            one_try: whether a job that fails goes back to the dead-letter table, with its
+                new error, instead of waiting for its next attempt; False by default. It
+                needs the privileges of `bgjob_editor` in addition.
+            force: whether to move it even if its queue is paused, or no live worker is
+                known that has a handler for its type; False by default.
+            progress: called when the job is in its queue, and when it is seen to run, with
+                what is known by then.
+
+        Returns:
+            The verdict, and the new error if there is one.
+
+        Raises:
+            CanaryRefusedError: there is no such dead job, or nothing would run it.
+            ValueError: what is given is not a fingerprint.
+
+        """
+        from bgjob._triage import canary  # noqa: PLC0415 (only those who ask need it)
+
+        limit = seconds(wait, "wait")
+        options = canary.Options(limit, one_try, force, self._notify, progress)
+        return self._walk(canary.canary(fingerprint, options))
+
+    def rest(
+        self,
+        fingerprint: str,
+        *,
+        upto: int | None = None,
+        rate: float | None = 100.0,
+        stop_after: int | None = 5,
+        progress: Callable[[Rest], object] | None = None,
+    ) -> Rest:
+        """Move all dead jobs of a group back to their queues, and stop if they fail again.
+
+        Those that died first come first, in batches of up to 100, each in a transaction of its
+        own. It has no state but the table: what ends it, be it an exception of `progress` or
+        the process's end, leaves the others dead, and a later call goes on with them.
+
+        Args:
+            fingerprint: that of a DeadGroup or a DeadJob.
+            upto: a number: jobs that died later stay dead. By default those that die from
+                now on do. To go on later without those that failed again, pass that of the
+                first call's result.
+            rate: jobs a second; 100 by default, so that the brake sees failures before most
+                are moved. None for no limit.
+            stop_after: ends it, before the next batch, when more than so many have failed
+                again; 5 by default. None for no brake.
+            progress: called after each batch.
+
+        Raises:
+            ValueError: what is given is not a fingerprint, a rate is not above 0, or
+                stop_after is negative.
+
+        """
+        from bgjob._triage import rest  # noqa: PLC0415 (as above)
+
+        options = rest.Options(upto, rate, stop_after, self._notify, progress)
+        return self._walk(rest.rest(fingerprint, options))
+
+    def _walk(self, steps: "Steps[T]") -> T:
+        answer: Any = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as stop:
+                returned: T = stop.value
+                return returned
+            if isinstance(step, Statement):
+                answer = self._run(step, None)
+            else:
+                sleep(step.seconds)
 
     def purge(
         self,

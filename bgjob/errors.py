@@ -81,6 +81,10 @@ class ClientClosedError(BgjobError):
     """The client was closed; make a new one."""
 
 
+class CanaryRefusedError(BgjobError):
+    """No dead job could be tried, or nothing would have run it; none was moved."""
+
+
 class ScheduleError(BgjobError):
     """Some schedules of a worker failed to enqueue, or were corrected; the others enqueued.
 

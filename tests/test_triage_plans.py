@@ -73,3 +73,38 @@ def test_the_dead_are_grouped_in_one_pass(conn: psycopg.Connection, statistics: 
     found = check(conn, dead.groups(DeadFilter(), limit=100), MANY)
     each = MANY // GROUPS
     assert sorted(group.jobs for group in found) == [1, each - 1, *[each] * (GROUPS - 1)]
+
+
+FILL_LIVE: LiteralString = """
+    insert into bgjob_job (id, queue, type, attempt)
+    select 'live ' || n, 'q', 't', 1 from generate_series(1, %(jobs)s) n
+"""
+
+
+def fill_both(conn: psycopg.Connection, jobs: int) -> None:
+    fill(conn, jobs)
+    conn.execute(FILL_LIVE, {"jobs": jobs})
+
+
+@EVERY_STATISTICS
+def test_a_canary_and_a_batch_look_at_their_own_jobs_only(
+    conn: psycopg.Connection, statistics: str
+) -> None:
+    tables = {"bgjob_dead_job", "bgjob_job"}
+    fill_with_statistics(conn, statistics, fill_both, MANY, tables)
+    canary = check(conn, dead.canary(2), 2)
+    assert canary.id == f"dead {MANY - 9}"
+    state = check(conn, dead.state("dead 1", 0), 2)
+    assert (state.attempt, state.number, state.error) == (
+        None,
+        canary.number - MANY + 10,
+        "ValueError: 1",
+    )
+    last = canary.number + 9
+    assert check(conn, dead.start(2, None), MANY // GROUPS) == (last, MANY // GROUPS - 1)
+    numbers = check(conn, dead.batch(2, state.number, last, limit=100), 2 * 100)
+    assert numbers == [state.number + GROUPS * n for n in range(1, 101)]
+    requeued = check(conn, dead.requeue(DeadFilter(numbers=numbers)), 3 * 100)
+    assert len(requeued.ids) == 100
+    ids = [f"live {n}" for n in range(1000)]
+    assert check(conn, dead.failed_again(2, last - 500, ids), 2 * 1000 + 1) == 50 + 999

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
-from bgjob._sql.statement import Statement, column, in_range, scalar
+from bgjob._sql.statement import Row, Statement, column, in_range, scalar, text_array
 from bgjob.job import DeadJob
 from bgjob.triage import DeadGroup
 
@@ -68,6 +68,19 @@ class DeadFilter(NamedTuple):
         """The condition that dead jobs have to meet."""
         return " and ".join(["true", *(_DEAD_CONDITIONS[name] for name in self.params)])
 
+    @property
+    def source(self) -> LiteralString:
+        """Where dead jobs that meet the condition are.
+
+        Those with given ids or numbers are found before they are put in an order: in that of an
+        index, which a plan with statistics of an empty table prefers, all dead jobs may be read.
+        """
+        for name in ("numbers", "ids"):
+            if name in self.params:
+                condition = _DEAD_CONDITIONS[name]
+                return f"(select * from bgjob_dead_job where {condition} offset 0) as found"
+        return "bgjob_dead_job"
+
 
 def fingerprint_of(number: int) -> str:
     """Return the text of a fingerprint."""
@@ -91,25 +104,20 @@ def number_of(fingerprint: str) -> int:
 
 
 def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
-    """List dead jobs, the latest first.
-
-    Those with given ids are found before they are put in order: in the order of the primary key,
-    which a plan with statistics of an empty table prefers, it would walk over all later dead jobs.
-    """
-    source: LiteralString = "bgjob_dead_job"
-    order: LiteralString = "id desc"
-    if where.ids is not None:
-        source = f"(select * from bgjob_dead_job where {_DEAD_CONDITIONS['ids']} offset 0) as d"
-    elif where.fingerprint is not None:
-        order = "fingerprint desc, id desc"
+    """List dead jobs, the latest first."""
+    order: LiteralString = "id desc" if where.fingerprint is None else "fingerprint desc, id desc"
     return Statement(
         f"""
-        select {_DEAD_COLUMNS} from {source} where {where.condition}
+        select {_DEAD_COLUMNS} from {where.source} where {where.condition}
         order by {order} limit %(limit)s
         """,
         {**where.params, "limit": limit},
-        lambda rows: [DeadJob._make((*row[:-1], fingerprint_of(row[-1]))) for row in rows],
+        lambda rows: [_dead_job(row) for row in rows],
     )
+
+
+def _dead_job(row: Row) -> DeadJob:
+    return DeadJob._make((*row[:-1], fingerprint_of(row[-1])))
 
 
 def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
@@ -171,6 +179,8 @@ class Requeued(NamedTuple):
 
     ids: list[str]
     queues: set[str]
+    due: datetime | None
+    """The due time of one of them."""
 
 
 # A statement first locks the jobs that it moves or deletes, in the order of their numbers. If its
@@ -190,7 +200,7 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
     leaves them to it.
     """
     latest: LiteralString = f"""
-        select distinct on (job_id) id from bgjob_dead_job where {where.condition}
+        select distinct on (job_id) id from {where.source} where {where.condition}
         order by job_id, id desc
     """
     return Statement(
@@ -204,21 +214,25 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
             where id = any (array(select id from locked))
             order by job_id collate "C"
             on conflict (id) do nothing
-            returning id
+            returning id, next_run_at
         )
-        delete from bgjob_dead_job d
-        using locked, back
-        where d.id = locked.id and locked.job_id = back.id
-        returning d.job_id, d.queue
+        delete from bgjob_dead_job
+        where id = any (array(
+            -- Not a join: with statistics of a drained table it compared each with each.
+            select id from locked where (job_id in (select id from back)) is true
+        ))
+        returning job_id, queue, (select next_run_at from back limit 1)
         """,
         where.params,
-        lambda rows: Requeued(column(rows), {queue for _, queue in rows}),
+        lambda rows: Requeued(
+            column(rows), {queue for _, queue, _ in rows}, rows[0][2] if rows else None
+        ),
     )
 
 
 def purge(where: DeadFilter) -> Statement[int]:
     """Delete dead jobs; return their number."""
-    which: LiteralString = f"select id from bgjob_dead_job where {where.condition}"
+    which: LiteralString = f"select id from {where.source} where {where.condition}"
     return Statement(
         f"""
         with locked as materialized ({_LOCKED.format(which=which, others="")}), gone as (
@@ -256,5 +270,172 @@ def expire(age: float, *, limit: int) -> Statement[int]:
         select count(*) from gone
         """,
         {"age": age, "limit": limit},
+        scalar,
+    )
+
+
+# -- a canary and the rest -----------------------------------------------------------------
+
+
+_IN_GROUP: LiteralString = """
+    (d.fingerprint, d.id) > (%(fingerprint)s, %(after)s)
+    and (d.fingerprint, d.id) <= (%(fingerprint)s, %(upto)s)
+"""
+_LAST = 2**63 - 1
+
+# As a look for each job: the planner must not join with all dead jobs.
+_DIED_LATER: LiteralString = """
+    exists (
+        select from (
+            select o.id, o.fingerprint from bgjob_dead_job o where o.job_id = d.job_id offset 0
+        ) as o
+        where o.id > d.id {and_in_group}
+    )
+"""
+
+
+def canary(fingerprint: int) -> Statement[DeadJob | None]:
+    """Find the latest dead job of a group whose id no live job has, and that died last here."""
+    died_later = _DIED_LATER.format(and_in_group="")
+    return Statement(
+        f"""
+        select {_DEAD_COLUMNS} from bgjob_dead_job d
+        where {_IN_GROUP}
+            and not exists (select from (select from bgjob_job j where j.id = d.job_id offset 0) j)
+            and not {died_later}
+        order by fingerprint desc, id desc limit 1
+        """,
+        {"fingerprint": fingerprint, "after": 0, "upto": _LAST},
+        lambda rows: _dead_job(rows[0]) if rows else None,
+    )
+
+
+class State(NamedTuple):
+    """A job that was requeued: its row as a live job, and as one that has died since."""
+
+    attempt: int | None
+    """None if it is not live."""
+    token: int | None
+    waits: bool | None
+    next_run_at: datetime | None
+    created_at: datetime | None
+    number: int | None
+    """Its number if it is dead again; else None."""
+    error: str
+    """Of the live or the dead one."""
+
+
+def state(id_: str, number: int) -> Statement[State]:
+    """Return the state of a job that had this number when it was dead."""
+    return Statement(
+        f"""
+        select j.attempt, j.token, j.waits, j.next_run_at, j.created_at, d.id,
+            coalesce(left(case when d.id is null then j.last_error else d.last_error end,
+                {_LONGEST_ERROR}), '')
+        from (select 1) as one
+        left join lateral (
+            select attempt, token, waits, {in_range("next_run_at")} as next_run_at,
+                {in_range("created_at")} as created_at, last_error
+            from bgjob_job where id = %(id)s
+        ) as j on true
+        left join lateral (
+            select o.id, o.last_error
+            from (select * from bgjob_dead_job where job_id = %(id)s offset 0) as o
+            where o.id > %(number)s order by o.id limit 1
+        ) as d on true
+        """,
+        {"id": id_, "number": number},
+        lambda rows: State(*rows[0]),
+    )
+
+
+def give_up(id_: str, attempt: int, fingerprint: int) -> Statement[int | None]:
+    """Move a job that waits for its next attempt to the dead-letter table, with its error.
+
+    Returns its number; None if it is not in this attempt any more, or a worker has it.
+    """
+    return Statement(
+        """
+        with gone as (
+            delete from bgjob_job
+            where id = %(id)s and attempt = %(attempt)s and token is null
+            returning *
+        )
+        insert into bgjob_dead_job (
+            job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+            next_run_at, job_created_at, job_updated_at
+        )
+        select id, queue, type, arg, attempt, last_error, %(fingerprint)s, priority, exclusive,
+            next_run_at, created_at, updated_at
+        from gone
+        returning id
+        """,
+        {"id": id_, "attempt": attempt, "fingerprint": fingerprint},
+        lambda rows: rows[0][0] if rows else None,
+    )
+
+
+class Start(NamedTuple):
+    """The dead jobs when the rest of a group begins to be moved."""
+
+    last: int
+    """The greatest number of any dead job; 0 without one."""
+    jobs: int
+    """The jobs of the group."""
+
+
+def start(fingerprint: int, upto: int | None) -> Statement[Start]:
+    """Count the jobs of a group, up to a number."""
+    return Statement(
+        f"""
+        select coalesce((select id from bgjob_dead_job order by id desc limit 1), 0),
+            (select count(*) from bgjob_dead_job d where {_IN_GROUP})
+        """,
+        {"fingerprint": fingerprint, "after": 0, "upto": _LAST if upto is None else upto},
+        lambda rows: Start(*rows[0]),
+    )
+
+
+def batch(fingerprint: int, after: int, upto: int, *, limit: int) -> Statement[list[int]]:
+    """Return the next numbers of a group; of several with one id only the latest."""
+    died_later = _DIED_LATER.format(
+        and_in_group="and o.fingerprint = %(fingerprint)s and o.id <= %(upto)s"
+    )
+    return Statement(
+        f"""
+        select d.id from bgjob_dead_job d where {_IN_GROUP} and not {died_later}
+        order by d.fingerprint, d.id limit %(limit)s
+        """,
+        {"fingerprint": fingerprint, "after": after, "upto": upto, "limit": limit},
+        column,
+    )
+
+
+def failed_again(fingerprint: int, since: int, ids: Sequence[str]) -> Statement[int]:
+    """Count the jobs of a group that died after a number, and requeued jobs that failed otherwise.
+
+    The first are counted up to 10,000.
+    """
+    return Statement(
+        f"""
+        select (
+            select count(*) from (
+                select from bgjob_dead_job d where {_IN_GROUP} limit 10000
+            ) as died
+        ) + (
+            select count(*)
+            from unnest(%(ids)s::text[]) as moved (id) cross join lateral (
+                select d.id, d.fingerprint from bgjob_dead_job d where d.job_id = moved.id offset 0
+            ) as d
+            where d.id > %(after)s and d.fingerprint <> %(fingerprint)s
+        ) + (
+            select count(*)
+            from unnest(%(ids)s::text[]) as moved (id) cross join lateral (
+                select j.attempt, j.token from bgjob_job j where j.id = moved.id limit 1
+            ) as j
+            where j.attempt > 1 or (j.attempt = 1 and j.token is null)
+        )
+        """,
+        {"fingerprint": fingerprint, "after": since, "upto": _LAST, "ids": text_array(ids)},
         scalar,
     )
