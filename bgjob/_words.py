@@ -2,15 +2,19 @@
 
 import re
 
+_FEW = 10
+"""Seconds below which tenths are told."""
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _KB, _MB, _GB = 1e3, 1e6, 1e9
 
 
 def lasting(seconds: float) -> str:
     """Return a duration in its two largest units, such as '10 min 20 s'."""
-    if seconds < _MINUTE:
+    if seconds < _FEW:
         return f"{max(seconds, 0):.1f} s"
     whole = int(seconds)
+    if whole < _MINUTE:
+        return f"{whole} s"
     for unit, name, below, name_below in (
         (_DAY, "d", _HOUR, "h"),
         (_HOUR, "h", _MINUTE, "min"),

@@ -169,7 +169,7 @@ def test_of_a_running_job_it_tells_since_when_and_which_process_has_it(
     since = f"{made.at:%Y-%m-%d %H:%M:%S} UTC"
     assert re.fullmatch(
         rf"It runs since {since} \(\d+\.\d s\), attempt 1, on worker {number} \(\S+, pid "
-        rf"{process.pid}, bgjob worker app:make, release v7\); its lease ends in \d+\.\d s and is "
+        rf"{process.pid}, bgjob worker app:make, release v7\); its lease ends in \d+ s and is "
         r"extended while it runs\.",
         reason.text,
     ), reason.text

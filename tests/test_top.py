@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,28 +28,28 @@ from bgjob import (
     CappedCount,
     Client,
     EnqueueRequest,
+    Job,
+    MinuteCounts,
+    MinuteReport,
+    MinuteSeries,
+    Minutes,
+    MoveToDlq,
     Mux,
     Overview,
     QueueOverview,
+    Result,
     Worker,
     cli,
 )
-from bgjob._cli.top.frame import (
-    SORTS,
-    Line,
-    Seen,
-    Server,
-    Sort,
-    Style,
-    View,
-    age,
-    frame,
-    render,
-    width_of,
-)
+from bgjob._cli.top.frame import frame
 from bgjob._cli.top.history import History
+from bgjob._cli.top.keys import pressed
+from bgjob._cli.top.seen import MINUTES, SORTS, Flow, Pane, Seen, Server, Sort, View, flows_of
+from bgjob._cli.top.text import Line, Style, bars, render, width_of
 from bgjob._cli.top.terminal import split_keys
-from bgjob.workers import WorkerCounts, WorkerStatus
+from bgjob._sql.dead import LastDeath
+from bgjob._sql.server import Holder
+from bgjob.workers import RunningJob, WorkerCounts, WorkerStatus
 
 NOW = datetime(2026, 11, 29, 3, 14, 7, tzinfo=UTC)
 SERVER = Server("shop@db1", "18.6")
@@ -78,9 +79,12 @@ def drawn(
     *queues: QueueOverview,
     history: History | None = None,
     workers: Sequence[WorkerStatus] = (),
+    flows: dict[str, Flow] | None = None,
+    death: LastDeath | None = None,
+    holder: Holder | None = None,
     **view: Any,
 ) -> list[str]:
-    seen = Seen(an_overview(*queues), workers)
+    seen = Seen(an_overview(*queues), workers, flows or {}, holder, death)
     return [plain(line) for line in frame(seen, SERVER, history or History(), View(**view))]
 
 
@@ -95,8 +99,15 @@ def a_worker(
         "queues": {"mail": 8},
         "running": {"mail": 5},
         "counts": WorkerCounts(completed=done, retried=failed, dead=failed),
+        "longest": [],
+        "host": "web-2",
+        "not_seen": 0.0,
     }
     return WorkerStatus(**told | other)
+
+
+def a_flow(per_second: float = 0.0, failed: int = 0, bars: tuple[int, ...] = ()) -> Flow:
+    return Flow(per_second, MinuteCounts(completed=90, retried=failed), bars)
 
 
 def names(lines: list[str]) -> list[str]:
@@ -150,16 +161,17 @@ def test_queues_are_sorted_as_asked_and_then_by_name(sort: Sort) -> None:
         a_queue("b", 9, 10.0),
         a_queue("a", 0, dead=CappedCount(3, is_exact=True)),
     ]
-    expected = {"oldest": "cbad", "due": "bdca", "dead": "abcd", "name": "abcd"}
-    assert "".join(names(drawn(*queues, sort=sort))) == expected[sort]
+    expected = {"oldest": "cbad", "due": "bdca", "dead": "abcd", "rate": "cabd", "name": "abcd"}
+    flows = {"c": a_flow(5.0)}
+    assert "".join(names(drawn(*queues, sort=sort, flows=flows))) == expected[sort]
 
 
 def test_a_screen_shows_the_queues_that_it_has_room_for_and_scrolls() -> None:
     queues = [a_queue(f"q{n:03}") for n in range(100)]
     lines = drawn(*queues, width=80, height=24, sort="name", first=7)
     assert len(lines) == 24
-    assert names(lines[:-1]) == [f"q{n:03}" for n in range(7, 27)]
-    assert lines[-1].endswith("8 to 27 of 100")
+    assert names(lines[:-1]) == [f"q{n:03}" for n in range(7, 25)]
+    assert "8 to 25 of 100" in lines[-1]
     assert len(drawn(*queues)) == 103  # a pipe has room for all
 
 
@@ -193,12 +205,22 @@ def test_no_frame_is_larger_than_the_screen(width: int, height: int, trouble: st
 
 
 def test_a_narrow_screen_leaves_out_the_columns_that_matter_least() -> None:
-    shown = {width: drawn(*WIDE, width=width)[2] for width in (100, 85, 75, 66)}
+    flows = {queue.queue: a_flow(1, 2, (3, *[4] * 11)) for queue in WIDE}
+    workers = [a_worker(1, queues={queue.queue: 8 for queue in WIDE}, running={})]
+    shown = {
+        width: drawn(*WIDE, width=width, flows=flows, workers=workers)[2]
+        for width in (160, 120, 110, 100, 90, 80, 70, 60)
+    }
     for title, widths in (
-        ("oldest", {100, 85, 75, 66}),
-        ("dead/h", {100, 85, 75}),
-        ("delayed", {100, 85}),
-        ("for keys", {100}),
+        ("oldest", {*shown}),
+        ("dead/h", {*shown} - {60}),
+        ("done/s", {*shown} - {60}),
+        ("busy", {*shown} - {60, 70}),
+        ("fail%", {160, 120, 110, 100, 90}),
+        ("last hour", {160, 120, 110, 100}),
+        ("running", {160, 120, 110}),
+        ("delayed", {160, 120}),
+        ("for keys", {160}),
     ):
         assert {width for width, titles in shown.items() if title in titles} == widths
 
@@ -220,23 +242,6 @@ def test_what_is_late_is_coloured_unless_the_queue_is_paused() -> None:
     assert Style.BAD not in styles(a_queue("q", 1, 301.0, is_paused=True))
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-1, "0 s"),
-        (0.9, "0 s"),
-        (59, "59 s"),
-        (60, "1 min 0 s"),
-        (3599, "59 min 59 s"),
-        (11_580, "3 h 13 min"),
-        (86_400, "1 d 0 h"),
-        (86_400 * 1234 + 3600, "1,234 d 1 h"),
-    ],
-)
-def test_an_age_has_two_units(seconds: float, text: str) -> None:
-    assert age(seconds) == text
-
-
 # -- workers --------------------------------------------------------------------------------
 
 
@@ -250,9 +255,9 @@ def test_the_slots_of_the_workers_that_are_seen_are_shown_by_queue() -> None:
     queues = [a_queue("idle"), a_queue("mail", 5, 1.0), a_queue("other")]
     head, _, titles, mail, idle, other = drawn(*queues, workers=workers, width=80)
     assert "  2 workers  1 lost  11/20 busy  " in head
-    assert "busy/slots" in titles
+    assert "busy" in titles
     assert ["busy" in line for line in drawn(*queues)] == [False] * 6
-    assert [line.split()[-3] for line in (mail, idle, other)] == ["11/16", "0/4", "0/0"]
+    assert [line.split()[-2] for line in (mail, idle, other)] == ["11/16", "0/4", "0/0"]
 
 
 def test_a_queue_with_due_jobs_and_no_worker_is_said_to_have_none() -> None:
@@ -292,6 +297,86 @@ def test_what_workers_did_each_second_is_shown_once_they_have_told_it_twice() ->
     assert "done/s" not in head()
 
 
+def test_without_minutes_the_rate_of_a_queue_is_that_of_workers_that_have_no_other() -> None:
+    history = History()
+
+    def shown(*workers: WorkerStatus) -> list[list[str]]:
+        history.add(an_overview(a_queue("mail")), workers)
+        lines = drawn(a_queue("mail"), history=history, workers=workers)
+        return [line.split() for line in lines[2:4]]
+
+    shown(a_worker(1), a_worker(2, queues={"other": 1}))
+    both = a_worker(1, after=10, done=50), a_worker(2, after=10, done=9, queues={"other": 1})
+    assert shown(*both)[1] == ["mail", *"0 - 0 0 10/8 5.0 0".split()]
+    mixed = a_worker(3, queues={"mail": 1, "other": 1})
+    assert "done/s" not in shown(*both, mixed)[0]
+
+
+# -- what minutes tell ----------------------------------------------------------------------
+
+
+def test_minutes_tell_the_rate_the_failures_and_the_last_hour_of_a_queue() -> None:
+    steps = [MinuteCounts()] * 20
+    steps += [MinuteCounts(completed=60)] * 30 + [MinuteCounts(completed=120)] * 9
+    steps += [MinuteCounts(completed=600, retried=150, dead=50), MinuteCounts(completed=1)]
+    assert len(steps) == MINUTES
+    series = MinuteSeries("mail", None, tuple(steps), MinuteCounts())
+    flows = flows_of(MinuteReport(NOW, NOW, 60, (series,)))
+    assert flows["mail"].bars == (0, 0, 0, 0, *[300] * 6, 600, 1080)
+    titles, mail, other = drawn(a_queue("mail"), a_queue("other"), flows=flows)[2:]
+    assert (
+        titles.split() == "queue due oldest running delayed done/s fail% dead/h last hour".split()
+    )
+    assert mail.split() == ["mail", *"0 - 0 0 10.0 10.6 0 ▃▃▃▃▃▃▅█".split()]
+    assert other.split() == ["other", *"0 - 0 0 - - 0".split()]
+    assert bars([]) == ""
+    assert bars([0, 1, 100]) == " ▁█"
+
+
+def test_a_queue_that_is_empty_is_shown_while_it_has_workers_or_jobs_flow() -> None:
+    shown = drawn(
+        flows={"flows": a_flow(), "idle": Flow(0, MinuteCounts(), ())}, workers=[a_worker(1)]
+    )
+    assert names(shown) == ["flows", "mail"]
+    assert shown[1].startswith("2 queues  0 due")
+
+
+# -- below the queues -----------------------------------------------------------------------
+
+
+def a_holder(seconds: float) -> Holder:
+    told: dict[str, Any] = dict.fromkeys(Holder._fields)
+    return Holder(**told | {"kind": "session", "name": "16527", "seconds": seconds})
+
+
+def test_the_longest_jobs_the_last_death_and_an_old_transaction_are_told_below() -> None:
+    since = NOW - timedelta(seconds=60)
+    jobs = [RunningJob("old", since), RunningJob("new", NOW)]
+    workers = [a_worker(1, longest=jobs), a_worker(2, longest=jobs, state="lost")]
+    died = LastDeath(NOW - timedelta(seconds=90), "mail", "confirm", "No: \x1b\nTraceback", MANY)
+    lines = drawn(a_queue("mail"), workers=workers, death=died, holder=a_holder(3700))
+    assert lines[-4:] == [
+        "",
+        "longest    old 1 min on web-2",
+        "horizon    session 16527 keeps dead rows for 1 h 1 min: bgjob doctor --check horizon",
+        "last dead  1 min 30 s ago, mail/confirm: No: \\x1b (1,000+ jobs like it)",
+    ]
+    assert len(drawn(a_queue("mail"), workers=[a_worker(1)], holder=a_holder(59))) == 4
+    assert drawn(a_queue("mail"), death=died, height=12, width=80)[-2].startswith("last dead")
+    assert "last dead" not in "".join(drawn(a_queue("mail"), death=died, height=11, width=80))
+
+
+def test_more_deaths_than_recently_are_marked() -> None:
+    history = History()
+    for n, dead in enumerate((3, 5, 5)):
+        queue = a_queue("mail", dead=CappedCount(dead, is_exact=True))
+        history.add(an_overview(queue, after=2 * n))
+    assert "5 dead/h ▲" in drawn(queue, history=history)[1]
+    history.add(an_overview(a_queue("mail", dead=MANY), after=8))
+    assert "1,000+ dead/h" in drawn(a_queue("mail", dead=MANY), history=history)[1]
+    assert history.dead_trend() == 0
+
+
 # -- a trend --------------------------------------------------------------------------------
 
 
@@ -318,7 +403,7 @@ def test_a_trend_says_whether_the_oldest_job_gets_older(
     assert history.trend("q") == trend
     arrow = {1: "▲", 0: " ", -1: "▼"}[trend]
     [*_, row] = drawn(a_queue("q", 1, 5.0), history=history)
-    assert f"5 s {arrow}" in row
+    assert f"5.0 s {arrow}" in row
 
 
 # -- keys -----------------------------------------------------------------------------------
@@ -328,6 +413,23 @@ def test_keys_are_told_apart_that_arrive_together() -> None:
     assert [*split_keys("q\x1b[Aj\x1b[6~\x1bOB\x1b\x1b[1~é")] == [
         *("q", "up", "down", "page down", "down", "\x1b", "home", "é")
     ]
+
+
+def test_the_cursor_follows_its_queue_and_esc_takes_it_away() -> None:
+    queues = [*"abcdef"]
+    view = pressed(View(), "enter", queues, 3)
+    assert view.pane == Pane("a")
+    assert pressed(view, "down", queues, 3) == view
+    asked_again = pressed(view, "enter", queues, 3)
+    assert asked_again.pane is not view.pane
+    view = pressed(view, "\x1b", queues, 3)
+    assert (view.pane, view.chosen) == (None, "a")
+    view = pressed(view, "down", [*"bcadef"], 3)
+    assert (view.chosen, view.first) == ("d", 1)
+    view = pressed(view, "up", [*"xyz"], 3)  # its queue is gone
+    assert view.chosen == "x"
+    assert pressed(view, "\x1b", queues, 3).chosen is None
+    assert pressed(View(), "enter", [], 3) == pressed(View(), "down", [], 3) == View()
 
 
 # -- the command, over a pipe ---------------------------------------------------------------
@@ -522,13 +624,69 @@ def test_keys_sort_and_scroll(dsn: str) -> None:
     with Client(dsn) as client:
         client.bulk_enqueue([EnqueueRequest(f"q{n:02}", "t", delay=99) for n in range(40)])
     with on_a_terminal("--dsn", dsn, "--sort", "name", lines=14) as screen:
-        assert screen.shows(r"sort: name +↑↓ 1 to 10 of 40")
-        for keys, first in (("\x1b[B", 1), ("\x1b[6~", 11), ("\x1b[F", 30), ("j", 30), ("kk", 28)):
+        assert screen.shows(r"sort: name +↑↓ 1 to 8 of 40")
+        for keys, first, chosen in (
+            ("\x1b[B", 0, 0),
+            ("j", 0, 1),
+            ("\x1b[6~", 2, 9),
+            ("\x1b[F", 32, 39),
+            ("kk", 32, 37),
+            ("\x1b[H", 0, 0),
+        ):
             screen.press(keys)
-            assert screen.shows(f" {first + 1} to {first + 10} of 40")
-            assert screen.frame()[3].startswith(f"q{first:02} ")
+            assert screen.shows(f" {first + 1} to {first + 8} of 40")
+            assert screen.shows(f"^▸ q{chosen:02} ")
+            assert screen.frame()[3].startswith(("▸ ", "  ")) is True
         screen.press("s")
-        assert screen.shows(r"sort: oldest +↑↓ 1 to 10 of 40")
+        assert screen.shows(r"sort: oldest +↑↓ 1 to 8 of 40")
+
+
+def test_enter_tells_why_the_first_job_of_a_queue_does_not_run(dsn: str) -> None:
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("mail", "t", id="order-1", delay=99))
+        client.enqueue(EnqueueRequest("reports", "t", id="order-2"))
+        client.pause("reports")
+        with on_a_terminal("--dsn", dsn, "--sort", "name") as screen:
+            assert screen.shows("^reports ")
+            screen.press("jj\r")
+            assert screen.shows("^the first due job of queue reports")
+            assert screen.shows("^do +bgjob resume reports")
+            assert screen.frame()[-1].startswith("q quit   Esc back")
+            screen.press("\x1b")
+            assert screen.shows("^▸ reports ")
+            screen.press("k\r")
+            assert screen.shows("^queue +mail: empty")
+
+
+def test_minutes_deaths_and_long_jobs_come_from_the_database(
+    dsn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = threading.Event()
+
+    def handle(job: Job) -> Result:
+        done.set()
+        return MoveToDlq("no such address")
+
+    mux = Mux().register("t", handle)
+    with Client(dsn) as client:
+        with Worker(client, "mail", mux, observer=[], services=[Minutes()]):
+            client.enqueue(EnqueueRequest("mail", "t"))
+            assert done.wait(PATIENCE)
+        assert cli.main(["top", "--dsn", dsn]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^mail .* 100\.0 +1$", out, re.MULTILINE)
+    assert re.search(
+        r"^last dead .* ago, mail/t: no such address \(1 job like it\)", out, re.MULTILINE
+    )
+
+
+def test_a_role_that_may_only_read_jobs_sees_the_rest(
+    filled: str, conn: psycopg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conn.execute("alter table bgjob_minute rename to elsewhere")
+    conn.execute("alter table bgjob_dead_job drop column fingerprint")
+    assert cli.main(["top", "--dsn", filled]) == 0
+    assert "mail" in capsys.readouterr().out
 
 
 def test_a_frozen_screen_stays_until_it_is_thawed(filled: str) -> None:

@@ -7,6 +7,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._sql.statement import Row, Statement, column, in_range, scalar, text_array
 from bgjob.job import DeadJob
+from bgjob.stats import CappedCount
 from bgjob.triage import DeadGroup
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{12,16}")
@@ -159,6 +160,47 @@ def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
             DeadGroup(fingerprint_of(number), jobs, tuple(sorted(queues)), *rest)
             for number, jobs, queues, *rest in rows
         ],
+    )
+
+
+class LastDeath(NamedTuple):
+    """The job that died last."""
+
+    at: datetime
+    queue: str
+    type: str
+    error: str
+    """The beginning of its error."""
+    jobs: CappedCount
+    """The dead jobs of its group."""
+
+
+def last_death(*, within: float, cap: int) -> Statement[LastDeath | None]:
+    """Return the job that died last, if that was within so many seconds, and count its group."""
+    return Statement(
+        f"""
+        select {in_range("l.moved_at")}, l.queue, l.type,
+            coalesce(left(l.last_error, {_LONGEST_ERROR}), ''), g.jobs
+        from (
+            select d.queue, d.type, d.last_error, d.moved_at, d.fingerprint
+            from bgjob_dead_job d order by d.id desc limit 1
+        ) as l
+        cross join lateral (
+            select count(*) as jobs from (
+                select from bgjob_dead_job d where d.fingerprint = l.fingerprint
+                order by d.fingerprint, d.id limit %(cap)s
+            ) as same
+        ) as g
+        where l.moved_at > clock_timestamp() - %(within)s * interval '1 second'
+        """,
+        {"within": within, "cap": cap},
+        lambda rows: next(
+            (
+                LastDeath(at, queue, type_, error, CappedCount(jobs, is_exact=jobs < cap))
+                for at, queue, type_, error, jobs in rows
+            ),
+            None,
+        ),
     )
 
 

@@ -5,7 +5,7 @@ import sys
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
-from bgjob._cli import arguments, database, table
+from bgjob._cli import arguments, database, explained, table
 from bgjob.explanation import Explanation
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ STATUS = dedent("""\
       4    there is no such job
       130  Ctrl-C interrupted it
     """)
-
-_DO = "do"
 
 
 def add(commands: "Commands") -> None:
@@ -62,12 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(explanation: Explanation) -> None:
-    what = "queue" if explanation.id is None else "job"
-    lines = [(what, f"{explanation.id or explanation.queue}: {explanation.state}")]
-    for reason in explanation.reasons:
-        lines.append((reason.code, reason.text))
-        if reason.remedy:
-            lines.append((_DO, reason.remedy))
+    lines = explained.lines(explanation)
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         sys.stdout.write(f"{label:<{width}}  {table.printable(text)}\n")

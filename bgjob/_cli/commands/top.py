@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from bgjob._cli import arguments, database, table
 from bgjob._cli.top import live
-from bgjob._cli.top.frame import SORTS, View, frame
+from bgjob._cli.top.frame import frame
 from bgjob._cli.top.history import History
+from bgjob._cli.top.seen import SORTS, View
 from bgjob._cli.top.source import Source
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ def add(commands: "Commands") -> None:
         "and delayed jobs and those that wait for an exclusive key, counted up to 1,000 for each "
         "priority; for how long the oldest job has been due, and whether that grows or shrinks; "
         "the jobs that died within the last hour; the workers that are seen, their slots and "
-        "their rates. It costs the database some milliseconds, whatever the tables hold. Keys: "
-        "q quits, p freezes the screen, s sorts by another column, the arrows and page keys "
-        "scroll. Over a pipe it prints one frame and ends. NO_COLOR=1 switches colours off.",
+        "their rates; and, where workers count minutes, what each queue completed and the share "
+        "that failed. It costs the database some milliseconds, whatever the tables hold. Keys: "
+        "the arrows choose a queue, Enter tells why its first due job does not run, s sorts by "
+        "another column, p freezes the screen, q quits. Over a pipe it prints one frame and ends. "
+        "NO_COLOR=1 switches colours off.",
     )
     parser.add_argument(
         "--every",
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     source = Source(database.find(args.dsn))
     if not (args.json or args.once) and live.can_draw():
         # Its connection ends with the process: another thread may be waiting for an answer.
-        live.show(source.ask, source.server, every=args.every, sort=args.sort)
+        live.show(source, source.server, every=args.every, sort=args.sort)
         return 0
     with closing(source):
         seen = source.ask()

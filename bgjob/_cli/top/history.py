@@ -34,12 +34,17 @@ class History:
 
     def __init__(self) -> None:
         self._overviews: deque[tuple[float, dict[str, float]]] = deque(maxlen=_KEPT)
+        self._dead: deque[tuple[float, int | None]] = deque(maxlen=_KEPT)
         self._workers: dict[int, deque[WorkerStatus]] = {}
 
     def add(self, overview: Overview, workers: Sequence[WorkerStatus] = ()) -> None:
         """Remember an overview, and what its workers have counted."""
         ages = {queue.queue: queue.oldest_due_age or 0.0 for queue in overview.queues}
-        self._overviews.append((overview.at.timestamp(), ages))
+        at = overview.at.timestamp()
+        self._overviews.append((at, ages))
+        dead = [queue.dead for queue in overview.queues]
+        is_exact = all(count.is_exact for count in dead)
+        self._dead.append((at, sum(count.number for count in dead) if is_exact else None))
         before, self._workers = self._workers, {}
         for worker in workers:
             seen = before.get(worker.number, deque(maxlen=_BEATS))
@@ -59,12 +64,33 @@ class History:
         change = (ages.get(queue, 0.0) - earlier.get(queue, 0.0)) / (now - then)
         return (change > _STEADY) - (change < -_STEADY)
 
-    def rates(self) -> Rates | None:
-        """Return what the workers did each second; None until one has told it twice."""
+    def dead_trend(self) -> int:
+        """Return 1 if more jobs died within an hour than recently, -1 if fewer, and 0 otherwise."""
+        if not self._dead:
+            return 0
+        now, dead = self._dead[-1]
+        _, earlier = next(d for d in self._dead if now - d[0] <= _STRETCH)
+        if dead is None or earlier is None:
+            return 0
+        return (dead > earlier) - (dead < earlier)
+
+    def rates(self, queue: str | None = None) -> Rates | None:
+        """Return what the workers did each second; None until one has told it twice.
+
+        Args:
+            queue: only the workers of this queue; None is returned if one of them also has
+                another queue, since a worker counts all its queues together.
+
+        """
         completed = failed = 0.0
         has_rate = False
         for seen in self._workers.values():
             first, last = seen[0], seen[-1]
+            if queue is not None and last.is_alive:
+                if queue not in last.queues:
+                    continue
+                if len(last.queues) > 1:
+                    return None
             seconds = (last.seen_at - first.seen_at).total_seconds()
             if seconds > 0 and last.is_alive:
                 has_rate = True

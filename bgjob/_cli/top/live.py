@@ -3,15 +3,19 @@
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from time import monotonic, sleep
+from time import monotonic
+from typing import Protocol
 
 import psycopg
 
-from bgjob._cli.top.frame import SORTS, Line, Seen, Server, Sort, View, frame, render, rows
+from bgjob._cli.top.frame import frame, ordered, rows
 from bgjob._cli.top.history import History
+from bgjob._cli.top.keys import followed, pressed
+from bgjob._cli.top.seen import Pane, Seen, Server, Sort, View
 from bgjob._cli.top.terminal import Terminal
+from bgjob._cli.top.text import Line, render
 from bgjob.errors import BgjobError
 
 _DUTY = 40
@@ -22,9 +26,23 @@ _TICK = 1.0
 _LATE = 3.0
 """Seconds after which an answer is late."""
 
-_ASCII = str.maketrans({"▲": "^", "▼": "v", "…": "~", "↑": "^", "↓": "v"})
+_SIGNS = "▲▼…↑↓▸·▁▂▃▄▅▆▇█"
+_ASCII = str.maketrans(_SIGNS, "^v~^v>|_.,-=+*#")
 
-Ask = Callable[[], Seen]
+Explained = Sequence[tuple[str, str]]
+"""Labels and texts of the reasons why a job does not run."""
+
+
+class Asks(Protocol):
+    """The database, as the screen asks it; from one thread at a time."""
+
+    def ask(self) -> Seen:
+        """Return what is to be shown."""
+        ...
+
+    def explain(self, queue: str) -> Explained:
+        """Return why the first due job of a queue does not run, as labels and texts."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,46 +57,70 @@ class _Answer:
 class _Asker:
     """Asks for overviews on a thread of its own, and keeps the last answer."""
 
-    def __init__(self, ask: Ask, first: Seen, every: float, wake: Callable[[], None]) -> None:
+    def __init__(self, source: Asks, first: Seen, every: float, wake: Callable[[], None]) -> None:
         self.answer = _Answer(first)
+        self.explained: tuple[Pane, Explained] | None = None
+        """The last pane that was asked for, and what it shows."""
         self.may_ask = threading.Event()
         self.may_ask.set()
-        self._ask, self._every, self._wake = ask, every, wake
+        self._source, self._every, self._wake = source, every, wake
+        self._called = threading.Event()
+        self._pane: Pane | None = None
 
     def start(self) -> None:
         """Start the thread. It ends with the process, since an answer may never come."""
         threading.Thread(target=self._run, name="bgjob top", daemon=True).start()
 
+    def explain(self, pane: Pane) -> None:
+        """Ask, as the next, why a queue's first job does not run."""
+        self._pane = pane
+        self._called.set()
+
     def _run(self) -> None:
         pause = self._every
         while True:
-            sleep(pause)
-            self.may_ask.wait()
+            if self._called.wait(pause):
+                self._called.clear()
+                self._explain()
+                pause = self._every
+                continue
+            if not self.may_ask.is_set():
+                continue
             began = monotonic()
             self.answer = replace(self.answer, asked_at=began)
             try:
-                self.answer = _Answer(self._ask())
+                self.answer = _Answer(self._source.ask())
                 pause = max(self._every, _DUTY * (monotonic() - began))
             except (BgjobError, psycopg.Error) as error:
                 self.answer = replace(self.answer, asked_at=None, error=str(error))
                 pause = self._every
             self._wake()
 
+    def _explain(self) -> None:
+        pane = self._pane
+        if pane is not None:
+            try:
+                lines = self._source.explain(pane.queue)
+            except (BgjobError, psycopg.Error) as error:
+                lines = [("failed", str(error))]
+            self.explained = (pane, lines)
+            self._wake()
 
-def show(ask: Ask, server: Server, *, every: float, sort: Sort) -> None:
+
+def show(source: Asks, server: Server, *, every: float, sort: Sort) -> None:
     """Show the screen until the user ends it.
 
     Args:
-        ask: returns what is to be shown. It is called on another thread, after the first time.
+        source: is asked on another thread, after the first time.
         server: the database's name and version.
         every: seconds between two overviews, at least.
         sort: the order of the queues at first.
 
     """
-    first, history, view = ask(), History(), View(sort=sort)
+    first, history, view = source.ask(), History(), View(sort=sort)
     history.add(first.overview, first.workers)
     with Terminal() as terminal:
-        asker = _Asker(ask, first, every, terminal.wake)
+        asker = _Asker(source, first, every, terminal.wake)
         asker.start()
         shown = asker.answer.seen
         while True:
@@ -87,19 +129,21 @@ def show(ask: Ask, server: Server, *, every: float, sort: Sort) -> None:
                 shown = answer.seen
                 history.add(shown.overview, shown.workers)
             width, height = terminal.size()
-            least = max(0, len(shown.overview.queues) - rows(height))
-            view = replace(
-                view,
-                width=width,
-                height=height,
-                first=min(max(0, view.first), least),
-                trouble=None if view.is_frozen else _trouble(answer),
-            )
+            queues = [queue.queue for queue in ordered(shown, history, view.sort)]
+            view = followed(view, queues, rows(height))
+            if view.pane is not None and view.pane.lines is None and asker.explained is not None:
+                asked, lines = asker.explained
+                if asked is view.pane:
+                    view = replace(view, pane=replace(asked, lines=lines))
+            trouble = None if view.is_frozen else _trouble(answer)
+            view = replace(view, width=width, height=height, trouble=trouble)
             terminal.draw(texts(frame(shown, server, history, view)))
             for key in terminal.wait(_TICK):
                 if key in ("q", "Q"):
                     return
-                view = _pressed(view, key)
+                before, view = view, pressed(view, key, queues, rows(height))
+                if view.pane is not None and view.pane is not before.pane:
+                    asker.explain(view.pane)
             if view.is_frozen:
                 asker.may_ask.clear()
             else:
@@ -112,7 +156,7 @@ def texts(lines: list[Line]) -> list[str]:
     encoding = sys.stdout.encoding
     rendered = [render(line, is_coloured=is_coloured) for line in lines]
     try:
-        "▲▼…↑↓".encode(encoding)
+        _SIGNS.encode(encoding)
     except UnicodeEncodeError:
         rendered = [line.translate(_ASCII) for line in rendered]
     return [line.encode(encoding, "replace").decode(encoding) for line in rendered]
@@ -138,26 +182,3 @@ def _trouble(answer: _Answer) -> str | None:
     if waited > _LATE:
         return f"not renewed: the database has not answered for {waited:.0f} s"
     return None
-
-
-def _pressed(view: View, key: str) -> View:
-    page = rows(view.height or 0)
-    match key:
-        case "p":
-            return replace(view, is_frozen=not view.is_frozen)
-        case "s":
-            following = SORTS[(SORTS.index(view.sort) + 1) % len(SORTS)]
-            return replace(view, sort=following, first=0)
-        case "up":
-            return replace(view, first=view.first - 1)
-        case "down":
-            return replace(view, first=view.first + 1)
-        case "page up":
-            return replace(view, first=view.first - page)
-        case "page down":
-            return replace(view, first=view.first + page)
-        case "home":
-            return replace(view, first=0)
-        case "end":
-            return replace(view, first=sys.maxsize)
-    return view

@@ -1,20 +1,38 @@
 """The database of `bgjob top`: a connection that never waits for long."""
 
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, TypeVar, cast
+
 import psycopg
-from psycopg.errors import InsufficientPrivilege, UndefinedTable
+from psycopg.errors import InsufficientPrivilege, UndefinedColumn, UndefinedTable
 
 from bgjob import schema
-from bgjob._cli import database
-from bgjob._cli.top.frame import Seen, Server
+from bgjob._cli import database, explained
+from bgjob._cli.top.seen import MINUTE, MINUTES, Flow, Seen, Server, flows_of
+from bgjob._explanation.steps import explain_queue
 from bgjob._postgres.connection import Connection
+from bgjob._running.drive import drive
+from bgjob._sql.dead import LastDeath, last_death
 from bgjob._sql.execute import read_all, run, send_all
+from bgjob._sql.minutes import Span, report
 from bgjob._sql.overviews import overview, plan_by_index
+from bgjob._sql.server import Holder, holders
 from bgjob._sql.session import SETTINGS, schema_comment, session
+from bgjob._sql.statement import Statement
 from bgjob._sql.workers import workers
-from bgjob.workers import WorkerStatus
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _CAP = 1000
 _PATIENCE = 10.0
+
+_SLOW = 10.0
+"""Seconds between two looks at what changes slowly: minutes, deaths, old transactions."""
+
+_FLOWS = report(Span(MINUTE, MINUTES), by="queue", queue=None, type_=None)
+_DEATH = last_death(within=3600.0, cap=_CAP)
 
 _SETTINGS = SETTINGS | {
     "application_name": "bgjob top",
@@ -40,6 +58,10 @@ class Source:
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._connection = self._connect()
+        self._slow_at = 0.0
+        self._flows: dict[str, Flow] = {}
+        self._death: LastDeath | None = None
+        self._holder: Holder | None = None
         info = self._connection.info
         # The host of a socket is its folder.
         host = "" if info.host.startswith("/") else f"@{info.host}"
@@ -48,7 +70,7 @@ class Source:
         )
 
     def ask(self) -> Seen:
-        """Return what the queues hold at this moment, and the workers.
+        """Return what the queues hold at this moment, the workers, and what is read more rarely.
 
         Raises:
             psycopg.Error: the database's; the next call connects again.
@@ -56,21 +78,47 @@ class Source:
         """
         if self._connection.closed:
             self._connection = self._connect()
-        statements = [plan_by_index(), overview(None, cap=_CAP)]
         try:
-            with self._connection.pipeline():
-                cursors = send_all(self._connection, statements)
-            _, answer = read_all(cursors, statements)
-            return Seen(answer, self._workers())
+            found = self._run(overview(None, cap=_CAP))
+            if monotonic() >= self._slow_at:
+                self._flows = self._optional(_FLOWS, flows_of) or {}
+                self._death = self._optional(_DEATH, lambda death: death)
+                self._holder = self._optional(holders(), _oldest)
+                self._slow_at = monotonic() + _SLOW
+            listed = self._optional(workers(), lambda listed: listed) or []
+        except psycopg.Error:
+            self.close()
+            raise
+        return Seen(found, listed, self._flows, self._holder, self._death)
+
+    def explain(self, queue: str) -> list[tuple[str, str]]:
+        """Return why the first due job of a queue does not run, as labels and texts.
+
+        Raises:
+            psycopg.Error: the database's; the next call connects again.
+
+        """
+        if self._connection.closed:
+            self._connection = self._connect()
+        try:
+            return explained.lines(drive(explain_queue(queue), self._run))
         except psycopg.Error:
             self.close()
             raise
 
-    def _workers(self) -> list[WorkerStatus]:
+    def _run(self, statement: Statement[T]) -> T:
+        statements: list[Statement[Any]] = [plan_by_index(), statement]
+        with self._connection.pipeline():
+            cursors = send_all(self._connection, statements)
+        _, answer = read_all(cursors, statements)
+        return cast("T", answer)
+
+    def _optional(self, statement: Statement[T], read: Callable[[T], R]) -> R | None:
+        """Ask for what can be left out; None where this role or this schema does not have it."""
         try:
-            return run(self._connection, workers())
-        except (InsufficientPrivilege, UndefinedTable):
-            return []  # the rest can be shown without
+            return read(self._run(statement))
+        except (InsufficientPrivilege, UndefinedTable, UndefinedColumn):
+            return None
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -86,3 +134,7 @@ class Source:
             connection.close()
             raise
         return connection
+
+
+def _oldest(held: Sequence[Holder]) -> Holder | None:
+    return max(held, key=lambda holder: holder.seconds or 0.0, default=None)

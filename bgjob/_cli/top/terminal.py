@@ -35,6 +35,10 @@ _KEYS = {
     "\x1b[F": "end",
     "\x1bOF": "end",
     "\x1b[4~": "end",
+    "\x1b[D": "left",
+    "\x1bOD": "left",
+    "\r": "enter",
+    "\n": "enter",
 }
 
 
