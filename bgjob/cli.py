@@ -16,6 +16,7 @@ from bgjob._cli.commands import (
     doctor,
     enqueue,
     explain,
+    health,
     pauses,
     playground,
     preflight,
@@ -36,6 +37,7 @@ INTERRUPTED = 130
 _COMMANDS = (
     worker,
     workers,
+    health,
     preflight,
     enqueue,
     stats,

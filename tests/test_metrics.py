@@ -19,8 +19,8 @@ import bgjob.workers
 from bgjob import Job, LoggingObserver, MoveToDlq, Mux, Reschedule, Result, Retry, only
 from bgjob._worker.observers import combined, watchers
 from bgjob.ext.prometheus import Metrics
-from bgjob.ext.prometheus._counts import BUCKETS
-from bgjob.ext.prometheus._families import OF_WORKERS
+from bgjob._prometheus.counts import BUCKETS
+from bgjob._prometheus.families import OF_WORKERS
 from bgjob.workers import WorkerHealth
 
 Samples = dict[str, list[Sample]]

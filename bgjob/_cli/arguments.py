@@ -4,10 +4,12 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from textwrap import dedent, fill
 from typing import TYPE_CHECKING, TypeVar
 
 from bgjob._checks import seconds
+from bgjob._cli.listener import Address, TcpAddress
 from bgjob._postgres.connection import check_conninfo
 from bgjob.errors import BgjobError
 from bgjob.job import check_name
@@ -131,6 +133,21 @@ def queue(text: str) -> tuple[str, int | None]:
     if not equals:
         return name("queue")(text), None
     return name("queue")(queue), positive(number)
+
+
+def address(text: str) -> Address:
+    """Parse HOST:PORT, [HOST]:PORT, :PORT or unix:PATH."""
+    if text.startswith("unix:") and len(text) > len("unix:"):
+        return Path(text.removeprefix("unix:"))
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    is_bracketed = host == f"[{bare}]"
+    if colon and port.isdecimal() and int(port) < 1 << 16 and (is_bracketed or ":" not in host):
+        return TcpAddress(bare, int(port))
+    raise ArgumentTypeError(
+        f"HOST:PORT, :PORT for all interfaces, or unix:PATH is needed, such as 127.0.0.1:8321, "
+        f"not {text!r}"
+    )
 
 
 def target(text: str) -> str:

@@ -12,6 +12,7 @@ from types import EllipsisType
 from typing import ClassVar
 
 from bgjob._checks import Duration, seconds
+from bgjob._postgres.connection import ConnectionParameters
 from bgjob._running.loop import Loop
 from bgjob._sql.tokens import Tokens
 from bgjob._worker.control import LAST_WORDS, QueueControl
@@ -53,6 +54,7 @@ class WorkerGroup:
         release: str | None,
     ) -> None:
         self._options = options
+        self._client = client
         self._mux = mux
         self._shared = state
         self._queues = ", ".join(options.concurrency)
@@ -277,6 +279,11 @@ class WorkerGroup:
         self._give_up_at = min(end, self._give_up_at)
         for control in self._controls:
             control.stop(end)
+
+    @property
+    def connection_parameters(self) -> ConnectionParameters:
+        """How its client connects."""
+        return self._client.connection_parameters
 
     def health(self) -> WorkerHealth:
         """How it is. From any thread, without waiting."""

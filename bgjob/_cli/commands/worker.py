@@ -5,7 +5,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,11 @@ import psycopg
 
 from bgjob._cli import arguments
 from bgjob._cli.database import VARIABLE
+from bgjob._cli.health import HEALTH, from_environment
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
+    from bgjob._cli.worker.health import HealthOptions
     from bgjob._cli.worker.target import Choice
 
 _DAY = 86400.0
@@ -105,6 +109,26 @@ def add(commands: "arguments.Commands") -> None:
         "charts, `bgjob top` and client.minutes() (default: 7d); 0 counts nothing. A worker with "
         "a service Minutes of its own uses that",
     )
+    parser.add_argument(
+        "--health",
+        type=arguments.address,
+        metavar="HOST:PORT",
+        help="answer probes by HTTP there, or on unix:PATH: /livez, /readyz, /startupz, and "
+        f"/metrics for Prometheus (default: {HEALTH}, if it is set)",
+    )
+    parser.add_argument(
+        "--alive-file",
+        type=Path,
+        metavar="PATH",
+        help="touch this file every 5 s while the process is live, and remove it at the end",
+    )
+    parser.add_argument(
+        "--live-within",
+        type=arguments.duration,
+        metavar="DURATION",
+        help="not to be live if a queue has due jobs and free slots, and nothing was claimed for "
+        "so long (default: that is not looked at)",
+    )
     arguments.add_dsn(parser)
     parser.add_argument(
         "--log-level",
@@ -121,6 +145,8 @@ def add(commands: "arguments.Commands") -> None:
     )
     # For a parent's children only.
     parser.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dsn-in-environment", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -176,6 +202,8 @@ def _run_one(args: argparse.Namespace, choice: "Choice") -> None:
         choice=choice,
         set_up_logging=set_up,
         lifeline=args.lifeline,
+        health=_health(args),
+        reports=None if args.report is None else serve.Reports(args.report, args.counted),
     )
 
 
@@ -185,7 +213,21 @@ def _run_several(args: argparse.Namespace) -> None:
     log.set_up(args.log_level, args.log_format, with_pid=True)
     # Not in the arguments, which all users of the host can see.
     env = os.environ if args.dsn is None else {**os.environ, VARIABLE: args.dsn}
-    processes.supervise(_arguments_of(args), count=args.processes, grace=args.grace, env=env)
+    processes.supervise(
+        _arguments_of(args),
+        count=args.processes,
+        grace=args.grace,
+        env=env,
+        health=replace(_health(args), live_within=None),
+    )
+
+
+def _health(args: argparse.Namespace) -> "HealthOptions":
+    from bgjob._cli.worker.health import HealthOptions  # noqa: PLC0415
+
+    if args.lifeline is not None:  # the parent answers
+        return HealthOptions(live_within=args.live_within)
+    return HealthOptions(args.health or from_environment(), args.alive_file, args.live_within)
 
 
 def _arguments_of(args: argparse.Namespace) -> Sequence[str]:
@@ -195,7 +237,7 @@ def _arguments_of(args: argparse.Namespace) -> Sequence[str]:
         f"--queue={queue}" if number is None else f"--queue={queue}={number}"
         for queue, number in args.queues or ()
     ]
-    for option in ("concurrency", "minutes", "log_level", "log_format"):
+    for option in ("concurrency", "minutes", "log_level", "log_format", "live_within"):
         if (value := getattr(args, option)) is not None:
             arguments.append(f"--{option.replace('_', '-')}={value}")
     if args.dsn is not None:

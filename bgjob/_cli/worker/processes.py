@@ -12,20 +12,28 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from bgjob._cli.worker.health import Health, HealthOptions
+from bgjob._cli.worker.systemd import VARIABLES, Systemd
 from bgjob._logger import log as _log
 from bgjob.errors import BgjobError
+
+if TYPE_CHECKING:
+    from bgjob._cli.worker.reports import Place, Reports
 
 _FIRST_PAUSE = 0.1  # seconds before a dead process is started again; doubles
 _LONGEST_PAUSE = 10.0
 _MOST_DEATHS = 5
 _WINDOW = 10.0  # seconds: after more deaths than that within it, no process is started again
+_LOOK = 0.5  # seconds between two looks at what the processes report
+_STOOD_STILL = 5.0  # seconds between two looks after which this process stood still itself
 _LATE = 2.0  # seconds after the grace period within which a child has to end
 
 
@@ -34,7 +42,12 @@ class ProcessesError(BgjobError):
 
 
 def supervise(
-    arguments: Sequence[str], *, count: int, grace: float, env: Mapping[str, str]
+    arguments: Sequence[str],
+    *,
+    count: int,
+    grace: float,
+    env: Mapping[str, str],
+    health: HealthOptions,
 ) -> None:
     """Run `count` worker processes until a signal comes; return when they have ended.
 
@@ -47,14 +60,27 @@ def supervise(
         count: the number of processes.
         grace: seconds that each of them waits for its handlers.
         env: their environment.
+        health: where this process tells how they are. Then it also kills one that does not
+            live any more, which is started again.
 
     Raises:
+        ListenError: the address of the probes is in use, for example.
         ProcessesError: more than five of them died within 10 s; the others have been shut down.
 
     """
     command = [sys.executable, *_flags(), "-m", "bgjob", *arguments]
-    children = [_Child(number, command, env) for number in range(1, count + 1)]
-    _Parent(children, grace).run()
+    env = {name: value for name, value in env.items() if name not in VARIABLES}
+    with ExitStack() as stack:
+        reports, told = None, None
+        if health.is_wanted or Systemd(os.environ).is_there:
+            from bgjob._cli.worker.reports import Reports  # noqa: PLC0415 (only where it is used)
+
+            counts = health.address is not None
+            reports = Reports(count, counts=counts)
+            command += ["--counted"] if counts else []
+            told = stack.enter_context(closing(Health(health, reports.report, reports.render)))
+        children = [_Child(number, command, env, reports) for number in range(1, count + 1)]
+        _Parent(children, grace, reports, told).run()
 
 
 def _flags() -> list[str]:
@@ -69,10 +95,19 @@ def _flags() -> list[str]:
 class _Child:
     """A place for a process, which is started again when it ends."""
 
-    def __init__(self, number: int, command: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        number: int,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        reports: "Reports | None",
+    ) -> None:
         self.start_at = -inf
         """When to start it; inf while it runs."""
-        self._name = f"process {number}"
+        self._number = number
+        self._reports = reports
+        self.place: Place | None = None
+        """What it reports."""
         self._command = command
         self._env = env
         self._process: subprocess.Popen[bytes] | None = None
@@ -93,12 +128,25 @@ class _Child:
         """
         self._started_at, self.start_at = monotonic(), inf
         theirs, self._lifeline = os.pipe()
+        pipes = {"--lifeline": theirs}
+        heard: int | None = None
         try:
+            if self._reports is not None:
+                heard, pipes["--report"] = os.pipe()
             self._process = subprocess.Popen(  # noqa: S603
-                [*self._command, "--lifeline", str(theirs)], env=self._env, pass_fds=[theirs]
+                [*self._command, *(f"{name}={fd}" for name, fd in pipes.items())],
+                env=self._env,
+                pass_fds=[*pipes.values()],
             )
+        except BaseException:
+            if heard is not None:
+                os.close(heard)
+            raise
         finally:
-            os.close(theirs)
+            for fd in pipes.values():
+                os.close(fd)
+        if self._reports is not None and heard is not None:
+            self.place = self._reports.listen(self._number, self._process.pid, heard)
         _log.info("%s: pid %d", self, self._process.pid)
 
     def ended(self) -> int | None:
@@ -106,6 +154,8 @@ class _Child:
         status = self._process.poll() if self._process is not None else None
         if status is not None:
             self._process = None
+            if self.place is not None:
+                self.place.end()
             self.let_go()
         return status
 
@@ -133,12 +183,22 @@ class _Child:
             self._process.wait()
 
     def __str__(self) -> str:
-        return self._name
+        return f"process {self._number}"
 
 
 class _Parent:
-    def __init__(self, children: Sequence[_Child], grace: float) -> None:
+    def __init__(
+        self,
+        children: Sequence[_Child],
+        grace: float,
+        reports: "Reports | None",
+        told: Health | None,
+    ) -> None:
         self._children = children
+        self._reports = reports
+        self._told = told
+        self._is_told = False
+        self._looked_at = monotonic()
         self._grace = grace
         self._signum = 0
         self._deaths: deque[float] = deque()
@@ -180,6 +240,8 @@ class _Parent:
                 child.kill()
             os._exit(128 + signum)
         self._signum = signum
+        if self._reports is not None:
+            self._reports.is_stopping = True
         self._calls.put(None)
 
     def _tend(self) -> None:
@@ -192,10 +254,29 @@ class _Parent:
             except OSError as error:  # the host has no more processes or memory
                 child.let_go()
                 self._died(child, f"cannot be started: {error}")
-        self._wait(min(child.start_at for child in self._children))
+        until = min(child.start_at for child in self._children)
+        self._wait(until if self._reports is None else min(until, monotonic() + _LOOK))
+        if self._reports is not None:
+            self._look(self._reports)
         for child in self._children:
             if (status := child.ended()) is not None:
                 self._died(child, _told(status), is_well=status == 0)
+
+    def _look(self, reports: "Reports") -> None:
+        """Kill the processes that do not live any more, and tell once that all have started."""
+        places = [(child, child.place) for child in self._children if child.place is not None]
+        before, self._looked_at = self._looked_at, monotonic()
+        if self._looked_at - before > _STOOD_STILL:
+            for _, place in places:
+                place.forgive()
+        for child, place in places:
+            if (fault := place.fault) is not None:
+                _log.error("%s %s, and is killed", child, fault)
+                place.killed()
+                child.kill()
+        if self._told is not None and not self._is_told and reports.have_started:
+            self._is_told = True
+            self._told.running()
 
     def _died(self, child: _Child, how: str, *, is_well: bool = False) -> None:
         pause = child.put_off()
@@ -212,6 +293,10 @@ class _Parent:
             "%s, shutting down",
             signal.Signals(self._signum).name if self._signum else "too many processes died",
         )
+        if self._told is not None:
+            self._told.stopping()
+        if self._reports is not None:
+            self._reports.is_stopping = True
         for child in self._children:
             child.let_go()
         end = monotonic() + self._grace + _LATE

@@ -8,19 +8,34 @@ its time is over, whatever still hangs in it.
 
 import asyncio
 import gc
+import os
 import threading
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
 
 import psycopg
 
+from bgjob._cli.worker.health import Health, HealthOptions
+from bgjob._cli.worker.probe import Probe
+from bgjob._cli.worker.reports import Reporter
 from bgjob._cli.worker.signals import Ending, Notice, flush
+from bgjob._cli.worker.systemd import Systemd
 from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
 from bgjob._logger import log as _log
 from bgjob._worker.group import WorkerGroup
 from bgjob._worker.registry import Registry
 from bgjob.errors import BgjobError
 from bgjob.worker import AsyncWorker, Worker
+
+
+class Reports(NamedTuple):
+    """How a process reports to its parent."""
+
+    fd: int
+    """One end of a pipe."""
+    counts: bool
+    """Whether it also counts the worker's events."""
 
 
 class ServeError(BgjobError):
@@ -34,6 +49,8 @@ def serve(
     choice: Choice,
     set_up_logging: Callable[[], None],
     lifeline: int | None = None,
+    health: HealthOptions,
+    reports: Reports | None = None,
 ) -> None:
     """Load a worker and run it until it has ended; return after a requested shutdown.
 
@@ -45,17 +62,26 @@ def serve(
         choice: the worker options of the command line.
         set_up_logging: called when the program has been loaded, before the worker runs.
         lifeline: one end of a pipe; the worker is shut down when the other end is closed.
+        health: where the process tells how it is.
+        reports: how to report to a parent, which answers for it instead.
 
     Raises:
         TargetError: the target could not be loaded.
         ServeError: the worker ended on its own.
+        ListenError: the address of the probes is in use, for example.
         BgjobError: the worker could not start; for example a SchemaError.
         psycopg.Error: the worker could not start.
 
     """
     ending = Ending(grace)
+    probe = Probe(
+        health.live_within,
+        counts=health.address is not None or (reports is not None and reports.counts),
+        is_asked_to_end=lambda: bool(ending.signum),
+    )
     try:
-        _serve(target, ending, choice, set_up_logging, lifeline)
+        with _told(health, reports, probe) as told:
+            _serve(target, ending, choice, set_up_logging, lifeline, probe, told)
     except BaseException:
         if not ending.signum or ending.has_served:
             ending.status = 1
@@ -66,12 +92,27 @@ def serve(
         flush()
 
 
+@contextmanager
+def _told(options: HealthOptions, reports: Reports | None, probe: Probe) -> Iterator[Health | None]:
+    """Tell others how this process is, meanwhile."""
+    if reports is not None:
+        with closing(Reporter(reports.fd, probe)):
+            yield None
+    elif options.is_wanted or Systemd(os.environ).is_there:
+        with closing(Health(options, probe.report, probe.render)) as health:
+            yield health
+    else:
+        yield None
+
+
 def _serve(
     target: str,
     ending: Ending,
     choice: Choice,
     set_up_logging: Callable[[], None],
     lifeline: int | None,
+    probe: Probe,
+    told: Health | None,
 ) -> None:
     Registry.program = f"bgjob worker {target}"
     WorkerGroup.minutes = choice.minutes
@@ -87,11 +128,15 @@ def _serve(
     ending.obey_signals()  # also where the program has set up handlers of its own
     if ending.signum:  # and the program caught the interruption
         return
-    service = _Service(loaded, target, ending, set_up_logging)
+    service = _Service(loaded, target, ending, set_up_logging, probe)
     service.start()
     while (notice := ending.next()) is Notice.RUNNING or notice is Notice.ASKED_TO_END:
         if notice is Notice.RUNNING:
             _log.info("%s is running", target)
+            if told is not None:
+                told.running()
+        if ending.signum and told is not None:
+            told.stopping()
         if ending.signum and ending.has_served and not service.is_stopping:
             _log.info("%s: %s, shutting down", target, ending.reason)
             service.stop(ending.grace_left)
@@ -116,6 +161,7 @@ class _Service:
         target: str,
         ending: Ending,
         set_up_logging: Callable[[], None],
+        probe: Probe,
     ) -> None:
         self.error: BaseException | None = None
         self.is_stopping = False
@@ -127,6 +173,7 @@ class _Service:
         self._target = target
         self._ending = ending
         self._set_up_logging = set_up_logging
+        self._probe = probe
         self._group: Any = None
 
     def start(self) -> None:
@@ -151,6 +198,7 @@ class _Service:
 
     def _run_plain(self, worker: Worker) -> None:
         self._set_up_logging()
+        self._probe.attach(worker._group)  # noqa: SLF001
         worker.run()
         self._is_running(worker)
         worker.wait()
@@ -163,6 +211,7 @@ class _Service:
             await asyncio.to_thread(self._run_plain, worker)
             return
         self._set_up_logging()
+        self._probe.attach(worker._group)  # noqa: SLF001
         await asyncio.to_thread(self._open, worker, asyncio.get_running_loop())
         await worker.wait()
         self._has_ended()

@@ -10,12 +10,16 @@ from prometheus_client.core import HistogramMetricFamily
 from typing_extensions import override
 
 from bgjob import __version__
-from bgjob.ext.prometheus import _counts, _families
-from bgjob.ext.prometheus._counts import OUTCOMES, Counts
-from bgjob.ext.prometheus._families import Found
+from bgjob._prometheus import counts as counting
+from bgjob._prometheus import families
+from bgjob._prometheus.counts import OUTCOMES, Counts
+from bgjob._prometheus.families import Found
 from bgjob.job import Job
 from bgjob.observer import NoopObserver, Times, with_times
 from bgjob.workers import QueueHealth, WorkerHealth
+
+MOST = 200
+"""The pairs of a queue and a type that are told apart."""
 
 _COMPLETED, _RETRIED, _RESCHEDULED, _DEAD, _LOST = range(len(OUTCOMES))
 
@@ -39,8 +43,10 @@ class Metrics(NoopObserver):
 
     """
 
-    def __init__(self, *, registry: CollectorRegistry | None = REGISTRY, most: int = 200) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, *, registry: CollectorRegistry | None = REGISTRY, most: int = MOST) -> None:
+        self.registry = registry
+        """Where it is registered."""
+        self.lock = threading.Lock()
         self._most = most
         self.counts = Counts(most)
         self._watched: list[Callable[[], WorkerHealth]] = []
@@ -54,16 +60,16 @@ class Metrics(NoopObserver):
             health: the worker's method.
 
         """
-        with self._lock:
+        with self.lock:
             self._watched.append(health)
 
     def describe(self) -> Iterable[Found]:
         """Return the metrics without samples: registering needs their names."""
-        return [family.empty() for family in _families.OF_WORKERS]
+        return [family.empty() for family in families.OF_WORKERS]
 
     def collect(self) -> Iterable[Found]:
         """Return the metrics with their samples."""
-        with self._lock:
+        with self.lock:
             counts = self.counts.copy()
             found = [(watched, watched()) for watched in self._watched]
             self._watched = [watched for watched, health in found if not health.has_ended]
@@ -73,13 +79,13 @@ class Metrics(NoopObserver):
 
     def _ended(self, outcome: int, job: Job, times: Times | None) -> None:
         ran, waited = (None, None) if times is None else (times.ran, times.waited)
-        with self._lock:  # several workers may have one
+        with self.lock:  # several workers may have one
             numbers = self.counts.numbers(job.queue, job.type)
             numbers[outcome] += 1
             if ran is not None:
-                _counts.ran(numbers, ran)
+                counting.ran(numbers, ran)
             if waited is not None:
-                _counts.waited(numbers, waited)
+                counting.waited(numbers, waited)
 
     @override
     @with_times
@@ -117,12 +123,12 @@ class Metrics(NoopObserver):
 
     @override
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
-        with self._lock:
-            self.counts.numbers(job.queue, job.type)[_counts.TIMEOUTS] += 1
+        with self.lock:
+            self.counts.numbers(job.queue, job.type)[counting.TIMEOUTS] += 1
 
     @override
     def worker_error(self, error: BaseException, /) -> None:
-        with self._lock:
+        with self.lock:
             self.counts.error(type(error).__name__)
 
 
@@ -132,20 +138,20 @@ class Metrics(NoopObserver):
 def jobs(counts: Counts) -> Iterator[Found]:
     """Return the metrics of jobs and errors."""
     pairs = counts.pairs.items()
-    yield _families.JOBS.of(
+    yield families.JOBS.of(
         ((*pair, outcome), numbers[place])
         for pair, numbers in pairs
         for place, outcome in enumerate(OUTCOMES)
     )
-    yield _families.TIMEOUTS.of((pair, numbers[_counts.TIMEOUTS]) for pair, numbers in pairs)
-    for family, start in ((_families.RUN, _counts.RUN), (_families.WAIT, _counts.WAIT)):
+    yield families.TIMEOUTS.of((pair, numbers[counting.TIMEOUTS]) for pair, numbers in pairs)
+    for family, start in ((families.RUN, counting.RUN), (families.WAIT, counting.WAIT)):
         found = family.empty()
         assert isinstance(found, HistogramMetricFamily)  # noqa: S101 (the family says so)
         for pair, numbers in pairs:
-            buckets, sum_ = _counts.histogram(numbers, start)
+            buckets, sum_ = counting.histogram(numbers, start)
             found.add_metric(pair, buckets, sum_)
         yield found
-    yield _families.ERRORS.of(((name,), number) for name, number in counts.errors.items())
+    yield families.ERRORS.of(((name,), number) for name, number in counts.errors.items())
 
 
 class Health(Protocol):
@@ -170,15 +176,15 @@ def workers(healths: Iterable[Health]) -> Iterator[Found]:
             of_queue.setdefault(queue, []).append(each)
     now = time.time()
     queues = of_queue.items()
-    yield _families.SLOTS.of(((queue,), sum(e.slots for e in each)) for queue, each in queues)
-    yield _families.BUSY.of(((queue,), sum(e.busy for e in each)) for queue, each in queues)
-    yield _families.CONNECTED.of(
+    yield families.SLOTS.of(((queue,), sum(e.slots for e in each)) for queue, each in queues)
+    yield families.BUSY.of(((queue,), sum(e.busy for e in each)) for queue, each in queues)
+    yield families.CONNECTED.of(
         ((queue,), min(e.is_connected for e in each)) for queue, each in queues
     )
-    yield _families.TURNED.of(
+    yield families.TURNED.of(
         ((queue,), now - max(e.turned for e in each)) for queue, each in queues
     )
-    yield _families.INFO.of(
+    yield families.INFO.of(
         (
             (
                 __version__,

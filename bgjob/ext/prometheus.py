@@ -2,8 +2,7 @@
 
 Rates and durations are known where handlers run, and depths and ages in the database. So each
 worker's process exports the former (Metrics), and one program for a database the latter
-(DatabaseMetrics, or `bgjob metrics`): if each worker asked the database, a hundred would
-ask it a hundred times.
+(`bgjob metrics`): if each worker asked the database, a hundred would ask it a hundred times.
 
 Needs the extra `prometheus`:
 
@@ -15,6 +14,6 @@ Needs the extra `prometheus`:
 `bgjob worker --health HOST:PORT` does both by itself.
 """
 
-from bgjob.ext.prometheus._metrics import Metrics
+from bgjob._prometheus.metrics import Metrics
 
 __all__ = ["Metrics"]

@@ -1,0 +1,85 @@
+"""Attaches Metrics to a worker, and renders metrics; needs prometheus-client."""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from bgjob._cli.listener import Answer
+from bgjob._prometheus.metrics import Health, Metrics
+from bgjob._prometheus.totals import Sender, Totals
+from bgjob._worker.group import WorkerGroup
+
+
+class Metering:
+    """The metrics of this process."""
+
+    def __init__(self) -> None:
+        self._metrics: Metrics | None = None
+        self._sender: Sender | None = None
+        self._registry = REGISTRY
+
+    def attach(self, group: WorkerGroup) -> None:
+        """Count the events of a worker, before it runs, unless the program itself does."""
+        own = (watcher for watcher in group.watchers if isinstance(watcher, Metrics))
+        metrics = next(own, None)
+        if metrics is None:
+            group.observe_too(metrics := Metrics())
+        if metrics.registry is None:
+            self._registry = CollectorRegistry()
+            self._registry.register(metrics)
+        else:
+            self._registry = metrics.registry
+        self._metrics, self._sender = metrics, Sender(metrics)
+
+    def render(self, accept: str) -> Answer:
+        """Return all metrics of this process, also those that the program defines itself.
+
+        Args:
+            accept: the media types that the client takes.
+
+        """
+        return rendered(self._registry, accept)
+
+    def take(self) -> Mapping[str, Any] | None:
+        """Return what has changed since the last call, for the parent's sum."""
+        return None if self._sender is None else self._sender.take()
+
+    @staticmethod
+    def summed(healths: Callable[[], Iterable[Health]]) -> "Sum":
+        """Return what adds up the metrics of several processes."""
+        return Sum(healths)
+
+
+class Sum:
+    """The metrics of several processes together.
+
+    Args:
+        healths: returns how their workers are.
+
+    """
+
+    def __init__(self, healths: Callable[[], Iterable[Health]]) -> None:
+        self._totals = Totals(healths)
+        self._registry = CollectorRegistry()
+        self._registry.register(self._totals)
+
+    def take_over(self, process: Hashable, sent: Mapping[str, Any]) -> None:
+        """Take what a process has sent."""
+        self._totals.take_over(process, sent)
+
+    def ended(self, process: Hashable) -> None:
+        """Record that a process has ended."""
+        self._totals.ended(process)
+
+    def render(self, accept: str) -> Answer:
+        """Return the metrics."""
+        return rendered(self._registry, accept)
+
+
+def rendered(registry: CollectorRegistry, accept: str) -> Answer:
+    """Return what a registry collects, in the format that the client prefers."""
+    encoder, media_type = choose_encoder(accept)
+    return Answer(HTTPStatus.OK, encoder(registry), media_type)
