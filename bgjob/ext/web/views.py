@@ -1,0 +1,589 @@
+"""What each page shows: a template gets one of these values as `view`, JSON is made of it.
+
+Times are aware datetimes. Names and texts are as they are in the database: the templates escape
+them. Payloads and errors are redacted already. A field with `Trouble` in its type could not be
+read; None means that this part was not asked for, or that there is nothing of the kind.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, TypeAlias
+
+from bgjob.ext.web.frame import Permission
+from bgjob.stats import CappedCount
+from bgjob.workers import WorkerCounts, WorkerState
+
+Seconds: TypeAlias = float
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """In place of a part that could not be read."""
+
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Button:
+    """A form with one button.
+
+    `action` is its path below the root, without a query. With `is_confirmed` the answer is a page
+    that asks. `asks` are fields that the user fills in: "reason", "priority".
+    """
+
+    label: str
+    action: str
+    permission: Permission
+    fields: tuple[tuple[str, str], ...] = ()
+    asks: tuple[str, ...] = ()
+    is_dangerous: bool = False
+    is_confirmed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A payload or an error, as this user may see it.
+
+    `state`: "none" there is none; "shown" as it is; "masked" some values are dots; "hidden" not
+    for this user or for nobody; "binary" not text: `text` is then its first bytes in hex.
+    `size` is in bytes, and that of all of it. `is_cut` if `text` is only its beginning. `reveal`:
+    the query that shows what is masked; `download`: the path of the whole. Empty if not allowed.
+    """
+
+    state: Literal["none", "shown", "masked", "hidden", "binary"]
+    text: str = ""
+    size: int = 0
+    lines: int = 0
+    is_cut: bool = False
+    reveal: str = ""
+    download: str = ""
+
+
+# -- parts of several pages ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """A part of the sentence at the top; `link` is a path below the root with its query."""
+
+    text: str
+    link: str
+    is_alarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRow:
+    """A queue. `state`: "paused", "no worker" (and jobs), "open".
+
+    `busy`, `slots` and `workers` are of the registered live workers. `completed` are the jobs
+    completed in each of the last 60 minutes, the latest last; None without minute counters.
+    `failed_percent` is of the last 10 minutes; None without them or without attempts.
+    """
+
+    queue: str
+    state: Literal["open", "paused", "no worker"]
+    paused_until: datetime | None
+    due: CappedCount
+    oldest_due_at: datetime | None
+    delayed: CappedCount
+    running: CappedCount
+    waiting_for_keys: CappedCount
+    dead_last_hour: CappedCount
+    busy: int
+    slots: int
+    workers: int
+    is_alarm: bool
+    completed: tuple[int, ...] | None = None
+    failed_percent: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueTable:
+    """At most 100 queues, what hurts first; `more` are left out. `prefix` filters the names."""
+
+    rows: tuple[QueueRow, ...]
+    more: int
+    prefix: str
+    has_minutes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """Dead jobs with one fingerprint (hex). `queue`, `type` and `error` are of the latest.
+
+    `error` is its first line. `hours` are the jobs that died in each of the last 24 hours, the
+    latest last; None if that was not counted.
+    """
+
+    fingerprint: str
+    jobs: CappedCount
+    queue: str
+    type: str
+    error: str
+    first_at: datetime
+    last_at: datetime
+    hours: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LongestRow:
+    """A job that has run for long. `number` and `host` are its worker's."""
+
+    id: str
+    since: datetime
+    number: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A registered worker; the attributes of bgjob.workers.WorkerStatus.
+
+    `queues` are (queue, busy, slots). `note` is its last error.
+    """
+
+    number: int
+    state: WorkerState
+    host: str
+    pid: int
+    program: str
+    release: str | None
+    version: str
+    started_at: datetime
+    seen_at: datetime
+    queues: tuple[tuple[str, int, int], ...]
+    types: tuple[str, ...]
+    lease: Seconds
+    every: Seconds
+    counts: WorkerCounts
+    longest: tuple[LongestRow, ...]
+    note: str | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it works or shuts down."""
+        return self.state in {"working", "stopping"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonRow:
+    """A reason why a job does not run; `button` does what lifts it, if a page can."""
+
+    code: str
+    blocks: bool
+    text: str
+    remedy: str
+    button: Button | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """The answer to "why does it not run?". `id` is None if the queue has no due job.
+
+    `state`: see bgjob.explanation.JobState.
+    """
+
+    id: str | None
+    state: str
+    reasons: tuple[ReasonRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A live job in a list. `error` is the first line of its last error, at most 200 characters."""
+
+    id: str
+    queue: str
+    type: str
+    priority: int
+    attempt: int
+    state: Literal["due", "delayed", "retry", "running", "key", "suspect"]
+    due_at: datetime
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadRow:
+    """A dead job in a list. `error` as in JobRow."""
+
+    number: int
+    id: str
+    queue: str
+    type: str
+    attempt: int
+    died_at: datetime
+    error: str | None
+
+
+# -- pages: the overview and queues ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OverviewPage:
+    """`/` (overview.html). Parts: summary, queues, groups, longest.
+
+    `has_workers`: whether any worker was ever seen (for the empty state).
+    """
+
+    summary: tuple[Phrase, ...] | Trouble | None = None
+    queues: QueueTable | Trouble | None = None
+    groups: tuple[GroupRow, ...] | Trouble | None = None
+    longest: tuple[LongestRow, ...] | Trouble | None = None
+    has_workers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PriorityRow:
+    """The due jobs of one priority of a queue."""
+
+    priority: int
+    due: CappedCount
+    oldest_due_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class TypeRow:
+    """What became of the attempts at a type, within the chart's span."""
+
+    type: str
+    completed: int
+    retried: int
+    dead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Attempts over time, in bars of `seconds` each, the first from `since` on."""
+
+    span: Literal["1h", "6h", "24h", "7d"]
+    since: datetime
+    seconds: int
+    completed: tuple[int, ...]
+    retried: tuple[int, ...]
+    dead: tuple[int, ...]
+    types: tuple[TypeRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePage:
+    """`/queues/NAME` (queue.html). Parts: now, chart.
+
+    `row` is None in a queue without jobs, pause and worker. `chart` is None without minute
+    counters. `spans` are the choices of the chart (?span=).
+    """
+
+    queue: str
+    row: QueueRow | Trouble | None = None
+    lines: tuple[PriorityRow, ...] | Trouble | None = None
+    workers: tuple[WorkerRow, ...] | Trouble | None = None
+    why: Why | Trouble | None = None
+    chart: Chart | Trouble | None = None
+    spans: tuple[str, ...] = ("1h", "6h", "24h", "7d")
+
+
+# -- pages: jobs -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """The fields of the filter form; empty strings do not filter."""
+
+    id: str = ""
+    queue: str = ""
+    type: str = ""
+    state: str = ""
+    key: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """A filter in force; `without` is the path with the query of the list without it."""
+
+    name: str
+    value: str
+    without: str
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """How far a search without an index came: rows looked at, of about so many."""
+
+    rows: int
+    of_about: int
+    is_done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class JobsPage:
+    """`/jobs` (jobs.html).
+
+    `older` is the link (path and query) to the next page, or to look further; None on the last.
+    `first`: to the first page, if this is not it. `order` says by what it is sorted.
+    """
+
+    filter: JobFilter
+    chips: tuple[Chip, ...]
+    states: tuple[str, ...]
+    rows: tuple[JobRow, ...] | Trouble | None = None
+    order: str = ""
+    older: str | None = None
+    first: str | None = None
+    looked: Looked | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """A live job. `state` as in JobRow. `worker` is the number of the one that holds it."""
+
+    id: str
+    queue: str
+    type: str
+    state: str
+    priority: int
+    attempt: int
+    deaths: int
+    key: str | None
+    created_at: datetime
+    updated_at: datetime
+    due_at: datetime
+    lease_until: datetime | None
+    running_since: datetime | None
+    worker: int | None
+    trace_url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """`/jobs/ID` (job.html). Part: why.
+
+    `job` is None if no live job has the id; `dead` are the dead ones with it. `buttons` are those
+    that make sense for its state, dangerous ones last.
+    """
+
+    id: str
+    job: JobFacts | Trouble | None = None
+    why: Why | Trouble | None = None
+    payload: Text | None = None
+    error: Text | None = None
+    dead: tuple[DeadRow, ...] = ()
+    buttons: tuple[Button, ...] = ()
+
+
+# -- pages: dead jobs ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeadPage:
+    """`/dead` (dead.html). Part: groups.
+
+    `latest` is the list of single dead jobs; it alone follows `type` and `error` too.
+    `older`, `first`: see JobsPage. `buttons` requeue or purge what the filter finds.
+    """
+
+    queue: str
+    type: str
+    error: str
+    chips: tuple[Chip, ...]
+    groups: tuple[GroupRow, ...] | Trouble | None = None
+    latest: tuple[DeadRow, ...] | Trouble | None = None
+    older: str | None = None
+    first: str | None = None
+    buttons: tuple[Button, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BuriedBy:
+    """How many jobs of a group died on a host, of a release."""
+
+    host: str
+    release: str | None
+    jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """One dead job of a group that was put back to try.
+
+    `state`: "waiting", "running", "completed", "died", "failed" (it waits for a retry),
+    "rescheduled", "gone". `is_good` is None while undecided.
+    """
+
+    id: str
+    started_at: datetime
+    state: str
+    is_good: bool | None
+    error: str | None = None
+    by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """The replay of a group's rest. `state`: "running", "done", "stopped", "braked", "failed"."""
+
+    state: Literal["running", "done", "stopped", "braked", "failed"]
+    total: int
+    back: int
+    died: int
+    rate: float
+    stop_after: int
+    started_at: datetime
+    ended_at: datetime | None
+    by: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPage:
+    """`/dead/groups/FINGERPRINT` (group.html). Part: steps (canary, rest and their state).
+
+    `group` is None once nothing of it is dead. `command` is what to type instead of the rest if
+    that is too much for a page; empty otherwise. `frames` is in the sample's text.
+    """
+
+    fingerprint: str
+    group: GroupRow | Trouble | None = None
+    sample: Text | None = None
+    latest: tuple[DeadRow, ...] | Trouble | None = None
+    buried_by: tuple[BuriedBy, ...] = ()
+    canary: Canary | None = None
+    rest: Rest | None = None
+    command: str = ""
+    refusal: str = ""
+    """Why a canary would not run: the queue is paused, or no worker has a handler."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadFacts:
+    """A dead job."""
+
+    number: int
+    id: str
+    queue: str
+    type: str
+    priority: int
+    attempt: int
+    key: str | None
+    created_at: datetime
+    due_at: datetime
+    updated_at: datetime
+    died_at: datetime
+    fingerprint: str | None
+    trace_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadJobPage:
+    """`/dead/NUMBER` (dead_job.html). `is_alive`: whether a live job has the id again."""
+
+    job: DeadFacts
+    payload: Text
+    error: Text
+    is_alive: bool
+    buttons: tuple[Button, ...] = ()
+
+
+# -- pages: schedules, workers, doctor -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleRow:
+    """A schedule. `late_since` if its tick was to come by then. `last_state`: see JobState."""
+
+    name: str
+    spec: str
+    queue: str
+    type: str
+    is_paused: bool
+    next_run_at: datetime | None
+    late_since: datetime | None
+    last_run_at: datetime | None
+    last_job_id: str | None
+    last_state: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulesPage:
+    """`/schedules` (schedules.html). Part: schedules."""
+
+    schedules: tuple[ScheduleRow, ...] | Trouble | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersPage:
+    """`/workers` (workers.html). Part: workers. The lost ones first."""
+
+    workers: tuple[WorkerRow, ...] | Trouble | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPage:
+    """`/workers/NUMBER` (worker.html). Part: worker."""
+
+    number: int
+    worker: WorkerRow | Trouble | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FindingRow:
+    """A finding of the doctor; `severity`: "bad", "warn", "note", "ok"."""
+
+    check: str
+    severity: Literal["ok", "note", "warn", "bad"]
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorPage:
+    """`/doctor` (doctor.html). Asked on request (?run=1): before that `findings` is None.
+
+    The worst findings first; an answer is kept for 30 s. `at` is when it was made.
+    """
+
+    findings: tuple[FindingRow, ...] | Trouble | None = None
+    at: datetime | None = None
+    seconds: float = 0.0
+
+
+# -- answers that are no page of their own ---------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmPage:
+    """The question before what cannot be undone, or is much (confirm.html).
+
+    `action` is a path below the root, `back` a path with its query, root included. `asks`: see
+    Button. `sample` are a few of what it is about.
+    """
+
+    title: str
+    text: str
+    action: str
+    fields: tuple[tuple[str, str], ...]
+    button: str
+    back: str
+    is_dangerous: bool = True
+    asks: tuple[str, ...] = ()
+    sample: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorPage:
+    """Anything but an answer (error.html). `command` is selectable code, may be empty."""
+
+    status: int
+    title: str
+    text: str
+    remedy: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer of an action to a program; a browser is sent back to its page."""
+
+    done: str
+    count: int
+    targets: tuple[str, ...] = field(default=())
