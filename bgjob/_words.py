@@ -57,3 +57,8 @@ def identifier(name: str) -> str:
 def one_line(text: str) -> str:
     """Return a text with each run of white space as one space."""
     return " ".join(text.split())
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes in place of control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

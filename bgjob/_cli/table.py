@@ -6,6 +6,11 @@ from datetime import datetime
 
 import orjson
 
+from bgjob import _words
+
+printable = _words.printable
+"""What this module writes, and its callers too, has no control characters."""
+
 _LONGEST = 100
 """The most characters of a cell: the first words of an error identify it."""
 
@@ -29,11 +34,6 @@ def write_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     cells = [[shown(value) for value in row] for row in table]
     if not (sys.stdout.isatty() and _drawn(columns, cells, numeric)):
         _write_plain(columns, cells, numeric)
-
-
-def printable(text: str) -> str:
-    """Return a text with escapes in place of control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
