@@ -1,7 +1,7 @@
 """Sparklines, bars and charts as SVG.
 
-Only attributes and the classes of app.css: the page's policy allows no inline style. Each drawing is
-an image with a label, which says in words what it shows.
+Only attributes and the classes of app.css: the page's policy allows no inline style. Each drawing
+is an image with a label, which says in words what it shows.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """The templates, and what they may call."""
 
+import re
 from datetime import UTC, datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +15,11 @@ _LONGEST = 200
 
 _KEPT = frozenset("\n\t")
 """Control characters that a text may have."""
+
+_COMMAND = re.compile(
+    r"(bgjob|select|rollback|alter|create|grant|reindex|vacuum|analyze) [^;]*$", re.DOTALL
+)
+"""A remedy that can be typed as it is; the others are sentences."""
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
@@ -46,7 +52,10 @@ def environment() -> Environment:
         count=_words.count,
         size=_words.size,
     )
-    templates.tests.update(trouble=lambda value: isinstance(value, Trouble))
+    templates.tests.update(
+        trouble=lambda value: isinstance(value, Trouble),
+        command=lambda text: _COMMAND.match(text) is not None,
+    )
     templates.globals.update(
         sparkline=drawing.sparkline, bar=drawing.bar, chart=drawing.chart, key=drawing.key
     )
