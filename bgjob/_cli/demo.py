@@ -5,32 +5,25 @@ file and stores the result. Other jobs wait, fail, are retried and die. The
 results are compared with a count that was made without the queue.
 """
 
-import os
-import signal
 import sysconfig
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from secrets import token_hex
 from time import perf_counter
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import psycopg
-from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
 from typing_extensions import override
 
-from bgjob import schema
 from bgjob._cli import demo_jobs
 from bgjob._cli.demo_jobs import QUEUE, SINGLES, Check, FileCount, Start
+from bgjob._cli.demo_place import DemoError, interrupts, place
 from bgjob._cli.progress import progress, say
 from bgjob.client import Client
-from bgjob.errors import BgjobError
 from bgjob.job import EnqueueRequest, Job
 from bgjob.observer import NoopObserver
 from bgjob.worker import Worker
@@ -42,13 +35,8 @@ _PICK_UP = f"from an enqueue's return to its handler's start, {SINGLES} times"
 _PATIENCE = 60.0
 """Seconds without a job's start or end after which the demo gives up."""
 
-_CONNECT_TIMEOUT = 10
 _GRACE = 5.0  # seconds for the handlers that run when the demo is interrupted
 _MOST_CONNECTIONS = 10
-
-
-class DemoError(BgjobError):
-    """The demo cannot run here, or made no progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +124,7 @@ def run(dsn: str | None = None, *, concurrency: int = 8) -> Report:
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is removed already.
 
     """
-    with _interrupts() as hold_off, ExitStack() as stack:
+    with interrupts() as hold_off, ExitStack() as stack:
         try:
             return _run(stack, dsn, concurrency)
         finally:
@@ -148,12 +136,7 @@ def _run(stack: ExitStack, dsn: str | None, concurrency: int) -> Report:
     files = list(demo_jobs.find_files(root))
     if not files:
         raise DemoError(f"Python's standard library has no source files in {root}: nothing to do")
-    if dsn is None:
-        from bgjob.ext.embedded import EmbeddedServer  # noqa: PLC0415 (an extra)
-
-        say("starting a private PostgreSQL server")
-        dsn = stack.enter_context(EmbeddedServer()).dsn
-    dsn = stack.enter_context(_own_schema(dsn))
+    dsn = stack.enter_context(place(dsn, demo_jobs.CREATE_TABLE))
     size = min(concurrency, _MOST_CONNECTIONS)
     pool = stack.enter_context(
         ConnectionPool(dsn, kwargs={"autocommit": True}, min_size=size, max_size=size, open=False)
@@ -312,54 +295,3 @@ class _Watch(NoopObserver):
     @override
     def worker_error(self, error: BaseException, /) -> None:
         self._trouble = f"; the worker's last error: {error}"
-
-
-# -- cleaning up ----------------------------------------------------------------------------
-
-
-@contextmanager
-def _own_schema(dsn: str) -> Iterator[str]:
-    """Yield a connection string whose search_path is a new schema with bgjob's tables."""
-    params = conninfo_to_dict(dsn)
-    dsn = make_conninfo(dsn, connect_timeout=params.get("connect_timeout", _CONNECT_TIMEOUT))
-    options = params.get("options", os.environ.get("PGOPTIONS", ""))
-    name = f"{QUEUE}_{token_hex(8)}"
-    inside = make_conninfo(dsn, options=f"{options} -c search_path={name}".strip())
-    schema_name = sql.Identifier(name)
-    conn = psycopg.connect(inside, autocommit=True)
-    try:
-        with conn:
-            conn.execute(sql.SQL("create schema {}").format(schema_name))
-            conn.execute(schema.init_sql().encode())
-            conn.execute(demo_jobs.CREATE_TABLE)
-        yield inside
-    finally:
-        try:
-            with psycopg.connect(dsn, autocommit=True) as last:
-                last.execute("set lock_timeout = '10s'")
-                last.execute(sql.SQL("drop schema if exists {} cascade").format(schema_name))
-        except psycopg.Error as error:
-            raise DemoError(
-                f"schema {name} may be left behind: {error}; remedy: drop schema {name} cascade"
-            ) from error
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
-    """Make SIGINT and SIGTERM raise KeyboardInterrupt once; yield a function to ignore both."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def ignore() -> None:
-        for signum in signals:
-            signal.signal(signum, signal.SIG_IGN)
-
-    def interrupt(*_: object) -> NoReturn:
-        ignore()
-        raise KeyboardInterrupt
-
-    before = {signum: signal.signal(signum, interrupt) for signum in signals}
-    try:
-        yield ignore
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
