@@ -207,7 +207,7 @@ class Pool:
 
 
 class AsyncPool:
-    """An async client's own connections, at most 10 for each event loop; see Pool."""
+    """An async client's own connections, by default at most 10 for each event loop; see Pool."""
 
     def __init__(
         self,
@@ -215,10 +215,12 @@ class AsyncPool:
         configure: Callable[[AsyncPooledConnection], Awaitable[None]],
         *,
         patience: float,
+        size: int = _SIZE,
     ) -> None:
         self._options = options
         self._configure = configure
         self._patience = patience
+        self._size = size
         self._is_closed = False
         self.in_child()
         fork.watch(self)
@@ -235,7 +237,7 @@ class AsyncPool:
         _check_open(is_closed=self._is_closed)
         loop = asyncio.get_running_loop()
         if (permits := self._permits.get(loop)) is None:
-            permits = self._permits[loop] = asyncio.Semaphore(_SIZE)
+            permits = self._permits[loop] = asyncio.Semaphore(self._size)
         idle = self._idle
         until = monotonic() + self._patience
         if permits.locked():
@@ -243,7 +245,7 @@ class AsyncPool:
                 async with asyncio.timeout(self._patience):
                     await permits.acquire()
             except TimeoutError:
-                raise _all_in_use(self._patience) from None
+                raise _all_in_use(self._patience, self._size) from None
         else:
             await permits.acquire()
         try:
@@ -368,9 +370,9 @@ def _check_open(*, is_closed: bool) -> None:
         raise ClientClosedError("this client is closed: make a new one")
 
 
-def _all_in_use(patience: float) -> psycopg.OperationalError:
+def _all_in_use(patience: float, size: int = _SIZE) -> psycopg.OperationalError:
     return psycopg.OperationalError(
-        f"all {_SIZE} connections of this client were in use for {patience:g} s: use fewer at a "
+        f"all {size} connections of this client were in use for {patience:g} s: use fewer at a "
         "time, or give the client a psycopg_pool of the size that you need"
     )
 

@@ -11,7 +11,6 @@ from bgjob._sql.statement import Statement, nothing, scalar
 
 _BOUNDS = {
     "transaction_read_only": "on",
-    "statement_timeout": "5s",
     "lock_timeout": "1s",
     "jit": "off",
     # The statistics of a queue are always wrong; see WORKER_SETTINGS.
@@ -20,14 +19,15 @@ _BOUNDS = {
 }
 
 
-def bounds(application: str = "bgjob doctor") -> Statement[None]:
+def bounds(application: str = "bgjob doctor", *, seconds: int = 5) -> Statement[None]:
     """Make this transaction read-only, and limit how long its statements take and wait.
 
     Args:
         application: the name of the session meanwhile.
+        seconds: how long a statement may take.
 
     """
-    settings = {"application_name": application} | _BOUNDS
+    settings = {"application_name": application, "statement_timeout": f"{seconds}s"} | _BOUNDS
     return Statement(
         "select set_config(name, value, true) "
         "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)",

@@ -11,8 +11,9 @@ from bgjob.stats import CappedCount
 Permission: TypeAlias = Literal[
     "look", "payloads", "jobs", "abandon", "pause", "requeue", "purge", "schedules"
 ]
-"""`look`: see the pages. `payloads`: unmask and download payloads. `jobs`: cancel a waiting job,
-run it now, change its priority. `abandon`: cancel a running job. `pause`: pause and resume queues.
+"""`look`: see the pages. `payloads`: unmask and download payloads. `jobs`: cancel a job, run it
+now, change its priority. `abandon`: give up a running job whose handler runs on. `pause`: pause and
+resume queues.
 `requeue`, `purge`: dead jobs. `schedules`: run, pause, resume and remove schedules."""
 
 PERMISSIONS: frozenset[Permission] = frozenset(get_args(Permission))
@@ -88,12 +89,14 @@ def path(*parts: object, **query: object) -> str:
 
 
 def _segment(part: object) -> str:
-    # A browser resolves "." and ".." even if they are escaped, so they get a tilde, which
-    # `original` takes away; and so does a name that begins with one.
+    # A browser resolves "." and ".." even if they are escaped, and the address of a payload ends
+    # like a name may end. Such names stand between tildes, and so do those that begin with one.
     text = str(part)
-    return quote("~" + text if text.startswith("~") or text in {".", ".."} else text, safe="")
+    is_special = text.startswith("~") or text in {".", ".."} or text.endswith("/payload")
+    return quote(f"~{text}~" if is_special else text, safe="")
 
 
 def original(segment: str) -> str:
     """Return the name that a segment of a path stands for; the path is unquoted already."""
-    return segment.removeprefix("~")
+    is_special = len(segment) > 2 and segment[0] == segment[-1] == "~"  # noqa: PLR2004
+    return segment[1:-1] if is_special else segment

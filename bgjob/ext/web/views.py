@@ -65,11 +65,15 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
-    """A part of the sentence at the top; `link` is a path below the root with its query."""
+    """A part of the sentence at the top; `link` is a path below the root with its query.
+
+    `since`: for how long, to be written after the text; None if that is not of interest.
+    """
 
     text: str
     link: str
     is_alarm: bool = False
+    since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,7 @@ class QueueTable:
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """Dead jobs with one fingerprint (hex). `queue`, `type` and `error` are of the latest.
+    """Dead jobs with one fingerprint (hex). `queues`, `type` and `error` are of the latest.
 
     `error` is its first line. `hours` are the jobs that died in each of the last 24 hours, the
     latest last; None if that was not counted.
@@ -118,7 +122,7 @@ class GroupRow:
 
     fingerprint: str
     jobs: CappedCount
-    queue: str
+    queues: tuple[str, ...]
     type: str
     error: str
     first_at: datetime

@@ -1,0 +1,198 @@
+"""What pages show that no other part of the library asks for."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import LiteralString, NamedTuple
+
+from bgjob._sql.dead import DeadFilter
+from bgjob._sql.statement import Row, Statement, finite, in_range, scalar
+
+_MOST_LINES = "100"
+
+
+class DeadListed(NamedTuple):
+    """A dead job in a list."""
+
+    number: int
+    id: str
+    queue: str
+    type: str
+    attempt: int
+    last_error: str | None
+    """Its first 1,000 characters."""
+    moved_at: datetime
+
+
+_DEAD: LiteralString = f"""
+    d.id, d.job_id, d.queue, d.type, d.attempt, left(d.last_error, 1000), {in_range("d.moved_at")}
+"""
+
+
+def dead_of(id_: str) -> Statement[list[DeadListed]]:
+    """List the dead jobs with an id, the latest first, at most ten."""
+    return Statement(
+        f"""
+        -- All with this id first: see looks.find.
+        select {_DEAD} from (
+            select * from bgjob_dead_job where job_id = %(id)s offset 0
+        ) as d order by d.id desc limit 10
+        """,
+        {"id": id_},
+        lambda rows: [DeadListed._make(row) for row in rows],
+    )
+
+
+class DeadStep(NamedTuple):
+    """A page of dead jobs, and how far was looked for it."""
+
+    found: list[DeadListed]
+    looked: int
+    last: int | None
+    """The number of the last one that was looked at; None if there was none."""
+
+
+SHOWN = 50
+"""Dead jobs on a page."""
+
+LOOKED = 50_000
+"""Dead jobs that are looked at for a page."""
+
+
+def dead_list(
+    before: int | None, *, queue: str | None, type_: str | None, error: str | None
+) -> Statement[DeadStep]:
+    """List dead jobs that meet all conditions, the latest first, among the next 50,000."""
+    conditions: list[LiteralString] = ["true"]
+    if queue is not None:
+        conditions.append("d.queue = %(queue)s")
+    if type_ is not None:
+        conditions.append("d.type = %(type)s")
+    if error is not None:
+        conditions.append("position(%(error)s in d.last_error) > 0")
+    most = LOOKED if len(conditions) > 1 else SHOWN + 1
+    condition: LiteralString = " and ".join(conditions)
+    place: LiteralString = "" if before is None else "where id < %(before)s"
+    return Statement(
+        f"""
+        with looked_at as materialized (
+            select id from bgjob_dead_job {place} order by id desc limit {most}
+        ), bound as (
+            select count(*) as n, min(id) as last, max(id) as first from looked_at
+        )
+        select bound.n, bound.last, d.*
+        from bound left join lateral (
+            select {_DEAD} from bgjob_dead_job d
+            where d.id between bound.last and bound.first and {condition}
+            order by d.id desc limit {SHOWN + 1}
+        ) as d on true
+        """,
+        {"before": before, "queue": queue, "type": type_, "error": error},
+        _dead_step,
+    )
+
+
+def _dead_step(rows: Sequence[Row]) -> DeadStep:
+    looked, last, *_ = rows[0]
+    return DeadStep([DeadListed(*row[2:]) for row in rows if row[2] is not None], looked, last)
+
+
+class Line(NamedTuple):
+    """The due jobs of one priority of a queue."""
+
+    priority: int
+    due: int
+    """Counted up to the cap."""
+    oldest: datetime | None
+
+
+def lines_of(queue: str, *, cap: int) -> Statement[list[Line]]:
+    """Count the due jobs of each priority of a queue, running ones left out, up to a cap."""
+    return Statement(
+        f"""
+        with recursive line (priority) as (
+            (
+                select priority from bgjob_job where queue = %(queue)s and not waits
+                order by priority limit 1
+            )
+            union all
+            select (
+                select j.priority from bgjob_job j
+                where j.queue = %(queue)s and j.priority > line.priority and not j.waits
+                order by j.priority limit 1
+            ) from line where line.priority is not null
+        ), known as materialized (
+            select priority from line where priority is not null limit {_MOST_LINES}
+        )
+        select known.priority, due.n, due.oldest
+        from known cross join lateral (
+            select count(*) as n, {in_range("min(s.next_run_at)")} as oldest from (
+                select j.next_run_at from bgjob_job j
+                where j.queue = %(queue)s and j.priority = known.priority
+                    and j.next_run_at <= now() and not j.waits
+                    and (j.lease_until is null or j.lease_until <= now())
+                order by j.next_run_at limit %(cap)s
+            ) as s
+        ) as due
+        order by known.priority
+        """,
+        {"queue": queue, "cap": cap},
+        lambda rows: [Line._make(row) for row in rows],
+    )
+
+
+class ScheduleRow(NamedTuple):
+    """A schedule, and what became of its last job."""
+
+    name: str
+    spec: str
+    queue: str
+    type: str
+    is_paused: bool
+    next_run_at: datetime | None
+    is_late: bool
+    last_run_at: datetime | None
+    last_job_id: str | None
+    last_state: str | None
+    """"running", "due", "delayed", "dead" or "absent"; None without a last job."""
+
+
+def schedules(*, late: float) -> Statement[list[ScheduleRow]]:
+    """List the schedules by name; one is late if its tick was to come so many seconds ago."""
+    return Statement(
+        f"""
+        select s.name, s.spec, s.queue, s.type, s.paused,
+            case when not s.paused then {finite("s.next_run_at")} end,
+            not s.paused and s.next_run_at < now() - %(late)s::float8 * interval '1 second',
+            {finite("s.last_run_at")}, s.last_job_id,
+            case when s.last_job_id is not null then coalesce((
+                select case when j.lease_until > now() then 'running'
+                    when j.next_run_at <= now() then 'due' else 'delayed' end
+                from bgjob_job j where j.id = s.last_job_id
+            ), (
+                select 'dead' from bgjob_dead_job d where d.job_id = s.last_job_id limit 1
+            ), 'absent') end
+        from bgjob_schedule s order by s.name limit 1000
+        """,
+        {"late": late},
+        lambda rows: [ScheduleRow._make(row) for row in rows],
+    )
+
+
+def last_dead() -> Statement[int]:
+    """Return the number of the job that died last; 0 without one."""
+    return Statement(
+        "select coalesce((select id from bgjob_dead_job order by id desc limit 1), 0)", None, scalar
+    )
+
+
+def count_dead(where: DeadFilter, *, most: int) -> Statement[int]:
+    """Count dead jobs up to `most`."""
+    return Statement(
+        f"""
+        select count(*) from (
+            select from bgjob_dead_job where {where.condition} limit %(most)s
+        ) as d
+        """,
+        where.params | {"most": most},
+        scalar,
+    )

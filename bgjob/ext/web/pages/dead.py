@@ -1,0 +1,226 @@
+"""Dead jobs: their groups, one group, and one dead job."""
+
+from dataclasses import replace
+
+from starlette.exceptions import HTTPException
+
+from bgjob._sql import pages as statements
+from bgjob._sql.pages import DeadStep
+from bgjob.ext.web.frame import path
+from bgjob.ext.web.pages.rows import brief, dead_rows
+from bgjob.ext.web.pages.workers import number_in
+from bgjob.ext.web.redaction import Shown
+from bgjob.ext.web.views import (
+    Button,
+    Chip,
+    DeadFacts,
+    DeadJobPage,
+    DeadPage,
+    DeadRow,
+    GroupPage,
+    GroupRow,
+    Trouble,
+)
+from bgjob.ext.web.visit import Visit, tried
+from bgjob.job import DeadJob
+from bgjob.stats import CappedCount
+from bgjob.triage import DeadGroup
+
+_LATEST = 20
+"""Jobs of a group on its page."""
+
+MOST_REPLAYED = 10_000
+"""More than that a page does not requeue or purge: then it shows the command."""
+
+
+async def dead(visit: Visit) -> DeadPage:
+    """Return the groups of dead jobs, and a page of the single ones."""
+    given = {name: visit.field(name) for name in ("queue", "type", "error")}
+    given = {name: value for name, value in given.items() if value}
+    queue, type_, error = (given.get(name, "") for name in ("queue", "type", "error"))
+    chips = tuple(
+        Chip(name, value, path("dead", **{n: v for n, v in given.items() if n != name}))
+        for name, value in given.items()
+    )
+    page = DeadPage(queue, type_, error, chips)
+    if visit.wants("groups"):
+        page = replace(page, groups=await tried(groups(visit, queue or None, type_ or None)))
+    if visit.part is not None:
+        return page
+    before = visit.field("before")
+    if before and not (before.isascii() and before.isdecimal() and len(before) < 19):  # noqa: PLR2004
+        raise HTTPException(400, "before must be the number of a dead job.")
+    found = await tried(
+        visit.site.reader.read(
+            statements.dead_list(
+                int(before) if before else None,
+                queue=queue or None,
+                type_=type_ or None,
+                error=error or None,
+            )
+        )
+    )
+    if isinstance(found, Trouble):
+        return replace(page, latest=found)
+    last = _last(found)
+    fields = (*given.items(),)
+    return replace(
+        page,
+        latest=dead_rows(found.found[: statements.SHOWN], visit.site.redaction),
+        older=path("dead", **given, before=last) if last is not None else None,
+        first=path("dead", **given) if before else None,
+        buttons=(
+            Button(
+                "Requeue all of these",
+                path("dead", "requeue"),
+                "requeue",
+                fields,
+                is_confirmed=True,
+            ),
+            Button(
+                "Purge all of these",
+                path("dead", "purge"),
+                "purge",
+                fields,
+                is_dangerous=True,
+                is_confirmed=True,
+            ),
+        )
+        if given and found.found
+        else (),
+    )
+
+
+def _last(found: DeadStep) -> int | None:
+    """Return the number before which the next page begins; None on the last."""
+    if len(found.found) > statements.SHOWN:
+        return found.found[statements.SHOWN - 1].number
+    return found.last if found.looked == statements.LOOKED else None
+
+
+async def groups(
+    visit: Visit, queue: str | None = None, type_: str | None = None, *, limit: int = 50
+) -> tuple[GroupRow, ...]:
+    """Return groups of dead jobs, the largest first."""
+
+    async def ask() -> list[DeadGroup]:
+        return await visit.site.reader.dlq.groups(limit=limit, queue=queue, type=type_)
+
+    found = await visit.site.keep(("groups", queue, type_, limit), ask)
+    return tuple(_group_row(group, visit) for group in found)
+
+
+def _group_row(group: DeadGroup, visit: Visit) -> GroupRow:
+    shown = Shown(group.id, group.queues[0], group.type, None, group.error)
+    redaction = visit.site.redaction
+    error = redaction.error(shown)
+    if error == group.error:
+        error = group.title
+    return GroupRow(
+        group.fingerprint,
+        CappedCount(group.jobs, is_exact=True),
+        group.queues,
+        group.type,
+        brief(error) or "",
+        group.first,
+        group.last,
+        None,
+    )
+
+
+async def group(visit: Visit) -> GroupPage:
+    """Return the page of a group."""
+    fingerprint: str = visit.request.path_params["fingerprint"]
+    page = GroupPage(fingerprint)
+    found = await tried(_group(visit, fingerprint))
+    if isinstance(found, Trouble):
+        return replace(page, group=found)
+    latest = await tried(_latest(visit, fingerprint))
+    if found is not None:
+        page = replace(page, group=_group_row(found, visit))
+        if found.jobs > MOST_REPLAYED:
+            page = replace(page, command=f"bgjob triage {fingerprint} --rest")
+        shown = Shown(found.id, found.queues[0], found.type, None, found.error)
+        page = replace(page, sample=visit.site.redaction.whole_error(shown))
+    return replace(page, latest=latest)
+
+
+async def _group(visit: Visit, fingerprint: str) -> DeadGroup | None:
+    async def ask() -> list[DeadGroup]:
+        return await visit.site.reader.dlq.groups(fingerprint=fingerprint, limit=1)
+
+    try:
+        found = await visit.site.keep(("group", fingerprint), ask)
+    except ValueError as error:
+        raise HTTPException(404, str(error)) from None
+    return found[0] if found else None
+
+
+async def _latest(visit: Visit, fingerprint: str) -> tuple[DeadRow, ...]:
+    found = await visit.site.reader.dlq.list(fingerprint=fingerprint, limit=_LATEST)
+    redaction = visit.site.redaction
+    return tuple(
+        DeadRow(
+            job.number,
+            job.id,
+            job.queue,
+            job.type,
+            job.attempt,
+            job.moved_at,
+            brief(redaction.error(Shown(job.id, job.queue, job.type, None, job.last_error))),
+        )
+        for job in found
+    )
+
+
+async def dead_job(visit: Visit) -> DeadJobPage:
+    """Return the page of a dead job."""
+    number = number_in(visit, "number")
+    job = await dead_of_number(visit, number)
+    live = await tried(visit.site.reader.jobs.get(job.id))
+    redaction = visit.site.redaction
+    shown = Shown(job.id, job.queue, job.type, job.arg, job.last_error)
+    fields = (("numbers", str(number)),)
+    return DeadJobPage(
+        DeadFacts(
+            number,
+            job.id,
+            job.queue,
+            job.type,
+            job.priority,
+            job.attempt,
+            job.exclusive,
+            job.created_at,
+            job.next_run_at,
+            job.updated_at,
+            job.moved_at,
+            job.fingerprint,
+        ),
+        redaction.payload(
+            shown,
+            may_reveal="payloads" in visit.can,
+            is_revealed=visit.field("payload") == "show" and "payloads" in visit.can,
+            at=path("dead", number),
+        ),
+        redaction.whole_error(shown),
+        live is not None and not isinstance(live, Trouble),
+        (
+            Button("Requeue", path("dead", "requeue"), "requeue", fields),
+            Button(
+                "Purge",
+                path("dead", "purge"),
+                "purge",
+                fields,
+                is_dangerous=True,
+                is_confirmed=True,
+            ),
+        ),
+    )
+
+
+async def dead_of_number(visit: Visit, number: int) -> DeadJob:
+    """Return a dead job; raise 404 if it is not there any more."""
+    found = await visit.site.reader.dlq.list(numbers=[number], limit=1)
+    if not found:
+        raise HTTPException(404, f"There is no dead job {number}: it was requeued or purged.")
+    return found[0]
