@@ -66,7 +66,7 @@ def main(bench: Bench) -> Mapping[str, object]:
         "floor": "client.stats(), which counts exactly",
     }
     for title, queues, most in (("three_queues", 3, 15.0), ("1000_queues", 1000, 400.0)):
-        bench.fresh(partial(_fill, bench, jobs, queues))
+        bench.fresh(partial(fill, bench, jobs, queues))
         bench.admin.execute("vacuum (analyze) bgjob_dead_job, bgjob_exclusive")
         with Client(bench.dsn) as client:
             report[title] = bench.compare(
@@ -78,7 +78,8 @@ def main(bench: Bench) -> Mapping[str, object]:
     return report
 
 
-def _fill(bench: Bench, jobs: int, queues: int) -> None:
+def fill(bench: Bench, jobs: int, queues: int) -> None:
+    """Fill the tables with jobs of so many queues, and with as many dead ones."""
     for statement in (_JOBS, _KEYS, _DEAD):
         bench.admin.execute(statement, {"jobs": jobs, "queues": queues})
 
