@@ -24,6 +24,7 @@ from bgjob._cli.commands import (
     schema,
     stats,
     top,
+    web,
     worker,
     workers,
 )
@@ -42,6 +43,7 @@ _COMMANDS = (
     enqueue,
     stats,
     top,
+    web,
     explain,
     doctor,
     dlq,

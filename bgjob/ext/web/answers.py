@@ -120,7 +120,7 @@ def error_response(
         nav=None,
         user=None,
         can=can,
-        is_read_only=True,
+        is_read_only=getattr(request.state, "is_read_only", False),
         is_part=False,
         now=site.now,
     )

@@ -26,6 +26,7 @@ from bgjob.ext.web.form import parsed
 from bgjob.ext.web.frame import COLOURS, Colour
 from bgjob.ext.web.redaction import Payloads, Redact, Redaction
 from bgjob.ext.web.rendering import environment
+from bgjob.ext.web.schemes import Proxies
 from bgjob.ext.web.site import OnAction, Settings, Site
 from bgjob.ext.web.views import ConfirmPage
 from bgjob.ext.web.visit import Visit
@@ -48,6 +49,7 @@ def create_app(
     read_only: bool = False,
     root_path: str = "",
     hosts: Iterable[str] | None = None,
+    trust: Iterable[str] = (),
 ) -> "WebApp":
     """Return the page as an ASGI application.
 
@@ -81,10 +83,12 @@ def create_app(
         hosts: the host names for which it answers, and 421 for any other, so that no page of
             another site reaches it by a name of its own. None (the default) leaves that to the
             program that it is mounted in.
+        trust: the addresses of reverse proxies, such as "127.0.0.1/32", whose
+            X-Forwarded-Proto counts; none by default.
 
     Raises:
         TypeError: `source` or `access` is of a wrong type.
-        ValueError: an invalid connection string, colour, `payloads` or `root_path`.
+        ValueError: an invalid connection string, colour, `payloads`, `root_path` or network.
 
     """
     if not callable(access):
@@ -104,15 +108,16 @@ def create_app(
         hosts=None if hosts is None else guard.hosts_of(hosts),
     )
     site = Site(settings, Redaction(payloads, redact), parameters_of(source))
-    return WebApp(site, root_path.rstrip("/"))
+    return WebApp(site, root_path.rstrip("/"), Proxies(trust))
 
 
 class WebApp:
     """The ASGI application that `create_app` returns."""
 
-    def __init__(self, site: Site, root: str) -> None:
+    def __init__(self, site: Site, root: str, proxies: Proxies) -> None:
         self._site = site
         self._root = root
+        self._proxies = proxies
         self._templates = environment()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +128,7 @@ class WebApp:
         if scope["type"] != "http":
             await WebSocketClose()(scope, receive, send)
             return
-        scope = guard.with_root(scope, self._root)
+        scope = guard.with_scheme(guard.with_root(scope, self._root), self._proxies)
         request = Request(scope, receive)
         try:
             response = await self._answer(request)
@@ -176,7 +181,7 @@ class WebApp:
             request.query_params.get("part") if request.method in guard.SAFE else None,
             is_api,
         )
-        request.state.can = visit.can
+        request.state.can, request.state.is_read_only = visit.can, visit.is_read_only
         path = path.removeprefix("/api") if is_api else path
         if request.method == "POST":
             return await self._act(visit, path, body)

@@ -6,6 +6,7 @@ In this order: the headers, the host, the size, who it is, and for a write where
 import hmac
 from collections.abc import Iterable, Mapping
 from inspect import isawaitable
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message, Scope, Send
 
 from bgjob.ext.web.access import Access, Check
+from bgjob.ext.web.schemes import Proxies
 
 LARGEST = 64 * 1024
 """The most bytes of a request's body."""
@@ -58,13 +60,21 @@ def check_host(request: Request, hosts: frozenset[str] | None) -> None:
     """Raise 421 unless the request is for one of these hosts.
 
     A page of another site can have its own name resolve to this address, and would then be of the
-    same origin for a browser.
+    same origin for a browser. An address itself is not a name that somebody else can have.
     """
     if hosts is None:
         return
     name = host_name(request.headers.get("host", ""))
-    if name not in hosts:
+    if name not in hosts and not _is_address(name):
         raise HTTPException(421, f"this page is not served as {name!r}")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def host_name(host: str) -> str:
@@ -118,6 +128,13 @@ def check_origin(request: Request) -> None:
     ours = [f"{scheme}://{host}" for scheme in {request.url.scheme, "https"}]
     if not any(hmac.compare_digest(origin.encode(), our.encode()) for our in ours):
         raise HTTPException(403, f"this request comes from another origin ({origin})")
+
+
+def with_scheme(scope: Scope, proxies: Proxies) -> Scope:
+    """Return the scope with the scheme that a trusted proxy names: it ends the browser's TLS."""
+    request = Request(scope)
+    is_tls = request.headers.get("x-forwarded-proto", "").lower() == "https"
+    return {**scope, "scheme": "https"} if is_tls and proxies.trusts(request) else scope
 
 
 def with_root(scope: Scope, root: str) -> Scope:

@@ -27,6 +27,32 @@ _SESSION = 12 * 3600
 """Seconds after which a browser has to show its token again."""
 
 
+class Proxies:
+    """The addresses of reverse proxies, whose headers count.
+
+    Args:
+        networks: such as "127.0.0.1/32".
+
+    Raises:
+        ValueError: an invalid network.
+
+    """
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        self._networks: list[IPv4Network | IPv6Network] = [ip_network(text) for text in networks]
+
+    def __bool__(self) -> bool:
+        return bool(self._networks)
+
+    def trusts(self, request: Request) -> bool:
+        """Whether a request came from one of them."""
+        try:
+            peer = ip_address(request.client.host if request.client else "")
+        except ValueError:
+            return False
+        return any(peer in network for network in self._networks)
+
+
 class Anyone:
     """Everybody may do everything, or what the permissions say; for a loopback address only."""
 
@@ -136,20 +162,13 @@ class ProxyAccess:
     ) -> None:
         check_permissions(permissions)
         self._header = header
-        self._trusted: list[IPv4Network | IPv6Network] = [ip_network(text) for text in trust]
-        if not self._trusted:
+        self._proxies = Proxies(trust)
+        if not self._proxies:
             raise ValueError("trust is required: the addresses of the proxy, such as 127.0.0.1/32")
         self._permissions = permissions
 
     def __call__(self, request: Request) -> Access | None:
         """Return the permissions of the user that a trusted proxy names."""
         user = request.headers.get(self._header, "")
-        return Access(user, self._permissions) if user and self.trusts(request) else None
-
-    def trusts(self, request: Request) -> bool:
-        """Whether the request came from the proxy."""
-        try:
-            peer = ip_address(request.client.host if request.client else "")
-        except ValueError:
-            return False
-        return any(peer in network for network in self._trusted)
+        is_trusted = self._proxies.trusts(request)
+        return Access(user, self._permissions) if user and is_trusted else None

@@ -48,6 +48,8 @@ async def jobs(visit: Visit) -> JobsPage:
         visit.field("key"),
         visit.field("error"),
     )
+    if wanted.id and wanted == JobFilter(wanted.id) and not visit.is_api:
+        await _lead_to(visit, wanted.id)
     if wanted.state and wanted.state not in STATES:
         raise HTTPException(400, f"state must be one of {', '.join(STATES)}.")
     given = {name: value for name, value in asdict(wanted).items() if value}
@@ -67,6 +69,16 @@ async def jobs(visit: Visit) -> JobsPage:
         first=path("jobs", **given) if after else None,
         looked=_looked(found),
     )
+
+
+async def _lead_to(visit: Visit, id_: str) -> None:
+    """Lead to the page of a job, if the text that is looked for is the whole id of one."""
+    reader = visit.site.reader
+    found: object = await tried(reader.jobs.get(id_))
+    if found is None:
+        found = await tried(reader.read(statements.dead_of(id_)))
+    if found and not isinstance(found, Trouble):
+        raise HTTPException(303, headers={"location": visit.root + path("jobs", id_)})
 
 
 async def _found(visit: Visit, wanted: JobFilter, after: str) -> Found:
