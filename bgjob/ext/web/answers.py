@@ -15,7 +15,6 @@ from bgjob.ext.web.pages.overview import dead_last_hour
 from bgjob.ext.web.site import VERSION, Site
 from bgjob.ext.web.views import Done, ErrorPage, Trouble
 from bgjob.ext.web.visit import Visit, tried
-from bgjob.stats import CappedCount
 
 PRIVATE = {"cache-control": "private, no-cache", "vary": "Accept, Cookie, Authorization"}
 """Headers of what a browser may keep, if it asks each time whether it has changed."""
@@ -50,7 +49,7 @@ def _default(value: Any) -> Any:
 
 async def frame_of(visit: Visit, title: str, nav: Section | None, here: str) -> Frame:
     """Return what is around a page of this user."""
-    dead: CappedCount | None = None
+    dead = None
     lost = 0
     if visit.part is None and "look" in visit.can:
         found = await tried(visit.site.overview())

@@ -12,7 +12,6 @@ from collections.abc import Set as AbstractSet
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import ClassVar
 
-from starlette.datastructures import URL
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -104,7 +103,7 @@ class TokenAccess:
         given = request.query_params.get("token")
         if given is None or request.method != "GET" or not self._is_token(given):
             return None
-        url: URL = request.url.remove_query_params("token")
+        url = request.url.remove_query_params("token")
         target = url.path + (f"?{url.query}" if url.query else "")
         response = RedirectResponse("/" + target.lstrip("/"), status_code=303)
         response.set_cookie(

@@ -36,8 +36,8 @@ def of(error: Exception) -> tuple[ErrorPage | None, dict[str, str]]:
         case HTTPException(status_code=status) if 300 <= status < 400:  # noqa: PLR2004
             return None, dict(error.headers or {})
         case HTTPException(status_code=status):
-            title = _TITLES.get(status, error.detail)
-            text = error.detail if status in _TITLES else ""
+            title = _TITLES.get(status) or str(error.detail)
+            text = str(error.detail) if status in _TITLES else ""
             if status == 405:  # noqa: PLR2004
                 text = "There is nothing here for this method."
             page = ErrorPage(status, title, text, _REMEDIES.get(status, ""))

@@ -1,6 +1,6 @@
 """Requeue and purge dead jobs, by number or by filter."""
 
-from typing import Any
+from typing import Any, cast
 
 from starlette.exceptions import HTTPException
 
@@ -92,13 +92,13 @@ async def _confirmed(
         )
     expected = form.integer("expect", -1)
     if expected >= 0 and abs(found - expected) <= expected * _TOLERANCE:
-        return DeadFilters(**filters), None
+        return cast("DeadFilters", filters), None
     changed = "" if expected < 0 else f" It was {count(expected, 'job')} when you were asked first."
     fields = [(field, str(value)) for field, value in filters.items() if field != "numbers"] + [
         ("numbers", str(number)) for number in numbers
     ]
     is_purge = name == "purge"
-    return DeadFilters(**filters), ConfirmPage(
+    return cast("DeadFilters", filters), ConfirmPage(
         f"{verb} {count(found, 'dead job')}?",
         (
             "They are deleted permanently."

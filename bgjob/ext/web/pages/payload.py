@@ -3,9 +3,9 @@
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from bgjob.ext.web.actions.action import check_reading, record
 from bgjob.ext.web.pages.dead import dead_of_number
 from bgjob.ext.web.pages.workers import number_in
+from bgjob.ext.web.records import check_reading, record
 from bgjob.ext.web.redaction import Shown
 from bgjob.ext.web.views import Done
 from bgjob.ext.web.visit import Visit
