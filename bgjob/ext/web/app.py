@@ -29,7 +29,7 @@ from bgjob.ext.web.rendering import environment
 from bgjob.ext.web.schemes import Proxies
 from bgjob.ext.web.site import OnAction, Settings, Site
 from bgjob.ext.web.views import ConfirmPage
-from bgjob.ext.web.visit import Visit
+from bgjob.ext.web.visit import Visit, own_path
 
 FILES = "/static/"
 PROBES = frozenset({"/livez", "/readyz"})
@@ -250,7 +250,13 @@ class WebApp:
             and headers.get("sec-fetch-mode") == "navigate"
             and request.method == "GET"
         ):
-            content = self._templates.get_template("again.html").render(page=None, view=None)
+            sent = request.scope.get("raw_path", b"/").decode("latin-1")
+            query = request.scope["query_string"].decode("latin-1")
+            here = own_path(
+                f"{sent}?{query}" if query else sent, request.scope.get("root_path", "")
+            )
+            view = {"here": here}
+            content = self._templates.get_template("again.html").render(page=None, view=view)
             return Response(content, media_type="text/html")
         challenge: dict[str, str] = getattr(self._site.settings.access, "challenge", {})
         raise HTTPException(401, UNKNOWN, headers=challenge)

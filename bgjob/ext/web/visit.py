@@ -135,11 +135,11 @@ def seconds_ago(at: datetime, age: float | None) -> datetime | None:
 def own_path(to: str, root: str) -> str:
     """Return a path if it is one of ours, and otherwise the first page's."""
     path = to.partition("?")[0].partition("#")[0]
-    segments = unquote(path).split("/")
+    segments = map(unquote, path.split("/"))
     is_ours = (
         path.startswith(root + "/")
         and not path.startswith(("//", "/\\"))
-        and not ({".", ".."} & set(segments))
+        and not ({".", ".."} & {*segments})
         and "\\" not in to
         and to.isprintable()
         and to.isascii()
