@@ -214,9 +214,10 @@ class WebApp:
             raise HTTPException(405, headers={"allow": "GET, HEAD"})
         action, visit.request.scope["path_params"] = found
         form = parsed(body, visit.request.headers.get("content-type", ""))
+        back = form.back
         answer = await action.run(visit, form)
         if not isinstance(answer, ConfirmPage):
-            return done_response(visit, answer, form.text("next", most=2000))
+            return done_response(visit, answer, back)
         if wants_json(visit.request):
             return json_response({"confirm": answer}, 409)
         frame = await frame_of(visit, answer.title, None, answer.back)

@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 from markupsafe import Markup
 
+from bgjob import _words
+
 _SPARK = (120, 24)
 _BAR = (96, 8)
 _CHART = (720, 150)
@@ -161,4 +163,4 @@ def _text(x: float, y: float, anchor: str, text: str) -> Markup:
 def _image(width: int, height: int, label: str, *parts: Markup) -> Markup:
     return Markup(
         '<svg role="img" aria-label="{}" width="{}" height="{}" viewBox="0 0 {} {}">{}</svg>'
-    ).format(label, width, height, width, height, Markup("").join(parts))
+    ).format(_words.printable(label), width, height, width, height, Markup("").join(parts))

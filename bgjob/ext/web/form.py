@@ -17,6 +17,7 @@ MOST_NUMBERS = 1000
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d{1,6})([smhd])", re.ASCII)
 _LONGEST = 500
+_LONGEST_ADDRESS = 8000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Form:
         if len(value) > most or "\0" in value:
             raise HTTPException(400, f"{name} must have at most {most} characters, and no NUL.")
         return value
+
+    @property
+    def back(self) -> str:
+        """The address to go back to (`next`); empty without one."""
+        return self.text("next", most=_LONGEST_ADDRESS)
 
     def needed(self, name: str) -> str:
         """Return a field that must not be empty."""

@@ -107,9 +107,9 @@ async def _confirmed(
         )
         + changed,
         path("dead", name),
-        (*fields, ("expect", str(found)), ("next", form.text("next"))),
+        (*fields, ("expect", str(found)), ("next", form.back)),
         f"{verb} {count(found, 'job')}",
-        visit.back(form.text("next")),
+        visit.back(form.back),
         is_dangerous=is_purge,
         sample=tuple(f"{field}: {value}" for field, value in fields if field != "upto")[:_SAMPLE],
     )

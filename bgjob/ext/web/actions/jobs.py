@@ -85,8 +85,8 @@ def _question(
         title,
         text,
         path("jobs", visit.name("id"), name),
-        (("next", form.text("next")),),
+        (("next", form.back),),
         button,
-        visit.back(form.text("next")),
+        visit.back(form.back),
         asks=("reason",),
     )

@@ -69,9 +69,9 @@ async def remove(visit: Visit, form: Form) -> Answer:
             "It is for a schedule that no worker has any more. If one has it, the schedule "
             "is written again when that worker starts.",
             path("schedules", name, "remove"),
-            (("sure", "yes"), ("next", form.text("next"))),
+            (("sure", "yes"), ("next", form.back)),
             f"Remove {name}",
-            visit.back(form.text("next")),
+            visit.back(form.back),
         )
     with _known():
         await visit.site.writer.schedules.remove(name)

@@ -6,6 +6,7 @@ from bgjob._words import count
 from bgjob.doctor import LIMITS
 from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.dead import groups
+from bgjob.ext.web.pages.minutes import completed, failed_percent, hours
 from bgjob.ext.web.pages.rows import longest_rows, matches, queue_rows
 from bgjob.ext.web.views import (
     GroupRow,
@@ -57,7 +58,24 @@ async def _queues(visit: Visit, workers: list[WorkerStatus]) -> QueueTable:
     rows = queue_rows(await visit.site.overview(), workers)
     prefix = visit.field("queue")
     rows = [row for row in rows if matches(row.queue, prefix)]
-    return QueueTable(tuple(rows[:_MOST]), max(len(rows) - _MOST, 0), prefix, has_minutes=False)
+    shown = await with_hours(visit, rows[:_MOST])
+    has_minutes = any(row.completed is not None for row in shown)
+    return QueueTable(shown, max(len(rows) - _MOST, 0), prefix, has_minutes)
+
+
+async def with_hours(visit: Visit, rows: list[QueueRow]) -> tuple[QueueRow, ...]:
+    """Return rows with what the minute counters tell, if they can be read."""
+    found = await tried(hours(visit))
+    if found is None or isinstance(found, Trouble):
+        return tuple(rows)
+    return tuple(
+        replace(
+            row,
+            completed=completed(found.get(row.queue)),
+            failed_percent=failed_percent(found.get(row.queue)),
+        )
+        for row in rows
+    )
 
 
 async def _summary(visit: Visit, workers: list[WorkerStatus]) -> tuple[Phrase, ...]:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from bgjob._sql import pages as statements
+from bgjob.ext.web.pages.minutes import chart
+from bgjob.ext.web.pages.overview import with_hours
 from bgjob.ext.web.pages.rows import queue_rows, why, worker_rows
 from bgjob.ext.web.views import PriorityRow, QueuePage, QueueRow, Trouble, Why, WorkerRow
 from bgjob.ext.web.visit import Visit, tried
@@ -23,7 +25,9 @@ async def queue(visit: Visit) -> QueuePage:
             lines=await tried(visit.site.keep(("lines", name), lambda: _lines(visit, name))),
             workers=await tried(_workers(visit, name)),
         )
-    if visit.wants("why"):
+    if visit.wants("chart"):
+        page = replace(page, chart=await tried(chart(visit, name)))
+    if visit.part is None:
         page = replace(page, why=await tried(_why(visit, name)))
     return page
 
@@ -31,7 +35,8 @@ async def queue(visit: Visit) -> QueuePage:
 async def _row(visit: Visit, name: str) -> QueueRow | None:
     workers = await tried(visit.site.workers())
     rows = queue_rows(await visit.site.overview(), [] if isinstance(workers, Trouble) else workers)
-    return next((row for row in rows if row.queue == name), None)
+    found = await with_hours(visit, [row for row in rows if row.queue == name])
+    return found[0] if found else None
 
 
 async def _lines(visit: Visit, name: str) -> tuple[PriorityRow, ...]:
