@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import HTTPCookieProcessor, build_opener
 
 import psycopg
 import pytest
 from conftest import find_memory
 from psycopg.conninfo import make_conninfo
 from support.documents import ROOT
+from support.waiting import eventually
 
 from bgjob import Client, EnqueueRequest, cli
 from bgjob._cli import demo, demo_jobs
@@ -155,6 +157,34 @@ def test_an_interrupt_leaves_no_server_behind(
     assert list(tmp_dir.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
+
+
+def test_the_demo_serves_its_page_until_it_is_interrupted(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    pytest.importorskip("uvicorn")
+    before = schemas(conn)
+    with subprocess.Popen(
+        [*COMMAND, "--web", "--dsn", dsn], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        browser = build_opener(HTTPCookieProcessor())
+        with browser.open(address) as answer:
+            overview = answer.read().decode()
+        for queue in ("mail", "files", "reports", "charges", "imports", "invoices", "thumbnails"):
+            assert f">{queue}<" in overview
+        dead = address.replace("/?", "/dead?")
+
+        def has_died(error: str) -> bool:
+            with browser.open(dead) as answer:
+                return error in answer.read().decode()
+
+        assert eventually(lambda: has_died("the tax office is away"))
+        assert eventually(lambda: has_died("there is no decoder"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    assert schemas(conn) == before
 
 
 def test_an_impatient_interrupt_leaves_no_schema_behind(

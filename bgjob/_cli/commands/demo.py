@@ -24,7 +24,8 @@ def add(commands: "Commands") -> None:
         help="watch bgjob run some thousands of jobs, and check the result",
         description="Counts every file of Python's standard library, a job each, while other "
         "jobs wait, fail, are retried and die as they should; then compares the results with a "
-        "count that was made without the queue. Takes a few seconds, and cleans up.",
+        "count that was made without the queue. Takes a few seconds, and cleans up. With --web "
+        "the jobs of a small shop keep flowing instead, and their page is served.",
         status=_STATUS,
     )
     parser.add_argument(
@@ -40,12 +41,22 @@ def add(commands: "Commands") -> None:
         metavar="N",
         help="how many handlers run at the same time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--web",
+        action="store_true",
+        help="serve the web page over a world of jobs until Ctrl-C, and print its address",
+    )
     arguments.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    from bgjob._cli import demo  # noqa: PLC0415 (only what a command needs is imported)
+    if args.web:
+        from bgjob._cli import demo_web  # noqa: PLC0415 (only what a command needs is imported)
+
+        demo_web.serve(args.dsn)
+        return 0
+    from bgjob._cli import demo  # noqa: PLC0415
 
     report = demo.run(args.dsn, concurrency=args.concurrency)
     if args.json:

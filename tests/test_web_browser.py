@@ -1,0 +1,373 @@
+"""The page in chromium, over real workers: what an operator does with it, and what an attacker cannot."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from support.browser import browser as start_browser, findings, need_browser, serving
+from support.databases import Databases
+from support.waiting import PATIENCE, eventually
+
+from bgjob import Client, EnqueueRequest, Job, Mux, NoopObserver, Worker
+from bgjob.schedule import Schedule
+from bgjob.schedules import Schedules
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = "a/../b?c=<img src=x onerror=document.title='hit'>'\"&d\u202e</pre><script>document.title='hit'</script>"
+SHOWN = "<img src=x onerror=document.title='hit'>"
+TOKEN = "a-token-for-the-browser-tests"
+
+PAGES = (
+    "/",
+    "/queues/mail",
+    "/queues/shop",
+    f"/queues/{quote(HOSTILE, safe='')}",
+    "/jobs",
+    "/jobs?queue=mail&state=due",
+    "/jobs/order-3",
+    f"/jobs/{quote(HOSTILE, safe='')}",
+    "/jobs/nothing",
+    "/dead",
+    "/schedules",
+    "/workers",
+    "/doctor?run=1",
+    "/no/such/page",
+)
+
+
+@dataclass
+class World:
+    """A database with workers, and the page over it."""
+
+    client: Client
+    address: str
+    is_mended: threading.Event = field(default_factory=threading.Event)
+    entered: threading.Event = field(default_factory=threading.Event)
+
+    def mux(self) -> Mux:
+        mux = Mux()
+
+        @mux.handler("letter")
+        def letter(_: Job) -> None: ...
+
+        @mux.handler("confirm", max_attempts=1)
+        def confirm(job: Job) -> None:
+            if not self.is_mended.is_set():
+                raise ConnectionError(f"mail server {job.id!r} is away")
+
+        @mux.handler("long")
+        async def long(_: Job) -> None:
+            import asyncio
+
+            self.entered.set()
+            await asyncio.sleep(PATIENCE * 10)
+
+        @mux.handler(HOSTILE[:200], max_attempts=1)
+        def hostile(_: Job) -> None:
+            raise ValueError(HOSTILE)
+
+        return mux
+
+    def is_gone(self, id_: str) -> bool:
+        return self.client.explain(id_).state == "absent"
+
+
+@pytest.fixture(scope="module")
+def world(databases: Databases, template: str) -> Iterator[World]:
+    need_browser()
+    from bgjob.ext.web import TokenAccess, create_app
+
+    with ExitStack() as stack:
+        dsn = stack.enter_context(databases.lend(template, may_keep=lambda: False))
+        client = stack.enter_context(Client(dsn))
+        app = create_app(dsn, access=TokenAccess(TOKEN), name="test")
+        world = World(client, stack.enter_context(serving(app)))
+        client.pause("mail")
+        client.bulk_enqueue(
+            [
+                EnqueueRequest("mail", "letter", id="order-1"),
+                EnqueueRequest("mail", "letter", id="order-2"),
+                EnqueueRequest("idle", "letter", {"to": "ada", "token": "secret-1"}, id="order-3"),
+                *(EnqueueRequest("shop", "confirm", id=f"confirm-{n}") for n in range(4)),
+                EnqueueRequest("shop", "long", id="long-1"),
+                EnqueueRequest(HOSTILE, HOSTILE[:200], {HOSTILE: HOSTILE}, id=HOSTILE),
+                EnqueueRequest(
+                    HOSTILE, HOSTILE[:200], {HOSTILE: HOSTILE}, id=f"{HOSTILE} later", delay=9999
+                ),
+            ]
+        )
+        nightly = Schedule(
+            "nightly", request=EnqueueRequest("shop", "confirm"), every=timedelta(days=1)
+        )
+        worker = Worker(
+            client,
+            {"mail": 1, "shop": 4, HOSTILE: 1},
+            world.mux(),
+            services=[Schedules([nightly])],
+            observer=NoopObserver(),
+        )
+        stack.callback(worker.shutdown, 0)
+        worker.run()
+        assert eventually(lambda: len(client.dlq.list()) == 5)
+        assert world.entered.wait(PATIENCE)
+        yield world
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with start_browser() as browser:
+        yield browser
+
+
+@dataclass
+class Visitor:
+    """A context of the browser with one page, whose errors fail the test."""
+
+    page: Any
+    address: str
+    said: list[str] = field(default_factory=list)
+
+    def go(self, path: str = "/") -> Any:
+        return self.page.goto(self.address + path)
+
+    def sees(self, text: str) -> None:
+        self.page.get_by_text(text).first.wait_for(timeout=PATIENCE * 1000)
+
+
+@pytest.fixture
+def visit(chromium: Any, world: World) -> Iterator[Any]:
+    """Make visitors who have shown the token; none may have met an error of the page."""
+    visitors: list[Visitor] = []
+
+    with ExitStack() as stack:
+
+        def make(**options: Any) -> Visitor:
+            context = chromium.new_context(
+                viewport={"width": 1280, "height": 900}, reduced_motion="reduce", **options
+            )
+            stack.callback(context.close)
+            visitor = Visitor(context.new_page(), world.address)
+            visitor.page.set_default_timeout(PATIENCE * 1000)
+            visitor.page.on("console", lambda it: visitor.said.append(it.text))
+            visitor.page.on("pageerror", lambda it: visitor.said.append(str(it)))
+            visitor.go(f"/?token={TOKEN}")
+            assert "token" not in visitor.page.url
+            visitors.append(visitor)
+            return visitor
+
+        yield make
+    assert [text for visitor in visitors for text in visitor.said] == []
+
+
+def test_an_operator_finds_why_a_job_waits_and_resumes_its_queue(visit: Any, world: World) -> None:
+    it = visit()
+    it.page.keyboard.press("/")
+    it.page.keyboard.type("order-2")
+    it.page.keyboard.press("Enter")
+    it.sees("Queue 'mail' is paused")
+    it.page.get_by_role("button", name="Resume").click()
+
+    assert eventually(lambda: world.is_gone("order-2"))
+    it.page.reload()
+    it.sees("Completed jobs are deleted")
+    it.go("/queues/mail")
+    it.page.get_by_role("button", name="Pause", exact=False).first.click()
+    it.sees("paused")
+    assert "mail" in world.client.paused()
+
+
+def test_an_operator_cancels_a_running_job(visit: Any, world: World) -> None:
+    it = visit()
+    it.go("/queues/shop")
+    it.page.get_by_role("link", name="Its jobs").click()
+    it.page.get_by_role("link", name="long-1").click()
+    it.sees("It runs since")
+    it.page.get_by_role("button", name="Cancel").click()
+    it.page.get_by_label("Reason").fill("too long")
+    it.page.get_by_role("main").get_by_role("button").click()
+
+    assert eventually(lambda: any(job.id == "long-1" for job in world.client.dlq.list()))
+    [dead] = [job for job in world.client.dlq.list() if job.id == "long-1"]
+    assert "too long" in (dead.last_error or "")
+
+
+def test_a_schedule_is_run_with_the_keyboard_alone(visit: Any, world: World) -> None:
+    world.is_mended.set()
+    it = visit()
+
+    def reach(name: str) -> None:
+        for _ in range(100):
+            it.page.keyboard.press("Tab")
+            focused = it.page.locator(":focus")
+            if name in (focused.text_content() or ""):
+                outline = focused.evaluate("it => getComputedStyle(it).outlineStyle")
+                assert outline != "none", f"{name} has the focus, and nobody sees it"
+                return
+        raise AssertionError(f"{name} cannot be reached")
+
+    reach("Skip to the content")
+    it.page.keyboard.press("Enter")
+    assert it.page.locator(":focus").get_attribute("id") == "main"
+    it.go("/")
+    reach("Schedules")
+    it.page.keyboard.press("Enter")
+    it.page.wait_for_url("**/schedules")
+    reach("Run now nightly")
+    it.page.keyboard.press("Enter")
+    it.page.get_by_role("status").filter(has_text="nightly").wait_for()
+
+
+def test_everything_works_without_javascript(visit: Any, world: World) -> None:
+    it = visit(java_script_enabled=False)
+    it.go("/queues/shop")
+    it.page.get_by_role("button", name="Pause shop").click()
+    it.sees("paused")
+    assert "shop" in world.client.paused()
+    it.page.get_by_role("button", name="Resume shop").click()
+    it.sees("open")
+    assert "shop" not in world.client.paused()
+    it.page.get_by_label("Job id").fill("order-3")
+    it.page.keyboard.press("Enter")
+    it.sees("●")
+    assert "secret-1" not in it.page.content()
+    assert it.page.get_by_text("renewed").count() == 0
+
+
+def test_no_page_has_findings_of_axe_or_scrolls_sideways_on_a_phone(
+    visit: Any, world: World
+) -> None:
+    it = visit(color_scheme="light")
+    for path in PAGES:
+        it.go(path)
+        assert findings(it.page) == [], path
+        assert it.page.locator("h1").count() == 1, path
+        light = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        it.page.emulate_media(color_scheme="dark")
+        assert findings(it.page, "color-contrast") == [], f"{path}, dark"
+        assert it.page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        it.page.emulate_media(color_scheme="light")
+        it.page.set_viewport_size({"width": 390, "height": 800})
+        assert it.page.evaluate("document.documentElement.scrollWidth") == 390, path
+        it.page.set_viewport_size({"width": 1280, "height": 900})
+    it.said[:] = [text for text in it.said if "404" not in text]
+
+
+def test_hostile_names_are_shown_and_run_nowhere(visit: Any, world: World) -> None:
+    it = visit()
+    it.sees(SHOWN)
+    it.page.get_by_role("link", name=SHOWN).first.click()
+    it.page.wait_for_url("**/queues/**")
+    it.page.get_by_role("link", name="Its jobs", exact=True).click()
+    it.page.locator("td").get_by_role("link", name=SHOWN).first.click()
+    it.page.wait_for_url("**/jobs/**")
+    assert HOSTILE[:20] in it.page.locator("h1").inner_text()
+    it.sees("not due")
+    it.go("/dead")
+    it.page.get_by_role("link", name="ValueError").first.click()
+    it.page.wait_for_url("**/dead/groups/**")
+    it.sees(SHOWN)
+    for path in PAGES:
+        it.go(path)
+        assert it.page.title() != "hit"
+        assert it.page.locator("main img, main script").count() == 0
+        assert "\u202e" not in it.page.content()
+    it.said[:] = [text for text in it.said if "404" not in text]
+
+
+def test_the_policy_of_the_page_stops_injected_code(visit: Any) -> None:
+    it = visit()
+    tried = it.page.evaluate(
+        """() => {
+          const refused = [];
+          const attempt = (name, act) => { try { act(); } catch { refused.push(name); } };
+          attempt("html", () => { document.body.innerHTML = "<b>hit</b>"; });
+          attempt("policy", () => { trustedTypes.createPolicy("bgjob", {createHTML: (it) => it}); });
+          attempt("eval", () => { setTimeout("document.title = 'hit'"); });
+          const script = document.createElement("script");
+          attempt("script", () => { script.textContent = "document.title = 'hit'"; });
+          const image = document.createElement("img");
+          image.setAttribute("src", "data:,x");
+          attempt("handler", () => { image.setAttribute("onerror", "document.title = 'hit'"); });
+          document.body.append(image);
+          return refused;
+        }"""
+    )
+    it.page.wait_for_timeout(100)
+    assert {"html", "policy", "eval", "script"} <= set(tried)
+    assert it.page.title() != "hit"
+    assert it.said, "the browser reported nothing"
+    it.said.clear()
+
+
+def test_a_page_of_another_port_cannot_act_with_the_cookie(
+    visit: Any, world: World, another_site: str
+) -> None:
+    """Another port of a host is the same site: the browser sends the cookie."""
+    it = visit()
+    it.page.goto(f"{another_site}?{world.address}/queues/shop/pause")
+    it.page.get_by_role("button").click()
+    it.page.wait_for_url(f"{world.address}/**")
+
+    assert "403" in it.page.locator("h1").inner_text()
+    assert "shop" not in world.client.paused()
+    it.said.clear()
+
+
+class Attack(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        target = self.path.partition("?")[2]
+        content = f"<form method=post action='{target}'><button>Win</button></form>".encode()
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def another_site() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Attack) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def test_parts_are_renewed_unless_somebody_is_using_them(visit: Any, world: World) -> None:
+    it = visit()
+    it.page.clock.install()
+    it.go("/queues/shop")
+    statuses: list[int] = []
+    it.page.on("response", lambda answer: statuses.append(answer.status))
+
+    def pass_by(seconds: int) -> None:
+        it.page.clock.run_for(1000 * seconds)
+
+    pass_by(6)
+    assert eventually(lambda: it.page.evaluate("1") and 200 in statuses)
+    pass_by(6)
+    assert eventually(lambda: it.page.evaluate("1") and 304 in statuses)
+
+    it.page.get_by_role("button", name="Pause shop").focus()
+    world.client.pause("shop")
+    before = len(statuses)
+    pass_by(20)
+    assert it.page.evaluate("document.activeElement.textContent").strip() == "Pause shop"
+    it.page.evaluate("document.activeElement.blur()")
+
+    def is_renewed() -> bool:
+        pass_by(6)
+        return bool(it.page.get_by_role("button", name="Resume shop").count())
+
+    assert eventually(is_renewed)
+    assert len(statuses) > before
+    world.client.resume("shop")
