@@ -19,7 +19,7 @@ _PAGES = {
     "queue": "/queues/mail",
     "jobs": "/jobs",
     "jobs_of_a_state": "/jobs?queue=mail&state=due",
-    "jobs_by_prefix": "/jobs?id=job-77",
+    "jobs_by_prefix": "/jobs?id=job-",
     "jobs_by_error": "/jobs?error=no+job+has+this",
     "jobs_by_type": "/jobs?type=nothing",
     "job_due": "/jobs/job-777777",

@@ -27,6 +27,7 @@ from bgjob._cli.demo_jobs import count_file, find_files
 from bgjob._cli.progress import say
 from bgjob.client import Client
 from bgjob.job import EnqueueRequest, Job
+from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.observer import NoopObserver
 from bgjob.result import Backoff
@@ -73,8 +74,10 @@ def running(client: Client, root: Path) -> Iterator[None]:
     schedules = Schedules(_SCHEDULES)
     silent = NoopObserver()
     workers = [
-        Worker(client, _QUEUES, mux, services=[schedules], observer=silent, release="2.0"),
-        Worker(client, {"mail": 4}, mux, observer=silent, release="1.9"),
+        Worker(
+            client, _QUEUES, mux, services=[schedules, Minutes()], observer=silent, release="2.0"
+        ),
+        Worker(client, {"mail": 4}, mux, services=[Minutes()], observer=silent, release="1.9"),
     ]
     client.pause("charges")
     client.bulk_enqueue(_first())
