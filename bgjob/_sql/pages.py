@@ -75,7 +75,7 @@ def dead_list(
     return Statement(
         f"""
         with looked_at as materialized (
-            select id from bgjob_dead_job {place} order by id desc limit {most}
+            select id from bgjob_dead_job {place} order by id desc limit %(most)s
         ), bound as (
             select count(*) as n, min(id) as last, max(id) as first from looked_at
         )
@@ -86,7 +86,7 @@ def dead_list(
             order by d.id desc limit {SHOWN + 1}
         ) as d on true
         """,
-        {"before": before, "queue": queue, "type": type_, "error": error},
+        {"before": before, "queue": queue, "type": type_, "error": error, "most": most},
         _dead_step,
     )
 
