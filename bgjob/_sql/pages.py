@@ -83,10 +83,17 @@ def dead_list(
         from bound left join lateral (
             select {_DEAD} from bgjob_dead_job d
             where d.id between bound.last and bound.first and {condition}
-            order by d.id desc limit {SHOWN + 1}
+            order by d.id desc limit %(shown)s
         ) as d on true
         """,
-        {"before": before, "queue": queue, "type": type_, "error": error, "most": most},
+        {
+            "before": before,
+            "queue": queue,
+            "type": type_,
+            "error": error,
+            "most": most,
+            "shown": SHOWN + 1,
+        },
         _dead_step,
     )
 
