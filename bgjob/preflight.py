@@ -48,7 +48,7 @@ def check(
 
     Args:
         dsn: a connection string. The role needs to read `bgjob_job`; where it may not read
-            `bgjob_dead_job` or `bgjob_schedule`, the report says so.
+            `bgjob_dead_job`, `bgjob_schedule` or `bgjob_worker`, the report says so.
         mux: the handlers of the release.
         queues: the queues that its workers work on; None (the default) for all. Name them if
             other programs share the database: their types have no handler here.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -463,6 +464,34 @@ def test_dead_jobs_that_would_be_handled_now_are_a_note(dsn: str, conn: psycopg.
     assert "bgjob dlq requeue --id fit0" in report.findings[0].remedy
 
 
+def test_live_workers_of_another_release_with_types_that_this_one_lacks_are_a_note(
+    launcher: Launcher, dsn: str, conn: psycopg.Connection
+) -> None:
+    old = mails()
+    for n in range(6):
+        old.register(f"t{n}", never)
+    insert(conn, "a", "t4", due="2030-01-01 00:00Z")
+    insert(conn, "b", "t4", due="2030-01-01 00:00Z", queue="other")
+    launcher.start(old, {"q": 1, "r": 1}, release="2026.10")
+    launcher.shutdown(launcher.start(old, release="ended"))
+    launcher.start(mails(), release="2026.11")
+    notes = [f for f in preflight.check(dsn, mails()).findings if f.code == "other_release"]
+    [note] = notes
+    assert re.fullmatch(
+        r"1 live worker \(release 2026\.10 of .+\) on 'q', 'r' has handlers for types that this "
+        r"release lacks: 't4' \(1 live job\), 't0' \(0 live jobs\), 't1' .*, 't3' \(0 live jobs\), "
+        r"1 more",
+        note.text,
+    )
+    assert (note.severity, note.count) == ("note", 1)
+    assert "let the old workers end last" in note.remedy
+    assert [f.code for f in preflight.check(dsn, mails(), queues=["other"]).findings] == [
+        "no_handler"
+    ]
+    report = preflight.check(dsn, old)
+    assert (report.findings, report.status) == ((), 0)
+
+
 def test_every_page_of_dead_jobs_is_read_whatever_their_ids(
     dsn: str, conn: psycopg.Connection
 ) -> None:
@@ -704,7 +733,7 @@ def answer(
                 reply = of_jobs(statement)
             elif "from bgjob_dead_job" in text:
                 reply = Page(0, None, [])
-            elif "clock_timestamp" in text:
+            elif "clock_timestamp" in text and "bgjob_worker" not in text:
                 reply = AT
             else:
                 reply = []

@@ -435,7 +435,9 @@ def test_a_preflight_needs_no_privilege_but_to_read(roles: Roles) -> None:
     dsn = roles.login()
     reader = sql.Identifier(str(conninfo_to_dict(dsn)["user"]))
     roles.conn.execute(
-        sql.SQL("grant select on bgjob_job, bgjob_dead_job, bgjob_schedule to {}").format(reader)
+        sql.SQL(
+            "grant select on bgjob_job, bgjob_dead_job, bgjob_schedule, bgjob_worker to {}"
+        ).format(reader)
     )
     assert len(preflight.check(dsn, mux).findings) == 3
 
@@ -445,8 +447,8 @@ def test_a_preflight_of_a_workers_role_says_what_it_may_not_read(roles: Roles) -
     report = preflight.check(roles.login("worker"), mux, schedules=[])
     payload, *unread = report.findings
     assert (payload.code, payload.ids, report.jobs, report.dead) == ("payload", ("live",), 1, 0)
-    assert [finding.code for finding in unread] == ["unread", "unread"]
-    for table in ("bgjob_dead_job", "bgjob_schedule"):
+    assert [finding.code for finding in unread] == ["unread"] * 3
+    for table in ("bgjob_dead_job", "bgjob_schedule", "bgjob_worker"):
         [finding] = [finding for finding in unread if table in finding.text]
         assert finding.severity == "note"
         assert f"grant select on {table} to app_" in finding.remedy

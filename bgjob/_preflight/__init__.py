@@ -4,6 +4,7 @@
     sample    which jobs of a type are read, if not all
     judge     jobs -> tallies: what a worker with this Mux would do with each
     findings  tallies -> findings: the sentences, and what to do
+    releases  the same of live workers with types that this release lacks
     report    the values that the caller gets
 
 `judge` and `findings` are pure: their tests need no database. `steps` is a generator of

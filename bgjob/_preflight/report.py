@@ -17,7 +17,8 @@ class Finding:
     Attributes:
         code: what kind it is: `no_handler`, `payload`, `attempts_over`, `last_attempt`,
             `key_raises`, `key_differs`, `schedule_gone`, `schedule_no_handler`,
-            `schedule_payload`, `schedule_changes`, `dead_fit`, `unread`, `hidden`.
+            `schedule_payload`, `schedule_changes`, `dead_fit`, `other_release`, `unread`,
+            `hidden`.
         severity: `note`, `warn` or `bad`.
         text: what was found, in a sentence.
         remedy: what to do.

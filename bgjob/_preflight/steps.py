@@ -11,12 +11,14 @@ from psycopg.errors import QueryCanceled
 from bgjob import schema
 from bgjob._preflight import findings
 from bgjob._preflight.judge import Judge
-from bgjob._preflight.report import Finding, Report
+from bgjob._preflight.releases import of_workers
+from bgjob._preflight.report import Finding, Report, TypeFit
 from bgjob._preflight.sample import Sample
 from bgjob._sql import preflight as statements
 from bgjob._sql.preflight import DEAD, LIVE, Candidate, Key, Page, Table, Wanted
 from bgjob._sql.session import clock, hidden, schema_comment
 from bgjob._sql.statement import Statement
+from bgjob._sql.workers import workers
 from bgjob.mux import Mux
 from bgjob.schedule import Schedule
 
@@ -91,6 +93,7 @@ class _Inspection:
             is_complete = False
         self._findings += findings.of_jobs(self._judge, at)
         fits = findings.fits(self._judge)
+        yield from self._look_at_workers(fits)
         return Report(
             findings.in_order(self._findings),
             fits,
@@ -113,6 +116,17 @@ class _Inspection:
             stored = yield from _ask(statements.stored_schedules())
         self._findings += findings.of_schedules(
             stored, self._options.schedules, self._judge, self._options.queues
+        )
+
+    def _look_at_workers(self, fits: Iterable[TypeFit]) -> Steps[None]:
+        if lacks := (yield from _ask(statements.worker_lacks())):
+            self._findings.append(findings.unread("the workers that run", lacks[0]))
+            return
+        self._findings += of_workers(
+            (yield from _ask(workers())),
+            self._mux.types,
+            self._options.queues,
+            {(fit.queue, fit.type): fit.jobs for fit in fits},
         )
 
     def _look_at_dead(self) -> Steps[None]:

@@ -51,6 +51,7 @@ _DEAD_NEEDS = (
     ),
 )
 _SCHEDULE_NEEDS = (("bgjob_schedule", "select", "name spec queue type arg priority exclusive"),)
+_WORKER_NEEDS = (("bgjob_worker", "select", "number release program queues types state seen_at"),)
 
 
 def live_lacks() -> Statement[list[Lack]]:
@@ -66,6 +67,11 @@ def dead_lacks() -> Statement[list[Lack]]:
 def schedule_lacks() -> Statement[list[Lack]]:
     """List the missing columns and privileges without which no schedule can be read."""
     return lacks((), _SCHEDULE_NEEDS)
+
+
+def worker_lacks() -> Statement[list[Lack]]:
+    """List the missing columns and privileges without which no worker's row can be read."""
+    return lacks((), _WORKER_NEEDS)
 
 
 class Wanted(NamedTuple):

@@ -19,7 +19,8 @@ _STATUS = dedent("""\
             handler, their payload does not fit, or their attempts are over
       warn  look at it: jobs on their last attempt, exclusive keys that differ, schedules
             that are gone or cannot run
-      note  to know: dead jobs that this release would handle, schedules that change
+      note  to know: dead jobs that this release would handle, schedules that change, live
+            workers of another release with types that this one lacks
 
     exit status:
       0    nothing to do, perhaps with notes
