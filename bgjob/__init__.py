@@ -26,6 +26,7 @@ from bgjob.errors import (
 )
 from bgjob.event import (
     Event,
+    JobCancelled,
     JobCompleted,
     JobLeaseLost,
     JobMovedToDlq,
@@ -76,6 +77,7 @@ __all__ = [
     "Event",
     "Job",
     "JobAlreadyExistsError",
+    "JobCancelled",
     "JobCompleted",
     "JobLeaseLost",
     "JobMovedToDlq",

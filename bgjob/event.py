@@ -74,6 +74,19 @@ class JobLeaseLost:
 
 
 @dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """The job was cancelled while this worker had it, and is in the dead-letter table.
+
+    Its result is dropped, if it has one. `ran` and `waited` are None unless its handler has
+    ended.
+    """
+
+    job: Job
+    ran: float | None = None
+    waited: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class JobTimedOut:
     """The job's handler ran for longer than its timeout of `seconds`.
 
@@ -106,6 +119,7 @@ Event: TypeAlias = (
     | JobWillBeRetried
     | JobMovedToDlq
     | JobLeaseLost
+    | JobCancelled
     | JobTimedOut
     | QueueIsEmpty
     | WorkerError

@@ -55,6 +55,9 @@ class Observer(Protocol):
         Another worker may have the job by now.
         """
 
+    def job_cancelled(self, job: Job, /) -> None:
+        """Observe that `job` was cancelled while this worker had it; its result is dropped."""
+
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
         """Observe that the handler of `job` ran for longer than its timeout of `seconds`."""
 
@@ -92,6 +95,10 @@ class NoopObserver(Observer):
 
     @override
     def job_lease_lost(self, job: Job, /) -> None:
+        pass
+
+    @override
+    def job_cancelled(self, job: Job, /) -> None:
         pass
 
     @override
@@ -148,8 +155,8 @@ class WatchesWorker(Protocol):
 class LoggingObserver(NoopObserver):
     """Logs through the standard `logging`.
 
-    What goes well is DEBUG, so that it does not flood a log. A retry, a lost lease
-    or a timeout is a WARNING, a dead job or a worker's error is an ERROR. Each
+    What goes well is DEBUG, so that it does not flood a log. A retry, a lost lease,
+    a cancel or a timeout is a WARNING, a dead job or a worker's error is an ERROR. Each
     record's `extra` has `job_id`, `job_queue`, `job_type` and `job_attempt`;
     `job_event`, for example "completed"; `job_delay`, the seconds until the next
     run; and `job_timeout`, the timeout in seconds. Those of a job's end also have
@@ -270,6 +277,13 @@ class LoggingObserver(NoopObserver):
             "outlived its lease; its result is dropped",
             job,
             times=times,
+        )
+
+    @override
+    @with_times
+    def job_cancelled(self, job: Job, times: Times | None = None, /) -> None:
+        self._log(
+            logging.WARNING, "cancelled", "was cancelled; its result is dropped", job, times=times
         )
 
     @override

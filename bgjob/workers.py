@@ -30,6 +30,7 @@ class WorkerCounts(NamedTuple):
         lost: jobs whose lease ended while this worker had them.
         timed_out: handlers that exceeded their timeout, and were given up.
         errors: errors of the worker itself, such as a lost connection.
+        cancelled: jobs that were cancelled while this worker had them.
 
     """
 
@@ -40,6 +41,7 @@ class WorkerCounts(NamedTuple):
     lost: int = 0
     timed_out: int = 0
     errors: int = 0
+    cancelled: int = 0
 
 
 class RunningJob(NamedTuple):

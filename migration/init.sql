@@ -157,7 +157,8 @@ create table bgjob_worker (
     every         real        not null,
     seen_at       timestamptz not null default clock_timestamp(),
     state         text        not null default 'working',
-    -- Since the start: completed, retried, rescheduled, dead, lost, timed_out, errors.
+    -- Since the start: completed, retried, rescheduled, dead, lost, timed_out, errors,
+    -- cancelled.
     counts        bigint[]    not null default '{}',
     -- The jobs that have run longest, and since when.
     longest       text[]      not null default '{}',

@@ -10,7 +10,7 @@ import pytest
 
 from bgjob._engine import engine, settling
 from bgjob._engine.engine import Engine
-from bgjob._engine.outcome import Effects, Event, Outcome, Release
+from bgjob._engine.outcome import Committed, Effects, Event, Outcome, Release
 from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Step, Stop, Sweep, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.watermarks import Watermarks
@@ -19,7 +19,7 @@ from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, OpenTransactions
 from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
-from bgjob.event import JobLeaseLost, QueueIsEmpty
+from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
 from bgjob.result import Complete, Result, Retry
 
@@ -92,6 +92,14 @@ class Drive:
         """Answer the engine's settlements: everything was held."""
         exchange = self.exchange()
         return self.answer(Reply(settled=set(settled(exchange)))).events
+
+    def asked(self, *cancelled: str) -> list[Event]:
+        """Answer which of the jobs that are gone were cancelled."""
+        exchange = self.exchange()
+        assert exchange.ask
+        ids = {c.job.id for c in exchange.extend}
+        held = set(settled(exchange))
+        return self.answer(Reply(cancelled=cancelled, settled=held, extended=ids)).events
 
     def lose(self) -> None:
         """Break the connection under the exchange, and mend it."""
@@ -222,11 +230,107 @@ def test_a_job_whose_lease_another_worker_took_is_told_lost_once_and_its_result_
     claimed = drive.claim("a")
     drive.now = drive.sleep()
     drive.exchange()
-    assert drive.answer(Reply()).events == [JobLeaseLost(claimed[0].job)]
+    assert drive.answer(Reply()).events == []
     drive.finish(*claimed)
     assert drive.engine.pace.running == 0
     exchange = drive.exchange()
-    assert settled(exchange) == []
+    assert (settled(exchange), exchange.ask) == ([], claimed)
+    assert drive.answer(Reply()).events[0] == JobLeaseLost(claimed[0].job)
+    drive.sleep()  # it asks once
+
+
+def cancel(drive: Drive, *claimed: Claimed) -> list[Event]:
+    """Notify the engine of cancelled claims."""
+    return drive.engine.cancelled([(c.token, c.job.id) for c in claimed])
+
+
+def test_a_cancelled_job_is_told_once_and_interrupted_until_its_handler_ends() -> None:
+    drive = Drive(concurrency=2)
+    a, b = drive.claim("a", "b")
+    assert cancel(drive, a) == [JobCancelled(a.job)]
+    assert cancel(drive, a) == []
+    assert cancel(drive, Claimed(b.job, b.token + 1)) == []  # another claim of it
+    assert set(drive.engine.to_interrupt) == {a}
+    drive.drain()
+    drive.finish(a, b)
+    assert not drive.engine.to_interrupt
+    exchange = drive.exchange()
+    assert exchange.complete == [b]
+    assert drive.answer(Reply(settled={"b"})).events[0] == Outcome(b, Complete(), 1.0)
+    assert drive.engine.pace.running == 0
+
+
+def test_a_cancel_drops_a_result_that_is_not_stored_yet() -> None:
+    drive = Drive(concurrency=2)
+    a, b = drive.claim("a", "b")
+    drive.finish(a, took=2.0)
+    assert cancel(drive, a) == [JobCancelled(a.job, ran=2.0)]
+    assert not drive.engine.to_interrupt
+    drive.finish(b, took=2.0)
+    assert drive.exchange().complete == [b]
+    assert cancel(drive, b) == [JobCancelled(b.job, ran=2.0)]  # it was sent, and came too late
+    assert not any(isinstance(e, Outcome | JobLeaseLost) for e in drive.answer(Reply()).events)
+    drive.drain()
+
+
+@pytest.mark.parametrize("kind", ["t", "other"])  # ordinary, and transactional
+def test_without_a_notification_a_cancel_is_found_at_the_next_extension(kind: str) -> None:
+    drive = Drive(lease=3.0, poll_interval=10.0, transactional={"t"} if kind == "t" else ())
+    (a,) = drive.claim("a")
+    drive.now = drive.sleep()
+    assert drive.exchange().extend == [a]
+    assert drive.answer(Reply()).events == []
+    assert drive.asked("a")[0] == JobCancelled(a.job)
+    assert set(drive.engine.to_interrupt) == {a}
+    drive.finish(a)
+    assert not drive.engine.to_interrupt
+    assert drive.exchange().outcomes == []
+    drive.answer()
+    assert drive.engine.pace.running == 0
+
+
+def test_a_transactional_job_that_its_own_transaction_has_settled_is_not_told_lost() -> None:
+    drive = Drive(lease=3.0, poll_interval=10.0, transactional={"t"})
+    (a,) = drive.claim("a")
+    drive.now = drive.sleep()
+    drive.exchange()
+    drive.answer(Reply())
+    assert drive.asked() == []
+    assert drive.engine.finish([Outcome(a, Committed(Complete()), 1.0)]) == [
+        Outcome(a, Complete(), 1.0)
+    ]
+
+
+def test_a_handler_that_was_given_up_counts_for_nothing_when_it_returns() -> None:
+    drive = Drive(concurrency=1)
+    (a,) = drive.claim("a")
+    cancel(drive, a)
+    drive.engine.handlers_given_up([a])
+    assert not drive.engine.to_interrupt
+    assert drive.engine.pace.running == 0
+    (b,) = drive.claim("b")
+    drive.finish(a)
+    assert drive.engine.pace.running == 1
+    drive.sleep()
+    drive.finish(b)
+    assert drive.exchange().complete == [b]
+
+
+def test_where_the_server_refuses_to_say_what_was_cancelled_the_job_counts_as_lost() -> None:
+    drive = Drive(lease=3.0, poll_interval=1.0)
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    drive.exchange()
+    drive.answer(Reply())
+    events: list[Event] = []
+    for _ in range(20):
+        exchange = drive.next_exchange()
+        if exchange.ask:
+            drive.engine.reject(drive.now)
+        else:
+            events += drive.answer().events
+    assert JobLeaseLost(a.job, ran=1.0) in events
+    assert not drive.next_exchange().ask
 
 
 def test_after_an_outage_longer_than_the_lease_a_worker_settles_and_extends_before_it_claims() -> (
@@ -391,7 +495,8 @@ def test_a_settlement_that_finds_nothing_means_that_the_lease_was_lost() -> None
     (a,) = drive.claim("a")
     drive.finish(a)
     drive.exchange()
-    assert JobLeaseLost(a.job, ran=1.0) in drive.answer(Reply()).events
+    drive.answer(Reply())
+    assert JobLeaseLost(a.job, ran=1.0) in drive.asked()
 
 
 def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lease() -> None:
@@ -413,16 +518,17 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
     drive.now += 3.0
     drive.engine.reconnect()
     assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == [JobLeaseLost(a.job, ran=1.0)]
+    drive.answer(Reply())
+    assert JobLeaseLost(a.job, ran=1.0) in drive.asked()
 
 
 def flowing(drive: Drive, *names: str) -> list[Claimed]:
     """Answer the engine's claim from its marks with these jobs."""
     drive.engine.wake(Notice(since={0: NOON}))
-    while not isinstance(drive.next_exchange().claim, Claim):
-        drive.answer(found())
+    while not isinstance((exchange := drive.next_exchange()).claim, Claim):
+        drive.answer(replace(found(), settled=set(settled(exchange))))
         drive.engine.wake(Notice(since={0: NOON}))
-    return drive.answer(found(*map(job, names))).run
+    return drive.answer(replace(found(*map(job, names)), settled=set(settled(exchange)))).run
 
 
 def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
@@ -1267,9 +1373,9 @@ def test_suspects_are_claimed_in_groups_one_after_the_other() -> None:
     drive = Drive(concurrency=4)
     drive.exchange()
     drive.answer(found(suspects=True))
-    for names in (["a", "b"], ["c"]):
+    for names, before in ((["a", "b"], set()), (["c"], {"a", "b"})):
         assert group_claim(drive).limit == 4
-        suspects = drive.answer(group(*names)).run
+        suspects = drive.answer(replace(group(*names), settled=before)).run
         assert [claimed.is_charged for claimed in suspects] == [len(names) == 1] * len(names)
         assert isinstance(drive.step(), Sleep)  # until they have ended
         drive.finish(*suspects)

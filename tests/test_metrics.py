@@ -78,7 +78,14 @@ def test_each_attempt_is_counted_once_under_its_outcome_with_its_times(
         all_ = scraped(metrics).get("bgjob_jobs_total", [])
         return {s.labels["outcome"]: s.value for s in all_ if s.labels["type"] == type_}
 
-    expected = {"completed": 2, "retried": 1, "rescheduled": 1, "dead": 1, "lost": 0}
+    expected = {
+        "completed": 2,
+        "retried": 1,
+        "rescheduled": 1,
+        "dead": 1,
+        "lost": 0,
+        "cancelled": 0,
+    }
     assert eventually(lambda: counted() == expected), counted()
     assert eventually(lambda: counted("hang").get("dead") == counted("nobody's").get("dead") == 1)
     released.set()

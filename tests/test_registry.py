@@ -597,7 +597,7 @@ def test_a_row_that_was_edited_by_hand_is_listed(conn: psycopg.Connection, liste
     )
     seen = only(listed())
     assert (seen.queues, seen.running) == ({"q": 1}, {})
-    assert seen.counts == WorkerCounts(1, 2, 3, 4, 5, 6, 7)
+    assert seen.counts == WorkerCounts(1, 2, 3, 4, 5, 6, 7, 8)
     assert [job.id for job in seen.longest] == ["a"]
 
 

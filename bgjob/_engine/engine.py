@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import inf
 
+from bgjob._engine.cancels import Cancels
 from bgjob._engine.claims import Claims
 from bgjob._engine.isolation import Isolation
 from bgjob._engine.keys import Keys
@@ -27,7 +28,7 @@ from bgjob._engine.protocol import MOST, Exchange, Sleep, Step, Stop, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
 from bgjob._sql.settlements import Claimed
-from bgjob.event import JobLeaseLost, QueueIsEmpty
+from bgjob.event import QueueIsEmpty
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
@@ -61,7 +62,8 @@ class Engine:
         self._sent: deque[Exchange] = deque()  # and not answered
         self.pace = Pace(concurrency)
         self._leases = Leases(lease)
-        self._settling = Settling(self._leases, Pause(longest_pause), transactional)
+        self._cancels = Cancels()
+        self._settling = Settling(self._leases, self._cancels, Pause(longest_pause), transactional)
         self._keys = Keys(self._leases)
         self._locked = Locked(Pause(longest_pause))
         self._lookout = Lookout(poll_interval, notify=notify)
@@ -102,6 +104,7 @@ class Engine:
 
         Returns the events of jobs that their own transactions have settled.
         """
+        outcomes = self._cancels.but_abandoned(outcomes)
         if self._names_keys:
             outcomes = [outcome for outcome in outcomes if not self._keys.wants(outcome)]
         if self._isolation.has_group:
@@ -113,6 +116,26 @@ class Engine:
             if isinstance(event, Outcome) and event.claimed.job.exclusive is not None:
                 self._keys.free[event.claimed.job.exclusive] = None
         return events
+
+    def cancelled(self, claims: Iterable[tuple[int, str]]) -> list[Event]:
+        """Record which claims were cancelled, by their tokens and ids; return the events."""
+        for token, id_ in claims:
+            claimed = self._leases.find(token, id_)
+            if claimed is not None:
+                self._cancels.told(claimed, self._outcome_of(claimed))
+                self._cancel([claimed])
+        return self._cancels.take_events()
+
+    @property
+    def to_interrupt(self) -> Collection[Claimed]:
+        """The cancelled jobs whose handlers still run."""
+        return self._cancels.still_running(self._leases.lost) if self._cancels.running else ()
+
+    def handlers_given_up(self, claims: Collection[Claimed]) -> None:
+        """Record that handlers of cancelled jobs were given up, without an outcome."""
+        self._leases.forget(claims)
+        self._leave_flight(claims)
+        self._cancels.abandon(claims)
 
     def give_up(self, claims: Iterable[Claimed]) -> None:
         """End the sessions of transactional handlers whose jobs have failed before they end."""
@@ -158,7 +181,7 @@ class Engine:
             self.pace.slow_down(now)
             return Withdraw()
         held = self._settling or self._keys.free or self._locked.outcomes
-        settled = not (held or self._doomed or self._leaving)
+        settled = not (held or self._doomed or self._leaving or self._cancels)
         done = settled and (self._abandoned or not self.pace.running)
         if self._stopping and done and not self._lookout.notify_lock.is_held:
             return Stop(self.pace.running)
@@ -216,6 +239,7 @@ class Engine:
             or self._stopping
             or self._lookout.notify_lock.is_held
             or self._keys.wanting
+            or self._cancels
             or self._doomed
             or self._settling.has_releases
             or any(sent.release_jobs for sent in self._sent)
@@ -241,6 +265,8 @@ class Engine:
             exchange.abandon = [c for c in self._leaving if c not in ended]
             self._leaving = []
         self._leases.add_extensions(exchange, now)
+        if not (self._careful and exchange):
+            self._cancels.add_question(exchange)
 
     def _add_claim(self, exchange: Exchange, now: float) -> None:
         if self._stopping or exchange.release_jobs or self._settling.has_releases:
@@ -283,7 +309,7 @@ class Engine:
         self._locked.accepted(exchange)
         if exchange.probes:
             self._probed(reply, effects, now)
-        self._lose(self._settling.spill(), effects)
+        self._lose(self._settling.spill())
         run_again = self._settling.settled(exchange, reply, effects.events)
         gone = self._keys.answered(exchange, reply, effects.run, now)
         if gone:
@@ -291,17 +317,23 @@ class Engine:
             self._leases.forget(gone)
         if exchange.extend:
             missing = self._leases.extended(exchange, reply.extended)
-            # A transactional job's own transaction notices.
-            self._lose([c for c in missing if c.job.type not in self._transactional], effects)
+            self._drop([c for c in missing if c.job.type not in self._transactional])
+            for each in missing:
+                if each.job.type in self._transactional:
+                    self._cancels.may_be_gone(each)  # its own transaction notices a lost lease
+                else:
+                    self._cancels.gone(each)
+        self._cancel(self._cancels.answered(exchange, reply))
         self._lookout.answered(exchange, reply, run_again, now)
         claimed = self._claims.answered(exchange, reply, now)
         if claimed:
             self._is_idle = False
             self.pace.claimed(claimed, now)
-            self._lose(self._leases.claimed_before(claimed, now), effects)
+            self._lose(self._leases.claimed_before(claimed, now))
             self._leases.hold(claimed, exchange.at)
             effects.run += self._keys.want(claimed)
-        is_busy = self.pace.running or self._settling.pending or self._sent
+        effects.events += self._cancels.take_events()
+        is_busy = self.pace.running or self._settling.pending or self._sent or self._cancels
         if not (self._is_idle or is_busy or self._isolation.is_needed) and self._lookout.waits(now):
             self._is_idle = True
             effects.events.append(QueueIsEmpty(self._queue))
@@ -314,8 +346,23 @@ class Engine:
         self._keys.free.update(dict.fromkeys(unlocked.keys))
         effects.locked = self._locked.overdue(now)
 
-    def _lose(self, claims: list[Claimed], effects: Effects) -> None:
-        """Drop claims that other workers may have, with their present and later outcomes."""
+    def _lose(self, claims: list[Claimed]) -> None:
+        """Drop claims that this worker has left to others."""
+        self._drop(claims)
+        self._cancels.lost(claims)
+
+    def _cancel(self, claims: list[Claimed]) -> None:
+        """Drop claims that were cancelled; their handlers are to be interrupted."""
+        self._drop([claimed for claimed in claims if self._leases.batch(claimed) is not None])
+        self._cancels.running.update(self._leases.lost.intersection(claims))
+
+    def _outcome_of(self, claimed: Claimed) -> Outcome | None:
+        sent = [outcome for exchange in self._sent for outcome in exchange.outcomes]
+        outcomes = [*self._settling.outcomes, *self._locked.outcomes, *sent]
+        return next((outcome for outcome in outcomes if outcome.claimed == claimed), None)
+
+    def _drop(self, claims: list[Claimed]) -> None:
+        """Drop claims, with their present and later outcomes."""
         if not claims:
             return
         lost = set(claims)
@@ -327,7 +374,6 @@ class Engine:
         self._leases.lose(claims, running)
         if running:
             self.pace.hurry_back()  # those that have not started must not start now
-        effects.events += [JobLeaseLost(claimed.job) for claimed in claims]
 
     def _want_again(self, claimed: Sequence[Claimed]) -> None:
         self._keys.wanting += claimed
@@ -358,6 +404,8 @@ class Engine:
         self._lookout.rejected(exchange, now)
         self._claims.rejected(exchange, now)
         self._settling.rejected(exchange, now, for_data=for_data)
+        if exchange.ask and self._careful:
+            self._cancels.refused(exchange)  # it was refused alone
         if not self._careful:  # refused again, they are left to their leases
             self._leaving += exchange.abandon
         self._careful = _CAREFUL

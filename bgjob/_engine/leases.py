@@ -75,6 +75,11 @@ class Leases:
         batch = self._batches.get(claimed.token)
         return batch if batch is not None and claimed.job.id in batch.jobs else None
 
+    def find(self, token: int, id_: str) -> Claimed | None:
+        """Return the job of a claim, if it is held."""
+        batch = self._batches.get(token)
+        return None if batch is None else batch.jobs.get(id_)
+
     def replace(self, claimed: Claimed) -> bool:
         """Record the key that a handler names for a job; False if the job is lost."""
         batch = self.batch(claimed)

@@ -7,7 +7,7 @@ from typing_extensions import TypeVar
 
 from bgjob._handlers.route import NeedsKey
 from bgjob._sql.settlements import Claimed, delay_of
-from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
+from bgjob.event import JobCancelled, JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
 from bgjob.result import Result
 
@@ -85,7 +85,9 @@ Unsettled: TypeAlias = Outcome[Result | Release | CommitUnknown]
 # -- effects of an acknowledged exchange -------------------------------------------------
 
 
-Event: TypeAlias = Outcome[Result] | JobLeaseLost | JobTimedOut | QueueIsEmpty | WorkerError
+Event: TypeAlias = (
+    Outcome[Result] | JobLeaseLost | JobCancelled | JobTimedOut | QueueIsEmpty | WorkerError
+)
 """An event for the observer: a public value, or the outcome of a job that was settled."""
 
 

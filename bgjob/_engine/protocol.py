@@ -25,6 +25,7 @@ from bgjob._sql.keys import (
 from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.notices import release_notify_lock, take_notify_lock
 from bgjob._sql.settlements import Claimed, Settlements
+from bgjob._sql.steering import were_cancelled
 from bgjob._sql.survey import open_transactions, strays, survey, survey_known
 from bgjob._sql.transactions import end_sessions
 
@@ -110,6 +111,8 @@ class Exchange(Settlements):
     """Jobs whose rows other sessions may have locked."""
     probe_keys: list[str] = field(default_factory=list)
     """Keys whose rows other sessions may have locked."""
+    ask: list[Claimed] = field(default_factory=list)
+    """Jobs that are not held any more: were they cancelled?"""
     end: Sequence[Claimed] = ()
     """Claims that were given up: end the sessions of their handlers."""
     notify_lock: Literal["take", "release"] | None = None
@@ -135,7 +138,7 @@ class Exchange(Settlements):
     def claims_only(self) -> bool:
         """Whether only its claim can be refused."""
         others = (self.complete, self.postpone, self.dead_letter, self.release_jobs, self.extend)
-        keys = (self.acquire, self.release, self.probe, self.probe_keys)
+        keys = (self.acquire, self.release, self.probe, self.probe_keys, self.ask)
         return self.claim is not None and not any(others) and not any(keys)
 
     def settle(self, outcome: Unsettled) -> None:
@@ -217,6 +220,8 @@ class Exchange(Settlements):
             plan.append(Part(barred(self.probe), Reply.set_barred))
         if self.probe_keys:
             plan.append(Part(barred_keys(self.probe_keys), Reply.set_barred_keys))
+        if self.ask:
+            plan.append(Part(were_cancelled(self.ask), Reply.set_cancelled))
         if self.notify_lock == "release":
             plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
         return plan
@@ -233,6 +238,7 @@ class Exchange(Settlements):
             or self.acquire
             or self.release
             or self.probes
+            or self.ask
             or self.end
             or self.notify_lock
             or self.claim

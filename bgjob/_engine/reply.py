@@ -1,13 +1,13 @@
 """What the server says: its answer to an exchange, and notifications."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from bgjob._sql.claims import Group, Swept
 from bgjob._sql.keys import Blocked, Woken
-from bgjob._sql.notices import EVERYTHING, LATER
+from bgjob._sql.notices import CANCELLED, EVERYTHING, LATER
 from bgjob._sql.statement import Statement
 from bgjob._sql.survey import Line, OpenTransactions, Stray
 from bgjob.job import Job
@@ -38,6 +38,8 @@ class Reply:
     strays: list[Stray] = field(default_factory=list)
     barred: Sequence[str] = ()
     barred_keys: Sequence[str] = ()
+    cancelled: Collection[str] = ()
+    """The ids of doubtful jobs that were cancelled."""
     unread: int = 0
     """The number of claimed jobs that could not be read."""
 
@@ -85,6 +87,9 @@ class Reply:
     def set_barred_keys(self, keys: list[str]) -> None:
         self.barred_keys = keys
 
+    def set_cancelled(self, ids: list[str]) -> None:
+        self.cancelled = ids
+
     def ignore(self, answer: object) -> None:
         """Drop an answer that says nothing to the engine."""
 
@@ -109,6 +114,8 @@ class Notice(NamedTuple):
     """Whether a job is due later, or may have any due time."""
     relief: bool = False
     """Whether another worker released the notify lock."""
+    cancelled: frozenset[tuple[int, str]] = frozenset()
+    """The claims that were cancelled, by their tokens and their jobs' ids."""
 
     @classmethod
     def read(cls, payload: str, queue: str) -> "Notice | None":
@@ -120,6 +127,8 @@ class Notice(NamedTuple):
             return cls(relief=True)
         try:
             began, what, told = payload.split(" ", 2)
+            if began == CANCELLED:  # of any queue: a token is of one claim
+                return cls(cancelled=frozenset({(int(what), told)}))
             if told != queue:
                 return None
             if what == EVERYTHING:
@@ -142,4 +151,10 @@ class Notice(NamedTuple):
             {**self.since, **other.since, **first},
             self.later or other.later,
             self.relief or other.relief,
+            self.cancelled | other.cancelled,
         )
+
+    @property
+    def wakes(self) -> bool:
+        """Whether there may be something to claim, or the notify lock to take."""
+        return bool(self.since or self.later or self.relief)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from math import inf
 from typing import cast
 
+from bgjob._engine.cancels import Cancels
 from bgjob._engine.leases import Leases
 from bgjob._engine.outcome import (
     Committed,
@@ -19,7 +20,6 @@ from bgjob._engine.pause import Pause
 from bgjob._engine.protocol import MOST, Exchange
 from bgjob._engine.reply import Reply
 from bgjob._sql.settlements import Claimed
-from bgjob.event import JobLeaseLost
 from bgjob.result import Complete, MoveToDlq
 
 
@@ -33,8 +33,15 @@ class Settling:
     is accepted, all are pending again.
     """
 
-    def __init__(self, leases: Leases, pause: Pause, transactional: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        leases: Leases,
+        cancels: Cancels,
+        pause: Pause,
+        transactional: Collection[str] = (),
+    ) -> None:
         self._leases = leases
+        self._cancels = cancels
         self._transactional = transactional
         self._pause = pause
         self.pending: deque[Unsettled] = deque()  # the oldest first
@@ -67,7 +74,7 @@ class Settling:
                 if isinstance(result, Committed):
                     events.append(outcome.with_result(result.result))
                 elif isinstance(result, Fenced):
-                    events.append(JobLeaseLost(claimed.job, outcome.ran, outcome.waited))
+                    self._cancels.gone(claimed, outcome.ran, outcome.waited)
                 else:
                     continue
                 self._leases.drop(claimed)
@@ -165,7 +172,7 @@ class Settling:
                 # The job is gone, and no other worker can have had it: the settlement whose
                 # answer was lost had been committed. With two lost answers that is unknown.
                 if unsure == isinstance(result, CommitUnknown) or exchange.at >= batch.expires:
-                    told.append(JobLeaseLost(claimed.job, outcome.ran, outcome.waited))
+                    self._cancels.gone(claimed, outcome.ran, outcome.waited)
                     continue
                 stored = result.result if isinstance(result, CommitUnknown) else result
             else:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from operator import add
 from typing import TypeAlias
 
-OUTCOMES = ("completed", "retried", "rescheduled", "dead", "lost")
+OUTCOMES = ("completed", "retried", "rescheduled", "dead", "lost", "cancelled")
 """The first numbers."""
 
 TIMEOUTS = len(OUTCOMES)

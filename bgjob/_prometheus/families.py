@@ -56,7 +56,7 @@ JOBS = Family(
     "bgjob_jobs",
     "counter",
     "Attempts that ended, by outcome: completed, retried, rescheduled, dead (moved to the "
-    "dead-letter table), lost (the lease had ended).",
+    "dead-letter table), lost (the lease had ended), cancelled.",
     ("queue", "type", "outcome"),
 )
 TIMEOUTS = Family(

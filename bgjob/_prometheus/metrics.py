@@ -21,7 +21,7 @@ from bgjob.workers import QueueHealth, WorkerHealth
 MOST = 200
 """The pairs of a queue and a type that are told apart."""
 
-_COMPLETED, _RETRIED, _RESCHEDULED, _DEAD, _LOST = range(len(OUTCOMES))
+_COMPLETED, _RETRIED, _RESCHEDULED, _DEAD, _LOST, _CANCELLED = range(len(OUTCOMES))
 
 
 class Metrics(NoopObserver):
@@ -120,6 +120,11 @@ class Metrics(NoopObserver):
     @with_times
     def job_lease_lost(self, job: Job, times: Times | None = None, /) -> None:
         self._ended(_LOST, job, times)
+
+    @override
+    @with_times
+    def job_cancelled(self, job: Job, times: Times | None = None, /) -> None:
+        self._ended(_CANCELLED, job, times)
 
     @override
     def job_timed_out(self, job: Job, seconds: float, /) -> None:

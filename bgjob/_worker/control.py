@@ -83,6 +83,9 @@ _FAULTS_WITHIN = 10.0
 _CONNECTING = 60.0
 """Seconds that an attempt to connect may take: each host has its time, and so has its name."""
 
+_STREAM = 0.5
+"""Seconds for which exchanges flow: a notification comes between two streams, not within one."""
+
 _STALE = (FeatureNotSupported, InvalidSqlStatementName, UndefinedFunction, DatatypeMismatch)
 """The errors of a prepared statement after its table was changed or made again."""
 
@@ -129,6 +132,7 @@ class QueueControl:
         self._was_silent = False
         self._watched_at = -inf
         self._faults: deque[float] = deque(maxlen=_MOST_FAULTS + 1)
+        self._stream_until = 0.0
         self._turned_at = 0.0
         self._turns_by = inf
         self._claimed_at: float | None = None
@@ -347,8 +351,16 @@ class QueueControl:
                 self._fail(executor.failure)
                 return True
         if notice := self._session.take_notice():
-            engine.wake(notice)
+            if notice.cancelled and (events := engine.cancelled(notice.cancelled)):
+                self._events.tell(events)
+            if notice.wakes:
+                engine.wake(notice)
         now = monotonic()
+        if cancelled := engine.to_interrupt:
+            given_up = executor.interrupt(cancelled, now)
+            engine.handlers_given_up(given_up.silent)
+            engine.give_up(given_up.all)
+            self._collect()
         if (blocked := executor.tasks.blocked(now, self._options.lease / 3)) is not None:
             self._events.tell([WorkerError(blocked)])
         if not self._session.is_open:
@@ -438,6 +450,7 @@ class QueueControl:
         are idle. It gained nothing.
         """
         session = self._session
+        self._stream_until = monotonic() + _STREAM
         with session.streaming():
             answer: Answer | None = session.send(session.plan(exchange))
             while answer is not None:
@@ -454,6 +467,7 @@ class QueueControl:
         self._collect()
         now = self._turned_at = self._turns_by = monotonic()
         due_at = min(self._service_timer.pressing_at, self._executor.next_timeout, self._row_due_at)
+        due_at = min(due_at, self._stream_until)
         needed = self._session.unread or self._session.step or self._slots.needs_watch
         goes_on = self._give_up_at is None and now < due_at and not needed
         ahead = self._engine.ahead(now) if goes_on else None

@@ -20,7 +20,7 @@ from bgjob._sql.settlements import Claimed
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.observers import combined, listener
 from bgjob._worker.tally import MinuteCounter, Tally
-from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
+from bgjob.event import JobCancelled, JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.job import Job
 from bgjob.observer import Observer, Times, takes_times
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
@@ -188,6 +188,8 @@ class Events:
                         assert_never(result)
             case JobLeaseLost(job):
                 _call(observer.job_lease_lost, event, _without_payload(job))
+            case JobCancelled(job):
+                _call(observer.job_cancelled, event, _without_payload(job))
             case JobTimedOut(job, seconds):
                 observer.job_timed_out(_without_payload(job), seconds)
             case QueueIsEmpty(queue):
@@ -218,7 +220,7 @@ def _size(event: Event) -> int:
     match event:
         case Outcome(claimed=claimed):
             return len(claimed.job.arg or b"")
-        case JobLeaseLost(job) | JobTimedOut(job):
+        case JobLeaseLost(job) | JobCancelled(job) | JobTimedOut(job):
             return len(job.arg or b"")
         case _:
             return 0

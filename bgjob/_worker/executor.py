@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
+from typing import NamedTuple, TypeAlias
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.route import NeedsKey, Route
@@ -11,8 +12,22 @@ from bgjob._sql.settlements import Claimed
 from bgjob._worker.slots import Slot, Slots
 from bgjob._worker.tasks import Tasks
 from bgjob._worker.threads import Threads
+from bgjob._worker.timeouts import UNWINDING, Attempt, Run
 from bgjob.errors import BgjobError
 from bgjob.result import Result
+
+_INTERRUPT_AGAIN = 0.05
+"""Seconds to the next look at handlers of cancelled jobs that have not ended."""
+
+_Key: TypeAlias = tuple[str, int]
+
+
+class GivenUp(NamedTuple):
+    """The cancelled jobs whose handlers were given up."""
+
+    all: list[Claimed]
+    silent: list[Claimed]
+    """Those of which there is no outcome, unless a late one."""
 
 
 class Executor:
@@ -30,6 +45,8 @@ class Executor:
         self.tasks = Tasks(slots, loop, lambda claimed: self._threads.start(claimed))  # noqa: PLW0108 (made below)
         self._threads = Threads(slots, self.tasks)
         self._is_unclear = False
+        self._interrupted: dict[_Key, float] = {}  # cancelled coroutines, since when
+        self._interrupt_at = inf
         self.failure: RuntimeError | None = None
         """Why no handler can run any more."""
 
@@ -77,7 +94,7 @@ class Executor:
     @property
     def next_timeout(self) -> float:
         """When to call `expire` next."""
-        return min(self._slots.timeouts.next_at, self._threads.retry_at)
+        return min(self._slots.timeouts.next_at, self._threads.retry_at, self._interrupt_at)
 
     @property
     def usable(self) -> int:
@@ -110,6 +127,51 @@ class Executor:
             self._threads.retry()
         self.spread()
         return [run.claimed for run in overdue]
+
+    def interrupt(self, cancelled: Iterable[Claimed], now: float) -> GivenUp:
+        """Interrupt the handlers of cancelled jobs; call it again at `next_timeout`.
+
+        A coroutine is cancelled. A thread is given up immediately, and a coroutine after a
+        second: another slot replaces theirs.
+        """
+        waiting = {_key(claimed): claimed for claimed in cancelled}
+        since = {key: at for key, at in self._interrupted.items() if key in waiting}
+        given_up = GivenUp([], [])
+        for slot in self._threads.busy:
+            claimed = slot.claimed
+            if claimed is not None and _key(claimed) in waiting:
+                self._give_up(slot, claimed, given_up)
+        for slot in tuple(self.tasks.all.values()):
+            claimed = slot.claimed
+            if claimed is None or (key := _key(claimed)) not in waiting:
+                continue
+            if key not in since:
+                since[key] = now
+                self.tasks.interrupt(slot, claimed)
+            elif now >= since[key] + UNWINDING:
+                self._give_up(slot, claimed, given_up)
+        # Jobs that are in no slot move to another one, or have just ended.
+        self._interrupted = since
+        self._interrupt_at = now + _INTERRUPT_AGAIN if len(waiting) > len(given_up.all) else inf
+        if given_up.all:
+            self.spread()
+        return given_up
+
+    def _give_up(self, slot: Slot, claimed: Claimed, given_up: GivenUp) -> None:
+        """Replace the slot of a handler that does not end, unless it has just ended."""
+        run, timeouts = slot.run, self._slots.timeouts
+        if isinstance(run, Run) and run.is_of(claimed):
+            if not timeouts.give_up(run):
+                return
+            self._slots.done(Outcome(claimed, Release(), None))
+        else:
+            slot.interrupt = interrupt = Attempt(claimed)
+            if not interrupt.is_of(slot.claimed) or not interrupt.decide(is_overdue=True):
+                return
+            given_up.silent.append(claimed)
+        given_up.all.append(claimed)
+        if timeouts.slot_lost():
+            self._slots.free_again()
 
     def close(self) -> None:
         """End the idle threads, and cancel the tasks; a running thread is left alone."""
@@ -154,9 +216,11 @@ class Executor:
 
     def _free(self, slot: Slot) -> None:
         run, has_slot = slot.run, slot.has_slot
+        if slot.interrupt is not None and slot.interrupt.is_overdue:
+            run = slot.interrupt
         if run is not None and run.is_overdue:
             has_slot = self._slots.timeouts.slot_recovered(run)
-        elif run is not None:
+        elif isinstance(run, Run):
             self._slots.timeouts.ended(run)
         if has_slot:
             self._slots.free_again()
@@ -202,5 +266,5 @@ class Executor:
         return route.failed(claimed.job, failure)
 
 
-def _key(claimed: Claimed) -> tuple[str, int]:
+def _key(claimed: Claimed) -> _Key:
     return claimed.job.id, claimed.token

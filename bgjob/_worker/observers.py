@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 from bgjob._logger import log as _log
 from bgjob.event import (
     Event,
+    JobCancelled,
     JobCompleted,
     JobLeaseLost,
     JobMovedToDlq,
@@ -40,6 +41,7 @@ _METHODS: Mapping[str, Callable[..., Event]] = {
     "job_will_be_retried": JobWillBeRetried,
     "job_moved_to_dlq": JobMovedToDlq,
     "job_lease_lost": JobLeaseLost,
+    "job_cancelled": JobCancelled,
     "job_timed_out": JobTimedOut,
     "queue_is_empty": QueueIsEmpty,
     "worker_error": WorkerError,

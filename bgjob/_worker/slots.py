@@ -20,7 +20,7 @@ from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.clock import ServerClock
-from bgjob._worker.timeouts import Run, Timeouts
+from bgjob._worker.timeouts import Attempt, Timeouts
 from bgjob.job import Job
 from bgjob.mux import Mux
 from bgjob.result import MoveToDlq, Retry
@@ -34,14 +34,16 @@ inside: ContextVar["Slots | None"] = ContextVar("bgjob_inside", default=None)
 class Slot:
     """A thread or a task of the loop: whether it has a slot, and its job."""
 
-    __slots__ = ("claimed", "error", "has_slot", "is_lost", "run")
+    __slots__ = ("claimed", "error", "has_slot", "interrupt", "is_lost", "run")
 
     def __init__(self, claimed: Claimed | None, *, has_slot: bool = True) -> None:
         self.claimed = claimed
         """The job that it runs; None while it takes the next one, or is idle."""
         self.has_slot = has_slot
-        self.run: Run | None = None
-        """The timeout of its handler, if it has one."""
+        self.run: Attempt | None = None
+        """The timeout of its handler, if it has one; or how it was given up."""
+        self.interrupt: Attempt | None = None
+        """Set by the control thread, which gives up the handler of a cancelled job."""
         self.error: BaseException | None = None
         """The exception that ended it."""
         self.is_lost = False
@@ -157,6 +159,21 @@ class Slots:
             slot.has_slot = False
             slot.rest()
             return True
+
+    def was_given_up(self, slot: Slot, claimed: Claimed) -> bool:
+        """Whether the handler of a cancelled job, which has just ended, was given up before.
+
+        It is called after the slot's `claimed` was changed, and the control thread sets
+        `interrupt` before it reads that: so at least one of the two sees the other. If both do,
+        the first decides.
+        """
+        interrupt, slot.interrupt = slot.interrupt, None
+        if interrupt is None or not interrupt.is_of(claimed):
+            return False
+        if interrupt.decide(is_overdue=False):
+            slot.run = interrupt
+            return True
+        return False
 
     def come_back(self, slot: Slot) -> bool:
         """Continue after a job that was given up; False if its slot was replaced."""

@@ -7,7 +7,7 @@ from typing import Any, assert_never
 
 from bgjob._engine.outcome import Event, Outcome, wait_of
 from bgjob._sql.minutes import Counted
-from bgjob.event import JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
+from bgjob.event import JobCancelled, JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
 from bgjob.result import Complete, MoveToDlq, Reschedule, Retry
 from bgjob.stats import MinuteCounts
 from bgjob.workers import WorkerCounts
@@ -29,7 +29,7 @@ class Tally:
 
     def add(self, events: Sequence[Event]) -> None:
         """Count events that are not completions."""
-        completed, retried, rescheduled, dead, lost, timed_out, errors = self.counts
+        completed, retried, rescheduled, dead, lost, timed_out, errors, cancelled = self.counts
         for event in events:
             match event:
                 case Outcome(result=result):
@@ -46,6 +46,8 @@ class Tally:
                             assert_never(result)
                 case JobLeaseLost():
                     lost += 1
+                case JobCancelled():
+                    cancelled += 1
                 case JobTimedOut():
                     timed_out += 1
                 case QueueIsEmpty():
@@ -55,7 +57,9 @@ class Tally:
                     self.note = shortened(error)
                 case _:
                     assert_never(event)
-        self.counts = WorkerCounts(completed, retried, rescheduled, dead, lost, timed_out, errors)
+        self.counts = WorkerCounts(
+            completed, retried, rescheduled, dead, lost, timed_out, errors, cancelled
+        )
 
 
 class MinuteCounter:

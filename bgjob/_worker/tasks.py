@@ -112,6 +112,7 @@ class Tasks:
         self.moving[slot] = move
         thread.claimed = None
         thread.has_slot = False
+        slot.interrupt, thread.interrupt = thread.interrupt, None
         self._schedule(move.loop, [slot])
 
     def start_again(self) -> None:
@@ -140,6 +141,17 @@ class Tasks:
         if not self._is_cancelled:
             self._is_cancelled = True
             self.close()
+
+    def interrupt(self, slot: Slot, claimed: Claimed) -> None:
+        """Cancel the coroutine of a cancelled job, unless it has ended when the loop does so."""
+
+        def cancel() -> None:
+            for task, its_slot in self.all.items():
+                if its_slot is slot and slot.claimed is claimed:
+                    task.cancel()
+
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+            self._loop.call(cancel)
 
     def close(self) -> None:
         """Cancel the tasks."""
@@ -238,8 +250,7 @@ class Tasks:
             whole, job = claimed, claimed.job
             if job.arg is ELSEWHERE and known is None:
                 if not slots.mux.runs_on_loop(job):
-                    me.claimed, me.has_slot = None, False
-                    self._to_thread(claimed)
+                    self._leave(me, claimed)
                     return
                 whole = await self._fetch(claimed)
                 if whole is None:
@@ -250,8 +261,7 @@ class Tasks:
             if not isinstance(route, Route):
                 slots.done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
-                me.claimed, me.has_slot = None, False
-                self._to_thread(claimed)
+                self._leave(me, claimed)
                 return
             else:
                 if started is not None and known is None and not route.is_transactional:
@@ -266,9 +276,7 @@ class Tasks:
                     else:
                         result = await self._run(me, route, claimed, whole)
                         if result is None:
-                            if slots.come_back(me):
-                                me.has_slot = False
-                                self._start_task(Slot(None))
+                            self._come_back(me)
                             return
                 except BaseException as error:
                     result = route.failed(job, error)
@@ -291,8 +299,12 @@ class Tasks:
                         drop_payload(result)
                 outcomes.append(quick_outcome((claimed, result, ran, clock.offset + began)))
                 finished()
+            ended = claimed
             claimed = me.claimed = None
-            del whole, job
+            if me.interrupt is not None and slots.was_given_up(me, ended):
+                self._come_back(me)
+                return
+            del whole, job, ended
             if is_leaving:
                 return
             if context != clean:
@@ -304,6 +316,21 @@ class Tasks:
             elif monotonic() - turned > _TURN:
                 await asyncio.sleep(0)
                 turned = monotonic()
+
+    def _leave(self, me: Slot, claimed: Claimed) -> None:
+        """Move the slot to a thread, with a job whose handler is plain."""
+        me.claimed = None
+        if me.interrupt is not None and self._slots.was_given_up(me, claimed):
+            self._come_back(me)
+            return
+        me.has_slot = False
+        self._to_thread(claimed)
+
+    def _come_back(self, me: Slot) -> None:
+        """End a task after a job that was given up; another continues with the slot, if any."""
+        if self._slots.come_back(me):
+            me.has_slot = False
+            self._start_task(Slot(None))
 
     async def _run(
         self, me: Slot, route: Route, claimed: Claimed, whole: Claimed
@@ -341,6 +368,8 @@ class Tasks:
         return whole
 
     async def _not_begun(self, why: NotBegun) -> Release:
+        if isinstance(why.error, asyncio.CancelledError):
+            return Release()  # the job was cancelled, or the worker ends
         self._slots.hindered(why.error)
         await self._slots.transactions.rest_async()
         return Release()

@@ -285,8 +285,11 @@ class Threads:
                         drop_payload(result)
                 outcomes.append(quick_outcome((claimed, result, ran, clock.offset + began)))
                 finished()
+            ended = claimed
             claimed = me.claimed = None
-            del whole, job
+            if me.interrupt is not None and slots.was_given_up(me, ended):
+                return slots.come_back(me)
+            del whole, job, ended
             if context != clean:  # never compares values of a user: `clean` has none
                 return True
 

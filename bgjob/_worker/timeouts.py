@@ -3,7 +3,8 @@
 A coroutine is cancelled, and ends with a JobTimeoutError. A thread cannot be
 stopped, and a coroutine may ignore its cancellation: such a run is given up. Its
 job fails immediately, another slot replaces its slot, its later result is
-dropped, and its transaction is rolled back.
+dropped, and its transaction is rolled back. The same happens to the handler of a
+job that was cancelled, with a timeout or without; but the job is gone already.
 """
 
 import threading
@@ -18,36 +19,20 @@ from bgjob._handlers.route import Route
 from bgjob._sql.settlements import Claimed
 from bgjob.job import Job
 
-_UNWINDING = 1.0
+UNWINDING = 1.0
 """Seconds within which a cancelled coroutine should end."""
 
 
-class Run:
-    """One run of a handler with a timeout; `route` is the route to run."""
+class Attempt:
+    """A handler's run of a job, and the decision whether it is given up before it ends."""
 
-    __slots__ = (
-        "_began",
-        "_decision",
-        "_limited",
-        "_timeouts",
-        "claimed",
-        "ends",
-        "is_slot_kept",
-        "route",
-        "timeout",
-    )
+    __slots__ = ("_decision", "claimed", "is_slot_kept")
 
-    def __init__(self, timeouts: "Timeouts", limited: Route, claimed: Claimed) -> None:
-        assert limited.policy.timeout is not None  # noqa: S101 (it is why there is a Run)
-        self.timeout = limited.policy.timeout
-        """Seconds."""
+    def __init__(self, claimed: Claimed) -> None:
         self.claimed = claimed
-        self.route = replace(limited, handler=self._await if limited.is_coroutine else self._call)
         self._decision: dict[str, bool] = {}
         self.is_slot_kept: bool | None = None
         """Of a run that was given up and has ended: whether its slot was not replaced."""
-        self._timeouts = timeouts
-        self._limited = limited
 
     def decide(self, *, is_overdue: bool) -> bool:
         """Decide whether the run is given up; the first decision holds, and is returned.
@@ -59,8 +44,28 @@ class Run:
 
     @property
     def is_overdue(self) -> bool:
-        """Whether it was given up: its job has failed, whether the handler returned or not."""
+        """Whether it was given up: its job has ended, whether the handler returned or not."""
         return self._decision.get("is_overdue", False)
+
+    def is_of(self, claimed: Claimed | None) -> bool:
+        """Whether it is a run of this claim."""
+        ours = self.claimed
+        return claimed is not None and (claimed.token, claimed.job.id) == (ours.token, ours.job.id)
+
+
+class Run(Attempt):
+    """One run of a handler with a timeout; `route` is the route to run."""
+
+    __slots__ = ("_began", "_limited", "_timeouts", "ends", "route", "timeout")
+
+    def __init__(self, timeouts: "Timeouts", limited: Route, claimed: Claimed) -> None:
+        super().__init__(claimed)
+        assert limited.policy.timeout is not None  # noqa: S101 (it is why there is a Run)
+        self.timeout = limited.policy.timeout
+        """Seconds."""
+        self.route = replace(limited, handler=self._await if limited.is_coroutine else self._call)
+        self._timeouts = timeouts
+        self._limited = limited
 
     def fail(self, now: float, offset: float) -> Outcome:
         """Return the outcome of a run that is given up.
@@ -86,7 +91,7 @@ class Run:
             self._end(job)
 
     async def _await(self, job: Job, *conn: Any) -> object:
-        self._begin(_UNWINDING)
+        self._begin(UNWINDING)
         try:
             return await self._limited.awaited(job, *conn)
         finally:
@@ -149,10 +154,12 @@ class Timeouts:
     def overdue(self, now: float) -> list[Run]:
         """Return the runs that exceeded their timeouts, and give them up."""
         ended = [run for run in self._runs.copy() if run.ends <= now]
-        overdue = [run for run in ended if run.decide(is_overdue=True)]
-        for run in overdue:
-            self._runs.pop(run, None)
-        return overdue
+        return [run for run in ended if self.give_up(run)]
+
+    def give_up(self, run: Run) -> bool:
+        """Give up a run; False if it has ended, or was given up before."""
+        self._runs.pop(run, None)
+        return not run.is_overdue and run.decide(is_overdue=True)
 
     def slot_lost(self) -> bool:
         """Record that a handler is abandoned. True if its slot is replaced."""
@@ -160,7 +167,7 @@ class Timeouts:
             self._lost += 1
             return self._lost <= self._slots
 
-    def slot_recovered(self, run: Run) -> bool:
+    def slot_recovered(self, run: Attempt) -> bool:
         """Record that an abandoned handler returned. True if its slot was not replaced.
 
         Idempotent, because its thread may be ended just after this.

@@ -122,6 +122,9 @@ class Recorder(NoopObserver):
     def job_lease_lost(self, job: Job, /) -> None:
         self._tell(("lost", job.id, job.attempt))
 
+    def job_cancelled(self, job: Job, /) -> None:
+        self._tell(("cancelled", job.id, job.attempt))
+
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
         self._tell(("timed_out", job.id, job.attempt, seconds))
 

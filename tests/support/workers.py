@@ -135,6 +135,9 @@ class Recorder(NoopObserver):
     def job_lease_lost(self, job: Job, /) -> None:
         self.events.append(("lost", job.id, job.attempt))
 
+    def job_cancelled(self, job: Job, /) -> None:
+        self.events.append(("cancelled", job.id, job.attempt))
+
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
         self.events.append(("timed_out", job.id, job.attempt, seconds))
 
