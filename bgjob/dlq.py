@@ -214,7 +214,7 @@ class AsyncDlq:
     ) -> Rest:
         """Move all dead jobs of a group back to their queues, and stop if they fail again.
 
-        Those that died first come first, in batches of up to 100, each in a transaction of its
+        Those that died first come first, in batches of 10 to 100, each in a transaction of its
         own. It has no state but the table: what ends it, be it an exception of `progress` or
         the process's end, leaves the others dead, and a later call goes on with them.
 
@@ -420,7 +420,7 @@ class Dlq:
     ) -> Rest:
         """Move all dead jobs of a group back to their queues, and stop if they fail again.
 
-        Those that died first come first, in batches of up to 100, each in a transaction of its
+        Those that died first come first, in batches of 10 to 100, each in a transaction of its
         own. It has no state but the table: what ends it, be it an exception of `progress` or
         the process's end, leaves the others dead, and a later call goes on with them.
 

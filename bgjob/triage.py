@@ -1,5 +1,6 @@
 """The values of a triage: groups of dead jobs, one that is tried, and the rest."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple, TypeAlias
@@ -9,6 +10,8 @@ from bgjob._failure import normalised
 Verdict: TypeAlias = Literal["completed", "dead", "failed", "rescheduled", "undecided"]
 """`completed`: it is gone. `dead`: it died again. `failed`: its attempt failed, and it will be
 retried. `rescheduled`: its handler returned Reschedule. `undecided`: it still waits or runs."""
+
+_LEAF = re.compile(r"^- (?:\d+ times )?(.*)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,13 @@ class DeadGroup:
 
     @property
     def title(self) -> str:
-        """The error's first line, with `<>` for quoted text and hashes, and `0` for numbers."""
-        return normalised(self.error)
+        """The error's first line, with `<>` for quoted text and hashes, and `0` for numbers.
+
+        That of an exception group also has its first leaf.
+        """
+        title = normalised(self.error)
+        leaf = _LEAF.search(self.error) if title.endswith(("-exception)", "-exceptions)")) else None
+        return f"{title}: {normalised(leaf[1])}" if leaf else title
 
 
 @dataclass(frozen=True, slots=True)

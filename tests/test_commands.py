@@ -29,6 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 READ = [
     "stats",
     "top",
+    "triage",
     "dlq list",
     "dlq show a",
     "dlq requeue --all",

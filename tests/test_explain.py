@@ -59,7 +59,7 @@ def of(explanation: Explanation, code: str) -> Reason:
 
 def follow(remedy: str, dsn: str) -> int:
     """Run the command of a remedy as a person would who copies it; return its exit status."""
-    found = re.search(r"bgjob (.*)", remedy)
+    found = re.search(r"bgjob ([^;]*)", remedy)
     assert found is not None, remedy
     return cli.main([*found[1].split(), "--dsn", dsn])
 
@@ -902,9 +902,11 @@ def reason_of(code: str, job: looks.Live = LIVE, **facts: Any) -> Reason:
 
 def test_an_argument_that_begins_with_a_dash_is_kept_from_being_an_option() -> None:
     assert reason_of("paused", pause=Pause(None)).remedy == "bgjob resume -- -q"
-    dead = looks.Dead(1, "q", "t", 1, None, NOW, 1.0)
+    dead = looks.Dead(1, "q", "t", 1, None, NOW, 1.0, "4f1c9a0e2b77")
     [reason] = reasons(Seen(id="-a", now=NOW, dead=(dead,)))
-    assert reason.remedy == "bgjob dlq requeue --id=-a"
+    assert reason.remedy == (
+        "bgjob dlq requeue --id=-a; it and all that died in the same way: bgjob triage 4f1c9a0e2b77"
+    )
     assert reason.text == "It has been dead since 2026-11-29 03:00:00 UTC (1.0 s), after attempt 1."
 
 

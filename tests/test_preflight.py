@@ -461,7 +461,7 @@ def test_dead_jobs_that_would_be_handled_now_are_a_note(dsn: str, conn: psycopg.
         ("dead_fit", "plain", 1, ("was unknown",)),
     ]
     assert (report.status, report.dead, report.jobs) == (0, 10, 0)
-    assert "bgjob dlq requeue --id fit0" in report.findings[0].remedy
+    assert "bgjob triage --queue q --type mail; " in report.findings[0].remedy
 
 
 def test_live_workers_of_another_release_with_types_that_this_one_lacks_are_a_note(

@@ -4,6 +4,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from textwrap import dedent, fill
 from typing import TYPE_CHECKING, TypeVar
@@ -97,6 +98,24 @@ def positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise ArgumentTypeError(f"a whole number from 1 is needed, not {text!r}")
+    return number
+
+
+def whole(text: str) -> int:
+    """Parse a whole number from 0."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"a whole number from 0 is needed, not {text!r}")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """Parse a number of jobs a second."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < inf:
+        raise ArgumentTypeError(f"a number of jobs a second above 0 is needed, not {text!r}")
     return number
 
 

@@ -228,7 +228,7 @@ def died(rows: Sequence[Died], limits: Limits) -> list[Finding]:
                     f"queue {row.queue!r}: {count(row.unknown, 'job')} of type {row.type!r} died "
                     "within the last hour because a worker has no handler for it",
                     "deploy a worker that registers the type, or queue these jobs elsewhere; "
-                    f"then: bgjob dlq requeue {options}",
+                    f"then: bgjob triage {options}",
                     row._asdict(),
                 )
             )
@@ -243,7 +243,8 @@ def died(rows: Sequence[Died], limits: Limits) -> list[Finding]:
                 "dead",
                 "warn",
                 f"{text}; most, {most.jobs:,}, of type {most.type!r} in queue {most.queue!r}",
-                f"bgjob dlq list --queue {shlex.quote(most.queue)} --type {shlex.quote(most.type)}",
+                f"bgjob triage --since 1h --queue {shlex.quote(most.queue)} "
+                f"--type {shlex.quote(most.type)}",
                 facts,
             )
         )

@@ -29,13 +29,15 @@ def dead(seen: Seen) -> Reasons:
         "dead",
         True,
         f"{text}.",
-        f"bgjob dlq requeue {words.option('--id', seen.id)}",
+        f"bgjob dlq requeue {words.option('--id', seen.id)}; it and all that died in the same way: "
+        f"bgjob triage {last.fingerprint}",
         {
             "number": last.number,
             "type": last.type,
             "attempt": last.attempt,
             "moved_at": last.moved_at,
             "last_error": last.last_error,
+            "fingerprint": last.fingerprint,
         },
     )
 

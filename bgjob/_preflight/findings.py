@@ -53,14 +53,13 @@ def of_jobs(judge: Judge, now: datetime) -> Iterator[Finding]:
         for (code, problem), group in tally.groups.items():
             yield _of_group(tally, code, problem, group, now)
     for (queue, type_), group in sorted(judge.revived.items()):
-        requeue = f"bgjob dlq requeue --queue {shlex.quote(queue)} --type {shlex.quote(type_)}"
         yield Finding(
             "dead_fit",
             "note",
             f"{_jobs(group, dead=True)} of type {type_!r} in queue {queue!r}, refused by an "
             f"earlier release, would be handled; {_first(group)}",
-            f"try one first: bgjob dlq requeue --id {shlex.quote(group.ids[0])}; then the others "
-            f"of this type, whatever they died of: {requeue}",
+            f"find their groups: bgjob triage --queue {shlex.quote(queue)} --type "
+            f"{shlex.quote(type_)}; then try one (--canary) before the others (--rest)",
             queue,
             type_,
             group.count,
@@ -97,7 +96,7 @@ def _of_group(tally: Tally, code: str, problem: str, group: Group, now: datetime
                 f"{which} {have} used all attempts (max_attempts is {most}, and 2 more after "
                 f"deaths): dead-lettered without a run; {_first(group)}"
             )
-            remedy = "raise max_attempts of the type, or requeue them afterwards (bgjob dlq)"
+            remedy = "raise max_attempts of the type, or requeue them afterwards (bgjob triage)"
         case "last_attempt":
             text = (
                 f"{which} {have} had at least max_attempts ({most}) attempts: the next failure is "

@@ -453,6 +453,18 @@ def batch(fingerprint: int, after: int, upto: int, *, limit: int) -> Statement[l
     )
 
 
+def numbers(fingerprint: int, after: int, upto: int, *, limit: int) -> Statement[list[int]]:
+    """Return the next numbers of a group."""
+    return Statement(
+        f"""
+        select d.id from bgjob_dead_job d where {_IN_GROUP}
+        order by d.fingerprint, d.id limit %(limit)s
+        """,
+        {"fingerprint": fingerprint, "after": after, "upto": upto, "limit": limit},
+        column,
+    )
+
+
 def failed_again(fingerprint: int, since: int, ids: Sequence[str]) -> Statement[int]:
     """Count the jobs of a group that died after a number, and requeued jobs that failed otherwise.
 

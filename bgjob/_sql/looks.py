@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
+from bgjob._sql.dead import fingerprint_of
 from bgjob._sql.statement import Row, Statement, finite, in_range, scalar
 from bgjob._sql.workers import IS_LOST
 from bgjob.schedule import ScheduleStatus
@@ -73,6 +74,7 @@ class Dead(NamedTuple):
     moved_at: datetime
     seconds: float
     """Since then."""
+    fingerprint: str
 
 
 class Found(NamedTuple):
@@ -103,7 +105,7 @@ def find(id_: str) -> Statement[Found]:
         ) as j on true
         left join lateral (
             select d.id, d.queue, d.type, d.attempt, {_ERROR}, {in_range("moved_at")},
-                extract(epoch from clock.now - {in_range("moved_at")})::float8
+                extract(epoch from clock.now - {in_range("moved_at")})::float8, d.fingerprint
             -- All with this id first: in the order of the other index, which a plan preferred with
             -- statistics of an empty table, it would walk over all later dead jobs.
             from (select * from bgjob_dead_job where job_id = %(id)s offset 0) as d
@@ -121,7 +123,11 @@ def _found(rows: Sequence[Row]) -> Found:
     return Found(
         first[0],
         None if first[1] is None else Live(*first[1:end]),
-        [Dead(*row[end:]) for row in rows if row[end] is not None],
+        [
+            Dead._make((*row[end:-1], fingerprint_of(row[-1])))
+            for row in rows
+            if row[end] is not None
+        ],
     )
 
 

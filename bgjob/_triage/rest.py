@@ -11,7 +11,10 @@ from bgjob._sql.dead import DeadFilter
 from bgjob._triage import Pause, Steps
 from bgjob.triage import Rest
 
-_BATCH = 100
+_FIRST, _BATCH = 10, 100
+"""Jobs in the first batch, and in the largest: each has twice as many as the one before, so that
+the brake sees a few fail before hundreds do."""
+
 _WATCHED = 1000
 """The latest jobs that were moved, whose failures are counted."""
 
@@ -35,7 +38,8 @@ def rest(fingerprint: str, options: Options) -> Steps[Rest]:
     group = dead.number_of(fingerprint)
     start: dead.Start = yield dead.start(group, options.upto)
     upto = start.last if options.upto is None else options.upto
-    size = _BATCH if options.rate is None else min(_BATCH, ceil(options.rate))
+    most = _BATCH if options.rate is None else min(_BATCH, ceil(options.rate))
+    size = min(_FIRST, most)
     watched: deque[str] = deque(maxlen=_WATCHED)
     done = Rest(fingerprint, start.jobs, 0, 0, 0, upto, is_stopped=False)
     after = 0
@@ -56,6 +60,6 @@ def rest(fingerprint: str, options: Options) -> Steps[Rest]:
         done = done._replace(moved=done.moved + len(requeued.ids), left=done.left + left)
         if options.progress is not None:
             options.progress(done)
-        after = numbers[-1]
+        after, size = numbers[-1], min(2 * size, most)
         if options.rate is not None:
             yield Pause(max(len(numbers) / options.rate - (monotonic() - began), 0.0))
