@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from itertools import islice
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import psycopg
 from psycopg import BaseConnection, IsolationLevel
@@ -28,7 +27,13 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob import minutes
 from bgjob._checks import Duration
-from bgjob._postgres.connection import ConnectionParameters, check_conninfo, is_two_phase, options
+from bgjob._postgres.connection import (
+    ConnectionParameters,
+    check_conninfo,
+    is_two_phase,
+    not_a_source,
+    options,
+)
 from bgjob._postgres.cursor import UNENCODABLE, AsyncCursor, Cursor, unencodable
 from bgjob._postgres.pool import (
     PATIENCE,
@@ -39,6 +44,7 @@ from bgjob._postgres.pool import (
     Pool,
     PooledConnection,
 )
+from bgjob._requests import OnConflict, in_chunks, placed, request_of
 from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
 from bgjob._sql import enqueues, overviews, pauses, views, workers
@@ -62,7 +68,6 @@ from bgjob.errors import (
     BgjobError,
     EnqueueConflictError,
     JobAlreadyExistsError,
-    RequestsRequiredError,
     SchemaError,
 )
 from bgjob.explanation import Explanation
@@ -79,11 +84,6 @@ if TYPE_CHECKING:
     from bgjob._explanation.steps import Steps
 
 T = TypeVar("T")
-
-OnConflict = Literal["raise", "skip"]
-
-_CHUNK = 10_000
-"""Requests in one statement, so that a million in one call need bounded memory."""
 
 _FEW = 500
 """Requests below which COPY's round trips cost more than they save."""
@@ -112,16 +112,19 @@ class AsyncClient:
     """Enqueues jobs on PostgreSQL, and manages queues and dead jobs.
 
     Args:
-        source: a connection string, or a psycopg_pool.AsyncConnectionPool. From a string
-            the client opens up to 10 connections as it needs them, and closes them
-            with `close()`; a forked child opens its own; a server that is silent or
-            away for 30 s raises psycopg.OperationalError. Your own pool is only
-            borrowed, with the timeouts that you gave it.
+        source: a connection string, or a psycopg_pool.AsyncConnectionPool. The driver in a
+            URL such as postgresql+psycopg://... does not matter. From a string the client
+            opens up to 10 connections as it needs them, and closes them with `close()`; a
+            forked child opens its own; a server that is silent or away for 30 s raises
+            psycopg.OperationalError. Your own pool is only borrowed, with the timeouts that
+            you gave it.
         notify: whether enqueues notify sleeping workers; True by default. Set it to
             False if no worker can listen: behind a pooler in transaction mode
             workers poll.
 
     Raises:
+        TypeError: neither a string nor such a pool; the error of an engine or a URL of
+            SQLAlchemy names the remedy.
         ValueError: the string is not a connection string.
 
     Safe to share between tasks. An async context manager; leaving it closes it.
@@ -131,7 +134,11 @@ class AsyncClient:
     """
 
     def __init__(self, source: str | AsyncConnectionPool[Any], *, notify: bool = True) -> None:
-        self._source = check_conninfo(source) if isinstance(source, str) else source
+        if isinstance(source, str):
+            source = check_conninfo(source)
+        elif not isinstance(source, AsyncConnectionPool):
+            raise TypeError(not_a_source(source, AsyncConnectionPool))
+        self._source = source
         self._notify = notify
         self._pool: AsyncPool | AsyncBorrowedPool = (
             AsyncPool(partial(options, (source, {})), _configure_async, patience=PATIENCE)
@@ -194,7 +201,7 @@ class AsyncClient:
                 job is written, and runs, again.
 
         """
-        request = _request(request, options)
+        request = request_of(request, options)
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         try:
             is_written = await self._run(statement, conn, keep=True)
@@ -246,7 +253,7 @@ class AsyncClient:
         on_conflict: OnConflict,
         conn: psycopg.AsyncConnection[Any] | None,
     ) -> list[str | None]:
-        chunks = _chunks(requests)
+        chunks = in_chunks(requests)
         ids: list[str | None] = []
         if conn is not None and _may_begin(conn):
             await conn.execute(_BEGIN)
@@ -268,7 +275,7 @@ class AsyncClient:
                     if conn is None:
                         raise
                     raise EnqueueConflictError([request.id for request in chunk]) from error
-                ids += _placed(chunk, written, on_conflict)
+                ids += placed(chunk, written, on_conflict)
         return ids
 
     async def _copied(
@@ -703,23 +710,30 @@ class Client:
     """Enqueues jobs on PostgreSQL, and manages queues and dead jobs.
 
     Args:
-        source: a connection string, or a psycopg_pool.ConnectionPool. From a string
-            the client opens up to 10 connections as it needs them, and closes them
-            with `close()`; a forked child opens its own; a server that is silent or
-            away for 30 s raises psycopg.OperationalError. Your own pool is only
-            borrowed, with the timeouts that you gave it.
+        source: a connection string, or a psycopg_pool.ConnectionPool. The driver in a
+            URL such as postgresql+psycopg://... does not matter. From a string the client
+            opens up to 10 connections as it needs them, and closes them with `close()`; a
+            forked child opens its own; a server that is silent or away for 30 s raises
+            psycopg.OperationalError. Your own pool is only borrowed, with the timeouts that
+            you gave it.
         notify: whether enqueues notify sleeping workers; True by default. Set it to
             False if no worker can listen: behind a pooler in transaction mode
             workers poll.
 
     Raises:
+        TypeError: neither a string nor such a pool; the error of an engine or a URL of
+            SQLAlchemy names the remedy.
         ValueError: the string is not a connection string.
 
     Thread-safe. A context manager; leaving it closes it.
     """
 
     def __init__(self, source: str | ConnectionPool[Any], *, notify: bool = True) -> None:
-        self._source = check_conninfo(source) if isinstance(source, str) else source
+        if isinstance(source, str):
+            source = check_conninfo(source)
+        elif not isinstance(source, ConnectionPool):
+            raise TypeError(not_a_source(source, ConnectionPool))
+        self._source = source
         self._notify = notify
         self._pool: Pool | BorrowedPool = (
             Pool(partial(options, (source, {})), _configure, patience=PATIENCE)
@@ -782,7 +796,7 @@ class Client:
                 job is written, and runs, again.
 
         """
-        request = _request(request, options)
+        request = request_of(request, options)
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         try:
             is_written = self._run(statement, conn, keep=True)
@@ -834,7 +848,7 @@ class Client:
         on_conflict: OnConflict,
         conn: psycopg.Connection[Any] | None,
     ) -> list[str | None]:
-        chunks = _chunks(requests)
+        chunks = in_chunks(requests)
         ids: list[str | None] = []
         if conn is not None and _may_begin(conn):
             conn.execute(_BEGIN)
@@ -856,7 +870,7 @@ class Client:
                     if conn is None:
                         raise
                     raise EnqueueConflictError([request.id for request in chunk]) from error
-                ids += _placed(chunk, written, on_conflict)
+                ids += placed(chunk, written, on_conflict)
         return ids
 
     def _copied(self, connection: psycopg.Connection[Any], chunk: list[EnqueueRequest]) -> bool:
@@ -1297,52 +1311,10 @@ def _may_begin(conn: BaseConnection[Any]) -> bool:
     return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
 
 
-def _request(request: EnqueueRequest | TypedJob, options: EnqueueOptions) -> EnqueueRequest:
-    if not isinstance(request, EnqueueRequest):
-        return EnqueueRequest.of(request, **options)
-    if options:
-        raise TypeError(
-            f"{', '.join(options)} given together with a request: these options are for typed "
-            "jobs; set them on the EnqueueRequest"
-        )
-    return request
-
-
-def _chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]]:
-    pending = iter(requests)
-    first = list(islice(pending, _CHUNK))
-    if not first:
-        raise RequestsRequiredError("requests are required: a bulk enqueue needs at least one")
-
-    def rest() -> Iterator[list[EnqueueRequest]]:
-        yield first
-        while chunk := list(islice(pending, _CHUNK)):
-            yield chunk
-
-    return rest()
-
-
 def _copy_of(connection: BaseConnection[Any], chunk: list[EnqueueRequest]) -> enqueues.Copy | None:
     if len(chunk) < _FEW or connection.pgconn.pipeline_status != PipelineStatus.OFF:
         return None
     return enqueues.copy_many(chunk)
-
-
-def _placed(
-    chunk: list[EnqueueRequest], written: set[str], on_conflict: OnConflict
-) -> list[str | None]:
-    ids: list[str | None] = []
-    taken = []
-    for request in chunk:
-        if request.id in written:
-            written.discard(request.id)  # a second request with this id was not written
-            ids.append(request.id)
-        else:
-            taken.append(request.id)
-            ids.append(None)
-    if taken and on_conflict == "raise":
-        raise JobAlreadyExistsError(taken)
-    return ids
 
 
 def _overview(queue: str | None, cap: int) -> Statement[Overview]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 import select
 import time
 from collections.abc import Callable, Mapping
@@ -50,22 +51,52 @@ _READY = {
 }
 
 
-def check_conninfo(text: str) -> str:
-    """Return a connection string, or raise ValueError if it is not one.
+_OF_SQLALCHEMY = re.compile(r"\Apostgres(?:ql)?\+\w+(?=://)")
 
-    The error shows neither the text nor libpq's complaint: both may contain a password.
+_HIDDEN = "***"
+"""Stands for the password in the text of SQLAlchemy's URLs."""
+
+
+def check_conninfo(text: str) -> str:
+    """Return a connection string for libpq, or raise ValueError if it is not one.
+
+    The driver in a URL of SQLAlchemy (postgresql+psycopg://...) is left out. The error shows
+    neither the text nor libpq's complaint: both may contain a password.
     """
+    text, has_driver = _OF_SQLALCHEMY.subn("postgresql", text, count=1)
     try:
-        host = conninfo_to_dict(text).get("host")
+        parameters = conninfo_to_dict(text)
     except psycopg.Error:
-        pass
+        if has_driver:
+            raise ValueError(
+                "this URL of SQLAlchemy has parameters that libpq does not know: pass "
+                "bgjob.ext.sqlalchemy.dsn(url), which translates them"
+            ) from None
     else:
-        if "@" not in str(host):  # an unescaped @ in the password ends up in the host
+        if parameters.get("password") == _HIDDEN:
+            raise ValueError(
+                "the password is ***, which str() of a URL of SQLAlchemy shows in place of the "
+                "real one: pass bgjob.ext.sqlalchemy.dsn(engine), or "
+                "url.render_as_string(hide_password=False)"
+            )
+        # An unescaped @ in the password ends up in the host.
+        if "@" not in str(parameters.get("host")):
             return text
     raise ValueError(
         "this is not a connection string; it looks like postgresql://user:password@host/database, "
         "with %40 for an @ in the password, or like 'host=... user=... dbname=...'"
     )
+
+
+def not_a_source(source: object, pool: type) -> str:
+    """Return the text of the error for what is neither a connection string nor a pool."""
+    text = (
+        f"source must be a connection string or a psycopg_pool.{pool.__name__}, not "
+        f"{type(source).__name__}"
+    )
+    if type(source).__module__.partition(".")[0] == "sqlalchemy":
+        text += ": pass bgjob.ext.sqlalchemy.dsn() of it"
+    return text
 
 
 def options(
