@@ -34,6 +34,10 @@ READ = [
     "dlq show a",
     "dlq requeue --all",
     "dlq purge --all",
+    "job list",
+    "job show a",
+    "job cancel a",
+    "job priority 1 a",
     "enqueue q t",
 ]
 READ += [f"schedules {rest}" for rest in ("list", "pause a", "resume a", "run a", "remove a")]
@@ -758,6 +762,12 @@ def test_columns_stand_in_line(capsys: pytest.CaptureFixture[str]) -> None:
         "enqueue q t --delay 1y",
         "enqueue q t --delay 999999w",
         "enqueue q t --priority high",
+        "job",
+        "job show",
+        "job priority high a",
+        "job priority 40000 a",
+        "job list --state dead",
+        "job list --limit 0",
         "dlq",
         "dlq show",
         "dlq list --limit 0",
@@ -797,6 +807,12 @@ def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str])
         "dlq show",
         "dlq requeue",
         "dlq purge",
+        "job",
+        "job list",
+        "job cancel",
+        "job abandon",
+        "job now",
+        "job priority",
         "schema",
     ]
     + ["playground", "demo", "worker", "pause", "resume", "paused", "schedules", "schedules list"]

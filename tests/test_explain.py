@@ -585,6 +585,24 @@ def test_a_dead_job_is_told_its_error_and_can_be_requeued(client: Any, dsn: str)
     assert client.explain("a").state == "due"
 
 
+def test_a_cancelled_job_says_who_cancelled_it_and_why(
+    client: Any, plain_client: Client, dsn: str
+) -> None:
+    plain_client.enqueue(EnqueueRequest("q", "t", id="a"))
+    plain_client.jobs.cancel("a", by="ann", reason="a wrong customer")
+    explanation = client.explain("a")
+    reason = only(explanation)
+    assert (explanation.state, reason.code) == ("dead", "dead")
+    assert re.fullmatch(
+        r"It was cancelled by ann: a wrong customer \(at [-\d]+ [:\d]+ UTC, \S+ s ago, before its "
+        r"first attempt\)\.",
+        reason.text,
+    ), reason.text
+    assert reason.facts["ended_by_hand"] == "cancelled"
+    assert follow(reason.remedy, dsn) == 0
+    assert client.explain("a").state == "due"
+
+
 def test_a_completed_job_is_absent_with_the_time_of_its_id(client: Any) -> None:
     id_ = client.enqueue(EnqueueRequest("q", "t"))
     client.do("q", Mux().register("t", lambda _: None))

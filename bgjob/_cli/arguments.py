@@ -13,7 +13,7 @@ from bgjob._checks import seconds
 from bgjob._cli.listener import Address, TcpAddress
 from bgjob._postgres.connection import check_conninfo
 from bgjob.errors import BgjobError
-from bgjob.job import check_name
+from bgjob.job import check_name, check_priority
 
 if TYPE_CHECKING:
     # A subparsers action is generic to a type checker, and has no public name.
@@ -91,6 +91,16 @@ def name(what: str) -> Callable[[str], str]:
         return text
 
     return take
+
+
+def priority(text: str) -> int:
+    """Parse a priority."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"a whole number is needed, not {text!r}") from None
+    _checked(lambda number: check_priority(number, "priority"), number)
+    return number
 
 
 def positive(text: str) -> int:

@@ -9,6 +9,9 @@ from bgjob._sql.looks import Oldest, Writer
 from bgjob._words import identifier, lasting, literal, one_line
 from bgjob.explanation import Reason
 
+_ENDED_BY_HAND = ("cancelled", "abandoned")
+"""How the error of a job begins that `client.jobs` has moved to the dead-letter table."""
+
 _UUID7 = 7
 _UNIX = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -18,11 +21,15 @@ def dead(seen: Seen) -> Reasons:
     if seen.job is not None or not seen.dead:
         return
     last = seen.dead[0]
-    error = f": {words.first_line(last.last_error)}" if last.last_error else ""
-    text = (
-        f"It has been dead since {words.moment(last.moved_at)} ({lasting(last.seconds)}), after "
-        f"attempt {last.attempt}{error}"
-    )
+    error = words.first_line(last.last_error) if last.last_error else ""
+    at, ago = words.moment(last.moved_at), lasting(last.seconds)
+    attempt = f"after attempt {last.attempt}" if last.attempt else "before its first attempt"
+    ended = next((done for done in _ENDED_BY_HAND if error.startswith(f"{done} by ")), None)
+    if ended is not None:
+        text = f"It was {error} (at {at}, {ago} ago, {attempt})"
+    else:
+        text = f"It has been dead since {at} ({ago}), {attempt}"
+        text += f": {error}" if error else ""
     if len(seen.dead) > 1:
         text += f"; jobs with this id died {'twice' if len(seen.dead) == 2 else 'several times'}"  # noqa: PLR2004
     yield Reason(
@@ -38,6 +45,7 @@ def dead(seen: Seen) -> Reasons:
             "moved_at": last.moved_at,
             "last_error": last.last_error,
             "fingerprint": last.fingerprint,
+            "ended_by_hand": ended,
         },
     )
 

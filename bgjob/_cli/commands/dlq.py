@@ -2,13 +2,10 @@
 
 import argparse
 import sys
-from base64 import b64encode
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import orjson
-
-from bgjob._cli import arguments, database, table
+from bgjob._cli import arguments, database, payload, table
 from bgjob._cli.arguments import UsageError, add_command
 from bgjob._cli.progress import progress, say
 from bgjob._sql.dead import DeadFilter, matching
@@ -149,34 +146,15 @@ def run_show(args: argparse.Namespace) -> int:
         table.write_json(_as_json(job))
         return 0
     for name, value in job._asdict().items():
-        text = _payload(value) if name == "arg" else str(value)
+        text = payload.as_text(value) if name == "arg" else str(value)
         if value is not None:
             lines = "\n    ".join(map(table.printable, text.splitlines()))
             sys.stdout.write(f"{name:<12}  {lines}\n")
     return 0
 
 
-def _payload(arg: bytes | None) -> str:
-    if arg is None or _is_json(arg):
-        return (arg or b"").decode()
-    return repr(arg)
-
-
-def _is_json(arg: bytes) -> bool:
-    try:
-        orjson.loads(arg)
-    except ValueError:
-        return False
-    return True
-
-
 def _as_json(job: DeadJob) -> dict[str, Any]:
-    value = job._asdict()
-    if job.arg is not None and _is_json(job.arg):
-        value["arg"] = orjson.Fragment(job.arg)
-    elif job.arg is not None:
-        value["arg"] = {"base64": b64encode(job.arg).decode()}
-    return value
+    return job._asdict() | {"arg": payload.as_json(job.arg)}
 
 
 def run_requeue(args: argparse.Namespace) -> int:
