@@ -3,8 +3,10 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from support.documents import ROOT
 from support.nursery import fork
 from support.waiting import PATIENCE
@@ -12,6 +14,12 @@ from support.waiting import PATIENCE
 EXAMPLES = sorted((ROOT / "tests" / "examples").glob("*.py"))
 GUIDE = (ROOT / "bgjob" / "docs" / "guide.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
+
+
+def url_of(dsn: str) -> str:
+    parts = conninfo_to_dict(dsn)
+    query = urlencode({name: parts[name] for name in ("host", "port")})
+    return f"postgresql://{parts['user']}@/{parts['dbname']}?{query}"
 
 
 def output(example: Path) -> str:
@@ -22,7 +30,7 @@ def output(example: Path) -> str:
 def test_an_example_prints_its_expected_output(example: Path, dsn: str, tmp_path: Path) -> None:
     out, err = tmp_path / "out", tmp_path / "err"
     # BGJOB_DSN would have precedence.
-    env = {**os.environ, "DATABASE_URL": dsn, "BGJOB_DSN": "", "PYTHONWARNINGS": "error"}
+    env = {**os.environ, "DATABASE_URL": url_of(dsn), "BGJOB_DSN": "", "PYTHONWARNINGS": "error"}
     with out.open("wb") as output_, err.open("wb") as errors:
         process = fork(str(example), env=env, output=output_, errors=errors)
     assert process.stdin is not None

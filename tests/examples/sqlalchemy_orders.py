@@ -1,14 +1,14 @@
 import os
 
 import psycopg
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from bgjob import Client, EnqueueRequest, Job, Mux
-from bgjob.ext.sqlalchemy import enqueue, session_of
+from bgjob.ext.sqlalchemy import dsn, enqueue, session_of
 
-dsn = os.environ["DATABASE_URL"]
-engine = create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(dsn))
+url = make_url(os.environ["DATABASE_URL"])  # postgresql://...
+engine = create_engine(url.set(drivername="postgresql+psycopg"))
 mux = Mux()
 
 
@@ -39,7 +39,7 @@ with Session(engine) as session:
     enqueue(session, EnqueueRequest("mail", "confirm", {"order": order.id}))
     session.commit()  # the order and its job
 
-with Client(dsn) as client:
+with Client(dsn(engine)) as client:
     client.do("mail", mux)
     print("jobs:", [stats.type for stats in client.stats("mail")])
 with Session(engine) as session:
