@@ -11,6 +11,7 @@ import psycopg
 
 from bgjob._cli.arguments import STATUS, UsageError
 from bgjob._cli.commands import (
+    dashboards,
     demo,
     dlq,
     doctor,
@@ -18,6 +19,7 @@ from bgjob._cli.commands import (
     explain,
     health,
     job,
+    metrics,
     pauses,
     playground,
     preflight,
@@ -41,6 +43,8 @@ _COMMANDS = (
     worker,
     workers,
     health,
+    metrics,
+    dashboards,
     preflight,
     enqueue,
     stats,

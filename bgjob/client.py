@@ -73,6 +73,7 @@ from bgjob.errors import (
 from bgjob.explanation import Explanation
 from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
 from bgjob.jobs import AsyncJobs, Jobs
+from bgjob.measurements import Measurements
 from bgjob.minutes import By
 from bgjob.mux import Mux
 from bgjob.result import Result
@@ -473,6 +474,32 @@ class AsyncClient:
                 prepares=connection.prepare_threshold is not None,
             )
             return await drive_async(steps, partial(_execute_both_async, connection, bounds()))
+
+    async def measure(self, *, cap: int = 10_000) -> Measurements:
+        """Measure queues, workers, schedules and tables, for an exporter of metrics.
+
+        Changes nothing. Seven statements, each in a transaction of its own, which takes at most
+        5 s and waits at most 1 s for a lock. None of them reads a table from end to end.
+        `bgjob.ext.prometheus.DatabaseMetrics` makes metrics of it.
+
+        Any role may call it: a part that needs a privilege which this role does not have is
+        named in `failures`. `bgjob_operator` of privileges.sql has all.
+
+        Args:
+            cap: the number of jobs after which each count of a queue stops, as for
+                `overview`; 10,000 by default.
+
+        Raises:
+            ValueError: a cap below 1.
+            psycopg.Error: the server cannot be reached.
+
+        """
+        from bgjob._diagnosis.measuring import measure  # noqa: PLC0415 (as above)
+
+        _check_cap(cap)
+        async with self._connection(None) as connection:
+            before = bounds("bgjob metrics")
+            return await drive_async(measure(cap), partial(_execute_both_async, connection, before))
 
     async def explain(
         self,
@@ -1062,6 +1089,32 @@ class Client:
             )
             return drive(steps, partial(_execute_both, connection, bounds()))
 
+    def measure(self, *, cap: int = 10_000) -> Measurements:
+        """Measure queues, workers, schedules and tables, for an exporter of metrics.
+
+        Changes nothing. Seven statements, each in a transaction of its own, which takes at most
+        5 s and waits at most 1 s for a lock. None of them reads a table from end to end.
+        `bgjob.ext.prometheus.DatabaseMetrics` makes metrics of it.
+
+        Any role may call it: a part that needs a privilege which this role does not have is
+        named in `failures`. `bgjob_operator` of privileges.sql has all.
+
+        Args:
+            cap: the number of jobs after which each count of a queue stops, as for
+                `overview`; 10,000 by default.
+
+        Raises:
+            ValueError: a cap below 1.
+            psycopg.Error: the server cannot be reached.
+
+        """
+        from bgjob._diagnosis.measuring import measure  # noqa: PLC0415 (as above)
+
+        _check_cap(cap)
+        with self._connection(None) as connection:
+            before = bounds("bgjob metrics")
+            return drive(measure(cap), partial(_execute_both, connection, before))
+
     def explain(
         self,
         id: str | None = None,  # noqa: A002
@@ -1317,9 +1370,13 @@ def _copy_of(connection: BaseConnection[Any], chunk: list[EnqueueRequest]) -> en
     return enqueues.copy_many(chunk)
 
 
-def _overview(queue: str | None, cap: int) -> Statement[Overview]:
+def _check_cap(cap: int) -> None:
     if cap < 1:
         raise ValueError(f"cap must be a number from 1, not {cap!r}")
+
+
+def _overview(queue: str | None, cap: int) -> Statement[Overview]:
+    _check_cap(cap)
     return overviews.overview(queue, cap=cap)
 
 

@@ -7,6 +7,7 @@ A check asks one or two statements, and makes findings of their rows:
     sessions    rows -> findings: who holds the vacuum horizon, who waits for whose lock
     tables      rows -> findings: schema, dead rows, indexes
     queues      rows -> findings: leases, due jobs, pauses, schedules, dead jobs
+    measuring   statements -> measurements, for an exporter of metrics
     blueprint   the tables and indexes that migration/init.sql defines
 
 The functions from rows to findings are pure, so each rule is tested without a database; the tests

@@ -2,7 +2,8 @@
 
 Rates and durations are known where handlers run, and depths and ages in the database. So each
 worker's process exports the former (Metrics), and one program for a database the latter
-(`bgjob metrics`): if each worker asked the database, a hundred would ask it a hundred times.
+(DatabaseMetrics, or `bgjob metrics`): if each worker asked the database, a hundred would ask it a
+hundred times.
 
 Needs the extra `prometheus`:
 
@@ -14,6 +15,7 @@ Needs the extra `prometheus`:
 `bgjob worker --health HOST:PORT` does both by itself.
 """
 
+from bgjob._prometheus.database import DatabaseMetrics
 from bgjob._prometheus.metrics import Metrics
 
-__all__ = ["Metrics"]
+__all__ = ["DatabaseMetrics", "Metrics"]
