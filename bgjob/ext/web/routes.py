@@ -8,6 +8,7 @@ from typing import TypeAlias, TypeVar
 from starlette.responses import Response
 
 from bgjob.ext.web.actions import dead as dead_actions
+from bgjob.ext.web.actions import groups as group_actions
 from bgjob.ext.web.actions import jobs as job_actions
 from bgjob.ext.web.actions import queues as queue_actions
 from bgjob.ext.web.actions.action import Action
@@ -112,6 +113,9 @@ ACTIONS: Sequence[Route[Action]] = [
     _route(("jobs", "{id}", "abandon"), job_actions.abandon),
     _route(("dead", "requeue"), dead_actions.requeue),
     _route(("dead", "purge"), dead_actions.purge),
+    _route(("dead", "groups", "{fingerprint}", "canary"), group_actions.canary),
+    _route(("dead", "groups", "{fingerprint}", "rest"), group_actions.rest),
+    _route(("dead", "groups", "{fingerprint}", "stop"), group_actions.stop),
     _route(("schedules", "{name}", "run"), queue_actions.run),
     _route(("schedules", "{name}", "pause"), queue_actions.pause_schedule),
     _route(("schedules", "{name}", "resume"), queue_actions.resume_schedule),

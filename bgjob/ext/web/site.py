@@ -17,6 +17,7 @@ from bgjob.ext.web.database import Reader, Writer
 from bgjob.ext.web.frame import Colour
 from bgjob.ext.web.kept import Kept
 from bgjob.ext.web.redaction import Redaction
+from bgjob.ext.web.replays import Replays
 from bgjob.stats import Overview
 from bgjob.workers import WorkerStatus
 
@@ -51,6 +52,7 @@ class Site:
     parameters: ConnectionParameters
     reader: Reader = field(init=False)
     writer: Writer = field(init=False)
+    replays: Replays = field(init=False)
     kept: Kept = field(init=False, default_factory=Kept)
     key: bytes = field(init=False, default_factory=lambda: secrets.token_bytes(32))
     """Signs notices."""
@@ -63,6 +65,7 @@ class Site:
     def __post_init__(self) -> None:
         self.reader = Reader(self.parameters)
         self.writer = Writer(self.parameters)
+        self.replays = Replays(self.writer, lambda: self.now)
         self.files = _files()
         digest = hashlib.sha256()
         for name, (content, _) in sorted(self.files.items()):
@@ -107,6 +110,7 @@ class Site:
 
     async def close(self) -> None:
         """Close the connections."""
+        await self.replays.close()
         await self.kept.close()
         await asyncio.gather(self.reader.close(), self.writer.close())
 

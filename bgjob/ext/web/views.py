@@ -410,11 +410,13 @@ class BuriedBy:
 class Canary:
     """One dead job of a group that was put back to try.
 
-    `state`: "waiting", "running", "completed", "died", "failed" (it waits for a retry),
-    "rescheduled", "gone". `is_good` is None while undecided.
+    `state`: "waiting", "running", "completed", "dead", "failed" (it waits for a retry),
+    "rescheduled", "undecided" (it was watched for a minute). `is_good` is None while undecided.
     """
 
     id: str
+    queue: str
+    type: str
     started_at: datetime
     state: str
     is_good: bool | None
@@ -424,11 +426,15 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """The replay of a group's rest. `state`: "running", "done", "stopped", "braked", "failed"."""
+    """The replay of a group's rest. `state`: "running", "done", "stopped", "braked", "failed".
+
+    `left` stay dead, because live jobs have their ids. `rate` is in jobs a second.
+    """
 
     state: Literal["running", "done", "stopped", "braked", "failed"]
     total: int
     back: int
+    left: int
     died: int
     rate: float
     stop_after: int

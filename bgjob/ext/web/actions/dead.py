@@ -85,13 +85,9 @@ async def _confirmed(
         statements.count_dead(_where(filters), most=MOST_REPLAYED + 1)
     )
     if found > MOST_REPLAYED:
-        raise HTTPException(
-            409,
-            f"These are more than {MOST_REPLAYED:,} jobs, which is too much for a page. From a "
-            f"shell: {_command(name, filters)}",
-        )
+        raise too_many(_command(name, filters))
     expected = form.integer("expect", -1)
-    if expected >= 0 and abs(found - expected) <= expected * _TOLERANCE:
+    if is_confirmed(expected, found):
         return cast("DeadFilters", filters), None
     changed = "" if expected < 0 else f" It was {count(expected, 'job')} when you were asked first."
     fields = [(field, str(value)) for field, value in filters.items() if field != "numbers"] + [
@@ -112,6 +108,20 @@ async def _confirmed(
         visit.back(form.back),
         is_dangerous=is_purge,
         sample=tuple(f"{field}: {value}" for field, value in fields if field != "upto")[:_SAMPLE],
+    )
+
+
+def is_confirmed(expected: int, found: int) -> bool:
+    """Whether the number that was confirmed is about the number that there is."""
+    return expected >= 0 and abs(found - expected) <= expected * _TOLERANCE
+
+
+def too_many(command: str) -> HTTPException:
+    """Return the refusal to act on too many jobs."""
+    return HTTPException(
+        409,
+        f"These are more than {MOST_REPLAYED:,} jobs, which is too much for a page. From a shell: "
+        f"{command}",
     )
 
 

@@ -131,18 +131,24 @@ def _group_row(group: DeadGroup, visit: Visit) -> GroupRow:
 async def group(visit: Visit) -> GroupPage:
     """Return the page of a group."""
     fingerprint: str = visit.request.path_params["fingerprint"]
-    page = GroupPage(fingerprint)
+    replays, redaction = visit.site.replays, visit.site.redaction
+    canary = replays.canary(fingerprint)
+    if canary is not None and canary.error:
+        shown = Shown(canary.id, canary.queue, canary.type, None, canary.error)
+        canary = replace(canary, error=redaction.error(shown))
+    page = GroupPage(fingerprint, canary=canary, rest=replays.rest(fingerprint))
     found = await tried(_group(visit, fingerprint))
     if isinstance(found, Trouble):
         return replace(page, group=found)
-    latest = await tried(_latest(visit, fingerprint))
     if found is not None:
         page = replace(page, group=_group_row(found, visit))
         if found.jobs > MOST_REPLAYED:
             page = replace(page, command=f"bgjob triage {fingerprint} --rest")
         shown = Shown(found.id, found.queues[0], found.type, None, found.error)
-        page = replace(page, sample=visit.site.redaction.whole_error(shown))
-    return replace(page, latest=latest)
+        page = replace(page, sample=redaction.whole_error(shown))
+    if visit.part is not None:
+        return page
+    return replace(page, latest=await tried(_latest(visit, fingerprint)))
 
 
 async def _group(visit: Visit, fingerprint: str) -> DeadGroup | None:
