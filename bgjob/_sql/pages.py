@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.dead import DeadFilter
-from bgjob._sql.statement import Row, Statement, finite, in_range, scalar
+from bgjob._sql.statement import Row, Statement, finite, in_range, number_array, scalar
 
 _MOST_LINES = "100"
 
@@ -202,4 +202,57 @@ def count_dead(where: DeadFilter, *, most: int) -> Statement[int]:
         """,
         where.params | {"most": most},
         scalar,
+    )
+
+
+_HOURS: LiteralString = "24"
+_MOST_IN_AN_HOUR: LiteralString = "500"
+
+
+def hours_of(fingerprints: Sequence[int]) -> Statement[dict[int, tuple[int, ...]]]:
+    """Count the jobs of groups that died in each of the last 24 hours, the latest last.
+
+    No index has the time of death, but the numbers grow with it: each hour's first number is
+    found by halves, and the jobs between two of them are in the index of the groups, of which 500
+    are counted.
+    """
+    return Statement(
+        f"""
+        with recursive clock as materialized (select now() as now), search (hour, low, high) as (
+            select hour, ends.low, ends.high
+            from generate_series(1, {_HOURS}) as hour, (
+                select coalesce((select id from bgjob_dead_job order by id limit 1), 1) as low,
+                    coalesce((select id from bgjob_dead_job order by id desc limit 1), 0) + 1
+                        as high
+            ) as ends
+            union all
+            select s.hour,
+                case when probe.is_earlier then probe.id + 1 else s.low end,
+                case when probe.is_earlier then s.high else (s.low + s.high) / 2 end
+            from search s cross join clock cross join lateral (
+                select d.id, d.moved_at < clock.now - s.hour * interval '1 hour' as is_earlier
+                from bgjob_dead_job d where d.id >= (s.low + s.high) / 2 order by d.id limit 1
+            ) as probe
+            where s.low < s.high
+        ), bound as materialized (
+            select hour, low from search where low >= high
+            union all select 0, 9223372036854775807
+        )
+        select f.fingerprint, counted.hours
+        from unnest(%(fingerprints)s::bigint[]) as f (fingerprint)
+        cross join lateral (
+            select array_agg(died.n order by begun.hour desc) as hours
+            from bound begun join bound ended on ended.hour = begun.hour - 1
+            cross join lateral (
+                select count(*)::int as n from (
+                    select from bgjob_dead_job d
+                    where (d.fingerprint, d.id) >= (f.fingerprint, begun.low)
+                        and (d.fingerprint, d.id) < (f.fingerprint, ended.low)
+                    order by d.fingerprint, d.id limit {_MOST_IN_AN_HOUR}
+                ) as few
+            ) as died
+        ) as counted
+        """,
+        {"fingerprints": number_array(fingerprints)},
+        lambda rows: {fingerprint: tuple(hours) for fingerprint, hours in rows},
     )

@@ -86,7 +86,7 @@ class TokenAccess:
             raise ValueError(f"a token must have at least {_SHORTEST} characters: it is a password")
         check_permissions(permissions)
         self.token = token or secrets.token_urlsafe(_BYTES)
-        self._access = Access("token", permissions)
+        self._access = Access("", permissions)
         # Cookies ignore ports: two pages of one host must not take each other's.
         self._name = f"bgjob-{hashlib.sha256(self.token.encode()).hexdigest()[:8]}"
 

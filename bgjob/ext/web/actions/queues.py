@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC
 
 from starlette.exceptions import HTTPException
 
@@ -19,7 +20,7 @@ async def pause(visit: Visit, form: Form) -> Answer:
     queue = visit.name("queue")
     until = form.until()
     await visit.site.writer.pause(queue, until)
-    end = "" if until is None else f" until {until:%Y-%m-%d %H:%M:%S} UTC"
+    end = "" if until is None else f" until {until.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
     return Done(f"Queue {queue} is paused{end}.", 1, (queue,))
 
 

@@ -1,10 +1,12 @@
 """Dead jobs: their groups, one group, and one dead job."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from starlette.exceptions import HTTPException
 
 from bgjob._sql import pages as statements
+from bgjob._sql.dead import number_of
 from bgjob._sql.pages import DeadStep
 from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.rows import brief, dead_rows
@@ -107,10 +109,22 @@ async def groups(
         return await visit.site.reader.dlq.groups(limit=limit, queue=queue, type=type_)
 
     found = await visit.site.keep(("groups", queue, type_, limit), ask)
-    return tuple(_group_row(group, visit) for group in found)
+    hours = await _hours(visit, found)
+    return tuple(_group_row(group, visit, hours.get(group.fingerprint)) for group in found)
 
 
-def _group_row(group: DeadGroup, visit: Visit) -> GroupRow:
+async def _hours(visit: Visit, groups: list[DeadGroup]) -> Mapping[str, tuple[int, ...]]:
+    """Return how many jobs of groups died in each of the last 24 hours, if that can be told."""
+    numbers = {number_of(group.fingerprint): group.fingerprint for group in groups}
+    key = ("hours", *sorted(numbers))
+    statement = statements.hours_of([*numbers])
+    found = await tried(visit.site.keep(key, lambda: visit.site.reader.read(statement)))
+    if isinstance(found, Trouble):
+        return {}
+    return {numbers[number]: hours for number, hours in found.items()}
+
+
+def _group_row(group: DeadGroup, visit: Visit, hours: tuple[int, ...] | None) -> GroupRow:
     shown = Shown(group.id, group.queues[0], group.type, None, group.error)
     redaction = visit.site.redaction
     error = redaction.error(shown)
@@ -124,7 +138,7 @@ def _group_row(group: DeadGroup, visit: Visit) -> GroupRow:
         brief(error) or "",
         group.first,
         group.last,
-        None,
+        hours,
     )
 
 
@@ -141,7 +155,8 @@ async def group(visit: Visit) -> GroupPage:
     if isinstance(found, Trouble):
         return replace(page, group=found)
     if found is not None:
-        page = replace(page, group=_group_row(found, visit))
+        hours = await _hours(visit, [found])
+        page = replace(page, group=_group_row(found, visit, hours.get(fingerprint)))
         if found.jobs > MOST_REPLAYED:
             page = replace(page, command=f"bgjob triage {fingerprint} --rest")
         shown = Shown(found.id, found.queues[0], found.type, None, found.error)
