@@ -63,9 +63,7 @@ class Site:
     _offset: timedelta = field(init=False, default=timedelta())
 
     def __post_init__(self) -> None:
-        self.reader = Reader(self.parameters)
-        self.writer = Writer(self.parameters)
-        self.replays = Replays(self.writer, lambda: self.now)
+        self._open()
         self.files = _files()
         digest = hashlib.sha256()
         for name, (content, _) in sorted(self.files.items()):
@@ -109,10 +107,18 @@ class Site:
         return await self.keep("workers", self.reader.workers)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; a later request opens others."""
         await self.replays.close()
         await self.kept.close()
-        await asyncio.gather(self.reader.close(), self.writer.close())
+        reader, writer = self.reader, self.writer
+        self._open()
+        await asyncio.gather(reader.close(), writer.close())
+
+    def _open(self) -> None:
+        """Make the clients; they connect when they are used."""
+        self.reader = Reader(self.parameters)
+        self.writer = Writer(self.parameters)
+        self.replays = Replays(self.writer, lambda: self.now)
 
 
 _MEDIA = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
