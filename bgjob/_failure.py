@@ -39,6 +39,10 @@ _MOST_LEAVES = 1000
 _MOST_COMPARED = 100
 
 _OWN, _LIBRARY, _INSTALLED, _PROGRAM = range(4)
+
+_DEMO = {"bgjob._cli.demo_jobs", "bgjob._cli.demo_shop"}
+"""Modules whose frames are a program's: the jobs of the demo."""
+
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep  # noqa: PTH100, PTH120 (for prefixes)
 _STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep  # noqa: PTH100, PTH120
 _SITES = ("site-packages", "dist-packages")
@@ -253,8 +257,7 @@ def _file(path: str, module: str) -> _File:
     parts = path.replace("\\", "/").split("/")
     depth = module.count(".") + 1 + (parts[-1] == "__init__.py")
     if path.startswith(_HERE):
-        # The demo's jobs are a program's.
-        kind = _PROGRAM if module == "bgjob._cli.demo_jobs" else _OWN
+        kind = _PROGRAM if module in _DEMO else _OWN
     elif any(site in parts for site in _SITES):
         kind = _INSTALLED
     elif path.startswith((_STANDARD, "<frozen ")):

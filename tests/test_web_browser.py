@@ -178,9 +178,26 @@ def test_an_operator_finds_why_a_job_waits_and_resumes_its_queue(visit: Any, wor
     it.page.reload()
     it.sees("Completed jobs are deleted")
     it.go("/queues/mail")
-    it.page.get_by_role("button", name="Pause", exact=False).first.click()
+    it.page.get_by_role("button", name="Pause mail", exact=True).click()
     it.sees("paused")
     assert "mail" in world.client.paused()
+
+
+def test_an_operator_tries_one_dead_job_and_then_the_rest(visit: Any, world: World) -> None:
+    it = visit()
+    it.page.get_by_role("link", name="mail server").click()
+    it.page.get_by_role("button", name="Try one").click()
+    it.sees("leave the rest where it is")
+
+    world.is_mended.set()
+    it.page.get_by_role("button", name="Try another one").click()
+    it.sees("the rest may follow")
+    it.page.get_by_role("button", name="Put back the rest").click()
+    it.sees("3 jobs")  # the question
+    it.page.get_by_role("main").get_by_role("button").click()
+    it.sees("3 of 3 are back")
+
+    assert eventually(lambda: all(world.is_gone(f"confirm-{n}") for n in range(4)))
 
 
 def test_an_operator_cancels_a_running_job(visit: Any, world: World) -> None:

@@ -24,7 +24,7 @@ def serve(dsn: str | None) -> None:
 
     Raises:
         PageError: the packages of the page are not installed, or there is no free port.
-        DemoError: the schema could not be dropped.
+        DemoError: the first jobs did not run, or the schema could not be dropped.
         EmbeddedServerError: the private server is not installed, or did not start.
         psycopg.Error: the server cannot be reached, or refuses.
         KeyboardInterrupt: Ctrl-C or SIGTERM; everything is removed already.
@@ -38,7 +38,7 @@ def serve(dsn: str | None) -> None:
             inside = stack.enter_context(place(dsn))
             client = stack.enter_context(Client(inside))
             root = Path(sysconfig.get_path("stdlib"))
-            stack.enter_context(demo_world.running(client, root))
+            stack.enter_context(demo_world.running(inside, client, root))
             say("open this address; Ctrl-C ends the demo and removes all of it")
             page.serve(
                 inside,
