@@ -169,7 +169,10 @@ def schedules(*, late: float) -> Statement[list[ScheduleRow]]:
         f"""
         select s.name, s.spec, s.queue, s.type, s.paused,
             case when not s.paused then {finite("s.next_run_at")} end,
-            not s.paused and s.next_run_at < now() - %(late)s::float8 * interval '1 second',
+            coalesce(
+                not s.paused and s.next_run_at < now() - %(late)s::float8 * interval '1 second',
+                false
+            ),
             {finite("s.last_run_at")}, s.last_job_id,
             case when s.last_job_id is not null then coalesce((
                 select case when j.lease_until > now() then 'running'
@@ -193,11 +196,16 @@ def last_dead() -> Statement[int]:
 
 
 def count_dead(where: DeadFilter, *, most: int) -> Statement[int]:
-    """Count dead jobs up to `most`."""
+    """Count dead jobs up to `most`.
+
+    Those of a group in the order of its index: the plan might follow the primary key instead, past
+    all dead jobs of other groups.
+    """
+    order: LiteralString = "" if where.fingerprint is None else "order by fingerprint, id"
     return Statement(
         f"""
         select count(*) from (
-            select from bgjob_dead_job where {where.condition} limit %(most)s
+            select from bgjob_dead_job where {where.condition} {order} limit %(most)s
         ) as d
         """,
         where.params | {"most": most},

@@ -1,0 +1,124 @@
+"""A page looks at a few rows, whatever the tables hold and whatever is known of them."""
+
+from typing import Any, LiteralString, cast
+
+import psycopg
+import pytest
+from support.plans import (
+    PLAN_CACHE_MODES,
+    STATISTICS,
+    fill_with_statistics,
+    handled,
+    nodes,
+    prepare,
+    run,
+)
+from support.statements import ask
+
+from bgjob._sql import pages
+from bgjob._sql.dead import DeadFilter
+from bgjob._sql.server import bounds
+from bgjob._sql.statement import Statement
+
+MANY = 40_000
+CAP = 100
+GROUPS = 4
+TABLES = {"bgjob_job", "bgjob_dead_job"}
+
+# Half of the jobs are due, in two priorities, and the others are delayed with a lower number.
+FILL: LiteralString = """
+    insert into bgjob_job (id, queue, type, priority, next_run_at)
+    select 'job ' || n, 'q', 't', case when n %% 2 = 0 then -1 else n %% 4 end,
+        now() + case when n %% 2 = 0 then 1 else -1 end * n * interval '1 s'
+    from generate_series(1, %(jobs)s) n
+"""
+# A job died each ten seconds, the last one now: 360 in an hour, 90 of them of each group.
+FILL_DEAD: LiteralString = """
+    insert into bgjob_dead_job (
+        job_id, queue, type, attempt, priority, next_run_at, job_created_at, job_updated_at,
+        fingerprint, moved_at, last_error
+    )
+    select 'dead ' || n, 'q', 't', 1, 0, now(), now(), now(), n %% 4,
+        now() - (%(jobs)s - n) * interval '10 s', 'why'
+    from generate_series(1, %(jobs)s) n
+"""
+
+
+def fill(conn: psycopg.Connection, jobs: int) -> None:
+    for statement in (FILL, FILL_DEAD):
+        conn.execute(statement, {"jobs": jobs})
+
+
+@pytest.fixture(params=STATISTICS)
+def bounded(conn: psycopg.Connection, request: pytest.FixtureRequest) -> psycopg.Connection:
+    names, values = cast(Any, bounds("bgjob web", seconds=2).params).values()
+    for name, value in zip(names, values, strict=True):
+        if name != "transaction_read_only":
+            conn.execute("select set_config(%s, %s, false)", [name, value])
+    fill_with_statistics(conn, request.param, fill, MANY, TABLES)
+    return conn
+
+
+def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> Any:
+    """Fail unless no step handles more rows; return what the statement returns."""
+    explain = prepare(conn, "look", statement)
+    for mode in PLAN_CACHE_MODES:
+        for node in nodes(run(conn, explain, mode)):
+            below = {node.get("Relation Name") for node in nodes(node)} & TABLES
+            assert not below or handled(node) <= most, node
+            assert node.get("Relation Name") not in TABLES or "Index" in node["Node Type"], node
+    conn.execute("deallocate look")
+    return statement.parse(conn.execute(cast(Any, statement.text), statement.params).fetchall())
+
+
+def test_a_page_looks_at_few_rows(
+    bounded: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_at_single_pages(bounded)
+    look_at_schedules(bounded)
+    monkeypatch.setattr(pages, "LOOKED", 1000)
+    search_the_dead(bounded)
+
+
+def look_at_single_pages(bounded: psycopg.Connection) -> None:
+    [dead] = check(bounded, pages.dead_of(f"dead {MANY // 2}"), 2)
+    assert dead.id == f"dead {MANY // 2}"
+    lines = check(bounded, pages.lines_of("q", cap=CAP), 3 * CAP)
+    assert [(line.priority, line.due) for line in lines] == [(-1, 0), (1, CAP), (3, CAP)]
+    number = ask(bounded, pages.last_dead())
+    latest = check(bounded, pages.dead_list(None, queue=None, type_=None, error=None), 60)
+    assert latest.found[0].number == number
+    earlier = check(bounded, pages.dead_list(number - 99, queue=None, type_=None, error=None), 60)
+    assert earlier.found[0].number == number - 100
+    group = check(bounded, pages.count_dead(DeadFilter(fingerprint=1, upto=number), most=CAP), CAP)
+    assert group == CAP
+    # Each hour's first number is found by halves, in at most 17 looks at each of 24.
+    hours = check(bounded, pages.hours_of([*range(GROUPS), 99]), 24 * 90 * (GROUPS + 1))
+    assert hours == {n: (90,) * 24 for n in range(GROUPS)} | {99: (0,) * 24}
+
+
+def search_the_dead(bounded: psycopg.Connection) -> None:
+    last = ask(bounded, pages.last_dead())
+    for queue, error in (("none", None), (None, "nowhere"), ("q", "nowhere")):
+        step = check(bounded, pages.dead_list(None, queue=queue, type_="t", error=error), 1001)
+        assert (step.found, step.looked, step.last) == ([], 1000, last - 999)
+    step = check(bounded, pages.dead_list(None, queue="q", type_="t", error="why"), 1001)
+    assert len(step.found) == pages.SHOWN + 1
+
+
+def look_at_schedules(bounded: psycopg.Connection) -> None:
+    bounded.execute(
+        """
+        insert into bgjob_schedule (name, spec, queue, type, priority, last_job_id, next_run_at)
+        values ('a', '', 'q', 't', 0, 'job 1', now() - interval '1 h'),
+            ('b', '', 'q', 't', 0, 'dead 1', now() - interval '1 s'),
+            ('c', '', 'q', 't', 0, 'gone', 'infinity'), ('d', '', 'q', 't', 0, null, null)
+        """
+    )
+    found = check(bounded, pages.schedules(late=60.0), 8)
+    assert [(row.name, row.last_state, row.is_late) for row in found] == [
+        ("a", "due", True),
+        ("b", "dead", False),
+        ("c", "absent", False),
+        ("d", None, False),
+    ]
