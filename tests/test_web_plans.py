@@ -29,7 +29,7 @@ TABLES = {"bgjob_job", "bgjob_dead_job"}
 FILL: LiteralString = """
     insert into bgjob_job (id, queue, type, priority, next_run_at)
     select 'job ' || n, 'q', 't', case when n %% 2 = 0 then -1 else n %% 4 end,
-        now() + case when n %% 2 = 0 then 1 else -1 end * n * interval '1 s'
+        now() + case when n %% 2 = 0 then interval '1 h' else n * interval '-1 s' end
     from generate_series(1, %(jobs)s) n
 """
 # A job died each ten seconds, the last one now: 360 in an hour, 90 of them of each group.

@@ -198,14 +198,20 @@ def last_dead() -> Statement[int]:
 def count_dead(where: DeadFilter, *, most: int) -> Statement[int]:
     """Count dead jobs up to `most`.
 
-    Those of a group in the order of its index: the plan might follow the primary key instead, past
-    all dead jobs of other groups.
+    Those of a group are bounded in its index only: with a bound of the number alone the plan may
+    follow the primary key, past all dead jobs of other groups.
     """
-    order: LiteralString = "" if where.fingerprint is None else "order by fingerprint, id"
+    condition = where.condition
+    order: LiteralString = ""
+    if where.fingerprint is not None:
+        condition = where._replace(upto=None).condition
+        order = "order by fingerprint, id"
+        if where.upto is not None:
+            condition += " and (fingerprint, id) <= (%(fingerprint)s, %(upto)s)"
     return Statement(
         f"""
         select count(*) from (
-            select from bgjob_dead_job where {where.condition} {order} limit %(most)s
+            select from bgjob_dead_job where {condition} {order} limit %(most)s
         ) as d
         """,
         where.params | {"most": most},
