@@ -22,6 +22,7 @@ from bgjob import (
 )
 from bgjob.triage import Canary, Rest
 from support.database import count, rows
+from support.roles import Roles
 from support.waiting import NEVER, PATIENCE, eventually
 
 
@@ -217,6 +218,29 @@ def test_a_canary_is_a_job_whose_id_is_free_and_that_died_last(shop: Shop, clien
     group = next(g for g in client.dlq.groups() if g.title == "why")
     canary = client.dlq.canary(group.fingerprint, wait=0, force=True)
     assert (canary.id, canary.verdict) == ("a", "undecided")
+
+
+def test_an_operator_tries_again_and_with_one_try_an_editor(
+    shop: Shop, roles: Roles, conn: psycopg.Connection
+) -> None:
+    client = shop._client
+    client.bulk_enqueue([EnqueueRequest("q", "t", id=id_) for id_ in "abc"])
+    assert eventually(lambda: len(client.dlq.list()) == 3)
+    shop.mode = "the same"
+    with Client(roles.login("operator")) as operator:
+        [group] = operator.dlq.groups()
+        with pytest.raises(CanaryRefusedError, match="bgjob_editor"):
+            operator.dlq.canary(group.fingerprint, one_try=True)
+        assert operator.dlq.canary(group.fingerprint).verdict == "failed"
+        assert operator.dlq.rest(group.fingerprint, upto=1, rate=None).moved == 1
+    assert count(conn) == 2
+    shop.mode = "dead"
+    client.enqueue(EnqueueRequest("q", "t", id="d"))
+    assert eventually(lambda: client.dlq.get("d"))
+    shop.mode = "failed"
+    with Client(roles.login("operator", "editor")) as both:
+        fingerprint = both.dlq.list(limit=1)[0].fingerprint
+        assert both.dlq.canary(fingerprint, one_try=True).number is not None
 
 
 # -- the rest ----------------------------------------------------------------------------

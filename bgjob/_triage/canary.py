@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bgjob._failure import fingerprint as fingerprint_of_text
 from bgjob._failure import normalised
-from bgjob._sql import dead, enqueues, looks, pauses
+from bgjob._sql import dead, enqueues, looks, pauses, session
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.tokens import origin
 from bgjob._triage import Pause, Steps
@@ -38,6 +38,8 @@ def canary(fingerprint: str, options: Options) -> Steps[Canary]:
             f"no dead job has the fingerprint {fingerprint!r}, or all of them are in their queues "
             "again: bgjob triage lists the groups"
         )
+    if options.one_try:
+        yield from _check_privileges()
     if not options.force:
         yield from _check_workers(job)
     requeued: dead.Requeued = yield dead.requeue(DeadFilter(numbers=[job.number]))
@@ -75,6 +77,15 @@ def canary(fingerprint: str, options: Options) -> Steps[Canary]:
 def _tell(options: Options, seen: Canary) -> None:
     if options.progress is not None:
         options.progress(seen)
+
+
+def _check_privileges() -> Steps[None]:
+    lacks: list[session.Lack] = yield session.lacks([("bgjob_job", "delete")], [])
+    if lacks:
+        raise CanaryRefusedError(
+            f"role {lacks[0].role!r} may not delete jobs, so it cannot give up a canary that "
+            "failed: take one that also has bgjob_editor of privileges.sql, or do without one_try"
+        )
 
 
 def _check_workers(job: DeadJob) -> Steps[None]:
