@@ -1,4 +1,4 @@
-"""What every way of enqueuing does with its requests, whichever driver sends them."""
+"""The part of an enqueue that does not depend on the driver."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice

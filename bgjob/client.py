@@ -31,6 +31,7 @@ from bgjob._postgres.connection import (
     ConnectionParameters,
     check_conninfo,
     is_two_phase,
+    not_a_connection,
     not_a_source,
     options,
 )
@@ -256,6 +257,8 @@ class AsyncClient:
     ) -> list[str | None]:
         chunks = in_chunks(requests)
         ids: list[str | None] = []
+        if conn is not None and not isinstance(conn, psycopg.AsyncConnection):
+            raise TypeError(not_a_connection(conn, psycopg.AsyncConnection))
         if conn is not None and _may_begin(conn):
             await conn.execute(_BEGIN)
         async with (
@@ -655,6 +658,8 @@ class AsyncClient:
         before: Statement[None] | None = None,
     ) -> T:
         if conn is not None:
+            if not isinstance(conn, psycopg.AsyncConnection):
+                raise TypeError(not_a_connection(conn, psycopg.AsyncConnection))
             return await _execute_async(conn, statement)
         repetitions = 0
         while True:
@@ -877,6 +882,8 @@ class Client:
     ) -> list[str | None]:
         chunks = in_chunks(requests)
         ids: list[str | None] = []
+        if conn is not None and not isinstance(conn, psycopg.Connection):
+            raise TypeError(not_a_connection(conn, psycopg.Connection))
         if conn is not None and _may_begin(conn):
             conn.execute(_BEGIN)
         with (
@@ -1265,6 +1272,8 @@ class Client:
         before: Statement[None] | None = None,
     ) -> T:
         if conn is not None:
+            if not isinstance(conn, psycopg.Connection):
+                raise TypeError(not_a_connection(conn, psycopg.Connection))
             return _execute(conn, statement)
         repetitions = 0
         while True:

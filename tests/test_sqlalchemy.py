@@ -415,6 +415,31 @@ def test_another_target_is_refused_with_the_remedy(dsn: str) -> None:
     engine.dispose()
 
 
+def test_a_client_refuses_the_connections_of_others_with_the_remedy(
+    dsn: str, client: Client
+) -> None:
+    job = EnqueueRequest("q", "t")
+    remedies = {
+        "bgjob.ext.sqlalchemy enqueues on it": Session(create_engine(url_of(dsn, "psycopg"))),
+        "bgjob.sql.enqueue returns the statement": object(),
+        "a Client takes a Connection": object.__new__(psycopg.AsyncConnection),
+    }
+    for remedy, conn in remedies.items():
+        for call in (client.enqueue, lambda r, conn: client.bulk_enqueue([r], conn=conn)):
+            with pytest.raises(TypeError, match=f"conn must be a psycopg.Connection, .*{remedy}"):
+                call(job, conn=cast(Any, conn))
+
+    async def asynchronous() -> None:
+        async with AsyncClient(dsn) as client:
+            for remedy, conn in list(remedies.items())[:2]:
+                with pytest.raises(TypeError, match=f"psycopg.AsyncConnection, .*{remedy}"):
+                    await client.enqueue(job, conn=cast(Any, conn))
+                with pytest.raises(TypeError, match=f"psycopg.AsyncConnection, .*{remedy}"):
+                    await client.bulk_enqueue([job], conn=cast(Any, conn))
+
+    asyncio.run(asynchronous())
+
+
 def test_it_needs_no_greenlet_in_a_program_without_coroutines() -> None:
     code = "import sys; sys.modules['greenlet'] = None; import bgjob.ext.sqlalchemy"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -665,7 +690,16 @@ def test_sessions_of_many_handlers_at_the_same_time(
     assert eventually(lambda: row(conn, "select number from orders")[0] == 40)
 
 
-def test_a_session_needs_a_transaction(dsn: str) -> None:
+def test_a_session_needs_a_connection_of_its_colour_in_a_transaction(dsn: str) -> None:
+    with (
+        psycopg.connect(dsn) as own,
+        pytest.raises(TypeError, match="AsyncConnection, not Connection: see session_of"),
+    ):
+        asyncio.run(by_async_session(own, lambda _: None))
+    with pytest.raises(
+        TypeError, match="must be a psycopg.Connection, not object: see asession_of"
+    ):
+        by_session(object(), lambda _: None)
     with psycopg.connect(dsn, autocommit=True) as own:
         with pytest.raises(ValueError, match=r"begin one \(with conn.transaction\(\)\)"):
             by_session(own, lambda _: None)

@@ -94,9 +94,25 @@ def not_a_source(source: object, pool: type) -> str:
         f"source must be a connection string or a psycopg_pool.{pool.__name__}, not "
         f"{type(source).__name__}"
     )
-    if type(source).__module__.partition(".")[0] == "sqlalchemy":
+    if _package(source) == "sqlalchemy":
         text += ": pass bgjob.ext.sqlalchemy.dsn() of it"
     return text
+
+
+def not_a_connection(conn: object, expected: type) -> str:
+    """Return the text of the error for what is no connection of psycopg and of this colour."""
+    package = _package(conn)
+    if package in ("asyncpg", "sqlalchemy"):
+        remedy = f"bgjob.ext.{package} enqueues on it"
+    elif isinstance(conn, psycopg.BaseConnection):
+        remedy = "a Client takes a Connection, an AsyncClient an AsyncConnection"
+    else:
+        remedy = "bgjob.sql.enqueue returns the statement for other drivers"
+    return f"conn must be a psycopg.{expected.__name__}, not {type(conn).__name__}: {remedy}"
+
+
+def _package(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
 
 
 def options(
@@ -122,7 +138,7 @@ def options(
 
 def is_two_phase(connection: psycopg.BaseConnection[Any] | None) -> bool:
     """Whether a two-phase transaction (`tpc_begin`) is open: it must not notify."""
-    return connection is not None and connection._tpc is not None  # noqa: SLF001
+    return getattr(connection, "_tpc", None) is not None
 
 
 class Silence(psycopg.OperationalError):

@@ -59,6 +59,7 @@ def session_of(
         make: makes the session: a sessionmaker or a subclass of Session. It is passed the bind.
 
     Raises:
+        TypeError: it is not such a connection.
         ValueError: the connection is in autocommit, and in no transaction.
 
     """
@@ -67,7 +68,7 @@ def session_of(
 
 @contextmanager
 def _session_of(conn: psycopg.Connection[Any], make: Callable[..., S]) -> Iterator[S]:
-    _check_transaction(conn)
+    _check_connection(conn, psycopg.Connection, "asession_of")
     handed = _handed.set(conn)
     try:
         connection = _engine(conn.info.server_version).connect()
@@ -106,7 +107,7 @@ def asession_of(
 async def _asession_of(
     conn: psycopg.AsyncConnection[Any], make: Callable[..., AS]
 ) -> AsyncIterator[AS]:
-    _check_transaction(conn)
+    _check_connection(conn, psycopg.AsyncConnection, "session_of")
     handed = _handed.set(conn)
     try:
         connection = await _async_engine(conn.info.server_version).connect()
@@ -160,7 +161,11 @@ def _leave_to_worker(dialect: Dialect) -> None:
         setattr(dialect, name, lambda _: None)
 
 
-def _check_transaction(conn: psycopg.BaseConnection[Any]) -> None:
+def _check_connection(conn: psycopg.BaseConnection[Any], expected: type, other: str) -> None:
+    if not isinstance(conn, expected):
+        raise TypeError(
+            f"conn must be a psycopg.{expected.__name__}, not {type(conn).__name__}: see {other}"
+        )
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         raise ValueError(
             "the connection is in autocommit, and in no transaction: pass that of a transactional "

@@ -5,8 +5,8 @@
         enqueue(session, EnqueueRequest("mail", "confirm", {"order": order.id}))
         session.commit()  # the order and its job
 
-The drivers are psycopg, psycopg2 and asyncpg. What begins with an `a` is for AsyncSession and
-AsyncConnection. A Client of the same database is made from `dsn(engine)`.
+The drivers are psycopg, psycopg2 and asyncpg. The functions whose names begin with `a` are for
+AsyncSession and AsyncConnection. `Client(dsn(engine))` is a client of the same database.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,8 +164,8 @@ async def abulk_enqueue(
 def dsn(source: "Engine | AsyncEngine | URL | str") -> str:
     """Return the connection string of an engine or a URL, for a Client.
 
-    It contains the password. What create_engine was passed beside the URL, such as
-    `connect_args` or `creator`, is not in it.
+    It contains the password. It does not contain other arguments of create_engine, such as
+    `connect_args`.
 
     Raises:
         ValueError: it is not of PostgreSQL, or has a parameter that libpq does not know.
