@@ -1,6 +1,5 @@
 """The exporter measures a database; alerts and dashboard name only what is exported."""
 
-import contextlib
 import json
 import os
 import re
@@ -19,13 +18,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from support.clients import Colour
-from support.documents import ROOT
+from support.documents import DOCS, ROOT
 from support.nursery import fork
 from support.roles import Roles
 from support.waiting import PATIENCE, eventually
 
 from bgjob import Client, EnqueueRequest, Mux, MoveToDlq, Worker, cli
-from bgjob._cli.commands.health import _Connection
+from bgjob._cli.probing import ask
 from bgjob._diagnosis.measuring import horizon
 from bgjob._prometheus.families import OF_DATABASES, OF_WORKERS, Family
 from bgjob._sql.server import Holder
@@ -207,10 +206,7 @@ def test_the_command_listens_until_a_signal_also_without_a_database(dsn: str) ->
         process.stdin.close()
 
         def get(target: str) -> tuple[int, str]:
-            with contextlib.closing(_Connection(path, PATIENCE)) as connection:
-                connection.request("GET", target)
-                answer = connection.getresponse()
-                return answer.status, answer.read().decode()
+            return ask(path, target, PATIENCE)
 
         try:
             assert eventually(path.exists)
@@ -325,3 +321,15 @@ def test_the_dashboard_shows_all_that_is_exported_and_nothing_else(
             shown |= check(target["expr"], shown=target.get("legendFormat", ""))
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
     assert {series()[name].name for name in shown} == {family.name for family in ALL}
+
+
+def test_the_guide_lists_all_that_is_exported_and_nothing_else() -> None:
+    text = (DOCS / "operations.md").read_text("utf-8")
+    section = text.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    listed: set[str] = set()
+    for cells in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE):
+        names = re.findall(r"`(\w+)`", cells)
+        prefix = "_".join(names[0].split("_")[:2])
+        listed |= {name if name.startswith("bgjob") else prefix + name for name in names}
+    histograms = {f.name for f in ALL if f.kind == "histogram"}
+    assert listed == histograms | {n for f in ALL if f.kind != "histogram" for n in f.series}

@@ -1,7 +1,6 @@
 """Probes, the liveness file and systemd learn how a worker's process is, by real processes."""
 
 import contextlib
-import http.client
 import json
 import os
 import signal
@@ -21,9 +20,9 @@ from support.nursery import Forked, fork
 from support.waiting import PATIENCE, eventually
 from support.workers import Launcher
 
-from bgjob import Client, EnqueueRequest, Mux, cli
-from bgjob._cli.commands.health import _Connection
+from bgjob import BgjobError, Client, EnqueueRequest, Mux, cli
 from bgjob._cli.listener import Answer, HttpServer, ListenError, Request, TcpAddress
+from bgjob._cli.probing import ask
 from bgjob._cli.worker import reports
 from bgjob._cli.worker.reports import Place
 from bgjob._cli.worker.stalls import Stalls
@@ -34,7 +33,7 @@ from bgjob.workers import QueueHealth, WorkerHealth
 APP = """
 import os, sys, time
 import bgjob.workers
-from bgjob import Client, Mux, Worker
+from bgjob import BgjobError, Client, Mux, Worker
 
 bgjob.workers.LATE = 0.3
 while not os.path.exists("load"):
@@ -88,15 +87,10 @@ class Program:
 
     def get(self, path: str) -> tuple[int, str]:
         """Return status and body; 0 if it does not answer."""
-        connection = _Connection(self.socket, 5.0)
         try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode()
-        except (OSError, http.client.HTTPException):
+            return ask(self.socket, path, 5.0)
+        except BgjobError:
             return 0, ""
-        finally:
-            connection.close()
 
     def statuses(self) -> tuple[int, int, int]:
         """Return those of live, ready and startup."""
@@ -363,7 +357,7 @@ def server() -> Iterator[tuple[str, int]]:
         socket.create_connection(server.address)
 
 
-def ask(address: tuple[str, int], request: bytes) -> bytes:
+def send(address: tuple[str, int], request: bytes) -> bytes:
     with socket.create_connection(address, PATIENCE) as client:
         client.sendall(request)
         return b"".join(iter(lambda: client.recv(65536), b""))
@@ -387,7 +381,7 @@ def ask(address: tuple[str, int], request: bytes) -> bytes:
 def test_requests_are_answered_or_refused(
     server: tuple[str, int], request_: bytes, status: int, size: int | None
 ) -> None:
-    head, _, body = ask(server, request_).partition(b"\r\n\r\n")
+    head, _, body = send(server, request_).partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode())
     assert b"Connection: close" in head
     assert size is None or len(body) == size
@@ -397,7 +391,7 @@ def test_clients_that_send_nothing_keep_no_probe_waiting(server: tuple[str, int]
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(server)) for _ in range(100)]
         idle[-1].sendall(b"GET /we")
-        assert ask(server, b"GET /well HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert send(server, b"GET /well HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 ")
         assert idle[0].recv(1) == b""  # there were too many
         idle[-2].settimeout(PATIENCE)
         assert idle[-2].recv(1) == b""  # its time is over
@@ -513,3 +507,22 @@ def test_an_address_that_is_none_is_refused(text: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         cli.main(["worker", "app:mux", "--health", text])
     assert "HOST:PORT, :PORT for all interfaces, or unix:PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "told"),
+    [
+        (["--live-within", "5m"], "", "--live-within has no effect by itself"),
+        ([], "nonsense", "BGJOB_HEALTH: HOST:PORT"),
+    ],
+)
+def test_a_worker_refuses_options_without_an_effect_and_an_address_that_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    environment: str,
+    told: str,
+) -> None:
+    monkeypatch.setenv("BGJOB_HEALTH", environment)
+    assert cli.main(["worker", "app:mux", "--queue", "q", *args]) == 2
+    assert told in capsys.readouterr().err

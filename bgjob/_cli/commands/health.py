@@ -4,17 +4,15 @@ import argparse
 import socket
 import sys
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from textwrap import dedent
 from typing import TYPE_CHECKING
 
 import psycopg
-from typing_extensions import override
 
 from bgjob import schema
 from bgjob._cli import arguments, database
 from bgjob._cli.health import HEALTH, from_environment
-from bgjob._cli.listener import Address, TcpAddress, shown
+from bgjob._cli.listener import Address, shown
 from bgjob._sql.execute import run as execute
 from bgjob._sql.session import schema_comment
 from bgjob._sql.workers import workers
@@ -89,45 +87,22 @@ def run(args: argparse.Namespace) -> int:
     if args.queue is not None and not is_listed:
         raise arguments.UsageError("--queue is for a worker in the list: pass --worker alone")
     if address is not None:
-        return _ask(address, _PROBES[args.probe or "ready"], args.timeout)
+        from bgjob._cli.probing import ask  # noqa: PLC0415 (only what a command needs is imported)
+
+        status, body = ask(address, _PROBES[args.probe or "ready"], args.timeout)
+        _write(body)
+        return _exit_status(status, address)
     return _look(args, of_worker=is_listed)
 
 
-def _ask(address: Address, path: str, timeout: float) -> int:
-    connection = _Connection(address, timeout)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read().decode(errors="replace").strip()
-    except (OSError, HTTPException) as error:
-        raise BgjobError(f"no answer from {shown(address)}: {error}") from error
-    finally:
-        connection.close()
-    _write(body)
-    match answer.status:
+def _exit_status(status: int, address: Address) -> int:
+    match status:
         case HTTPStatus.OK:
             return 0
         case HTTPStatus.SERVICE_UNAVAILABLE:
             return NOT_READY
-        case status:
+        case _:
             raise BgjobError(f"{shown(address)} answers {status}: no worker with --health is there")
-
-
-class _Connection(HTTPConnection):
-    def __init__(self, address: Address, timeout: float) -> None:
-        self._address = address
-        host = address.host if isinstance(address, TcpAddress) else "localhost"
-        port = address.port if isinstance(address, TcpAddress) else None
-        super().__init__(host or "localhost", port, timeout=timeout)
-
-    @override
-    def connect(self) -> None:
-        if isinstance(self._address, TcpAddress):
-            super().connect()
-            return
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._address))
 
 
 def _look(args: argparse.Namespace, *, of_worker: bool) -> int:

@@ -157,14 +157,14 @@ def run(args: argparse.Namespace) -> int:
     from bgjob._cli.worker.target import TargetError  # noqa: PLC0415
     from bgjob._worker.registry import RELEASE  # noqa: PLC0415
 
-    choice = _choice(args)
+    choice, health = _choice(args), _health(args)
     if args.release is not None:
         os.environ[RELEASE] = args.release  # also for children
     try:
         if args.processes > 1:
-            _run_several(args)
+            _run_several(args, health)
         else:
-            _run_one(args, choice)
+            _run_one(args, choice, health)
     except (BgjobError, psycopg.Error) as error:
         message = " ".join(str(error).split())
         is_theirs = isinstance(error, TargetError | ServeError)
@@ -190,7 +190,7 @@ def _choice(args: argparse.Namespace) -> "Choice":
     return Choice(dsn, dict(args.queues) if args.queues else None, args.concurrency, minutes)
 
 
-def _run_one(args: argparse.Namespace, choice: "Choice") -> None:
+def _run_one(args: argparse.Namespace, choice: "Choice", health: "HealthOptions") -> None:
     from bgjob._cli.worker import log, serve  # noqa: PLC0415
 
     set_up = partial(
@@ -202,12 +202,12 @@ def _run_one(args: argparse.Namespace, choice: "Choice") -> None:
         choice=choice,
         set_up_logging=set_up,
         lifeline=args.lifeline,
-        health=_health(args),
+        health=health,
         reports=None if args.report is None else serve.Reports(args.report, args.counted),
     )
 
 
-def _run_several(args: argparse.Namespace) -> None:
+def _run_several(args: argparse.Namespace, health: "HealthOptions") -> None:
     from bgjob._cli.worker import log, processes  # noqa: PLC0415
 
     log.set_up(args.log_level, args.log_format, with_pid=True)
@@ -218,7 +218,7 @@ def _run_several(args: argparse.Namespace) -> None:
         count=args.processes,
         grace=args.grace,
         env=env,
-        health=replace(_health(args), live_within=None),
+        health=replace(health, live_within=None),
     )
 
 
@@ -227,7 +227,13 @@ def _health(args: argparse.Namespace) -> "HealthOptions":
 
     if args.lifeline is not None:  # the parent answers
         return HealthOptions(live_within=args.live_within)
-    return HealthOptions(args.health or from_environment(), args.alive_file, args.live_within)
+    address = args.health or from_environment()
+    is_watched = address or args.alive_file or os.environ.get("NOTIFY_SOCKET")
+    if args.live_within is not None and not is_watched:
+        raise arguments.UsageError(
+            "--live-within has no effect by itself: pass --health or --alive-file, too"
+        )
+    return HealthOptions(address, args.alive_file, args.live_within)
 
 
 def _arguments_of(args: argparse.Namespace) -> Sequence[str]:
