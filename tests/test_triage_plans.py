@@ -104,7 +104,7 @@ def test_a_canary_and_a_batch_look_at_their_own_jobs_only(
     assert check(conn, dead.start(2, None), MANY // GROUPS) == (last, MANY // GROUPS - 1)
     numbers = check(conn, dead.batch(2, state.number, last, limit=100), 2 * 100)
     assert numbers == [state.number + GROUPS * n for n in range(1, 101)]
-    requeued = check(conn, dead.requeue(DeadFilter(numbers=numbers)), 3 * 100)
-    assert len(requeued.ids) == 100
+    requeued = check(conn, dead.requeue(DeadFilter(numbers=numbers[:20])), 3 * 20)
+    assert len(requeued.ids) == 20
     ids = [f"live {n}" for n in range(1000)]
     assert check(conn, dead.failed_again(2, last - 500, ids), 2 * 1000 + 1) == 50 + 999
