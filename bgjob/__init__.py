@@ -37,7 +37,7 @@ from bgjob.event import (
     QueueIsEmpty,
     WorkerError,
 )
-from bgjob.job import DeadJob, EnqueueRequest, Job
+from bgjob.job import DeadJob, EnqueueRequest, Job, PastJob
 from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, NoopObserver, Observer
@@ -99,6 +99,7 @@ __all__ = [
     "NoopObserver",
     "Observer",
     "Overview",
+    "PastJob",
     "PayloadError",
     "QueueIsEmpty",
     "QueueOverview",

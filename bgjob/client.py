@@ -48,7 +48,7 @@ from bgjob._postgres.pool import (
 from bgjob._requests import OnConflict, in_chunks, placed, request_of
 from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
-from bgjob._sql import enqueues, overviews, pauses, views, workers
+from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
     read,
     read_all,
@@ -72,7 +72,7 @@ from bgjob.errors import (
     SchemaError,
 )
 from bgjob.explanation import Explanation
-from bgjob.job import EnqueueOptions, EnqueueRequest, check_name
+from bgjob.job import EnqueueOptions, EnqueueRequest, PastJob, check_name
 from bgjob.jobs import AsyncJobs, Jobs
 from bgjob.measurements import Measurements
 from bgjob.minutes import By
@@ -441,6 +441,37 @@ class AsyncClient:
             return await self._run(statement, conn, before=overviews.plan_by_index())
         except UndefinedTable as error:
             raise SchemaError(minutes.NO_TABLE) from error
+
+    async def history(
+        self,
+        id: str,  # noqa: A002
+        *,
+        limit: int = 100,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> list[PastJob]:
+        """Return when and where a job was completed, if its type is registered with `keep=True`.
+
+        Completed jobs of such types are kept for a week. Those of others leave nothing.
+
+        Args:
+            id: the job's id.
+            limit: the most jobs to return, where an id was used several times; 100 by
+                default.
+            conn: a connection of the caller's.
+
+        Returns:
+            The completed jobs with this id, the latest first.
+
+        Raises:
+            SchemaError: the schema is from before its table.
+
+        """
+        check_name("id", id)
+        try:
+            kept = await self._run(history.of_job(id, limit=limit), conn)
+        except UndefinedTable as error:
+            raise SchemaError(history.NO_TABLE) from error
+        return [job.past for job in kept]
 
     async def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
         """Look for what is wrong with the database, and return findings with their remedies.
@@ -1059,6 +1090,37 @@ class Client:
             return self._run(statement, conn, before=overviews.plan_by_index())
         except UndefinedTable as error:
             raise SchemaError(minutes.NO_TABLE) from error
+
+    def history(
+        self,
+        id: str,  # noqa: A002
+        *,
+        limit: int = 100,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> list[PastJob]:
+        """Return when and where a job was completed, if its type is registered with `keep=True`.
+
+        Completed jobs of such types are kept for a week. Those of others leave nothing.
+
+        Args:
+            id: the job's id.
+            limit: the most jobs to return, where an id was used several times; 100 by
+                default.
+            conn: a connection of the caller's.
+
+        Returns:
+            The completed jobs with this id, the latest first.
+
+        Raises:
+            SchemaError: the schema is from before its table.
+
+        """
+        check_name("id", id)
+        try:
+            kept = self._run(history.of_job(id, limit=limit), conn)
+        except UndefinedTable as error:
+            raise SchemaError(history.NO_TABLE) from error
+        return [job.past for job in kept]
 
     def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
         """Look for what is wrong with the database, and return findings with their remedies.

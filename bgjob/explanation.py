@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeAlias
 
-JobState: TypeAlias = Literal["running", "due", "delayed", "dead", "absent", "empty"]
+JobState: TypeAlias = Literal["running", "due", "delayed", "dead", "completed", "absent", "empty"]
 """`running`: a worker holds it. `due`: its time has come; it may wait for a key. `delayed`: it has
-not. `dead`: it is in the dead-letter table. `absent`: there is no such job. `empty`: a queue was
-asked about, and none of its jobs is due."""
+not. `dead`: it is in the dead-letter table. `completed`: it was, and jobs of its type are kept.
+`absent`: there is no such job. `empty`: a queue was asked about, and none of its jobs is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Explanation:
     Attributes:
         id: the job's id; None if a queue was asked about that has no due job.
         queue: its queue; None if there is no such job.
-        state: `running`, `due`, `delayed`, `dead`, `absent` or `empty`.
+        state: `running`, `due`, `delayed`, `dead`, `completed`, `absent` or `empty`.
         now: when the job was looked at, by the database's clock.
         reasons: the reasons, at least one.
 

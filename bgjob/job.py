@@ -190,6 +190,30 @@ class Job(NamedTuple):
         return None if self.arg is None else orjson.loads(self.arg)
 
 
+class PastJob(NamedTuple):
+    """A completed job of a type that is kept.
+
+    Attributes:
+        id: its id.
+        queue: its queue.
+        type: its type.
+        attempt: the attempt that completed it.
+        started_at: when a worker claimed it for that attempt; None if that cannot be told.
+        ended_at: when it was completed.
+        worker: the number of that worker's row, modulo 2**20; see Client.workers. None if
+            it had none.
+
+    """
+
+    id: str
+    queue: str
+    type: str
+    attempt: int
+    started_at: datetime | None
+    ended_at: datetime
+    worker: int | None
+
+
 class DeadJob(NamedTuple):
     """A job in the dead-letter table: the attributes of Job, and three more.
 

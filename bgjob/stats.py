@@ -115,6 +115,7 @@ class MinuteCounts(NamedTuple):
         dead: jobs that were moved to the dead-letter table.
         lost: jobs whose lease ended while a worker had them.
         timed_out: handlers that exceeded their timeout; the job is also retried or dead.
+        cancelled: jobs that were cancelled while a worker had them.
         runs: handlers that ended, in whatever way. A job that dies without a handler
             has none.
         run_seconds: how long all of these took together.
@@ -130,6 +131,7 @@ class MinuteCounts(NamedTuple):
     dead: int = 0
     lost: int = 0
     timed_out: int = 0
+    cancelled: int = 0
     runs: int = 0
     run_seconds: float = 0.0
     longest_run: float = 0.0
@@ -170,6 +172,7 @@ class MinuteCounts(NamedTuple):
             self.dead + other.dead,
             self.lost + other.lost,
             self.timed_out + other.timed_out,
+            self.cancelled + other.cancelled,
             self.runs + other.runs,
             self.run_seconds + other.run_seconds,
             max(self.longest_run, other.longest_run),

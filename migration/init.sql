@@ -186,6 +186,7 @@ create table bgjob_minute (
     dead         bigint  not null,
     lost         bigint  not null,
     timed_out    bigint  not null,
+    cancelled    bigint  not null,
     -- The handlers that ended; for how long they ran, and their jobs had been due: all together,
     -- and the longest.
     runs         bigint  not null,
@@ -195,6 +196,32 @@ create table bgjob_minute (
     longest_wait double precision not null,
     constraint bgjob_minute_pkey primary key (minute, queue, type)
 );
+
+-- Completed jobs of the types that are kept, for a week: a partition for each day. Old ones are
+-- emptied by truncate, so there is never a dead row, and nothing to vacuum.
+create table bgjob_history (
+    -- Days since 1970, modulo 8.
+    day      smallint    not null,
+    job_id   text collate "C" not null,
+    queue    text        not null,
+    type     text        not null,
+    attempt  integer     not null,
+    -- The claim: it tells when the job started, and on which worker.
+    token    bigint      not null,
+    ended_at timestamptz not null default clock_timestamp()
+) partition by list (day);
+
+create table bgjob_history_0 partition of bgjob_history for values in (0);
+create table bgjob_history_1 partition of bgjob_history for values in (1);
+create table bgjob_history_2 partition of bgjob_history for values in (2);
+create table bgjob_history_3 partition of bgjob_history for values in (3);
+create table bgjob_history_4 partition of bgjob_history for values in (4);
+create table bgjob_history_5 partition of bgjob_history for values in (5);
+create table bgjob_history_6 partition of bgjob_history for values in (6);
+create table bgjob_history_7 partition of bgjob_history for values in (7);
+
+-- Not unique: an id may be used again.
+create index bgjob_history_job_id on bgjob_history (job_id);
 
 -- A later version that only adds something, such as a nullable column, has the comment
 -- 'bgjob schema 2, works with 1': code that needs version 1 starts with it as well.

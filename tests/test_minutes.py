@@ -105,14 +105,21 @@ def test_a_worker_counts_what_ends_by_queue_and_type(
 
 
 @pytest.mark.usefixtures("often")
-def test_a_lost_lease_is_counted(launcher: Launcher, conn: psycopg.Connection) -> None:
+def test_a_lost_lease_and_a_cancelled_job_are_counted(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
     gate = Gate()
-    launcher.start(Mux().register("t", gate), services=[Minutes()], observer=[])
+    mux = Mux().register("t", gate).register("u", gate)
+    launcher.start(mux, concurrency=2, services=[Minutes()], observer=[])
     launcher.enqueue("a")
-    gate.wait()
-    conn.execute("delete from bgjob_job")
+    launcher.enqueue("b", type="u")
+    for _ in range(2):
+        gate.wait()
+    conn.execute("delete from bgjob_job where id = 'a'")
+    launcher.client.jobs.cancel("b", reason="why")
     gate.released.set()
-    assert eventually(lambda: written(conn) == {("q", "t"): [0, 0, 0, 0, 1, 0, 0]}), written(conn)
+    counted = "select type, sum(lost)::int, sum(cancelled)::int from bgjob_minute group by 1"
+    assert eventually(lambda: {*rows(conn, counted)} == {("t", 1, 0), ("u", 0, 1)})
 
 
 def test_what_was_not_written_yet_is_written_at_a_graceful_end_and_added_to_the_minute(
@@ -262,7 +269,7 @@ def test_a_report_adds_up_by_queue_by_type_and_all_together(
     ]
     q = found.series[0]
     assert q.steps == (q.total,)
-    assert q.total == MinuteCounts(7, 2, 0, 1, 0, 0, 10, 3.0, 2.0, 8.0, 0.0)
+    assert q.total == MinuteCounts(7, 2, 0, 1, 0, 0, 0, 10, 3.0, 2.0, 8.0, 0.0)
     assert (q.total.ended, q.total.failed, q.total.failure_ratio) == (10, 3, 0.3)
     assert (q.total.mean_run, q.total.mean_wait) == (0.3, 0.8)
     assert (found.step, found.now - found.since > timedelta(minutes=59)) == (3600, True)
@@ -339,7 +346,7 @@ def test_without_the_table_the_report_names_it(client: Any, conn: psycopg.Connec
 FILL: LiteralString = """
     insert into bgjob_minute
     select date_bin('1 minute', now(), '2020-01-01') - n / 10 * interval '1 minute',
-        'q' || n %% 2, 't' || n %% 10, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1
+        'q' || n %% 2, 't' || n %% 10, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1
     from generate_series(0, %(jobs)s - 1) as n
 """
 

@@ -59,6 +59,7 @@ from bgjob._sql import (
     claims,
     dead,
     enqueues,
+    history,
     keys,
     leases,
     minutes,
@@ -98,7 +99,9 @@ def test_the_privileges_script_speaks_of_all_roles_and_tables() -> None:
     assert {grant.group for grant in GRANTS} == set(GROUPS)
     tables = set(re.findall(r"^create table (\w+)", bgjob.schema.init_sql(), re.MULTILINE))
     assert {grant.table for grant in GRANTS} == tables
-    assert {grant.privilege for grant in GRANTS} == {"select", "insert", "update", "delete"}
+    assert {grant.privilege for grant in GRANTS} == {
+        *("select", "insert", "update", "delete", "truncate")
+    }
 
 
 def test_a_producer_needs_only_its_role(
@@ -605,6 +608,7 @@ REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_pause",
     "truncate bgjob_worker",
     "truncate bgjob_minute",
+    "truncate bgjob_history",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -739,7 +743,7 @@ def test_a_worker_that_lacks_a_grant_does_not_start_and_names_it(
 ) -> None:
     dsn = roles.login("worker")
     roles.revoke(grant)
-    worker = launcher.make(Mux(), dsn=dsn)
+    worker = launcher.make(Mux().register("t", lambda _: None, keep=True), dsn=dsn)
     try:
         with pytest.raises(SchemaError) as error:
             launcher.run(worker.run())
@@ -758,7 +762,7 @@ def test_a_worker_that_lacks_one_column_of_a_grant_does_not_start(
     started = []
     for grant in [single for grant in WORKERS_GRANTS for single in grant.single]:
         roles.revoke(grant)
-        worker = launcher.make(Mux(), dsn=dsn)
+        worker = launcher.make(Mux().register("t", lambda _: None, keep=True), dsn=dsn)
         try:
             launcher.run(worker.run())
             started.append(str(grant))
@@ -852,6 +856,9 @@ def _everything(group: str) -> list[Statement[Any]]:
                 workers.beat(1, workers.Beat("working", [0], WorkerCounts(), [], None)),
                 minutes.add({("q", "t"): MinuteCounts(1)}),
                 minutes.expire(1, limit=1),
+                settlements.complete([claimed], {claimed.job.type}),
+                history.old(),
+                *map(history.empty, range(8)),
                 steering.were_cancelled([claimed]),
             ]
         case "editor":
@@ -884,6 +891,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 overviews.overview(None, cap=1),
                 Statement("select * from bgjob_job", None, lambda _: None),
                 workers.workers(),
+                history.of_job("a", limit=1),
                 minutes.report(minutes.Span(60, 1), by=None, queue=None, type_=None),
                 schedules.listed(),
                 schedules.resume("s"),

@@ -8,7 +8,11 @@ import re
 from typing import NamedTuple
 
 _COMMENT = re.compile(r"--.*")
-_TABLE = re.compile(r"create table (\w+) \((.*?)\n\)(?: with \((.*?)\))?;", re.DOTALL)
+_TABLE = re.compile(
+    r"create table (\w+) \((.*?)\n\)(?: partition by \w+ \(\w+\))?(?: with \((.*?)\))?;",
+    re.DOTALL,
+)
+_PARTITION = re.compile(r"create table (\w+) partition of (\w+) ")
 _COLUMN = re.compile(r"^    (\w+) ", re.MULTILINE)
 _OPTION = re.compile(r"(\w+) = ([\w.]+)")
 _PRIMARY_KEY = re.compile(r"constraint (\w+) primary key (\([^)]*\))")
@@ -65,12 +69,16 @@ def read(init_sql: str) -> Blueprint:
                 f"alter table {table} add constraint {name} primary key {columns}",
                 is_primary=True,
             )
+    partitioned = {table for _, table in _PARTITION.findall(text)}
+    for partition, table in _PARTITION.findall(text):
+        tables[partition] = TablePlan(tables[table].columns, {})
     for unique, name, table, rest in _INDEX.findall(text):
         on = " ".join(rest.split())
+        how = "" if table in partitioned else "concurrently "  # a partitioned table cannot
         indexes[name] = IndexPlan(
             table,
             shape(f"create {unique}index {name} {on}"),
-            f"create {unique}index concurrently {name} on {table} {on}",
+            f"create {unique}index {how}{name} on {table} {on}",
             is_primary=False,
         )
     return Blueprint(tables, indexes)

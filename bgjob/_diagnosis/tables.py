@@ -28,7 +28,12 @@ _OTHER_ENTRY = 120
 _BLOATED = 4
 """How many times its expected size makes an index bloated."""
 
-_DISPENSABLE = {"bgjob_worker", "bgjob_minute"}
+_DISPENSABLE = {
+    "bgjob_worker",
+    "bgjob_minute",
+    "bgjob_history",
+    *(f"bgjob_history_{day}" for day in range(8)),
+}
 """The tables without which workers run jobs."""
 
 _APPLY = "apply migration/init.sql, as `bgjob schema` prints it, with your migration tool"
@@ -94,7 +99,8 @@ def definitions(
                 "schema",
                 "warn",
                 f"index {name} is not the one of migration/init.sql: {there[name].definition}",
-                f"drop index concurrently {name}; {expected.remedy}",
+                f"drop index{' concurrently' if ' concurrently ' in expected.remedy else ''} "
+                f"{name}; {expected.remedy}",
                 facts,
             )
     for table in tables:
@@ -147,7 +153,9 @@ def tables(rows: Sequence[Table], limits: Limits) -> list[Finding]:
     found = []
     for table in rows:
         ills = list(_ills(table, limits))
-        found += ills or [Finding("tables", "ok", _described(table), facts=table._asdict())]
+        if not ills and not (table.is_part and not table.rows and not table.dead):
+            ills = [Finding("tables", "ok", _described(table), facts=table._asdict())]
+        found += ills
     return found
 
 

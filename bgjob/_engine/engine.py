@@ -51,10 +51,12 @@ class Engine:
         queue: str = "",
         transactional: Collection[str] = (),
         names_keys: bool = False,
+        kept: Collection[str] = (),
     ) -> None:
         self._queue = queue  # for its events
         self._poll_interval = poll_interval
         self._transactional = transactional
+        self._kept = kept
         self._names_keys = names_keys  # whether handlers may find a key for a job that has none
         # Never so long that a lease could end meanwhile.
         longest_pause = max(FIRST, min(poll_interval, lease / 12))
@@ -188,7 +190,7 @@ class Engine:
         if now < self._not_before:
             return Sleep(self._not_before)
 
-        exchange = Exchange(holds_notify_lock=self._lookout.notify_lock.is_held)
+        exchange = Exchange(holds_notify_lock=self._lookout.notify_lock.is_held, kept=self._kept)
         if self._doomed:
             # Alone: if the server refuses it, it must not refuse settlements.
             exchange.end, self._doomed = self._doomed, []
@@ -233,7 +235,7 @@ class Engine:
         It is sent as soon as that one is answered, so that the server works while the answer
         is processed. None unless jobs flow and there is no other work.
         """
-        exchange = Exchange()
+        exchange = Exchange(kept=self._kept)
         is_quiet = not (
             self._careful
             or self._stopping

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from bgjob._explanation import words
 from bgjob._explanation.seen import ITS_SCHEDULE, Reasons, Seen
 from bgjob._sql.looks import Oldest, Writer
-from bgjob._words import identifier, lasting, literal, one_line
+from bgjob._words import count, identifier, lasting, literal, one_line
 from bgjob.explanation import Reason
 
 _ENDED_BY_HAND = ("cancelled", "abandoned")
@@ -50,9 +50,30 @@ def dead(seen: Seen) -> Reasons:
     )
 
 
+def completed(seen: Seen) -> Reasons:
+    """Yield when it was completed, and where."""
+    if seen.state != "completed":
+        return
+    last = seen.kept[0]
+    since, whom, facts = words.claim(last.token, seen.claimant, seen)
+    text = f"It was completed at {words.moment(last.ended_at)} ({_ago(last.ended_at, seen.now)}), "
+    text += f"attempt {last.attempt}, on {whom}"
+    if since is not None:
+        text += f", {lasting((last.ended_at - since).total_seconds())} after it was claimed"
+    if (others := len(seen.kept) - 1) > 0:
+        text += f"; a job with this id was also completed {_ago(seen.kept[1].ended_at, seen.now)}"
+        text += f", and {count(others - 1, 'time')} before that" if others > 1 else ""
+    facts |= {"type": last.type, "attempt": last.attempt, "ended_at": last.ended_at}
+    yield Reason("completed", False, f"{text}.", facts=facts)
+
+
+def _ago(at: datetime, now: datetime) -> str:
+    return f"{lasting((now - at).total_seconds())} ago"
+
+
 def absent(seen: Seen) -> Reasons:
     """Yield that there is no such job."""
-    if seen.job is not None or seen.dead:
+    if seen.state != "absent":
         return
     text = "No job with this id waits, runs or is dead."
     made = _made_at(seen.id)

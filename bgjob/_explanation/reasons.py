@@ -21,6 +21,7 @@ _RULES: tuple[Callable[[Seen], Reasons], ...] = (
     workers.busy,
     workers.no_handler,
     gone.dead,
+    gone.completed,
     gone.absent,
     gone.schedule,
     gone.unread,

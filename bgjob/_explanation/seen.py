@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeAlias
 
+from bgjob._sql.history import Kept
 from bgjob._sql.looks import Ahead, Claimant, Dead, Key, Live, QueueWorkers, Writer
 from bgjob._sql.session import Hidden
 from bgjob.explanation import JobState, Reason
@@ -44,8 +45,10 @@ class Seen:
     job: Live | None = None
     dead: tuple[Dead, ...] = ()
     """The latest first."""
+    kept: tuple[Kept, ...] = ()
+    """The times it was completed, the latest first; looked for if there is no such job."""
     claimant: Claimant | None = None
-    """The worker that holds the job, or held it until its lease ended."""
+    """The worker that holds the job, held it until its lease ended, or completed it."""
     pause: Pause | None = None
     key: Key | None = None
     key_claimant: Claimant | None = None
@@ -75,7 +78,7 @@ class Seen:
     def state(self) -> JobState:
         """What the job is."""
         if self.job is None:
-            return "dead" if self.dead else "absent"
+            return "dead" if self.dead else "completed" if self.kept else "absent"
         if self.is_running:
             return "running"
         return "due" if self.job.due_in <= 0 else "delayed"

@@ -10,7 +10,7 @@ from psycopg import errors
 from bgjob._explanation import gone
 from bgjob._explanation.reasons import reasons
 from bgjob._explanation.seen import ITS_SCHEDULE, THE_WORKERS, Pause, Seen, Unread
-from bgjob._sql import looks, pauses
+from bgjob._sql import history, looks, pauses
 from bgjob._sql import server as server_sql
 from bgjob._sql import session as session_sql
 from bgjob._sql.statement import Statement
@@ -26,6 +26,9 @@ _ROUNDS = 3
 
 _SCHEDULE = "schedule:"
 
+_KEPT = 100
+"""The most completed jobs with one id that are counted."""
+
 
 def explain(id_: str) -> Steps:
     """Explain a job.
@@ -37,7 +40,8 @@ def explain(id_: str) -> Steps:
 
     """
     seen = yield from _look(id_)
-    queue = seen.job.queue if seen.job else seen.dead[0].queue if seen.dead else None
+    queues = [*(dead.queue for dead in seen.dead), *(kept.queue for kept in seen.kept)]
+    queue = seen.job.queue if seen.job else next(iter(queues), None)
     return Explanation(seen.id, queue, seen.state, seen.now, reasons(seen))
 
 
@@ -92,6 +96,11 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
         return complete(seen)
     hidden = (yield from ask(session_sql.hidden(), "policies")) or ()
     seen = replace(seen, hidden=tuple(hidden))
+    if job is None and not seen.dead:
+        kept = (yield from ask(history.of_job(id_, limit=_KEPT), "completed jobs")) or ()
+        seen = replace(seen, kept=tuple(kept))
+        if kept:
+            return complete(replace(seen, claimant=(yield from claimant(kept[0].token))))
     if job is None:
         writers = (yield from ask(looks.writers(), "open transactions")) or ()
         return complete(replace(seen, writers=tuple(writers)))

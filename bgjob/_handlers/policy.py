@@ -39,6 +39,7 @@ class Policy(TypedDict, total=False):
     priority: int | None
     retry_priority: int | None
     exclusive: Exclusive | None
+    keep: bool
     middleware: Sequence[Middleware]
 
 
@@ -57,6 +58,8 @@ class TypePolicy:
     """The default of `Mux.request`."""
     retry_priority: int | None
     exclusive: Exclusive | None
+    keep: bool = False
+    """Whether completed jobs are written to bgjob_history."""
     last_attempt: float = field(init=False)
     """The last attempt that is run: max_attempts, and two that are granted after deaths."""
 
@@ -84,6 +87,8 @@ class TypePolicy:
                 f"exclusive {of_type} must be True for one job at a time, or a callable from a "
                 f"job to its key, not {exclusive!r}"
             )
+        if not isinstance(self.keep, bool):
+            raise TypeError(f"keep {of_type} must be True or False, not {self.keep!r}")
         last = inf if most is None else most + _GRANTED
         object.__setattr__(self, "last_attempt", last)
 

@@ -8,7 +8,7 @@ caller's part.
 """
 
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import closing
 from contextvars import copy_context
 from functools import partial
@@ -124,7 +124,7 @@ def _routed(claimed: Claimed, mux: Mux, ends_at: float) -> Run:
 def settle(run: Run, ending: Ending) -> Steps[Ended]:
     """Store how a job ended, and release its key."""
     job = run.claimed.job
-    reply = yield from _exchange(job.queue, conclusion(run.claimed, ending))
+    reply = yield from _exchange(job.queue, conclusion(run.claimed, ending, _kept(run)))
     is_held = job.id in reply.settled
     match ending:
         case Committed(result):
@@ -141,14 +141,14 @@ def settle(run: Run, ending: Ending) -> Steps[Ended]:
             return Ended(job, result if is_held else None)
 
 
-def conclusion(claimed: Claimed, ending: Ending) -> Exchange:
+def conclusion(claimed: Claimed, ending: Ending, kept: Collection[str] = ()) -> Exchange:
     """Return the exchange that settles a job and releases its key.
 
     A job that its own transaction settled needs only the release. That transaction does not
     release the key: it would keep it locked until it ends, and may not see other sessions'
     commits since it began.
     """
-    exchange = Exchange()
+    exchange = Exchange(kept=kept)
     match ending:
         case Fenced():
             return exchange
@@ -163,6 +163,11 @@ def conclusion(claimed: Claimed, ending: Ending) -> Exchange:
     if claimed.job.exclusive is not None:
         exchange.release.append(claimed.job.exclusive)
     return exchange
+
+
+def _kept(run: Run) -> Collection[str]:
+    is_kept = isinstance(run.route, Route) and run.route.policy.keep
+    return (run.claimed.job.type,) if is_kept else ()
 
 
 def ask(statement: Statement[T]) -> Steps[T]:

@@ -114,7 +114,9 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[_Step, Any, Endi
         result, commits = route.failed(job, error), False
     if commits:
         try:
-            settled: Settled | None = yield Settle(settlement(claimed, result))
+            settled: Settled | None = yield Settle(
+                settlement(claimed, result, kept=(job.type,) if route.policy.keep else ())
+            )
             if settled is None or settled.token != token:
                 result, commits = MoveToDlq(route.transaction_ended()), False
             elif not settled.ids:

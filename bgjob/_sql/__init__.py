@@ -27,7 +27,9 @@ A job's row, in the order of its life:
     settlements   what its result does to it: the only place that says so
     dead          its row in the dead-letter table
     repairs       rows that cannot be claimed or read
+    history       what is left of it if jobs of its type are kept
     workers       the row of a worker, for people to see it
+    minutes       what ended in each minute, likewise
 
 What the doctor asks: `server` (who holds what up), `storage` (tables and indexes) and `backlog`
 (what waits for too long).

@@ -22,6 +22,7 @@ _INTEGERS: tuple[LiteralString, ...] = (
     "dead",
     "lost",
     "timed_out",
+    "cancelled",
     "runs",
 )
 _SECONDS: tuple[LiteralString, ...] = ("run_seconds", "wait_seconds")

@@ -1,12 +1,13 @@
 """Settle claimed jobs: what a result does to the row, as statements for many jobs at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import LiteralString, NamedTuple
 
 from bgjob._failure import error_text, fingerprint
 from bgjob._postgres.cursor import ErrorTexts, Floats, Smallints
+from bgjob._sql.history import TODAY
 from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._sql.statement import (
     Row,
@@ -64,6 +65,8 @@ class Settlements:
     holds_notify_lock: bool = False
     """Whether this session holds the notify lock, so that the lock does not show
     whether another worker sleeps."""
+    kept: Collection[str] = ()
+    """The types whose completed jobs are kept."""
 
     def store(self, claimed: Claimed, result: Result) -> None:
         """Add a job that has ended."""
@@ -93,7 +96,7 @@ class Settlements:
         """Return the statements; each returns the ids of those of its jobs that are still held."""
         statements = []
         if self.complete:
-            statements.append(complete(self.complete))
+            statements.append(complete(self.complete, self.kept))
         if self.postpone:
             statements.append(postpone(self.postpone))
         if self.dead_letter:
@@ -103,9 +106,11 @@ class Settlements:
         return statements
 
 
-def settlement(claimed: Claimed, result: Result) -> Statement[list[str]]:
+def settlement(
+    claimed: Claimed, result: Result, *, kept: Collection[str] = ()
+) -> Statement[list[str]]:
     """Return the statement that settles one job, and returns its id if it is still held."""
-    settlements = Settlements()
+    settlements = Settlements(kept=kept)
     settlements.store(claimed, result)
     [statement] = settlements.settlements(claimed.job.queue)
     return statement
@@ -131,19 +136,34 @@ _COMPLETE: LiteralString = """
 """
 
 
-def complete(claimed: Sequence[Claimed]) -> Statement[list[str]]:
-    """Delete completed jobs; return the ids of those still held.
+_COMPLETE_AND_KEEP: LiteralString = f"""
+    with gone as (
+        delete from bgjob_job
+        where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+        returning id, queue, type, attempt, token
+    ), kept as (
+        insert into bgjob_history (day, job_id, queue, type, attempt, token)
+        select {TODAY}, id, queue, type, attempt, token
+        from gone where type = any (%(kept)s::text[])
+    )
+    select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
+"""
+
+
+def complete(claimed: Sequence[Claimed], kept: Collection[str] = ()) -> Statement[list[str]]:
+    """Delete completed jobs, and keep those of some types; return the ids of those still held.
 
     By the rows' positions, returned by the claim, the server's time for a job is a fifth less up
     to PostgreSQL 16 and 4 % less from 17 on, which looks up many ids faster
     (benchmarks/costs.py). But a worker has to forget the positions whenever a row may have moved.
     """
     ids = [c.job.id for c in claimed]
-    return Statement(
-        _COMPLETE,
-        {**held(claimed, ids), "count": len(ids)},
-        partial(_all_or_some, ids),
-    )
+    params = {**held(claimed, ids), "count": len(ids)}
+    text = _COMPLETE
+    if kept and (types := {c.job.type for c in claimed}.intersection(kept)):
+        text = _COMPLETE_AND_KEEP
+        params["kept"] = text_array(sorted(types))
+    return Statement(text, params, partial(_all_or_some, ids))
 
 
 def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:

@@ -22,6 +22,8 @@ class Table(NamedTuple):
     """Transactions since the oldest row that is not frozen; the server stops at 2,000,000,000."""
     updates: int
     heap_only_updates: int
+    is_part: bool
+    """Whether it is partitioned, or a partition."""
     options: dict[str, str]
     """Its storage parameters."""
 
@@ -39,8 +41,10 @@ def tables(names: list[str]) -> Statement[list[Table]]:
                 select from pg_options_to_table(c.reloptions)
                 where option_name = 'autovacuum_enabled' and not option_value::bool
             ),
-            greatest(age(c.relfrozenxid), age(t.relfrozenxid)),
+            case when c.relkind = 'p' then 0
+                else greatest(age(c.relfrozenxid), age(t.relfrozenxid)) end,
             coalesce(s.n_tup_upd, 0), coalesce(s.n_tup_hot_upd, 0),
+            c.relkind = 'p' or c.relispartition,
             array(
                 select option_name || '=' || option_value from pg_options_to_table(c.reloptions)
             )

@@ -48,7 +48,8 @@ comes back (`answer`); `clock` notices that the server's clock was set, and `rep
 corrects that, and dead-letters jobs that cannot be claimed or read. `timeouts` gives up handlers
 that take too long. `observers` makes one observer of many. `state` is the object that handlers
 share, opened before the first job and closed after the last. `registry` writes the worker's row in
-bgjob_worker, with what `tally` has counted.
+bgjob_worker, with what `tally` has counted; `minutes` writes what it has counted by queue and type.
+`history` empties old days of completed jobs that are kept.
 
 The way of a plain job from claim to settlement is these twelve files, in order:
 

@@ -195,6 +195,7 @@ class QueueControl:
                 queue=self._queue,
                 transactional=mux.transactional,
                 names_keys=mux.names_keys,
+                kept=mux.kept,
             )
             fork_guard = ForkGuard()
             conninfo, kwargs = self._connection_parameters()

@@ -17,6 +17,7 @@ from bgjob._running.loop import Loop
 from bgjob._sql.tokens import Tokens
 from bgjob._worker.control import LAST_WORDS, QueueControl
 from bgjob._worker.events import Events
+from bgjob._worker.history import HistoryKeeper
 from bgjob._worker.minutes import MinuteWriter
 from bgjob._worker.observers import Observers, combined, watchers
 from bgjob._worker.options import WorkerOptions
@@ -63,6 +64,8 @@ class WorkerGroup:
         self.watchers = watchers(whole)
         """The observers that also see how the worker is."""
         services, minutes = self._with_minutes(services)
+        if mux.kept:
+            services.append(HistoryKeeper())
         service_timer = ServiceTimer(services)
         self._release = worker_release(release)
         tokens = self._tokens = Tokens()

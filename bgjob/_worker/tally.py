@@ -85,6 +85,8 @@ class MinuteCounter:
                     ended[key] = [event]
             elif isinstance(event, JobLeaseLost):
                 self._add({(event.job.queue, event.job.type): MinuteCounts(lost=1)})
+            elif isinstance(event, JobCancelled):
+                self._add({(event.job.queue, event.job.type): MinuteCounts(cancelled=1)})
             elif isinstance(event, JobTimedOut):
                 self._add({(event.job.queue, event.job.type): MinuteCounts(timed_out=1)})
         if ended:

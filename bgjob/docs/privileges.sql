@@ -33,9 +33,14 @@ grant select (number, seen_at), insert (host, pid, program, release, version, qu
 
 -- It counts what ends in each minute, unless it is told not to; also optional.
 grant select, delete, insert (minute, queue, type, completed, retried, rescheduled, dead, lost,
-    timed_out, runs, run_seconds, wait_seconds, longest_run, longest_wait), update (completed,
-    retried, rescheduled, dead, lost, timed_out, runs, run_seconds, wait_seconds, longest_run,
-    longest_wait) on bgjob_minute to bgjob_worker;
+    timed_out, cancelled, runs, run_seconds, wait_seconds, longest_run, longest_wait), update
+    (completed, retried, rescheduled, dead, lost, timed_out, cancelled, runs, run_seconds,
+    wait_seconds, longest_run, longest_wait) on bgjob_minute to bgjob_worker;
+
+-- Optional, for a worker with job types that are registered with keep=True.
+grant insert (day, job_id, queue, type, attempt, token), select (day) on bgjob_history to bgjob_worker;
+grant truncate on bgjob_history_0, bgjob_history_1, bgjob_history_2, bgjob_history_3, bgjob_history_4,
+    bgjob_history_5, bgjob_history_6, bgjob_history_7 to bgjob_worker;
 
 -- A worker with schedules moves their ticks, and enqueues the jobs that its own code names.
 grant select on bgjob_schedule to bgjob_scheduler;
@@ -47,7 +52,8 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
 -- queues. It changes no live job.
-grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute
+grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute,
+    bgjob_history
     to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
     to bgjob_operator;
