@@ -35,8 +35,10 @@ PAGES = (
     f"/jobs/{quote(HOSTILE, safe='')}",
     "/jobs/nothing",
     "/dead",
+    "/dead/1",
     "/schedules",
     "/workers",
+    "/workers/1",
     "/doctor?run=1",
     "/no/such/page",
 )
@@ -104,7 +106,7 @@ def world(databases: Databases, template: str) -> Iterator[World]:
             ]
         )
         nightly = Schedule(
-            "nightly", request=EnqueueRequest("shop", "confirm"), every=timedelta(days=1)
+            "nightly", request=EnqueueRequest("shop", "letter"), every=timedelta(days=1)
         )
         worker = Worker(
             client,
@@ -197,6 +199,7 @@ def test_an_operator_tries_one_dead_job_and_then_the_rest(visit: Any, world: Wor
     it.page.get_by_role("main").get_by_role("button").click()
     it.sees("3 of 3 are back")
 
+    assert findings(it.page) == []
     assert eventually(lambda: all(world.is_gone(f"confirm-{n}") for n in range(4)))
 
 
@@ -216,7 +219,6 @@ def test_an_operator_cancels_a_running_job(visit: Any, world: World) -> None:
 
 
 def test_a_schedule_is_run_with_the_keyboard_alone(visit: Any, world: World) -> None:
-    world.is_mended.set()
     it = visit()
 
     def reach(name: str) -> None:

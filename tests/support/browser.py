@@ -23,7 +23,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
 def need_browser() -> str:
     """Return the path of chromium, or skip."""
-    pytest.importorskip("playwright", reason="playwright is not installed (pip install playwright)")
+    pytest.importorskip("playwright", reason="the extra `browser` is not installed")
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f"there is no {PROGRAMS[0]} on this host (Debian: apt-get install chromium)")

@@ -75,7 +75,7 @@
     trouble.textContent = "";
   };
 
-  const keep = async (id, every) => {
+  const attempt = async (id) => {
     try {
       await renew(id);
     } catch (error) {
@@ -83,12 +83,19 @@
       trouble.textContent = `This page was not renewed for ${since}: ${error.message}.`;
     }
     tick();
+  };
+
+  const keep = async (id, every) => {
+    await attempt(id);
     const next = document.getElementById(id)?.dataset.every || every;
     setTimeout(keep, 1000 * next, id, next);
   };
 
   const parts = document.querySelectorAll("[data-live]");
   for (const { id, dataset } of parts) setTimeout(keep, 1000 * dataset.every, id, dataset.every);
+  document.addEventListener("visibilitychange", () => {
+    if (!document.hidden) for (const { id } of parts) attempt(id);
+  });
   if (parts.length) {
     hold.parentElement.hidden = false;
     hold.addEventListener("click", () => {
