@@ -80,11 +80,11 @@ def serve(
 
     from bgjob.ext.web import TokenAccess, create_app  # noqa: PLC0415
 
+    names = {*_LOCAL, listen.host, socket.gethostname(), *hosts} - {""}
+    app = create_app(dsn, access=access, hosts=names, **options)
     bound = _bound(listen, _TRIED if takes_next else 0)
     with bound:
         host, port = bound.getsockname()[:2]
-        names = {*_LOCAL, listen.host, socket.gethostname(), *hosts} - {""}
-        app = create_app(dsn, access=access, hosts=names, **options)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

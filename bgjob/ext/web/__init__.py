@@ -9,7 +9,7 @@ ASGI application of it, to mount in a program of your own.
     routes    the addresses
     pages/    what is looked at: each page is a function from a Visit to a view
     actions/  what is changed: each is wrapped by `action`, which checks the permission
-    views     what each page shows, as values: for a template, and for JSON
+    views     what each page shows, as values: for a template, and for JSON; parts: rows of them
     redaction what is shown of payloads and errors
     site      connections, settings, and `kept`: answers that all viewers share
     answers   a view as HTML or JSON, an error, a redirect

@@ -12,8 +12,9 @@ from starlette.responses import RedirectResponse, Response
 from bgjob.ext.web import notice
 from bgjob.ext.web.frame import Frame, Section
 from bgjob.ext.web.pages.overview import dead_last_hour
+from bgjob.ext.web.parts import Trouble
 from bgjob.ext.web.site import VERSION, Site
-from bgjob.ext.web.views import Done, ErrorPage, Trouble
+from bgjob.ext.web.views import Done, ErrorPage
 from bgjob.ext.web.visit import Visit, tried
 
 PRIVATE = {"cache-control": "private, no-cache", "vary": "Accept, Cookie, Authorization"}

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from bgjob.ext.web.views import Text
+from bgjob.ext.web.parts import Text
 
 MASK = "●●●"
 

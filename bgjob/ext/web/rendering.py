@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from bgjob import _words
 from bgjob.ext.web import drawing
-from bgjob.ext.web.views import Trouble
+from bgjob.ext.web.parts import Trouble
 
 _LONGEST = 200
 """The most characters of an error in a list, and of a name anywhere."""

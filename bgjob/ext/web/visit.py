@@ -1,5 +1,6 @@
 """One request of one user, as a page sees it."""
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,13 +15,14 @@ from starlette.requests import Request
 from bgjob.errors import SchemaError
 from bgjob.ext.web.access import Access
 from bgjob.ext.web.frame import READING
+from bgjob.ext.web.parts import Trouble
 from bgjob.ext.web.site import Site
-from bgjob.ext.web.views import Trouble
 from bgjob.job import check_name
 
 T = TypeVar("T")
 
 _LONGEST = 255
+_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,20 @@ class Visit:
         return own_path(to, self.root)
 
 
-async def tried(asked: Awaitable[T]) -> T | Trouble:
+async def tried(asked: Awaitable[T], *, within: float = _PATIENCE) -> T | Trouble:
     """Return an answer, or what is said in its place.
 
     What the whole page cannot do without, such as a server that answers, is raised.
+
+    Args:
+        asked: what is awaited.
+        within: seconds for all its statements together; 5 by default, as nobody looks at an
+            empty page for longer. What is kept goes on for the next viewer.
+
     """
     try:
-        return await asked
+        async with asyncio.timeout(within):
+            return await asked
     except (psycopg.Error, SchemaError, TimeoutError) as error:
         trouble = trouble_of(error)
         if trouble is None:

@@ -11,18 +11,9 @@ from bgjob._sql.pages import DeadStep
 from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.rows import brief, dead_rows
 from bgjob.ext.web.pages.workers import number_in
+from bgjob.ext.web.parts import Button, DeadRow, GroupRow, Trouble
 from bgjob.ext.web.redaction import Shown
-from bgjob.ext.web.views import (
-    Button,
-    Chip,
-    DeadFacts,
-    DeadJobPage,
-    DeadPage,
-    DeadRow,
-    GroupPage,
-    GroupRow,
-    Trouble,
-)
+from bgjob.ext.web.views import Chip, DeadFacts, DeadJobPage, DeadPage, GroupPage
 from bgjob.ext.web.visit import Visit, tried
 from bgjob.job import DeadJob
 from bgjob.stats import CappedCount

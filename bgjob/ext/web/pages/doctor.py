@@ -10,6 +10,9 @@ from bgjob.ext.web.visit import Visit, tried
 _KEPT = 30.0
 """Seconds for which an answer is kept: some of its statements read a table once."""
 
+_PATIENCE = 60.0
+"""Seconds: its some 30 statements may take 5 s each."""
+
 _ORDER = ("bad", "warn", "note", "ok")
 
 
@@ -23,7 +26,7 @@ async def doctor(visit: Visit) -> DoctorPage:
         findings = await visit.site.reader.doctor()
         return findings, visit.site.now, monotonic() - start
 
-    found = await tried(visit.site.keep("doctor", ask, at_least=_KEPT))
+    found = await tried(visit.site.keep("doctor", ask, at_least=_KEPT), within=_PATIENCE)
     if not isinstance(found, tuple):
         return DoctorPage(found)
     findings, at, seconds = found

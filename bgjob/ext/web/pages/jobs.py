@@ -8,18 +8,9 @@ from starlette.exceptions import HTTPException
 from bgjob._sql import pages as statements
 from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.rows import dead_rows, job_rows, why
+from bgjob.ext.web.parts import Button, Trouble, Why
 from bgjob.ext.web.redaction import Shown
-from bgjob.ext.web.views import (
-    Button,
-    Chip,
-    JobFacts,
-    JobFilter,
-    JobPage,
-    JobsPage,
-    Looked,
-    Trouble,
-    Why,
-)
+from bgjob.ext.web.views import Chip, JobFacts, JobFilter, JobPage, JobsPage, Looked
 from bgjob.ext.web.visit import Visit, tried
 from bgjob.jobs import JobPage as Found
 from bgjob.jobs import LiveJob, LiveState
@@ -166,7 +157,6 @@ def _facts(found: LiveJob) -> JobFacts:
         found.lease_until,
         found.claimed_at,
         None if found.worker is None else found.worker.number,
-        None,
     )
 
 

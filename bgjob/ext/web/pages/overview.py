@@ -8,15 +8,8 @@ from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.dead import groups
 from bgjob.ext.web.pages.minutes import completed, failed_percent, hours
 from bgjob.ext.web.pages.rows import longest_rows, matches, queue_rows
-from bgjob.ext.web.views import (
-    GroupRow,
-    LongestRow,
-    OverviewPage,
-    Phrase,
-    QueueRow,
-    QueueTable,
-    Trouble,
-)
+from bgjob.ext.web.parts import GroupRow, LongestRow, Phrase, QueueRow, QueueTable, Trouble
+from bgjob.ext.web.views import OverviewPage
 from bgjob.ext.web.visit import Visit, tried
 from bgjob.stats import CappedCount, Overview
 from bgjob.workers import WorkerStatus

@@ -6,7 +6,8 @@ from bgjob._sql import pages as statements
 from bgjob.ext.web.pages.minutes import chart
 from bgjob.ext.web.pages.overview import with_hours
 from bgjob.ext.web.pages.rows import queue_rows, why, worker_rows
-from bgjob.ext.web.views import PriorityRow, QueuePage, QueueRow, Trouble, Why, WorkerRow
+from bgjob.ext.web.parts import QueueRow, Trouble, Why, WorkerRow
+from bgjob.ext.web.views import PriorityRow, QueuePage
 from bgjob.ext.web.visit import Visit, tried
 from bgjob.stats import CappedCount
 

@@ -7,8 +7,7 @@ from bgjob._sql.pages import DeadListed
 from bgjob.doctor import LIMITS
 from bgjob.explanation import Explanation, Reason
 from bgjob.ext.web.frame import path
-from bgjob.ext.web.redaction import Redaction, Shown
-from bgjob.ext.web.views import (
+from bgjob.ext.web.parts import (
     Button,
     DeadRow,
     JobRow,
@@ -18,6 +17,7 @@ from bgjob.ext.web.views import (
     Why,
     WorkerRow,
 )
+from bgjob.ext.web.redaction import Redaction, Shown
 from bgjob.ext.web.visit import Visit, seconds_ago
 from bgjob.jobs import LiveJob
 from bgjob.stats import CappedCount, Overview, QueueOverview

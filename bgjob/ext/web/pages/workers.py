@@ -3,7 +3,8 @@
 from starlette.exceptions import HTTPException
 
 from bgjob.ext.web.pages.rows import worker_rows
-from bgjob.ext.web.views import Trouble, WorkerPage, WorkerRow, WorkersPage
+from bgjob.ext.web.parts import Trouble, WorkerRow
+from bgjob.ext.web.views import WorkerPage, WorkersPage
 from bgjob.ext.web.visit import Visit, tried
 
 _LONGEST = 18
