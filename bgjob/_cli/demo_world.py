@@ -68,7 +68,7 @@ insert into bgjob_minute (
 )
 select
     date_trunc('minute', clock_timestamp()) - n * interval '1 minute', queue, type,
-    round(rate * (0.75 + 0.25 * sin(n / 9.0) + 0.15 * random())),
+    round(rate * (0.75 + 0.25 * sin(n / 9.0) + 0.15 * random()) + 2 * random() - 1),
     round(rate * failing * random() * 2), 0, 0, 0, 0,
     rate, rate * seconds, 2 * seconds, rate * 0.01, 0.1
 from generate_series(1, 60) as n, (values
