@@ -43,6 +43,11 @@ PAGES = (
     "/no/such/page",
 )
 
+DARK = {"/", "/queues/mail", "/jobs", "/jobs/order-3", "/dead", "/schedules", "/doctor?run=1"}
+"""Pages with whatever has a colour."""
+
+GROUND = "getComputedStyle(document.body).backgroundColor"
+
 
 @dataclass
 class World:
@@ -142,6 +147,15 @@ class Visitor:
     def sees(self, text: str) -> None:
         self.page.get_by_text(text).first.wait_for(timeout=PATIENCE * 1000)
 
+    def will_see(self, text: str) -> None:
+        """Look at the page as if it had been hidden, which renews its parts, until it says this."""
+
+        def says() -> bool:
+            self.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            return bool(self.page.get_by_text(text).count())
+
+        assert eventually(says), text
+
 
 @pytest.fixture
 def visit(chromium: Any, world: World) -> Iterator[Any]:
@@ -189,15 +203,15 @@ def test_an_operator_tries_one_dead_job_and_then_the_rest(visit: Any, world: Wor
     it = visit()
     it.page.get_by_role("link", name="mail server").click()
     it.page.get_by_role("button", name="Try one").click()
-    it.sees("leave the rest where it is")
+    it.will_see("leave the rest where it is")
 
     world.is_mended.set()
     it.page.get_by_role("button", name="Try another one").click()
-    it.sees("the rest may follow")
+    it.will_see("the rest may follow")
     it.page.get_by_role("button", name="Put back the rest").click()
     it.sees("3 jobs")  # the question
     it.page.get_by_role("main").get_by_role("button").click()
-    it.sees("3 of 3 are back")
+    it.will_see("3 of 3 are back")
 
     assert findings(it.page) == []
     assert eventually(lambda: all(world.is_gone(f"confirm-{n}") for n in range(4)))
@@ -259,7 +273,7 @@ def test_everything_works_without_javascript(visit: Any, world: World) -> None:
     assert it.page.get_by_text("renewed").count() == 0
 
 
-def test_no_page_has_findings_of_axe_or_scrolls_sideways_on_a_phone(
+def test_every_page_is_accessible_and_fits_a_phone_and_runs_no_hostile_name(
     visit: Any, world: World
 ) -> None:
     it = visit(color_scheme="light")
@@ -267,18 +281,22 @@ def test_no_page_has_findings_of_axe_or_scrolls_sideways_on_a_phone(
         it.go(path)
         assert findings(it.page) == [], path
         assert it.page.locator("h1").count() == 1, path
-        light = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
-        it.page.emulate_media(color_scheme="dark")
-        assert findings(it.page, "color-contrast") == [], f"{path}, dark"
-        assert it.page.evaluate("getComputedStyle(document.body).backgroundColor") != light
-        it.page.emulate_media(color_scheme="light")
+        assert it.page.title() != "hit"
+        assert it.page.locator("main img, main script").count() == 0, path
+        assert "\u202e" not in it.page.content(), path
         it.page.set_viewport_size({"width": 390, "height": 800})
         assert it.page.evaluate("document.documentElement.scrollWidth") == 390, path
         it.page.set_viewport_size({"width": 1280, "height": 900})
+        if path in DARK:
+            light = it.page.evaluate(GROUND)
+            it.page.emulate_media(color_scheme="dark")
+            assert it.page.evaluate(GROUND) != light
+            assert findings(it.page, "color-contrast") == [], f"{path}, dark"
+            it.page.emulate_media(color_scheme="light")
     it.said[:] = [text for text in it.said if "404" not in text]
 
 
-def test_hostile_names_are_shown_and_run_nowhere(visit: Any, world: World) -> None:
+def test_links_of_hostile_names_lead_to_them(visit: Any, world: World) -> None:
     it = visit()
     it.sees(SHOWN)
     it.page.get_by_role("link", name=SHOWN).first.click()
@@ -292,12 +310,6 @@ def test_hostile_names_are_shown_and_run_nowhere(visit: Any, world: World) -> No
     it.page.get_by_role("link", name="ValueError").first.click()
     it.page.wait_for_url("**/dead/groups/**")
     it.sees(SHOWN)
-    for path in PAGES:
-        it.go(path)
-        assert it.page.title() != "hit"
-        assert it.page.locator("main img, main script").count() == 0
-        assert "\u202e" not in it.page.content()
-    it.said[:] = [text for text in it.said if "404" not in text]
 
 
 def test_the_policy_of_the_page_stops_injected_code(visit: Any) -> None:
