@@ -234,6 +234,21 @@ def test_a_proxys_header_counts_from_the_proxy_only(dsn: str) -> None:
 # -- what does not answer ----------------------------------------------------------------
 
 
+def test_prometheus_reads_what_the_database_holds_if_that_is_wanted_and_it_has_the_token(
+    dsn: str,
+) -> None:
+    access = TokenAccess()
+    bearer = {"authorization": f"Bearer {access.token}"}
+    with opened(dsn, access=access, metrics=True) as pages:
+        assert pages.get("/metrics").status_code == 401
+        found = pages.get("/metrics", **bearer)
+        assert found.headers["content-type"].startswith("text/plain")
+        assert 'bgjob_queue_due{queue="a/b"} 1.0' in found.text
+        assert 'bgjob_scrape_success{part="tables"} 1.0' in found.text
+    with opened(dsn, access=access) as pages:
+        assert pages.get("/metrics", **bearer).status_code == 404
+
+
 def test_without_the_tables_the_page_says_what_to_apply(empty_dsn: str) -> None:
     with opened(empty_dsn) as pages:
         found = pages.get("/")

@@ -56,6 +56,12 @@ def add(commands: "Commands") -> None:
         help="mask (the default) shows dots for values whose names look secret, until a user who "
         "may asks for them; show shows all; hide shows no payload to anybody",
     )
+    parser.add_argument(
+        "--metrics",
+        action="store_true",
+        help="answer on /metrics what the database holds, for a Prometheus that sends the token; "
+        "needs the extra prometheus. One exporter for a database is enough",
+    )
     parser.add_argument("--name", default="", help="the installation's name, such as production")
     parser.add_argument("--colour", choices=_COLOURS, default="grey", help="its colour")
     parser.add_argument(
@@ -130,7 +136,12 @@ def run(args: argparse.Namespace) -> int:
             name=args.name,
             colour=args.colour,
             root_path=args.root_path.rstrip("/"),
+            metrics=args.metrics,
         )
+    except ImportError as error:
+        raise UsageError(
+            f"--metrics needs the extra prometheus ({error}): pip install 'bgjob[prometheus]'"
+        ) from None
     except ValueError as error:
         raise UsageError(str(error)) from None
     return 0

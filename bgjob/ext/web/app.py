@@ -24,6 +24,7 @@ from bgjob.ext.web.answers import (
 from bgjob.ext.web.database import parameters_of
 from bgjob.ext.web.form import parsed
 from bgjob.ext.web.frame import COLOURS, Colour
+from bgjob.ext.web.metrics import Exporter
 from bgjob.ext.web.redaction import Payloads, Redact, Redaction
 from bgjob.ext.web.rendering import environment
 from bgjob.ext.web.schemes import Proxies
@@ -50,6 +51,7 @@ def create_app(
     root_path: str = "",
     hosts: Iterable[str] | None = None,
     trust: Iterable[str] = (),
+    metrics: bool = False,
 ) -> "WebApp":
     """Return the page as an ASGI application.
 
@@ -85,8 +87,12 @@ def create_app(
             program that it is mounted in.
         trust: the addresses of reverse proxies, such as "127.0.0.1/32", whose
             X-Forwarded-Proto counts; none by default.
+        metrics: whether it answers on `/metrics` what the database holds, for a Prometheus that
+            has access, for example by a Bearer token; False by default. It needs the extra
+            `prometheus`. One exporter for a database is enough: this, or `bgjob metrics`.
 
     Raises:
+        ImportError: `metrics` without its extra.
         TypeError: `source` or `access` is of a wrong type.
         ValueError: an invalid connection string, colour, `payloads`, `root_path` or network.
 
@@ -108,16 +114,17 @@ def create_app(
         hosts=None if hosts is None else guard.hosts_of(hosts),
     )
     site = Site(settings, Redaction(payloads, redact), parameters_of(source))
-    return WebApp(site, root_path.rstrip("/"), Proxies(trust))
+    return WebApp(site, root_path.rstrip("/"), Proxies(trust), Exporter(site) if metrics else None)
 
 
 class WebApp:
     """The ASGI application that `create_app` returns."""
 
-    def __init__(self, site: Site, root: str, proxies: Proxies) -> None:
+    def __init__(self, site: Site, root: str, proxies: Proxies, exporter: Exporter | None) -> None:
         self._site = site
         self._root = root
         self._proxies = proxies
+        self._exporter = exporter
         self._templates = environment()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,6 +179,8 @@ class WebApp:
             return self._unknown(request)
         if "look" not in access.permissions:
             raise HTTPException(403, "You may not see this page: ask for the permission 'look'.")
+        if path == "/metrics" and self._exporter is not None and request.method in guard.SAFE:
+            return await self._exporter.answer(request.headers.get("accept", ""))
         is_api = path == "/api" or path.startswith("/api/")
         visit = Visit(
             self._site,
