@@ -59,7 +59,7 @@ def test_a_job_is_cancelled_for_a_reason_and_made_due_and_given_a_priority(
         path("jobs", "a/b", "cancel"), hidden(asked.text) | {"reason": "a duplicate <b>"}
     )
     assert (done.status_code, done.headers["location"]) == (303, "/jobs/a%2Fb")
-    assert said(page) == "Job a/b is cancelled before it ran."
+    assert said(page) == "Job a/b was cancelled before it ran."
     assert rows(conn, "select job_id, last_error from bgjob_dead_job") == [
         ("a/b", "cancelled by ann: a duplicate <b>")
     ]

@@ -35,7 +35,7 @@ async def cancel(visit: Visit, form: Form) -> Answer:
         )
     found = await visit.site.writer.jobs.cancel(id_, reason=reason, by=visit.access.user or None)
     was = "while it was running" if found.running else "before it ran"
-    return _done(id_, found, f"Job {id_} is cancelled {was}.", "not cancelled")
+    return _done(id_, found, f"Job {id_} was cancelled {was}.", "not cancelled")
 
 
 @action("abandon", "abandon")
