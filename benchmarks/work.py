@@ -13,6 +13,7 @@ from figures import Figures, percentile
 from harness import Bench
 
 from bgjob import Client, EnqueueRequest, Job, Mux, Worker
+from bgjob.service import Service
 
 QUEUE = "benchmark"
 CONCURRENCY = 10
@@ -123,12 +124,19 @@ def settled_at(
         sleep(pause)
 
 
-def drain(bench: Bench, ids: Sequence[str], handler: Callable[[Ran], Handler]) -> Figures:
+def drain(
+    bench: Bench,
+    ids: Sequence[str],
+    handler: Callable[[Ran], Handler],
+    *,
+    services: Sequence[Service] = (),
+    keep: bool = False,
+) -> Figures:
     """Run the jobs with a worker of this process; the table may have others as well."""
     ran, others = Ran(len(ids)), bench.jobs() - len(ids)
-    mux = Mux().register("noop", handler(ran))
+    mux = Mux().register("noop", handler(ran), keep=keep)
     with Client(bench.dsn) as client:
-        worker = Worker(client, QUEUE, mux, concurrency=CONCURRENCY)
+        worker = Worker(client, QUEUE, mux, concurrency=CONCURRENCY, services=services)
         began = perf_counter()
         with worker:
             ran.wait()

@@ -22,6 +22,14 @@ from typing import Any
 import psycopg
 import pytest
 from support.clients import HOSTILE
+from support.plans import (
+    PLAN_CACHE_MODES,
+    fill_with_statistics,
+    handled,
+    nodes,
+    prepare,
+    run,
+)
 from support.waiting import PATIENCE, eventually
 
 from bgjob import (
@@ -47,7 +55,8 @@ from bgjob._cli.top.keys import pressed
 from bgjob._cli.top.seen import MINUTES, SORTS, Flow, Pane, Seen, Server, Sort, View, flows_of
 from bgjob._cli.top.text import Line, Style, bars, render, width_of
 from bgjob._cli.top.terminal import split_keys
-from bgjob._sql.dead import LastDeath
+from bgjob._sql.dead import LastDeath, last_death
+from bgjob._sql.overviews import plan_by_index
 from bgjob._sql.server import Holder
 from bgjob.workers import RunningJob, WorkerCounts, WorkerStatus
 
@@ -510,6 +519,27 @@ def test_missing_tables_are_reported_with_the_remedy(
 ) -> None:
     assert cli.main(["top", "--dsn", empty_dsn]) == 1
     assert "migration/init.sql" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("statistics", ["none", "of ten jobs", "of these jobs"])
+def test_the_last_death_is_found_among_many_and_its_group_is_counted_up_to_a_cap(
+    conn: psycopg.Connection, statistics: str
+) -> None:
+    def fill(conn: psycopg.Connection, jobs: int) -> None:
+        conn.execute(
+            "insert into bgjob_dead_job (job_id, queue, type, attempt, priority, next_run_at, "
+            "job_created_at, job_updated_at, fingerprint) select n, 'q', 't', 1, 0, now(), now(), "
+            "now(), mod(n, 2) from generate_series(1, %(jobs)s) as n",
+            {"jobs": jobs},
+        )
+
+    fill_with_statistics(conn, statistics, fill, 20_000, ["bgjob_dead_job"])
+    text: Any = plan_by_index().text
+    conn.execute(text.replace(", true", ", false"))
+    explain = prepare(conn, "last death", last_death(within=60, cap=100))
+    for mode in PLAN_CACHE_MODES:
+        for node in nodes(run(conn, explain, mode)):
+            assert handled(node) <= 100, node
 
 
 # -- the command, on a terminal -------------------------------------------------------------

@@ -182,13 +182,16 @@ def last_death(*, within: float, cap: int) -> Statement[LastDeath | None]:
         select {in_range("l.moved_at")}, l.queue, l.type,
             coalesce(left(l.last_error, {_LONGEST_ERROR}), ''), g.jobs
         from (
-            select d.queue, d.type, d.last_error, d.moved_at, d.fingerprint
+            select d.id, d.queue, d.type, d.last_error, d.moved_at, d.fingerprint
             from bgjob_dead_job d order by d.id desc limit 1
         ) as l
         cross join lateral (
+            -- As a range: for a fingerprint that is equal, the primary key has the same order.
             select count(*) as jobs from (
-                select from bgjob_dead_job d where d.fingerprint = l.fingerprint
-                order by d.fingerprint, d.id limit %(cap)s
+                select from bgjob_dead_job d
+                where (d.fingerprint, d.id) <= (l.fingerprint, l.id)
+                    and (d.fingerprint, d.id) >= (l.fingerprint, 0)
+                order by d.fingerprint desc, d.id desc limit %(cap)s
             ) as same
         ) as g
         where l.moved_at > clock_timestamp() - %(within)s * interval '1 second'
