@@ -93,13 +93,14 @@ class Drive:
         exchange = self.exchange()
         return self.answer(Reply(settled=set(settled(exchange)))).events
 
-    def asked(self, *cancelled: str) -> list[Event]:
+    def asked(self, *cancelled: Claimed) -> list[Event]:
         """Answer which of the jobs that are gone were cancelled."""
         exchange = self.exchange()
         assert exchange.ask
         ids = {c.job.id for c in exchange.extend}
         held = set(settled(exchange))
-        return self.answer(Reply(cancelled=cancelled, settled=held, extended=ids)).events
+        ended = {(c.job.id, c.token) for c in cancelled}
+        return self.answer(Reply(cancelled=ended, settled=held, extended=ids)).events
 
     def lose(self) -> None:
         """Break the connection under the exchange, and mend it."""
@@ -280,7 +281,7 @@ def test_without_a_notification_a_cancel_is_found_at_the_next_extension(kind: st
     drive.now = drive.sleep()
     assert drive.exchange().extend == [a]
     assert drive.answer(Reply()).events == []
-    assert drive.asked("a")[0] == JobCancelled(a.job)
+    assert drive.asked(a)[0] == JobCancelled(a.job)
     assert set(drive.engine.to_interrupt) == {a}
     drive.finish(a)
     assert not drive.engine.to_interrupt
@@ -506,7 +507,19 @@ def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lea
     drive.exchange()
     drive.lose()
     assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == [Outcome(a, Complete(), 1.0), QueueIsEmpty("")]
+    assert drive.answer(Reply()).events == []
+    assert drive.asked() == [Outcome(a, Complete(), 1.0), QueueIsEmpty("")]
+
+
+def test_a_settlement_that_was_lost_before_a_cancel_is_told_as_cancelled() -> None:
+    drive = Drive()
+    (a,) = drive.claim("a")
+    drive.finish(a)
+    drive.exchange()
+    drive.lose()  # and it never arrived
+    drive.exchange()
+    drive.answer(Reply())
+    assert drive.asked(a)[0] == JobCancelled(a.job, ran=1.0)
 
 
 def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> None:
@@ -781,6 +794,20 @@ def test_pauses_after_refusals_leave_time_to_extend() -> None:
             case Exchange():
                 drive.answer()
     raise AssertionError("not extended in two thirds of the lease")
+
+
+def test_a_job_that_was_cancelled_requeued_and_claimed_again_has_one_claim() -> None:
+    drive = Drive(concurrency=2, lease=3.0)
+    (old,) = drive.claim("a")
+    drive.engine.wake(Notice(later=True))
+    drive.exchange()
+    effects = drive.answer(found(job("a")))
+    (new,) = effects.run
+    assert effects.events == [JobLeaseLost(old.job)]  # long before the lease has ended
+    drive.finish(old)
+    drive.now += 1.0
+    exchange = drive.next_exchange()
+    assert (exchange.outcomes, exchange.extend) == ([], [new])
 
 
 def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:

@@ -47,7 +47,7 @@ from bgjob._sql.survey import Line, Stray, OpenTransactions
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST
-from bgjob.event import JobLeaseLost, QueueIsEmpty
+from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
 from bgjob._handlers.policy import _GRANTED
 from bgjob._handlers.route import NeedsKey
@@ -61,6 +61,8 @@ LAST_WORDS = 1.0  # seconds that the worker grants its engine after the grace pe
 
 Key = tuple[str, int]
 """A job's id and the token of one of its claims."""
+
+Ending = Literal["told", "lost", "cancelled"]
 
 Fate = Literal["answered", "rejected", "never arrived", "answer lost", "happens later"]
 
@@ -145,6 +147,20 @@ class Table:
         self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
         self.transactions = Transactions()
         self.granted: dict[Key, str] = {}
+        self.fenced: set[Key] = set()  # claims that a cancel has ended, ever
+        self.cancelled: dict[str, Key | None] = {}  # those in the dead-letter table, by job
+
+    def cancel(self, id_: str, *, at: float) -> Key | None:
+        """Move a job to the dead-letter table; return the claim that this ends."""
+        row = self.rows.pop(id_)
+        key = None if row.token is None else (id_, row.token)
+        self.ended[id_], self.cancelled[id_] = "cancelled", key
+        self.barred.discard(id_)
+        if key is not None:
+            self.fenced.add(key)
+        if row.key is not None and not row.waits:
+            self.release([row.key], at=at)
+        return key
 
     def carry_out(self, exchange: Exchange, *, began: int, now: int, at: float) -> Reply:
         """Run the statements in the order of an exchange; `began` is the transaction's now()."""
@@ -194,6 +210,9 @@ class Table:
             reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
         if exchange.release:
             reply.woken = self.release(exchange.release, at=at)
+        ended = {*self.cancelled.values()}
+        asked = {(c.job.id, c.token) for c in exchange.ask}
+        reply.cancelled = {key for key in asked if key in ended}
         return reply
 
     def _claim(self, exchange: Exchange, reply: Reply, *, began: int, now: int, at: float) -> None:
@@ -539,6 +558,9 @@ class History:
         # Seconds that it lasts at least: long enough for many sweeps that take long.
         self.lasts = 120.0 if calm and self.sweeps_take and self.fates.random() < 0.05 else 0.0
         self.named = random.choice([0.0, 0.5])  # of those, whose key their handler names
+        self.cancels = Random(-7 - seed)
+        self.interrupted: set[Key] = set()  # handlers whose end came early
+        self.given_up: set[Key] = set()
         self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
@@ -565,7 +587,9 @@ class History:
         # The handlers.
         self.waiting: deque[Claimed] = deque()
         self.busy = 0
+        self.running: set[Key] = set()
         self.outcomes: list[Outcome] = []
+        self.late: list[Outcome] = []  # of handlers that were given up
         self.woken = False
         self.last_end = self.now
         self.slots_free_since = self.now
@@ -575,7 +599,7 @@ class History:
         self.key_of: dict[str, str] = {}
         self.poison: set[str] = set()
         self.healing = True
-        self.handed: dict[Key, Literal["told", "lost"] | None] = {}
+        self.handed: dict[Key, Ending | None] = {}
         self.live: dict[Key, Claimed] = {}
         self.withdrawn: set[Key] = set()
         self.claim_of: dict[int, Claimed] = {}  # by identity of the job
@@ -624,6 +648,8 @@ class History:
             self.grace = random.choice([0.0, 0.1, 1.0, inf])
         if self.strangers:
             self._at(span * random.random(), self._lock_row)
+        for _ in range(self.cancels.choice([0, 0, 1, 5, 20])):
+            self._at(span * self.cancels.random(), self._cancel)
         if calm:
             if self.rivals_die and self.notify:
                 self.lock = "rival"
@@ -724,6 +750,54 @@ class History:
         if self.random.random() < 0.5:  # else it died
             self._at(self.random.random(), settle)
 
+    def _cancel(self) -> None:
+        """Cancel a job, waiting or running; perhaps requeue it before its worker knows."""
+        ids = sorted(self.table.rows)
+        if not ids:
+            return
+        id_ = self.cancels.choice(ids)
+        if id_ in self.table.barred:
+            return  # it is told as locked
+        key = self.table.cancel(id_, at=self.now)
+        if key is not None:
+            self.live.pop(key, None)
+            if self.peace or self.cancels.random() >= self.deaf:
+                ended = frozenset({(key[1], id_)})
+                later = self.cancels.random() * 0.001
+                self._at(later, lambda: self._notice(Notice(cancelled=ended)))
+
+        def requeue() -> None:
+            del self.table.cancelled[id_]
+            row = Row(id_, 0, self.db_now)
+            row.free_since = self.now
+            self.table.rows[id_] = row
+            self._notice(Notice(later=True))
+
+        if self.cancels.random() < 0.5:
+            self._at(self.cancels.choice([0.0005, 0.1, self.lease]), requeue)
+
+    def _interrupt(self) -> None:
+        """As Executor.interrupt: end handlers of cancelled jobs early, or give them up."""
+        engine = self.engine
+        silent = []
+        for claimed in list(engine.to_interrupt):
+            key = claimed.job.id, claimed.token
+            promise(key in self.table.fenced, f"{key}: interrupted, and not cancelled")
+            if key in self.interrupted or claimed in self.waiting or key not in self.running:
+                continue
+            self.interrupted.add(key)
+            if self.cancels.random() < 0.5:
+                self._at(0.0001, partial(self._end_handler, claimed, 0.0001))
+            else:
+                self.given_up.add(key)
+                silent.append(claimed)
+                self.running.discard(key)
+                self.busy -= 1
+                self.group.discard(key)
+        if silent:
+            engine.handlers_given_up(silent)
+            self._start_handlers()
+
     def _rival_takes_notify_lock(self) -> None:
         if self.lock is None and not self.in_flight and self.notify:
             self.lock = "rival"
@@ -792,11 +866,20 @@ class History:
                 self.woken = True
                 continue
             self.busy += 1
+            self.running.add((claimed.job.id, claimed.token))
             took = self._duration()
             self.last_end = max(self.last_end, self.now + took)
             self._at(took, partial(self._end_handler, claimed, took))
 
     def _end_handler(self, claimed: Claimed, took: float) -> None:
+        key = claimed.job.id, claimed.token
+        if key in self.given_up:
+            self.late.append(Outcome(claimed, self._result(), took))
+            self.woken = True
+            return
+        if key not in self.running:
+            return  # it has ended early
+        self.running.remove(key)
         if self.busy == self.concurrency:
             self.slots_free_since = self.now
         self.busy -= 1
@@ -872,11 +955,13 @@ class History:
             self._disturb()
             self._happened()
         engine = self.engine
-        outcomes, self.outcomes = self.outcomes, []
-        self._tell(engine.finish(outcomes))
+        self._finish()
         if self.notified:
-            engine.wake(self.notified)
+            self._tell(engine.cancelled(self.notified.cancelled))
+            if self.notified.wakes:
+                engine.wake(self.notified)
             self.notified = None
+        self._interrupt()
         if self.give_up_at is not None:
             engine.shutdown()
             self.stopping = True
@@ -910,12 +995,16 @@ class History:
                 self._check_stop(abandoned)
                 self.ended = True
 
+    def _finish(self) -> None:
+        outcomes, self.outcomes, self.late = [*self.late, *self.outcomes], [], []
+        self._tell(self.engine.finish(outcomes))
+
     def _sleep(self, until: float) -> None:
         began = self.now
         if self.breaking:
             self._disconnect()
             return
-        self.woken = bool(self.notified or self.outcomes)
+        self.woken = bool(self.notified or self.outcomes or self.late)
         if not self.woken:
             self._elapse(until, waking=True)
         self._count_idle(self.woken or self.now > began)
@@ -1002,8 +1091,7 @@ class History:
 
     def _follow(self) -> Exchange | None:
         """As _Control._follow."""
-        outcomes, self.outcomes = self.outcomes, []
-        self._tell(self.engine.finish(outcomes))
+        self._finish()
         goes_on = self.streams and self.give_up_at is None
         return self.engine.ahead(self.now) if goes_on else None
 
@@ -1174,6 +1262,10 @@ class History:
             match event:
                 case Outcome(claimed, result):
                     key = claimed.job.id, claimed.token
+                    # After a lost answer, a cancel that was undone has left no trace.
+                    undone = key in self.unsure and self.table.cancelled.get(key[0]) != key
+                    fenced = key in self.table.fenced and not undone
+                    promise(not fenced, f"{key}: settled, though cancelled")
                     self._end_claim(key, "told")
                     self._check_settled(key, result)
                 case JobLeaseLost(job):
@@ -1189,10 +1281,20 @@ class History:
                         key not in self.table.settled or key in self.unsure,
                         f"{key}: told as lost, but settled",
                     )
+                    # Where the server refuses to say, it may be told so.
+                    fenced = self.table.cancelled.get(job.id) == key and not self.refused
+                    promise(not fenced, f"{key}: told as lost, but cancelled")
+                case JobCancelled(job):
+                    if id(job) not in self.claim_of:
+                        promise(job.exclusive is not None, f"{job.id}: never handed out")
+                        continue
+                    key = job.id, self.claim_of[id(job)].token
+                    promise(key in self.table.fenced, f"{key}: told as cancelled, and is not")
+                    self._end_claim(key, "cancelled")
                 case QueueIsEmpty():
                     promise(not self.busy and not self.waiting, "empty, but jobs run")
 
-    def _end_claim(self, key: Key, how: Literal["told", "lost"]) -> None:
+    def _end_claim(self, key: Key, how: Ending) -> None:
         promise(self.handed[key] is None, f"{key}: ended twice, {self.handed[key]} and {how}")
         self.handed[key] = how
         self.live.pop(key, None)
@@ -1205,7 +1307,8 @@ class History:
         # An answer was lost, and it was asked again within the lease: the
         # question was sent before the lease had ended and came after.
         promise(
-            key in self.unsure and key in self.table.taken or self.clock_stepped,
+            (key in self.unsure and (key in self.table.taken or key in self.table.fenced))
+            or self.clock_stepped,
             f"{key}: told as {kind}, but nothing of it is stored",
         )
 

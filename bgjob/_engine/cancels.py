@@ -19,7 +19,7 @@ class Cancels:
     """
 
     def __init__(self) -> None:
-        self._doubtful: dict[Claimed, JobLeaseLost | None] = {}
+        self._doubtful: dict[Claimed, Event | None] = {}
         """To ask about, with what to tell if it was no cancel; None: nothing."""
         self._events: list[Event] = []
         self.running: set[Claimed] = set()
@@ -31,17 +31,13 @@ class Cancels:
         """Whether there is anything to ask."""
         return bool(self._doubtful)
 
-    def gone(self, claimed: Claimed, ran: float | None = None, waited: float | None = None) -> None:
-        """Record that a job is not held any more; it is told when the server has said why."""
-        self._doubtful[claimed] = JobLeaseLost(claimed.job, ran, waited)
+    def gone(self, claimed: Claimed, otherwise: Event | None) -> None:
+        """Record that a job is not held any more; if it was not cancelled, tell `otherwise`."""
+        self._doubtful[claimed] = otherwise
 
     def lost(self, claims: Iterable[Claimed]) -> None:
         """Record that other workers may have these jobs, for a reason that is known."""
         self._events += [JobLeaseLost(claimed.job) for claimed in claims]
-
-    def may_be_gone(self, claimed: Claimed) -> None:
-        """Record that a job may have been settled by its own transaction, or cancelled."""
-        self._doubtful.setdefault(claimed, None)
 
     def told(self, claimed: Claimed, ended: Outcome | None) -> None:
         """Record that a notification named a job; `ended` is its outcome, if it has one."""
@@ -59,20 +55,22 @@ class Cancels:
         for claimed in exchange.ask:
             if claimed not in self._doubtful:
                 continue  # a notification has told it meanwhile
-            lost = self._doubtful.pop(claimed)
-            if claimed.job.id in reply.cancelled:
+            otherwise = self._doubtful.pop(claimed)
+            if (claimed.job.id, claimed.token) in reply.cancelled:
                 cancelled.append(claimed)
-                times = (None, None) if lost is None else (lost.ran, lost.waited)
-                self._events.append(JobCancelled(claimed.job, *times))
-            elif lost is not None:
-                self._events.append(lost)
+                ran = waited = None
+                if isinstance(otherwise, Outcome | JobLeaseLost):
+                    ran, waited = otherwise.ran, otherwise.waited
+                self._events.append(JobCancelled(claimed.job, ran, waited))
+            elif otherwise is not None:
+                self._events.append(otherwise)
         return cancelled
 
     def refused(self, exchange: Exchange) -> None:
-        """Record that the server refuses the question: these count as lost."""
+        """Record that the server refuses the question: none of these counts as cancelled."""
         for claimed in exchange.ask:
-            if (lost := self._doubtful.pop(claimed, None)) is not None:
-                self._events.append(lost)
+            if (otherwise := self._doubtful.pop(claimed, None)) is not None:
+                self._events.append(otherwise)
 
     def take_events(self) -> list[Event]:
         """Return what to tell the observer."""

@@ -28,7 +28,7 @@ from bgjob._engine.protocol import MOST, Exchange, Sleep, Step, Stop, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
 from bgjob._sql.settlements import Claimed
-from bgjob.event import QueueIsEmpty
+from bgjob.event import JobLeaseLost, QueueIsEmpty
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
@@ -321,17 +321,16 @@ class Engine:
             missing = self._leases.extended(exchange, reply.extended)
             self._drop([c for c in missing if c.job.type not in self._transactional])
             for each in missing:
-                if each.job.type in self._transactional:
-                    self._cancels.may_be_gone(each)  # its own transaction notices a lost lease
-                else:
-                    self._cancels.gone(each)
+                # A transactional job's own transaction notices a lost lease.
+                is_own = each.job.type in self._transactional
+                self._cancels.gone(each, None if is_own else JobLeaseLost(each.job))
         self._cancel(self._cancels.answered(exchange, reply))
         self._lookout.answered(exchange, reply, run_again, now)
         claimed = self._claims.answered(exchange, reply, now)
         if claimed:
             self._is_idle = False
             self.pace.claimed(claimed, now)
-            self._lose(self._leases.claimed_before(claimed, now))
+            self._lose(self._leases.claimed_before(claimed))
             self._leases.hold(claimed, exchange.at)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()

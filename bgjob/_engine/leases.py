@@ -57,18 +57,21 @@ class Leases:
             {c.job.id: c for c in claimed},
         )
 
-    def claimed_before(self, claimed: Iterable[Claimed], now: float) -> list[Claimed]:
+    def claimed_before(self, claimed: Iterable[Claimed]) -> list[Claimed]:
         """Return the older claims of jobs that the worker has just claimed again.
 
-        Two claims of one job must not be in one statement, which would affect either.
+        Two claims of one job must not be in one statement, which would affect either. There are
+        two after the older lease has ended, after a settlement whose answer was lost, and
+        whenever a job was cancelled and requeued before its worker heard of it.
         """
-        expired = [batch for batch in self._batches.values() if batch.expires <= now]
-        if not (expired or self.unsure):
-            return []
         again = {c.job.id for c in claimed}
-        unsure = (b for c in self.unsure if (b := self._batches.get(c.token)) is not None)
-        batches = {id(batch): batch for batch in [*expired, *unsure]}.values()
-        return [c for batch in batches for c in batch.jobs.values() if c.job.id in again]
+        return [
+            c
+            for batch in self._batches.values()
+            if not again.isdisjoint(batch.jobs)
+            for c in batch.jobs.values()
+            if c.job.id in again
+        ]
 
     def batch(self, claimed: Claimed) -> Batch | None:
         """Return the batch of a job that is held; None if it is gone or lost."""

@@ -38,8 +38,8 @@ class Reply:
     strays: list[Stray] = field(default_factory=list)
     barred: Sequence[str] = ()
     barred_keys: Sequence[str] = ()
-    cancelled: Collection[str] = ()
-    """The ids of doubtful jobs that were cancelled."""
+    cancelled: Collection[tuple[str, int]] = ()
+    """The doubtful claims that a cancel has ended, by id and token."""
     unread: int = 0
     """The number of claimed jobs that could not be read."""
 
@@ -87,8 +87,8 @@ class Reply:
     def set_barred_keys(self, keys: list[str]) -> None:
         self.barred_keys = keys
 
-    def set_cancelled(self, ids: list[str]) -> None:
-        self.cancelled = ids
+    def set_cancelled(self, cancelled: set[tuple[str, int]]) -> None:
+        self.cancelled = cancelled
 
     def ignore(self, answer: object) -> None:
         """Drop an answer that says nothing to the engine."""

@@ -20,6 +20,7 @@ from bgjob._engine.pause import Pause
 from bgjob._engine.protocol import MOST, Exchange
 from bgjob._engine.reply import Reply
 from bgjob._sql.settlements import Claimed
+from bgjob.event import JobLeaseLost
 from bgjob.result import Complete, MoveToDlq
 
 
@@ -74,7 +75,8 @@ class Settling:
                 if isinstance(result, Committed):
                     events.append(outcome.with_result(result.result))
                 elif isinstance(result, Fenced):
-                    self._cancels.gone(claimed, outcome.ran, outcome.waited)
+                    lost = JobLeaseLost(claimed.job, outcome.ran, outcome.waited)
+                    self._cancels.gone(claimed, lost)
                 else:
                     continue
                 self._leases.drop(claimed)
@@ -172,13 +174,18 @@ class Settling:
                 # The job is gone, and no other worker can have had it: the settlement whose
                 # answer was lost had been committed. With two lost answers that is unknown.
                 if unsure == isinstance(result, CommitUnknown) or exchange.at >= batch.expires:
-                    self._cancels.gone(claimed, outcome.ran, outcome.waited)
+                    lost = JobLeaseLost(claimed.job, outcome.ran, outcome.waited)
+                    self._cancels.gone(claimed, lost)
                     continue
                 stored = result.result if isinstance(result, CommitUnknown) else result
             else:
                 stored = result.otherwise if isinstance(result, CommitUnknown) else result
             last: Unsettled = outcome.with_result(stored)
-            if not isinstance(stored, Release):
+            is_told = not isinstance(stored, Release)
+            if claimed.job.id not in settled:
+                # Or it had not been committed, and then a cancel came.
+                self._cancels.gone(claimed, cast("Event", last) if is_told else None)
+            elif is_told:
                 told.append(last)
             if not isinstance(stored, Complete | MoveToDlq):
                 run_again.append(last)

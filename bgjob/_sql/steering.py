@@ -17,7 +17,7 @@ from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.jobs import JobFilter
 from bgjob._sql.notices import CANCELLED, NOTIFY, channel
 from bgjob._sql.settlements import Claimed
-from bgjob._sql.statement import Row, Statement, column, nothing, text_array
+from bgjob._sql.statement import Row, Statement, nothing, text_array
 
 MOST = 1000
 """The most ids in a statement: no other session waits long for one of them."""
@@ -225,17 +225,17 @@ def brief_waits() -> Statement[None]:
     return Statement("select set_config('lock_timeout', '1s', true)", None, nothing)
 
 
-def were_cancelled(claimed: Collection[Claimed]) -> Statement[list[str]]:
-    """Return the ids of those claims that a cancel has ended."""
+def were_cancelled(claimed: Collection[Claimed]) -> Statement[set[tuple[str, int]]]:
+    """Return the ids and tokens of those claims that a cancel has ended."""
     return Statement(
         """
-        select job_id from bgjob_dead_job
+        select job_id, token from bgjob_dead_job
         where job_id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
         """,
         {
             "ids": text_array([c.job.id for c in claimed]),
             "tokens": [c.token for c in claimed],
         },
-        column,
+        lambda rows: {(id_, token) for id_, token in rows},
         prepare=False,
     )
