@@ -1262,9 +1262,10 @@ class History:
             match event:
                 case Outcome(claimed, result):
                     key = claimed.job.id, claimed.token
-                    # After a lost answer, a cancel that was undone has left no trace.
-                    undone = key in self.unsure and self.table.cancelled.get(key[0]) != key
-                    fenced = key in self.table.fenced and not undone
+                    # After a lost answer, a cancel that was undone has left no trace; and where
+                    # the server refuses to say, it is not known.
+                    is_known = self.table.cancelled.get(key[0]) == key and not self.refused
+                    fenced = key in self.table.fenced and (is_known or key not in self.unsure)
                     promise(not fenced, f"{key}: settled, though cancelled")
                     self._end_claim(key, "told")
                     self._check_settled(key, result)

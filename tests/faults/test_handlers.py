@@ -602,6 +602,7 @@ METHODS = [
     "job_will_be_retried",
     "job_moved_to_dlq",
     "job_lease_lost",
+    "job_cancelled",
     "queue_is_empty",
     "worker_error",
 ]
@@ -642,6 +643,11 @@ def provoke(world: World, worker: Local, method: str, gate: threading.Event) -> 
                 "lease_until = clock_timestamp() + interval '1 second' where id = 'lose'"
             )
             gate.set()
+        case "job_cancelled":
+            gate.clear()
+            world.enqueue("fault", "cancel", ledger=False)
+            assert eventually(lambda: world.client.jobs.cancel("cancel", state="running").running)
+            gate.set()
         case "worker_error":
             ended = (
                 "select pg_terminate_backend(pid) from pg_stat_activity where "
@@ -677,7 +683,7 @@ def misbehave(gate: threading.Event) -> Callable[[Job], Result | None]:
                     return Retry(0, error="once")
                 case "dlq":
                     return MoveToDlq("why")
-                case "lose":
+                case "lose" | "cancel":
                     assert gate.wait(PATIENCE)
         return None
 
