@@ -1251,7 +1251,8 @@ class History:
             self.handed_at = self.now
             if claimed.token in self.groups:
                 self.group.add(key)
-            self.live[key] = claimed
+            if key not in self.table.fenced:  # by a cancel before the answer came
+                self.live[key] = claimed
             self.claim_of[id(claimed.job)] = claimed
         self._tell(news.events)
         for claimed in self._settled_in(self.asked):
