@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -333,3 +335,18 @@ def test_the_guide_lists_all_that_is_exported_and_nothing_else() -> None:
         listed |= {name if name.startswith("bgjob") else prefix + name for name in names}
     histograms = {f.name for f in ALL if f.kind == "histogram"}
     assert listed == histograms | {n for f in ALL if f.kind != "histogram" for n in f.series}
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool, of Prometheus, is not installed"
+)
+def test_prometheus_fires_each_alert_where_it_should_and_none_where_all_is_well(
+    tmp_path: Path,
+) -> None:
+    unit = yaml.safe_load((ROOT / "tests" / "support" / "alerts.yaml").read_text("utf-8"))
+    rules = ROOT / "bgjob" / "ext" / "alerts.yaml"
+    (tmp_path / "unit.yaml").write_text(yaml.safe_dump(unit | {"rule_files": [str(rules)]}))
+    tested = subprocess.run(
+        ["promtool", "test", "rules", str(tmp_path / "unit.yaml")], capture_output=True, text=True
+    )
+    assert tested.returncode == 0, tested.stdout + tested.stderr

@@ -173,6 +173,7 @@ def test_a_control_thread_that_is_stuck_is_not_live(program: Any) -> None:
     assert alive.exists()
     program.make("block")
     assert eventually(lambda: program.statuses()[0] == 503)
+    assert program.out.count("this process is not live: the control thread of queue 'q'") == 1
     queue = json.loads(program.get("/livez")[1])["queues"]["q"]
     assert queue["late"] > 0.3
     program.remove("block")
@@ -197,7 +198,8 @@ def test_a_parent_restarts_a_process_whose_control_thread_is_stuck_and_keeps_its
 
     before = pids()
     program.make("block")
-    assert eventually(lambda: program.out.count("is not live, and is killed") >= 2)
+    assert eventually(lambda: program.out.count(", and is killed") >= 2)
+    assert "is not live (the control thread of queue 'q' is late by " in program.out
     program.remove("block")
     assert eventually(lambda: program.statuses() == (200, 200, 200))
     assert pids().isdisjoint(before)
@@ -285,7 +287,7 @@ def test_a_silent_process_is_at_fault_until_it_was_killed(monkeypatch: pytest.Mo
     place.forgive()  # the parent was stopped, too
     assert place.fault is None
     place.hear({"live": False})
-    assert place.fault == "is not live"
+    assert place.fault == "is not live (no queue says why)"
     place.killed()
     assert (place.fault, place.is_live) == (None, True)
     now[0] += 16

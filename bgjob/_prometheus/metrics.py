@@ -61,7 +61,8 @@ class Metrics(NoopObserver):
 
         """
         with self.lock:
-            self._watched.append(health)
+            alive = [watched for watched in self._watched if not watched().has_ended]
+            self._watched = [*alive, health]
 
     def describe(self) -> Iterable[Found]:
         """Return the metrics without samples: registering needs their names."""

@@ -291,6 +291,7 @@ class QueueControl:
             except BaseException as error:  # more faults than it survives
                 self._fail(error)
                 self.abandoned = self._engine.unsettled
+            self._turns_by = inf  # it only ends, which may take the rest of the grace period
             self._leave()
 
     def _leave(self) -> None:

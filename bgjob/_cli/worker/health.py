@@ -64,6 +64,20 @@ class Report:
     """More of it, for people; JSON."""
 
 
+def late_text(details: Mapping[str, Any]) -> str:
+    """Return which queues are late or stand still, from the details of a report."""
+    late = [
+        f"the control thread of queue {name!r} is late by {queue['late']:.0f} s"
+        for name, queue in details.get("queues", {}).items()
+        if queue["late"] > 0
+    ]
+    stalled = [
+        f"queue {name!r} claims nothing, and its oldest due job waits for {seconds:.0f} s"
+        for name, seconds in details.get("stalled", {}).items()
+    ]
+    return "; ".join([*late, *stalled]) or "no queue says why"
+
+
 class Metered(Protocol):
     """Renders metrics."""
 
@@ -91,6 +105,7 @@ class Health:
         self._file = options.alive_file
         self._systemd = Systemd(os.environ)
         self._ended = threading.Event()
+        self._was_live = True
         self._server: HttpServer | None = None
         if options.address is not None:
             self._server = HttpServer(options.address, self._answer)
@@ -127,16 +142,20 @@ class Health:
                 self._file.unlink(missing_ok=True)
 
     def _beat(self, every: float) -> None:
-        was_live = True
         while not self._ended.is_set():
-            report = self._report()
+            report = self._looked()
             if report.is_live:
                 self._systemd.tell("WATCHDOG=1")
                 self._touch()
-            elif was_live:
-                _log.error("not live any more: %s", orjson.dumps(report.details).decode())
-            was_live = report.is_live
             self._ended.wait(every)
+
+    def _looked(self) -> Report:
+        """Return how the process is, and log once that it is not live any more."""
+        report = self._report()
+        if self._was_live and not report.is_live:
+            _log.error("this process is not live: %s", late_text(report.details))
+        self._was_live = report.is_live
+        return report
 
     def _touch(self) -> None:
         if self._file is not None:
@@ -148,7 +167,7 @@ class Health:
     def _answer(self, request: Request) -> Answer | None:
         if request.path == "/metrics":
             return self._metrics(request.accept)
-        report = self._report()
+        report = self._looked()
         match request.path:
             case "/livez":
                 is_well = report.is_live

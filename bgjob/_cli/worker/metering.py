@@ -11,6 +11,7 @@ from bgjob._cli.listener import Answer
 from bgjob._prometheus.metrics import Health, Metrics
 from bgjob._prometheus.totals import Sender, Totals
 from bgjob._worker.group import WorkerGroup
+from bgjob.errors import BgjobError
 
 
 class Metering:
@@ -26,7 +27,7 @@ class Metering:
         own = (watcher for watcher in group.watchers if isinstance(watcher, Metrics))
         metrics = next(own, None)
         if metrics is None:
-            group.observe_too(metrics := Metrics())
+            group.observe_too(metrics := _registered())
         if metrics.registry is None:
             self._registry = CollectorRegistry()
             self._registry.register(metrics)
@@ -51,6 +52,16 @@ class Metering:
     def summed(healths: Callable[[], Iterable[Health]]) -> "Sum":
         """Return what adds up the metrics of several processes."""
         return Sum(healths)
+
+
+def _registered() -> Metrics:
+    try:
+        return Metrics()
+    except ValueError as error:
+        raise BgjobError(
+            "the program has registered Metrics that do not observe its worker: pass them to it, "
+            "as Worker(..., observer=[..., metrics])"
+        ) from error
 
 
 class Sum:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from bgjob._cli.listener import Answer
-from bgjob._cli.worker.health import Report
+from bgjob._cli.worker.health import Report, late_text
 from bgjob._cli.worker.probe import NO_METRICS, Probe, load_metering
 from bgjob.workers import LATE, QueueHealth
 
@@ -126,7 +126,10 @@ class Place:
             return None
         if monotonic() > self._quiet_after:
             return "is silent"
-        return "is not live" if self.said.get("live") is False else None
+        if self.said.get("live") is not False:
+            return None
+        details = self.said.get("details", {})
+        return f"is not live ({late_text(details)})"
 
     @property
     def is_live(self) -> bool:
