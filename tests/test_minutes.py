@@ -1,5 +1,6 @@
 """Workers count what ends in each minute; charts, ratios and `bgjob top` read it."""
 
+import json
 import os
 import signal
 from datetime import timedelta
@@ -35,6 +36,7 @@ from bgjob import (
     Result,
     Retry,
     SchemaError,
+    cli,
 )
 from bgjob._sql.execute import run as execute
 from bgjob._sql.minutes import Span, add, expire
@@ -338,6 +340,27 @@ def test_without_the_table_the_report_names_it(client: Any, conn: psycopg.Connec
     conn.execute("drop table bgjob_minute")
     with pytest.raises(SchemaError, match="create table|init.sql"):
         client.minutes()
+
+
+def test_bgjob_stats_shows_what_ended(
+    dsn: str, conn: psycopg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(conn, "q", "t", 0, completed=1500, dead=500, runs=2000, run_seconds=3, longest_run=1.5)
+    put(conn, "q", "u", 0, dead=1)
+    put(conn, "r", "t", 90, completed=7)
+    assert cli.main(["stats", "--dsn", dsn, "--last", "1h"]) == 0
+    titles, t, u = capsys.readouterr().out.splitlines()
+    assert titles.split()[:5] == ["queue", "type", "completed", "retried", "rescheduled"]
+    expected = [*"q t 1,500 0 0 500 0 0 0 25.0 1.5 1,500.0 0.0 0.0".split()]
+    assert t.split() == expected
+    assert u.split() == [*"q u 0 0 0 1 0 0 0 100.0 - - - -".split()]
+    assert cli.main(["stats", "--dsn", dsn, "--last", "1h", "--json", "--queue", "r"]) == 0
+    assert json.loads(capsys.readouterr().out)["series"] == []
+    assert cli.main(["stats", "--dsn", dsn, "--last", "2h", "--json", "--queue", "r"]) == 0
+    [series] = json.loads(capsys.readouterr().out)["series"]
+    assert (series["type"], series["completed"], series["run_seconds"]) == ("t", 7, 0.0)
+    for wrong in (["--last", "0"], ["--last", "1h", "--scale", "q"]):
+        assert cli.main(["stats", "--dsn", dsn, *wrong]) == 2
 
 
 # -- plans -----------------------------------------------------------------------------------------

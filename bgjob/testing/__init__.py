@@ -267,7 +267,9 @@ def _job_text(job: Job) -> str:
 def _event_text(event: Event) -> str:
     job: Job | None = getattr(event, "job", None)
     about = [] if job is None else [f"{job.type} {job.id!r}, attempt {job.attempt}"]
-    about += [_cut(repr(getattr(event, name))) for name in event.__slots__ if name != "job"]
+    # Times would make each run's text another one.
+    others = [name for name in event.__slots__ if name not in {"job", "ran", "waited"}]
+    about += [_cut(repr(getattr(event, name))) for name in others]
     return f"{type(event).__name__}({', '.join(about)})"
 
 
