@@ -324,17 +324,24 @@ def test_every_action_is_recorded_also_if_the_hook_fails(
             raise RuntimeError("the audit is down")
 
     enqueue(plain_client, "a")
+    plain_client.enqueue(EnqueueRequest("q", "t", {"token": 1}, id="b"))
     caplog.set_level(logging.INFO, "bgjob.web")
     with opened(dsn, on_action=audit, access=may(*PERMISSIONS, user="zoe")) as pages:
         pages.post("/queues/q/pause")
         pages.post("/jobs/a/priority", {"priority": "7"})
         pages.post("/jobs/a/cancel")  # only a question
         assert pages.get("/jobs/none/payload").status_code == 404
-    assert told == [("zoe", "pause", ("q",), 1), ("zoe", "priority", ("a",), 1)]
+        pages.get("/jobs/b?payload=show")
+        pages.get("/jobs/b/payload")
+    assert told == [
+        ("zoe", "pause", ("q",), 1),
+        ("zoe", "priority", ("a",), 1),
+        ("zoe", "show payload", ("b",), 1),
+        ("zoe", "download payload", ("b",), 1),
+    ]
     records = [record for record in caplog.records if hasattr(record, "web_action")]
     assert [(r.web_user, r.web_action, r.web_targets) for r in records] == [  # type: ignore[attr-defined]
-        ("zoe", "pause", ("q",)),
-        ("zoe", "priority", ("a",)),
+        (user, action, targets) for user, action, targets, _ in told
     ]
     assert "the audit is down" in caplog.text
 

@@ -90,6 +90,8 @@ def look_at_single_pages(bounded: psycopg.Connection) -> None:
     assert latest.found[0].number == number
     earlier = check(bounded, pages.dead_list(number - 99, queue=None, type_=None, error=None), 60)
     assert earlier.found[0].number == number - 100
+    [last, *_] = check(bounded, pages.latest_of(1, limit=20), 20)
+    assert last.number == number - 3
     group = check(bounded, pages.count_dead(DeadFilter(fingerprint=1, upto=number), most=CAP), CAP)
     assert group == CAP
     # Each hour's first number is found by halves, in at most 17 looks at each of 24.

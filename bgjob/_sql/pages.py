@@ -42,6 +42,20 @@ def dead_of(id_: str) -> Statement[list[DeadListed]]:
     )
 
 
+def latest_of(fingerprint: int, *, limit: int) -> Statement[list[DeadListed]]:
+    """List the dead jobs of a group, the latest first."""
+    return Statement(
+        f"""
+        select {_DEAD} from bgjob_dead_job d
+        where (d.fingerprint, d.id) >= (%(fingerprint)s, 0)
+            and (d.fingerprint, d.id) <= (%(fingerprint)s, 9223372036854775807)
+        order by d.fingerprint desc, d.id desc limit %(limit)s
+        """,
+        {"fingerprint": fingerprint, "limit": limit},
+        lambda rows: [DeadListed._make(row) for row in rows],
+    )
+
+
 class DeadStep(NamedTuple):
     """A page of dead jobs, and how far was looked for it."""
 

@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 _COOKIE = "bgjob-notice"
 _LASTS = 30
-_LONGEST = 1000
+_LONGEST = 300
+"""Characters: a browser drops a cookie of over 4,096 bytes."""
 
 
 def give(response: Response, request: Request, key: bytes, text: str, *, is_wrong: bool) -> None:

@@ -45,3 +45,12 @@ async def record(visit: Visit, name: str, done: Done) -> None:
             await told
     except Exception:  # the action is done, and cannot be undone
         _logger.exception("on_action raised for %s", name)
+
+
+async def is_revealed(visit: Visit, id_: str) -> bool:
+    """Whether the user asks to see the masked values of a payload, and may; that is recorded."""
+    if visit.field("payload") != "show" or "payloads" not in visit.can:
+        return False
+    if visit.site.redaction.payloads == "mask":
+        await record(visit, "show payload", Done(f"the payload of job {id_} was shown", 1, (id_,)))
+    return True

@@ -80,7 +80,10 @@ def of(error: Exception) -> tuple[ErrorPage | None, dict[str, str]]:
                 ),
                 {},
             )
+        case psycopg.DataError():  # such as a time in the address that is none
+            return ErrorPage(400, _TITLES[400], f"{error.diag.message_primary}."), {}
         case BgjobError() | ValueError():
+            _logger.info("not done", exc_info=error)
             return ErrorPage(
                 409 if isinstance(error, BgjobError) else 400, "Not done", str(error)
             ), {}

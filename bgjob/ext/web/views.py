@@ -204,15 +204,6 @@ class DeadPage:
 
 
 @dataclass(frozen=True, slots=True)
-class BuriedBy:
-    """How many jobs of a group died on a host, of a release."""
-
-    host: str
-    release: str | None
-    jobs: int
-
-
-@dataclass(frozen=True, slots=True)
 class Canary:
     """One dead job of a group that was put back to try.
 
@@ -262,12 +253,9 @@ class GroupPage:
     group: GroupRow | Trouble | None = None
     sample: Text | None = None
     latest: tuple[DeadRow, ...] | Trouble | None = None
-    buried_by: tuple[BuriedBy, ...] = ()
     canary: Canary | None = None
     rest: Rest | None = None
     command: str = ""
-    refusal: str = ""
-    """Why a canary would not run: the queue is paused, or no worker has a handler."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.rows import brief, dead_rows
 from bgjob.ext.web.pages.workers import number_in
 from bgjob.ext.web.parts import Button, DeadRow, GroupRow, Trouble
+from bgjob.ext.web.records import is_revealed
 from bgjob.ext.web.redaction import Shown
 from bgjob.ext.web.views import Chip, DeadFacts, DeadJobPage, DeadPage, GroupPage
 from bgjob.ext.web.visit import Visit, tried
@@ -116,7 +117,7 @@ async def _hours(visit: Visit, groups: list[DeadGroup]) -> Mapping[str, tuple[in
 
 
 def _group_row(group: DeadGroup, visit: Visit, hours: tuple[int, ...] | None) -> GroupRow:
-    shown = Shown(group.id, group.queues[0], group.type, None, group.error)
+    shown = Shown(group.id, next(iter(group.queues), ""), group.type, None, group.error)
     redaction = visit.site.redaction
     error = redaction.error(shown)
     if error == group.error:
@@ -150,7 +151,7 @@ async def group(visit: Visit) -> GroupPage:
         page = replace(page, group=_group_row(found, visit, hours.get(fingerprint)))
         if found.jobs > MOST_REPLAYED:
             page = replace(page, command=f"bgjob triage {fingerprint} --rest")
-        shown = Shown(found.id, found.queues[0], found.type, None, found.error)
+        shown = Shown(found.id, next(iter(found.queues), ""), found.type, None, found.error)
         page = replace(page, sample=redaction.whole_error(shown))
     if visit.part is not None:
         return page
@@ -169,20 +170,8 @@ async def _group(visit: Visit, fingerprint: str) -> DeadGroup | None:
 
 
 async def _latest(visit: Visit, fingerprint: str) -> tuple[DeadRow, ...]:
-    found = await visit.site.reader.dlq.list(fingerprint=fingerprint, limit=_LATEST)
-    redaction = visit.site.redaction
-    return tuple(
-        DeadRow(
-            job.number,
-            job.id,
-            job.queue,
-            job.type,
-            job.attempt,
-            job.moved_at,
-            brief(redaction.error(Shown(job.id, job.queue, job.type, None, job.last_error))),
-        )
-        for job in found
-    )
+    statement = statements.latest_of(number_of(fingerprint), limit=_LATEST)
+    return dead_rows(await visit.site.reader.read(statement), visit.site.redaction)
 
 
 async def dead_job(visit: Visit) -> DeadJobPage:
@@ -193,6 +182,12 @@ async def dead_job(visit: Visit) -> DeadJobPage:
     redaction = visit.site.redaction
     shown = Shown(job.id, job.queue, job.type, job.arg, job.last_error)
     fields = (("numbers", str(number)),)
+    payload = redaction.payload(
+        shown,
+        may_reveal="payloads" in visit.can,
+        is_revealed=await is_revealed(visit, job.id),
+        at=path("dead", number),
+    )
     return DeadJobPage(
         DeadFacts(
             number,
@@ -208,12 +203,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
             job.moved_at,
             job.fingerprint,
         ),
-        redaction.payload(
-            shown,
-            may_reveal="payloads" in visit.can,
-            is_revealed=visit.field("payload") == "show" and "payloads" in visit.can,
-            at=path("dead", number),
-        ),
+        payload,
         redaction.whole_error(shown),
         live is not None and not isinstance(live, Trouble),
         (

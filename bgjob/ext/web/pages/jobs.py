@@ -9,6 +9,7 @@ from bgjob._sql import pages as statements
 from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.rows import dead_rows, job_rows, why
 from bgjob.ext.web.parts import Button, Trouble, Why
+from bgjob.ext.web.records import is_revealed
 from bgjob.ext.web.redaction import Shown
 from bgjob.ext.web.views import Chip, JobFacts, JobFilter, JobPage, JobsPage, Looked
 from bgjob.ext.web.visit import Visit, tried
@@ -121,7 +122,6 @@ async def job(visit: Visit) -> JobPage:
     if found is None or isinstance(found, Trouble):
         return replace(page, job=found)
     shown = Shown(id_, found.queue, found.type, found.arg, found.last_error)
-    is_revealed = visit.field("payload") == "show" and "payloads" in visit.can
     redaction = visit.site.redaction
     return replace(
         page,
@@ -129,7 +129,7 @@ async def job(visit: Visit) -> JobPage:
         payload=redaction.payload(
             shown,
             may_reveal="payloads" in visit.can,
-            is_revealed=is_revealed,
+            is_revealed=await is_revealed(visit, id_),
             at=path("jobs", id_),
         ),
         error=redaction.whole_error(shown),

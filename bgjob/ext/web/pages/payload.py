@@ -34,6 +34,10 @@ async def _file(visit: Visit, shown: Shown) -> Response:
     left = redaction.of(shown)
     if left is None or left.arg is None:
         raise HTTPException(404, "This job has no payload, or none that may be seen.")
-    await record(visit, "download payload", Done("payload downloaded", 1, (shown.id,)))
+    await record(
+        visit,
+        "download payload",
+        Done(f"the payload of job {shown.id} was downloaded", 1, (shown.id,)),
+    )
     headers = {"content-disposition": 'attachment; filename="payload"'}
     return Response(left.arg, media_type="application/octet-stream", headers=headers)
