@@ -2,6 +2,7 @@
 
 import argparse
 import getpass
+import logging
 import sys
 from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from bgjob._cli.worker import log
 
 if TYPE_CHECKING:
     from bgjob._cli.arguments import Commands
+
+_logger = logging.getLogger("bgjob.web")
 
 _COLOURS = ("grey", "blue", "green", "orange", "red", "purple")
 
@@ -124,6 +127,11 @@ def run(args: argparse.Namespace) -> int:
     access = _access(args)
     dsn = database.find(args.dsn)
     log.set_up(None, None)
+    if not (args.listen.is_local or args.trust):
+        _logger.warning(
+            "other hosts can reach the page, over plain HTTP, where its token can be read: put "
+            "a proxy with TLS in front of it, and name its addresses with --trust"
+        )
     try:
         page.serve(
             dsn,
