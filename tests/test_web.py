@@ -252,6 +252,63 @@ def test_a_queue_of_any_name_is_shown_paused_and_resumed(
     assert count(conn, "bgjob_pause") == 0
 
 
+WEIRD = ["%00", "%ED%A0%80", "%0A", "a" * 256, "..%2F..", "9" * 30]
+
+
+@pytest.mark.parametrize("value", WEIRD, ids=ascii)
+def test_no_address_makes_the_page_fail(page: Pages, value: str) -> None:
+    """What nothing can be named is refused, or not found; and never an error of the page's own."""
+    for url in (
+        f"/{value}",
+        f"/queues/{value}",
+        f"/jobs/{value}",
+        f"/jobs/{value}/payload",
+        f"/dead/{value}",
+        f"/dead/{value}/payload",
+        f"/dead/groups/{value}",
+        f"/workers/{value}",
+        f"/static/{value}",
+        f"/static/{value}/{value}",
+        f"/?part={value}",
+        f"/?queue={value}",
+        f"/queues/mail?span={value}",
+        f"/doctor?run={value}",
+        f"/dead?before={value}",
+        *(
+            f"/jobs?{name}={value}"
+            for name in ("id", "queue", "type", "state", "key", "error", "after")
+        ),
+        *(f"/dead?{name}={value}" for name in ("queue", "type", "error")),
+    ):
+        for accept in ("text/html", "application/json"):
+            found = page.get(url, accept=accept)
+            assert found.status_code in {200, 303, 400, 404}, (url, found.text)
+            assert_headers(found)
+    for url in posts():
+        changed = re.sub("(?<=/)(mail|job%20|nightly|0{10}4d)[^/]*", value, url)
+        if changed != url:
+            found = page.post(changed, {"reason": "why", "priority": "1", "until": "x"})
+            assert found.status_code in {200, 303, 400, 404}, (changed, found.text)
+
+
+def test_no_form_makes_the_page_fail(page: Pages) -> None:
+    """Each field of each action with values that it cannot have, where nothing can be changed."""
+    weird = [
+        "\0",
+        "\ud800".encode("utf-16", "surrogatepass"),
+        "9" * 30,
+        "-1",
+        "x" * 9000,
+        "1e9",
+        "",
+    ]
+    for url in ("/queues/none/resume", "/dead/requeue", "/dead/purge", "/dead/groups/0/rest"):
+        for name in ("next", "numbers", "queue", "error", "fingerprint", "upto", "expect", "rate"):
+            for value in weird:
+                found = page.post(url, {name: value})
+                assert found.status_code in {200, 303, 400, 404}, (url, name, found.text)
+
+
 # -- who may -------------------------------------------------------------------------------
 
 
