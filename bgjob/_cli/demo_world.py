@@ -63,13 +63,13 @@ _SCHEDULES = (
 
 _COUNTS = """
 insert into bgjob_minute (
-    minute, queue, type, completed, retried, rescheduled, dead, lost, timed_out,
+    minute, queue, type, completed, retried, rescheduled, dead, lost, timed_out, cancelled,
     runs, run_seconds, longest_run, wait_seconds, longest_wait
 )
 select
     date_trunc('minute', clock_timestamp()) - n * interval '1 minute', queue, type,
     round(rate * (0.75 + 0.25 * sin(n / 9.0) + 0.15 * random()) + 2 * random() - 1),
-    round(rate * failing * random() * 2), 0, 0, 0, 0,
+    round(rate * failing * random() * 2), 0, 0, 0, 0, 0,
     rate, rate * seconds, 2 * seconds, rate * 0.01, 0.1
 from generate_series(1, 60) as n, (values
     ('mail', 'confirmation', 720, 0.08, 0.25), ('files', 'count_file', 480, 0, 0.001),
