@@ -215,13 +215,15 @@ class PastJob(NamedTuple):
 
 
 class DeadJob(NamedTuple):
-    """A job in the dead-letter table: the attributes of Job, and three more.
+    """A job in the dead-letter table: the attributes of Job, and four more.
 
     Attributes:
         last_error: why it is there.
         moved_at: when it was moved there.
         number: its number in the table; a job that died later has a larger one.
         fingerprint: the same for jobs that died in the same way; see bgjob.triage.
+        worker: the number of the worker that moved it, as in `client.workers()`, modulo
+            1,048,576; None if it was not a worker, or one without a row.
 
     """
 
@@ -239,6 +241,7 @@ class DeadJob(NamedTuple):
     moved_at: datetime
     number: int
     fingerprint: str
+    worker: int | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.

@@ -98,6 +98,8 @@ create table bgjob_dead_job (
     -- the program and the first line without values. The worker that has the exception makes it,
     -- because the text tells less, and grouping a million texts takes 4 to 7 s. 0: unknown.
     fingerprint    bigint      not null default 0,
+    -- The number of the worker's row, as in its tokens; null if it had none.
+    worker         integer,
     -- The claim that a cancel has ended, so that its worker can tell that from a lost lease.
     token          bigint,
     constraint bgjob_dead_job_pkey primary key (id)

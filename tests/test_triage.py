@@ -220,6 +220,14 @@ def test_a_canary_is_a_job_whose_id_is_free_and_that_died_last(shop: Shop, clien
     assert (canary.id, canary.verdict) == ("a", "undecided")
 
 
+def test_a_dead_job_tells_the_worker_that_moved_it(shop: Shop, client: Any) -> None:
+    client.enqueue(EnqueueRequest("q", "t", id="a"))
+    kill(client, "t", "b", queue="other")
+    assert eventually(lambda: client.dlq.get("a"))
+    [worker] = client.workers()
+    assert (client.dlq.get("a").worker, client.dlq.get("b").worker) == (worker.number, None)
+
+
 def test_an_operator_tries_again_and_with_one_try_an_editor(
     shop: Shop, roles: Roles, conn: psycopg.Connection
 ) -> None:

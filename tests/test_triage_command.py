@@ -77,6 +77,7 @@ def test_groups_are_listed_and_one_is_shown(
     assert run("--since", "1h") == (0, "", "no dead jobs\n")
     assert re.search(r"\d{4}-\d\d-\d\d  ConnectionError", run()[1])
 
+    [worker] = plain_client.workers()
     status, out, _ = run(first.fingerprint)
     text = re.sub(r"\d{4}-.*ago\)", "WHEN", out)
     latest = [dead.id for dead in plain_client.dlq.list(fingerprint=first.fingerprint)]
@@ -86,6 +87,7 @@ def test_groups_are_listed_and_one_is_shown(
         "first     WHEN",
         "last      WHEN",
         "attempts  1 (of the latest 4)",
+        f"workers   {worker.number} ({worker.host}, pid {worker.pid}): 4 jobs",
         "payload   to, order (keys of the latest 4)",
         f"samples   {latest[0]}, WHEN",
         f"            ConnectionError: mail server 'mx-{latest[0]}' is away",
@@ -105,6 +107,17 @@ def test_groups_are_listed_and_one_is_shown(
     assert listed[0] | {"jobs": 4, "queues": ["mail"], "title": first.title} == listed[0]
     shown = json.loads(run(first.fingerprint, "--json")[1])
     assert (shown["attempts"], shown["payload_keys"]) == ({"1": 4}, ["to", "order"])
+    assert shown["workers"] == [
+        {
+            "number": worker.number,
+            "jobs": 4,
+            "host": worker.host,
+            "pid": worker.pid,
+            "release": worker.release,
+        }
+    ]
+    conn.execute("delete from bgjob_worker")
+    assert f"workers   {worker.number}: 4 jobs\n" in run(first.fingerprint)[1]
     assert [sample["id"] for sample in shown["samples"]] == latest[:3]
 
 

@@ -21,7 +21,7 @@ _LONGEST_ERROR: LiteralString = "2000"
 _DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
-    {in_range("moved_at")}, id, fingerprint
+    {in_range("moved_at")}, id, fingerprint, worker
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
@@ -118,7 +118,8 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
 
 
 def _dead_job(row: Row) -> DeadJob:
-    return DeadJob._make((*row[:-1], fingerprint_of(row[-1])))
+    *columns, fingerprint, worker = row
+    return DeadJob._make((*columns, fingerprint_of(fingerprint), worker))
 
 
 def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:

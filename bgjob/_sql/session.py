@@ -117,7 +117,7 @@ _COLUMN_NEEDS = (
         "bgjob_dead_job",
         "insert",
         (
-            "job_id queue type arg attempt last_error fingerprint priority exclusive "
+            "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
             "next_run_at job_created_at job_updated_at"
         ),
     ),

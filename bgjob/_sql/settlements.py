@@ -18,6 +18,7 @@ from bgjob._sql.statement import (
     scalar,
     text_array,
 )
+from bgjob._sql.tokens import NUMBER
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
@@ -259,19 +260,19 @@ def release_jobs(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> State
 def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
     """Move jobs to the dead-letter table; return the ids of those still held."""
     return Statement(
-        """
+        f"""
         with gone as (
             delete from bgjob_job
             where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
             returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-                created_at, updated_at
+                created_at, updated_at, token
         )
         insert into bgjob_dead_job (
-            job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+            job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
             next_run_at, job_created_at, job_updated_at
         )
-        select gone.id, queue, type, arg, attempt, b.error, b.fingerprint, priority, exclusive,
-            next_run_at, created_at, updated_at
+        select gone.id, queue, type, arg, attempt, b.error, b.fingerprint, {NUMBER.format("token")},
+            priority, exclusive, next_run_at, created_at, updated_at
         from gone
         join unnest(
             %(ids)s::text[], %(errors)s::text[], %(fingerprints)s::bigint[]

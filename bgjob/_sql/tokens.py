@@ -22,14 +22,18 @@ EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 """The time of a token's first millisecond."""
 
 _SHIFT = 21
-_NUMBERS = 1 << 20
-_NO_NUMBER = _NUMBERS
+NUMBERS = 1 << 20
+"""A token has the number of its worker modulo this."""
+_NO_NUMBER = NUMBERS
 _EPOCH = EPOCH.timestamp()
 _END = 1 << 41
 """Milliseconds until September 2089; a clock that is later is wrong."""
 
 MADE_AT: LiteralString = "to_timestamp(({0} >> 21) / 1000.0 + 1577836800)"
 """The time of a token (0)."""
+
+NUMBER: LiteralString = "case when {0} & 1048576 = 0 then ({0} & 1048575)::integer end"
+"""The number in a token (0), as in Origin."""
 
 # The divisor is a prime, so that claims at equal intervals, by a worker with an even number,
 # do not make the same choice each time.
@@ -70,7 +74,7 @@ class Tokens:
 
         """
         number = self.number
-        low = _NO_NUMBER | randbits(20) if number is None else number % _NUMBERS
+        low = _NO_NUMBER | randbits(20) if number is None else number % NUMBERS
         now = (at - _EPOCH) * 1000
         with self._lock:
             self._last = last = max(self._last + 1, int(now) if 0 <= now < _END else 0)

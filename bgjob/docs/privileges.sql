@@ -20,7 +20,7 @@ grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_
 grant delete on bgjob_job to bgjob_worker;
 grant select, insert (key), update (job_id, token, queue, since, since_id), delete
     on bgjob_exclusive to bgjob_worker;
-grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
+grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
     next_run_at, job_created_at, job_updated_at) on bgjob_dead_job to bgjob_worker;
 grant select (job_id, token) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;

@@ -15,7 +15,8 @@ from bgjob._cli.arguments import UsageError
 from bgjob._cli.progress import progress, say
 from bgjob._explanation.words import argument
 from bgjob._sql.dead import number_of, numbers
-from bgjob._words import lasting
+from bgjob._sql.tokens import NUMBERS
+from bgjob._words import count, lasting
 from bgjob.client import Client
 from bgjob.job import DeadJob
 from bgjob.triage import Canary, DeadGroup, Rest
@@ -244,12 +245,14 @@ def _show(client: Client, group: DeadGroup, args: argparse.Namespace) -> int:
     latest = client.dlq.list(fingerprint=group.fingerprint, limit=_LATEST)
     attempts = Counter(job.attempt for job in latest)
     keys = _payload_keys(latest)
+    workers = _workers(client, latest)
     if args.json:
         table.write_json(
             _group_as_json(group)
             | {
-                "attempts": {str(attempt): count for attempt, count in sorted(attempts.items())},
+                "attempts": {str(attempt): times for attempt, times in sorted(attempts.items())},
                 "payload_keys": keys,
+                "workers": workers,
                 "samples": [
                     {"id": job.id, "number": job.number, "error": job.last_error}
                     for job in latest[:_SAMPLES]
@@ -265,6 +268,7 @@ def _show(client: Client, group: DeadGroup, args: argparse.Namespace) -> int:
         ("first", _ago(group.first)),
         ("last", _ago(group.last)),
         ("attempts", f"{', '.join(_times(attempts))} (of {shown})"),
+        *(("workers" if n == 0 else "", _worker(worker)) for n, worker in enumerate(workers)),
         ("payload", f"{', '.join(keys) or 'no JSON object'} (keys of {shown})"),
     ]
     for n, job in enumerate(latest[:_SAMPLES]):
@@ -285,9 +289,35 @@ def _show(client: Client, group: DeadGroup, args: argparse.Namespace) -> int:
 
 def _times(attempts: Counter[int]) -> list[str]:
     return [
-        f"{attempt}" if count == attempts.total() else f"{attempt} ({count} jobs)"
-        for attempt, count in sorted(attempts.items())
+        f"{attempt}" if times == attempts.total() else f"{attempt} ({count(times, 'job')})"
+        for attempt, times in sorted(attempts.items())
     ]
+
+
+def _workers(client: Client, jobs: list[DeadJob]) -> list[dict[str, Any]]:
+    """Return the workers that moved jobs to the dead, those of the last day with their hosts."""
+    counts = Counter(job.worker for job in jobs if job.worker is not None)
+    if not counts:
+        return []
+    known = {worker.number % NUMBERS: worker for worker in reversed(client.workers())}
+    return [
+        {
+            "number": number,
+            "jobs": times,
+            "host": None if (worker := known.get(number)) is None else worker.host,
+            "pid": None if worker is None else worker.pid,
+            "release": None if worker is None else worker.release,
+        }
+        for number, times in counts.most_common()
+    ]
+
+
+def _worker(worker: dict[str, Any]) -> str:
+    text = f"{worker['number']}"
+    if worker["host"] is not None:
+        release = f", release {worker['release']}" if worker["release"] else ""
+        text += f" ({worker['host']}, pid {worker['pid']}{release})"
+    return f"{text}: {count(worker['jobs'], 'job')}"
 
 
 def _ago(at: datetime) -> str:
