@@ -16,6 +16,7 @@ from bgjob._handlers.call import (
     Middleware,
     in_order,
 )
+from bgjob._handlers.decorator import HT, Decorator, H, TransactionalDecorator
 from bgjob._handlers.policy import BACKOFF, MAX_ATTEMPTS, Exclusive, Policy, TypePolicy
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob.codec import Codec, class_option, codec_of, type_name
@@ -30,7 +31,7 @@ T = TypeVar("T")
 Handler: TypeAlias = Handles[Job]
 TransactionalHandler: TypeAlias = HandlesInTransaction[Job]
 
-_H = TypeVar("_H", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Mux:
@@ -251,6 +252,66 @@ class Mux:
             self.kept.add(name)
         return self
 
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        transactional: Literal[False] = ...,
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Callable[[H], H]: ...
+
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        transactional: Literal[True],
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Callable[[HT], HT]: ...
+
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        transactional: Literal[False] = ...,
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> Decorator[T]: ...
+
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        transactional: Literal[True],
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> TransactionalDecorator[T]: ...
+
+    @overload
+    def handler(
+        self,
+        type: type[T],
+        *,
+        transactional: Literal[False] = ...,
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> Decorator[T]: ...
+
+    @overload
+    def handler(
+        self,
+        type: type[T],
+        *,
+        transactional: Literal[True],
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> TransactionalDecorator[T]: ...
+
     def handler(
         self,
         type: str | builtins.type[Any],  # noqa: A002
@@ -258,10 +319,14 @@ class Mux:
         transactional: bool = False,
         codec: Codec[Any] | None = None,
         **policy: Unpack[Policy],
-    ) -> Callable[[_H], _H]:
-        """Return a decorator that registers a function; the arguments are those of `register`."""
+    ) -> Any:
+        """Return a decorator that registers a function, and returns it unchanged.
 
-        def decorate(function: _H) -> _H:
+        The arguments are those of `register`. Type checkers check the function as they do
+        that of `register`, and report an error in the line of the decorator.
+        """
+
+        def decorate(function: F) -> F:
             options: dict[str, Any] = {"transactional": transactional, "codec": codec, **policy}
             self.register(type, function, **options)
             return function
