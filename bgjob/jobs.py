@@ -918,13 +918,15 @@ def _page(way: Way, where: JobFilter, limit: int) -> _Steps[Looked]:
     jobs: list[Live] = []
     rows, about = 0, None
     blocks, most = sql.FIRST_BLOCKS, sql.MOST_BLOCKS
+    step, left = sql.FIRST_ROWS, sql.MOST_ROWS
     at: Way | None = way
     while at is not None:
         if isinstance(at, sql.Blocks):
             blocks = min(blocks, most)
             statement = at.look(where, limit - len(jobs), blocks)
         else:
-            statement = at.look(where, limit - len(jobs))
+            step = min(step, left)
+            statement = at.look(where, limit - len(jobs), step)
         looked: Looked = yield _ask(statement)
         jobs += looked.jobs
         rows += looked.rows
@@ -939,7 +941,9 @@ def _page(way: Way, where: JobFilter, limit: int) -> _Steps[Looked]:
             if most <= 0:
                 break
         else:
-            break  # it has looked at as many as a page may
+            left, step = left - looked.rows, 8 * step
+            if left <= 0:
+                break
     else:
         return Looked(jobs, None, rows, about)
     return Looked(jobs, at or sql.next_way(before, where), rows, about)

@@ -17,6 +17,7 @@ from bgjob._sql.keys import acquire, lock_keys, release
 from bgjob._sql.leases import extend
 from bgjob._sql.settlements import Claimed, complete, release_jobs
 from bgjob._sql.tokens import EPOCH
+from bgjob._sql import jobs as listings
 from bgjob.jobs import JobChanges, JobPage, LiveJob
 
 WAITING: LiteralString = "select id from bgjob_job where waits order by id"
@@ -111,6 +112,18 @@ def many(client: Any, conn: psycopg.Connection) -> None:
     )
 
 
+def test_a_page_that_is_full_has_looked_at_few_rows(client: Any, conn: psycopg.Connection) -> None:
+    conn.execute(
+        "insert into bgjob_job (id, queue, type) select n::text, 'q', 't' "
+        "from generate_series(1, 3000) n"
+    )
+    page = client.jobs.list(queue="q", state="due", limit=50)
+    assert (len(page.jobs), page.looked_at) == (50, 1000)
+    assert client.jobs.list(queue="q", limit=50).looked_at == 50
+    none = client.jobs.list(queue="q", type="u")
+    assert (none.jobs, none.looked_at, none.next) == ((), 3000, None)
+
+
 @pytest.mark.parametrize("limit", [1, 3, 100])
 @pytest.mark.parametrize(("filters", "condition"), FILTERS)
 @pytest.mark.usefixtures("many")
@@ -120,7 +133,9 @@ def test_the_pages_of_a_list_have_each_job_once(
     filters: dict[str, Any],
     condition: LiteralString,
     limit: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(listings, "FIRST_ROWS", 2)  # several looks a page
     query: LiteralString = f"select id from bgjob_job where {condition} order by id"
     expected = [id_ for [id_] in rows(conn, query)]
     assert expected
