@@ -74,8 +74,9 @@ class _RunAsync(Protocol):
 class AsyncDlq:
     """The dead-letter table of an async client; safe to share between tasks.
 
-    Every method takes `conn`, to work inside the caller's transaction, and
-    raises psycopg's errors. The filters are those of DeadFilters.
+    Every method but `canary` and `rest`, which are several transactions, takes `conn`, to
+    work inside the caller's transaction. They raise psycopg's errors. The filters are those
+    of DeadFilters.
     """
 
     def __init__(self, run: _RunAsync, *, notify: bool) -> None:
@@ -280,8 +281,9 @@ class _Run(Protocol):
 class Dlq:
     """The dead-letter table of a client; thread-safe.
 
-    Every method takes `conn`, to work inside the caller's transaction, and
-    raises psycopg's errors. The filters are those of DeadFilters.
+    Every method but `canary` and `rest`, which are several transactions, takes `conn`, to
+    work inside the caller's transaction. They raise psycopg's errors. The filters are those
+    of DeadFilters.
     """
 
     def __init__(self, run: _Run, *, notify: bool) -> None:

@@ -159,7 +159,9 @@ class Job(NamedTuple):
         arg: the payload's bytes, or None.
         attempt: 1 on the first run. An attempt counts from the moment the job is
             claimed, so that one whose worker died counts too.
-        last_error: why the last attempt failed, or None.
+        last_error: why the last attempt failed, or None. Of an exception the first line is
+            its class and message; then come its notes, the places that it went through,
+            and the errors that led to it.
         priority: lower runs first.
         next_run_at: when it was due.
         created_at: when it was enqueued.

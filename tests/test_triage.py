@@ -127,7 +127,7 @@ class Shop:
                 return Retry(NEVER, error="server 7 is away")
             case "rescheduled":
                 return Reschedule(NEVER)
-            case "undecided":
+            case "hangs":
                 assert self.released.wait(PATIENCE)
         return None
 
@@ -142,7 +142,7 @@ def shop(dsn: str) -> Iterator[Shop]:
 
 
 def test_a_canary_tells_how_it_ends(shop: Shop, client: Any, conn: psycopg.Connection) -> None:
-    for n, mode in enumerate(["completed", "dead", "failed", "rescheduled", "undecided"]):
+    for n, mode in enumerate(["completed", "dead", "failed", "rescheduled"]):
         shop.mode = "dead"
         client.enqueue(EnqueueRequest("q", "t", id=f"old {mode}"))
         client.enqueue(EnqueueRequest("q", "t", id=mode, delay=0.001))
@@ -150,10 +150,9 @@ def test_a_canary_tells_how_it_ends(shop: Shop, client: Any, conn: psycopg.Conne
         [group] = client.dlq.groups()
         shop.mode = mode
         seen: list[Canary] = []
-        wait = 0.2 if mode == "undecided" else PATIENCE
-        canary = client.dlq.canary(group.fingerprint, wait=wait, progress=seen.append)
+        canary = client.dlq.canary(group.fingerprint, wait=PATIENCE, progress=seen.append)
         assert (canary.verdict, canary.id, canary.queue, canary.type) == (mode, mode, "q", "t")
-        assert canary.status == {"completed": 0, "undecided": 4}.get(mode, 3)
+        assert canary.status == (0 if mode == "completed" else 3)
         assert seen[0].id == mode
         assert {each.verdict for each in seen} == {"undecided"}
         error = {"dead": "server", "failed": "ConnectionError: not yet\n  at test_triage.py:"}
@@ -162,11 +161,30 @@ def test_a_canary_tells_how_it_ends(shop: Shop, client: Any, conn: psycopg.Conne
         assert canary.number == (again and again.number)
         assert (count(conn), bool(again)) == (n - 1 if n > 1 else 0, mode == "dead")
         client.dlq.purge()
-        if mode == "undecided":
-            [worker] = client.workers()
-            assert canary.worker == worker.number
-            assert canary.claimed is not None
-            assert 0 <= canary.claimed <= canary.took
+
+
+class SeenRunning(Exception):
+    pass
+
+
+def test_a_canary_that_runs_tells_its_worker(shop: Shop, client: Any) -> None:
+    client.enqueue(EnqueueRequest("q", "t", id="a"))
+    assert eventually(lambda: client.dlq.get("a"))
+    shop.mode = "hangs"
+    seen: list[Canary] = []
+
+    def tell(canary: Canary) -> None:
+        seen.append(canary)
+        if canary.claimed is not None:
+            raise SeenRunning
+
+    with pytest.raises(SeenRunning):
+        client.dlq.canary(client.dlq.get("a").fingerprint, wait=PATIENCE, progress=tell)
+    [worker] = client.workers()
+    assert [(each.worker, each.verdict) for each in seen] == [
+        (None, "undecided"),
+        (worker.number, "undecided"),
+    ]
 
 
 @pytest.mark.parametrize(("mode", "same"), [("failed", False), ("the same", True)])
@@ -207,7 +225,8 @@ def test_a_canary_that_nothing_would_run_is_refused_unless_it_is_forced(
     client.pause("q")
     assert "queue 'q' is paused" in refused()
     assert "no dead job has the fingerprint '0123456789ab'" in refused("0123456789ab")
-    assert client.dlq.canary(group.fingerprint, wait=0, force=True).verdict == "undecided"
+    canary = client.dlq.canary(group.fingerprint, wait=0, force=True)
+    assert (canary.verdict, canary.status) == ("undecided", 4)
     assert (count(conn), client.dlq.list()) == (1, [])
 
 

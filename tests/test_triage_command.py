@@ -135,7 +135,7 @@ def test_one_is_tried_then_the_rest_or_they_are_purged(
     assert " at test_triage_command.py:" in out
     assert eventually(lambda: len(plain_client.dlq.list()) == 25)
     [group] = plain_client.dlq.groups()
-    status, out, err = run(one, "--rest", "--rate", "20", "--stop-after", "0")
+    status, out, err = run(one, "--rest", "--rate", "10", "--stop-after", "0")
     assert status == 3
     assert re.match(r"\d+ of 25 back; \d+ failed again\n", out)
     assert err.endswith(f"bgjob triage {one} --rest --upto {group.number}\n")

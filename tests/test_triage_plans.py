@@ -18,7 +18,7 @@ from bgjob._sql import dead
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.statement import Statement
 
-MANY = 20_000
+MANY = 10_000
 GROUPS = 10
 RARE = 77
 """A group of one job, which died first."""

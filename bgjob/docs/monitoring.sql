@@ -34,3 +34,8 @@ select queue, type, attempt, last_error, next_run_at from bgjob_job where last_e
 
 -- Which jobs are dead?
 select queue, type, job_id, attempt, last_error, moved_at from bgjob_dead_job order by id desc;
+
+-- How did they die? The groups of bgjob triage, the largest first.
+select lpad(to_hex(fingerprint), 12, '0') as fingerprint, count(*) as jobs, min(type) as type,
+    min(moved_at) as first, max(moved_at) as last
+from bgjob_dead_job group by bgjob_dead_job.fingerprint order by jobs desc limit 100;
