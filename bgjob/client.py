@@ -74,7 +74,6 @@ from bgjob.errors import (
 from bgjob.explanation import Explanation
 from bgjob.job import EnqueueOptions, EnqueueRequest, PastJob, check_name
 from bgjob.jobs import AsyncJobs, Jobs
-from bgjob.measurements import Measurements
 from bgjob.minutes import By
 from bgjob.mux import Mux
 from bgjob.result import Result
@@ -84,6 +83,7 @@ from bgjob.workers import NO_TABLE, WorkerStatus
 
 if TYPE_CHECKING:
     from bgjob._explanation.steps import Steps
+    from bgjob.measurements import Measurements
 
 T = TypeVar("T")
 
@@ -509,7 +509,7 @@ class AsyncClient:
             )
             return await drive_async(steps, partial(_execute_both_async, connection, bounds()))
 
-    async def measure(self, *, cap: int = 10_000) -> Measurements:
+    async def measure(self, *, cap: int = 10_000) -> "Measurements":
         """Measure queues, workers, schedules and tables, for an exporter of metrics.
 
         Changes nothing. Seven statements, each in a transaction of its own, which takes at most
@@ -1158,7 +1158,7 @@ class Client:
             )
             return drive(steps, partial(_execute_both, connection, bounds()))
 
-    def measure(self, *, cap: int = 10_000) -> Measurements:
+    def measure(self, *, cap: int = 10_000) -> "Measurements":
         """Measure queues, workers, schedules and tables, for an exporter of metrics.
 
         Changes nothing. Seven statements, each in a transaction of its own, which takes at most

@@ -5,7 +5,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
@@ -15,11 +14,10 @@ import psycopg
 
 from bgjob._cli import arguments
 from bgjob._cli.database import VARIABLE
-from bgjob._cli.health import HEALTH, from_environment
+from bgjob._cli.health import HEALTH, HealthOptions, from_environment
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
-    from bgjob._cli.worker.health import HealthOptions
     from bgjob._cli.worker.target import Choice
 
 _DAY = 86400.0
@@ -190,7 +188,7 @@ def _choice(args: argparse.Namespace) -> "Choice":
     return Choice(dsn, dict(args.queues) if args.queues else None, args.concurrency, minutes)
 
 
-def _run_one(args: argparse.Namespace, choice: "Choice", health: "HealthOptions") -> None:
+def _run_one(args: argparse.Namespace, choice: "Choice", health: HealthOptions) -> None:
     from bgjob._cli.worker import log, serve  # noqa: PLC0415
 
     set_up = partial(
@@ -207,7 +205,7 @@ def _run_one(args: argparse.Namespace, choice: "Choice", health: "HealthOptions"
     )
 
 
-def _run_several(args: argparse.Namespace, health: "HealthOptions") -> None:
+def _run_several(args: argparse.Namespace, health: HealthOptions) -> None:
     from bgjob._cli.worker import log, processes  # noqa: PLC0415
 
     log.set_up(args.log_level, args.log_format, with_pid=True)
@@ -218,13 +216,11 @@ def _run_several(args: argparse.Namespace, health: "HealthOptions") -> None:
         count=args.processes,
         grace=args.grace,
         env=env,
-        health=replace(health, live_within=None),
+        health=health._replace(live_within=None),
     )
 
 
-def _health(args: argparse.Namespace) -> "HealthOptions":
-    from bgjob._cli.worker.health import HealthOptions  # noqa: PLC0415
-
+def _health(args: argparse.Namespace) -> HealthOptions:
     if args.lifeline is not None:  # the parent answers
         return HealthOptions(live_within=args.live_within)
     address = args.health or from_environment()

@@ -18,39 +18,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from math import inf
-from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
-from bgjob._cli.listener import Address, Answer, HttpServer, Request, shown
+from bgjob._cli.health import HealthOptions
+from bgjob._cli.listener import Answer, HttpServer, Request, shown
 from bgjob._cli.worker.systemd import Systemd
 from bgjob._logger import log as _log
 
 _TOUCH = 5.0
 """Seconds between two touches of the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class HealthOptions:
-    """The options of the command line; None if not given.
-
-    Attributes:
-        address: where to answer by HTTP.
-        alive_file: what to touch while the process is live.
-        live_within: seconds after which a queue with due jobs and free slots, of which
-            nothing is claimed, is not live.
-
-    """
-
-    address: Address | None = None
-    alive_file: Path | None = None
-    live_within: float | None = None
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anything is to be done."""
-        return self != HealthOptions()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,13 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from bgjob._cli.worker.health import Health, HealthOptions
-from bgjob._cli.worker.systemd import VARIABLES, Systemd
+from bgjob._cli.health import HealthOptions
+from bgjob._cli.worker.systemd import VARIABLES
 from bgjob._logger import log as _log
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
+    from bgjob._cli.worker.health import Health
     from bgjob._cli.worker.reports import Place, Reports
 
 _FIRST_PAUSE = 0.1  # seconds before a dead process is started again; doubles
@@ -72,8 +73,9 @@ def supervise(
     env = {name: value for name, value in env.items() if name not in VARIABLES}
     with ExitStack() as stack:
         reports, told = None, None
-        if health.is_wanted or Systemd(os.environ).is_there:
-            from bgjob._cli.worker.reports import Reports  # noqa: PLC0415 (only where it is used)
+        if health.is_wanted:
+            from bgjob._cli.worker.health import Health  # noqa: PLC0415 (only where it is used)
+            from bgjob._cli.worker.reports import Reports  # noqa: PLC0415
 
             counts = health.address is not None
             reports = Reports(count, counts=counts)
@@ -192,7 +194,7 @@ class _Parent:
         children: Sequence[_Child],
         grace: float,
         reports: "Reports | None",
-        told: Health | None,
+        told: "Health | None",
     ) -> None:
         self._children = children
         self._reports = reports

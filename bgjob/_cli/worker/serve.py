@@ -8,25 +8,25 @@ its time is over, whatever still hangs in it.
 
 import asyncio
 import gc
-import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
 
-from bgjob._cli.worker.health import Health, HealthOptions
-from bgjob._cli.worker.probe import Probe
-from bgjob._cli.worker.reports import Reporter
+from bgjob._cli.health import HealthOptions
 from bgjob._cli.worker.signals import Ending, Notice, flush
-from bgjob._cli.worker.systemd import Systemd
 from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
 from bgjob._logger import log as _log
 from bgjob._worker.group import WorkerGroup
 from bgjob._worker.registry import Registry
 from bgjob.errors import BgjobError
 from bgjob.worker import AsyncWorker, Worker
+
+if TYPE_CHECKING:
+    from bgjob._cli.worker.health import Health
+    from bgjob._cli.worker.probe import Probe
 
 
 class Reports(NamedTuple):
@@ -74,14 +74,9 @@ def serve(
 
     """
     ending = Ending(grace)
-    probe = Probe(
-        health.live_within,
-        counts=health.address is not None or (reports is not None and reports.counts),
-        is_asked_to_end=lambda: bool(ending.signum),
-    )
     try:
-        with _told(health, reports, probe) as told:
-            _serve(target, ending, choice, set_up_logging, lifeline, probe, told)
+        with _told(health, reports, ending) as told:
+            _serve(target, ending, choice, set_up_logging, lifeline, told)
     except BaseException:
         if not ending.signum or ending.has_served:
             ending.status = 1
@@ -92,17 +87,36 @@ def serve(
         flush()
 
 
+class _Told(NamedTuple):
+    """Who learns how this process is, if anybody does."""
+
+    probe: "Probe | None" = None
+    health: "Health | None" = None
+
+
 @contextmanager
-def _told(options: HealthOptions, reports: Reports | None, probe: Probe) -> Iterator[Health | None]:
+def _told(options: HealthOptions, reports: Reports | None, ending: Ending) -> Iterator[_Told]:
     """Tell others how this process is, meanwhile."""
-    if reports is not None:
-        with closing(Reporter(reports.fd, probe)):
-            yield None
-    elif options.is_wanted or Systemd(os.environ).is_there:
+    if reports is None and not options.is_wanted:
+        yield _Told()
+        return
+    # Only what is used is imported.
+    from bgjob._cli.worker.health import Health  # noqa: PLC0415
+    from bgjob._cli.worker.probe import Probe  # noqa: PLC0415
+
+    probe = Probe(
+        options.live_within,
+        counts=options.address is not None or (reports is not None and reports.counts),
+        is_asked_to_end=lambda: bool(ending.signum),
+    )
+    if reports is None:
         with closing(Health(options, probe.report, probe.render)) as health:
-            yield health
+            yield _Told(probe, health)
     else:
-        yield None
+        from bgjob._cli.worker.reports import Reporter  # noqa: PLC0415
+
+        with closing(Reporter(reports.fd, probe)):
+            yield _Told(probe)
 
 
 def _serve(
@@ -111,8 +125,7 @@ def _serve(
     choice: Choice,
     set_up_logging: Callable[[], None],
     lifeline: int | None,
-    probe: Probe,
-    told: Health | None,
+    told: "_Told",
 ) -> None:
     Registry.program = f"bgjob worker {target}"
     WorkerGroup.minutes = choice.minutes
@@ -128,15 +141,15 @@ def _serve(
     ending.obey_signals()  # also where the program has set up handlers of its own
     if ending.signum:  # and the program caught the interruption
         return
-    service = _Service(loaded, target, ending, set_up_logging, probe)
+    service = _Service(loaded, target, ending, set_up_logging, told.probe)
     service.start()
     while (notice := ending.next()) is Notice.RUNNING or notice is Notice.ASKED_TO_END:
         if notice is Notice.RUNNING:
             _log.info("%s is running", target)
-            if told is not None:
-                told.running()
-        if ending.signum and told is not None:
-            told.stopping()
+            if told.health is not None:
+                told.health.running()
+        if ending.signum and told.health is not None:
+            told.health.stopping()
         if ending.signum and ending.has_served and not service.is_stopping:
             _log.info("%s: %s, shutting down", target, ending.reason)
             service.stop(ending.grace_left)
@@ -161,7 +174,7 @@ class _Service:
         target: str,
         ending: Ending,
         set_up_logging: Callable[[], None],
-        probe: Probe,
+        probe: "Probe | None",
     ) -> None:
         self.error: BaseException | None = None
         self.is_stopping = False
@@ -198,7 +211,8 @@ class _Service:
 
     def _run_plain(self, worker: Worker) -> None:
         self._set_up_logging()
-        self._probe.attach(worker._group)  # noqa: SLF001
+        if self._probe is not None:
+            self._probe.attach(worker._group)  # noqa: SLF001
         worker.run()
         self._is_running(worker)
         worker.wait()
@@ -211,7 +225,8 @@ class _Service:
             await asyncio.to_thread(self._run_plain, worker)
             return
         self._set_up_logging()
-        self._probe.attach(worker._group)  # noqa: SLF001
+        if self._probe is not None:
+            self._probe.attach(worker._group)  # noqa: SLF001
         await asyncio.to_thread(self._open, worker, asyncio.get_running_loop())
         await worker.wait()
         self._has_ended()
