@@ -4,6 +4,7 @@ A worker with types that are kept has this service; another has none of it. Any 
 empty the partition, once a day: the others find it empty.
 """
 
+from secrets import randbelow
 from typing import Any
 
 import psycopg
@@ -15,6 +16,7 @@ from bgjob._sql.history import NO_TABLE, empty, history_lacks, old, wait_for_no_
 from bgjob.errors import SchemaError
 
 _HOUR = 3600.0
+_SPREAD = 600
 _SOON = 60.0
 """Seconds after which it tries again, where another session has the partition."""
 
@@ -46,4 +48,5 @@ class HistoryKeeper:
                     run(conn, empty(day))
             except LockNotAvailable:
                 return _SOON
-        return min(_HOUR, until_tomorrow + 1)
+        # Not all workers together, when the day begins.
+        return min(_HOUR, until_tomorrow + randbelow(_SPREAD))
