@@ -59,6 +59,7 @@ from bgjob._sql.execute import (
     send_all_async,
     send_async,
 )
+from bgjob._sql.minutes import plan_in_memory
 from bgjob._sql.server import bounds
 from bgjob._sql.session import session
 from bgjob._sql.statement import Statement
@@ -438,7 +439,7 @@ class AsyncClient:
         """
         statement = minutes.report(last, step=step, by=by, queue=queue, type_=type)
         try:
-            return await self._run(statement, conn, before=overviews.plan_by_index())
+            return await self._run(statement, conn, before=plan_in_memory())
         except UndefinedTable as error:
             raise SchemaError(minutes.NO_TABLE) from error
 
@@ -1087,7 +1088,7 @@ class Client:
         """
         statement = minutes.report(last, step=step, by=by, queue=queue, type_=type)
         try:
-            return self._run(statement, conn, before=overviews.plan_by_index())
+            return self._run(statement, conn, before=plan_in_memory())
         except UndefinedTable as error:
             raise SchemaError(minutes.NO_TABLE) from error
 

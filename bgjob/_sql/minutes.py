@@ -12,7 +12,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.session import Lack, lacks
-from bgjob._sql.statement import QUIET, Row, Statement, number_array, scalar
+from bgjob._sql.statement import QUIET, Row, Statement, nothing, number_array, scalar
 from bgjob.stats import MinuteCounts, MinuteReport, MinuteSeries
 
 _INTEGERS: tuple[LiteralString, ...] = (
@@ -129,6 +129,23 @@ class Span(NamedTuple):
     steps: int
     is_whole: bool = False
     """Whether the steps are added up to one."""
+
+
+def plan_in_memory() -> Statement[None]:
+    """Make the next report of this transaction read by the key, and group without sorting.
+
+    There are few groups, but the planner does not know that. For a week it sorted 600,000 rows,
+    which wrote 75 MB of temporary files and took 0.8 to 1.1 s in place of 0.5.
+    """
+    return Statement(
+        """
+        select set_config('enable_seqscan', 'off', true),
+            set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true),
+            set_config('jit', 'off', true)
+        """,
+        None,
+        nothing,
+    )
 
 
 def report(
