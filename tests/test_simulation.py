@@ -561,6 +561,7 @@ class History:
         self.cancels = Random(-7 - seed)
         self.interrupted: set[Key] = set()  # handlers whose end came early
         self.given_up: set[Key] = set()
+        self.requeued = 0
         self.engine.bulky = 1  # histories are small
         self.table = Table(random, self.lease)
         self.table.locked = 0.0 if calm else random.choice([0.0, 0.0, 0.05])
@@ -771,6 +772,7 @@ class History:
             row = Row(id_, 0, self.db_now)
             row.free_since = self.now
             self.table.rows[id_] = row
+            self.requeued += 1
             self._notice(Notice(later=True))
 
         if self.cancels.random() < 0.5:
@@ -792,6 +794,8 @@ class History:
                 self.given_up.add(key)
                 silent.append(claimed)
                 self.running.discard(key)
+                if self.busy == self.concurrency:
+                    self.slots_free_since = self.now
                 self.busy -= 1
                 self.group.discard(key)
         if silent:
@@ -1055,7 +1059,7 @@ class History:
                     self.longest_pass = max(self.longest_pass, self.pass_cost)
                     known = self.calm and self.engine._lookout.marks.known
                     self.long_sweeps += known and self.sweep_cost > 0.25
-                    often = self.long_sweeps > 6 + (self.now - self.began) / 30
+                    often = self.long_sweeps > 6 + 2 * self.requeued + (self.now - self.began) / 30
                     promise(not often, "stops again and again for a sweep")
                 ahead = ahead or self._follow()
                 if ahead is not None:

@@ -471,11 +471,12 @@ def _walked(
         )
         select all_of.rows, (
             select json_build_array({place})::text from looked w where w.n = all_of.rows
-        ), json_build_array({place})::text, {_LISTED}
+        ), json_build_array({place})::text, job.*
         from (select count(*) as rows from looked) as all_of
         left join found w on true
-        left join bgjob_job j
-            on j.ctid = w.ctid and j.ctid = any (array(select ctid from found))
+        left join lateral (
+            select {_LISTED} from bgjob_job j where j.ctid = w.ctid offset 0
+        ) as job on true
         order by w.n
         """,
         {**where.params, **params, "limit": limit, "most": most},
@@ -485,7 +486,7 @@ def _walked(
 
 def _looked(kind: type[Way], limit: int, most: int, rows: Sequence[Row]) -> Looked:
     count, last = rows[0][:2]
-    found = [row for row in rows if row[4] is not None]  # the id
+    found = [row for row in rows if row[3] is not None]
     end = last if count == most else None
     place = found[-1][2] if len(found) == limit else end
     at = None if place is None else kind(*json.loads(place))

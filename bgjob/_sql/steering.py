@@ -55,28 +55,35 @@ _WHY_NOT: dict[str, LiteralString] = {
 
 
 def _steer(changed: LiteralString, why_not: LiteralString, where: JobFilter) -> LiteralString:
-    """Return the statement; `changed` follows `locked`, and is the CTE of the changed rows."""
+    """Return the statement; `changed` follows `locked`, and is the CTE of the changed rows.
+
+    The filter is within a case, so that no index but that of the ids is used: with the one of a
+    queue's due jobs a plan walked over all of them. Each job that was not changed is looked up by
+    itself, so that no plan joins whole tables.
+    """
     return f"""
         with locked as materialized (
             select j.id from bgjob_job j
-            where j.id = any (%(ids)s::text[]) and ({where.condition}) and ({why_not}) = 'locked'
+            where j.id = any (%(ids)s::text[])
+                and case when {where.condition} then {why_not} end = 'locked'
             order by j.id
             for update skip locked
         ), {changed}
+        select id, case when token is null then 'waiting' else 'running' end, true, queue, token,
+            key
+        from changed
+        union all
         select asked.id, coalesce(
-            case when changed.id is not null
-                then case when changed.token is null then 'waiting' else 'running' end end,
-            live.why,
-            case when exists (select from bgjob_dead_job d where d.job_id = asked.id)
-                then 'dead' else 'absent' end
-        ), changed.id is not null, changed.queue, changed.token, changed.key
-        from unnest(%(ids)s::text[]) with ordinality as asked (id, place)
-        left join changed on changed.id = asked.id
-        left join lateral (
-            select case when {where.condition} then {why_not} else 'unmatched' end as why
-            from bgjob_job j where j.id = asked.id
-        ) as live on true
-        order by asked.place
+            (
+                select case when {where.condition} then {why_not} else 'unmatched' end
+                from bgjob_job j where j.id = asked.id limit 1
+            ),
+            case when (
+                select true from bgjob_dead_job d where d.job_id = asked.id limit 1
+            ) then 'dead' else 'absent' end
+        ), false, null, null, null
+        from unnest(%(ids)s::text[]) as asked (id)
+        where asked.id not in (select id from changed)
     """
 
 
