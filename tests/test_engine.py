@@ -328,6 +328,7 @@ def test_where_the_server_refuses_to_say_what_was_cancelled_the_job_counts_as_lo
         exchange = drive.next_exchange()
         if exchange.ask:
             drive.engine.reject(drive.now)
+            events += drive.engine.refused()
         else:
             events += drive.answer().events
     assert JobLeaseLost(a.job, ran=1.0) in events

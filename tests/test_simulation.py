@@ -1083,6 +1083,7 @@ class History:
                 if exchange.abandon:  # once more by itself, and it is left alone
                     self.abandon_refusals += 1 + (self.engine._careful > 0)
                 self.engine.reject(self.now)
+                self._tell(self.engine.refused())
                 self._happened()
             case "never arrived" | "answer lost" | "happens later":
                 self.unsure.update((c.job.id, c.token) for c in settled)

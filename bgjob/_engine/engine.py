@@ -128,6 +128,10 @@ class Engine:
                 self._cancel([claimed])
         return self._cancels.take_events()
 
+    def refused(self) -> list[Event]:
+        """Return what to tell after `reject`: of jobs that are gone, for an unknown reason."""
+        return self._cancels.take_events()
+
     @property
     def to_interrupt(self) -> Collection[Claimed]:
         """The cancelled jobs whose handlers still run."""

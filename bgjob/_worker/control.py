@@ -429,6 +429,8 @@ class QueueControl:
             for_data = (error.sqlstate or "")[:2] in _OF_DATA
             if self._engine.reject(monotonic(), for_lock=for_lock, for_data=for_data):
                 self._events.error(error)
+            if events := self._engine.refused():
+                self._events.tell(events)
             if for_data and not is_text and exchange.claims_only:
                 self._repair(dead_letter_unclaimable)
 
