@@ -54,9 +54,15 @@ it. In between it is in one of these states:
     locked    `locked.outcomes`,          a probe finds its row or its key free: pending,
               `locked.wanting`            or wanting
     unsure    `leases.unsure`, and        sent again. Its row is found: gone. It is not,
-              pending or sent             within the lease: it was settled the first time
+              pending or sent             within the lease: it was settled the first time,
+                                          unless it was cancelled: doubtful
     leaving   `_leaving` of the engine    the server was told, once or twice: gone
     lost      `leases.lost`               its handler ends: the outcome is dropped
+                                          it was cancelled: cancelled
+    doubtful  `cancels`, and lost or      the server says whether a cancel has ended its claim,
+              gone                        and the observer is told
+    cancelled `cancels.running`, and      its handler ends, or is given up: gone
+              lost
 
 Running and wanting jobs take up slots. The worker extends the leases of all but lost jobs.
 
@@ -71,6 +77,7 @@ them in turn what goes into the next exchange, and reports what became of it to 
       leases      which jobs are held, until when, and which are lost or in doubt
       settling    which outcomes go into the next exchange, and what a refusal does to them
       keys        which keys to ask for, and to release
+      cancels     which jobs a cancel has ended, and whose handlers to interrupt
       locked      which rows other sessions have locked
       claims      which claim, sweep or group is next: there is room, nothing is held up
         isolation   whether suspects or other jobs are next
@@ -78,8 +85,9 @@ them in turn what goes into the next exchange, and reports what became of it to 
         watermarks  where claims start, and when to look behind that
         notify_lock whether enqueues have to notify this worker
 
-`settling`, `keys` and `claims` ask `leases`; `claims` asks `lookout` and `pace`. No other part
-knows of another: what moves a job from one to the next is in `engine`. `outcome` has the ways
+`settling`, `keys` and `claims` ask `leases`; `settling` reports to `cancels`; `claims` asks
+`lookout` and `pace`. No other part knows of another: what moves a job from one to the next is in
+`engine`. `outcome` has the ways
 in which a job ends, and `pause` the time for which refused work waits.
 
 What always holds
@@ -98,6 +106,8 @@ What always holds
   answer was lost are freed by the worker's own sweeps, and are charged nothing.
 - Jobs that two workers died with are claimed in groups, until the killer is alone.
 - A job with an exclusive key is handed out once the server has granted the key.
+- Of a job that is not held any more the observer is told once: that it was cancelled, or that
+  its lease was lost. Nothing is asked for that while all jobs are held.
 
 The vocabulary
 ==============
