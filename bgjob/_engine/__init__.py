@@ -87,8 +87,8 @@ them in turn what goes into the next exchange, and reports what became of it to 
 
 `settling`, `keys` and `claims` ask `leases`; `settling` reports to `cancels`; `claims` asks
 `lookout` and `pace`. No other part knows of another: what moves a job from one to the next is in
-`engine`. `outcome` has the ways
-in which a job ends, and `pause` the time for which refused work waits.
+`engine`. `outcome` has the ways in which a job ends, and `pause` the time for which refused work
+waits.
 
 What always holds
 =================
