@@ -327,14 +327,15 @@ def test_the_rest_stops_when_jobs_fail_again_and_goes_on_later(
     assert (rest.jobs, rest.moved, rest.is_stopped) == (120, 120, False)
 
 
+@pytest.mark.parametrize("upto", [None, 10**12])
 def test_jobs_that_die_again_meanwhile_are_not_moved_again(
-    shop: Shop, client: Any, conn: psycopg.Connection
+    shop: Shop, client: Any, upto: int | None
 ) -> None:
     shop.mode = "dead"
     client.bulk_enqueue([EnqueueRequest("q", "t") for _ in range(120)])
     assert eventually(lambda: len(client.dlq.list(limit=200)) == 120)
     [group] = client.dlq.groups()
-    rest = client.dlq.rest(group.fingerprint, rate=1e6, stop_after=None)
+    rest = client.dlq.rest(group.fingerprint, rate=1e6, stop_after=None, upto=upto)
     assert (rest.moved, rest.upto) == (120, group.number)
     assert eventually(lambda: len(client.dlq.list(limit=200)) == 120)
     rest = client.dlq.rest(group.fingerprint, upto=rest.upto)

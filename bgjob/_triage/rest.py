@@ -37,7 +37,8 @@ def rest(fingerprint: str, options: Options) -> Steps[Rest]:
         raise ValueError(f"stop_after must be from 0, or None, not {options.stop_after!r}")
     group = dead.number_of(fingerprint)
     start: dead.Start = yield dead.start(group, options.upto)
-    upto = start.last if options.upto is None else options.upto
+    # Not beyond: those that die again have greater numbers, and would go round.
+    upto = start.last if options.upto is None else min(options.upto, start.last)
     most = _BATCH if options.rate is None else min(_BATCH, ceil(options.rate))
     size = min(_FIRST, most)
     watched: deque[str] = deque(maxlen=_WATCHED)

@@ -28,7 +28,8 @@ def add(commands: "Commands") -> None:
     parser = commands.add_parser(
         "dlq",
         help="list, show, requeue and purge dead jobs",
-        description="The dead-letter table: jobs that could not be handled, with their errors.",
+        description="The dead-letter table: jobs that could not be handled, with their errors.\n"
+        "`bgjob triage` groups them by how they died, and tries one before the rest.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=arguments.STATUS,
     )
