@@ -1,7 +1,7 @@
 """The number of a worker's events, its last error, and what ends by queue and type."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, assert_never
 
@@ -74,15 +74,11 @@ class MinuteCounter:
 
     def add(self, events: Iterable[Event]) -> None:
         """Count events."""
-        ended: dict[tuple[str, str], list[Outcome[Any]]] = {}
+        ended: dict[tuple[str, str], list[Outcome[Any]]] = defaultdict(list)
         for event in events:
             if type(event) is Outcome:
                 job = event.claimed.job
-                key = (job.queue, job.type)
-                if key in ended:
-                    ended[key].append(event)
-                else:
-                    ended[key] = [event]
+                ended[job.queue, job.type].append(event)
             elif isinstance(event, JobLeaseLost):
                 self._add({(event.job.queue, event.job.type): MinuteCounts(lost=1)})
             elif isinstance(event, JobCancelled):
