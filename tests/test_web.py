@@ -580,6 +580,7 @@ def test_a_payload_is_masked_at_any_depth_until_one_who_may_asks(world: str, pag
     assert page.get(masked["download"]).json() == SECRET
     assert page.get("/jobs/job%202/payload").content == b"\xff\x00"
     assert payload(page, "/jobs/job%202")["state"] == "hidden"  # who knows what it is
+    assert "/jobs/job%202?payload=show" in page.get("/jobs/job%202").text
     assert payload(page, "/jobs/job%202?payload=show")["state"] == "binary"
     with opened(world, access=all_but("payloads")) as pages:
         assert payload(pages)["reveal"] == payload(pages)["download"] == ""

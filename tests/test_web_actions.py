@@ -149,6 +149,9 @@ def test_dead_jobs_are_requeued_by_number_and_purged_once_that_is_confirmed(
     page: Pages, plain_client: Client, conn: psycopg.Connection
 ) -> None:
     died(plain_client, "a", "b", "c")
+    selected = page.get("/dead").text
+    assert selected.count('type="checkbox" name="numbers"') == 3
+    assert 'formaction="/dead/purge"' in selected
     numbers = {id_: number for number, id_ in rows(conn, "select id, job_id from bgjob_dead_job")}
     page.post("/dead/requeue", {"numbers": [str(numbers["a"]), "999"]})
     assert said(page).startswith("1 job went back to its queue. 1 job stayed dead")

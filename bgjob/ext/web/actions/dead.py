@@ -77,7 +77,7 @@ async def _confirmed(
         filters["numbers"] = numbers
     if not filters:
         raise HTTPException(
-            400, "Name jobs (numbers), or a filter: queue, type, error, fingerprint."
+            400, "Select jobs (numbers), or give a filter: queue, type, error, fingerprint."
         )
     upto = form.integer("upto", 0) or await visit.site.reader.read(statements.last_dead())
     filters["upto"] = upto
