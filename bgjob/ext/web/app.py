@@ -35,7 +35,7 @@ from bgjob.ext.web.visit import Visit, own_path
 FILES = "/static/"
 PROBES = frozenset({"/livez", "/readyz"})
 
-UNKNOWN = "You are not signed in here. Open the address that bgjob web printed, with its token."
+UNKNOWN = "You are not signed in here."
 
 
 def create_app(
@@ -269,7 +269,8 @@ class WebApp:
             content = self._templates.get_template("again.html").render(page=None, view=view)
             return Response(content, media_type="text/html")
         challenge: dict[str, str] = getattr(self._site.settings.access, "challenge", {})
-        raise HTTPException(401, UNKNOWN, headers=challenge)
+        text = f"{UNKNOWN} {getattr(self._site.settings.access, 'advice', '')}".rstrip()
+        raise HTTPException(401, text, headers=challenge)
 
     def _error(self, request: Request, error: Exception) -> Response:
         page, headers = troubles.of(error)

@@ -78,6 +78,7 @@ class TokenAccess:
     """
 
     challenge: ClassVar[dict[str, str]] = {"www-authenticate": "Bearer"}
+    advice = "Open the address with its token again: a browser keeps it for 12 hours."
 
     def __init__(
         self, token: str | None = None, *, permissions: AbstractSet[Permission] = PERMISSIONS

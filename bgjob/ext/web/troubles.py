@@ -25,7 +25,6 @@ _TITLES = {
 }
 
 _REMEDIES = {
-    401: "A page that was left open for long has to be opened with its token again.",
     421: "Start the page with --host NAME for each name that it has.",
 }
 
