@@ -41,7 +41,7 @@ READ = [
     "enqueue q t",
 ]
 READ += [f"schedules {rest}" for rest in ("list", "pause a", "resume a", "run a", "remove a")]
-READ += ["pause q", "resume q", "paused", "workers"]
+READ += ["pause q", "resume q", "paused", "workers", "metrics"]
 """Commands that need the tables."""
 
 
@@ -815,6 +815,7 @@ def test_wrong_usage_exits_with_2(args: str, capsys: pytest.CaptureFixture[str])
         "job priority",
         "schema",
     ]
+    + ["health", "metrics", "dashboards"]
     + ["playground", "demo", "worker", "pause", "resume", "paused", "schedules", "schedules list"]
     + [f"schedules {command}" for command in ("pause", "resume", "remove", "run")],
 )

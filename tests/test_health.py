@@ -8,12 +8,14 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from faults.proxy import Proxy
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 from support.documents import ROOT
 from support.nursery import Forked, fork
@@ -23,11 +25,14 @@ from support.workers import Launcher
 from bgjob import BgjobError, Client, EnqueueRequest, Mux, cli
 from bgjob._cli.listener import Answer, HttpServer, ListenError, Request, TcpAddress
 from bgjob._cli.probing import ask
+from bgjob._cli.worker import metering as metering_module
 from bgjob._cli.worker import reports
+from bgjob._cli.worker.metering import Metering
 from bgjob._cli.worker.reports import Place
 from bgjob._cli.worker.stalls import Stalls
 from bgjob._cli.worker.systemd import Systemd
 from bgjob._postgres.connection import ConnectionParameters
+from bgjob.ext.prometheus import Metrics
 from bgjob.workers import QueueHealth, WorkerHealth
 
 APP = """
@@ -334,6 +339,52 @@ def test_a_queue_with_due_jobs_and_free_slots_that_claims_nothing_stands_still(
             assert eventually(lambda: not stalls.queues)  # a restart mends no database
         finally:
             worker.has_ended = True
+
+
+# -- metrics of a program ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_registered", [False, True])
+def test_metrics_that_a_program_passes_to_its_worker_are_served_and_no_second_ones(
+    launcher: Launcher, is_registered: bool
+) -> None:
+    registry = CollectorRegistry()
+    Counter("program_things", "Its own.", registry=registry).inc()
+    metrics = Metrics(registry=registry if is_registered else None)
+    worker = launcher.make(Mux().register("t", lambda _: None), observer=[metrics])
+    metering = Metering()
+    assert metering.take() is None
+    metering.attach(worker._group)
+    launcher.run(worker.run())
+    launcher.enqueue("a")
+
+    def text() -> str:
+        return metering.render("").body.decode()
+
+    one = 'bgjob_jobs_total{outcome="completed",queue="q",type="t"} 1.0'
+    assert eventually(lambda: one in text())
+    assert ("program_things_total 1.0" in text()) is is_registered
+
+    def changed() -> list[tuple[str, str, list[float]]]:
+        sent = metering.take()
+        assert sent is not None
+        pairs: list[tuple[str, str, list[float]]] = sent["pairs"]
+        return pairs
+
+    [(queue, type_, numbers)] = changed()
+    assert (queue, type_, numbers[0]) == ("q", "t", 1)
+    assert changed() == []
+    assert launcher.shutdown(worker)
+
+
+def test_registered_metrics_that_do_not_observe_the_worker_are_an_error_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(metering_module, "Metrics", partial(Metrics, registry=registry))
+    Metrics(registry=registry)
+    with pytest.raises(BgjobError, match="pass them to it, as Worker"):
+        metering_module._registered()
 
 
 # -- the server -------------------------------------------------------------------------------
