@@ -47,9 +47,9 @@ The other files: `group` starts the control threads of all queues and ends them,
 comes back (`answer`); `clock` notices that the server's clock was set, and `repairs`
 corrects that, and dead-letters jobs that cannot be claimed or read. `timeouts` gives up handlers
 that take too long, or whose jobs are cancelled. `observers` makes one observer of many. `state`
-is the object that handlers share, opened before the first job and closed after the last. `registry` writes the worker's row in
-bgjob_worker, with what `tally` has counted; `minutes` writes what it has counted by queue and type.
-`history` empties old days of completed jobs that are kept.
+is the object that handlers share, opened before the first job and closed after the last.
+`registry` writes the worker's row in bgjob_worker, with what `tally` has counted; `minutes` writes
+what it has counted by queue and type. `history` empties old days of completed jobs that are kept.
 
 The way of a plain job from claim to settlement is these twelve files, in order:
 
