@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, get_origin, overload
 
 import psycopg
 from psycopg import BaseConnection, IsolationLevel
@@ -28,12 +28,14 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from bgjob import minutes
 from bgjob._checks import Duration
 from bgjob._postgres.connection import (
+    AsyncSource,
     ConnectionParameters,
-    check_conninfo,
+    Source,
+    checked_source,
     is_two_phase,
     not_a_connection,
-    not_a_source,
     options,
+    options_async,
 )
 from bgjob._postgres.cursor import UNENCODABLE, AsyncCursor, Cursor, unencodable
 from bgjob._postgres.pool import (
@@ -115,38 +117,46 @@ class AsyncClient:
     """Enqueues jobs on PostgreSQL, and manages queues and dead jobs.
 
     Args:
-        source: a connection string, or a psycopg_pool.AsyncConnectionPool. The driver in a
-            URL such as postgresql+psycopg://... does not matter. From a string the client
-            opens up to 10 connections as it needs them, and closes them with `close()`; a
-            forked child opens its own; a server that is silent or away for 30 s raises
-            psycopg.OperationalError. Your own pool is only borrowed, with the timeouts that
-            you gave it.
+        source: a connection string, a function that gives one, or a
+            psycopg_pool.AsyncConnectionPool. The driver in a URL such as
+            postgresql+psycopg://... does not matter. The client opens up to 10 connections
+            as it needs them, and closes them with `close()`; a forked child opens its own; a
+            server that is silent or away for 30 s raises psycopg.OperationalError. A
+            function without arguments returns a connection string or a mapping of
+            parameters (host, user, password). It is called for each connection that the
+            client and its workers open, from any of their threads, so that a password may
+            change. What it raises is the cause of a psycopg.OperationalError: a client
+            raises that immediately, a running worker tries again. Your own pool is only
+            borrowed, with the timeouts that you gave it; a worker's connections use its
+            parameters, and refuse a `connection_class` of its own.
         notify: whether enqueues notify sleeping workers; True by default. Set it to
             False if no worker can listen: behind a pooler in transaction mode
             workers poll.
 
     Raises:
-        TypeError: neither a string nor such a pool; the error of an engine or a URL of
-            SQLAlchemy names the remedy.
+        TypeError: not such a source; the error of an engine or a URL of SQLAlchemy names
+            the remedy.
         ValueError: the string is not a connection string.
 
     Safe to share between tasks. An async context manager; leaving it closes it.
 
     The caller's event loop may be one of several, one after the other or at the same
-    time, if the source is a connection string: each has up to 10 connections.
+    time, if the source is not a pool: each has up to 10 connections. It awaits a source that
+    is a coroutine function; a worker's other threads run it in event loops of their own.
     """
 
-    def __init__(self, source: str | AsyncConnectionPool[Any], *, notify: bool = True) -> None:
-        if isinstance(source, str):
-            source = check_conninfo(source)
-        elif not isinstance(source, AsyncConnectionPool):
-            raise TypeError(not_a_source(source, AsyncConnectionPool))
+    def __init__(
+        self, source: AsyncSource | AsyncConnectionPool[Any], *, notify: bool = True
+    ) -> None:
+        source = checked_source(source, AsyncConnectionPool)
         self._source = source
         self._notify = notify
         self._pool: AsyncPool | AsyncBorrowedPool = (
-            AsyncPool(partial(options, (source, {})), _configure_async, patience=PATIENCE)
-            if isinstance(source, str)
-            else AsyncBorrowedPool(source)
+            AsyncBorrowedPool(source)
+            if isinstance(source, AsyncConnectionPool)
+            else AsyncPool(
+                partial(options_async, (source, {})), _configure_async, patience=PATIENCE
+            )
         )
         self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
         self.dlq = AsyncDlq(self._run, notify=notify)
@@ -774,35 +784,38 @@ class Client:
     """Enqueues jobs on PostgreSQL, and manages queues and dead jobs.
 
     Args:
-        source: a connection string, or a psycopg_pool.ConnectionPool. The driver in a
-            URL such as postgresql+psycopg://... does not matter. From a string the client
-            opens up to 10 connections as it needs them, and closes them with `close()`; a
-            forked child opens its own; a server that is silent or away for 30 s raises
-            psycopg.OperationalError. Your own pool is only borrowed, with the timeouts that
-            you gave it.
+        source: a connection string, a function that gives one, or a
+            psycopg_pool.ConnectionPool. The driver in a URL such as
+            postgresql+psycopg://... does not matter. The client opens up to 10 connections
+            as it needs them, and closes them with `close()`; a forked child opens its own; a
+            server that is silent or away for 30 s raises psycopg.OperationalError. A
+            function without arguments returns a connection string or a mapping of
+            parameters (host, user, password). It is called for each connection that the
+            client and its workers open, from any of their threads, so that a password may
+            change. What it raises is the cause of a psycopg.OperationalError: a client
+            raises that immediately, a running worker tries again. Your own pool is only
+            borrowed, with the timeouts that you gave it; a worker's connections use its
+            parameters, and refuse a `connection_class` of its own.
         notify: whether enqueues notify sleeping workers; True by default. Set it to
             False if no worker can listen: behind a pooler in transaction mode
             workers poll.
 
     Raises:
-        TypeError: neither a string nor such a pool; the error of an engine or a URL of
-            SQLAlchemy names the remedy.
+        TypeError: not such a source; the error of an engine or a URL of SQLAlchemy names
+            the remedy.
         ValueError: the string is not a connection string.
 
     Thread-safe. A context manager; leaving it closes it.
     """
 
-    def __init__(self, source: str | ConnectionPool[Any], *, notify: bool = True) -> None:
-        if isinstance(source, str):
-            source = check_conninfo(source)
-        elif not isinstance(source, ConnectionPool):
-            raise TypeError(not_a_source(source, ConnectionPool))
+    def __init__(self, source: Source | ConnectionPool[Any], *, notify: bool = True) -> None:
+        source = checked_source(source, ConnectionPool)
         self._source = source
         self._notify = notify
         self._pool: Pool | BorrowedPool = (
-            Pool(partial(options, (source, {})), _configure, patience=PATIENCE)
-            if isinstance(source, str)
-            else BorrowedPool(source)
+            BorrowedPool(source)
+            if isinstance(source, ConnectionPool)
+            else Pool(partial(options, (source, {})), _configure, patience=PATIENCE)
         )
         self._do = Do(self._run_all, partial(_connection_parameters, source))
         self.dlq = Dlq(self._run, notify=notify)
@@ -1414,16 +1427,18 @@ def _execute_both(
 
 
 def _connection_parameters(
-    source: str | ConnectionPool[Any] | AsyncConnectionPool[Any],
+    source: AsyncSource | ConnectionPool[Any] | AsyncConnectionPool[Any],
 ) -> ConnectionParameters:
-    if isinstance(source, str):
+    if not isinstance(source, ConnectionPool | AsyncConnectionPool):
         return source, {}
-    if callable(source.conninfo) or callable(source.kwargs):
+    cls: Any = source.connection_class
+    if (get_origin(cls) or cls) not in (psycopg.Connection, psycopg.AsyncConnection):
         raise TypeError(
-            "a worker opens a connection of its own, and cannot do so with a pool whose "
-            "conninfo or kwargs are callables; give the Client a connection string"
+            "a worker opens connections of its own, and cannot make them of this pool's "
+            f"connection_class {cls.__qualname__}: give the worker's Client a connection string, "
+            "or a function that returns the connection parameters"
         )
-    return source.conninfo, dict(source.kwargs or {})
+    return source.conninfo or "", source.kwargs or {}
 
 
 _BEGIN = "select"

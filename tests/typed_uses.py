@@ -296,6 +296,38 @@ mux.register(Letter, send)  # error
 mux.register(Letter, send_with_conn, transactional=True)  # error
 mux.register("wrong", wrong_result)  # error
 
+# -- where the database is ------------------------------------------------------------------
+
+
+def text() -> str:
+    return ""
+
+
+def mapping() -> dict[str, Any]:
+    return {"host": "db", "port": 5432}
+
+
+async def awaited_mapping() -> dict[str, str]:
+    return {"host": "db"}
+
+
+def takes_an_argument(name: str) -> str:
+    return name
+
+
+def number() -> int:
+    return 5
+
+
+Client(text)
+Client(mapping)
+AsyncClient(mapping)
+AsyncClient(awaited_mapping)
+Client(awaited_mapping)  # error
+Client(takes_an_argument)  # error
+AsyncClient(number)  # error
+Client(5)  # error
+
 # -- other libraries ------------------------------------------------------------------------
 
 request = EnqueueRequest("q", "t", {"order": 5})

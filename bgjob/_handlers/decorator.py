@@ -22,6 +22,7 @@ from bgjob.result import Result
 P = ParamSpec("P")
 """The parameters that follow."""
 T_co = TypeVar("T_co", covariant=True)
+"""What the first parameter must accept. mypy wants it covariant, pyright does not."""
 W = TypeVar("W")
 """What else the first parameter accepts."""
 R = TypeVar("R", bound=Result | None)
@@ -35,7 +36,7 @@ H = TypeVar("H", bound=Handles[Job])
 HT = TypeVar("HT", bound=HandlesInTransaction[Job])
 
 
-class Decorator(Protocol[T_co]):
+class Decorator(Protocol[T_co]):  # pyright: ignore[reportInvalidTypeVarUse]
     """Registers a function that takes a decoded payload, and returns it."""
 
     @overload
@@ -49,7 +50,7 @@ class Decorator(Protocol[T_co]):
     ) -> Callable[Concatenate[T_co, P], E]: ...
 
 
-class TransactionalDecorator(Protocol[T_co]):
+class TransactionalDecorator(Protocol[T_co]):  # pyright: ignore[reportInvalidTypeVarUse]
     """Registers a function that takes a decoded payload and a connection, and returns it."""
 
     @overload

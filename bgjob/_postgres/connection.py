@@ -1,13 +1,14 @@
 """Connections with the library's defaults, which give up on a silent server."""
 
+import asyncio
 import contextlib
 import inspect
 import re
 import select
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from math import ceil, inf
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -15,8 +16,17 @@ from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
-ConnectionParameters: TypeAlias = tuple[str, Mapping[str, Any]]
-"""How to connect: a connection string, and keyword arguments."""
+Given: TypeAlias = str | Mapping[str, Any]
+
+Source: TypeAlias = str | Callable[[], Given]
+"""A connection string; or a function that returns one, or the parameters by their names."""
+
+AsyncSource: TypeAlias = str | Callable[[], Given | Awaitable[Given]]
+"""The same of an AsyncClient, which also takes a coroutine function."""
+
+ConnectionParameters: TypeAlias = tuple[AsyncSource, Mapping[str, Any] | Callable[[], Any]]
+"""How to connect: a connection string, and keyword arguments. A function in the place of either
+is called for each connection."""
 
 _DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10,  # seconds
@@ -88,15 +98,31 @@ def check_conninfo(text: str) -> str:
     )
 
 
-def not_a_source(source: object, pool: type) -> str:
-    """Return the text of the error for what is neither a connection string nor a pool."""
+def checked_source(source: object, pool: type[Any]) -> Any:
+    """Return a client's source; raise TypeError or ValueError if it is not one."""
+    if isinstance(source, str):
+        return check_conninfo(source)
+    if isinstance(source, pool):
+        return source
     text = (
-        f"source must be a connection string or a psycopg_pool.{pool.__name__}, not "
-        f"{type(source).__name__}"
+        "source must be a connection string, a function that returns the connection parameters, "
+        f"or a psycopg_pool.{pool.__name__}, not {type(source).__name__}"
     )
     if _package(source) == "sqlalchemy":
-        text += ": pass bgjob.ext.sqlalchemy.dsn() of it"
-    return text
+        raise TypeError(f"{text}: pass bgjob.ext.sqlalchemy.dsn() of it")
+    if not callable(source):
+        raise TypeError(text)
+    if inspect.iscoroutinefunction(source) and not inspect.iscoroutinefunction(pool.getconn):
+        raise TypeError(
+            f"source is a coroutine function, which only an AsyncClient takes: {source}"
+        )
+    try:
+        inspect.signature(source).bind()
+    except TypeError:
+        raise TypeError(f"source must be a function without arguments: {source!r}") from None
+    except ValueError:
+        pass  # a builtin: the call will show
+    return source
 
 
 def not_a_connection(conn: object, expected: type) -> str:
@@ -122,13 +148,74 @@ def options(
 
     Args:
         connection_parameters: of the user; they come before the library's defaults.
+            Functions among them are called.
         within: seconds for all hosts together. Each one is given its part of them, rounded
             up, and 2 s at least, by psycopg. By default each has 10 s, or what the
             connection string says.
 
     """
     conninfo, kwargs = connection_parameters
-    chosen = _DEFAULTS | conninfo_to_dict(conninfo) | dict(kwargs)
+    return _chosen(_asked(conninfo), _asked(kwargs), within)
+
+
+async def options_async(connection_parameters: ConnectionParameters) -> dict[str, Any]:
+    """Return the keyword arguments for connecting. Async variant of `options`."""
+    conninfo, kwargs = connection_parameters
+    return _chosen(await _asked_async(conninfo), await _asked_async(kwargs), None)
+
+
+class SourceError(psycopg.OperationalError):
+    """A function that gives the connection parameters raised, or returned something else."""
+
+
+def _asked(part: Any) -> Given:
+    """Call a function that gives parameters; await what a coroutine function returned."""
+    if not callable(part):
+        return cast("Given", part)
+    try:
+        answer = part()
+        # Here no event loop runs: on the threads of a worker, and on those of plain handlers.
+        return _checked(asyncio.run(_of(answer)) if inspect.isawaitable(answer) else answer)
+    except Exception as error:
+        raise _source_failed(error) from error
+
+
+async def _asked_async(part: Any) -> Given:
+    if not callable(part):
+        return cast("Given", part)
+    try:
+        answer = part()
+        return _checked(await answer if inspect.isawaitable(answer) else answer)
+    except Exception as error:
+        raise _source_failed(error) from error
+
+
+async def _of(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def _checked(answer: object) -> Given:
+    if isinstance(answer, str):
+        return check_conninfo(answer)
+    if isinstance(answer, Mapping):
+        return answer
+    raise TypeError(
+        "it must return a connection string, or a mapping such as {'host': ..., 'password': ...}, "
+        f"not {type(answer).__name__}"
+    )
+
+
+def _source_failed(error: Exception) -> SourceError:
+    return SourceError(
+        "cannot connect: the function that gives the connection parameters failed: "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def _chosen(conninfo: Given, kwargs: Given, within: float | None) -> dict[str, Any]:
+    chosen = dict(_DEFAULTS)
+    for given in (conninfo, kwargs):
+        chosen |= conninfo_to_dict(given) if isinstance(given, str) else dict(given)
     if within is not None:
         hosts = str(chosen.get("host", "")).count(",") + 1
         limit = max(ceil(within / hosts), 1)

@@ -32,7 +32,7 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._postgres import fork
-from bgjob._postgres.connection import AsyncConnection, Connection
+from bgjob._postgres.connection import AsyncConnection, Connection, SourceError
 from bgjob._postgres.cursor import AsyncCursor, Cursor
 from bgjob.errors import BgjobError, ClientClosedError
 
@@ -176,8 +176,8 @@ class Pool:
                 try:
                     connection = PooledConnection.connect(**self._options(), autocommit=True)
                     self._configure(connection)
-                except psycopg.OperationalError:
-                    if monotonic() + _PAUSE > until:
+                except psycopg.OperationalError as error:
+                    if isinstance(error, SourceError) or monotonic() + _PAUSE > until:
                         raise
                     sleep(_PAUSE)
                     _check_open(is_closed=self._is_closed)
@@ -211,7 +211,7 @@ class AsyncPool:
 
     def __init__(
         self,
-        options: Callable[[], dict[str, Any]],
+        options: Callable[[], Awaitable[dict[str, Any]]],
         configure: Callable[[AsyncPooledConnection], Awaitable[None]],
         *,
         patience: float,
@@ -252,11 +252,11 @@ class AsyncPool:
             while (connection := _take(idle)) is None:
                 try:
                     connection = await AsyncPooledConnection.connect(
-                        **self._options(), autocommit=True
+                        **await self._options(), autocommit=True
                     )
                     await self._configure(connection)
-                except psycopg.OperationalError:
-                    if monotonic() + _PAUSE > until:
+                except psycopg.OperationalError as error:
+                    if isinstance(error, SourceError) or monotonic() + _PAUSE > until:
                         raise
                     await asyncio.sleep(_PAUSE)
                     _check_open(is_closed=self._is_closed)

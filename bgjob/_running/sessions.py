@@ -22,7 +22,7 @@ from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob._postgres import connection
-from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options
+from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options, options_async
 
 T = TypeVar("T")
 
@@ -122,8 +122,14 @@ class HandlerConnection(connection.Connection):
 class Sessions:
     """Sessions that no other code uses, so that handlers never wait for each other. Thread-safe."""
 
-    def __init__(self, connection_parameters: ConnectionParameters) -> None:
-        self._options: dict[str, Any] = {**options(connection_parameters), "autocommit": True}
+    def __init__(
+        self, connection_parameters: ConnectionParameters, *, prepares: bool = True
+    ) -> None:
+        self._connection_parameters = connection_parameters
+        # A pooler's other sessions would not find its prepared statements.
+        self._defaults: dict[str, Any] = {} if prepares else {"prepare_threshold": None}
+        self._options: dict[str, Any] = {}
+        """Those of the last connection that was opened; no other session is idle before."""
         self._idle: deque[PGconn] = deque()
         self._handling: set[HandlerConnection | AsyncHandlerConnection] = set()
         self._closed = False
@@ -142,6 +148,8 @@ class Sessions:
         while True:
             session = self._idle_session()
             if session is None:
+                asked = await options_async(self._connection_parameters)
+                self._options = {**self._defaults, **asked, "autocommit": True}
                 opened = await AsyncHandlerConnection.connect(**self._options)
                 self._pause = _FIRST_PAUSE
             else:
@@ -165,6 +173,8 @@ class Sessions:
         while True:
             session = self._idle_session()
             if session is None:
+                asked = options(self._connection_parameters)
+                self._options = {**self._defaults, **asked, "autocommit": True}
                 opened = HandlerConnection.connect(**self._options)
                 self._pause = _FIRST_PAUSE
             else:

@@ -57,6 +57,8 @@ from bgjob.errors import LeaseLostError
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
+_COMMIT_AND_DEALLOCATE = COMMIT + DEALLOCATE
+
 _FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
 
 
@@ -148,12 +150,21 @@ def _end_with_sync(pipeline: Any) -> None:
 class Transactions(Sessions):
     """Runs transactional handlers, each in a session of its own. Thread-safe."""
 
-    def __init__(self, connection_parameters: ConnectionParameters, fork_guard: ForkGuard) -> None:
-        super().__init__(connection_parameters)
+    def __init__(
+        self,
+        connection_parameters: ConnectionParameters,
+        fork_guard: ForkGuard,
+        *,
+        prepares: bool = True,
+    ) -> None:
+        super().__init__(connection_parameters, prepares=prepares)
         self._fork_guard = fork_guard
+
+    @property
+    def _commit(self) -> bytes:
         # Through a pooler that forbids prepared statements, other clients would lose theirs.
         prepares = self._options.get("prepare_threshold", 0) is not None
-        self._commit = COMMIT + DEALLOCATE if prepares else COMMIT
+        return _COMMIT_AND_DEALLOCATE if prepares else COMMIT
 
     # -- async -------------------------------------------------------------------------
 

@@ -198,11 +198,9 @@ class QueueControl:
                 kept=mux.kept,
             )
             fork_guard = ForkGuard()
-            conninfo, kwargs = self._connection_parameters()
-            if not self._session.is_direct:
-                # A pooler's other sessions would not find its prepared statements.
-                kwargs = {"prepare_threshold": None, **kwargs}
-            self._transactions = Transactions((conninfo, kwargs), fork_guard)
+            self._transactions = Transactions(
+                self._connection_parameters(), fork_guard, prepares=self._session.is_direct
+            )
             self._ends.callback(self._transactions.close)
             self._slots = Slots(
                 mux,

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import psycopg
 from psycopg import AsyncConnection, Connection
 
-from bgjob._postgres.connection import ConnectionParameters, check_conninfo, options
+from bgjob._postgres.connection import ConnectionParameters, check_conninfo, options, options_async
 from bgjob.client import AsyncClient, Client
 
 Source: TypeAlias = Client | str | Connection[Any]
@@ -53,6 +53,6 @@ async def connected_async(
     connection_parameters = (
         (check_conninfo(source), {}) if isinstance(source, str) else source.connection_parameters
     )
-    arguments = {**options(connection_parameters), "autocommit": True}
+    arguments = {**await options_async(connection_parameters), "autocommit": True}
     async with await AsyncConnection.connect(**arguments) as conn:
         yield conn, connection_parameters

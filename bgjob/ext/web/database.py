@@ -7,7 +7,7 @@ import psycopg
 from typing_extensions import override
 
 from bgjob import schema
-from bgjob._postgres.connection import ConnectionParameters, options
+from bgjob._postgres.connection import ConnectionParameters, options_async
 from bgjob._postgres.cursor import AsyncCursor
 from bgjob._postgres.pool import AsyncPool, AsyncPooledConnection
 from bgjob._sql.execute import send_async
@@ -82,8 +82,8 @@ def parameters_of(source: "str | Client | AsyncClient") -> ConnectionParameters:
     """Return how to connect to the database of a client.
 
     Raises:
-        TypeError: neither a client nor a connection string, or a client whose pool has
-            callables for parameters.
+        TypeError: neither a client nor a connection string, or a client whose pool has a
+            connection class of its own.
         ValueError: not a valid connection string.
 
     """
@@ -103,4 +103,4 @@ def _pool(parameters: ConnectionParameters, size: int, settings: dict[str, str])
         if not cursor.rowcount:  # see the client's own
             connection.prepare_threshold = None
 
-    return AsyncPool(partial(options, parameters), configure, patience=_PATIENCE, size=size)
+    return AsyncPool(partial(options_async, parameters), configure, patience=_PATIENCE, size=size)
