@@ -3,15 +3,11 @@
 It is asked as an ASGI application, without a server and without a browser.
 """
 
-import asyncio
 import json
-import logging
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from html import unescape
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -19,28 +15,21 @@ import httpx
 import psycopg
 import pytest
 from support.clients import HOSTILE
-from support.database import count, row, rows
+from support.database import count, rows
 from support.databases import Databases
-from support.pages import HOST, OURS, Pages, all_but, may, opened, pages_of
-from support.roles import Roles
+from support.pages import HOST, OURS, Pages, all_but, may, opened
 
 from bgjob._words import printable
-from bgjob import Client, EnqueueRequest, cli
+from bgjob import Client, EnqueueRequest
 from bgjob.ext.web import (
     Access,
-    Anyone,
-    ProxyAccess,
     Shown,
     TokenAccess,
-    UsersAccess,
-    UsersError,
-    create_app,
     database,
     guard,
     routes,
 )
 from bgjob.ext.web.frame import PERMISSIONS, READING, original, path
-from bgjob.ext.web.kept import Kept
 from bgjob.ext.web.redaction import MASK
 
 NASTY = "a/b?c=<b>'\"&d"
@@ -187,6 +176,21 @@ def test_a_part_is_one_element_and_is_not_sent_again_while_it_stays_the_same(
     assert (again.status_code, again.content) == (304, b"")
     assert again.headers["etag"] == first.headers["etag"]
     assert page.get(url.replace(part, "nothing")).status_code == 404
+
+
+def test_ten_viewers_cost_as_much_as_one(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    overview = database.Reader.overview
+
+    async def count(reader: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(reader)
+        return await overview(reader, *args, **kwargs)
+
+    monkeypatch.setattr(database.Reader, "overview", count)
+    with opened(world) as pages:
+        found = pages.together(*["/", "/queues/mail", "/?part=queues", "/api/"] * 10)
+        assert {each.status_code for each in found} == {200}
+    assert len(asked) == 1
 
 
 def test_the_first_page_says_what_hurts(page: Pages) -> None:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from support.clients import dead_letter
 from support.database import count, row, rows
-from support.pages import OURS, Pages, all_but, may, opened
+from support.pages import OURS, Pages, may, opened
 from support.roles import Roles
 from support.waiting import eventually
 

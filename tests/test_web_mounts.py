@@ -3,12 +3,10 @@
 import asyncio
 import base64
 import io
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -23,16 +21,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
-from support.database import count
-from support.pages import HOST, OURS, Pages, may, opened, pages_of
-from support.waiting import eventually
+from support.pages import OURS, may, opened, pages_of
 
 from bgjob import AsyncClient, Client, EnqueueRequest, cli
 from bgjob._sql.server import bounds
 from bgjob._sql.statement import Statement
 from bgjob.ext.web import (
     Access,
-    Anyone,
     ProxyAccess,
     TokenAccess,
     UsersAccess,

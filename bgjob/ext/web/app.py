@@ -69,7 +69,8 @@ def create_app(
             There is no default: the page is closed until you say who may see it. TokenAccess,
             UsersAccess and ProxyAccess are ready-made.
         redact: a function that decides what is shown of a job's payload and error, everywhere;
-            see Shown. By default both are shown, but for `payloads`.
+            see Shown. By default both are shown, but for `payloads`. It hides what is shown
+            and not what is searched: a list can still be filtered by a part of the error.
         payloads: "mask" (the default) shows dots for values whose names look secret, at any
             depth; a user with the permission `payloads` can ask for them. "show" shows
             everything, "hide" shows no payload to anybody.
