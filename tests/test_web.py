@@ -448,7 +448,15 @@ SITES = {
     "from another port over plain http": ({"origin": HOST + ":81"}, False),
     "from a sandbox": ({"origin": "null"}, False),
     "from a program": ({"authorization": "Bearer x"}, True),
-    "from a program's token with a cookie": ({"authorization": "Bearer x", "cookie": "a=b"}, False),
+    "from a program that keeps cookies": ({"authorization": "Bearer x", "cookie": "a=b"}, True),
+    "from another site with a token": (
+        {"authorization": "Bearer x", "sec-fetch-site": "cross-site"},
+        False,
+    ),
+    "from another origin with a token": (
+        {"authorization": "Bearer x", "origin": "http://evil.example"},
+        False,
+    ),
     "with a password": ({"authorization": "Basic eDp4"}, False),
 }
 

@@ -66,7 +66,7 @@ def check_host(request: Request, hosts: frozenset[str] | None) -> None:
         return
     name = host_name(request.headers.get("host", ""))
     if name not in hosts and not _is_address(name):
-        raise HTTPException(421, f"this page is not served as {name!r}")
+        raise HTTPException(421, f"This page is not served as {name!r}.")
 
 
 def _is_address(name: str) -> bool:
@@ -88,12 +88,12 @@ async def body_of(request: Request) -> bytes:
     """Read the body; raise 413 if it is too large."""
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > LARGEST:
-        raise HTTPException(413, f"a request may have {LARGEST:,} bytes")
+        raise HTTPException(413, f"A request may have {LARGEST:,} bytes.")
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > LARGEST:
-            raise HTTPException(413, f"a request may have {LARGEST:,} bytes")
+            raise HTTPException(413, f"A request may have {LARGEST:,} bytes.")
     return body
 
 
@@ -112,22 +112,23 @@ def check_origin(request: Request) -> None:
 
     A browser says where a request comes from, and a page cannot change that: in Sec-Fetch-Site,
     or over plain HTTP in Origin. SameSite cookies alone would not do: another port of the host is
-    the same site. A request with a Bearer token and without cookies is no browser's doing.
+    the same site. A program says neither, and sends a Bearer token, which no browser adds by
+    itself.
     """
     headers = request.headers
-    if headers.get("authorization", "").lower().startswith("bearer ") and "cookie" not in headers:
-        return
     site = headers.get("sec-fetch-site")
     if site is not None:
         if site == "same-origin":
             return
-        raise HTTPException(403, f"this request comes from another site ({site})")
+        raise HTTPException(403, f"This request comes from another site ({site}).")
     origin, host = headers.get("origin"), headers.get("host", "")
     if origin is None:
-        raise HTTPException(403, "this request does not say from where it comes")
+        if headers.get("authorization", "").lower().startswith("bearer "):
+            return
+        raise HTTPException(403, "This request does not say from where it comes.")
     ours = [f"{scheme}://{host}" for scheme in {request.url.scheme, "https"}]
     if not any(hmac.compare_digest(origin.encode(), our.encode()) for our in ours):
-        raise HTTPException(403, f"this request comes from another origin ({origin})")
+        raise HTTPException(403, f"This request comes from another origin ({origin}).")
 
 
 def with_scheme(scope: Scope, proxies: Proxies) -> Scope:
