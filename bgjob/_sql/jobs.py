@@ -468,11 +468,14 @@ def _walked(
             select row_number() over () as n, w.* from ({walk}) as w
         ), found as materialized (
             select * from looked where fits order by n limit %(limit)s
+        ), ended as materialized (
+            select seen.rows, (
+                select json_build_array({place})::text from looked w where w.n = seen.rows
+            ) as place
+            from (select count(*) as rows from looked) as seen
         )
-        select all_of.rows, (
-            select json_build_array({place})::text from looked w where w.n = all_of.rows
-        ), json_build_array({place})::text, job.*
-        from (select count(*) as rows from looked) as all_of
+        select ended.rows, ended.place, json_build_array({place})::text, job.*
+        from ended
         left join found w on true
         left join lateral (
             select {_LISTED} from bgjob_job j where j.ctid = w.ctid offset 0
