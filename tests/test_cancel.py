@@ -1,17 +1,22 @@
 """A worker whose job is cancelled interrupts the handler, and tells the observer."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
 from support.database import count, row, rows
+from support.jobs import a_job
 from support.waiting import NEVER, PATIENCE, eventually
-from support.workers import Gate, Launcher, Recorder, Style, both_styles
+from support.workers import Gate, Launcher, Recorder, Style, both_styles, handler, running
 
 from bgjob import Job, Mux
+from bgjob._running.transaction import Transactions
+from bgjob._sql.settlements import Claimed
 
 NOTIFIED = pytest.mark.parametrize("notify", [True, False], ids=["notified", "polling"])
 
@@ -215,3 +220,81 @@ def test_a_cancel_is_heard_while_quick_jobs_flow(
         ends.set()
         thread.join()
     observer.wait_for("cancelled", "a")
+
+
+@both_styles
+def test_a_slot_is_never_lost_or_doubled_if_a_handler_ends_as_it_is_given_up(
+    style: Style, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bgjob._worker.executor.UNWINDING", 0.0)
+    ends = threading.Event()
+
+    def plain(_: Job) -> None:
+        ends.wait()
+
+    async def coroutine(_: Job) -> None:
+        while not ends.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+
+    with running(plain if style == "plain" else coroutine, "first") as (slots, executor):
+        ends.set()
+        assert eventually(lambda: slots.free == 1)
+        given_up = 0
+        for number in range(100):
+            ends.clear()
+            claimed = Claimed(a_job(id=str(number)), 1)
+            executor.submit([claimed])
+            assert eventually(lambda: claimed in executor.in_handlers)  # noqa: B023
+            ender = threading.Timer(number % 10 * 2e-5, ends.set)
+            ender.start()
+            while claimed in executor.in_handlers:
+                if executor.interrupt([claimed], monotonic()).silent:
+                    given_up += 1
+                    assert eventually(lambda: claimed not in executor.in_handlers)  # noqa: B023
+            ender.join()
+            assert eventually(lambda: slots.free == 1), number
+        assert slots.timeouts.missing == 0
+        print(f"{given_up} of 100 were given up")
+        assert 0 < given_up
+
+
+@both_styles
+def test_a_job_that_is_cancelled_while_its_payload_is_fetched_keeps_no_slot(
+    launcher: Launcher, style: Style, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, fetching, fetched = Recorder(), threading.Event(), threading.Event()
+    whole, whole_async = Transactions.whole, Transactions.whole_async
+
+    def slow(self: Transactions, claimed: Claimed) -> Any:
+        if claimed.job.id == "a":
+            fetching.set()
+            assert fetched.wait(PATIENCE)
+        return whole(self, claimed)
+
+    async def slow_async(self: Transactions, claimed: Claimed) -> Any:
+        if claimed.job.id == "a":
+            fetching.set()
+            await asyncio.sleep(NEVER)
+        return await whole_async(self, claimed)
+
+    monkeypatch.setattr(Transactions, "whole", slow)
+    monkeypatch.setattr(Transactions, "whole_async", slow_async)
+    runs: list[str] = []
+    worker = launcher.start(
+        Mux().register("t", handler(style, lambda job: runs.append(job.id))),
+        observer=observer,
+        concurrency=1,
+        poll_interval=NEVER,
+    )
+    launcher.enqueue("a", arg=bytes(100_000))
+    assert fetching.wait(PATIENCE)
+    launcher.enqueue("b", "c")
+    assert launcher.client.jobs.cancel("a").running == ("a",)
+    observer.wait_for("completed", "b")
+    observer.wait_for("completed", "c")
+    fetched.set()
+    launcher.enqueue("d")
+    observer.wait_for("completed", "d")
+    assert runs == ["b", "c", "d"]
+    assert launcher.shutdown(worker, timeout=5)

@@ -105,7 +105,10 @@ class Tasks:
         except RuntimeError as error:  # no thread can start
             self._slots.hindered(error)
             self._slots.done(Outcome(claimed, Release(), None))
-            self._slots.free_slot(thread)
+            thread.claimed = None
+            was_given_up = thread.interrupt and self._slots.was_given_up(thread, claimed)
+            if not was_given_up or self._slots.come_back(thread):
+                self._slots.free_slot(thread)
             return
         # Another thread may raise an exception in this one, but not between these: there is no
         # call. Before them the slot is the thread's, and after them `start_again` completes this.
@@ -254,7 +257,10 @@ class Tasks:
                     return
                 whole = await self._fetch(claimed)
                 if whole is None:
-                    claimed = me.claimed = None
+                    ended, claimed, me.claimed = claimed, None, None
+                    if me.interrupt is not None and slots.was_given_up(me, ended):
+                        self._come_back(me)
+                        return
                     continue
                 job = whole.job
             route = route_of(job) if known is None else known

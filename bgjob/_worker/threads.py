@@ -255,7 +255,9 @@ class Threads:
                     return False
                 whole = self._fetch(claimed)
                 if whole is None:
-                    claimed = me.claimed = None
+                    ended, claimed, me.claimed = claimed, None, None
+                    if me.interrupt is not None and slots.was_given_up(me, ended):
+                        return slots.come_back(me)
                     continue
                 job = whole.job
             route = route_of(job)
