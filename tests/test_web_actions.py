@@ -13,7 +13,7 @@ from support.pages import OURS, Pages, may, opened
 from support.roles import Roles
 from support.waiting import eventually
 
-from bgjob import Client, Complete, EnqueueRequest, Job, Mux, Result, Retry, Worker
+from bgjob import Client, Complete, EnqueueRequest, Job, MoveToDlq, Mux, Result, Retry, Worker
 from bgjob.ext.web.frame import PERMISSIONS, path
 from bgjob.triage import DeadGroup
 
@@ -223,6 +223,34 @@ def until(pages: Pages, url: str, *states: str) -> Any:
 
     assert eventually(is_there), found
     return next(each for each in found if each["state"] in states)
+
+
+def test_a_group_and_a_dead_job_say_on_which_worker_they_died(
+    page: Pages, plain_client: Client, conn: psycopg.Connection
+) -> None:
+    for id_ in "ab":
+        plain_client.enqueue(EnqueueRequest("q", "t", id=id_))
+    mux = Mux().register("t", lambda _: MoveToDlq("no"))
+    with Worker(plain_client, "q", mux, poll_interval=0.05, release="7.<b>"):
+        assert eventually(lambda: count(conn, "bgjob_dead_job") == 2)
+        [worker] = plain_client.workers()
+    [group] = plain_client.dlq.groups()
+    at = f"/dead/groups/{group.fingerprint}"
+    number = plain_client.dlq.list()[0].number
+    [told] = page.get(f"/api{at}").json()["died_on"]
+    assert told == {
+        "number": worker.number,
+        "jobs": 2,
+        "host": worker.host,
+        "pid": worker.pid,
+        "release": "7.<b>",
+    }
+    link = f'<a href="/workers/{worker.number}">{worker.number} on '
+    assert link in page.get(at).text and link in page.get(f"/dead/{number}").text
+    assert "7.&lt;b&gt;" in page.get(at).text
+    conn.execute("delete from bgjob_worker")
+    page.post("/queues/q/pause")  # what is kept is forgotten when something was changed here
+    assert "not seen within a day" in page.get(at).text
 
 
 def test_a_canary_is_tried_then_the_rest_follows(

@@ -21,10 +21,12 @@ class DeadListed(NamedTuple):
     last_error: str | None
     """Its first 1,000 characters."""
     moved_at: datetime
+    worker: int | None
 
 
 _DEAD: LiteralString = f"""
-    d.id, d.job_id, d.queue, d.type, d.attempt, left(d.last_error, 1000), {in_range("d.moved_at")}
+    d.id, d.job_id, d.queue, d.type, d.attempt, left(d.last_error, 1000), {in_range("d.moved_at")},
+    d.worker
 """
 
 

@@ -2,10 +2,11 @@
 
     canary   one of a group, and how it ends
     rest     the others, in batches, with a rate and a brake
+    died_on  the workers on which they died
 
-Both are generators. A step is a statement, which they get the answer to, or a Pause; each statement
-is a transaction of its own. They keep nothing but what the tables have: a program that
-ends in between leaves each job either dead or in its queue.
+The first two are generators. A step is a statement, which they get the answer to, or a Pause;
+each statement is a transaction of its own. They keep nothing but what the tables have: a program
+that ends in between leaves each job either dead or in its queue.
 
 How a canary ends is told by its rows alone, because a worker of any version may have it:
 

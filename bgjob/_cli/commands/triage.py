@@ -15,7 +15,7 @@ from bgjob._cli.arguments import UsageError
 from bgjob._cli.progress import progress, say
 from bgjob._explanation.words import argument
 from bgjob._sql.dead import number_of, numbers
-from bgjob._sql.tokens import NUMBERS
+from bgjob._triage.died_on import DiedOn, died_on
 from bgjob._words import count, lasting
 from bgjob.client import Client
 from bgjob.job import DeadJob
@@ -245,14 +245,14 @@ def _show(client: Client, group: DeadGroup, args: argparse.Namespace) -> int:
     latest = client.dlq.list(fingerprint=group.fingerprint, limit=_LATEST)
     attempts = Counter(job.attempt for job in latest)
     keys = _payload_keys(latest)
-    workers = _workers(client, latest)
+    workers = _died_on(client, latest)
     if args.json:
         table.write_json(
             _group_as_json(group)
             | {
                 "attempts": {str(attempt): times for attempt, times in sorted(attempts.items())},
                 "payload_keys": keys,
-                "workers": workers,
+                "workers": [worker._asdict() for worker in workers],
                 "samples": [
                     {"id": job.id, "number": job.number, "error": job.last_error}
                     for job in latest[:_SAMPLES]
@@ -294,30 +294,17 @@ def _times(attempts: Counter[int]) -> list[str]:
     ]
 
 
-def _workers(client: Client, jobs: list[DeadJob]) -> list[dict[str, Any]]:
-    """Return the workers that moved jobs to the dead, those of the last day with their hosts."""
-    counts = Counter(job.worker for job in jobs if job.worker is not None)
-    if not counts:
-        return []
-    known = {worker.number % NUMBERS: worker for worker in reversed(client.workers())}
-    return [
-        {
-            "number": number,
-            "jobs": times,
-            "host": None if (worker := known.get(number)) is None else worker.host,
-            "pid": None if worker is None else worker.pid,
-            "release": None if worker is None else worker.release,
-        }
-        for number, times in counts.most_common()
-    ]
+def _died_on(client: Client, jobs: list[DeadJob]) -> list[DiedOn]:
+    numbers = [job.worker for job in jobs if job.worker is not None]
+    return died_on(numbers, client.workers()) if numbers else []
 
 
-def _worker(worker: dict[str, Any]) -> str:
-    text = f"{worker['number']}"
-    if worker["host"] is not None:
-        release = f", release {worker['release']}" if worker["release"] else ""
-        text += f" ({worker['host']}, pid {worker['pid']}{release})"
-    return f"{text}: {count(worker['jobs'], 'job')}"
+def _worker(worker: DiedOn) -> str:
+    text = f"{worker.number}"
+    if worker.host is not None:
+        release = f", release {worker.release}" if worker.release else ""
+        text += f" ({worker.host}, pid {worker.pid}{release})"
+    return f"{text}: {count(worker.jobs, 'job')}"
 
 
 def _ago(at: datetime) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from bgjob._triage.died_on import DiedOn
 from bgjob.ext.web.parts import (
     Button,
     DeadRow,
@@ -246,13 +247,14 @@ class GroupPage:
     """`/dead/groups/FINGERPRINT` (group.html). Part: steps (canary, rest and their state).
 
     `group` is None once nothing of it is dead. `command` is what to type instead of the rest if
-    that is too much for a page; empty otherwise. `frames` is in the sample's text.
+    that is too much for a page; empty otherwise. `died_on` counts the latest ones by worker.
     """
 
     fingerprint: str
     group: GroupRow | Trouble | None = None
     sample: Text | None = None
     latest: tuple[DeadRow, ...] | Trouble | None = None
+    died_on: tuple[DiedOn, ...] = ()
     canary: Canary | None = None
     rest: Rest | None = None
     command: str = ""
@@ -274,6 +276,7 @@ class DeadFacts:
     updated_at: datetime
     died_at: datetime
     fingerprint: str | None
+    died_on: DiedOn | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from starlette.exceptions import HTTPException
 
 from bgjob._sql import pages as statements
 from bgjob._sql.dead import number_of
-from bgjob._sql.pages import DeadStep
+from bgjob._sql.pages import DeadListed, DeadStep
+from bgjob._triage.died_on import DiedOn, died_on
 from bgjob.ext.web.frame import path
 from bgjob.ext.web.pages.rows import brief, dead_rows
 from bgjob.ext.web.pages.workers import number_in
-from bgjob.ext.web.parts import Button, DeadRow, GroupRow, Trouble
+from bgjob.ext.web.parts import Button, GroupRow, Trouble
 from bgjob.ext.web.records import is_revealed
 from bgjob.ext.web.redaction import Shown
 from bgjob.ext.web.views import Chip, DeadFacts, DeadJobPage, DeadPage, GroupPage
@@ -155,7 +156,14 @@ async def group(visit: Visit) -> GroupPage:
         page = replace(page, sample=redaction.whole_error(shown))
     if visit.part is not None:
         return page
-    return replace(page, latest=await tried(_latest(visit, fingerprint)))
+    latest = await tried(_latest(visit, fingerprint))
+    if isinstance(latest, Trouble):
+        return replace(page, latest=latest)
+    return replace(
+        page,
+        latest=dead_rows(latest, redaction),
+        died_on=await _died_on(visit, [job.worker for job in latest]),
+    )
 
 
 async def _group(visit: Visit, fingerprint: str) -> DeadGroup | None:
@@ -169,9 +177,14 @@ async def _group(visit: Visit, fingerprint: str) -> DeadGroup | None:
     return found[0] if found else None
 
 
-async def _latest(visit: Visit, fingerprint: str) -> tuple[DeadRow, ...]:
+async def _latest(visit: Visit, fingerprint: str) -> list[DeadListed]:
     statement = statements.latest_of(number_of(fingerprint), limit=_LATEST)
-    return dead_rows(await visit.site.reader.read(statement), visit.site.redaction)
+    return await visit.site.reader.read(statement)
+
+
+async def _died_on(visit: Visit, workers: list[int | None]) -> tuple[DiedOn, ...]:
+    known = await tried(visit.site.workers())
+    return (*died_on(workers, [] if isinstance(known, Trouble) else known),)
 
 
 async def dead_job(visit: Visit) -> DeadJobPage:
@@ -202,6 +215,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
             job.updated_at,
             job.moved_at,
             job.fingerprint,
+            next(iter(await _died_on(visit, [job.worker])), None),
         ),
         payload,
         redaction.whole_error(shown),
