@@ -298,3 +298,31 @@ def test_a_job_that_is_cancelled_while_its_payload_is_fetched_keeps_no_slot(
     observer.wait_for("completed", "d")
     assert runs == ["b", "c", "d"]
     assert launcher.shutdown(worker, timeout=5)
+
+
+@both_styles
+def test_the_handler_of_an_abandoned_job_runs_on_beside_the_next_job_of_its_key(
+    launcher: Launcher, style: Style
+) -> None:
+    observer, gate = Recorder(), Gate()
+    launcher.start(
+        Mux().register("t", gate.of(style)).register("next", lambda _: None),
+        observer=observer,
+        concurrency=2,
+        lease=1.5,
+        poll_interval=0.05,
+    )
+    launcher.enqueue("a", exclusive="k")
+    gate.wait()
+    launcher.enqueue("b", type="next", exclusive="k")
+    assert launcher.client.jobs.abandon("a", by="me", reason="why").running == ("a",)
+    observer.wait_for("completed", "b")
+    observer.wait_for("lost", "a")
+    gate.released.set()
+    launcher.enqueue("c", "d", type="next")
+    for id_ in "cd":
+        observer.wait_for("completed", id_)
+    assert observer.of("cancelled", "retried", "dead", "error") == []
+    dead = launcher.client.dlq.get("a")
+    assert dead is not None
+    assert dead.last_error == "abandoned by me: why"
