@@ -14,7 +14,7 @@ from support.plans import (
     run,
 )
 
-from bgjob._sql import dead
+from bgjob._sql import dead, triage
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.statement import Statement
 
@@ -92,19 +92,19 @@ def test_a_canary_and_a_batch_look_at_their_own_jobs_only(
 ) -> None:
     tables = {"bgjob_dead_job", "bgjob_job"}
     fill_with_statistics(conn, statistics, fill_both, MANY, tables)
-    canary = check(conn, dead.canary(2), 2)
+    canary = check(conn, triage.canary(2), 2)
     assert canary.id == f"dead {MANY - 9}"
-    state = check(conn, dead.state("dead 1", 0), 2)
+    state = check(conn, triage.state("dead 1", 0), 2)
     assert (state.attempt, state.number, state.error) == (
         None,
         canary.number - MANY + 10,
         "ValueError: 1",
     )
     last = canary.number + 9
-    assert check(conn, dead.start(2, None), MANY // GROUPS) == (last, MANY // GROUPS - 1)
-    numbers = check(conn, dead.batch(2, state.number, last, limit=100), 2 * 100)
+    assert check(conn, triage.start(2, None), MANY // GROUPS) == (last, MANY // GROUPS - 1)
+    numbers = check(conn, triage.batch(2, state.number, last, limit=100), 2 * 100)
     assert numbers == [state.number + GROUPS * n for n in range(1, 101)]
     requeued = check(conn, dead.requeue(DeadFilter(numbers=numbers[:20])), 3 * 20)
     assert len(requeued.ids) == 20
     ids = [f"live {n}" for n in range(1000)]
-    assert check(conn, dead.failed_again(2, last - 500, ids), 2 * 1000 + 1) == 50 + 999
+    assert check(conn, triage.failed_again(2, last - 500, ids), 2 * 1000 + 1) == 50 + 999

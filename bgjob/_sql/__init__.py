@@ -28,6 +28,7 @@ A job's row, in the order of its life:
     jobs          look at it, alone and in lists
     steering      cancel it, abandon it, make it due, change its priority
     dead          its row in the dead-letter table
+    triage        that row tried again: a canary, then the rest
     repairs       rows that cannot be claimed or read
     history       what is left of it if jobs of its type are kept
     workers       the row of a worker, for people to see it

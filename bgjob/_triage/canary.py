@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bgjob._failure import fingerprint as fingerprint_of_text
 from bgjob._failure import normalised
-from bgjob._sql import dead, enqueues, looks, pauses, session
+from bgjob._sql import dead, enqueues, looks, pauses, session, triage
 from bgjob._sql.dead import DeadFilter
 from bgjob._sql.tokens import origin
 from bgjob._triage import Pause, Steps
@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
 def canary(fingerprint: str, options: Options) -> Steps[Canary]:
     """Move the latest job of a group back, and watch it."""
-    job: DeadJob | None = yield dead.canary(dead.number_of(fingerprint))
+    job: DeadJob | None = yield triage.canary(dead.number_of(fingerprint))
     if job is None:
         raise CanaryRefusedError(
             f"no dead job has the fingerprint {fingerprint!r}, or all of them are in their queues "
@@ -55,11 +55,11 @@ def canary(fingerprint: str, options: Options) -> Steps[Canary]:
     _tell(options, seen)
     pause = _FIRST_PAUSE
     while True:
-        found: dead.State = yield dead.state(job.id, job.number)
+        found: triage.State = yield triage.state(job.id, job.number)
         took = monotonic() - began
         last, seen = seen, _judged(seen, found, job, requeued.due, took)
         if seen.verdict == "failed" and options.one_try:
-            number: int | None = yield dead.give_up(
+            number: int | None = yield triage.give_up(
                 job.id, found.attempt or 0, _group_of(job, seen.error)
             )
             if number is None:  # a worker has claimed it again meanwhile
@@ -111,7 +111,7 @@ def _check_workers(job: DeadJob) -> Steps[None]:
 
 
 def _judged(
-    seen: Canary, found: dead.State, job: DeadJob, due: datetime | None, took: float
+    seen: Canary, found: triage.State, job: DeadJob, due: datetime | None, took: float
 ) -> Canary:
     if found.number is not None:
         return replace(seen, verdict="dead", number=found.number, error=found.error)

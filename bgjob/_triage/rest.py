@@ -6,7 +6,7 @@ from math import ceil, inf
 from time import monotonic
 from typing import NamedTuple
 
-from bgjob._sql import dead, enqueues
+from bgjob._sql import dead, enqueues, triage
 from bgjob._sql.dead import DeadFilter
 from bgjob._triage import Pause, Steps
 from bgjob.triage import Rest
@@ -36,7 +36,7 @@ def rest(fingerprint: str, options: Options) -> Steps[Rest]:
     if options.stop_after is not None and options.stop_after < 0:
         raise ValueError(f"stop_after must be from 0, or None, not {options.stop_after!r}")
     group = dead.number_of(fingerprint)
-    start: dead.Start = yield dead.start(group, options.upto)
+    start: triage.Start = yield triage.start(group, options.upto)
     # Not beyond: those that die again have greater numbers, and would go round.
     upto = start.last if options.upto is None else min(options.upto, start.last)
     most = _BATCH if options.rate is None else min(_BATCH, ceil(options.rate))
@@ -46,11 +46,11 @@ def rest(fingerprint: str, options: Options) -> Steps[Rest]:
     after = 0
     while True:
         began = monotonic()
-        failed: int = yield dead.failed_again(group, start.last, [*watched])
+        failed: int = yield triage.failed_again(group, start.last, [*watched])
         done = done._replace(failed=failed)
         if options.stop_after is not None and failed > options.stop_after:
             return done._replace(is_stopped=True)
-        numbers: list[int] = yield dead.batch(group, after, upto, limit=size)
+        numbers: list[int] = yield triage.batch(group, after, upto, limit=size)
         if not numbers:
             return done
         requeued: dead.Requeued = yield dead.requeue(DeadFilter(numbers=numbers))
