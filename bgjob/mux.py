@@ -1,4 +1,8 @@
-"""Routes job types to handlers, each with its policy."""
+"""Routes job types to handlers, each with its policy.
+
+The module has over 400 lines because each kind of handler has a signature of its own, for type
+checkers.
+"""
 
 import builtins
 from collections.abc import Callable, Sequence

@@ -7,7 +7,8 @@ something to do, or names the time to sleep to.
 Each part of the engine has one kind of work, and its docstring says what always holds for it.
 The engine puts together what they add to an exchange, and reports to each of them what became
 of it: the answer, a refusal, or that it is unknown. What concerns several parts is here: which
-kinds of work are next, the end of the worker, and a job that leaves all parts since it is lost.
+kinds of work are next, the end of the worker, and a job that leaves all parts since it is lost. It
+has over 400 lines, because each of its verbs goes through all parts.
 """
 
 from collections import deque
