@@ -29,9 +29,10 @@ from typing_extensions import Unpack
 from bgjob._failure import error_text
 from bgjob._postgres.connection import is_two_phase
 from bgjob._running.drive import drive, drive_async
-from bgjob._sql import enqueues, keys, looks, steering
+from bgjob._sql import enqueues, job_pages, keys, looks, steering
 from bgjob._sql import jobs as sql
-from bgjob._sql.jobs import JobFilter, Live, Looked, Way
+from bgjob._sql.job_pages import Looked, Way
+from bgjob._sql.jobs import JobFilter, Live
 from bgjob._sql.looks import Claimant
 from bgjob._sql.server import bounds
 from bgjob._sql.statement import Statement
@@ -907,9 +908,9 @@ def _list(
             raise ValueError("after continues a list of filters; jobs with given ids are one page")
         rows: list[Live] = (yield _ask(sql.listed(chosen, where))) if chosen else []
         return JobPage((yield from _live(rows)), None, len(chosen))
-    way = sql.first_way(where) if after is None else sql.parsed(after, where)
+    way = job_pages.first_way(where) if after is None else job_pages.parsed(after, where)
     found = yield from _page(way, where, limit)
-    following = None if found.at is None else sql.written(found.at)
+    following = None if found.at is None else job_pages.written(found.at)
     return JobPage((yield from _live(found.jobs)), following, found.rows, found.about)
 
 
@@ -917,11 +918,11 @@ def _page(way: Way, where: JobFilter, limit: int) -> _Steps[Looked]:
     """Look until there are enough jobs, or enough was looked at for one page."""
     jobs: list[Live] = []
     rows, about = 0, None
-    blocks, most = sql.FIRST_BLOCKS, sql.MOST_BLOCKS
-    step, left = sql.FIRST_ROWS, sql.MOST_ROWS
+    blocks, most = job_pages.FIRST_BLOCKS, job_pages.MOST_BLOCKS
+    step, left = job_pages.FIRST_ROWS, job_pages.MOST_ROWS
     at: Way | None = way
     while at is not None:
-        if isinstance(at, sql.Blocks):
+        if isinstance(at, job_pages.Blocks):
             blocks = min(blocks, most)
             statement = at.look(where, limit - len(jobs), blocks)
         else:
@@ -935,8 +936,8 @@ def _page(way: Way, where: JobFilter, limit: int) -> _Steps[Looked]:
         if len(jobs) == limit:
             break
         if at is None:
-            at = sql.next_way(before, where)
-        elif isinstance(at, sql.Blocks):
+            at = job_pages.next_way(before, where)
+        elif isinstance(at, job_pages.Blocks):
             most, blocks = most - blocks, 2 * blocks
             if most <= 0:
                 break
@@ -946,13 +947,13 @@ def _page(way: Way, where: JobFilter, limit: int) -> _Steps[Looked]:
                 break
     else:
         return Looked(jobs, None, rows, about)
-    return Looked(jobs, at or sql.next_way(before, where), rows, about)
+    return Looked(jobs, at or job_pages.next_way(before, where), rows, about)
 
 
 def _matching(where: JobFilter) -> _Steps[list[str]]:
     """Return the ids of all jobs that match, each once."""
     ids: dict[str, None] = {}
-    at: Way | None = sql.first_way(where)
+    at: Way | None = job_pages.first_way(where)
     while at is not None:
         found = yield from _page(at, where, _PAGE)
         ids.update((job.id, None) for job in found.jobs)

@@ -21,8 +21,9 @@ from support.plans import (
     run,
 )
 
-from bgjob._sql import jobs, looks, steering
-from bgjob._sql.jobs import Blocks, Ids, JobFilter, Keyed, Line, Looked, Waiting
+from bgjob._sql import job_pages, jobs, looks, steering
+from bgjob._sql.job_pages import Blocks, Ids, Keyed, Line, Looked, Waiting
+from bgjob._sql.jobs import JobFilter
 from bgjob._sql.keys import lock_keys, release
 from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS
@@ -107,7 +108,7 @@ def test_a_page_looks_at_no_more_rows_than_it_may(
         if name != "transaction_read_only":
             conn.execute("select set_config(%s, %s, false)", [name, value], prepare=False)
 
-    def page(way: jobs.Way, limit: int = PAGE, **filters: Any) -> Statement[Looked]:
+    def page(way: job_pages.Way, limit: int = PAGE, **filters: Any) -> Statement[Looked]:
         return way.look(JobFilter(**filters), limit)
 
     soon = datetime.now(UTC).isoformat()

@@ -17,7 +17,7 @@ from bgjob._sql.keys import acquire, lock_keys, release
 from bgjob._sql.leases import extend
 from bgjob._sql.settlements import Claimed, complete, release_jobs
 from bgjob._sql.tokens import EPOCH
-from bgjob._sql import jobs as listings
+from bgjob._sql import job_pages
 from bgjob.jobs import JobChanges, JobPage, LiveJob
 
 WAITING: LiteralString = "select id from bgjob_job where waits order by id"
@@ -135,7 +135,7 @@ def test_the_pages_of_a_list_have_each_job_once(
     limit: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(listings, "FIRST_ROWS", 2)  # several looks a page
+    monkeypatch.setattr(job_pages, "FIRST_ROWS", 2)  # several looks a page
     query: LiteralString = f"select id from bgjob_job where {condition} order by id"
     expected = [id_ for [id_] in rows(conn, query)]
     assert expected

@@ -25,7 +25,7 @@ A job's row, in the order of its life:
     keys          its exclusive key: who has it, who waits for it
     transactions  its handler's own transaction
     settlements   what its result does to it: the only place that says so
-    jobs          look at it, alone and in lists
+    jobs          look at it, alone; `job_pages` in lists
     steering      cancel it, abandon it, make it due, change its priority
     dead          its row in the dead-letter table
     triage        that row tried again: a canary, then the rest
