@@ -1059,7 +1059,8 @@ class History:
                     self.longest_pass = max(self.longest_pass, self.pass_cost)
                     known = self.calm and self.engine._lookout.marks.known
                     self.long_sweeps += known and self.sweep_cost > 0.25
-                    often = self.long_sweeps > 6 + 2 * self.requeued + (self.now - self.began) / 30
+                    # One that takes 0.25 s puts off the next by forty times that.
+                    often = self.long_sweeps > 6 + 2 * self.requeued + (self.now - self.began) / 10
                     promise(not often, "stops again and again for a sweep")
                 ahead = ahead or self._follow()
                 if ahead is not None:
