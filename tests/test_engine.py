@@ -10,7 +10,7 @@ import pytest
 
 from bgjob._engine import engine, settling
 from bgjob._engine.engine import Engine
-from bgjob._engine.outcome import Committed, Effects, Event, Outcome, Release
+from bgjob._engine.outcome import Committed, Effects, Event, Fenced, Outcome, Release
 from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Step, Stop, Sweep, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.watermarks import Watermarks
@@ -21,7 +21,7 @@ from bgjob._sql.keys import Blocked
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
-from bgjob.result import Complete, Result, Retry
+from bgjob.result import Complete, Result, Reschedule, Retry
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ROUND_TRIP = 0.001
@@ -809,6 +809,32 @@ def test_a_job_that_was_cancelled_requeued_and_claimed_again_has_one_claim() -> 
     drive.now += 1.0
     exchange = drive.next_exchange()
     assert (exchange.outcomes, exchange.extend) == ([], [new])
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        (Committed(Reschedule(0)), "Outcome"),  # the claim is of the job that it has put back
+        (Fenced(), "JobLeaseLost"),
+        (Retry(0.0), "JobLeaseLost"),
+    ],
+)
+def test_a_transactional_job_claimed_again_is_told_by_what_its_own_transaction_did(
+    result: Committed | Fenced | Retry, told: str
+) -> None:
+    drive = Drive(concurrency=2, lease=3.0, transactional={"t"})
+    (old,) = drive.claim("a")
+    drive.engine.wake(Notice(later=True))
+    drive.exchange()
+    effects = drive.answer(found(job("a")))
+    (new,) = effects.run
+    assert effects.events == []
+    events = drive.engine.finish([Outcome(old, result, 0.0)])
+    drive.now += 1.0
+    exchange = drive.next_exchange()
+    assert (exchange.outcomes, exchange.extend) == ([], [new])
+    events += drive.answer().events
+    assert [type(event).__name__ for event in events] == [told]
 
 
 def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import quote
 
+import psycopg
 import pytest
 from support.browser import browser as start_browser, findings, need_browser, serving
 from support.databases import Databases
@@ -86,13 +87,42 @@ class World:
         return self.client.explain(id_).state == "absent"
 
 
-@pytest.fixture(scope="module")
-def world(databases: Databases, template: str) -> Iterator[World]:
+MILLION = 1_000_000
+
+CROWD = """
+    insert into bgjob_job (id, queue, type, attempt, last_error, next_run_at)
+    select 'crowd ' || n, 'crowd ' || n %% 3, 'any', (n %% 50 = 0)::int,
+        case when n %% 50 = 0 then 'not today' end,
+        now() + case when n %% 5 = 0 then 1 else -1 end * n * interval '10 ms'
+    from generate_series(1, %(jobs)s) as n;
+    insert into bgjob_dead_job (
+        job_id, queue, type, attempt, last_error, fingerprint, priority, next_run_at,
+        job_created_at, job_updated_at, moved_at
+    )
+    select 'dead ' || n, 'crowd ' || n %% 3, 'any', 3, repeat('an error of some length ', 10),
+        1 + n %% 40, 0, now(), now(), now(), now() - (%(jobs)s - n) * interval '400 ms'
+    from generate_series(1, %(jobs)s) as n;
+    analyze bgjob_job, bgjob_dead_job;
+"""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(0, id="alone"),
+        pytest.param(MILLION, id="in a crowd", marks=[pytest.mark.soak, pytest.mark.timeout(600)]),
+    ],
+)
+def world(request: pytest.FixtureRequest, databases: Databases, template: str) -> Iterator[World]:
+    """A world of a few jobs, alone or beside a million live and a million dead ones."""
     need_browser()
     from bgjob.ext.web import TokenAccess, create_app
 
     with ExitStack() as stack:
         dsn = stack.enter_context(databases.lend(template, may_keep=lambda: False))
+        if request.param:
+            with psycopg.connect(dsn) as conn:
+                psycopg.ClientCursor(conn).execute(CROWD, {"jobs": request.param})
         client = stack.enter_context(Client(dsn))
         app = create_app(dsn, access=TokenAccess(TOKEN), name="test")
         world = World(client, stack.enter_context(serving(app)))
@@ -122,7 +152,8 @@ def world(databases: Databases, template: str) -> Iterator[World]:
         )
         stack.callback(worker.shutdown, 0)
         worker.run()
-        assert eventually(lambda: len(client.dlq.list()) == 5)
+        dying = [HOSTILE, *(f"confirm-{n}" for n in range(4))]
+        assert eventually(lambda: len(client.dlq.list(ids=dying)) == len(dying))
         assert world.entered.wait(PATIENCE)
         yield world
 

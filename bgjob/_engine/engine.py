@@ -335,7 +335,7 @@ class Engine:
         if claimed:
             self._is_idle = False
             self.pace.claimed(claimed, now)
-            self._lose(self._leases.claimed_before(claimed))
+            self._claimed_again(self._leases.claimed_before(claimed))
             self._leases.hold(claimed, exchange.at)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()
@@ -356,6 +356,17 @@ class Engine:
         """Drop claims that this worker has left to others."""
         self._drop(claims)
         self._cancels.lost(claims)
+
+    def _claimed_again(self, claims: list[Claimed]) -> None:
+        """Drop claims whose jobs this worker has claimed again.
+
+        The transaction of a transactional one has put the job back, or will find it lost: so its
+        handler's end tells which, and not the claim that came before it.
+        """
+        self._drop(claims)
+        own = {c for c in claims if c.job.type in self._transactional} & self._leases.lost
+        self._settling.superseded |= own
+        self._cancels.lost([claimed for claimed in claims if claimed not in own])
 
     def _cancel(self, claims: list[Claimed]) -> None:
         """Drop claims that were cancelled; their handlers are to be interrupted."""

@@ -49,6 +49,8 @@ class Settling:
         self.refused: deque[Unsettled] = deque()
         self.retry_at = inf
         """When the first refused one is tried again."""
+        self.superseded: set[Claimed] = set()
+        """Transactional jobs in handlers, which the worker has claimed again meanwhile."""
         self._limit = MOST
         self._spilled = 0  # how many of the oldest refused ones to leave to their leases
 
@@ -67,8 +69,8 @@ class Settling:
 
     def finish(self, outcomes: Sequence[Outcome]) -> list[Event]:
         """Take outcomes; return the events of jobs that their own transactions have settled."""
+        events = self._superseded(outcomes) if self.superseded else []
         outcomes = self._leases.but_lost(outcomes)
-        events: list[Event] = []
         if self._transactional:
             for outcome in outcomes:
                 claimed, result = outcome.claimed, outcome.result
@@ -83,6 +85,20 @@ class Settling:
             outcomes = [o for o in outcomes if not isinstance(o.result, Committed | Fenced)]
         # Those that named a key and were not lost wait for it.
         self.pending.extend(cast("Sequence[Unsettled]", outcomes))
+        return events
+
+    def _superseded(self, outcomes: Sequence[Outcome]) -> list[Event]:
+        """Return the events of jobs that were claimed again before these outcomes were known."""
+        events: list[Event] = []
+        for outcome in outcomes:
+            if outcome.claimed in self.superseded:
+                if isinstance(outcome.result, Committed):
+                    events.append(outcome.with_result(outcome.result.result))
+                else:
+                    lost = JobLeaseLost(outcome.claimed.job, outcome.ran, outcome.waited)
+                    self._cancels.gone(outcome.claimed, lost)
+        self.superseded.difference_update(outcome.claimed for outcome in outcomes)
+        self.superseded &= self._leases.lost
         return events
 
     def add_pending(self, exchange: Exchange) -> None:
