@@ -4,7 +4,7 @@ With the oldest version: as in test_sqlalchemy, with 'asyncpg==0.29.0'.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,6 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 from support.clients import HOSTILE
 from support.database import count, rows, sleeper
-from support.databases import Databases
 from support.jobs import requests
 from support.waiting import NEVER, eventually
 from support.workers import Launcher, Recorder
@@ -40,20 +39,6 @@ class SendMail:
     queue: ClassVar[str] = "mail"
 
     to: str
-
-
-@pytest.fixture(scope="module")
-def home(databases: Databases, template: str) -> Iterator[str]:
-    """The DSN of the module's database."""
-    with databases.lend(template, may_keep=lambda: False) as dsn:
-        yield dsn
-
-
-@pytest.fixture
-def dsn(home: str) -> Iterator[str]:
-    yield home
-    with psycopg.connect(home) as conn:
-        conn.execute("delete from bgjob_job")
 
 
 @asynccontextmanager

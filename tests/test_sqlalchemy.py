@@ -416,7 +416,7 @@ def test_another_target_is_refused_with_the_remedy(dsn: str) -> None:
 
 
 def test_a_client_refuses_the_connections_of_others_with_the_remedy(
-    dsn: str, client: Client
+    dsn: str, plain_client: Client
 ) -> None:
     job = EnqueueRequest("q", "t")
     remedies = {
@@ -425,17 +425,20 @@ def test_a_client_refuses_the_connections_of_others_with_the_remedy(
         "a Client takes a Connection": object.__new__(psycopg.AsyncConnection),
     }
     for remedy, conn in remedies.items():
-        for call in (client.enqueue, lambda r, conn: client.bulk_enqueue([r], conn=conn)):
+        for call in (
+            plain_client.enqueue,
+            lambda r, conn: plain_client.bulk_enqueue([r], conn=conn),
+        ):
             with pytest.raises(TypeError, match=f"conn must be a psycopg.Connection, .*{remedy}"):
                 call(job, conn=cast(Any, conn))
 
     async def asynchronous() -> None:
-        async with AsyncClient(dsn) as client:
+        async with AsyncClient(dsn) as plain_client:
             for remedy, conn in list(remedies.items())[:2]:
                 with pytest.raises(TypeError, match=f"psycopg.AsyncConnection, .*{remedy}"):
-                    await client.enqueue(job, conn=cast(Any, conn))
+                    await plain_client.enqueue(job, conn=cast(Any, conn))
                 with pytest.raises(TypeError, match=f"psycopg.AsyncConnection, .*{remedy}"):
-                    await client.bulk_enqueue([job], conn=cast(Any, conn))
+                    await plain_client.bulk_enqueue([job], conn=cast(Any, conn))
 
     asyncio.run(asynchronous())
 
@@ -557,19 +560,13 @@ def done_in_a_handler(
 both_colours = pytest.mark.parametrize("is_async", [False, True], ids=["session_of", "asession_of"])
 
 
-@pytest.fixture
-def client(dsn: str) -> Iterator[Client]:
-    with Client(dsn) as client:
-        yield client
-
-
 def orders(conn: psycopg.Connection) -> list[str]:
     return [id_ for (id_,) in rows(conn, "select id from orders order by id")]
 
 
 @both_colours
 def test_what_a_handler_does_in_its_session_commits_with_its_job(
-    client: Client, conn: psycopg.Connection, *, is_async: bool
+    plain_client: Client, conn: psycopg.Connection, *, is_async: bool
 ) -> None:
     def work(session: Session) -> None:
         session.add(Order(id="committed", number=1))
@@ -590,7 +587,7 @@ def test_what_a_handler_does_in_its_session_commits_with_its_job(
         session.add(Order(id="pending", number=2))
 
     for _ in range(2):
-        done_in_a_handler(client, work, is_async=is_async)
+        done_in_a_handler(plain_client, work, is_async=is_async)
         assert orders(conn) == ["committed", "pending"]
         assert rows(conn, "select id from bgjob_job") == [("kept",)]
         conn.execute("delete from orders; delete from bgjob_job")
@@ -598,7 +595,7 @@ def test_what_a_handler_does_in_its_session_commits_with_its_job(
 
 @both_colours
 def test_a_handler_that_fails_or_retries_undoes_what_its_session_committed(
-    client: Client, conn: psycopg.Connection, *, is_async: bool
+    plain_client: Client, conn: psycopg.Connection, *, is_async: bool
 ) -> None:
     def fails(session: Session) -> None:
         session.add(Order(id="a", number=1))
@@ -610,15 +607,15 @@ def test_a_handler_that_fails_or_retries_undoes_what_its_session_committed(
         session.commit()
         return Retry(NEVER, "not yet")
 
-    result = done_in_a_handler(client, fails, is_async=is_async)
+    result = done_in_a_handler(plain_client, fails, is_async=is_async)
     assert isinstance(result, Retry) and isinstance(result.error, Work)
-    assert done_in_a_handler(client, retries, is_async=is_async) == Retry(NEVER, "not yet")
+    assert done_in_a_handler(plain_client, retries, is_async=is_async) == Retry(NEVER, "not yet")
     assert orders(conn) == []
 
 
 @both_colours
 def test_a_session_of_the_programs_own_kind(
-    client: Client, conn: psycopg.Connection, *, is_async: bool
+    plain_client: Client, conn: psycopg.Connection, *, is_async: bool
 ) -> None:
     class Own(Session):
         pass
@@ -637,13 +634,13 @@ def test_a_session_of_the_programs_own_kind(
         assert isinstance(session, Own) and not session.expire_on_commit
         session.add(Order(id="a", number=1))
 
-    done_in_a_handler(client, work, make, is_async=is_async)
+    done_in_a_handler(plain_client, work, make, is_async=is_async)
     assert orders(conn) == ["a"]
 
 
 @both_colours
 def test_a_block_that_raises_is_undone_and_the_handler_may_go_on(
-    client: Client, conn: psycopg.Connection, *, is_async: bool
+    plain_client: Client, conn: psycopg.Connection, *, is_async: bool
 ) -> None:
     def fails(session: Session) -> None:
         session.add(Order(id="undone", number=1))
@@ -663,9 +660,9 @@ def test_a_block_that_raises_is_undone_and_the_handler_may_go_on(
             await by_async_session(conn, fails)
         await by_async_session(conn, good)
 
-    client.enqueue(EnqueueRequest("handled", "t"))
+    plain_client.enqueue(EnqueueRequest("handled", "t"))
     mux = Mux().register("t", coroutine if is_async else plain, transactional=True)
-    client.do("handled", mux)
+    plain_client.do("handled", mux)
     assert orders(conn) == ["done"]
 
 

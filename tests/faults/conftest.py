@@ -14,6 +14,7 @@ from support.databases import Databases
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
 from faults.app import LEDGER
+from faults.proxy import Proxy
 from faults.world import World
 
 HERE = Path(__file__).parent
@@ -66,3 +67,15 @@ def hurt(request: pytest.FixtureRequest, server: EmbeddedServer) -> Iterator[Wor
     world.close(judge=not has_failed(request))
     with psycopg.connect(server.dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def proxy(dsn: str) -> Iterator[Proxy]:
+    with Proxy(dsn) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def other_proxy(dsn: str) -> Iterator[Proxy]:
+    with Proxy(dsn) as proxy:
+        yield proxy

@@ -4,7 +4,6 @@ After a cancel has committed, the attempt that it ends changes nothing in the qu
 through its transaction. The canceller was told which way it went.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Literal
@@ -28,12 +27,6 @@ both_types = pytest.mark.parametrize("type", ["plain", "transactional"])
 both_colours = pytest.mark.parametrize("colour", ["thread", "async"])
 
 NEVER = 3600.0
-
-
-@pytest.fixture
-def proxy(dsn: str) -> Iterator[Proxy]:
-    with Proxy(dsn) as proxy:
-        yield proxy
 
 
 def dead(world: World) -> list[tuple[str, str]]:
@@ -225,8 +218,8 @@ def test_of_jobs_that_are_cancelled_as_they_are_claimed_each_went_the_way_that_w
                 enqueued.put(ids[some : some + 4])
         late = [id for start in range(0, count, 20) for id in ids[start + 16 : start + 20]]
         world.done(*late)
-        for some in (late, [], []):
-            enqueued.put(some)
+        for last in (late, [], []):
+            enqueued.put(last)
 
     with ThreadPoolExecutor(3) as pool:
         parts = [pool.submit(cancel), pool.submit(cancel), pool.submit(enqueue)]

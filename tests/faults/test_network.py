@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -31,18 +31,6 @@ RECOVERY = 15.0
 
 
 # The proxies are requested before the world, and outlive its workers.
-
-
-@pytest.fixture
-def proxy(dsn: str) -> Iterator[Proxy]:
-    with Proxy(dsn) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def other_proxy(dsn: str) -> Iterator[Proxy]:
-    with Proxy(dsn) as proxy:
-        yield proxy
 
 
 # -- 16: a network that goes silent -----------------------------------------------------------
