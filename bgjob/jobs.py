@@ -991,7 +991,7 @@ def _job(
             if found is not None:
                 worker = JobWorker(*found[:5], cast("WorkerState", found.state), found.not_seen)
             elif may_read:
-                claimed_at = None  # its number is nobody's, so its time need not be one
+                claimed_at = None  # its number is no worker's, so its time need not be one
     return LiveJob(
         claimed_at=claimed_at,
         worker=worker,

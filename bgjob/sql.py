@@ -4,7 +4,7 @@
     row = await connection.fetchrow(text, *parameters)  # None if a live job has the id
 
 They need the privileges of `bgjob_producer`, and any isolation level. The guide has the columns
-that a program may write by itself, without these statements.
+that a program may write on its own, without these statements.
 """
 
 from collections.abc import Iterable

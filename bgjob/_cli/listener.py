@@ -244,7 +244,7 @@ def _bound_to_path(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
         with suppress(FileNotFoundError):
-            # One that a killed process has left behind; a live one refuses nobody.
+            # One that a killed process has left behind; a live one answers.
             if stat.S_ISSOCK(path.stat().st_mode) and not _is_served(path):
                 path.unlink()
         listener.bind(str(path))

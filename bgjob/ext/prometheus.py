@@ -12,7 +12,7 @@ Needs the extra `prometheus`:
     Worker(client, "mail", mux, observer=[LoggingObserver(), Metrics()])
     prometheus_client.start_http_server(8321)
 
-`bgjob worker --health HOST:PORT` does both by itself.
+`bgjob worker --health HOST:PORT` does both on its own.
 """
 
 from bgjob._prometheus.database import DatabaseMetrics

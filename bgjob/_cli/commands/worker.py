@@ -227,7 +227,7 @@ def _health(args: argparse.Namespace) -> HealthOptions:
     is_watched = address or args.alive_file or os.environ.get("NOTIFY_SOCKET")
     if args.live_within is not None and not is_watched:
         raise arguments.UsageError(
-            "--live-within has no effect by itself: pass --health or --alive-file, too"
+            "--live-within has no effect on its own: pass --health or --alive-file, too"
         )
     return HealthOptions(address, args.alive_file, args.live_within)
 

@@ -69,7 +69,7 @@ def late(seconds: float) -> Style:
 
 
 def per_second(seen: Seen, history: History, queue: str) -> float | None:
-    """Return how many jobs of a queue were completed each second; None if nobody knows."""
+    """Return how many jobs of a queue were completed each second; None if that is unknown."""
     if queue in seen.flows:
         return seen.flows[queue].per_second
     rates = history.rates(queue)

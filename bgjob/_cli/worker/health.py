@@ -99,13 +99,13 @@ class Health:
             self._thread.start()
 
     def running(self) -> None:
-        """Tell that the start is complete."""
+        """Report that the start is complete."""
         if self._server is not None:
             _log.info("probes are answered on %s", shown(self._server.address))
         self._systemd.tell("READY=1", "STATUS=running")
 
     def stopping(self) -> None:
-        """Tell that it begins to end."""
+        """Report that it begins to end."""
         self._systemd.tell("STOPPING=1", "STATUS=shutting down")
 
     def close(self) -> None:

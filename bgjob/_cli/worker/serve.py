@@ -96,7 +96,7 @@ class _Told(NamedTuple):
 
 @contextmanager
 def _told(options: HealthOptions, reports: Reports | None, ending: Ending) -> Iterator[_Told]:
-    """Tell others how this process is, meanwhile."""
+    """Report to others how this process is, meanwhile."""
     if reports is None and not options.is_wanted:
         yield _Told()
         return

@@ -1,4 +1,4 @@
-"""The page as an ASGI application, by itself or mounted in another one."""
+"""The page as an ASGI application, on its own or mounted in another one."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -55,7 +55,7 @@ def create_app(
 ) -> "WebApp":
     """Return the page as an ASGI application.
 
-    Mount it in a program of yours (FastAPI, Starlette, Django), or run it by itself with any
+    Mount it in a program of yours (FastAPI, Starlette, Django), or run it on its own with any
     ASGI server. It opens connections of its own when the first request needs them: at most four
     to read, on which every statement is read-only and takes at most 2 s, and one to write. They
     are closed at the end of the lifespan, or with the process where a host runs none.
@@ -80,9 +80,9 @@ def create_app(
         name: the name of the installation, such as "production", for the header.
         colour: its colour there: grey, blue, green, orange, red or purple.
         read_only: whether nothing can be changed, whatever the permissions. A page on a standby
-            notices that by itself.
+            notices that on its own.
         root_path: the prefix under which a proxy shows the page, such as "/bgjob". A mount sets
-            it by itself.
+            it on its own.
         hosts: the host names for which it answers, and 421 for any other, so that no page of
             another site reaches it by a name of its own. None (the default) leaves that to the
             program that it is mounted in.

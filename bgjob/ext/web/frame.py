@@ -42,9 +42,9 @@ class Frame:
         here: path and query of this page, for a form's field `next`; for a part it is the
             page's.
         nav: the entry of the navigation that is current; None for none.
-        user: the user's name; None if nobody is signed in, or everybody may look.
+        user: the user's name; None if no one is signed in, or everyone may look.
         can: the permissions; none that changes something if the page is read-only.
-        is_read_only: whether nothing can be changed here, whoever looks.
+        is_read_only: whether nothing can be changed here, by any user.
         is_part: whether only a part is drawn, to replace its element: then ages are not
             drawn as text, so that the part stays the same for its ETag.
         now: the time of the database's clock, or of this host's if it was not asked.

@@ -41,7 +41,7 @@ class Text:
     """A payload or an error, as this user may see it.
 
     `state`: "none" there is none; "shown" as it is; "masked" some values are dots; "hidden" not
-    for this user or for nobody; "binary" not text: `text` is then its first bytes in hex.
+    for this user or for no one; "binary" not text: `text` is then its first bytes in hex.
     `size` is in bytes, and that of all of it. `is_cut` if `text` is only its beginning. `reveal`:
     the query that shows what is masked; `download`: the path of the whole. Empty if not allowed.
     """

@@ -22,7 +22,7 @@ LARGEST = 20_000
 _WORDS = "pass|secret|token|auth|cookie|card|iban|ssn"
 _IS_SECRET = re.compile(_WORDS, re.IGNORECASE)
 # NAME=value, 'name': 'value', "name": "value" in an error's text. What follows a name in brackets
-# is masked up to the end of its line, as nobody knows where it ends.
+# is masked up to the end of its line, as it is unknown where it ends.
 _IN_TEXT = re.compile(
     rf"""((?:[\w-]*(?:{_WORDS})[\w-]*)["']?\s*[:=]\s*)"""
     r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[\[{{(].*|(?:Bearer|Basic)\s+\S+|[^\s,;)}}\]]+)""",

@@ -1,4 +1,4 @@
-"""Canaries and rests of groups, which go on while nobody looks.
+"""Canaries and rests of groups, which go on while no one looks.
 
 They run as tasks of this process, and are known to it alone. If it ends, what is dead stays dead.
 """

@@ -31,7 +31,7 @@ class Page:
         segments: of its path.
         ask: returns what it shows.
         template: the template without `.html`; those of its parts begin with it.
-        parts: what can be asked for by itself.
+        parts: what can be asked for on its own.
         nav: the entry of the navigation.
         title: the title; what is in braces is replaced by the name in the path.
 

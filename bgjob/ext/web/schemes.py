@@ -1,4 +1,4 @@
-"""Ways to know the user: a token, a proxy's header, or nobody asks; and `users` has another one.
+"""Ways to know the user: a token, a proxy's header, or no one asks; and `users` has another one.
 
 A host program with users of its own passes a function instead.
 """

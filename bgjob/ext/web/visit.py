@@ -90,7 +90,7 @@ async def tried(asked: Awaitable[T], *, within: float = _PATIENCE) -> T | Troubl
 
     Args:
         asked: what is awaited.
-        within: seconds for all its statements together; 5 by default, as nobody looks at an
+        within: seconds for all its statements together; 5 by default, as no one looks at an
             empty page for longer. What is kept goes on for the next viewer.
 
     """

@@ -53,7 +53,7 @@ def _queue_row(
     is_waiting = bool(queue.due.number or queue.waiting_for_keys.number)
     state = "paused" if queue.is_paused else "no worker" if is_waiting and not workers else "open"
     age = queue.oldest_due_age or 0.0
-    # As the alerts have it: a job that has been due for long, and a queue that nobody serves.
+    # As the alerts have it: a job that has been due for long, and a queue without workers.
     is_alarm = state != "paused" and (
         age > LIMITS.due_seconds or (state == "no worker" and age > LIMITS.unserved_seconds)
     )
