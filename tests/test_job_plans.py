@@ -95,7 +95,7 @@ def check(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "MOST_ROWS", ROWS)
+    monkeypatch.setattr(job_pages, "MOST_ROWS", ROWS)
 
 
 @pytest.mark.usefixtures("small")
