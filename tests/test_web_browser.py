@@ -102,7 +102,6 @@ CROWD = """
     select 'dead ' || n, 'crowd ' || n %% 3, 'any', 3, repeat('an error of some length ', 10),
         1 + n %% 40, 0, now(), now(), now(), now() - (%(jobs)s - n) * interval '400 ms'
     from generate_series(1, %(jobs)s) as n;
-    analyze bgjob_job, bgjob_dead_job;
 """
 
 
@@ -121,8 +120,9 @@ def world(request: pytest.FixtureRequest, databases: Databases, template: str) -
     with ExitStack() as stack:
         dsn = stack.enter_context(databases.lend(template, may_keep=lambda: False))
         if request.param:
-            with psycopg.connect(dsn) as conn:
+            with psycopg.connect(dsn, autocommit=True) as conn:
                 psycopg.ClientCursor(conn).execute(CROWD, {"jobs": request.param})
+                conn.execute("vacuum (analyze) bgjob_job, bgjob_dead_job")  # as autovacuum would
         client = stack.enter_context(Client(dsn))
         app = create_app(dsn, access=TokenAccess(TOKEN), name="test")
         world = World(client, stack.enter_context(serving(app)))
