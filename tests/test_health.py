@@ -565,7 +565,7 @@ def test_an_address_that_is_none_is_refused(text: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("args", "environment", "told"),
     [
-        (["--live-within", "5m"], "", "--live-within has no effect by itself"),
+        (["--live-within", "5m"], "", "--live-within has no effect on its own"),
         ([], "nonsense", "BGJOB_HEALTH: HOST:PORT"),
     ],
 )

@@ -157,6 +157,26 @@ def test_a_signal_that_follows_the_parents_counts_as_the_same(world: World) -> N
     world.saw("both finished what they ran", world.live(*ids) == 0)
 
 
+BLOCKED = """
+import runpy, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+sys.argv[0] = "bgjob"
+runpy.run_module("bgjob", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_parent_that_no_signal_tells_of_its_childrens_end_ends_all_the_same(world: World) -> None:
+    # A signal that comes just before the parent waits is handled when it has waited.
+    argv = ("worker", "faults.app:make", "--processes", "2", "--grace", "1000")
+    parent = world.command("-c", BLOCKED, *argv, concurrency=1, lease=1.0)
+    ids, _ = held(world, 2)
+    parent.signal(signal.SIGTERM)
+    assert eventually(lambda: parent.output.count("the parent process ends, shutting down") == 2)
+    world.release("gate", 1)
+    assert parent.wait() == 0, parent.output
+    world.saw("both finished what they ran", world.live(*ids) == 0)
+
+
 def test_a_second_signal_ends_all_processes_immediately(world: World) -> None:
     parent = start(world, "--grace", "1000")
     ids, pids = held(world, 2)

@@ -33,7 +33,9 @@ _FIRST_PAUSE = 0.1  # seconds before a dead process is started again; doubles
 _LONGEST_PAUSE = 10.0
 _MOST_DEATHS = 5
 _WINDOW = 10.0  # seconds: after more deaths than that within it, no process is started again
-_LOOK = 0.5  # seconds between two looks at what the processes report
+# Seconds between two looks at the processes, and at what they report. A signal wakes this one
+# sooner, unless it comes just before the wait begins: then it is handled when that is over.
+_LOOK = 0.5
 _STOOD_STILL = 5.0  # seconds between two looks after which this process stood still itself
 _LATE = 2.0  # seconds after the grace period within which a child has to end
 
@@ -257,7 +259,7 @@ class _Parent:
                 child.let_go()
                 self._died(child, f"cannot be started: {error}")
         until = min(child.start_at for child in self._children)
-        self._wait(until if self._reports is None else min(until, monotonic() + _LOOK))
+        self._wait(until)
         if self._reports is not None:
             self._look(self._reports)
         for child in self._children:
@@ -316,10 +318,10 @@ class _Parent:
                     child.wait()
 
     def _wait(self, until: float) -> None:
-        """Wait until a signal comes, a child ends, or the time is reached."""
+        """Wait until a signal comes, a child ends, the time is reached, or it is time to look."""
         left = max(until - monotonic(), 0)
         with suppress(Empty):
-            self._calls.get(timeout=None if left == inf else left)
+            self._calls.get(timeout=min(left, _LOOK))
 
 
 def _told(status: int) -> str:
