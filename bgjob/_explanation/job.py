@@ -31,7 +31,7 @@ def running(seen: Seen) -> Reasons:
 
 
 def lease_ended(seen: Seen) -> Reasons:
-    """Yield that its lease has ended, and nobody has set it free yet."""
+    """Yield that its lease has ended, and that no worker has freed it yet."""
     job = seen.job
     if job is None or job.lease_left is None or seen.is_running:
         return
@@ -96,7 +96,7 @@ def paused(seen: Seen) -> Reasons:
 
 
 def key(seen: Seen) -> Reasons:
-    """Yield which job holds its exclusive key, or that nobody does."""
+    """Yield which job holds its exclusive key, or that none does."""
     job, key = seen.job, seen.key
     if job is None or key is None:
         return

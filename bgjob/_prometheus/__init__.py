@@ -7,5 +7,5 @@
     totals    the collector of several processes, for the parent of `bgjob worker --processes`
 
 A job's numbers are one list: adding up processes is adding up lists, and a change of them is a line
-of JSON. Objects of prometheus-client are made when somebody asks, which is seldom.
+of JSON. Objects of prometheus-client are made for each scrape, which is seldom.
 """

@@ -473,7 +473,7 @@ class Writer(NamedTuple):
 def writers() -> Statement[list[Writer]]:
     """List transactions over a second old that have written jobs, the oldest first, at most five.
 
-    A job that such a transaction wrote is seen by nobody else until it commits.
+    No other session sees a job that such a transaction wrote until it commits.
     """
     return Statement(
         """

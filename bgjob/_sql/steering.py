@@ -107,7 +107,7 @@ _DEAD_LETTERED: LiteralString = """
     )
 """
 
-# The name is that of the role, unless the caller names somebody.
+# The name is that of the role, unless the caller passes one.
 _ERROR: LiteralString = """
     concat('{done} by ', coalesce((%(texts)s::text[])[1], session_user), (%(texts)s::text[])[2])
 """

@@ -85,7 +85,7 @@ class _Seen(NamedTuple):
 
 
 class Place:
-    """What a parent hears from the process in one of its places. Thread-safe."""
+    """The reports of the process in one of the parent's places. Thread-safe."""
 
     def __init__(self) -> None:
         self.pid = 0

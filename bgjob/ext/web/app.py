@@ -64,7 +64,7 @@ def create_app(
         source: a connection string, or a client whose parameters are used. Its role needs the
             privileges of `bgjob_operator`, and those of `bgjob_editor` to change live jobs.
         access: who may do what: a function from a starlette Request to an Access, or to None
-            for somebody unknown, who gets 401. It may be a coroutine function. It may raise
+            for an unknown user, who gets 401. It may be a coroutine function. It may raise
             starlette's HTTPException, for example to lead to a log-in page.
             There is no default: the page is closed until you say who may see it. TokenAccess,
             UsersAccess and ProxyAccess are ready-made.

@@ -60,7 +60,7 @@ def check_host(request: Request, hosts: frozenset[str] | None) -> None:
     """Raise 421 unless the request is for one of these hosts.
 
     A page of another site can have its own name resolve to this address, and would then be of the
-    same origin for a browser. An address itself is not a name that somebody else can have.
+    same origin for a browser. An address itself is not a name that another site can have.
     """
     if hosts is None:
         return

@@ -123,7 +123,7 @@ def _is_password(password: str, stored: str) -> bool:
         _, n, r, p, salt, digest = stored.split("$")
         found = _scrypt(password, bytes.fromhex(salt), int(n), int(r), int(p))
         return hmac.compare_digest(found, bytes.fromhex(digest))
-    except ValueError:  # somebody has written it by hand
+    except ValueError:  # it was written by hand
         return False
 
 
