@@ -523,6 +523,18 @@ def test_a_settlement_that_was_lost_before_a_cancel_is_told_as_cancelled() -> No
     assert drive.asked(a)[0] == JobCancelled(a.job, ran=1.0)
 
 
+def test_a_job_that_was_told_as_cancelled_is_not_told_as_completed_by_a_later_answer() -> None:
+    drive = Drive(concurrency=2)
+    a, b = drive.claim("a", "b")
+    drive.finish(a, b)
+    assert settled(drive.exchange()) == ["a", "b"]
+    assert cancel(drive, a)  # any session can send a notification
+    events = drive.answer(Reply(settled={"a", "b"})).events
+    assert [event for event in events if isinstance(event, Outcome)] == [
+        Outcome(b, Complete(), 1.0)
+    ]
+
+
 def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> None:
     drive = Drive(lease=3.0)
     (a,) = drive.claim("a")

@@ -1,5 +1,6 @@
 """The leases of a worker's claims, and the jobs whose lease is lost or in doubt."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -11,19 +12,20 @@ from bgjob._sql.settlements import Claimed
 
 @dataclass(slots=True)
 class Batch:
-    """The jobs of one claim: they share its token and its lease."""
+    """The lease of the jobs of one claim, which share its token."""
 
     expires: float
     extend_at: float
-    jobs: dict[str, Claimed]
+    size: int
+    """How many of its jobs are held."""
 
 
 class Leases:
-    """The jobs that a worker holds, by claim.
+    """The jobs that a worker holds, by id, and the leases of their claims.
 
-    A job is in the batch of its claim from the answer that brings it until it is settled,
-    released or lost, and a batch has at least one job. Of two claims of one job the later has
-    it, so that no statement names both.
+    A job is held from the answer that brings it until it is settled, released or lost, and a
+    batch has at least one job. Of two claims of one job the later has it, so that no statement
+    names both.
 
     Args:
         seconds: the length of a lease. It is extended when a third of it has passed, whatever
@@ -34,10 +36,11 @@ class Leases:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._batches: dict[int, Batch] = {}
+        self._held: dict[str, Claimed] = {}
         self.lost: set[Claimed] = set()
-        """In no batch: another worker may have them, but their handlers still run."""
+        """Not held: another worker may have them, but their handlers still run."""
         self.unsure: set[Claimed] = set()
-        """In a batch, and perhaps gone: their settlement was sent, its answer was lost."""
+        """Held, and perhaps gone: their settlement was sent, its answer was lost."""
 
     @property
     def tokens(self) -> Collection[int]:
@@ -45,17 +48,16 @@ class Leases:
         return self._batches.keys()
 
     @property
-    def jobs(self) -> list[Claimed]:
+    def jobs(self) -> Collection[Claimed]:
         """The jobs of all claims."""
-        return [claimed for batch in self._batches.values() for claimed in batch.jobs.values()]
+        return self._held.values()
 
     def hold(self, claimed: Sequence[Claimed], sent_at: float) -> None:
-        """Record the jobs of an answered claim."""
+        """Record the jobs of an answered claim; `claimed_before` are not held any more."""
         self._batches[claimed[0].token] = Batch(
-            sent_at + self.seconds,
-            sent_at + self.seconds / 3,
-            {c.job.id: c for c in claimed},
+            sent_at + self.seconds, sent_at + self.seconds / 3, len(claimed)
         )
+        self._held.update({c.job.id: c for c in claimed})
 
     def claimed_before(self, claimed: Iterable[Claimed]) -> list[Claimed]:
         """Return the older claims of jobs that the worker has just claimed again.
@@ -64,41 +66,49 @@ class Leases:
         two after the older lease has ended, after a settlement whose answer was lost, and
         whenever a job was cancelled and requeued before its worker heard of it.
         """
-        again = {c.job.id for c in claimed}
-        return [
-            c
-            for batch in self._batches.values()
-            if not again.isdisjoint(batch.jobs)
-            for c in batch.jobs.values()
-            if c.job.id in again
-        ]
+        held = self._held
+        return [held[c.job.id] for c in claimed if c.job.id in held] if held else []
 
     def batch(self, claimed: Claimed) -> Batch | None:
         """Return the batch of a job that is held; None if it is gone or lost."""
-        batch = self._batches.get(claimed.token)
-        return batch if batch is not None and claimed.job.id in batch.jobs else None
+        held = self._held.get(claimed.job.id)
+        is_held = held is not None and held.token == claimed.token
+        return self._batches[claimed.token] if is_held else None
 
     def find(self, token: int, id_: str) -> Claimed | None:
         """Return the job of a claim, if it is held."""
-        batch = self._batches.get(token)
-        return None if batch is None else batch.jobs.get(id_)
+        held = self._held.get(id_)
+        return held if held is not None and held.token == token else None
 
     def replace(self, claimed: Claimed) -> bool:
         """Record the key that a handler names for a job; False if the job is lost."""
-        batch = self.batch(claimed)
-        if batch is None:
+        if self.batch(claimed) is None:
             return False
-        batch.jobs[claimed.job.id] = claimed
+        self._held[claimed.job.id] = claimed
         return True
 
     def drop(self, claimed: Claimed) -> Batch | None:
         """Remove a job; return its batch, or None if it is gone already."""
-        batch = self._batches.get(claimed.token)
-        if batch is None or batch.jobs.pop(claimed.job.id, None) is None:
-            return None
-        if not batch.jobs:
-            del self._batches[claimed.token]
+        batch = self.batch(claimed)
+        if batch is not None:
+            del self._held[claimed.job.id]
+            self._shrink(claimed.token, 1)
         return batch
+
+    def drop_all(self, claims: Collection[Claimed]) -> set[Claimed]:
+        """Remove jobs that the server has settled; return those that were gone already."""
+        pop = self._held.pop
+        gone = {claimed for claimed in claims if pop(claimed.job.id, None) is None}
+        dropped = claims if not gone else [c for c in claims if c not in gone]
+        for token, count in Counter([claimed.token for claimed in dropped]).items():
+            self._shrink(token, count)
+        return gone
+
+    def _shrink(self, token: int, count: int) -> None:
+        batch = self._batches[token]
+        batch.size -= count
+        if not batch.size:
+            del self._batches[token]
 
     def lose(self, claims: Collection[Claimed], running: Iterable[Claimed]) -> None:
         """Remove jobs that other workers may have; `running` are in handlers, or waiting."""
@@ -134,10 +144,11 @@ class Leases:
 
     def add_extensions(self, exchange: Exchange, now: float) -> None:
         """Extend the leases that are due, of jobs that are not settled at the same time."""
-        due = [batch for batch in self._batches.values() if batch.extend_at <= now]
+        due = {token for token, batch in self._batches.items() if batch.extend_at <= now}
         if due:
             settled = {outcome.claimed for outcome in exchange.outcomes}
-            exchange.extend = [c for batch in due for c in batch.jobs.values() if c not in settled]
+            held = self._held.values()
+            exchange.extend = [c for c in held if c.token in due and c not in settled]
 
     def extended(self, exchange: Exchange, extended: Collection[str]) -> list[Claimed]:
         """Record an extension; return the jobs that other workers may have."""
