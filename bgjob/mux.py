@@ -23,6 +23,7 @@ from bgjob._handlers.call import (
 from bgjob._handlers.decorator import HT, Decorator, H, TransactionalDecorator
 from bgjob._handlers.policy import BACKOFF, MAX_ATTEMPTS, Exclusive, Policy, TypePolicy
 from bgjob._handlers.route import NeedsKey, Route
+from bgjob._handlers.unknown import Unknown, UnknownTypes, unknown_type
 from bgjob.codec import Codec, class_option, codec_of, type_name
 from bgjob.errors import StateRequiredError, TypeRequiredError, UnknownTypeError
 from bgjob.job import EnqueueRequest, Job, check_name
@@ -41,10 +42,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Mux:
     """Routes job types to handlers.
 
-    A job whose type is not registered goes to the dead-letter table. Thread-safe
-    once all types are registered; register them before the worker runs.
+    A job whose type is not registered goes to the dead-letter table, or is put back
+    for some time. Thread-safe once all types are registered; register them before
+    the worker runs.
 
     Args:
+        unknown_for: seconds or a timedelta after its enqueue within which a job of
+            an unknown type is put back, by the database's clock, without counting
+            an attempt: in a rolling deploy another worker may have its handler. It
+            is due again after a quarter of its age, at least a second and at most a
+            minute, and a warning is logged once a minute for each type. By default
+            it goes to the dead-letter table immediately, where a typing mistake
+            shows at once.
         middleware: wraps the handlers of all types, the first outermost, and
             outside the middleware of a type; none by default. A middleware is a
             function that takes a handler and returns one, a coroutine function for
@@ -58,7 +67,14 @@ class Mux:
 
     """
 
-    def __init__(self, *, middleware: Sequence[Middleware] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        unknown_for: Duration | None = None,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        window = 0.0 if unknown_for is None else seconds(unknown_for, "unknown_for")
+        self._unknown = UnknownTypes(window) if window else None
         self._routes: dict[str, Route] = {}
         self._middleware = in_order(middleware)
         self._state: object = NO_STATE
@@ -66,6 +82,11 @@ class Mux:
         """The job types with a transactional handler."""
         self.kept: set[str] = set()
         """The job types whose completed jobs are kept."""
+
+    @property
+    def unknown_for(self) -> float | None:
+        """Seconds after its enqueue within which a job of an unknown type is put back."""
+        return None if self._unknown is None else self._unknown.window
 
     @property
     def types(self) -> frozenset[str]:
@@ -357,6 +378,7 @@ class Mux:
         """
         mux = Mux(middleware=self._middleware)
         mux._state = state
+        mux._unknown = self._unknown
         mux.transactional = set(self.transactional)
         mux.kept = set(self.kept)
         mux._routes = {
@@ -378,16 +400,13 @@ class Mux:
                     "state=..., or call do() with mux.bound(state)"
                 )
 
-    def route(self, job: Job) -> Route | NeedsKey | Retry | MoveToDlq:
+    def route(self, job: Job) -> Route | NeedsKey | Unknown | Retry | MoveToDlq:
         """Return the route of a claimed job, or the result of a job that must not run (yet)."""
         route = self._routes.get(job.type)
         if route is None:
-            return MoveToDlq(
-                UnknownTypeError(
-                    f"no handler is registered for job type {job.type!r}; register it, "
-                    "then requeue the job"
-                )
-            )
+            if self._unknown is not None:
+                return Unknown(job, self._unknown)
+            return MoveToDlq(unknown_type(job.type))
         policy = route.policy
         if job.attempt > policy.last_attempt:
             return policy.exhausted(job)

@@ -154,6 +154,8 @@ create table bgjob_worker (
     slots         integer[]   not null,
     running       integer[]   not null default '{}',
     types         text[]      not null,
+    -- Seconds after its enqueue within which it puts back a job of another type.
+    unknown_for   real,
     -- Seconds: of a lease, and between two beats.
     lease         real        not null,
     every         real        not null,

@@ -544,7 +544,10 @@ def test_workers_without_a_handler_are_told_with_their_releases(
     reason = of(ask("a"), "no_handler")
     assert not reason.blocks
     assert reason.text.startswith("2 of the 3 workers on queue 'q' (releases 2026.")
-    assert "have no handler for type 'other': whichever claims it first decides" in reason.text
+    assert reason.text.endswith(
+        "have no handler for type 'other': whichever claims it first decides whether it runs; such a "
+        "worker moves it to the dead-letter table."
+    )
     assert follow(reason.remedy, dsn) == 0
 
 
@@ -910,6 +913,7 @@ LIVE = looks.Live(
     lease_until=None,
     lease_left=None,
     last_error=None,
+    created_at=NOW,
 )
 
 
@@ -941,6 +945,33 @@ def test_an_only_worker_without_a_handler_is_told_as_one() -> None:
     assert reason_of("no_handler", workers=looks.QueueWorkers(1, [worker])).text.startswith(
         "The only worker on queue '-q' (release 7) has no handler for type 't': whichever claims it"
     )
+
+
+def test_until_when_workers_put_a_job_of_an_unknown_type_back_is_told() -> None:
+    buries = looks.QueueWorker(1, "h", 1, "7", "working", 0.1, 1, 0, has_handler=False)
+    backs, knows = buries._replace(unknown_for=3600.0), buries._replace(has_handler=True)
+    old = LIVE._replace(created_at=NOW - timedelta(minutes=18))
+
+    def told(job: looks.Live, *workers: looks.QueueWorker) -> Reason:
+        return reason_of("no_handler", job, workers=looks.QueueWorkers(1, [*workers]))
+
+    reason = told(old, backs)
+    assert reason.text.endswith(
+        ": whichever claims it puts it back until 2026-11-29 03:42:00 UTC, for another 42 min, and "
+        "then moves it to the dead-letter table."
+    )
+    assert reason.blocks
+    assert reason.facts["put_back_until"] == NOW + timedelta(minutes=42)
+    reason = told(old, backs, knows)
+    assert not reason.blocks
+    assert "; such a worker puts it back until 2026-11-29 03:42:00 UTC" in reason.text
+    assert told(old, backs, buries).text.endswith(
+        "moves it to the dead-letter table, or puts it back until 2026-11-29 03:42:00 UTC, for "
+        "another 42 min: 1 of the 2 put it back."
+    )
+    late = LIVE._replace(created_at=NOW - timedelta(hours=2))
+    assert told(late, backs).text.endswith("claims it moves it to the dead-letter table.")
+    assert told(late, backs).facts["put_back_until"] is None
 
 
 def test_of_many_releases_a_few_are_named() -> None:

@@ -167,6 +167,8 @@ def test_jobs_without_a_handler_are_named_with_their_due_time(
     assert "--queue" in finding.remedy
     assert (report.status, report.lost) == (4, 5)
     assert not report.types[0].has_handler
+    [finding] = preflight.check(dsn, Mux(unknown_for=timedelta(hours=1))).findings
+    assert finding.text.endswith("; put back until 1 h after its enqueue")
 
 
 def test_only_the_named_queues_are_looked_at(dsn: str, conn: psycopg.Connection) -> None:

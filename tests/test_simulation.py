@@ -554,6 +554,7 @@ class History:
         self.fates = Random(-1 - seed)
         self.suspects = self.fates.choice([0.0, 0.0, 0.5])  # the share that workers died with
         most = self.fates.choice([inf, inf, inf, 2])
+        self.unknown = self.fates.choice([0.0, 0.0, 0.3])  # the share of claims of unknown types
         self.digestible = inf if calm else most  # jobs whose payloads fit in one answer
         # Seconds that it lasts at least: long enough for many sweeps that take long.
         self.lasts = 120.0 if calm and self.sweeps_take and self.fates.random() < 0.05 else 0.0
@@ -861,6 +862,9 @@ class History:
         while self.waiting and self.busy < self.concurrency:
             claimed = self.waiting.popleft()
             promise(not self.stopping, f"{claimed.job.id}: started after the shutdown")
+            if self.unknown and not self.peace and self.fates.random() < self.unknown:
+                self._put_back(claimed)
+                continue
             key = self.key_of.get(claimed.job.id)
             if key is not None and claimed.job.exclusive is None:
                 self.outcomes.append(Outcome(claimed, NeedsKey(key), None))
@@ -874,6 +878,15 @@ class History:
             took = self._duration()
             self.last_end = max(self.last_end, self.now + took)
             self._at(took, partial(self._end_handler, claimed, took))
+
+    def _put_back(self, claimed: Claimed) -> None:
+        """Put back a job of a type that this worker does not know; no handler is called."""
+        key = claimed.job.id, claimed.token
+        self.group.discard(key)
+        self.finished[key] = self.now
+        self.outcomes.append(Outcome(claimed, Reschedule(self.fates.random()), None))
+        self.woken = True
+        self._happened()
 
     def _end_handler(self, claimed: Claimed, took: float) -> None:
         key = claimed.job.id, claimed.token

@@ -1,8 +1,11 @@
 """Rules of the workers that would run a job."""
 
+from datetime import datetime, timedelta
+
 from bgjob._explanation import words
 from bgjob._explanation.seen import Reasons, Seen
-from bgjob._words import count
+from bgjob._sql.looks import QueueWorker
+from bgjob._words import count, lasting
 from bgjob.explanation import Reason
 
 _MOST_RELEASES = 5
@@ -76,6 +79,8 @@ def no_handler(seen: Seen) -> Reasons:
         "releases": releases,
     }
     place = f"queue {job.queue!r} ({release})"
+    fate, until = _fate(seen, without)
+    facts["put_back_until"] = until
     if len(without) == len(working):
         nobody = (
             f"The only worker on {place} has no"
@@ -85,8 +90,7 @@ def no_handler(seen: Seen) -> Reasons:
         yield Reason(
             "no_handler",
             True,
-            f"{nobody} handler for type {job.type!r}: whichever claims it moves it to the "
-            "dead-letter table.",
+            f"{nobody} handler for type {job.type!r}: whichever claims it {fate}.",
             "start workers of a release that has the type; to keep the job until then: bgjob "
             f"pause {words.argument(job.queue)}",
             facts,
@@ -97,11 +101,31 @@ def no_handler(seen: Seen) -> Reasons:
         "no_handler",
         False,
         f"{len(without):,} of the {len(working):,} workers on {place} {have} no handler for type "
-        f"{job.type!r}: whichever claims it first decides whether it runs, or moves to the "
-        "dead-letter table.",
+        f"{job.type!r}: whichever claims it first decides whether it runs; such a worker {fate}.",
         f"restart the old ones: bgjob workers {words.option('--queue', job.queue)}",
         facts,
     )
+
+
+def _fate(seen: Seen, without: list[QueueWorker]) -> tuple[str, datetime | None]:
+    """Return what these workers do with the job, and until when one of them puts it back."""
+    job = seen.job
+    assert job is not None  # noqa: S101 (the caller checks)
+    ends = [
+        end
+        for worker in without
+        if worker.unknown_for is not None
+        and (end := job.created_at + timedelta(seconds=worker.unknown_for)) > seen.now
+    ]
+    buries = "moves it to the dead-letter table"
+    if not ends:
+        return buries, None
+    until = max(ends)
+    left = lasting((until - seen.now).total_seconds())
+    back = f"puts it back until {words.moment(until)}, for another {left}"
+    if len(ends) == len(without):
+        return f"{back}, and then {buries}", until
+    return f"{buries}, or {back}: {len(ends):,} of the {len(without):,} put it back", until
 
 
 def ready(seen: Seen) -> Reason:

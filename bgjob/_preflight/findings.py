@@ -51,7 +51,7 @@ def of_jobs(judge: Judge, now: datetime) -> Iterator[Finding]:
     """Yield what is wrong with live jobs, and which dead ones would be handled."""
     for _, tally in sorted(judge.tallies.items()):
         for (code, problem), group in tally.groups.items():
-            yield _of_group(tally, code, problem, group, now)
+            yield _of_group(tally, code, problem, group, now, judge.unknown_for)
     for (queue, type_), group in sorted(judge.revived.items()):
         yield Finding(
             "dead_fit",
@@ -68,7 +68,14 @@ def of_jobs(judge: Judge, now: datetime) -> Iterator[Finding]:
         )
 
 
-def _of_group(tally: Tally, code: str, problem: str, group: Group, now: datetime) -> Finding:
+def _of_group(
+    tally: Tally,
+    code: str,
+    problem: str,
+    group: Group,
+    now: datetime,
+    unknown_for: float | None,
+) -> Finding:
     which = f"{_jobs(group)} of type {tally.type!r} in queue {tally.queue!r}"
     have = "has" if group.count == 1 else "have"
     policy = tally.kind.policy
@@ -76,6 +83,8 @@ def _of_group(tally: Tally, code: str, problem: str, group: Group, now: datetime
     match code:
         case "no_handler":
             text = f"{which} {have} no handler; {_first(group)}, {_due(tally.next_run_at, now)}"
+            if unknown_for is not None:
+                text += f"; put back until {lasting(unknown_for)} after its enqueue"
             remedy = (
                 "register a handler; or, if another program works on this queue, name only the "
                 "queues of this one (--queue)"

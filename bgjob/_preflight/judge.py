@@ -114,6 +114,7 @@ class Judge:
             name: kind_of(mux.route_of(name), is_left_out=name in left_out) for name in mux.types
         }
         self._unknown = kind_of(None, is_left_out=False)
+        self.unknown_for = mux.unknown_for
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.revived: dict[tuple[str, str], Group] = {}
         """Dead jobs that this release would handle, by queue and type."""

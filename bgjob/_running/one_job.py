@@ -19,17 +19,19 @@ from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._engine.protocol import Exchange
 from bgjob._engine.reply import Reply
 from bgjob._handlers.route import Awaiting, NeedsKey, Route
+from bgjob._handlers.unknown import Unknown
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Ending, NotBegun, Transactions
 from bgjob._sql.claims import claim_any
 from bgjob._sql.keys import blocked
+from bgjob._sql.session import clock
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob._sql.tokens import Tokens
 from bgjob.job import Job
 from bgjob.mux import Mux
-from bgjob.result import MoveToDlq, Result, Retry
+from bgjob.result import MoveToDlq, Reschedule, Result, Retry
 
 T = TypeVar("T")
 
@@ -45,8 +47,9 @@ class Run(NamedTuple):
     """A step that runs the handler of a claimed job; the answer is how that ended."""
 
     claimed: Claimed
-    route: Route | Retry | MoveToDlq
-    """Its route; or the result of a job that must not run, which is the answer."""
+    route: Route | Unknown | Retry | Reschedule | MoveToDlq
+    """Its route; or the result of a job that must not run, which is the answer. `hold` has
+    decided about an unknown type."""
     ends_at: float
     """When its lease ends, by this process's clock."""
 
@@ -102,6 +105,9 @@ def hold(
         [job] = jobs
         # In a context of its own, which the type's callable may change.
         run = copy_context().run(_routed, Claimed(job, token), mux, monotonic() + lease)
+        if isinstance(run.route, Unknown):
+            now = yield from ask(clock())
+            run = run._replace(route=run.route.decide(now.timestamp()))
         if run.claimed.job.exclusive is not None:
             reply = yield from _exchange(queue, Exchange(acquire=[run.claimed]))
             has_key = reply.acquired.get((job.id, token), False)
@@ -220,6 +226,7 @@ def _begin(
     """Run a handler as far as it need not be awaited."""
     claimed, route, _ = run
     if not isinstance(route, Route):
+        assert not isinstance(route, Unknown)  # noqa: S101 (decided)
         return route
     if route.is_coroutine:
         return Awaiting(route)

@@ -56,6 +56,7 @@ class Live(NamedTuple):
     lease_left: float | None
     """Seconds; negative if the lease has ended, None without one."""
     last_error: str | None
+    created_at: datetime
 
     @property
     def is_suspect(self) -> bool:
@@ -100,7 +101,7 @@ def find(id_: str) -> Statement[Found]:
                 case when lease_until is not null then {in_range("lease_until")} end,
                 case when lease_until is not null
                     then extract(epoch from {in_range("lease_until")} - clock.now)::float8 end,
-                {_ERROR}
+                {_ERROR}, {in_range("created_at")}
             from bgjob_job where id = %(id)s
         ) as j on true
         left join lateral (
@@ -403,6 +404,8 @@ class QueueWorker(NamedTuple):
     slots: int
     busy: int
     has_handler: bool
+    unknown_for: float | None = None
+    """The seconds after its enqueue within which it puts back a job of an unknown type."""
 
 
 class QueueWorkers(NamedTuple):
@@ -423,7 +426,7 @@ def workers_of(queue: str, type_: str) -> Statement[QueueWorkers]:
                 case when {IS_LOST} then 'lost' else w.state end as state,
                 extract(epoch from clock.now - {in_range("w.seen_at")})::float8 as not_seen,
                 array_position(w.queues, %(queue)s::text) as place, w.slots, w.running,
-                %(type)s = any (w.types) as has_handler
+                %(type)s = any (w.types) as has_handler, w.unknown_for
             from bgjob_worker w, (select clock_timestamp() as now) as clock
         )
         select alive.n, s.*
@@ -432,7 +435,7 @@ def workers_of(queue: str, type_: str) -> Statement[QueueWorkers]:
         ) as alive
         left join (
             select number, host, pid, release, state, not_seen, coalesce(slots[place], 0),
-                coalesce(running[place], 0), has_handler
+                coalesce(running[place], 0), has_handler, unknown_for
             from seen where place is not null
             order by state <> 'working', not_seen limit {_MOST_WORKERS}
         ) as s on true

@@ -26,7 +26,7 @@ IS_LOST: LiteralString = """(
 )"""
 """Whether a row is that of a worker that is not seen any more, at the time `now`."""
 
-_INSERTED = "host pid program release version queues slots types lease every"
+_INSERTED = "host pid program release version queues slots types unknown_for lease every"
 _UPDATED = "seen_at state running counts longest longest_since note"
 
 
@@ -55,6 +55,7 @@ class Registration(NamedTuple):
     types: Sequence[str]
     lease: float
     every: float
+    unknown_for: float | None = None
 
 
 class Beat(NamedTuple):
@@ -83,10 +84,10 @@ def register(worker: Registration) -> Statement[int]:
             ))
         )
         insert into bgjob_worker (
-            host, pid, program, release, version, queues, slots, types, lease, every
+            host, pid, program, release, version, queues, slots, types, unknown_for, lease, every
         )
         select t[1], %(pid)s::integer, t[2], t[3], t[4], %(queues)s::text[], %(slots)s::integer[],
-            %(types)s::text[], %(lease)s::real, %(every)s::real
+            %(types)s::text[], %(unknown_for)s::real, %(lease)s::real, %(every)s::real
         from quiet, (select %(texts)s::text[] as t) as texts
         returning number
         """,
@@ -96,6 +97,7 @@ def register(worker: Registration) -> Statement[int]:
             "queues": ErrorTexts(worker.queues),
             "slots": number_array([*worker.queues.values()]),
             "types": ErrorTexts(worker.types),
+            "unknown_for": worker.unknown_for,
             "lease": worker.lease,
             "every": worker.every,
         },

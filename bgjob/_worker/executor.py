@@ -6,7 +6,7 @@ from math import inf
 from typing import NamedTuple, TypeAlias
 
 from bgjob._engine.outcome import Outcome, Release
-from bgjob._handlers.route import NeedsKey, Route
+from bgjob._handlers.route import Route
 from bgjob._running.loop import Loop
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.slots import Slot, Slots
@@ -14,7 +14,6 @@ from bgjob._worker.tasks import Tasks
 from bgjob._worker.threads import Threads
 from bgjob._worker.timeouts import UNWINDING, Attempt, Run
 from bgjob.errors import BgjobError
-from bgjob.result import Result
 
 _INTERRUPT_AGAIN = 0.05
 """Seconds to the next look at handlers of cancelled jobs that have not ended."""
@@ -245,25 +244,25 @@ class Executor:
             if key in held:
                 continue
             if key in errors:
-                slots.done(Outcome(claimed, self._killed(claimed, errors[key]), None))
+                slots.done(self._killed(claimed, errors[key]))
             elif takes:
                 self._is_unclear = slots.needs_watch = True  # a live slot may be taking it now
             else:
                 slots.done(Outcome(claimed, Release(), None))
 
-    def _killed(self, claimed: Claimed, error: BaseException | None) -> Result | Release | NeedsKey:
-        """Return the result of a job whose thread or task was ended."""
+    def _killed(self, claimed: Claimed, error: BaseException | None) -> Outcome:
+        """Return the outcome of a job whose thread or task was ended."""
         if self.failure is not None or isinstance(error, asyncio.CancelledError):
-            return Release()  # the caller's code ended its loop
+            return Outcome(claimed, Release(), None)  # the caller's code ended its loop
         route = self._slots.isolated(claimed.job)
         if not isinstance(route, Route):
-            return route
+            return self._slots.unstarted(claimed, route)
         failure = BgjobError(
             "the thread or event loop that ran the job was ended"
             + ("" if error is None else f", by {type(error).__name__}: {error}")
         )
         failure.__cause__ = error
-        return route.failed(claimed.job, failure)
+        return Outcome(claimed, route.failed(claimed.job, failure), None)
 
 
 def _key(claimed: Claimed) -> _Key:

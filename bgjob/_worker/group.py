@@ -73,6 +73,7 @@ class WorkerGroup:
             Registry(
                 options.concurrency,
                 lambda: mux.types,
+                unknown_for=mux.unknown_for,
                 lease=options.lease,
                 release=self._release,
                 tokens=tokens,

@@ -65,6 +65,7 @@ class Registry:
     Args:
         queues: the slots of each queue.
         types: returns the job types that have handlers.
+        unknown_for: the seconds within which jobs of other types are put back.
         lease: seconds.
         release: the program's version.
         tokens: receives the number of the row.
@@ -80,6 +81,7 @@ class Registry:
         queues: Mapping[str, int],
         types: Callable[[], Iterable[str]],
         *,
+        unknown_for: float | None = None,
         lease: float,
         release: str | None,
         tokens: Tokens,
@@ -87,6 +89,7 @@ class Registry:
     ) -> None:
         self._queues = queues
         self._types = types
+        self._unknown_for = unknown_for
         self._lease = lease
         self._release = release
         self._tokens = tokens
@@ -211,6 +214,7 @@ class Registry:
             types=sorted(self._types()),
             lease=self._lease,
             every=EVERY,
+            unknown_for=self._unknown_for,
         )
 
 

@@ -16,6 +16,7 @@ from functools import partial
 
 from bgjob._engine.outcome import Outcome
 from bgjob._handlers.route import NeedsKey, Route
+from bgjob._handlers.unknown import Unknown
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
@@ -188,7 +189,12 @@ class Slots:
         self.finished()  # the slot may be needed
         return slot.has_slot
 
-    def isolated(self, job: Job) -> Route | NeedsKey | Retry | MoveToDlq:
+    def unstarted(self, claimed: Claimed, route: NeedsKey | Unknown | Retry | MoveToDlq) -> Outcome:
+        """Return the outcome of a job that must not run (yet)."""
+        result = route.decide(self.clock.now()) if isinstance(route, Unknown) else route
+        return Outcome(claimed, result, None)
+
+    def isolated(self, job: Job) -> Route | NeedsKey | Unknown | Retry | MoveToDlq:
         """Route a job in a context of its own, because the type's key callable may change it."""
         return self.context.copy().run(self.mux.route, job)
 

@@ -265,7 +265,7 @@ class Tasks:
                 job = whole.job
             route = route_of(job) if known is None else known
             if not isinstance(route, Route):
-                slots.done(Outcome(claimed, route, None))
+                slots.done(slots.unstarted(claimed, route))
             elif not route.is_coroutine:
                 self._leave(me, claimed)
                 return

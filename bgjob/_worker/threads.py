@@ -262,7 +262,7 @@ class Threads:
                 job = whole.job
             route = route_of(job)
             if not isinstance(route, Route):
-                slots.done(Outcome(claimed, route, None))
+                slots.done(slots.unstarted(claimed, route))
             elif route.is_coroutine:
                 self._move(me, claimed)
                 return False

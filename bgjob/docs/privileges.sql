@@ -28,7 +28,7 @@ grant select on bgjob_pause to bgjob_worker;
 -- It writes a row for people to see it; without these it works all the same. The table has the
 -- name of the role.
 grant select (number, seen_at), insert (host, pid, program, release, version, queues, slots, types,
-    lease, every), update (seen_at, state, running, counts, longest, longest_since, note), delete
+    unknown_for, lease, every), update (seen_at, state, running, counts, longest, longest_since, note), delete
     on bgjob_worker to bgjob_worker;
 
 -- It counts what ends in each minute, unless it is told not to; also optional.

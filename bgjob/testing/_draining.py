@@ -24,6 +24,7 @@ import psycopg
 from psycopg import AsyncConnection, Connection
 
 from bgjob._checks import Duration, seconds
+from bgjob._handlers.unknown import unknown_type
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._running.do import runs_a_loop
 from bgjob._running.drive import drive, drive_async
@@ -37,7 +38,7 @@ from bgjob._sql.views import let_pass
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
-from bgjob.result import MoveToDlq, Result, Retry
+from bgjob.result import MoveToDlq, Reschedule, Result, Retry
 from bgjob.testing._source import AsyncSource, Source, connected, connected_async
 
 OnError = Literal["raise", "store"]
@@ -112,9 +113,10 @@ async def adrain(
             waiting jobs are moved back for that. 0 by default: delayed jobs
             do not run.
         on_error: "raise" (the default) raises the exception of a handler, or
-            the error of an unknown type, as soon as it is stored, so that the
-            test shows its traceback. "store" continues, as a worker does. Retry
-            and MoveToDlq that a handler returned are never raised.
+            the error of an unknown type (also if it is put back), as soon as
+            it is stored, so that the test shows its traceback. "store" continues,
+            as a worker does. Retry and MoveToDlq that a handler returned are never
+            raised.
 
     Returns:
         The jobs that ran, in order, each with its stored result.
@@ -209,9 +211,10 @@ def drain(
             waiting jobs are moved back for that. 0 by default: delayed jobs
             do not run.
         on_error: "raise" (the default) raises the exception of a handler, or
-            the error of an unknown type, as soon as it is stored, so that the
-            test shows its traceback. "store" continues, as a worker does. Retry
-            and MoveToDlq that a handler returned are never raised.
+            the error of an unknown type (also if it is put back), as soon as
+            it is stored, so that the test shows its traceback. "store" continues,
+            as a worker does. Retry and MoveToDlq that a handler returned are never
+            raised.
 
     Returns:
         The jobs that ran, in order, each with its stored result.
@@ -325,6 +328,8 @@ def _steps(plan: _Plan) -> Steps[_Drained]:
             case result:
                 ran.append(Ran(job, result))
         error = _not_returned(result, answer)
+        if isinstance(step.route, Reschedule):  # in a test its handler has been forgotten
+            error = unknown_type(job.type)
         if error is not None and (plan.on_error == "raise" or not isinstance(error, Exception)):
             error.add_note(f"of job {job.id!r} of type {job.type!r}, attempt {job.attempt}")
             return _Drained(ran, error)

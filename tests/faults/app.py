@@ -88,6 +88,9 @@ class Settings:
     backoff: float = 0.05
     timeout: float | None = None
     grace: float = 5.0
+    without: str | None = None
+    """A type that it has no handler for."""
+    unknown_for: float | None = None
     server_patience: float | None = None
     """Seconds after which the server ends a transaction that its worker leaves open, so that no
     test has to wait as long as it does by default."""
@@ -181,19 +184,19 @@ class Handlers:
         max_attempts: int | None,
         backoff: float,
         timeout: float | None = None,
+        without: str | None = None,
     ) -> Mux:
-        """Register both types."""
+        """Register both types, or the one that is not left out."""
         policy: dict[str, Any] = {
             "max_attempts": max_attempts,
             "backoff": lambda _: backoff,
             "timeout": timeout,
         }
-        if isinstance(self._client, AsyncClient):
-            mux.register("plain", self.coroutine, **policy)
-            mux.register("transactional", self.coroutine, transactional=True, **policy)
-        else:
-            mux.register("plain", self.plain, **policy)
-            mux.register("transactional", self.plain, transactional=True, **policy)
+        handler: Any = self.coroutine if isinstance(self._client, AsyncClient) else self.plain
+        if without != "plain":
+            mux.register("plain", handler, **policy)
+        if without != "transactional":
+            mux.register("transactional", handler, transactional=True, **policy)
         return mux
 
     def plain(self, job: Job, conn: psycopg.Connection[Any] | None = None) -> Result:
@@ -338,15 +341,17 @@ def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
         "max_attempts": settings.max_attempts,
         "backoff": settings.backoff,
         "timeout": settings.timeout,
+        "without": settings.without,
     }
+    mux = Mux(unknown_for=settings.unknown_for)
     if settings.colour == "async":
         async_client = AsyncClient(settings.dsn, notify=settings.notify)
         handlers = Handlers(async_client, settings.ledger, file.tell, queue=settings.queue)
-        mux = handlers.register(Mux(), **policy)
+        handlers.register(mux, **policy)
         return AsyncWorker(async_client, settings.queue, mux, **options)
     client = Client(settings.dsn, notify=settings.notify)
     handlers = Handlers(client, settings.ledger, file.tell, queue=settings.queue)
-    return Worker(client, settings.queue, handlers.register(Mux(), **policy), **options)
+    return Worker(client, settings.queue, handlers.register(mux, **policy), **options)
 
 
 def make() -> Worker | AsyncWorker:
