@@ -111,7 +111,7 @@ _COUNTED = f"""
 """
 
 # Of the keys, and of the dead jobs, it is said once whether all of them were looked at.
-_OVERVIEW = f"""
+_QUEUES = f"""
     {_LINES}, counted as (
         {_COUNTED}
     ), key as materialized (
@@ -149,6 +149,10 @@ _OVERVIEW = f"""
             sum(waiting) as waiting, sum(dead) as dead, min(since) as since, max(until) as until
         from fact {{of_queue}} group by queue
     )
+"""
+
+_OVERVIEW = f"""
+    {_QUEUES}
     select statement_timestamp(), queue.queue,
         extract(epoch from statement_timestamp() - queue.since)::float8,
         queue.until is not null,
@@ -162,6 +166,20 @@ _OVERVIEW = f"""
     left join queue on true
     order by queue.queue
 """
+
+
+# For a query of Django's, which cannot pass parameters to what it selects from.
+QUEUES = (
+    f"""
+    {_QUEUES}
+    select queue as name, due, running, delayed, waiting, dead, since,
+        until is not null as is_paused,
+        case when until < 'infinity' then {in_range("until")} end as paused_until
+    from queue
+    """.format(and_queue="", of_queue="")
+    .replace("%(cap)s", "1000")
+    .replace("%(recent)s", "3600")
+)
 
 
 def plan_by_index() -> Statement[None]:

@@ -1,8 +1,8 @@
 """Sessions: their settings, privileges and schema."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import LiteralString, NamedTuple
 
 from bgjob._postgres.cursor import Texts
 from bgjob._sql.statement import Statement, nothing, scalar
@@ -81,6 +81,11 @@ def schema_comment() -> Statement[str | None]:
         None,
         lambda rows: (rows[0][0] or "") if rows else None,
     )
+
+
+def drop_tables(tables: Sequence[LiteralString]) -> LiteralString:
+    """Return the text that drops tables; partitions go with their table."""
+    return f"drop table {', '.join(tables)};"
 
 
 class Lack(NamedTuple):
