@@ -1,6 +1,7 @@
 """The part of an enqueue that does not depend on the driver."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from typing import Literal, TypeAlias
 
@@ -10,6 +11,16 @@ from bgjob.job import EnqueueOptions, EnqueueRequest
 
 OnConflict: TypeAlias = Literal["raise", "skip"]
 """What a bulk enqueue does with a job whose id is taken."""
+
+OnEnqueue: TypeAlias = Callable[
+    [Iterable[EnqueueRequest]], AbstractContextManager[Iterable[EnqueueRequest]]
+]
+"""Wraps an enqueue: a function of its requests that returns a context manager, within which they
+are written. It yields the requests to write: as many, in the same order, for example with more
+headers. One request of an enqueue; those of a bulk enqueue, which it must not consume before
+they are written. What it raises, the enqueue raises, and nothing is written; an error of the
+enqueue passes through it, and it must not suppress that. Called in the thread or task of the
+caller, by a Client and by an AsyncClient alike; from any thread."""
 
 _CHUNK = 10_000
 """Requests in one statement, so that a million in one call need bounded memory."""
@@ -63,3 +74,61 @@ def placed(
     if taken and on_conflict == "raise":
         raise JobAlreadyExistsError(taken)
     return ids
+
+
+def wrappers(on_enqueue: OnEnqueue | Sequence[OnEnqueue]) -> tuple[OnEnqueue, ...]:
+    """Return what wraps each enqueue, the outermost first; raise TypeError if it is no function."""
+    each = (*on_enqueue,) if isinstance(on_enqueue, Sequence) else (on_enqueue,)
+    for wrapper in each:
+        if not callable(wrapper):
+            raise TypeError(
+                "on_enqueue must be a function of requests that returns a context manager, or a "
+                f"sequence of such, not {wrapper!r}"
+            )
+    return each
+
+
+@contextmanager
+def wrapped(
+    on_enqueue: Sequence[OnEnqueue], requests: Iterable[EnqueueRequest]
+) -> Iterator[Iterable[EnqueueRequest]]:
+    """Yield the requests to write, within all wrappers."""
+    with ExitStack() as stack:
+        for wrapper in on_enqueue:
+            manager = wrapper(requests)
+            if not isinstance(manager, AbstractContextManager):
+                raise TypeError(
+                    f"on_enqueue {_name(wrapper)} returned {type(manager).__name__}, not a context "
+                    "manager: write it as a generator with one yield, and decorate it with "
+                    "contextlib.contextmanager"
+                )
+            requests = stack.enter_context(manager)
+            if not isinstance(requests, Iterable):
+                raise TypeError(
+                    f"on_enqueue {_name(wrapper)} must yield the requests to write, not "
+                    f"{type(requests).__name__}"
+                )
+        yield map(_checked, requests)
+        return
+    raise RuntimeError("an on_enqueue suppressed the error of an enqueue: it must raise it again")
+
+
+def _checked(request: EnqueueRequest) -> EnqueueRequest:
+    if not isinstance(request, EnqueueRequest):
+        raise TypeError(
+            f"an on_enqueue yielded {type(request).__name__}: it must yield requests, for example "
+            "[request.with_headers({...}) for request in requests]"
+        )
+    return request
+
+
+def only(requests: Iterable[EnqueueRequest]) -> EnqueueRequest:
+    """Return the one request that wrappers made of one."""
+    found = list(requests)
+    if len(found) != 1:
+        raise TypeError(f"an on_enqueue yielded {len(found)} requests for one: it must yield one")
+    return found[0]
+
+
+def _name(wrapper: OnEnqueue) -> str:
+    return getattr(wrapper, "__qualname__", None) or repr(wrapper)

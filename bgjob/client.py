@@ -47,7 +47,16 @@ from bgjob._postgres.pool import (
     Pool,
     PooledConnection,
 )
-from bgjob._requests import OnConflict, in_chunks, placed, request_of
+from bgjob._requests import (
+    OnConflict,
+    OnEnqueue,
+    in_chunks,
+    only,
+    placed,
+    request_of,
+    wrapped,
+    wrappers,
+)
 from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
 from bgjob._sql import enqueues, history, overviews, pauses, views, workers
@@ -87,6 +96,8 @@ from bgjob.workers import NO_TABLE, WorkerStatus
 if TYPE_CHECKING:
     from bgjob._explanation.steps import Steps
     from bgjob.measurements import Measurements
+
+__all__ = ["AsyncClient", "Client", "OnConflict", "OnEnqueue"]
 
 T = TypeVar("T")
 
@@ -132,6 +143,9 @@ class AsyncClient:
         notify: whether enqueues notify sleeping workers; True by default. Set it to
             False if no worker can listen: behind a pooler in transaction mode
             workers poll.
+        on_enqueue: wraps every enqueue of this client, the first outermost: a function of the
+            requests that returns a context manager, which yields those to write, for example
+            with more headers; or a sequence of such functions. See OnEnqueue. None by default.
 
     Raises:
         TypeError: not such a source; the error of an engine or a URL of SQLAlchemy names
@@ -146,11 +160,16 @@ class AsyncClient:
     """
 
     def __init__(
-        self, source: AsyncSource | AsyncConnectionPool[Any], *, notify: bool = True
+        self,
+        source: AsyncSource | AsyncConnectionPool[Any],
+        *,
+        notify: bool = True,
+        on_enqueue: OnEnqueue | Sequence[OnEnqueue] = (),
     ) -> None:
         source = checked_source(source, AsyncConnectionPool)
         self._source = source
         self._notify = notify
+        self._on_enqueue = wrappers(on_enqueue)
         self._pool: AsyncPool | AsyncBorrowedPool = (
             AsyncBorrowedPool(source)
             if isinstance(source, AsyncConnectionPool)
@@ -196,8 +215,8 @@ class AsyncClient:
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority and exclusive of a typed job;
-                they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive and headers of a typed
+                job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
@@ -215,6 +234,14 @@ class AsyncClient:
 
         """
         request = request_of(request, options)
+        if not self._on_enqueue:
+            return await self._enqueue(request, conn)
+        with wrapped(self._on_enqueue, (request,)) as changed:
+            return await self._enqueue(only(changed), conn)
+
+    async def _enqueue(
+        self, request: EnqueueRequest, conn: psycopg.AsyncConnection[Any] | None
+    ) -> str:
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         try:
             is_written = await self._run(statement, conn, keep=True)
@@ -254,13 +281,26 @@ class AsyncClient:
                 list or a tuple and `conn` is not given.
 
         """
+        if not self._on_enqueue:
+            return await self._bulk_enqueue(requests, on_conflict, conn)
+        with wrapped(self._on_enqueue, requests) as changed:
+            may_repeat = isinstance(requests, list | tuple)
+            given = list(changed) if may_repeat else changed
+            return await self._bulk_enqueue(given, on_conflict, conn)
+
+    async def _bulk_enqueue(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.AsyncConnection[Any] | None,
+    ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
-                    return await self._bulk_enqueue(requests, on_conflict, None)
-        return await self._bulk_enqueue(requests, on_conflict, conn)
+                    return await self._write_all(requests, on_conflict, None)
+        return await self._write_all(requests, on_conflict, conn)
 
-    async def _bulk_enqueue(
+    async def _write_all(
         self,
         requests: Iterable[EnqueueRequest],
         on_conflict: OnConflict,
@@ -799,6 +839,9 @@ class Client:
         notify: whether enqueues notify sleeping workers; True by default. Set it to
             False if no worker can listen: behind a pooler in transaction mode
             workers poll.
+        on_enqueue: wraps every enqueue of this client, the first outermost: a function of the
+            requests that returns a context manager, which yields those to write, for example
+            with more headers; or a sequence of such functions. See OnEnqueue. None by default.
 
     Raises:
         TypeError: not such a source; the error of an engine or a URL of SQLAlchemy names
@@ -808,10 +851,17 @@ class Client:
     Thread-safe. A context manager; leaving it closes it.
     """
 
-    def __init__(self, source: Source | ConnectionPool[Any], *, notify: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source | ConnectionPool[Any],
+        *,
+        notify: bool = True,
+        on_enqueue: OnEnqueue | Sequence[OnEnqueue] = (),
+    ) -> None:
         source = checked_source(source, ConnectionPool)
         self._source = source
         self._notify = notify
+        self._on_enqueue = wrappers(on_enqueue)
         self._pool: Pool | BorrowedPool = (
             BorrowedPool(source)
             if isinstance(source, ConnectionPool)
@@ -855,8 +905,8 @@ class Client:
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority and exclusive of a typed job;
-                they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive and headers of a typed
+                job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
@@ -874,6 +924,12 @@ class Client:
 
         """
         request = request_of(request, options)
+        if not self._on_enqueue:
+            return self._enqueue(request, conn)
+        with wrapped(self._on_enqueue, (request,)) as changed:
+            return self._enqueue(only(changed), conn)
+
+    def _enqueue(self, request: EnqueueRequest, conn: psycopg.Connection[Any] | None) -> str:
         statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
         try:
             is_written = self._run(statement, conn, keep=True)
@@ -913,13 +969,26 @@ class Client:
                 list or a tuple and `conn` is not given.
 
         """
+        if not self._on_enqueue:
+            return self._bulk_enqueue(requests, on_conflict, conn)
+        with wrapped(self._on_enqueue, requests) as changed:
+            may_repeat = isinstance(requests, list | tuple)
+            given = list(changed) if may_repeat else changed
+            return self._bulk_enqueue(given, on_conflict, conn)
+
+    def _bulk_enqueue(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.Connection[Any] | None,
+    ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
-                    return self._bulk_enqueue(requests, on_conflict, None)
-        return self._bulk_enqueue(requests, on_conflict, conn)
+                    return self._write_all(requests, on_conflict, None)
+        return self._write_all(requests, on_conflict, conn)
 
-    def _bulk_enqueue(
+    def _write_all(
         self,
         requests: Iterable[EnqueueRequest],
         on_conflict: OnConflict,

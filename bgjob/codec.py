@@ -218,7 +218,7 @@ def json_payload(arg: object, type_: str | None) -> bytes | None:
             "pass bytes, or values that JSON can express"
         ) from error
     # orjson writes NaN and infinities as null: the decoded value would differ.
-    if b"null" in payload and _has_non_finite(arg):
+    if b"null" in payload and has_non_finite(arg):
         raise ValueError(f"{_named(type_)} holds NaN or infinity, which JSON cannot express")
     return payload
 
@@ -227,7 +227,8 @@ def _named(type_: str | None) -> str:
     return "the value" if type_ is None else f"arg of job type {type_!r}"
 
 
-def _has_non_finite(arg: object) -> bool:
+def has_non_finite(arg: object) -> bool:
+    """Whether a value, or a part of it, is NaN or infinite."""
     pending: list[object] = [arg]
     while pending:
         match pending.pop():

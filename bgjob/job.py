@@ -2,13 +2,15 @@
 
 import os
 import time
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field, fields
 from datetime import datetime
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 import orjson
 
 from bgjob._checks import Duration, seconds
+from bgjob._headers import NO_HEADERS, checked
 from bgjob.codec import (
     Codec,
     JsonCodec,
@@ -38,6 +40,7 @@ class EnqueueOptions(TypedDict, total=False):
     run_at: datetime | None
     priority: int
     exclusive: str | None
+    headers: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,11 @@ class EnqueueRequest:
             most 2,600 bytes. Of all jobs with this key, in any queue and on any
             host, one runs at a time, and those of one queue run in the order in
             which they are due. None by default.
+        headers: a small JSON object beside the payload, for what accompanies the job and is not
+            its argument (a tenant, a request id, the context of a trace): `job.headers`.
+            Names are str, values what orjson encodes, without NUL; at most 4,096 bytes as
+            JSON in ASCII, because each claim and retry writes them again. A copy that cannot
+            be changed is kept. Empty by default.
         codec: encodes `arg` if that is not None; an argument of the constructor
             only. JSON by default. Register the handler with the same codec.
 
@@ -68,8 +76,8 @@ class EnqueueRequest:
         QueueRequiredError, TypeRequiredError: the queue or type is empty.
         ValueError: a text too long or with a character that PostgreSQL cannot hold,
             a delay or priority out of range, both a delay and a run_at, a
-            naive run_at, or NaN or infinity in `arg`.
-        TypeError: an `arg` that JSON cannot express, or a value of a wrong type.
+            naive run_at, NaN or infinity in `arg` or `headers`, or too large headers.
+        TypeError: an `arg` or `headers` that JSON cannot express, or a value of a wrong type.
 
     """
 
@@ -81,6 +89,7 @@ class EnqueueRequest:
     run_at: datetime | None = field(default=None, kw_only=True)
     priority: int = field(default=0, kw_only=True)
     exclusive: str | None = field(default=None, kw_only=True)
+    headers: Mapping[str, Any] = field(default=NO_HEADERS, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """The stored bytes of `arg`; None for NULL."""
     codec: InitVar[Codec[Any]] = field(default=_JSON, kw_only=True)
@@ -105,6 +114,8 @@ class EnqueueRequest:
                     f"{self.run_at!r} has no time zone"
                 )
         check_priority(self.priority, "priority")
+        if self.headers is not NO_HEADERS:
+            object.__setattr__(self, "headers", checked(self.headers))
         if type(codec) is not JsonCodec:
             # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
             object.__setattr__(self, "arg", _encoded(self.arg, self.type, codec))
@@ -119,7 +130,7 @@ class EnqueueRequest:
                 any class with a `codec: ClassVar[Codec]`. The class may set
                 `job_type: ClassVar[str]` (its name by default),
                 `queue: ClassVar[str]` and `priority: ClassVar[int]`.
-            options: queue, id, delay, run_at, priority and exclusive, as for a
+            options: queue, id, delay, run_at, priority, exclusive and headers, as for a
                 request; they take precedence over the class.
 
         Raises:
@@ -146,6 +157,20 @@ class EnqueueRequest:
             options["priority"] = class_option(class_, "priority", 0)
         return cls(type=type_name(class_), arg=value, codec=codec, **options)
 
+    def with_headers(self, headers: Mapping[str, Any]) -> Self:
+        """Return a copy of the request with these headers too; they replace those of their names.
+
+        Raises:
+            TypeError, ValueError: as for a request's headers.
+
+        """
+        # Not dataclasses.replace, which would check and encode the whole request again.
+        copy = object.__new__(type(self))
+        for each in fields(self):
+            object.__setattr__(copy, each.name, getattr(self, each.name))
+        object.__setattr__(copy, "headers", checked({**self.headers, **headers}))
+        return copy
+
 
 class Job(NamedTuple):
     """A claimed job, as its handler sees it; immutable.
@@ -167,6 +192,7 @@ class Job(NamedTuple):
         created_at: when it was enqueued.
         updated_at: when its last attempt ended, or when it was enqueued.
         exclusive: the key that no other running job has, or None.
+        headers: those of its request, a dict that cannot be changed; empty if it has none.
 
     """
 
@@ -181,6 +207,7 @@ class Job(NamedTuple):
     created_at: datetime
     updated_at: datetime
     exclusive: str | None = None
+    headers: Mapping[str, Any] = NO_HEADERS
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.
@@ -244,6 +271,7 @@ class DeadJob(NamedTuple):
     number: int
     fingerprint: str
     worker: int | None = None
+    headers: Mapping[str, Any] = NO_HEADERS
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.

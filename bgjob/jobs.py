@@ -27,6 +27,7 @@ from psycopg.errors import LockNotAvailable
 from typing_extensions import Unpack
 
 from bgjob._failure import error_text
+from bgjob._headers import NO_HEADERS
 from bgjob._postgres.connection import is_two_phase
 from bgjob._running.drive import drive, drive_async
 from bgjob._sql import enqueues, job_pages, keys, looks, steering
@@ -136,6 +137,7 @@ class LiveJob:
         last_error: the error of the last failed attempt; in a list its first 200 characters.
         size: the bytes of its payload; None without one.
         arg: its payload; None also in a list.
+        headers: its headers, a dict that cannot be changed; empty also in a list.
         claimed_at: since when a worker holds it; None if none does, or if its claim does not
             tell.
         worker: the worker that holds it; None if none does, or if it is not in bgjob_worker.
@@ -160,6 +162,7 @@ class LiveJob:
     last_error: str | None
     size: int | None
     arg: bytes | None = None
+    headers: Mapping[str, Any] = NO_HEADERS
     claimed_at: datetime | None = None
     worker: JobWorker | None = None
     lease_until: datetime | None = None

@@ -164,6 +164,11 @@ class Schedule:
             raise ValueError(
                 "its request must have no delay and no run_at: its job is due immediately"
             )
+        if self.request.headers:
+            raise ValueError(
+                "its request must have no headers, which a schedule does not store: nothing asked "
+                "for its job; pass what the job needs in arg"
+            )
         if self.request.exclusive is not None:
             id_ = self.job_id(datetime.max.replace(tzinfo=UTC))
             check_key("exclusive", self.request.exclusive, self.request.queue, id_)

@@ -34,6 +34,9 @@ create table bgjob_job (
     lease_until timestamptz,
     created_at  timestamptz not null default clock_timestamp(),
     updated_at  timestamptz not null default clock_timestamp(),
+    -- A small object beside the payload. Not jsonb, which the server would have to turn into text
+    -- for each claim. The last column: no condition has to step over it.
+    headers     json,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
@@ -102,6 +105,7 @@ create table bgjob_dead_job (
     worker         integer,
     -- The claim that a cancel has ended, so that its worker can tell that from a lost lease.
     token          bigint,
+    headers        json,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 

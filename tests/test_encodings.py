@@ -214,7 +214,9 @@ def test_a_job_that_cannot_be_read_is_dead_lettered_and_its_neighbours_complete(
     done: list[str] = []
     recorder = Recorder()
     with Client(dsn) as client, psycopg.connect(dsn, autocommit=True) as conn:
-        client.bulk_enqueue([EnqueueRequest("q", "t", id=f"a{n:03}") for n in range(120)])
+        client.bulk_enqueue(
+            EnqueueRequest("q", "t", id=f"a{n:03}", headers={"tenant": "é✓"}) for n in range(120)
+        )
         conn.execute(
             "select set_config('client_encoding', current_setting('server_encoding'), false)"
         )
@@ -222,6 +224,10 @@ def test_a_job_that_cannot_be_read_is_dead_lettered_and_its_neighbours_complete(
             b"update bgjob_job set id = '%s' || id where id in ('a007', 'a064', 'a119')"
             % UNREADABLE[encoding]
         )
+        if encoding == "SQL_ASCII":  # readable only without them
+            conn.execute(
+                b"""update bgjob_job set headers = '{"x": "\xff"}' where id like 'bad%a007'"""
+            )
         if state == "held":
             conn.execute("update bgjob_job set token = 1, lease_until = now() - interval '1 s'")
         elif state == "died":
@@ -239,6 +245,9 @@ def test_a_job_that_cannot_be_read_is_dead_lettered_and_its_neighbours_complete(
         for id_, arg, error in found:
             assert id_.startswith(("bad\\377\\376a", "bad\\201a"))
             assert (arg, "could not be read" in str(error)) == (None, True)
+        kept = sorted(str(dict(dead.headers)) for dead in client.dlq.list())
+        lost = ["{}"] if encoding == "SQL_ASCII" else []
+        assert kept == sorted([*lost, *["{'tenant': 'é✓'}"] * (3 - len(lost))])
         assert [group.jobs for group in client.dlq.groups()] == [3]
         assert len(done) == 117
         assert any("could not be read" in str(error) for _, error in recorder.of("error"))

@@ -107,7 +107,7 @@ def test_a_job_whose_claim_was_lost_is_not_kept(conn: psycopg.Connection) -> Non
 
 
 def test_where_no_type_is_kept_not_a_byte_of_the_statement_changes() -> None:
-    job = Job._make(["a", "q", "t", *[None] * 7, None])
+    job = Job._make(["a", "q", "t", *[None] * (len(Job._fields) - 3)])
     for types in ((), {"u"}):
         assert complete([Claimed(job, 1)], types).text == complete([Claimed(job, 1)]).text
     assert "bgjob_history" not in str(complete([Claimed(job, 1)]).text)

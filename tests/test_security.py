@@ -827,14 +827,14 @@ def test_a_worker_whose_grants_are_withdrawn_goes_on(
 def _everything(group: str) -> list[Statement[Any]]:
     """Every statement of a role, each of which is refused whole if any privilege is missing."""
     request = EnqueueRequest("q", "t")
-    claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k"]), 1)
+    claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k", {}]), 1)
     where = dead.DeadFilter()
     marks = {0: datetime.now(UTC)}
     match group:
         case "producer":
             return [
-                enqueues.enqueue(request, notify=True),
-                enqueues.enqueue_many([request], notify=True),
+                enqueues.enqueue(request.with_headers({"tenant": 7}), notify=True),
+                enqueues.enqueue_many([request.with_headers({"tenant": 7})], notify=True),
             ]
         case "worker":
             return [

@@ -84,7 +84,7 @@ def test_claims_and_extensions_are_heap_only_updates(worker: psycopg.Connection)
     assert counted(sweep("q", limit=100, lease=60, token=1)) == (100, 100)
     assert counted(claim("q", limit=100, lease=60, token=2, marks=marks)) == (100, 100)
     held = [
-        Claimed(Job._make([id_, *[None] * 10]), token)
+        Claimed(Job._make([id_, *[None] * (len(Job._fields) - 1)]), token)
         for id_, token in worker.execute("select id, token from bgjob_job where token is not null")
     ]
     # No more of them than the pages have room for: transactions in other databases of

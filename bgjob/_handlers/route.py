@@ -74,7 +74,19 @@ class Route:
         if not policy.exclusive or "exclusive" in options:
             return request
         arg, now = request.payload, datetime.now(UTC)
-        job = Job(request.id, queue, request.type, arg, 0, None, request.priority, now, now, now)
+        job = Job(
+            request.id,
+            queue,
+            request.type,
+            arg,
+            0,
+            None,
+            request.priority,
+            now,
+            now,
+            now,
+            headers=request.headers,
+        )
         return replace(request, arg=arg, exclusive=policy.key(job))
 
     def run(self, job: Job) -> Result | Awaiting:

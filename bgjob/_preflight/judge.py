@@ -9,6 +9,7 @@ from typing import Any
 
 from bgjob._failure import message_of
 from bgjob._handlers.policy import TypePolicy
+from bgjob._headers import read
 from bgjob._sql.preflight import Candidate
 from bgjob.errors import PayloadError
 from bgjob.job import Job
@@ -216,6 +217,7 @@ def _compare_key(tally: Tally, job: Candidate) -> None:
         now,
         job.created_at or now,
         job.updated_at or now,
+        headers=read(job.headers),
     )
     try:
         key = copy_context().run(policy.key, seen)

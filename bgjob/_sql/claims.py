@@ -7,9 +7,11 @@ what a claim writes. So they lie in one module of over 400 lines.
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
+from itertools import repeat
+from operator import add, itemgetter
 from typing import LiteralString, NamedTuple
 
+from bgjob._headers import NO_HEADERS, read
 from bgjob._sql.session import IS_OURS
 from bgjob._sql.statement import (
     Row,
@@ -25,7 +27,8 @@ from bgjob.job import Job
 
 JOB_COLUMNS = f"""
     id, queue, type, arg, attempt, last_error, priority,
-    {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive
+    {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive,
+    headers::text
 """
 
 _LARGEST: LiteralString = "65536"
@@ -489,9 +492,19 @@ def _in_order_of_due(rows: Sequence[Row]) -> list[Job]:
 
 
 def _jobs(rows: Sequence[Row]) -> list[Job]:
-    jobs = list(map(make_job, map(_job_columns, rows)))
+    jobs = jobs_of(rows)
     if ELSEWHERE in map(_payload, jobs):
         jobs = [job._replace(arg=ELSEWHERE) if job.arg == ELSEWHERE else job for job in jobs]
+    return jobs
+
+
+def jobs_of(rows: Sequence[Row]) -> list[Job]:
+    """Return the jobs of rows that begin with JOB_COLUMNS."""
+    columns = map(add, map(_job_columns, rows), repeat((NO_HEADERS,)))
+    jobs = list(map(_make_job, columns))
+    if any(map(_headers, rows)):
+        texts = map(_headers, rows)
+        jobs = [j._replace(headers=read(t)) if t else j for j, t in zip(jobs, texts, strict=True)]
     return jobs
 
 
@@ -505,8 +518,10 @@ def _in_order(rows: Sequence[Row]) -> list[Job]:
     return _jobs(sorted(rows, key=_by_due))
 
 
-_job_columns = itemgetter(slice(len(Job._fields)))
+_HEADERS = Job._fields.index("headers")
+_job_columns = itemgetter(slice(_HEADERS))  # all others; it is the last
+_headers = itemgetter(_HEADERS)
 _payload = itemgetter(3)
 _by_due = itemgetter(6, 7)  # priority and due time
 _by_next_run_at = itemgetter(7)
-make_job = partial(tuple.__new__, Job)  # a third of the time of Job(*row)
+_make_job = partial(tuple.__new__, Job)  # a third of the time of Job(*row)

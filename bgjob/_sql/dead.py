@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
+from bgjob._headers import read
 from bgjob._sql.statement import Row, Statement, column, in_range, scalar
 from bgjob.job import DeadJob
 from bgjob.stats import CappedCount
@@ -22,7 +23,7 @@ LONGEST_ERROR: LiteralString = "2000"
 DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
-    {in_range("moved_at")}, id, fingerprint, worker
+    {in_range("moved_at")}, id, fingerprint, worker, headers::text
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
@@ -119,8 +120,8 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
 
 
 def dead_job(row: Row) -> DeadJob:
-    *columns, fingerprint, worker = row
-    return DeadJob._make((*columns, fingerprint_of(fingerprint), worker))
+    *columns, fingerprint, worker, headers = row
+    return DeadJob._make((*columns, fingerprint_of(fingerprint), worker, read(headers)))
 
 
 def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
@@ -254,9 +255,10 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
         f"""
         with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
-                id, queue, type, arg, last_error, priority, exclusive, created_at
+                id, queue, type, arg, last_error, priority, exclusive, created_at, headers
             )
-            select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at
+            select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at,
+                headers
             from bgjob_dead_job
             where id = any (array(select id from locked))
             order by job_id collate "C"

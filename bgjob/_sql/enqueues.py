@@ -1,9 +1,11 @@
 """Enqueue jobs, and notify the workers of their queues."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import add
 from typing import LiteralString, NamedTuple
 
 from bgjob._checks import seconds
+from bgjob._headers import stored
 from bgjob._postgres.cursor import Payloads, Texts, Times
 from bgjob._sql.notices import (
     CHANNEL,
@@ -27,11 +29,12 @@ _ENQUEUE = """
 """
 
 _ENQUEUE_OTHERS = """
-    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
+    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at, headers)
     values (
         %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s,
         greatest(cast(%(run_at)s as timestamptz), clock_timestamp())
-            + %(delay)s * interval '1 second'
+            + %(delay)s * interval '1 second',
+        cast(cast(%(headers)s as text) as json)
     )
     on conflict (id) do nothing
     returning
@@ -53,7 +56,8 @@ def _tell_of(sign: LiteralString) -> LiteralString:
 _TELL_NOW = _tell_of("")
 _TELL_LATER = _tell_of(LATER)
 
-# By whether the job is plain, is due later, and notifies. Made once: as fast as a bare insert.
+# By whether the job is plain, which is without any rare column, is due later, and notifies. Made
+# once: as fast as a bare insert.
 _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
     (plain, later, notify): (_ENQUEUE if plain else _ENQUEUE_OTHERS)
     + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
@@ -66,7 +70,7 @@ _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; True if it was written, False if its id is taken."""
     later = bool(request.delay or request.run_at)
-    plain = request.exclusive is None and not later
+    plain = request.exclusive is None and not later and not request.headers
     params: dict[str, object] = {
         "id": request.id,
         "queue": request.queue,
@@ -79,6 +83,7 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
             "exclusive": request.exclusive,
             "run_at": request.run_at,
             "delay": seconds(request.delay, "delay"),
+            "headers": stored(request.headers),
         }
     if notify:
         params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
@@ -114,6 +119,8 @@ def enqueue_many(
     With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
     without, all arrays are lists, which every driver can send.
     """
+    has_headers = any(r.headers for r in requests)
+    column = ", headers" if has_headers else ""
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]
     tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
@@ -123,18 +130,21 @@ def enqueue_many(
             select id, queue, type, arg, priority, exclusive, position,
                 greatest(
                     run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
-                ) + delay * interval '1 second' as next_run_at
+                ) + delay * interval '1 second' as next_run_at{column}
             from unnest(
                 cast(%(ids)s as text[]), cast(%(queues)s as text[]), cast(%(types)s as text[]),
                 cast(%(args)s as bytea[]), cast(%(priorities)s as smallint[]),
                 cast(%(exclusives)s as text[]), cast(%(run_ats)s as timestamptz[]),
                 cast(%(delays)s as float8[])
+                {", cast(%(headers)s as text[])" if has_headers else ""}
             ) with ordinality as r (
-                id, queue, type, arg, priority, exclusive, run_at, delay, position
+                id, queue, type, arg, priority, exclusive, run_at, delay{column}, position
             )
         ), written as (
-            insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at)
-            select id, queue, type, arg, priority, exclusive, next_run_at from request
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at{column})
+            select id, queue, type, arg, priority, exclusive, next_run_at
+                {", cast(headers as json)" if has_headers else ""}
+            from request
             order by id collate "C", position
             on conflict (id) do nothing
             returning id
@@ -151,6 +161,7 @@ def enqueue_many(
             "exclusives": Texts(r.exclusive for r in requests),
             "run_ats": Times(r.run_at for r in requests),
             "delays": numbers([seconds(r.delay, "delay") for r in requests]),
+            **({"headers": Texts(stored(r.headers) for r in requests)} if has_headers else {}),
             **_told(_whats(requests)),
         },
         lambda rows: set(rows[0][0]),
@@ -178,6 +189,12 @@ def begin_copy() -> Statement[None]:
     return Statement("select pg_current_xact_id() is null", None, nothing, prepare=None)
 
 
+_COPY: LiteralString = (
+    "copy bgjob_job (id, queue, type, arg, priority{}) from stdin (format binary)"
+)
+_COPIED = ("text", "text", "text", "bytea", "int2")
+
+
 class Copy(NamedTuple):
     """Rows for a binary COPY, which takes half the time of an insert."""
 
@@ -196,11 +213,15 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     others = any(r.delay or r.run_at or r.exclusive is not None for r in requests)
     if others or ids != sorted(ids):
         return None
+    # Made one at a time, while the server writes the ones before.
+    rows = ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests)
+    if not any(r.headers for r in requests):
+        return Copy(_COPY.format(""), _COPIED, rows)
+    texts = ((stored(r.headers),) for r in requests)
     return Copy(
-        "copy bgjob_job (id, queue, type, arg, priority) from stdin (format binary)",
-        ("text", "text", "text", "bytea", "int2"),
-        # Made one at a time, while the server writes the ones before.
-        ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests),
+        _COPY.format(", headers"),
+        (*_COPIED, "text"),  # json has the same binary form
+        map(add, rows, texts),
     )
 
 

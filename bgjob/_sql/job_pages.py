@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import partial
 from typing import ClassVar, LiteralString, NamedTuple, TypeAlias
 
-from bgjob._sql.jobs import LISTED, JobFilter, Live
+from bgjob._sql.jobs import LISTED, JobFilter, Live, live
 from bgjob._sql.statement import Row, Statement
 
 MOST_ROWS = 50_000
@@ -303,7 +303,7 @@ class Blocks:
         end = min(at.block, size)
         about = None if density is None else round(size * density)
         looked_at = round((end - self.block) * (density or 0))
-        jobs = [Live(*row[5:]) for row in found]
+        jobs = [live(row[5:]) for row in found]
         return Looked(jobs, at if at.block < size else None, max(looked_at, len(jobs)), about)
 
 
@@ -367,7 +367,7 @@ def _looked(kind: type[Way], limit: int, most: int, rows: Sequence[Row]) -> Look
     end = last if count == most else None
     place = found[-1][2] if len(found) == limit else end
     at = None if place is None else kind(*json.loads(place))
-    return Looked([Live(*row[3:]) for row in found], at, count)
+    return Looked([live(row[3:]) for row in found], at, count)
 
 
 def first_way(where: JobFilter) -> Way:

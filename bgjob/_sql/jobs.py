@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
-from bgjob._sql.statement import Statement, in_range, text_array
+from bgjob._headers import Headers, read
+from bgjob._sql.statement import Row, Statement, in_range, text_array
 
 _STATE: LiteralString = """
     case when j.token is not null then 'running'
@@ -93,6 +94,12 @@ class Live(NamedTuple):
     lease_until: datetime | None
     lease_left: float | None
     arg: bytes | None
+    headers: Headers
+
+
+def live(row: Row) -> Live:
+    *columns, headers = row
+    return Live._make((*columns, read(headers)))
 
 
 _LIVE = f"""
@@ -105,10 +112,10 @@ _LIVE = f"""
     case when j.lease_until is not null then {in_range("j.lease_until")} end,
     case when j.lease_until is not null
         then extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8 end,
-    {{arg}}
+    {{arg}}, {{headers}}
 """
-LISTED = _LIVE.format(error="left(j.last_error, 200)", arg="null::bytea")
-_WHOLE = _LIVE.format(error="j.last_error", arg="j.arg")
+LISTED = _LIVE.format(error="left(j.last_error, 200)", arg="null::bytea", headers="null::text")
+_WHOLE = _LIVE.format(error="j.last_error", arg="j.arg", headers="j.headers::text")
 
 
 def get(id_: str) -> Statement[Live | None]:
@@ -116,7 +123,7 @@ def get(id_: str) -> Statement[Live | None]:
     return Statement(
         f"select {_WHOLE} from bgjob_job j where j.id = %(id)s",
         {"id": id_},
-        lambda rows: Live(*rows[0]) if rows else None,
+        lambda rows: live(rows[0]) if rows else None,
     )
 
 
@@ -129,5 +136,5 @@ def listed(ids: Sequence[str], where: JobFilter) -> Statement[list[Live]]:
         order by j.id desc
         """,
         {**where.params, "ids": text_array(ids)},
-        lambda rows: [Live(*row) for row in rows],
+        lambda rows: [live(row) for row in rows],
     )

@@ -36,7 +36,7 @@ _LIVE_NEEDS = (
         "select",
         (
             "id queue type arg attempt priority next_run_at created_at updated_at exclusive "
-            "last_error lease_until"
+            "last_error lease_until headers"
         ),
     ),
 )
@@ -46,7 +46,7 @@ _DEAD_NEEDS = (
         "select",
         (
             "id job_id queue type arg attempt priority next_run_at job_created_at job_updated_at "
-            "exclusive last_error"
+            "exclusive last_error headers"
         ),
     ),
 )
@@ -120,6 +120,7 @@ class Candidate(NamedTuple):
     """The payload's bytes; None if there is none or if it is not wanted."""
     arg: bytes | None
     """None also if it is too large."""
+    headers: str | None = None
 
 
 class Page(NamedTuple):
@@ -151,7 +152,7 @@ LIVE = Table(
     "bgjob_job",
     """
     id as key, id, queue, type, priority, next_run_at, exclusive, created_at, updated_at,
-    last_error, arg,
+    last_error, arg, headers,
     attempt::bigint - (lease_until is not null and lease_until > now())::int as attempt
     """,
     "case when p.type = any (%(keyed)s::text[]) then p.last_error end",
@@ -165,7 +166,7 @@ DEAD = Table(
     """
     id as key, job_id as id, queue, type, attempt, priority, next_run_at, exclusive,
     job_created_at as created_at, job_updated_at as updated_at, left(last_error, 20) as last_error,
-    arg
+    arg, headers
     """,
     "p.last_error",
     # Another release may accept them: it has their handler, or another form of their payload.
@@ -185,7 +186,8 @@ _CANDIDATE: LiteralString = f"""
     case when p.type = any (%(keyed)s::text[]) then {in_range("p.updated_at")} end,
     {{error}},
     case when p.type = any (%(read)s::text[]) then octet_length(p.arg) end,
-    case when p.type = any (%(read)s::text[]) and octet_length(p.arg) <= %(most)s then p.arg end
+    case when p.type = any (%(read)s::text[]) and octet_length(p.arg) <= %(most)s then p.arg end,
+    case when p.type = any (%(keyed)s::text[]) then p.headers::text end
 """
 
 

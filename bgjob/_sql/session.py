@@ -107,7 +107,7 @@ _TABLE_NEEDS = (
     ("bgjob_exclusive", "delete"),
 )
 _COLUMN_NEEDS = (
-    ("bgjob_job", "select", "id queue type arg priority created_at"),
+    ("bgjob_job", "select", "id queue type arg priority created_at headers"),
     (
         "bgjob_job",
         "update",
@@ -123,7 +123,7 @@ _COLUMN_NEEDS = (
         "insert",
         (
             "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
-            "next_run_at job_created_at job_updated_at"
+            "next_run_at job_created_at job_updated_at headers"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id token"),

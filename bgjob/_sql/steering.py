@@ -93,14 +93,14 @@ _DEAD_LETTERED: LiteralString = """
         delete from bgjob_job
         where id = any (array(select id from locked))
         returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-            created_at, updated_at, token, waits
+            created_at, updated_at, token, waits, headers
     ), dead as (
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, token
+            next_run_at, job_created_at, job_updated_at, token, headers
         )
         select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
-            next_run_at, created_at, updated_at, {claim}
+            next_run_at, created_at, updated_at, {claim}, headers
         from gone order by id
     ), changed as (
         select id, queue, token, case when not waits then exclusive end as key from gone

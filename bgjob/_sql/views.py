@@ -1,6 +1,6 @@
 """Count and list jobs; advance time for a test."""
 
-from bgjob._sql.claims import JOB_COLUMNS, make_job
+from bgjob._sql.claims import JOB_COLUMNS, jobs_of
 from bgjob._sql.statement import Statement, scalar
 from bgjob.job import Job
 from bgjob.stats import QueueStats
@@ -74,5 +74,5 @@ def live_jobs() -> Statement[list[Job]]:
     return Statement(
         f"select {JOB_COLUMNS} from bgjob_job order by queue, priority, next_run_at, id",
         None,
-        lambda rows: list(map(make_job, rows)),
+        jobs_of,
     )

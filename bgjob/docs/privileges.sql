@@ -9,7 +9,7 @@ create role bgjob_editor nologin;
 
 -- A producer writes jobs, also by plain SQL; these columns are promised. It learns which ids are
 -- taken, and reads no payload.
-grant insert (id, queue, type, arg, priority, exclusive, next_run_at) on bgjob_job
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers) on bgjob_job
     to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
 
@@ -21,7 +21,7 @@ grant delete on bgjob_job to bgjob_worker;
 grant select, insert (key), update (job_id, token, queue, since, since_id), delete
     on bgjob_exclusive to bgjob_worker;
 grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
-    next_run_at, job_created_at, job_updated_at) on bgjob_dead_job to bgjob_worker;
+    next_run_at, job_created_at, job_updated_at, headers) on bgjob_dead_job to bgjob_worker;
 grant select (job_id, token) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
 
@@ -55,7 +55,7 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute,
     bgjob_history
     to bgjob_operator;
-grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at) on bgjob_job
+grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at, headers) on bgjob_job
     to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write
 -- this column.
@@ -71,7 +71,7 @@ grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
 grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob_job to bgjob_editor;
 grant select, insert (key), update (job_id), delete on bgjob_exclusive to bgjob_editor;
 grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority,
-    exclusive, next_run_at, job_created_at, job_updated_at, token) on bgjob_dead_job to bgjob_editor;
+    exclusive, next_run_at, job_created_at, job_updated_at, token, headers) on bgjob_dead_job to bgjob_editor;
 grant select on bgjob_worker to bgjob_editor;
 
 -- Optional: `bgjob doctor` names a culprit without it. With it, it also shows what the sessions of

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from bgjob._cli import arguments, database, payload, table
 from bgjob._cli.arguments import UsageError, add_command
 from bgjob._cli.progress import progress, say
+from bgjob._headers import stored
 from bgjob._sql.dead import DeadFilter, matching
 from bgjob.client import Client
 from bgjob.job import DeadJob
@@ -146,8 +147,9 @@ def run_show(args: argparse.Namespace) -> int:
     if args.json:
         table.write_json(_as_json(job))
         return 0
-    for name, value in job._asdict().items():
-        text = payload.as_text(value) if name == "arg" else str(value)
+    shown = job._asdict() | {"headers": stored(job.headers)}
+    for name, value in shown.items():
+        text = payload.as_text(job.arg) if name == "arg" else str(value)
         if value is not None:
             lines = "\n    ".join(map(table.printable, text.splitlines()))
             sys.stdout.write(f"{name:<12}  {lines}\n")

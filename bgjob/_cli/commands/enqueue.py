@@ -58,6 +58,11 @@ def add(commands: "Commands") -> None:
         help="of the jobs with this key one runs at a time, on any host (default: none)",
     )
     parser.add_argument(
+        "--headers",
+        metavar="JSON",
+        help="a small object beside the payload, for example a tenant or a trace's context",
+    )
+    parser.add_argument(
         "--id",
         type=arguments.name("id"),
         help="unique among live jobs, so that enqueuing twice is harmless (default: a new UUID)",
@@ -69,6 +74,8 @@ def add(commands: "Commands") -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     options: dict[str, Any] = {} if args.id is None else {"id": args.id}
+    if args.headers is not None:
+        options["headers"] = _headers(args.headers)
     try:
         request = EnqueueRequest(
             args.queue,
@@ -79,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             exclusive=args.exclusive,
             **options,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     with database.opened(database.find(args.dsn)) as client:
         id_ = client.enqueue(request)
@@ -107,6 +114,13 @@ def _payload(args: argparse.Namespace) -> bytes | None:
         where = "the standard input" if args.arg == "-" else repr(args.arg)
         raise UsageError(f"{where} is not JSON: {error}; for other bytes use --raw") from None
     return bytes(payload)
+
+
+def _headers(text: str) -> Any:
+    try:
+        return orjson.loads(text.encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise UsageError(f"--headers: {text!r} is not JSON: {error}") from None
 
 
 def _stdin() -> bytes:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from bgjob._cli import arguments, database, payload, table
 from bgjob._cli.arguments import UsageError, add_command
 from bgjob._cli.progress import progress, say
+from bgjob._headers import NO_HEADERS, stored
 from bgjob._words import count
 from bgjob.client import Client
 from bgjob.jobs import JobChanges, JobFilters, JobWorker, LiveJob, LiveState
@@ -256,11 +257,13 @@ def run_show(args: argparse.Namespace) -> int:
         table.write_json(_as_json(job))
         return 0
     for name, value in _values(job).items():
-        if value is None:
+        if value is None or value == NO_HEADERS:
             continue
         match name, value:
             case "arg", bytes():
                 text = payload.as_text(value)
+            case "headers", _:
+                text = stored(value) or ""
             case _, JobWorker(number, host, pid, program):
                 text = f"{number} ({host}, pid {pid}, {program})"
             case (("due_in" | "lease_left"), float()):

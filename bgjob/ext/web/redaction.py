@@ -3,9 +3,9 @@
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from bgjob.ext.web.parts import Text
@@ -40,6 +40,7 @@ class Shown:
         type: its type.
         arg: its payload; None if it has none, or if only the error is shown.
         error: its last error; None if it has none, or if only the payload is shown.
+        headers: its headers; empty if it has none, or if others are shown.
 
     """
 
@@ -48,11 +49,12 @@ class Shown:
     type: str
     arg: bytes | None = None
     error: str | None = None
+    headers: Mapping[str, Any] = field(default_factory=dict)
 
 
 Redact: TypeAlias = Callable[[Shown], Shown | None]
-"""Returns what may be shown: the same, or a copy with another `arg` or `error` (see
-dataclasses.replace). None hides both."""
+"""Returns what may be shown: the same, or a copy with another `arg`, `error` or `headers` (see
+dataclasses.replace). None hides all."""
 
 _HIDDEN = Text("hidden")
 
@@ -108,22 +110,41 @@ class Redaction:
         left = None if self.payloads == "hide" else self.of(replace(shown, error=None))
         if left is None or left.arg is None:
             return replace(_HIDDEN, size=len(shown.arg))
-        size = len(left.arg)
         download = f"{at}/payload" if may_reveal else ""
         reveal = f"{at}?payload=show" if may_reveal else ""
         if self.payloads == "show" or (may_reveal and is_revealed):
             return replace(_as_it_is(left.arg), download=download)
-        if size > LARGEST:  # the whole has to be read to be masked
-            return Text("hidden", size=size, reveal=reveal, download=download)
-        try:
-            value = json.loads(left.arg)
-            masked, text = _masked(value), _indented(value)
-            hidden = _indented(masked)
-        except (ValueError, RecursionError):
-            return Text("hidden", size=size, reveal=reveal, download=download)
-        if hidden == text:
-            return _text("shown", text, size, download=download)
-        return _text("masked", hidden, size, reveal=reveal, download=download)
+        return replace(_masked_text(left.arg, reveal), download=download)
+
+    def headers(self, shown: Shown, *, may_reveal: bool, is_revealed: bool, at: str) -> Text:
+        """Return the headers for the page of a job; the arguments are those of `payload`."""
+        if not shown.headers:
+            return Text("none")
+        left = None if self.payloads == "hide" else self.of(replace(shown, arg=None, error=None))
+        if left is None or not left.headers:
+            return replace(_HIDDEN, size=len(_json(shown.headers)))
+        if self.payloads == "show" or (may_reveal and is_revealed):
+            return _as_it_is(_json(left.headers))
+        return _masked_text(_json(left.headers), f"{at}?payload=show" if may_reveal else "")
+
+
+def _json(headers: Mapping[str, Any]) -> bytes:
+    return json.dumps(headers, ensure_ascii=False).encode(errors="replace")
+
+
+def _masked_text(data: bytes, reveal: str) -> Text:
+    size = len(data)
+    if size > LARGEST:  # the whole has to be read to be masked
+        return Text("hidden", size=size, reveal=reveal)
+    try:
+        value = json.loads(data)
+        masked, text = _masked(value), _indented(value)
+        hidden = _indented(masked)
+    except (ValueError, RecursionError):
+        return Text("hidden", size=size, reveal=reveal)
+    if hidden == text:
+        return _text("shown", text, size)
+    return _text("masked", hidden, size, reveal=reveal)
 
 
 def _masked(value: Any) -> Any:

@@ -177,6 +177,7 @@ class JobPage:
     job: JobFacts | Trouble | None = None
     why: Why | Trouble | None = None
     payload: Text | None = None
+    headers: Text | None = None
     error: Text | None = None
     dead: tuple[DeadRow, ...] = ()
     buttons: tuple[Button, ...] = ()
@@ -285,6 +286,7 @@ class DeadJobPage:
 
     job: DeadFacts
     payload: Text
+    headers: Text
     error: Text
     is_alive: bool
     buttons: tuple[Button, ...] = ()

@@ -195,11 +195,11 @@ async def dead_job(visit: Visit) -> DeadJobPage:
     redaction = visit.site.redaction
     shown = Shown(job.id, job.queue, job.type, job.arg, job.last_error)
     fields = (("numbers", str(number)),)
-    payload = redaction.payload(
-        shown,
-        may_reveal="payloads" in visit.can,
-        is_revealed=await is_revealed(visit, job.id),
-        at=path("dead", number),
+    may_reveal, revealed = "payloads" in visit.can, await is_revealed(visit, job.id)
+    at = path("dead", number)
+    payload = redaction.payload(shown, may_reveal=may_reveal, is_revealed=revealed, at=at)
+    headers = redaction.headers(
+        replace(shown, headers=job.headers), may_reveal=may_reveal, is_revealed=revealed, at=at
     )
     return DeadJobPage(
         DeadFacts(
@@ -218,6 +218,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
             next(iter(await _died_on(visit, [job.worker])), None),
         ),
         payload,
+        headers,
         redaction.whole_error(shown),
         live is not None and not isinstance(live, Trouble),
         (

@@ -122,15 +122,17 @@ async def job(visit: Visit) -> JobPage:
     if found is None or isinstance(found, Trouble):
         return replace(page, job=found)
     shown = Shown(id_, found.queue, found.type, found.arg, found.last_error)
-    redaction = visit.site.redaction
+    redaction, at = visit.site.redaction, path("jobs", id_)
+    may_reveal, revealed = "payloads" in visit.can, await is_revealed(visit, id_)
     return replace(
         page,
         job=_facts(found),
-        payload=redaction.payload(
-            shown,
-            may_reveal="payloads" in visit.can,
-            is_revealed=await is_revealed(visit, id_),
-            at=path("jobs", id_),
+        payload=redaction.payload(shown, may_reveal=may_reveal, is_revealed=revealed, at=at),
+        headers=redaction.headers(
+            replace(shown, headers=found.headers),
+            may_reveal=may_reveal,
+            is_revealed=revealed,
+            at=at,
         ),
         error=redaction.whole_error(shown),
         buttons=_buttons(found),
