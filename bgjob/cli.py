@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import cast
+from types import MappingProxyType
+from typing import Any, cast
 
 import psycopg
 
@@ -36,6 +37,8 @@ from bgjob.errors import BgjobError
 
 Command = Callable[[argparse.Namespace], int]
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
 INTERRUPTED = 130
 """The exit status that a shell reports for a command ended by Ctrl-C."""
 
@@ -63,11 +66,20 @@ _COMMANDS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "bgjob",
+    worker_defaults: Mapping[str, Any] = _NONE,
+) -> int:
     """Run a command and return its exit status.
 
     Args:
         argv: the arguments without the program's name; the process's by default.
+        prog: how the program is called, for its help.
+        worker_defaults: of `bgjob worker`, by the names of its options, for a program that wraps
+            it: with "target" none need be given, and "module" is what the processes of
+            --processes run with python -m.
 
     Returns:
         0 if the command succeeded, 1 if it failed (or the reader of its output is gone), 2 for
@@ -79,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     """
     try:
-        status = _run(argv)
+        status = _run(_parser(prog, worker_defaults).parse_args(argv))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, for example `head`, has read enough: discard what is still buffered.
@@ -88,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
+def _run(args: argparse.Namespace) -> int:
     command = cast("Command", args.command)
     try:
         return command(args)
@@ -104,16 +115,18 @@ def _run(argv: Sequence[str] | None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(
+    prog: str = "bgjob", worker_defaults: Mapping[str, Any] = _NONE
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bgjob",
+        prog=prog,
         description="Background jobs on PostgreSQL.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=STATUS,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
-        command.add(commands)
+        command.add(commands, **(worker_defaults if command is worker else {}))
     return parser
 
 

@@ -7,6 +7,7 @@ The suite runs them with the versions that are installed. With others, in an env
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from support.documents import ROOT
+from support.database import count, row
+from support.waiting import PATIENCE, eventually
 
+from bgjob import Client, EnqueueRequest
 from bgjob.schema import init_sql
 
 PROJECT = Path(__file__).parent / "support" / "django_project"
@@ -77,6 +80,60 @@ CONNECTIONS: dict[str, dict[str, str]] = {
 def test_jobs_are_a_part_of_djangos_transactions(project: Project, kind: str) -> None:
     project.env |= CONNECTIONS[kind]
     project.manage("test", "shop.tests.test_enqueue")
+
+
+def test_a_job_leaves_nothing_in_djangos_connections(project: Project) -> None:
+    project.manage("test", "shop.tests.test_handlers")
+
+
+def test_the_database_and_the_setting_are_those_of_the_settings(project: Project) -> None:
+    project.manage("test", "shop.tests.test_database")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_manage_py_runs_workers_of_the_setting_with_the_jobs_of_all_apps(
+    project: Project, empty_dsn: str, tmp_path: Path, processes: int
+) -> None:
+    project.manage("migrate", "--verbosity=0")
+    project.env["SHOP_SETTINGS"] = settings(
+        BGJOB={"QUEUES": {"mail": 2}, "PROCESSES": processes, "GRACE": 5, "WORKER": {"lease": 9}}
+    )
+    with psycopg.connect(empty_dsn, autocommit=True) as conn, Client(empty_dsn) as client:
+        conn.execute("insert into shop_order (number, note) values ('1', '')")
+        client.enqueue(EnqueueRequest("mail", "confirm", {"order": "1"}))
+        with subprocess.Popen(
+            [sys.executable, PROJECT / "manage.py", "bgjob", "worker"],
+            cwd=tmp_path,
+            env=project.env,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                assert eventually(lambda: count(conn) == 0)
+                assert eventually(lambda: len(client.workers()) == processes)
+                [worker, *_] = client.workers()
+                assert (worker.queues, worker.lease) == ({"mail": 2}, 9)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(PATIENCE) == 0
+            finally:
+                process.kill()
+        assert row(conn, "select note from shop_order") == ("confirmed",)
+        assert json.loads(project.manage("bgjob", "stats", "--json")) == []
+
+
+def test_manage_py_has_every_command_and_the_database_that_is_named(
+    project: Project, dsn: str
+) -> None:
+    project.env["SHOP_OTHER_DSN"] = dsn
+    with Client(dsn) as client:
+        client.enqueue(EnqueueRequest("q", "t", id="one"))
+    assert "one" in project.manage("bgjob", "job", "list", "--database", "other")
+    assert "migration/init.sql" in project.manage("bgjob", "stats", status=1)
+    assert "'third' doesn't exist" in project.manage("bgjob", "--database=third", "top", status=1)
+    usage = project.manage("bgjob", "worker", "--help")
+    assert "usage: manage.py bgjob worker" in usage and "[MODULE:NAME]" in usage
+    project.env["SHOP_SETTINGS"] = settings(BGJOB={"QUEUE": []})
+    assert "did you mean 'QUEUES'?" in project.manage("bgjob", "stats", status=1)
 
 
 def test_the_migration_applies_init_sql_and_takes_it_back(project: Project, empty_dsn: str) -> None:

@@ -88,6 +88,22 @@ def drop_tables(tables: Sequence[LiteralString]) -> LiteralString:
     return f"drop table {', '.join(tables)};"
 
 
+def forget_session() -> LiteralString:
+    """Return the text that brings an idle session to its state after the connect.
+
+    As "discard all", but prepared statements and plans, which a driver may count on, are kept.
+    """
+    return """
+        close all; set session authorization default; reset all; unlisten *;
+        select pg_advisory_unlock_all(); discard temp; discard sequences
+    """
+
+
+def time_zone() -> LiteralString:
+    """Return the text that sets the time zone, its parameter, until the transaction ends."""
+    return "select set_config('TimeZone', %s, true)"
+
+
 class Lack(NamedTuple):
     """A missing column, or a privilege that the role does not have."""
 

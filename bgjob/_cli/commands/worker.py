@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
@@ -43,8 +43,8 @@ _STATUS = dedent("""\
     """)
 
 
-def add(commands: "arguments.Commands") -> None:
-    """Add the command."""
+def add(commands: "arguments.Commands", **defaults: Any) -> None:
+    """Add the command, with defaults of a program that wraps it; see cli.main."""
     parser = arguments.add_command(
         commands,
         "worker",
@@ -56,6 +56,7 @@ def add(commands: "arguments.Commands") -> None:
     )
     parser.add_argument(
         "target",
+        nargs="?" if "target" in defaults else None,
         type=arguments.target,
         metavar="MODULE:NAME",
         help="a Mux, such as app.jobs:mux; a Worker or an AsyncWorker; or a callable that returns "
@@ -146,6 +147,7 @@ def add(commands: "arguments.Commands") -> None:
     parser.add_argument("--report", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dsn-in-environment", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(**{"module": "bgjob", **defaults})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -213,6 +215,7 @@ def _run_several(args: argparse.Namespace, health: HealthOptions) -> None:
     env = os.environ if args.dsn is None else {**os.environ, VARIABLE: args.dsn}
     processes.supervise(
         _arguments_of(args),
+        module=args.module,
         count=args.processes,
         grace=args.grace,
         env=env,

@@ -47,6 +47,7 @@ class ProcessesError(BgjobError):
 def supervise(
     arguments: Sequence[str],
     *,
+    module: str,
     count: int,
     grace: float,
     env: Mapping[str, str],
@@ -60,6 +61,7 @@ def supervise(
 
     Args:
         arguments: of `bgjob`, for each process.
+        module: what they run with python -m: bgjob, or a module that wraps it.
         count: the number of processes.
         grace: seconds that each of them waits for its handlers.
         env: their environment.
@@ -71,7 +73,7 @@ def supervise(
         ProcessesError: more than five of them died within 10 s; the others have been shut down.
 
     """
-    command = [sys.executable, *_flags(), "-m", "bgjob", *arguments]
+    command = [sys.executable, *_flags(), "-m", module, *arguments]
     env = {name: value for name, value in env.items() if name not in VARIABLES}
     with ExitStack() as stack:
         reports, told = None, None

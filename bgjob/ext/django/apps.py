@@ -10,3 +10,7 @@ class BgjobConfig(AppConfig):
     name = "bgjob.ext.django"
     label = "bgjob"
     verbose_name = _("Background jobs")
+
+    def ready(self) -> None:
+        """Register the system checks."""
+        from bgjob.ext.django import checks  # noqa: F401, PLC0415 (when the apps are loaded)

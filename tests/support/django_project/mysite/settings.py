@@ -29,6 +29,8 @@ ASGI_APPLICATION = "mysite.asgi.application"
 DATABASES = {
     "default": database(os.environ["SHOP_DSN"], **json.loads(os.environ.get("SHOP_DATABASE", "{}")))
 }
+if "SHOP_OTHER_DSN" in os.environ:
+    DATABASES["other"] = database(os.environ["SHOP_OTHER_DSN"])
 if "SHOP_SQLITE" in os.environ:
     DATABASES["other"] = DATABASES["default"]
     DATABASES["default"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}

@@ -1,0 +1,29 @@
+"""Handlers that run what a test gives them, by the job's id."""
+
+from asgiref.sync import sync_to_async
+
+from bgjob.ext.django import mux
+
+CALLS = {}
+
+
+@mux.handler("call", max_attempts=1)
+def call(job):
+    return CALLS[job.id]()
+
+
+@mux.handler("acall", max_attempts=1)
+async def acall(job):
+    return await sync_to_async(CALLS[job.id])()
+
+
+@mux.handler("within", max_attempts=1, transactional=True)
+def within(job, conn):
+    return CALLS[job.id](conn)
+
+
+@mux.handler("confirm")
+def confirm(job):
+    from shop.models import Order
+
+    Order.objects.filter(number=job.json()["order"]).update(note="confirmed")
