@@ -57,9 +57,9 @@ LONGEST = {
     "test_demo",
     "test_embedded",
     "test_killers",
+    "test_pytest_plugin",
     "test_scale",
     "test_simulation",
-    "test_testing",
 }
 """Modules with tests of many seconds: one that began last would keep all but one core idle."""
 

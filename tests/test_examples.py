@@ -51,4 +51,4 @@ def test_the_guide_or_readme_shows_each_example_with_its_output() -> None:
 
 def test_the_guides_test_of_a_job_is_one_that_runs() -> None:
     [block] = re.findall(r"^```py\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)
-    assert f"\n{block}\n" in (ROOT / "tests" / "test_testing.py").read_text("utf-8")
+    assert f"\n{block}\n" in (ROOT / "tests" / "test_pytest_plugin.py").read_text("utf-8")
