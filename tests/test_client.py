@@ -17,6 +17,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
+import trio
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import FeatureNotSupported, SyntaxError
@@ -28,6 +29,7 @@ from support.waiting import NEVER, eventually
 
 from bgjob import (
     AsyncClient,
+    BgjobError,
     AsyncWorker,
     Client,
     ClientClosedError,
@@ -794,6 +796,37 @@ def test_a_cancelled_do_stores_the_result_of_its_plain_handler_once_that_has_end
     asyncio.run(cancelled())
     assert runs == ["a"]
     assert count(conn) == 0
+
+
+def test_an_async_client_says_that_trio_is_not_asyncio(dsn: str) -> None:
+    client = AsyncClient(dsn)
+    with pytest.raises(BgjobError, match=r"asyncio only.* use a Client, by trio\.to_thread"):
+        trio.run(client.enqueue, EnqueueRequest("q", "t"))
+
+
+def test_a_client_closes_while_a_cancelled_do_is_left_in_another_loop(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(_: Job) -> None:
+        started.set()
+        assert go_on.wait(20)
+
+    async def cancelled() -> None:
+        await client.enqueue(EnqueueRequest("q", "t"))
+        doing = asyncio.create_task(client.do("q", Mux().register("t", slow)))
+        assert await asyncio.to_thread(started.wait, 20)
+        doing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doing
+
+    client = AsyncClient(dsn)
+    with asyncio.Runner() as runner:
+        runner.run(cancelled())
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, client.close()).result(20)
+        go_on.set()
 
 
 def test_a_program_that_ends_after_a_cancelled_do_has_stored_the_handlers_result(

@@ -84,6 +84,11 @@ class AsyncPooledConnection(AsyncConnection):
         return AsyncCursor(self)
 
 
+_NO_LOOP = (
+    "an AsyncClient works on asyncio only, and no event loop of asyncio runs in this thread: under "
+    "trio use a Client, by trio.to_thread.run_sync"
+)
+
 C = TypeVar("C", PooledConnection, AsyncPooledConnection)
 
 
@@ -235,7 +240,10 @@ class AsyncPool:
     async def take(self) -> AsyncPooledConnection:
         """Take a connection in autocommit. Async variant of Pool.take."""
         _check_open(is_closed=self._is_closed)
-        loop = asyncio.get_running_loop()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise BgjobError(_NO_LOOP) from None
         if (permits := self._permits.get(loop)) is None:
             permits = self._permits[loop] = asyncio.Semaphore(self._size)
         idle = self._idle
