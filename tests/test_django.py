@@ -86,6 +86,10 @@ def test_a_job_leaves_nothing_in_djangos_connections(project: Project) -> None:
     project.manage("test", "shop.tests.test_handlers")
 
 
+def test_djangos_tasks_are_jobs(project: Project) -> None:
+    project.manage("test", "shop.tests.test_tasks")
+
+
 def test_the_database_and_the_setting_are_those_of_the_settings(project: Project) -> None:
     project.manage("test", "shop.tests.test_database")
 

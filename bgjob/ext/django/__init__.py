@@ -8,11 +8,12 @@
 
 Needs `bgjob[django]`: Django 5.2 or later, on PostgreSQL.
 
-Who does what: `_enqueues` writes jobs on Django's connections. `_database` has what libpq needs of
-settings.DATABASES. `_mux` has the handlers of all apps, `_connections` what is done around each
-job, `_orm` queries in the job's transaction, `_settings` the setting BGJOB, and `worker` what
-`manage.py bgjob worker` runs. The other modules belong to Django, which imports them by their
-names: `apps`, `checks`, `management`, `migrations`, `models`.
+Who does what: `_enqueues` writes jobs on Django's connections, `task_backend` Django's tasks as
+jobs. `_database` has what libpq needs of settings.DATABASES. `_mux` has the handlers of all apps,
+`_connections` what is done around each job, `_orm` queries in the job's transaction, `_settings`
+the setting BGJOB, and `worker` what `manage.py bgjob worker` runs. The other modules belong to
+Django, which imports them by their names: `admin`, `apps`, `checks`, `management`, `migrations`,
+`models`.
 """
 
 from bgjob.ext.django._connections import tidy_connections

@@ -14,7 +14,6 @@ A job without queries has no such thread.
 """
 
 import asyncio
-import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import wraps
@@ -24,6 +23,7 @@ from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 from django.db import connections
 from django.db.backends.signals import connection_created
 
+from bgjob._handlers.call import is_coroutine
 from bgjob._postgres.pool import has_news
 from bgjob._sql.session import forget_session
 
@@ -33,7 +33,7 @@ def tidy_connections(handler: Callable[..., Any]) -> Callable[..., Any]:
 
     `mux` has it. Pass it to a Mux of your own: Mux(middleware=[tidy_connections]).
     """
-    if inspect.iscoroutinefunction(handler):
+    if is_coroutine(handler):
 
         @wraps(handler)
         async def awaited(*args: Any) -> Any:

@@ -10,7 +10,7 @@ from django.core.exceptions import ImproperlyConfigured
 from bgjob.client import Client
 from bgjob.ext.django._database import checked
 from bgjob.ext.django._database import dsn as dsn_of
-from bgjob.ext.django._mux import autodiscover, mux
+from bgjob.ext.django._mux import autodiscover, mux, task_queues
 from bgjob.ext.django._settings import imported, options
 from bgjob.worker import Worker
 
@@ -27,7 +27,8 @@ def worker(
 
     Args:
         dsn: the database; that of settings.DATABASES by default, which is read at each connect.
-        queues: the queues with their slots; BGJOB["QUEUES"] by default.
+        queues: the queues with their slots; BGJOB["QUEUES"] by default, or without it those of
+            bgjob's backends in TASKS.
         concurrency: the slots of a queue of BGJOB["QUEUES"] without a number;
             BGJOB["CONCURRENCY"] by default.
 
@@ -41,7 +42,8 @@ def worker(
     autodiscover()
     if queues is None:
         each = concurrency or chosen.concurrency
-        queues = {queue: slots or each for queue, slots in chosen.queues.items()}
+        named = chosen.queues or dict.fromkeys(task_queues() or ())
+        queues = {queue: slots or each for queue, slots in named.items()}
     if not queues:
         raise ImproperlyConfigured(
             "no queue is named: set BGJOB = {'QUEUES': ['default']}, or pass --queue"

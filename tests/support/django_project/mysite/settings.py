@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import django
 from psycopg.conninfo import conninfo_to_dict
 
 
@@ -50,6 +51,8 @@ INSTALLED_APPS = [
     "bgjob.ext.django",
     "shop",
 ]
+if django.VERSION < (6,):
+    INSTALLED_APPS.append("django_tasks")
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -71,6 +74,12 @@ TEMPLATES = [
     }
 ]
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+MAILERS = {"default": {"BACKEND": "django.core.mail.backends.locmem.EmailBackend"}}
 STATIC_URL = "static/"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+BACKEND = "bgjob.ext.django.task_backend.TaskBackend"
+TASKS = {
+    "default": {"BACKEND": BACKEND, "QUEUES": ["default", "emails"]},
+    "once": {"BACKEND": BACKEND, "OPTIONS": {"max_attempts": 1}},
+}
 globals().update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))

@@ -59,7 +59,7 @@ class Database(TestCase):
         for value in (5, {"QUEUES": "mail"}, {"WORKER": []}):
             with override_settings(BGJOB=value):
                 self.assertEqual(len(check_setting()), 1)
-        with override_settings(BGJOB={}):
+        with override_settings(BGJOB={}, TASKS={}):
             self.assertEqual(check_setting(), [])
             with self.assertRaisesMessage(ImproperlyConfigured, "pass --queue"):
                 worker()
