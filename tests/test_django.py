@@ -90,6 +90,10 @@ def test_djangos_tasks_are_jobs(project: Project) -> None:
     project.manage("test", "shop.tests.test_tasks")
 
 
+def test_the_admin_shows_jobs_requeues_and_pauses(project: Project) -> None:
+    project.manage("test", "shop.tests.test_admin")
+
+
 def test_the_database_and_the_setting_are_those_of_the_settings(project: Project) -> None:
     project.manage("test", "shop.tests.test_database")
 
