@@ -35,8 +35,11 @@ create table bgjob_job (
     created_at  timestamptz not null default clock_timestamp(),
     updated_at  timestamptz not null default clock_timestamp(),
     -- A small object beside the payload. Not jsonb, which the server would have to turn into text
-    -- for each claim. The last column: no condition has to step over it.
+    -- for each claim. The last columns: no condition has to step over them.
     headers     json,
+    -- The newest request that replaced the job while it ran; its end writes it as a fresh job.
+    successor   json,
+    successor_arg bytea,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),

@@ -299,9 +299,8 @@ def test_a_worker_with_schedules_also_needs_the_role_of_a_scheduler(
     options: dict[str, Any] = {"request": EnqueueRequest("q", "t"), "every": 1}
     observer = Recorder()
     mux = Mux().register("t", lambda _: None)
-    # The role of a worker lets it read the ids of jobs.
+    # The role of a worker lets it read the ids of jobs, and write successors.
     lacking = [g for g in GRANTS if g.group == "scheduler" and "bgjob_job" not in g.table]
-    lacking += [g for g in GRANTS if g.group == "scheduler" and g.privilege == "insert"]
     for grant in lacking:
         roles.revoke(grant)
         services = [Schedules([Schedule("s", **options)])]
@@ -524,7 +523,7 @@ REFUSED: dict[str, list[LiteralString]] = {
         "insert into bgjob_worker (state) values ('x')",
         "select name from bgjob_schedule",
         "update bgjob_schedule set tick = now()",
-        "insert into bgjob_job (id, queue, type) values ('x', 'q', 't')",
+        "insert into bgjob_job (id, queue, type, attempt) values ('x', 'q', 't', 1)",
         "update bgjob_job set arg = null",
         "update bgjob_job set id = 'x'",
         "update bgjob_job set queue = 'x'",
@@ -679,7 +678,11 @@ LOOKS = {"jobs.get", "jobs.list", "jobs.matching"}
 
 MAY = {
     "producer": {"enqueue", "bulk_enqueue", "doctor"},
-    "worker": {"do", "paused", "minutes", "doctor", "jobs.run_now", "jobs.set_priority"} | LOOKS,
+    "worker": {
+        *("do", "enqueue", "bulk_enqueue", "paused", "minutes", "doctor"),
+        *("jobs.run_now", "jobs.set_priority"),
+    }
+    | LOOKS,
     # Who may requeue writes jobs that are due now, and so may enqueue them.
     "operator": {
         "enqueue",

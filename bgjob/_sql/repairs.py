@@ -6,6 +6,7 @@ from typing import LiteralString
 from bgjob._failure import fingerprint
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.statement import Statement, nothing, number_array, scalar, text_array
+from bgjob._sql.successors import followed
 
 
 # As bytes, non-ASCII ones in octal: text that no session can read must not prevent the
@@ -19,7 +20,7 @@ _DEAD_LETTER_UNREAD = f"""
         delete from bgjob_job
         where ctid = any (%(places)s::tid[]) and token = any (%(tokens)s::bigint[])
         returning *
-    )
+    ), {followed("gone")}
     insert into bgjob_dead_job (
         job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
         next_run_at, job_created_at, job_updated_at, headers
@@ -41,10 +42,10 @@ def dead_letter_unread(places: Sequence[str], tokens: Sequence[int], error: str)
 def dead_letter_refused(place: str, error: str) -> Statement[None]:
     """Move a job that cannot be claimed to the dead-letter table, by its position."""
     return Statement(
-        """
+        f"""
         with gone as (
             delete from bgjob_job where ctid = %(place)s::tid returning *
-        )
+        ), {followed("gone")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, headers

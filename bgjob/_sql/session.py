@@ -123,7 +123,16 @@ _TABLE_NEEDS = (
     ("bgjob_exclusive", "delete"),
 )
 _COLUMN_NEEDS = (
-    ("bgjob_job", "select", "id queue type arg priority created_at headers"),
+    (
+        "bgjob_job",
+        "select",
+        "id queue type arg priority created_at headers successor successor_arg",
+    ),
+    (
+        "bgjob_job",
+        "insert",
+        "id queue type arg priority exclusive next_run_at created_at headers",
+    ),
     (
         "bgjob_job",
         "update",

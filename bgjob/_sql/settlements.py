@@ -18,6 +18,7 @@ from bgjob._sql.statement import (
     scalar,
     text_array,
 )
+from bgjob._sql.successors import SUCCESSOR, followed
 from bgjob._sql.tokens import NUMBER
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
@@ -126,14 +127,14 @@ def delay_of(result: object) -> float:
             return 0.0
 
 
-_COMPLETE: LiteralString = """
+_COMPLETE: LiteralString = f"""
     with gone as (
         delete from bgjob_job
         where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-        returning id
-    )
+        returning id, {SUCCESSOR}
+    ), {followed("gone")}
     -- Usually all were deleted, and need not be listed.
-    select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
+    select case when tally.all < %(count)s then array(select id from gone) end from tally
 """
 
 
@@ -141,13 +142,13 @@ _COMPLETE_AND_KEEP: LiteralString = f"""
     with gone as (
         delete from bgjob_job
         where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-        returning id, queue, type, attempt, token
-    ), kept as (
+        returning id, queue, type, attempt, token, {SUCCESSOR}
+    ), {followed("gone")}, kept as (
         insert into bgjob_history (day, job_id, queue, type, attempt, token)
         select {TODAY}, id, queue, type, attempt, token
         from gone where type = any (%(kept)s::text[])
     )
-    select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
+    select case when tally.all < %(count)s then array(select id from gone) end from tally
 """
 
 
@@ -172,10 +173,8 @@ def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
     return ids if some is None else some
 
 
-def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
-    """Release jobs to run again later; return the ids of those still held."""
-    return Statement(
-        """
+_POSTPONE: LiteralString = f"""
+    with later as (
         update bgjob_job j
         set token = null,
             lease_until = null,
@@ -190,11 +189,30 @@ def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
             %(errors)s::text[], %(refunds)s::int[], %(priorities)s::smallint[]
         ) as p (id, token, delay, error, refund, priority)
         where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
+            and j.successor is null
         returning j.id
-        """,
+    ), gone as (
+        delete from bgjob_job
+        where (select count(*) from later) < %(count)s
+            and id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
+            and successor is not null
+        returning id, {SUCCESSOR}
+    ), {followed("gone")}
+    select id from later union all select id from gone
+"""
+
+
+def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
+    """Release jobs to run again later; return the ids of those still held.
+
+    One that was replaced does not run again: its successor does.
+    """
+    return Statement(
+        _POSTPONE,
         {
             "ids": [p.claimed.job.id for p in postponed],
             "tokens": [p.claimed.token for p in postponed],
+            "count": len(postponed),
             "delays": Floats(p.delay for p in postponed),
             "errors": ErrorTexts(p.error for p in postponed),
             "refunds": [int(p.refund) for p in postponed],
@@ -265,8 +283,8 @@ def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
             delete from bgjob_job
             where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
             returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-                created_at, updated_at, token, headers
-        )
+                created_at, updated_at, token, headers, {SUCCESSOR}
+        ), {followed("gone")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, headers

@@ -87,13 +87,16 @@ def _steer(changed: LiteralString, why_not: LiteralString, where: JobFilter) -> 
     """
 
 
+# The successor of a running job goes with it: who cancels an id does not expect it to run again. It
+# comes later in the table, so that a requeue takes that one.
+#
 # Of a key that other jobs wait for, a job that does not wait is the holder, or is next.
 _DEAD_LETTERED: LiteralString = """
     gone as (
         delete from bgjob_job
         where id = any (array(select id from locked))
         returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-            created_at, updated_at, token, waits, headers
+            created_at, updated_at, token, waits, headers, successor, successor_arg
     ), dead as (
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
@@ -101,7 +104,15 @@ _DEAD_LETTERED: LiteralString = """
         )
         select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
             next_run_at, created_at, updated_at, {claim}, headers
-        from gone order by id
+        from gone
+        union all
+        select id, successor ->> 'queue', successor ->> 'type', successor_arg, 0, {error},
+            %(fingerprint)s, (successor ->> 'priority')::smallint, successor ->> 'exclusive',
+            (successor ->> 'next_run_at')::timestamptz,
+            (successor ->> 'created_at')::timestamptz, (successor ->> 'created_at')::timestamptz,
+            null, (successor ->> 'headers')::json
+        from gone where successor is not null
+        order by 1, 5 desc
     ), changed as (
         select id, queue, token, case when not waits then exclusive end as key from gone
     )

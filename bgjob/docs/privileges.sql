@@ -13,8 +13,11 @@ grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers) o
     to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
 
--- A worker claims, settles and dead-letters jobs. It changes no payload, and reads no dead job.
+-- A worker claims, settles and dead-letters jobs. It changes no payload, and reads no dead job. The
+-- insert is for jobs that were replaced while they ran (on_conflict="replace").
 grant select on bgjob_job to bgjob_worker;
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers) on bgjob_job
+    to bgjob_worker;
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
     lease_until, updated_at) on bgjob_job to bgjob_worker;
 grant delete on bgjob_job to bgjob_worker;
