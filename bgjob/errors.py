@@ -33,6 +33,10 @@ class UnknownTypeError(BgjobError, LookupError):
     """No handler is registered for a job's type; the job goes to the dead-letter table."""
 
 
+class JobExpiredError(BgjobError):
+    """A job was claimed after it had expired; it was not run, and goes to the dead-letter table."""
+
+
 class PayloadError(BgjobError, ValueError):
     """A payload does not fit its job type; the text names the type and the field.
 

@@ -41,6 +41,7 @@ class EnqueueOptions(TypedDict, total=False):
     priority: int
     exclusive: str | None
     headers: Mapping[str, Any]
+    expires: Duration | datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +70,19 @@ class EnqueueRequest:
             Names are str, values what orjson encodes, without NUL; at most 4,096 bytes as
             JSON in ASCII, because each claim and retry writes them again. A copy that cannot
             be changed is kept. Empty by default.
+        expires: an aware datetime, or seconds or a timedelta from the moment the job is
+            written, by the database's clock. A job that a worker would start later is not
+            run: it goes to the dead-letter table with a JobExpiredError. This holds for
+            its retries as well. None (the default): it never expires.
         codec: encodes `arg` if that is not None; an argument of the constructor
             only. JSON by default. Register the handler with the same codec.
 
     Raises:
         QueueRequiredError, TypeRequiredError: the queue or type is empty.
         ValueError: a text too long or with a character that PostgreSQL cannot hold,
-            a delay or priority out of range, both a delay and a run_at, a
-            naive run_at, NaN or infinity in `arg` or `headers`, or too large headers.
+            a delay or priority out of range, both a delay and a run_at, a naive
+            run_at or expires, a job that expires before it is due, NaN or infinity in
+            `arg` or `headers`, or too large headers.
         TypeError: an `arg` or `headers` that JSON cannot express, or a value of a wrong type.
 
     """
@@ -90,6 +96,7 @@ class EnqueueRequest:
     priority: int = field(default=0, kw_only=True)
     exclusive: str | None = field(default=None, kw_only=True)
     headers: Mapping[str, Any] = field(default=NO_HEADERS, kw_only=True)
+    expires: Duration | datetime | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """The stored bytes of `arg`; None for NULL."""
     codec: InitVar[Codec[Any]] = field(default=_JSON, kw_only=True)
@@ -114,12 +121,42 @@ class EnqueueRequest:
                     f"{self.run_at!r} has no time zone"
                 )
         check_priority(self.priority, "priority")
+        if self.expires is not None:
+            self._check_expires(self.expires)
         if self.headers is not NO_HEADERS:
             object.__setattr__(self, "headers", checked(self.headers))
         if type(codec) is not JsonCodec:
             # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
             object.__setattr__(self, "arg", _encoded(self.arg, self.type, codec))
         object.__setattr__(self, "payload", json_payload(self.arg, self.type))
+
+    def _check_expires(self, expires: Duration | datetime) -> None:
+        if isinstance(expires, datetime):
+            if expires.utcoffset() is None:
+                raise ValueError(
+                    "expires must be an aware datetime, such as datetime.now(UTC) + "
+                    f"timedelta(hours=1), or a duration: {expires!r} has no time zone"
+                )
+            is_dead = self.run_at is not None and expires <= self.run_at
+        else:
+            is_dead = seconds(expires, "expires") <= seconds(self.delay, "delay")
+        if is_dead:
+            raise ValueError(
+                f"the job expires ({expires}) before it is due, and would never run: give a later "
+                "expires"
+            )
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """When it expires, if that is a time."""
+        return self.expires if isinstance(self.expires, datetime) else None
+
+    @property
+    def expires_in(self) -> float | None:
+        """How many seconds after it is written it expires, if that is a duration."""
+        if self.expires is None or isinstance(self.expires, datetime):
+            return None
+        return seconds(self.expires, "expires")
 
     @classmethod
     def of(cls, value: TypedJob, /, **options: Unpack[EnqueueOptions]) -> Self:
@@ -130,8 +167,8 @@ class EnqueueRequest:
                 any class with a `codec: ClassVar[Codec]`. The class may set
                 `job_type: ClassVar[str]` (its name by default),
                 `queue: ClassVar[str]` and `priority: ClassVar[int]`.
-            options: queue, id, delay, run_at, priority, exclusive and headers, as for a
-                request; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, headers and expires, as
+                for a request; they take precedence over the class.
 
         Raises:
             QueueRequiredError: neither the class nor the options name a queue.
@@ -192,6 +229,7 @@ class Job(NamedTuple):
         created_at: when it was enqueued.
         updated_at: when its last attempt ended, or when it was enqueued.
         exclusive: the key that no other running job has, or None.
+        expires: when it expires: started later it would not be run; None if it never does.
         headers: those of its request, a dict that cannot be changed; empty if it has none.
 
     """
@@ -207,6 +245,7 @@ class Job(NamedTuple):
     created_at: datetime
     updated_at: datetime
     exclusive: str | None = None
+    expires: datetime | None = None
     headers: Mapping[str, Any] = NO_HEADERS
 
     def json(self) -> Any:
@@ -271,6 +310,7 @@ class DeadJob(NamedTuple):
     number: int
     fingerprint: str
     worker: int | None = None
+    expires: datetime | None = None
     headers: Mapping[str, Any] = NO_HEADERS
 
     def json(self) -> Any:

@@ -136,6 +136,7 @@ class LiveJob:
         updated_at: when a result was last stored.
         last_error: the error of the last failed attempt; in a list its first 200 characters.
         size: the bytes of its payload; None without one.
+        expires: when it expires; None if it never does.
         arg: its payload; None also in a list.
         headers: its headers, a dict that cannot be changed; empty also in a list.
         claimed_at: since when a worker holds it; None if none does, or if its claim does not
@@ -161,6 +162,7 @@ class LiveJob:
     updated_at: datetime
     last_error: str | None
     size: int | None
+    expires: datetime | None = None
     arg: bytes | None = None
     headers: Mapping[str, Any] = NO_HEADERS
     claimed_at: datetime | None = None

@@ -21,6 +21,7 @@ from bgjob._handlers.call import (
     in_order,
 )
 from bgjob._handlers.decorator import HT, Decorator, H, TransactionalDecorator
+from bgjob._handlers.expiry import Expiring
 from bgjob._handlers.policy import BACKOFF, MAX_ATTEMPTS, Exclusive, Policy, TypePolicy
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._handlers.unknown import Unknown, UnknownTypes, unknown_type
@@ -400,8 +401,12 @@ class Mux:
                     "state=..., or call do() with mux.bound(state)"
                 )
 
-    def route(self, job: Job) -> Route | NeedsKey | Unknown | Retry | MoveToDlq:
+    def route(
+        self, job: Job, *, may_expire: bool = True
+    ) -> Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq:
         """Return the route of a claimed job, or the result of a job that must not run (yet)."""
+        if job.expires is not None and may_expire:
+            return Expiring(job, partial(self.route, job, may_expire=False))
         route = self._routes.get(job.type)
         if route is None:
             if self._unknown is not None:

@@ -109,7 +109,8 @@ class Schedule:
     Attributes:
         name: identifies the schedule for all workers and over all restarts; 1 to
             200 characters, without a colon.
-        request: the job; without delay and run_at. Its id is not used.
+        request: the job; without delay and run_at. Its id is not used. If it expires, then
+            after a duration from its tick's enqueue.
         cron: five fields (minute, hour, day of the month, month, day of the
             week), or six, with the second first. Needs the extra `cron`. Where
             neither minute nor hour begins with a star, a time that the clock
@@ -163,6 +164,11 @@ class Schedule:
         if self.request.delay or self.request.run_at is not None:
             raise ValueError(
                 "its request must have no delay and no run_at: its job is due immediately"
+            )
+        if self.request.expires_at is not None:
+            raise ValueError(
+                "its request must expire after a duration, such as timedelta(hours=1), not at a "
+                "time: each of its jobs has a time of its own"
             )
         if self.request.headers:
             raise ValueError(

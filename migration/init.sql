@@ -37,6 +37,8 @@ create table bgjob_job (
     -- A small object beside the payload. Not jsonb, which the server would have to turn into text
     -- for each claim. The last columns: no condition has to step over them.
     headers     json,
+    -- If it is claimed later, it is not run. Nothing searches for it.
+    expires     timestamptz,
     -- The newest request that replaced the job while it ran; its end writes it as a fresh job.
     successor   json,
     successor_arg bytea,
@@ -109,6 +111,7 @@ create table bgjob_dead_job (
     -- The claim that a cancel has ended, so that its worker can tell that from a lost lease.
     token          bigint,
     headers        json,
+    expires        timestamptz,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 
@@ -128,6 +131,8 @@ create table bgjob_schedule (
     arg         bytea,
     priority    smallint    not null,
     exclusive   text,
+    -- Seconds after its enqueue at which a job expires.
+    expires     double precision,
     -- The last tick that was enqueued or skipped.
     tick        timestamptz not null default clock_timestamp(),
     -- The last tick for which a job was enqueued, and that job.

@@ -914,6 +914,8 @@ LIVE = looks.Live(
     lease_left=None,
     last_error=None,
     created_at=NOW,
+    expires=None,
+    expires_in=None,
 )
 
 

@@ -830,14 +830,15 @@ def test_a_worker_whose_grants_are_withdrawn_goes_on(
 def _everything(group: str) -> list[Statement[Any]]:
     """Every statement of a role, each of which is refused whole if any privilege is missing."""
     request = EnqueueRequest("q", "t")
-    claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k", {}]), 1)
+    whole = EnqueueRequest("q", "t", headers={"tenant": 7}, expires=60)
+    claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k", None, {}]), 1)
     where = dead.DeadFilter()
     marks = {0: datetime.now(UTC)}
     match group:
         case "producer":
             return [
-                enqueues.enqueue(request.with_headers({"tenant": 7}), notify=True),
-                enqueues.enqueue_many([request.with_headers({"tenant": 7})], notify=True),
+                enqueues.enqueue(whole, notify=True),
+                enqueues.enqueue_many([whole], notify=True),
             ]
         case "worker":
             return [

@@ -880,11 +880,14 @@ class History:
             self._at(took, partial(self._end_handler, claimed, took))
 
     def _put_back(self, claimed: Claimed) -> None:
-        """Put back a job of a type that this worker does not know; no handler is called."""
+        """Put back a job of an unknown type, or find it expired; no handler is called."""
         key = claimed.job.id, claimed.token
         self.group.discard(key)
         self.finished[key] = self.now
-        self.outcomes.append(Outcome(claimed, Reschedule(self.fates.random()), None))
+        back = Reschedule(self.fates.random())
+        results: list[Result] = [back, back, back, MoveToDlq("expired")]
+        result = self.fates.choice(results)
+        self.outcomes.append(Outcome(claimed, result, None))
         self.woken = True
         self._happened()
 

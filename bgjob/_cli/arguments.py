@@ -156,6 +156,11 @@ def moment(text: str) -> datetime:
     )
 
 
+def duration_or_moment(text: str) -> float | datetime:
+    """Parse a duration, or a time with its offset from UTC."""
+    return duration(text) if _DURATION.fullmatch(text) else moment(text)
+
+
 def queue(text: str) -> tuple[str, int | None]:
     """Parse NAME or NAME=N."""
     queue, equals, number = text.rpartition("=")

@@ -75,6 +75,32 @@ def not_due(seen: Seen) -> Reasons:
     yield Reason(code, False, text, facts=facts)
 
 
+def expires(seen: Seen) -> Reasons:
+    """Yield when it expires, or that it has expired."""
+    job = seen.job
+    if job is None or seen.is_running or job.expires is None or job.expires_in is None:
+        return
+    facts: dict[str, object] = {"expires": job.expires}
+    if job.expires_in > 0:
+        yield Reason(
+            "expires",
+            False,
+            f"It expires in {lasting(job.expires_in)}, at {words.moment(job.expires)}: started "
+            "later it is not run, but moved to the dead-letter table.",
+            facts=facts,
+        )
+        return
+    yield Reason(
+        "expired",
+        False,
+        f"It expired {lasting(-job.expires_in)} ago, at {words.moment(job.expires)}: the worker "
+        "that claims it does not run it, but moves it to the dead-letter table.",
+        "to run it once it is there, without an expiry: bgjob dlq requeue "
+        f"{words.option('--id', job.id)}",
+        facts,
+    )
+
+
 def paused(seen: Seen) -> Reasons:
     """Yield that its queue is paused."""
     job, pause = seen.job, seen.pause

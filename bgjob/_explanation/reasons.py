@@ -13,6 +13,7 @@ _RULES: tuple[Callable[[Seen], Reasons], ...] = (
     job.running,
     job.lease_ended,
     job.not_due,
+    job.expires,
     job.paused,
     job.key,
     job.suspect,
@@ -28,8 +29,11 @@ _RULES: tuple[Callable[[Seen], Reasons], ...] = (
 )
 
 
+_NO_OBSTACLES = ("expires", "schedule")
+
+
 def reasons(seen: Seen) -> tuple[Reason, ...]:
     """Return all reasons that hold, in order; at least one."""
     found = [reason for rule in _RULES for reason in rule(seen)]
-    obstacles = [reason for reason in found if reason.code != "schedule"]
+    obstacles = [reason for reason in found if reason.code not in _NO_OBSTACLES]
     return tuple([*found] if obstacles else [workers.ready(seen), *found])

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._engine.protocol import Exchange
 from bgjob._engine.reply import Reply
+from bgjob._handlers.expiry import decided
 from bgjob._handlers.route import Awaiting, NeedsKey, Route
-from bgjob._handlers.unknown import Unknown
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Ending, NotBegun, Transactions
@@ -47,9 +47,8 @@ class Run(NamedTuple):
     """A step that runs the handler of a claimed job; the answer is how that ended."""
 
     claimed: Claimed
-    route: Route | Unknown | Retry | Reschedule | MoveToDlq
-    """Its route; or the result of a job that must not run, which is the answer. `hold` has
-    decided about an unknown type."""
+    route: Route | Retry | Reschedule | MoveToDlq
+    """Its route; or the result of a job that must not run, which is the answer."""
     ends_at: float
     """When its lease ends, by this process's clock."""
 
@@ -104,10 +103,11 @@ def hold(
             return None
         [job] = jobs
         # In a context of its own, which the type's callable may change.
-        run = copy_context().run(_routed, Claimed(job, token), mux, monotonic() + lease)
-        if isinstance(run.route, Unknown):
-            now = yield from ask(clock())
-            run = run._replace(route=run.route.decide(now.timestamp()))
+        now = 0.0
+        is_unknown = mux.unknown_for is not None and mux.route_of(job.type) is None
+        if job.expires is not None or is_unknown:
+            now = (yield from ask(clock())).timestamp()
+        run = copy_context().run(_routed, Claimed(job, token), mux, now, monotonic() + lease)
         if run.claimed.job.exclusive is not None:
             reply = yield from _exchange(queue, Exchange(acquire=[run.claimed]))
             has_key = reply.acquired.get((job.id, token), False)
@@ -118,11 +118,11 @@ def hold(
         return run
 
 
-def _routed(claimed: Claimed, mux: Mux, ends_at: float) -> Run:
-    route = mux.route(claimed.job)
+def _routed(claimed: Claimed, mux: Mux, now: float, ends_at: float) -> Run:
+    route = decided(mux.route(claimed.job), now)
     if isinstance(route, NeedsKey):
         claimed = claimed._replace(job=claimed.job._replace(exclusive=route.key))
-        route = mux.route(claimed.job)
+        route = decided(mux.route(claimed.job), now)
     assert not isinstance(route, NeedsKey)  # noqa: S101 (the job has its key)
     return Run(claimed, route, ends_at)
 
@@ -226,7 +226,6 @@ def _begin(
     """Run a handler as far as it need not be awaited."""
     claimed, route, _ = run
     if not isinstance(route, Route):
-        assert not isinstance(route, Unknown)  # noqa: S101 (decided)
         return route
     if route.is_coroutine:
         return Awaiting(route)

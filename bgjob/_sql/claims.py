@@ -29,7 +29,7 @@ from bgjob.job import Job
 JOB_COLUMNS = f"""
     id, queue, type, arg, attempt, last_error, priority,
     {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive,
-    headers::text
+    case when expires is not null then {in_range("expires")} end, headers::text
 """
 
 _LARGEST: LiteralString = "65536"

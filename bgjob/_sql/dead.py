@@ -23,7 +23,8 @@ LONGEST_ERROR: LiteralString = "2000"
 DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
-    {in_range("moved_at")}, id, fingerprint, worker, headers::text
+    {in_range("moved_at")}, id, fingerprint, worker,
+    case when expires is not null then {in_range("expires")} end, headers::text
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
@@ -120,8 +121,8 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
 
 
 def dead_job(row: Row) -> DeadJob:
-    *columns, fingerprint, worker, headers = row
-    return DeadJob._make((*columns, fingerprint_of(fingerprint), worker, read(headers)))
+    *columns, fingerprint, worker, expires, headers = row
+    return DeadJob._make((*columns, fingerprint_of(fingerprint), worker, expires, read(headers)))
 
 
 def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
@@ -255,10 +256,10 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
         f"""
         with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
-                id, queue, type, arg, last_error, priority, exclusive, created_at, headers
+                id, queue, type, arg, last_error, priority, exclusive, created_at, headers, expires
             )
             select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at,
-                headers
+                headers, case when expires > clock_timestamp() then expires end
             from bgjob_dead_job
             where id = any (array(select id from locked))
             order by job_id collate "C"

@@ -6,7 +6,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._checks import seconds
 from bgjob._headers import stored
-from bgjob._postgres.cursor import Payloads, Texts, Times
+from bgjob._postgres.cursor import Floats, Payloads, Texts, Times
 from bgjob._sql.notices import (
     CHANNEL,
     EVERYTHING,
@@ -29,12 +29,16 @@ _ENQUEUE = """
 """
 
 _ENQUEUE_OTHERS = """
-    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at, headers)
+    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires)
     values (
         %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s,
         greatest(cast(%(run_at)s as timestamptz), clock_timestamp())
             + %(delay)s * interval '1 second',
-        cast(cast(%(headers)s as text) as json)
+        cast(cast(%(headers)s as text) as json),
+        coalesce(
+            cast(%(expires_at)s as timestamptz),
+            clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
+        )
     )
     on conflict (id) do nothing
     returning
@@ -70,7 +74,9 @@ _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; True if it was written, False if its id is taken."""
     later = bool(request.delay or request.run_at)
-    plain = request.exclusive is None and not later and not request.headers
+    plain = (
+        request.exclusive is None and not later and not request.headers and request.expires is None
+    )
     params: dict[str, object] = {
         "id": request.id,
         "queue": request.queue,
@@ -84,6 +90,8 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
             "run_at": request.run_at,
             "delay": seconds(request.delay, "delay"),
             "headers": stored(request.headers),
+            "expires_at": request.expires_at,
+            "expires_in": request.expires_in,
         }
     if notify:
         params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
@@ -120,7 +128,10 @@ def enqueue_many(
     without, all arrays are lists, which every driver can send.
     """
     has_headers = any(r.headers for r in requests)
-    column = ", headers" if has_headers else ""
+    can_expire = any(r.expires is not None for r in requests)
+    headers = ", headers" if has_headers else ""
+    expires = ", expires_at, expires_in" if can_expire else ""
+    columns = headers + (", expires" if can_expire else "")
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]
     tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
@@ -130,20 +141,32 @@ def enqueue_many(
             select id, queue, type, arg, priority, exclusive, position,
                 greatest(
                     run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
-                ) + delay * interval '1 second' as next_run_at{column}
+                ) + delay * interval '1 second' as next_run_at{headers}{
+            ", coalesce(expires_at, clock_timestamp() + expires_in * interval '1 second')"
+            " as expires"
+            if can_expire
+            else ""
+        }
             from unnest(
                 cast(%(ids)s as text[]), cast(%(queues)s as text[]), cast(%(types)s as text[]),
                 cast(%(args)s as bytea[]), cast(%(priorities)s as smallint[]),
                 cast(%(exclusives)s as text[]), cast(%(run_ats)s as timestamptz[]),
                 cast(%(delays)s as float8[])
                 {", cast(%(headers)s as text[])" if has_headers else ""}
+                {
+            ", cast(%(expires_ats)s as timestamptz[]), cast(%(expires_ins)s as float8[])"
+            if can_expire
+            else ""
+        }
             ) with ordinality as r (
-                id, queue, type, arg, priority, exclusive, run_at, delay{column}, position
+                id, queue, type, arg, priority, exclusive, run_at, delay{headers}{expires}, position
             )
         ), written as (
-            insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at{column})
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at{columns})
             select id, queue, type, arg, priority, exclusive, next_run_at
-                {", cast(headers as json)" if has_headers else ""}
+                {", cast(headers as json)" if has_headers else ""}{
+            ", expires" if can_expire else ""
+        }
             from request
             order by id collate "C", position
             on conflict (id) do nothing
@@ -162,6 +185,14 @@ def enqueue_many(
             "run_ats": Times(r.run_at for r in requests),
             "delays": numbers([seconds(r.delay, "delay") for r in requests]),
             **({"headers": Texts(stored(r.headers) for r in requests)} if has_headers else {}),
+            **(
+                {
+                    "expires_ats": Times(r.expires_at for r in requests),
+                    "expires_ins": Floats(r.expires_in for r in requests),
+                }
+                if can_expire
+                else {}
+            ),
             **_told(_whats(requests)),
         },
         lambda rows: set(rows[0][0]),
@@ -206,11 +237,13 @@ class Copy(NamedTuple):
 def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     """Write jobs that are due now; unlike `enqueue_many` it fails if an id is taken.
 
-    None if COPY is not possible: it computes no due times, writes no keys, and writes rows
-    in the given order, which must be the order of their ids.
+    None if COPY is not possible: it computes no times, writes no keys, and writes rows in the
+    given order, which must be the order of their ids.
     """
     ids = [r.id for r in requests]
-    others = any(r.delay or r.run_at or r.exclusive is not None for r in requests)
+    others = any(
+        r.delay or r.run_at or r.exclusive is not None or r.expires is not None for r in requests
+    )
     if others or ids != sorted(ids):
         return None
     # Made one at a time, while the server writes the ones before.

@@ -57,6 +57,9 @@ class Live(NamedTuple):
     """Seconds; negative if the lease has ended, None without one."""
     last_error: str | None
     created_at: datetime
+    expires: datetime | None
+    expires_in: float | None
+    """Seconds; negative if it has expired."""
 
     @property
     def is_suspect(self) -> bool:
@@ -101,7 +104,10 @@ def find(id_: str) -> Statement[Found]:
                 case when lease_until is not null then {in_range("lease_until")} end,
                 case when lease_until is not null
                     then extract(epoch from {in_range("lease_until")} - clock.now)::float8 end,
-                {_ERROR}, {in_range("created_at")}
+                {_ERROR}, {in_range("created_at")},
+                case when expires is not null then {in_range("expires")} end,
+                case when expires is not null
+                    then extract(epoch from {in_range("expires")} - clock.now)::float8 end
             from bgjob_job where id = %(id)s
         ) as j on true
         left join lateral (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, LiteralString
 
-from bgjob._postgres.cursor import Payloads, Texts, Times
+from bgjob._postgres.cursor import Floats, Payloads, Texts, Times
 from bgjob._sql.notices import NOTIFY, channel
 from bgjob._sql.session import Lack, lacks
 from bgjob._sql.statement import Statement, finite, in_range
@@ -20,18 +20,18 @@ _NEEDS = (
         "bgjob_schedule",
         "select",
         (
-            "name spec queue type arg priority exclusive tick last_run_at last_job_id "
+            "name spec queue type arg priority exclusive expires tick last_run_at last_job_id "
             "next_run_at paused"
         ),
     ),
-    ("bgjob_schedule", "insert", "name spec queue type arg priority exclusive"),
+    ("bgjob_schedule", "insert", "name spec queue type arg priority exclusive expires"),
     (
         "bgjob_schedule",
         "update",
-        "spec queue type arg priority exclusive tick last_run_at last_job_id next_run_at",
+        "spec queue type arg priority exclusive expires tick last_run_at last_job_id next_run_at",
     ),
     ("bgjob_job", "select", "id"),
-    ("bgjob_job", "insert", "id queue type arg priority exclusive"),
+    ("bgjob_job", "insert", "id queue type arg priority exclusive expires"),
 )
 
 
@@ -49,23 +49,28 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
     """
     return Statement(
         """
-        insert into bgjob_schedule as s (name, spec, queue, type, arg, priority, exclusive)
-        select name, spec, queue, type, arg, priority, exclusive
+        insert into bgjob_schedule as s (
+            name, spec, queue, type, arg, priority, exclusive, expires
+        )
+        select name, spec, queue, type, arg, priority, exclusive, expires
         from unnest(
             %(names)s::text[], %(specs)s::text[], %(queues)s::text[], %(types)s::text[],
-            %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[]
-        ) as r (name, spec, queue, type, arg, priority, exclusive)
+            %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[],
+            %(expires)s::float8[]
+        ) as r (name, spec, queue, type, arg, priority, exclusive, expires)
         order by name
         on conflict (name) do update
         set spec = excluded.spec, queue = excluded.queue, type = excluded.type,
             arg = excluded.arg, priority = excluded.priority, exclusive = excluded.exclusive,
+            expires = excluded.expires,
             tick = case when s.spec = excluded.spec then s.tick
                 else greatest(s.tick, clock_timestamp() - %(grace)s) end,
             next_run_at = case when s.spec = excluded.spec then s.next_run_at end
-        where (s.spec, s.queue, s.type, s.arg, s.priority, s.exclusive) is distinct from (
-            excluded.spec, excluded.queue, excluded.type, excluded.arg, excluded.priority,
-            excluded.exclusive
-        )
+        where (s.spec, s.queue, s.type, s.arg, s.priority, s.exclusive, s.expires)
+            is distinct from (
+                excluded.spec, excluded.queue, excluded.type, excluded.arg, excluded.priority,
+                excluded.exclusive, excluded.expires
+            )
         """,
         {
             "names": [s.name for s in schedules],
@@ -75,6 +80,7 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
             "args": Payloads(s.request.payload for s in schedules),
             "priorities": [s.request.priority for s in schedules],
             "exclusives": Texts(s.request.exclusive for s in schedules),
+            "expires": Floats(s.request.expires_in for s in schedules),
             "grace": GRACE,
         },
         lambda _: None,
@@ -136,12 +142,16 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             from due
             where s.name = any (%(names)s::text[]) and s.name = due.name
         ), written as (
-            insert into bgjob_job (id, queue, type, arg, priority, exclusive)
-            select j.id, j.queue, j.type, j.arg, j.priority, j.exclusive
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive, expires)
+            select j.id, j.queue, j.type, j.arg, j.priority, j.exclusive,
+                clock_timestamp() + j.expires * interval '1 second'
             from unnest(
                 %(job_names)s::text[], %(ids)s::text[], %(queues)s::text[], %(types)s::text[],
-                %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[]
-            ) with ordinality as j (name, id, queue, type, arg, priority, exclusive, position)
+                %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[],
+                %(expires)s::float8[]
+            ) with ordinality as j (
+                name, id, queue, type, arg, priority, exclusive, expires, position
+            )
             join due on due.name = j.name
             order by j.position
             on conflict (id) do nothing
@@ -169,6 +179,7 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             "args": Payloads(s.request.payload for s, _ in jobs),
             "priorities": [s.request.priority for s, _ in jobs],
             "exclusives": Texts(s.request.exclusive for s, _ in jobs),
+            "expires": Floats(s.request.expires_in for s, _ in jobs),
             "channels": [channel(s.request.queue) for s, _ in jobs],
         },
         lambda _: None,
@@ -223,7 +234,7 @@ def remove(name: str) -> Statement[bool]:
     )
 
 
-_REQUEST: tuple[LiteralString, ...] = ("queue", "type", "arg", "priority", "exclusive")
+_REQUEST: tuple[LiteralString, ...] = ("queue", "type", "arg", "priority", "exclusive", "expires")
 
 
 def request_of(name: str) -> Statement[dict[str, Any] | None]:

@@ -126,12 +126,12 @@ _COLUMN_NEEDS = (
     (
         "bgjob_job",
         "select",
-        "id queue type arg priority created_at headers successor successor_arg",
+        "id queue type arg priority created_at headers expires successor successor_arg",
     ),
     (
         "bgjob_job",
         "insert",
-        "id queue type arg priority exclusive next_run_at created_at headers",
+        "id queue type arg priority exclusive next_run_at created_at headers expires",
     ),
     (
         "bgjob_job",
@@ -148,7 +148,7 @@ _COLUMN_NEEDS = (
         "insert",
         (
             "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
-            "next_run_at job_created_at job_updated_at headers"
+            "next_run_at job_created_at job_updated_at headers expires"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id token"),

@@ -21,7 +21,7 @@ SUCCESSOR: LiteralString = "successor, successor_arg"
 _TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")
 
 _COLUMNS: LiteralString = (
-    "id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers"
+    "id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers, expires"
 )
 
 
@@ -44,7 +44,8 @@ def followed(gone: LiteralString) -> LiteralString:
                 (successor ->> 'priority')::smallint, successor ->> 'exclusive',
                 greatest((successor ->> 'next_run_at')::timestamptz, clock_timestamp()),
                 (successor ->> 'created_at')::timestamptz,
-                (successor ->> 'headers')::json
+                (successor ->> 'headers')::json,
+                (successor ->> 'expires')::timestamptz
             from {gone}
             where (select followed from tally) > 0 and successor is not null
             order by id

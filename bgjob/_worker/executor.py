@@ -254,9 +254,10 @@ class Executor:
         """Return the outcome of a job whose thread or task was ended."""
         if self.failure is not None or isinstance(error, asyncio.CancelledError):
             return Outcome(claimed, Release(), None)  # the caller's code ended its loop
-        route = self._slots.isolated(claimed.job)
+        found = self._slots.isolated(claimed.job)
+        route = found if isinstance(found, Route) else self._slots.decided(found)
         if not isinstance(route, Route):
-            return self._slots.unstarted(claimed, route)
+            return Outcome(claimed, route, None)
         failure = BgjobError(
             "the thread or event loop that ran the job was ended"
             + ("" if error is None else f", by {type(error).__name__}: {error}")

@@ -15,6 +15,7 @@ from contextvars import Context, ContextVar
 from functools import partial
 
 from bgjob._engine.outcome import Outcome
+from bgjob._handlers.expiry import Decided, Expiring, decided
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._handlers.unknown import Unknown
 from bgjob._postgres.fork import ForkGuard
@@ -189,12 +190,11 @@ class Slots:
         self.finished()  # the slot may be needed
         return slot.has_slot
 
-    def unstarted(self, claimed: Claimed, route: NeedsKey | Unknown | Retry | MoveToDlq) -> Outcome:
-        """Return the outcome of a job that must not run (yet)."""
-        result = route.decide(self.clock.now()) if isinstance(route, Unknown) else route
-        return Outcome(claimed, result, None)
+    def decided(self, route: NeedsKey | Unknown | Expiring | Retry | MoveToDlq) -> Decided:
+        """Decide what depends on the server's time; return a route if the job runs after all."""
+        return decided(route, self.clock.now())
 
-    def isolated(self, job: Job) -> Route | NeedsKey | Unknown | Retry | MoveToDlq:
+    def isolated(self, job: Job) -> Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq:
         """Route a job in a context of its own, because the type's key callable may change it."""
         return self.context.copy().run(self.mux.route, job)
 

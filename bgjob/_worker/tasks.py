@@ -263,9 +263,10 @@ class Tasks:
                         return
                     continue
                 job = whole.job
-            route = route_of(job) if known is None else known
+            found = route_of(job) if known is None else known
+            route = found if isinstance(found, Route) else slots.decided(found)
             if not isinstance(route, Route):
-                slots.done(slots.unstarted(claimed, route))
+                slots.done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
                 self._leave(me, claimed)
                 return

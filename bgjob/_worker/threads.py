@@ -260,9 +260,10 @@ class Threads:
                         return slots.come_back(me)
                     continue
                 job = whole.job
-            route = route_of(job)
+            found = route_of(job)
+            route = found if isinstance(found, Route) else slots.decided(found)
             if not isinstance(route, Route):
-                slots.done(slots.unstarted(claimed, route))
+                slots.done(Outcome(claimed, route, None))
             elif route.is_coroutine:
                 self._move(me, claimed)
                 return False

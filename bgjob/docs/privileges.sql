@@ -9,22 +9,22 @@ create role bgjob_editor nologin;
 
 -- A producer writes jobs, also by plain SQL; these columns are promised. It learns which ids are
 -- taken, and reads no payload.
-grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers) on bgjob_job
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires) on bgjob_job
     to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
 
 -- A worker claims, settles and dead-letters jobs. It changes no payload, and reads no dead job. The
 -- insert is for jobs that were replaced while they ran (on_conflict="replace").
 grant select on bgjob_job to bgjob_worker;
-grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers) on bgjob_job
-    to bgjob_worker;
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers,
+    expires) on bgjob_job to bgjob_worker;
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
     lease_until, updated_at) on bgjob_job to bgjob_worker;
 grant delete on bgjob_job to bgjob_worker;
 grant select, insert (key), update (job_id, token, queue, since, since_id), delete
     on bgjob_exclusive to bgjob_worker;
 grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
-    next_run_at, job_created_at, job_updated_at, headers) on bgjob_dead_job to bgjob_worker;
+    next_run_at, job_created_at, job_updated_at, headers, expires) on bgjob_dead_job to bgjob_worker;
 grant select (job_id, token) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
 
@@ -47,10 +47,11 @@ grant truncate on bgjob_history_0, bgjob_history_1, bgjob_history_2, bgjob_histo
 
 -- A worker with schedules moves their ticks, and enqueues the jobs that its own code names.
 grant select on bgjob_schedule to bgjob_scheduler;
-grant insert (name, spec, queue, type, arg, priority, exclusive) on bgjob_schedule to bgjob_scheduler;
-grant update (spec, queue, type, arg, priority, exclusive, tick, last_run_at, last_job_id, next_run_at)
-    on bgjob_schedule to bgjob_scheduler;
-grant insert (id, queue, type, arg, priority, exclusive) on bgjob_job to bgjob_scheduler;
+grant insert (name, spec, queue, type, arg, priority, exclusive, expires) on bgjob_schedule
+    to bgjob_scheduler;
+grant update (spec, queue, type, arg, priority, exclusive, expires, tick, last_run_at, last_job_id,
+    next_run_at) on bgjob_schedule to bgjob_scheduler;
+grant insert (id, queue, type, arg, priority, exclusive, expires) on bgjob_job to bgjob_scheduler;
 grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
@@ -58,8 +59,8 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute,
     bgjob_history
     to bgjob_operator;
-grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at, headers) on bgjob_job
-    to bgjob_operator;
+grant insert (id, queue, type, arg, last_error, priority, exclusive, created_at, headers,
+    expires) on bgjob_job to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write
 -- this column.
 grant update (id), delete on bgjob_dead_job to bgjob_operator;
@@ -74,7 +75,8 @@ grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
 grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob_job to bgjob_editor;
 grant select, insert (key), update (job_id), delete on bgjob_exclusive to bgjob_editor;
 grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority,
-    exclusive, next_run_at, job_created_at, job_updated_at, token, headers) on bgjob_dead_job to bgjob_editor;
+    exclusive, next_run_at, job_created_at, job_updated_at, token, headers, expires)
+    on bgjob_dead_job to bgjob_editor;
 grant select on bgjob_worker to bgjob_editor;
 
 -- Optional: `bgjob doctor` names a culprit without it. With it, it also shows what the sessions of

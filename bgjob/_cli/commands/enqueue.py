@@ -63,6 +63,13 @@ def add(commands: "Commands") -> None:
         help="a small object beside the payload, for example a tenant or a trace's context",
     )
     parser.add_argument(
+        "--expires",
+        type=arguments.duration_or_moment,
+        metavar="DURATION|TIME",
+        help="do not run it if it is started later than this after now, or than this time "
+        "(default: never)",
+    )
+    parser.add_argument(
         "--id",
         type=arguments.name("id"),
         help="unique among live jobs, so that enqueuing twice is harmless (default: a new UUID)",
@@ -84,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
             delay=args.delay,
             priority=args.priority,
             exclusive=args.exclusive,
+            expires=args.expires,
             **options,
         )
     except (ValueError, TypeError) as error:

@@ -160,6 +160,7 @@ class JobFacts:
     created_at: datetime
     updated_at: datetime
     due_at: datetime
+    expires: datetime | None
     lease_until: datetime | None
     running_since: datetime | None
     worker: int | None
@@ -274,6 +275,7 @@ class DeadFacts:
     key: str | None
     created_at: datetime
     due_at: datetime
+    expires: datetime | None
     updated_at: datetime
     died_at: datetime
     fingerprint: str | None

@@ -212,6 +212,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
             job.exclusive,
             job.created_at,
             job.next_run_at,
+            job.expires,
             job.updated_at,
             job.moved_at,
             job.fingerprint,

@@ -156,6 +156,7 @@ def _facts(found: LiveJob) -> JobFacts:
         found.created_at,
         found.updated_at,
         found.next_run_at,
+        found.expires,
         found.lease_until,
         found.claimed_at,
         None if found.worker is None else found.worker.number,
