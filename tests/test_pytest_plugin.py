@@ -214,11 +214,10 @@ def test_the_server_is_named_by_an_option_the_environment_or_the_ini_file(
     project: Project, dsn: str
 ) -> None:
     project.write(test_named=NAMED.replace("WANTED", str(conninfo_to_dict(dsn)["dbname"])))
-    lower = "-o", "bgjob_dsn=host=nowhere"
-    assert project.run("--bgjob-dsn", dsn, *lower, BGJOB_TEST_DSN="nonsense").status == 0
-    assert project.run(*lower, BGJOB_TEST_DSN=dsn).status == 0
-    assert project.run("-o", f"bgjob_dsn={dsn}").status == 0
-    run = project.run(BGJOB_TEST_DSN="nonsense")
+    ini = "-o", f"bgjob_dsn={dsn}"
+    assert project.run(*ini).status == 0
+    assert project.run("--bgjob-dsn", dsn, BGJOB_TEST_DSN="nonsense").status == 0
+    run = project.run(*ini, BGJOB_TEST_DSN="nonsense")
     assert run.counts() == {"error": 1}
     assert "BGJOB_TEST_DSN: this is not a connection string" in run.text
 
@@ -489,12 +488,12 @@ class OrdersTest(TestCase):
 class CommittedOrdersTest(TransactionTestCase):
     @pytest.fixture(autouse=True)
     def _fixtures(self, bgjob_client):
-        self.client = bgjob_client
+        self.jobs = bgjob_client
 
     def test_jobs_are_committed(self):
-        assert_not_enqueued(self.client)
+        assert_not_enqueued(self.jobs)
         place()
-        assert len(drain(self.client, "mail", mux)) == 1
+        assert len(drain(self.jobs, "mail", mux)) == 1
 
 
 def test_a_test_without_djangos_database_has_one_of_its_own(bgjob_dsn, bgjob_client):

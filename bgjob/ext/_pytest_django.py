@@ -14,8 +14,6 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
-from psycopg.pq import Conninfo
 
 from bgjob.schema import init_sql
 
@@ -42,15 +40,15 @@ def connection_of(request: pytest.FixtureRequest) -> Any:
         cursor.execute("select to_regclass('bgjob_job') is null")
         [is_missing] = cursor.fetchone()
     if is_missing:
-        with psycopg.connect(_dsn(connection)) as conn:
+        with psycopg.connect(_dsn()) as conn:
             conn.execute(init_sql().encode())
     return connection
 
 
 @contextmanager
-def emptied(connection: Any) -> Iterator[str]:
+def emptied() -> Iterator[str]:
     """Yield the DSN of Django's test database, without jobs before and afterwards."""
-    dsn = _dsn(connection)
+    dsn = _dsn()
     _delete_jobs(dsn)
     try:
         yield dsn
@@ -77,10 +75,10 @@ def _is_used(request: pytest.FixtureRequest) -> bool:
     return False
 
 
-def _dsn(connection: Any) -> str:
-    known = {option.keyword.decode() for option in Conninfo.get_defaults()}
-    parameters = connection.get_connection_params()
-    return make_conninfo(**{name: parameters[name] for name in known & parameters.keys()})
+def _dsn() -> str:
+    from bgjob.ext.django import dsn  # noqa: PLC0415 (only where it is used)
+
+    return dsn()
 
 
 def _delete_jobs(dsn: str) -> None:

@@ -145,7 +145,7 @@ def bgjob_dsn(request: pytest.FixtureRequest) -> Iterator[str]:
     if (django := _pytest_django.connection_of(request)) is not None:
         if django.in_atomic_block:
             pytest.fail(_IN_DJANGOS_TRANSACTION, pytrace=False)
-        with _pytest_django.emptied(django) as dsn:
+        with _pytest_django.emptied() as dsn:
             yield dsn
         return
     template: str = request.getfixturevalue("bgjob_template")
