@@ -93,8 +93,10 @@ class AsyncWorker:
         init_timeout: seconds or a timedelta within which run() connects or
             raises; 10 s by default, so that a wrong address shows immediately. At
             least 1 s; each host of the connection string gets at least 2 s.
-        grace: seconds or a timedelta for which a shutdown waits for running handlers;
-            30 s by default, as most supervisors allow. None waits without limit.
+        grace: seconds or a timedelta for which the end of the context manager,
+            `run_until` and `shutdown` wait for running handlers, and then abandon them.
+            30 s by default, as most supervisors allow; None waits without limit.
+            `shutdown(timeout=...)` takes precedence for that call.
         registry: whether `Client.workers` and `bgjob workers` list the worker, which writes
             a row at its start, every 10 s and at its end; True by default: a beat
             is one small statement. If the table or a grant is missing, the worker
@@ -293,8 +295,10 @@ class Worker:
         init_timeout: seconds or a timedelta within which run() connects or
             raises; 10 s by default, so that a wrong address shows immediately. At
             least 1 s; each host of the connection string gets at least 2 s.
-        grace: seconds or a timedelta for which a shutdown waits for running handlers;
-            30 s by default, as most supervisors allow. None waits without limit.
+        grace: seconds or a timedelta for which the end of the context manager,
+            `run_until` and `shutdown` wait for running handlers, and then abandon them.
+            30 s by default, as most supervisors allow; None waits without limit.
+            `shutdown(timeout=...)` takes precedence for that call.
         registry: whether `Client.workers` and `bgjob workers` list the worker, which writes
             a row at its start, every 10 s and at its end; True by default: a beat
             is one small statement. If the table or a grant is missing, the worker

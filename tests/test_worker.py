@@ -1402,6 +1402,7 @@ def test_a_worker_that_never_ran_leaves_nothing_open(launcher: Launcher, empty_d
         ({"poll_interval": float("nan")}, "poll_interval must be from 0"),
         ({"lease": 0.5}, "lease must be at least 1 s"),
         ({"lease": -1}, "lease must be from 0"),
+        ({"grace": -1}, "grace must be from 0"),
     ],
 )
 def test_a_worker_refuses_bad_options_by_name(
