@@ -3,23 +3,18 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlencode
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from support.databases import url_of
 from support.documents import ROOT
 from support.nursery import fork
 from support.waiting import PATIENCE
 
 EXAMPLES = sorted((ROOT / "tests" / "examples").glob("*.py"))
+SERVED = sorted((ROOT / "tests" / "examples" / "web").glob("*.py"))
+"""Those for web frameworks, which test_web_frameworks.py runs."""
 GUIDE = (ROOT / "bgjob" / "docs" / "guide.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
-
-
-def url_of(dsn: str) -> str:
-    parts = conninfo_to_dict(dsn)
-    query = urlencode({name: parts[name] for name in ("host", "port")})
-    return f"postgresql://{parts['user']}@/{parts['dbname']}?{query}"
 
 
 def output(example: Path) -> str:
@@ -45,8 +40,9 @@ def test_the_guide_or_readme_shows_each_example_with_its_output() -> None:
         GUIDE + README,
         re.MULTILINE | re.DOTALL,
     )
-    assert sorted(shown) == sorted((path.read_text("utf-8"), output(path)) for path in EXAMPLES)
-    assert GUIDE.count("```python\n") == GUIDE.count("```text\n") == len(EXAMPLES) - 1
+    programs = EXAMPLES + SERVED
+    assert sorted(shown) == sorted((path.read_text("utf-8"), output(path)) for path in programs)
+    assert GUIDE.count("```python\n") == GUIDE.count("```text\n") == len(programs) - 1
 
 
 def test_the_guides_test_of_a_job_is_one_that_runs() -> None:

@@ -4,10 +4,11 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import LiteralString, NamedTuple
+from urllib.parse import urlencode
 
 import psycopg
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from support.waiting import eventually
 
@@ -41,6 +42,13 @@ SETTINGS_CHANGED = """
         or exists (select from pg_db_role_setting where setdatabase = d.oid)
     from pg_database d where datname = %s
 """
+
+
+def url_of(dsn: str) -> str:
+    """Return a connection string as a URL, which SQLAlchemy reads too."""
+    parts = conninfo_to_dict(dsn)
+    query = urlencode({name: parts[name] for name in ("host", "port")})
+    return f"postgresql://{parts['user']}@/{parts['dbname']}?{query}"
 
 
 def read(cursor: psycopg.Cursor) -> list[bytes | None]:
