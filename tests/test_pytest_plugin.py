@@ -222,6 +222,21 @@ def test_the_server_is_named_by_an_option_the_environment_or_the_ini_file(
     assert "BGJOB_TEST_DSN: this is not a connection string" in run.text
 
 
+def test_the_server_is_in_memory_if_there_is_room_and_no_other_place_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pytest_plugin, "_MEMORY", tmp_path)
+    monkeypatch.setattr(pytest_plugin, "_ROOM", 0)
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    assert pytest_plugin._memory() is None
+    monkeypatch.delenv("TMPDIR")
+    assert pytest_plugin._memory() == tmp_path
+    monkeypatch.setattr(pytest_plugin, "_ROOM", 1 << 60)
+    assert pytest_plugin._memory() is None
+    monkeypatch.setattr(pytest_plugin, "_MEMORY", tmp_path / "missing")
+    assert pytest_plugin._memory() is None
+
+
 def test_a_role_that_may_not_create_databases_is_told_the_remedy(roles: Roles) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege) as caught:
         pytest_plugin._database(roles.login(), "template1").__enter__()

@@ -28,6 +28,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psycopg
@@ -46,6 +47,10 @@ T = TypeVar("T")
 
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 """The data of a test is not needed after a power failure."""
+
+_MEMORY = Path("/dev/shm")  # noqa: S108 (the server makes a private folder)
+_ROOM = 1 << 30
+"""Bytes; a server takes some 150 MB, and more with what the tests write."""
 
 _VARIABLE = "BGJOB_TEST_DSN"
 
@@ -87,8 +92,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def bgjob_server(pytestconfig: pytest.Config) -> Iterator[Server]:
     """Return the server that the run names; or start one, in about a second.
 
-    The one that it starts ends with the session. Only the attribute `dsn` is used, with a role
-    that may create databases: an override may return any object that has one.
+    The one that it starts ends with the session. It is kept in memory, where a database is made
+    several times as fast, if there is 1 GiB of room in /dev/shm, and TMPDIR does not name another
+    place. Only the attribute `dsn` is used, with a role that may create databases: an override may
+    return any object that has one.
     """
     for origin, dsn in (
         ("--bgjob-dsn", pytestconfig.getoption("--bgjob-dsn")),
@@ -101,7 +108,7 @@ def bgjob_server(pytestconfig: pytest.Config) -> Iterator[Server]:
             except ValueError as error:
                 pytest.fail(f"{origin}: {error}", pytrace=False)
             return
-    with EmbeddedServer(settings=_SETTINGS) as server:
+    with EmbeddedServer(tmp_dir=_memory(), settings=_SETTINGS) as server:
         yield server
 
 
@@ -196,6 +203,20 @@ def bgjob_async_conn(
     conn = _run(AsyncConnection.connect(bgjob_dsn))
     yield conn
     _run(conn.close())  # which ends the transaction
+
+
+def _memory() -> Path | None:
+    """Return a folder in memory with room for a server; None leaves the choice to it.
+
+    Measured on a busy host, 40 times each in turn: 44 ms (median) to make a test's database there,
+    323 ms on a disk; 16 and 142 at best.
+    """
+    if "TMPDIR" in os.environ or not _MEMORY.is_dir():
+        return None
+    volume = os.statvfs(_MEMORY)
+    # The server's programs may have to be copied with it.
+    has_room = volume.f_bavail * volume.f_frsize >= _ROOM and not volume.f_flag & os.ST_NOEXEC
+    return _MEMORY if has_room else None
 
 
 def _check_asyncio(request: pytest.FixtureRequest) -> None:
