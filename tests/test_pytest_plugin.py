@@ -406,7 +406,8 @@ DATABASES = {
         "USER": server["user"],
         "HOST": server["host"],
         "PORT": server["port"],
-    }
+    },
+    "other": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"},
 }
 INSTALLED_APPS = ["orders"]
 SECRET_KEY = "secret"
@@ -511,6 +512,11 @@ class CommittedOrdersTest(TransactionTestCase):
         assert len(drain(self.jobs, "mail", mux)) == 1
 
 
+@pytest.mark.django_db(databases=["other"])
+def test_a_test_of_another_database_of_django_has_one_of_its_own(bgjob_dsn):
+    assert "bgjob_test_" in bgjob_dsn
+
+
 def test_a_test_without_djangos_database_has_one_of_its_own(bgjob_dsn, bgjob_client):
     assert "bgjob_test_" in bgjob_dsn
     assert_not_enqueued(bgjob_client)
@@ -532,7 +538,7 @@ def test_jobs_are_in_the_database_of_pytest_django_where_a_test_uses_it(
     )
     environment = {"BGJOB_TEST_DSN": dsn, "DJANGO_SETTINGS_MODULE": "settings", "NAME": name}
     run = project.run("-n", "2", **environment)
-    assert run.counts() == {"passed": 9, "error": 1}, run.text
+    assert run.counts() == {"passed": 10, "error": 1}, run.text
     assert "this test runs in a transaction of Django's, and no other connection" in run.text
     left = conn.execute("select datname from pg_database where datname like %s", [f"%{name}%"])
     assert left.fetchall() == []

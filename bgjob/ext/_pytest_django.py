@@ -7,7 +7,7 @@ only empties the tables of its models.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,12 +67,19 @@ def _is_used(request: pytest.FixtureRequest) -> bool:
     from django.test import SimpleTestCase  # noqa: PLC0415 (only where it is used)
 
     if request.cls is not None and issubclass(request.cls, SimpleTestCase):
-        return bool(request.cls.databases)
-    has_marker = request.node.get_closest_marker("django_db") is not None
-    if has_marker or not {"db", "transactional_db", "live_server"}.isdisjoint(request.fixturenames):
+        return _has_default(request.cls.databases)
+    marker = request.node.get_closest_marker("django_db")
+    if marker is not None:
+        is_used = _has_default(marker.kwargs.get("databases"))
+    else:
+        is_used = not {"db", "transactional_db", "live_server"}.isdisjoint(request.fixturenames)
+    if is_used:
         request.getfixturevalue("db")  # also sets up the others, if the test asks for them
-        return True
-    return False
+    return is_used
+
+
+def _has_default(databases: Collection[str] | None) -> bool:
+    return databases is None or databases == "__all__" or "default" in databases
 
 
 def _dsn() -> str:
