@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -96,6 +96,7 @@ class Program:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            start_new_session=True,
         )
 
     @property
@@ -123,10 +124,18 @@ class Program:
         """Wait for its end, and return how it ended."""
         return self._process.wait(PATIENCE)
 
+    def has_left(self) -> bool:
+        """Whether it has ended, with all processes that it started."""
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 Start = Callable[[str], Program]
@@ -178,8 +187,9 @@ def follow(example: str, start: Start, *options: str) -> tuple[list[Program], st
     return programs, address
 
 
-def nothing_is_left(conn: psycopg.Connection) -> bool:
-    """Wait until no session is left, and see that no job and no worker is."""
+def nothing_is_left(conn: psycopg.Connection, *programs: Program) -> bool:
+    """Wait until no process and no session is left, and see that no job and no worker is."""
+    assert eventually(lambda: all(program.has_left() for program in programs))
     sessions = (
         "select count(*) from pg_stat_activity "
         "where datname = current_database() and pid <> pg_backend_pid()"
@@ -205,7 +215,7 @@ def test_an_application_under_uvicorn_runs_its_jobs_and_ends_when_they_have(
     (tmp_path / "released").touch()
     assert server.ended() in (0, -signal.SIGTERM), server.log  # uvicorn raises the signal again
     assert "Traceback" not in server.log
-    assert nothing_is_left(conn)
+    assert nothing_is_left(conn, server)
 
 
 @pytest.mark.parametrize("options", [(), ("--preload",)], ids=["prefork", "preload"])
@@ -229,7 +239,7 @@ def test_an_application_under_gunicorn_shares_no_connection_between_its_processe
         program.terminate()
     assert [program.ended() for program in programs] == [0, 0]
     assert not any("Traceback" in program.log for program in programs)
-    assert nothing_is_left(conn)
+    assert nothing_is_left(conn, *programs)
 
 
 def test_a_reload_of_uvicorn_ends_the_worker_and_the_connections_of_the_old_code(
@@ -264,4 +274,4 @@ def test_a_reload_of_uvicorn_ends_the_worker_and_the_connections_of_the_old_code
     server.terminate()
     assert server.ended() in (0, -signal.SIGTERM), server.log
     assert "Traceback" not in server.log
-    assert nothing_is_left(conn)
+    assert nothing_is_left(conn, server)
