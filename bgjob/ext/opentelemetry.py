@@ -33,6 +33,7 @@ from bgjob import __version__
 from bgjob._failure import message_of
 from bgjob._handlers.call import is_coroutine
 from bgjob._logger import log
+from bgjob.ext._runs import Runs
 from bgjob.job import EnqueueRequest, Job
 from bgjob.observer import NoopObserver, Times, with_times
 from bgjob.result import MoveToDlq, Reschedule, Retry
@@ -49,16 +50,12 @@ _NEAR = 60.0
 """Seconds: a trace of hours is of no use in the tools that show one, and samplers of whole traces
 wait no longer."""
 
-_MOST = 100_000
-"""Runs whose outcome is awaited: as many as events wait for an observer before some are dropped."""
-
 _LONGEST = 1000
 """Characters of an error in the status of a span."""
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks at the numbers of the workers."""
 
-_Key: TypeAlias = tuple[object, ...]
 _Attributes: TypeAlias = dict[str, str | int | float]
 
 _FAILED = ("retried", "dead", "timed_out", "lost", "failed")
@@ -128,11 +125,8 @@ class Telemetry(NoopObserver):
         self._process_duration = meter.create_histogram(
             "messaging.process.duration", "s", "Duration of handlers."
         )
+        self._runs: Runs[_Run] = Runs()
         self._lock = Lock()
-        self._started: dict[_Key, float | None] = {}
-        """Jobs whose handlers are about to run, and how long they were due."""
-        self._runs: dict[_Key, _Run] = {}
-        """Runs whose outcome will be told."""
         self._watched: list[Callable[[], WorkerHealth]] = []
         self._numbers: dict[str, int] = {}
         """The number of the only worker of a queue."""
@@ -221,13 +215,9 @@ class Telemetry(NoopObserver):
         return called
 
     def _begin(self, job: Job) -> tuple[_Run, Any]:
-        key = _key(job)
-        with self._lock:
-            is_observed = key in self._started
-            waited = self._started.pop(key, None)
-        now = time.time()
+        is_observed, waited = self._runs.start(job)
         if waited is None:  # no observer: by this host's clock
-            waited = max(0.0, now - job.next_run_at.timestamp())
+            waited = max(0.0, time.time() - job.next_run_at.timestamp())
         age = (job.next_run_at - job.created_at).total_seconds() + waited
         parent, links = self._related(job, age)
         attributes = (
@@ -252,14 +242,8 @@ class Telemetry(NoopObserver):
             links=links,
         )
         run = _Run(job, span, is_observed=is_observed)
-        if is_observed:
-            with self._lock:
-                self._runs[key] = run
-                forgotten = None
-                if len(self._runs) > _MOST:  # events were dropped
-                    forgotten = self._runs.pop(next(iter(self._runs)))
-            if forgotten is not None:
-                self._finish(forgotten, forgotten.outcome or "unknown")
+        if is_observed and (dropped := self._runs.keep(job, run)) is not None:
+            self._finish(dropped, dropped.outcome or "unknown")
         self._consumed.add(1, _operation("process") | _destination(job.queue))
         return run, context.attach(trace.set_span_in_context(span, parent))
 
@@ -364,16 +348,10 @@ class Telemetry(NoopObserver):
     @override
     @with_times
     def job_started(self, job: Job, times: Times | None = None, /) -> None:
-        with self._lock:
-            self._started[_key(job)] = None if times is None else times.waited
-            if len(self._started) > _MOST:  # released before their handlers were called
-                del self._started[next(iter(self._started))]
+        self._runs.started(job, None if times is None else times.waited)
 
     def _ended(self, job: Job, outcome: str, error: BaseException | str | None = None) -> None:
-        key = _key(job)
-        with self._lock:
-            self._started.pop(key, None)
-            run = self._runs.pop(key, None)
+        run = self._runs.take(job)
         if run is None:
             return
         if error is not None:
@@ -408,8 +386,7 @@ class Telemetry(NoopObserver):
 
     @override
     def job_timed_out(self, job: Job, seconds: float, /) -> None:
-        with self._lock:
-            run = self._runs.get(_key(job))
+        run = self._runs.get(job)
         if run is not None:
             run.outcome = "timed_out"
 
@@ -452,6 +429,9 @@ class _Batch:
 def _with_context(request: EnqueueRequest, carrier: Mapping[str, str]) -> EnqueueRequest:
     if not carrier:
         return request
+    others = request.headers.get("baggage")  # another library's, for example Sentry's
+    if isinstance(others, str) and "baggage" in carrier:
+        carrier = {**carrier, "baggage": f"{others},{carrier['baggage']}"}
     for headers in (carrier, {n: v for n, v in carrier.items() if n == "traceparent"}):
         try:
             return request.with_headers(headers)
@@ -471,8 +451,3 @@ def _operation(name: str) -> _Attributes:
 
 def _destination(queue: str) -> _Attributes:
     return {"messaging.destination.name": queue}
-
-
-def _key(job: Job) -> _Key:
-    """Return what tells a run from others: a rescheduled job has the same attempt again."""
-    return job.id, job.attempt, job.updated_at
