@@ -685,7 +685,8 @@ class AsyncClient:
         Tasks that coroutine handlers of `do` left behind go on. A closed client stays
         closed: every later call raises ClientClosedError.
 
-        If calls of `do` were cancelled, it waits until their plain handlers have ended.
+        If calls of `do` in this event loop were cancelled, it waits until their plain
+        handlers have ended.
         """
         await self._do.close()
         await self._pool.close()

@@ -60,6 +60,7 @@ LONGEST = {
     "test_pytest_plugin",
     "test_scale",
     "test_simulation",
+    "test_web_frameworks",
 }
 """Modules with tests of many seconds: one that began last would keep all but one core idle."""
 

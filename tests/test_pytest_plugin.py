@@ -360,6 +360,7 @@ import pytest
 from bgjob import EnqueueRequest, Mux
 from bgjob.testing import adrain
 
+pytest_plugins = ["bgjob.ext.pytest_plugin"]  # when pytest has read its options
 pytestmark = pytest.mark.anyio
 
 
@@ -385,7 +386,7 @@ async def test_a_plain_client_is_there(bgjob_client, anyio_backend_name):
 def test_under_anyio_clients_serve_asyncio_and_trio_is_told_what_to_do(
     project: Project, dsn: str
 ) -> None:
-    project.write(test_anyio=ANYIO)
+    project.write(conftest="", test_anyio=ANYIO)
     run = project.run("-k", "asyncio and not uvloop or trio", BGJOB_TEST_DSN=dsn)
     assert run.counts() == {"passed": 4, "error": 2}, run.text
     assert run.text.count("work on asyncio only, not on trio: run the test with any") == 2

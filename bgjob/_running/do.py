@@ -147,7 +147,10 @@ class AsyncDo:
             log.warning("could not store the result of a cancelled do(): %s", error)
 
     async def close(self) -> None:
-        """Wait for the jobs of cancelled callers in this event loop; another one may be at rest."""
+        """Wait for the jobs of cancelled callers in this event loop.
+
+        Another loop may be at rest, or wait for this call.
+        """
         loop = asyncio.get_running_loop()
         while left := [task for task in self._left if task.get_loop() is loop]:
             await asyncio.wait(left)
