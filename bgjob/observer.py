@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
 
 from typing_extensions import override
 
@@ -126,17 +126,36 @@ class Times(Protocol):
         """Seconds for which the job was due; computed when it is asked for."""
 
 
-_Method = TypeVar("_Method", bound=Callable[..., object])
+_S = TypeVar("_S")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+_C = TypeVar("_C")
 
 
-def with_times(method: _Method) -> _Method:
+@overload
+def with_times(method: Callable[[_S, _A, Times], None]) -> Callable[[_S, _A], None]: ...
+@overload
+def with_times(method: Callable[[_S, _A, _B, Times], None]) -> Callable[[_S, _A, _B], None]: ...
+@overload
+def with_times(
+    method: Callable[[_S, _A, _B, _C, Times], None],
+) -> Callable[[_S, _A, _B, _C], None]: ...
+
+
+def with_times(method: Callable[..., None]) -> Callable[..., None]:
     """Mark a method of bgjob's own observers: its last argument is the Times of the job.
 
-    Only `job_started` and the events of a job's end have Times. The methods of users have the
-    signatures of Observer, so that a subclass that overrides a marked method receives none.
+    Only `job_started` and the events of a job's end have Times. To type checkers the method has
+    the signature of Observer, like the methods of users: a subclass that overrides a marked
+    method receives no Times.
     """
-    cast("Any", method).takes_times = True
-    return method
+    return given_times(method)
+
+
+def given_times(function: Callable[..., _S]) -> Callable[..., _S]:
+    """Mark a function that is called like a method `with_times`."""
+    cast("Any", function).takes_times = True
+    return function
 
 
 def takes_times(method: Callable[..., object]) -> bool:

@@ -20,6 +20,7 @@ from bgjob import (
     Complete,
     EnqueueRequest,
     Job,
+    LoggingObserver,
     MoveToDlq,
     Mux,
     Reschedule,
@@ -382,3 +383,24 @@ async def of_asyncpgs(
     await of_asyncpg.enqueue(connection, Mail("ann"), dely=5)  # error
     await of_asyncpg.bulk_enqueue(pool, [Mail("ann")])  # error
     await of_asyncpg.bulk_enqueue(pool, [request], on_conflict="ignore")  # error
+
+
+# -- observers: a subclass has the signatures of Observer ------------------------------------
+
+
+class Loud(LoggingObserver):
+    def job_completed(self, job: Job, /) -> None:
+        super().job_completed(job)
+
+    def job_will_be_retried(
+        self, job: Job, delay: float, error: str | BaseException | None, /
+    ) -> None:
+        super().job_will_be_retried(job, delay, error)
+
+    def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
+        super().job_moved_to_dlq(job, error)
+
+
+class Wrong(LoggingObserver):
+    def job_cancelled(self, job: str, /) -> None:  # error
+        pass

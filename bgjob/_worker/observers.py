@@ -24,8 +24,8 @@ from bgjob.observer import (
     NoopObserver,
     Observer,
     WatchesWorker,
+    given_times,
     takes_times,
-    with_times,
 )
 
 Listener: TypeAlias = Observer | Callable[[Event], object]
@@ -189,7 +189,7 @@ def _each(method: str, heard: list[_Tell]) -> _Tell:
             except BaseException:  # whatever it raises, even SystemExit
                 _log.exception("observer failed in %s", method)
 
-    @with_times
+    @given_times
     def tell_with_times(*args: object) -> None:
         without = args[:-1]
         for one, takes in timed:
@@ -205,13 +205,13 @@ def _made(event: Callable[..., Event], function: Callable[[Event], object]) -> _
     """Return what calls a function with the event's value."""
     # The first two, which most events are, without the arguments of the last.
     if event is JobStarted:
-        return with_times(lambda job, times: function(JobStarted(job, times.waited)))
+        return given_times(lambda job, times: function(JobStarted(job, times.waited)))
     if event is JobCompleted:
-        return with_times(lambda job, times: function(JobCompleted(job, times.ran, times.waited)))
+        return given_times(lambda job, times: function(JobCompleted(job, times.ran, times.waited)))
     if event in (QueueIsEmpty, WorkerError, JobTimedOut):
         return lambda *args: function(event(*args))
 
-    return with_times(
+    return given_times(
         lambda *args: function(event(*args[:-1], args[-1].ran, args[-1].waited)),
     )
 
@@ -221,7 +221,7 @@ def _where(fits: Callable[[Any], bool], tell: _Tell) -> _Tell:
         if fits(about):
             tell(about, *rest)
 
-    return with_times(chosen) if takes_times(tell) else chosen
+    return given_times(chosen) if takes_times(tell) else chosen
 
 
 def _one(observer: object) -> Observer:
