@@ -21,6 +21,7 @@ WORK = {
     "overview": "overview of 1,000,000 jobs",
     "wal": "write-ahead log, enqueue to settled",
     "memory": "memory of a worker",
+    "failures": "memory in a burst of failures",
     "startup": "import and start",
     "peers": "against the fastest other system on PostgreSQL",
 }

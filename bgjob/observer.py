@@ -24,7 +24,9 @@ class Observer(Protocol):
 
     Payloads of over 64 KiB are not kept for observers: `job.arg` is None there,
     except in `job_started`. While an observer is behind by 100,000 events or by
-    payloads of 64 MiB, later events are dropped, and the log has their number.
+    payloads of 64 MiB, later events are dropped, and the log has their number. So that a burst
+    of failures takes little memory, only some of the errors that wait keep the variables of
+    their frames (8), and their traceback (250); the error text that is stored has the places.
 
     A plain function that takes an event (bgjob.Event: JobCompleted and so on) is
     an observer too, and receives all events. Their values also have how long the

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -537,3 +538,37 @@ def test_an_observer_that_blocks_keeps_only_a_few_payloads() -> None:
     assert 1000 <= len(events._waiting) <= 2100
     released.set()
     events.close(20.0)
+
+
+@both_styles
+def test_failures_that_wait_for_an_observer_keep_few_variables_and_tracebacks(
+    dsn: str, style: Style
+) -> None:
+    class Large:
+        pass
+
+    kept: weakref.WeakSet[Large] = weakref.WeakSet()
+    released, told = threading.Event(), list[bool]()
+
+    def fail(job: Job) -> None:
+        large = Large()
+        kept.add(large)
+        raise ValueError(job.id) from ExceptionGroup("both", [OSError("a"), OSError("b")])
+
+    class Blocks(NoopObserver):
+        def job_moved_to_dlq(self, job: Job, error: str | BaseException, /) -> None:
+            assert isinstance(error, ValueError)
+            released.wait(20.0)
+            told.append(error.__traceback__ is not None)
+
+    mux = Mux().register("t", of_style(style, fail), max_attempts=1)
+    with Client(dsn) as client, Worker(client, "q", mux, observer=Blocks(), concurrency=4):
+        client.bulk_enqueue(EnqueueRequest("q", "t") for _ in range(600))
+        assert eventually(lambda: sum(q.dead for q in client.stats()) == 600)
+        assert 1 <= len(kept) < 150
+        texts = [dead.last_error or "" for dead in client.dlq.list(limit=1000)]
+        released.set()
+        assert eventually(lambda: len(told) == 600)
+    assert told[0]
+    assert told.count(True) < 500
+    assert all("in fail" in text for text in texts)

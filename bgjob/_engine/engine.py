@@ -89,8 +89,13 @@ class Engine:
     @property
     def unsettled(self) -> int:
         """Jobs that are claimed and not settled."""
+        return self.pace.running + self.unsettled_outcomes
+
+    @property
+    def unsettled_outcomes(self) -> int:
+        """Jobs that have ended and are not settled."""
         sent = sum(len(exchange.outcomes) for exchange in self._sent)
-        return self.pace.running + len(self._settling) + len(self._locked) + sent
+        return len(self._settling) + len(self._locked) + sent
 
     def running(self) -> list[Claimed]:
         """Return the claimed jobs that have no outcome yet, also those that were lost."""

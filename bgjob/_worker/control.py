@@ -514,6 +514,7 @@ class QueueControl:
             events = self._engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
+        self._slots.behind = self._engine.unsettled_outcomes + self._events.waiting
 
     def _acknowledge(self, reply: Reply) -> bool:
         """Hand out jobs and queue events; True if there were jobs."""

@@ -18,6 +18,7 @@ from bgjob._logger import log as _log
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.clock import ServerClock
+from bgjob._worker.failures import drop_tracebacks
 from bgjob._worker.observers import combined, listener
 from bgjob._worker.tally import MinuteCounter, Tally
 from bgjob.event import JobCancelled, JobLeaseLost, JobTimedOut, QueueIsEmpty, WorkerError
@@ -31,6 +32,8 @@ _MOST_BYTES = 64 * 1024 * 1024
 """The most bytes of payloads that wait with them; the same holds beyond it."""
 _UNCOUNTED = 1000
 """Waiting events from which payloads are counted: claims return no large ones."""
+_MOST_TRACEBACKS = 250
+"""Waiting events from which failures wait without tracebacks, which hold a frame for each call."""
 
 
 class Events:
@@ -92,6 +95,11 @@ class Events:
 
         return started
 
+    @property
+    def waiting(self) -> int:
+        """How many events wait for the observer."""
+        return len(self._waiting)
+
     def tell(self, events: Sequence[Event]) -> None:
         """Count events, and queue them for the observer, in order."""
         # Most events are completions.
@@ -110,6 +118,9 @@ class Events:
                     return
             before = len(self._waiting)
             self._waiting.extend(events)
+            if len(self._waiting) > _MOST_TRACEBACKS:
+                for event in others:
+                    drop_tracebacks(event.result if type(event) is Outcome else None)
             if len(self._waiting) > _UNCOUNTED:
                 self._bytes += sum(map(_size, islice(self._waiting, before, None)))
                 while len(self._waiting) > _MOST or self._bytes > _MOST_BYTES:

@@ -18,7 +18,8 @@ from bgjob._running.loop import Loop
 from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
-from bgjob._worker.slots import Slot, Slots, drop_payload, error_of, quick_outcome
+from bgjob._worker.failures import drop_locals, error_of
+from bgjob._worker.slots import Slot, Slots, quick_outcome
 from bgjob.errors import JobTimeoutError, LoopBlockedError
 
 _TURN = 0.001
@@ -302,8 +303,8 @@ class Tasks:
                 if result is not COMPLETE:  # nearly all are
                     if isinstance(result, Release):
                         ran = None
-                    if whole is not claimed:
-                        drop_payload(result)
+                    if whole is not claimed or slots.is_behind:
+                        drop_locals(result)
                 outcomes.append(quick_outcome((claimed, result, ran, clock.offset + began)))
                 finished()
             ended = claimed
