@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import psycopg
@@ -215,7 +215,8 @@ def test_a_bucket_contains_what_is_at_most_its_bound(seconds: float) -> None:
         ran = waited = seconds
 
     metrics = Metrics(registry=None)
-    metrics.job_completed(a_job(), Times())
+    completed: Callable[..., None] = metrics.job_completed
+    completed(a_job(), Times())
     samples = scraped(metrics)
     for name in ("bgjob_job_run_seconds", "bgjob_job_wait_seconds"):
         bounds = {float(s.labels["le"]): s.value for s in samples[f"{name}_bucket"]}
