@@ -6,6 +6,7 @@ checkers.
 
 import builtins
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from types import EllipsisType
@@ -21,10 +22,12 @@ from bgjob._handlers.call import (
     in_order,
 )
 from bgjob._handlers.decorator import HT, Decorator, H, TransactionalDecorator
+from bgjob._handlers.definition import is_again, told_again
 from bgjob._handlers.expiry import Expiring
 from bgjob._handlers.policy import BACKOFF, MAX_ATTEMPTS, Exclusive, Policy, TypePolicy
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._handlers.unknown import Unknown, UnknownTypes, unknown_type
+from bgjob._logger import log
 from bgjob.codec import Codec, class_option, codec_of, type_name
 from bgjob.errors import StateRequiredError, TypeRequiredError, UnknownTypeError
 from bgjob.job import EnqueueRequest, Job, check_name
@@ -45,7 +48,7 @@ class Mux:
 
     A job whose type is not registered goes to the dead-letter table, or is put back
     for some time. Thread-safe once all types are registered; register them before
-    the worker runs.
+    the worker runs: it keeps the handlers that it began with.
 
     Args:
         unknown_for: seconds or a timedelta after its enqueue within which a job of
@@ -184,6 +187,12 @@ class Mux:
         connection. Further parameters are passed by name: `state`, the worker's; and
         `job`, if the first argument is the payload.
 
+        A type has one handler. The same one may be registered again, as a cell of a
+        notebook and a module that is reloaded do: a function, and a class, with the same
+        module (or the same file, such as that of `__main__`) and qualified name. It
+        takes the place of the one before, with its options, and a warning is logged.
+        A worker that runs keeps the one that it began with.
+
         A registered class may set `queue`, `max_attempts`, `backoff` and `priority`
         as class attributes; the arguments given here take precedence.
 
@@ -237,16 +246,19 @@ class Mux:
 
         Raises:
             TypeRequiredError: the type is empty.
-            ValueError: the type is registered already, or an option is out of range.
+            ValueError: the type is registered already, with another handler, or an option
+                is out of range.
             TypeError: the handler does not accept these arguments, middleware made a
                 plain handler of a coroutine function or the reverse, or an option has
                 a wrong type.
 
         """
         name, cls = _name_of(type)
-        self._check_is_new(name, cls)
         if not callable(handler):
             raise TypeError(f"the handler of job type {name!r} is not callable: {handler!r}")
+        before = self._routes.get(name)
+        if before is not None:
+            _check_is_again(name, cls, handler, before.calling)
         declared = partial(class_option, cls or object)
         if isinstance(max_attempts, EllipsisType):
             max_attempts = cast("int | None", declared("max_attempts", MAX_ATTEMPTS))
@@ -272,10 +284,10 @@ class Mux:
         self._routes[name] = Route(
             policy, calling, calling.with_state(self._state), calling.is_coroutine, transactional
         )
-        if transactional:
-            self.transactional.add(name)
-        if keep:
-            self.kept.add(name)
+        for names, has in ((self.transactional, transactional), (self.kept, keep)):
+            (names.add if has else names.discard)(name)
+        if before is not None:
+            log.warning("%s", told_again(name, handler, before.calling.handler))
         return self
 
     @overload
@@ -359,35 +371,26 @@ class Mux:
 
         return decorate
 
-    def _check_is_new(self, name: str, cls: type[Any] | None) -> None:
-        known = self._routes.get(name)
-        if known is None:
-            return
-        other = known.calling.cls
-        if cls is None or other is None or cls is other:
-            raise ValueError(f"job type {name!r} is registered already: a type has one handler")
-        raise ValueError(
-            f"job type {name!r} is registered already, for {other.__module__}."
-            f"{other.__qualname__}; {cls.__module__}.{cls.__qualname__} has the same name: "
-            "give one of them another, with a class attribute job_type"
-        )
-
-    def bound(self, state: object) -> "Mux":
+    def bound(self, state: object) -> Self:
         """Return a copy whose handlers receive this state as their parameter `state`.
 
         A worker with a state does so itself; `do` and tests need it.
         """
-        mux = Mux(middleware=self._middleware)
-        mux._state = state
-        mux._unknown = self._unknown
-        mux.transactional = set(self.transactional)
-        mux.kept = set(self.kept)
-        mux._routes = {
+        mux = self.copy()
+        mux._state = state  # noqa: SLF001 (its own class)
+        mux._routes = {  # noqa: SLF001
             name: replace(route, handler=route.calling.with_state(state))
             if route.calling.asks_state
             else route
             for name, route in self._routes.items()
         }
+        return mux
+
+    def copy(self) -> Self:
+        """Return a copy, which later registrations do not change: a worker runs on one."""
+        mux = copy(self)
+        mux._routes = dict(self._routes)  # noqa: SLF001 (its own class)
+        mux.transactional, mux.kept = set(self.transactional), set(self.kept)
         return mux
 
     def check_bound(self) -> None:
@@ -485,6 +488,21 @@ class Mux:
     def has_coroutines(self) -> bool:
         """Whether any handler is a coroutine function."""
         return any(route.is_coroutine for route in self._routes.values())
+
+
+def _check_is_again(
+    name: str, cls: type[Any] | None, handler: Callable[..., Any], before: Calling
+) -> None:
+    """Raise ValueError unless a handler and its class are those before, defined again."""
+    other = before.cls
+    if cls is not None and other is not None and not (cls is other or is_again(cls, other)):
+        raise ValueError(
+            f"job type {name!r} is registered already, for {other.__module__}."
+            f"{other.__qualname__}; {cls.__module__}.{cls.__qualname__} has the same name: "
+            "give one of them another, with a class attribute job_type"
+        )
+    if not is_again(handler, before.handler):
+        raise ValueError(f"job type {name!r} is registered already: a type has one handler")
 
 
 def _name_of(type_: str | type[Any]) -> tuple[str, type[Any] | None]:

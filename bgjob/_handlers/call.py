@@ -13,6 +13,7 @@ from typing import Any, Concatenate, TypeAlias, TypeVar, cast
 
 from psycopg import AsyncConnection, Connection
 
+from bgjob._handlers.definition import definition_of, is_again
 from bgjob.codec import Codec
 from bgjob.errors import PayloadError
 from bgjob.job import Job
@@ -96,6 +97,12 @@ class Calling:
     def payload(self, arg: Any) -> Any:
         """Encode a job's payload; raise TypeError if that is not possible."""
         if self.cls is not None and not isinstance(arg, self.cls):
+            if is_again(type(arg), self.cls):
+                raise TypeError(
+                    f"the payload of job type {self.job_type!r} is a value of "
+                    f"{definition_of(type(arg))} as it was before {definition_of(self.cls)} was "
+                    "registered again: make a new one, of the class that is registered"
+                )
             raise TypeError(
                 f"the payload of job type {self.job_type!r} must be a {self.cls.__qualname__}, "
                 f"not {arg!r}"

@@ -72,7 +72,7 @@ class WorkerGroup:
         row = (
             Registry(
                 options.concurrency,
-                lambda: mux.types,
+                lambda: self._mux.types,
                 unknown_for=mux.unknown_for,
                 lease=options.lease,
                 release=self._release,
@@ -186,7 +186,8 @@ class WorkerGroup:
     def _connect(self, loop: asyncio.AbstractEventLoop | None) -> Mux:
         if self._shared is None:
             self._mux.check_bound()
-        mux, end = self._mux, monotonic() + self._options.init_timeout
+        mux = self._mux = self._mux.copy()
+        end = monotonic() + self._options.init_timeout
         try:
             # The first queue, which runs the services, connects after the others.
             for control in reversed(self._controls):
