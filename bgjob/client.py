@@ -366,6 +366,9 @@ class AsyncClient:
         If the call is cancelled, so is a coroutine handler, and the attempt has failed. A
         plain handler goes on, and its result is stored when it ends; `close` waits for it.
 
+        `Client.do` also works where an event loop runs in the thread, as in a
+        notebook; it blocks that loop until the handler has ended.
+
         Args:
             queue: the queue to claim from.
             mux: the handlers. The client runs coroutine ones on the caller's event loop,
@@ -380,8 +383,6 @@ class AsyncClient:
             EmptyQueueError: no job is due, or the queue is paused.
             LeaseLostError: the handler outlived the lease; its result was dropped.
             StateRequiredError: a handler has a parameter `state`: pass `mux.bound(state)`.
-            RuntimeError: a Client's mux has coroutine handlers, and a loop runs in this
-                thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
             psycopg.Error: the database's. The job is due again when its lease ends; or
@@ -1050,6 +1051,9 @@ class Client:
     def do(self, queue: str, mux: Mux, *, lease: Duration = _DO_LEASE) -> Result:
         """Claim one due job, run its handler, and store the result.
 
+        `Client.do` also works where an event loop runs in the thread, as in a
+        notebook; it blocks that loop until the handler has ended.
+
         Args:
             queue: the queue to claim from.
             mux: the handlers. The client runs coroutine ones on an event loop of its own,
@@ -1064,8 +1068,6 @@ class Client:
             EmptyQueueError: no job is due, or the queue is paused.
             LeaseLostError: the handler outlived the lease; its result was dropped.
             StateRequiredError: a handler has a parameter `state`: pass `mux.bound(state)`.
-            RuntimeError: a Client's mux has coroutine handlers, and a loop runs in this
-                thread.
             KeyboardInterrupt, SystemExit: the handler's, after the attempt was
                 stored as failed.
             psycopg.Error: the database's. The job is due again when its lease ends; or

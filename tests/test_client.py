@@ -765,6 +765,34 @@ def test_what_do_runs_changes_no_context_variable_of_its_caller(
 
 
 @pytest.mark.parametrize("transactional", [False, True])
+def test_do_runs_coroutine_handlers_where_a_loop_runs_as_in_a_notebook(
+    dsn: str, conn: psycopg.Connection, transactional: bool
+) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def handle(job: Job, *_: psycopg.AsyncConnection[Any]) -> Result:
+        await asyncio.sleep(0)
+        loops.append(asyncio.get_running_loop())
+        return Complete() if job.id == "good" else Retry(60)
+
+    mux = Mux().register("t", handle, transactional=transactional)
+
+    async def cells() -> None:
+        client = Client(dsn)  # which is not closed
+        client.enqueue(EnqueueRequest("q", "t", id="good"))
+        assert client.do("q", mux) == Complete()
+        client.enqueue(EnqueueRequest("q", "t", id="bad"))
+        assert client.do("q", mux) == Retry(60)
+        async with AsyncClient(dsn) as other:
+            await other.enqueue(EnqueueRequest("q", "t", id="good"))
+            assert await other.do("q", mux) == Complete()
+        assert loops[0] is loops[1] is not loops[2] is asyncio.get_running_loop()
+
+    asyncio.run(cells())
+    assert rows(conn, "select id from bgjob_job") == [("bad",)]
+
+
+@pytest.mark.parametrize("transactional", [False, True])
 def test_a_cancelled_do_stores_the_result_of_its_plain_handler_once_that_has_ended(
     dsn: str, conn: psycopg.Connection, transactional: bool
 ) -> None:

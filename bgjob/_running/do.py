@@ -3,6 +3,8 @@
 The caller may be interrupted or cancelled at any step; a job that was claimed for it is
 settled or released all the same, so that it is not held until its lease ends.
 
+- A coroutine handler of `Client.do` runs on a loop of the client's, on a thread of its own: so the
+  call works in a notebook, too, whose thread runs a loop, which it blocks meanwhile.
 - On a thread an interrupt while a coroutine handler runs cancels the handler. Its failure is
   stored, and then the interrupt is raised.
 - In a task, the whole job runs in a task of its own. If the caller is cancelled before the
@@ -56,8 +58,6 @@ class Do:
     def __call__(self, queue: str, mux: Mux, lease: Duration) -> Result:
         """Run one job; see Client.do."""
         mux.check_bound()
-        if mux.has_coroutines and runs_a_loop():
-            raise RuntimeError("do() cannot run coroutine handlers inside a loop: use AsyncClient")
         interrupts: list[BaseException] = []
 
         def wait(coroutine: Coroutine[Any, Any, Ending]) -> Ending:
@@ -186,12 +186,3 @@ def _result(ended: Ended | None, queue: str, lease: float) -> Result:
             raise error
         case result:
             return result
-
-
-def runs_a_loop() -> bool:
-    """Whether an event loop runs in this thread."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

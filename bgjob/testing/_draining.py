@@ -26,7 +26,6 @@ from psycopg import AsyncConnection, Connection
 from bgjob._checks import Duration, seconds
 from bgjob._handlers.unknown import unknown_type
 from bgjob._postgres.connection import ConnectionParameters
-from bgjob._running.do import runs_a_loop
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.one_job import Run, Step, Steps, ask, hold, run_in_task, run_on_thread, settle
 from bgjob._running.sessions import is_over
@@ -374,10 +373,21 @@ def _handlers(
     mux: Mux, conn: Connection[Any], connection_parameters: ConnectionParameters | None
 ) -> Iterator[Callable[[Run], Ending]]:
     """Yield what runs a handler, in a context of its own and not the test's."""
-    if mux.has_coroutines and runs_a_loop():
-        raise RuntimeError("drain() cannot run coroutine handlers inside a loop: use adrain()")
+    if mux.has_coroutines and _runs_a_loop():
+        raise RuntimeError(
+            "drain() cannot run coroutine handlers while an event loop runs in its thread, as in "
+            "a coroutine or a notebook: use adrain(), with await"
+        )
     with closing(asyncio.Runner()) as runner:  # makes its loop for the first coroutine, if any
         yield lambda step: copy_context().run(_run, step, conn, connection_parameters, runner)
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 @asynccontextmanager
