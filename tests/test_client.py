@@ -766,16 +766,17 @@ def test_what_do_runs_changes_no_context_variable_of_its_caller(
 
 @pytest.mark.parametrize("transactional", [False, True])
 def test_do_runs_coroutine_handlers_where_a_loop_runs_as_in_a_notebook(
-    dsn: str, conn: psycopg.Connection, transactional: bool
+    dsn: str, conn: psycopg.Connection, transactional: Any
 ) -> None:
     loops: list[asyncio.AbstractEventLoop] = []
 
-    async def handle(job: Job, *_: psycopg.AsyncConnection[Any]) -> Result:
+    async def handle(job: Job, *_: object) -> Result:
         await asyncio.sleep(0)
         loops.append(asyncio.get_running_loop())
         return Complete() if job.id == "good" else Retry(60)
 
-    mux = Mux().register("t", handle, transactional=transactional)
+    handler: Any = handle
+    mux = Mux().register("t", handler, transactional=transactional)
 
     async def cells() -> None:
         client = Client(dsn)  # which is not closed

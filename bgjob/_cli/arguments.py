@@ -1,6 +1,7 @@
 """The arguments of commands, checked as they are parsed."""
 
 import re
+import socket
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from datetime import datetime
@@ -172,6 +173,10 @@ def queue(text: str) -> tuple[str, int | None]:
 def address(text: str) -> Address:
     """Parse HOST:PORT, [HOST]:PORT, :PORT or unix:PATH."""
     if text.startswith("unix:") and len(text) > len("unix:"):
+        if not hasattr(socket, "AF_UNIX"):
+            raise ArgumentTypeError(
+                f"Python has no Unix sockets on this system: HOST:PORT is needed, not {text!r}"
+            )
         return Path(text.removeprefix("unix:"))
     host, colon, port = text.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
@@ -182,6 +187,14 @@ def address(text: str) -> Address:
         f"HOST:PORT, :PORT for all interfaces, or unix:PATH is needed, such as 127.0.0.1:8321, "
         f"not {text!r}"
     )
+
+
+def folder(text: str) -> Path:
+    """Check that a text names a folder; return its absolute path."""
+    path = Path(text)
+    if not path.is_dir():
+        raise ArgumentTypeError(f"there is no folder {text!r}")
+    return path.resolve()
 
 
 def target(text: str) -> str:

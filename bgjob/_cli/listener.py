@@ -19,6 +19,7 @@ from time import monotonic
 from typing import NamedTuple, TypeAlias
 
 from bgjob._logger import log as _log
+from bgjob._postgres.fork import call_in_children
 from bgjob.errors import BgjobError
 
 _PATIENCE = 2.0
@@ -98,7 +99,7 @@ class HttpServer:
         self._clients: dict[socket.socket, _Client] = {}  # the oldest first
         self._waker, self._woken = socket.socketpair()
         # A forked child that outlives this process would keep the port.
-        os.register_at_fork(after_in_child=self._close_sockets)
+        call_in_children(self._close_sockets)
         self._thread = threading.Thread(target=self._run, name="bgjob-http", daemon=True)
         self._thread.start()
 

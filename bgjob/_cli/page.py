@@ -1,5 +1,6 @@
 """Serves the web page from the command line."""
 
+import asyncio
 import errno
 import os
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bgjob._postgres.event_loop import new_event_loop
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ def serve(
         query = f"?token={access.token}" if isinstance(access, TokenAccess) else ""
         sys.stdout.write(f"http://{shown}:{port}{root}/{query}\n")
         sys.stdout.flush()
-        server.run(sockets=[bound])
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(server.serve(sockets=[bound]))
 
 
 def _bound(listen: Listen, more: int) -> socket.socket:

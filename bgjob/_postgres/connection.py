@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import inspect
 import re
-import select
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil, inf
@@ -15,6 +14,9 @@ from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
 from psycopg.waiting import Ready, Wait
 from typing_extensions import override
+
+from bgjob._postgres import polling
+from bgjob._postgres.event_loop import check_event_loop
 
 Given: TypeAlias = str | Mapping[str, Any]
 
@@ -49,15 +51,15 @@ _SLICE = 0.25
 """Seconds after which a wait checks whether the worker's time is over."""
 
 _EVENTS = {
-    Wait.R: select.POLLIN,
-    Wait.W: select.POLLOUT,
-    Wait.RW: select.POLLIN | select.POLLOUT,
+    Wait.R: polling.READ,
+    Wait.W: polling.WRITE,
+    Wait.RW: polling.READ | polling.WRITE,
 }
 _READY = {
     0: Ready.RW,  # an error or a hang-up: reading shows which
-    select.POLLIN: Ready.R,
-    select.POLLOUT: Ready.W,
-    select.POLLIN | select.POLLOUT: Ready.RW,
+    polling.READ: Ready.R,
+    polling.WRITE: Ready.W,
+    polling.READ | polling.WRITE: Ready.RW,
 }
 
 
@@ -159,7 +161,13 @@ def options(
 
 
 async def options_async(connection_parameters: ConnectionParameters) -> dict[str, Any]:
-    """Return the keyword arguments for connecting. Async variant of `options`."""
+    """Return the keyword arguments for connecting. Async variant of `options`.
+
+    Raises:
+        psycopg.InterfaceError: psycopg cannot work on this event loop.
+
+    """
+    check_event_loop()
     conninfo, kwargs = connection_parameters
     return _chosen(await _asked_async(conninfo), await _asked_async(kwargs), None)
 
@@ -298,7 +306,7 @@ class WorkerConnection(Connection):
         # threads, and has to get it back.
         try:
             wanted = next(gen)
-            poll = select.poll()
+            poll = polling.poll()
             poll.register(self.pgconn.socket, _EVENTS[wanted])
             while True:
                 ready = poll.poll(_MOMENT * 1000)
@@ -308,7 +316,7 @@ class WorkerConnection(Connection):
                 if not ready:
                     raise Silence(self.patience)
                 event = ready[0][1]
-                again = gen.send(_READY[event & (select.POLLIN | select.POLLOUT)])
+                again = gen.send(_READY[event & (polling.READ | polling.WRITE)])
                 if again != wanted:
                     wanted = again
                     poll.modify(self.pgconn.socket, _EVENTS[wanted])
@@ -319,7 +327,7 @@ class WorkerConnection(Connection):
                 _give_up(self, gen)  # interrupted between a query and its answer
             raise
 
-    def _wait_long(self, poll: select.poll) -> list[tuple[int, int]]:
+    def _wait_long(self, poll: polling.poll) -> list[tuple[int, int]]:
         end = time.monotonic() + self.patience
         while (left := min(end, self.ends_at()) - time.monotonic()) > 0:
             if ready := poll.poll(min(left, _SLICE) * 1000):

@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn, Protocol
 from weakref import WeakSet
 
@@ -22,6 +23,12 @@ _watched: WeakSet[_Watched] = WeakSet()
 def watch(watched: _Watched) -> None:
     """Call `in_child` in every child that is forked while the object lives."""
     _watched.add(watched)
+
+
+def call_in_children(function: Callable[[], object]) -> None:
+    """Call a function in every child that is forked; a system without fork() has none."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
 
 
 class ForkGuard:
@@ -55,4 +62,4 @@ def _forked() -> None:
         watched.in_child()
 
 
-os.register_at_fork(after_in_child=_forked)
+call_in_children(_forked)

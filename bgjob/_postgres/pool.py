@@ -16,7 +16,6 @@ show a host that vanished silently; when such a connection fails, the idle ones 
 """
 
 import asyncio
-import select
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -31,9 +30,10 @@ from psycopg import BaseConnection, IsolationLevel
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob._postgres import fork
+from bgjob._postgres import fork, polling
 from bgjob._postgres.connection import AsyncConnection, Connection, SourceError
 from bgjob._postgres.cursor import AsyncCursor, Cursor
+from bgjob._postgres.event_loop import check_event_loop
 from bgjob.errors import BgjobError, ClientClosedError
 
 _SIZE = 10
@@ -96,8 +96,8 @@ def has_news(connection: BaseConnection[Any]) -> bool:
     """Whether there is something to read from a connection without an open query."""
     if connection.closed:
         return True
-    poll = select.poll()
-    poll.register(connection.fileno(), select.POLLIN)
+    poll = polling.poll()
+    poll.register(connection.fileno(), polling.READ)
     return bool(poll.poll(0))
 
 
@@ -350,6 +350,7 @@ class AsyncBorrowedPool:
         """Take a connection, as the pool returns it."""
         _check_open(is_closed=self._is_closed)
         _check_not_inherited(is_inherited=self._is_inherited)
+        check_event_loop()  # the pool itself would try again and again
         connection: psycopg.AsyncConnection[Any]
         while has_news(connection := await self._pool.getconn()):
             try:

@@ -30,6 +30,7 @@ from math import inf
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
+from bgjob._postgres.event_loop import new_event_loop
 from bgjob._sql.settlements import Claimed
 
 T = TypeVar("T")
@@ -107,7 +108,7 @@ class Loop:
             if self._pid != os.getpid():  # leave the parent's alone
                 self._pid, self._loop, self._thread = os.getpid(), None, None
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                self._loop = new_event_loop()
             if self._thread is None and self._given is None and not self._closing:
                 self._start(self._loop)
 
@@ -258,7 +259,7 @@ class Loop:
                 if loop is not None:
                     with contextlib.suppress(Exception):  # it may be broken
                         loop.close()
-                self._loop = loop = asyncio.new_event_loop()
+                self._loop = loop = new_event_loop()
                 self.generation += 1
                 self._has_failed = False
                 self._beat_at = inf

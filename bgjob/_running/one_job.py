@@ -7,7 +7,6 @@ or a Run. Whether statements are sent in a transaction, and where a handler runs
 caller's part.
 """
 
-import os
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import closing
 from contextvars import copy_context
@@ -21,7 +20,7 @@ from bgjob._engine.reply import Reply
 from bgjob._handlers.expiry import decided
 from bgjob._handlers.route import Awaiting, NeedsKey, Route
 from bgjob._postgres.connection import ConnectionParameters
-from bgjob._postgres.fork import ForkGuard
+from bgjob._postgres.fork import ForkGuard, call_in_children
 from bgjob._running.transaction import Ending, NotBegun, Transactions
 from bgjob._sql.claims import claim_any
 from bgjob._sql.keys import blocked
@@ -37,7 +36,7 @@ T = TypeVar("T")
 
 _TOKENS = Tokens()
 """Of all single jobs of this process, by its own clock."""
-os.register_at_fork(after_in_child=_TOKENS.renew)
+call_in_children(_TOKENS.renew)
 
 _MOST_KEYS = 1_000_000
 """The most exclusive keys to check when no job is due."""

@@ -1,7 +1,6 @@
 """The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
 
 import contextlib
-import select
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from math import inf
@@ -16,6 +15,7 @@ from psycopg.rows import tuple_row
 from bgjob import schema
 from bgjob._engine.protocol import Exchange
 from bgjob._engine.reply import Notice, Plan, Reply
+from bgjob._postgres import polling
 from bgjob._postgres.connection import (
     WORKER_PATIENCE,
     ConnectionParameters,
@@ -285,10 +285,10 @@ class Session:
             self._take_notifies(connection)
             if self._heard is not None:
                 return
-        poll = select.poll()
-        poll.register(waker, select.POLLIN)
+        poll = polling.poll()
+        poll.register(waker, polling.READ)
         if connection is not None:
-            poll.register(connection.fileno(), select.POLLIN)
+            poll.register(connection.fileno(), polling.READ)
         # Rounded up: poll() takes whole milliseconds, and would return early.
         ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
         rung = waker.fileno()

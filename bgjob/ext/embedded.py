@@ -48,7 +48,8 @@ class EmbeddedServer:
     It listens on a Unix socket in a private temporary folder, on no port, and needs no
     PostgreSQL on the host. It starts in about a second. It is removed with its folder and
     its shared memory however the block or the process ends: an exception, Ctrl-C, SIGTERM or
-    SIGKILL. For root it runs as `nobody`, because PostgreSQL refuses root. POSIX systems only.
+    SIGKILL. For root it runs as `nobody`, because PostgreSQL refuses root. It needs a POSIX
+    system; the wheel is there for Linux and macOS, and for Windows, where this class refuses.
 
     Its methods may be called from any thread, one at a time.
 
@@ -69,7 +70,8 @@ class EmbeddedServer:
         pid: the server's process id, or None while it is stopped.
 
     Raises:
-        EmbeddedServerError: on entry, if the wheel is missing or the server does not start.
+        EmbeddedServerError: on entry, if the wheel is missing, the system is not a POSIX one, or
+            the server does not start.
 
     """
 
@@ -90,6 +92,11 @@ class EmbeddedServer:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
+        if not hasattr(os, "fork"):
+            raise EmbeddedServerError(
+                "the embedded server needs a POSIX system, such as Linux or macOS; remedy: give "
+                "the connection string of a PostgreSQL server, or of one in a container"
+            )
         options = {
             "owner": os.getpid(),
             "bin_dir": str((self._bin_dir or _bin_dir_of_wheel()).absolute()),

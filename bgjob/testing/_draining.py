@@ -26,6 +26,7 @@ from psycopg import AsyncConnection, Connection
 from bgjob._checks import Duration, seconds
 from bgjob._handlers.unknown import unknown_type
 from bgjob._postgres.connection import ConnectionParameters
+from bgjob._postgres.event_loop import new_event_loop
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.one_job import Run, Step, Steps, ask, hold, run_in_task, run_on_thread, settle
 from bgjob._running.sessions import is_over
@@ -378,7 +379,9 @@ def _handlers(
             "drain() cannot run coroutine handlers while an event loop runs in its thread, as in "
             "a coroutine or a notebook: use adrain(), with await"
         )
-    with closing(asyncio.Runner()) as runner:  # makes its loop for the first coroutine, if any
+    with closing(
+        asyncio.Runner(loop_factory=new_event_loop)
+    ) as runner:  # makes its loop for the first coroutine, if any
         yield lambda step: copy_context().run(_run, step, conn, connection_parameters, runner)
 
 

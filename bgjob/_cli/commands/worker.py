@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
@@ -15,6 +15,7 @@ import psycopg
 from bgjob._cli import arguments
 from bgjob._cli.database import VARIABLE
 from bgjob._cli.health import HEALTH, HealthOptions, from_environment
+from bgjob._cli.listener import shown
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ _STATUS = dedent("""\
     signals:
       SIGTERM, SIGINT  shut down: stop claiming, release jobs that have not started, finish
                        the running ones; jobs that still run after the grace period are left
-                       to their leases, and the process ends within 2 s, whatever hangs in it
+                       to their leases, and the process ends within 2 s, whatever hangs in it;
+                       on Windows SIGINT (Ctrl-C) and SIGBREAK
       a second one     exit immediately; running jobs are left to their leases
+
+    reload:
+      With --reload the worker ends as after a signal when a file changes, and is started again.
+      A program that cannot be loaded waits for the next change, after its traceback.
 
     several processes:
       A process that ends is started again after 0.1 s, doubling up to 10 s while it lives
@@ -85,6 +91,20 @@ def add(commands: "arguments.Commands", **defaults: Any) -> None:
         metavar="N",
         help="run N processes, each with such a worker (default: %(default)s); for work that "
         "computes use one for each core",
+    )
+    parser.add_argument(
+        "--reload",
+        action="store_true",
+        help="for development: start the worker again when a Python file changes; needs "
+        "bgjob[reload]",
+    )
+    parser.add_argument(
+        "--reload-dir",
+        dest="folders",
+        type=arguments.folder,
+        action="append",
+        metavar="PATH",
+        help="a folder to watch, with all in it (default: the current directory); may be repeated",
     )
     parser.add_argument(
         "--grace",
@@ -145,6 +165,7 @@ def add(commands: "arguments.Commands", **defaults: Any) -> None:
     # For a parent's children only.
     parser.add_argument("--lifeline", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--report", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--with-pid", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--counted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dsn-in-environment", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(**{"module": "bgjob", **defaults})
@@ -157,10 +178,13 @@ def run(args: argparse.Namespace) -> int:
     from bgjob._cli.worker.target import TargetError  # noqa: PLC0415
     from bgjob._worker.registry import RELEASE  # noqa: PLC0415
 
+    _check(args)
     choice, health = _choice(args), _health(args)
     if args.release is not None:
         os.environ[RELEASE] = args.release  # also for children
     try:
+        if args.reload:
+            return _run_reloaded(args)
         if args.processes > 1:
             _run_several(args, health)
         else:
@@ -179,6 +203,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    if args.folders is not None and not args.reload:
+        raise arguments.UsageError("--reload-dir has no effect on its own: pass --reload, too")
+    if args.processes > 1 and args.reload:
+        raise arguments.UsageError("--reload runs one process: leave out --processes")
+    if args.processes > 1 and not hasattr(os, "fork"):
+        raise arguments.UsageError(
+            "--processes needs a POSIX system, such as Linux or macOS: start several workers here"
+        )
+
+
 def _choice(args: argparse.Namespace) -> "Choice":
     from bgjob._cli.worker.target import Choice  # noqa: PLC0415
     from bgjob.minutes import Minutes  # noqa: PLC0415
@@ -193,9 +228,7 @@ def _choice(args: argparse.Namespace) -> "Choice":
 def _run_one(args: argparse.Namespace, choice: "Choice", health: HealthOptions) -> None:
     from bgjob._cli.worker import log, serve  # noqa: PLC0415
 
-    set_up = partial(
-        log.set_up, args.log_level, args.log_format, with_pid=args.lifeline is not None
-    )
+    set_up = partial(log.set_up, args.log_level, args.log_format, with_pid=args.with_pid)
     serve.serve(
         args.target,
         grace=args.grace,
@@ -211,20 +244,37 @@ def _run_several(args: argparse.Namespace, health: HealthOptions) -> None:
     from bgjob._cli.worker import log, processes  # noqa: PLC0415
 
     log.set_up(args.log_level, args.log_format, with_pid=True)
-    # Not in the arguments, which all users of the host can see.
-    env = os.environ if args.dsn is None else {**os.environ, VARIABLE: args.dsn}
     processes.supervise(
         _arguments_of(args),
         module=args.module,
         count=args.processes,
         grace=args.grace,
-        env=env,
+        env=_environment_of(args),
         health=health._replace(live_within=None),
     )
 
 
+def _run_reloaded(args: argparse.Namespace) -> int:
+    from bgjob._cli.worker import log, reload  # noqa: PLC0415
+
+    reload.check_extra()
+    log.set_up(args.log_level, args.log_format)
+    own = []  # of the process that answers for itself
+    if args.health is not None:
+        own.append(f"--health={shown(args.health)}")
+    if args.alive_file is not None:
+        own.append(f"--alive-file={args.alive_file}")
+    return reload.reload(
+        [*_arguments_of(args), *own],
+        module=args.module,
+        folders=args.folders or [Path.cwd()],
+        grace=args.grace,
+        env=_environment_of(args),
+    )
+
+
 def _health(args: argparse.Namespace) -> HealthOptions:
-    if args.lifeline is not None:  # the parent answers
+    if args.report is not None:  # the parent answers
         return HealthOptions(live_within=args.live_within)
     address = args.health or from_environment()
     is_watched = address or args.alive_file or os.environ.get("NOTIFY_SOCKET")
@@ -233,6 +283,11 @@ def _health(args: argparse.Namespace) -> HealthOptions:
             "--live-within has no effect on its own: pass --health or --alive-file, too"
         )
     return HealthOptions(address, args.alive_file, args.live_within)
+
+
+def _environment_of(args: argparse.Namespace) -> Mapping[str, str]:
+    """Return the environment of a child; its arguments are what all users of the host can see."""
+    return os.environ if args.dsn is None else {**os.environ, VARIABLE: args.dsn}
 
 
 def _arguments_of(args: argparse.Namespace) -> Sequence[str]:

@@ -1,5 +1,6 @@
 """The live screen: a thread asks for overviews, the main thread draws and reads keys."""
 
+import importlib.util
 import os
 import sys
 import threading
@@ -14,7 +15,6 @@ from bgjob._cli.top.frame import frame, ordered, rows
 from bgjob._cli.top.history import History
 from bgjob._cli.top.keys import followed, pressed
 from bgjob._cli.top.seen import Pane, Seen, Server, Sort, View
-from bgjob._cli.top.terminal import Terminal
 from bgjob._cli.top.text import Line, render
 from bgjob.errors import BgjobError
 
@@ -117,6 +117,8 @@ def show(source: Asks, server: Server, *, every: float, sort: Sort) -> None:
         sort: the order of the queues at first.
 
     """
+    from bgjob._cli.top.terminal import Terminal  # noqa: PLC0415 (not on every system)
+
     first, history, view = source.ask(), History(), View(sort=sort)
     history.add(first.overview, first.workers)
     with Terminal() as terminal:
@@ -171,7 +173,8 @@ def width() -> int | None:
 
 def can_draw() -> bool:
     """Whether the standard output is a terminal that can be drawn on."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    has_terminals = importlib.util.find_spec("termios") is not None  # Windows has none of these
+    return has_terminals and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _trouble(answer: _Answer) -> str | None:

@@ -1,26 +1,22 @@
 """Keeps several worker processes running: the parent of `bgjob worker --processes`.
 
-Each child holds one end of a pipe, its lifeline, and ends when the other end is closed:
-by the parent, or because the parent died. So the parent forwards no signals, and a child
-that also gets one from a terminal or from systemd does not count it twice.
+Each child holds a lifeline; see `child`.
 """
 
 import logging
 import os
 import signal
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from math import inf
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from bgjob._cli.health import HealthOptions
+from bgjob._cli.worker.child import ChildProcess, how_ended
 from bgjob._cli.worker.systemd import VARIABLES
 from bgjob._logger import log as _log
 from bgjob.errors import BgjobError
@@ -73,7 +69,7 @@ def supervise(
         ProcessesError: more than five of them died within 10 s; the others have been shut down.
 
     """
-    command = [sys.executable, *_flags(), "-m", module, *arguments]
+    arguments = [*arguments, "--with-pid"]
     env = {name: value for name, value in env.items() if name not in VARIABLES}
     with ExitStack() as stack:
         reports, told = None, None
@@ -83,86 +79,42 @@ def supervise(
 
             counts = health.address is not None
             reports = Reports(count, counts=counts)
-            command += ["--counted"] if counts else []
+            arguments += ["--counted"] if counts else []
             told = stack.enter_context(closing(Health(health, reports.report, reports.render)))
-        children = [_Child(number, command, env, reports) for number in range(1, count + 1)]
+        children = [
+            _Child(number, ChildProcess(arguments, env, module=module), reports)
+            for number in range(1, count + 1)
+        ]
         _Parent(children, grace, reports, told).run()
-
-
-def _flags() -> list[str]:
-    # -W, -X, -I and so on; a private name, but multiprocessing uses it too.
-    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
-    # A child loads the same bgjob, not one in the current directory.
-    if "-P" not in flags and Path(__file__).parents[1] != Path.cwd():
-        flags.append("-P")
-    return flags
 
 
 class _Child:
     """A place for a process, which is started again when it ends."""
 
-    def __init__(
-        self,
-        number: int,
-        command: Sequence[str],
-        env: Mapping[str, str],
-        reports: "Reports | None",
-    ) -> None:
+    def __init__(self, number: int, process: ChildProcess, reports: "Reports | None") -> None:
         self.start_at = -inf
         """When to start it; inf while it runs."""
+        self.process = process
         self._number = number
         self._reports = reports
         self.place: Place | None = None
         """What it reports."""
-        self._command = command
-        self._env = env
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lifeline: int | None = None
         self._started_at = 0.0
         self._pause = _FIRST_PAUSE
 
-    @property
-    def runs(self) -> bool:
-        return self._process is not None
-
     def start(self) -> None:
-        """Start the process.
-
-        Raises:
-            OSError: the host has no more processes or memory.
-
-        """
+        """Start the process; raise OSError as ChildProcess.start does."""
         self._started_at, self.start_at = monotonic(), inf
-        theirs, self._lifeline = os.pipe()
-        pipes = {"--lifeline": theirs}
-        heard: int | None = None
-        try:
-            if self._reports is not None:
-                heard, pipes["--report"] = os.pipe()
-            self._process = subprocess.Popen(  # noqa: S603
-                [*self._command, *(f"{name}={fd}" for name, fd in pipes.items())],
-                env=self._env,
-                pass_fds=[*pipes.values()],
-            )
-        except BaseException:
-            if heard is not None:
-                os.close(heard)
-            raise
-        finally:
-            for fd in pipes.values():
-                os.close(fd)
+        heard = self.process.start(reports=self._reports is not None)
         if self._reports is not None and heard is not None:
-            self.place = self._reports.listen(self._number, self._process.pid, heard)
-        _log.info("%s: pid %d", self, self._process.pid)
+            self.place = self._reports.listen(self._number, self.process.pid, heard)
+        _log.info("%s: pid %d", self, self.process.pid)
 
     def ended(self) -> int | None:
         """Return the exit status if the process has ended since the last call."""
-        status = self._process.poll() if self._process is not None else None
-        if status is not None:
-            self._process = None
-            if self.place is not None:
-                self.place.end()
-            self.let_go()
+        status = self.process.ended()
+        if status is not None and self.place is not None:
+            self.place.end()
         return status
 
     def put_off(self) -> float:
@@ -173,20 +125,6 @@ class _Child:
         pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         self.start_at = now + pause
         return pause
-
-    def let_go(self) -> None:
-        """Close the lifeline: the process shuts down."""
-        lifeline, self._lifeline = self._lifeline, None
-        if lifeline is not None:
-            os.close(lifeline)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-
-    def wait(self) -> None:
-        if self._process is not None:
-            self._process.wait()
 
     def __str__(self) -> str:
         return f"process {self._number}"
@@ -219,8 +157,8 @@ class _Parent:
                 self._shut_down()
             finally:
                 for child in self._children:  # none is left, except after a fault of this module
-                    child.kill()
-                    child.wait()
+                    child.process.kill()
+                    child.process.wait()
         if not self._signum:
             raise ProcessesError(
                 f"{len(self._deaths)} processes died within {_WINDOW:g} s; bgjob starts no more"
@@ -243,7 +181,7 @@ class _Parent:
     def _answer(self, signum: int, _: FrameType | None) -> None:
         if self._signum:
             for child in self._children:
-                child.kill()
+                child.process.kill()
             os._exit(128 + signum)
         self._signum = signum
         if self._reports is not None:
@@ -258,7 +196,7 @@ class _Parent:
             try:
                 child.start()
             except OSError as error:  # the host has no more processes or memory
-                child.let_go()
+                child.process.let_go()
                 self._died(child, f"cannot be started: {error}")
         until = min(child.start_at for child in self._children)
         self._wait(until)
@@ -266,7 +204,7 @@ class _Parent:
             self._look(self._reports)
         for child in self._children:
             if (status := child.ended()) is not None:
-                self._died(child, _told(status), is_well=status == 0)
+                self._died(child, how_ended(status), is_well=status == 0)
 
     def _look(self, reports: "Reports") -> None:
         """Kill the processes that do not live any more, and tell once that all have started."""
@@ -279,7 +217,7 @@ class _Parent:
             if (fault := place.fault) is not None:
                 _log.error("%s %s, and is killed", child, fault)
                 place.killed()
-                child.kill()
+                child.process.kill()
         if self._told is not None and not self._is_told and reports.have_started:
             self._is_told = True
             self._told.running()
@@ -304,31 +242,26 @@ class _Parent:
         if self._reports is not None:
             self._reports.is_stopping = True
         for child in self._children:
-            child.let_go()
+            child.process.let_go()
         end = monotonic() + self._grace + _LATE
-        while running := [child for child in self._children if child.runs]:
+        while running := [child for child in self._children if child.process.runs]:
             self._wait(end)
             is_late = monotonic() >= end
             for child in running:
                 if (status := child.ended()) is not None:
                     _log.log(
-                        logging.WARNING if status else logging.INFO, "%s %s", child, _told(status)
+                        logging.WARNING if status else logging.INFO,
+                        "%s %s",
+                        child,
+                        how_ended(status),
                     )
                 elif is_late:
                     _log.error("%s does not end, and is killed", child)
-                    child.kill()
-                    child.wait()
+                    child.process.kill()
+                    child.process.wait()
 
     def _wait(self, until: float) -> None:
         """Wait until a signal comes, a child ends, the time is reached, or it is time to look."""
         left = max(until - monotonic(), 0)
         with suppress(Empty):
             self._calls.get(timeout=min(left, _LOOK))
-
-
-def _told(status: int) -> str:
-    if status >= 0:
-        return f"has ended with status {status}"
-    with suppress(ValueError):
-        return f"was killed by {signal.Signals(-status).name}"
-    return f"was killed by signal {-status}"

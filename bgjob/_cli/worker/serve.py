@@ -19,6 +19,7 @@ from bgjob._cli.health import HealthOptions
 from bgjob._cli.worker.signals import Ending, Notice, flush
 from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
 from bgjob._logger import log as _log
+from bgjob._postgres.event_loop import new_event_loop
 from bgjob._worker.group import WorkerGroup
 from bgjob._worker.registry import Registry
 from bgjob.errors import BgjobError
@@ -203,7 +204,8 @@ class _Service:
             if isinstance(self._loaded, Worker):
                 self._run_plain(self._loaded)
             else:
-                asyncio.run(self._run_on_loop(self._loaded))
+                with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                    runner.run(self._run_on_loop(self._loaded))
         except BaseException as error:
             self.error = error
         finally:

@@ -1,5 +1,6 @@
 """The end of a process that serves a worker: by signals, in time, whatever hangs."""
 
+import _thread
 import logging
 import os
 import signal
@@ -16,7 +17,11 @@ from typing import Any, TypeAlias
 
 _Disposition: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK")  # the last is Windows' Ctrl-Break
+    if hasattr(signal, name)
+)
 
 # Seconds after the grace period: within which the worker must have ended (it takes
 # one itself to settle the finished jobs), and within which the process must.
@@ -55,7 +60,7 @@ class _Forks:
 
     def guard(self) -> None:
         """Start guarding the forks of this process."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() and hasattr(os, "register_at_fork"):
             self._pid = os.getpid()
             os.register_at_fork(
                 before=self._block, after_in_parent=self._unblock, after_in_child=self._restore
@@ -110,22 +115,25 @@ class Ending:
             signal.signal(signum, self._answer)
 
     def follow(self, lifeline: int) -> None:
-        """End when the parent closes its end of this pipe, or dies."""
+        """End when the parent closes its end of this pipe, or dies; see `child`."""
         os.set_inheritable(lifeline, False)
         threading.Thread(
             target=self._follow, args=(lifeline,), name="bgjob-lifeline", daemon=True
         ).start()
 
     def _follow(self, lifeline: int) -> None:
-        while os.read(lifeline, 1):
-            pass
+        said = b""
+        while piece := os.read(lifeline, 1024):
+            said += piece
         if not self.signum:
             # A terminal or systemd signals all processes, so this one gets its signal too, now or
             # soon: both count as one request.
             self._may_hear_more = True
-            self.reason = "the parent process ends"
-            # A signal interrupts the main thread.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            self.reason = said.decode(errors="replace") or "the parent process ends"
+            if hasattr(signal, "pthread_kill"):  # a signal interrupts the main thread
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            else:
+                _thread.interrupt_main(signal.SIGTERM)
 
     @contextmanager
     def interruptions(self) -> Iterator[None]:

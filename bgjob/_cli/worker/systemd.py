@@ -35,7 +35,7 @@ class Systemd:
     @property
     def is_there(self) -> bool:
         """Whether a service manager wants to be told."""
-        return self._address[:1] in {"/", "\0"}
+        return self._address[:1] in {"/", "\0"} and hasattr(socket, "AF_UNIX")
 
     def tell(self, *assignments: str) -> None:
         """Send a state; without a service manager, or if it does not listen, nothing happens."""

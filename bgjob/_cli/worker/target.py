@@ -54,6 +54,14 @@ class Choice:
         return {queue: n or self.concurrency or 1 for queue, n in self.queues.items()}
 
 
+_IMPORTING = (
+    __file__,
+    importlib.__file__,
+    "<frozen importlib._bootstrap>",
+    "<frozen importlib._bootstrap_external>",
+)
+"""The files of the frames between `load` and the program."""
+
 _OPTIONS = {"dsn": "--dsn", "queues": "--queue", "concurrency": "--concurrency"}
 
 
@@ -185,13 +193,21 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise TargetError(f"importing {name} failed") from error
+            raise TargetError(f"importing {name} failed") from _own_part(error)
         raise TargetError(
             f"there is no module {error.name!r} in the current directory or elsewhere on the "
             "module path"
         ) from None
     except Exception as error:
-        raise TargetError(f"importing {name} failed") from error
+        raise TargetError(f"importing {name} failed") from _own_part(error)
+
+
+def _own_part(error: Exception) -> Exception:
+    """Leave out of a traceback how the program was imported."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in _IMPORTING:
+        traceback = traceback.tb_next
+    return error.with_traceback(traceback)
 
 
 def _attribute(module: Any, module_name: str, name: str) -> Any:
