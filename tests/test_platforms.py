@@ -37,6 +37,7 @@ USES = {
     "_cli/arguments.py": "asks whether there is such a thing",
     "_postgres/fork.py": "asks whether there is such a thing",
     "_postgres/polling.py": "asks whether there is such a thing",
+    "ext/pytest_plugin.py": "only where there is /dev/shm",
     "ext/_guardian.py": "a program of its own, which EmbeddedServer starts, or refuses to",
 }
 """The modules that use what some system has not, and why they may."""
