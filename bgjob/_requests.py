@@ -1,16 +1,19 @@
 """The part of an enqueue that does not depend on the driver."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast, get_args
 
+from bgjob._checks import Duration, seconds
 from bgjob.codec import TypedJob
 from bgjob.errors import JobAlreadyExistsError, RequestsRequiredError
 from bgjob.job import EnqueueOptions, EnqueueRequest
 
-OnConflict: TypeAlias = Literal["raise", "skip"]
-"""What a bulk enqueue does with a job whose id is taken."""
+OnConflict: TypeAlias = Literal["raise", "skip", "replace"]
+"""What an enqueue does if a live job has the id: raise an error, write nothing, or let the new
+request replace it."""
 
 OnEnqueue: TypeAlias = Callable[
     [Iterable[EnqueueRequest]], AbstractContextManager[Iterable[EnqueueRequest]]
@@ -38,6 +41,39 @@ def request_of(request: EnqueueRequest | TypedJob, options: EnqueueOptions) -> E
     return request
 
 
+def check_on_conflict(on_conflict: OnConflict) -> None:
+    """Raise ValueError unless it is one of the three."""
+    if on_conflict not in get_args(OnConflict):
+        raise ValueError(f"on_conflict must be 'raise', 'skip' or 'replace', not {on_conflict!r}")
+
+
+def debounced(
+    request: EnqueueRequest | TypedJob,
+    delay: Duration,
+    at_most: Duration | None,
+    options: Mapping[str, Any],
+) -> tuple[EnqueueRequest, float | None]:
+    """Return the request of a debounced job, and its limit in seconds.
+
+    Raises:
+        TypeError: a typed job without an id.
+        ValueError: the request has a due time, or the limit is below the delay.
+
+    """
+    if not isinstance(request, EnqueueRequest) and "id" not in options:
+        raise TypeError(
+            "id is required: debounce(..., id=...) moves the due time of the job with that id"
+        )
+    request = request_of(request, cast("EnqueueOptions", options))
+    if request.delay or request.run_at is not None:
+        raise ValueError("the request must have no delay and no run_at: debounce has the delay")
+    wait = seconds(delay, "delay")
+    limit = None if at_most is None else seconds(at_most, "at_most")
+    if limit is not None and limit < wait:
+        raise ValueError(f"at_most ({at_most}) must not be below the delay ({delay})")
+    return replace(request, delay=wait), limit
+
+
 def in_chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]]:
     """Divide the requests of a bulk enqueue; raise RequestsRequiredError if there are none."""
     pending = iter(requests)
@@ -62,6 +98,8 @@ def placed(
         JobAlreadyExistsError: one was not written, and `on_conflict` is "raise".
 
     """
+    if on_conflict == "replace":
+        return [request.id for request in chunk]
     ids: list[str | None] = []
     taken = []
     for request in chunk:

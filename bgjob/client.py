@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, get_origin, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, get_origin, overload
 
 import psycopg
 from psycopg import BaseConnection, IsolationLevel
@@ -50,6 +50,8 @@ from bgjob._postgres.pool import (
 from bgjob._requests import (
     OnConflict,
     OnEnqueue,
+    check_on_conflict,
+    debounced,
     in_chunks,
     only,
     placed,
@@ -71,6 +73,7 @@ from bgjob._sql.execute import (
     send_async,
 )
 from bgjob._sql.minutes import plan_in_memory
+from bgjob._sql.replacements import replace
 from bgjob._sql.server import bounds
 from bgjob._sql.session import session
 from bgjob._sql.statement import Statement
@@ -84,7 +87,7 @@ from bgjob.errors import (
     SchemaError,
 )
 from bgjob.explanation import Explanation
-from bgjob.job import EnqueueOptions, EnqueueRequest, PastJob, check_name
+from bgjob.job import DebounceOptions, EnqueueOptions, EnqueueRequest, PastJob, check_name
 from bgjob.jobs import AsyncJobs, Jobs
 from bgjob.minutes import By
 from bgjob.mux import Mux
@@ -187,7 +190,11 @@ class AsyncClient:
 
     @overload
     async def enqueue(
-        self, request: EnqueueRequest, *, conn: psycopg.AsyncConnection[Any] | None = None
+        self,
+        request: EnqueueRequest,
+        *,
+        on_conflict: Literal["raise", "replace"] = ...,
+        conn: psycopg.AsyncConnection[Any] | None = None,
     ) -> str: ...
 
     @overload
@@ -195,37 +202,65 @@ class AsyncClient:
         self,
         request: TypedJob,
         *,
+        on_conflict: Literal["raise", "replace"] = ...,
         conn: psycopg.AsyncConnection[Any] | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> str: ...
+
+    @overload
+    async def enqueue(
+        self,
+        request: EnqueueRequest,
+        *,
+        on_conflict: OnConflict,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> str | None: ...
+
+    @overload
+    async def enqueue(
+        self,
+        request: TypedJob,
+        *,
+        on_conflict: OnConflict,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> str | None: ...
 
     async def enqueue(
         self,
         request: EnqueueRequest | TypedJob,
         *,
+        on_conflict: OnConflict = "raise",
         conn: psycopg.AsyncConnection[Any] | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> str:
+    ) -> str | None:
         """Write a job and return its id.
 
         Args:
             request: the job: an EnqueueRequest, or a typed job (for example a value of a
                 dataclass) whose class names the type and may name the queue, as for
                 EnqueueRequest.of.
+            on_conflict: what to do if a live job has the id. "raise" (the default) raises
+                JobAlreadyExistsError. "skip" writes nothing, and returns None. "replace"
+                gives a job that waits everything of the new request: payload, queue,
+                type, due time, priority, key, headers and expiry; its attempts begin
+                again. A job that a worker has claimed is followed by the new request,
+                once, when its attempt has ended in whatever way: it waits as the job's
+                successor, and replaces an earlier one.
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority, exclusive and headers of a typed
-                job; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, headers and expires of a
+                typed job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
                 EnqueueRequest.of; a TypeError also for options together with a request.
             JobAlreadyExistsError: a live job has the id. Nothing was written,
-                and the caller's transaction goes on.
+                and the caller's transaction goes on. Only with "raise".
             EnqueueConflictError: the caller's transaction is repeatable read or
-                serializable and cannot see the job that has the id: repeat the
-                transaction. Also a psycopg.errors.SerializationFailure.
+                serializable and cannot see the job that has the id, or with "replace" its
+                last change: repeat the transaction. Also a psycopg.errors.SerializationFailure.
             ValueError: a name that the database's encoding cannot hold.
             psycopg.Error: the database's. After a lost connection the job may or may
                 not have been written. Enqueuing a request with an id again is refused
@@ -235,23 +270,94 @@ class AsyncClient:
         """
         request = request_of(request, options)
         if not self._on_enqueue:
-            return await self._enqueue(request, conn)
+            return await self._enqueue(request, on_conflict, None, conn)
         with wrapped(self._on_enqueue, (request,)) as changed:
-            return await self._enqueue(only(changed), conn)
+            return await self._enqueue(only(changed), on_conflict, None, conn)
+
+    @overload
+    async def debounce(
+        self,
+        request: EnqueueRequest,
+        delay: Duration,
+        *,
+        at_most: Duration | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> str: ...
+
+    @overload
+    async def debounce(
+        self,
+        request: TypedJob,
+        delay: Duration,
+        *,
+        at_most: Duration | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Unpack[DebounceOptions],
+    ) -> str: ...
+
+    async def debounce(
+        self,
+        request: EnqueueRequest | TypedJob,
+        delay: Duration,
+        *,
+        at_most: Duration | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Write a job that runs once the calls with its id have paused; return its id.
+
+        Each call replaces the job that waits, as `enqueue(on_conflict="replace")`, and moves
+        its due time: it runs `delay` after the last call, with the request of that one. A
+        call while it runs begins anew: the next run is `delay` after the last of them.
+
+        Args:
+            request: the job, with an id of yours, and without delay and run_at.
+            delay: seconds or a timedelta from the last call, by the database's clock.
+            at_most: seconds or a timedelta from the first call since the job last began, at
+                which it is due in any case; at least `delay`. None (the default): as long
+                as calls keep coming it does not run.
+            conn: as for enqueue.
+            options: as for enqueue; the id is required.
+
+        Raises:
+            TypeError: a typed job without an id, and as for enqueue.
+            ValueError: the request has a due time, `at_most` is below `delay`, and as for
+                enqueue.
+            EnqueueConflictError, psycopg.Error: as for enqueue.
+
+        """
+        request, limit = debounced(request, delay, at_most, options)
+        if not self._on_enqueue:
+            return str(await self._enqueue(request, "replace", limit, conn))
+        with wrapped(self._on_enqueue, (request,)) as changed:
+            return str(await self._enqueue(only(changed), "replace", limit, conn))
 
     async def _enqueue(
-        self, request: EnqueueRequest, conn: psycopg.AsyncConnection[Any] | None
-    ) -> str:
-        statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
+        self,
+        request: EnqueueRequest,
+        on_conflict: OnConflict,
+        at_most: float | None,
+        conn: psycopg.AsyncConnection[Any] | None,
+    ) -> str | None:
+        if on_conflict != "raise":
+            check_on_conflict(on_conflict)
+        notify = self._notify and not is_two_phase(conn)
+        statement: Statement[Any]
+        if on_conflict == "replace":
+            statement = replace([request], notify=notify, at_most=at_most)
+        else:
+            statement = enqueues.enqueue(request, notify=notify)
         try:
-            is_written = await self._run(statement, conn, keep=True)
+            is_written = await self._run(statement, conn, keep=on_conflict != "replace")
         except SerializationFailure as error:
             if conn is None:
                 raise
             raise EnqueueConflictError([request.id]) from error
-        if not is_written:
+        if is_written:
+            return request.id
+        if on_conflict == "raise":
             raise JobAlreadyExistsError([request.id])
-        return request.id
+        return None
 
     async def bulk_enqueue(
         self,
@@ -267,7 +373,8 @@ class AsyncClient:
                 those of typed jobs with EnqueueRequest.of.
             on_conflict: "raise" (the default) writes nothing if any id is taken;
                 "skip" leaves out jobs whose id is taken, and returns None in their
-                places.
+                places; "replace" lets each replace the job that has its id, as for
+                enqueue. Of several with the same id the last one counts.
             conn: a connection of the caller's: the jobs are written in its
                 transaction and exist if that commits.
 
@@ -306,6 +413,7 @@ class AsyncClient:
         on_conflict: OnConflict,
         conn: psycopg.AsyncConnection[Any] | None,
     ) -> list[str | None]:
+        check_on_conflict(on_conflict)
         chunks = in_chunks(requests)
         ids: list[str | None] = []
         if conn is not None and not isinstance(conn, psycopg.AsyncConnection):
@@ -321,9 +429,11 @@ class AsyncClient:
                 if on_conflict == "raise" and await self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
                     continue
-                statement = enqueues.enqueue_many(
-                    chunk, notify=self._notify and not is_two_phase(conn)
-                )
+                notify = self._notify and not is_two_phase(conn)
+                if on_conflict == "replace":
+                    statement = replace(chunk, notify=notify)
+                else:
+                    statement = enqueues.enqueue_many(chunk, notify=notify)
                 try:
                     written = await _execute_async(connection, statement)
                 except SerializationFailure as error:
@@ -879,7 +989,11 @@ class Client:
 
     @overload
     def enqueue(
-        self, request: EnqueueRequest, *, conn: psycopg.Connection[Any] | None = None
+        self,
+        request: EnqueueRequest,
+        *,
+        on_conflict: Literal["raise", "replace"] = ...,
+        conn: psycopg.Connection[Any] | None = None,
     ) -> str: ...
 
     @overload
@@ -887,37 +1001,65 @@ class Client:
         self,
         request: TypedJob,
         *,
+        on_conflict: Literal["raise", "replace"] = ...,
         conn: psycopg.Connection[Any] | None = None,
         **options: Unpack[EnqueueOptions],
     ) -> str: ...
+
+    @overload
+    def enqueue(
+        self,
+        request: EnqueueRequest,
+        *,
+        on_conflict: OnConflict,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> str | None: ...
+
+    @overload
+    def enqueue(
+        self,
+        request: TypedJob,
+        *,
+        on_conflict: OnConflict,
+        conn: psycopg.Connection[Any] | None = None,
+        **options: Unpack[EnqueueOptions],
+    ) -> str | None: ...
 
     def enqueue(
         self,
         request: EnqueueRequest | TypedJob,
         *,
+        on_conflict: OnConflict = "raise",
         conn: psycopg.Connection[Any] | None = None,
         **options: Unpack[EnqueueOptions],
-    ) -> str:
+    ) -> str | None:
         """Write a job and return its id.
 
         Args:
             request: the job: an EnqueueRequest, or a typed job (for example a value of a
                 dataclass) whose class names the type and may name the queue, as for
                 EnqueueRequest.of.
+            on_conflict: what to do if a live job has the id. "raise" (the default) raises
+                JobAlreadyExistsError. "skip" writes nothing, and returns None. "replace"
+                gives a job that waits everything of the new request: payload, queue,
+                type, due time, priority, key, headers and expiry; its attempts begin
+                again. A job that a worker has claimed is followed by the new request,
+                once, when its attempt has ended in whatever way: it waits as the job's
+                successor, and replaces an earlier one.
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority, exclusive and headers of a typed
-                job; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, headers and expires of a
+                typed job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
                 EnqueueRequest.of; a TypeError also for options together with a request.
             JobAlreadyExistsError: a live job has the id. Nothing was written,
-                and the caller's transaction goes on.
+                and the caller's transaction goes on. Only with "raise".
             EnqueueConflictError: the caller's transaction is repeatable read or
-                serializable and cannot see the job that has the id: repeat the
-                transaction. Also a psycopg.errors.SerializationFailure.
+                serializable and cannot see the job that has the id, or with "replace" its
+                last change: repeat the transaction. Also a psycopg.errors.SerializationFailure.
             ValueError: a name that the database's encoding cannot hold.
             psycopg.Error: the database's. After a lost connection the job may or may
                 not have been written. Enqueuing a request with an id again is refused
@@ -927,21 +1069,94 @@ class Client:
         """
         request = request_of(request, options)
         if not self._on_enqueue:
-            return self._enqueue(request, conn)
+            return self._enqueue(request, on_conflict, None, conn)
         with wrapped(self._on_enqueue, (request,)) as changed:
-            return self._enqueue(only(changed), conn)
+            return self._enqueue(only(changed), on_conflict, None, conn)
 
-    def _enqueue(self, request: EnqueueRequest, conn: psycopg.Connection[Any] | None) -> str:
-        statement = enqueues.enqueue(request, notify=self._notify and not is_two_phase(conn))
+    @overload
+    def debounce(
+        self,
+        request: EnqueueRequest,
+        delay: Duration,
+        *,
+        at_most: Duration | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> str: ...
+
+    @overload
+    def debounce(
+        self,
+        request: TypedJob,
+        delay: Duration,
+        *,
+        at_most: Duration | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+        **options: Unpack[DebounceOptions],
+    ) -> str: ...
+
+    def debounce(
+        self,
+        request: EnqueueRequest | TypedJob,
+        delay: Duration,
+        *,
+        at_most: Duration | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Write a job that runs once the calls with its id have paused; return its id.
+
+        Each call replaces the job that waits, as `enqueue(on_conflict="replace")`, and moves
+        its due time: it runs `delay` after the last call, with the request of that one. A
+        call while it runs begins anew: the next run is `delay` after the last of them.
+
+        Args:
+            request: the job, with an id of yours, and without delay and run_at.
+            delay: seconds or a timedelta from the last call, by the database's clock.
+            at_most: seconds or a timedelta from the first call since the job last began, at
+                which it is due in any case; at least `delay`. None (the default): as long
+                as calls keep coming it does not run.
+            conn: as for enqueue.
+            options: as for enqueue; the id is required.
+
+        Raises:
+            TypeError: a typed job without an id, and as for enqueue.
+            ValueError: the request has a due time, `at_most` is below `delay`, and as for
+                enqueue.
+            EnqueueConflictError, psycopg.Error: as for enqueue.
+
+        """
+        request, limit = debounced(request, delay, at_most, options)
+        if not self._on_enqueue:
+            return str(self._enqueue(request, "replace", limit, conn))
+        with wrapped(self._on_enqueue, (request,)) as changed:
+            return str(self._enqueue(only(changed), "replace", limit, conn))
+
+    def _enqueue(
+        self,
+        request: EnqueueRequest,
+        on_conflict: OnConflict,
+        at_most: float | None,
+        conn: psycopg.Connection[Any] | None,
+    ) -> str | None:
+        if on_conflict != "raise":
+            check_on_conflict(on_conflict)
+        notify = self._notify and not is_two_phase(conn)
+        statement: Statement[Any]
+        if on_conflict == "replace":
+            statement = replace([request], notify=notify, at_most=at_most)
+        else:
+            statement = enqueues.enqueue(request, notify=notify)
         try:
-            is_written = self._run(statement, conn, keep=True)
+            is_written = self._run(statement, conn, keep=on_conflict != "replace")
         except SerializationFailure as error:
             if conn is None:
                 raise
             raise EnqueueConflictError([request.id]) from error
-        if not is_written:
+        if is_written:
+            return request.id
+        if on_conflict == "raise":
             raise JobAlreadyExistsError([request.id])
-        return request.id
+        return None
 
     def bulk_enqueue(
         self,
@@ -957,7 +1172,8 @@ class Client:
                 those of typed jobs with EnqueueRequest.of.
             on_conflict: "raise" (the default) writes nothing if any id is taken;
                 "skip" leaves out jobs whose id is taken, and returns None in their
-                places.
+                places; "replace" lets each replace the job that has its id, as for
+                enqueue. Of several with the same id the last one counts.
             conn: a connection of the caller's: the jobs are written in its
                 transaction and exist if that commits.
 
@@ -996,6 +1212,7 @@ class Client:
         on_conflict: OnConflict,
         conn: psycopg.Connection[Any] | None,
     ) -> list[str | None]:
+        check_on_conflict(on_conflict)
         chunks = in_chunks(requests)
         ids: list[str | None] = []
         if conn is not None and not isinstance(conn, psycopg.Connection):
@@ -1011,9 +1228,11 @@ class Client:
                 if on_conflict == "raise" and self._copied(connection, chunk):
                     ids += [request.id for request in chunk]
                     continue
-                statement = enqueues.enqueue_many(
-                    chunk, notify=self._notify and not is_two_phase(conn)
-                )
+                notify = self._notify and not is_two_phase(conn)
+                if on_conflict == "replace":
+                    statement = replace(chunk, notify=notify)
+                else:
+                    statement = enqueues.enqueue_many(chunk, notify=notify)
                 try:
                     written = _execute(connection, statement)
                 except SerializationFailure as error:

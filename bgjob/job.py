@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from datetime import datetime
-from typing import Any, NamedTuple, Self, TypedDict, Unpack
+from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
 
 import orjson
 
@@ -38,6 +38,17 @@ class EnqueueOptions(TypedDict, total=False):
     id: str
     delay: Duration
     run_at: datetime | None
+    priority: int
+    exclusive: str | None
+    headers: Mapping[str, Any]
+    expires: Duration | datetime | None
+
+
+class DebounceOptions(TypedDict, total=False):
+    """The options of EnqueueRequest that the debounce of a typed job accepts."""
+
+    queue: str
+    id: Required[str]
     priority: int
     exclusive: str | None
     headers: Mapping[str, Any]

@@ -137,6 +137,7 @@ class LiveJob:
         last_error: the error of the last failed attempt; in a list its first 200 characters.
         size: the bytes of its payload; None without one.
         expires: when it expires; None if it never does.
+        is_replaced: whether a newer request with its id waits for its end.
         arg: its payload; None also in a list.
         headers: its headers, a dict that cannot be changed; empty also in a list.
         claimed_at: since when a worker holds it; None if none does, or if its claim does not
@@ -163,6 +164,7 @@ class LiveJob:
     last_error: str | None
     size: int | None
     expires: datetime | None = None
+    is_replaced: bool = False
     arg: bytes | None = None
     headers: Mapping[str, Any] = NO_HEADERS
     claimed_at: datetime | None = None

@@ -10,8 +10,10 @@ that a program may write on its own, without these statements.
 from collections.abc import Iterable
 from typing import Literal, LiteralString, overload
 
+from bgjob._requests import OnConflict, check_on_conflict
 from bgjob._sql import enqueues
 from bgjob._sql.paramstyles import Paramstyle, translated
+from bgjob._sql.replacements import replace
 from bgjob.errors import RequestsRequiredError
 from bgjob.job import EnqueueRequest
 
@@ -24,17 +26,26 @@ def enqueue(
     paramstyle: Literal["pyformat", "named"] = "pyformat",
     *,
     notify: bool = True,
+    on_conflict: OnConflict = "skip",
 ) -> tuple[LiteralString, dict[str, object]]: ...
 
 
 @overload
 def enqueue(
-    request: EnqueueRequest, paramstyle: Literal["numeric", "dollar"], *, notify: bool = True
+    request: EnqueueRequest,
+    paramstyle: Literal["numeric", "dollar"],
+    *,
+    notify: bool = True,
+    on_conflict: OnConflict = "skip",
 ) -> tuple[LiteralString, list[object]]: ...
 
 
 def enqueue(
-    request: EnqueueRequest, paramstyle: Paramstyle = "pyformat", *, notify: bool = True
+    request: EnqueueRequest,
+    paramstyle: Paramstyle = "pyformat",
+    *,
+    notify: bool = True,
+    on_conflict: OnConflict = "skip",
 ) -> tuple[LiteralString, dict[str, object]] | tuple[LiteralString, list[object]]:
     """Return the statement that writes a job, and its parameters.
 
@@ -52,6 +63,10 @@ def enqueue(
             as for asyncpg and PostgreSQL itself.
         notify: whether it notifies sleeping workers, when the transaction commits; True by
             default. It must not in a transaction that is to be prepared (two-phase commit).
+        on_conflict: "skip" (the default) or "raise", which have the same statement: whether the
+            absence of a row is an error is for the program to say. With "replace" the job
+            replaces a live one with its id, as for Client.enqueue, and there is always a row.
+            It needs more privileges than `bgjob_producer` has, which privileges.sql lists.
 
     Returns:
         The text, and the parameters: a dict for the first two styles, a list for the others.
@@ -61,6 +76,9 @@ def enqueue(
         ValueError: an unknown style.
 
     """
+    check_on_conflict(on_conflict)
+    if on_conflict == "replace":
+        return translated(replace([request], notify=notify, has_literals=False), paramstyle)
     return translated(enqueues.enqueue(request, notify=notify), paramstyle)
 
 
@@ -70,6 +88,7 @@ def enqueue_many(
     paramstyle: Literal["pyformat", "named"] = "pyformat",
     *,
     notify: bool = True,
+    on_conflict: OnConflict = "skip",
 ) -> tuple[LiteralString, dict[str, object]]: ...
 
 
@@ -79,11 +98,16 @@ def enqueue_many(
     paramstyle: Literal["numeric", "dollar"],
     *,
     notify: bool = True,
+    on_conflict: OnConflict = "skip",
 ) -> tuple[LiteralString, list[object]]: ...
 
 
 def enqueue_many(
-    requests: Iterable[EnqueueRequest], paramstyle: Paramstyle = "pyformat", *, notify: bool = True
+    requests: Iterable[EnqueueRequest],
+    paramstyle: Paramstyle = "pyformat",
+    *,
+    notify: bool = True,
+    on_conflict: OnConflict = "skip",
 ) -> tuple[LiteralString, dict[str, object]] | tuple[LiteralString, list[object]]:
     """Return the statement that writes many jobs, and its parameters.
 
@@ -95,6 +119,7 @@ def enqueue_many(
         requests: the jobs. All are one statement: 10,000 at a time need some 10 MB.
         paramstyle: as for `enqueue`.
         notify: as for `enqueue`.
+        on_conflict: as for `enqueue`. Of several with the same id the last one replaces.
 
     Returns:
         The text, and the parameters, which are lists, one for each column, and numbers.
@@ -107,5 +132,7 @@ def enqueue_many(
     given = list(requests)
     if not given:
         raise RequestsRequiredError("requests are required: enqueue_many needs at least one")
-    statement = enqueues.enqueue_many(given, notify=notify, has_literals=False)
+    check_on_conflict(on_conflict)
+    write = replace if on_conflict == "replace" else enqueues.enqueue_many
+    statement = write(given, notify=notify, has_literals=False)
     return translated(statement, paramstyle)

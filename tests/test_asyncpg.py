@@ -144,6 +144,10 @@ def test_a_duplicate_is_refused_and_the_transaction_goes_on(
         assert raised.value.ids == ("taken", "b")
         many = requests("c", "taken", "c")
         assert await bulk_enqueue(target, iter(many), on_conflict="skip") == ["c", None, None]
+        newer = EnqueueRequest("q", "newer", id="taken", headers={"n": 1}, expires=60)
+        assert await enqueue(target, newer, on_conflict="skip") is None
+        assert await enqueue(target, newer, on_conflict="replace") == "taken"
+        assert await bulk_enqueue(target, [newer, newer], on_conflict="replace") == ["taken"] * 2
         with pytest.raises(RequestsRequiredError):
             await bulk_enqueue(target, [])
 

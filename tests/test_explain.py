@@ -916,6 +916,7 @@ LIVE = looks.Live(
     created_at=NOW,
     expires=None,
     expires_in=None,
+    is_replaced=False,
 )
 
 

@@ -29,6 +29,7 @@ from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_
 from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
+from bgjob._sql import replacements
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
 from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS, session
@@ -243,6 +244,7 @@ HELD = [
     for n in range(1, BATCH + 1)
 ]
 REQUESTS = [EnqueueRequest("q", "t", {"n": n}) for n in range(2 * BATCH)]
+LIVE = EnqueueRequest("q", "t", id=f"{BATCH + 1:07}")
 PRIORITIES = 5
 FEW = 4 * PRIORITIES
 
@@ -295,6 +297,8 @@ CLIENTS = {
     "claim any": Hot(claim_any("q", lease=60, token=2), FEW + EDGE, 1),
     "enqueue": Hot(enqueue(REQUESTS[0], notify=True), 1),
     "enqueue many": Hot(enqueue_many(REQUESTS, notify=True), len(REQUESTS)),
+    "replace": Hot(replacements.replace([LIVE], notify=True), 1),
+    "replace many": Hot(replacements.replace([*REQUESTS, LIVE], notify=True), len(REQUESTS) + 1),
     # A table of one page is read whole.
     **{name: Hot(hot.statement, FEW) for name, hot in settlements(HELD[:1]).items()},
 }

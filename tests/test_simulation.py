@@ -98,6 +98,8 @@ class Row:
     is_delayed: bool = False
     is_known: bool = False
     """Whether the worker itself put it back, and heard that this was done."""
+    successor: int | None = None
+    """The due time of the newest request that replaced it while it was claimed."""
     free_since: float = 0.0
     """On the worker's clock: when it was committed, given back, or last found locked."""
 
@@ -168,11 +170,15 @@ class Table:
         self._claim(exchange, reply, began=began, now=now, at=at)
         reply.barred = [id_ for id_ in self._match(exchange.probe) if id_ in self.barred]
         for id_ in self._match(exchange.complete):
-            self._end(id_, "done", reply)
+            self._end(id_, "done", reply, now=now, at=at)
         for postponed in exchange.postpone:
             id_, token = postponed.claimed.job.id, postponed.claimed.token
             row = self.rows.get(id_)
-            if row is not None and row.token == token:
+            if row is not None and row.token == token and row.successor is not None:
+                self.settled[id_, token] = "postponed"
+                self._follow(row, now=now, at=at)
+                reply.settled.add(id_)
+            elif row is not None and row.token == token:
                 self.settled[id_, token] = "postponed"
                 row.token = row.lease_until = None
                 row.due = now + int(postponed.delay * SECOND)
@@ -196,7 +202,7 @@ class Table:
             row.free_since = at
             reply.settled.add(id_)
         for id_ in self._match([dead.claimed for dead in exchange.dead_letter]):
-            self._end(id_, "dead", reply)
+            self._end(id_, "dead", reply, now=now, at=at)
         for id_ in self._match(exchange.abandon):
             row = self.rows[id_]
             if row.deaths >= 0:
@@ -379,7 +385,9 @@ class Table:
                 row.token = row.lease_until = None
                 row.free_since = at
                 freed += 1
-                if row.deaths <= 1:
+                if row.successor is not None:
+                    self._follow(row, now=now, at=at)
+                elif row.deaths <= 1:
                     since = min(since or inf, row.due)
         first = None if since is None else EPOCH + int(since) * MICROSECOND
         return Swept(self._hold(fresh, token, now=now), freed, first)
@@ -487,11 +495,30 @@ class Table:
                 held.append(id_)
         return held
 
-    def _end(self, id_: str, how: str, reply: Reply) -> None:
-        row = self.rows.pop(id_)
+    def _end(self, id_: str, how: str, reply: Reply, *, now: int, at: float) -> None:
+        row = self.rows[id_]
         assert row.token is not None
-        self.ended[id_] = self.settled[id_, row.token] = how
+        self.settled[id_, row.token] = how
         reply.settled.add(id_)
+        if row.successor is not None:
+            self._follow(row, now=now, at=at)
+        else:
+            del self.rows[id_]
+            self.ended[id_] = how
+
+    def _follow(self, row: Row, *, now: int, at: float) -> None:
+        """Let the successor of a job whose claim ends be a fresh job."""
+        assert row.successor is not None
+        due, row.successor = row.successor, None
+        self.become(row, max(due, now), now=now, at=at)
+
+    def become(self, row: Row, due: int, *, now: int, at: float) -> None:
+        """Make a row that of a new request."""
+        row.token = row.lease_until = None
+        row.due, row.is_delayed = due, due > now
+        row.attempt = row.deaths = 0
+        row.waits = row.is_known = row.has_gone_back = row.is_charged = False
+        row.free_since = at
 
     def _survey(self, *, began: int, now: int) -> list[Line]:
         nexts: dict[int, int | None] = {}
@@ -559,7 +586,7 @@ class History:
         # Seconds that it lasts at least: long enough for many sweeps that take long.
         self.lasts = 120.0 if calm and self.sweeps_take and self.fates.random() < 0.05 else 0.0
         self.named = random.choice([0.0, 0.5])  # of those, whose key their handler names
-        self.cancels = Random(-7 - seed)
+        self.cancels, self.replacing = Random(-7 - seed), Random(-11 - seed)
         self.interrupted: set[Key] = set()  # handlers whose end came early
         self.given_up: set[Key] = set()
         self.requeued = 0
@@ -650,6 +677,8 @@ class History:
             self.grace = random.choice([0.0, 0.1, 1.0, inf])
         if self.strangers:
             self._at(span * random.random(), self._lock_row)
+        for _ in range(self.replacing.choice([0, 0, 1, 5, 20])):
+            self._at(span * self.replacing.random(), self._replace)
         for _ in range(self.cancels.choice([0, 0, 1, 5, 20])):
             self._at(span * self.cancels.random(), self._cancel)
         if calm:
@@ -751,6 +780,24 @@ class History:
 
         if self.random.random() < 0.5:  # else it died
             self._at(self.random.random(), settle)
+
+    def _replace(self) -> None:
+        """Enqueue a newer request over a job, whether it waits or runs."""
+        random, table = self.replacing, self.table
+        ids = sorted(table.rows.keys() - table.barred)
+        if not ids:
+            return
+        row = table.rows[random.choice(ids)]
+        began = EPOCH + self.db_now * MICROSECOND
+        delay = random.choice([0.0, 0.0, random.random() * 2])
+        due = self.db_now + int(delay * SECOND)
+        if row.token is not None:
+            row.successor = due
+            return
+        table.become(row, due, now=self.db_now, at=self.now)
+        if self.notify and self.lock is not None and random.random() >= self.deaf:
+            notice = Notice({row.priority: began}, later=delay > 0)
+            self._at(random.random() * 0.001, lambda: self._notice(notice))
 
     def _cancel(self) -> None:
         """Cancel a job, waiting or running; perhaps requeue it before its worker knows."""

@@ -231,6 +231,10 @@ def test_a_duplicate_is_refused_and_the_transaction_goes_on(
         opened.bulk_enqueue(requests("a", "taken", "b", "b"))
     assert raised.value.ids == ("taken", "b")
     assert opened.bulk_enqueue(requests("c", "taken", "c"), on_conflict="skip") == ["c", None, None]
+    newer = EnqueueRequest("q", "newer", id="taken", headers={"n": 1}, expires=60)
+    assert opened.enqueue(newer, on_conflict="skip") is None
+    assert opened.enqueue(newer, on_conflict="replace") == "taken"
+    assert opened.bulk_enqueue([newer, newer], on_conflict="replace") == ["taken"] * 2
     with pytest.raises(RequestsRequiredError):
         opened.bulk_enqueue([])
     opened.execute("insert into orders (id) values ('after')")

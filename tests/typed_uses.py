@@ -344,6 +344,7 @@ Client(engine)  # error
 
 def in_a_session(session: Session, connection: Connection, conn: psycopg.Connection) -> None:
     assert_type(of_sqlalchemy.enqueue(session, request), str)
+    assert_type(of_sqlalchemy.enqueue(session, request, on_conflict="skip"), str | None)
     of_sqlalchemy.enqueue(connection, Mail("ann"), queue="mail", delay=5)
     of_sqlalchemy.enqueue(scoped, Letter("street"))
     ids = of_sqlalchemy.bulk_enqueue(session, [request], on_conflict="skip")
@@ -377,12 +378,30 @@ async def of_asyncpgs(
     connection: asyncpg.Connection, pool: asyncpg.Pool, session: AsyncSession
 ) -> None:
     assert_type(await of_asyncpg.enqueue(connection, request), str)
+    assert_type(await of_asyncpg.enqueue(connection, request, on_conflict="skip"), str | None)
     await of_asyncpg.enqueue(pool, Mail("ann"), queue="mail")
     assert_type(await of_asyncpg.bulk_enqueue(pool, [request]), list[str | None])
     await of_asyncpg.enqueue(connection, {"order": 5})  # error
     await of_asyncpg.enqueue(connection, Mail("ann"), dely=5)  # error
     await of_asyncpg.bulk_enqueue(pool, [Mail("ann")])  # error
     await of_asyncpg.bulk_enqueue(pool, [request], on_conflict="ignore")  # error
+
+
+# -- an id that is taken ---------------------------------------------------------------------
+
+
+async def coalesced(client: Client, async_client: AsyncClient, request: EnqueueRequest) -> None:
+    assert_type(client.enqueue(request), str)
+    assert_type(client.enqueue(request, on_conflict="replace"), str)
+    assert_type(client.enqueue(request, on_conflict="skip"), str | None)
+    assert_type(client.enqueue(Mail("ann"), queue="mail", on_conflict="skip"), str | None)
+    assert_type(await async_client.enqueue(Mail("ann"), queue="q", on_conflict="replace"), str)
+    assert_type(client.debounce(request, 5, at_most=60), str)
+    assert_type(await async_client.debounce(Mail("ann"), 5, id="a", queue="mail"), str)
+    client.enqueue(request, on_conflict="ignore")  # error
+    client.debounce(Mail("ann"), 5, queue="mail")  # error
+    client.debounce(Mail("ann"), 5, id="a", run_at=None)  # error
+    client.debounce(request)  # error
 
 
 # -- observers: a subclass has the signatures of Observer ------------------------------------

@@ -25,8 +25,13 @@ def running(seen: Seen) -> Reasons:
     yield Reason(
         "running",
         False,
-        f"{text}.",
-        facts=facts | {"attempt": job.attempt, "lease_until": job.lease_until},
+        f"{text}." + (" A newer request with its id waits for its end." * job.is_replaced),
+        facts=facts
+        | {
+            "attempt": job.attempt,
+            "lease_until": job.lease_until,
+            "is_replaced": job.is_replaced,
+        },
     )
 
 

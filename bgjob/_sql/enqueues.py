@@ -113,6 +113,11 @@ _TELL_MANY_ON = NOTIFY.format(
     channel="channel", payload="concat_ws(' ', extract(epoch from now()), what, queue)"
 )
 
+TELL_MANY_IF_WRITTEN = _TELL_MANY.format(
+    notify=_TELL_MANY_ON, condition="exists (select from written)"
+)
+"""Notifies the workers of several jobs, for a statement whose CTE `written` has them."""
+
 
 def enqueue_many(
     requests: Sequence[EnqueueRequest], *, notify: bool, has_literals: bool = True
@@ -134,7 +139,6 @@ def enqueue_many(
     columns = headers + (", expires" if can_expire else "")
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]
-    tell = "," + _TELL_MANY.format(notify=_TELL_MANY_ON, condition="exists (select from written)")
     return Statement(
         f"""
         with request as (
@@ -173,7 +177,7 @@ def enqueue_many(
             returning id
         )
         select array(select cast(id as text) collate "default" from written)
-            {tell if notify else ""}
+            {f", {TELL_MANY_IF_WRITTEN}" if notify else ""}
         """,
         {
             "ids": texts([r.id for r in requests]),
@@ -193,11 +197,16 @@ def enqueue_many(
                 if can_expire
                 else {}
             ),
-            **_told(_whats(requests)),
+            **told_of(requests),
         },
         lambda rows: set(rows[0][0]),
         prepare=None,
     )
+
+
+def told_of(requests: Iterable[EnqueueRequest]) -> dict[str, object]:
+    """Return the parameters that notify the workers of these requests' queues."""
+    return _told(_whats(requests))
 
 
 def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:

@@ -94,6 +94,7 @@ class Live(NamedTuple):
     lease_until: datetime | None
     lease_left: float | None
     expires: datetime | None
+    is_replaced: bool
     arg: bytes | None
     headers: Headers
 
@@ -114,6 +115,7 @@ _LIVE = f"""
     case when j.lease_until is not null
         then extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8 end,
     case when j.expires is not null then {in_range("j.expires")} end,
+    j.successor is not null,
     {{arg}}, {{headers}}
 """
 LISTED = _LIVE.format(error="left(j.last_error, 200)", arg="null::bytea", headers="null::text")

@@ -60,6 +60,8 @@ class Live(NamedTuple):
     expires: datetime | None
     expires_in: float | None
     """Seconds; negative if it has expired."""
+    is_replaced: bool
+    """Whether a newer request waits for its end."""
 
     @property
     def is_suspect(self) -> bool:
@@ -107,7 +109,8 @@ def find(id_: str) -> Statement[Found]:
                 {_ERROR}, {in_range("created_at")},
                 case when expires is not null then {in_range("expires")} end,
                 case when expires is not null
-                    then extract(epoch from {in_range("expires")} - clock.now)::float8 end
+                    then extract(epoch from {in_range("expires")} - clock.now)::float8 end,
+                successor is not null
             from bgjob_job where id = %(id)s
         ) as j on true
         left join lateral (

@@ -13,6 +13,13 @@ grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, e
     to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
 
+-- Optional, for on_conflict="replace" and debounce: a producer that may give jobs another payload.
+-- grant select (token, attempt, last_error, deaths, waits, type, arg, priority, exclusive, headers,
+--     expires, next_run_at, created_at, updated_at, successor, successor_arg),
+--     update (queue, type, arg, priority, exclusive, headers, expires, next_run_at, created_at,
+--     updated_at, attempt, last_error, deaths, waits, successor, successor_arg) on bgjob_job
+--     to bgjob_producer;
+
 -- A worker claims, settles and dead-letters jobs. It changes no payload, and reads no dead job. The
 -- insert is for jobs that were replaced while they ran (on_conflict="replace").
 grant select on bgjob_job to bgjob_worker;

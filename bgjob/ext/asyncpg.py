@@ -7,7 +7,7 @@ async with connection.transaction():
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeAlias, Unpack, overload
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -24,16 +24,47 @@ Target: TypeAlias = asyncpg.Connection | PoolConnectionProxy | asyncpg.Pool
 
 
 @overload
-async def enqueue(target: Target, request: EnqueueRequest) -> str: ...
+async def enqueue(
+    target: Target,
+    request: EnqueueRequest,
+    *,
+    on_conflict: Literal["raise", "replace"] = ...,
+) -> str: ...
 
 
 @overload
-async def enqueue(target: Target, request: TypedJob, **options: Unpack[EnqueueOptions]) -> str: ...
+async def enqueue(
+    target: Target,
+    request: TypedJob,
+    *,
+    on_conflict: Literal["raise", "replace"] = ...,
+    **options: Unpack[EnqueueOptions],
+) -> str: ...
+
+
+@overload
+async def enqueue(
+    target: Target, request: EnqueueRequest, *, on_conflict: OnConflict
+) -> str | None: ...
+
+
+@overload
+async def enqueue(
+    target: Target,
+    request: TypedJob,
+    *,
+    on_conflict: OnConflict,
+    **options: Unpack[EnqueueOptions],
+) -> str | None: ...
 
 
 async def enqueue(
-    target: Target, request: EnqueueRequest | TypedJob, **options: Unpack[EnqueueOptions]
-) -> str:
+    target: Target,
+    request: EnqueueRequest | TypedJob,
+    *,
+    on_conflict: OnConflict = "raise",
+    **options: Unpack[EnqueueOptions],
+) -> str | None:
     """Write a job and return its id.
 
     Args:
@@ -41,7 +72,10 @@ async def enqueue(
             workers are woken, when that commits. Or a pool, or a connection that is in no
             transaction: the job is committed.
         request: the job: an EnqueueRequest, or a typed job, as for Client.enqueue.
-        options: queue, id, delay, run_at, priority and exclusive of a typed job.
+        on_conflict: what to do if a live job has the id, as for Client.enqueue: "raise" (the
+            default), "skip", which returns None, or "replace".
+        options: queue, id, delay, run_at, priority, exclusive, headers and expires of a
+            typed job.
 
     Raises:
         QueueRequiredError, PayloadError, TypeError, ValueError: as Client.enqueue; a TypeError
@@ -54,12 +88,14 @@ async def enqueue(
 
     """
     request = request_of(request, options)
-    text, parameters = sql.enqueue(request, "dollar")
+    text, parameters = sql.enqueue(request, "dollar", on_conflict=on_conflict)
     with _conflicts(request):
         row = await _checked(target).fetchrow(text, *parameters)
-    if row is None:
+    if row is not None:
+        return request.id
+    if on_conflict == "raise":
         raise JobAlreadyExistsError([request.id])
-    return request.id
+    return None
 
 
 async def bulk_enqueue(
@@ -72,7 +108,8 @@ async def bulk_enqueue(
         requests: the jobs; any number of them, consumed in chunks of 10,000. Make those of
             typed jobs with EnqueueRequest.of.
         on_conflict: "raise" (the default) writes nothing if any id is taken; "skip" leaves out
-            jobs whose id is taken, and returns None in their places.
+            jobs whose id is taken, and returns None in their places; "replace" lets each
+            replace the job that has its id.
 
     Raises:
         RequestsRequiredError: there are no requests.
@@ -85,7 +122,7 @@ async def bulk_enqueue(
     ids: list[str | None] = []
     async with _transaction(_checked(target)) as connection:
         for chunk in chunks:
-            text, parameters = sql.enqueue_many(chunk, "dollar")
+            text, parameters = sql.enqueue_many(chunk, "dollar", on_conflict=on_conflict)
             with _conflicts(*chunk):
                 [written, *_] = await connection.fetchrow(text, *parameters)
             ids += placed(chunk, set(written), on_conflict)

@@ -11,7 +11,7 @@ AsyncSession and AsyncConnection. `Client(dsn(engine))` is a client of the same 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import Conninfo
@@ -58,16 +58,45 @@ _SERIALIZATION_FAILURE = "40001"
 
 
 @overload
-def enqueue(target: Target, request: EnqueueRequest) -> str: ...
+def enqueue(
+    target: Target,
+    request: EnqueueRequest,
+    *,
+    on_conflict: Literal["raise", "replace"] = ...,
+) -> str: ...
 
 
 @overload
-def enqueue(target: Target, request: TypedJob, **options: Unpack[EnqueueOptions]) -> str: ...
+def enqueue(
+    target: Target,
+    request: TypedJob,
+    *,
+    on_conflict: Literal["raise", "replace"] = ...,
+    **options: Unpack[EnqueueOptions],
+) -> str: ...
+
+
+@overload
+def enqueue(target: Target, request: EnqueueRequest, *, on_conflict: OnConflict) -> str | None: ...
+
+
+@overload
+def enqueue(
+    target: Target,
+    request: TypedJob,
+    *,
+    on_conflict: OnConflict,
+    **options: Unpack[EnqueueOptions],
+) -> str | None: ...
 
 
 def enqueue(
-    target: Target, request: EnqueueRequest | TypedJob, **options: Unpack[EnqueueOptions]
-) -> str:
+    target: Target,
+    request: EnqueueRequest | TypedJob,
+    *,
+    on_conflict: OnConflict = "raise",
+    **options: Unpack[EnqueueOptions],
+) -> str | None:
     """Write a job in the transaction of a session or a connection, and return its id.
 
     The job exists, and workers are woken, when the transaction commits. Nothing is flushed: if
@@ -78,7 +107,9 @@ def enqueue(
         target: a Session, a scoped_session or a Connection. Of a session that has several
             binds, pass `session.connection(bind_arguments=...)`.
         request: the job: an EnqueueRequest, or a typed job, as for Client.enqueue.
-        options: queue, id, delay, run_at, priority and exclusive of a typed job.
+        on_conflict: what to do if a live job has the id, as for Client.enqueue: "raise" (the
+            default), "skip", which returns None, or "replace".
+        options: queue, id, delay, run_at, priority, exclusive, headers and expires of a typed job.
 
     Raises:
         QueueRequiredError, PayloadError, TypeError, ValueError: as Client.enqueue; a TypeError
@@ -92,31 +123,62 @@ def enqueue(
     """
     request = request_of(request, options)
     connection = _connection(target)
-    rows = _send(connection, sql.enqueue, request, [request.id])
-    if not rows:
+    rows = _send(connection, sql.enqueue, request, [request.id], on_conflict)
+    if rows:
+        return request.id
+    if on_conflict == "raise":
         raise JobAlreadyExistsError([request.id])
-    return request.id
-
-
-@overload
-async def aenqueue(target: AsyncTarget, request: EnqueueRequest) -> str: ...
+    return None
 
 
 @overload
 async def aenqueue(
-    target: AsyncTarget, request: TypedJob, **options: Unpack[EnqueueOptions]
+    target: AsyncTarget,
+    request: EnqueueRequest,
+    *,
+    on_conflict: Literal["raise", "replace"] = ...,
 ) -> str: ...
 
 
+@overload
 async def aenqueue(
-    target: AsyncTarget, request: EnqueueRequest | TypedJob, **options: Unpack[EnqueueOptions]
-) -> str:
+    target: AsyncTarget,
+    request: TypedJob,
+    *,
+    on_conflict: Literal["raise", "replace"] = ...,
+    **options: Unpack[EnqueueOptions],
+) -> str: ...
+
+
+@overload
+async def aenqueue(
+    target: AsyncTarget, request: EnqueueRequest, *, on_conflict: OnConflict
+) -> str | None: ...
+
+
+@overload
+async def aenqueue(
+    target: AsyncTarget,
+    request: TypedJob,
+    *,
+    on_conflict: OnConflict,
+    **options: Unpack[EnqueueOptions],
+) -> str | None: ...
+
+
+async def aenqueue(
+    target: AsyncTarget,
+    request: EnqueueRequest | TypedJob,
+    *,
+    on_conflict: OnConflict = "raise",
+    **options: Unpack[EnqueueOptions],
+) -> str | None:
     """Write a job in the transaction of an AsyncSession or an AsyncConnection.
 
     Async variant of `enqueue`; an async_scoped_session is a target too.
     """
     request = request_of(request, options)
-    return await _awaitable(target).run_sync(enqueue, request)
+    return await _awaitable(target).run_sync(enqueue, request, on_conflict=on_conflict)
 
 
 def bulk_enqueue(
@@ -132,7 +194,8 @@ def bulk_enqueue(
         requests: the jobs; any number of them, consumed in chunks of 10,000. Make those of
             typed jobs with EnqueueRequest.of.
         on_conflict: "raise" (the default) writes nothing if any id is taken; "skip" leaves out
-            jobs whose id is taken, and returns None in their places.
+            jobs whose id is taken, and returns None in their places; "replace" lets each
+            replace the job that has its id.
 
     Raises:
         RequestsRequiredError: there are no requests.
@@ -146,7 +209,8 @@ def bulk_enqueue(
     ids: list[str | None] = []
     with _whole(connection):
         for chunk in chunks:
-            rows = _send(connection, sql.enqueue_many, chunk, [request.id for request in chunk])
+            ids_of = [request.id for request in chunk]
+            rows = _send(connection, sql.enqueue_many, chunk, ids_of, on_conflict)
             ids += placed(chunk, set(rows[0][0]), on_conflict)
     return ids
 
@@ -199,12 +263,16 @@ _ONLY_OF_ASYNCPG = (
 
 
 def _send(
-    connection: Connection, statement: Callable[..., tuple[str, Any]], what: Any, ids: Sequence[str]
+    connection: Connection,
+    statement: Callable[..., tuple[str, Any]],
+    what: Any,
+    ids: Sequence[str],
+    on_conflict: OnConflict,
 ) -> Sequence[Any]:
     # Notifying would keep a transaction from being prepared.
     notify = not isinstance(connection.get_transaction(), TwoPhaseTransaction)
     style = _PARAMSTYLES[connection.dialect.driver]
-    text, parameters = statement(what, style, notify=notify)
+    text, parameters = statement(what, style, notify=notify, on_conflict=on_conflict)
     if not isinstance(parameters, dict):
         parameters = tuple(parameters)  # a list would be many sets of parameters
     try:

@@ -152,6 +152,7 @@ class Handlers:
 
     timed: true to write when it begins and ends in the table `run`, whatever it is part of
     sleep: seconds to wait before the row
+    kind: the kind of its row, instead of its type
     mute: true for no row and no event, and nothing after the sleep: a job that is quick
     children: how many jobs of type "plain" to enqueue, in the transaction where there is one; the
         ids are `<id of the job>/<n>`
@@ -272,7 +273,7 @@ class Handlers:
 
     def _kind(self, job: Job, arg: Any, rescheduled: list[Any]) -> str:
         wanted = arg.get("times", 1) if arg.get("then") == "reschedule" else 0
-        return "rescheduled" if rescheduled[0][0] < wanted else job.type
+        return "rescheduled" if rescheduled[0][0] < wanted else arg.get("kind", job.type)
 
     def _children(self, job: Job, arg: Any) -> Iterable[EnqueueRequest]:
         return [

@@ -2,9 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
@@ -21,21 +21,47 @@ _SERIALIZATION_FAILURE = "40001"
 
 
 @overload
-def enqueue(request: EnqueueRequest, *, using: str = "default") -> str: ...
+def enqueue(
+    request: EnqueueRequest,
+    *,
+    using: str = "default",
+    on_conflict: Literal["raise", "replace"] = ...,
+) -> str: ...
 
 
 @overload
 def enqueue(
-    request: TypedJob, *, using: str = "default", **options: Unpack[EnqueueOptions]
+    request: TypedJob,
+    *,
+    using: str = "default",
+    on_conflict: Literal["raise", "replace"] = ...,
+    **options: Unpack[EnqueueOptions],
 ) -> str: ...
+
+
+@overload
+def enqueue(
+    request: EnqueueRequest, *, using: str = "default", on_conflict: OnConflict
+) -> str | None: ...
+
+
+@overload
+def enqueue(
+    request: TypedJob,
+    *,
+    using: str = "default",
+    on_conflict: OnConflict,
+    **options: Unpack[EnqueueOptions],
+) -> str | None: ...
 
 
 def enqueue(
     request: EnqueueRequest | TypedJob,
     *,
     using: str = "default",
+    on_conflict: OnConflict = "raise",
     **options: Unpack[EnqueueOptions],
-) -> str:
+) -> str | None:
     """Write a job on Django's connection, and return its id.
 
     Inside of `transaction.atomic` the job is a part of the transaction: it exists, and workers
@@ -45,7 +71,9 @@ def enqueue(
     Args:
         request: the job: an EnqueueRequest, or a typed job, as for Client.enqueue.
         using: the alias of the database.
-        options: queue, id, delay, run_at, priority and exclusive of a typed job.
+        on_conflict: what to do if a live job has the id, as for Client.enqueue: "raise" (the
+            default), "skip", which returns None, or "replace".
+        options: queue, id, delay, run_at, priority, exclusive, headers and expires of a typed job.
 
     Raises:
         QueueRequiredError, PayloadError, TypeError, ValueError: as Client.enqueue.
@@ -60,28 +88,56 @@ def enqueue(
     """
     request = request_of(request, options)
     _check_is_sync("aenqueue")
-    rows = _send(using, *sql.enqueue(request), [request.id])
-    if not rows:
+    rows = _send(using, *sql.enqueue(request, on_conflict=on_conflict), [request.id])
+    if rows:
+        return request.id
+    if on_conflict == "raise":
         raise JobAlreadyExistsError([request.id])
-    return request.id
-
-
-@overload
-async def aenqueue(request: EnqueueRequest, *, using: str = "default") -> str: ...
+    return None
 
 
 @overload
 async def aenqueue(
-    request: TypedJob, *, using: str = "default", **options: Unpack[EnqueueOptions]
+    request: EnqueueRequest,
+    *,
+    using: str = "default",
+    on_conflict: Literal["raise", "replace"] = ...,
 ) -> str: ...
+
+
+@overload
+async def aenqueue(
+    request: TypedJob,
+    *,
+    using: str = "default",
+    on_conflict: Literal["raise", "replace"] = ...,
+    **options: Unpack[EnqueueOptions],
+) -> str: ...
+
+
+@overload
+async def aenqueue(
+    request: EnqueueRequest, *, using: str = "default", on_conflict: OnConflict
+) -> str | None: ...
+
+
+@overload
+async def aenqueue(
+    request: TypedJob,
+    *,
+    using: str = "default",
+    on_conflict: OnConflict,
+    **options: Unpack[EnqueueOptions],
+) -> str | None: ...
 
 
 async def aenqueue(
     request: EnqueueRequest | TypedJob,
     *,
     using: str = "default",
+    on_conflict: OnConflict = "raise",
     **options: Unpack[EnqueueOptions],
-) -> str:
+) -> str | None:
     """Write a job from a coroutine, on the connection that Django's async queries use.
 
     Async variant of `enqueue`. The job is committed: a coroutine cannot be inside of
@@ -97,7 +153,8 @@ async def aenqueue(
     """
     request = request_of(request, options)
     _check_has_no_transaction(using, "aenqueue")
-    return await sync_to_async(enqueue)(request, using=using)
+    write: Callable[..., str | None] = enqueue
+    return await sync_to_async(write)(request, using=using, on_conflict=on_conflict)
 
 
 def bulk_enqueue(
@@ -110,7 +167,8 @@ def bulk_enqueue(
             typed jobs with EnqueueRequest.of.
         using: the alias of the database.
         on_conflict: "raise" (the default) writes nothing if any id is taken; "skip" leaves out
-            jobs whose id is taken, and returns None in their places.
+            jobs whose id is taken, and returns None in their places; "replace" lets each
+            replace the job that has its id.
 
     Raises:
         RequestsRequiredError: there are no requests.
@@ -127,7 +185,8 @@ def bulk_enqueue(
     whole: Any = transaction.atomic(using)
     with whole:
         for chunk in chunks:
-            rows = _send(using, *sql.enqueue_many(chunk), [request.id for request in chunk])
+            statement = sql.enqueue_many(chunk, on_conflict=on_conflict)
+            rows = _send(using, *statement, [request.id for request in chunk])
             ids += placed(chunk, set(rows[0][0]), on_conflict)
     return ids
 
