@@ -1,5 +1,6 @@
 """An enqueue whose id is taken is refused, skipped, or replaces: the newest request wins."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,8 +9,11 @@ from typing import Any, ClassVar
 
 import psycopg
 import pytest
+from psycopg.errors import InsufficientPrivilege
 from support.clients import Colour
 from support.database import clock, row, rows
+from support.documents import SCRIPT
+from support.roles import Roles
 from support.statements import ask
 from support.waiting import NEVER, eventually
 from support.workers import Gate, Launcher, Recorder
@@ -455,3 +459,35 @@ def test_the_public_statements_replace(plain_client: Client, conn: psycopg.Conne
     assert conn.execute(*sql.enqueue(request(), on_conflict="skip")).fetchall() == []
     assert len(conn.execute(*sql.enqueue(request(), on_conflict="replace")).fetchall()) == 1
     assert rows(conn, "select arg from bgjob_job") == [(b"new",)]
+
+
+# -- privileges ----------------------------------------------------------------------------
+
+
+def test_a_producer_that_replaces_needs_the_optional_grant_and_every_column_of_it(
+    roles: Roles,
+) -> None:
+    [lines] = re.findall(r"^-- Optional, for on_conflict=.*\n((?:-- .*\n)+)", SCRIPT, re.MULTILINE)
+    grant = lines.replace("-- ", "")
+    whole = request(exclusive="k", headers={"n": 1}, expires=HOUR)
+    dsn = roles.login("producer")
+
+    def write() -> None:
+        with Client(dsn) as producer:
+            producer.enqueue(whole, on_conflict="replace")
+            producer.debounce(whole, 1, at_most=2)
+            producer.bulk_enqueue([whole], on_conflict="replace")
+
+    with pytest.raises(InsufficientPrivilege):
+        write()
+    roles.conn.execute(roles.named(grant))
+    write()
+    parts = re.findall(r"(select|update) \(([^)]*)\)", grant)
+    assert len(parts) == 2
+    for privilege, columns in parts:
+        for column in columns.split(","):
+            one = f"{privilege} ({column.strip()}) on bgjob_job"
+            roles.conn.execute(roles.named(f"revoke {one} from bgjob_producer"))
+            with pytest.raises(InsufficientPrivilege):
+                write()
+            roles.conn.execute(roles.named(f"grant {one} to bgjob_producer"))

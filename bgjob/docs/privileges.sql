@@ -15,7 +15,7 @@ grant select (id, queue) on bgjob_job to bgjob_producer;
 
 -- Optional, for on_conflict="replace" and debounce: a producer that may give jobs another payload.
 -- grant select (token, attempt, last_error, deaths, waits, type, arg, priority, exclusive, headers,
---     expires, next_run_at, created_at, updated_at, successor, successor_arg),
+--     expires, next_run_at, created_at, updated_at, successor),
 --     update (queue, type, arg, priority, exclusive, headers, expires, next_run_at, created_at,
 --     updated_at, attempt, last_error, deaths, waits, successor, successor_arg) on bgjob_job
 --     to bgjob_producer;
