@@ -7,24 +7,43 @@ checkers.
 import builtins
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from types import EllipsisType
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, cast, overload
 
 from bgjob._checks import Duration, seconds
+from bgjob._handlers.batch import BatchRoute, one_by_one
 from bgjob._handlers.call import (
     NO_STATE,
+    BatchResult,
     Calling,
     Handles,
+    HandlesBatch,
+    HandlesBatchInTransaction,
     HandlesInTransaction,
     Middleware,
     in_order,
 )
-from bgjob._handlers.decorator import HT, Decorator, H, TransactionalDecorator
+from bgjob._handlers.decorator import (
+    HB,
+    HBT,
+    HT,
+    BatchDecorator,
+    Decorator,
+    H,
+    TransactionalBatchDecorator,
+    TransactionalDecorator,
+)
 from bgjob._handlers.definition import is_again, told_again
 from bgjob._handlers.expiry import Expiring
-from bgjob._handlers.policy import BACKOFF, MAX_ATTEMPTS, Exclusive, Policy, TypePolicy
+from bgjob._handlers.policy import (
+    BACKOFF,
+    BATCH_WAIT,
+    MAX_ATTEMPTS,
+    Exclusive,
+    Policy,
+    TypePolicy,
+)
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._handlers.unknown import Unknown, UnknownTypes, unknown_type
 from bgjob._logger import log
@@ -33,12 +52,24 @@ from bgjob.errors import StateRequiredError, TypeRequiredError, UnknownTypeError
 from bgjob.job import EnqueueRequest, Job, check_name
 from bgjob.result import BackoffPolicy, MoveToDlq, Retry
 
-__all__ = ["Handler", "Middleware", "Mux", "Policy", "Route", "TransactionalHandler"]
+__all__ = [
+    "BatchHandler",
+    "BatchResult",
+    "Handler",
+    "Middleware",
+    "Mux",
+    "Policy",
+    "Route",
+    "TransactionalBatchHandler",
+    "TransactionalHandler",
+]
 
 T = TypeVar("T")
 
 Handler: TypeAlias = Handles[Job]
 TransactionalHandler: TypeAlias = HandlesInTransaction[Job]
+BatchHandler: TypeAlias = HandlesBatch[Job]
+TransactionalBatchHandler: TypeAlias = HandlesBatchInTransaction[Job]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -86,6 +117,8 @@ class Mux:
         """The job types with a transactional handler."""
         self.kept: set[str] = set()
         """The job types whose completed jobs are kept."""
+        self.batches: dict[str, BatchRoute] = {}
+        """By job type, how handlers of several jobs are called."""
 
     @property
     def unknown_for(self) -> float | None:
@@ -163,6 +196,84 @@ class Mux:
         **policy: Unpack[Policy],
     ) -> Self: ...
 
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: BatchHandler,
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[False] = ...,
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: TransactionalBatchHandler,
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[True],
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: HandlesBatch[T],
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[False] = ...,
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: str,
+        handler: HandlesBatchInTransaction[T],
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[True],
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: type[T],
+        handler: HandlesBatch[T],
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[False] = ...,
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
+    @overload
+    def register(
+        self,
+        type: type[T],
+        handler: HandlesBatchInTransaction[T],
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[True],
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> Self: ...
+
     def register(
         self,
         type: str | builtins.type[Any],  # noqa: A002
@@ -176,6 +287,8 @@ class Mux:
         retry_priority: int | None = None,
         exclusive: Exclusive | None = None,
         keep: bool = False,
+        batch: int | None = None,
+        batch_wait: Duration | None = None,
         transactional: bool = False,
         codec: Codec[Any] | None = None,
         middleware: Sequence[Middleware] = (),
@@ -230,6 +343,17 @@ class Mux:
                 costs a fifth to a quarter of the rate of jobs that do nothing, and 220
                 bytes of WAL for each. False by default. Dead jobs are in the dead-letter
                 table in any case.
+            batch: the most jobs, 1 to 1,000, in one call of the handler, whose first
+                argument is then a list of jobs; or of decoded payloads, with the jobs by
+                name as `jobs`. It returns None to complete them all, a Result for all of
+                them, or a mapping from job ids to results; a job that is not in it
+                completes. If it raises, the jobs are run again in halves until the one
+                that fails is alone, and only that one has failed. The timeout limits a
+                call. Middleware gets the list. Not with exclusive=. None by default: a
+                job a call.
+            batch_wait: seconds or a timedelta for which a claimed job waits for others,
+                until the batch is full; 0.05 s by default. Less is quicker for a job
+                that comes alone, more makes larger batches.
             transactional: whether the handler receives a connection of the
                 worker's in an open transaction: a psycopg.Connection, or an
                 AsyncConnection for a coroutine function. Its SQL, the jobs that it
@@ -272,6 +396,8 @@ class Mux:
             retry_priority=retry_priority,
             exclusive=exclusive,
             keep=keep,
+            batch=batch,
+            batch_wait=_batch_wait(name, batch, batch_wait),
         )
         calling = Calling.of(
             name,
@@ -280,10 +406,9 @@ class Mux:
             codec=codec if codec is not None or cls is None else codec_of(cls),
             value_type=cls,
             middleware=self._middleware + in_order(middleware),
+            is_batch=batch is not None,
         )
-        self._routes[name] = Route(
-            policy, calling, calling.with_state(self._state), calling.is_coroutine, transactional
-        )
+        self._route(policy, calling, transactional=transactional)
         for names, has in ((self.transactional, transactional), (self.kept, keep)):
             (names.add if has else names.discard)(name)
         if before is not None:
@@ -350,13 +475,85 @@ class Mux:
         **policy: Unpack[Policy],
     ) -> TransactionalDecorator[T]: ...
 
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[False] = ...,
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Callable[[HB], HB]: ...
+
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[True],
+        codec: None = ...,
+        **policy: Unpack[Policy],
+    ) -> Callable[[HBT], HBT]: ...
+
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[False] = ...,
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> BatchDecorator[T]: ...
+
+    @overload
+    def handler(
+        self,
+        type: str,
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[True],
+        codec: Codec[T],
+        **policy: Unpack[Policy],
+    ) -> TransactionalBatchDecorator[T]: ...
+
+    @overload
+    def handler(
+        self,
+        type: type[T],
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[False] = ...,
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> BatchDecorator[T]: ...
+
+    @overload
+    def handler(
+        self,
+        type: type[T],
+        *,
+        batch: int,
+        batch_wait: Duration | None = ...,
+        transactional: Literal[True],
+        codec: Codec[T] | None = ...,
+        **policy: Unpack[Policy],
+    ) -> TransactionalBatchDecorator[T]: ...
+
     def handler(
         self,
         type: str | builtins.type[Any],  # noqa: A002
         *,
         transactional: bool = False,
         codec: Codec[Any] | None = None,
-        **policy: Unpack[Policy],
+        **policy: Any,
     ) -> Any:
         """Return a decorator that registers a function, and returns it unchanged.
 
@@ -371,6 +568,16 @@ class Mux:
 
         return decorate
 
+    def _route(self, policy: TypePolicy, calling: Calling, *, transactional: bool) -> None:
+        name, call = policy.job_type, calling.with_state(self._state)
+        self.batches.pop(name, None)
+        if policy.batch is not None:
+            self.batches[name] = BatchRoute(
+                policy, calling, call, calling.is_coroutine, transactional
+            )
+            call = one_by_one(calling, call)
+        self._routes[name] = Route(policy, calling, call, calling.is_coroutine, transactional)
+
     def bound(self, state: object) -> Self:
         """Return a copy whose handlers receive this state as their parameter `state`.
 
@@ -378,18 +585,16 @@ class Mux:
         """
         mux = self.copy()
         mux._state = state  # noqa: SLF001 (its own class)
-        mux._routes = {  # noqa: SLF001
-            name: replace(route, handler=route.calling.with_state(state))
-            if route.calling.asks_state
-            else route
-            for name, route in self._routes.items()
-        }
+        for route in self._routes.values():
+            if route.calling.asks_state:
+                mux._route(route.policy, route.calling, transactional=route.is_transactional)
         return mux
 
     def copy(self) -> Self:
         """Return a copy, which later registrations do not change: a worker runs on one."""
         mux = copy(self)
         mux._routes = dict(self._routes)  # noqa: SLF001 (its own class)
+        mux.batches = dict(self.batches)
         mux.transactional, mux.kept = set(self.transactional), set(self.kept)
         return mux
 
@@ -503,6 +708,16 @@ def _check_is_again(
         )
     if not is_again(handler, before.handler):
         raise ValueError(f"job type {name!r} is registered already: a type has one handler")
+
+
+def _batch_wait(name: str, batch: int | None, wait: Duration | None) -> float:
+    if wait is None:
+        return BATCH_WAIT
+    if batch is None:
+        raise ValueError(
+            f"job type {name!r} has batch_wait= and no batch=: name the most jobs in one call"
+        )
+    return seconds(wait, f"batch_wait of job type {name!r}")
 
 
 def _name_of(type_: str | type[Any]) -> tuple[str, type[Any] | None]:

@@ -472,3 +472,33 @@ def test_many_jobs_at_once_do_not_mix_their_spans(
     for id_ in "abcd":
         assert parent(spans.one(f"work {id_}")) == ids(runs[id_])
     assert len({ids(run)[0] for run in runs.values()}) == 4
+
+
+@both_styles
+def test_a_call_of_a_batch_handler_is_one_span_that_links_to_each_enqueue(
+    launcher: Launcher, spans: Spans, style: Style
+) -> None:
+    observer = Recorder()
+
+    def plain(jobs: list[Job]) -> dict[str, Retry]:
+        return {"b": Retry(60.0)}
+
+    async def coroutine(jobs: list[Job]) -> dict[str, Retry]:
+        return plain(jobs)
+
+    mux = spans.mux(plain if style == "plain" else coroutine, batch=3, batch_wait=60)
+    with Client(launcher.dsn, on_enqueue=spans.telemetry.on_enqueue) as client:
+        for id_ in "abc":
+            client.enqueue(EnqueueRequest("q", "t", id=id_))
+    launcher.start(mux, observer=[observer, spans.telemetry])
+    observer.wait_for("completed", times=2)
+    observer.wait_for("retried", "b")
+    span = spans.one("process q t")
+    assert sorted(links(span)) == sorted(ids(each) for each in spans.named("send q"))
+    assert span.attributes == {
+        **PROCESS,
+        "messaging.batch.message_count": 3,
+        "bgjob.job.type": "t",
+        "bgjob.outcome": "completed",
+    }
+    assert spans.metrics()["messaging.client.consumed.messages"] == [(PROCESS, 3)]

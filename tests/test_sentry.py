@@ -376,3 +376,26 @@ def test_a_trace_continues_in_another_process(
     [event], [process] = inbox.events, inbox.transactions
     for each in (event, process):
         assert each["contexts"]["trace"]["trace_id"] == json.loads(done.stdout)
+
+
+@both_styles
+def test_of_a_batch_only_the_job_that_fails_is_an_event(
+    launcher: Launcher, sentry: Sentry, inbox: Inbox, style: Style
+) -> None:
+    def plain(jobs: list[Job]) -> None:
+        if any(job.id == "bad" for job in jobs):
+            raise ValueError("cannot do it")
+
+    async def coroutine(jobs: list[Job]) -> None:
+        plain(jobs)
+
+    body = plain if style == "plain" else coroutine
+    launcher.client.bulk_enqueue([EnqueueRequest("q", "t", id=id_) for id_ in ("a", "bad", "c")])
+    mux = mux_of(sentry, body, max_attempts=1, batch=3, batch_wait=60)
+    recorder = started(launcher, sentry, mux)
+    recorder.wait_for("dead", "bad")
+    recorder.wait_for("completed", times=2)
+    assert eventually(lambda: inbox.events)
+    [event] = inbox.events
+    assert event["contexts"]["bgjob"]["id"] == "bad"
+    assert event["tags"] == {"bgjob.queue": "q", "bgjob.type": "t"}

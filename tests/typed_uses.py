@@ -3,7 +3,7 @@
 test_typing.py runs mypy and pyright over it. Nothing imports it.
 """
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, assert_type
@@ -251,6 +251,109 @@ def not_decoded(value: dict[str, str]) -> None: ...
 
 @mux.handler(Mail, codec=Yaml())  # error
 def codec_of_another_class(mail: Mail) -> None: ...
+
+
+# -- a batch: the function takes a list -----------------------------------------------------
+
+
+@mux.handler("right", batch=500)
+def jobs_at_once(jobs: list[Job]) -> None: ...
+
+
+@mux.handler("right", batch=500, batch_wait=0.2, queue="q", timeout=5)
+async def sequence_of_jobs(jobs: Sequence[Job], *, state: State) -> dict[str, Retry]:
+    raise NotImplementedError
+
+
+@mux.handler("right", batch=500, transactional=True)
+def jobs_with_conn(jobs: list[Job], conn: psycopg.Connection) -> Mapping[str, Result]:
+    raise NotImplementedError
+
+
+@mux.handler("right", batch=500, transactional=True)
+async def jobs_with_aconn(jobs: list[Job], conn: psycopg.AsyncConnection) -> Result | None:
+    raise NotImplementedError
+
+
+@mux.handler(Mail, batch=500)
+def mails(mails: list[Mail], jobs: list[Job]) -> dict[str, MoveToDlq | Complete | None]:
+    raise NotImplementedError
+
+
+@mux.handler(Mail, batch=500, transactional=True)
+async def amails(mails: Sequence[Mail], conn: psycopg.AsyncConnection) -> None: ...
+
+
+@mux.handler("right", codec=Yaml(), batch=500, batch_wait=0)
+def decoded_at_once(values: list[dict[str, int]]) -> None: ...
+
+
+@mux.handler("right", codec=Yaml(), batch=500, transactional=True)
+def decoded_in_transaction(values: list[dict[str, int]], conn: psycopg.Connection) -> None: ...
+
+
+mux.register("right", jobs_at_once, batch=500, batch_wait=1)
+mux.register("right", jobs_with_conn, batch=500, transactional=True)
+mux.register(Mail, mails, batch=500).register("right", decoded_at_once, codec=Yaml(), batch=2)
+
+
+@mux.handler("wrong", batch=500)  # error
+def one_job_for_a_batch(job: Job) -> None: ...
+
+
+@mux.handler("wrong")  # error
+def a_batch_for_one_job(jobs: list[Job]) -> None: ...
+
+
+@mux.handler("wrong", batch_wait=1.0)  # error
+def wait_without_a_batch(jobs: list[Job]) -> None: ...
+
+
+@mux.handler("wrong", batch="500")  # error
+def wrong_batch(jobs: list[Job]) -> None: ...
+
+
+@mux.handler("wrong", batch=500)  # error
+def wrong_result_of_a_batch(jobs: list[Job]) -> list[Result]:
+    raise NotImplementedError
+
+
+@mux.handler("wrong", batch=500)  # error
+async def wrong_results_by_id(jobs: list[Job]) -> dict[str, str]:
+    raise NotImplementedError
+
+
+@mux.handler("wrong", batch=500)  # error
+def results_by_number(jobs: list[Job]) -> dict[int, Result]:
+    raise NotImplementedError
+
+
+@mux.handler("wrong", batch=500, transactional=True)  # error
+def conn_is_missing_for_a_batch(jobs: list[Job]) -> None: ...
+
+
+@mux.handler("wrong", batch=500, transactional=True)  # error
+async def batch_and_the_other_colour(jobs: list[Job], conn: psycopg.Connection) -> None: ...
+
+
+@mux.handler(Mail, batch=500)  # error
+def one_value_for_a_batch(mail: Mail) -> None: ...
+
+
+@mux.handler(Mail, batch=500)  # error
+def other_class_in_a_batch(mails: list[Letter]) -> None: ...
+
+
+@mux.handler(Mail, batch=500, transactional=True)  # error
+def batch_of_a_class_without_conn(mails: list[Mail]) -> None: ...
+
+
+@mux.handler("wrong", codec=Yaml(), batch=500)  # error
+def batch_not_decoded(values: list[str]) -> None: ...
+
+
+mux.register("wrong", none, batch=500)  # error
+mux.register(Mail, send, batch=500)  # error
 
 
 # -- a decorated function keeps its type ----------------------------------------------------

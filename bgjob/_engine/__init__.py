@@ -74,6 +74,7 @@ them in turn what goes into the next exchange, and reports what became of it to 
 
     Engine        which kinds of work are next; the end of the worker
       pace        how many jobs may be in flight, and how many are
+        batch_pace  the same where handlers take several at once
       leases      which jobs are held, until when, and which are lost or in doubt
       settling    which outcomes go into the next exchange, and what a refusal does to them
       keys        which keys to ask for, and to release

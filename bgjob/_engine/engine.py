@@ -12,9 +12,10 @@ has over 400 lines, because each of its verbs goes through all parts.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import inf
 
+from bgjob._engine.batch_pace import BatchPace
 from bgjob._engine.cancels import Cancels
 from bgjob._engine.claims import Claims
 from bgjob._engine.isolation import Isolation
@@ -53,6 +54,8 @@ class Engine:
         transactional: Collection[str] = (),
         names_keys: bool = False,
         kept: Collection[str] = (),
+        batches: Mapping[str, int] | None = None,
+        only_batches: bool = False,
     ) -> None:
         self._queue = queue  # for its events
         self._poll_interval = poll_interval
@@ -63,7 +66,11 @@ class Engine:
         longest_pause = max(FIRST, min(poll_interval, lease / 12))
 
         self._sent: deque[Exchange] = deque()  # and not answered
-        self.pace = Pace(concurrency)
+        self.pace = (
+            BatchPace(concurrency, batches, only_batches=only_batches)
+            if batches
+            else Pace(concurrency)
+        )
         self._leases = Leases(lease)
         self._cancels = Cancels()
         self._settling = Settling(self._leases, self._cancels, Pause(longest_pause), transactional)
@@ -104,6 +111,16 @@ class Engine:
         others = {o.claimed for o in outcomes} | {*self._keys.wanting, *self._locked.wanting}
         others.update(claimed for exchange in self._sent for claimed in exchange.acquire)
         return [*self._leases.lost, *(c for c in self._leases.jobs if c not in others)]
+
+    @property
+    def suspects(self) -> Collection[int]:
+        """The tokens of claims whose jobs may have killed workers."""
+        return self._isolation.tokens
+
+    @property
+    def ends_sessions(self) -> bool:
+        """Whether sessions of handlers that were given up are still to end."""
+        return bool(self._doomed) or any(exchange.end for exchange in self._sent)
 
     # -- what happened --------------------------------------------------------------
 

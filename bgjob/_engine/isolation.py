@@ -43,7 +43,7 @@ for a minute. And the next group after a second: under a kill every two seconds 
 suspects were in flight at each, so that they waited for up to 66 s instead of 16 s.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import inf
 
 from bgjob._sql.settlements import Claimed
@@ -74,6 +74,11 @@ class Isolation:
         self._has_brought = False  # a group has been claimed since then
         self._owed = 0.0  # seconds for which other jobs were last held up
         self._others_until = -inf  # inf: no claim of others since then
+
+    @property
+    def tokens(self) -> Collection[int]:
+        """The tokens of groups."""
+        return self._groups.keys()
 
     @property
     def is_needed(self) -> bool:

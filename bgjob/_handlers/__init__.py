@@ -3,6 +3,7 @@
     policy     a job type's options, checked: attempts, backoff, timeout, priorities, key
     calling    a function, inspected: which of job, payload, connection and state it takes
     route      both, and the callable that a slot calls with a job
+    batch      the route of a handler of several jobs, and what its answer means for each
     expiry     a job that may have expired: dead-letter it, or route it
     unknown    a type without a route: put its jobs back, or dead-letter them
 

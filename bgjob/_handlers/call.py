@@ -5,7 +5,7 @@ a job, without middleware, is called directly.
 """
 
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
@@ -39,6 +39,22 @@ HandlesInTransaction: TypeAlias = (
 )
 """A handler with a connection (async for a coroutine function) in a transaction."""
 
+BatchResult: TypeAlias = Result | Mapping[str, Result | None] | None
+"""What a batch handler returns: None completes all its jobs, a Result holds for all, and a mapping
+from ids to results tells them apart; a job that is not in it completes."""
+
+HandlesBatch: TypeAlias = (
+    Callable[Concatenate[list[T], ...], BatchResult]
+    | Callable[Concatenate[list[T], ...], Awaitable[BatchResult]]
+)
+"""A handler of several jobs at once."""
+
+HandlesBatchInTransaction: TypeAlias = (
+    Callable[Concatenate[list[T], Connection[Any], ...], BatchResult]
+    | Callable[Concatenate[list[T], AsyncConnection[Any], ...], Awaitable[BatchResult]]
+)
+"""The same with a connection (async for a coroutine function) in a transaction."""
+
 NO_STATE = object()
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
@@ -60,6 +76,8 @@ class Calling:
     asks_state: bool
     needs_state: bool
     """Whether its parameter `state` has no default."""
+    is_batch: bool = False
+    """Whether it takes several jobs."""
 
     @classmethod
     def of(
@@ -71,10 +89,12 @@ class Calling:
         codec: Codec[Any] | None,
         value_type: type[Any] | None,
         middleware: tuple[Middleware, ...],
+        is_batch: bool = False,
     ) -> "Calling":
         """Inspect a handler's parameters; raise TypeError if it cannot be called."""
-        by_position = ["value" if codec else "job", *(["conn"] if transactional else [])]
-        by_name = ["job", "state"] if codec else ["state"]
+        job, value = ("jobs", "values") if is_batch else ("job", "value")
+        by_position = [value if codec else job, *(["conn"] if transactional else [])]
+        by_name = [job, "state"] if codec else ["state"]
         asked = _asked(job_type, handler, by_position, by_name)
         state = asked.get("state")
         return cls(
@@ -84,9 +104,10 @@ class Calling:
             codec,
             value_type,
             middleware,
-            asks_job="job" in asked,
+            asks_job=job in asked,
             asks_state=state is not None,
             needs_state=state is not None and state.default is Parameter.empty,
+            is_batch=is_batch,
         )
 
     @property
@@ -126,12 +147,16 @@ class Calling:
         return None if self.codec is None else self._value_of(self.codec.decode)
 
     def with_state(self, state: object) -> Callable[..., Any]:
-        """Return the callable that takes a job, and the connection if it is transactional."""
+        """Return the callable that takes a job, and the connection if it is transactional.
+
+        That of a batch handler takes a list of jobs.
+        """
         call = self.handler
         if self.asks_state and state is not NO_STATE:
             call = _like(partial(call, state=state), self.handler)
         if self.codec is not None:
-            call = _like(self._decoding(self.codec.decode, call), self.handler)
+            decoding = self._decoding_all if self.is_batch else self._decoding
+            call = _like(decoding(self.codec.decode, call), self.handler)
         for wrap in reversed(self.middleware):
             call = self._wrapped(wrap, call)
         return call
@@ -176,6 +201,43 @@ class Calling:
 
         return called
 
+    def _decoding_all(
+        self, decode: Callable[[bytes], Any], call: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Call with the payloads of several jobs; those that cannot be decoded fail apart."""
+        value_of, refuse, asks_jobs = self._value_of(decode), self._refuse, self.asks_job
+
+        def decoded(jobs: Sequence[Job]) -> tuple[dict[str, MoveToDlq], list[Job], list[Any]]:
+            refused: dict[str, MoveToDlq] = {}
+            good, values = [], []
+            for job in jobs:
+                try:
+                    values.append(value_of(job.arg))
+                    good.append(job)
+                except Exception as error:
+                    refused[job.id] = refuse(error)
+            return refused, good, values
+
+        if self.is_coroutine:
+
+            async def awaited(jobs: Sequence[Job], *conn: object) -> Any:
+                refused, good, values = decoded(jobs)
+                if not good:
+                    return refused
+                named = {"jobs": good} if asks_jobs else {}
+                return _together(await call(values, *conn, **named), good, refused)
+
+            return awaited
+
+        def called(jobs: Sequence[Job], *conn: object) -> Any:
+            refused, good, values = decoded(jobs)
+            if not good:
+                return refused
+            named = {"jobs": good} if asks_jobs else {}
+            return _together(call(values, *conn, **named), good, refused)
+
+        return called
+
     def _value_of(self, decode: Callable[[bytes], Any]) -> Callable[[bytes | None], Any]:
         if self.cls is None:
             return lambda payload: None if payload is None else decode(payload)
@@ -196,6 +258,17 @@ class Calling:
             error = PayloadError(f"payload of job type {self.job_type!r} cannot be decoded: {text}")
             error.__cause__ = cause
         return MoveToDlq(error)
+
+
+def _together(returned: Any, jobs: Sequence[Job], refused: dict[str, MoveToDlq]) -> Any:
+    """Return what a batch handler has answered, and the results of jobs that it did not get."""
+    if not refused:
+        return returned
+    if isinstance(returned, Mapping):
+        return {**returned, **refused}
+    if returned is None or isinstance(returned, Result):
+        return {**dict.fromkeys([job.id for job in jobs], returned), **refused}
+    return returned  # it is not an answer: all fail
 
 
 def in_order(middleware: Sequence[Middleware]) -> tuple[Middleware, ...]:
@@ -247,7 +320,7 @@ def _asked(
     try:
         signature.bind(*by_position, **dict.fromkeys(asked))
         # A parameter with a reserved name was not meant for the connection.
-        fits = "state" not in taken and "job" not in taken[1:]
+        fits = "state" not in taken and not {"job", "jobs"}.intersection(taken[1:])
     except TypeError:
         fits = False
     if not fits:
@@ -255,7 +328,8 @@ def _asked(
         raise TypeError(
             f"{_named(job_type, handler)} takes {signature}, but is called as {expected}, with "
             f"{' and '.join(by_name)} by name if it has parameters of these names; "
-            "transactional=True adds the connection, a class or a codec passes the decoded value"
+            "transactional=True adds the connection, a class or a codec passes the decoded value, "
+            "batch=... passes lists"
         )
     return asked
 

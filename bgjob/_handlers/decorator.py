@@ -15,7 +15,13 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from psycopg import AsyncConnection, Connection
 
-from bgjob._handlers.call import Handles, HandlesInTransaction
+from bgjob._handlers.call import (
+    BatchResult,
+    Handles,
+    HandlesBatch,
+    HandlesBatchInTransaction,
+    HandlesInTransaction,
+)
 from bgjob.job import Job
 from bgjob.result import Result
 
@@ -34,6 +40,14 @@ AC = TypeVar("AC", bound=AsyncConnection[Any])
 
 H = TypeVar("H", bound=Handles[Job])
 HT = TypeVar("HT", bound=HandlesInTransaction[Job])
+
+HB = TypeVar("HB", bound=HandlesBatch[Job])
+HBT = TypeVar("HBT", bound=HandlesBatchInTransaction[Job])
+
+T = TypeVar("T")
+RB = TypeVar("RB", bound=BatchResult)
+AB = TypeVar("AB", bound=Awaitable[BatchResult])
+EB = TypeVar("EB", bound=BatchResult | Awaitable[BatchResult])
 
 
 class Decorator(Protocol[T_co]):  # pyright: ignore[reportInvalidTypeVarUse]
@@ -72,3 +86,25 @@ class TransactionalDecorator(Protocol[T_co]):  # pyright: ignore[reportInvalidTy
     def __call__(
         self, function: Callable[Concatenate[T_co, AC, P], A], /
     ) -> Callable[Concatenate[T_co, AC, P], A]: ...
+
+
+class BatchDecorator(Protocol[T]):
+    """Registers a function that takes a list of decoded payloads, and returns it."""
+
+    def __call__(
+        self, function: Callable[Concatenate[list[T], P], EB], /
+    ) -> Callable[Concatenate[list[T], P], EB]: ...
+
+
+class TransactionalBatchDecorator(Protocol[T]):
+    """Registers a function that takes a list of decoded payloads and a connection."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], C, P], RB], /
+    ) -> Callable[Concatenate[list[T], C, P], RB]: ...
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[list[T], AC, P], AB], /
+    ) -> Callable[Concatenate[list[T], AC, P], AB]: ...

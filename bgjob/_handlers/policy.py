@@ -21,6 +21,13 @@ MAX_ATTEMPTS = 25
 BACKOFF = Backoff()
 """The default of a job type, and the delay after a backoff that failed."""
 
+MOST_AT_ONCE = 1000
+"""The largest batch: as many jobs as one claim brings."""
+
+BATCH_WAIT = 0.05
+"""The default of a job type with a batch, in seconds: little beside the rate that a fuller call
+gains, and no one waits for a job that is one of hundreds."""
+
 _GRANTED = 2
 """Attempts beyond the last one for a job whose worker died during it.
 
@@ -60,6 +67,10 @@ class TypePolicy:
     exclusive: Exclusive | None
     keep: bool = False
     """Whether completed jobs are written to bgjob_history."""
+    batch: int | None = None
+    """The most jobs in one call of the handler; None for a handler of single jobs."""
+    batch_wait: float = 0.0
+    """Seconds for which a claimed job waits for others."""
     last_attempt: float = field(init=False)
     """The last attempt that is run: max_attempts, and two that are granted after deaths."""
 
@@ -89,8 +100,25 @@ class TypePolicy:
             )
         if not isinstance(self.keep, bool):
             raise TypeError(f"keep {of_type} must be True or False, not {self.keep!r}")
+        self._check_batch(of_type)
         last = inf if most is None else most + _GRANTED
         object.__setattr__(self, "last_attempt", last)
+
+    def _check_batch(self, of_type: str) -> None:
+        batch = self.batch
+        if batch is None:
+            return
+        if type(batch) is not int or not 1 <= batch <= MOST_AT_ONCE:
+            raise ValueError(
+                f"batch {of_type} must be from 1 to {MOST_AT_ONCE} jobs, or None for a handler of "
+                f"single jobs, not {batch!r}"
+            )
+        if self.exclusive:
+            raise ValueError(
+                f"job type {self.job_type!r} has both exclusive= and batch=: jobs that run "
+                "together must have their keys before; name the key in the request, "
+                "EnqueueRequest(exclusive=...), or leave out one of the two"
+            )
 
     def exhausted(self, job: Job) -> MoveToDlq:
         """Return the result of a job that had used all its attempts before this one."""

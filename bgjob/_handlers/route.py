@@ -2,10 +2,10 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from bgjob._handlers.call import Calling
 from bgjob._handlers.policy import TypePolicy
@@ -47,11 +47,20 @@ class Route:
     is_coroutine: bool
     is_transactional: bool
     is_simple: bool = field(init=False)
-    """Whether it needs only a call: it has no transaction and no timeout."""
+    """Whether it needs only a call: it has no transaction, no timeout and no batch."""
+
+    reports_start: bool = field(init=False)
+    """Whether its job starts later than its slot takes it: with a transaction, or in a batch."""
+
+    expected: ClassVar[str] = "Complete(), Retry(), Reschedule(), MoveToDlq() or None"
+    """What its handler may return, for messages."""
 
     def __post_init__(self) -> None:
-        simple = not self.is_transactional and self.policy.timeout is None
+        policy = self.policy
+        simple = not self.is_transactional and policy.timeout is None and policy.batch is None
         object.__setattr__(self, "is_simple", simple)
+        reports = self.is_transactional or policy.batch is not None
+        object.__setattr__(self, "reports_start", reports)
 
     def request(
         self, arg: Any, *, queue: str | None, priority: int | None, **options: Any
@@ -101,8 +110,10 @@ class Route:
         except BaseException as error:
             return self.failed(job, error)
 
-    async def awaited(self, job: Job, *conn: Any) -> object:
+    async def awaited(self, job: Job | Sequence[Job], *conn: Any) -> object:
         """Await a coroutine handler, and cancel it at its timeout.
+
+        That of a batch takes several jobs.
 
         Raises:
             JobTimeoutError: the timeout was reached, whatever the handler returned.
@@ -152,7 +163,7 @@ class Route:
                     job,
                     TypeError(
                         f"{self.calling.name} returned {type(returned).__name__}; "
-                        "return Complete(), Retry(), Reschedule(), MoveToDlq() or None"
+                        f"return {self.expected}"
                     ),
                 )
 
@@ -160,11 +171,19 @@ class Route:
         """Turn what the handler raised into the result to store."""
         return self.judge(job, Retry(error=error))
 
-    def timed_out(self, job: Job) -> JobTimeoutError:
+    def timed_out(self, job: Job | Sequence[Job]) -> JobTimeoutError:
         """Make the error of a handler that ran for longer than its timeout."""
+        if not isinstance(job, Job):
+            first, count = job[0], len(job)
+            what = (
+                f"a call with {count} jobs of type {first.type!r}, from {first.id!r} on,"
+                if count > 1
+                else f"job {first.id!r} of type {first.type!r}"
+            )
+        else:
+            what = f"job {job.id!r} of type {job.type!r}"
         return JobTimeoutError(
-            f"job {job.id!r} of type {job.type!r} did not end within its timeout of "
-            f"{self.policy.timeout:g} s"
+            f"{what} did not end within its timeout of {self.policy.timeout:g} s"
         )
 
     def transaction_ended(self) -> BgjobError:

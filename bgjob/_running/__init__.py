@@ -4,6 +4,7 @@
                  `AsyncClient.do`, `testing.drain` and `testing.adrain` share
     do           `Client.do` and `AsyncClient.do`: the caller may be interrupted or cancelled
     transaction  runs a transactional handler and settles its job in its own transaction
+    batch        what became of the jobs of one call of a batch handler
     sessions     the connections of transactional handlers
     loop         the event loop, on a thread of its own, that runs coroutine handlers
     drive        takes the steps of a generator, on a thread or in a task

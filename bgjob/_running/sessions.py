@@ -55,6 +55,8 @@ class AsyncHandlerConnection(connection.AsyncConnection):
     """The connection of one handler, for as long as that runs."""
 
     token = ""
+    has_committed = False
+    """Whether the worker has committed its transaction, and reset the session."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     user: object = None
@@ -89,6 +91,8 @@ class HandlerConnection(connection.Connection):
     """The connection of one handler, for as long as that runs."""
 
     token = ""
+    has_committed = False
+    """Whether the worker has committed its transaction, and reset the session."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     user: object = None

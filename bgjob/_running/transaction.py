@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import psycopg
 
@@ -57,6 +57,8 @@ from bgjob.errors import LeaseLostError
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
+T = TypeVar("T")
+
 _COMMIT_AND_DEALLOCATE = COMMIT + DEALLOCATE
 
 _FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
@@ -83,23 +85,34 @@ class Settle(NamedTuple):
     statement: Statement[list[str]]
 
 
+class SettleAll(NamedTuple):
+    """A step that settles several jobs; the answer is as for Settle."""
+
+    statements: list[Statement[list[str]]]
+
+
 class Settled(NamedTuple):
-    """The transaction has settled the job, if that was still held."""
+    """The transaction has settled its jobs, as far as they were still held."""
 
     token: str | None
     """The claim that the transaction was opened for; another one is the handler's own."""
     ids: list[str]
-    """The job's id, if it was held."""
+    """The ids of those that were held."""
 
 
 class End(Enum):
-    """A step that ends the transaction; a rollback answers the token of a committed claim."""
+    """A step that ends the transaction.
+
+    A rollback answers the token of a committed claim, "" if there is none, or None if the session
+    cannot tell any more.
+    """
 
     COMMIT = auto()
     ROLLBACK = auto()
 
 
 _Step: TypeAlias = Call | Settle | End
+TransactionStep: TypeAlias = _Step | SettleAll
 
 _KEEPS = (Complete, Reschedule, MoveToDlq)
 
@@ -179,6 +192,26 @@ class Transactions(Sessions):
             started: called when the transaction is open, before the handler.
 
         """
+        return await self.run_steps_async(in_transaction(route, claimed), route, claimed, started)
+
+    async def run_steps_async(
+        self,
+        steps: Generator[TransactionStep, Any, T],
+        route: Route,
+        claimed: Claimed,
+        started: Callable[[Job], None] | None = None,
+        jobs: list[Job] | None = None,
+    ) -> T | NotBegun:
+        """Run a handler in a transaction, whose session has the name of this claim.
+
+        Args:
+            steps: what to do in the transaction.
+            route: the handler's route.
+            claimed: the job.
+            started: called when the transaction is open, before the handler.
+            jobs: the argument of a batch handler.
+
+        """
 
         async def begin(connection: AsyncHandlerConnection) -> None:
             connection.token = str(claimed.token)
@@ -193,20 +226,23 @@ class Transactions(Sessions):
             started(claimed.job)
         try:
             ending = await drive_async(
-                in_transaction(route, claimed),
-                lambda step: self._take_async(step, connection, route, claimed.job),
+                steps, lambda step: self._take_async(step, connection, route, jobs or claimed.job)
             )
         except BaseException:
             await connection.close()
             raise
-        if isinstance(ending, Committed) and is_over(connection):
+        if connection.has_committed and is_over(connection):
             self.keep(connection)
         else:
             await connection.close()
         return ending
 
     async def _take_async(
-        self, step: _Step, connection: AsyncHandlerConnection, route: Route, job: Job
+        self,
+        step: TransactionStep,
+        connection: AsyncHandlerConnection,
+        route: Route,
+        job: Job | list[Job],
     ) -> object:
         match step:
             case Call():
@@ -229,6 +265,7 @@ class Transactions(Sessions):
                     return Settled(*await read_all_async(cursors, statements))
             case End.COMMIT:
                 await AsyncCursor(connection).execute(self._commit, prepare=False)
+                connection.has_committed = True
             case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
@@ -237,7 +274,16 @@ class Transactions(Sessions):
                     await cursor.execute(ROLLBACK, prepare=False)
                     cursor.nextset()
                     rows = await cursor.fetchall()
-                    return rows[0][0]
+                    return rows[0][0] or ""
+            case SettleAll(statements):
+                if is_over(connection):
+                    return None
+                settling = (claim_of_transaction(), *statements)
+                async with connection.pipeline() as pipeline:
+                    _end_with_sync(pipeline)
+                    cursors = await send_all_async(connection, settling)
+                    token, *settled = await read_all_async(cursors, settling)
+                    return Settled(token, [id_ for ids in settled for id_ in ids])
         return None
 
     async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
@@ -275,6 +321,26 @@ class Transactions(Sessions):
             started: called when the transaction is open, before the handler.
 
         """
+        return self.run_steps(in_transaction(route, claimed), route, claimed, started)
+
+    def run_steps(
+        self,
+        steps: Generator[TransactionStep, Any, T],
+        route: Route,
+        claimed: Claimed,
+        started: Callable[[Job], None] | None = None,
+        jobs: list[Job] | None = None,
+    ) -> T | NotBegun:
+        """Run a handler in a transaction, whose session has the name of this claim.
+
+        Args:
+            steps: what to do in the transaction.
+            route: the handler's route.
+            claimed: the job.
+            started: called when the transaction is open, before the handler.
+            jobs: the argument of a batch handler.
+
+        """
 
         def begin(connection: HandlerConnection) -> None:
             connection.token = str(claimed.token)
@@ -289,19 +355,24 @@ class Transactions(Sessions):
             started(claimed.job)
         try:
             ending = drive(
-                in_transaction(route, claimed),
-                lambda step: self._take(step, connection, route, claimed.job),
+                steps, lambda step: self._take(step, connection, route, jobs or claimed.job)
             )
         except BaseException:
             connection.close()
             raise
-        if isinstance(ending, Committed) and is_over(connection):
+        if connection.has_committed and is_over(connection):
             self.keep(connection)
         else:
             connection.close()
         return ending
 
-    def _take(self, step: _Step, connection: HandlerConnection, route: Route, job: Job) -> object:
+    def _take(
+        self,
+        step: TransactionStep,
+        connection: HandlerConnection,
+        route: Route,
+        job: Job | list[Job],
+    ) -> object:
         match step:
             case Call():
                 connection.patience = inf  # its statements may take long
@@ -323,6 +394,7 @@ class Transactions(Sessions):
                     return Settled(*read_all(cursors, statements))
             case End.COMMIT:
                 Cursor(connection).execute(self._commit, prepare=False)
+                connection.has_committed = True
             case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
@@ -331,7 +403,16 @@ class Transactions(Sessions):
                     cursor.execute(ROLLBACK, prepare=False)
                     cursor.nextset()
                     rows = cursor.fetchall()
-                    return rows[0][0]
+                    return rows[0][0] or ""
+            case SettleAll(statements):
+                if is_over(connection):
+                    return None
+                settling = (claim_of_transaction(), *statements)
+                with connection.pipeline() as pipeline:
+                    _end_with_sync(pipeline)
+                    cursors = send_all(connection, settling)
+                    token, *settled = read_all(cursors, settling)
+                    return Settled(token, [id_ for ids in settled for id_ in ids])
         return None
 
     def whole(self, claimed: Claimed) -> Claimed | NotBegun:

@@ -45,7 +45,8 @@ A worker has these threads. `group` starts them and ends them together.
 The other files: `group` starts the control threads of all queues and ends them, with the checked
 `options` of the worker. `session` opens the connection (_postgres/connection) and reads what
 comes back (`answer`); `clock` notices that the server's clock was set, and `repairs`
-corrects that, and dead-letters jobs that cannot be claimed or read. `timeouts` gives up handlers
+corrects that, and dead-letters jobs that cannot be claimed or read. `batches` gathers the jobs of
+batch handlers, and runs a `batch` of them in a slot. `timeouts` gives up handlers
 that take too long, or whose jobs are cancelled. `observers` makes one observer of many. `state`
 is the object that handlers share, opened before the first job and closed after the last.
 `registry` writes the worker's row in bgjob_worker, with what `tally` has counted; `minutes` writes

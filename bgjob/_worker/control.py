@@ -26,6 +26,7 @@ from psycopg.errors import (
     UntranslatableCharacter,
 )
 
+from bgjob._engine.batch_pace import BatchPace
 from bgjob._engine.engine import Engine
 from bgjob._engine.protocol import Exchange, Sleep, Stop, Withdraw
 from bgjob._engine.reply import Notice, Plan, Reply
@@ -38,6 +39,7 @@ from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob._sql.tokens import Tokens
 from bgjob._worker.answer import Answer, UnreadError
+from bgjob._worker.batches import Gathering
 from bgjob._worker.events import Events
 from bgjob._worker.executor import Executor
 from bgjob._worker.minutes import MinuteWriter
@@ -196,6 +198,8 @@ class QueueControl:
                 transactional=mux.transactional,
                 names_keys=mux.names_keys,
                 kept=mux.kept,
+                batches=_sizes(mux),
+                only_batches=len(mux.batches) == len(mux.types),
             )
             fork_guard = ForkGuard()
             self._transactions = Transactions(
@@ -238,6 +242,7 @@ class QueueControl:
         if self._give_up_at is None or give_up_at < self._give_up_at:
             self._give_up_at = give_up_at
         if self.has_run:
+            self._slots.is_stopping = True
             self._transactions.leave()
             self._waker.shout()
 
@@ -326,7 +331,7 @@ class QueueControl:
 
     def _turn(self) -> bool:
         """Take one step; False when the worker has ended."""
-        engine, slots, executor = self._engine, self._slots, self._executor
+        engine, executor = self._engine, self._executor
         now = self._turned_at = self._turns_by = monotonic()
         if self._give_up_at is not None:
             engine.shutdown()
@@ -339,6 +344,8 @@ class QueueControl:
                 # The database is away: leave the jobs to their leases.
                 self.abandoned = engine.unsettled
                 return False
+        if executor.gathering is not None and not engine.ends_sessions:
+            executor.run_rests()
         executor.spread()
         if executor.next_timeout <= now:
             engine.give_up(executor.expire(now))
@@ -383,7 +390,7 @@ class QueueControl:
             case Exchange() as exchange:
                 self._exchange(exchange)
             case Withdraw():
-                engine.withdrawn(slots.withdraw())
+                engine.withdrawn(executor.withdraw(is_end=self._give_up_at is not None))
             case Sleep() if now >= self._service_timer.due_at:
                 self._serve()
             case Sleep(until):
@@ -510,17 +517,33 @@ class QueueControl:
 
     def _collect(self) -> None:
         self._engine.pace.slots = self._executor.usable
+        if self._executor.gathering is not None:
+            self._measure(self._executor.gathering)
         if self._slots.outcomes:
             events = self._engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
         self._slots.behind = self._engine.unsettled_outcomes + self._events.waiting
 
+    def _measure(self, gathering: Gathering) -> None:
+        """Tell the engine which of its running jobs need no slot."""
+        pace = self._engine.pace
+        if isinstance(pace, BatchPace):
+            pace.merged, pace.gathered = gathering.merged, len(gathering.waiting)
+            pace.free = self._slots.free
+            if gathering.has_flushed:
+                gathering.has_flushed = False
+                pace.flushed(monotonic())
+
     def _acknowledge(self, reply: Reply) -> bool:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
             self._claimed_at = self._turned_at
+            if self._executor.gathering is not None:
+                effects.run = self._executor.gathering.add(
+                    effects.run, self._engine.suspects, monotonic()
+                )
             self._executor.submit(effects.run, quick=self._engine.pace.is_quick)
         if effects.events:
             self._events.tell(effects.events)
@@ -580,3 +603,7 @@ class QueueControl:
                 self._was_silent = False
                 self._transactions.doubt()
             self._engine.reconnect()
+
+
+def _sizes(mux: Mux) -> dict[str, int]:
+    return {type_: route.policy.batch or 1 for type_, route in mux.batches.items()}

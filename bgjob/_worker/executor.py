@@ -1,14 +1,17 @@
 """Starts the threads and tasks of a queue, replaces lost slots, and settles jobs of dead ones."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf
 from typing import NamedTuple, TypeAlias
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.route import Route
+from bgjob._running.batch import halves
 from bgjob._running.loop import Loop
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.batch import Batch, members, running, unfinished
+from bgjob._worker.batches import Gathering
 from bgjob._worker.slots import Slot, Slots
 from bgjob._worker.tasks import Tasks
 from bgjob._worker.threads import Threads
@@ -43,6 +46,11 @@ class Executor:
         self._loop = loop
         self.tasks = Tasks(slots, loop, lambda claimed: self._threads.start(claimed))  # noqa: PLW0108 (made below)
         self._threads = Threads(slots, self.tasks)
+        self.gathering: Gathering | None = None
+        """The jobs of batch types that wait for others; None if there are no such types."""
+        if slots.mux.batches:
+            self.gathering = Gathering(slots.mux.batches, slots.release)
+        self._rests: list[Batch] = []  # of batches whose slots were given up
         self._is_unclear = False
         self._interrupted: dict[_Key, float] = {}  # cancelled coroutines, since when
         self._interrupt_at = inf
@@ -88,12 +96,14 @@ class Executor:
     def in_handlers(self) -> list[Claimed]:
         """The jobs that threads and tasks run. From any thread."""
         slots = [*self._threads.busy, *tuple(self.tasks.all.values())]
-        return [claimed for slot in slots if (claimed := slot.claimed) is not None]
+        held = [claimed for slot in slots if (claimed := slot.claimed) is not None]
+        return [each for claimed in held for each in members(claimed)]
 
     @property
     def next_timeout(self) -> float:
         """When to call `expire` next."""
-        return min(self._slots.timeouts.next_at, self._threads.retry_at, self._interrupt_at)
+        next_at = min(self._slots.timeouts.next_at, self._threads.retry_at, self._interrupt_at)
+        return next_at if self.gathering is None else min(next_at, self.gathering.next_at)
 
     @property
     def usable(self) -> int:
@@ -109,7 +119,8 @@ class Executor:
     def expire(self, now: float) -> list[Claimed]:
         """Fail the jobs that exceeded their timeouts and do not end; replace their slots.
 
-        If a thread could not be started, try again.
+        Those of a batch are set apart for `run_rests`. If a thread could not be started, try
+        again. Run the batches whose jobs have waited for long enough.
 
         Returns:
             The failed jobs.
@@ -120,12 +131,61 @@ class Executor:
         for run in overdue:
             if slots.timeouts.slot_lost():
                 slots.free_again()
-            slots.timed_out(run.claimed.job, run.timeout)
-            slots.done(run.fail(now, slots.clock.offset))
+            if isinstance(run.claimed, Batch) and self.gathering is not None:
+                self._take_apart(run, run.claimed, self.gathering)
+            if len(running(run.claimed)) == 1:
+                slots.timed_out(running(run.claimed)[0].job, run.timeout)
+                slots.done(run.fail(now, slots.clock.offset))
         if self._threads.retry_at <= now:
             self._threads.retry()
+        if self.gathering is not None:
+            slots.jobs.extend(self.gathering.due(now))
         self.spread()
-        return [run.claimed for run in overdue]
+        return [running(run.claimed)[0] for run in overdue]
+
+    def _take_apart(self, run: Run, batch: Batch, gathering: Gathering) -> None:
+        """Set the rest of a batch apart whose call was given up; a single job fails."""
+        calls = batch.calls
+        if len(batch.current) > 1:
+            self._slots.hindered(run.timed_out())
+            calls = [*halves(batch.current), *calls]
+        rest = gathering.rest_of(batch, calls) if calls else None
+        batch.left = 0
+        if rest is not None:
+            self._rests.append(rest)
+
+    def run_rests(self) -> None:
+        """Run what batches have left whose slots were given up, now that their sessions ended."""
+        if self._rests:
+            self._slots.jobs.extendleft(reversed(self._rests))
+            self._rests.clear()
+
+    def withdraw(self, *, is_end: bool) -> list[Claimed]:
+        """Take back the jobs that have not started, also those that wait for others.
+
+        What is left of a batch that has failed goes on, except at the worker's end: it would
+        be gathered with the job that made it fail.
+        """
+        taken = self._slots.withdraw()
+        if self.gathering is None:
+            return taken
+        rests = [each for each in taken if isinstance(each, Batch) and each.is_rest]
+        if is_end:
+            rests += self._rests
+            self._rests.clear()
+            taken += [each for each in rests if each not in taken]
+        else:
+            taken = [each for each in taken if each not in rests]
+            self._slots.jobs.extendleft(reversed(rests))
+        for each in taken:
+            if isinstance(each, Batch):
+                each.left = 0
+        released = [
+            claimed
+            for each in taken
+            for claimed in (each.waiting if isinstance(each, Batch) else [each])
+        ]
+        return [*released, *self.gathering.withdraw()]
 
     def interrupt(self, cancelled: Iterable[Claimed], now: float) -> GivenUp:
         """Interrupt the handlers of cancelled jobs; call it again at `next_timeout`.
@@ -138,12 +198,13 @@ class Executor:
         given_up = GivenUp([], [])
         for slot in self._threads.busy:
             claimed = slot.claimed
-            if claimed is not None and _key(claimed) in waiting:
+            if claimed is not None and _is_wholly_in(claimed, waiting):
                 self._give_up(slot, claimed, given_up)
         for slot in tuple(self.tasks.all.values()):
             claimed = slot.claimed
-            if claimed is None or (key := _key(claimed)) not in waiting:
+            if claimed is None or not _is_wholly_in(claimed, waiting):
                 continue
+            key = _key(claimed)
             if key not in since:
                 since[key] = now
                 self.tasks.interrupt(slot, claimed)
@@ -162,13 +223,16 @@ class Executor:
         if isinstance(run, Run) and run.is_of(claimed):
             if not timeouts.give_up(run):
                 return
-            self._slots.done(Outcome(claimed, Release(), None))
+            for each in unfinished(claimed):
+                self._slots.done(Outcome(each, Release(), None))
         else:
             slot.interrupt = interrupt = Attempt(claimed)
             if not interrupt.is_of(slot.claimed) or not interrupt.decide(is_overdue=True):
                 return
-            given_up.silent.append(claimed)
-        given_up.all.append(claimed)
+            given_up.silent.extend(unfinished(claimed))
+        given_up.all.extend(unfinished(claimed))
+        if isinstance(claimed, Batch):
+            claimed.left = 0
         if timeouts.slot_lost():
             self._slots.free_again()
 
@@ -183,14 +247,14 @@ class Executor:
         """Search for lost jobs at the next `watch`: a fault may have lost some."""
         self._is_unclear = self._slots.needs_watch = True
 
-    def watch(self, running: Callable[[], Collection[Claimed]], patience: float) -> None:
+    def watch(self, held: Callable[[], Collection[Claimed]], patience: float) -> None:
         """Check that each thread, task and loop lives, so that no dead one holds a job.
 
         A job that ran on a dead one fails with an error that says so. One that never started is
         released, and its attempt not counted. Call `collect` first.
 
         Args:
-            running: returns the submitted jobs without an outcome.
+            held: returns the submitted jobs without an outcome.
             patience: seconds for which a caller's loop may stand still.
 
         """
@@ -210,7 +274,7 @@ class Executor:
             self._free(slot)
         if dead or self._is_unclear:
             self.tasks.start_again()
-            self._settle(dead, running())
+            self._settle(dead, held())
         self.spread()
 
     def _free(self, slot: Slot) -> None:
@@ -224,22 +288,35 @@ class Executor:
         if has_slot:
             self._slots.free_again()
 
-    def _settle(self, dead: Iterable[Slot], running: Collection[Claimed]) -> None:
+    def _settle(self, dead: Iterable[Slot], unsettled: Collection[Claimed]) -> None:
         """Make an outcome for each job that is in no queue, no live slot and no outcome."""
         slots = self._slots
-        errors = {_key(slot.claimed): slot.error for slot in dead if slot.claimed is not None}
+        errors = {
+            _key(each): slot.error
+            for slot in dead
+            if slot.claimed is not None
+            for each in members(slot.claimed)
+        }
         # A job moves from the queue to a thread or a task, between these, and to the outcomes.
         # So each is read after those that it may come from.
-        held = {_key(claimed) for claimed in tuple(slots.jobs)}
+        held = {_key(each) for claimed in tuple(slots.jobs) for each in members(claimed)}
+        if self.gathering is not None:
+            held |= {_key(each) for rest in self._rests for each in rest.all}
+            held |= {_key(each) for each in self.gathering.waiting}
         claims = [slot.claimed for slot in self._threads.busy]
         claims += [slot.claimed for slot in self.tasks.moving.copy()]
         claims += [slot.claimed for slot in tuple(self.tasks.all.values())]
         claims += [slot.claimed for slot in self._threads.busy]
-        held |= {_key(claimed) for claimed in (*claims, *tuple(slots.jobs)) if claimed is not None}
+        held |= {
+            _key(each)
+            for claimed in (*claims, *tuple(slots.jobs))
+            if claimed is not None
+            for each in members(claimed)
+        }
         held |= {_key(outcome.claimed) for outcome in tuple(slots.outcomes)}
         takes = None in claims
         self._is_unclear = False
-        for claimed in running:
+        for claimed in unsettled:
             key = _key(claimed)
             if key in held:
                 continue
@@ -268,3 +345,11 @@ class Executor:
 
 def _key(claimed: Claimed) -> _Key:
     return claimed.job.id, claimed.token
+
+
+def _is_wholly_in(claimed: Claimed, cancelled: Mapping[_Key, Claimed]) -> bool:
+    """Whether all that a slot runs was cancelled; otherwise a batch goes on without these."""
+    if not isinstance(claimed, Batch):
+        return _key(claimed) in cancelled
+    claimed.gone.update(each for each in claimed.all if _key(each) in cancelled)
+    return all(each in claimed.gone for each in unfinished(claimed))

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from contextvars import Context, ContextVar
 from functools import partial
 
-from bgjob._engine.outcome import Outcome
+from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.expiry import Decided, Expiring, decided
 from bgjob._handlers.route import NeedsKey, Route
 from bgjob._handlers.unknown import Unknown
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.batch import members
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.timeouts import Attempt, Timeouts
 from bgjob.job import Job
@@ -116,6 +117,8 @@ class Slots:
         self.behind = 0
         """How many outcomes and events waited when the control thread last looked."""
         self.is_closed = False
+        self.is_stopping = False
+        """Whether the worker shuts down: a batch that failed is not run again."""
         self.needs_watch = False
         """Whether a slot has died since they were last checked."""
 
@@ -137,6 +140,11 @@ class Slots:
                 jobs.append(self.jobs.popleft())
         except IndexError:
             return jobs
+
+    def release(self, claimed: Claimed) -> None:
+        """Release a job, or those of a batch, that did not start."""
+        for each in members(claimed):
+            self.done(Outcome(each, Release(), None))
 
     def done(self, outcome: Outcome) -> None:
         """Pass an outcome to the control thread."""

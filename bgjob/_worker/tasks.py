@@ -18,6 +18,8 @@ from bgjob._running.loop import Loop
 from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.batch import Batch
+from bgjob._worker.batches import BatchCalls, Told
 from bgjob._worker.failures import drop_locals, error_of
 from bgjob._worker.slots import Slot, Slots, quick_outcome
 from bgjob.errors import JobTimeoutError, LoopBlockedError
@@ -55,6 +57,7 @@ class Tasks:
         """Slots on their way to a loop; the thread that removes one starts or frees it."""
         self.dead: deque[Slot] = deque()
         """Slots whose tasks were ended."""
+        self._batches = BatchCalls(slots)
         self._is_cancelled = False
         self._last: Slot | None = None  # the task that last ran a job
         self.interrupted = 0
@@ -105,7 +108,7 @@ class Tasks:
             move = _Move(self._loop.event_loop(), route, context)
         except RuntimeError as error:  # no thread can start
             self._slots.hindered(error)
-            self._slots.done(Outcome(claimed, Release(), None))
+            self._slots.release(claimed)
             thread.claimed = None
             was_given_up = thread.interrupt and self._slots.was_given_up(thread, claimed)
             if not was_given_up or self._slots.come_back(thread):
@@ -135,7 +138,7 @@ class Tasks:
         """Free a slot that did not reach the loop, and release its job."""
         self._slots.free_again()
         if slot.claimed is not None:
-            self._slots.done(Outcome(slot.claimed, Release(), None))
+            self._slots.release(slot.claimed)
 
     def cancel(self) -> None:
         """Cancel the coroutines that still run: the grace period is over. Idempotent.
@@ -272,11 +275,11 @@ class Tasks:
                 self._leave(me, claimed)
                 return
             else:
-                if started is not None and known is None and not route.is_transactional:
+                if started is not None and known is None and not route.reports_start:
                     started(job)
                 known = None
                 began = monotonic()
-                result: Ending | Release | None
+                result: Ending | Release | Told | None
                 try:
                     if route.is_simple:
                         returned = await route.handler(job)
@@ -301,6 +304,14 @@ class Tasks:
                         result = Release()
                         self.interrupted += 1
                 if result is not COMPLETE:  # nearly all are
+                    if isinstance(result, Told):
+                        me.claimed = None
+                        if me.interrupt is not None and slots.was_given_up(me, claimed):
+                            self._come_back(me)
+                        elif not is_leaving:
+                            me.has_slot = False
+                            self._start_task(Slot(None))
+                        return
                     if isinstance(result, Release):
                         ran = None
                     if whole is not claimed or slots.is_behind:
@@ -342,9 +353,11 @@ class Tasks:
 
     async def _run(
         self, me: Slot, route: Route, claimed: Claimed, whole: Claimed
-    ) -> Ending | Release | None:
-        """Run a handler with a transaction or a timeout. Async variant of Threads._run."""
+    ) -> Ending | Release | Told | None:
+        """Run a handler with a transaction, a timeout or a batch. Async variant of Threads._run."""
         slots = self._slots
+        if isinstance(claimed, Batch):
+            return await self._run_batch(me, claimed)
         run = None if route.policy.timeout is None else slots.timeouts.limit(route, claimed)
         if run is not None:
             route, me.run = run.route, run
@@ -354,6 +367,8 @@ class Tasks:
             if isinstance(result, NotBegun):
                 return await self._not_begun(result)
         else:
+            if route.reports_start and slots.started is not None:
+                slots.started(whole.job)
             try:
                 result = route.judge(whole.job, await route.handler(whole.job))
             except BaseException as error:
@@ -366,6 +381,14 @@ class Tasks:
         if isinstance(error_of(result), JobTimeoutError):
             slots.timed_out(claimed.job, run.timeout)
         return result
+
+    async def _run_batch(self, me: Slot, batch: Batch) -> Told | None:
+        def is_ending() -> bool:
+            return self._is_cancelled or self._slots.is_closed or self._loop.is_ending
+
+        told = await self._batches.run_async(me, batch, is_ending)
+        self.interrupted += batch.interrupted
+        return told
 
     async def _fetch(self, claimed: Claimed) -> Claimed | None:
         """Return the job with its payload. Async variant of Threads._fetch."""

@@ -17,6 +17,8 @@ from bgjob._handlers.route import COMPLETE, Awaiting, Route
 from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.batch import Batch
+from bgjob._worker.batches import BatchCalls, Told
 from bgjob._worker.failures import drop_locals, error_of
 from bgjob._worker.slots import Slot, Slots, quick_outcome
 from bgjob._worker.tasks import Tasks
@@ -28,6 +30,11 @@ _LONGEST_PAUSE = 2.0
 
 _BEGINS_WITHIN = 2.0
 """Seconds after which a thread that was started and does not run is given up."""
+
+
+def _never() -> bool:
+    """Return whether a thread's call was cancelled: it cannot be."""
+    return False
 
 
 class _HasBegun(threading.Event):
@@ -108,6 +115,7 @@ class Threads:
     def __init__(self, slots: Slots, tasks: Tasks) -> None:
         self.slots = slots
         self._tasks = tasks
+        self._batches = BatchCalls(slots)
         self.all: set[Thread] = set()
         self.resting: list[Thread] = []
         self._started = 0
@@ -269,10 +277,10 @@ class Threads:
                 self._move(me, claimed)
                 return False
             else:
-                if started is not None and not route.is_transactional:
+                if started is not None and not route.reports_start:
                     started(job)
                 began = monotonic()
-                result: Ending | Release | Awaiting | None
+                result: Ending | Release | Awaiting | Told | None
                 result = route.run(job) if route.is_simple else self._run(me, route, claimed, whole)
                 ran: float | None = monotonic() - began
                 if fork_guard.is_child:
@@ -280,6 +288,10 @@ class Threads:
                 if result is not COMPLETE:  # nearly all are
                     if result is None:
                         return slots.come_back(me)
+                    if isinstance(result, Told):
+                        me.claimed = None
+                        was_given_up = me.interrupt and slots.was_given_up(me, claimed)
+                        return slots.come_back(me) if was_given_up else True
                     if isinstance(result, Awaiting):
                         self._move(me, claimed, result.route, context.copy())
                         return False
@@ -311,8 +323,8 @@ class Threads:
 
     def _run(
         self, me: Thread, route: Route, claimed: Claimed, whole: Claimed
-    ) -> Ending | Release | Awaiting | None:
-        """Run a handler with a transaction or a timeout; None if it was given up.
+    ) -> Ending | Release | Awaiting | Told | None:
+        """Run a handler with a transaction, a timeout or a batch; None if it was given up.
 
         Args:
             me: the thread.
@@ -322,6 +334,8 @@ class Threads:
 
         """
         slots = self.slots
+        if isinstance(claimed, Batch):
+            return self._batches.run(me, claimed, _never)
         run = None if route.policy.timeout is None else slots.timeouts.limit(route, claimed)
         if run is not None:
             route, me.run = run.route, run
@@ -331,6 +345,8 @@ class Threads:
             if isinstance(result, NotBegun):
                 return self._not_begun(result)
         else:
+            if route.reports_start and slots.started is not None:
+                slots.started(whole.job)
             result = route.run(whole.job)
         # Again: another thread may have raised an exception in this one before its end.
         if run is not None and not slots.timeouts.ended(run):

@@ -17,6 +17,8 @@ from typing import Any
 from bgjob._engine.outcome import Outcome
 from bgjob._handlers.route import Route
 from bgjob._sql.settlements import Claimed
+from bgjob._worker.batch import running
+from bgjob.errors import JobTimeoutError
 from bgjob.job import Job
 
 UNWINDING = 1.0
@@ -75,13 +77,18 @@ class Run(Attempt):
             offset: the server's time less the monotonic one.
 
         """
-        error = self._limited.timed_out(self.claimed.job)
+        [claimed] = running(self.claimed)
+        error = self._limited.timed_out(claimed.job)
         return Outcome(
-            self.claimed,
-            self._limited.failed(self.claimed.job, error),
+            claimed,
+            self._limited.failed(claimed.job, error),
             now - self._began,
             offset + self._began,
         )
+
+    def timed_out(self) -> JobTimeoutError:
+        """Return the error of a run that is given up."""
+        return self._limited.timed_out([claimed.job for claimed in running(self.claimed)])
 
     def _call(self, job: Job, *conn: Any) -> object:
         self._begin(0.0)

@@ -16,7 +16,7 @@ that of the handler.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import wraps
 from threading import Lock
@@ -179,11 +179,14 @@ class Telemetry(NoopObserver):
     # -- handlers --------------------------------------------------------------------------
 
     def middleware(self, handler: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a handler in a span; for `Mux(middleware=[...])`, as the first of them."""
+        """Wrap a handler in a span; for `Mux(middleware=[...])`, as the first of them.
+
+        A call of a batch handler has one span, with a link to the enqueue of each of its jobs.
+        """
         if is_coroutine(handler):
 
             @wraps(handler)
-            async def awaited(job: Job, *conn: Any) -> Any:
+            async def awaited(job: Job | Sequence[Job], *conn: Any) -> Any:
                 run, token = self._begin(job)
                 try:
                     result = await handler(job, *conn)
@@ -199,7 +202,7 @@ class Telemetry(NoopObserver):
             return awaited
 
         @wraps(handler)
-        def called(job: Job, *conn: Any) -> Any:
+        def called(job: Job | Sequence[Job], *conn: Any) -> Any:
             run, token = self._begin(job)
             try:
                 result = handler(job, *conn)
@@ -214,7 +217,39 @@ class Telemetry(NoopObserver):
 
         return called
 
-    def _begin(self, job: Job) -> tuple[_Run, Any]:
+    def _begin_call(self, jobs: Sequence[Job]) -> tuple[_Run, Any]:
+        """Begin the span of a call of a batch handler: one, with a link to each of its jobs."""
+        first = jobs[0]
+        for job in jobs:
+            self._runs.start(job)
+        # A bulk enqueue has one span for all its jobs.
+        remote = {(each.trace_id, each.span_id): each for each in map(self._remote_of, jobs)}
+        span = self._tracer.start_span(
+            f"process {first.queue} {first.type}",
+            kind=SpanKind.CONSUMER,
+            attributes=_operation("process")
+            | _destination(first.queue)
+            | {"messaging.batch.message_count": len(jobs), "bgjob.job.type": first.type},
+            links=[Link(each) for each in remote.values() if each.is_valid],
+        )
+        self._consumed.add(len(jobs), _operation("process") | _destination(first.queue))
+        run = _Run(first, span, is_observed=False)  # its jobs may end in different ways
+        return run, context.attach(trace.set_span_in_context(span))
+
+    def _remote_of(self, job: Job) -> trace.SpanContext:
+        carrier = {name: value for name, value in job.headers.items() if isinstance(value, str)}
+        try:
+            found = self._textmap.extract(carrier, Context())
+        except Exception:
+            log.exception("the headers of job %r have no context that can be read", job.id)
+            return trace.INVALID_SPAN_CONTEXT
+        return trace.get_current_span(found).get_span_context()
+
+    def _begin(self, job: Job | Sequence[Job]) -> tuple[_Run, Any]:
+        if not isinstance(job, Job):
+            if len(job) > 1:
+                return self._begin_call(job)
+            [job] = job
         is_observed, waited = self._runs.start(job)
         if waited is None:  # no observer: by this host's clock
             waited = max(0.0, time.time() - job.next_run_at.timestamp())

@@ -12,7 +12,7 @@ the trace of its enqueue. A job that is moved to the dead-letter table is an eve
 an attempt that is retried is none. What the LoggingObserver logs of the same is no second event.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from contextvars import Context, copy_context
 from functools import wraps
@@ -88,11 +88,14 @@ class Sentry(NoopObserver):
             yield (_with_trace(request, trace, baggage) for request in requests)
 
     def middleware(self, handler: Callable[..., Any]) -> Callable[..., Any]:
-        """Run a handler in a scope of its own; for `Mux(middleware=[...])`."""
+        """Run a handler in a scope of its own; for `Mux(middleware=[...])`.
+
+        A call of a batch handler has one scope, of its type. An event has that of its job.
+        """
         if is_coroutine(handler):
 
             @wraps(handler)
-            async def awaited(job: Job, *conn: Any) -> Any:
+            async def awaited(job: Job | Sequence[Job], *conn: Any) -> Any:
                 with self._run(job) as run:
                     run.result = await handler(job, *conn)
                 return run.result
@@ -100,7 +103,7 @@ class Sentry(NoopObserver):
             return awaited
 
         @wraps(handler)
-        def called(job: Job, *conn: Any) -> Any:
+        def called(job: Job | Sequence[Job], *conn: Any) -> Any:
             with self._run(job) as run:
                 run.result = handler(job, *conn)
             return run.result
@@ -108,7 +111,33 @@ class Sentry(NoopObserver):
         return called
 
     @contextmanager
-    def _run(self, job: Job) -> Iterator["_Run"]:
+    def _run_call(self, jobs: Sequence[Job]) -> Iterator["_Run"]:
+        """Run a batch handler with several jobs, which may end in different ways."""
+        for job in jobs:
+            self._runs.start(job)
+        if not sentry_sdk.is_initialized():
+            yield _Run()
+            return
+        queue, type_ = jobs[0].queue, jobs[0].type
+        with sentry_sdk.isolation_scope() as scope:
+            scope.clear_breadcrumbs()
+            scope.set_tag("bgjob.queue", queue)
+            scope.set_tag("bgjob.type", type_)
+            with sentry_sdk.start_transaction(
+                op="queue.process", name=type_, source="task"
+            ) as transaction:
+                transaction.set_data("messaging.destination.name", queue)
+                transaction.set_data("messaging.batch.message_count", len(jobs))
+                yield _Run()
+
+    @contextmanager
+    def _run(self, job: Job | Sequence[Job]) -> Iterator["_Run"]:
+        if not isinstance(job, Job):
+            if len(job) > 1:
+                with self._run_call(job) as run:
+                    yield run
+                return
+            [job] = job
         start = self._runs.start(job)
         run = _Run()
         if not sentry_sdk.is_initialized():
