@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, LiteralString
 from uuid import uuid4
 
 import psycopg
@@ -118,6 +118,36 @@ def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = 
             mark = max(row[4] for row in claimed)
         ids = ",".join([row[0] for row in claimed])
         deleted += delete.execute(_DELETE, [f"{{{ids}}}", token]).rowcount
+    if deleted != count:
+        raise RuntimeError(f"the floor deleted {deleted} of {count} jobs")
+
+
+def drain_with_effects(
+    connection: psycopg.Connection[Any], count: int, batch: int, effect: LiteralString
+) -> None:
+    """Claim a batch; write its effect and delete it in one transaction; until none is left.
+
+    Args:
+        connection: the connection, which commits each claim.
+        count: the number of jobs; raise unless as many were deleted.
+        batch: the most jobs in a claim.
+        effect: a statement that takes the ids as an array.
+
+    """
+    claim, write = connection.cursor(binary=True), connection.cursor()
+    claiming = _CLAIM.replace(f"limit {BATCH}", f"limit {batch}")
+    mark: object = "-infinity"
+    token = deleted = 0
+    while True:
+        token += 1
+        claimed = claim.execute(claiming.encode(), {"token": token, "mark": mark}).fetchall()
+        if not claimed:
+            break
+        mark = max(row[4] for row in claimed)
+        ids = f"{{{','.join([row[0] for row in claimed])}}}"
+        with connection.transaction():
+            write.execute(effect, [ids])
+            deleted += write.execute(_DELETE, [ids, token]).rowcount
     if deleted != count:
         raise RuntimeError(f"the floor deleted {deleted} of {count} jobs")
 

@@ -14,6 +14,7 @@ WORK = {
     "loaded": "pick-up at 5,000 jobs/s",
     "horizon": "drain under a pinned snapshot",
     "crowd": "drain a crowded table",
+    "batches": "transactional jobs, 500 in a call",
     "exclusive": "jobs beside 20,000 that wait for a key, and jobs of 100 keys",
     "queues": "100 of 10,000 queues watched",
     "producers": "8 producers beside a worker",

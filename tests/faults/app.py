@@ -87,6 +87,8 @@ class Settings:
     max_attempts: int | None = 25
     backoff: float = 0.05
     timeout: float | None = None
+    batch: int | None = None
+    """The most jobs in a call; None for a job a call."""
     grace: float = 5.0
     without: str | None = None
     """A type that it has no handler for."""
@@ -185,6 +187,7 @@ class Handlers:
         max_attempts: int | None,
         backoff: float,
         timeout: float | None = None,
+        batch: int | None = None,
         without: str | None = None,
     ) -> Mux:
         """Register both types, or the one that is not left out."""
@@ -192,13 +195,28 @@ class Handlers:
             "max_attempts": max_attempts,
             "backoff": lambda _: backoff,
             "timeout": timeout,
+            "batch": batch,
         }
         handler: Any = self.coroutine if isinstance(self._client, AsyncClient) else self.plain
+        if batch is not None:
+            handler = self.coroutines if handler == self.coroutine else self.plain_batch
         if without != "plain":
             mux.register("plain", handler, **policy)
         if without != "transactional":
             mux.register("transactional", handler, transactional=True, **policy)
         return mux
+
+    def plain_batch(
+        self, jobs: list[Job], conn: psycopg.Connection[Any] | None = None
+    ) -> dict[str, Result]:
+        """Do the same for several jobs, one after the other."""
+        return {job.id: self.plain(job, conn) for job in jobs}
+
+    async def coroutines(
+        self, jobs: list[Job], conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> dict[str, Result]:
+        """Do the same for several jobs, one after the other."""
+        return {job.id: await self.coroutine(job, conn) for job in jobs}
 
     def plain(self, job: Job, conn: psycopg.Connection[Any] | None = None) -> Result:
         arg = job.json() or {}
@@ -342,6 +360,7 @@ def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
         "max_attempts": settings.max_attempts,
         "backoff": settings.backoff,
         "timeout": settings.timeout,
+        "batch": settings.batch,
         "without": settings.without,
     }
     mux = Mux(unknown_for=settings.unknown_for)
