@@ -464,20 +464,32 @@ def test_coroutines_that_the_grace_period_ends_give_their_jobs_back(
 # -- beside other jobs -------------------------------------------------------------------------------
 
 
-def test_two_jobs_of_one_key_are_never_in_one_call(launcher: Launcher) -> None:
+def test_a_job_with_a_key_runs_in_a_call_of_its_own_and_in_the_order_of_its_key(
+    launcher: Launcher,
+) -> None:
     observer, calls = Recorder(), Calls()
     mux = Mux().register("t", calls.of("plain"), batch=10, batch_wait=0.01)
     launcher.client.bulk_enqueue(
-        [EnqueueRequest("q", "t", id=f"{key}{n}", exclusive=key) for n in range(3) for key in "abc"]
+        [EnqueueRequest("q", "t", id=f"{key}{n}", exclusive=key) for n in range(3) for key in "ab"]
+        + [EnqueueRequest("q", "t", id=f"free{n}") for n in range(3)]
     )
     launcher.start(mux, observer=observer)
     observer.wait_for("completed", times=9)
-    for ids in calls.ids:
-        assert len({id_[0] for id_ in ids}) == len(ids)
-    for key in "abc":
-        assert [id_ for ids in calls.ids for id_ in ids if id_[0] == key] == [
-            f"{key}{n}" for n in range(3)
-        ]
+    alone = [ids[0] for ids in calls.ids if len(ids) == 1]
+    for key in "ab":
+        assert [id_ for id_ in alone if id_[0] == key] == [f"{key}{n}" for n in range(3)]
+    assert calls.ids.count(["free0", "free1", "free2"]) == 1
+
+
+def test_the_jobs_of_a_call_are_in_the_order_of_their_priorities(launcher: Launcher) -> None:
+    observer, calls = Recorder(), Calls()
+    mux = Mux().register("t", calls.of("plain"), batch=6, **WHOLE)
+    launcher.client.bulk_enqueue(
+        [EnqueueRequest("q", "t", id=f"{n}", priority=-n) for n in range(6)]
+    )
+    launcher.start(mux, observer=observer, concurrency=1)
+    observer.wait_for("completed", times=6)
+    assert calls.ids == [["5", "4", "3", "2", "1", "0"]]
 
 
 def test_slow_jobs_of_another_type_are_not_held_back_by_a_worker_with_batches(

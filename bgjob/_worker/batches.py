@@ -69,8 +69,8 @@ class Gathering:
     ) -> list[Claimed]:
         """Take the jobs of batch types; return the others, and full batches.
 
-        A job with a large payload is run like that of another type, and one that may have killed
-        workers is a batch of its own.
+        A job with a large payload or a key is run like that of another type, and one that may have
+        killed workers is a batch of its own.
 
         Args:
             claims: the jobs.
@@ -83,7 +83,8 @@ class Gathering:
             job = claimed.job
             route = self._routes.get(job.type)
             is_spent = route is None or job.attempt > route.policy.last_attempt
-            if route is None or is_spent or job.arg is ELSEWHERE:
+            is_alone = job.arg is ELSEWHERE or job.exclusive is not None
+            if route is None or is_spent or is_alone:
                 ready.append(claimed)
             elif claimed.token in suspects:
                 ready.append(self._batch([claimed]))
