@@ -23,6 +23,7 @@ from bgjob._running.transaction import NotBegun
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch
+from bgjob._worker.failures import drop_locals, error_of
 from bgjob._worker.slots import Slot, Slots
 from bgjob.errors import BgjobError, JobTimeoutError
 
@@ -336,6 +337,9 @@ class BatchCalls:
         ran = (monotonic() - began) / len(claims)
         at = slots.clock.offset + began
         batch.calls[:0] = called.again
+        if slots.is_behind:
+            for _, ending in called.endings:
+                drop_locals(ending)
         slots.outcomes.extend(
             Outcome(claimed, ending, ran, at) for claimed, ending in called.endings
         )
@@ -370,7 +374,7 @@ def _error_of(called: Called) -> BaseException | None:
     if called.error is not None:
         return called.error
     if len(called.endings) == 1:
-        error = getattr(called.endings[0][1], "error", None)
+        error = error_of(called.endings[0][1])
         return error if isinstance(error, BaseException) else None
     return None
 
