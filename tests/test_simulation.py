@@ -41,6 +41,7 @@ from bgjob._engine.protocol import (
 )
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.isolation import ALONE, LONGEST
+from bgjob._engine.batch_pace import BatchPace
 from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, Stray, OpenTransactions
@@ -567,6 +568,7 @@ class History:
         self.sweeps_take = random.choice([0.0, 0.0, 0.3])  # over many dead rows
         self.peace_at = self.now + random.uniform(0.2, 6.0)
 
+        self.batch = Random(-9 - seed).choice([1, 1, 1, 4])  # the most jobs of a call
         self.engine = Engine(
             concurrency=self.concurrency,
             poll_interval=self.poll_interval,
@@ -575,6 +577,8 @@ class History:
             tokens=count(1),
             transactional={"transactional"} if random.random() < 0.5 else set(),
             names_keys=True,
+            batches={"ordinary": self.batch, "transactional": self.batch} if self.batch > 1 else None,
+            only_batches=True,
         )
         self.streams = seed % 2 == 1
         self.keys = random.choice([0.0, 0.0, 0.3, 1.0])  # the share of jobs that have one
@@ -616,6 +620,7 @@ class History:
         # The handlers.
         self.waiting: deque[Claimed] = deque()
         self.busy = 0
+        self.call_of: dict[Key, int] = {}  # by job: the call that it runs in
         self.running: set[Key] = set()
         self.outcomes: list[Outcome] = []
         self.late: list[Outcome] = []  # of handlers that were given up
@@ -842,9 +847,7 @@ class History:
                 self.given_up.add(key)
                 silent.append(claimed)
                 self.running.discard(key)
-                if self.busy == self.concurrency:
-                    self.slots_free_since = self.now
-                self.busy -= 1
+                self._leave_slot(key)
                 self.group.discard(key)
         if silent:
             engine.handlers_given_up(silent)
@@ -905,8 +908,30 @@ class History:
 
     # -- handlers -----------------------------------------------------------------------------
 
+    @property
+    def taken(self) -> int:
+        """How many slots run calls; a call ends with the last of its jobs."""
+        return len(set(self.call_of.values()))
+
+    def _leave_slot(self, key: Key) -> None:
+        was_full = self.taken == self.concurrency
+        del self.call_of[key]
+        self.busy -= 1
+        if was_full and self.taken < self.concurrency:
+            self.slots_free_since = self.now
+
+    def _measure(self) -> None:
+        """As QueueControl._measure: jobs in the calls of others need no slot."""
+        pace = self.engine.pace
+        if isinstance(pace, BatchPace):
+            pace.merged, pace.free = self.busy - self.taken, self.concurrency - self.taken
+
     def _start_handlers(self) -> None:
-        while self.waiting and self.busy < self.concurrency:
+        call, room = 0, 0
+        while self.waiting and (room or self.taken < self.concurrency):
+            if not room:
+                call, room = next(self._numbers), self.batch
+            room -= 1
             claimed = self.waiting.popleft()
             promise(not self.stopping, f"{claimed.job.id}: started after the shutdown")
             if self.unknown and not self.peace and self.fates.random() < self.unknown:
@@ -921,6 +946,7 @@ class History:
                 self.woken = True
                 continue
             self.busy += 1
+            self.call_of[claimed.job.id, claimed.token] = call
             self.running.add((claimed.job.id, claimed.token))
             took = self._duration()
             self.last_end = max(self.last_end, self.now + took)
@@ -947,9 +973,7 @@ class History:
         if key not in self.running:
             return  # it has ended early
         self.running.remove(key)
-        if self.busy == self.concurrency:
-            self.slots_free_since = self.now
-        self.busy -= 1
+        self._leave_slot(key)
         self.group.discard((claimed.job.id, claimed.token))
         self.outcomes.append(self._transact(Outcome(claimed, self._result(), took)))
         self.finished[claimed.job.id, claimed.token] = self.now
@@ -1064,6 +1088,7 @@ class History:
 
     def _finish(self) -> None:
         outcomes, self.outcomes, self.late = [*self.late, *self.outcomes], [], []
+        self._measure()
         self._tell(self.engine.finish(outcomes))
 
     def _sleep(self, until: float) -> None:
@@ -1276,7 +1301,8 @@ class History:
                 return
             promise(exchange.claim.limit > 0, "claims nothing")
             promise(wanted <= self.engine.pace.capacity, "claims more than its capacity")
-            promise(wanted <= self.concurrency + MOST_AHEAD, "claims far too much")
+            most = self.concurrency + MOST_AHEAD + (self.batch > 1) * (self.busy + MOST_AHEAD)
+            promise(wanted <= most, "claims far too much")
             if isinstance(exchange.claim, ClaimGroup):
                 alone = self.group and self.now < self.group_until
                 promise(not alone, "claims a group beside another")
@@ -1463,7 +1489,7 @@ class History:
         self._check_freedom()
         for priority in self.engine._lookout.marks._marks:
             self.known_at.setdefault(priority, self.now)
-        if self.busy >= self.concurrency or self.waiting or self.outcomes:
+        if self.taken >= self.concurrency or self.waiting or self.outcomes:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
         patience = max(self.poll_interval, REST * self.longest_pass) + self.longest_pass + 0.2
