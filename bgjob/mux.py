@@ -587,7 +587,8 @@ class Mux:
         mux._state = state  # noqa: SLF001 (its own class)
         for route in self._routes.values():
             if route.calling.asks_state:
-                mux._route(route.policy, route.calling, transactional=route.is_transactional)
+                is_transactional = route.is_transactional
+                mux._route(route.policy, route.calling, transactional=is_transactional)  # noqa: SLF001
         return mux
 
     def copy(self) -> Self:

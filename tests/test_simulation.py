@@ -577,7 +577,9 @@ class History:
             tokens=count(1),
             transactional={"transactional"} if random.random() < 0.5 else set(),
             names_keys=True,
-            batches={"ordinary": self.batch, "transactional": self.batch} if self.batch > 1 else None,
+            batches={"ordinary": self.batch, "transactional": self.batch}
+            if self.batch > 1
+            else None,
             only_batches=True,
         )
         self.streams = seed % 2 == 1
