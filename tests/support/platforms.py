@@ -31,6 +31,7 @@ class KqueueSelector(selectors.SelectSelector):
     "Stands for that of macOS."
 
 take_away(os, "sched_getaffinity", "eventfd", "pidfd_open", "posix_fadvise", "pipe2")
+os.process_cpu_count = os.cpu_count  # Python 3.13's would call the first of them
 take_away(select, "poll", "epoll")
 take_away(selectors, "PollSelector", "EpollSelector")
 selectors.DefaultSelector = KqueueSelector
@@ -70,11 +71,8 @@ if IS_WINDOWS:
     class ProactorEventLoop(asyncio.SelectorEventLoop):
         "Stands for asyncio's default loop on Windows."
 
-    class Policy(asyncio.DefaultEventLoopPolicy):
-        _loop_factory = ProactorEventLoop
-
     asyncio.ProactorEventLoop = ProactorEventLoop
-    asyncio.set_event_loop_policy(Policy())
+    asyncio.new_event_loop = asyncio.events.new_event_loop = ProactorEventLoop
 """
 
 
