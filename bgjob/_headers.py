@@ -72,10 +72,10 @@ def checked(headers: Mapping[str, Any]) -> Headers:
         raise TypeError(f"headers cannot be encoded as JSON: {error}") from error
     if b"null" in data and has_non_finite(plain):
         raise ValueError("headers hold NaN or infinity, which JSON cannot express")
-    if _NUL.search(data):
+    if b"\\u0000" in data and _NUL.search(data):
         raise ValueError("headers must not contain NUL, which PostgreSQL cannot hold in a text")
     found = Headers(orjson.loads(data))
-    size = len(stored(found) or "")
+    size = len(data) if data.isascii() else len(stored(found) or "")
     if size > MOST_BYTES:
         raise ValueError(
             f"headers must have at most {MOST_BYTES:,} bytes as JSON in ASCII, not {size:,}, "

@@ -214,10 +214,13 @@ class EnqueueRequest:
         """
         # Not dataclasses.replace, which would check and encode the whole request again.
         copy = object.__new__(type(self))
-        for each in fields(self):
-            object.__setattr__(copy, each.name, getattr(self, each.name))
+        for name in _FIELDS:
+            object.__setattr__(copy, name, getattr(self, name))
         object.__setattr__(copy, "headers", checked({**self.headers, **headers}))
         return copy
+
+
+_FIELDS = tuple(each.name for each in fields(EnqueueRequest))
 
 
 class Job(NamedTuple):

@@ -5,6 +5,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from html import escape
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -34,7 +35,9 @@ from bgjob._sql import enqueues
 from bgjob._sql.notices import LOCK_CLASS, bucket
 from bgjob.client import OnEnqueue
 from bgjob.errors import RequestsRequiredError
+from bgjob.ext.web import create_app
 from bgjob.ext.web.redaction import MASK, Shown
+from bgjob.ext.web.traces import trace_of
 from bgjob.schedule import Schedule
 from bgjob.testing import assert_enqueued, drain
 
@@ -274,6 +277,75 @@ def test_the_page_shows_headers_as_it_shows_payloads(plain_client: Client, dsn: 
     plain_client.enqueue(request("c", headers={}))
     with opened(dsn) as pages:
         assert "<h2>Headers</h2>" not in pages.get("/jobs/c").text
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TEMPLATE = "https://traces.example.com/{trace_id}?x={y}&<b>#'"
+
+
+def test_the_page_of_a_job_links_to_its_trace(plain_client: Client, dsn: str) -> None:
+    context = f"00-{TRACE}-b7ad6b7169203331-01"
+    headers = {"traceparent": context, "tracestate": "x=1"}
+    plain_client.bulk_enqueue([request(id_, headers=headers) for id_ in "ab"])
+    plain_client.jobs.cancel("b")
+    url = TEMPLATE.replace("{trace_id}", TRACE)
+    link = f'<a href="{escape(url, quote=True).replace("&#x27;", "&#39;")}" rel="noreferrer">{TRACE}</a>'
+    for page in ("/jobs/a", "/dead/1"):
+        with opened(dsn, trace_url=TEMPLATE, payloads="hide") as pages:
+            assert pages.json(page)["trace"] == {"id": TRACE, "url": url}
+            assert link in pages.get(page).text
+        with opened(dsn) as pages:
+            assert pages.json(page)["trace"] is None and "noreferrer" not in pages.get(page).text
+        for redact in (lambda shown: None, lambda shown: replace(shown, headers={})):
+            with opened(dsn, trace_url=TEMPLATE, redact=redact) as pages:
+                assert TRACE not in pages.get(page).text
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        7,
+        [f"00-{TRACE}-b7ad6b7169203331-01"],
+        "javascript:alert(1)",
+        f"00-{TRACE.upper()}-b7ad6b7169203331-01",
+        f"00-{'0' * 32}-b7ad6b7169203331-01",
+        f"ff-{TRACE}-b7ad6b7169203331-01",
+        f"00-{TRACE}-b7ad6b7169203331-01\n",
+        f"00-{TRACE}/../x-b7ad6b7169203331-01",
+        f"00-{TRACE}-b7ad6b7169203331-01-" + "x" * 3000,
+        "00-" + "١" * 32 + "-b7ad6b7169203331-01",
+    ],
+    ids=range(10),
+)
+def test_a_header_that_is_no_context_of_a_trace_is_no_link(context: Any) -> None:
+    assert trace_of({"traceparent": context}, TEMPLATE) is None
+
+
+def test_a_context_of_a_later_version_is_one() -> None:
+    assert trace_of({"traceparent": f"01-{TRACE}-b7ad6b7169203331-01-more"}, TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "javascript:alert('{trace_id}')",
+        "//traces.example.com/{trace_id}",
+        "https://traces.example.com/",
+        "https:///{trace_id}",
+        "https://{trace_id}.example.com/",
+        "https://traces.example.com/ {trace_id}",
+        "https://traces.example.com/\n{trace_id}",
+        "http://[::1/{trace_id}",
+        "{trace_id}",
+    ],
+)
+def test_a_template_that_is_no_address_of_a_trace_is_refused_at_the_start(
+    dsn: str, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="trace_url must be an address"):
+        create_app(dsn, access=lambda request: None, trace_url=address)
+    assert cli.main(["web", "--dsn", dsn, "--listen", "127.0.0.1:0", "--trace-url", address]) == 2
+    assert "trace_url must be an address" in capsys.readouterr().err
 
 
 # -- what nobody uses costs nothing ------------------------------------------------------

@@ -513,12 +513,10 @@ def _jobs(rows: Sequence[Row]) -> list[Job]:
 
 def jobs_of(rows: Sequence[Row]) -> list[Job]:
     """Return the jobs of rows that begin with JOB_COLUMNS."""
-    columns = map(add, map(_job_columns, rows), repeat((NO_HEADERS,)))
-    jobs = list(map(_make_job, columns))
     if any(map(_headers, rows)):
-        texts = map(_headers, rows)
-        jobs = [j._replace(headers=read(t)) if t else j for j, t in zip(jobs, texts, strict=True)]
-    return jobs
+        return [_make_job((*row[:_HEADERS], read(row[_HEADERS]))) for row in rows]
+    columns = map(add, map(_job_columns, rows), repeat((NO_HEADERS,)))
+    return list(map(_make_job, columns))
 
 
 def _swept(rows: Sequence[Row]) -> Swept:

@@ -65,6 +65,13 @@ def add(commands: "Commands") -> None:
         help="answer on /metrics what the database holds, for a Prometheus that sends the token; "
         "needs the extra prometheus. One exporter for a database is enough",
     )
+    parser.add_argument(
+        "--trace-url",
+        default="",
+        metavar="URL",
+        help="where another site shows a trace, such as https://traces.example.com/{trace_id}: the "
+        "page of a job with a trace's context in its headers links to it",
+    )
     parser.add_argument("--name", default="", help="the installation's name, such as production")
     parser.add_argument("--colour", choices=_COLOURS, default="grey", help="its colour")
     parser.add_argument(
@@ -145,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
             colour=args.colour,
             root_path=args.root_path.rstrip("/"),
             metrics=args.metrics,
+            trace_url=args.trace_url,
         )
     except ImportError as error:
         raise UsageError(

@@ -29,6 +29,7 @@ from bgjob.ext.web.redaction import Payloads, Redact, Redaction
 from bgjob.ext.web.rendering import environment
 from bgjob.ext.web.schemes import Proxies
 from bgjob.ext.web.site import OnAction, Settings, Site
+from bgjob.ext.web.traces import check_template
 from bgjob.ext.web.views import ConfirmPage
 from bgjob.ext.web.visit import Visit, own_path
 
@@ -52,6 +53,7 @@ def create_app(
     hosts: Iterable[str] | None = None,
     trust: Iterable[str] = (),
     metrics: bool = False,
+    trace_url: str = "",
 ) -> "WebApp":
     """Return the page as an ASGI application.
 
@@ -91,11 +93,15 @@ def create_app(
         metrics: whether it answers on `/metrics` what the database holds, for a Prometheus that
             has access, for example by a Bearer token; False by default. It needs the extra
             `prometheus`. One exporter for a database is enough: this, or `bgjob metrics`.
+        trace_url: the address at which another site shows a trace, with {trace_id} in its place,
+            such as "https://traces.example.com/trace/{trace_id}": the page of a job whose headers
+            have a `traceparent` links to it. No link by default.
 
     Raises:
         ImportError: `metrics` without its extra.
         TypeError: `source` or `access` is of a wrong type.
-        ValueError: an invalid connection string, colour, `payloads`, `root_path` or network.
+        ValueError: an invalid connection string, colour, `payloads`, `root_path`, `trace_url`
+            or network.
 
     """
     if not callable(access):
@@ -106,6 +112,8 @@ def create_app(
         raise ValueError(f"payloads must be show, mask or hide, not {payloads!r}")
     if root_path and not root_path.startswith("/"):
         raise ValueError(f"root_path must begin with a slash, such as /bgjob, not {root_path!r}")
+    if trace_url:
+        check_template(trace_url)
     settings = Settings(
         access=access,
         on_action=on_action,
@@ -113,6 +121,7 @@ def create_app(
         colour=colour,
         is_read_only=read_only,
         hosts=None if hosts is None else guard.hosts_of(hosts),
+        trace_url=trace_url,
     )
     site = Site(settings, Redaction(payloads, redact), parameters_of(source))
     return WebApp(site, root_path.rstrip("/"), Proxies(trust), Exporter(site) if metrics else None)

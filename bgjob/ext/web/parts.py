@@ -56,6 +56,14 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """The trace that a job belongs to; `url` is the address that shows it, of another site."""
+
+    id: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
 class Phrase:
     """A part of the sentence at the top; `link` is a path below the root with its query.
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib import resources
 from typing import Any, TypeAlias, TypeVar
@@ -16,8 +16,10 @@ from bgjob.ext.web.access import Check
 from bgjob.ext.web.database import Reader, Writer
 from bgjob.ext.web.frame import Colour
 from bgjob.ext.web.kept import Kept
-from bgjob.ext.web.redaction import Redaction
+from bgjob.ext.web.parts import Trace
+from bgjob.ext.web.redaction import Redaction, Shown
 from bgjob.ext.web.replays import Replays
+from bgjob.ext.web.traces import trace_of
 from bgjob.stats import Overview
 from bgjob.workers import WorkerStatus
 
@@ -41,6 +43,7 @@ class Settings:
     colour: Colour
     is_read_only: bool
     hosts: frozenset[str] | None
+    trace_url: str
 
 
 @dataclass(slots=True)
@@ -101,6 +104,11 @@ class Site:
             return found
 
         return await self.keep("overview", ask)
+
+    def trace_of(self, shown: Shown) -> Trace | None:
+        """Return the link to the trace of a job, if its headers may be seen and name one."""
+        left = self.redaction.of(replace(shown, arg=None, error=None))
+        return None if left is None else trace_of(left.headers, self.settings.trace_url)
 
     async def workers(self) -> list[WorkerStatus]:
         """Return the registered workers."""

@@ -22,6 +22,7 @@ from bgjob.ext.web.parts import (
     QueueRow,
     QueueTable,
     Text,
+    Trace,
     Trouble,
     Why,
     WorkerRow,
@@ -180,6 +181,7 @@ class JobPage:
     payload: Text | None = None
     headers: Text | None = None
     error: Text | None = None
+    trace: Trace | None = None
     dead: tuple[DeadRow, ...] = ()
     buttons: tuple[Button, ...] = ()
 
@@ -290,6 +292,7 @@ class DeadJobPage:
     payload: Text
     headers: Text
     error: Text
+    trace: Trace | None
     is_alive: bool
     buttons: tuple[Button, ...] = ()
 

@@ -221,6 +221,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
         payload,
         headers,
         redaction.whole_error(shown),
+        visit.site.trace_of(replace(shown, headers=job.headers)),
         live is not None and not isinstance(live, Trouble),
         (
             Button("Requeue", path("dead", "requeue"), "requeue", fields),

@@ -135,6 +135,7 @@ async def job(visit: Visit) -> JobPage:
             at=at,
         ),
         error=redaction.whole_error(shown),
+        trace=visit.site.trace_of(replace(shown, headers=found.headers)),
         buttons=_buttons(found),
     )
 
