@@ -59,9 +59,9 @@ class Inbox(Transport):
         return [each for each in self.all if each.get("type") == "transaction"]
 
 
-@pytest.fixture
-def inbox() -> Iterator[Inbox]:
-    """The inbox of an SDK that is initialized for one test."""
+@contextmanager
+def initialized(**options: Any) -> Iterator[Inbox]:
+    """Initialize the SDK with a transport in memory, for one test."""
     inbox = Inbox()
     sentry_sdk.init(
         "http://key@localhost/1",
@@ -70,12 +70,19 @@ def inbox() -> Iterator[Inbox]:
         auto_enabling_integrations=False,
         auto_session_tracking=False,
         enable_backpressure_handling=False,
+        **options,
     )
     try:
         yield inbox
     finally:
         sentry_sdk.get_client().close(timeout=0)
         Scope.get_global_scope().set_client(None)
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    with initialized() as inbox:
+        yield inbox
 
 
 @pytest.fixture
@@ -330,6 +337,36 @@ def test_jobs_at_once_do_not_mix_their_scopes(
     assert eventually(lambda: len(inbox.events) == 4)
     for event in inbox.events:
         assert event["tags"]["own"] == event["exception"]["values"][0]["value"]
+
+
+@pytest.mark.skipif(not hasattr(sentry_sdk, "traces"), reason="the SDK streams no spans")
+def test_where_the_sdk_streams_spans_they_are_of_one_trace(dsn: str) -> None:
+    answers: Iterator[Any] = iter([None, MoveToDlq(KeyError("x"))])
+    with initialized(trace_lifecycle="stream") as inbox:
+        sentry = Sentry()
+        mux = mux_of(sentry, lambda job: next(answers))
+        with Client(dsn, on_enqueue=sentry.on_enqueue) as client:
+            with sentry_sdk.traces.start_span(name="request") as request:
+                client.bulk_enqueue([EnqueueRequest("q", "t", id="a")])
+                client.bulk_enqueue(EnqueueRequest("q", "t", id=id_) for id_ in "b")
+            client.do("q", mux)
+            client.do("q", mux)
+        sentry_sdk.flush(PATIENCE)
+        [event] = [each for each in inbox.all if "exception" in each]
+        spans = [span for each in inbox.all for span in each.get("items", ())]
+    told = [
+        (span["attributes"]["sentry.op"]["value"], span["name"], span["status"])
+        for span in spans
+        if "sentry.op" in span["attributes"]
+    ]
+    assert sorted(told) == [
+        ("queue.process", "t", "error"),
+        ("queue.process", "t", "ok"),
+        ("queue.publish", "bulk enqueue", "ok"),
+        ("queue.publish", "q", "ok"),
+    ]
+    assert {span["trace_id"] for span in spans} == {request.trace_id}
+    assert event["contexts"]["trace"]["trace_id"] == request.trace_id
 
 
 def test_before_init_nothing_is_written_or_captured(dsn: str, conn: psycopg.Connection) -> None:

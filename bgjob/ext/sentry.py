@@ -77,12 +77,12 @@ class Sentry(NoopObserver):
         if not sentry_sdk.is_initialized():
             yield requests
             return
-        with sentry_sdk.start_span(op="queue.publish") as span:
-            if isinstance(requests, Sized) and len(requests) == 1:
-                [request] = requests = [*requests]
-                span.description = request.queue
-                span.set_data("messaging.message.id", request.id)
-                span.set_data("messaging.destination.name", request.queue)
+        name, data = "bulk enqueue", {}
+        if isinstance(requests, Sized) and len(requests) == 1:
+            [request] = requests = [*requests]
+            name = request.queue
+            data = _message(request.id, request.queue)
+        with _publish_span(name, data):
             trace = sentry_sdk.get_traceparent()
             baggage = sentry_sdk.get_baggage()
             yield (_with_trace(request, trace, baggage) for request in requests)
@@ -143,9 +143,11 @@ class Sentry(NoopObserver):
         if not sentry_sdk.is_initialized():
             yield run
             return
-        with _scope_of(job) as transaction, sentry_sdk.start_transaction(transaction):
-            if start.waited is not None:
-                transaction.set_data("messaging.message.receive.latency", start.waited * 1000)
+        data = _message(job.id, job.queue)
+        data["messaging.message.retry.count"] = job.attempt - 1
+        if start.waited is not None:
+            data["messaging.message.receive.latency"] = start.waited * 1000
+        with _scope_of(job) as headers, _process_span(job.type, headers, data) as has_failed:
             run.context = copy_context()
             if start.is_observed:
                 self._runs.keep(job, run)
@@ -157,11 +159,9 @@ class Sentry(NoopObserver):
                 raise
             else:
                 if isinstance(run.result, Retry | MoveToDlq):
-                    transaction.set_status("internal_error")
+                    has_failed()
                     if not start.is_observed:
                         self._capture_result(run.result)
-                else:
-                    transaction.set_status("ok")
             finally:
                 # In it the error may have been captured already, which is not repeated.
                 run.context = copy_context()
@@ -218,7 +218,7 @@ class _Run:
 
 @contextmanager
 def _scope_of(job: Job) -> Iterator[Any]:
-    """Open an isolation scope that names a job, and yield its transaction, not started."""
+    """Open an isolation scope that names a job, and yield the headers of its trace."""
     with sentry_sdk.isolation_scope() as scope:
         scope.clear_breadcrumbs()
         headers = {
@@ -226,12 +226,7 @@ def _scope_of(job: Job) -> Iterator[Any]:
             for name in (_TRACE, _BAGGAGE)
             if isinstance(value := job.headers.get(name), str)
         }
-        transaction = sentry_sdk.continue_trace(
-            headers, op="queue.process", name=job.type, source="task"
-        )
-        transaction.set_data("messaging.message.id", job.id)
-        transaction.set_data("messaging.destination.name", job.queue)
-        transaction.set_data("messaging.message.retry.count", job.attempt - 1)
+        sentry_sdk.continue_trace(headers)  # also for errors, without a span
         scope.set_transaction_name(job.type, source="task")
         scope.set_tag("bgjob.queue", job.queue)
         scope.set_tag("bgjob.type", job.type)
@@ -245,7 +240,53 @@ def _scope_of(job: Job) -> Iterator[Any]:
                 "priority": job.priority,
             },
         )
-        yield transaction
+        yield headers
+
+
+@contextmanager
+def _publish_span(name: str, data: dict[str, Any]) -> Iterator[None]:
+    if traces := _streaming():
+        with traces.start_span(name, data | {"sentry.op": "queue.publish"}):
+            yield
+        return
+    with sentry_sdk.start_span(op="queue.publish") as span:
+        span.description = name
+        for key, value in data.items():
+            span.set_data(key, value)
+        yield
+
+
+@contextmanager
+def _process_span(
+    name: str, headers: dict[str, str], data: dict[str, Any]
+) -> Iterator[Callable[[], None]]:
+    """Open the span of a handler, and yield a function that marks it as failed."""
+    if traces := _streaming():
+        traces.continue_trace(headers)
+        data |= {"sentry.op": "queue.process", "sentry.segment.name.source": "task"}
+        with traces.start_span(name, data, parent_span=None) as streamed:
+            yield lambda: setattr(streamed, "status", "error")
+        return
+    transaction = sentry_sdk.continue_trace(headers, op="queue.process", name=name, source="task")
+    for key, value in data.items():
+        transaction.set_data(key, value)
+    transaction.set_status("ok")
+    with sentry_sdk.start_transaction(transaction):
+        yield lambda: transaction.set_status("internal_error")
+
+
+def _streaming() -> Any:
+    """Return the functions for spans that are sent one by one, if the SDK has and uses them."""
+    try:
+        from sentry_sdk import traces  # noqa: PLC0415 (of later versions)
+        from sentry_sdk.tracing_utils import has_span_streaming_enabled  # noqa: PLC0415
+    except ImportError:
+        return None
+    return traces if has_span_streaming_enabled(sentry_sdk.get_client().options) else None
+
+
+def _message(id_: str, queue: str) -> dict[str, Any]:
+    return {"messaging.message.id": id_, "messaging.destination.name": queue}
 
 
 def _capture_of(job: Job, run: _Run | None, error: BaseException | str) -> None:
