@@ -166,11 +166,11 @@ def test_every_option_arrives(dsn: str, conn: psycopg.Connection) -> None:
     made = [
         EnqueueRequest("q", "t", bytes(range(256)), id="bytes", priority=-3, exclusive="key"),
         EnqueueRequest("q", "t", {"é": None}, id="delayed", delay=timedelta(seconds=60)),
-        EnqueueRequest("q", "t", id="timed", run_at=run_at),
+        EnqueueRequest("q", "t", id="timed", run_at=run_at, headers={"é": ["✓", 1]}),
         *(EnqueueRequest(name, name, id=name, exclusive=name[:99]) for name in HOSTILE),
     ]
     select = (
-        "select id, queue, type, arg, priority, exclusive, case when id = 'timed' then next_run_at "
+        "select id, queue, type, arg, priority, exclusive, headers::text, case when id = 'timed' then next_run_at "
         "end, round(extract(epoch from next_run_at - created_at)) = 60 from bgjob_job order by id"
     )
     with Client(dsn) as client:

@@ -223,7 +223,7 @@ in_every_driver = pytest.mark.parametrize(
 )
 
 WRITTEN = """
-    select id, queue, type, arg, priority, exclusive, attempt, waits, token,
+    select id, queue, type, arg, priority, exclusive, headers::text, attempt, waits, token,
         case when id = 'timed' then next_run_at::text
             else extract(epoch from next_run_at - created_at)::int::text end
     from bgjob_job order by id
@@ -233,6 +233,7 @@ REQUESTS = [
     EnqueueRequest("q", "t", id="plain"),
     EnqueueRequest("q", "t", bytes(range(256)), id="bytes", priority=-32768),
     EnqueueRequest("q", "t", {"a": "é"}, id="delayed", delay=60, exclusive="key", priority=1),
+    EnqueueRequest("q", "t", id="headers", headers={"é": ["✓", 1], "n": None}),
     EnqueueRequest("q", "t", id="timed", run_at=datetime.now(UTC) + timedelta(hours=1)),
     EnqueueRequest("q", "t", id="past", run_at=datetime(2000, 1, 1, tzinfo=UTC)),
     *(EnqueueRequest(name, name, id=name, exclusive=name[:99]) for name in HOSTILE),
@@ -253,7 +254,7 @@ def test_the_statement_writes_what_a_client_writes(
     expected = rows(conn, WRITTEN)
     conn.execute("delete from bgjob_job")
 
-    for request in REQUESTS[:5]:
+    for request in REQUESTS[:6]:
         assert len(send(producer, *bgjob.sql.enqueue(request, style))) == 1
         assert send(producer, *bgjob.sql.enqueue(request, style)) == []
     [[written, *_]] = send(producer, *bgjob.sql.enqueue_many(REQUESTS, style))
@@ -286,7 +287,7 @@ def test_the_statement_is_the_one_that_bgjob_sends(*, notify: bool) -> None:
     def spaceless(text: Any) -> str:
         return re.sub(r"\s+|(?<=\))b", "", text.replace(")b", ")s"))
 
-    for request in REQUESTS[:5]:
+    for request in REQUESTS[:6]:
         text, parameters = bgjob.sql.enqueue(request, notify=notify)
         own = enqueues.enqueue(request, notify=notify)
         assert (spaceless(text), parameters) == (spaceless(own.text), own.params)

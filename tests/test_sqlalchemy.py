@@ -249,11 +249,11 @@ def test_every_option_arrives(program: Program, conn: psycopg.Connection) -> Non
     made = [
         EnqueueRequest("q", "t", bytes(range(256)), id="bytes", **full),
         EnqueueRequest("q", "t", {"é": None}, id="delayed", delay=60, **full),
-        EnqueueRequest("q", "t", id="timed", run_at=run_at),
+        EnqueueRequest("q", "t", id="timed", run_at=run_at, headers={"é": ["✓", 1]}),
         *(EnqueueRequest(name, name, id=name, exclusive=name[:99]) for name in HOSTILE),
     ]
     select = (
-        "select id, queue, type, arg, priority, exclusive, case when id = 'timed' then next_run_at "
+        "select id, queue, type, arg, priority, exclusive, headers::text, case when id = 'timed' then next_run_at "
         "end, round(extract(epoch from next_run_at - created_at)) = 60 from bgjob_job order by id"
     )
     with Client(program.dsn) as client:
