@@ -51,7 +51,7 @@ import flask_orders
 from bgjob import Client, EnqueueRequest
 from flask_orders import create_worker
 
-client = Client(os.environ["DATABASE_URL"])
+client = Client(os.environ["DATABASE_URL"] + "&application_name=elsewhere")
 client.stats()  # with --preload its connection is there before the fork
 
 
@@ -233,6 +233,12 @@ def test_an_application_under_gunicorn_shares_no_connection_between_its_processe
         return len(set(answers.values())) == 2
 
     assert eventually(both_answered)
+    # Of gunicorn's two processes, of the worker's, and of the one that forked.
+    clients = (
+        "select count(*) from pg_stat_activity "
+        "where datname = current_database() and application_name = 'elsewhere'"
+    )
+    assert row(conn, clients) == (4 if options else 3,)
     jobs = conn.execute("delete from bgjob_job where queue = 'elsewhere' returning id").fetchall()
     assert sorted(id for (id,) in jobs) == sorted(answers)
     for program in programs:
