@@ -27,6 +27,7 @@ from bgjob import (
     Result,
     Retry,
 )
+from bgjob.checkpoint import AsyncCheckpoint, Checkpoint
 from bgjob.codec import Codec
 from bgjob.ext import asyncpg as of_asyncpg, sqlalchemy as of_sqlalchemy
 
@@ -159,6 +160,50 @@ def wrong_option(job: Job) -> None: ...
 @mux.handler("wrong", max_attempts="5")  # error
 def wrong_value_of_an_option(job: Job) -> None: ...
 
+
+# -- a checkpoint ---------------------------------------------------------------------------
+
+
+@mux.handler("right")
+def saves(job: Job, checkpoint: Checkpoint[Mail]) -> Result | None:
+    if checkpoint.value is not None:
+        assert_type(checkpoint.value.to, str)
+    checkpoint.save(Mail("ann"))
+    with checkpoint.transaction() as conn:
+        assert_type(conn, psycopg.Connection[Any])
+        checkpoint.save(Mail("ann"))
+    checkpoint.save("ann")  # error
+    checkpoint.value.to  # error
+    checkpoint.value = Mail("ann")  # error
+    checkpoint.stopping()  # error
+    return Reschedule(0) if checkpoint.stopping else None
+
+
+@mux.handler(Mail, timeout=5)
+async def asaves(mail: Mail, *, checkpoint: AsyncCheckpoint[list[int]], job: Job) -> None:
+    assert_type(checkpoint.value, list[int] | None)
+    await checkpoint.save([5])
+    async with checkpoint.transaction() as conn:
+        assert_type(conn, psycopg.AsyncConnection[Any])
+        await checkpoint.save([5, 6])
+    await checkpoint.save(["5"])  # error
+    with checkpoint.transaction():  # error
+        pass
+
+
+@mux.handler("right")
+def saves_anything(job: Job, checkpoint: Checkpoint) -> None:
+    checkpoint.save({"rows": 5})
+    assert_type(checkpoint.value, Any | None)
+
+
+@mux.handler("wrong")  # error
+def saves_and_returns(job: Job, checkpoint: Checkpoint[int]) -> int:
+    raise NotImplementedError
+
+
+mux.register("right", saves).register(Mail, asaves)
+mux.register("wrong", asaves)  # error
 
 # -- a class: the function takes a value of it ----------------------------------------------
 
