@@ -3,14 +3,20 @@
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, cast
 
 import orjson
 
-from bgjob._payload.models import dataclass_codec, msgspec_codec, pydantic_codec
+from bgjob._payload.models import (
+    ModelCodec,
+    annotation_codec,
+    dataclass_codec,
+    msgspec_codec,
+    pydantic_codec,
+)
 
 T = TypeVar("T")
 
@@ -157,6 +163,27 @@ def codec_of(cls: type[T]) -> Codec[T]:
     """
     codec: Codec[T] = _codec_of(cast("Any", cls))
     return codec
+
+
+def codec_of_checkpoint(annotation: Any, job_type: str) -> Codec[Any]:
+    """Return the codec of a checkpoint whose value has this annotation.
+
+    That of a class with a codec, as of a typed job, or of a pydantic model or msgspec Struct;
+    otherwise any annotation that a field of a dataclass may have, such as `int` or `list[str]`.
+
+    Raises:
+        TypeError: the annotation has no form in JSON.
+
+    """
+    is_model = isinstance(annotation, type) and (
+        _is_a(annotation, "pydantic", "BaseModel") or _is_a(annotation, "msgspec", "Struct")
+    )
+    if is_model or (isinstance(annotation, type) and hasattr(annotation, "codec")):
+        codec = codec_of(annotation)
+        if isinstance(codec, ModelCodec):
+            return replace(codec, name=job_type, what="checkpoint")
+        return codec
+    return annotation_codec(annotation, job_type, "checkpoint")
 
 
 def check_codec(codec: object) -> None:

@@ -141,6 +141,7 @@ class AsyncDlq:
         self,
         ids: str | Iterable[str] | None = None,
         *,
+        keep_checkpoint: bool = True,
         conn: AsyncConnection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
@@ -151,6 +152,8 @@ class AsyncDlq:
 
         Args:
             ids: one id or several; None (the default) for any id.
+            keep_checkpoint: whether they go on from what their handlers saved (see
+                bgjob.checkpoint); True by default. False: they begin again.
             conn: a connection of the caller's.
             filters: those of DeadFilters.
 
@@ -158,7 +161,8 @@ class AsyncDlq:
             The ids of the requeued jobs.
 
         """
-        requeued = await self._run(dead.requeue(_filter(ids, filters)), conn)
+        moved = dead.requeue(_filter(ids, filters), keep_checkpoint=keep_checkpoint)
+        requeued = await self._run(moved, conn)
         if self._notify and requeued.queues and not is_two_phase(conn):
             await self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids
@@ -348,6 +352,7 @@ class Dlq:
         self,
         ids: str | Iterable[str] | None = None,
         *,
+        keep_checkpoint: bool = True,
         conn: Connection[Any] | None = None,
         **filters: Unpack[DeadFilters],
     ) -> builtins.list[str]:
@@ -358,6 +363,8 @@ class Dlq:
 
         Args:
             ids: one id or several; None (the default) for any id.
+            keep_checkpoint: whether they go on from what their handlers saved (see
+                bgjob.checkpoint); True by default. False: they begin again.
             conn: a connection of the caller's.
             filters: those of DeadFilters.
 
@@ -365,7 +372,8 @@ class Dlq:
             The ids of the requeued jobs.
 
         """
-        requeued = self._run(dead.requeue(_filter(ids, filters)), conn)
+        moved = dead.requeue(_filter(ids, filters), keep_checkpoint=keep_checkpoint)
+        requeued = self._run(moved, conn)
         if self._notify and requeued.queues and not is_two_phase(conn):
             self._run(enqueues.tell_all(requeued.queues), conn)
         return requeued.ids

@@ -118,7 +118,10 @@ class UnknownScheduleError(BgjobError, LookupError):
 
 
 class LeaseLostError(BgjobError):
-    """A job ran for longer than its lease; its result was not applied."""
+    """A job is not held any more: it ran for longer than its lease, or was cancelled.
+
+    Raised by `do` if its result was not stored, and to a handler by its checkpoint.
+    """
 
 
 class LoopBlockedError(BgjobError):

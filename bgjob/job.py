@@ -297,7 +297,7 @@ class PastJob(NamedTuple):
 
 
 class DeadJob(NamedTuple):
-    """A job in the dead-letter table: the attributes of Job, and four more.
+    """A job in the dead-letter table: the attributes of Job, and five more.
 
     Attributes:
         last_error: why it is there.
@@ -306,6 +306,7 @@ class DeadJob(NamedTuple):
         fingerprint: the same for jobs that died in the same way; see bgjob.triage.
         worker: the number of the worker that moved it, as in `client.workers()`, modulo
             1,048,576; None if it was not a worker, or one without a row.
+        checkpoint: the bytes that its handler saved last, or None; see bgjob.checkpoint.
 
     """
 
@@ -326,6 +327,7 @@ class DeadJob(NamedTuple):
     worker: int | None = None
     expires: datetime | None = None
     headers: Mapping[str, Any] = NO_HEADERS
+    checkpoint: bytes | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.

@@ -140,6 +140,8 @@ class LiveJob:
         is_replaced: whether a newer request with its id waits for its end.
         arg: its payload; None also in a list.
         headers: its headers, a dict that cannot be changed; empty also in a list.
+        checkpoint: the bytes that its handler saved last, as JSON unless its class has another
+            codec; None if there are none, and in a list. See bgjob.checkpoint.
         claimed_at: since when a worker holds it; None if none does, or if its claim does not
             tell.
         worker: the worker that holds it; None if none does, or if it is not in bgjob_worker.
@@ -167,6 +169,7 @@ class LiveJob:
     is_replaced: bool = False
     arg: bytes | None = None
     headers: Mapping[str, Any] = NO_HEADERS
+    checkpoint: bytes | None = None
     claimed_at: datetime | None = None
     worker: JobWorker | None = None
     lease_until: datetime | None = None

@@ -115,6 +115,8 @@ class Mux:
         self._state: object = NO_STATE
         self.transactional: set[str] = set()
         """The job types with a transactional handler."""
+        self.checkpointed: set[str] = set()
+        """The job types whose handler has a checkpoint."""
         self.kept: set[str] = set()
         """The job types whose completed jobs are kept."""
         self.batches: dict[str, BatchRoute] = {}
@@ -297,8 +299,9 @@ class Mux:
 
         The handler's first argument is the job; or the decoded payload, if the type
         is a class or has a codec. A transactional handler's second argument is the
-        connection. Further parameters are passed by name: `state`, the worker's; and
-        `job`, if the first argument is the payload.
+        connection. Further parameters are passed by name: `state`, the worker's; `job`, if the
+        first argument is the payload; and `checkpoint`, what earlier attempts have saved (see
+        bgjob.checkpoint), for a handler that is not transactional.
 
         A type has one handler. The same one may be registered again, as a cell of a
         notebook and a module that is reloaded do: a function, and a class, with the same
@@ -409,7 +412,11 @@ class Mux:
             is_batch=batch is not None,
         )
         self._route(policy, calling, transactional=transactional)
-        for names, has in ((self.transactional, transactional), (self.kept, keep)):
+        for names, has in (
+            (self.transactional, transactional),
+            (self.checkpointed, calling.checkpoint is not None),
+            (self.kept, keep),
+        ):
             (names.add if has else names.discard)(name)
         if before is not None:
             log.warning("%s", told_again(name, handler, before.calling.handler))
@@ -597,6 +604,7 @@ class Mux:
         mux._routes = dict(self._routes)  # noqa: SLF001 (its own class)
         mux.batches = dict(self.batches)
         mux.transactional, mux.kept = set(self.transactional), set(self.kept)
+        mux.checkpointed = set(self.checkpointed)
         return mux
 
     def check_bound(self) -> None:

@@ -42,6 +42,9 @@ create table bgjob_job (
     -- The newest request that replaced the job while it ran; its end writes it as a fresh job.
     successor   json,
     successor_arg bytea,
+    -- What the handler has saved; see bgjob.checkpoint. No index may cover it, so that a save is a
+    -- heap-only update.
+    checkpoint  bytea,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
@@ -112,6 +115,7 @@ create table bgjob_dead_job (
     token          bigint,
     headers        json,
     expires        timestamptz,
+    checkpoint     bytea,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 

@@ -917,6 +917,7 @@ LIVE = looks.Live(
     expires=None,
     expires_in=None,
     is_replaced=False,
+    saved=None,
 )
 
 

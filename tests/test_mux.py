@@ -426,8 +426,8 @@ def job_second(mail: SendMail, job: Job) -> None: ...
 @pytest.mark.parametrize(
     ("handler", "options", "expected"),
     [
-        (no_parameter, {}, r"handler\(job\), with state by name"),
-        (too_many, {}, r"handler\(job\), with state by name"),
+        (no_parameter, {}, r"handler\(job\), with state and checkpoint by name"),
+        (too_many, {}, r"handler\(job\), with state and checkpoint by name"),
         (two_more, {"transactional": True}, r"handler\(job, conn\), with state by name"),
         (lambda job: None, {"transactional": True}, r"handler\(job, conn\)"),
         (keywords, {}, r"handler\(job\)"),
@@ -439,7 +439,11 @@ def job_second(mail: SendMail, job: Job) -> None: ...
             {"transactional": True, "codec": RawCodec()},
             r"handler\(value, conn\), with job and state by name",
         ),
-        (no_parameter, {"codec": RawCodec()}, r"handler\(value\), with job and state by name"),
+        (
+            no_parameter,
+            {"codec": RawCodec()},
+            r"handler\(value\), with job, state and checkpoint by name",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

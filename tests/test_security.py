@@ -69,6 +69,7 @@ from bgjob._sql import (
     settlements,
     steering,
     survey,
+    transactions,
     workers,
 )
 from bgjob._sql.jobs import JobFilter
@@ -864,6 +865,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 history.old(),
                 *map(history.empty, range(8)),
                 steering.were_cancelled([claimed]),
+                transactions.save_checkpoint(claimed, b"1", lease=1),
             ]
         case "editor":
             live = JobFilter()

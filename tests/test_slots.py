@@ -633,6 +633,7 @@ class Control:
             queue="q",
             clock=ServerClock(),
             concurrency=concurrency,
+            lease=30.0,
             started=None,
             timed_out=lambda job, _: self.timed_out.append(job.id),
             finished=self._ring,

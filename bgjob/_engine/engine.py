@@ -52,6 +52,7 @@ class Engine:
         tokens: Iterator[int],
         queue: str = "",
         transactional: Collection[str] = (),
+        checkpointed: Collection[str] = (),
         names_keys: bool = False,
         kept: Collection[str] = (),
         batches: Mapping[str, int] | None = None,
@@ -60,6 +61,7 @@ class Engine:
         self._queue = queue  # for its events
         self._poll_interval = poll_interval
         self._transactional = transactional
+        self._in_transactions = {*transactional, *checkpointed}  # while handlers run, or at times
         self._kept = kept
         self._names_keys = names_keys  # whether handlers may find a key for a job that has none
         # Never so long that a lease could end meanwhile.
@@ -167,8 +169,8 @@ class Engine:
         self._cancels.abandon(claims)
 
     def give_up(self, claims: Iterable[Claimed]) -> None:
-        """End the sessions of transactional handlers whose jobs have failed before they end."""
-        self._doomed += [c for c in claims if c.job.type in self._transactional]
+        """End the sessions of handlers whose jobs have failed before they end."""
+        self._doomed += [c for c in claims if c.job.type in self._in_transactions]
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Record that jobs were taken back before they started: release them."""

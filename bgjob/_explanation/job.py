@@ -2,7 +2,7 @@
 
 from bgjob._explanation import words
 from bgjob._explanation.seen import Reasons, Seen
-from bgjob._sql.looks import CAP
+from bgjob._sql.looks import CAP, Live
 from bgjob._words import count, lasting, literal
 from bgjob.explanation import Reason
 
@@ -22,17 +22,14 @@ def running(seen: Seen) -> Reasons:
         text += f"{left} and is extended while it runs"
     else:
         text += f"{left}; unless it is extended, the job is then due again"
-    yield Reason(
-        "running",
-        False,
-        f"{text}." + (" A newer request with its id waits for its end." * job.is_replaced),
-        facts=facts
-        | {
-            "attempt": job.attempt,
-            "lease_until": job.lease_until,
-            "is_replaced": job.is_replaced,
-        },
-    )
+    facts |= {
+        "attempt": job.attempt,
+        "lease_until": job.lease_until,
+        "is_replaced": job.is_replaced,
+        "checkpoint": job.saved,
+    }
+    text += "." + " A newer request with its id waits for its end." * job.is_replaced
+    yield Reason("running", False, text + _saved(job), facts=facts)
 
 
 def lease_ended(seen: Seen) -> Reasons:
@@ -77,7 +74,15 @@ def not_due(seen: Seen) -> Reasons:
         return
     text += f"It is due in {lasting(job.due_in)}, at {words.moment(job.next_run_at)}"
     text += f", for attempt {job.attempt + 1}." if job.attempt else "."
-    yield Reason(code, False, text, facts=facts)
+    yield Reason(code, False, text + _saved(job), facts=facts | {"checkpoint": job.saved})
+
+
+def _saved(job: Live) -> str:
+    """Return how far it is, in words; the checkpoint itself may be private, as a payload is."""
+    if job.saved is None:
+        return ""
+    size = count(job.saved, "byte")
+    return f" It has saved a checkpoint of {size}: bgjob job show {words.argument(job.id)}"
 
 
 def expires(seen: Seen) -> Reasons:

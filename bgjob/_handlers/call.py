@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from inspect import Parameter
-from typing import Any, Concatenate, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, TypeAlias, TypeVar, cast
 
 from psycopg import AsyncConnection, Connection
 
@@ -18,6 +18,9 @@ from bgjob.codec import Codec
 from bgjob.errors import PayloadError
 from bgjob.job import Job
 from bgjob.result import MoveToDlq, Result
+
+if TYPE_CHECKING:
+    from bgjob._handlers.checkpoints import Kind
 
 T = TypeVar("T")
 
@@ -76,6 +79,8 @@ class Calling:
     asks_state: bool
     needs_state: bool
     """Whether its parameter `state` has no default."""
+    checkpoint: "Kind | None" = None
+    """What its parameter `checkpoint` is given; None without one."""
     is_batch: bool = False
     """Whether it takes several jobs."""
 
@@ -95,8 +100,15 @@ class Calling:
         job, value = ("jobs", "values") if is_batch else ("job", "value")
         by_position = [value if codec else job, *(["conn"] if transactional else [])]
         by_name = [job, "state"] if codec else ["state"]
+        if not transactional:
+            by_name.append("checkpoint")
         asked = _asked(job_type, handler, by_position, by_name)
-        state = asked.get("state")
+        state, checkpoint = asked.get("state"), asked.get("checkpoint")
+        if is_batch and checkpoint is not None:
+            raise TypeError(
+                f"{_named(job_type, handler)} has both batch= and a parameter checkpoint: a call "
+                "of several jobs has no checkpoint; leave out one of the two"
+            )
         return cls(
             job_type,
             handler,
@@ -107,6 +119,7 @@ class Calling:
             asks_job=job in asked,
             asks_state=state is not None,
             needs_state=state is not None and state.default is Parameter.empty,
+            checkpoint=None if checkpoint is None else _kind(job_type, handler, checkpoint),
             is_batch=is_batch,
         )
 
@@ -154,6 +167,12 @@ class Calling:
         call = self.handler
         if self.asks_state and state is not NO_STATE:
             call = _like(partial(call, state=state), self.handler)
+        if self.checkpoint is not None:
+            from bgjob._handlers.checkpoints import asking, asking_async  # noqa: PLC0415 (few jobs have one)
+
+            ask = asking_async if self.is_coroutine else asking
+            refuse = partial(self._refuse, what="checkpoint")
+            call = _like(ask(call, self.checkpoint, refuse), self.handler)
         if self.codec is not None:
             decoding = self._decoding_all if self.is_batch else self._decoding
             call = _like(decoding(self.codec.decode, call), self.handler)
@@ -252,10 +271,11 @@ class Calling:
 
         return value_of
 
-    def _refuse(self, error: Exception) -> MoveToDlq:
+    def _refuse(self, error: Exception, what: str = "payload") -> MoveToDlq:
         if not isinstance(error, PayloadError):
             cause, text = error, f"{type(error).__name__}: {error}"
-            error = PayloadError(f"payload of job type {self.job_type!r} cannot be decoded: {text}")
+            of = f"{what} of job type {self.job_type!r}"
+            error = PayloadError(f"{of} cannot be decoded: {text}")
             error.__cause__ = cause
         return MoveToDlq(error)
 
@@ -309,6 +329,12 @@ def _asked(
     positional = [p for p in signature.parameters.values() if p.kind in _POSITIONAL]
     taken = [p.name for p in positional[: len(by_position)]]
     set_already = handler.keywords if isinstance(handler, partial) else {}
+    if "conn" in by_position and "checkpoint" in signature.parameters.keys() - set_already:
+        raise TypeError(
+            f"{_named(job_type, handler)} has a parameter checkpoint and is transactional: its one "
+            "transaction would undo what it saves; register it without transactional=True, and "
+            "commit each part of the work in a `with checkpoint.transaction() as conn`"
+        )
     asked = {
         name: parameter
         for name, parameter in signature.parameters.items()
@@ -325,13 +351,20 @@ def _asked(
         fits = False
     if not fits:
         expected = f"handler({', '.join(by_position)})"
+        names = " and ".join(", ".join(by_name).rsplit(", ", 1))
         raise TypeError(
             f"{_named(job_type, handler)} takes {signature}, but is called as {expected}, with "
-            f"{' and '.join(by_name)} by name if it has parameters of these names; "
-            "transactional=True adds the connection, a class or a codec passes the decoded value, "
-            "batch=... passes lists"
+            f"{names} by name if it has parameters of these names; transactional=True adds the "
+            "connection, a class or a codec passes the decoded value, batch=... passes lists"
         )
     return asked
+
+
+def _kind(job_type: str, handler: Callable[..., Any], checkpoint: Parameter) -> "Kind":
+    from bgjob._handlers.checkpoints import Kind  # noqa: PLC0415 (few jobs have one)
+
+    named, is_async = _named(job_type, handler), is_coroutine(handler)
+    return Kind.of(handler, checkpoint, job_type, named, is_coroutine=is_async)
 
 
 def _named(job_type: str, handler: Callable[..., Any]) -> str:

@@ -5,13 +5,16 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bgjob._handlers.call import Calling
 from bgjob._handlers.policy import TypePolicy
 from bgjob.errors import BgjobError, JobTimeoutError, QueueRequiredError
 from bgjob.job import EnqueueRequest, Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
+
+if TYPE_CHECKING:
+    from bgjob.checkpoint import AsyncStore, Store
 
 COMPLETE = Complete()
 """What a handler that returns None has answered; nearly all do."""
@@ -46,21 +49,29 @@ class Route:
     """Takes the job, and the connection if it is transactional."""
     is_coroutine: bool
     is_transactional: bool
+    has_store: bool = False
+    """Whether it is the route of one run, whose checkpoint has its store."""
     is_simple: bool = field(init=False)
-    """Whether it needs only a call: it has no transaction, no timeout and no batch."""
+    """Whether it needs only a call: no transaction, no checkpoint, no timeout and no batch."""
+    needs_session: bool = field(init=False)
+    """Whether it begins once a session was opened for it, and not before."""
+    needs_store: bool = field(init=False)
+    """Whether it has a checkpoint, which is yet to be fetched."""
 
     reports_start: bool = field(init=False)
-    """Whether its job starts later than its slot takes it: with a transaction, or in a batch."""
+    """Whether its job starts later than its slot takes it: with a session, or in a batch."""
 
     expected: ClassVar[str] = "Complete(), Retry(), Reschedule(), MoveToDlq() or None"
     """What its handler may return, for messages."""
 
     def __post_init__(self) -> None:
-        policy = self.policy
-        simple = not self.is_transactional and policy.timeout is None and policy.batch is None
-        object.__setattr__(self, "is_simple", simple)
-        reports = self.is_transactional or policy.batch is not None
-        object.__setattr__(self, "reports_start", reports)
+        needs_store = self.calling.checkpoint is not None and not self.has_store
+        needs_session = self.is_transactional or needs_store
+        object.__setattr__(self, "needs_store", needs_store)
+        object.__setattr__(self, "needs_session", needs_session)
+        reports_start = needs_session or self.policy.batch is not None
+        object.__setattr__(self, "reports_start", reports_start)
+        object.__setattr__(self, "is_simple", not reports_start and self.policy.timeout is None)
 
     def request(
         self, arg: Any, *, queue: str | None, priority: int | None, **options: Any
@@ -97,6 +108,13 @@ class Route:
             headers=request.headers,
         )
         return replace(request, arg=arg, exclusive=policy.key(job))
+
+    def holding(self, store: "Store | AsyncStore") -> "Route":
+        """Return the route of one run, whose checkpoint is in this store."""
+        from bgjob._handlers.checkpoints import holding, holding_async  # noqa: PLC0415 (few jobs have one)
+
+        hold: Callable[..., Any] = holding_async if self.is_coroutine else holding
+        return replace(self, handler=hold(self.handler, store), has_store=True)
 
     def run(self, job: Job) -> Result | Awaiting:
         """Run a plain handler; its exceptions become results."""

@@ -91,6 +91,11 @@ def dataclass_shape(cls: type, known: dict[type, Shape]) -> Shape:
     return shape
 
 
+def shape_of(annotation: Any) -> Shape:
+    """Return the shape of an annotation; raise TypeError if it has no form in JSON."""
+    return _shape(annotation, {})
+
+
 def _annotations(cls: type) -> dict[str, Any]:
     try:
         return get_type_hints(cls)

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from bgjob._payload.dataclass import dataclass_shape
+from bgjob._payload.dataclass import dataclass_shape, shape_of
 from bgjob._payload.scalars import Misfit
 from bgjob.errors import PayloadError
 
@@ -18,15 +18,18 @@ T = TypeVar("T")
 class ModelCodec(Generic[T]):
     """JSON of a class; a value that does not fit is a PayloadError that names the field."""
 
-    cls: type[T]
+    cls: type[T] | None
+    """The class of its values; None: `dump` takes those of its annotation."""
     name: str
     dump: Callable[[T], bytes] = field(repr=False)
     load: Callable[[bytes], T] = field(repr=False)
+    what: str = "payload"
+    """What a job of the type has in this form."""
 
     def encode(self, value: T, /) -> bytes:
         """Return the JSON of a value; raise PayloadError if it does not fit."""
         try:
-            if type(value) is not self.cls:
+            if self.cls is not None and type(value) is not self.cls:
                 raise Misfit(f"must be {self.cls.__name__}, not {type(value).__name__}")
             return self.dump(value)
         except (Misfit, ValueError, TypeError, RecursionError) as error:
@@ -40,7 +43,7 @@ class ModelCodec(Generic[T]):
             raise self._refused(error) from _cause(error)
 
     def _refused(self, error: Exception) -> PayloadError:
-        return PayloadError(f"payload of job type {self.name!r}{_problem(error)}")
+        return PayloadError(f"{self.what} of job type {self.name!r}{_problem(error)}")
 
 
 def dataclass_codec(cls: type[T], name: str) -> ModelCodec[T]:
@@ -52,6 +55,18 @@ def dataclass_codec(cls: type[T], name: str) -> ModelCodec[T]:
         return value
 
     return ModelCodec(cls, name, lambda value: orjson.dumps(shape.dump(value)), load)
+
+
+def annotation_codec(annotation: Any, name: str, what: str) -> ModelCodec[Any]:
+    """Make the codec of an annotation; a TypeError says that it has no form in JSON."""
+    shape = shape_of(annotation)
+    return ModelCodec(
+        None,
+        name,
+        lambda value: orjson.dumps(shape.dump(value)),
+        lambda data: shape.load(orjson.loads(data)),
+        what,
+    )
 
 
 def pydantic_codec(cls: Any, name: str) -> ModelCodec[Any]:

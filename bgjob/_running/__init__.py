@@ -5,7 +5,8 @@
     do           `Client.do` and `AsyncClient.do`: the caller may be interrupted or cancelled
     transaction  runs a transactional handler and settles its job in its own transaction
     batch        what became of the jobs of one call of a batch handler
-    sessions     the connections of transactional handlers
+    checkpoints  keeps what a handler saves, on a session for each save
+    sessions     the connections of transactional handlers, and of checkpoints
     loop         the event loop, on a thread of its own, that runs coroutine handlers
     drive        takes the steps of a generator, on a thread or in a task
 

@@ -50,6 +50,8 @@ class Run(NamedTuple):
     """Its route; or the result of a job that must not run, which is the answer."""
     ends_at: float
     """When its lease ends, by this process's clock."""
+    lease: float
+    """Seconds."""
 
 
 Step: TypeAlias = Sequence[Statement[Any]] | Run
@@ -106,7 +108,7 @@ def hold(
         is_unknown = mux.unknown_for is not None and mux.route_of(job.type) is None
         if job.expires is not None or is_unknown:
             now = (yield from ask(clock())).timestamp()
-        run = copy_context().run(_routed, Claimed(job, token), mux, now, monotonic() + lease)
+        run = copy_context().run(_routed, Claimed(job, token), mux, now, lease)
         if run.claimed.job.exclusive is not None:
             reply = yield from _exchange(queue, Exchange(acquire=[run.claimed]))
             has_key = reply.acquired.get((job.id, token), False)
@@ -117,13 +119,14 @@ def hold(
         return run
 
 
-def _routed(claimed: Claimed, mux: Mux, now: float, ends_at: float) -> Run:
+def _routed(claimed: Claimed, mux: Mux, now: float, lease: float) -> Run:
+    ends_at = monotonic() + lease
     route = decided(mux.route(claimed.job), now)
     if isinstance(route, NeedsKey):
         claimed = claimed._replace(job=claimed.job._replace(exclusive=route.key))
         route = decided(mux.route(claimed.job), now)
     assert not isinstance(route, NeedsKey)  # noqa: S101 (the job has its key)
-    return Run(claimed, route, ends_at)
+    return Run(claimed, route, ends_at, lease)
 
 
 def settle(run: Run, ending: Ending) -> Steps[Ended]:
@@ -201,7 +204,7 @@ def run_on_thread(
     """Run a plain handler on this thread, and a coroutine one by `wait`."""
     ran = _begin(run, connection_parameters)
     if isinstance(ran, Awaiting):
-        return wait(_await(ran.route, run.claimed, connection_parameters))
+        return wait(_await(ran.route, run, connection_parameters))
     return ran
 
 
@@ -215,7 +218,7 @@ async def run_in_task(
     is_plain = isinstance(run.route, Route) and not run.route.is_coroutine
     ran = await on_thread(begin) if is_plain else begin()
     if isinstance(ran, Awaiting):
-        return await _await(ran.route, run.claimed, connection_parameters)
+        return await _await(ran.route, run, connection_parameters)
     return ran
 
 
@@ -223,23 +226,38 @@ def _begin(
     run: Run, connection_parameters: Callable[[], ConnectionParameters]
 ) -> Ending | Awaiting:
     """Run a handler as far as it need not be awaited."""
-    claimed, route, _ = run
+    claimed, route, _, lease = run
     if not isinstance(route, Route):
         return route
     if route.is_coroutine:
         return Awaiting(route)
-    if route.is_transactional:
-        with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+    if not route.needs_session:
+        return route.run(claimed.job)
+    with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+        if route.is_transactional:
             return transactions.run(route, claimed)
-    return route.run(claimed.job)
+        from bgjob._running.checkpoints import SessionStore  # noqa: PLC0415 (few jobs have one)
+
+        store = SessionStore(transactions, claimed, lease=lease)
+        return store.load() or route.holding(store).run(claimed.job)
 
 
 async def _await(
-    route: Route, claimed: Claimed, connection_parameters: Callable[[], ConnectionParameters]
+    route: Route, run: Run, connection_parameters: Callable[[], ConnectionParameters]
 ) -> Ending:
-    if route.is_transactional:
-        with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+    claimed = run.claimed
+    if not route.needs_session:
+        return await _awaited(route, claimed)
+    with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+        if route.is_transactional:
             return await transactions.run_async(route, claimed)
+        from bgjob._running.checkpoints import AsyncSessionStore  # noqa: PLC0415 (few jobs have one)
+
+        store = AsyncSessionStore(transactions, claimed, lease=run.lease)
+        return await store.load() or await _awaited(route.holding(store), claimed)
+
+
+async def _awaited(route: Route, claimed: Claimed) -> Ending:
     try:
         return route.judge(claimed.job, await route.awaited(claimed.job))
     except BaseException as error:

@@ -34,8 +34,8 @@ _NAP = 0.2
 """Seconds after which a waiting coroutine checks whether the worker shuts down."""
 
 _FORBIDDEN = (
-    "a transactional handler cannot {} its connection: the worker does, with the job's "
-    "settlement; raise or return Retry() to roll back"
+    "a handler cannot {} the connection it was given: the worker does, when a transactional "
+    "handler or the transaction of a checkpoint ends; raise or return Retry() to roll back"
 )
 
 
@@ -221,6 +221,11 @@ class Sessions:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._pause_grows_at = now + self._pause
         return self._pause
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the worker shuts down."""
+        return self._leaving.is_set()
 
     def leave(self) -> None:
         """Stop waiting for connections: the worker shuts down."""

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
@@ -171,7 +171,7 @@ class Transactions(Sessions):
         prepares: bool = True,
     ) -> None:
         super().__init__(connection_parameters, prepares=prepares)
-        self._fork_guard = fork_guard
+        self.fork_guard = fork_guard
 
     @property
     def _commit(self) -> bytes:
@@ -212,14 +212,8 @@ class Transactions(Sessions):
             jobs: the argument of a batch handler.
 
         """
-
-        async def begin(connection: AsyncHandlerConnection) -> None:
-            connection.token = str(claimed.token)
-            # Several commands in one string cannot be prepared.
-            await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
-
         try:
-            connection, _ = await self.open_async(begin)
+            connection = await self.begin_async(claimed)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
@@ -246,26 +240,12 @@ class Transactions(Sessions):
     ) -> object:
         match step:
             case Call():
-                connection.patience = inf  # its statements may take long
-                self._handling.add(connection)
-                try:
+                async with self.lent_async(connection):
                     return await route.awaited(job, connection)
-                finally:
-                    if self._fork_guard.is_child:
-                        self._fork_guard.end(sys.exc_info()[1])
-                    self._handling.discard(connection)
-                    connection.user, connection.patience = asyncio.current_task(), WORKER_PATIENCE
             case Settle(statement):
-                if is_over(connection):
-                    return None
-                statements = (claim_of_transaction(), statement)
-                async with connection.pipeline() as pipeline:
-                    _end_with_sync(pipeline)
-                    cursors = await send_all_async(connection, statements)
-                    return Settled(*await read_all_async(cursors, statements))
+                return await self.settle_async(connection, statement)
             case End.COMMIT:
-                await AsyncCursor(connection).execute(self._commit, prepare=False)
-                connection.has_committed = True
+                await self.commit_async(connection)
             case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
@@ -285,6 +265,47 @@ class Transactions(Sessions):
                     token, *settled = await read_all_async(cursors, settling)
                     return Settled(token, [id_ for ids in settled for id_ in ids])
         return None
+
+    async def begin_async(self, claimed: Claimed) -> AsyncHandlerConnection:
+        """Return a connection with an open transaction, which is marked with the claim."""
+
+        async def begin(connection: AsyncHandlerConnection) -> None:
+            connection.token = str(claimed.token)
+            # Several commands in one string cannot be prepared.
+            await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
+
+        connection, _ = await self.open_async(begin)
+        return connection
+
+    @contextlib.asynccontextmanager
+    async def lent_async(self, connection: AsyncHandlerConnection) -> AsyncIterator[None]:
+        """Lend the connection to a handler."""
+        connection.patience = inf  # its statements may take long
+        self._handling.add(connection)
+        try:
+            yield
+        finally:
+            if self.fork_guard.is_child:
+                self.fork_guard.end(sys.exc_info()[1])
+            self._handling.discard(connection)
+            connection.user, connection.patience = asyncio.current_task(), WORKER_PATIENCE
+
+    async def settle_async(
+        self, connection: AsyncHandlerConnection, statement: Statement[list[str]]
+    ) -> Settled | None:
+        """Send the last statement of a transaction; None if the handler has ended that."""
+        if is_over(connection):
+            return None
+        statements = (claim_of_transaction(), statement)
+        async with connection.pipeline() as pipeline:
+            _end_with_sync(pipeline)
+            cursors = await send_all_async(connection, statements)
+            return Settled(*await read_all_async(cursors, statements))
+
+    async def commit_async(self, connection: AsyncHandlerConnection) -> None:
+        """Commit, and reset the session."""
+        await AsyncCursor(connection).execute(self._commit, prepare=False)
+        connection.has_committed = True
 
     async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
         """Return the job with its payload, which the claim did not return.
@@ -341,14 +362,8 @@ class Transactions(Sessions):
             jobs: the argument of a batch handler.
 
         """
-
-        def begin(connection: HandlerConnection) -> None:
-            connection.token = str(claimed.token)
-            # Several commands in one string cannot be prepared.
-            Cursor(connection).execute(_begin(connection, claimed), prepare=False)
-
         try:
-            connection, _ = self.open(begin)
+            connection = self.begin(claimed)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
@@ -375,26 +390,12 @@ class Transactions(Sessions):
     ) -> object:
         match step:
             case Call():
-                connection.patience = inf  # its statements may take long
-                self._handling.add(connection)
-                try:
+                with self.lent(connection):
                     return route.handler(job, connection)
-                finally:
-                    if self._fork_guard.is_child:
-                        self._fork_guard.end(sys.exc_info()[1])
-                    self._handling.discard(connection)
-                    connection.user, connection.patience = threading.get_ident(), WORKER_PATIENCE
             case Settle(statement):
-                if is_over(connection):
-                    return None
-                statements = (claim_of_transaction(), statement)
-                with connection.pipeline() as pipeline:
-                    _end_with_sync(pipeline)
-                    cursors = send_all(connection, statements)
-                    return Settled(*read_all(cursors, statements))
+                return self.settle(connection, statement)
             case End.COMMIT:
-                Cursor(connection).execute(self._commit, prepare=False)
-                connection.has_committed = True
+                self.commit(connection)
             case End.ROLLBACK:
                 if connection.ended_by is not None:
                     return connection.ended_by
@@ -414,6 +415,47 @@ class Transactions(Sessions):
                     token, *settled = read_all(cursors, settling)
                     return Settled(token, [id_ for ids in settled for id_ in ids])
         return None
+
+    def begin(self, claimed: Claimed) -> HandlerConnection:
+        """Return a connection with an open transaction, which is marked with the claim."""
+
+        def begin(connection: HandlerConnection) -> None:
+            connection.token = str(claimed.token)
+            # Several commands in one string cannot be prepared.
+            Cursor(connection).execute(_begin(connection, claimed), prepare=False)
+
+        connection, _ = self.open(begin)
+        return connection
+
+    @contextlib.contextmanager
+    def lent(self, connection: HandlerConnection) -> Iterator[None]:
+        """Lend the connection to a handler."""
+        connection.patience = inf  # its statements may take long
+        self._handling.add(connection)
+        try:
+            yield
+        finally:
+            if self.fork_guard.is_child:
+                self.fork_guard.end(sys.exc_info()[1])
+            self._handling.discard(connection)
+            connection.user, connection.patience = threading.get_ident(), WORKER_PATIENCE
+
+    def settle(
+        self, connection: HandlerConnection, statement: Statement[list[str]]
+    ) -> Settled | None:
+        """Send the last statement of a transaction; None if the handler has ended that."""
+        if is_over(connection):
+            return None
+        statements = (claim_of_transaction(), statement)
+        with connection.pipeline() as pipeline:
+            _end_with_sync(pipeline)
+            cursors = send_all(connection, statements)
+            return Settled(*read_all(cursors, statements))
+
+    def commit(self, connection: HandlerConnection) -> None:
+        """Commit, and reset the session."""
+        Cursor(connection).execute(self._commit, prepare=False)
+        connection.has_committed = True
 
     def whole(self, claimed: Claimed) -> Claimed | NotBegun:
         """Return the job with its payload, which the claim did not return.

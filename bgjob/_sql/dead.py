@@ -24,7 +24,7 @@ DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
     {in_range("moved_at")}, id, fingerprint, worker,
-    case when expires is not null then {in_range("expires")} end, headers::text
+    case when expires is not null then {in_range("expires")} end, checkpoint, headers::text
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
@@ -121,8 +121,9 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
 
 
 def dead_job(row: Row) -> DeadJob:
-    *columns, fingerprint, worker, expires, headers = row
-    return DeadJob._make((*columns, fingerprint_of(fingerprint), worker, expires, read(headers)))
+    *columns, fingerprint, worker, expires, checkpoint, headers = row
+    number = fingerprint_of(fingerprint)
+    return DeadJob._make((*columns, number, worker, expires, read(headers), checkpoint))
 
 
 def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
@@ -241,8 +242,8 @@ _LOCKED: LiteralString = """
 """
 
 
-def requeue(where: DeadFilter) -> Statement[Requeued]:
-    """Move dead jobs back to their queues, due now.
+def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Requeued]:
+    """Move dead jobs back to their queues, due now, with their checkpoints or without them.
 
     Of several dead jobs with one id only the latest is requeued. A job whose id a live job
     has stays dead. The statement waits for jobs that another session moves or purges, and
@@ -252,14 +253,16 @@ def requeue(where: DeadFilter) -> Statement[Requeued]:
         select distinct on (job_id) id from {where.source} where {where.condition}
         order by job_id, id desc
     """
+    checkpoint: LiteralString = "checkpoint" if keep_checkpoint else "null::bytea"
     return Statement(
         f"""
         with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
-                id, queue, type, arg, last_error, priority, exclusive, created_at, headers, expires
+                id, queue, type, arg, last_error, priority, exclusive, created_at, headers, expires,
+                checkpoint
             )
             select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at,
-                headers, case when expires > clock_timestamp() then expires end
+                headers, case when expires > clock_timestamp() then expires end, {checkpoint}
             from bgjob_dead_job
             where id = any (array(select id from locked))
             order by job_id collate "C"

@@ -96,6 +96,7 @@ class Live(NamedTuple):
     expires: datetime | None
     is_replaced: bool
     arg: bytes | None
+    checkpoint: bytes | None
     headers: Headers
 
 
@@ -116,10 +117,17 @@ _LIVE = f"""
         then extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8 end,
     case when j.expires is not null then {in_range("j.expires")} end,
     j.successor is not null,
-    {{arg}}, {{headers}}
+    {{arg}}, {{checkpoint}}, {{headers}}
 """
-LISTED = _LIVE.format(error="left(j.last_error, 200)", arg="null::bytea", headers="null::text")
-_WHOLE = _LIVE.format(error="j.last_error", arg="j.arg", headers="j.headers::text")
+LISTED = _LIVE.format(
+    error="left(j.last_error, 200)",
+    arg="null::bytea",
+    checkpoint="null::bytea",
+    headers="null::text",
+)
+_WHOLE = _LIVE.format(
+    error="j.last_error", arg="j.arg", checkpoint="j.checkpoint", headers="j.headers::text"
+)
 
 
 def get(id_: str) -> Statement[Live | None]:

@@ -62,6 +62,8 @@ class Live(NamedTuple):
     """Seconds; negative if it has expired."""
     is_replaced: bool
     """Whether a newer request waits for its end."""
+    saved: int | None
+    """The bytes of its checkpoint; None without one."""
 
     @property
     def is_suspect(self) -> bool:
@@ -110,7 +112,7 @@ def find(id_: str) -> Statement[Found]:
                 case when expires is not null then {in_range("expires")} end,
                 case when expires is not null
                     then extract(epoch from {in_range("expires")} - clock.now)::float8 end,
-                successor is not null
+                successor is not null, octet_length(checkpoint)
             from bgjob_job where id = %(id)s
         ) as j on true
         left join lateral (

@@ -23,11 +23,12 @@ _DEAD_LETTER_UNREAD = f"""
     ), {followed("gone")}
     insert into bgjob_dead_job (
         job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-        next_run_at, job_created_at, job_updated_at, headers, expires
+        next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
     )
     select {_bytes_of("id")}, {_bytes_of("queue")}, {_bytes_of("type")}, arg, attempt,
         %(error)s, %(fingerprint)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at,
-        updated_at, case when headers::text !~ '[^\\x01-\\x7f]' then headers end, expires
+        updated_at, checkpoint,
+        case when headers::text !~ '[^\\x01-\\x7f]' then headers end, expires
     from gone
     returning true
 """
@@ -48,10 +49,10 @@ def dead_letter_refused(place: str, error: str) -> Statement[None]:
         ), {followed("gone")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, headers, expires
+            next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
         )
         select id, queue, type, arg, attempt, (%(errors)s::text[])[1], %(fingerprint)s, priority,
-            exclusive, next_run_at, created_at, updated_at, headers, expires
+            exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires
         from gone
         """,
         {

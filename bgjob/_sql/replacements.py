@@ -53,6 +53,7 @@ _WAITING: LiteralString = f"""
     {_of_waiting("attempt", "0")},
     {_of_waiting("last_error", "null")},
     {_of_waiting("deaths", "0")},
+    {_of_waiting("checkpoint", "null")},
     {_of_waiting("waits", "false")}
 """
 

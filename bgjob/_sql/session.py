@@ -138,7 +138,7 @@ _COLUMN_NEEDS = (
         "update",
         (
             "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
-            "updated_at"
+            "updated_at checkpoint"
         ),
     ),
     ("bgjob_exclusive", "insert", "key"),
@@ -148,7 +148,7 @@ _COLUMN_NEEDS = (
         "insert",
         (
             "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
-            "next_run_at job_created_at job_updated_at headers expires"
+            "next_run_at job_created_at job_updated_at checkpoint headers expires"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id token"),

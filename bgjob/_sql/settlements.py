@@ -283,14 +283,14 @@ def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
             delete from bgjob_job
             where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
             returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-                created_at, updated_at, token, headers, expires, {SUCCESSOR}
+                created_at, updated_at, token, checkpoint, headers, expires, {SUCCESSOR}
         ), {followed("gone")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, headers, expires
+            next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
         )
         select gone.id, queue, type, arg, attempt, b.error, b.fingerprint, {NUMBER.format("token")},
-            priority, exclusive, next_run_at, created_at, updated_at, headers, expires
+            priority, exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires
         from gone
         join unnest(
             %(ids)s::text[], %(errors)s::text[], %(fingerprints)s::bigint[]

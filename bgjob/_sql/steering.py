@@ -96,21 +96,22 @@ _DEAD_LETTERED: LiteralString = """
         delete from bgjob_job
         where id = any (array(select id from locked))
         returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-            created_at, updated_at, token, waits, headers, expires, successor, successor_arg
+            created_at, updated_at, token, waits, checkpoint, headers, expires, successor,
+            successor_arg
     ), dead as (
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, token, headers, expires
+            next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires
         )
         select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
-            next_run_at, created_at, updated_at, {claim}, headers, expires
+            next_run_at, created_at, updated_at, {claim}, checkpoint, headers, expires
         from gone
         union all
         select id, successor ->> 'queue', successor ->> 'type', successor_arg, 0, {error},
             %(fingerprint)s, (successor ->> 'priority')::smallint, successor ->> 'exclusive',
             (successor ->> 'next_run_at')::timestamptz,
             (successor ->> 'created_at')::timestamptz, (successor ->> 'created_at')::timestamptz,
-            null, (successor ->> 'headers')::json,
+            null, null, (successor ->> 'headers')::json,
             (successor ->> 'expires')::timestamptz
         from gone where successor is not null
         order by 1, 5 desc

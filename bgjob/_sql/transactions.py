@@ -18,6 +18,40 @@ def payload(claimed: Claimed) -> Statement[list[bytes | None]]:
     )
 
 
+def checkpoint(claimed: Claimed) -> Statement[list[bytes | None]]:
+    """Return the checkpoint of a job in a list, which is empty if the job is no longer held."""
+    return Statement(
+        "select checkpoint from bgjob_job where id = %(id)s and token = %(token)s",
+        {"id": claimed.job.id, "token": claimed.token},
+        column,
+    )
+
+
+def save_checkpoint(claimed: Claimed, data: bytes | None, *, lease: float) -> Statement[list[str]]:
+    """Store a checkpoint and extend the lease; return the job's id, if it is still held.
+
+    No index covers what it changes, so the update is heap-only. The worker's own extensions
+    write the same lease: whichever comes last is the longer.
+
+    Args:
+        claimed: the claim.
+        data: what to store; None leaves it as it is.
+        lease: seconds.
+
+    """
+    set_it: LiteralString = "" if data is None else "checkpoint = %(data)b,"
+    return Statement(
+        f"""
+        update bgjob_job
+        set {set_it} lease_until = clock_timestamp() + %(lease)s * interval '1 second'
+        where id = %(id)s and token = %(token)s
+        returning id
+        """,
+        {"id": claimed.job.id, "token": claimed.token, "lease": lease, "data": data},
+        column,
+    )
+
+
 def session_name(claimed: Claimed, codec: str = "utf-8") -> str:
     """Return the name of a transactional handler's session while it holds this claim.
 

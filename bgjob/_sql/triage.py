@@ -94,10 +94,10 @@ def give_up(id_: str, attempt: int, fingerprint: int) -> Statement[int | None]:
         )
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, headers, expires
+            next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
         )
         select id, queue, type, arg, attempt, last_error, %(fingerprint)s, priority, exclusive,
-            next_run_at, created_at, updated_at, headers, expires
+            next_run_at, created_at, updated_at, checkpoint, headers, expires
         from gone
         returning id
         """,

@@ -17,8 +17,8 @@ A worker has these threads. `group` starts them and ends them together.
           | jobs, by one deque     | outcomes, by another, and the waker
           v                        |
     +-----+------------------------+-----+         a connection a slot, for
-    | slots: the right to run a handler, |---->    transactional handlers only
-    | `concurrency` of them              |         (_running/transaction)
+    | slots: the right to run a handler, |---->    transactional handlers and
+    | `concurrency` of them              |         for saves of checkpoints
     |   threads   run plain handlers     |
     |   tasks     run coroutines, all on |
     |             one event loop         |

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from contextvars import Context, ContextVar
 from functools import partial
+from typing import TYPE_CHECKING
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.expiry import Decided, Expiring, decided
@@ -26,6 +27,9 @@ from bgjob._worker.timeouts import Attempt, Timeouts
 from bgjob.job import Job
 from bgjob.mux import Mux
 from bgjob.result import MoveToDlq, Retry
+
+if TYPE_CHECKING:
+    from bgjob._running.checkpoints import AsyncSessionStore, SessionStore
 
 _MOST_LOCALS = 8
 """Failures that keep the variables of their frames while they wait to be settled and told.
@@ -60,6 +64,11 @@ class Slot:
     def rest(self) -> None:
         """Become idle, under the lock; a task ends instead."""
 
+    def has_given_up(self, claimed: Claimed) -> bool:
+        """Whether the run of a job was given up: it was cancelled, or took too long."""
+        attempts = (self.run, self.interrupt)
+        return any(a is not None and a.is_overdue and a.is_of(claimed) for a in attempts)
+
 
 class Slots:
     """The slots of a queue, and what the threads and tasks that have them share. Thread-safe.
@@ -71,6 +80,7 @@ class Slots:
         queue: used in names and error texts.
         clock: the server's time.
         concurrency: the number of slots.
+        lease: seconds to which a checkpoint extends a job's lease.
         started: called on the handler's thread before it runs.
         timed_out: called with jobs whose handlers do not end.
         finished: called from any thread when there are outcomes to collect or slots to check.
@@ -87,6 +97,7 @@ class Slots:
         queue: str,
         clock: ServerClock,
         concurrency: int,
+        lease: float,
         started: Callable[[Job], None] | None,
         timed_out: Callable[[Job, float], None],
         finished: Callable[[], None],
@@ -97,6 +108,7 @@ class Slots:
         self.fork_guard = fork_guard
         self.queue = queue
         self.clock = clock
+        self.lease = lease
         self.started = started
         self.timed_out = timed_out
         self.finished = finished
@@ -213,6 +225,31 @@ class Slots:
     def decided(self, route: NeedsKey | Unknown | Expiring | Retry | MoveToDlq) -> Decided:
         """Decide what depends on the server's time; return a route if the job runs after all."""
         return decided(route, self.clock.now())
+
+    def store(self, slot: Slot, claimed: Claimed) -> "SessionStore":
+        """Return where the checkpoint of a slot's job is kept, for a plain handler."""
+        from bgjob._running.checkpoints import SessionStore  # noqa: PLC0415 (few jobs have one)
+
+        return SessionStore(
+            self.transactions,
+            claimed,
+            lease=self.lease,
+            is_stopping=partial(self._is_stopping, slot, claimed),
+        )
+
+    def async_store(self, slot: Slot, claimed: Claimed) -> "AsyncSessionStore":
+        """Return where the checkpoint of a slot's job is kept, for a coroutine handler."""
+        from bgjob._running.checkpoints import AsyncSessionStore  # noqa: PLC0415 (few jobs have one)
+
+        return AsyncSessionStore(
+            self.transactions,
+            claimed,
+            lease=self.lease,
+            is_stopping=partial(self._is_stopping, slot, claimed),
+        )
+
+    def _is_stopping(self, slot: Slot, claimed: Claimed) -> bool:
+        return self.transactions.is_leaving or slot.has_given_up(claimed)
 
     def isolated(self, job: Job) -> Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq:
         """Route a job in a context of its own, because the type's key callable may change it."""

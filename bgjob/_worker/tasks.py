@@ -354,10 +354,17 @@ class Tasks:
     async def _run(
         self, me: Slot, route: Route, claimed: Claimed, whole: Claimed
     ) -> Ending | Release | Told | None:
-        """Run a handler with a transaction, a timeout or a batch. Async variant of Threads._run."""
+        """Run a handler with a session, a timeout or a batch. Async variant of Threads._run."""
         slots = self._slots
         if isinstance(claimed, Batch):
             return await self._run_batch(me, claimed)
+        if route.needs_store:
+            store = slots.async_store(me, claimed)
+            if (why := await store.load()) is not None:
+                return await self._not_begun(why)
+            route = route.holding(store)
+            if slots.started is not None:
+                slots.started(whole.job)
         run = None if route.policy.timeout is None else slots.timeouts.limit(route, claimed)
         if run is not None:
             route, me.run = run.route, run

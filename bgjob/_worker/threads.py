@@ -324,7 +324,7 @@ class Threads:
     def _run(
         self, me: Thread, route: Route, claimed: Claimed, whole: Claimed
     ) -> Ending | Release | Awaiting | Told | None:
-        """Run a handler with a transaction, a timeout or a batch; None if it was given up.
+        """Run a handler with a session, a timeout or a batch; None if it was given up.
 
         Args:
             me: the thread.
@@ -336,6 +336,13 @@ class Threads:
         slots = self.slots
         if isinstance(claimed, Batch):
             return self._batches.run(me, claimed, _never)
+        if route.needs_store:
+            store = slots.store(me, claimed)
+            if (why := store.load()) is not None:
+                return self._not_begun(why)
+            route = route.holding(store)
+            if slots.started is not None:
+                slots.started(whole.job)
         run = None if route.policy.timeout is None else slots.timeouts.limit(route, claimed)
         if run is not None:
             route, me.run = run.route, run

@@ -27,6 +27,7 @@ from bgjob._checks import Duration, seconds
 from bgjob._handlers.unknown import unknown_type
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.event_loop import new_event_loop
+from bgjob._running.checkpoints import ended, lost
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.one_job import Run, Step, Steps, ask, hold, run_in_task, run_on_thread, settle
 from bgjob._running.sessions import is_over
@@ -34,7 +35,9 @@ from bgjob._running.transaction import Call, End, Ending, NotBegun, Settle, Sett
 from bgjob._sql.claims import claim_now
 from bgjob._sql.execute import run, run_async
 from bgjob._sql.settlements import Claimed
+from bgjob._sql.transactions import checkpoint, save_checkpoint
 from bgjob._sql.views import let_pass
+from bgjob.checkpoint import AsyncSaving, Saving
 from bgjob.errors import BgjobError, LeaseLostError, QueueRequiredError
 from bgjob.job import Job, check_name
 from bgjob.mux import Mux, Route
@@ -177,6 +180,49 @@ async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnectio
     return await drive_async(in_transaction(route, claimed), take)
 
 
+class _AsyncGivenStore:
+    """A job's checkpoint, in the transaction of the test's own connection."""
+
+    is_stopping = False
+
+    def __init__(self, conn: AsyncConnection[Any], claimed: Claimed, lease: float) -> None:
+        self._conn = conn
+        self._claimed = claimed
+        self._lease = lease
+        self.data: bytes | None = None
+
+    async def load(self) -> None:
+        [self.data] = await run_async(self._conn, checkpoint(self._claimed))
+
+    async def save(self, data: bytes) -> None:
+        await self._store(data, "nothing was saved")
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncSaving]:
+        saving = AsyncSaving(self._conn)
+        async with self._conn.transaction():
+            yield saving
+            if is_over(self._conn):
+                raise ended(self._claimed)
+            await self._store(saving.data, "the transaction was rolled back")
+
+    async def end(self) -> None:
+        pass
+
+    async def _store(self, data: bytes | None, otherwise: str) -> None:
+        statement = save_checkpoint(self._claimed, data, lease=self._lease)
+        if not await run_async(self._conn, statement):
+            raise lost(self._claimed, otherwise)
+        self.data = self.data if data is None else data
+
+
+async def _hold_async(route: Route, claimed: Claimed, conn: AsyncConnection[Any]) -> Route:
+    """Return the route of a run whose checkpoint is kept on the test's connection."""
+    store = _AsyncGivenStore(conn, claimed, _LEASE)
+    await store.load()
+    return route.holding(store)
+
+
 # -- sync: made from the async text by .ci/colours.py; do not edit ---------------------
 
 
@@ -273,6 +319,49 @@ def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending
         return token if has_ended else None
 
     return drive(in_transaction(route, claimed), take)
+
+
+class _GivenStore:
+    """A job's checkpoint, in the transaction of the test's own connection."""
+
+    is_stopping = False
+
+    def __init__(self, conn: Connection[Any], claimed: Claimed, lease: float) -> None:
+        self._conn = conn
+        self._claimed = claimed
+        self._lease = lease
+        self.data: bytes | None = None
+
+    def load(self) -> None:
+        [self.data] = run(self._conn, checkpoint(self._claimed))
+
+    def save(self, data: bytes) -> None:
+        self._store(data, "nothing was saved")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Saving]:
+        saving = Saving(self._conn)
+        with self._conn.transaction():
+            yield saving
+            if is_over(self._conn):
+                raise ended(self._claimed)
+            self._store(saving.data, "the transaction was rolled back")
+
+    def end(self) -> None:
+        pass
+
+    def _store(self, data: bytes | None, otherwise: str) -> None:
+        statement = save_checkpoint(self._claimed, data, lease=self._lease)
+        if not run(self._conn, statement):
+            raise lost(self._claimed, otherwise)
+        self.data = self.data if data is None else data
+
+
+def _hold(route: Route, claimed: Claimed, conn: Connection[Any]) -> Route:
+    """Return the route of a run whose checkpoint is kept on the test's connection."""
+    store = _GivenStore(conn, claimed, _LEASE)
+    store.load()
+    return route.holding(store)
 
 
 # -- both colours ----------------------------------------------------------------------
@@ -406,13 +495,15 @@ def _run(
     connection_parameters: ConnectionParameters | None,
     runner: asyncio.Runner,
 ) -> Ending:
-    claimed, route, _ = step
-    if isinstance(route, Route) and route.is_transactional and connection_parameters is None:
+    claimed, route = step.claimed, step.route
+    if isinstance(route, Route) and route.needs_session and connection_parameters is None:
         if route.is_coroutine:
             raise _wrong_colour(
                 route, "a coroutine function and needs an AsyncConnection: use adrain"
             )
-        return _run_within(route, claimed, conn)
+        if route.is_transactional:
+            return _run_within(route, claimed, conn)
+        step = step._replace(route=_hold(route, claimed, conn))
     return run_on_thread(
         step,
         lambda: connection_parameters or _UNUSED,
@@ -423,20 +514,23 @@ def _run(
 async def _run_async(
     step: Run, conn: AsyncConnection[Any], connection_parameters: ConnectionParameters | None
 ) -> Ending:
-    claimed, route, _ = step
-    if isinstance(route, Route) and route.is_transactional and connection_parameters is None:
+    claimed, route = step.claimed, step.route
+    if isinstance(route, Route) and route.needs_session and connection_parameters is None:
         if not route.is_coroutine:
             raise _wrong_colour(route, "a plain function and needs a psycopg.Connection: use drain")
-        return await _run_within_async(route, claimed, conn)
+        if route.is_transactional:
+            return await _run_within_async(route, claimed, conn)
+        step = step._replace(route=await _hold_async(route, claimed, conn))
     return await run_in_task(step, lambda: connection_parameters or _UNUSED, asyncio.to_thread)
 
 
 _UNUSED: ConnectionParameters = ("", {})
-"""Only a transactional handler needs connection parameters."""
+"""Only a handler with a transaction or a checkpoint needs connection parameters."""
 
 
 def _wrong_colour(route: Route, why: str) -> TypeError:
     return TypeError(
-        f"the transactional handler of job type {route.policy.job_type!r} is {why}(), or give a "
+        f"the handler of job type {route.policy.job_type!r}, which has a "
+        f"{'transaction' if route.is_transactional else 'checkpoint'}, is {why}(), or give a "
         "connection string"
     )

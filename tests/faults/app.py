@@ -24,6 +24,7 @@ from bgjob import (
     Complete,
     EnqueueRequest,
     Job,
+    LeaseLostError,
     MoveToDlq,
     Mux,
     NoopObserver,
@@ -34,6 +35,7 @@ from bgjob import (
 )
 
 from bgjob._sql import session, transactions
+from bgjob.checkpoint import AsyncCheckpoint, Checkpoint
 
 Event = tuple[Any, ...]
 Colour = Literal["thread", "async"]
@@ -62,6 +64,7 @@ LEDGER = """
 """The tables that handlers write. No constraint: a row too many must be seen, not refused."""
 
 _INSERT = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
+_CHUNK = "insert into ledger (job_id, attempt, kind, pid, token) values (%s, %s, 'chunks', %s, %s)"
 _GATE = "select 1 from ledger where job_id = %s and attempt = %s and kind = 'gate'"
 _BEGIN = "insert into run (job_id, key, attempt, pid) values (%s, %s, %s, %s)"
 _END = "update run set ended = clock_timestamp() where (job_id, attempt, pid) = (%s, %s, %s)"
@@ -149,8 +152,12 @@ def _text(error: str | BaseException | None) -> str:
 class Handlers:
     """The handlers, which do what the job's argument says.
 
-    Two types: "plain" writes its ledger row on a connection of its own, "transactional" on the
-    one it is given. Both are coroutines where the colour is "async". In their order:
+    Three types, all coroutines where the colour is "async": "plain" writes its ledger row on a
+    connection of its own, "transactional" on the one it is given. "chunks" has a checkpoint, and
+    writes a row for each of its `count` chunks, whose number is the row's token; event "chunk" with
+    that number before each. Where `saves_only` is true it writes no row, and only saves. It sleeps
+    for `sleep` seconds in each, and waits (event "held") at the gate of its own id within the chunk
+    `hold_within`, or before the chunk `hold_between`. What the others do, in their order:
 
     timed: true to write when it begins and ends in the table `run`, whatever it is part of
     sleep: seconds to wait before the row
@@ -190,7 +197,7 @@ class Handlers:
         batch: int | None = None,
         without: str | None = None,
     ) -> Mux:
-        """Register both types, or the one that is not left out."""
+        """Register all types but the one that is left out."""
         policy: dict[str, Any] = {
             "max_attempts": max_attempts,
             "backoff": lambda _: backoff,
@@ -204,6 +211,10 @@ class Handlers:
             mux.register("plain", handler, **policy)
         if without != "transactional":
             mux.register("transactional", handler, transactional=True, **policy)
+        if isinstance(self._client, AsyncClient):
+            mux.register("chunks", self.coroutine_of_chunks, **policy)
+        else:
+            mux.register("chunks", self.chunks, **policy)
         return mux
 
     def plain_batch(
@@ -249,6 +260,58 @@ class Handlers:
                 while not own.execute(_GATE, [gate, job.attempt]).fetchall():
                     time.sleep(0.02)
         return self._act(job, arg, kind)
+
+    def chunks(self, job: Job, checkpoint: Checkpoint[int]) -> Result:
+        arg = job.json()
+        for number in range(checkpoint.value or 0, arg["count"]):
+            if number == arg.get("hold_between"):
+                self._wait(job)
+            self._tell(("chunk", job.id, job.attempt, number))
+            time.sleep(arg.get("sleep", 0))
+            try:
+                if arg.get("saves_only"):
+                    checkpoint.save(number + 1)
+                    continue
+                with checkpoint.transaction() as conn:
+                    conn.execute(_CHUNK, [job.id, job.attempt, os.getpid(), str(number)])
+                    if number == arg.get("hold_within"):
+                        self._wait(job)
+                    checkpoint.save(number + 1)
+            except LeaseLostError:
+                self._tell(("told", job.id, job.attempt))
+                raise
+            if checkpoint.stopping:
+                return Reschedule(0)
+        return Complete()
+
+    def _wait(self, job: Job) -> None:
+        self._tell(("held", job.id, job.attempt))
+        with psycopg.connect(self._ledger, autocommit=True) as own:
+            while not own.execute(_GATE, [job.id, job.attempt]).fetchall():
+                time.sleep(0.02)
+
+    async def coroutine_of_chunks(self, job: Job, checkpoint: AsyncCheckpoint[int]) -> Result:
+        arg = job.json()
+        for number in range(checkpoint.value or 0, arg["count"]):
+            if number == arg.get("hold_between"):
+                await asyncio.to_thread(self._wait, job)
+            self._tell(("chunk", job.id, job.attempt, number))
+            await asyncio.sleep(arg.get("sleep", 0))
+            try:
+                if arg.get("saves_only"):
+                    await checkpoint.save(number + 1)
+                    continue
+                async with checkpoint.transaction() as conn:
+                    await conn.execute(_CHUNK, [job.id, job.attempt, os.getpid(), str(number)])
+                    if number == arg.get("hold_within"):
+                        await asyncio.to_thread(self._wait, job)
+                    await checkpoint.save(number + 1)
+            except LeaseLostError:
+                self._tell(("told", job.id, job.attempt))
+                raise
+            if checkpoint.stopping:
+                return Reschedule(0)
+        return Complete()
 
     async def coroutine(self, job: Job, conn: psycopg.AsyncConnection[Any] | None = None) -> Result:
         arg = job.json() or {}

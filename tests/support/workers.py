@@ -68,6 +68,7 @@ def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Executor]]:
         queue="q",
         clock=ServerClock(),
         concurrency=1,
+        lease=30.0,
         started=None,
         timed_out=lambda *_: None,
         finished=lambda: None,

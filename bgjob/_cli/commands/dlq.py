@@ -66,11 +66,16 @@ def add(commands: "Commands") -> None:
         "requeue",
         run_requeue,
         help="move dead jobs back to their queues",
-        description="Moves dead jobs back to their queues, due now, with every setting and fresh "
-        "attempts. A job whose id a live job has stays dead.",
+        description="Moves dead jobs back to their queues, due now, with every setting, fresh "
+        "attempts and their checkpoints. A job whose id a live job has stays dead.",
     )
     _add_filters(each)
     _add_all(each)
+    each.add_argument(
+        "--drop-checkpoint",
+        action="store_true",
+        help="without their checkpoints: they begin again from the start",
+    )
     each = add_command(
         dead,
         "purge",
@@ -149,7 +154,7 @@ def run_show(args: argparse.Namespace) -> int:
         return 0
     shown = job._asdict() | {"headers": stored(job.headers)}
     for name, value in shown.items():
-        text = payload.as_text(job.arg) if name == "arg" else str(value)
+        text = payload.as_text(value) if isinstance(value, bytes) else str(value)
         if value is not None:
             lines = "\n    ".join(map(table.printable, text.splitlines()))
             sys.stdout.write(f"{name:<12}  {lines}\n")
@@ -157,14 +162,18 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def _as_json(job: DeadJob) -> dict[str, Any]:
-    return job._asdict() | {"arg": payload.as_json(job.arg)}
+    return job._asdict() | {
+        "arg": payload.as_json(job.arg),
+        "checkpoint": payload.as_json(job.checkpoint),
+    }
 
 
 def run_requeue(args: argparse.Namespace) -> int:
     """Carry it out."""
 
     def requeue(client: Client, ids: list[str], filters: _Filters) -> int:
-        return len(client.dlq.requeue(ids, **filters))
+        keep = not args.drop_checkpoint
+        return len(client.dlq.requeue(ids, keep_checkpoint=keep, **filters))
 
     found, done = _in_batches(args, requeue)
     if args.json:

@@ -260,7 +260,7 @@ def run_show(args: argparse.Namespace) -> int:
         if value is None or value == NO_HEADERS:
             continue
         match name, value:
-            case "arg", bytes():
+            case (("arg" | "checkpoint"), bytes()):
                 text = payload.as_text(value)
             case "headers", _:
                 text = stored(value) or ""
@@ -280,7 +280,10 @@ def _values(job: LiveJob) -> dict[str, Any]:
 
 
 def _as_json(job: LiveJob) -> dict[str, Any]:
-    return _values(job) | {"arg": payload.as_json(job.arg)}  # orjson writes the worker
+    return _values(job) | {  # orjson writes the worker
+        "arg": payload.as_json(job.arg),
+        "checkpoint": payload.as_json(job.checkpoint),
+    }
 
 
 # -- actions ---------------------------------------------------------------------------

@@ -38,7 +38,8 @@ class Shown:
         id: the job's id.
         queue: its queue.
         type: its type.
-        arg: its payload; None if it has none, or if only the error is shown.
+        arg: its payload, or its checkpoint, which is shown like one; None if it has none, or if
+            only the error is shown.
         error: its last error; None if it has none, or if only the payload is shown.
         headers: its headers; empty if it has none, or if others are shown.
 
@@ -126,6 +127,15 @@ class Redaction:
         if self.payloads == "show" or (may_reveal and is_revealed):
             return _as_it_is(_json(left.headers))
         return _masked_text(_json(left.headers), f"{at}?payload=show" if may_reveal else "")
+
+    def checkpoint(
+        self, shown: Shown, saved: bytes | None, *, may_reveal: bool, is_revealed: bool, at: str
+    ) -> Text:
+        """Return a checkpoint as a payload is shown, without a download; see `payload`."""
+        text = self.payload(
+            replace(shown, arg=saved), may_reveal=may_reveal, is_revealed=is_revealed, at=at
+        )
+        return replace(text, download="")
 
 
 def _json(headers: Mapping[str, Any]) -> bytes:

@@ -180,6 +180,7 @@ class JobPage:
     why: Why | Trouble | None = None
     payload: Text | None = None
     headers: Text | None = None
+    checkpoint: Text | None = None
     error: Text | None = None
     trace: Trace | None = None
     dead: tuple[DeadRow, ...] = ()
@@ -291,6 +292,7 @@ class DeadJobPage:
     job: DeadFacts
     payload: Text
     headers: Text
+    checkpoint: Text
     error: Text
     trace: Trace | None
     is_alive: bool

@@ -201,6 +201,9 @@ async def dead_job(visit: Visit) -> DeadJobPage:
     headers = redaction.headers(
         replace(shown, headers=job.headers), may_reveal=may_reveal, is_revealed=revealed, at=at
     )
+    checkpoint = redaction.checkpoint(
+        shown, job.checkpoint, may_reveal=may_reveal, is_revealed=revealed, at=at
+    )
     return DeadJobPage(
         DeadFacts(
             number,
@@ -220,6 +223,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
         ),
         payload,
         headers,
+        checkpoint,
         redaction.whole_error(shown),
         visit.site.trace_of(replace(shown, headers=job.headers)),
         live is not None and not isinstance(live, Trouble),

@@ -134,6 +134,9 @@ async def job(visit: Visit) -> JobPage:
             is_revealed=revealed,
             at=at,
         ),
+        checkpoint=redaction.checkpoint(
+            shown, found.checkpoint, may_reveal=may_reveal, is_revealed=revealed, at=at
+        ),
         error=redaction.whole_error(shown),
         trace=visit.site.trace_of(replace(shown, headers=found.headers)),
         buttons=_buttons(found),
