@@ -334,6 +334,21 @@ def test_a_cancelled_job_leaves_the_others_of_its_call_alone(
     assert [dead.id for dead in launcher.client.dlq.list()] == ["j002"]
 
 
+def test_a_job_that_is_cancelled_while_it_waits_for_others_is_in_no_call(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
+    calls, observer = Calls(), Recorder()
+    mux = Mux().register("t", calls.of("plain"), batch=3, **WHOLE)
+    launcher.enqueue("a", "b")
+    launcher.start(mux, observer=observer, concurrency=8)
+    assert eventually(lambda: row(conn, "select count(token) from bgjob_job") == (2,))
+    assert launcher.client.jobs.cancel("a")
+    observer.wait_for("cancelled", "a")
+    launcher.enqueue("c", "d")
+    observer.wait_for("completed", times=3)
+    assert sorted(calls.ids[0]) == ["b", "c", "d"]
+
+
 def test_the_call_is_given_up_when_all_its_jobs_are_cancelled(launcher: Launcher) -> None:
     halted, observer = Halted(), Recorder()
     calls = Calls(halted)

@@ -39,6 +39,7 @@ class BatchPace(Pace):
         """Jobs that wait for others of their type."""
         self.free = concurrency
         """How many slots are free."""
+        self._must_hurry = False
         self._sizes = sizes
         self._largest = max(sizes.values())
         self._singles = 0.0 if only_batches else 1.0  # the share of other types in claims
@@ -71,5 +72,18 @@ class BatchPace(Pace):
     @property
     @override
     def stale_at(self) -> float:
+        if self._must_hurry:
+            return -inf
         is_ahead = self.running - self.merged - self.gathered > self.slots
         return self._claimed_at + _STALE if is_ahead else inf
+
+    @override
+    def slow_down(self, now: float) -> None:
+        self._must_hurry = False
+        super().slow_down(now)
+
+    @override
+    def hurry_back(self) -> None:
+        # Of the jobs that wait for others, too, though they do not wait for a slot.
+        self._must_hurry = self.gathered > 0
+        super().hurry_back()

@@ -17,7 +17,7 @@ class Batch(Claimed):
     calls: list[list[Claimed]]
     """The jobs of the calls that are to follow."""
     current: list[Claimed]
-    """Those of the call that runs."""
+    """Those of the call that runs, or has run last."""
     left: int
     """How many of its jobs have no outcome."""
     gone: set[Claimed]
@@ -41,7 +41,7 @@ class Batch(Claimed):
             # Each of its jobs may have expired: its slot checks that.
             first = first._replace(job=first.job._replace(expires=None))
         batch = cls(*first)
-        batch.all, batch.calls, batch.current = claims, [[*claims]], claims
+        batch.all, batch.calls, batch.current = claims, [[*claims]], []
         batch.left, batch.gone = len(claims), set()
         return batch
 

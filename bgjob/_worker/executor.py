@@ -97,7 +97,7 @@ class Executor:
         """The jobs that threads and tasks run. From any thread."""
         slots = [*self._threads.busy, *tuple(self.tasks.all.values())]
         held = [claimed for slot in slots if (claimed := slot.claimed) is not None]
-        return [each for claimed in held for each in members(claimed)]
+        return [each for claimed in held for each in unfinished(claimed)]
 
     @property
     def next_timeout(self) -> float:
@@ -199,7 +199,7 @@ class Executor:
         for slot in self._threads.busy:
             claimed = slot.claimed
             if claimed is not None and _is_wholly_in(claimed, waiting):
-                self._give_up(slot, claimed, given_up)
+                self._give_up(slot, claimed, given_up, waiting)
         for slot in tuple(self.tasks.all.values()):
             claimed = slot.claimed
             if claimed is None or not _is_wholly_in(claimed, waiting):
@@ -209,7 +209,7 @@ class Executor:
                 since[key] = now
                 self.tasks.interrupt(slot, claimed)
             elif now >= since[key] + UNWINDING:
-                self._give_up(slot, claimed, given_up)
+                self._give_up(slot, claimed, given_up, waiting)
         # Jobs that are in no slot move to another one, or have just ended.
         self._interrupted = since
         self._interrupt_at = now + _INTERRUPT_AGAIN if len(waiting) > len(given_up.all) else inf
@@ -217,20 +217,24 @@ class Executor:
             self.spread()
         return given_up
 
-    def _give_up(self, slot: Slot, claimed: Claimed, given_up: GivenUp) -> None:
+    def _give_up(
+        self, slot: Slot, claimed: Claimed, given_up: GivenUp, cancelled: Mapping[_Key, Claimed]
+    ) -> None:
         """Replace the slot of a handler that does not end, unless it has just ended."""
         run, timeouts = slot.run, self._slots.timeouts
+        # Others of a batch have outcomes already.
+        jobs = [each for each in unfinished(claimed) if _key(each) in cancelled]
         if isinstance(run, Run) and run.is_of(claimed):
             if not timeouts.give_up(run):
                 return
-            for each in unfinished(claimed):
+            for each in jobs:
                 self._slots.done(Outcome(each, Release(), None))
         else:
             slot.interrupt = interrupt = Attempt(claimed)
             if not interrupt.is_of(slot.claimed) or not interrupt.decide(is_overdue=True):
                 return
-            given_up.silent.extend(unfinished(claimed))
-        given_up.all.extend(unfinished(claimed))
+            given_up.silent.extend(jobs)
+        given_up.all.extend(jobs)
         if isinstance(claimed, Batch):
             claimed.left = 0
         if timeouts.slot_lost():
@@ -272,6 +276,8 @@ class Executor:
             dead.append(self.tasks.dead.popleft())
         for slot in dead:
             self._free(slot)
+            if isinstance(slot.claimed, Batch):
+                slot.claimed.left = 0
         if dead or self._is_unclear:
             self.tasks.start_again()
             self._settle(dead, held())

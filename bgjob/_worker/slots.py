@@ -21,7 +21,7 @@ from bgjob._handlers.unknown import Unknown
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
-from bgjob._worker.batch import members
+from bgjob._worker.batch import Batch, members
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.timeouts import Attempt, Timeouts
 from bgjob.job import Job
@@ -157,6 +157,8 @@ class Slots:
         """Release a job, or those of a batch, that did not start."""
         for each in members(claimed):
             self.done(Outcome(each, Release(), None))
+        if isinstance(claimed, Batch):
+            claimed.left = 0
 
     def done(self, outcome: Outcome) -> None:
         """Pass an outcome to the control thread."""
