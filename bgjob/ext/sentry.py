@@ -123,11 +123,11 @@ class Sentry(NoopObserver):
             scope.clear_breadcrumbs()
             scope.set_tag("bgjob.queue", queue)
             scope.set_tag("bgjob.type", type_)
-            with sentry_sdk.start_transaction(
-                op="queue.process", name=type_, source="task"
-            ) as transaction:
-                transaction.set_data("messaging.destination.name", queue)
-                transaction.set_data("messaging.batch.message_count", len(jobs))
+            data = {
+                "messaging.destination.name": queue,
+                "messaging.batch.message_count": len(jobs),
+            }
+            with _process_span(type_, {}, data):
                 yield _Run()
 
     @contextmanager
