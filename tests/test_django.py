@@ -94,6 +94,10 @@ def test_the_admin_shows_jobs_requeues_and_pauses(project: Project) -> None:
     project.manage("test", "shop.tests.test_admin")
 
 
+def test_a_project_tests_its_jobs(project: Project) -> None:
+    project.manage("test", "shop.tests.test_testing")
+
+
 def test_the_database_and_the_setting_are_those_of_the_settings(project: Project) -> None:
     project.manage("test", "shop.tests.test_database")
 

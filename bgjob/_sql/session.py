@@ -88,6 +88,14 @@ def drop_tables(tables: Sequence[LiteralString]) -> LiteralString:
     return f"drop table {', '.join(tables)};"
 
 
+def empty_tables() -> LiteralString:
+    """Return the text that deletes what programs and people have written, for a test."""
+    return """
+        truncate bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_schedule, bgjob_pause,
+            bgjob_history
+    """
+
+
 def forget_session() -> LiteralString:
     """Return the text that brings an idle session to its state after the connect.
 

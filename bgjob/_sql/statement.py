@@ -26,6 +26,11 @@ def in_range(column: LiteralString) -> LiteralString:
     return f"least(greatest({column}, '0001-01-02 00:00+00'), '9999-12-30 00:00+00')"
 
 
+def in_range_or_null(column: LiteralString) -> LiteralString:
+    """Return SQL as `in_range` for a column that may be null, which least() would ignore."""
+    return f"case when {column} is not null then {in_range(column)} end"
+
+
 def finite(column: LiteralString) -> LiteralString:
     """Return SQL that is null if Python cannot represent the time."""
     return (

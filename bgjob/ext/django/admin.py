@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.core.paginator import Paginator
-from django.db.models import BinaryField
+from django.db.models import BinaryField, Q
 from django.db.models.functions import Left, Length, Substr
 from django.utils import timezone
 from django.utils.html import format_html
@@ -78,11 +78,29 @@ class _QueueFilter(admin.SimpleListFilter):
         return [(name, name) for name in Queue.objects.values_list("name", flat=True)]
 
     def queryset(self, request: Any, queryset: Any) -> Any:  # noqa: ARG002
-        return queryset if self.value() is None else queryset.filter(queue=self.value())
+        if self.value() is None:
+            return queryset
+        # Always true, and each part is the condition of an index.
+        indexed = Q(waits=False) | Q(waits=True, exclusive__isnull=False)
+        return queryset.filter(indexed, queue=self.value())
+
+
+class _DeadQueueFilter(_QueueFilter):
+    title = _("queue, of the last 10,000")  # no index has the queues
+
+    def lookups(self, request: Any, model_admin: Any) -> list[tuple[str, str]]:  # noqa: ARG002
+        rows = _last(model_admin.model._base_manager.all())  # noqa: SLF001
+        return [(name, name) for name in sorted(rows.values_list("queue", flat=True).distinct())]
+
+    def queryset(self, request: Any, queryset: Any) -> Any:  # noqa: ARG002
+        return queryset if self.value() is None else _last(queryset).filter(queue=self.value())
+
+
+def _last(rows: Any) -> Any:
+    return rows.filter(pk__in=rows.model._base_manager.order_by("-pk").values("pk")[:_MOST])  # noqa: SLF001
 
 
 class _Jobs(_Looking):
-    list_filter: ClassVar[Sequence[Any]] = [_QueueFilter]
     ordering: ClassVar[Sequence[str]] = ["-id"]
 
     def get_queryset(self, request: Any) -> Any:
@@ -128,6 +146,7 @@ class _Jobs(_Looking):
 class JobAdmin(_Jobs):
     """The live jobs, the newest ids first."""
 
+    list_filter = (_QueueFilter,)
     list_display = ("id", "queue", "type", "state", "priority", "attempt", "next_run_at", "error")
     search_fields = ("id",)
     search_help_text = _("The whole id of a job")
@@ -152,6 +171,7 @@ class JobAdmin(_Jobs):
 class DeadJobAdmin(_Jobs):
     """The dead jobs, the latest first."""
 
+    list_filter = (_DeadQueueFilter,)
     list_display = ("job_id", "queue", "type", "attempt", "moved_at", "error")
     search_fields = ("job_id",)
     search_help_text = _("The whole id of a job")

@@ -14,7 +14,7 @@ from django.db.models.sql.datastructures import BaseTable
 from django.utils.translation import gettext_lazy as _
 
 from bgjob._sql.overviews import QUEUES
-from bgjob._sql.statement import in_range
+from bgjob._sql.statement import in_range_or_null
 
 _NAME = 255
 
@@ -24,7 +24,7 @@ class Moment(models.DateTimeField):
 
     def select_format(self, compiler: Any, sql: str, params: Any) -> tuple[str, Any]:  # noqa: ARG002
         """Return the expression that is selected in place of the column."""
-        return in_range(cast("Any", sql)), params
+        return in_range_or_null(cast("Any", sql)), [*params, *params]
 
 
 class Job(models.Model):
