@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 from support.database import count, row
@@ -188,3 +190,33 @@ call_command("migrate", "bgjob", database="other", verbosity=0)
 enqueue(EnqueueRequest("q", "t"), using="other")
 """
     )
+
+
+def test_async_views_enqueue_under_uvicorn(
+    project: Project, empty_dsn: str, tmp_path: Path
+) -> None:
+    project.manage("migrate", "--verbosity=0")
+    path = tmp_path / "socket"
+    command = [sys.executable, "-m", "uvicorn", "mysite.asgi:application", "--uds", str(path)]
+    with subprocess.Popen(
+        command, cwd=PROJECT, env=project.env, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert eventually(path.exists)
+            with (
+                httpx.Client(
+                    transport=httpx.HTTPTransport(uds=str(path), retries=20), timeout=PATIENCE
+                ) as client,
+                ThreadPoolExecutor(4) as pool,
+            ):
+                urls = [f"http://shop/async/{n}{'?together' if n % 2 else ''}" for n in range(20)]
+                urls += ["http://shop/async/undone?together&fail"]
+                assert {found.status_code for found in pool.map(client.get, urls)} == {200}
+            server.send_signal(signal.SIGTERM)
+            assert server.stderr is not None
+            assert "Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
+    with psycopg.connect(empty_dsn) as conn:
+        assert count(conn) == 20
+        assert row(conn, "select count(*) from shop_order") == (10,)

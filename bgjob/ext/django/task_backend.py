@@ -42,7 +42,7 @@ try:
 except ModuleNotFoundError as _missing:
     raise ImproperlyConfigured(
         "the task backend needs Django 6, or for Django 5.2 the package django-tasks: "
-        "pip install django-tasks"
+        "pip install 'django-tasks>=0.12'"
     ) from _missing
 
 _InvalidTask: Any = getattr(_exceptions, "InvalidTask", None) or _exceptions.InvalidTaskError
