@@ -31,6 +31,10 @@ def in_range_or_null(column: LiteralString) -> LiteralString:
     return f"case when {column} is not null then {in_range(column)} end"
 
 
+def as_text(column: LiteralString) -> LiteralString:
+    return f"({column})::text"
+
+
 def finite(column: LiteralString) -> LiteralString:
     """Return SQL that is null if Python cannot represent the time."""
     return (

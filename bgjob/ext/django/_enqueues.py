@@ -11,10 +11,11 @@ from django.core.exceptions import SynchronousOnlyOperation
 from django.db import Error, connections, transaction
 
 from bgjob import sql
-from bgjob._requests import OnConflict, in_chunks, placed, request_of
+from bgjob._requests import OnConflict, in_chunks, only, placed, request_of, wrapped
 from bgjob.codec import TypedJob
 from bgjob.errors import EnqueueConflictError, JobAlreadyExistsError
 from bgjob.ext.django._database import checked
+from bgjob.ext.django._settings import on_enqueue
 from bgjob.job import EnqueueOptions, EnqueueRequest
 
 _SERIALIZATION_FAILURE = "40001"
@@ -73,7 +74,7 @@ def enqueue(
         using: the alias of the database.
         on_conflict: what to do if a live job has the id, as for Client.enqueue: "raise" (the
             default), "skip", which returns None, or "replace".
-        options: queue, id, delay, run_at, priority, exclusive, headers and expires of a typed job.
+        options: those of a typed job, as for Client.enqueue.
 
     Raises:
         QueueRequiredError, PayloadError, TypeError, ValueError: as Client.enqueue.
@@ -88,6 +89,13 @@ def enqueue(
     """
     request = request_of(request, options)
     _check_is_sync("aenqueue")
+    if not (wrapping := on_enqueue()):
+        return _enqueue(request, using, on_conflict)
+    with wrapped(wrapping, (request,)) as changed:
+        return _enqueue(only(changed), using, on_conflict)
+
+
+def _enqueue(request: EnqueueRequest, using: str, on_conflict: OnConflict) -> str | None:
     rows = _send(using, *sql.enqueue(request, on_conflict=on_conflict), [request.id])
     if rows:
         return request.id
@@ -178,9 +186,18 @@ def bulk_enqueue(
             as for `enqueue`.
 
     """
-    chunks = in_chunks(requests)
     checked(using)
     _check_is_sync("abulk_enqueue")
+    if not (wrapping := on_enqueue()):
+        return _bulk_enqueue(requests, using, on_conflict)
+    with wrapped(wrapping, requests) as changed:
+        return _bulk_enqueue(changed, using, on_conflict)
+
+
+def _bulk_enqueue(
+    requests: Iterable[EnqueueRequest], using: str, on_conflict: OnConflict
+) -> list[str | None]:
+    chunks = in_chunks(requests)
     ids: list[str | None] = []
     whole: Any = transaction.atomic(using)
     with whole:

@@ -11,7 +11,16 @@ from django.utils.module_loading import import_string
 from bgjob._checks import seconds
 from bgjob.job import check_name
 
-_KEYS = ("QUEUES", "CONCURRENCY", "PROCESSES", "GRACE", "MIDDLEWARE", "WORKER")
+_KEYS = (
+    "QUEUES",
+    "CONCURRENCY",
+    "PROCESSES",
+    "GRACE",
+    "UNKNOWN_FOR",
+    "MIDDLEWARE",
+    "ON_ENQUEUE",
+    "WORKER",
+)
 
 _OF_WORKER = (
     "init_timeout",
@@ -34,6 +43,7 @@ class Options(NamedTuple):
     concurrency: int
     processes: int
     grace: float
+    unknown_for: float | None
     middleware: tuple[str, ...]
     worker: Mapping[str, Any]
 
@@ -48,9 +58,16 @@ def options() -> Options:
         given.get("CONCURRENCY", 1),
         given.get("PROCESSES", 1),
         seconds(given.get("GRACE", 30.0), "BGJOB['GRACE']"),
+        seconds(given["UNKNOWN_FOR"], "UNKNOWN_FOR") if "UNKNOWN_FOR" in given else None,
         tuple(given.get("MIDDLEWARE", ())),
         given.get("WORKER", {}),
     )
+
+
+def on_enqueue() -> tuple[Any, ...]:
+    """Return what wraps each enqueue, the outermost first."""
+    paths = getattr(settings, "BGJOB", {}).get("ON_ENQUEUE", ())
+    return tuple(map(import_string, paths)) if paths else ()
 
 
 def problems() -> list[tuple[str, str]]:
@@ -64,7 +81,9 @@ def problems() -> list[tuple[str, str]]:
         "CONCURRENCY": _count,
         "PROCESSES": _count,
         "GRACE": lambda value: seconds(value, "it"),
+        "UNKNOWN_FOR": lambda value: seconds(value, "it"),
         "MIDDLEWARE": _paths,
+        "ON_ENQUEUE": _paths,
     }
     for key, check in checks.items():
         if key in given:

@@ -105,7 +105,7 @@ class _Jobs(_Looking):
 
     def get_queryset(self, request: Any) -> Any:
         """Leave out what may be large."""
-        rows = super().get_queryset(request).defer("arg", "last_error")
+        rows = super().get_queryset(request).defer("arg", "headers", "last_error")
         return rows.annotate(error_start=Left("last_error", _CUT))
 
     def get_search_results(self, request: Any, queryset: Any, search_term: str) -> tuple[Any, bool]:
@@ -152,7 +152,7 @@ class JobAdmin(_Jobs):
     search_help_text = _("The whole id of a job")
     fields = (
         *("id", "queue", "type", "state", "priority", "exclusive", "attempt", "next_run_at"),
-        *("lease_until", "created_at", "updated_at", "payload", "whole_error"),
+        *("lease_until", "created_at", "updated_at", "headers", "payload", "whole_error"),
     )
     readonly_fields = ("state", "payload", "whole_error")
 
@@ -177,7 +177,7 @@ class DeadJobAdmin(_Jobs):
     search_help_text = _("The whole id of a job")
     fields = (
         *("job_id", "queue", "type", "priority", "exclusive", "attempt", "moved_at"),
-        *("next_run_at", "job_created_at", "job_updated_at", "payload", "whole_error"),
+        *("next_run_at", "job_created_at", "job_updated_at", "headers", "payload", "whole_error"),
     )
     readonly_fields = ("payload", "whole_error")
     actions = ("requeue",)

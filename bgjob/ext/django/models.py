@@ -14,7 +14,7 @@ from django.db.models.sql.datastructures import BaseTable
 from django.utils.translation import gettext_lazy as _
 
 from bgjob._sql.overviews import QUEUES
-from bgjob._sql.statement import in_range_or_null
+from bgjob._sql.statement import as_text, in_range_or_null
 
 _NAME = 255
 
@@ -27,6 +27,14 @@ class Moment(models.DateTimeField):
         return in_range_or_null(cast("Any", sql)), [*params, *params]
 
 
+class Headers(models.JSONField):
+    """A column of the type json, which psycopg would decode before Django does."""
+
+    def select_format(self, compiler: Any, sql: str, params: Any) -> tuple[str, Any]:  # noqa: ARG002
+        """Return the expression that is selected in place of the column."""
+        return as_text(cast("Any", sql)), params
+
+
 class Job(models.Model):
     """A live job: one that waits, is delayed or runs."""
 
@@ -34,6 +42,7 @@ class Job(models.Model):
     queue = models.CharField(max_length=_NAME)
     type = models.CharField(max_length=_NAME)
     arg = models.BinaryField(_("payload"), null=True)
+    headers = Headers(null=True)
     attempt = models.IntegerField()
     last_error = models.TextField(null=True)
     priority = models.SmallIntegerField()
@@ -63,6 +72,7 @@ class DeadJob(models.Model):
     queue = models.TextField()
     type = models.TextField()
     arg = models.BinaryField(_("payload"), null=True)
+    headers = Headers(null=True)
     attempt = models.IntegerField()
     last_error = models.TextField(null=True)
     priority = models.SmallIntegerField()

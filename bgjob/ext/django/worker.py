@@ -1,6 +1,7 @@
 """The worker of `manage.py bgjob worker`."""
 
 import os
+from copy import copy
 from functools import partial
 
 import django
@@ -12,6 +13,7 @@ from bgjob.ext.django._database import checked
 from bgjob.ext.django._database import dsn as dsn_of
 from bgjob.ext.django._mux import autodiscover, mux, task_queues
 from bgjob.ext.django._settings import imported, options
+from bgjob.mux import Mux
 from bgjob.worker import Worker
 
 __all__ = ["DATABASE", "worker"]
@@ -53,4 +55,8 @@ def worker(
     given = {name: imported(value) for name, value in chosen.worker.items() if name != "release"}
     if "release" in chosen.worker:
         given["release"] = chosen.worker["release"]
-    return Worker(client, queues, mux, grace=chosen.grace, **given)
+    handlers = mux
+    if chosen.unknown_for:
+        handlers = copy(mux)
+        handlers._unknown = Mux(unknown_for=chosen.unknown_for)._unknown  # noqa: SLF001
+    return Worker(client, queues, handlers, grace=chosen.grace, **given)

@@ -1,10 +1,17 @@
 """Handlers that run what a test gives them, by the job's id."""
 
+from contextlib import contextmanager
+
 from asgiref.sync import sync_to_async
 
 from bgjob.ext.django import mux
 
 CALLS = {}
+
+
+@contextmanager
+def of_tenant(requests):
+    yield [request.with_headers({"tenant": "é"}) for request in requests]
 
 
 @mux.handler("call", max_attempts=1)

@@ -50,7 +50,16 @@ class Admin(TestCase):
         self.log_in()
         payloads = [None, {"a": HOSTILE}, b"\xff<b>\0", b"[" * 3000, b"x" * 100_000]
         for n, arg in enumerate(payloads):
-            enqueue(EnqueueRequest(HOSTILE, HOSTILE, arg, id=f"{HOSTILE}/{n}", exclusive=HOSTILE))
+            enqueue(
+                EnqueueRequest(
+                    HOSTILE,
+                    HOSTILE,
+                    arg,
+                    id=f"{HOSTILE}/{n}",
+                    exclusive=HOSTILE,
+                    headers={"x": HOSTILE},
+                )
+            )
         sql("update bgjob_job set next_run_at = '-infinity', last_error = %s", HOSTILE)
         status, page = self.get("job/")
         self.assertEqual((status, "<script>alert" in page), (200, False))

@@ -9,7 +9,7 @@ from django.db import connection
 from django.test import TestCase, override_settings
 from psycopg.conninfo import conninfo_to_dict
 
-from bgjob.ext.django import dsn
+from bgjob.ext.django import dsn, mux
 from bgjob.ext.django.checks import check_setting
 from bgjob.ext.django.worker import worker
 
@@ -63,6 +63,11 @@ class Database(TestCase):
             self.assertEqual(check_setting(), [])
             with self.assertRaisesMessage(ImproperlyConfigured, "pass --queue"):
                 worker()
+
+    @override_settings(BGJOB={"UNKNOWN_FOR": 60}, TASKS={})
+    def test_a_worker_keeps_jobs_of_unknown_types_for_a_while_if_the_setting_says_so(self):
+        self.assertEqual(worker(queues={"q": 1})._group._mux.unknown_for, 60)
+        self.assertIsNone(mux.unknown_for)
 
     def test_a_command_that_fails_raises_for_its_caller(self):
         with self.assertRaises(CommandError):

@@ -11,7 +11,7 @@ import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import IntegrityError, connection, connections, transaction
-from django.test import TestCase, TransactionTestCase
+from django.test import TestCase, TransactionTestCase, override_settings
 from shop.models import Order
 
 from bgjob import (
@@ -199,6 +199,15 @@ class Enqueued(TestCase):
             enqueue(EnqueueRequest("", "t"))
         with self.assertRaises(RequestsRequiredError):
             bulk_enqueue([])
+
+    @override_settings(BGJOB={"ON_ENQUEUE": ["shop.jobs.of_tenant"]})
+    async def test_each_enqueue_is_wrapped_by_what_the_setting_names(self):
+        await sync_to_async(enqueue)(request())
+        await sync_to_async(bulk_enqueue)([request()])
+        await aenqueue(SendMail("ann"))
+        await abulk_enqueue([request()])
+        found = [headers async for headers in Job.objects.values_list("headers", flat=True)]
+        self.assertEqual(found, [{"tenant": "é"}] * 4)
 
     def test_a_view_enqueues_in_its_transaction(self):
         self.client.get("/orders/one")
