@@ -213,6 +213,28 @@ def test_it_is_followed_however_it_ends(
     assert row(conn, "select count(*) from bgjob_job") == (0,)
 
 
+@pytest.mark.parametrize("options", [{}, {"batch": 10}], ids=["alone", "batch"])
+def test_the_transaction_of_a_job_that_is_replaced_while_it_runs_commits(
+    launcher: Launcher, conn: psycopg.Connection, options: dict[str, int]
+) -> None:
+    conn.execute("create table effects (arg bytea)")
+    observer = Recorder()
+
+    def handle(given: Any, own: psycopg.Connection[Any]) -> None:
+        jobs = given if isinstance(given, list) else [given]
+        for job in jobs:
+            own.execute("insert into effects values (%s)", [job.arg])
+            if job.arg == b"old":
+                launcher.client.enqueue(request(), on_conflict="replace")
+
+    launcher.enqueue("a", arg=b"old")
+    mux, route = Mux(), dict[str, Any](transactional=True, **options)
+    launcher.start(mux.register("t", handle, **route), observer=observer, poll_interval=NEVER)
+    observer.wait_for("completed", "a", times=2)
+    assert rows(conn, "select arg from effects order by arg desc") == [(b"old",), (b"new",)]
+    assert row(conn, "select count(*) from bgjob_job") == (0,)
+
+
 def test_a_job_replaces_itself_in_its_own_transaction_or_not_at_all(
     launcher: Launcher, conn: psycopg.Connection
 ) -> None:

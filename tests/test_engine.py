@@ -102,6 +102,15 @@ class Drive:
         ended = {(c.job.id, c.token) for c in cancelled}
         return self.answer(Reply(cancelled=ended, settled=held, extended=ids)).events
 
+    def miss(self) -> None:
+        """Answer that no row was held, neither a usual one nor that of a replaced job."""
+        exchange = self.exchange()
+        self.answer(Reply())
+        again = self.exchange()
+        assert (exchange.follows, again.follows) == (False, True)
+        assert settled(again) == settled(exchange)
+        assert self.answer(Reply()).events == []
+
     def lose(self) -> None:
         """Break the connection under the exchange, and mend it."""
         self.engine.disconnect(self.now)
@@ -496,9 +505,28 @@ def test_a_settlement_that_finds_nothing_means_that_the_lease_was_lost() -> None
     drive = Drive()
     (a,) = drive.claim("a")
     drive.finish(a)
-    drive.exchange()
-    drive.answer(Reply())
+    drive.miss()
     assert JobLeaseLost(a.job, ran=1.0) in drive.asked()
+
+
+def test_a_job_that_was_replaced_while_it_ran_is_settled_by_a_second_statement() -> None:
+    drive = Drive(concurrency=3)
+    a, b, c = drive.claim("a", "b", "c")
+    drive.finish(a, b)
+    assert settled(drive.exchange()) == ["a", "b"]
+    assert drive.answer(Reply(settled={"b"})).events == [Outcome(b, Complete(), 1.0)]
+    drive.finish(c)
+    assert drive.engine.ahead(drive.now) is None
+    exchange = drive.exchange()
+    assert (exchange.follows, settled(exchange)) == (True, ["a"])
+    drive.engine.reject(drive.now)  # then it is settled as usual, and missed again
+    found = drive.next_exchange()
+    while not found.follows:
+        drive.answer(Reply(settled=set(settled(found)) - {"a"}))
+        found = drive.next_exchange()
+    assert settled(found) == ["a"]
+    assert drive.answer(Reply(settled={"a"})).events[0] == Outcome(a, Complete(), 1.0)
+    assert drive.engine.unsettled == 0
 
 
 def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lease() -> None:
@@ -507,8 +535,7 @@ def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lea
     drive.finish(a)
     drive.exchange()
     drive.lose()
-    assert settled(drive.exchange()) == ["a"]
-    assert drive.answer(Reply()).events == []
+    drive.miss()
     assert drive.asked() == [Outcome(a, Complete(), 1.0), QueueIsEmpty("")]
 
 
@@ -518,8 +545,7 @@ def test_a_settlement_that_was_lost_before_a_cancel_is_told_as_cancelled() -> No
     drive.finish(a)
     drive.exchange()
     drive.lose()  # and it never arrived
-    drive.exchange()
-    drive.answer(Reply())
+    drive.miss()
     assert drive.asked(a)[0] == JobCancelled(a.job, ran=1.0)
 
 
@@ -543,8 +569,7 @@ def test_a_settlement_whose_answer_was_lost_does_not_count_after_the_lease() -> 
     drive.engine.disconnect(drive.now)
     drive.now += 3.0
     drive.engine.reconnect()
-    assert settled(drive.exchange()) == ["a"]
-    drive.answer(Reply())
+    drive.miss()
     assert JobLeaseLost(a.job, ran=1.0) in drive.asked()
 
 

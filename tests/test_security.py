@@ -851,6 +851,8 @@ def _everything(group: str) -> list[Statement[Any]]:
                 settlements.complete([claimed]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),
                 settlements.dead_letter([DeadLettered(claimed, "e", 1)]),
+                settlements.complete([claimed], follows=True),
+                settlements.dead_letter([DeadLettered(claimed, "e", 1)], follows=True),
                 keys.lock_keys(["k"]),
                 keys.acquire("q", [claimed]),
                 keys.release("q", ["k"]),

@@ -170,16 +170,19 @@ class Table:
         reply = Reply()
         self._claim(exchange, reply, began=began, now=now, at=at)
         reply.barred = [id_ for id_ in self._match(exchange.probe) if id_ in self.barred]
-        for id_ in self._match(exchange.complete):
+        for id_ in self._match(exchange.complete, follows=exchange.follows):
             self._end(id_, "done", reply, now=now, at=at)
         for postponed in exchange.postpone:
             id_, token = postponed.claimed.job.id, postponed.claimed.token
             row = self.rows.get(id_)
-            if row is not None and row.token == token and row.successor is not None:
-                self.settled[id_, token] = "postponed"
-                self._follow(row, now=now, at=at)
-                reply.settled.add(id_)
-            elif row is not None and row.token == token:
+            if row is None or row.token != token:
+                continue
+            if row.successor is not None:
+                if exchange.follows:
+                    self.settled[id_, token] = "postponed"
+                    self._follow(row, now=now, at=at)
+                    reply.settled.add(id_)
+            elif not exchange.follows:
                 self.settled[id_, token] = "postponed"
                 row.token = row.lease_until = None
                 row.due = now + int(postponed.delay * SECOND)
@@ -202,7 +205,8 @@ class Table:
             row.is_known = row.has_gone_back = True
             row.free_since = at
             reply.settled.add(id_)
-        for id_ in self._match([dead.claimed for dead in exchange.dead_letter]):
+        dead = [dead.claimed for dead in exchange.dead_letter]
+        for id_ in self._match(dead, follows=exchange.follows):
             self._end(id_, "dead", reply, now=now, at=at)
         for id_ in self._match(exchange.abandon):
             row = self.rows[id_]
@@ -386,9 +390,7 @@ class Table:
                 row.token = row.lease_until = None
                 row.free_since = at
                 freed += 1
-                if row.successor is not None:
-                    self._follow(row, now=now, at=at)
-                elif row.deaths <= 1:
+                if row.deaths <= 1:
                     since = min(since or inf, row.due)
         first = None if since is None else EPOCH + int(since) * MICROSECOND
         return Swept(self._hold(fresh, token, now=now), freed, first)
@@ -477,15 +479,18 @@ class Table:
         row = self.rows.get(id_)
         if row is None or row.token != token:
             return False
-        exchange = Exchange()
+        exchange = Exchange(follows=row.successor is not None)
         exchange.settle(outcome)  # and leaves the release of its key to the worker
         self.carry_out(exchange, began=now, now=now, at=at)
         self.rows.get(id_, row).is_known = False  # the engine learns of it by a look only
         self.barred.discard(id_)  # it has waited for a stranger's lock
         return True
 
-    def _match(self, claimed: list[Claimed]) -> list[str]:
-        """As `id = any (...) and token = any (...)`: what it finds must have been asked for."""
+    def _match(self, claimed: list[Claimed], *, follows: bool | None = None) -> list[str]:
+        """As `id = any (...) and token = any (...)`: what it finds must have been asked for.
+
+        Only those that were replaced while they ran, or only the others, unless that is None.
+        """
         asked = {(c.job.id, c.token) for c in claimed}
         tokens = {c.token for c in claimed}
         held = []
@@ -493,7 +498,8 @@ class Table:
             row = self.rows.get(id_)
             if row is not None and row.token is not None and row.token in tokens:
                 promise((id_, row.token) in asked, f"{id_}: hit by the statement of another claim")
-                held.append(id_)
+                if follows is None or follows == (row.successor is not None):
+                    held.append(id_)
         return held
 
     def _end(self, id_: str, how: str, reply: Reply, *, now: int, at: float) -> None:
@@ -801,6 +807,7 @@ class History:
         if row.token is not None:
             row.successor = due
             return
+        row.successor = None
         table.become(row, due, now=self.db_now, at=self.now)
         if self.notify and self.lock is not None and random.random() >= self.deaf:
             notice = Notice({row.priority: began}, later=delay > 0)

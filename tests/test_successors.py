@@ -1,14 +1,16 @@
 """A job that was replaced while it ran is followed by its successor, however it ends."""
 
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psycopg
 import pytest
 from support.database import row, rows
 from support.statements import ask
+from support.waiting import eventually
 
-from bgjob._sql.claims import Window, claim_any, free, free_within, sweep
+from bgjob._sql.claims import claim_any, free, sweep
 from bgjob._sql.history import of_job
 from bgjob._sql.repairs import dead_letter_unread
 from bgjob._sql.settlements import (
@@ -44,7 +46,22 @@ FRESH = (
     {"tenant": None},
 )
 
-Ends = Callable[[list[Claimed]], Statement[Any]]
+Ends = Callable[..., Statement[list[str]]]
+
+
+def end(conn: psycopg.Connection, ends: Ends, held: list[Claimed]) -> list[str]:
+    """End claims as a worker does: by the usual statement, and those left by the second one."""
+    ended = ask(conn, ends(held))
+    left = [claimed for claimed in held if claimed.job.id not in ended]
+    return sorted(ended + (ask(conn, ends(left, follows=True)) if left else []))
+
+
+def postponed(held: list[Claimed], **options: bool) -> Statement[list[str]]:
+    return postpone([Postponed(c, 60.0, "why", refund=False) for c in held], **options)
+
+
+def buried(held: list[Claimed], **options: bool) -> Statement[list[str]]:
+    return dead_letter([DeadLettered(c, "why", 1) for c in held], **options)
 
 
 def hold(conn: psycopg.Connection) -> list[Claimed]:
@@ -81,9 +98,9 @@ def check_successor(conn: psycopg.Connection) -> None:
     ("ends", "is_left"),
     [
         (complete, False),
-        (lambda held: complete(held, {"t"}), False),
-        (lambda held: postpone([Postponed(c, 60.0, "why", refund=False) for c in held]), True),
-        (lambda held: dead_letter([DeadLettered(c, "why", 1) for c in held]), False),
+        (partial(complete, kept={"t"}), False),
+        (postponed, True),
+        (buried, False),
     ],
     ids=["complete", "complete and keep", "postpone", "dead_letter"],
 )
@@ -92,46 +109,28 @@ def test_the_statement_that_ends_it_writes_its_successor_as_a_fresh_job(
 ) -> None:
     held = hold(worker)
     worker.execute("listen bgjob")
-    assert sorted(ask(worker, ends(held))) == ["a", "b"]
+    assert ask(worker, ends(held[1:], follows=True)) == []
+    assert ask(worker, ends(held[:1])) == []
+    assert end(worker, ends, held) == ["a", "b"]
     check_successor(worker)
     assert row(worker, "select count(*) from bgjob_job where id = 'b'") == (int(is_left),)
     # The workers of its queue are told.
     [told] = worker.notifies(timeout=5, stop_after=1)
     assert told.payload == "other"
     # Its old claim is over.
-    assert ask(worker, ends(held[:1])) == []
+    assert end(worker, ends, held[:1]) == []
     check_successor(worker)
 
 
 def test_what_it_was_is_kept_or_dead(worker: psycopg.Connection) -> None:
     held = hold(worker)
-    ask(worker, complete(held, {"t"}))
+    end(worker, partial(complete, kept={"t"}), held)
     assert [job.past.type for job in ask(worker, of_job("a", limit=9))] == ["t"]
     worker.execute("delete from bgjob_job")
     held = hold(worker)
-    ask(worker, dead_letter([DeadLettered(c, "why", 1) for c in held]))
+    end(worker, buried, held)
     dead = "select job_id, type, arg, attempt, exclusive from bgjob_dead_job order by job_id"
     assert rows(worker, dead) == [("a", "t", b"old", 1, "k1"), ("b", "t", b"other", 1, None)]
-
-
-@pytest.mark.parametrize("how", ["sweep", "free", "free_within"])
-def test_of_a_dead_workers_job_the_successor_is_left(worker: psycopg.Connection, how: str) -> None:
-    hold(worker)
-    worker.execute("update bgjob_job set lease_until = now() - interval '1 s'")
-    if how == "sweep":
-        swept = ask(worker, sweep("q", limit=10, lease=60, token=6))
-    elif how == "free":
-        swept = ask(worker, free("q", limit=10))
-    else:
-        [(since, until)] = worker.execute(
-            "select now() - interval '1 h', now() + interval '1 h'"
-        ).fetchall()
-        swept = ask(worker, free_within("q", Window(since, until, (0,)), limit=10))
-    assert (swept.jobs, swept.freed) == ([], 2)
-    check_successor(worker)
-    assert row(worker, "select attempt, deaths, token from bgjob_job where id = 'b'") == (
-        (1, 1, None)
-    )
 
 
 def test_of_a_job_that_cannot_be_read_the_successor_is_left(worker: psycopg.Connection) -> None:
@@ -142,12 +141,19 @@ def test_of_a_job_that_cannot_be_read_the_successor_is_left(worker: psycopg.Conn
     assert rows(worker, "select job_id from bgjob_dead_job") == [("a",)]
 
 
-def test_a_job_that_is_given_back_unstarted_keeps_its_successor(worker: psycopg.Connection) -> None:
+@pytest.mark.parametrize("how", ["release", "death"])
+def test_a_job_whose_claim_ends_without_an_outcome_keeps_its_successor(
+    worker: psycopg.Connection, how: str
+) -> None:
     held = hold(worker)
-    assert sorted(ask(worker, release_jobs("q", held, tell=False))) == ["a", "b"]
+    if how == "release":
+        assert sorted(ask(worker, release_jobs("q", held, tell=False))) == ["a", "b"]
+    else:
+        worker.execute("update bgjob_job set lease_until = now() - interval '1 s'")
+        assert ask(worker, free("q", limit=10)).freed == 2
     [job] = [j for j in ask(worker, claim_any("q", lease=60, token=7)) if j.id == "a"]
-    assert (job.arg, job.attempt) == (b"old", 1)
-    assert ask(worker, complete([Claimed(job, 7)])) == ["a"]
+    assert (job.arg, job.attempt) == (b"old", 1 if how == "release" else 2)
+    assert end(worker, complete, [Claimed(job, 7)]) == ["a"]
     check_successor(worker)
 
 
@@ -155,10 +161,6 @@ def test_a_job_that_is_given_back_unstarted_keeps_its_successor(worker: psycopg.
 def test_a_replacement_that_commits_while_its_end_waits_is_not_lost(
     worker: psycopg.Connection, dsn: str, level: str
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from support.waiting import eventually
-
     held = hold(worker)
     worker.execute("update bgjob_job set successor = null, successor_arg = null")
     with psycopg.connect(dsn) as other, ThreadPoolExecutor(1) as pool:
@@ -169,11 +171,11 @@ def test_a_replacement_that_commits_while_its_end_waits_is_not_lost(
             "where id = 'a'"
         )
         worker.execute("set lock_timeout = 0")
-        ending = pool.submit(ask, worker, complete(held))
+        ending = pool.submit(end, worker, complete, held)
         waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and pid = %s"
         pid = worker.info.backend_pid
         assert eventually(lambda: other.execute(waits, [pid]).fetchone() == (1,))
         other.commit()
-        assert sorted(ending.result()) == ["a", "b"]
+        assert ending.result() == ["a", "b"]
     query = "select id, arg, token from bgjob_job"
     assert rows(worker, query) == [("a", b"newest", None)]

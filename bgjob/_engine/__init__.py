@@ -44,10 +44,13 @@ it. In between it is in one of these states:
                                           withdrawn(): pending, to be released
                                           abandon(): leaving
     pending   `settling.pending`          step() puts it into an exchange: sent
-    sent      `outcomes` of a sent        acknowledge(): gone
+    sent      `outcomes` of a sent        acknowledge(): gone; missed, if no row was found
               exchange                    reject(): pending, in halves; alone: refused
                                           reject() for a lock: locked
                                           disconnect(): pending, and unsure
+    missed    `settling.missed`           sent once more: it was replaced while it ran, and its
+                                          successor is written; or its row is not found:
+                                          doubtful
     refused   `settling.refused`          its pause is over: sent, alone
                                           too many are refused for their data: the oldest
                                           are left to their leases: lost

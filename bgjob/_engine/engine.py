@@ -273,6 +273,7 @@ class Engine:
             or self._cancels
             or self._doomed
             or self._settling.has_releases
+            or self._settling.missed
             or any(sent.release_jobs for sent in self._sent)
             or self._claims.is_held_up(now)
             or self._leases.extend_at <= now
@@ -355,6 +356,8 @@ class Engine:
                 self._cancels.gone(each, None if is_own else JobLeaseLost(each.job))
         self._cancel(self._cancels.answered(exchange, reply))
         self._lookout.answered(exchange, reply, run_again, now)
+        if exchange.follows and reply.settled:
+            self._lookout.wake(Notice(later=True))  # successors were written, after the claim
         claimed = self._claims.answered(exchange, reply, now)
         if claimed:
             self._is_idle = False
@@ -363,7 +366,7 @@ class Engine:
             self._leases.hold(claimed, exchange.at)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()
-        is_busy = self.pace.running or self._settling.pending or self._sent or self._cancels
+        is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels
         if not (self._is_idle or is_busy or self._isolation.is_needed) and self._lookout.waits(now):
             self._is_idle = True
             effects.events.append(QueueIsEmpty(self._queue))

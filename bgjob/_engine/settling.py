@@ -27,11 +27,13 @@ from bgjob.result import Complete, MoveToDlq
 class Settling:
     """The outcomes that are not settled.
 
-    An outcome is in `pending`, in `refused` or in a sent exchange, until the server has
-    answered its settlement or its job is lost. A refused exchange is tried again in halves,
-    and after the others, until the outcome that the server refuses is alone. That one is kept
-    in `refused`, and tried alone, at growing intervals: it delays no other. When one of these
-    is accepted, all are pending again.
+    An outcome is in `pending`, in `missed`, in `refused` or in a sent exchange, until the server
+    has answered its settlement or its job is lost. A job that was replaced while it ran is passed
+    over by the first settlement, and settled by a second one, in an exchange that has no other.
+
+    A refused exchange is tried again in halves, and after the others, until the outcome that the
+    server refuses is alone. That one is kept in `refused`, and tried alone, at growing intervals:
+    it delays no other. When one of these is accepted, all are pending again.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Settling:
         self._transactional = transactional
         self._pause = pause
         self.pending: deque[Unsettled] = deque()  # the oldest first
+        self.missed: deque[Unsettled] = deque()
+        """Their settlement found no row to settle: they were replaced, or are lost."""
         self.refused: deque[Unsettled] = deque()
         self.retry_at = inf
         """When the first refused one is tried again."""
@@ -55,12 +59,17 @@ class Settling:
         self._spilled = 0  # how many of the oldest refused ones to leave to their leases
 
     def __len__(self) -> int:
-        return len(self.pending) + len(self.refused)
+        return len(self.pending) + len(self.missed) + len(self.refused)
 
     @property
     def outcomes(self) -> list[Unsettled]:
         """Those in none of the exchanges."""
-        return [*self.pending, *self.refused]
+        return [*self.pending, *self.missed, *self.refused]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the next exchange settles outcomes."""
+        return bool(self.pending or self.missed)
 
     @property
     def has_releases(self) -> bool:
@@ -103,6 +112,13 @@ class Settling:
 
     def add_pending(self, exchange: Exchange) -> None:
         """Settle as many as an exchange may, the oldest first."""
+        if self.missed:
+            exchange.follows = True
+            for _ in range(min(self._limit, len(self.missed))):
+                outcome = self.missed.popleft()
+                exchange.outcomes.append(outcome)
+                exchange.settle(outcome)
+            return
         pending, outcomes, complete = self.pending, exchange.outcomes, exchange.complete
         for _ in range(min(self._limit, len(pending))):
             outcome = pending.popleft()
@@ -162,6 +178,7 @@ class Settling:
         """Drop the outcomes of lost jobs; return these jobs."""
         dropped = {outcome.claimed for outcome in self.outcomes} & lost
         self.pending = deque(o for o in self.pending if o.claimed not in lost)
+        self.missed = deque(o for o in self.missed if o.claimed not in lost)
         self.refused = deque(o for o in self.refused if o.claimed not in lost)
         if not self.refused:
             self.retry_at = inf
@@ -184,6 +201,8 @@ class Settling:
             return run_again
         for outcome in exchange.outcomes:
             claimed, result = outcome.claimed, outcome.result
+            if claimed.job.id not in settled and self._misses(exchange, outcome):
+                continue
             batch = leases.drop(claimed)
             if batch is None:
                 continue  # lost meanwhile
@@ -212,3 +231,11 @@ class Settling:
             if not isinstance(stored, Complete | MoveToDlq):
                 run_again.append(last)
         return run_again
+
+    def _misses(self, exchange: Exchange, outcome: Unsettled) -> bool:
+        """Whether an outcome that was not settled is settled once more: it may be replaced."""
+        is_released = type(outcome.result) is Release
+        if exchange.follows or is_released or self._leases.batch(outcome.claimed) is None:
+            return False
+        self.missed.append(outcome)
+        return True

@@ -17,11 +17,10 @@ from bgjob._handlers.batch import Answer, BatchRoute
 from bgjob._running.transaction import (
     Call,
     End,
-    SettleAll,
-    Settled,
     TransactionStep,
+    settle,
 )
-from bgjob._sql.settlements import Claimed, Settlements
+from bgjob._sql.settlements import Claimed
 from bgjob.result import MoveToDlq, Result
 
 BatchEnding: TypeAlias = Result | Committed | CommitUnknown | Fenced
@@ -76,11 +75,7 @@ def batch_in_transaction(
         error = raised
     if error is None and not answer.undone:
         try:
-            settlements = Settlements(kept=(route.policy.job_type,) if route.policy.keep else ())
-            for claimed in claims:
-                settlements.store(claimed, answer.results[claimed.job.id])
-            statements = settlements.settlements(claims[0].job.queue)
-            settled: Settled | None = yield SettleAll(statements)
+            settled = yield from settle(_each(claims, answer), keeps=route.policy.keep)
             if settled is None or settled.token != token:
                 yield End.ROLLBACK
                 return _ended_by_handler(route, claims)

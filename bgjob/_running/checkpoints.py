@@ -105,7 +105,7 @@ class AsyncSessionStore:
             async with sessions.lent_async(connection):
                 yield saving
             statement = save_checkpoint(claimed, saving.data, lease=self._lease)
-            settled = await sessions.settle_async(connection, statement)
+            settled = await sessions.settle_async(connection, [statement])
             if settled is None or settled.token != connection.token:
                 raise ended(claimed)
             if not settled.ids:
@@ -240,7 +240,7 @@ class SessionStore:
             with sessions.lent(connection):
                 yield saving
             statement = save_checkpoint(claimed, saving.data, lease=self._lease)
-            settled = sessions.settle(connection, statement)
+            settled = sessions.settle(connection, [statement])
             if settled is None or settled.token != connection.token:
                 raise ended(claimed)
             if not settled.ids:

@@ -10,6 +10,7 @@ caller's part.
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import closing
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from time import monotonic, time
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
@@ -132,7 +133,11 @@ def _routed(claimed: Claimed, mux: Mux, now: float, lease: float) -> Run:
 def settle(run: Run, ending: Ending) -> Steps[Ended]:
     """Store how a job ended, and release its key."""
     job = run.claimed.job
-    reply = yield from _exchange(job.queue, conclusion(run.claimed, ending, _kept(run)))
+    exchange = conclusion(run.claimed, ending, _kept(run))
+    reply = yield from _exchange(job.queue, exchange)
+    ends = exchange.complete or exchange.postpone or exchange.dead_letter
+    if ends and job.id not in reply.settled:  # it is lost, or was replaced while it ran
+        reply = yield from _exchange(job.queue, replace(exchange, follows=True))
     is_held = job.id in reply.settled
     match ending:
         case Committed(result):

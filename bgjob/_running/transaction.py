@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
@@ -43,7 +43,7 @@ from bgjob._sql.execute import (
     send_all_async,
     send_async,
 )
-from bgjob._sql.settlements import Claimed, settlement
+from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.statement import Statement
 from bgjob._sql.transactions import (
     COMMIT,
@@ -80,13 +80,7 @@ class Call:
 
 
 class Settle(NamedTuple):
-    """A step that settles the job; the answer is a Settled, or None if the transaction is over."""
-
-    statement: Statement[list[str]]
-
-
-class SettleAll(NamedTuple):
-    """A step that settles several jobs; the answer is as for Settle."""
+    """A step that settles jobs; the answer is a Settled, or None if the transaction is over."""
 
     statements: list[Statement[list[str]]]
 
@@ -111,13 +105,35 @@ class End(Enum):
     ROLLBACK = auto()
 
 
-_Step: TypeAlias = Call | Settle | End
-TransactionStep: TypeAlias = _Step | SettleAll
+TransactionStep: TypeAlias = Call | Settle | End
 
 _KEEPS = (Complete, Reschedule, MoveToDlq)
 
 
-def in_transaction(route: Route, claimed: Claimed) -> Generator[_Step, Any, Ending]:
+def settle(
+    ended: Sequence[tuple[Claimed, Result]], *, keeps: bool
+) -> Generator[Settle, Settled | None, Settled | None]:
+    """Settle jobs of one claim, as far as they are held; the answer is that of a Settle.
+
+    Those that the usual statements have passed over are lost, or were replaced while they ran.
+    """
+    job, token, _ = ended[0][0]
+    ids: list[str] = []
+    for follows in (False, True):
+        settlements = Settlements(kept=(job.type,) if keeps else (), follows=follows)
+        for claimed, result in ended:
+            if claimed.job.id not in ids:
+                settlements.store(claimed, result)
+        settled = yield Settle(settlements.settlements(job.queue))
+        if settled is None or settled.token != str(token):
+            return settled
+        ids += settled.ids
+        if len(ids) == len(ended):
+            break
+    return Settled(str(token), ids)
+
+
+def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep, Any, Ending]:
     """Run a handler in a transaction that has begun, and settle its job."""
     __tracebackhide__ = True
     job, token = claimed.job, str(claimed.token)
@@ -129,9 +145,7 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[_Step, Any, Endi
         result, commits = route.failed(job, error), False
     if commits:
         try:
-            settled: Settled | None = yield Settle(
-                settlement(claimed, result, kept=(job.type,) if route.policy.keep else ())
-            )
+            settled = yield from settle([(claimed, result)], keeps=route.policy.keep)
             if settled is None or settled.token != token:
                 result, commits = MoveToDlq(route.transaction_ended()), False
             elif not settled.ids:
@@ -242,8 +256,8 @@ class Transactions(Sessions):
             case Call():
                 async with self.lent_async(connection):
                     return await route.awaited(job, connection)
-            case Settle(statement):
-                return await self.settle_async(connection, statement)
+            case Settle(statements):
+                return await self.settle_async(connection, statements)
             case End.COMMIT:
                 await self.commit_async(connection)
             case End.ROLLBACK:
@@ -255,15 +269,6 @@ class Transactions(Sessions):
                     cursor.nextset()
                     rows = await cursor.fetchall()
                     return rows[0][0] or ""
-            case SettleAll(statements):
-                if is_over(connection):
-                    return None
-                settling = (claim_of_transaction(), *statements)
-                async with connection.pipeline() as pipeline:
-                    _end_with_sync(pipeline)
-                    cursors = await send_all_async(connection, settling)
-                    token, *settled = await read_all_async(cursors, settling)
-                    return Settled(token, [id_ for ids in settled for id_ in ids])
         return None
 
     async def begin_async(self, claimed: Claimed) -> AsyncHandlerConnection:
@@ -291,16 +296,17 @@ class Transactions(Sessions):
             connection.user, connection.patience = asyncio.current_task(), WORKER_PATIENCE
 
     async def settle_async(
-        self, connection: AsyncHandlerConnection, statement: Statement[list[str]]
+        self, connection: AsyncHandlerConnection, statements: Sequence[Statement[list[str]]]
     ) -> Settled | None:
-        """Send the last statement of a transaction; None if the handler has ended that."""
+        """Send statements that settle jobs; None if the handler has ended the transaction."""
         if is_over(connection):
             return None
-        statements = (claim_of_transaction(), statement)
+        settling = (claim_of_transaction(), *statements)
         async with connection.pipeline() as pipeline:
             _end_with_sync(pipeline)
-            cursors = await send_all_async(connection, statements)
-            return Settled(*await read_all_async(cursors, statements))
+            cursors = await send_all_async(connection, settling)
+            token, *settled = await read_all_async(cursors, settling)
+            return Settled(token, [id_ for ids in settled for id_ in ids])
 
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
         """Commit, and reset the session."""
@@ -392,8 +398,8 @@ class Transactions(Sessions):
             case Call():
                 with self.lent(connection):
                     return route.handler(job, connection)
-            case Settle(statement):
-                return self.settle(connection, statement)
+            case Settle(statements):
+                return self.settle(connection, statements)
             case End.COMMIT:
                 self.commit(connection)
             case End.ROLLBACK:
@@ -405,15 +411,6 @@ class Transactions(Sessions):
                     cursor.nextset()
                     rows = cursor.fetchall()
                     return rows[0][0] or ""
-            case SettleAll(statements):
-                if is_over(connection):
-                    return None
-                settling = (claim_of_transaction(), *statements)
-                with connection.pipeline() as pipeline:
-                    _end_with_sync(pipeline)
-                    cursors = send_all(connection, settling)
-                    token, *settled = read_all(cursors, settling)
-                    return Settled(token, [id_ for ids in settled for id_ in ids])
         return None
 
     def begin(self, claimed: Claimed) -> HandlerConnection:
@@ -441,16 +438,17 @@ class Transactions(Sessions):
             connection.user, connection.patience = threading.get_ident(), WORKER_PATIENCE
 
     def settle(
-        self, connection: HandlerConnection, statement: Statement[list[str]]
+        self, connection: HandlerConnection, statements: Sequence[Statement[list[str]]]
     ) -> Settled | None:
-        """Send the last statement of a transaction; None if the handler has ended that."""
+        """Send statements that settle jobs; None if the handler has ended the transaction."""
         if is_over(connection):
             return None
-        statements = (claim_of_transaction(), statement)
+        settling = (claim_of_transaction(), *statements)
         with connection.pipeline() as pipeline:
             _end_with_sync(pipeline)
-            cursors = send_all(connection, statements)
-            return Settled(*read_all(cursors, statements))
+            cursors = send_all(connection, settling)
+            token, *settled = read_all(cursors, settling)
+            return Settled(token, [id_ for ids in settled for id_ in ids])
 
     def commit(self, connection: HandlerConnection) -> None:
         """Commit, and reset the session."""

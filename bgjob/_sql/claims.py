@@ -21,7 +21,6 @@ from bgjob._sql.statement import (
     number_array,
     text_array,
 )
-from bgjob._sql.successors import SUCCESSOR, followed
 from bgjob._sql.tokens import CHOICE
 from bgjob._sql.transactions import SESSION_NAME
 from bgjob.job import Job
@@ -91,9 +90,7 @@ def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
     return f"""
         {lines}
         cross join lateral (
-            select j.ctid, j.lease_until is not null as ended, j.id, j.token,
-                j.successor is not null as is_followed
-            from bgjob_job j
+            select j.ctid, j.lease_until is not null as ended, j.id, j.token from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
                 and j.next_run_at >= line.since and j.next_run_at <= now() and not j.waits
                 and ({which})
@@ -137,7 +134,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
 
 _LINES = f"""
     {PRIORITIES}
-    select due.ctid, due.ended, due.id, due.token, due.is_followed
+    select due.ctid, due.ended, due.id, due.token
     from (
         select priority, timestamptz '-infinity' as since from line where priority is not null
     ) as line
@@ -170,32 +167,22 @@ _SET_FREE = """
 # The first due time of the freed jobs that the next claim may take.
 _FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 
-# Of a dead worker's job that was replaced meanwhile the successor is left.
-_GONE = f"""
-    gone as (
-        delete from bgjob_job
-        where ctid = any (array(select ctid from due where ended and is_followed))
-        returning id, {SUCCESSOR}
-    ), {followed("gone")}
-"""
-
 # The jobs of a dead worker are only freed here, also while the queue is paused, and claimed
 # by a later claim.
 _SWEEP = f"""
     with due as materialized ({_due(_LINES, f"{FRESH} and {UNPAUSED} or {_FREEABLE}")}),
     freed as (
         {_SET_FREE}
-        where ctid = any (array(select ctid from due where ended and not is_followed))
+        where ctid = any (array(select ctid from due where ended))
         returning deaths, next_run_at
-    ), {_GONE}, claimed as (
+    ), claimed as (
         update bgjob_job set {_TAKE}
         where ctid = any (array(select ctid from due where not ended))
         returning {CLAIMED_COLUMNS}, ctid::text
     )
     select claimed.*, freed.ended, freed.since, freed.count
     from (
-        select (select count(*) from due where ended) as count, {_END_SESSIONS} as ended,
-            {_FIRST_FREED} as since from freed
+        select count(*), {_END_SESSIONS} as ended, {_FIRST_FREED} as since from freed
     ) as freed
     left join claimed on true
 """
@@ -203,15 +190,15 @@ _SWEEP = f"""
 _FREED = f"""
     freed as (
         {_SET_FREE}
-        where ctid = any (array(select ctid from due where not is_followed))
+        where ctid = any (array(select ctid from due))
         returning deaths, next_run_at
-    ), {_GONE}
-    select {_END_SESSIONS}, {_FIRST_FREED}, (select count(*) from due) from freed
+    )
+    select {_END_SESSIONS}, {_FIRST_FREED}, count(*) from freed
 """
 _FREE = f"with due as materialized ({_due(_LINES, _FREEABLE)}), {_FREED}"
 
 _LINES_OF_WINDOW = """
-    select due.ctid, due.ended, due.id, due.token, due.is_followed
+    select due.ctid, due.ended, due.id, due.token
     from (
         select priority, %(since)s::timestamptz as since
         from unnest(%(priorities)s::smallint[]) as w (priority)

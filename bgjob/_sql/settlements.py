@@ -1,6 +1,6 @@
 """Settle claimed jobs: what a result does to the row, as statements for many jobs at once."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import LiteralString, NamedTuple
@@ -69,6 +69,8 @@ class Settlements:
     whether another worker sleeps."""
     kept: Collection[str] = ()
     """The types whose completed jobs are kept."""
+    follows: bool = False
+    """Whether these jobs were replaced while they ran: what ends them writes their successors."""
 
     def store(self, claimed: Claimed, result: Result) -> None:
         """Add a job that has ended."""
@@ -95,27 +97,20 @@ class Settlements:
                 )
 
     def settlements(self, queue: str) -> list[Statement[list[str]]]:
-        """Return the statements; each returns the ids of those of its jobs that are still held."""
+        """Return the statements; each returns the ids of those of its jobs that are still held.
+
+        Of these, a job was replaced while it ran if and only if `follows`.
+        """
         statements = []
         if self.complete:
-            statements.append(complete(self.complete, self.kept))
+            statements.append(complete(self.complete, self.kept, follows=self.follows))
         if self.postpone:
-            statements.append(postpone(self.postpone))
+            statements.append(postpone(self.postpone, follows=self.follows))
         if self.dead_letter:
-            statements.append(dead_letter(self.dead_letter))
+            statements.append(dead_letter(self.dead_letter, follows=self.follows))
         if self.release_jobs:
             statements.append(release_jobs(queue, self.release_jobs, tell=self.holds_notify_lock))
         return statements
-
-
-def settlement(
-    claimed: Claimed, result: Result, *, kept: Collection[str] = ()
-) -> Statement[list[str]]:
-    """Return the statement that settles one job, and returns its id if it is still held."""
-    settlements = Settlements(kept=kept)
-    settlements.store(claimed, result)
-    [statement] = settlements.settlements(claimed.job.queue)
-    return statement
 
 
 def delay_of(result: object) -> float:
@@ -127,32 +122,47 @@ def delay_of(result: object) -> float:
             return 0.0
 
 
-_COMPLETE: LiteralString = f"""
-    with gone as (
-        delete from bgjob_job
-        where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-        returning id, {SUCCESSOR}
-    ), {followed("gone")}
-    -- Usually all were deleted, and need not be listed.
-    select case when tally.all < %(count)s then array(select id from gone) end from tally
+# The rows of jobs that are held. The successor is in no index: it is read in a row that is found.
+_HELD: LiteralString = """
+    id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[]) and successor is null
 """
+_REPLACED: LiteralString = _HELD.replace("is null", "is not null")
 
 
-_COMPLETE_AND_KEEP: LiteralString = f"""
-    with gone as (
-        delete from bgjob_job
-        where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-        returning id, queue, type, attempt, token, {SUCCESSOR}
-    ), {followed("gone")}, kept as (
-        insert into bgjob_history (day, job_id, queue, type, attempt, token)
-        select {TODAY}, id, queue, type, attempt, token
-        from gone where type = any (%(kept)s::text[])
-    )
-    select case when tally.all < %(count)s then array(select id from gone) end from tally
-"""
+def _complete(*, follows: bool, keeps: bool) -> LiteralString:
+    which: LiteralString = _REPLACED if follows else _HELD
+    columns: LiteralString = "id" + (", queue, type, attempt, token" if keeps else "")
+    ctes: LiteralString = ""
+    if follows:
+        columns += f", {SUCCESSOR}"
+        ctes += f", {followed('gone')}"
+    if keeps:
+        ctes += f"""
+            , kept as (
+                insert into bgjob_history (day, job_id, queue, type, attempt, token)
+                select {TODAY}, id, queue, type, attempt, token
+                from gone where type = any (%(kept)s::text[])
+            )
+        """
+    return f"""
+        with gone as (
+            delete from bgjob_job where {which} returning {columns}
+        ){ctes}
+        -- Usually all were deleted, and need not be listed.
+        select case when (select count(*) from gone) < %(count)s then array(select id from gone) end
+    """
 
 
-def complete(claimed: Sequence[Claimed], kept: Collection[str] = ()) -> Statement[list[str]]:
+_COMPLETES: Mapping[tuple[bool, bool], LiteralString] = {
+    (follows, keeps): _complete(follows=follows, keeps=keeps)
+    for follows in (False, True)
+    for keeps in (False, True)
+}
+
+
+def complete(
+    claimed: Sequence[Claimed], kept: Collection[str] = (), *, follows: bool = False
+) -> Statement[list[str]]:
     """Delete completed jobs, and keep those of some types; return the ids of those still held.
 
     By the rows' positions, returned by the claim, the server's time for a job is a fifth less up
@@ -161,10 +171,10 @@ def complete(claimed: Sequence[Claimed], kept: Collection[str] = ()) -> Statemen
     """
     ids = [c.job.id for c in claimed]
     params = {**held(claimed, ids), "count": len(ids)}
-    text = _COMPLETE
-    if kept and (types := {c.job.type for c in claimed}.intersection(kept)):
-        text = _COMPLETE_AND_KEEP
+    types = {c.job.type for c in claimed}.intersection(kept) if kept else ()
+    if types:
         params["kept"] = text_array(sorted(types))
+    text = _COMPLETES[follows, bool(types)]
     return Statement(text, params, partial(_all_or_some, ids))
 
 
@@ -173,46 +183,44 @@ def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
     return ids if some is None else some
 
 
-_POSTPONE: LiteralString = f"""
-    with later as (
-        update bgjob_job j
-        set token = null,
-            lease_until = null,
-            next_run_at = clock_timestamp() + p.delay * interval '1 second',
-            attempt = greatest(j.attempt, p.refund) - p.refund,
-            deaths = 0,
-            last_error = coalesce(p.error, j.last_error),
-            priority = coalesce(p.priority, j.priority),
-            updated_at = clock_timestamp()
-        from unnest(
-            %(ids)s::text[], %(tokens)s::bigint[], %(delays)s::float8[],
-            %(errors)s::text[], %(refunds)s::int[], %(priorities)s::smallint[]
-        ) as p (id, token, delay, error, refund, priority)
-        where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
-            and j.successor is null
-        returning j.id
-    ), gone as (
-        delete from bgjob_job
-        where (select count(*) from later) < %(count)s
-            and id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-            and successor is not null
+_POSTPONE: LiteralString = """
+    update bgjob_job j
+    set token = null,
+        lease_until = null,
+        next_run_at = clock_timestamp() + p.delay * interval '1 second',
+        attempt = greatest(j.attempt, p.refund) - p.refund,
+        deaths = 0,
+        last_error = coalesce(p.error, j.last_error),
+        priority = coalesce(p.priority, j.priority),
+        updated_at = clock_timestamp()
+    from unnest(
+        %(ids)s::text[], %(tokens)s::bigint[], %(delays)s::float8[],
+        %(errors)s::text[], %(refunds)s::int[], %(priorities)s::smallint[]
+    ) as p (id, token, delay, error, refund, priority)
+    where j.id = any (%(ids)s::text[]) and j.id = p.id and j.token = p.token
+        and j.successor is null
+    returning j.id
+"""
+
+# A replaced job does not run again: its successor does.
+_FOLLOW: LiteralString = f"""
+    with gone as (
+        delete from bgjob_job where {_REPLACED}
         returning id, {SUCCESSOR}
     ), {followed("gone")}
-    select id from later union all select id from gone
+    select id from gone
 """
 
 
-def postpone(postponed: Sequence[Postponed]) -> Statement[list[str]]:
-    """Release jobs to run again later; return the ids of those still held.
-
-    One that was replaced does not run again: its successor does.
-    """
+def postpone(postponed: Sequence[Postponed], *, follows: bool = False) -> Statement[list[str]]:
+    """Release jobs to run again later; return the ids of those still held."""
+    if follows:
+        return Statement(_FOLLOW, held([p.claimed for p in postponed]), column)
     return Statement(
         _POSTPONE,
         {
             "ids": [p.claimed.job.id for p in postponed],
             "tokens": [p.claimed.token for p in postponed],
-            "count": len(postponed),
             "delays": Floats(p.delay for p in postponed),
             "errors": ErrorTexts(p.error for p in postponed),
             "refunds": [int(p.refund) for p in postponed],
@@ -275,16 +283,10 @@ def release_jobs(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> State
     )
 
 
-def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
-    """Move jobs to the dead-letter table; return the ids of those still held."""
-    return Statement(
-        f"""
-        with gone as (
-            delete from bgjob_job
-            where id = any (%(ids)s::text[]) and token = any (%(tokens)s::bigint[])
-            returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-                created_at, updated_at, token, checkpoint, headers, expires, {SUCCESSOR}
-        ), {followed("gone")}
+def _dead_letter(*, follows: bool) -> LiteralString:
+    gone = f"delete from bgjob_job where {_REPLACED if follows else _HELD} returning *"
+    return f"""
+        with gone as ({gone}){f", {followed('gone')}" if follows else ""}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
@@ -296,7 +298,20 @@ def dead_letter(dead_lettered: Sequence[DeadLettered]) -> Statement[list[str]]:
             %(ids)s::text[], %(errors)s::text[], %(fingerprints)s::bigint[]
         ) as b (id, error, fingerprint) on b.id = gone.id
         returning job_id
-        """,
+    """
+
+
+_DEAD_LETTERS: Mapping[bool, LiteralString] = {
+    follows: _dead_letter(follows=follows) for follows in (False, True)
+}
+
+
+def dead_letter(
+    dead_lettered: Sequence[DeadLettered], *, follows: bool = False
+) -> Statement[list[str]]:
+    """Move jobs to the dead-letter table; return the ids of those still held."""
+    return Statement(
+        _DEAD_LETTERS[follows],
         {
             **held([b.claimed for b in dead_lettered]),
             "errors": ErrorTexts(b.error for b in dead_lettered),

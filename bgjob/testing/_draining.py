@@ -168,8 +168,11 @@ async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnectio
                 returned = await route.handler(claimed.job, conn)
                 has_ended = is_over(conn)
                 return returned
-            case Settle(statement):
-                return None if has_ended else Settled(token, await run_async(conn, statement))
+            case Settle(statements):
+                if has_ended:
+                    return None
+                settled = [id_ for each in statements for id_ in await run_async(conn, each)]
+                return Settled(token, settled)
             case End.COMMIT:
                 await savepoint.aclose()
             case End.ROLLBACK:
@@ -309,8 +312,11 @@ def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending
                 returned = route.handler(claimed.job, conn)
                 has_ended = is_over(conn)
                 return returned
-            case Settle(statement):
-                return None if has_ended else Settled(token, run(conn, statement))
+            case Settle(statements):
+                if has_ended:
+                    return None
+                settled = [id_ for each in statements for id_ in run(conn, each)]
+                return Settled(token, settled)
             case End.COMMIT:
                 savepoint.close()
             case End.ROLLBACK:
