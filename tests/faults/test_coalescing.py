@@ -56,6 +56,7 @@ def test_the_newest_value_runs_and_none_twice_while_producers_and_workers_race(
             assert eventually(lambda: len(ran(world)) > before + 5)  # noqa: B023
             workers.pop(random.randrange(len(workers))).kill()
             workers.append(world.start(colour=colour, concurrency=2, poll_interval=0.02))
+        assert eventually(lambda: len(ran(world)) > 10)  # the workers have started
         enough.set()
 
     with ThreadPoolExecutor(PRODUCERS + 1) as pool:
