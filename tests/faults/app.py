@@ -204,6 +204,7 @@ class Handlers:
             "timeout": timeout,
             "batch": batch,
         }
+        alone = {**policy, "batch": None}  # with a checkpoint
         handler: Any = self.coroutine if isinstance(self._client, AsyncClient) else self.plain
         if batch is not None:
             handler = self.coroutines if handler == self.coroutine else self.plain_batch
@@ -212,9 +213,9 @@ class Handlers:
         if without != "transactional":
             mux.register("transactional", handler, transactional=True, **policy)
         if isinstance(self._client, AsyncClient):
-            mux.register("chunks", self.coroutine_of_chunks, **policy)
+            mux.register("chunks", self.coroutine_of_chunks, **alone)
         else:
-            mux.register("chunks", self.chunks, **policy)
+            mux.register("chunks", self.chunks, **alone)
         return mux
 
     def plain_batch(
