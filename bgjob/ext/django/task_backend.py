@@ -11,7 +11,6 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import import_module
 from traceback import format_exception
 from typing import Any
 
@@ -32,25 +31,30 @@ __all__ = ["TaskBackend"]
 
 _SINCE = 6
 
-_PACKAGE = "django.tasks" if django.VERSION[0] >= _SINCE else "django_tasks"
-
 try:
-    _base: Any = import_module(f"{_PACKAGE}.base")
-    _backends: Any = import_module(f"{_PACKAGE}.backends.base")
-    _exceptions: Any = import_module(f"{_PACKAGE}.exceptions")
-    _signals: Any = import_module(f"{_PACKAGE}.signals")
+    if django.VERSION[0] >= _SINCE:
+        from django.tasks import base as _base  # pyright: ignore[reportMissingImports]
+        from django.tasks import exceptions as _exceptions  # pyright: ignore[reportMissingImports]
+        from django.tasks import signals as _signals  # pyright: ignore[reportMissingImports]
+        from django.tasks.backends import base as _backends  # pyright: ignore[reportMissingImports]
+    else:
+        from django_tasks import base as _base  # pyright: ignore[reportMissingImports]
+        from django_tasks import exceptions as _exceptions  # pyright: ignore[reportMissingImports]
+        from django_tasks import signals as _signals  # pyright: ignore[reportMissingImports]
+        from django_tasks.backends import base as _backends  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as _missing:
     raise ImproperlyConfigured(
         "the task backend needs Django 6, or for Django 5.2 the package django-tasks: "
         "pip install 'django-tasks>=0.12'"
     ) from _missing
 
+_BaseTaskBackend: Any = _backends.BaseTaskBackend
 _InvalidTask: Any = getattr(_exceptions, "InvalidTask", None) or _exceptions.InvalidTaskError
 
 _POLICY = ("backoff", "exclusive", "keep", "max_attempts", "retry_priority", "timeout")
 
 
-class TaskBackend(_backends.BaseTaskBackend):
+class TaskBackend(_BaseTaskBackend):
     """Runs Django's tasks as jobs.
 
         TASKS = {"default": {"BACKEND": "bgjob.ext.django.task_backend.TaskBackend"}}
