@@ -77,17 +77,20 @@ create index bgjob_job_exclusive on bgjob_job (exclusive, waits, queue, next_run
     where exclusive is not null;
 
 -- The keys that jobs hold or wait for. A statement that changes a key or its jobs locks the
--- key's row first, and reads the jobs afterwards. A key is held while its job has the token.
+-- key's row first, and reads the jobs afterwards.
 create table bgjob_exclusive (
-    key    text   not null,
-    job_id text,
-    token  bigint,
-    -- No job of this queue that waits for the key comes before this due time and id. The
+    key      text     not null,
+    -- The claims of one worker that may hold the key. They do while a job of the key and this queue
+    -- has one of their tokens, from the first due time and id to the last.
+    tokens   bigint[],
+    queue    text,
+    -- Nor does a job of this queue that waits for the key come before the first. The
     -- search for the next one starts there, and not among the dead rows that an old snapshot
     -- keeps. Null: unknown.
-    queue    text,
     since    timestamptz,
     since_id text,
+    until    timestamptz,
+    until_id text,
     constraint bgjob_exclusive_pkey primary key (key)
 ) with (fillfactor = 45);
 

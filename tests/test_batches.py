@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -494,6 +495,60 @@ def test_a_job_with_a_key_runs_in_a_call_of_its_own_and_in_the_order_of_its_key(
     for key in "ab":
         assert [id_ for id_ in alone if id_[0] == key] == [f"{key}{n}" for n in range(3)]
     assert calls.ids.count(["free0", "free1", "free2"]) == 1
+
+
+@both_styles
+def test_two_jobs_of_a_key_never_run_at_once_beside_batches_that_fail(
+    launcher: Launcher, conn: psycopg.Connection, style: Style
+) -> None:
+    calls: list[list[str]] = []
+    running, most = Counter[str | None](), Counter[str | None]()
+    lock = threading.Lock()
+
+    def begin(jobs: list[Job]) -> None:
+        with lock:
+            calls.append([job.id for job in jobs])
+            running.update({job.exclusive for job in jobs})
+            for key, count in running.items():
+                most[key] = max(most[key], count)
+
+    def end(jobs: list[Job]) -> None:
+        with lock:
+            running.subtract({job.exclusive for job in jobs})
+        if any(job.id == "free007" for job in jobs):
+            raise ValueError("poison")
+
+    def plain(jobs: list[Job]) -> None:
+        begin(jobs)
+        time.sleep(0.0005)
+        end(jobs)
+
+    async def coroutine(jobs: list[Job]) -> None:
+        begin(jobs)
+        await asyncio.sleep(0.0005)
+        end(jobs)
+
+    handler: Any = plain if style == "plain" else coroutine
+    keys = [None, "a", "b", "c"]
+    requests = [
+        EnqueueRequest("q", "t", id=f"{key or 'free'}{n:03}", exclusive=key)
+        for n in range(40)
+        for key in keys
+    ]
+    launcher.client.bulk_enqueue(requests)
+    for _ in range(2):
+        launcher.start(
+            mux_of("t", handler, batch=10, batch_wait=0.01, max_attempts=1),
+            concurrency=4,
+            poll_interval=0.05,
+        )
+    assert all_done(conn)
+    assert rows(conn, "select job_id from bgjob_dead_job") == [("free007",)]
+    alone = [ids[0] for ids in calls if len(ids) == 1]
+    for key in "abc":
+        assert [id_ for id_ in alone if id_[0] == key] == [f"{key}{n:03}" for n in range(40)]
+        assert most[key] == 1
+    assert all(id_.startswith("free") for ids in calls if len(ids) > 1 for id_ in ids)
 
 
 def test_the_jobs_of_a_call_are_in_the_order_of_their_priorities(launcher: Launcher) -> None:

@@ -247,6 +247,35 @@ def test_a_shutdown_in_the_middle_gives_the_job_to_the_next_worker_with_its_atte
 
 
 @both_styles
+def test_a_shutdown_in_the_middle_gives_back_what_comes_after_it_of_its_key(
+    launcher: Launcher, conn: psycopg.Connection, style: Style
+) -> None:
+    """It is due later then, and so runs last, from where it was."""
+    conn.execute(EFFECT)
+    enough = threading.Event()
+
+    async def at(job: Job, number: int, checkpoint: Any) -> Result | None:
+        if number == 2 and not enough.is_set():
+            enough.set()
+            await until(style, lambda: checkpoint.stopping)
+        return Reschedule(0) if checkpoint.stopping else None
+
+    chunks = Chunks(4, at)
+    mux = Mux().register("t", with_checkpoint(style, chunks))
+    launcher.enqueue("a", "b", "c", exclusive="k")
+    first = launcher.start(mux)
+    assert enough.wait(PATIENCE)
+    assert launcher.shutdown(first)
+    query = "select id, attempt, token, checkpoint from bgjob_job order by id"
+    assert rows(conn, query) == [("a", 0, None, b"3"), ("b", 0, None, None), ("c", 0, None, None)]
+    launcher.start(mux)
+    assert all_done(conn)
+    assert chunks.began == [None, None, None, 3]
+    order = [*("aaabbbbcccca")]
+    assert [id_ for (id_,) in rows(conn, "select job_id from effect order by ctid")] == order
+
+
+@both_styles
 def test_a_timeout_ends_the_transaction_and_the_next_attempt_goes_on(
     launcher: Launcher, conn: psycopg.Connection, style: Style
 ) -> None:

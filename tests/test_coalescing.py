@@ -1,6 +1,8 @@
 """An enqueue whose id is taken is refused, skipped, or replaces: the newest request wins."""
 
 import re
+import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import psycopg
 import pytest
 from psycopg.errors import InsufficientPrivilege
 from support.clients import Colour
-from support.database import clock, row, rows
+from support.database import all_done, clock, row, rows
 from support.documents import SCRIPT
 from support.roles import Roles
 from support.statements import ask
@@ -191,6 +193,36 @@ def test_a_job_that_runs_is_followed_by_the_newest_request_once(
         (b"3", 1, {"n": 3}),
     ]
     assert row(conn, "select count(*) from bgjob_job") == (0,)
+
+
+def test_jobs_of_a_key_that_are_replaced_while_they_run_never_run_beside_another(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
+    """Each replaces itself once. Its key is held until its successor is written."""
+    ran: list[str] = []
+    running, most, lock = Counter[str | None](), Counter[str | None](), threading.Lock()
+
+    def handle(job: Job) -> None:
+        with lock:
+            ran.append(job.id)
+            running[job.exclusive] += 1
+            most[job.exclusive] = max(most[job.exclusive], running[job.exclusive])
+        if job.arg == b"old":
+            newer = request(job.id, exclusive=job.exclusive)
+            launcher.client.enqueue(newer, on_conflict="replace")
+        with lock:
+            running[job.exclusive] -= 1
+
+    ids = [f"{key}{n:02}" for n in range(15) for key in "abc"]
+    launcher.client.bulk_enqueue([request(id_, b"old", exclusive=id_[0]) for id_ in ids])
+    for _ in range(2):
+        launcher.start(Mux().register("t", handle), concurrency=4, poll_interval=0.05)
+    assert all_done(conn)
+    assert Counter(ran) == dict.fromkeys(ids, 2)
+    assert most == dict.fromkeys("abc", 1)
+    for key in "abc":
+        assert [id_ for id_ in dict.fromkeys(ran) if id_[0] == key] == ids["abc".index(key) :: 3]
+    assert eventually(lambda: row(conn, "select count(*) from bgjob_exclusive") == (0,))
 
 
 @pytest.mark.parametrize("result", [Retry(60, "no"), Reschedule(60), MoveToDlq("no")])

@@ -4,9 +4,10 @@ import asyncio
 import itertools
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from random import Random
 from typing import Any, cast
@@ -34,15 +35,17 @@ from bgjob import (
     Worker,
 )
 from bgjob._engine.engine import Engine
-from bgjob._engine.outcome import Committed, Outcome
-from bgjob._engine.protocol import Exchange, Sleep
+from bgjob._engine.outcome import Committed, Outcome, Release
+from bgjob._engine.protocol import Exchange, Sleep, Sweep, Withdraw
 from bgjob._engine.reply import Reply
+from bgjob._handlers.route import NeedsKey
 from bgjob._running.one_job import conclusion
 from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.survey import Line
-from bgjob._sql.claims import Swept, claim_any
+from bgjob._sql.claims import Swept, claim, claim_any
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
-from bgjob._sql.settlements import Claimed, complete, release_jobs
+from bgjob._sql.settlements import Claimed, Postponed, complete, postpone, release_jobs
+from bgjob._worker.lines import Lines
 from bgjob.testing import drain
 
 
@@ -160,8 +163,9 @@ def test_jobs_that_wait_for_a_key_leave_the_way_to_others(
         client.bulk_enqueue([keyed(None, f"free-{n:04}") for n in range(100)])
         launcher(Mux().register("t", handle), concurrency=2)
         assert eventually(lambda: len(ran) == 101)
-        assert [(True, 1200)] == conn.execute(
-            "select waits, count(*) from bgjob_job where id like 'held%' group by waits"
+        # The first claim had two jobs of the key, and holds it for both.
+        assert [(False, 1), (True, 1199)] == conn.execute(
+            "select waits, count(*) from bgjob_job where id like 'held%' group by waits order by 1"
         ).fetchall()
         assert conn.execute("select attempt from bgjob_job where waits").fetchone() == (0,)
         conn.execute("delete from bgjob_job where id like 'held%' and id not like '%0'")
@@ -188,7 +192,7 @@ def test_a_key_is_one_in_all_queues(
         ]
 
 
-def test_a_job_whose_holder_was_deleted_by_hand_runs_after_the_next_look(
+def test_a_job_whose_holder_was_deleted_by_hand_runs_after_the_next_extension(
     dsn: str, conn: psycopg.Connection, launcher: Callable[..., Worker]
 ) -> None:
     started = threading.Event()
@@ -201,9 +205,9 @@ def test_a_job_whose_holder_was_deleted_by_hand_runs_after_the_next_look(
 
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", str(n)) for n in range(3)])
-        launcher(Mux().register("t", handle), poll_interval=0.05)
+        launcher(Mux().register("t", handle), poll_interval=0.05, lease=1.0)
         assert started.wait(PATIENCE)
-        assert eventually(lambda: conn.execute("select from bgjob_job where waits").rowcount == 2)
+        assert eventually(lambda: count(conn, "bgjob_job where token is not null") == 3)
         conn.execute("delete from bgjob_job where id = '0'")
         assert eventually(lambda: count(conn, "bgjob_job") == 0)
         gate.set()
@@ -415,7 +419,8 @@ def test_keys_are_kept_where_transactions_see_one_snapshot(
             if by == "do":
                 with pytest.raises(EmptyQueueError):
                     client.do("q", mux)
-            assert eventually(lambda: count(conn, "bgjob_job where waits") == 1)
+            waits = "token is not null" if by == "worker" else "waits"
+            assert eventually(lambda: count(conn, f"bgjob_job where id = '1' and {waits}") == 1)
 
     mux = Mux()
     if transactional:
@@ -518,6 +523,25 @@ def test_a_job_that_is_given_back_keeps_its_place(dsn: str, conn: psycopg.Connec
     assert ran == ["0", "1", "2"]
 
 
+def test_a_job_that_was_replaced_while_it_ran_holds_its_key_until_its_successor_is_written(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    ran: list[str] = []
+    with Client(dsn) as client:
+        client.bulk_enqueue([keyed("k", "0"), keyed("k", "1")])
+        first = take(conn, "q", lease=NEVER)
+        client.enqueue(keyed("k", "0"), on_conflict="replace")
+        ends = conclusion(first, Complete())
+        assert exchange(conn, ends, "q").settled == set()  # passed over
+        with pytest.raises(EmptyQueueError):
+            client.do("q", Mux())
+        assert exchange(conn, replace(ends, follows=True), "q").settled == {"0"}
+        for _ in range(2):
+            client.do("q", Mux().register("t", lambda job: ran.append(job.id)))
+    assert ran == ["1", "0"]
+    assert count(conn, "bgjob_exclusive") == 0
+
+
 @pytest.mark.parametrize("earlier", ["is due", "is claimed"])
 def test_a_job_that_waits_is_not_woken_before_an_earlier_one_of_its_key(
     dsn: str, conn: psycopg.Connection, earlier: str
@@ -579,94 +603,151 @@ def test_acquiring_a_key_waits_for_no_job_that_others_have_locked(
 ) -> None:
     with Client(dsn) as client:
         client.bulk_enqueue([keyed("k", "0"), keyed("k", "1")])
-    [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
+    [[[first]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
+    [[[second]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=2)])]
     conn.execute("set lock_timeout = '50ms'")
     with psycopg.connect(dsn) as other:
-        other.execute("select from bgjob_job where id = '0' for update")
-        assert granted(conn, Claimed(job, 1)) == {("0", 1): None}
-    assert granted(conn, Claimed(job, 1)) == {("0", 1): True}
-    assert granted(conn, Claimed(job, 2)) == {}
+        other.execute("select from bgjob_job for update")
+        assert granted(conn, Claimed(first, 1)) == {("0", 1): True}
+        assert granted(conn, Claimed(second, 2)) == {("1", 2): None}
+    assert granted(conn, Claimed(second, 3)) == {}
+    assert granted(conn, Claimed(second, 2)) == {("1", 2): False}
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_first_job_of_a_key_and_a_queue_always_goes_first(
-    dsn: str, conn: psycopg.Connection, seed: int
+def test_a_handler_that_names_a_key_has_it_when_nobody_has_locked_its_job(
+    dsn: str, conn: psycopg.Connection
 ) -> None:
-    random, tokens, numbers = Random(seed), itertools.count(1), itertools.count(1)
-    claimed: dict[str, list[Claimed]] = {"q": [], "r": []}
-    holding: list[Claimed] = []
-    done = 0
+    with Client(dsn) as client:
+        client.enqueue(keyed(None, "0"))
+    [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
+    named = Claimed(job._replace(exclusive="k"), 1)
+    conn.execute("set lock_timeout = '50ms'")
+    with psycopg.connect(dsn) as other:
+        other.execute("select from bgjob_job for update")
+        assert granted(conn, named) == {("0", 1): None}
+    assert granted(conn, named) == {("0", 1): True}
 
-    def acquire_some(queue: str) -> None:
-        asking, claimed[queue] = claimed[queue], []
-        random.shuffle(asking)
-        rest = random.randrange(len(asking))
-        claimed[queue] = asking[:rest]
-        [first, *_] = conn.execute(
-            "select id from bgjob_job where queue = %s and next_run_at <= now() "
-            "order by next_run_at, id limit 1",
-            [queue],
-        ).fetchall()
-        answer = ask_all(conn, [lock_keys(["k"]), acquire(queue, asking[rest:])])[-1]
-        for c in asking[rest:]:
-            if answer[c.job.id, c.token]:
-                assert not holding
-                assert (c.job.id,) == first
-                holding.append(c)
 
-    def end_holder(*, drains: bool) -> None:
-        nonlocal done
-        c = holding.pop()
-        event = "complete" if drains else random.choice(["complete", "release", "delete", "die"])
+class Chains:
+    """Workers of two queues that claim, ask, settle, give back and die, statement by statement."""
+
+    def __init__(self, conn: psycopg.Connection, client: Client, seed: int) -> None:
+        self.conn, self.client, self.random = conn, client, Random(seed)
+        self.tokens = itertools.count(1)
+        self.queue = {"a": "q", "b": "q", "c": "r"}
+        self.claimed: dict[str, list[Claimed]] = {w: [] for w in self.queue}
+        self.chain: dict[str, list[Claimed]] = {w: [] for w in self.queue}  # has the key
+        self.enqueued, self.done = 0, 0
+
+    def enqueue(self) -> None:
+        queue = self.random.choice("qqr")
+        self.client.enqueue(EnqueueRequest(queue, "t", id=f"{self.enqueued:03}", exclusive="k"))
+        self.enqueued += 1
+
+    def claim(self, worker: str) -> None:
+        token, limit = next(self.tokens), self.random.randint(1, 4)
+        marks = {0: datetime(2001, 1, 1, tzinfo=UTC)}
+        claims = claim(self.queue[worker], limit=limit, lease=NEVER, token=token, marks=marks)
+        self.claimed[worker] += [
+            Claimed(job, token) for [jobs] in [ask_all(self.conn, [claims])] for job in jobs
+        ]
+
+    def ask(self, worker: str) -> None:
+        """Ask for the first of the claimed jobs; perhaps the worker wants some of these only."""
+        queue, chain = self.queue[worker], self.chain[worker]
+        claimed = sorted(self.claimed[worker], key=lambda c: (c.job.next_run_at, c.job.id))
+        if not claimed:
+            return
+        count = self.random.randint(1, len(claimed))
+        asking, self.claimed[worker] = claimed[:count], claimed[count:]
+        holding = {c.token for c in (*claimed, *chain)}
+        surplus = asking[self.random.randint(1, len(asking)) :]
+        first = self.due(queue)
+        asked = acquire(queue, asking, holding=holding, surplus=surplus)
+        answer = ask_all(self.conn, [lock_keys(["k"]), asked])[-1]
+        granted = [c for c in asking if answer[c.job.id, c.token]]
+        if granted:
+            held = [w for w, others in self.chain.items() if others and w != worker]
+            assert not held, (worker, self.chain)
+        chain += granted
+        # They come before any other due job of the key and the queue.
+        assert [c.job.id for c in chain] == first[: len(chain)]
+        assert not set(granted) & set(surplus)
+
+    def due(self, queue: str) -> list[str]:
+        due = "where queue = %s and next_run_at <= now() order by next_run_at, id"
+        jobs = self.conn.execute(f"select id from bgjob_job {due}", [queue]).fetchall()
+        return [id_ for (id_,) in jobs]
+
+    def end_first(self, worker: str, *, drains: bool) -> None:
+        chain = self.chain[worker]
+        if not chain:
+            return
+        [first, *rest] = chain
+        events = ["complete", "retry", "give back", "delete", "die"]
+        event = "complete" if drains else self.random.choice([*events[:1] * 3, *events[1:]])
+        ended = [first]
         match event:
             case "complete":
-                ask_all(conn, [complete([c])])
-                done += 1
-            case "release":
-                ask_all(conn, [release_jobs(c.job.queue, [c], tell=False)])
+                ask_all(self.conn, [complete(ended)])
+                self.done += 1
+            case "retry":
+                ask_all(self.conn, [postpone([Postponed(first, 0.0, "again", refund=False)])])
+            case "give back":
+                ended = chain.copy()
+                ask_all(self.conn, [release_jobs(first.job.queue, ended, tell=False)])
             case "delete":
-                conn.execute("delete from bgjob_job where id = %s", [c.job.id])
-                done += 1
-                return
+                self.conn.execute("delete from bgjob_job where id = %s", [first.job.id])
+                self.done += 1
             case _:
-                conn.execute(
-                    "update bgjob_job set token = null, lease_until = null where id = %s",
-                    [c.job.id],
+                ended = chain.copy()
+                tokens = [c.token for c in (*chain, *self.claimed[worker])]
+                self.claimed[worker].clear()
+                self.conn.execute(
+                    "update bgjob_job set token = null, lease_until = null where token = any (%s)",
+                    [tokens],
                 )
-                return
-        ask_all(conn, [lock_keys(["k"]), release(c.job.queue, ["k"])])
+        self.chain[worker] = [c for c in chain if c not in ended]
+        if not self.chain[worker] and event not in ("delete", "die"):
+            self.release(first.job.queue)
 
-    def look(queue: str) -> None:
-        keys = ask_all(conn, [blocked(queue, after="", limit=9)])[0].keys
-        if keys:
-            ask_all(conn, [lock_keys(keys), release(queue, keys)])
+    def release(self, queue: str) -> None:
+        ask_all(
+            self.conn, [lock_keys(["k"]), release(queue, ["k"], most=self.random.randint(1, 4))]
+        )
 
-    def step(*, drains: bool) -> None:
-        queue = random.choice("qr")
-        look(queue)
-        token = next(tokens)
-        limit = random.randint(1, 3)
-        for job in ask_all(conn, [claim_any(queue, lease=NEVER, token=token)])[0][:limit]:
-            claimed[queue].append(Claimed(job, token))
-        if claimed[queue]:
-            acquire_some(queue)
-        if holding and random.random() < 0.6:
-            end_holder(drains=drains)
+    def look(self, worker: str) -> None:
+        if ask_all(self.conn, [blocked(self.queue[worker], after="", limit=9)])[0].keys:
+            self.release(self.queue[worker])
 
+    def step(self, *, drains: bool) -> None:
+        worker = self.random.choice("abc")
+        if self.random.random() < 0.5:
+            self.look(worker)
+        if self.random.random() < 0.7:
+            self.claim(worker)
+        if self.random.random() < 0.7:
+            self.ask(worker)
+        if self.random.random() < 0.7:
+            self.end_first(worker, drains=drains)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_first_jobs_of_a_key_and_a_queue_always_go_first_and_one_worker_has_the_key(
+    dsn: str, conn: psycopg.Connection, seed: int
+) -> None:
     with Client(dsn) as client:
-        for _ in range(60):
-            if random.random() < 0.5:
-                n = next(numbers)
-                client.enqueue(
-                    EnqueueRequest(random.choice("qqr"), "t", id=f"{n:03}", exclusive="k")
-                )
-            step(drains=False)
-        left = 60 * 30
-        while count(conn, "bgjob_job") and left:
-            step(drains=True)
+        world = Chains(conn, client, seed)
+        for _ in range(120):
+            if world.random.random() < 0.5:
+                world.enqueue()
+            world.step(drains=False)
+        left = 3000
+        while count(conn) and left:
+            world.step(drains=True)
             left -= 1
-    assert done == next(numbers) - 1
-    look("q")
+    assert world.done == world.enqueued
+    world.look("a")
     assert count(conn, "bgjob_exclusive") == 0
 
 
@@ -867,6 +948,226 @@ def test_the_key_of_a_job_that_its_own_transaction_settled_is_released_in_the_en
     sent = exchanges(engine, 20.0, lambda _: False)
     released = [key for exchange in sent for key in exchange.release]
     assert released == (["a"] if how == "refused" else ["a", "b"])
+
+
+# -- a worker's chain of jobs of one key -----------------------------------------------------
+
+
+def chained(*jobs: Job, concurrency: int = 10) -> tuple[Engine, list[Claimed]]:
+    """Make an engine whose claim has these jobs, and that was granted their keys."""
+    engine = Engine(
+        concurrency=concurrency,
+        poll_interval=1.0,
+        lease=30.0,
+        notify=False,
+        tokens=itertools.count(1),
+    )
+    assert isinstance(engine.step(0.0), Exchange)
+    reply = Reply(swept=Swept([*jobs], 0), lines=[Line(0, NOON, None, has_suspects=False)])
+    assert engine.acknowledge(reply, 0.0).run == []
+    asked = engine.step(0.0)
+    assert isinstance(asked, Exchange)
+    assert not asked.release and not asked.surplus
+    granted = {(c.job.id, c.token): True for c in asked.acquire}
+    return engine, engine.acknowledge(Reply(acquired=granted), 0.0).run
+
+
+def job_of(key: str, id_: str, minute: int = 0, priority: int = 0) -> Job:
+    due = NOON.replace(minute=minute)
+    return Job(id_, "q", "t", None, 1, None, priority, due, NOON, NOON, key)
+
+
+def end(engine: Engine, now: float, *outcomes: Outcome) -> Exchange:
+    """End jobs; return the exchange that settles them, answered."""
+    engine.finish(outcomes)
+    step = engine.step(now)
+    assert isinstance(step, Exchange)
+    engine.acknowledge(Reply(settled={o.claimed.job.id for o in step.outcomes}), now)
+    return step
+
+
+def test_a_key_is_released_when_the_last_job_of_its_claim_is_settled() -> None:
+    engine, run = chained(*(job_of("k", str(n)) for n in range(3)), job_of("l", "3"))
+    assert [c.job.id for c in run] == ["0", "1", "2", "3"]
+    first, second, last, other = (Outcome(c, Complete(), 0.0) for c in run)
+    assert end(engine, 0.01, first, other).release == ["l"]
+    assert end(engine, 0.02, second).release == []
+    step = end(engine, 0.03, last)
+    assert step.release == ["k"]
+    assert step.wakes > 100  # as many as one slot runs soon: these were quick
+
+
+def test_the_jobs_of_a_key_run_in_the_order_in_which_they_are_due_whatever_their_priority() -> None:
+    jobs = [
+        job_of("k", "late", 9, -1),
+        job_of("l", "other", 5),
+        job_of("k", "b", 1),
+        job_of("k", "a", 1, 5),
+    ]
+    assert [c.job.id for c in chained(*jobs)[1]] == ["a", "other", "b", "late"]
+
+
+def test_a_key_whose_last_settlement_is_refused_is_released_with_the_next() -> None:
+    engine, [first, last] = chained(job_of("k", "0"), job_of("k", "1"))
+    engine.finish([Outcome(c, Complete(), 0.0) for c in (first, last)])
+    step = engine.step(0.1)
+    assert isinstance(step, Exchange) and step.release == ["k"]
+    engine.reject(0.1)
+    released = [
+        (len(e.complete), e.release) for e in exchanges(engine, 0.1, lambda _: False) if e.outcomes
+    ]
+    assert released == [(1, ["k"]), (1, ["k"])]
+
+
+@pytest.mark.parametrize("how", ["it did not start", "it is lost"])
+def test_what_comes_after_a_job_that_is_given_back_or_lost_is_given_back(how: str) -> None:
+    engine, run = chained(*(job_of("k", str(n)) for n in range(3)))
+    if how == "it did not start":
+        engine.finish([Outcome(run[0], Release(), None)])
+    else:
+        engine.cancelled([(run[0].token, "0")])
+    assert isinstance(engine.step(0.1), Withdraw)
+    engine.withdrawn(run[1:])
+    step = engine.step(0.1)
+    assert isinstance(step, Exchange)
+    back = [c.job.id for c in step.release_jobs]
+    assert sorted(back) == (["0", "1", "2"] if how == "it did not start" else ["1", "2"])
+    assert step.release == ["k"]
+    assert not step.claim
+
+
+@pytest.mark.parametrize("then", ["it is settled once more", "it is cancelled"])
+def test_the_key_of_a_job_that_its_settlement_passed_over_is_released_again(then: str) -> None:
+    engine, [claimed] = chained(job_of("k", "0"))
+    engine.finish([Outcome(claimed, Complete(), 0.0)])
+    step = engine.step(0.1)
+    assert isinstance(step, Exchange)
+    assert (step.follows, step.release) == (False, ["k"])
+    engine.acknowledge(Reply(), 0.1)
+    if then == "it is cancelled":
+        engine.cancelled([(claimed.token, "0")])
+    step = engine.step(0.1)
+    assert isinstance(step, Exchange)
+    assert (step.follows, step.release) == (then != "it is cancelled", ["k"])
+    assert len(step.outcomes) == step.follows
+
+
+def test_a_job_that_is_cancelled_behind_another_of_its_key_does_not_start() -> None:
+    engine, run = chained(*(job_of("k", str(n)) for n in range(2)))
+    engine.cancelled([(run[1].token, "1")])
+    assert isinstance(engine.step(0.01), Withdraw)
+    engine.withdrawn(run[1:])
+    step = engine.step(0.01)
+    assert not isinstance(step, Withdraw)
+    assert engine.running() == run[:1]
+
+
+def test_a_worker_has_as_many_jobs_of_a_key_as_one_slot_runs_soon() -> None:
+    engine, [first] = chained(job_of("k", "slow"))
+    end(engine, 0.1, Outcome(first, Complete(), 1.0))
+    # What took a second is no reason to take two of the next.
+    claims = [job_of("k", str(n), n) for n in range(3)] + [job_of("l", "other", 4)]
+    surplus = []
+    for now in range(1, 9):
+        match engine.step(float(now)):
+            case Exchange() as exchange:
+                surplus += [c.job.id for c in exchange.surplus]
+                found = claims if exchange.claim and exchange.claim.limit else []
+                claims = claims if not found else []
+                lines = [Line(0, NOON, None, has_suspects=False)]
+                is_sweep = isinstance(exchange.claim, Sweep)
+                engine.acknowledge(
+                    Reply(
+                        swept=Swept(found if is_sweep else [], 0),
+                        claimed=[] if is_sweep else found,
+                        lines=lines,
+                    ),
+                    float(now),
+                )
+    assert surplus == ["1", "2"]
+
+
+def test_jobs_behind_a_slow_one_of_their_key_are_given_back_and_not_claimed_again() -> None:
+    engine, run = chained(*(job_of("k", str(n)) for n in range(3)))
+    assert isinstance(engine.step(1.0), Withdraw)  # nothing is known of the first but that
+    engine.withdrawn(run[1:])
+    step = engine.step(1.0)
+    assert isinstance(step, Exchange)
+    assert [c.job.id for c in step.release_jobs] == ["1", "2"]
+    engine.acknowledge(Reply(settled={"1", "2"}), 1.0)
+    assert engine.pace.in_a_row == 1
+
+
+def test_jobs_behind_one_of_their_key_take_no_slot() -> None:
+    engine, run = chained(*(job_of("k", str(n)) for n in range(4)), concurrency=4)
+    assert len(run) == 4
+    assert engine.pace.has_free_slot
+    step = engine.step(0.01)
+    assert isinstance(step, Exchange) and step.claim is not None and step.claim.limit >= 3
+
+
+def test_a_job_that_gets_its_key_after_one_before_it_was_given_back_is_given_back_too() -> None:
+    engine, [first] = chained(job_of("k", "0"))
+    engine.finish([Outcome(first, NeedsKey("l"), None)])  # of no concern
+    engine, [first] = chained(job_of("k", "0"))
+    later = Claimed(job_of("k", "1", 1), 2)
+    engine._keys.wanting.append(later)
+    engine._leases.hold([later], 0.0)
+    engine.pace.running += 1
+    step = engine.step(0.0)
+    assert isinstance(step, Exchange) and step.acquire == [later]
+    engine.finish([Outcome(first, Release(), None)])
+    effects = engine.acknowledge(Reply(acquired={("1", 2): True}), 0.0)
+    assert effects.run == []
+    step = engine.step(0.0)
+    assert isinstance(step, Exchange)
+    assert sorted(c.job.id for c in step.release_jobs) == ["0", "1"]
+    assert step.release == ["k"]
+
+
+def test_a_line_goes_on_only_while_the_lease_lasts() -> None:
+    now = 0.0
+    jobs: deque[Claimed] = deque()
+    lines = Lines(jobs, lambda: now)
+    claims = [Claimed(job_of("k", str(n)), 1) for n in range(4)]
+    jobs += lines.enter(claims)
+    assert [*jobs] == claims[:1]
+    lines.held_until = 10.0
+    first = jobs.popleft()
+    assert not lines.leave(first)
+    assert not lines.leave(first)  # told twice
+    assert [*jobs] == claims[1:2]
+    assert lines.waiting == claims[2:]
+    now = 10.0  # the process was frozen
+    assert lines.leave(jobs.popleft())
+    assert not jobs
+    assert lines.take_ended() == claims[2:]
+    assert lines.take_ended() == lines.waiting == []
+    # The key may be granted again.
+    assert lines.enter(claims[2:]) == claims[2:3]
+
+
+def test_a_line_whose_first_job_is_given_back_is_given_back() -> None:
+    jobs: deque[Claimed] = deque()
+    lines = Lines(jobs)
+    claims = [Claimed(job_of("k", str(n)), 1) for n in range(3)]
+    jobs += lines.enter(claims)
+    assert lines.leave(jobs.popleft(), goes_on=False)
+    assert not jobs
+    assert lines.take_ended() == claims[1:]
+
+
+def test_a_line_whose_first_job_is_lost_does_not_hold_up_later_claims() -> None:
+    jobs: deque[Claimed] = deque()
+    lines = Lines(jobs)
+    claims = [Claimed(job_of("k", str(n)), 1) for n in range(3)]
+    jobs += lines.enter(claims)
+    first = jobs.popleft()  # it runs
+    assert lines.withdraw(()) == claims[1:]
+    assert lines.enter(claims[1:]) == []
+    assert lines.withdraw([first]) == claims[1:]
+    assert lines.enter(claims[1:]) == claims[1:2]
+    assert not lines.leave(first)
 
 
 # -- long keys --------------------------------------------------------------------------------

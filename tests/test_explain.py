@@ -140,7 +140,7 @@ def working(conn: psycopg.Connection, number: int) -> bool:
 
 def holds_key(conn: psycopg.Connection) -> bool:
     """Whether a job holds a key; it is claimed a moment earlier."""
-    return row(conn, "select count(token) from bgjob_exclusive") == (1,)
+    return row(conn, "select count(tokens) from bgjob_exclusive") == (1,)
 
 
 # -- it runs -------------------------------------------------------------------------------
@@ -289,7 +289,11 @@ def test_infinite_times_are_told_as_such(
     assert ask("a").state == "running"
     conn.execute("update bgjob_job set lease_until = '-infinity'")
     assert codes(ask("a")) == ["lease_ended", "key_free", "no_worker"]
-    conn.execute("insert into bgjob_exclusive (key, job_id, token) values ('k', 'a', 1)")
+    conn.execute("update bgjob_job set waits = false where id = 'a'")
+    conn.execute(
+        "insert into bgjob_exclusive select 'k', '{1}', 'q', t, '', t, '~' "
+        "from (values ('-infinity'::timestamptz)) as one (t)"
+    )
     assert codes(ask("-a'b")) == ["lease_ended", "key_held", "no_worker"]
     conn.execute("insert into bgjob_pause (queue, until) values ('q', '-infinity')")
     conn.execute(

@@ -39,16 +39,18 @@ FILL: LiteralString = """
     )
     select 'job ' || n, case when n %% 4 = 3 then 'keyed' else 'q' end, 't',
         case n %% 4 when 0 then 0 when 1 then 1 when 2 then -1 else 0 end,
-        case when n %% 4 = 3 then 'key' end, n %% 4 = 3,
+        case when n %% 4 = 3 or n = %(jobs)s then 'key' end, n %% 4 = 3,
         now() + case when n %% 4 = 2 then 1 else -1 end * n * interval '1 s',
         case when n > %(jobs)s - %(running)s and n %% 4 < 3 then 1 end,
         case when n > %(jobs)s - %(running)s and n %% 4 < 3 then now() + interval '1 h' end
     from generate_series(1, %(jobs)s) n
 """
 FILL_KEYS: LiteralString = """
-    insert into bgjob_exclusive (key, job_id, token)
-    select case n when 0 then 'key' else 'key ' || n end, 'job ' || %(jobs)s, 1
+    insert into bgjob_exclusive
+    select case n when 0 then 'key' else 'key ' || n end, '{1}', queue, next_run_at, id,
+        next_run_at, id
     from generate_series(0, %(jobs)s / 10) n
+    left join bgjob_job on id = 'job ' || %(jobs)s
 """
 FILL_DEAD: LiteralString = """
     insert into bgjob_dead_job (

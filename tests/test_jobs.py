@@ -352,14 +352,19 @@ def test_the_next_job_of_a_key_is_woken_when_one_before_it_is_cancelled(
     client: Any, worker: psycopg.Connection, victim: str
 ) -> None:
     client.bulk_enqueue(requests("1", "2", "3", exclusive="k"))
-    claims = ask(worker, claim("q", limit=3, lease=60, token=9, marks={0: LONG_AGO}))
-    held = [Claimed(job, 9) for job in claims]
-    with worker.transaction():
-        ask(worker, lock_keys(["k"]))
-        assert ask(worker, acquire("q", held))["1", 9] is True
+    holders: list[Claimed] = []
+    for token, has_key in (8, True), (9, False):
+        claims = ask(
+            worker, claim("q", limit=token - 7, lease=60, token=token, marks={0: LONG_AGO})
+        )
+        held = [Claimed(job, token) for job in claims]
+        with worker.transaction():
+            ask(worker, lock_keys(["k"]))
+            assert {*ask(worker, acquire("q", held)).values()} == {has_key}
+        holders += held if has_key else []
     assert rows(worker, WAITING) == [("2",), ("3",)]
     if victim == "next":
-        ask(worker, complete(held[:1]))
+        ask(worker, complete(holders))
         with worker.transaction():
             ask(worker, lock_keys(["k"]))
             assert len(ask(worker, release("q", ["k"]))) == 1

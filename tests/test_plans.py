@@ -117,10 +117,13 @@ FILL_KEYS = """
             case when claimed then timestamptz '2100-01-01 00:00+00' end
         from job
     )
-    insert into bgjob_exclusive (key, job_id, token)
-    select key, case key when 'held' then 'holder' when 'free' then 'gone' end,
-        case when key in ('held', 'free') then 1 end
-    from job group by key
+    insert into bgjob_exclusive
+    select key, case when key in ('held', 'free') then '{1}'::bigint[] end,
+        case when key in ('held', 'free') then 'keyed' end, since, id, since, id
+    from (select key, case key when 'held' then 'holder' when 'free' then 'gone' end as id,
+        case when key in ('held', 'free') then timestamptz '2020-01-01 00:00+00' end as since
+        from job group by key
+    ) as k
 """
 
 STATISTICS = [

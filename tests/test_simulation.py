@@ -7,7 +7,7 @@ come to its end. `pytest -m soak tests/test_simulation.py` lives through ten tim
 """
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -52,6 +52,7 @@ from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
 from bgjob._handlers.policy import _GRANTED
 from bgjob._handlers.route import NeedsKey
+from bgjob._worker.lines import Lines
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -147,7 +148,7 @@ class Table:
         self.freed: list[Key] = []  # by sweeps, in their order
         self.locked = 0.0  # the share of rows that others have locked
         self.barred: set[str] = set()  # jobs whose rows a stranger has locked
-        self.holders: dict[str, Key | None] = {}  # bgjob_exclusive
+        self.holders: dict[str, set[Key]] = {}  # bgjob_exclusive
         self.transactions = Transactions()
         self.granted: dict[Key, str] = {}
         self.fenced: set[Key] = set()  # claims that a cancel has ended, ever
@@ -218,9 +219,15 @@ class Table:
                 self.rows[id_].lease_until = now + self._lease
             reply.extended.add(id_)
         if exchange.acquire:
-            reply.acquired = self.acquire(exchange.acquire, began=began, at=at)
+            reply.acquired = self.acquire(
+                exchange.acquire,
+                holding=exchange.holding,
+                surplus=exchange.surplus,
+                began=began,
+                at=at,
+            )
         if exchange.release:
-            reply.woken = self.release(exchange.release, at=at)
+            reply.woken = self.release(exchange.release, most=exchange.wakes, at=at)
         ended = {*self.cancelled.values()}
         asked = {(c.job.id, c.token) for c in exchange.ask}
         reply.cancelled = {key for key in asked if key in ended}
@@ -255,68 +262,81 @@ class Table:
                 self.transactions.end(number)
 
     def acquire(
-        self, claimed: list[Claimed], *, began: int, at: float
+        self,
+        claimed: list[Claimed],
+        *,
+        holding: Collection[int] = (),
+        surplus: Collection[Claimed] = (),
+        began: int,
+        at: float,
     ) -> dict[tuple[str, int], bool | None]:
         """Grant keys; put aside those that cannot have theirs, and what waits for the same."""
-        found = [self.rows[id_] for id_ in self._match(claimed)]
-        held = [(row.id, row.token) for row in found if row.token is not None]
-        rows = {row.id: row for row in self._unlocked(found, len(found), at)}
+        rows = [self.rows[id_] for id_ in self._match(claimed)]
         keys = {c.job.id: str(c.job.exclusive) for c in claimed}
         charged = {c.job.id: c.is_charged for c in claimed}
-        granted = []
+        too_many = {c.job.id for c in surplus}
+        own = {*holding, *(c.token for c in claimed)}
+        answers: dict[tuple[str, int], bool | None] = {}
         for key in sorted(set(keys.values())):
-            self.holders.setdefault(key, None)
-            wanted = [row for row in rows.values() if keys[row.id] == key]
-            has_it = [row for row in wanted if self.holders[key] == (row.id, row.token)]
-            first = min(has_it or wanted, key=lambda row: (row.due, row.id), default=None)
-            if first is not None and (
-                has_it
-                or not self._is_held(key)
-                and not any(
-                    row.key == key and (row.due, row.id) < (first.due, first.id)
-                    for row in self.rows.values()
-                )
-            ):
-                assert first.token is not None
-                self.holders[key] = first.id, first.token
-                self.granted[first.id, first.token] = key
-                first.key = key
-                granted.append(first.id)
+            live = self._holders(key)
+            others = [
+                (row.due, row.id)
+                for row in self.rows.values()
+                if row.key == key and row.token not in own and (row.waits or row.due <= began)
+            ]
+            is_open = not live or any(token in own for _, token in live)
+            wanted = sorted((r for r in rows if keys[r.id] == key), key=lambda r: (r.due, r.id))
             for row in wanted:
-                if row.id not in granted:
+                assert row.token is not None
+                fits = is_open and row.id not in too_many
+                has_key = fits and not (others and min(others) < (row.due, row.id))
+                has_key = has_key or (row.id, row.token) in live
+                is_written = not has_key or row.key is None
+                if is_written and not self._unlocked([row], 1, at):
+                    answers[row.id, row.token] = None
+                    continue
+                answers[row.id, row.token] = has_key
+                row.key = key
+                if has_key:
+                    self.holders.setdefault(key, set()).add((row.id, row.token))
+                    self.granted[row.id, row.token] = key
+                else:
+                    promise(row.is_charged == charged[row.id], f"{row.id}: wrongly refunded")
                     row.token = row.lease_until = None
                     row.attempt -= charged[row.id]
-                    promise(row.is_charged == charged[row.id], f"{row.id}: wrongly refunded")
-                    row.key, row.waits = key, True
-            if self._is_held(key):
+                    row.waits, row.has_gone_back = True, False
+            if self._holders(key) and (not is_open or too_many & {row.id for row in wanted}):
                 for row in self.rows.values():
                     if row.key == key and row.token is None and row.due <= began:
-                        row.waits = True
-        return {key: None if key[0] not in rows else key[0] in granted for key in held}
+                        row.waits, row.has_gone_back = True, False
+            self.holders.setdefault(key, set())
+        return answers
 
-    def release(self, keys: list[str], *, at: float) -> list[Woken]:
-        """Wake the first that waits for each key that is free."""
+    def release(self, keys: list[str], *, most: int = 1, at: float) -> list[Woken]:
+        """Wake the first that wait for each key that is free."""
         woken = []
         for key in sorted(set(keys)):
-            if self._is_held(key) or key not in self.holders:
+            if self._holders(key) or key not in self.holders:
                 continue
             waits = [row for row in self.rows.values() if row.key == key and row.waits]
             if not waits:
                 del self.holders[key]
                 continue
-            first = min(waits, key=lambda row: (row.due, row.id))
-            if not any(
-                row.key == key and not row.waits and (row.due, row.id) < (first.due, first.id)
-                for row in self.rows.values()
-            ):
-                first.waits = False
-                first.free_since = at
-                woken.append(Woken(first.priority, EPOCH + first.due * MICROSECOND))
+            due = [(r.due, r.id) for r in self.rows.values() if r.key == key and not r.waits]
+            for row in sorted(waits, key=lambda row: (row.due, row.id))[:most]:
+                if not due or (row.due, row.id) < min(due):
+                    row.waits = False
+                    row.free_since = at
+                    woken.append(Woken(row.priority, EPOCH + row.due * MICROSECOND))
         return woken
 
-    def _is_held(self, key: str) -> bool:
-        id_, token = self.holders.get(key) or ("", 0)
-        return id_ in self.rows and self.rows[id_].token == token
+    def _holders(self, key: str) -> set[Key]:
+        """The claims that hold a key: others were settled, given back or lost."""
+        return {
+            (id_, token)
+            for id_, token in self.holders.get(key, ())
+            if id_ in self.rows and self.rows[id_].token == token
+        }
 
     def _blocked(self, began: int) -> list[str]:
         def is_next_due(key: str) -> bool:
@@ -324,7 +344,7 @@ class Table:
             rows = [r for r in self.rows.values() if r.key == key and (r.waits or r.due <= began)]
             return bool(rows) and not min(rows, key=lambda row: (row.due, row.id)).waits
 
-        return [key for key in self.holders if not (self._is_held(key) or is_next_due(key))]
+        return [key for key in self.holders if not (self._holders(key) or is_next_due(key))]
 
     def _sweep_within(
         self,
@@ -627,6 +647,14 @@ class History:
 
         # The handlers.
         self.waiting: deque[Claimed] = deque()
+        self.lines = Lines(self.waiting, lambda: self.now)
+        self.granted_at: dict[Key, float] = {}
+        self.key_free_since: dict[str, float] = {}
+        self.turns = 0  # with a connection
+        self.lost_since: dict[Claimed, int] = {}
+        self.given_back: dict[Key, tuple[str, int, float]] = {}
+        """By claim, of jobs with keys that did not start: key, due time, and when."""
+        self.hindered = 0.0 if calm else self.fates.choice([0.0, 0.0, 0.02])  # handlers
         self.busy = 0
         self.call_of: dict[Key, int] = {}  # by job: the call that it runs in
         self.running: set[Key] = set()
@@ -685,6 +713,11 @@ class History:
         for number in range(random.choice([1, 5, 15]) if not burst else most):
             at = span * (random.random() if not burst else number % 3 / 3)
             self._at(at, partial(self._enqueue, f"job-{number}"))
+        if self.keys:  # several of a key at once, which one claim may have
+            for n in range(self.fates.choice([0, 1, 3])):
+                at = span * self.fates.random()
+                for number in range(self.fates.choice([5, 30])):
+                    self._at(at, partial(self._enqueue, f"bunch-{n}-{number}"))
         if random.random() < 0.3:
             self.stop_at = self.now + span * random.random() * 1.2
             self.grace = random.choice([0.0, 0.1, 1.0, inf])
@@ -709,7 +742,7 @@ class History:
             self._at(span * random.random(), self._break)
         for _ in range(random.choice([0, 0, 0, 2])):
             self._at(span * random.random(), self._step_clock)
-        for _ in range(random.choice([0, 0, 0, 1])):
+        for _ in range(random.choice([0, 0, 0, 1]) + (self.keys > 0)):
             self._at(span * random.random(), self._starve)
         if random.random() < 0.15:
             self.poison = {f"job-{random.randrange(5)}" for _ in range(2)}
@@ -782,6 +815,7 @@ class History:
         )
         keyed = [Claimed(job, token) for job in jobs if job.exclusive is not None]
         granted = self.table.acquire(keyed, began=self.db_now, at=self.now)
+        # It runs them one after the other.
         jobs = [job for job in jobs if job.exclusive is None or granted.get((job.id, token))]
         done = Exchange(
             complete=[Claimed(job, token) for job in jobs],
@@ -859,6 +893,9 @@ class History:
                 self._leave_slot(key)
                 self.group.discard(key)
         if silent:
+            for claimed in silent:
+                if claimed.job.exclusive is not None:
+                    self.lines.leave(claimed)
             engine.handlers_given_up(silent)
             self._start_handlers()
 
@@ -902,6 +939,9 @@ class History:
     def _starve(self) -> None:
         """Stop the control thread for longer than the lease, as SIGSTOP does."""
         self.starved = self.lease * self.random.uniform(1.0, 2.0)
+        if self.keys:  # others have its keys meanwhile
+            for _ in range(3):
+                self._at(self.starved * self.fates.uniform(0.5, 1.0), self._rival_claims)
         self._wake()
 
     def _step_clock(self) -> None:
@@ -938,8 +978,11 @@ class History:
     def _start_handlers(self) -> None:
         call, room = 0, 0
         while self.waiting and (room or self.taken < self.concurrency):
-            if not room:
-                call, room = next(self._numbers), self.batch
+            is_alone = self.waiting[0].job.exclusive is not None
+            if is_alone and self.taken == self.concurrency:
+                break
+            if is_alone or not room:
+                call, room = next(self._numbers), 1 if is_alone else self.batch
             room -= 1
             claimed = self.waiting.popleft()
             promise(not self.stopping, f"{claimed.job.id}: started after the shutdown")
@@ -954,6 +997,11 @@ class History:
                 self.live.pop((claimed.job.id, claimed.token), None)
                 self.woken = True
                 continue
+            if claimed.job.exclusive is not None and not self.peace:
+                if self.fates.random() < self.hindered:
+                    self._not_begun(claimed)
+                    continue
+            self._check_key(claimed)
             self.busy += 1
             self.call_of[claimed.job.id, claimed.token] = call
             self.running.add((claimed.job.id, claimed.token))
@@ -973,6 +1021,52 @@ class History:
         self.woken = True
         self._happened()
 
+    def _not_begun(self, claimed: Claimed) -> None:
+        """Without a connection a transactional handler is not entered."""
+        self.outcomes.append(Outcome(claimed, Release(), None))
+        self._give_back([claimed])
+        self.lines.leave(claimed, goes_on=False)
+        self.woken = True
+
+    def _give_back(self, claims: list[Claimed]) -> None:
+        self.withdrawn.update((c.job.id, c.token) for c in claims)
+        self.group -= {(c.job.id, c.token) for c in claims}
+        for job, token, _ in claims:
+            if job.exclusive is not None:
+                due = (job.next_run_at - EPOCH) // MICROSECOND
+                self.given_back[job.id, token] = job.exclusive, due, self.now
+
+    def _check_key(self, claimed: Claimed) -> None:
+        """Of each key one job runs at a time, here and elsewhere, and in the due order."""
+        job, token, _ = claimed
+        if job.exclusive is None:
+            return
+        for id_, other in self.table._holders(job.exclusive):
+            if (id_, other) == (job.id, token):
+                continue
+            runs = (id_, other) in self.running and (id_, other) not in self.given_up
+            promise(not runs, f"{job.id}: runs beside {id_}, which has the same key")
+            is_ours = other > 0 or self.clock_stepped or not self._is_live(claimed)
+            promise(is_ours, f"{job.id}: runs while another worker has its key")
+        lost = self.turns - self.lost_since.get(claimed, self.turns)
+        promise(lost <= 3, f"{job.id}: starts long after it was lost")
+        due = (job.next_run_at - EPOCH) // MICROSECOND
+        for each in [*self.waiting, *self.lines.waiting]:
+            is_same = each.job.exclusive == job.exclusive and self._is_live(each)
+            before = (each.job.next_run_at, each.job.id) < (job.next_run_at, job.id)
+            late = self.granted_at[each.job.id, each.token] > self.granted_at[job.id, token]
+            promise(late or not (is_same and before), f"{job.id}: runs before {each.job.id}")
+        for (id_, its_token), (key, at, when) in self.given_back.items():
+            row = self.table.rows.get(id_)
+            is_back = row is not None and (row.has_gone_back or row.token == its_token)
+            is_back = is_back and key == job.exclusive
+            after = (at, id_) < (due, job.id) and when > self.granted_at[job.id, token]
+            promise(not (is_back and after), f"{job.id}: overtakes {id_}, which was given back")
+
+    def _is_live(self, claimed: Claimed) -> bool:
+        row = self.table.rows.get(claimed.job.id)
+        return row is not None and row.token == claimed.token
+
     def _end_handler(self, claimed: Claimed, took: float) -> None:
         key = claimed.job.id, claimed.token
         if key in self.given_up:
@@ -986,6 +1080,8 @@ class History:
         self.group.discard((claimed.job.id, claimed.token))
         self.outcomes.append(self._transact(Outcome(claimed, self._result(), took)))
         self.finished[claimed.job.id, claimed.token] = self.now
+        if claimed.job.exclusive is not None:
+            self.lines.leave(claimed)
         self.woken = True
         self._happened()
         self._start_handlers()
@@ -1072,6 +1168,10 @@ class History:
                 self.ended = True
                 return
         self._check_turn()
+        if self.connected:
+            self.turns += 1
+            for claimed in engine.lost:
+                self.lost_since.setdefault(claimed, self.turns)
         if not self.connected:
             self._reopen()
             return
@@ -1082,10 +1182,8 @@ class History:
                 while following is not None:
                     following = self._exchange(following)
             case Withdraw():
-                taken = list(self.waiting)
-                self.waiting.clear()
-                self.withdrawn.update((c.job.id, c.token) for c in taken)
-                self.group -= {(c.job.id, c.token) for c in taken}
+                taken = self.lines.withdraw(engine.lost)
+                self._give_back(taken)
                 engine.withdrawn(taken)
                 self._count_idle(bool(taken))
             case Sleep(until):
@@ -1097,8 +1195,17 @@ class History:
 
     def _finish(self) -> None:
         outcomes, self.outcomes, self.late = [*self.late, *self.outcomes], [], []
+        for claimed, result, *_ in outcomes:
+            if claimed.job.exclusive is not None and self.lines.leave(
+                claimed, goes_on=not isinstance(result, Release)
+            ):
+                self.woken = True
         self._measure()
         self._tell(self.engine.finish(outcomes))
+        self.lines.held_until = self.engine.held_until
+        if ended := self.lines.take_ended():
+            self._give_back(ended)
+            self.engine.withdrawn(ended)
 
     def _sleep(self, until: float) -> None:
         began = self.now
@@ -1173,7 +1280,8 @@ class History:
                 news = self.engine.acknowledge(reply, self.now)
                 self._hear(news, began)
                 self._count_fruit(bool(settled or exchange.extend or exchange.acquire or news.run))
-                self.waiting.extend(news.run)
+                self.lines.held_until = self.engine.held_until
+                self.waiting.extend(self.lines.enter(news.run))
                 self._start_handlers()
                 return ahead
             case "rejected":
@@ -1306,12 +1414,13 @@ class History:
             promise(not self.stopping, "claims after shutdown")
             self._check_order()
             wanted = self.engine.pace.running + coming + exchange.claim.limit
+            most = self.concurrency + MOST_AHEAD + (self.batch > 1) * (self.busy + MOST_AHEAD)
+            promise(wanted <= most, "claims far too much")
+            wanted -= self.engine.pace.behind  # they take no slot
             if isinstance(exchange.claim, Sweep) and not exchange.claim.limit:
                 return
             promise(exchange.claim.limit > 0, "claims nothing")
             promise(wanted <= self.engine.pace.capacity, "claims more than its capacity")
-            most = self.concurrency + MOST_AHEAD + (self.batch > 1) * (self.busy + MOST_AHEAD)
-            promise(wanted <= most, "claims far too much")
             if isinstance(exchange.claim, ClaimGroup):
                 alone = self.group and self.now < self.group_until
                 promise(not alone, "claims a group beside another")
@@ -1352,7 +1461,7 @@ class History:
             asked = claimed.job.exclusive
             promise(self.table.granted.get(key) == asked, f"{key}: handed out without its key")
             self.handed[key] = None
-            self.handed_at = self.now
+            self.handed_at = self.granted_at[key] = self.now
             if claimed.token in self.groups:
                 self.group.add(key)
             if key not in self.table.fenced:  # by a cancel before the answer came
@@ -1432,13 +1541,15 @@ class History:
     def _check_turn(self) -> None:
         promise(
             self.engine.pace.running - len(self.engine._keys.wanting)
-            == self.busy + len(self.waiting) + len(self.outcomes),
+            == self.busy + len(self.waiting) + len(self.lines.waiting) + len(self.outcomes),
             "lost count of its jobs",
         )
         if len(self.enqueued) < 100 or self.random.random() < 0.05:
             self._check_leases()
             self._check_settlements()
             self._check_idleness()
+            if self.calm and not self.strangers and self.give_up_at is None:
+                self._check_waiting()
         if self.peace and self.give_up_at is None:
             left = set(self.table.rows)
             if self.poison:
@@ -1490,6 +1601,10 @@ class History:
             held = row is not None and row.token == token and (row.lease_until or 0) > now
             if self._cannot_be_extended(id_):
                 continue
+            # Meanwhile another worker had it; a transaction finds that out at its end.
+            taken = self.table.taken.get((id_, token), inf)
+            if taken <= (self.disturbed_at + self.clock_offset) * SECOND:
+                continue
             promise(held or (id_, token) in self.unsure, f"{id_}: its lease ended")
 
     def _check_idleness(self) -> None:
@@ -1519,7 +1634,7 @@ class History:
             disturbed_at = inf if self.refused else max(self.disturbed_at, self.refused_at)
             if row.is_known and disturbed_at < row.free_since:
                 # It need not wait for a poll.
-                most = REST * self.longest_cost + held_up + 0.05
+                most = REST * self.longest_cost + held_up + 0.05 + 0.3 * self.strangers
                 promise(waited <= most, f"{row.id} is forgotten")
             promise(
                 waited <= patience + held_up, f"{row.id}: due for {waited} s beside an idle slot"
@@ -1538,6 +1653,18 @@ class History:
                     waited <= most + held_up + 2 * self.sweeps_take + 0.1 + 0.3 * self.strangers
                 )
                 promise(prompt, f"{row.id}: committed {waited} s ago, and not found")
+
+    def _check_waiting(self) -> None:
+        """Where a key is free, the first job that waits for it is woken at once."""
+        for key in self.table.holders:
+            rows = [row for row in self.table.rows.values() if row.key == key]
+            first = min(rows, key=lambda row: (row.due, row.id), default=None)
+            if first is None or not first.waits or self.table._holders(key):
+                self.key_free_since.pop(key, None)
+                continue
+            since = self.key_free_since.setdefault(key, self.now)
+            waited = self.now - max(since, self.disturbed_at) - 2 * self.sweeps_take
+            promise(waited <= 0.3, f"{first.id}: waits for {key}, which is free")
 
     def _check_freedom(self) -> None:
         """A lease that has ended is noticed, whatever the worker is busy with.
@@ -1569,7 +1696,7 @@ class History:
     def _check_stop(self, abandoned: int) -> None:
         promise(self.give_up_at is not None, "stops unasked")
         promise(self.lock != self.session, "stops with the lock held")
-        running = self.busy + len(self.waiting) + len(self.outcomes)
+        running = self.busy + len(self.waiting) + len(self.lines.waiting) + len(self.outcomes)
         promise(abandoned == running, f"abandons {abandoned} jobs of {running}")
         if abandoned and self.abandon_refusals < 2:
             for (id_, token), how in self.handed.items():
@@ -1582,9 +1709,11 @@ class History:
             for key, how in self.handed.items():
                 row = self.table.rows.get(key[0])
                 promise(row is None or row.token != key[1], f"{key}: never settled")
-                if how is None:
+                if how is None and key not in self.table.fenced:
+                    # Of a job that did not start nothing is told where it may be given back.
+                    is_taken = key in self.unsure and key in self.table.taken
                     promise(
-                        key in self.withdrawn and key in self.table.settled,
+                        key in self.withdrawn and (key in self.table.settled or is_taken),
                         f"{key}: neither told nor given back",
                     )
 

@@ -35,12 +35,14 @@ it. In between it is in one of these states:
               its claim, in all states    the lease was lost to another worker: lost
               below but the last
     wanting   `keys.wanting`, or the      its exclusive key is granted: running
-              `acquire` of a sent         another job has the key: it waits in the table,
-              exchange                    and the worker does not hold it any more
+              `acquire` of a sent         another worker has the key, or this one has
+              exchange                    enough of its jobs: it waits in the table,
+                                          and the worker does not hold it any more
                                           the key's row is locked: wanting; or locked
     running   `leases` only: it waits     finish(): pending; or gone, where the handler's
-              for a slot, or is in one    own transaction has settled it; or wanting, if
-                                          its handler names a key
+              for a slot, or for one      own transaction has settled it; or wanting, if
+              before it of its key, or    its handler names a key
+              is in a slot
                                           withdrawn(): pending, to be released
                                           abandon(): leaving
     pending   `settling.pending`          step() puts it into an exchange: sent
@@ -67,7 +69,34 @@ it. In between it is in one of these states:
     cancelled `cancels.running`, and      its handler ends, or is given up: gone
               lost
 
-Running and wanting jobs take up slots. The worker extends the leases of all but lost jobs.
+Running and wanting jobs take up slots, but for those that wait for one before them of the same
+key (`pace.behind`). The worker extends the leases of all but lost jobs.
+
+The jobs of a key
+=================
+
+A key is held by claims, of one worker, until the last of their jobs that were granted it is
+settled, given back or lost. What follows from that:
+
+- The jobs of a key that one claim brings are asked for together, and so are those of the next
+  claims, which join the chain. `_worker/lines` runs them one after the other.
+- They run in the order in which they are due, whatever their priorities. A job that is retried
+  or rescheduled is due later, and the rest of the chain goes on. What comes after a job that is
+  given back unstarted is given back too, so that each keeps its place.
+- When one is lost or cancelled, those that have not started are given back: the lease of the
+  rest may be over as well. A cancelled job's handler is interrupted or given up; then the next
+  one may start. So it is after a timeout.
+- While a process is frozen its leases may end, and another worker has the key. So the next job of
+  a chain starts only before the end of the first lease (`held_until`), and else is given back.
+- A worker has as many jobs of a key as one slot runs in a fiftieth of a second, or two round
+  trips; at first, as many as it has slots. The others wait aside in the table, so that claims meet
+  other jobs, and as many are woken when the key is free. Jobs that turn out to be slow give the
+  chain behind them back (`pace.stale_at`).
+- A shutdown gives back all but what has started.
+- A job that was replaced while it ran has its key until its successor is written. Its first
+  settlement passes over it, and the release that is sent with that finds the key held; the second
+  settlement releases it again.
+- Keys are locked in their order, in one statement of a transaction, before any row of theirs.
 
 The parts
 =========
@@ -109,7 +138,8 @@ What always holds
 - An attempt begins with its handler: jobs that were claimed by an exchange whose
   answer was lost are freed by the worker's own sweeps, and are charged nothing.
 - Jobs that two workers died with are claimed in groups, until the killer is alone.
-- A job with an exclusive key is handed out once the server has granted the key.
+- A job with an exclusive key is handed out once the server has granted the key, in the order in
+  which the jobs of the key are due.
 - Of a job that is not held any more the observer is told once: that it was cancelled, or that
   its lease was lost. Nothing is asked for that while all jobs are held.
 
@@ -129,4 +159,5 @@ The vocabulary
                 kind that is refused does not stop the others
     notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
+    chain       the jobs of one key that this worker has; one at a time is in a handler
 """

@@ -56,7 +56,7 @@ class BatchPace(Pace):
     @property
     @override
     def has_free_slot(self) -> bool:
-        return self.running - self.merged - self.gathered < self.slots
+        return self.running - self.merged - self.gathered - self.behind < self.slots
 
     @override
     def claimed(self, jobs: Sequence[Claimed], now: float) -> None:
@@ -75,7 +75,7 @@ class BatchPace(Pace):
         if self._must_hurry:
             return -inf
         is_ahead = self.running - self.merged - self.gathered > self.slots
-        return self._claimed_at + _STALE if is_ahead else inf
+        return self._claimed_at + _STALE if is_ahead or self.behind else inf
 
     @override
     def slow_down(self, now: float) -> None:

@@ -76,7 +76,7 @@ class Engine:
         self._leases = Leases(lease)
         self._cancels = Cancels()
         self._settling = Settling(self._leases, self._cancels, Pause(longest_pause), transactional)
-        self._keys = Keys(self._leases)
+        self._keys = Keys(self._leases, self.pace)
         self._locked = Locked(Pause(longest_pause))
         self._lookout = Lookout(poll_interval, notify=notify)
         self._isolation = Isolation()
@@ -137,11 +137,11 @@ class Engine:
         if self._isolation.has_group:
             self._isolation.ended(outcome.claimed for outcome in outcomes)
         self.pace.finished(outcomes)
+        if self._keys.are_used:
+            self._keys.finished(outcomes)
         events = self._settling.finish(outcomes)
-        for event in events:
+        for _ in events:
             self._lookout.look()  # it may have been rescheduled
-            if isinstance(event, Outcome) and event.claimed.job.exclusive is not None:
-                self._keys.free[event.claimed.job.exclusive] = None
         return events
 
     def cancelled(self, claims: Iterable[tuple[int, str]]) -> list[Event]:
@@ -168,15 +168,34 @@ class Engine:
         self._leave_flight(claims)
         self._cancels.abandon(claims)
 
+    @property
+    def lost(self) -> Collection[Claimed]:
+        """The jobs that other workers may have, but whose handlers still run."""
+        return self._leases.lost
+
+    @property
+    def uses_keys(self) -> bool:
+        """Whether some job has had a key."""
+        return self._keys.are_used
+
+    @property
+    def held_until(self) -> float:
+        """When the first of its leases ends."""
+        return self._leases.held_until
+
     def give_up(self, claims: Iterable[Claimed]) -> None:
         """End the sessions of handlers whose jobs have failed before they end."""
         self._doomed += [c for c in claims if c.job.type in self._in_transactions]
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Record that jobs were taken back before they started: release them."""
-        pending, finished = self._settling.pending, len(self._settling.pending)
-        self.finish([Outcome(c, Release(), None) for c in [*claimed, *self._keys.wanting]])
+        self._give_back([*claimed, *self._keys.wanting])
         self._keys.wanting.clear()
+        self._keys.gives_back = False
+
+    def _give_back(self, claimed: Iterable[Claimed]) -> None:
+        pending, finished = self._settling.pending, len(self._settling.pending)
+        self.finish([Outcome(each, Release(), None) for each in claimed])
         # They go first: nothing is claimed before they are released.
         pending.rotate(len(pending) - finished)
 
@@ -210,6 +229,8 @@ class Engine:
             self.withdrawn([])
         if now >= self.pace.stale_at:
             self.pace.slow_down(now)
+            return Withdraw()
+        if self._keys.gives_back:
             return Withdraw()
         held = self._settling or self._keys.free or self._locked.outcomes
         settled = not (held or self._doomed or self._leaving or self._cancels)
@@ -269,7 +290,6 @@ class Engine:
             self._careful
             or self._stopping
             or self._lookout.notify_lock.is_held
-            or self._keys.wanting
             or self._cancels
             or self._doomed
             or self._settling.has_releases
@@ -282,6 +302,7 @@ class Engine:
             self._add_claim(exchange, now)
             if self.flows(exchange):
                 self._settling.add_pending(exchange)
+                self._keys.add_wanting(exchange, now)
                 return self._send(exchange, now)
         return None
 
@@ -312,7 +333,7 @@ class Engine:
         if len(self._settling.refused) + len(self._locked) >= MOST:
             return 0
         asked = sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
-        return min(self.pace.capacity - self.pace.running - asked, self._claims.limit)
+        return min(self.pace.room - asked, self._claims.limit)
 
     def _wake_at(self, now: float) -> float:
         times = [
@@ -347,6 +368,8 @@ class Engine:
         if gone:
             self._leave_flight(gone)
             self._leases.forget(gone)
+        if exchange.acquire:
+            self._give_back_too(effects)
         if exchange.extend:
             missing = self._leases.extended(exchange, reply.extended)
             self._drop([c for c in missing if c.job.type not in self._transactional])
@@ -371,6 +394,16 @@ class Engine:
             self._is_idle = True
             effects.events.append(QueueIsEmpty(self._queue))
         return effects
+
+    def _give_back_too(self, effects: Effects) -> None:
+        """Give back jobs that were granted a key while one before them is given back."""
+        claims = (claimed for sent in self._sent for claimed in sent.release_jobs)
+        pending = (o.claimed for o in self._settling.pending if type(o.result) is Release)
+        keys = {claimed.job.exclusive for claimed in (*claims, *pending)} - {None}
+        if keys:
+            late = [claimed for claimed in effects.run if claimed.job.exclusive in keys]
+            effects.run = [claimed for claimed in effects.run if claimed.job.exclusive not in keys]
+            self._give_back(late)
 
     def _probed(self, reply: Reply, effects: Effects, now: float) -> None:
         unlocked = self._locked.probed(reply, now)

@@ -1,10 +1,13 @@
 """The exclusive keys of claimed jobs: which to ask for, and which to release."""
 
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from math import inf
 
 from bgjob._engine.leases import Leases
-from bgjob._engine.outcome import Outcome
+from bgjob._engine.outcome import Committed, Fenced, Outcome, Release
+from bgjob._engine.pace import Pace
 from bgjob._engine.pause import FIRST, Pause
 from bgjob._engine.protocol import MOST, Exchange
 from bgjob._engine.reply import Reply
@@ -15,19 +18,41 @@ _MOMENT = 0.002
 """Seconds before the worker asks again for a key whose row is locked; doubles."""
 
 
+@dataclass(slots=True)
+class _Chain:
+    """The jobs of this worker that have a key, by id and token."""
+
+    unsent: set[tuple[str, int]] = field(default_factory=set)
+    """They hold the key, and no settlement of them was sent."""
+    running: set[tuple[str, int]] = field(default_factory=set)
+    """Those without an outcome. One runs, the others wait for its end."""
+
+
 class Keys:
-    """The jobs that need a key, and the keys to release.
+    """The jobs that need a key, those that have one, and the keys to release.
 
     A job that needs a key is in `wanting` or in a sent exchange until the server grants it, and
-    is not handed out before. A key in `free` is held by no job of this worker.
+    is not handed out before. Then it is in the chain of its key until its settlement is sent.
+    The exchange with the last settlement of a chain releases the key, and so does each that
+    repeats one: the server knows whether the key is free. A key in `free` is held by no job of
+    this worker.
+
+    Jobs of a key run one after the other, so the worker has as many as one slot will run
+    soon; the others are put aside. All but the first of a chain take no slot, so that a chain
+    behind a slow job holds up no other job.
     """
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: Leases, pace: Pace) -> None:
         self._leases = leases
+        self._pace = pace
         self.wanting: deque[Claimed] = deque()
+        self._chains: dict[str, _Chain] = {}
         self.free: dict[str, None] = {}  # in order
         self.are_used = False
         """Whether some job has had a key."""
+        self.gives_back = False
+        """Whether jobs that wait for a slot or a key are to be given back: one before them is lost
+        or given back itself."""
         self._limit = MOST // 2
         self._ask_at = -inf
         self._pause = Pause(FIRST, first=_MOMENT)
@@ -57,11 +82,39 @@ class Keys:
         self.want([claimed])
         return True
 
+    def finished(self, outcomes: Iterable[Outcome]) -> None:
+        """Record that jobs have ended; a key that only settled jobs had is to be released.
+
+        What comes after a job that did not start is given back as well, to keep its place.
+        """
+        for outcome in outcomes:
+            claimed, result = outcome.claimed, outcome.result
+            chain = self._chains.get(claimed.job.exclusive or "")
+            if chain is not None:
+                if isinstance(result, Committed | Fenced):
+                    self._leave(claimed)
+                else:
+                    self._ends(claimed, chain)
+                self.gives_back |= type(result) is Release and bool(chain.running)
+
+    # -- what goes into an exchange -----------------------------------------------------
+
     def add_releases(self, exchange: Exchange) -> None:
-        """Release the keys of the jobs that an exchange settles."""
-        if self.are_used:
-            keys = (outcome.claimed.job.exclusive for outcome in exchange.outcomes)
-            exchange.release += [key for key in keys if key is not None]
+        """Release the keys whose last jobs an exchange settles."""
+        if not self.are_used:
+            return
+        for outcome in exchange.outcomes:
+            job, token, _ = outcome.claimed
+            if job.exclusive is None:
+                continue
+            chain = self._chains.get(job.exclusive)
+            if chain is not None:
+                chain.unsent.discard((job.id, token))
+                if chain.unsent:
+                    continue
+                del self._chains[job.exclusive]
+            exchange.release.append(job.exclusive)
+        exchange.wakes = self._pace.in_a_row
 
     def add_wanting(self, exchange: Exchange, now: float) -> None:
         """Release free keys, and ask for others."""
@@ -72,7 +125,17 @@ class Keys:
                 del self.free[key]
         if now >= self.ask_at:
             count = min(len(self.wanting), self._limit)
-            exchange.acquire = [self.wanting.popleft() for _ in range(count)]
+            exchange.acquire = _in_due_order([self.wanting.popleft() for _ in range(count)])
+            exchange.holding = [*self._leases.tokens]
+            most, counts = self._pace.in_a_row, defaultdict[str, int](int)
+            for claimed in exchange.acquire:
+                key = str(claimed.job.exclusive)
+                counts[key] += 1
+                chain = self._chains.get(key)
+                if counts[key] + (0 if chain is None else len(chain.running)) > most:
+                    exchange.surplus.append(claimed)
+
+    # -- answers ------------------------------------------------------------------------
 
     def answered(
         self, exchange: Exchange, reply: Reply, run: list[Claimed], now: float
@@ -87,8 +150,11 @@ class Keys:
             has_key = reply.acquired.get((claimed.job.id, claimed.token), False)
             if has_key is False or self._leases.batch(claimed) is None:
                 gone.append(claimed)
+            elif has_key:
+                self._grant(claimed)
+                run.append(claimed)
             else:
-                (run if has_key else locked).append(claimed)
+                locked.append(claimed)
         if exchange.acquire:
             self.wanting += locked
             self._ask_at = now + self._pause.seconds if locked else -inf
@@ -116,8 +182,58 @@ class Keys:
         self.free.update(dict.fromkeys(exchange.freed))
 
     def drop(self, lost: set[Claimed]) -> set[Claimed]:
-        """Drop lost jobs; return these."""
+        """Drop lost jobs; return those that have not got their keys."""
         dropped = lost.intersection(self.wanting)
         if dropped:
             self.wanting = deque(c for c in self.wanting if c not in dropped)
+        if self.are_used:
+            for claimed in lost - dropped:
+                key = claimed.job.exclusive
+                chain = self._chains.get(key or "")
+                if chain is not None:
+                    self.gives_back |= (claimed.job.id, claimed.token) in chain.running
+                    self._leave(claimed)
+                elif key is not None:  # its first settlement may have passed over it
+                    self.free[key] = None
         return dropped
+
+    # -- chains -------------------------------------------------------------------------
+
+    def _grant(self, claimed: Claimed) -> None:
+        job, token, _ = claimed
+        chain = self._chains.setdefault(str(job.exclusive), _Chain())
+        self._pace.behind += bool(chain.running)
+        chain.running.add((job.id, token))
+        chain.unsent.add((job.id, token))
+
+    def _ends(self, claimed: Claimed, chain: _Chain) -> None:
+        if (claimed.job.id, claimed.token) in chain.running:
+            chain.running.discard((claimed.job.id, claimed.token))
+            self._pace.behind -= bool(chain.running)
+
+    def _leave(self, claimed: Claimed) -> None:
+        """Forget a job that holds its key no longer, or is another worker's."""
+        key = claimed.job.exclusive
+        chain = None if key is None else self._chains.get(key)
+        if key is not None and chain is not None:
+            self._ends(claimed, chain)
+            chain.unsent.discard((claimed.job.id, claimed.token))
+            if not chain.unsent:
+                del self._chains[key]
+                self.free[key] = None
+
+
+def _in_due_order(claimed: Sequence[Claimed]) -> list[Claimed]:
+    """Order the jobs of each key as they are due; each key keeps its places."""
+    lines = defaultdict[str | None, list[Claimed]](list)
+    for each in claimed:
+        lines[each.job.exclusive].append(each)
+    if len(lines) == len(claimed):
+        return [*claimed]
+    for line in lines.values():
+        line.sort(key=_by_due, reverse=True)
+    return [lines[each.job.exclusive].pop() for each in claimed]
+
+
+def _by_due(claimed: Claimed) -> tuple[object, str]:
+    return claimed.job.next_run_at, claimed.job.id

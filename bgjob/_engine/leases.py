@@ -138,6 +138,11 @@ class Leases:
         """When the next extension is due."""
         return min((batch.extend_at for batch in self._batches.values()), default=inf)
 
+    @property
+    def held_until(self) -> float:
+        """When the first lease ends."""
+        return min((batch.expires for batch in self._batches.values()), default=inf)
+
     def are_overdue(self, now: float) -> bool:
         """Whether other workers may free a job whose lease is not being extended."""
         return any(b.expires <= now and b.extend_at <= now for b in self._batches.values())

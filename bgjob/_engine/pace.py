@@ -42,6 +42,8 @@ class Pace:
         """How many jobs may be in handlers; fewer than configured if some do not end."""
         self.running = 0
         """Jobs that are claimed and not finished: in a handler, or waiting for a slot or a key."""
+        self.behind = 0
+        """Those of them that wait for one before them of the same key, and take no slot."""
         self._took = inf  # recent seconds in a handler
         self._ramp = concurrency  # grows from claim to claim: a few quick jobs prove little
         self._round_trip = 0.0
@@ -57,7 +59,25 @@ class Pace:
     @property
     def has_free_slot(self) -> bool:
         """Whether a job that is claimed now starts now."""
-        return self.running < self.slots
+        return self.running - self.behind < self.slots
+
+    @property
+    def room(self) -> int:
+        """How many more jobs may be in flight; it may be negative."""
+        capacity = self.capacity
+        most = max(capacity, self.slots + MOST_AHEAD)
+        return min(capacity + self.behind, most) - self.running
+
+    @property
+    def in_a_row(self) -> int:
+        """How many jobs one slot runs soon: so many of a key are claimed at once.
+
+        As long as nothing is known of them, as many as there are slots. They hold up none but one
+        another.
+        """
+        if self._took == inf:
+            return self.slots
+        return 1 + int(min(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6), MOST_AHEAD))
 
     @property
     def is_quick(self) -> bool:
@@ -89,12 +109,13 @@ class Pace:
     @property
     def stale_at(self) -> float:
         """When to release jobs that were claimed ahead and have not started."""
-        return self._claimed_at + _STALE if self.running > self.slots else inf
+        return self._claimed_at + _STALE if self.running > self.slots or self.behind else inf
 
     def slow_down(self, now: float) -> None:
         """Assume that jobs are slow, until the next ones show."""
         self._claimed_at = now
-        self._took, self._ramp = max(self._took, _STALE), max(self.slots, 1)
+        self._took = _STALE if self._took == inf else max(self._took, _STALE)
+        self._ramp = max(self.slots, 1)
 
     def hurry_back(self) -> None:
         """Release jobs that have not started at the next step."""

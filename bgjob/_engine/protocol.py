@@ -105,8 +105,14 @@ class Exchange(Settlements):
     extend: list[Claimed] = field(default_factory=list)
     acquire: list[Claimed] = field(default_factory=list)
     """Jobs that need their keys."""
+    holding: Sequence[int] = ()
+    """This worker's claims, which may hold these keys."""
+    surplus: list[Claimed] = field(default_factory=list)
+    """Those that are put aside even if their key is free: the worker has enough of it."""
     release: list[str] = field(default_factory=list)
     """Keys whose jobs are settled, or that no job holds."""
+    wakes: int = 1
+    """The most jobs to wake for each of them."""
     probe: list[Claimed] = field(default_factory=list)
     """Jobs whose rows other sessions may have locked."""
     probe_keys: list[str] = field(default_factory=list)
@@ -213,9 +219,10 @@ class Exchange(Settlements):
             keys = [str(claimed.job.exclusive) for claimed in self.acquire]
             plan.append(Part(lock_keys([*keys, *self.release]), Reply.ignore))
         if self.acquire:
-            plan.append(Part(acquire(queue, self.acquire), Reply.set_acquired))
+            acquires = acquire(queue, self.acquire, holding=self.holding, surplus=self.surplus)
+            plan.append(Part(acquires, Reply.set_acquired))
         if self.release:
-            plan.append(Part(release(queue, self.release), Reply.set_woken))
+            plan.append(Part(release(queue, self.release, most=self.wakes), Reply.set_woken))
         if self.probe:
             plan.append(Part(barred(self.probe), Reply.set_barred))
         if self.probe_keys:

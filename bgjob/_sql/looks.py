@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.dead import fingerprint_of
+from bgjob._sql.keys import HOLDING
 from bgjob._sql.statement import Row, Statement, finite, in_range, scalar
 from bgjob._sql.workers import IS_LOST
 from bgjob.schedule import ScheduleStatus
@@ -290,6 +291,15 @@ class Key(NamedTuple):
     """The jobs of the same queue that get the key first; counted up to a cap."""
 
 
+_HOLDER = HOLDING.format(
+    columns=f"""
+        h.id, h.queue, h.type, h.attempt, h.token,
+        extract(epoch from {in_range("h.lease_until")} - clock_timestamp())::float8
+    """,
+    which="",
+)
+
+
 def key(job: Live, *, cap: int = CAP) -> Statement[Key]:
     """Return who holds the key of a job, and how many of its queue come before it."""
     return Statement(
@@ -312,13 +322,9 @@ def key(job: Live, *, cap: int = CAP) -> Statement[Key]:
         )
         from (select 1) as one
         left join lateral (
-            select e.job_id, e.token from bgjob_exclusive e where e.key = %(key)s limit 1
+            select * from bgjob_exclusive e where e.key = %(key)s limit 1
         ) as e on true
-        left join lateral (
-            select j.id, j.queue, j.type, j.attempt, j.token,
-                extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8
-            from bgjob_job j where j.id = e.job_id and j.token = e.token limit 1
-        ) as h on true
+        left join lateral ({_HOLDER}) as h on true
         """,
         {
             "key": job.exclusive,

@@ -150,7 +150,7 @@ _COLUMN_NEEDS = (
         ),
     ),
     ("bgjob_exclusive", "insert", "key"),
-    ("bgjob_exclusive", "update", "job_id token queue since since_id"),
+    ("bgjob_exclusive", "update", "tokens queue since since_id until until_id"),
     (
         "bgjob_dead_job",
         "insert",

@@ -7,7 +7,7 @@ end of the grace period.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from math import inf
@@ -367,6 +367,9 @@ class QueueControl:
         now = monotonic()
         if cancelled := engine.to_interrupt:
             given_up = executor.interrupt(cancelled, now)
+            for claimed in given_up.silent:
+                if claimed.job.exclusive is not None:
+                    self._slots.leave_line(claimed, None)
             engine.handlers_given_up(given_up.silent)
             engine.give_up(given_up.all)
             self._collect()
@@ -392,7 +395,8 @@ class QueueControl:
             case Exchange() as exchange:
                 self._exchange(exchange)
             case Withdraw():
-                engine.withdrawn(executor.withdraw(is_end=self._give_up_at is not None))
+                is_end = self._give_up_at is not None
+                engine.withdrawn(executor.withdraw(engine.lost, is_end=is_end))
             case Sleep() if now >= self._service_timer.due_at:
                 self._serve()
             case Sleep(until):
@@ -518,14 +522,19 @@ class QueueControl:
         self._service_failed(error)
 
     def _collect(self) -> None:
-        self._engine.pace.slots = self._executor.usable
+        engine, lines = self._engine, self._slots.lines
+        engine.pace.slots = self._executor.usable
         if self._executor.gathering is not None:
             self._measure(self._executor.gathering)
         if self._slots.outcomes:
-            events = self._engine.finish(self._slots.collect())
+            events = engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
-        self._slots.behind = self._engine.unsettled_outcomes + self._events.waiting
+        if engine.uses_keys:
+            lines.held_until = engine.held_until
+            if ended := lines.take_ended():
+                engine.withdrawn(ended)
+        self._slots.behind = engine.unsettled_outcomes + self._events.waiting
 
     def _measure(self, gathering: Gathering) -> None:
         """Tell the engine which of its running jobs need no slot."""
@@ -542,11 +551,13 @@ class QueueControl:
         effects = self._engine.acknowledge(reply, monotonic())
         if effects.run:
             self._claimed_at = self._turned_at
+            run: Sequence[Claimed] = effects.run
+            if self._engine.uses_keys:
+                self._slots.lines.held_until = self._engine.held_until
+                run = self._slots.lines.enter(run)
             if self._executor.gathering is not None:
-                effects.run = self._executor.gathering.add(
-                    effects.run, self._engine.suspects, monotonic()
-                )
-            self._executor.submit(effects.run, quick=self._engine.pace.is_quick)
+                run = self._executor.gathering.add(run, self._engine.suspects, monotonic())
+            self._executor.submit(run, quick=self._engine.pace.is_quick)
         if effects.events:
             self._events.tell(effects.events)
         if effects.locked:

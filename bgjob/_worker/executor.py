@@ -160,13 +160,18 @@ class Executor:
             self._slots.jobs.extendleft(reversed(self._rests))
             self._rests.clear()
 
-    def withdraw(self, *, is_end: bool) -> list[Claimed]:
+    def withdraw(self, lost: Collection[Claimed], *, is_end: bool) -> list[Claimed]:
         """Take back the jobs that have not started, also those that wait for others.
 
         What is left of a batch that has failed goes on, except at the worker's end: it would
         be gathered with the job that made it fail.
+
+        Args:
+            lost: the jobs that other workers may have; they are in no line any more.
+            is_end: whether the worker ends.
+
         """
-        taken = self._slots.withdraw()
+        taken = self._slots.lines.withdraw(lost)
         if self.gathering is None:
             return taken
         rests = [each for each in taken if isinstance(each, Batch) and each.is_rest]
@@ -305,7 +310,8 @@ class Executor:
         }
         # A job moves from the queue to a thread or a task, between these, and to the outcomes.
         # So each is read after those that it may come from.
-        held = {_key(each) for claimed in tuple(slots.jobs) for each in members(claimed)}
+        waiting = (*slots.lines.waiting, *tuple(slots.jobs))
+        held = {_key(each) for claimed in waiting for each in members(claimed)}
         if self.gathering is not None:
             held |= {_key(each) for rest in self._rests for each in rest.all}
             held |= {_key(each) for each in self.gathering.waiting}

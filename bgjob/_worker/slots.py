@@ -23,6 +23,7 @@ from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch, members
 from bgjob._worker.clock import ServerClock
+from bgjob._worker.lines import Lines
 from bgjob._worker.timeouts import Attempt, Timeouts
 from bgjob.job import Job
 from bgjob.mux import Mux
@@ -121,6 +122,7 @@ class Slots:
         self.context.run(inside.set, self)
         self.route_of = self.isolated if mux.names_keys else mux.route
         self.jobs: deque[Claimed] = deque()
+        self.lines = Lines(self.jobs)
         self.outcomes: deque[Outcome] = deque()
         self.lock = threading.Lock()
         """Guards the free slots, and which threads are idle."""
@@ -141,17 +143,18 @@ class Slots:
 
     def collect(self) -> list[Outcome]:
         """Return the outcomes since the last call."""
-        outcomes = self.outcomes
-        return [outcomes.popleft() for _ in range(len(outcomes))]
+        outcomes, lines = self.outcomes, self.lines
+        collected = [outcomes.popleft() for _ in range(len(outcomes))]
+        if lines.is_used:
+            for outcome in collected:
+                if outcome.claimed.job.exclusive is not None:
+                    self.leave_line(outcome.claimed, outcome.result)
+        return collected
 
-    def withdraw(self) -> list[Claimed]:
-        """Take back the jobs that have not started."""
-        jobs: list[Claimed] = []
-        try:
-            while True:
-                jobs.append(self.jobs.popleft())
-        except IndexError:
-            return jobs
+    def leave_line(self, claimed: Claimed, result: object) -> None:
+        """Start the next job of a key after one has ended."""
+        if self.lines.leave(claimed, goes_on=not isinstance(result, Release)):
+            self.finished()
 
     def release(self, claimed: Claimed) -> None:
         """Release a job, or those of a batch, that did not start."""

@@ -318,6 +318,8 @@ class Tasks:
                         drop_locals(result)
                 outcomes.append(quick_outcome((claimed, result, ran, clock.offset + began)))
                 finished()
+                if job.exclusive is not None:
+                    slots.leave_line(claimed, result)
             ended = claimed
             claimed = me.claimed = None
             if me.interrupt is not None and slots.was_given_up(me, ended):

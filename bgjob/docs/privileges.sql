@@ -29,7 +29,7 @@ grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
     lease_until, updated_at, checkpoint) on bgjob_job to bgjob_worker;
 grant delete on bgjob_job to bgjob_worker;
-grant select, insert (key), update (job_id, token, queue, since, since_id), delete
+grant select, insert (key), update (tokens, queue, since, since_id, until, until_id), delete
     on bgjob_exclusive to bgjob_worker;
 grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
     next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires)
@@ -82,7 +82,7 @@ grant update (paused, tick, next_run_at) on bgjob_schedule to bgjob_operator;
 -- An editor looks at live jobs, and cancels, abandons, hastens and reorders them. It changes no
 -- payload and claims nothing. Where a job leaves its exclusive key, it wakes the next one (waits).
 grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob_job to bgjob_editor;
-grant select, insert (key), update (job_id), delete on bgjob_exclusive to bgjob_editor;
+grant select, insert (key), update (since_id), delete on bgjob_exclusive to bgjob_editor;
 grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority,
     exclusive, next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires)
     on bgjob_dead_job to bgjob_editor;

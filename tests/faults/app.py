@@ -67,7 +67,7 @@ _INSERT = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %
 _CHUNK = "insert into ledger (job_id, attempt, kind, pid, token) values (%s, %s, 'chunks', %s, %s)"
 _GATE = "select 1 from ledger where job_id = %s and attempt = %s and kind = 'gate'"
 _BEGIN = "insert into run (job_id, key, attempt, pid) values (%s, %s, %s, %s)"
-_END = "update run set ended = clock_timestamp() where (job_id, attempt, pid) = (%s, %s, %s)"
+_END = "update run set ended = clock_timestamp() where (job_id, attempt, pid) = (%s, %s, %s) and ended is null"
 _RESCHEDULED = "select count(*) from ledger where job_id = %s and kind = 'rescheduled'"
 
 

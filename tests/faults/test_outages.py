@@ -106,7 +106,10 @@ def test_the_key_of_a_queue_that_the_same_worker_serves_is_not_freed_by_its_othe
     world.query(
         "update bgjob_job set token = 1, attempt = 1, lease_until = clock_timestamp() - interval '1 s'"
     )
-    world.query("insert into bgjob_exclusive values ('key', 'holder', 1)")
+    world.query(
+        "insert into bgjob_exclusive select 'key', '{1}', queue, next_run_at, id, next_run_at, id "
+        "from bgjob_job"
+    )
     world.enqueue("plain", "waits", exclusive="key", ledger=False)
     world.query("update bgjob_job set waits = true where id = 'waits'")
     token = "select token from bgjob_job where id = 'holder'"
