@@ -36,7 +36,7 @@ from bgjob import (
 )
 from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Committed, Outcome, Release
-from bgjob._engine.protocol import Exchange, Sleep, Sweep, Withdraw
+from bgjob._engine.protocol import ClaimGroup, Exchange, Sleep, Sweep, Withdraw
 from bgjob._engine.reply import Reply
 from bgjob._handlers.route import NeedsKey
 from bgjob._running.one_job import conclusion
@@ -1104,6 +1104,25 @@ def test_jobs_behind_one_of_their_key_take_no_slot() -> None:
     assert engine.pace.has_free_slot
     step = engine.step(0.01)
     assert isinstance(step, Exchange) and step.claim is not None and step.claim.limit >= 3
+
+
+def test_suspects_are_claimed_for_the_slots_that_jobs_behind_one_of_their_key_leave_free() -> None:
+    engine, _ = chained(*(job_of("k", str(n)) for n in range(3)), concurrency=3)
+    now, groups = 0.0, list[int]()
+    while now < 5.0:
+        match engine.step(now):
+            case Exchange() as exchange:
+                if isinstance(exchange.claim, ClaimGroup):
+                    groups.append(exchange.claim.limit)
+                found = [Line(0, NOON, None, has_suspects=True)]
+                engine.acknowledge(Reply(lines=found), now)
+            case Sleep(until):
+                now = until
+            case Withdraw():
+                engine.withdrawn([])
+            case step:
+                raise AssertionError(step)
+    assert set(groups) == {2}
 
 
 def test_a_job_that_gets_its_key_after_one_before_it_was_given_back_is_given_back_too() -> None:

@@ -55,8 +55,8 @@ class BatchPace(Pace):
 
     @property
     @override
-    def has_free_slot(self) -> bool:
-        return self.running - self.merged - self.gathered - self.behind < self.slots
+    def free_slots(self) -> int:
+        return super().free_slots + self.merged + self.gathered
 
     @override
     def claimed(self, jobs: Sequence[Claimed], now: float) -> None:

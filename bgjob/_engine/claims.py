@@ -64,7 +64,7 @@ class Claims:
         if lookout.wants_sweep(now, claims=claims):
             self._add_sweep(exchange, 0, now)
         elif is_groups_turn:
-            free = min(pace.slots - pace.running, self.limit)
+            free = min(pace.free_slots, self.limit)
             charge = not self._isolation.has_group
             exchange.claim = ClaimGroup(free, next(self._tokens), charge)
         elif claims and lookout.wants_claim(now):

@@ -57,9 +57,14 @@ class Pace:
         return self.slots + min(rounds * self.slots, self._ramp, self._ahead)
 
     @property
+    def free_slots(self) -> int:
+        """How many jobs that are claimed now start now; it may be negative."""
+        return self.slots - self.running + self.behind
+
+    @property
     def has_free_slot(self) -> bool:
         """Whether a job that is claimed now starts now."""
-        return self.running - self.behind < self.slots
+        return self.free_slots > 0
 
     @property
     def room(self) -> int:
