@@ -14,9 +14,9 @@ pytest-django the fixtures `db` and `transactional_db` do the same.
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
@@ -26,6 +26,7 @@ from psycopg.pq import TransactionStatus
 from bgjob import testing
 from bgjob._checks import Duration
 from bgjob._sql.session import empty_tables
+from bgjob.checkpoint import Store
 from bgjob.ext.django._database import checked, driver, dsn
 from bgjob.ext.django._mux import autodiscover
 from bgjob.ext.django._mux import mux as _mux
@@ -51,7 +52,8 @@ def drain(
     runs inside of a savepoint, to which a failed query is rolled back, because a worker would
     run it in autocommit; what it passes to `transaction.on_commit` is called when it has ended.
     The queries of coroutine handlers are in the transaction, too. Otherwise each step is
-    committed, as in a worker.
+    committed, as in a worker. A batch handler is called for each job, with a list of it alone. A
+    handler with a checkpoint finds what its job has saved.
 
     Args:
         queue: the queue.
@@ -66,7 +68,9 @@ def drain(
 
     Raises:
         TypeError: in a transaction, a transactional handler is a coroutine function: use a
-            TransactionTestCase. Or Django uses psycopg2.
+            TransactionTestCase. Or a coroutine handler opens a transaction of its checkpoint:
+            use a TransactionTestCase and `bgjob.testing.drain(dsn(), queue, mux)`. Or Django
+            uses psycopg2.
         Exception: what a handler raised, and what `bgjob.testing.drain` raises.
 
     """
@@ -151,8 +155,11 @@ def _on_this_thread(mux: Mux, run: Callable[[Callable[..., Any], Job], Any]) -> 
     """
 
     def mapped(route: Route) -> Route:
-        call: Any = async_to_sync(route.handler) if route.is_coroutine else route.handler
-        return replace(route, handler=partial(run, call), is_coroutine=False)
+        if not route.is_coroutine:
+            return replace(route, handler=partial(run, route.handler))
+        given = {each.name: getattr(route, each.name) for each in fields(route) if each.init}
+        call: Any = async_to_sync(route.handler)
+        return _OfCoroutine(**given | {"handler": partial(run, call), "is_coroutine": False})
 
     within = copy(mux)
     within._routes = {  # noqa: SLF001
@@ -160,6 +167,39 @@ def _on_this_thread(mux: Mux, run: Callable[[Callable[..., Any], Job], Any]) -> 
         for name, route in mux._routes.items()  # noqa: SLF001
     }
     return within
+
+
+@dataclass(frozen=True, slots=True)
+class _OfCoroutine(Route):
+    """The route of a coroutine handler that a plain function calls."""
+
+    def holding(self, store: Any) -> Route:
+        awaited: Any = _AwaitedStore(store)
+        return Route.holding(self, awaited)
+
+
+class _AwaitedStore:
+    """A job's checkpoint for a coroutine, in a store of plain functions."""
+
+    is_stopping = False
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.data = store.data
+
+    async def save(self, data: bytes) -> None:
+        await sync_to_async(self._store.save)(data)
+
+    def transaction(self) -> NoReturn:
+        raise TypeError(
+            "checkpoint.transaction() gives a coroutine an AsyncConnection, and here everything "
+            "happens on the connections of this thread: test the handler in a "
+            "TransactionTestCase with bgjob.testing.drain(dsn(), queue, mux), or make it a plain "
+            "function"
+        )
+
+    async def end(self) -> None:
+        await sync_to_async(self._store.end)()
 
 
 def _run_within(using: str, call: Callable[[Job], Any], job: Job) -> Any:

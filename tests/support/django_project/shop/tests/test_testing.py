@@ -7,7 +7,7 @@ from shop.jobs import CALLS
 from shop.models import Order
 
 from bgjob import Complete, EnqueueRequest, Job, MoveToDlq, Mux, Retry
-from bgjob.ext.django import enqueue, models, orm_of
+from bgjob.ext.django import bulk_enqueue, enqueue, models, orm_of
 from bgjob.ext.django.testing import adrain, assert_enqueued, assert_not_enqueued, clear, drain
 from bgjob.testing import Ran
 
@@ -23,7 +23,90 @@ def call(function, colour="call", **options):
     return id
 
 
-class InATransaction(TestCase):
+class BothKinds:
+    """Tests in a transaction, and where each step is committed."""
+
+    def test_a_batch_handler_is_given_each_job_alone(self):
+        def breaks():
+            Order.objects.create(number="1")
+            Order.objects.create(number="1")
+
+        calls = {
+            "writes": lambda: Order.objects.update_or_create(number="2") and None,
+            "gives up": lambda: MoveToDlq("enough"),
+            "breaks": breaks,
+        }
+        CALLS.update(calls)
+        for colour in ("batch", "abatch"):
+            bulk_enqueue([EnqueueRequest("q", colour, id=id) for id in calls])
+            ran = {job.id: type(result) for job, result in drain("q", on_error="store")}
+            self.assertEqual(
+                ran, {"writes": Complete, "gives up": MoveToDlq, "breaks": MoveToDlq}, colour
+            )
+            self.assertTrue(Order.objects.filter(number="2").exists())
+            Order.objects.all().delete()
+
+    def test_the_next_attempt_goes_on_from_the_checkpoint(self):
+        found = []
+
+        def plain(checkpoint):
+            found.append(checkpoint.value)
+            number = checkpoint.value or 0
+            Order.objects.create(number=str(number))
+            checkpoint.save(number + 1)
+            if number < 2:
+                raise ValueError(number)
+
+        async def coroutine(checkpoint):
+            found.append(checkpoint.value)
+            number = checkpoint.value or 0
+            await Order.objects.acreate(number=str(number))
+            await checkpoint.save(number + 1)
+            if number < 2:
+                raise ValueError(number)
+
+        for colour, function in {"long": plain, "along": coroutine}.items():
+            CALLS[enqueue(EnqueueRequest("q", colour, id=colour))] = function
+            with self.assertRaisesMessage(ValueError, "0"):
+                drain("q")
+            self.assertEqual(bytes(models.Job.objects.get().checkpoint), b"1")
+            ran = drain("q", on_error="store")
+            self.assertEqual([type(each.result) for each in ran], [Retry, Complete])
+            self.assertEqual((found, Order.objects.count()), ([None, 1, 2], 3))
+            found.clear()
+            Order.objects.all().delete()
+
+    def test_a_part_and_its_checkpoint_are_undone_together(self):
+        def parts(checkpoint):
+            for number in range(checkpoint.value or 0, 2):
+                with checkpoint.transaction() as conn, orm_of(conn):
+                    Order.objects.create(number=str(number))
+                    enqueue(EnqueueRequest("other", "t"))
+                    checkpoint.save(number + 1)
+                    if number and job_fails:
+                        raise ValueError("undone")
+
+        CALLS[enqueue(EnqueueRequest("q", "long"))] = parts
+        job_fails = True
+        with self.assertRaisesMessage(ValueError, "undone"):
+            drain("q")
+        self.assertEqual(Order.objects.get().number, "0")
+        job_fails = False
+        drain("q")
+        self.assertEqual(Order.objects.count(), 2)
+        assert_enqueued(queue="other", count=2)
+
+    def test_a_coroutine_that_opens_a_transaction_of_its_checkpoint_is_told_the_remedy(self):
+        async def parts(checkpoint):
+            async with checkpoint.transaction():
+                self.fail("it is open")
+
+        CALLS[enqueue(EnqueueRequest("q", "along"))] = parts
+        with self.assertRaisesMessage(TypeError, "with bgjob.testing.drain(dsn(), queue, mux)"):
+            drain("q")
+
+
+class InATransaction(BothKinds, TestCase):
     def test_a_job_of_a_view_is_asserted_and_run(self):
         self.client.get("/orders/one")
         assert_enqueued("confirm", queue="mail", arg={"order": "one"}, count=1)
@@ -122,7 +205,7 @@ class InATransaction(TestCase):
         self.assertEqual(attempts, [1, 2, 3])
 
 
-class Committed(TransactionTestCase):
+class Committed(BothKinds, TransactionTestCase):
     def setUp(self):
         self.addCleanup(clear)
 
