@@ -105,7 +105,7 @@ class _Jobs(_Looking):
 
     def get_queryset(self, request: Any) -> Any:
         """Leave out what may be large."""
-        rows = super().get_queryset(request).defer("arg", "headers", "last_error")
+        rows = super().get_queryset(request).defer("arg", "headers", "checkpoint", "last_error")
         return rows.annotate(error_start=Left("last_error", _CUT))
 
     def get_search_results(self, request: Any, queryset: Any, search_term: str) -> tuple[Any, bool]:
@@ -128,18 +128,27 @@ class _Jobs(_Looking):
     @admin.display(description=_("payload"))
     def payload(self, row: Any) -> Any:
         """Return the payload as JSON or as text, or its beginning."""
-        start = Substr("arg", 1, _SHOWN, output_field=BinaryField())
-        rows = type(row)._base_manager.using(row._state.db).filter(pk=row.pk)  # noqa: SLF001
-        arg, size = rows.values_list(start, Length("arg"))[0]
-        if arg is None:
-            return ""
-        text = bytes(arg).decode(errors="backslashreplace")
-        if size > len(arg):
-            text += f"… ({size:,} bytes)"
-        else:
-            with suppress(ValueError, RecursionError):
-                text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-        return format_html("<pre>{}</pre>", text)
+        return _beginning(row, "arg")
+
+    @admin.display(description=_("checkpoint"))
+    def saved(self, row: Any) -> Any:
+        """Return the checkpoint as JSON or as text, or its beginning."""
+        return _beginning(row, "checkpoint")
+
+
+def _beginning(row: Any, column: str) -> Any:
+    start = Substr(column, 1, _SHOWN, output_field=BinaryField())
+    rows = type(row)._base_manager.using(row._state.db).filter(pk=row.pk)  # noqa: SLF001
+    data, size = rows.values_list(start, Length(column))[0]
+    if data is None:
+        return ""
+    text = bytes(data).decode(errors="backslashreplace")
+    if size > len(data):
+        text += f"… ({size:,} bytes)"
+    else:
+        with suppress(ValueError, RecursionError):
+            text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    return format_html("<pre>{}</pre>", text)
 
 
 @admin.register(Job)
@@ -152,9 +161,10 @@ class JobAdmin(_Jobs):
     search_help_text = _("The whole id of a job")
     fields = (
         *("id", "queue", "type", "state", "priority", "exclusive", "attempt", "next_run_at"),
-        *("lease_until", "created_at", "updated_at", "headers", "payload", "whole_error"),
+        *("lease_until", "expires", "created_at", "updated_at", "headers", "payload", "saved"),
+        "whole_error",
     )
-    readonly_fields = ("state", "payload", "whole_error")
+    readonly_fields = ("state", "payload", "saved", "whole_error")
 
     @admin.display(description=_("state"))
     def state(self, job: Job) -> Any:
@@ -177,9 +187,10 @@ class DeadJobAdmin(_Jobs):
     search_help_text = _("The whole id of a job")
     fields = (
         *("job_id", "queue", "type", "priority", "exclusive", "attempt", "moved_at"),
-        *("next_run_at", "job_created_at", "job_updated_at", "headers", "payload", "whole_error"),
+        *("next_run_at", "expires", "job_created_at", "job_updated_at", "headers", "payload"),
+        *("saved", "whole_error"),
     )
-    readonly_fields = ("payload", "whole_error")
+    readonly_fields = ("payload", "saved", "whole_error")
     actions = ("requeue",)
 
     def has_requeue_permission(self, request: Any) -> bool:

@@ -50,6 +50,8 @@ class Job(models.Model):
     waits = models.BooleanField(_("waits for its key"))
     next_run_at = Moment(_("due"))
     lease_until = Moment(null=True)
+    expires = Moment(null=True)
+    checkpoint = models.BinaryField(null=True)
     created_at = Moment(_("enqueued"))
     updated_at = Moment(_("updated"))
 
@@ -78,6 +80,8 @@ class DeadJob(models.Model):
     priority = models.SmallIntegerField()
     exclusive = models.TextField(_("exclusive key"), null=True)
     next_run_at = Moment(_("due"))
+    expires = Moment(null=True)
+    checkpoint = models.BinaryField(null=True)
     job_created_at = Moment(_("enqueued"))
     job_updated_at = Moment(_("updated"))
     moved_at = Moment(_("died"))

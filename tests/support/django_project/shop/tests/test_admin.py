@@ -60,7 +60,11 @@ class Admin(TestCase):
                     headers={"x": HOSTILE},
                 )
             )
-        sql("update bgjob_job set next_run_at = '-infinity', last_error = %s", HOSTILE)
+        sql(
+            "update bgjob_job set next_run_at = '-infinity', last_error = %s, checkpoint = arg,"
+            " expires = 'infinity'",
+            HOSTILE,
+        )
         status, page = self.get("job/")
         self.assertEqual((status, "<script>alert" in page), (200, False))
         self.assertIn("&lt;script&gt;alert", page)
@@ -68,13 +72,18 @@ class Admin(TestCase):
         for job in Job.objects.all():
             status, page = self.get(f"job/{admin.admin.utils.quote(job.pk)}/change/")
             self.assertEqual((status, "<script>alert" in page, "<b>" in page), (200, False, False))
-        self.assertIn("100,000 bytes", page)
-        self.assertLess(len(page), 60_000)
+        self.assertEqual(page.count("100,000 bytes"), 2)  # also of the checkpoint
+        self.assertIn("Expires:", page)
+        self.assertLess(len(page), 70_000)
         self.assertIn("5 jobs", self.get("job/", queue=HOSTILE)[1])
         self.assertIn("1 result", self.get("job/", q=f"{HOSTILE}/1")[1])
         self.assertEqual(self.get("job/none/change/")[0], 302)
         kill("one")
         self.assertIn("1 dead job\n", self.get("deadjob/", queue="q")[1])
+        sql("update bgjob_dead_job set checkpoint = '\"<b>\"', expires = '2000-01-02 12:00+00'")
+        page = self.get(f"deadjob/{DeadJob.objects.get().pk}/change/")[1]
+        self.assertIn("<pre>&quot;&lt;b&gt;&quot;</pre>", page)
+        self.assertIn("Jan. 2, 2000", page)
         self.assertEqual(self.get("queue/")[0], 200)
         self.assertEqual(self.get("schedule/")[0], 200)
 
@@ -158,3 +167,4 @@ class Admin(TestCase):
                 read = [float(n) for n in re.findall(r"actual rows=([\d.]+)", plan)]
                 self.assertLessEqual(max(read), most, plan)
                 self.assertNotIn('"arg"', text)
+                self.assertNotIn('"checkpoint"', text)
