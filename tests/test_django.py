@@ -7,6 +7,7 @@ The suite runs them with the versions that are installed. With others, in an env
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,40 @@ def test_manage_py_runs_workers_of_the_setting_with_the_jobs_of_all_apps(
                 process.kill()
         assert row(conn, "select note from shop_order") == ("confirmed",)
         assert json.loads(project.manage("bgjob", "stats", "--json")) == []
+
+
+def test_manage_py_starts_the_worker_again_when_a_file_of_the_project_changes(
+    project: Project, empty_dsn: str, tmp_path: Path
+) -> None:
+    project.manage("migrate", "--verbosity=0")
+    folder, log = tmp_path / "project", tmp_path / "log"
+    shutil.copytree(PROJECT, folder)
+    jobs = folder / "shop" / "jobs.py"
+    # The setting's processes are those of production.
+    project.env["SHOP_SETTINGS"] = settings(BGJOB={"QUEUES": ["mail"], "PROCESSES": 2})
+    with (
+        psycopg.connect(empty_dsn, autocommit=True) as conn,
+        Client(empty_dsn) as client,
+        log.open("w") as err,
+        subprocess.Popen(
+            [sys.executable, "manage.py", "bgjob", "worker", "--reload"],
+            cwd=folder,
+            env=project.env,
+            stderr=err,
+        ) as process,
+    ):
+        try:
+            conn.execute("insert into shop_order (number, note) values ('1', '')")
+            for note in ("confirmed", "sent at once"):
+                client.enqueue(EnqueueRequest("mail", "confirm", {"order": "1"}))
+                assert eventually(lambda: count(conn) == 0), log.read_text()
+                assert row(conn, "select note from shop_order") == (note,)
+                jobs.write_text(jobs.read_text().replace("confirmed", "sent at once"))
+                assert eventually(lambda: "shop/jobs.py has changed" in log.read_text())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0, log.read_text()
+        finally:
+            process.kill()
 
 
 def test_manage_py_has_every_command_and_the_database_that_is_named(

@@ -73,7 +73,7 @@ class Command(BaseCommand):
             worker_defaults={
                 "module": "bgjob.ext.django",
                 "target": _WORKER,
-                "processes": chosen.processes,
+                "processes": 1 if "--reload" in arguments else chosen.processes,
                 "grace": chosen.grace,
             },
         )
