@@ -209,6 +209,30 @@ class Enqueued(TestCase):
         found = [headers async for headers in Job.objects.values_list("headers", flat=True)]
         self.assertEqual(found, [{"tenant": "é"}] * 4)
 
+    async def test_a_job_whose_id_is_taken_is_left_out_or_takes_the_place_of_the_live_one(self):
+        enqueued, many = sync_to_async(enqueue), sync_to_async(bulk_enqueue)
+        await enqueued(request("a", {"v": 0}), on_conflict="replace")
+        for version, (one, all_) in enumerate([(enqueued, many), (aenqueue, abulk_enqueue)]):
+            again = request("a", {"v": "skipped"})
+            self.assertIsNone(await one(again, on_conflict="skip"))
+            ids = await all_([again, request(f"new {version}")], on_conflict="skip")
+            self.assertEqual(ids, [None, f"new {version}"])
+            self.assertIsNone(await one(SendMail("ann"), id="a", on_conflict="skip"))
+            job = await Job.objects.aget(id="a")
+            self.assertEqual(bytes(job.arg), b'{"v":%d}' % (2 * version))
+            newer = request("a", {"v": 2 * version + 1}, priority=version + 1)
+            self.assertEqual(await one(newer, on_conflict="replace"), "a")
+            job = await Job.objects.aget(id="a")
+            self.assertEqual(
+                (bytes(job.arg), job.priority), (b'{"v":%d}' % (2 * version + 1), version + 1)
+            )
+            newest = request("a", {"v": 2 * version + 2})
+            self.assertEqual(await all_([newest], on_conflict="replace"), ["a"])
+            with self.assertRaisesMessage(ValueError, "'raise', 'skip' or 'replace'"):
+                await one(newest, on_conflict="ignore")
+        job = await Job.objects.aget(id="a")
+        self.assertEqual((bytes(job.arg), job.priority), (b'{"v":4}', 0))
+
     def test_a_view_enqueues_in_its_transaction(self):
         self.client.get("/orders/one")
         self.client.get("/orders/two?fail")
