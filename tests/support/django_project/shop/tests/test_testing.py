@@ -6,8 +6,8 @@ from django.test import TestCase, TransactionTestCase
 from shop.jobs import CALLS
 from shop.models import Order
 
-from bgjob import Complete, EnqueueRequest, Job, MoveToDlq, Mux, Retry
-from bgjob.ext.django import bulk_enqueue, enqueue, models, orm_of
+from bgjob import Complete, EnqueueRequest, Job, MoveToDlq, Mux, Retry, testing
+from bgjob.ext.django import bulk_enqueue, dsn, enqueue, models, mux, orm_of
 from bgjob.ext.django.testing import adrain, assert_enqueued, assert_not_enqueued, clear, drain
 from bgjob.testing import Ran
 
@@ -216,6 +216,16 @@ class Committed(BothKinds, TransactionTestCase):
         self.assertEqual(len(drain("q")), 3)
         self.assertEqual([order.note for order in Order.objects.all()], ["within"] * 2)
         call(lambda: None)
+
+    def test_the_drain_of_bgjob_gives_a_coroutine_transactions_of_its_checkpoint(self):
+        async def parts(checkpoint):
+            async with checkpoint.transaction() as conn:
+                await conn.execute("insert into shop_order (number, note) values ('1', '')")
+                await checkpoint.save(1)
+
+        CALLS[enqueue(EnqueueRequest("q", "along"))] = parts
+        testing.drain(dsn(), "q", mux)
+        self.assertEqual(Order.objects.count(), 1)
 
     def test_2_jobs_are_committed_and_cleared(self):
         assert_not_enqueued()
