@@ -35,7 +35,7 @@ from bgjob._handlers.decorator import (
     TransactionalDecorator,
 )
 from bgjob._handlers.definition import is_again, told_again
-from bgjob._handlers.expiry import Expiring
+from bgjob._handlers.expiry import Expiring, Routed
 from bgjob._handlers.policy import (
     BACKOFF,
     BATCH_WAIT,
@@ -618,9 +618,7 @@ class Mux:
                     "state=..., or call do() with mux.bound(state)"
                 )
 
-    def route(
-        self, job: Job, *, may_expire: bool = True
-    ) -> Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq:
+    def route(self, job: Job, *, may_expire: bool = True) -> Routed:
         """Return the route of a claimed job, or the result of a job that must not run (yet)."""
         if job.expires is not None and may_expire:
             return Expiring(job, partial(self.route, job, may_expire=False))

@@ -50,6 +50,9 @@ SETTINGS = {
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+collect_ignore = ["support"]
+"""The Django project in it has tests of its own, which test_django.py runs."""
+
 pytest_plugins = ["support.clients", "support.roles", "support.statements", "support.workers"]
 
 LONGEST = {

@@ -539,6 +539,21 @@ def test_a_settlement_whose_answer_was_lost_counts_if_asked_again_within_the_lea
     assert drive.asked() == [Outcome(a, Complete(), 1.0), QueueIsEmpty("")]
 
 
+def test_a_retry_whose_answer_was_lost_is_told_although_the_job_was_claimed_again() -> None:
+    drive = Drive(concurrency=2)
+    (a,) = drive.claim("a")
+    drive.finish(a, result=Retry(0.0, "why"))
+    drive.exchange()
+    drive.lose()
+    exchange = drive.exchange()
+    assert exchange.claim is not None
+    assert settled(exchange) == ["a"]
+    effects = drive.answer(found(a.job))
+    assert [claimed.job.id for claimed in effects.run] == ["a"]
+    assert effects.events == []
+    assert drive.asked() == [Outcome(a, Retry(0.0, "why"), 1.0)]
+
+
 def test_a_settlement_that_was_lost_before_a_cancel_is_told_as_cancelled() -> None:
     drive = Drive()
     (a,) = drive.claim("a")

@@ -385,7 +385,9 @@ class Engine:
         if claimed:
             self._is_idle = False
             self.pace.claimed(claimed, now)
-            self._claimed_again(self._leases.claimed_before(claimed))
+            again = self._leases.claimed_before(claimed)
+            if again:
+                self._claimed_again(self._settling.claimed_again(again, exchange.at))
             self._leases.hold(claimed, exchange.at)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()

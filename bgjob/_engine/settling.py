@@ -6,7 +6,7 @@ from math import inf
 from typing import cast
 
 from bgjob._engine.cancels import Cancels
-from bgjob._engine.leases import Leases
+from bgjob._engine.leases import Batch, Leases
 from bgjob._engine.outcome import (
     Committed,
     CommitUnknown,
@@ -21,7 +21,7 @@ from bgjob._engine.protocol import MOST, Exchange
 from bgjob._engine.reply import Reply
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost
-from bgjob.result import Complete, MoveToDlq
+from bgjob.result import Complete, MoveToDlq, Result
 
 
 class Settling:
@@ -209,28 +209,49 @@ class Settling:
             if type(result) is Complete and not leases.unsure and claimed.job.id in settled:
                 told.append(outcome)
                 continue
-            unsure = claimed in leases.unsure
-            leases.unsure.discard(claimed)
+            last: Outcome[Result | Release] | None
             if claimed.job.id not in settled:
-                # The job is gone, and no other worker can have had it: the settlement whose
-                # answer was lost had been committed. With two lost answers that is unknown.
-                if unsure == isinstance(result, CommitUnknown) or exchange.at >= batch.expires:
-                    lost = JobLeaseLost(claimed.job, outcome.ran, outcome.waited)
-                    self._cancels.gone(claimed, lost)
-                    continue
-                stored = result.result if isinstance(result, CommitUnknown) else result
+                last = self._gone(outcome, batch, exchange.at)
             else:
-                stored = result.otherwise if isinstance(result, CommitUnknown) else result
-            last: Unsettled = outcome.with_result(stored)
-            is_told = not isinstance(stored, Release)
-            if claimed.job.id not in settled:
-                # Or it had not been committed, and then a cancel came.
-                self._cancels.gone(claimed, cast("Event", last) if is_told else None)
-            elif is_told:
-                told.append(last)
-            if not isinstance(stored, Complete | MoveToDlq):
+                leases.unsure.discard(claimed)
+                last = outcome.with_result(
+                    result.otherwise if isinstance(result, CommitUnknown) else result
+                )
+                if not isinstance(last.result, Release):
+                    told.append(last)
+            if last is not None and not isinstance(last.result, Complete | MoveToDlq):
                 run_again.append(last)
         return run_again
+
+    def _gone(
+        self, outcome: Unsettled, batch: Batch, at: float
+    ) -> Outcome[Result | Release] | None:
+        """Record that a job is not held; return its outcome if that was settled before.
+
+        No other worker can have had it within the lease: the settlement whose answer was lost had
+        been committed. With two lost answers that is unknown.
+        """
+        claimed, result = outcome.claimed, outcome.result
+        unsure = claimed in self._leases.unsure
+        self._leases.unsure.discard(claimed)
+        if unsure == isinstance(result, CommitUnknown) or at >= batch.expires:
+            self._cancels.gone(claimed, JobLeaseLost(claimed.job, outcome.ran, outcome.waited))
+            return None
+        last = outcome.with_result(result.result if isinstance(result, CommitUnknown) else result)
+        # Or it had not been committed, and then a cancel came.
+        is_told = not isinstance(last.result, Release)
+        self._cancels.gone(claimed, cast("Event", last) if is_told else None)
+        return last
+
+    def claimed_again(self, claims: Sequence[Claimed], at: float) -> list[Claimed]:
+        """Record that jobs were claimed again; return those of them that no outcome concerns."""
+        missed = {o.claimed: o for o in self.missed if o.claimed in claims} if claims else {}
+        self.missed = deque(o for o in self.missed if o.claimed not in missed)
+        for claimed, outcome in missed.items():
+            batch = self._leases.drop(claimed)
+            if batch is not None:
+                self._gone(outcome, batch, at)
+        return [claimed for claimed in claims if claimed not in missed]
 
     def _misses(self, exchange: Exchange, outcome: Unsettled) -> bool:
         """Whether an outcome that was not settled is settled once more: it may be replaced."""

@@ -21,7 +21,7 @@ class Expiring:
     """Returned for a job that expires: whether it has expired only the server's time tells."""
 
     job: Job
-    route: Callable[[], "Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq"]
+    route: Callable[[], "Routed"]
     """Returns its route, if it has not."""
 
     def decide(self, now: float) -> Decided:
@@ -34,9 +34,11 @@ class Expiring:
         return decided(self.route(), now)
 
 
-def decided(
-    route: Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq, now: float
-) -> Decided:
+Routed: TypeAlias = Decided | Unknown | Expiring
+"""What a Mux says about a job."""
+
+
+def decided(route: Routed, now: float) -> Decided:
     """Decide what depends on the server's time, given in seconds since 1970."""
     return route.decide(now) if isinstance(route, Unknown | Expiring) else route
 

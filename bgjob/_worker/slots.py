@@ -15,9 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bgjob._engine.outcome import Outcome, Release
-from bgjob._handlers.expiry import Decided, Expiring, decided
-from bgjob._handlers.route import NeedsKey, Route
-from bgjob._handlers.unknown import Unknown
+from bgjob._handlers.expiry import Decided, Routed, decided
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.transaction import Transactions
 from bgjob._sql.settlements import Claimed
@@ -27,7 +25,6 @@ from bgjob._worker.lines import Lines
 from bgjob._worker.timeouts import Attempt, Timeouts
 from bgjob.job import Job
 from bgjob.mux import Mux
-from bgjob.result import MoveToDlq, Retry
 
 if TYPE_CHECKING:
     from bgjob._running.checkpoints import AsyncSessionStore, SessionStore
@@ -227,7 +224,7 @@ class Slots:
         self.finished()  # the slot may be needed
         return slot.has_slot
 
-    def decided(self, route: NeedsKey | Unknown | Expiring | Retry | MoveToDlq) -> Decided:
+    def decided(self, route: Routed) -> Decided:
         """Decide what depends on the server's time; return a route if the job runs after all."""
         return decided(route, self.clock.now())
 
@@ -256,6 +253,6 @@ class Slots:
     def _is_stopping(self, slot: Slot, claimed: Claimed) -> bool:
         return self.transactions.is_leaving or slot.has_given_up(claimed)
 
-    def isolated(self, job: Job) -> Route | NeedsKey | Unknown | Expiring | Retry | MoveToDlq:
+    def isolated(self, job: Job) -> Routed:
         """Route a job in a context of its own, because the type's key callable may change it."""
         return self.context.copy().run(self.mux.route, job)

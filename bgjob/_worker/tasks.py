@@ -267,9 +267,11 @@ class Tasks:
                         return
                     continue
                 job = whole.job
-            found = route_of(job) if known is None else known
-            route = found if isinstance(found, Route) else slots.decided(found)
-            if not isinstance(route, Route):
+            route = route_of(job) if known is None else known
+            # Once for most jobs.
+            if not isinstance(route, Route) and not isinstance(
+                route := slots.decided(route), Route
+            ):
                 slots.done(Outcome(claimed, route, None))
             elif not route.is_coroutine:
                 self._leave(me, claimed)

@@ -269,9 +269,11 @@ class Threads:
                         return slots.come_back(me)
                     continue
                 job = whole.job
-            found = route_of(job)
-            route = found if isinstance(found, Route) else slots.decided(found)
-            if not isinstance(route, Route):
+            route = route_of(job)
+            # Once for most jobs.
+            if not isinstance(route, Route) and not isinstance(
+                route := slots.decided(route), Route
+            ):
                 slots.done(Outcome(claimed, route, None))
             elif route.is_coroutine:
                 self._move(me, claimed)

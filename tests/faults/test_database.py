@@ -1031,6 +1031,7 @@ def test_a_worker_whose_schema_has_lost_a_part_names_it_and_the_remedy(
 
 GRANTS = [
     ("bgjob_job", "select"),
+    ("bgjob_job", "insert"),
     ("bgjob_job", "update"),
     ("bgjob_job", "delete"),
     ("bgjob_exclusive", "select"),
