@@ -98,7 +98,7 @@ def bgjob_server(pytestconfig: pytest.Config) -> Iterator[Server]:
     return any object that has one.
     """
     for origin, dsn in (
-        ("--bgjob-dsn", pytestconfig.getoption("--bgjob-dsn")),
+        ("--bgjob-dsn", pytestconfig.getoption("--bgjob-dsn", None)),
         (_VARIABLE, os.environ.get(_VARIABLE)),
         ("bgjob_dsn of the ini-file", pytestconfig.getini("bgjob_dsn")),
     ):
