@@ -47,7 +47,7 @@ def session_of(
         @mux.handler("confirm", transactional=True)
         def confirm(job: Job, conn: psycopg.Connection) -> None:
             with session_of(conn) as session:
-                session.get_one(Order, job.json()["order"]).confirmed = True
+                session.get(Order, job.json()["order"]).confirmed = True
 
     The worker commits the transaction, with the job's settlement, or rolls it back. The session
     works within a savepoint: its `commit` keeps what it has done so far, if the worker commits, and

@@ -1,7 +1,7 @@
 import os
 
 import psycopg
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine, make_url, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from bgjob import Client, EnqueueRequest, Job, Mux
@@ -26,7 +26,7 @@ class Order(Base):
 @mux.handler("confirm", transactional=True)
 def confirm(job: Job, conn: psycopg.Connection) -> None:
     with session_of(conn) as session:
-        order = session.get_one(Order, job.json()["order"])
+        order = session.scalars(select(Order).where(Order.id == job.json()["order"])).one()
         order.confirmed = True
         enqueue(session, EnqueueRequest("mail", "thank", {"order": order.id}))
 
@@ -43,5 +43,5 @@ with Client(dsn(engine)) as client:
     client.do("mail", mux)
     print("jobs:", [stats.type for stats in client.stats("mail")])
 with Session(engine) as session:
-    print("confirmed:", session.get_one(Order, 1).confirmed)
+    print("confirmed:", session.scalar(select(Order.confirmed)))
 engine.dispose()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import psycopg
 from fastapi import Depends, FastAPI
-from sqlalchemy import make_url, select
+from sqlalchemy import make_url, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -33,8 +33,8 @@ class Order(Base):
 @mux.handler("confirm", transactional=True)
 async def confirm(job: Job, conn: psycopg.AsyncConnection) -> None:
     async with asession_of(conn) as session:
-        order = await session.get_one(Order, job.json()["order"])
-        order.confirmed = True
+        order = job.json()["order"]
+        await session.execute(update(Order).where(Order.id == order).values(confirmed=True))
 
 
 @asynccontextmanager

@@ -4,7 +4,7 @@ from functools import wraps
 from typing import Any
 
 from flask import Blueprint, Flask, current_app, g
-from sqlalchemy import create_engine, make_url, select
+from sqlalchemy import create_engine, make_url, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from bgjob import Client, EnqueueRequest, Job, Mux, Worker
@@ -61,7 +61,8 @@ def confirmed_orders() -> list[int]:
 
 
 def confirm(job: Job) -> None:
-    session().get_one(Order, job.json()["order"]).confirmed = True
+    order = job.json()["order"]
+    session().execute(update(Order).where(Order.id == order).values(confirmed=True))
     session().commit()
 
 
