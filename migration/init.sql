@@ -84,9 +84,8 @@ create table bgjob_exclusive (
     -- has one of their tokens, from the first due time and id to the last.
     tokens   bigint[],
     queue    text,
-    -- Nor does a job of this queue that waits for the key come before the first. The
-    -- search for the next one starts there, and not among the dead rows that an old snapshot
-    -- keeps. Null: unknown.
+    -- The jobs of this queue that wait for the key come after the first, so the search for the
+    -- next one starts there, and not among the dead rows that an old snapshot keeps. Null: unknown.
     since    timestamptz,
     since_id text,
     until    timestamptz,

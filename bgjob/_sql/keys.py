@@ -4,7 +4,7 @@ A key is held by a claim: by all its jobs that were granted the key, until the l
 settled, given back or lost. They are a range of the key's jobs in their due order, and their worker
 runs them one after the other. More of its claims may join while it holds the key: the key's row has
 their tokens, and the first and the last job of the range. So a key is free as soon as no job of
-that range has one of these tokens, whatever became of them, and nobody has to say so.
+that range has one of these tokens, however its jobs ended, without another statement.
 
 Decisions about a key are made while its row is locked, by a statement that begins after
 the lock was taken, so that it sees all earlier decisions. Rows are locked in the order of

@@ -49,7 +49,7 @@ class Sentry(NoopObserver):
 
     Args:
         capture: what becomes an event; see Capture. "dead" by default, because an error that the
-            next attempt overcomes needs nobody.
+            next attempt overcomes needs no attention.
 
     Raises:
         ValueError: an unknown `capture`.
