@@ -1,8 +1,9 @@
 """The values that cross the queue: a request to enqueue, a job to run, a dead job."""
 
 import os
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from datetime import datetime
 from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
@@ -29,6 +30,7 @@ _LONGEST_KEY = 2600
 _LONGEST_NAME = 255
 _SMALLINT = range(-32768, 32768)
 _JSON = JsonCodec()
+_NOW, _USUAL = 0.0, 0
 
 
 class EnqueueOptions(TypedDict, total=False):
@@ -102,9 +104,9 @@ class EnqueueRequest:
     type: str
     arg: Any = None
     id: str = field(default_factory=lambda: new_id(), kw_only=True)  # noqa: PLW0108 (defined below)
-    delay: Duration = field(default=0.0, kw_only=True)
+    delay: Duration = field(default=_NOW, kw_only=True)
     run_at: datetime | None = field(default=None, kw_only=True)
-    priority: int = field(default=0, kw_only=True)
+    priority: int = field(default=_USUAL, kw_only=True)
     exclusive: str | None = field(default=None, kw_only=True)
     headers: Mapping[str, Any] = field(default=NO_HEADERS, kw_only=True)
     expires: Duration | datetime | None = field(default=None, kw_only=True)
@@ -122,7 +124,8 @@ class EnqueueRequest:
         check_name("id", self.id)
         if self.exclusive is not None:
             check_key("exclusive", self.exclusive, self.queue, self.id)
-        seconds(self.delay, "delay")
+        if self.delay is not _NOW:
+            seconds(self.delay, "delay")
         if self.run_at is not None:
             if self.delay:
                 raise ValueError("give delay or run_at, not both")
@@ -131,7 +134,8 @@ class EnqueueRequest:
                     "run_at must be an aware datetime, such as datetime.now(UTC): "
                     f"{self.run_at!r} has no time zone"
                 )
-        check_priority(self.priority, "priority")
+        if self.priority is not _USUAL:
+            check_priority(self.priority, "priority")
         if self.expires is not None:
             self._check_expires(self.expires)
         if self.headers is not NO_HEADERS:
@@ -374,6 +378,18 @@ def check_key(what: str, key: str, queue: str, id_: str) -> None:
 
 
 _last_id = 0
+_tails: Iterator[int] = iter(())  # random numbers: to ask for one at a time takes longer
+_unpacked = struct.Struct("512Q").unpack
+
+
+def _renew_tails() -> int:
+    global _tails  # noqa: PLW0603
+    _tails = iter(_unpacked(os.urandom(4096)))
+    return next(_tails)
+
+
+if hasattr(os, "register_at_fork"):  # or a child would make the same ids
+    os.register_at_fork(after_in_child=_renew_tails)
 
 
 def new_id() -> str:
@@ -384,11 +400,20 @@ def new_id() -> str:
     """
     global _last_id  # noqa: PLW0603 (threads may race: order is promised within one only)
     # 48 bits of milliseconds and 12 bits of their fraction, as RFC 9562 allows.
-    now = (time.time_ns() << 12) // 1_000_000
-    _last_id = now = now if now > _last_id else _last_id + 1
-    tail = int.from_bytes(os.urandom(8)) >> 2
-    text = f"{now >> 12:012x}7{now & 0xFFF:03x}{0x8000000000000000 | tail:016x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    now = time.time_ns() * 4096 // 1_000_000
+    if now <= _last_id:
+        now = _last_id + 1
+    _last_id = now
+    tail = next(_tails, None)  # never the same for two threads
+    if tail is None:
+        tail = _renew_tails()
+    return "%08x-%04x-7%03x-%04x-%012x" % (  # noqa: UP031 (a third of the time of an f-string)
+        now >> 28,
+        now >> 12 & 0xFFFF,
+        now & 0xFFF,
+        0x8000 | tail >> 50,
+        tail & 0xFFFFFFFFFFFF,
+    )
 
 
 def _encoded(arg: object, type_: str, codec: Codec[Any]) -> bytes | None:

@@ -35,6 +35,7 @@ USES = {
     "_cli/worker/signals.py": "asks whether there is such a thing",
     "_cli/worker/systemd.py": "asks whether there is such a thing",
     "_cli/arguments.py": "asks whether there is such a thing",
+    "job.py": "asks whether there is such a thing",
     "_postgres/fork.py": "asks whether there is such a thing",
     "_postgres/polling.py": "asks whether there is such a thing",
     "ext/pytest_plugin.py": "only where there is /dev/shm",

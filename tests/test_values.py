@@ -125,6 +125,29 @@ def test_ids_made_by_several_threads_are_unique() -> None:
     assert len({id_ for ids in made for id_ in ids}) == 20_000
 
 
+FORKS = """
+import os
+from bgjob.job import new_id
+new_id()
+there, here = os.pipe()
+child = os.fork()
+tails = [new_id()[20:] for _ in range(400)]
+if child == 0:
+    os.write(here, "".join(tails).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+os.close(here)
+with os.fdopen(there) as pipe:
+    theirs = pipe.read()
+print(any(tail in theirs for tail in tails), len(theirs) // len(tails[0]))
+"""
+
+
+def test_a_forked_child_does_not_make_the_ids_of_its_parent() -> None:
+    ran = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False 400\n"
+
+
 @pytest.mark.parametrize("delay", [0, 0.5, 3, timedelta(minutes=1)])
 def test_a_delay_is_seconds_or_a_timedelta(delay: float | timedelta) -> None:
     assert EnqueueRequest("q", "t", delay=delay).delay == delay
