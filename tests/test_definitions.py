@@ -12,7 +12,6 @@ from support.waiting import eventually
 from support.workers import Launcher, Recorder
 
 from bgjob import Client, EnqueueRequest, Job, Mux, Retry
-from bgjob._handlers.policy import TypePolicy
 from bgjob.mux import Route
 
 
@@ -54,10 +53,6 @@ def route_of(mux: Mux, type: str) -> Route:
     return route
 
 
-def policy_of(mux: Mux, type: str) -> TypePolicy:
-    return route_of(mux, type).policy
-
-
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
@@ -72,7 +67,7 @@ def test_a_handler_of_a_reloaded_module_takes_the_place_of_the_old_one_with_its_
     new = defined(mux, "jobs", 2)
     assert (mux.transactional, mux.kept) == (set(), {"plain"})
     assert route_of(mux, "plain").run(a_job("plain")) == Retry(delay=2)
-    assert policy_of(mux, "Mail").max_attempts == 2
+    assert route_of(mux, "Mail").policy.max_attempts == 2
     assert mux.request(new.Mail("a"), queue="q").arg == b'{"to":"a"}'
     with pytest.raises(TypeError, match=r"of jobs\.Mail as it was before .* make a new one"):
         mux.request(before("a"), queue="q")
@@ -93,7 +88,7 @@ def test_a_module_that_is_imported_under_two_names_may_register_its_handlers_twi
     mux = Mux()
     program = defined(mux, main, 1, file=str(file))
     defined(mux, "app.jobs", 2, file=str(tmp_path / "link" / "jobs.py"))
-    assert policy_of(mux, "Mail").max_attempts == 2
+    assert route_of(mux, "Mail").policy.max_attempts == 2
     assert warned(caplog)[0] == (
         f"job type 'plain': the module app.jobs was imported under a second name, {main}: its "
         f"plain takes the place of {main}.plain; a worker that runs keeps the one that it began "
@@ -127,7 +122,7 @@ def test_a_handler_that_is_another_one_is_refused_and_changes_nothing(
         mux.register("local", local)
     with pytest.raises(TypeError, match="takes"):
         exec(compile("@mux.handler('plain')\ndef plain(): ...", "x", "exec"), vars(module))
-    assert mux.kept == {"plain"} and policy_of(mux, "plain").priority == 1
+    assert mux.kept == {"plain"} and route_of(mux, "plain").policy.priority == 1
     assert warned(caplog) == []
 
 
