@@ -407,7 +407,7 @@ def new_id() -> str:
     tail = next(_tails, None)  # never the same for two threads
     if tail is None:
         tail = _renew_tails()
-    return "%08x-%04x-7%03x-%04x-%012x" % (  # noqa: UP031 (a third of the time of an f-string)
+    return "%08x-%04x-7%03x-%04x-%012x" % (  # noqa: UP031 (quicker than an f-string)
         now >> 28,
         now >> 12 & 0xFFFF,
         now & 0xFFF,

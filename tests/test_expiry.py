@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from support.database import clock, row, rows
 from support.pages import opened
-from support.waiting import NEVER
+from support.waiting import NEVER, eventually
 from support.workers import Gate, Launcher, Recorder
 
 from bgjob import (
@@ -190,7 +190,8 @@ def test_a_job_that_waits_for_a_slot_of_its_worker_may_expire_there(
     launcher.client.bulk_enqueue([request("a"), request("b", expires=0.3)])
     launcher.start(Mux().register("t", gate), observer=observer, concurrency=1)
     gate.wait()
-    conn.execute("select pg_sleep(0.3)")
+    expired = "select expires < clock_timestamp() from bgjob_job where id = 'b'"
+    assert eventually(lambda: row(conn, expired) == (True,))
     gate.released.set()
     observer.wait_for("dead", "b")
     assert [job.id for job in gate.runs] == ["a"]

@@ -398,7 +398,7 @@ class Engine:
         return effects
 
     def _give_back_too(self, effects: Effects) -> None:
-        """Give back jobs that were granted a key while one before them is given back."""
+        """Release jobs that were granted a key while one before them is released."""
         claims = (claimed for sent in self._sent for claimed in sent.release_jobs)
         pending = (o.claimed for o in self._settling.pending if type(o.result) is Release)
         keys = {claimed.job.exclusive for claimed in (*claims, *pending)} - {None}

@@ -537,7 +537,7 @@ class QueueControl:
         self._slots.behind = engine.unsettled_outcomes + self._events.waiting
 
     def _measure(self, gathering: Gathering) -> None:
-        """Tell the engine which of its running jobs need no slot."""
+        """Report to the engine how many of its running jobs need no slot."""
         pace = self._engine.pace
         if isinstance(pace, BatchPace):
             pace.merged, pace.gathered = gathering.merged, len(gathering.waiting)

@@ -119,7 +119,7 @@ class _Reloader:
         self._is_wanted = False
 
     def _tend(self, changed: Sequence[str]) -> None:
-        """Let go of the child, kill it, see its end, start it: whatever is due."""
+        """Release the child, kill it, notice its end, or start it, as is due."""
         if changed and not self._signum:
             self._is_wanted = True
             if self._child.is_held:

@@ -240,7 +240,7 @@ class QueueAdmin(_Looking):
 
     @admin.action(permissions=["pause"], description=_("Pause selected queues"))
     def pause(self, request: Any, queryset: Any) -> None:
-        """Let no worker claim from the queues."""
+        """Pause the queues, for all workers."""
         rows = list(queryset)
         with _client(queryset.db) as (client, conn):
             for row in rows:
