@@ -129,7 +129,8 @@ class Project:
 
     def run(self, *args: str, **variables: str) -> Outcome:
         places = [str(Path(bgjob.__file__).parents[1]), str(self.folder)]
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "BGJOB_"))}
+        others = ("PYTEST_", "BGJOB_", "CI", "BUILD_NUMBER")  # in CI it tells each error twice
+        env = {k: v for k, v in os.environ.items() if not k.startswith(others)}
         env |= {"PYTHONPATH": os.pathsep.join(places), **variables}
         output = self.folder / "output"
         with output.open("wb") as file:
