@@ -47,6 +47,7 @@ from bgjob._postgres.pool import (
     Pool,
     PooledConnection,
 )
+from bgjob._postgres.pooler import MIXED_UP, asked_settings, check_lost, mixed_up
 from bgjob._requests import (
     OnConflict,
     OnEnqueue,
@@ -67,6 +68,8 @@ from bgjob._sql.execute import (
     read_all,
     read_all_async,
     read_async,
+    run,
+    run_async,
     send,
     send_all,
     send_all_async,
@@ -75,7 +78,7 @@ from bgjob._sql.execute import (
 from bgjob._sql.minutes import plan_in_memory
 from bgjob._sql.replacements import replace
 from bgjob._sql.server import bounds
-from bgjob._sql.session import session
+from bgjob._sql.session import lost, session
 from bgjob._sql.statement import Statement
 from bgjob.codec import TypedJob
 from bgjob.dlq import AsyncDlq, Dlq
@@ -882,6 +885,8 @@ async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
     cursor = await send_async(AsyncCursor(connection), session(connection.info.backend_pid))
     if not cursor.rowcount:  # a pooler may use another session for each transaction
         connection.prepare_threshold = None
+        if asked := asked_settings(connection.info.options):
+            check_lost(await run_async(connection, lost(asked)))
 
 
 @asynccontextmanager
@@ -914,6 +919,8 @@ async def _execute_async(
         await send_async(cursor, statement)
     except UNENCODABLE as error:
         raise unencodable(connection, (statement.params or {}).values(), error) from error
+    except MIXED_UP as error:
+        raise mixed_up() from error
     return await read_async(cursor, statement)
 
 
@@ -1669,6 +1676,8 @@ def _configure(connection: psycopg.Connection[Any]) -> None:
     cursor = send(Cursor(connection), session(connection.info.backend_pid))
     if not cursor.rowcount:  # a pooler may use another session for each transaction
         connection.prepare_threshold = None
+        if asked := asked_settings(connection.info.options):
+            check_lost(run(connection, lost(asked)))
 
 
 @contextmanager
@@ -1699,6 +1708,8 @@ def _execute(
         send(cursor, statement)
     except UNENCODABLE as error:
         raise unencodable(connection, (statement.params or {}).values(), error) from error
+    except MIXED_UP as error:
+        raise mixed_up() from error
     return read(cursor, statement)
 
 

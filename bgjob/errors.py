@@ -1,7 +1,7 @@
 """The errors that bgjob raises itself; each text says what to do.
 
 Errors of the database are psycopg's own and pass through unchanged, except for
-EnqueueConflictError, which adds the remedy.
+EnqueueConflictError and PoolerError, which add the remedy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,6 +154,10 @@ class JobTimeoutError(BgjobError, TimeoutError):
 
 class SchemaError(BgjobError):
     """The tables are missing, have another version, or are not granted to the role."""
+
+
+class PoolerError(BgjobError):
+    """Through this pooler bgjob cannot work as it is asked to; the text has the remedy."""
 
 
 def _shown(ids: Sequence[str]) -> str:

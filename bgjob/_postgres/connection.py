@@ -12,11 +12,13 @@ from typing import Any, TypeAlias, cast
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict, timeout_from_conninfo
+from psycopg.errors import ProtocolViolation
 from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
 from bgjob._postgres import polling
 from bgjob._postgres.event_loop import check_event_loop
+from bgjob._postgres.pooler import check_mode
 
 Given: TypeAlias = str | Mapping[str, Any]
 
@@ -287,6 +289,9 @@ def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[
             wanted = gen.send(ready)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
+    except ProtocolViolation as error:
+        check_mode(error)
+        raise
 
 
 class WorkerConnection(Connection):

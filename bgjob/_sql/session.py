@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._postgres.cursor import Texts
-from bgjob._sql.statement import Statement, nothing, scalar
+from bgjob._sql.statement import Statement, column, nothing, scalar
 
 SETTINGS = {
     # The meaning of statements, parameters and results.
@@ -240,6 +240,32 @@ def transaction() -> Statement[None]:
         "from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)",
         {"names": [*_LOCAL_SETTINGS], "values": [*_LOCAL_SETTINGS.values()]},
         nothing,
+    )
+
+
+def lost(asked: Mapping[str, str]) -> Statement[list[str]]:
+    """Return the names of settings whose value is another one, for a session's start.
+
+    Args:
+        asked: the settings that the connection string asks for, by their names.
+
+    """
+    return Statement(
+        """
+        with held as materialized (
+            select name, value, current_setting(name, true) as value_held
+            from unnest(%(names)s::text[], %(values)s::text[]) as s (name, value)
+        ), wanted as materialized (
+            -- As the server writes it, until the end of this transaction.
+            select name, value_held, set_config(name, value, true) as value_wanted from held
+        )
+        select name from wanted
+        -- A list is the same with and without spaces.
+        where replace(value_held, ' ', '') is distinct from replace(value_wanted, ' ', '')
+        order by name
+        """,
+        {"names": list(asked), "values": list(asked.values())},
+        column,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg._encodings import pg2pyenc
+from psycopg.errors import ProtocolViolation
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
@@ -23,6 +24,7 @@ from bgjob._postgres.connection import (
     options,
 )
 from bgjob._postgres.cursor import Cursor
+from bgjob._postgres.pooler import asked_settings, check_lost, check_mode
 from bgjob._sql.execute import run, send
 from bgjob._sql.notices import BY_HAND, channel, listen
 from bgjob._sql.session import (
@@ -31,6 +33,7 @@ from bgjob._sql.session import (
     backend,
     hidden,
     lacks,
+    lost,
     schema_comment,
     session,
     transaction,
@@ -103,6 +106,7 @@ class Session:
         Raises:
             psycopg.Error: the server cannot be reached, or refuses.
             SchemaError: the tables are missing or of another version.
+            PoolerError: a pooler loses settings, or has no transactions.
 
         """
         end = monotonic() + (patience or WORKER_PATIENCE)
@@ -133,8 +137,10 @@ class Session:
             self.is_direct = answers.pid == connection.info.backend_pid
             if self.is_direct:
                 run(connection, session(answers.pid, WORKER_SETTINGS))
-            elif "prepare_threshold" not in settings:
-                connection.prepare_threshold = None  # nor would it find prepared statements
+            else:
+                if "prepare_threshold" not in settings:
+                    connection.prepare_threshold = None  # nor would it find prepared statements
+                self._check_pooler(connection)
             # A worker that has used the tables continues while they have what its statements
             # need, whatever their version: a deploy may have changed them meanwhile.
             check = schema.check_tables if self._has_opened else schema.check_version
@@ -152,6 +158,16 @@ class Session:
         connection.meanwhile = self._meanwhile
         connection.patience = WORKER_PATIENCE
         self._connection, self._cursors, self._has_opened = connection, [], True
+
+    def _check_pooler(self, connection: WorkerConnection) -> None:
+        asked = asked_settings(connection.info.options)
+        ours = {name: asked[name] for name in asked.keys() - WORKER_SETTINGS.keys()}
+        try:
+            with connection.transaction():
+                check_lost(run(connection, lost(ours)))
+        except ProtocolViolation as error:
+            check_mode(error)
+            raise
 
     def ask(self, statement: Statement[T]) -> T:
         """Run one statement in a transaction of its own, with a worker's settings."""
