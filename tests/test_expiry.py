@@ -28,7 +28,8 @@ from bgjob import (
     sql,
     testing,
 )
-from bgjob._sql import enqueues
+from bgjob._postgres.cursor import Cursor
+from bgjob._sql import claims, enqueues
 
 HOUR = timedelta(hours=1)
 LONG_AGO = datetime(2020, 1, 31, 9, tzinfo=UTC)
@@ -244,6 +245,34 @@ def test_a_handler_sees_when_its_job_expires(client: Any, conn: psycopg.Connecti
 
 
 # -- afterwards ------------------------------------------------------------------------
+
+
+def test_a_claim_returns_expiry_and_headers_exactly_in_any_time_zone(
+    plain_client: Client, conn: psycopg.Connection
+) -> None:
+    at = datetime(2040, 2, 29, 23, 59, 59, 999999, UTC)
+    text = '{"n":-0.10,"ünï":"€\\u2028","a":[1,{"b":12345678901234567}]}'
+    for id_ in ("plain", "expires", "headers", "both", "forever", "spoiled"):
+        plain_client.enqueue(request(id_))
+    conn.execute("update bgjob_job set expires = %s where id in ('expires', 'both')", [at])
+    conn.execute("update bgjob_job set headers = %s where id in ('headers', 'both')", [text])
+    conn.execute("update bgjob_job set expires = 'infinity' where id = 'forever'")
+    conn.execute("update bgjob_job set headers = '[1]', expires = %s where id = 'spoiled'", [at])
+    conn.execute("set timezone = 'Asia/Kathmandu'")
+    statement = claims.sweep("q", limit=9, lease=1, token=1)
+    found = statement.parse(Cursor(conn).execute(statement.text, statement.params).fetchall())
+
+    headers = {"n": -0.1, "ünï": "€\u2028", "a": [1, {"b": 12345678901234567}]}
+    forever = datetime(9999, 12, 30, tzinfo=UTC)
+    assert {job.id: (job.expires, dict(job.headers)) for job in found.jobs} == {
+        "plain": (None, {}),
+        "expires": (at, {}),
+        "headers": (None, headers),
+        "both": (at, headers),
+        "forever": (forever, {}),
+        "spoiled": (at, {}),
+    }
+    assert list(found.jobs[3].headers) == list(headers)
 
 
 def test_a_requeue_keeps_an_expiry_to_come_and_drops_one_that_has_passed(

@@ -4,19 +4,20 @@ All these statements are put together from the same parts: due jobs, ended lease
 what a claim writes. So they lie in one module of over 400 lines.
 """
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import repeat
 from operator import add, itemgetter
 from typing import LiteralString, NamedTuple
 
-from bgjob._headers import NO_HEADERS, read
+from bgjob._headers import read
 from bgjob._sql.session import IS_OURS
 from bgjob._sql.statement import (
     Row,
     Statement,
     in_range,
+    in_range_or_null,
     nothing,
     number_array,
     text_array,
@@ -25,10 +26,38 @@ from bgjob._sql.tokens import CHOICE
 from bgjob._sql.transactions import SESSION_NAME
 from bgjob.job import Job
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _time(microseconds: str | None) -> datetime | None:
+    return None if microseconds is None else _EPOCH + timedelta(microseconds=int(microseconds))
+
+
+class _Rare(NamedTuple):
+    """A column that is null for the usual job."""
+
+    name: LiteralString
+    text: LiteralString
+    """Its value as text, whatever the settings of the session."""
+    read: Callable[[str | None], object]
+
+
+# The last fields of Job, in their order. A claim returns them as one column, an array of their
+# texts. For the usual job it is null, and costs the same however many there are.
+_RARE = (
+    _Rare(
+        "expires",
+        f"(extract(epoch from {in_range_or_null('expires')}) * 1000000)::bigint::text",
+        _time,
+    ),
+    _Rare("headers", "headers::text", read),
+)
+_IS_RARE: LiteralString = " or ".join(f"{rare.name} is not null" for rare in _RARE)
+
 JOB_COLUMNS = f"""
     id, queue, type, arg, attempt, last_error, priority,
     {in_range("next_run_at")}, {in_range("created_at")}, {in_range("updated_at")}, exclusive,
-    case when expires is not null then {in_range("expires")} end, headers::text
+    case when {_IS_RARE} then array[{", ".join(rare.text for rare in _RARE)}] end
 """
 
 _LARGEST: LiteralString = "65536"
@@ -500,10 +529,16 @@ def _jobs(rows: Sequence[Row]) -> list[Job]:
 
 def jobs_of(rows: Sequence[Row]) -> list[Job]:
     """Return the jobs of rows that begin with JOB_COLUMNS."""
-    if any(map(_headers, rows)):
-        return [_make_job((*row[:_HEADERS], read(row[_HEADERS]))) for row in rows]
-    columns = map(add, map(_job_columns, rows), repeat((NO_HEADERS,)))
+    if any(map(_rare, rows)):
+        return [_make_job((*row[:_USUAL], *_read_rare(row[_USUAL]))) for row in rows]
+    columns = map(add, map(_usual, rows), repeat(_NOTHING_RARE))
     return list(map(_make_job, columns))
+
+
+def _read_rare(texts: Sequence[str | None] | None) -> tuple[object, ...]:
+    if texts is None:
+        return _NOTHING_RARE
+    return tuple(rare.read(text) for rare, text in zip(_RARE, texts, strict=True))
 
 
 def _swept(rows: Sequence[Row]) -> Swept:
@@ -516,9 +551,10 @@ def _in_order(rows: Sequence[Row]) -> list[Job]:
     return _jobs(sorted(rows, key=_by_due))
 
 
-_HEADERS = Job._fields.index("headers")
-_job_columns = itemgetter(slice(_HEADERS))  # all others; it is the last
-_headers = itemgetter(_HEADERS)
+_USUAL = len(Job._fields) - len(_RARE)
+_NOTHING_RARE = tuple(rare.read(None) for rare in _RARE)
+_usual = itemgetter(slice(_USUAL))
+_rare = itemgetter(_USUAL)
 _payload = itemgetter(3)
 _by_due = itemgetter(6, 7)  # priority and due time
 _by_next_run_at = itemgetter(7)
