@@ -1,10 +1,11 @@
 """An explanation looks at a few rows, whatever the tables hold and whatever is known of them.
 
-Each test works in a database of its own, where the tables have the statistics of what they held
-before. There it runs the statements as the driver prepares them, with a plan for their parameters
-or with a generic one, within the bounds that an explanation sets.
+The tests work in a database for each of the statistics: those of what the tables held before.
+There they run the statements as the driver prepares them, with a plan for their parameters or with
+a generic one, within the bounds that an explanation sets.
 """
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString, cast
 
@@ -12,12 +13,12 @@ import psycopg
 import pytest
 from support.plans import (
     PLAN_CACHE_MODES,
-    STATISTICS,
-    fill_with_statistics,
+    filled,
     handled,
     nodes,
     prepare,
     run,
+    undone,
 )
 
 from bgjob._sql import looks
@@ -59,8 +60,6 @@ FILL_DEAD: LiteralString = """
     select 'dead ' || n, 'q', 't', 1, 0, now(), now(), now() from generate_series(1, %(jobs)s) n
 """
 
-EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
-
 
 def fill(conn: psycopg.Connection, jobs: int) -> None:
     for statement in (FILL, FILL_KEYS, FILL_DEAD):
@@ -79,19 +78,19 @@ def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> lis
     return conn.execute(cast(Any, statement.text), statement.params).fetchall()
 
 
+tables = filled(fill, MANY, TABLES)
+
+
 @pytest.fixture
-def bounded(conn: psycopg.Connection) -> psycopg.Connection:
-    for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
-        if name != "transaction_read_only":
-            conn.execute("select set_config(%s, %s, false)", [name, value])
-    return conn
+def bounded(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    with undone(tables) as conn:
+        for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
+            if name != "transaction_read_only":
+                conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
+        yield conn
 
 
-@EVERY_STATISTICS
-def test_a_job_alive_or_dead_is_found_by_its_id(
-    bounded: psycopg.Connection, statistics: str
-) -> None:
-    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
+def test_a_job_alive_or_dead_is_found_by_its_id(bounded: psycopg.Connection) -> None:
     for id_ in (f"job {MANY // 2}", f"dead {MANY // 2}", "none"):
         found = looks.find(id_).parse(check(bounded, looks.find(id_), 4))
         assert (found.job is not None, bool(found.dead)) == (
@@ -100,11 +99,7 @@ def test_a_job_alive_or_dead_is_found_by_its_id(
         )
 
 
-@EVERY_STATISTICS
-def test_the_jobs_before_one_are_counted_up_to_a_cap(
-    bounded: psycopg.Connection, statistics: str
-) -> None:
-    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
+def test_the_jobs_before_one_are_counted_up_to_a_cap(bounded: psycopg.Connection) -> None:
     now = datetime.now(UTC)
     for priority, at in ((1, now), (1, now - timedelta(days=1)), (0, now), (2, now)):
         statement = looks.ahead("q", priority, at, cap=CAP)
@@ -114,11 +109,7 @@ def test_the_jobs_before_one_are_counted_up_to_a_cap(
     assert check(bounded, statement, 2 * (CAP + RUNNING)) == [(CAP, CAP)]
 
 
-@EVERY_STATISTICS
-def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(
-    bounded: psycopg.Connection, statistics: str
-) -> None:
-    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
+def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(bounded: psycopg.Connection) -> None:
     found = looks.find("job 3").parse(
         bounded.execute(cast(Any, looks.find("job 3").text), {"id": "job 3"}).fetchall()
     )
@@ -130,12 +121,10 @@ def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(
     assert key.holder.id == f"job {MANY}"
 
 
-@EVERY_STATISTICS
 @pytest.mark.parametrize(("queue", "id_"), [("q", MANY - RUNNING), ("keyed", MANY - 1)])
 def test_the_oldest_due_job_of_a_queue_is_found_behind_the_running_ones_only(
-    bounded: psycopg.Connection, statistics: str, queue: str, id_: int
+    bounded: psycopg.Connection, queue: str, id_: int
 ) -> None:
-    fill_with_statistics(bounded, statistics, fill, MANY, TABLES)
     statement = looks.oldest(queue)
     # The first 1,000 keys, a look at each, and the running jobs of each priority.
     [(_, found, _, _)] = check(bounded, statement, 2 * 1000 + 4 + RUNNING)

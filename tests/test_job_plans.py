@@ -1,11 +1,12 @@
 """A page of live jobs, and an action on some of them, look at a few rows of a large table.
 
-Each test works in a database of its own, where the tables have the statistics of what they held
-before. There it runs the statements as the driver prepares them, with a plan for their parameters
-or with a generic one: pages within the bounds that `client.jobs` sets, actions in a client's
+The tests work in a database for each of the statistics: those of what the tables held before.
+There they run the statements as the driver prepares them, with a plan for their parameters or with
+a generic one: pages within the bounds that `client.jobs` sets, actions in a client's
 session as it is.
 """
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, LiteralString, cast
 
@@ -14,12 +15,12 @@ import pytest
 from support.database import count
 from support.plans import (
     PLAN_CACHE_MODES,
-    STATISTICS,
-    fill_with_statistics,
+    filled,
     handled,
     nodes,
     prepare,
     run,
+    undone,
 )
 
 from bgjob._sql import job_pages, jobs, looks, steering
@@ -73,6 +74,15 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(statement, {"jobs": jobs})
 
 
+tables = filled(fill, MANY, TABLES)
+
+
+@pytest.fixture
+def conn(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    with undone(tables):
+        yield tables
+
+
 def check(
     conn: psycopg.Connection, statement: Statement[Any], most: int, *scans: str
 ) -> list[tuple[Any, ...]]:
@@ -100,14 +110,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("statistics", STATISTICS)
-def test_a_page_looks_at_no_more_rows_than_it_may(
-    conn: psycopg.Connection, statistics: str
-) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
+def test_a_page_looks_at_no_more_rows_than_it_may(conn: psycopg.Connection) -> None:
     for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
         if name != "transaction_read_only":
-            conn.execute("select set_config(%s, %s, false)", [name, value], prepare=False)
+            conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
 
     def page(way: job_pages.Way, limit: int = PAGE, **filters: Any) -> Statement[Looked]:
         return way.look(JobFilter(**filters), limit)
@@ -147,11 +153,9 @@ def test_a_page_looks_at_no_more_rows_than_it_may(
         check(conn, statement, 4 * 100, "Tid Range Scan", "Index Scan")
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
 def test_an_action_looks_at_the_jobs_that_it_is_given_and_no_others(
-    conn: psycopg.Connection, statistics: str
+    conn: psycopg.Connection,
 ) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
     ids = [f"job {n}" for n in range(0, MANY, MANY // PAGE)] + ["none", "dead 7"]
     most = 3 * len(ids)
     where = JobFilter(queue="q", state="due")
@@ -167,16 +171,14 @@ def test_an_action_looks_at_the_jobs_that_it_is_given_and_no_others(
     held = [Claimed(Job._make([id_, *[None] * (len(Job._fields) - 1)]), 7) for id_ in ids]
     for name, value in WORKER_SETTINGS.items():  # a worker asks
         if name.startswith("enable_"):
-            conn.execute("select set_config(%s, %s, false)", [name, value], prepare=False)
+            conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
     asked = steering.were_cancelled(held)
     assert asked.parse(check(conn, asked, most)) == {("dead 7", 7)}
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
 def test_the_keys_of_cancelled_jobs_are_passed_on_without_a_look_at_others(
-    conn: psycopg.Connection, statistics: str
+    conn: psycopg.Connection,
 ) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
     keys = [f"key {n}" for n in range(5)]
     check(conn, lock_keys(keys), 20)
     check(conn, release("keyed", keys), 200)

@@ -1,11 +1,12 @@
 """An overview, and the query for a scaler, look at a few rows of each queue, whatever is known.
 
-Each test works in a database of its own, where the tables have the statistics of what they held
-before. There it runs the statement as the driver prepares it, with a plan for its parameters or
-with a generic one.
+The tests work in a database for each of the statistics: those of what the tables held before.
+There they run the statement as the driver prepares it, with a plan for its parameters or with a
+generic one.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, LiteralString, cast
 
 import psycopg
@@ -13,12 +14,12 @@ import pytest
 from support.documents import DOCS
 from support.plans import (
     PLAN_CACHE_MODES,
-    STATISTICS,
-    fill_with_statistics,
+    filled,
     handled,
     nodes,
     prepare,
     run,
+    undone,
 )
 
 from bgjob._sql.overviews import overview, plan_by_index
@@ -73,6 +74,15 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(statement, {"jobs": jobs, "queues": QUEUES, "running": min(RUNNING, jobs)})
 
 
+tables = filled(fill, MANY, TABLES)
+
+
+@pytest.fixture
+def conn(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    with undone(tables):
+        yield tables
+
+
 def check(plan: dict[str, Any]) -> None:
     """Fail unless every look is an index scan in order that ends at the cap."""
     for node in nodes(plan):
@@ -83,40 +93,36 @@ def check(plan: dict[str, Any]) -> None:
         assert "Bitmap" not in kind, node
 
 
-QUEUE = pytest.mark.parametrize("queue", [None, "mail", "later", "keyed"])
+ANALYZED = pytest.mark.parametrize("tables", ["of ten jobs", "of these jobs"], indirect=True)
+
+QUEUES_OF_INTEREST = (None, "mail", "later", "keyed")
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
-@QUEUE
 def test_an_overview_looks_at_no_more_rows_of_a_queue_than_its_cap(
-    conn: psycopg.Connection, statistics: str, queue: str | None
+    conn: psycopg.Connection,
 ) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
-    explain = prepare(conn, "overview", overview(queue, cap=CAP))
-    with conn.transaction():
+    with conn.transaction(force_rollback=True):
         conn.execute(cast(Any, plan_by_index().text))
+        for queue in QUEUES_OF_INTEREST:
+            explain = prepare(conn, f"overview of {queue}", overview(queue, cap=CAP))
+            for mode in PLAN_CACHE_MODES:
+                check(run(conn, explain, mode))
+
+
+@ANALYZED
+def test_nor_in_the_session_of_a_caller_once_the_tables_have_been_analyzed(
+    conn: psycopg.Connection,
+) -> None:
+    for queue in QUEUES_OF_INTEREST:
+        explain = prepare(conn, f"overview of {queue}", overview(queue, cap=CAP))
         for mode in PLAN_CACHE_MODES:
             check(run(conn, explain, mode))
 
 
-@pytest.mark.parametrize("statistics", ["of ten jobs", "of these jobs"])
-@QUEUE
-def test_nor_in_the_session_of_a_caller_once_the_tables_have_been_analyzed(
-    conn: psycopg.Connection, statistics: str, queue: str | None
-) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
-    explain = prepare(conn, "overview", overview(queue, cap=CAP))
-    for mode in PLAN_CACHE_MODES:
-        check(run(conn, explain, mode))
-
-
-@pytest.mark.parametrize("statistics", ["of ten jobs", "of these jobs"])
-def test_the_scalers_query_looks_at_no_more_rows_than_its_limit(
-    conn: psycopg.Connection, statistics: str
-) -> None:
+@ANALYZED
+def test_the_scalers_query_looks_at_no_more_rows_than_its_limit(conn: psycopg.Connection) -> None:
     [query] = re.findall(r"query: >\n(.*?)```", (DOCS / "operations.md").read_text(), re.DOTALL)
     query = query.replace("limit 1000", f"limit {CAP}")
-    fill_with_statistics(conn, statistics, fill, MANY, TABLES)
     explain = f"explain (analyze, buffers, timing off, format json) {query}"
     [[[plan]]] = conn.execute(explain.encode()).fetchall()
     check(plan["Plan"])

@@ -1,17 +1,18 @@
 """Dead jobs are found and grouped by an index, whatever is known of their table."""
 
+from collections.abc import Iterator
 from typing import Any, LiteralString, cast
 
 import psycopg
 import pytest
 from support.plans import (
     PLAN_CACHE_MODES,
-    STATISTICS,
-    fill_with_statistics,
+    filled,
     handled,
     nodes,
     prepare,
     run,
+    undone,
 )
 
 from bgjob._sql import dead, triage
@@ -33,11 +34,24 @@ FILL: LiteralString = """
     from generate_series(1, %(jobs)s) n
 """
 
-EVERY_STATISTICS = pytest.mark.parametrize("statistics", STATISTICS)
+FILL_LIVE: LiteralString = """
+    insert into bgjob_job (id, queue, type, attempt)
+    select 'live ' || n, 'q', 't', 1 from generate_series(1, %(jobs)s) n
+"""
 
 
 def fill(conn: psycopg.Connection, jobs: int) -> None:
     conn.execute(FILL, {"jobs": jobs, "groups": GROUPS, "rare": RARE})
+    conn.execute(FILL_LIVE, {"jobs": jobs})
+
+
+tables = filled(fill, MANY, {"bgjob_dead_job", "bgjob_job"})
+
+
+@pytest.fixture
+def conn(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    with undone(tables):
+        yield tables
 
 
 def check(conn: psycopg.Connection, statement: Statement[Any], most: float) -> Any:
@@ -53,11 +67,7 @@ def check(conn: psycopg.Connection, statement: Statement[Any], most: float) -> A
     )
 
 
-@EVERY_STATISTICS
-def test_a_dead_job_is_found_by_its_id_its_number_or_its_group(
-    conn: psycopg.Connection, statistics: str
-) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, {"bgjob_dead_job"})
+def test_a_dead_job_is_found_by_its_id_its_number_or_its_group(conn: psycopg.Connection) -> None:
     [first] = check(conn, dead.listed(DeadFilter(["dead 1"]), limit=1), 2)
     assert (first.id, first.fingerprint) == ("dead 1", f"{RARE:012x}")
     for where in (DeadFilter(fingerprint=RARE), DeadFilter(numbers=[first.number])):
@@ -67,31 +77,13 @@ def test_a_dead_job_is_found_by_its_id_its_number_or_its_group(
     assert [job.id for job in found] == [f"dead {MANY // 2 + 1 - GROUPS * n}" for n in range(1, 6)]
 
 
-@EVERY_STATISTICS
-def test_the_dead_are_grouped_in_one_pass(conn: psycopg.Connection, statistics: str) -> None:
-    fill_with_statistics(conn, statistics, fill, MANY, {"bgjob_dead_job"})
+def test_the_dead_are_grouped_in_one_pass(conn: psycopg.Connection) -> None:
     found = check(conn, dead.groups(DeadFilter(), limit=100), MANY)
     each = MANY // GROUPS
     assert sorted(group.jobs for group in found) == [1, each - 1, *[each] * (GROUPS - 1)]
 
 
-FILL_LIVE: LiteralString = """
-    insert into bgjob_job (id, queue, type, attempt)
-    select 'live ' || n, 'q', 't', 1 from generate_series(1, %(jobs)s) n
-"""
-
-
-def fill_both(conn: psycopg.Connection, jobs: int) -> None:
-    fill(conn, jobs)
-    conn.execute(FILL_LIVE, {"jobs": jobs})
-
-
-@EVERY_STATISTICS
-def test_a_canary_and_a_batch_look_at_their_own_jobs_only(
-    conn: psycopg.Connection, statistics: str
-) -> None:
-    tables = {"bgjob_dead_job", "bgjob_job"}
-    fill_with_statistics(conn, statistics, fill_both, MANY, tables)
+def test_a_canary_and_a_batch_look_at_their_own_jobs_only(conn: psycopg.Connection) -> None:
     canary = check(conn, triage.canary(2), 2)
     assert canary.id == f"dead {MANY - 9}"
     state = check(conn, triage.state("dead 1", 0), 2)

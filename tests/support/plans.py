@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import psycopg
+import pytest
 from psycopg import ClientCursor
 from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
 from psycopg.pq import ExecStatus
 
 from bgjob._sql.statement import Statement
+from support.databases import Databases
 
 
 def prepare(conn: psycopg.Connection, name: str, statement: Statement[Any]) -> str:
@@ -61,6 +64,37 @@ def fill_with_statistics(
     fill(conn, jobs)
     if statistics == "of these jobs":
         conn.execute("analyze")
+
+
+def filled(
+    fill: Callable[[psycopg.Connection, int], None], jobs: int, tables: Collection[str]
+) -> Any:
+    """Make a fixture of a module: a connection to such tables, for each of STATISTICS.
+
+    Filling takes longer than all plans. So the tests of a module share a database for each of the
+    statistics, and work in transactions that `undone` rolls back.
+    """
+
+    @pytest.fixture(scope="module", params=STATISTICS)
+    def connection(
+        request: pytest.FixtureRequest, databases: Databases, template: str
+    ) -> Iterator[psycopg.Connection]:
+        with (
+            databases.make(template=template) as (_, dsn),
+            psycopg.connect(dsn, autocommit=True) as conn,
+        ):
+            fill_with_statistics(conn, request.param, fill, jobs, tables)
+            yield conn
+
+    return connection
+
+
+@contextmanager
+def undone(conn: psycopg.Connection) -> Iterator[psycopg.Connection]:
+    """Roll back in the end what was done with a connection, and forget what it prepared."""
+    with conn.transaction(force_rollback=True):
+        yield conn
+    conn.execute("deallocate all")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
