@@ -53,7 +53,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 collect_ignore = ["support"]
 """The Django project in it has tests of its own, which test_django.py runs."""
 
-pytest_plugins = ["support.clients", "support.roles", "support.statements", "support.workers"]
+pytest_plugins = [
+    "support.clients",
+    "support.colours",
+    "support.roles",
+    "support.statements",
+    "support.workers",
+]
 
 LONGEST = {
     "test_data",

@@ -485,6 +485,7 @@ def test_a_save_is_a_heap_only_update_and_one_round_trip_on_a_session_that_is_ke
     assert len(sessions) == 1
 
 
+@pytest.mark.both_colours
 @both_styles
 def test_handlers_may_hold_the_only_connection_of_the_pool_while_they_save(
     colour: Any, style: Style

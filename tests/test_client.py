@@ -975,6 +975,7 @@ def test_a_client_only_borrows_from_the_users_pool(
         pool.putconn(borrowed)
 
 
+@pytest.mark.both_colours
 def test_a_handler_may_use_the_only_connection_of_its_pool(
     colour: Colour, conn: psycopg.Connection
 ) -> None:
@@ -1018,6 +1019,7 @@ def test_a_closed_client_stays_closed_and_its_error_names_that(
     pool.putconn(pool.getconn())
 
 
+@pytest.mark.both_colours
 def test_a_call_during_the_close_of_a_client_is_completed(colour: Colour, dsn: str) -> None:
     with psycopg.connect(dsn) as blocker, psycopg.connect(dsn, autocommit=True) as conn:
         client = colour.client().target
@@ -1131,6 +1133,7 @@ def test_connections_that_were_idle_for_long_are_closed_and_old_ones_replaced(
     assert eventually(lambda: sessions(conn) not in ([before], []) and len(sessions(conn)) == 1)
 
 
+@pytest.mark.both_colours
 def test_leaving_a_client_closes_it(colour: Colour, conn: psycopg.Connection) -> None:
     def use() -> None:
         with Client(colour.dsn) as client:
@@ -1185,6 +1188,7 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child(
     ]
 
 
+@pytest.mark.both_colours
 def test_a_client_whose_connections_are_all_in_use_for_long_reports_it(
     colour: Colour, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_completed_jobs_of_a_kept_type_are_kept_with_when_and_where_they_ran(
         assert launcher.client.history(id_) == []
 
 
+@pytest.mark.both_colours
 def test_transactional_jobs_single_ones_and_those_of_a_test_are_kept(
     launcher: Launcher, dsn: str, conn: psycopg.Connection
 ) -> None:

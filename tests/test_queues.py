@@ -242,6 +242,7 @@ def test_a_job_that_outlives_the_grace_period_in_one_queue_is_reported(launcher:
     gate.released.set()
 
 
+@pytest.mark.both_colours
 def test_a_shutdown_from_inside_a_handler_of_any_queue_does_not_wait(launcher: Launcher) -> None:
     workers: list[Any] = []
     ended: list[str] = []

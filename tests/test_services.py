@@ -196,6 +196,7 @@ def test_a_service_that_breaks_the_connection_is_survived(
     observer.wait_for("completed", "a")
 
 
+@pytest.mark.both_colours
 def test_no_service_runs_while_the_worker_shuts_down(launcher: Launcher) -> None:
     service = Calls()
     gate = Gate()

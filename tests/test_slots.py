@@ -1687,6 +1687,7 @@ def test_a_worker_runs_until_an_event_and_is_shut_down(dsn: str, conn: psycopg.C
     assert eventually(lambda: set(threading.enumerate()) <= threads)
 
 
+@pytest.mark.both_colours
 def test_a_worker_that_ends_by_itself_raises_its_failure_where_it_is_waited_for(
     launcher: Launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def login(guarded: str, request: pytest.FixtureRequest) -> Iterator[Login]:
         yield login
 
 
+@pytest.mark.both_colours
 def test_a_worker_and_a_client_come_back_after_their_password_was_rotated(
     login: Login, guarded: str, is_async: bool
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_worker_and_a_client_come_back_after_their_password_was_rotated(
         observer.wait_for("completed", times=2)
 
 
+@pytest.mark.both_colours
 def test_a_worker_calls_the_functions_of_a_pool(login: Login, guarded: str, is_async: bool) -> None:
     observer = Recorder()
     login.rotate()

@@ -304,6 +304,7 @@ def test_an_exception_while_a_state_is_closed_is_reported_to_the_observer(
     assert observer.of("error") == [("error", failure)]
 
 
+@pytest.mark.both_colours
 def test_a_state_that_does_not_close_is_left_after_the_grace_period(launcher: Launcher) -> None:
     observer, released = Recorder(), threading.Event()
 

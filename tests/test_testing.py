@@ -558,6 +558,7 @@ def test_a_transactional_handler_that_lost_its_job_has_no_effect(
     assert bench.query("select what from effect") == []
 
 
+@pytest.mark.both_colours
 @benches("transaction")
 def test_a_handler_of_the_other_colour_cannot_have_the_tests_transaction(bench: Bench) -> None:
     async def coroutine(_: Job, __: Any) -> None: ...

@@ -453,6 +453,7 @@ def test_jobs_that_wait_for_slots_that_are_lost_go_back_with_their_attempt(
     assert all(event[2] == 1 for event in observer.of("completed"))
 
 
+@pytest.mark.both_colours
 @both_styles
 def test_a_shutdown_without_end_ends_with_the_timeout(
     launcher: Launcher, conn: psycopg.Connection, style: Style
@@ -482,6 +483,7 @@ def test_a_shutdown_does_not_wait_for_what_is_given_up(
 # -- do() ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.both_colours
 @pytest.mark.parametrize("transactional", [False, True], ids=["", "transactional"])
 @pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
 def test_do_cancels_a_coroutine_that_outlives_its_timeout(
@@ -497,6 +499,7 @@ def test_do_cancels_a_coroutine_that_outlives_its_timeout(
     assert isinstance(result.error, JobTimeoutError)
 
 
+@pytest.mark.both_colours
 @pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
 def test_do_waits_for_a_plain_handler_regardless_of_its_timeout(dsn: str, is_async: bool) -> None:
     mux = Mux().register("t", lambda _: time.sleep(0.1), timeout=0.01)

@@ -608,6 +608,7 @@ def test_a_worker_runs_once(launcher: Launcher) -> None:
         launcher.run(worker.run())
 
 
+@pytest.mark.both_colours
 @both_styles
 def test_a_handler_may_shut_its_worker_down(
     launcher: Launcher, conn: psycopg.Connection, style: Style
@@ -640,6 +641,7 @@ def test_a_handler_may_shut_its_worker_down(
     assert rows(conn, "select id, attempt, token from bgjob_job") == [("b", 0, None)]
 
 
+@pytest.mark.both_colours
 def test_an_observer_may_shut_its_worker_down(launcher: Launcher, conn: psycopg.Connection) -> None:
     returned = threading.Event()
 
@@ -658,6 +660,7 @@ def test_an_observer_may_shut_its_worker_down(launcher: Launcher, conn: psycopg.
     assert count(conn) == 0
 
 
+@pytest.mark.both_colours
 @both_styles
 def test_several_threads_may_shut_a_worker_down(
     launcher: Launcher, conn: psycopg.Connection, style: Style
@@ -719,6 +722,7 @@ def test_shutdown_returns_false_where_a_result_could_not_be_stored(
     assert count(conn) == 1
 
 
+@pytest.mark.both_colours
 def test_leaving_a_worker_shuts_it_down(launcher: Launcher, conn: psycopg.Connection) -> None:
     observer = Recorder()
     launcher.enqueue("a", "b")
@@ -781,6 +785,7 @@ def test_nothing_is_left_after_shutdown_and_close(
     )
 
 
+@pytest.mark.both_colours
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_worker_refuses_to_be_shut_down_in_a_fork(launcher: Launcher) -> None:
     observer = Recorder()

@@ -144,6 +144,7 @@ def test_a_transaction_that_commits_meanwhile_was_first_or_has_no_effect(
     assert dead(world) == [("b", "cancelled by me")]
 
 
+@pytest.mark.both_colours
 @both_colours
 def test_the_key_of_a_holder_that_never_returns_goes_to_the_next_job_with_its_cancel(
     world: World, colour: Colour

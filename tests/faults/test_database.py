@@ -300,6 +300,7 @@ def test_a_worker_waits_for_a_database_that_is_away_and_runs_nothing_twice(
         assert hurt.rows(id) == runs[id] - (id == "b"), id
 
 
+@pytest.mark.both_colours
 @pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
 def test_a_client_is_back_half_a_second_after_the_server(
     hurt: World, server: EmbeddedServer, is_async: bool
@@ -877,6 +878,7 @@ def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_asyn
 # -- 22: a pool of size 1 whose handlers use the same pool -----------------------------------
 
 
+@pytest.mark.both_colours
 @both_types
 @both_workers
 def test_handlers_may_use_the_only_connection_of_the_pool_that_their_worker_was_made_from(

@@ -1174,6 +1174,7 @@ def test_12_changes_of_a_transaction_to_its_session_do_not_reach_the_next_job(
         world.query(f"drop owned by {role}; drop role {role}")
 
 
+@pytest.mark.both_colours
 @HOST
 def test_12_settings_that_a_handler_makes_on_its_connection_do_not_reach_the_next_job(
     world: World, is_async: bool
@@ -1208,6 +1209,7 @@ def test_12_settings_that_a_handler_makes_on_its_connection_do_not_reach_the_nex
     assert rows == [(1,)] * len(ids)
 
 
+@pytest.mark.both_colours
 @HOST
 def test_12_a_handler_that_leaves_its_connection_busy_fails_its_own_attempt(
     world: World, is_async: bool

@@ -319,6 +319,7 @@ def test_a_terminated_worker_finishes_running_jobs_and_releases_those_that_have_
     world.saw("jobs were given back", world.value(released, [quick, written]))
 
 
+@pytest.mark.both_colours
 @both_types
 @both_colours
 def test_a_handler_that_outlives_the_grace_period_is_left_to_its_lease(
@@ -365,6 +366,7 @@ def test_a_second_signal_ends_the_worker_immediately(world: World, colour: Colou
 # -- 6: shutdown() called twice, before run(), from inside a handler, from several threads ------
 
 
+@pytest.mark.both_colours
 @both_workers
 def test_shutdown_may_be_called_twice(world: World, is_async: bool) -> None:
     worker = world.worker(world.mux(is_async=is_async), is_async=is_async)
@@ -375,6 +377,7 @@ def test_shutdown_may_be_called_twice(world: World, is_async: bool) -> None:
     assert worker.shutdown(0)
 
 
+@pytest.mark.both_colours
 @both_workers
 def test_a_worker_that_was_shut_down_before_it_ran_raises_and_claims_nothing(
     world: World, is_async: bool
@@ -391,6 +394,7 @@ def test_a_worker_that_was_shut_down_before_it_ran_raises_and_claims_nothing(
     assert early.events() == []
 
 
+@pytest.mark.both_colours
 @both_workers
 @pytest.mark.parametrize("style", ["plain", "coroutine"])
 def test_a_handler_may_shut_its_own_worker_down(world: World, is_async: bool, style: str) -> None:
@@ -424,6 +428,7 @@ def test_a_handler_may_shut_its_own_worker_down(world: World, is_async: bool, st
     assert world.query("select id, attempt, token from bgjob_job") == [("b", 0, None)]
 
 
+@pytest.mark.both_colours
 @both_workers
 def test_several_threads_may_shut_a_worker_down_concurrently(world: World, is_async: bool) -> None:
     worker = world.worker(world.mux(is_async=is_async), is_async=is_async)

@@ -8,6 +8,9 @@ from faults.world import Process, World
 
 Colour = Literal["thread", "async"]
 
+# A thread is replaced, a coroutine is cancelled.
+pytestmark = pytest.mark.both_colours
+
 each_colour = pytest.mark.parametrize("colour", ["thread", "async"])
 each_type = pytest.mark.parametrize("type", ["plain", "transactional"])
 
