@@ -110,6 +110,9 @@ def _run(args: argparse.Namespace) -> int:
     except UsageError as error:
         _tell(str(error))
         return 2
+    except psycopg.errors.ReadOnlySqlTransaction as error:
+        _tell(f"{error}: connect to the primary: target_session_attrs=read-write")
+        return 1
     except (BgjobError, psycopg.Error) as error:
         _tell(str(error))
         return 1

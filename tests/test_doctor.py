@@ -566,15 +566,6 @@ def test_a_query_of_a_standby_keeps_dead_rows_and_the_standby_is_named(
         assert eventually(lambda: ills(doctor(dsn, "horizon")) == [])
 
 
-def test_a_standby_is_no_server_for_workers(
-    own: EmbeddedServer, conn: psycopg.Connection, bin_dir: Path | None
-) -> None:
-    with standby_of(own, bin_dir) as standby:
-        found = ills(doctor(make_conninfo(standby.dsn, dbname=conn.info.dbname)))
-        assert [(finding.check, finding.severity) for finding in found] == [("server", "bad")]
-        assert "target_session_attrs=read-write" in found[0].remedy
-
-
 def test_a_slot_that_a_lost_standby_left_is_named_and_can_be_dropped(
     own: EmbeddedServer, dsn: str, conn: psycopg.Connection, bin_dir: Path | None
 ) -> None:

@@ -76,7 +76,9 @@ def standby_of(
             "port": "5432",
             "listen_addresses": "",
             "fsync": "off",
-            "max_prepared_transactions": "20",  # not fewer than the primary
+            # Not fewer than the primary.
+            "max_connections": "300",
+            "max_prepared_transactions": "20",
             "hot_standby_feedback": "on",
             "wal_receiver_status_interval": "1s",
         }
