@@ -1,12 +1,11 @@
 """The values that cross the queue: a request to enqueue, a job to run, a dead job."""
 
 import os
-import struct
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack
+from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack, cast
 
 import orjson
 
@@ -17,10 +16,9 @@ from bgjob.codec import (
     JsonCodec,
     TypedJob,
     check_codec,
-    class_option,
-    codec_of,
+    defaults_of,
+    exact,
     json_payload,
-    type_name,
 )
 from bgjob.errors import QueueRequiredError, TypeRequiredError
 
@@ -31,6 +29,7 @@ _LONGEST_NAME = 255
 _SMALLINT = range(-32768, 32768)
 _JSON = JsonCodec()
 _NOW, _USUAL = 0.0, 0
+_NEW = cast("str", object())  # None would hide an id that was forgotten
 
 
 class EnqueueOptions(TypedDict, total=False):
@@ -57,7 +56,7 @@ class DebounceOptions(TypedDict, total=False):
     expires: Duration | datetime | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, init=False)
 class EnqueueRequest:
     """A job to enqueue; checked and encoded when it is made, so that nothing fails later.
 
@@ -103,7 +102,9 @@ class EnqueueRequest:
     queue: str
     type: str
     arg: Any = None
-    id: str = field(default_factory=lambda: new_id(), kw_only=True)  # noqa: PLW0108 (defined below)
+    id: str = field(kw_only=True)
+    # The class has the usual values of these, and a request only the others: an option that is
+    # not used costs a request nothing, and with slots each would cost 50 ns (bulk.py).
     delay: Duration = field(default=_NOW, kw_only=True)
     run_at: datetime | None = field(default=None, kw_only=True)
     priority: int = field(default=_USUAL, kw_only=True)
@@ -112,38 +113,91 @@ class EnqueueRequest:
     expires: Duration | datetime | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """The stored bytes of `arg`; None for NULL."""
-    codec: InitVar[Codec[Any]] = field(default=_JSON, kw_only=True)
+    is_plain: bool = field(default=True, init=False, repr=False, compare=False)
+    """Whether it has the usual value of each option but the id and the priority."""
 
-    def __post_init__(self, codec: Codec[Any]) -> None:
-        if not self.queue:
-            raise QueueRequiredError("queue is required: name the queue whose workers run the job")
-        if not self.type:
-            raise TypeRequiredError("type is required: name the handler that runs the job")
-        check_name("queue", self.queue)
-        check_name("type", self.type)
-        check_name("id", self.id)
-        if self.exclusive is not None:
-            check_key("exclusive", self.exclusive, self.queue, self.id)
-        if self.delay is not _NOW:
-            seconds(self.delay, "delay")
-        if self.run_at is not None:
-            if self.delay:
+    def __init__(
+        self,
+        queue: str,
+        type: str,  # noqa: A002
+        arg: Any = None,
+        *,
+        id: str = _NEW,  # noqa: A002
+        delay: Duration = _NOW,
+        run_at: datetime | None = None,
+        priority: int = _USUAL,
+        exclusive: str | None = None,
+        headers: Mapping[str, Any] = NO_HEADERS,
+        expires: Duration | datetime | None = None,
+        codec: Codec[Any] = _JSON,
+    ) -> None:
+        # isprintable() is false for NUL and surrogates, and quicker than to look for them.
+        if not (queue.__class__ is str and 0 < len(queue) <= _LONGEST_NAME and queue.isprintable()):
+            if not queue:
+                raise QueueRequiredError(
+                    "queue is required: name the queue whose workers run the job"
+                )
+            check_name("queue", queue)
+        if not (type.__class__ is str and 0 < len(type) <= _LONGEST_NAME and type.isprintable()):
+            if not type:
+                raise TypeRequiredError("type is required: name the handler that runs the job")
+            check_name("type", type)
+        if id is _NEW:
+            id = new_id()  # noqa: A001
+        else:
+            check_name("id", id)
+        if codec is not _JSON and codec.__class__ is not JsonCodec:
+            # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
+            arg = _encoded(arg, type, codec)
+        write = object.__setattr__
+        write(self, "queue", queue)
+        write(self, "type", type)
+        write(self, "arg", arg)
+        write(self, "id", id)
+        write(self, "payload", json_payload(arg, type))
+        if priority is not _USUAL:
+            check_priority(priority, "priority")
+            write(self, "priority", priority)
+        if (
+            delay is not _NOW
+            or run_at is not None
+            or exclusive is not None
+            or headers is not NO_HEADERS
+            or expires is not None
+        ):
+            self._set_options(delay, run_at, exclusive, headers, expires)
+
+    def _set_options(
+        self,
+        delay: Duration,
+        run_at: datetime | None,
+        exclusive: str | None,
+        headers: Mapping[str, Any],
+        expires: Duration | datetime | None,
+    ) -> None:
+        if exclusive is not None:
+            check_key("exclusive", exclusive, self.queue, self.id)
+        seconds(delay, "delay")
+        if run_at is not None:
+            if delay:
                 raise ValueError("give delay or run_at, not both")
-            if self.run_at.utcoffset() is None:
+            if run_at.utcoffset() is None:
                 raise ValueError(
                     "run_at must be an aware datetime, such as datetime.now(UTC): "
-                    f"{self.run_at!r} has no time zone"
+                    f"{run_at!r} has no time zone"
                 )
-        if self.priority is not _USUAL:
-            check_priority(self.priority, "priority")
-        if self.expires is not None:
-            self._check_expires(self.expires)
-        if self.headers is not NO_HEADERS:
-            object.__setattr__(self, "headers", checked(self.headers))
-        if type(codec) is not JsonCodec:
-            # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
-            object.__setattr__(self, "arg", _encoded(self.arg, self.type, codec))
-        object.__setattr__(self, "payload", json_payload(self.arg, self.type))
+        if headers is not NO_HEADERS:
+            headers = checked(headers)
+        self.__dict__.update(
+            delay=delay,
+            run_at=run_at,
+            exclusive=exclusive,
+            headers=headers,
+            expires=expires,
+            is_plain=not (delay or run_at or exclusive or headers or expires is not None),
+        )
+        if expires is not None:
+            self._check_expires(expires)
 
     def _check_expires(self, expires: Duration | datetime) -> None:
         if isinstance(expires, datetime):
@@ -192,22 +246,21 @@ class EnqueueRequest:
             ValueError: as for a request.
 
         """
-        if isinstance(value, type | EnqueueRequest):
+        if isinstance(value, (type, EnqueueRequest)):  # a union takes 0.2 µs
             raise TypeError(f"a typed job is a value of a class of yours, not {value!r}")
         class_ = type(value)
-        codec = codec_of(class_)
+        codec, name, queue, priority = defaults_of(class_)
         if "queue" not in options:
-            queue = class_option(class_, "queue")
             if queue is None:
                 raise QueueRequiredError(
-                    f"job type {type_name(class_)!r} has no queue: give the class one "
+                    f"job type {name!r} has no queue: give the class one "
                     f"(`queue: ClassVar[str]` in {class_.__qualname__}), or name it at the "
                     "enqueue (queue=...)"
                 )
             options["queue"] = queue
         if "priority" not in options:
-            options["priority"] = class_option(class_, "priority", 0)
-        return cls(type=type_name(class_), arg=value, codec=codec, **options)
+            options["priority"] = priority
+        return cls(type=name, arg=value, codec=codec, **options)
 
     def with_headers(self, headers: Mapping[str, Any]) -> Self:
         """Return a copy of the request with these headers too; they replace those of their names.
@@ -218,13 +271,9 @@ class EnqueueRequest:
         """
         # Not dataclasses.replace, which would check and encode the whole request again.
         copy = object.__new__(type(self))
-        for name in _FIELDS:
-            object.__setattr__(copy, name, getattr(self, name))
-        object.__setattr__(copy, "headers", checked({**self.headers, **headers}))
+        both = checked({**self.headers, **headers})
+        copy.__dict__.update(self.__dict__, headers=both, is_plain=self.is_plain and not both)
         return copy
-
-
-_FIELDS = tuple(each.name for each in fields(EnqueueRequest))
 
 
 class Job(NamedTuple):
@@ -378,13 +427,12 @@ def check_key(what: str, key: str, queue: str, id_: str) -> None:
 
 
 _last_id = 0
-_tails: Iterator[int] = iter(())  # random numbers: to ask for one at a time takes longer
-_unpacked = struct.Struct("512Q").unpack
+_tails: Iterator[str] = iter(())  # random digits: to ask for those of one id takes longer
 
 
-def _renew_tails() -> int:
+def _renew_tails() -> str:
     global _tails  # noqa: PLW0603
-    _tails = iter(_unpacked(os.urandom(4096)))
+    _tails = iter(os.urandom(4096).hex(" ", 8).split())
     return next(_tails)
 
 
@@ -404,16 +452,9 @@ def new_id() -> str:
     if now <= _last_id:
         now = _last_id + 1
     _last_id = now
-    tail = next(_tails, None)  # never the same for two threads
-    if tail is None:
-        tail = _renew_tails()
-    return "%08x-%04x-7%03x-%04x-%012x" % (  # noqa: UP031 (quicker than an f-string)
-        now >> 28,
-        now >> 12 & 0xFFFF,
-        now & 0xFFF,
-        0x8000 | tail >> 50,
-        tail & 0xFFFFFFFFFFFF,
-    )
+    head = hex(now | 1 << 60)[3:]  # 15 digits
+    tail = next(_tails, None) or _renew_tails()  # never the same for two threads
+    return f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{tail[:3]}-{tail[4:]}"
 
 
 def _encoded(arg: object, type_: str, codec: Codec[Any]) -> bytes | None:
@@ -426,4 +467,4 @@ def _encoded(arg: object, type_: str, codec: Codec[Any]) -> bytes | None:
             f"{codec!r} returned {type(data).__name__} for the arg of job type {type_!r}: encode() "
             "must return bytes"
         )
-    return data
+    return exact(data)

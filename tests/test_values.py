@@ -1,15 +1,17 @@
 """Values check themselves when they are made, and their errors name the mistake."""
 
 import asyncio
+import copy
 import functools
 import importlib.metadata
 import logging
+import pickle
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from datetime import timedelta
 from enum import Enum
 from importlib.util import find_spec
@@ -102,6 +104,48 @@ def test_a_name_that_is_not_a_string_is_refused_by_its_parameter(name: str, valu
 def test_an_id_is_not_empty() -> None:
     with pytest.raises(ValueError, match="id must have 1 to 255 characters"):
         EnqueueRequest("q", "t", id="")
+
+
+def test_an_id_that_is_none_is_refused_and_not_replaced_by_a_new_one() -> None:
+    with pytest.raises(TypeError, match="id must be a str, not NoneType"):
+        EnqueueRequest("q", "t", id=None)  # type: ignore[arg-type]
+
+
+def test_a_request_stores_no_option_that_it_does_not_use() -> None:
+    usual: dict[str, Any] = {
+        "delay": 0,
+        "run_at": None,
+        "priority": 0,
+        "exclusive": None,
+        "headers": {},
+    }
+    request = EnqueueRequest("q", "t", {"n": 1}, **usual, expires=None)
+    assert vars(EnqueueRequest("q", "t")).keys() == {"queue", "type", "arg", "id", "payload"}
+    assert request.is_plain and EnqueueRequest("q", "t", priority=5).is_plain
+    assert request == EnqueueRequest("q", "t", {"n": 1}, id=request.id)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("delay", 0.5),
+        ("delay", timedelta(1)),
+        ("run_at", NOON),
+        ("exclusive", "key"),
+        ("headers", {"a": 1}),
+        ("expires", 5),
+    ],
+)
+def test_a_request_with_an_option_is_not_plain_and_stays_so_in_copies(
+    name: str, value: Any
+) -> None:
+    request = a_request_with(name, value)
+    copies = [copy.copy(request), copy.deepcopy(request), pickle.loads(pickle.dumps(request))]
+    for each in [request, *copies, replace(request, arg=1), request.with_headers({})]:
+        assert getattr(each, name) == value and each.id == request.id and not each.is_plain
+    assert copies == [request] * 3 and len({request, *copies}) == 1
+    with pytest.raises(FrozenInstanceError):
+        setattr(request, name, value)
 
 
 def test_ids_are_unique_uuids_that_sort_in_the_order_they_were_made() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, TypeAlias, TypeVar, cast
 from psycopg import AsyncConnection, Connection
 
 from bgjob._handlers.definition import definition_of, is_again
-from bgjob.codec import Codec
+from bgjob.codec import Codec, exact
 from bgjob.errors import PayloadError
 from bgjob.job import Job
 from bgjob.result import MoveToDlq, Result
@@ -149,7 +149,7 @@ class Calling:
                 f"{self.codec!r} encoded a payload of job type {self.job_type!r} to "
                 f"{type(payload).__name__}; it must return bytes"
             )
-        return payload
+        return exact(payload)
 
     @property
     def decoder(self) -> Callable[[bytes | None], Any] | None:

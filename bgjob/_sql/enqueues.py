@@ -73,10 +73,8 @@ _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; True if it was written, False if its id is taken."""
-    later = bool(request.delay or request.run_at)
-    plain = (
-        request.exclusive is None and not later and not request.headers and request.expires is None
-    )
+    plain = request.is_plain
+    later = not plain and bool(request.delay or request.run_at)
     params: dict[str, object] = {
         "id": request.id,
         "queue": request.queue,
@@ -132,8 +130,9 @@ def enqueue_many(
     With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
     without, all arrays are lists, which every driver can send.
     """
-    has_headers = any(r.headers for r in requests)
-    can_expire = any(r.expires is not None for r in requests)
+    others = [r for r in requests if not r.is_plain]
+    has_headers = any(r.headers for r in others)
+    can_expire = any(r.expires is not None for r in others)
     headers = ", headers" if has_headers else ""
     expires = ", expires_at, expires_in" if can_expire else ""
     columns = headers + (", expires" if can_expire else "")
@@ -220,7 +219,7 @@ def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
 
 
 def _whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
-    told = {(r.queue, r.priority, bool(r.delay or r.run_at)) for r in requests}
+    told = {(r.queue, r.priority, not r.is_plain and bool(r.delay or r.run_at)) for r in requests}
     return {(queue, f"{priority}{LATER if later else ''}") for queue, priority, later in told}
 
 
@@ -249,15 +248,15 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     None if COPY is not possible: it computes no times, writes no keys, and writes rows in the
     given order, which must be the order of their ids.
     """
+    others = [r for r in requests if not r.is_plain]
+    if any(r.delay or r.run_at or r.exclusive is not None or r.expires is not None for r in others):
+        return None
     ids = [r.id for r in requests]
-    others = any(
-        r.delay or r.run_at or r.exclusive is not None or r.expires is not None for r in requests
-    )
-    if others or ids != sorted(ids):
+    if ids != sorted(ids):
         return None
     # Made one at a time, while the server writes the ones before.
     rows = ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests)
-    if not any(r.headers for r in requests):
+    if not others:
         return Copy(_COPY.format(""), _COPIED, rows)
     texts = ((stored(r.headers),) for r in requests)
     return Copy(
