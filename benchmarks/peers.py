@@ -1,4 +1,4 @@
-"""bgjob and other systems: bulk enqueue, drain, pick-up, and drain under a pinned snapshot.
+"""bgjob and other systems: bulk enqueue, drain, pick-up, jobs with keys, a pinned snapshot.
 
 `--cache FOLDER` keeps the environments (by default `.venvs` beside this file), `--python PATH`
 is the interpreter that makes them, and `--peers A,B` runs only these and bgjob.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import sleep
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import harness
@@ -23,7 +23,24 @@ from psycopg.conninfo import conninfo_to_dict
 from systems import SYSTEMS, Environment, LeftOutError
 
 _PAUSE = 0.01, 0.05  # seconds between two jobs, least and most
+_KEYS = 100
 _MOST = 100_000  # jobs of a run; slower systems get as many as fit in the time budget
+
+
+class Round(NamedTuple):
+    """Rates of one bulk enqueue and one drain."""
+
+    enqueue_jobs_per_s: float
+    made_jobs_per_s: float
+    """The same, with the time that it takes to make the jobs."""
+    drain_jobs_per_s: float
+
+
+class PickedUp(NamedTuple):
+    """Percentiles of some times."""
+
+    p50_ms: float
+    p99_ms: float
 
 
 class Runner:
@@ -32,6 +49,7 @@ class Runner:
     def __init__(self, bench: Bench, environment: Environment, store: str | None) -> None:
         self.system = environment.system
         self.runs: dict[str, list[float]] = {}
+        self.has_keys = False
         self._bench = bench
         self._environment = environment
         self._database = f"bgjob_benchmark_{self.system.adapter}"
@@ -40,15 +58,22 @@ class Runner:
     def about(self) -> dict[str, Any]:
         """Return versions and settings."""
         about: dict[str, Any] = self._environment.run("about", self._url)
+        self.has_keys = about.pop("has_keys")
         return about
 
-    def drain(self, count: int) -> tuple[float, float]:
-        """Return the jobs/s of a bulk enqueue, and of the drain of its jobs."""
+    def drain(self, count: int) -> Round:
+        """Return the rates of a bulk enqueue, and of the drain of its jobs."""
         with self._fresh():
             return self._round(count)
 
-    def pick_up(self, count: int, chance: random.Random) -> tuple[float, float]:
-        """Return p50 and p99 of the ms from an enqueue's return to its handler's start."""
+    def drain_keyed(self, count: int) -> float:
+        """Return the jobs/s of a drain of jobs with a key, of which one runs at a time."""
+        with self._fresh():
+            self._environment.run("enqueue_keyed", self._url, count, _KEYS)
+            return self._drain(count)
+
+    def pick_up(self, count: int, chance: random.Random) -> PickedUp:
+        """Return the times from an enqueue's return to its handler's start."""
         waited = []
         with (
             self._fresh(),
@@ -63,7 +88,7 @@ class Runner:
                 ms = (started() - back) * 1000
                 if number >= 0:
                     waited.append(ms)
-        return percentile(waited, 0.5), percentile(waited, 0.99)
+        return PickedUp(percentile(waited, 0.5), percentile(waited, 0.99))
 
     def pinned(self, count: int, rounds: int, longest: float) -> list[float]:
         """Return the jobs/s of each round while another session holds a snapshot.
@@ -75,17 +100,21 @@ class Runner:
             holder.execute("set transaction isolation level repeatable read")
             holder.execute("select 1")
             while len(rates) < rounds and not (rates and count / rates[-1] > longest):
-                rates.append(self._round(count)[1])
+                rates.append(self._round(count).drain_jobs_per_s)
         return rates
 
-    def _round(self, count: int) -> tuple[float, float]:
-        wrote = self._environment.run("enqueue", self._url, count)["seconds"]
+    def _round(self, count: int) -> Round:
+        took = self._environment.run("enqueue", self._url, count)
+        making, writing = took["making"], took["writing"]
+        return Round(count / writing, count / (making + writing), self._drain(count))
+
+    def _drain(self, count: int) -> float:
         if self.system.on_postgres:
             with psycopg.connect(self._url, autocommit=True) as connection:
                 connection.execute("vacuum (analyze)")
                 connection.execute("checkpoint")
-        drained = self._environment.run("drain", self._url, count)["seconds"]
-        return count / wrote, count / drained
+        seconds: float = self._environment.run("drain", self._url, count)["seconds"]
+        return count / seconds
 
     @contextmanager
     def _fresh(self) -> Iterator[None]:
@@ -137,22 +166,35 @@ def _measure(bench: Bench, runners: Sequence[Runner], report: dict[str, Any]) ->
     """Run in turns, after a first run that finds how many jobs fit in the budget."""
     quick = bench.options.quick
     picked_up, chance = 30 if quick else 200, random.Random(bench.options.seed)
-    counts = {}
+    counts, keyed = {}, {}
     for runner in runners:
-        rate = runner.drain(2_000 if quick else 5_000)[1]
-        fit = int(rate * (2 if quick else 10)) // 1_000 * 1_000
-        counts[runner] = max(1_000, min(fit, _MOST // 5 if quick else _MOST))
+        counts[runner] = _fitting(
+            runner.drain(2_000 if quick else 5_000).drain_jobs_per_s, is_quick=quick
+        )
+        if runner.has_keys:
+            rate = runner.drain_keyed(2_000)
+            keyed[runner] = report[runner.system.name]["keyed_jobs"] = _fitting(
+                rate, is_quick=quick
+            )
         report[runner.system.name] |= {"jobs": counts[runner], "picked_up": picked_up}
     for number in range(1, bench.options.rounds + 1):
         for runner in runners:
-            values = *runner.drain(counts[runner]), *runner.pick_up(picked_up, chance)
-            names = "enqueue_jobs_per_s", "drain_jobs_per_s", "p50_ms", "p99_ms"
-            for name, value in zip(names, values, strict=True):
+            figures = runner.drain(counts[runner])._asdict()
+            figures |= runner.pick_up(picked_up, chance)._asdict()
+            if runner in keyed:
+                figures["keyed_jobs_per_s"] = runner.drain_keyed(keyed[runner])
+            for name, value in figures.items():
                 runner.runs.setdefault(name, []).append(value)
-            said = ", ".join(f"{v:,.2f} {n}" for n, v in zip(names, values, strict=True))
+            said = ", ".join(f"{value:,.2f} {name}" for name, value in figures.items())
             say(f"{runner.system.name}, round {number}: {said}")
     for runner in runners:
         report[runner.system.name] |= {n: figure(runs) for n, runs in runner.runs.items()}
+
+
+def _fitting(rate: float, *, is_quick: bool) -> int:
+    """Return how many jobs fit in a run's time."""
+    fit = int(rate * (2 if is_quick else 10)) // 1_000 * 1_000
+    return max(1_000, min(fit, _MOST // 5 if is_quick else _MOST))
 
 
 def _pin(bench: Bench, runners: Sequence[Runner], report: dict[str, Any]) -> None:
@@ -173,8 +215,13 @@ def _against_the_fastest(runners: Sequence[Runner]) -> dict[str, object]:
     for part, name, goal in (
         ("drain", "drain_jobs_per_s", 5),
         ("enqueue", "enqueue_jobs_per_s", 3),
+        ("enqueue_made", "made_jobs_per_s", 3),
+        ("keyed", "keyed_jobs_per_s", 5),
     ):
-        best = max(others, key=lambda other: sorted(other.runs[name])[len(other.runs[name]) // 2])
+        having = [other for other in others if name in other.runs]
+        if not having:
+            continue
+        best = max(having, key=lambda other: sorted(other.runs[name])[len(other.runs[name]) // 2])
         compared[part] = {
             "floor": best.system.name,
             "jobs_per_s": figure(ours.runs[name], best.runs[name], at_least(goal)),

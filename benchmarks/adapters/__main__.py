@@ -2,7 +2,8 @@
 
 - `about` prints versions and settings.
 - `setup` makes the tables.
-- `enqueue COUNT` prints the seconds that it took.
+- `enqueue COUNT` prints the seconds that it took to make the jobs, and to write them.
+- `enqueue_keyed COUNT KEYS` writes jobs, in equal parts, of so many keys.
 - `drain COUNT` starts a worker and prints the seconds from then to the last handler, and until
   the store has no unfinished job. It fails unless each job ran exactly once.
 - `work` starts a worker, prints a line, and prints when each handler started, until stdin closes.
@@ -48,6 +49,7 @@ async def _about(peer: Peer) -> None:
             "python": platform.python_version(),
             "versions": {package: version(package) for package in peer.packages},
             "settings": peer.settings,
+            "has_keys": peer.has_keys,
         }
     )
 
@@ -60,11 +62,22 @@ async def _setup(peer: Peer) -> None:
 async def _enqueue(peer: Peer, count: int) -> None:
     async with peer.counter() as left:
         before = await left()
-        seconds = await peer.enqueue(count)
+        enqueued = await peer.enqueue(count)
         written = await left() - before
+    _check_written(written, count)
+    _print(enqueued._asdict())
+
+
+async def _enqueue_keyed(peer: Peer, count: int, keys: int) -> None:
+    async with peer.counter() as left:
+        await peer.enqueue_keyed(count, keys)
+        _check_written(await left(), count)
+    _print(True)
+
+
+def _check_written(written: int, count: int) -> None:
     if written != count:
         raise RuntimeError(f"{written} of {count} jobs were written")
-    _print({"seconds": seconds})
 
 
 async def _drain(peer: Peer, count: int) -> None:
@@ -132,6 +145,7 @@ _COMMANDS: Mapping[str, Callable[..., Coroutine[Any, Any, None]]] = {
     "about": _about,
     "setup": _setup,
     "enqueue": _enqueue,
+    "enqueue_keyed": _enqueue_keyed,
     "drain": _drain,
     "work": _work,
     "produce": _produce,

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Ran
+from adapters.peer import QUEUE, Enqueued, Ran
 from awa import AsyncClient
 
 _QUEUE_CONFIG = {"name": QUEUE, "max_workers": 1000, "claim_batch_size": 500}
@@ -42,13 +42,15 @@ class System(OnPostgres):
             await client.migrate()
             await client.install_queue_storage(schema="awa")
 
-    async def enqueue(self, count: int) -> float:
+    async def enqueue(self, count: int) -> Enqueued:
+        began = perf_counter()
         jobs = [Noop(n) for n in range(count)]
+        made = perf_counter()
         async with self._client() as client:
             await client.health_check()  # connects
-            began = perf_counter()
+            asked = perf_counter()
             await client.enqueue_many_copy(jobs, queue=QUEUE)
-            return perf_counter() - began
+            return Enqueued(made - began, perf_counter() - asked)
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:

@@ -7,7 +7,7 @@ from time import perf_counter
 import psycopg
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Ran
+from adapters.peer import QUEUE, Enqueued, Ran
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux, Worker
 from bgjob.schema import init_sql
 
@@ -17,19 +17,31 @@ class System(OnPostgres):
 
     packages = "bgjob", "psycopg", "psycopg-binary"
     settings = {"handlers": "plain functions on threads", "concurrency": 10}
+    has_keys = True
     unfinished = "select count(*) from bgjob_job"
 
     async def setup(self) -> None:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(init_sql())
 
-    async def enqueue(self, count: int) -> float:
+    async def enqueue(self, count: int) -> Enqueued:
+        began = perf_counter()
         requests = [EnqueueRequest(QUEUE, "noop", {"n": n}) for n in range(count)]
+        made = perf_counter()
         with Client(self.url) as client:
             client.dlq.list(limit=1)  # connects
-            began = perf_counter()
+            asked = perf_counter()
             client.bulk_enqueue(requests)
-            return perf_counter() - began
+            return Enqueued(made - began, perf_counter() - asked)
+
+    async def enqueue_keyed(self, count: int, keys: int) -> None:
+        with Client(self.url) as client:
+            client.bulk_enqueue(
+                [
+                    EnqueueRequest(QUEUE, "noop", {"n": n}, exclusive=str(n % keys))
+                    for n in range(count)
+                ]
+            )
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:

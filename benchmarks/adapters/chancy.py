@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Ran
+from adapters.peer import QUEUE, Enqueued, Ran
 from chancy import Chancy, Queue, Worker, job
 
 # A fetch fills the free slots, after each job (eager_polling) or 5 s later. A concurrency of 10
@@ -51,14 +51,16 @@ class System(OnPostgres):
                 )
             )
 
-    async def enqueue(self, count: int) -> float:
+    async def enqueue(self, count: int) -> Enqueued:
+        began = perf_counter()
         jobs = [noop.job.with_kwargs(n=n) for n in range(count)]
+        made = perf_counter()
         async with self._chancy() as chancy:
             await chancy.get_all_queues()  # connects
-            began = perf_counter()
+            asked = perf_counter()
             async for _ in chancy.push_many(jobs, batch_size=1000):
                 pass
-            return perf_counter() - began
+            return Enqueued(made - began, perf_counter() - asked)
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from time import perf_counter
 
-from adapters.peer import QUEUE, Peer, Ran
+from adapters.peer import QUEUE, Enqueued, Peer, Ran
 
 # Read at import. The default, twice the number of threads, fetches too few no-op jobs at once:
 # ten threads drained 2,500 jobs/s with it, and 4,000 with this value.
@@ -46,12 +46,14 @@ class System(Peer):
     async def setup(self) -> None:
         self._broker.flush_all()
 
-    async def enqueue(self, count: int) -> float:
-        messages = [self._noop.message(n) for n in range(count)]
-        self._broker.client.ping()  # connects
+    async def enqueue(self, count: int) -> Enqueued:
         began = perf_counter()
+        messages = [self._noop.message(n) for n in range(count)]
+        made = perf_counter()
+        self._broker.client.ping()  # connects
+        asked = perf_counter()
         dramatiq.group(messages, broker=self._broker).run()
-        return perf_counter() - began
+        return Enqueued(made - began, perf_counter() - asked)
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:

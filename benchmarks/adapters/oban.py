@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Ran
+from adapters.peer import QUEUE, Enqueued, Ran
 from oban import Oban, worker
 from oban.schema import install
 
@@ -45,12 +45,14 @@ class System(OnPostgres):
         async with await Oban.create_pool(self.url) as pool:
             await install(pool)
 
-    async def enqueue(self, count: int) -> float:
+    async def enqueue(self, count: int) -> Enqueued:
+        began = perf_counter()
         jobs = [Noop.new({"n": n}) for n in range(count)]
+        made = perf_counter()
         async with await Oban.create_pool(self.url) as pool:
-            began = perf_counter()
+            asked = perf_counter()
             await Oban(pool=pool).enqueue_many(jobs)
-            return perf_counter() - began
+            return Enqueued(made - began, perf_counter() - asked)
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:

@@ -3,12 +3,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 QUEUE = "benchmark"
 
 Ran = Callable[[int], None]
 """Each handler calls it first, once, with the number of its job; from any thread."""
+
+
+class Enqueued(NamedTuple):
+    """The seconds that a bulk enqueue took."""
+
+    making: float
+    """To make the objects that are passed to it."""
+    writing: float
 
 
 class Peer(ABC):
@@ -19,6 +27,9 @@ class Peer(ABC):
     settings: ClassVar[Mapping[str, object]]
     """The settings that were chosen."""
 
+    has_keys: ClassVar[bool] = False
+    """Whether jobs may have a key, of which one runs at a time."""
+
     def __init__(self, url: str) -> None:
         self.url = url
 
@@ -27,11 +38,15 @@ class Peer(ABC):
         """Make the tables in an empty database."""
 
     @abstractmethod
-    async def enqueue(self, count: int) -> float:
-        """Write jobs numbered from 0 in the fastest documented way; return the seconds.
+    async def enqueue(self, count: int) -> Enqueued:
+        """Write jobs numbered from 0 in the fastest documented way.
 
         Work that a process does once, such as connecting, is not counted.
         """
+
+    async def enqueue_keyed(self, count: int, keys: int) -> None:
+        """Write jobs of which only one with the same key runs at a time, where `has_keys`."""
+        raise NotImplementedError
 
     @abstractmethod
     def producer(self) -> AbstractAsyncContextManager[Callable[[], Awaitable[object]]]:

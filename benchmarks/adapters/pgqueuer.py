@@ -9,7 +9,7 @@ from typing import Any
 
 import asyncpg
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Ran
+from adapters.peer import QUEUE, Enqueued, Ran
 from pgqueuer import PgQueuer
 from pgqueuer.db import AsyncpgDriver
 from pgqueuer.queries import Queries
@@ -38,12 +38,14 @@ class System(OnPostgres):
             await queries.install()
             await queries.optimize_autovacuum()
 
-    async def enqueue(self, count: int) -> float:
+    async def enqueue(self, count: int) -> Enqueued:
+        began = perf_counter()
         payloads = [str(n).encode() for n in range(count)]
+        made = perf_counter()
         async with self._queries() as queries:
-            began = perf_counter()
+            asked = perf_counter()
             await queries.enqueue([QUEUE] * count, payloads, [0] * count)
-            return perf_counter() - began
+            return Enqueued(made - began, perf_counter() - asked)
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:

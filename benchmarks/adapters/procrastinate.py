@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Ran
+from adapters.peer import QUEUE, Enqueued, Ran
 from procrastinate import App, PsycopgConnector
 
 _CONCURRENCY = 10  # 5 and 30 were not faster
@@ -24,6 +24,7 @@ class System(OnPostgres):
         "max_size of the pool": _CONCURRENCY + 2,
         "delete_jobs": "always",
     }
+    has_keys = True
     unfinished = "select count(*) from procrastinate_jobs where status in ('todo', 'doing')"
 
     def __init__(self, url: str) -> None:
@@ -42,13 +43,21 @@ class System(OnPostgres):
         async with self._app.open_async():
             await self._app.schema_manager.apply_schema_async()
 
-    async def enqueue(self, count: int) -> float:
+    async def enqueue(self, count: int) -> Enqueued:
+        began = perf_counter()
         jobs = [{"n": n} for n in range(count)]
+        made = perf_counter()
         async with self._app.open_async():
             await self._app.check_connection_async()
-            began = perf_counter()
+            asked = perf_counter()
             await self._task.batch_defer_async(*jobs)
-            return perf_counter() - began
+            return Enqueued(made - began, perf_counter() - asked)
+
+    async def enqueue_keyed(self, count: int, keys: int) -> None:
+        async with self._app.open_async():
+            for key in range(keys):
+                jobs = [{"n": n} for n in range(key, count, keys)]
+                await self._task.configure(lock=str(key)).batch_defer_async(*jobs)
 
     @asynccontextmanager
     async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
