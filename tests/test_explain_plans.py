@@ -5,7 +5,6 @@ There they run the statements as the driver prepares them, with a plan for their
 a generic one, within the bounds that an explanation sets.
 """
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString, cast
 
@@ -18,7 +17,6 @@ from support.plans import (
     nodes,
     prepare,
     run,
-    undone,
 )
 
 from bgjob._sql import looks
@@ -78,16 +76,15 @@ def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> lis
     return conn.execute(cast(Any, statement.text), statement.params).fetchall()
 
 
-tables = filled(fill, MANY, TABLES)
+tables, conn = filled(fill, MANY, TABLES)
 
 
 @pytest.fixture
-def bounded(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
-    with undone(tables) as conn:
-        for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
-            if name != "transaction_read_only":
-                conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
-        yield conn
+def bounded(conn: psycopg.Connection) -> psycopg.Connection:
+    for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
+        if name != "transaction_read_only":
+            conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
+    return conn
 
 
 def test_a_job_alive_or_dead_is_found_by_its_id(bounded: psycopg.Connection) -> None:

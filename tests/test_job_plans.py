@@ -6,7 +6,6 @@ a generic one: pages within the bounds that `client.jobs` sets, actions in a cli
 session as it is.
 """
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, LiteralString, cast
 
@@ -20,7 +19,6 @@ from support.plans import (
     nodes,
     prepare,
     run,
-    undone,
 )
 
 from bgjob._sql import job_pages, jobs, looks, steering
@@ -74,13 +72,7 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(statement, {"jobs": jobs})
 
 
-tables = filled(fill, MANY, TABLES)
-
-
-@pytest.fixture
-def conn(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
-    with undone(tables):
-        yield tables
+tables, conn = filled(fill, MANY, TABLES)
 
 
 def check(

@@ -6,7 +6,6 @@ generic one.
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any, LiteralString, cast
 
 import psycopg
@@ -19,7 +18,6 @@ from support.plans import (
     nodes,
     prepare,
     run,
-    undone,
 )
 
 from bgjob._sql.overviews import overview, plan_by_index
@@ -74,13 +72,7 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(statement, {"jobs": jobs, "queues": QUEUES, "running": min(RUNNING, jobs)})
 
 
-tables = filled(fill, MANY, TABLES)
-
-
-@pytest.fixture
-def conn(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
-    with undone(tables):
-        yield tables
+tables, conn = filled(fill, MANY, TABLES)
 
 
 def check(plan: dict[str, Any]) -> None:

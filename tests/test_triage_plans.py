@@ -1,6 +1,5 @@
 """Dead jobs are found and grouped by an index, whatever is known of their table."""
 
-from collections.abc import Iterator
 from typing import Any, LiteralString, cast
 
 import psycopg
@@ -12,7 +11,6 @@ from support.plans import (
     nodes,
     prepare,
     run,
-    undone,
 )
 
 from bgjob._sql import dead, triage
@@ -45,13 +43,7 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
     conn.execute(FILL_LIVE, {"jobs": jobs})
 
 
-tables = filled(fill, MANY, {"bgjob_dead_job", "bgjob_job"})
-
-
-@pytest.fixture
-def conn(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
-    with undone(tables):
-        yield tables
+tables, conn = filled(fill, MANY, {"bgjob_dead_job", "bgjob_job"})
 
 
 def check(conn: psycopg.Connection, statement: Statement[Any], most: float) -> Any:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import psycopg
@@ -68,15 +67,15 @@ def fill_with_statistics(
 
 def filled(
     fill: Callable[[psycopg.Connection, int], None], jobs: int, tables: Collection[str]
-) -> Any:
-    """Make a fixture of a module: a connection to such tables, for each of STATISTICS.
+) -> tuple[Any, Any]:
+    """Make the fixtures `tables` and `conn` of a module: connections to such tables.
 
-    Filling takes longer than all plans. So the tests of a module share a database for each of the
-    statistics, and work in transactions that `undone` rolls back.
+    Filling takes longer than all plans. So the tests of a module share a database for each of
+    STATISTICS, and `conn` rolls back in the end what a test has done, and forgets what it prepared.
     """
 
     @pytest.fixture(scope="module", params=STATISTICS)
-    def connection(
+    def shared(
         request: pytest.FixtureRequest, databases: Databases, template: str
     ) -> Iterator[psycopg.Connection]:
         with (
@@ -86,15 +85,13 @@ def filled(
             fill_with_statistics(conn, request.param, fill, jobs, tables)
             yield conn
 
-    return connection
+    @pytest.fixture
+    def undone(tables: psycopg.Connection) -> Iterator[psycopg.Connection]:
+        with tables.transaction(force_rollback=True):
+            yield tables
+        tables.execute("deallocate all")
 
-
-@contextmanager
-def undone(conn: psycopg.Connection) -> Iterator[psycopg.Connection]:
-    """Roll back in the end what was done with a connection, and forget what it prepared."""
-    with conn.transaction(force_rollback=True):
-        yield conn
-    conn.execute("deallocate all")
+    return shared, undone
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
