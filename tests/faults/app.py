@@ -5,15 +5,18 @@ file, a line an event, so that nothing is forgotten when it is killed.
 """
 
 import asyncio
+import atexit
 import json
 import os
+import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psycopg
 
@@ -38,6 +41,7 @@ from bgjob._sql import session, transactions
 from bgjob.checkpoint import AsyncCheckpoint, Checkpoint
 
 Event = tuple[Any, ...]
+AnyConnection = TypeVar("AnyConnection", psycopg.Connection[Any], psycopg.AsyncConnection[Any])
 Colour = Literal["thread", "async"]
 
 ENVIRONMENT = "BGJOB_FAULTS_APP"
@@ -149,6 +153,61 @@ def _text(error: str | BaseException | None) -> str:
     return str(error)
 
 
+class Ledger:
+    """Connections to the ledger. To open one takes longer than all else that a handler does.
+
+    A worker process keeps them until it ends. Elsewhere each is closed after its use.
+    """
+
+    def __init__(self, dsn: str, *, keeps: bool = False) -> None:
+        self._dsn = dsn
+        self._keeps = keeps
+        self._idle: list[psycopg.Connection[Any]] = []
+        self._async_idle: list[psycopg.AsyncConnection[Any]] = []
+        if keeps:
+            atexit.register(self._finish)
+
+    @contextmanager
+    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+        conn = self._kept(self._idle) or psycopg.connect(self._dsn, autocommit=True)
+        try:
+            yield conn
+        except BaseException:
+            conn.close()
+            raise
+        if self._keeps:
+            self._idle.append(conn)
+        else:
+            conn.close()
+
+    @asynccontextmanager
+    async def async_connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        conn = self._kept(self._async_idle)
+        conn = conn or await psycopg.AsyncConnection.connect(self._dsn, autocommit=True)
+        try:
+            yield conn
+        except BaseException:
+            await conn.close()
+            raise
+        if self._keeps:
+            self._async_idle.append(conn)
+        else:
+            await conn.close()
+
+    @staticmethod
+    def _kept(idle: list[AnyConnection]) -> AnyConnection | None:
+        with suppress(IndexError):
+            while conn := idle.pop():
+                if not select.select([conn.fileno()], [], [], 0)[0]:
+                    return conn
+                conn.pgconn.finish()  # the server has ended it, and says so
+        return None
+
+    def _finish(self) -> None:
+        for conn in [*self._idle, *self._async_idle]:
+            conn.pgconn.finish()
+
+
 class Handlers:
     """The handlers, which do what the job's argument says.
 
@@ -177,7 +236,7 @@ class Handlers:
     def __init__(
         self,
         client: Client | AsyncClient,
-        ledger: str,
+        ledger: Ledger,
         tell: Callable[[Event], object],
         *,
         queue: str = "q",
@@ -234,7 +293,7 @@ class Handlers:
         arg = job.json() or {}
         if not arg.get("timed"):
             return self._plain(job, arg, conn)
-        with psycopg.connect(self._ledger, autocommit=True) as own:
+        with self._ledger.connection() as own:
             own.execute(_BEGIN, [job.id, job.exclusive, job.attempt, os.getpid()])
             result = self._plain(job, arg, conn)
             own.execute(_END, [job.id, job.attempt, os.getpid()])
@@ -245,7 +304,7 @@ class Handlers:
         if arg.get("mute"):
             return Complete()
         if conn is None:
-            with psycopg.connect(self._ledger, autocommit=True) as own:
+            with self._ledger.connection() as own:
                 kind = self._kind(job, arg, own.execute(_RESCHEDULED, [job.id]).fetchall())
                 own.execute(_INSERT, [job.id, job.attempt, kind, os.getpid()])
         else:
@@ -257,7 +316,7 @@ class Handlers:
         self._tell(("effect", job.id, job.attempt))
         time.sleep(arg.get("linger", 0) + arg.get("block", 0))
         if gate := arg.get("hold"):
-            with psycopg.connect(self._ledger, autocommit=True) as own:
+            with self._ledger.connection() as own:
                 while not own.execute(_GATE, [gate, job.attempt]).fetchall():
                     time.sleep(0.02)
         return self._act(job, arg, kind)
@@ -287,7 +346,7 @@ class Handlers:
 
     def _wait(self, job: Job) -> None:
         self._tell(("held", job.id, job.attempt))
-        with psycopg.connect(self._ledger, autocommit=True) as own:
+        with self._ledger.connection() as own:
             while not own.execute(_GATE, [job.id, job.attempt]).fetchall():
                 time.sleep(0.02)
 
@@ -318,7 +377,7 @@ class Handlers:
         arg = job.json() or {}
         if not arg.get("timed"):
             return await self._coroutine(job, arg, conn)
-        async with await psycopg.AsyncConnection.connect(self._ledger, autocommit=True) as own:
+        async with self._ledger.async_connection() as own:
             await own.execute(_BEGIN, [job.id, job.exclusive, job.attempt, os.getpid()])
             result = await self._coroutine(job, arg, conn)
             await own.execute(_END, [job.id, job.attempt, os.getpid()])
@@ -331,7 +390,7 @@ class Handlers:
         if arg.get("mute"):
             return Complete()
         if conn is None:
-            async with await psycopg.AsyncConnection.connect(self._ledger, autocommit=True) as own:
+            async with self._ledger.async_connection() as own:
                 kind = await self._write(job, arg, own)
         else:
             kind = await self._write(job, arg, conn)
@@ -342,7 +401,7 @@ class Handlers:
         await asyncio.sleep(arg.get("linger", 0))
         time.sleep(arg.get("block", 0))
         if gate := arg.get("hold"):
-            async with await psycopg.AsyncConnection.connect(self._ledger, autocommit=True) as own:
+            async with self._ledger.async_connection() as own:
                 while not await (await own.execute(_GATE, [gate, job.attempt])).fetchall():
                     await asyncio.sleep(0.02)
         return self._act(job, arg, kind)
@@ -428,13 +487,14 @@ def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
         "without": settings.without,
     }
     mux = Mux(unknown_for=settings.unknown_for)
+    ledger = Ledger(settings.ledger, keeps=True)
     if settings.colour == "async":
         async_client = AsyncClient(settings.dsn, notify=settings.notify)
-        handlers = Handlers(async_client, settings.ledger, file.tell, queue=settings.queue)
+        handlers = Handlers(async_client, ledger, file.tell, queue=settings.queue)
         handlers.register(mux, **policy)
         return AsyncWorker(async_client, settings.queue, mux, **options)
     client = Client(settings.dsn, notify=settings.notify)
-    handlers = Handlers(client, settings.ledger, file.tell, queue=settings.queue)
+    handlers = Handlers(client, ledger, file.tell, queue=settings.queue)
     return Worker(client, settings.queue, handlers.register(mux, **policy), **options)
 
 

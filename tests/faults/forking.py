@@ -21,6 +21,7 @@ from faults.app import (
     ENVIRONMENT,
     EventFile,
     Handlers,
+    Ledger,
     Recorder,
     Settings,
     build,
@@ -255,7 +256,7 @@ OPTIONS: dict[str, Any] = {
 def handler() -> None:
     """Fork in handlers, while the next jobs wait for the slot."""
     with Client(SETTINGS.dsn) as client:
-        handlers = Handlers(client, SETTINGS.ledger, FILE.tell)
+        handlers = Handlers(client, Ledger(SETTINGS.ledger), FILE.tell)
         mux = handlers.register(Mux(), max_attempts=3, backoff=0.1)
         mux.register("fork", forker)
         mux.register("fork in a transaction", forker, transactional=True)
@@ -265,7 +266,7 @@ def handler() -> None:
 
 async def async_handler() -> None:
     async with AsyncClient(SETTINGS.dsn) as client:
-        handlers = Handlers(client, SETTINGS.ledger, FILE.tell)
+        handlers = Handlers(client, Ledger(SETTINGS.ledger), FILE.tell)
         mux = handlers.register(Mux(), max_attempts=3, backoff=0.1)
         mux.register("fork", async_forker)
         mux.register("fork in a transaction", async_forker, transactional=True)

@@ -9,7 +9,16 @@ import os
 from typing import Any
 
 from bgjob import Client, EnqueueRequest, Mux, Schedule, Schedules, Worker
-from faults.app import ENVIRONMENT, EventFile, Handlers, Recorder, Settings, end_with_parent, serve
+from faults.app import (
+    ENVIRONMENT,
+    EventFile,
+    Handlers,
+    Ledger,
+    Recorder,
+    Settings,
+    end_with_parent,
+    serve,
+)
 
 SCHEDULES = "BGJOB_FAULTS_SCHEDULES"
 """The variable that holds the schedules of a worker process."""
@@ -28,7 +37,7 @@ def main() -> None:
     settings = Settings(**json.loads(os.environ[ENVIRONMENT]))
     file = EventFile(settings.events)
     client = Client(settings.dsn)
-    handlers = Handlers(client, settings.ledger, file.tell, queue=settings.queue)
+    handlers = Handlers(client, Ledger(settings.ledger), file.tell, queue=settings.queue)
     worker = Worker(
         client,
         settings.queue,

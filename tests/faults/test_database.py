@@ -33,7 +33,7 @@ from bgjob._sql.statement import Statement
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
 from faults import oracle
-from faults.app import Event, Handlers, Recorder
+from faults.app import Event, Handlers, Ledger, Recorder
 from faults.pooler import Pooler
 from faults.world import Local, Process, World
 
@@ -848,7 +848,7 @@ def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_asyn
                 client.enqueue(request, conn=conn)
             return None
 
-        handlers = Handlers(client, world.dsn, lambda _: None)
+        handlers = Handlers(client, Ledger(world.dsn), lambda _: None)
         mux = handlers.register(Mux(), max_attempts=25, backoff=0.05)
         outcomes = ("complete", "retry", "raise", "reschedule", "dlq")
         with working(world, client, mux) as worker:
@@ -1075,7 +1075,7 @@ def test_a_worker_whose_role_lacks_a_privilege_names_the_grant_and_the_remedy(
     world.query(remedy)
     # These are all that a worker needs, and its job ends in each way.
     outcomes = {"complete": "completed", "retry": "retried", "dlq": "dead"}
-    handlers = Handlers(world.client, world.dsn, lambda _: None)
+    handlers = Handlers(world.client, Ledger(world.dsn), lambda _: None)
     mux = handlers.register(Mux(), max_attempts=25, backoff=0.05)
     worker = world.worker(mux, dsn=dsn)
     for then in outcomes:

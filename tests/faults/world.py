@@ -24,7 +24,7 @@ from support.waiting import PATIENCE, eventually
 
 from bgjob import AsyncClient, AsyncWorker, Client, EnqueueRequest, Mux, Worker
 from faults import oracle
-from faults.app import ENVIRONMENT, LEDGER, Event, Handlers, Recorder, Settings, children_of
+from faults.app import ENVIRONMENT, LEDGER, Event, Handlers, Ledger, Recorder, Settings, children_of
 
 T = TypeVar("T")
 
@@ -561,7 +561,7 @@ class World:
         if is_async:
             client = AsyncClient(self.dsn)
             self._async_clients.append(client)
-        handlers = Handlers(client, self.dsn, tell)
+        handlers = Handlers(client, Ledger(self.dsn), tell)
         return handlers.register(Mux(), max_attempts=max_attempts, backoff=backoff)
 
     @property
