@@ -49,8 +49,9 @@ def test_a_killer_is_alone_after_a_few_deaths_and_its_neighbours_complete(
     # Two deaths of all, those of groups that halve, and one alone.
     print(f"{neighbours} neighbours, {killers} killers: {deaths} deaths")
     assert deaths <= killers * (2 + log2(everything) + 1 + 1)
-    attempts = [event[2] for process in processes for event in process.of("completed")]
-    assert max(attempts) <= 3
+    # A process that was killed may have settled jobs without telling of any.
+    told = [event for process in processes for event in process.of("started", "completed")]
+    assert max((attempt for _, id, attempt in told if id not in bad), default=1) <= 3
 
 
 def test_one_death_keeps_neither_its_jobs_nor_others_waiting(world: World) -> None:
