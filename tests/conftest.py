@@ -64,6 +64,7 @@ pytest_plugins = [
 LONGEST = {
     "test_data",
     "test_demo",
+    "test_django",
     "test_embedded",
     "test_killers",
     "test_pytest_plugin",
