@@ -480,6 +480,23 @@ def test_an_enqueue_wakes_a_worker_when_it_commits(
     observer.wait_for("completed", "a")
 
 
+def test_one_ring_ends_one_wait_even_if_the_thread_that_rings_is_late(dsn: str) -> None:
+    waker = Waker()
+    session = session_of(dsn)
+    try:
+        waker.arm()
+        waker._rope.send(b"!")  # and it has not run since: the waker does not know yet
+        session.wait(waker, PATIENCE)
+        waker.silence()
+        waker._rings = True
+        assert not select.select([waker], [], [], 0)[0]
+        waker.silence()
+        waker.shout()
+        assert select.select([waker], [], [], 0)[0]
+    finally:
+        waker.close()
+
+
 def test_a_notification_that_was_read_behind_an_answer_is_not_slept_through(dsn: str) -> None:
     waker = Waker()
     session = session_of(dsn)

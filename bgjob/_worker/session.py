@@ -309,7 +309,9 @@ class Session:
         ready = poll.poll(min(max(timeout, 0.0), _LONGEST_SLEEP) * 1000 + 1)
         rung = waker.fileno()
         for fd, _ in ready:
-            if fd != rung and connection is not None:
+            if fd == rung:
+                waker.silence(rings=True)
+            elif connection is not None:
                 connection.pgconn.consume_input()
                 self._take_notifies(connection)
 

@@ -35,10 +35,16 @@ class Waker:
             self._rope.send(b"!")
         self._rings = True  # after the send: at worst the second wait silences it
 
-    def silence(self) -> None:
-        """Stop ringing."""
+    def silence(self, *, rings: bool = False) -> None:
+        """Stop ringing.
+
+        Args:
+            rings: whether a wait found it ringing. The thread that rings may have sent, and not
+                run since: without this the next wait would return immediately.
+
+        """
         self._armed = False
-        if self._rings:
+        if self._rings or rings:
             self._rings = False
             with contextlib.suppress(BlockingIOError):
                 self._heard.recv(4096)
