@@ -274,13 +274,22 @@ def _give_up(connection: Connection | AsyncConnection, gen: PQGen[Any]) -> None:
         gen.close()
 
 
+def _sends(connection: psycopg.BaseConnection[Any], wanted: Wait) -> bool:
+    """Send what waits to be sent. True if a generator can continue that wants to write.
+
+    psycopg asks the system whether the socket is writable, twice for each statement of a pipeline.
+    Each such call may hand the interpreter to another thread.
+    """
+    return wanted & Wait.W > 0 and connection.pgconn.flush() == 0
+
+
 def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[RV]:
     # Both ways of waiting for the socket, sync and async, return from time to time without data.
     try:
         wanted = next(gen)
         since = time.monotonic()
         while True:
-            ready = yield wanted
+            ready = Ready.W if _sends(connection, wanted) else (yield wanted)
             if ready:
                 since = time.monotonic()
             elif time.monotonic() >= since + connection.patience:
@@ -311,6 +320,8 @@ class WorkerConnection(Connection):
         # threads, and has to get it back.
         try:
             wanted = next(gen)
+            while _sends(self, wanted):
+                wanted = gen.send(Ready.W)
             poll = polling.poll()
             poll.register(self.pgconn.socket, _EVENTS[wanted])
             while True:
