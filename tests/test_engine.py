@@ -619,6 +619,23 @@ def test_what_was_lost_does_not_count_for_what_still_runs() -> None:
     assert claimed[-1] in drive.engine.running()
 
 
+def test_jobs_are_claimed_ahead_when_half_of_those_that_waited_have_started() -> None:
+    drive = Drive(concurrency=4)
+    took = 0.01  # seconds: a slot takes two more jobs within the time that is claimed ahead
+    drive.finish(*drive.claim("first"), took=took)
+    claimed = flowing(drive, *map(str, range(12)))
+    assert len(claimed) == 12
+    claims = []
+    for each in claimed:
+        drive.finish(each, took=took)
+        exchange = drive.exchange()
+        claims.append(exchange.claim.limit if exchange.claim else 0)
+        drive.answer(replace(found(), settled=set(settled(exchange))) if exchange.claim else None)
+        if exchange.claim:
+            break
+    assert claims == [0, 0, 0, 4]
+
+
 def test_a_refused_settlement_is_halved_until_the_poisonous_outcome_stands_alone() -> None:
     drive = Drive(concurrency=8)
     drive.finish(*drive.claim(*"abcdefgh"))

@@ -253,7 +253,7 @@ class Engine:
             if self._stopping:
                 exchange.notify_lock = "release" if done else None
             elif not (self._careful and exchange):
-                room = 0 if exchange or self._careful else self._room()
+                room = 0 if exchange or self._careful else self._worthwhile_room()
                 self._claims.add_notify_lock(exchange, room, now)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
@@ -267,7 +267,7 @@ class Engine:
                 case 2:
                     self._keys.add_wanting(exchange, now)
                 case _:
-                    self._add_claim(exchange, now)
+                    self._add_claim(exchange, self._worthwhile_room(), now)
             if self._careful and exchange:
                 # One kind of work at a time, each in turn, so that a failing one does not
                 # stop the others.
@@ -298,8 +298,8 @@ class Engine:
             or self._claims.is_held_up(now)
             or self._leases.extend_at <= now
         )
-        if is_quiet and self._lookout.has_more and self._room() >= self.bulky:
-            self._add_claim(exchange, now)
+        if is_quiet and self._lookout.has_more and (room := self._room()) >= self.bulky:
+            self._add_claim(exchange, room, now)
             if self.flows(exchange):
                 self._settling.add_pending(exchange)
                 self._keys.add_wanting(exchange, now)
@@ -321,12 +321,12 @@ class Engine:
         if not (self._careful and exchange):
             self._cancels.add_question(exchange)
 
-    def _add_claim(self, exchange: Exchange, now: float) -> None:
+    def _add_claim(self, exchange: Exchange, room: int, now: float) -> None:
         if self._stopping or exchange.release_jobs or self._settling.has_releases:
             return  # jobs that did not start are due before those that it would claim
         if not self._careful and self._leases.are_overdue(now):
             return  # first settle and extend jobs that another worker may free
-        self._claims.add(exchange, self._room(), now)
+        self._claims.add(exchange, room, now)
 
     def _room(self) -> int:
         """Return how many jobs the next exchange may claim."""
@@ -334,6 +334,11 @@ class Engine:
             return 0
         asked = sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
         return min(self.pace.room - asked, self._claims.limit)
+
+    def _worthwhile_room(self) -> int:
+        """Return how many jobs the next exchange may claim, or 0 if it is better to wait."""
+        room = self._room()
+        return room if room >= min(self.pace.worthwhile, self._claims.limit) else 0
 
     def _wake_at(self, now: float) -> float:
         times = [
@@ -344,7 +349,8 @@ class Engine:
             self._leases.extend_at,
         ]
         if not self._stopping:
-            times += [self._claims.wake_at(now, self._room()), self.pace.stale_at]
+            room = self._worthwhile_room()
+            times += [self._claims.wake_at(now, room), self.pace.stale_at]
         return min(times)
 
     # -- answers ------------------------------------------------------------------------

@@ -16,6 +16,9 @@ jobs arrive in large batches, and slow ones are not claimed before there is a sl
 _GROWTH = 4
 """The factor by which claims may grow while jobs prove to be quick."""
 
+_MOST_WORTHWHILE = 100
+"""The room that is always worth a claim."""
+
 _STALE = 0.1
 """Seconds without a claim after which jobs that were claimed ahead and have not started are
 released: they are slower than the ones before."""
@@ -72,6 +75,18 @@ class Pace:
         capacity = self.capacity
         most = max(capacity, self.slots + MOST_AHEAD)
         return min(capacity + self.behind, most) - self.running
+
+    @property
+    def worthwhile(self) -> int:
+        """The least room for which a claim is worth its round trip and its commit.
+
+        Any, if a slot is free. Otherwise jobs wait already, and the next claim waits until half of
+        them have started: jobs of some milliseconds would be claimed one by one, as each one ends
+        (benchmarks/transactional.py).
+        """
+        if self.has_free_slot:
+            return 1
+        return max(min((self.capacity - self.slots) // 2, _MOST_WORTHWHILE), 1)
 
     @property
     def in_a_row(self) -> int:
