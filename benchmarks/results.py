@@ -15,6 +15,7 @@ WORK = {
     "horizon": "drain under a pinned snapshot",
     "crowd": "drain a crowded table",
     "batches": "transactional jobs, 500 in a call",
+    "transactional": "transactional jobs, one by one",
     "exclusive": "jobs beside 20,000 that wait for a key, and jobs of 100 keys",
     "queues": "100 of 10,000 queues watched",
     "producers": "8 producers beside a worker",

@@ -7,6 +7,7 @@ another, and runs a statement as the driver prepares it, with a plan for its par
 generic one.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -17,8 +18,19 @@ import pytest
 from conftest import MIGRATION, server_dsn_key
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from psycopg.pq import ExecStatus
 from support.database import row
-from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare, run
+from support.plans import (
+    PLAN_CACHE_MODES,
+    STATISTICS,
+    buffers,
+    fill_with_statistics,
+    handled,
+    nodes,
+    prepare,
+    run,
+)
+from support.jobs import a_job
 from support.statements import LONG_AGO
 from support.waiting import eventually
 
@@ -44,6 +56,7 @@ from bgjob._sql.settlements import (
 )
 from bgjob._sql.leases import extend
 from bgjob._sql.statement import Statement
+from bgjob._sql.transactions import complete_and_commit
 
 LARGE = 250_000
 BATCH = 500
@@ -725,3 +738,27 @@ def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
             check(f"release {n}", release("q", ["k"]))
             [woken] = carry_out(release("q", ["k"]))
             assert len(woken) == 1
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_a_transaction_finds_the_row_of_its_job_by_its_id(
+    conn: psycopg.Connection, statistics: str
+) -> None:
+    def fill(conn: psycopg.Connection, jobs: int) -> None:
+        conn.execute(
+            "insert into bgjob_job (id, queue, type, token) "
+            "select n::text, 'q', 't', 1 from generate_series(1, %s) n",
+            [jobs],
+        )
+
+    fill_with_statistics(conn, statistics, fill, 5000, ["bgjob_job"])
+    commands = complete_and_commit(
+        Claimed(a_job(id="2500"), 1), over_tcp=False, server_version=0, codec="utf-8"
+    )
+    [text, params] = next(command for command in commands if command.params)
+    with conn.transaction(force_rollback=True):
+        conn.execute("set local bgjob.claim = '1'")
+        result = conn.pgconn.exec_params(b"explain (analyze, buffers, format json)" + text, params)
+        assert result.status == ExecStatus.TUPLES_OK, result.error_message
+        [[plan]] = [json.loads(result.get_value(0, 0) or b"")]
+    assert buffers(plan["Plan"]) < 10

@@ -22,9 +22,13 @@ from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob._postgres import connection
+from bgjob._postgres.commands import answers, send_only
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options, options_async
+from bgjob._sql.transactions import DEALLOCATE, RESET
 
 T = TypeVar("T")
+
+_RESET_AND_DEALLOCATE = RESET + DEALLOCATE
 
 _FIRST_PAUSE = 0.05
 """Seconds that a slot waits after it could not connect; doubles with each failure."""
@@ -56,7 +60,7 @@ class AsyncHandlerConnection(connection.AsyncConnection):
 
     token = ""
     has_committed = False
-    """Whether the worker has committed its transaction, and reset the session."""
+    """Whether the worker has committed its transaction."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     user: object = None
@@ -92,7 +96,7 @@ class HandlerConnection(connection.Connection):
 
     token = ""
     has_committed = False
-    """Whether the worker has committed its transaction, and reset the session."""
+    """Whether the worker has committed its transaction."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     user: object = None
@@ -161,6 +165,8 @@ class Sessions:
                 self._furnish(opened)
             opened.patience = WORKER_PATIENCE
             try:
+                if session is not None:
+                    await opened.wait(answers(session))  # to the reset
                 return opened, await use(opened)
             except BaseException as error:
                 await opened.close()
@@ -186,6 +192,8 @@ class Sessions:
                 self._furnish(opened)
             opened.patience = WORKER_PATIENCE
             try:
+                if session is not None:
+                    opened.wait(answers(session))  # to the reset
                 return opened, use(opened)
             except BaseException as error:
                 opened.close()
@@ -253,14 +261,28 @@ class Sessions:
         own._autocommit = True  # noqa: SLF001
         own.prepare_threshold = self._options.get("prepare_threshold", 5)
 
+    @property
+    def _reset(self) -> bytes:
+        # Through a pooler that forbids prepared statements, other clients would lose theirs.
+        prepares = self._options.get("prepare_threshold", 0) is not None
+        return _RESET_AND_DEALLOCATE if prepares else RESET
+
     def keep(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
-        """Take the session away from a connection, for the next one."""
+        """Take the session away from a connection, for the next one.
+
+        The server resets it, if a handler has used it, while this process goes on.
+        """
         session: PGconn = connection.pgconn
         connection.user, connection.pgconn = _NO_USER, _GONE
-        if self._closed:
-            session.finish()
-        else:
-            self._idle.append(session)
+        try:
+            if not self._closed:
+                if connection.has_committed:
+                    send_only(session, self._reset)
+                self._idle.append(session)
+                return
+        except psycopg.Error:
+            pass  # it has ended
+        session.finish()
 
 
 def is_over(connection: psycopg.BaseConnection[Any]) -> bool:

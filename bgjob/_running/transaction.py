@@ -20,9 +20,12 @@ from math import inf
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import psycopg
+from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGresult
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.route import Route
+from bgjob._postgres.commands import Command, check, execute, pipelined
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
 from bgjob._postgres.cursor import AsyncCursor, Cursor, server_codec
 from bgjob._postgres.fork import ForkGuard
@@ -47,10 +50,11 @@ from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.statement import Statement
 from bgjob._sql.transactions import (
     COMMIT,
-    DEALLOCATE,
     ROLLBACK,
+    ROLLBACK_TO_SAVEPOINT,
     begin,
     claim_of_transaction,
+    complete_and_commit,
     payload,
 )
 from bgjob.errors import LeaseLostError
@@ -58,8 +62,6 @@ from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
 T = TypeVar("T")
-
-_COMMIT_AND_DEALLOCATE = COMMIT + DEALLOCATE
 
 _FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
 
@@ -85,6 +87,16 @@ class Settle(NamedTuple):
     statements: list[Statement[list[str]]]
 
 
+class Finish(NamedTuple):
+    """A step that completes a job and commits, in one round trip.
+
+    The answer is False if the job is not held, or was replaced, or the transaction is not the one
+    that was opened for it, or the statement failed: nothing was changed, and a Settle tells which.
+    """
+
+    claimed: Claimed
+
+
 class Settled(NamedTuple):
     """The transaction has settled its jobs, as far as they were still held."""
 
@@ -105,7 +117,7 @@ class End(Enum):
     ROLLBACK = auto()
 
 
-TransactionStep: TypeAlias = Call | Settle | End
+TransactionStep: TypeAlias = Call | Finish | Settle | End
 
 _KEEPS = (Complete, Reschedule, MoveToDlq)
 
@@ -143,6 +155,12 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep,
         commits = returned is None or isinstance(returned, _KEEPS)
     except BaseException as error:
         result, commits = route.failed(job, error), False
+    if commits and isinstance(result, Complete) and not route.policy.keep:
+        try:
+            if (yield Finish(claimed)):
+                return Committed(result)
+        except BaseException as error:
+            return CommitUnknown(result, route.failed(job, error))
     if commits:
         try:
             settled = yield from settle([(claimed, result)], keeps=route.policy.keep)
@@ -186,12 +204,6 @@ class Transactions(Sessions):
     ) -> None:
         super().__init__(connection_parameters, prepares=prepares)
         self.fork_guard = fork_guard
-
-    @property
-    def _commit(self) -> bytes:
-        # Through a pooler that forbids prepared statements, other clients would lose theirs.
-        prepares = self._options.get("prepare_threshold", 0) is not None
-        return _COMMIT_AND_DEALLOCATE if prepares else COMMIT
 
     # -- async -------------------------------------------------------------------------
 
@@ -256,6 +268,8 @@ class Transactions(Sessions):
             case Call():
                 async with self.lent_async(connection):
                     return await route.awaited(job, connection)
+            case Finish(claimed):
+                return await self._finish_async(connection, claimed)
             case Settle(statements):
                 return await self.settle_async(connection, statements)
             case End.COMMIT:
@@ -276,8 +290,7 @@ class Transactions(Sessions):
 
         async def begin(connection: AsyncHandlerConnection) -> None:
             connection.token = str(claimed.token)
-            # Several commands in one string cannot be prepared.
-            await AsyncCursor(connection).execute(_begin(connection, claimed), prepare=False)
+            await connection.wait(execute(connection.pgconn, _begin(connection, claimed)))
 
         connection, _ = await self.open_async(begin)
         return connection
@@ -308,9 +321,31 @@ class Transactions(Sessions):
             token, *settled = await read_all_async(cursors, settling)
             return Settled(token, [id_ for ids in settled for id_ in ids])
 
+    async def _finish_async(self, connection: AsyncHandlerConnection, claimed: Claimed) -> bool:
+        if connection.info.transaction_status != TransactionStatus.INTRANS:
+            return False  # the handler has ended it, or an error has
+        try:
+            commands = _complete_and_commit(connection, claimed)
+        except UnicodeEncodeError:
+            return False
+        results: list[PGresult] = []
+        async with connection.lock:
+            try:
+                await connection.wait(pipelined(connection.pgconn, commands, results))
+            except psycopg.Error:
+                if not _was_refused(commands, results):
+                    raise
+            if _was_refused(commands, results):
+                with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
+                    await connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
+                return False
+        check(connection.pgconn, results[-1])
+        connection.has_committed = True
+        return True
+
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
-        """Commit, and reset the session."""
-        await AsyncCursor(connection).execute(self._commit, prepare=False)
+        """Commit."""
+        await AsyncCursor(connection).execute(COMMIT, prepare=False)
         connection.has_committed = True
 
     async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
@@ -398,6 +433,8 @@ class Transactions(Sessions):
             case Call():
                 with self.lent(connection):
                     return route.handler(job, connection)
+            case Finish(claimed):
+                return self._finish(connection, claimed)
             case Settle(statements):
                 return self.settle(connection, statements)
             case End.COMMIT:
@@ -418,8 +455,7 @@ class Transactions(Sessions):
 
         def begin(connection: HandlerConnection) -> None:
             connection.token = str(claimed.token)
-            # Several commands in one string cannot be prepared.
-            Cursor(connection).execute(_begin(connection, claimed), prepare=False)
+            connection.wait(execute(connection.pgconn, _begin(connection, claimed)))
 
         connection, _ = self.open(begin)
         return connection
@@ -450,9 +486,31 @@ class Transactions(Sessions):
             token, *settled = read_all(cursors, settling)
             return Settled(token, [id_ for ids in settled for id_ in ids])
 
+    def _finish(self, connection: HandlerConnection, claimed: Claimed) -> bool:
+        if connection.info.transaction_status != TransactionStatus.INTRANS:
+            return False  # the handler has ended it, or an error has
+        try:
+            commands = _complete_and_commit(connection, claimed)
+        except UnicodeEncodeError:
+            return False
+        results: list[PGresult] = []
+        with connection.lock:
+            try:
+                connection.wait(pipelined(connection.pgconn, commands, results))
+            except psycopg.Error:
+                if not _was_refused(commands, results):
+                    raise
+            if _was_refused(commands, results):
+                with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
+                    connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
+                return False
+        check(connection.pgconn, results[-1])
+        connection.has_committed = True
+        return True
+
     def commit(self, connection: HandlerConnection) -> None:
-        """Commit, and reset the session."""
-        Cursor(connection).execute(self._commit, prepare=False)
+        """Commit."""
+        Cursor(connection).execute(COMMIT, prepare=False)
         connection.has_committed = True
 
     def whole(self, claimed: Claimed) -> Claimed | NotBegun:
@@ -481,11 +539,29 @@ class Transactions(Sessions):
 # -- both colours ----------------------------------------------------------------------
 
 
+def _was_refused(commands: Sequence[Command], results: Sequence[PGresult]) -> bool:
+    """Whether a command before the commit has failed, so that this was not executed."""
+    before = results[: len(commands) - 1]
+    return any(result.status == ExecStatus.FATAL_ERROR for result in before)
+
+
 def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotBegun:
     if not found:
         return NotBegun(LeaseLostError(f"job {claimed.job.id!r} was lost before it started"))
     [arg] = found
     return claimed._replace(job=claimed.job._replace(arg=arg))
+
+
+def _complete_and_commit(
+    connection: psycopg.BaseConnection[Any], claimed: Claimed
+) -> list[Command]:
+    info = connection.info
+    return complete_and_commit(
+        claimed,
+        over_tcp=not info.host.startswith("/"),
+        server_version=info.server_version,
+        codec=info.encoding,
+    )
 
 
 def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import LiteralString
 
+from bgjob._postgres.commands import Command
 from bgjob._sql.session import IS_OURS
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement, column, nothing, number_array, scalar, text_array
@@ -110,7 +111,7 @@ def begin(claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str =
 
 
 _IDLE: LiteralString = "10000"
-"""Milliseconds that a transaction whose handler has ended may wait for its worker."""
+"""Milliseconds that a transaction may last whose handler has ended."""
 
 
 def claim_of_transaction() -> Statement[str | None]:
@@ -150,15 +151,63 @@ def end_sessions(claims: Sequence[Claimed]) -> Statement[None]:
     )
 
 
-COMMIT = (
-    b"commit; close all; set session authorization default; reset all; unlisten *; "
+COMMIT = b"commit"
+
+RESET = (
+    b"close all; set session authorization default; reset all; unlisten *; "
     b"select pg_advisory_unlock_all(); discard temp; discard sequences"
 )
-"""Commits, and resets the session that the handler used: everything that `discard all` resets,
-except for prepared statements."""
+"""Resets the session that the handler used, after its transaction: everything that `discard all`
+resets, except for prepared statements."""
 
 DEALLOCATE = b"; deallocate all"
-"""Drops the prepared statements too, after COMMIT."""
+"""Drops the prepared statements too, after RESET."""
 
 ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
 """Rolls back; the second result is the token of a claim whose transaction had committed."""
+
+_SAVEPOINT = b"savepoint bgjob_settling"
+
+ROLLBACK_TO_SAVEPOINT = b"rollback to savepoint bgjob_settling"
+"""Leaves the transaction as it was before `complete_and_commit`, which has failed."""
+
+# Nearly half of the server's time for the statement of many jobs, which is planned for each
+# transaction: a handler may leave a session without its prepared statements.
+_COMPLETE = b"""
+    with gone as (
+        delete from bgjob_job
+        where id = $1 and token = $2 and successor is null
+            and current_setting('bgjob.claim', true) = $3
+        returning id
+    )
+    select case count(*) when 1 then 1
+        else ('bgjob: this transaction does not hold the job: ' || count(*))::int end
+    from gone
+"""
+
+
+def complete_and_commit(
+    claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str
+) -> list[Command]:
+    """Return commands that delete a completed job, and commit; they are sent together.
+
+    The deletion fails unless the job is held, was not replaced, and the transaction is the one
+    that was opened for it. So the commit is not executed, and the transaction can go on from
+    ROLLBACK_TO_SAVEPOINT, to find out why.
+
+    Args:
+        claimed: the claim.
+        over_tcp: whether a part of the commands may arrive alone. Then the server ends the
+            transaction after a while; before version 17 only with the connection.
+        server_version: as of `psycopg.ConnectionInfo`.
+        codec: Python's name of the client's encoding.
+
+    """
+    token = b"%d" % claimed.token
+    is_limited = over_tcp and server_version >= _LIMITED_SINCE
+    return [
+        Command(_SAVEPOINT),
+        *([Command(f"set local transaction_timeout = {_IDLE}".encode())] if is_limited else ()),
+        Command(_COMPLETE, [claimed.job.id.encode(codec), token, token]),
+        Command(COMMIT),
+    ]

@@ -31,7 +31,17 @@ from bgjob._running.checkpoints import ended, lost
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.one_job import Run, Step, Steps, ask, hold, run_in_task, run_on_thread, settle
 from bgjob._running.sessions import is_over
-from bgjob._running.transaction import Call, End, Ending, NotBegun, Settle, Settled, in_transaction
+from bgjob._running.transaction import (
+    Call,
+    End,
+    Ending,
+    Finish,
+    NotBegun,
+    Settle,
+    Settled,
+    TransactionStep,
+    in_transaction,
+)
 from bgjob._sql.claims import claim_now
 from bgjob._sql.execute import run, run_async
 from bgjob._sql.settlements import Claimed
@@ -159,7 +169,7 @@ async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnectio
     """Run a transactional handler in the test's transaction, inside a savepoint."""
     savepoint, token, has_ended = AsyncExitStack(), str(claimed.token), False
 
-    async def take(step: Call | Settle | End) -> object:
+    async def take(step: TransactionStep) -> object:
         __tracebackhide__ = True
         nonlocal has_ended
         match step:
@@ -168,6 +178,8 @@ async def _run_within_async(route: Route, claimed: Claimed, conn: AsyncConnectio
                 returned = await route.handler(claimed.job, conn)
                 has_ended = is_over(conn)
                 return returned
+            case Finish():
+                return False  # its transaction is not to be committed
             case Settle(statements):
                 if has_ended:
                     return None
@@ -303,7 +315,7 @@ def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending
     """Run a transactional handler in the test's transaction, inside a savepoint."""
     savepoint, token, has_ended = ExitStack(), str(claimed.token), False
 
-    def take(step: Call | Settle | End) -> object:
+    def take(step: TransactionStep) -> object:
         __tracebackhide__ = True
         nonlocal has_ended
         match step:
@@ -312,6 +324,8 @@ def _run_within(route: Route, claimed: Claimed, conn: Connection[Any]) -> Ending
                 returned = route.handler(claimed.job, conn)
                 has_ended = is_over(conn)
                 return returned
+            case Finish():
+                return False  # its transaction is not to be committed
             case Settle(statements):
                 if has_ended:
                     return None

@@ -1,0 +1,73 @@
+"""Commands on a session by libpq's own functions, where psycopg's cursors cost too much.
+
+A cursor sends the statements of a pipeline one by one. Here all are sent by one system call: a
+process that is stopped has sent all of them, or none. The generators are for `Connection.wait`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import psycopg
+from psycopg import generators
+from psycopg.abc import PQGen
+from psycopg.errors import error_from_result
+from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
+
+
+class Command(NamedTuple):
+    """A statement, and its parameters as text."""
+
+    text: bytes
+    params: Sequence[bytes] = ()
+
+
+def execute(pgconn: PGconn, text: bytes) -> PQGen[None]:
+    """Send statements as one string, and wait for their answers."""
+    pgconn.send_query(text)
+    for result in (yield from generators.execute(pgconn)):
+        check(pgconn, result)
+
+
+def send_only(pgconn: PGconn, text: bytes) -> None:
+    """Send statements as one string; `answers` waits for their answers before the next use."""
+    pgconn.send_query(text)
+    pgconn.flush()
+
+
+def answers(pgconn: PGconn) -> PQGen[None]:
+    """Wait for the answers to `send_only`, which have usually come."""
+    pgconn.consume_input()
+    for result in (yield from generators.fetch_many(pgconn)):
+        check(pgconn, result)
+
+
+def pipelined(pgconn: PGconn, commands: Sequence[Command], results: list[PGresult]) -> PQGen[None]:
+    """Send commands, each of which is executed only if those before it have not failed.
+
+    Args:
+        pgconn: the session.
+        commands: what to send.
+        results: receives their results, as far as they come.
+
+    """
+    pgconn.enter_pipeline_mode()
+    try:
+        for text, params in commands:
+            pgconn.send_query_params(text, params or None)
+        pgconn.pipeline_sync()
+        yield from generators.send(pgconn)
+        for _ in commands:
+            results += yield from generators.fetch_many(pgconn)
+        yield from generators.fetch_many(pgconn)  # that of the synchronisation
+        if len(results) < len(commands):
+            raise psycopg.OperationalError("the connection was lost")
+    finally:
+        if pgconn.status == ConnStatus.OK:
+            pgconn.exit_pipeline_mode()
+
+
+def check(pgconn: PGconn, result: PGresult) -> None:
+    """Raise the error of a result, if it is one."""
+    if result.status == ExecStatus.FATAL_ERROR:
+        raise error_from_result(result, encoding=pgconn._encoding)  # noqa: SLF001
