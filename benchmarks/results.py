@@ -9,6 +9,7 @@ WORK = {
     "processes": "drain no-op jobs, two processes",
     "bulk": "bulk enqueue",
     "single": "enqueue one by one",
+    "meeting": "enqueues of 64 tasks, and of 16 threads",
     "costs": "processor time of a job",
     "pickup": "idle pick-up",
     "loaded": "pick-up at 5,000 jobs/s",

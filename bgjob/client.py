@@ -62,6 +62,7 @@ from bgjob._requests import (
 )
 from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
+from bgjob._shared import AsyncSharedInserts, SharedInserts, may_share
 from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
     read,
@@ -183,6 +184,7 @@ class AsyncClient:
                 partial(options_async, (source, {})), _configure_async, patience=PATIENCE
             )
         )
+        self._shared = AsyncSharedInserts(self._insert, self._insert_many)
         self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
@@ -238,6 +240,10 @@ class AsyncClient:
         **options: Unpack[EnqueueOptions],
     ) -> str | None:
         """Write a job and return its id.
+
+        While an insert of the client is under way, the next one writes all jobs that other
+        calls ask for meanwhile, for 10 ms at most; a single one is written immediately. Each
+        call gets an answer of its own. Jobs with an id of yours are written alone.
 
         Args:
             request: the job: an EnqueueRequest, or a typed job (for example a value of a
@@ -344,23 +350,33 @@ class AsyncClient:
     ) -> str | None:
         if on_conflict != "raise":
             check_on_conflict(on_conflict)
-        notify = self._notify and not is_two_phase(conn)
-        statement: Statement[Any]
-        if on_conflict == "replace":
-            statement = replace([request], notify=notify, at_most=at_most)
+        if conn is None and on_conflict != "replace":
+            insert = self._shared.write if may_share(request) else self._insert
+            is_written = await insert(request)
         else:
-            statement = enqueues.enqueue(request, notify=notify)
-        try:
-            is_written = await self._run(statement, conn, keep=on_conflict != "replace")
-        except SerializationFailure as error:
-            if conn is None:
-                raise
-            raise EnqueueConflictError([request.id]) from error
+            notify = self._notify and not is_two_phase(conn)
+            statement: Statement[Any] = (
+                replace([request], notify=notify, at_most=at_most)
+                if on_conflict == "replace"
+                else enqueues.enqueue(request, notify=notify)
+            )
+            try:
+                is_written = await self._run(statement, conn)
+            except SerializationFailure as error:
+                if conn is None:
+                    raise
+                raise EnqueueConflictError([request.id]) from error
         if is_written:
             return request.id
         if on_conflict == "raise":
             raise JobAlreadyExistsError([request.id])
         return None
+
+    async def _insert(self, request: EnqueueRequest) -> bool:
+        return await self._run(enqueues.enqueue(request, notify=self._notify), None, keep=True)
+
+    async def _insert_many(self, requests: Sequence[EnqueueRequest]) -> set[str]:
+        return await self._run(enqueues.enqueue_many(requests, notify=self._notify), None)
 
     async def bulk_enqueue(
         self,
@@ -986,6 +1002,7 @@ class Client:
             if isinstance(source, ConnectionPool)
             else Pool(partial(options, (source, {})), _configure, patience=PATIENCE)
         )
+        self._shared = SharedInserts(self._insert, self._insert_many)
         self._do = Do(self._run_all, partial(_connection_parameters, source))
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
@@ -1041,6 +1058,10 @@ class Client:
         **options: Unpack[EnqueueOptions],
     ) -> str | None:
         """Write a job and return its id.
+
+        While an insert of the client is under way, the next one writes all jobs that other
+        calls ask for meanwhile, for 10 ms at most; a single one is written immediately. Each
+        call gets an answer of its own. Jobs with an id of yours are written alone.
 
         Args:
             request: the job: an EnqueueRequest, or a typed job (for example a value of a
@@ -1147,23 +1168,33 @@ class Client:
     ) -> str | None:
         if on_conflict != "raise":
             check_on_conflict(on_conflict)
-        notify = self._notify and not is_two_phase(conn)
-        statement: Statement[Any]
-        if on_conflict == "replace":
-            statement = replace([request], notify=notify, at_most=at_most)
+        if conn is None and on_conflict != "replace":
+            insert = self._shared.write if may_share(request) else self._insert
+            is_written = insert(request)
         else:
-            statement = enqueues.enqueue(request, notify=notify)
-        try:
-            is_written = self._run(statement, conn, keep=on_conflict != "replace")
-        except SerializationFailure as error:
-            if conn is None:
-                raise
-            raise EnqueueConflictError([request.id]) from error
+            notify = self._notify and not is_two_phase(conn)
+            statement: Statement[Any] = (
+                replace([request], notify=notify, at_most=at_most)
+                if on_conflict == "replace"
+                else enqueues.enqueue(request, notify=notify)
+            )
+            try:
+                is_written = self._run(statement, conn)
+            except SerializationFailure as error:
+                if conn is None:
+                    raise
+                raise EnqueueConflictError([request.id]) from error
         if is_written:
             return request.id
         if on_conflict == "raise":
             raise JobAlreadyExistsError([request.id])
         return None
+
+    def _insert(self, request: EnqueueRequest) -> bool:
+        return self._run(enqueues.enqueue(request, notify=self._notify), None, keep=True)
+
+    def _insert_many(self, requests: Sequence[EnqueueRequest]) -> set[str]:
+        return self._run(enqueues.enqueue_many(requests, notify=self._notify), None)
 
     def bulk_enqueue(
         self,

@@ -116,6 +116,9 @@ class EnqueueRequest:
     is_plain: bool = field(default=True, init=False, repr=False, compare=False)
     """Whether it has the usual value of each option but the id and the priority."""
 
+    has_own_id: bool = field(default=False, init=False, repr=False, compare=False)
+    """Whether the id was given, and not generated."""
+
     def __init__(
         self,
         queue: str,
@@ -146,6 +149,7 @@ class EnqueueRequest:
             id = new_id()  # noqa: A001
         else:
             check_name("id", id)
+            object.__setattr__(self, "has_own_id", True)
         if codec is not _JSON and codec.__class__ is not JsonCodec:
             # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
             arg = _encoded(arg, type, codec)

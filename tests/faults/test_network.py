@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
+from support import clients
+from support.meetings import asked, meeting
 from support.waiting import PATIENCE, eventually
 
 import bgjob._postgres.connection
+import bgjob._shared
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
 from bgjob._sql.notices import LOCK_CLASS
@@ -295,6 +298,32 @@ def test_an_enqueue_with_an_id_whose_answer_was_lost_can_be_repeated_while_its_j
             world.start()
     world.done()
     assert world.rows("a") == (2 if moment == "after" and is_done else 1)
+
+
+@both_clients
+@both_moments
+def test_each_enqueue_of_a_shared_insert_whose_answer_was_lost_gets_an_error(
+    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch, is_async: bool, moment: str
+) -> None:
+    monkeypatch.setattr(bgjob._shared, "_SLOW", PATIENCE)
+    colour = clients.Colour(proxy.dsn(world.dsn), is_async=is_async)
+    requests = [EnqueueRequest("q", "plain", {"n": n}) for n in range(5)]
+    with ExitStack() as stack, psycopg.connect(world.dsn, autocommit=True) as conn:
+        stack.callback(colour.close)
+        client = colour.client()
+        cut = trap(proxy, moment, "from unnest(")
+        first, *errors = meeting(colour, conn, client, [asked(client, r) for r in requests])
+        assert cut.wait(PATIENCE)
+        world.acknowledge(first)
+        assert [type(error) for error in errors] == [psycopg.OperationalError] * 5
+        world.saw(str(errors[0]))
+        assert world.live(*[r.id for r in requests]) == (5 if moment == "after" else 0)
+        again = client.bulk_enqueue(requests, on_conflict="skip")
+        assert again == ([None] * 5 if moment == "after" else [r.id for r in requests])
+        world.acknowledge(*[r.id for r in requests])
+    world.start()
+    world.start(queue="first")
+    world.done()
 
 
 def told(worker: Process, id: str) -> list[tuple[str, int]]:
