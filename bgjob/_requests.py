@@ -74,10 +74,14 @@ def debounced(
     return replace(request, delay=wait), limit
 
 
-def in_chunks(requests: Iterable[EnqueueRequest]) -> Iterator[list[EnqueueRequest]]:
+def in_chunks(
+    requests: Iterable[EnqueueRequest], *, may_be_none: bool = False
+) -> Iterator[list[EnqueueRequest]]:
     """Divide the requests of a bulk enqueue; raise RequestsRequiredError if there are none."""
     pending = iter(requests)
     first = list(islice(pending, _CHUNK))
+    if not first and may_be_none:
+        return iter(())
     if not first:
         raise RequestsRequiredError("requests are required: a bulk enqueue needs at least one")
 

@@ -5,7 +5,13 @@ The module has over 400 lines because both colours are here; only the async one 
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from datetime import datetime
 from functools import partial
 from time import monotonic, sleep
@@ -62,6 +68,7 @@ from bgjob._requests import (
 )
 from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
+from bgjob._running.joining import check_joined, grouped, joins
 from bgjob._shared import AsyncSharedInserts, SharedInserts, may_share
 from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
@@ -76,6 +83,7 @@ from bgjob._sql.execute import (
     send_all_async,
     send_async,
 )
+from bgjob._sql.groups import end_groups
 from bgjob._sql.minutes import plan_in_memory
 from bgjob._sql.replacements import replace
 from bgjob._sql.server import bounds
@@ -91,7 +99,8 @@ from bgjob.errors import (
     SchemaError,
 )
 from bgjob.explanation import Explanation
-from bgjob.job import DebounceOptions, EnqueueOptions, EnqueueRequest, PastJob, check_name
+from bgjob.group import Group
+from bgjob.job import DebounceOptions, EnqueueOptions, EnqueueRequest, Job, PastJob, check_name
 from bgjob.jobs import AsyncJobs, Jobs
 from bgjob.minutes import By
 from bgjob.mux import Mux
@@ -407,33 +416,114 @@ class AsyncClient:
                 list or a tuple and `conn` is not given.
 
         """
+        return await self._bulk_enqueue_wrapped(requests, on_conflict, conn)
+
+    @overload
+    def group(
+        self,
+        *,
+        then: EnqueueRequest | TypedJob,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> AbstractAsyncContextManager[Group]: ...
+
+    @overload
+    def group(
+        self, *, of: Job, conn: psycopg.AsyncConnection[Any] | None = None
+    ) -> AbstractAsyncContextManager[Group]: ...
+
+    def group(
+        self,
+        *,
+        then: EnqueueRequest | TypedJob | None = None,
+        of: Job | None = None,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> AbstractAsyncContextManager[Group]:
+        """Write jobs and one that runs when none of them is live any more, all or none.
+
+            async with client.group(then=EnqueueRequest("reports", "summary")) as group:
+                group.enqueue(EnqueueRequest("reports", "page", {"n": 1}))
+
+        The block collects the jobs, and its end writes them and `then` in one transaction. If it
+        ends by an exception, nothing is written. A job of a group is live while it waits, runs, is
+        retried or rescheduled. It is over when it is completed or in the dead-letter table; a
+        requeue makes it live again. When none is live any more, also if there never was one,
+        `then` becomes due once, and is told by `job.group_dead` how many jobs of the group are in
+        the dead-letter table. From there on it is a job like any other.
+
+        Args:
+            then: the job that runs afterwards, without a delay and a run_at, in any queue. Its id
+                is that of the group. Its `expires` counts from the end of the block.
+            of: instead of `then`, a job of a group that runs: adds jobs to its group. It is kept
+                live until the transaction ends.
+            conn: a connection of the caller's: all is written in its transaction and exists if
+                that commits.
+
+        Raises:
+            TypeError: both `then` and `of`, or neither.
+            ValueError: `then` has a delay or a run_at; or `of` is not in a group, or is the job
+                that runs after it.
+            JobAlreadyExistsError: at the end of the block: the id of `then` or of a job is taken,
+                or occurs twice. Nothing was written, and the caller's transaction goes on.
+            LeaseLostError: at the end of the block: `of` is over, as another worker has had it.
+                Nothing was written.
+            EnqueueConflictError, psycopg.Error: at the end of the block, as for bulk_enqueue.
+
+        """
+        return self._grouped(*grouped(then, of), conn)
+
+    @asynccontextmanager
+    async def _grouped(
+        self,
+        group: Group,
+        then: Sequence[EnqueueRequest],
+        conn: psycopg.AsyncConnection[Any] | None,
+    ) -> AsyncIterator[Group]:
+        try:
+            yield group
+        finally:
+            requests = group.close(*then)
+        await self._bulk_enqueue_wrapped(requests, "raise", conn, group)
+
+    async def _bulk_enqueue_wrapped(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.AsyncConnection[Any] | None,
+        group: Group | None = None,
+    ) -> list[str | None]:
         if not self._on_enqueue:
-            return await self._bulk_enqueue(requests, on_conflict, conn)
+            return await self._bulk_enqueue(requests, on_conflict, conn, group)
         with wrapped(self._on_enqueue, requests) as changed:
             may_repeat = isinstance(requests, list | tuple)
             given = list(changed) if may_repeat else changed
-            return await self._bulk_enqueue(given, on_conflict, conn)
+            return await self._bulk_enqueue(given, on_conflict, conn, group)
 
     async def _bulk_enqueue(
         self,
         requests: Iterable[EnqueueRequest],
         on_conflict: OnConflict,
         conn: psycopg.AsyncConnection[Any] | None,
+        group: Group | None,
     ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
-                    return await self._write_all(requests, on_conflict, None)
-        return await self._write_all(requests, on_conflict, conn)
+                    return await self._write_all(requests, on_conflict, None, group)
+        return await self._write_all(requests, on_conflict, conn, group)
 
     async def _write_all(
         self,
         requests: Iterable[EnqueueRequest],
         on_conflict: OnConflict,
         conn: psycopg.AsyncConnection[Any] | None,
+        group: Group | None,
     ) -> list[str | None]:
         check_on_conflict(on_conflict)
-        chunks = in_chunks(requests)
+        pending = iter(requests)
+        then = next(pending) if group is not None and group.of is None else None
+        group_id = None if group is None else then.id if then else group.id
+        chunks = in_chunks(pending, may_be_none=group is not None)
+        notify = self._notify and not is_two_phase(conn)
         ids: list[str | None] = []
         if conn is not None and not isinstance(conn, psycopg.AsyncConnection):
             raise TypeError(not_a_connection(conn, psycopg.AsyncConnection))
@@ -444,29 +534,32 @@ class AsyncClient:
             _levelled_async(connection, is_own=conn is None),
             connection.transaction(),
         ):
+            if group is not None:
+                with _conflicts([group.id], conn):
+                    check_joined(group, then, await _execute_async(connection, joins(group, then)))
             for chunk in chunks:
-                if on_conflict == "raise" and await self._copied(connection, chunk):
+                if on_conflict == "raise" and await self._copied(connection, chunk, group_id):
                     ids += [request.id for request in chunk]
                     continue
-                notify = self._notify and not is_two_phase(conn)
                 if on_conflict == "replace":
                     statement = replace(chunk, notify=notify)
                 else:
-                    statement = enqueues.enqueue_many(chunk, notify=notify)
-                try:
+                    statement = enqueues.enqueue_many(chunk, notify=notify, group=group_id)
+                with _conflicts([request.id for request in chunk], conn):
                     written = await _execute_async(connection, statement)
-                except SerializationFailure as error:
-                    if conn is None:
-                        raise
-                    raise EnqueueConflictError([request.id for request in chunk]) from error
                 ids += placed(chunk, written, on_conflict)
+            if then is not None and not ids:
+                await _execute_async(connection, end_groups([then.id], notify=notify))
         return ids
 
     async def _copied(
-        self, connection: psycopg.AsyncConnection[Any], chunk: list[EnqueueRequest]
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        chunk: list[EnqueueRequest],
+        group: str | None,
     ) -> bool:
         """Write jobs by COPY; False if that is not possible, and nothing was written."""
-        copy = _copy_of(connection, chunk)
+        copy = _copy_of(connection, chunk, group)
         if copy is None:
             return False
         await _execute_async(connection, enqueues.begin_copy())
@@ -1225,33 +1318,114 @@ class Client:
                 list or a tuple and `conn` is not given.
 
         """
+        return self._bulk_enqueue_wrapped(requests, on_conflict, conn)
+
+    @overload
+    def group(
+        self,
+        *,
+        then: EnqueueRequest | TypedJob,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> AbstractContextManager[Group]: ...
+
+    @overload
+    def group(
+        self, *, of: Job, conn: psycopg.Connection[Any] | None = None
+    ) -> AbstractContextManager[Group]: ...
+
+    def group(
+        self,
+        *,
+        then: EnqueueRequest | TypedJob | None = None,
+        of: Job | None = None,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> AbstractContextManager[Group]:
+        """Write jobs and one that runs when none of them is live any more, all or none.
+
+            with client.group(then=EnqueueRequest("reports", "summary")) as group:
+                group.enqueue(EnqueueRequest("reports", "page", {"n": 1}))
+
+        The block collects the jobs, and its end writes them and `then` in one transaction. If it
+        ends by an exception, nothing is written. A job of a group is live while it waits, runs, is
+        retried or rescheduled. It is over when it is completed or in the dead-letter table; a
+        requeue makes it live again. When none is live any more, also if there never was one,
+        `then` becomes due once, and is told by `job.group_dead` how many jobs of the group are in
+        the dead-letter table. From there on it is a job like any other.
+
+        Args:
+            then: the job that runs afterwards, without a delay and a run_at, in any queue. Its id
+                is that of the group. Its `expires` counts from the end of the block.
+            of: instead of `then`, a job of a group that runs: adds jobs to its group. It is kept
+                live until the transaction ends.
+            conn: a connection of the caller's: all is written in its transaction and exists if
+                that commits.
+
+        Raises:
+            TypeError: both `then` and `of`, or neither.
+            ValueError: `then` has a delay or a run_at; or `of` is not in a group, or is the job
+                that runs after it.
+            JobAlreadyExistsError: at the end of the block: the id of `then` or of a job is taken,
+                or occurs twice. Nothing was written, and the caller's transaction goes on.
+            LeaseLostError: at the end of the block: `of` is over, as another worker has had it.
+                Nothing was written.
+            EnqueueConflictError, psycopg.Error: at the end of the block, as for bulk_enqueue.
+
+        """
+        return self._grouped(*grouped(then, of), conn)
+
+    @contextmanager
+    def _grouped(
+        self,
+        group: Group,
+        then: Sequence[EnqueueRequest],
+        conn: psycopg.Connection[Any] | None,
+    ) -> Iterator[Group]:
+        try:
+            yield group
+        finally:
+            requests = group.close(*then)
+        self._bulk_enqueue_wrapped(requests, "raise", conn, group)
+
+    def _bulk_enqueue_wrapped(
+        self,
+        requests: Iterable[EnqueueRequest],
+        on_conflict: OnConflict,
+        conn: psycopg.Connection[Any] | None,
+        group: Group | None = None,
+    ) -> list[str | None]:
         if not self._on_enqueue:
-            return self._bulk_enqueue(requests, on_conflict, conn)
+            return self._bulk_enqueue(requests, on_conflict, conn, group)
         with wrapped(self._on_enqueue, requests) as changed:
             may_repeat = isinstance(requests, list | tuple)
             given = list(changed) if may_repeat else changed
-            return self._bulk_enqueue(given, on_conflict, conn)
+            return self._bulk_enqueue(given, on_conflict, conn, group)
 
     def _bulk_enqueue(
         self,
         requests: Iterable[EnqueueRequest],
         on_conflict: OnConflict,
         conn: psycopg.Connection[Any] | None,
+        group: Group | None,
     ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
-                    return self._write_all(requests, on_conflict, None)
-        return self._write_all(requests, on_conflict, conn)
+                    return self._write_all(requests, on_conflict, None, group)
+        return self._write_all(requests, on_conflict, conn, group)
 
     def _write_all(
         self,
         requests: Iterable[EnqueueRequest],
         on_conflict: OnConflict,
         conn: psycopg.Connection[Any] | None,
+        group: Group | None,
     ) -> list[str | None]:
         check_on_conflict(on_conflict)
-        chunks = in_chunks(requests)
+        pending = iter(requests)
+        then = next(pending) if group is not None and group.of is None else None
+        group_id = None if group is None else then.id if then else group.id
+        chunks = in_chunks(pending, may_be_none=group is not None)
+        notify = self._notify and not is_two_phase(conn)
         ids: list[str | None] = []
         if conn is not None and not isinstance(conn, psycopg.Connection):
             raise TypeError(not_a_connection(conn, psycopg.Connection))
@@ -1262,27 +1436,32 @@ class Client:
             _levelled(connection, is_own=conn is None),
             connection.transaction(),
         ):
+            if group is not None:
+                with _conflicts([group.id], conn):
+                    check_joined(group, then, _execute(connection, joins(group, then)))
             for chunk in chunks:
-                if on_conflict == "raise" and self._copied(connection, chunk):
+                if on_conflict == "raise" and self._copied(connection, chunk, group_id):
                     ids += [request.id for request in chunk]
                     continue
-                notify = self._notify and not is_two_phase(conn)
                 if on_conflict == "replace":
                     statement = replace(chunk, notify=notify)
                 else:
-                    statement = enqueues.enqueue_many(chunk, notify=notify)
-                try:
+                    statement = enqueues.enqueue_many(chunk, notify=notify, group=group_id)
+                with _conflicts([request.id for request in chunk], conn):
                     written = _execute(connection, statement)
-                except SerializationFailure as error:
-                    if conn is None:
-                        raise
-                    raise EnqueueConflictError([request.id for request in chunk]) from error
                 ids += placed(chunk, written, on_conflict)
+            if then is not None and not ids:
+                _execute(connection, end_groups([then.id], notify=notify))
         return ids
 
-    def _copied(self, connection: psycopg.Connection[Any], chunk: list[EnqueueRequest]) -> bool:
+    def _copied(
+        self,
+        connection: psycopg.Connection[Any],
+        chunk: list[EnqueueRequest],
+        group: str | None,
+    ) -> bool:
         """Write jobs by COPY; False if that is not possible, and nothing was written."""
-        copy = _copy_of(connection, chunk)
+        copy = _copy_of(connection, chunk, group)
         if copy is None:
             return False
         _execute(connection, enqueues.begin_copy())
@@ -1784,10 +1963,23 @@ def _may_begin(conn: BaseConnection[Any]) -> bool:
     return not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
 
 
-def _copy_of(connection: BaseConnection[Any], chunk: list[EnqueueRequest]) -> enqueues.Copy | None:
+def _copy_of(
+    connection: BaseConnection[Any], chunk: list[EnqueueRequest], group: str | None
+) -> enqueues.Copy | None:
     if len(chunk) < _FEW or connection.pgconn.pipeline_status != PipelineStatus.OFF:
         return None
-    return enqueues.copy_many(chunk)
+    return enqueues.copy_many(chunk, group)
+
+
+@contextmanager
+def _conflicts(ids: Sequence[str], conn: BaseConnection[Any] | None) -> Iterator[None]:
+    """Raise an EnqueueConflictError if the caller's transaction cannot be serialized."""
+    try:
+        yield
+    except SerializationFailure as error:
+        if conn is None:
+            raise
+        raise EnqueueConflictError(ids) from error
 
 
 def _check_cap(cap: int) -> None:

@@ -48,6 +48,7 @@ class DeadFilters(TypedDict, total=False):
         fingerprint: jobs that died in the same way: that of a DeadGroup or a DeadJob.
         numbers: jobs with these numbers.
         upto: jobs up to this number: of those that died up to then.
+        group: jobs of this group of `client.group`, by its id.
 
     """
 
@@ -60,6 +61,7 @@ class DeadFilters(TypedDict, total=False):
     fingerprint: str | None
     numbers: Iterable[int] | None
     upto: int | None
+    group: str | None
 
 
 # -- async -----------------------------------------------------------------------------
@@ -549,4 +551,5 @@ def _filter(ids: str | Iterable[str] | None, filters: DeadFilters) -> DeadFilter
         upto=filters.get("upto"),
         numbers=None if numbers is None else [*numbers],
         fingerprint=None if fingerprint is None else dead.number_of(fingerprint),
+        group=filters.get("group"),
     )

@@ -302,6 +302,11 @@ class Job(NamedTuple):
         exclusive: the key that no other running job has, or None.
         expires: when it expires: started later it would not be run; None if it never does.
         headers: those of its request, a dict that cannot be changed; empty if it has none.
+        group: the id of its group of `client.group`, which is the id of the job that runs when no
+            job of the group is live any more. That job has its own id here. None without one.
+        group_dead: of that job: how many jobs of its group were in the dead-letter table when
+            none was live any more, because they failed, expired or were cancelled. None for
+            any other job, and if it was made to run before.
 
     """
 
@@ -318,6 +323,8 @@ class Job(NamedTuple):
     exclusive: str | None = None
     expires: datetime | None = None
     headers: Mapping[str, Any] = NO_HEADERS
+    group: str | None = None
+    group_dead: int | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.
@@ -364,6 +371,8 @@ class DeadJob(NamedTuple):
         worker: the number of the worker that moved it, as in `client.workers()`, modulo
             1,048,576; None if it was not a worker, or one without a row.
         checkpoint: the bytes that its handler saved last, or None; see bgjob.checkpoint.
+        group: the id of its group, or None; see Job.
+        group_dead: see Job.
 
     """
 
@@ -385,6 +394,8 @@ class DeadJob(NamedTuple):
     expires: datetime | None = None
     headers: Mapping[str, Any] = NO_HEADERS
     checkpoint: bytes | None = None
+    group: str | None = None
+    group_dead: int | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.

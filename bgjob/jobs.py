@@ -142,6 +142,10 @@ class LiveJob:
         headers: its headers, a dict that cannot be changed; empty also in a list.
         checkpoint: the bytes that its handler saved last, as JSON unless its class has another
             codec; None if there are none, and in a list. See bgjob.checkpoint.
+        group: the id of its group, which is that of the job that runs when no job of the group is
+            live any more; None without one. That job has its own id here, and until then it is
+            never due.
+        group_dead: of that job: how many jobs of its group died; None for others, and before.
         claimed_at: since when a worker holds it; None if none does, or if its claim does not
             tell.
         worker: the worker that holds it; None if none does, or if it is not in bgjob_worker.
@@ -170,10 +174,18 @@ class LiveJob:
     arg: bytes | None = None
     headers: Mapping[str, Any] = NO_HEADERS
     checkpoint: bytes | None = None
+    group: str | None = None
+    group_dead: int | None = None
     claimed_at: datetime | None = None
     worker: JobWorker | None = None
     lease_until: datetime | None = None
     lease_left: float | None = None
+
+    @property
+    def waits_for_group(self) -> bool:
+        """Whether it is due when no job of its group is live any more."""
+        is_told = self.group_dead is not None
+        return self.group == self.id and not is_told and self.attempt == 0 and self.due_in > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ create table bgjob_job (
     -- What the handler has saved; see bgjob.checkpoint. No index may cover it, so that a save is a
     -- heap-only update.
     checkpoint  bytea,
+    -- The id of the job that runs when no job of the group is live any more. That job has its own
+    -- id here, and is never due (infinity) before. Then it is told how many jobs died.
+    group_id    varchar(255) collate "C",
+    group_dead  integer,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
@@ -75,6 +79,10 @@ create index bgjob_job_suspect on bgjob_job (queue, deaths desc, priority, next_
 -- The jobs of a key, and those of them that wait, in the order in which they run.
 create index bgjob_job_exclusive on bgjob_job (exclusive, waits, queue, next_run_at, id)
     where exclusive is not null;
+
+-- The jobs of a group. Ids are in the order of time: the last ones live the longest, so one that
+-- lives is found from that end without the dead rows of those that have ended.
+create index bgjob_job_group on bgjob_job (group_id, id) where group_id is not null;
 
 -- The keys that jobs hold or wait for. A statement that changes a key or its jobs locks the
 -- key's row first, and reads the jobs afterwards.
@@ -118,6 +126,8 @@ create table bgjob_dead_job (
     headers        json,
     expires        timestamptz,
     checkpoint     bytea,
+    group_id       text collate "C",
+    group_dead     integer,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 
@@ -127,6 +137,9 @@ create index bgjob_dead_job_job_id on bgjob_dead_job (job_id);
 -- The jobs of a group in the order of their death, and all groups without the table: 30 MB for a
 -- million dead jobs.
 create index bgjob_dead_job_fingerprint on bgjob_dead_job (fingerprint, id);
+
+-- The dead jobs of a group.
+create index bgjob_dead_job_group on bgjob_dead_job (group_id, job_id) where group_id is not null;
 
 -- One row for each schedule. The worker that moves its tick forward enqueues the jobs.
 create table bgjob_schedule (

@@ -922,6 +922,8 @@ LIVE = looks.Live(
     expires_in=None,
     is_replaced=False,
     saved=None,
+    group=None,
+    waits_for_group=False,
 )
 
 

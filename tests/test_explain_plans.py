@@ -34,14 +34,16 @@ TABLES = {"bgjob_job", "bgjob_dead_job", "bgjob_exclusive"}
 # priority number. The others, of queue keyed, wait for one key.
 FILL: LiteralString = """
     insert into bgjob_job (
-        id, queue, type, priority, exclusive, waits, next_run_at, token, lease_until
+        id, queue, type, priority, exclusive, waits, next_run_at, token, lease_until,
+        group_id
     )
     select 'job ' || n, case when n %% 4 = 3 then 'keyed' else 'q' end, 't',
         case n %% 4 when 0 then 0 when 1 then 1 when 2 then -1 else 0 end,
         case when n %% 4 = 3 or n = %(jobs)s then 'key' end, n %% 4 = 3,
         now() + case when n %% 4 = 2 then 1 else -1 end * n * interval '1 s',
         case when n > %(jobs)s - %(running)s and n %% 4 < 3 then 1 end,
-        case when n > %(jobs)s - %(running)s and n %% 4 < 3 then now() + interval '1 h' end
+        case when n > %(jobs)s - %(running)s and n %% 4 < 3 then now() + interval '1 h' end,
+        case when n %% 10 = 0 then 'group' end
     from generate_series(1, %(jobs)s) n
 """
 FILL_KEYS: LiteralString = """
@@ -116,6 +118,12 @@ def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(bounded: psycopg.C
     assert key.before == CAP
     assert key.holder is not None
     assert key.holder.id == f"job {MANY}"
+
+
+def test_the_live_jobs_of_a_group_are_counted_up_to_a_cap(bounded: psycopg.Connection) -> None:
+    statement = looks.members("group", cap=CAP)
+    assert statement.parse(check(bounded, statement, CAP))[0] == CAP
+    assert looks.members("none").parse(check(bounded, looks.members("none"), CAP)) == (0, 0, None)
 
 
 @pytest.mark.parametrize(("queue", "id_"), [("q", MANY - RUNNING), ("keyed", MANY - 1)])

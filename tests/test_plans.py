@@ -42,6 +42,7 @@ from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql import replacements
+from bgjob._sql.groups import end_groups, hold, open_group
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
 from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS, session
@@ -139,6 +140,25 @@ FILL_KEYS = """
     ) as k
 """
 
+# And jobs of groups: of one all are live, and as many are dead; of another none is live, and a
+# few are dead. The jobs that wait for these lie in the same queue.
+FILL_GROUPS = """
+    with dead (id, of) as (
+        select 'dead ' || n, 'live' from generate_series(1, %(jobs)s / 10) n
+        union all select 'gone ' || n, 'over' from generate_series(1, 10) n
+    ), written as (
+        insert into bgjob_job (id, queue, type, next_run_at, group_id)
+        select 'member ' || n, 'grouped', 't', timestamptz '2100-01-01 00:00+00', 'live'
+        from generate_series(1, %(jobs)s / 10) n
+        union all select id, 'grouped', 't', 'infinity', id from unnest('{live,over}'::text[]) id
+    )
+    insert into bgjob_dead_job (
+        job_id, queue, type, attempt, priority, next_run_at, job_created_at, job_updated_at,
+        group_id
+    )
+    select id, 'grouped', 't', 1, 0, now(), '2100-01-01 00:00+00', now(), of from dead
+"""
+
 STATISTICS = [
     "none",
     "of an empty table",
@@ -160,6 +180,7 @@ def make_table(conn: psycopg.Connection, schema: str, jobs: int) -> None:
     conn.execute(FILL, {"jobs": jobs})
     if jobs:
         conn.execute(FILL_KEYS, {"jobs": jobs, "batch": BATCH})
+        conn.execute(FILL_GROUPS, {"jobs": jobs})
 
 
 def make_tables(conn: psycopg.Connection) -> None:
@@ -300,6 +321,8 @@ WORKERS = {
     "free within a window": Hot(free_within("q", WINDOW, limit=MOST_FREED), BATCH),
     "strays within a window": Hot(strays("q", WINDOW), FEW),
     "survey without suspects": Hot(survey("fresh"), FEW),
+    "survey with groups": Hot(survey("grouped"), FEW),
+    "end groups": Hot(end_groups(["live", "over", "none"], notify=True), FEW, 1),
     "claim a group": Hot(claim_group("q", limit=50, lease=60, token=2, charge=True), 100, 100),
     "claim a group where there is none": Hot(
         claim_group("fresh", limit=50, lease=60, token=2, charge=True), PRIORITIES, 0
@@ -313,6 +336,10 @@ CLIENTS = {
     "claim any": Hot(claim_any("q", lease=60, token=2), FEW + EDGE, 1),
     "enqueue": Hot(enqueue(REQUESTS[0], notify=True), 1),
     "enqueue many": Hot(enqueue_many(REQUESTS, notify=True), len(REQUESTS)),
+    "enqueue a group": Hot(enqueue_many(REQUESTS, notify=True, group="live"), len(REQUESTS)),
+    "open a group": Hot(open_group(REQUESTS[0]), 1),
+    "hold a job of a group": Hot(hold("member 1", "live"), 1, 1),
+    "end groups": Hot(end_groups(["live", "over", "none"], notify=True), FEW, 1),
     "replace": Hot(replacements.replace([LIVE], notify=True), 1),
     "replace many": Hot(replacements.replace([*REQUESTS, LIVE], notify=True), len(REQUESTS) + 1),
     # A table of one page is read whole.

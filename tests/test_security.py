@@ -26,6 +26,7 @@ from psycopg.errors import InsufficientPrivilege
 from support.clients import HOSTILE as HOSTILE_NAMES
 from support.database import rows, sleeper
 from support.documents import DOCS, ROOT, SCRIPT
+from support.jobs import a_job
 from support.roles import GROUPS, Grant, Roles
 from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import Launcher, Gate, Recorder
@@ -59,6 +60,7 @@ from bgjob._sql import (
     claims,
     dead,
     enqueues,
+    groups,
     history,
     keys,
     leases,
@@ -684,9 +686,9 @@ MAY = {
         *("jobs.run_now", "jobs.set_priority"),
     }
     | LOOKS,
-    # Who may requeue writes jobs that are due now, and so may enqueue them.
+    # Who may requeue writes jobs, and so may enqueue them.
     "operator": {
-        "enqueue",
+        *("enqueue", "bulk_enqueue"),
         *("stats", "overview", "workers", "minutes", "pause", "paused", "resume", "explain"),
         "doctor",
         *(name for name in METHODS if "." in name and not name.startswith("jobs.")),
@@ -833,14 +835,15 @@ def _everything(group: str) -> list[Statement[Any]]:
     """Every statement of a role, each of which is refused whole if any privilege is missing."""
     request = EnqueueRequest("q", "t")
     whole = EnqueueRequest("q", "t", headers={"tenant": 7}, expires=60)
-    claimed = Claimed(Job._make(["x", "q", "t", *[None] * 7, "k", None, {}]), 1)
+    claimed = Claimed(a_job(id="x")._replace(exclusive="k"), 1)
     where = dead.DeadFilter()
     marks = {0: datetime.now(UTC)}
     match group:
         case "producer":
             return [
                 enqueues.enqueue(whole, notify=True),
-                enqueues.enqueue_many([whole], notify=True),
+                enqueues.enqueue_many([whole], notify=True, group="g"),
+                groups.open_group(whole),
             ]
         case "worker":
             return [
@@ -848,6 +851,8 @@ def _everything(group: str) -> list[Statement[Any]]:
                 claims.claim("q", limit=1, lease=1, token=1, marks={**marks, 1: marks[0]}),
                 claims.sweep("q", limit=1, lease=1, token=1),
                 survey.survey("q"),
+                groups.hold("x", "g"),
+                groups.end_groups(["g"], notify=True),
                 leases.extend([claimed], lease=1),
                 settlements.complete([claimed]),
                 settlements.postpone([Postponed(claimed, 0, "e", refund=False)]),

@@ -59,6 +59,8 @@ EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 SECOND = 1_000_000  # microseconds: the table's times are integers, as PostgreSQL's are
 LOCK_TIMEOUT = 0.1
+NEVER = 200_000_000_000 * SECOND  # when a job is due that waits for its group
+THEN = "then"
 LAST_WORDS = 1.0  # seconds that the worker grants its engine after the grace period
 
 Key = tuple[str, int]
@@ -100,6 +102,8 @@ class Row:
     is_delayed: bool = False
     is_known: bool = False
     """Whether the worker itself put it back, and heard that this was done."""
+    group: str | None = None
+    """Its group; that of the job which runs after it is its own id."""
     successor: int | None = None
     """The due time of the newest request that replaced it while it was claimed."""
     free_since: float = 0.0
@@ -228,10 +232,21 @@ class Table:
             )
         if exchange.release:
             reply.woken = self.release(exchange.release, most=exchange.wakes, at=at)
+        for group in exchange.groups:
+            if group in self.over() and group not in self.barred:
+                row = self.rows[group]
+                row.due, row.free_since, row.is_known = now, at, True
+                reply.ended = [group]
         ended = {*self.cancelled.values()}
         asked = {(c.job.id, c.token) for c in exchange.ask}
         reply.cancelled = {key for key in asked if key in ended}
         return reply
+
+    def over(self) -> list[str]:
+        """The groups that are over, if the jobs that wait for them are not due yet."""
+        live = {row.group for row in self.rows.values() if row.group != row.id}
+        waiting = (row.id for row in self.rows.values() if row.due == NEVER)
+        return [id_ for id_ in waiting if id_ not in live]
 
     def _claim(self, exchange: Exchange, reply: Reply, *, began: int, now: int, at: float) -> None:
         """Claim, and see what is under way: that comes before all settlements."""
@@ -474,6 +489,8 @@ class Table:
             row.lease_until = now + self._lease
             row.attempt += charge
             row.is_charged = charge
+            live = any(each.group == row.id and each is not row for each in self.rows.values())
+            promise(row.group != row.id or not live, f"{row.id}: runs before its group is over")
             when = EPOCH + row.due * MICROSECOND
             kind = "transactional" if row.id.endswith(("3", "7")) else "ordinary"
             jobs.append(
@@ -489,6 +506,7 @@ class Table:
                     EPOCH,
                     EPOCH,
                     row.key,
+                    group=row.group,
                 )
             )
         return jobs
@@ -551,7 +569,7 @@ class Table:
         nexts: dict[int, int | None] = {}
         for row in (row for row in self.rows.values() if not row.waits):
             due = nexts.setdefault(row.priority, None)
-            if row.due > began and (due is None or row.due < due):
+            if began < row.due < NEVER and (due is None or row.due < due):
                 nexts[row.priority] = row.due
         suspects = self._suspects(began)
         when = EPOCH + began * MICROSECOND
@@ -561,6 +579,7 @@ class Table:
                 when,
                 None if due is None else (due - now) / SECOND,
                 bool(suspects),
+                [id_ for id_ in self.over() if self.rows[id_].priority == priority],
             )
             for priority, due in sorted(nexts.items())
         ]
@@ -619,6 +638,7 @@ class History:
         self.lasts = 120.0 if calm and self.sweeps_take and self.fates.random() < 0.05 else 0.0
         self.named = random.choice([0.0, 0.5])  # of those, whose key their handler names
         self.cancels, self.replacing = Random(-7 - seed), Random(-11 - seed)
+        self.grouping = Random(-13 - seed)
         self.interrupted: set[Key] = set()  # handlers whose end came early
         self.given_up: set[Key] = set()
         self.requeued = 0
@@ -687,6 +707,7 @@ class History:
         self.known_at: dict[int, float] = {}  # the priorities, as the engine knows of them
         self.clock_stepped = False
         self.idle_turns = 0
+        self.over_at = inf  # when the group was seen to be over
         self.fruitless = 0
         self.happened_at = self.now
         self.old_at = -inf  # when the last transaction has ended that was under way at first
@@ -723,6 +744,8 @@ class History:
             self.grace = random.choice([0.0, 0.1, 1.0, inf])
         if self.strangers:
             self._at(span * random.random(), self._lock_row)
+        if self.grouping.random() < 0.4:
+            self._at(span * self.grouping.random(), self._group)
         for _ in range(self.replacing.choice([0, 0, 1, 5, 20])):
             self._at(span * self.replacing.random(), self._replace)
         for _ in range(self.cancels.choice([0, 0, 1, 5, 20])):
@@ -831,7 +854,7 @@ class History:
     def _replace(self) -> None:
         """Enqueue a newer request over a job, whether it waits or runs."""
         random, table = self.replacing, self.table
-        ids = sorted(table.rows.keys() - table.barred)
+        ids = sorted(table.rows.keys() - table.barred - {THEN})
         if not ids:
             return
         row = table.rows[random.choice(ids)]
@@ -847,9 +870,20 @@ class History:
             notice = Notice({row.priority: began}, later=delay > 0)
             self._at(random.random() * 0.001, lambda: self._notice(notice))
 
+    def _group(self) -> None:
+        """Let what waits be a group that was just written, and a job wait for its end."""
+        rows = [row for row in self.table.rows.values() if row.token is None]
+        for row in rows:
+            row.group = THEN
+        priority = self.grouping.choice([0, 0, 5])
+        row = Row(THEN, priority, NEVER if rows else self.db_now, group=THEN)
+        row.free_since, row.is_delayed = self.now, True  # no notification tells of it
+        self.table.rows[THEN] = row
+        self.enqueued.add(THEN)
+
     def _cancel(self) -> None:
         """Cancel a job, waiting or running; perhaps requeue it before its worker knows."""
-        ids = sorted(self.table.rows)
+        ids = sorted(self.table.rows.keys() - {THEN})
         if not ids:
             return
         id_ = self.cancels.choice(ids)
@@ -1555,6 +1589,8 @@ class History:
             if self.poison:
                 poisoned = {self._key(id_) for id_ in self.poison} - {None}
                 left = {id_ for id_ in left - self.poison if self._key(id_) not in poisoned}
+                if THEN not in self.table.over():
+                    left.discard(THEN)  # it may wait for one of these
             if not left and self.in_flight == 0:
                 if self.now >= self.began + self.lasts:
                     self._ask_to_stop()
@@ -1622,6 +1658,10 @@ class History:
         if self.refused_at > self.now - 4 * patience:
             patience *= 6  # each refusal costs a pause, and the others their turn
             idle_since = max(idle_since, self.handed_at)
+        if self.table.over():
+            self.over_at = min(self.over_at, self.now)
+            waited = self.now - max(self.over_at, idle_since)
+            promise(waited <= patience, f"the group is over for {waited} s, and {THEN} waits")
         now = self.db_now
         held_up = LONGEST if self.groups or self.engine._isolation.is_needed else 0.0
         for row in self.table.rows.values():

@@ -101,7 +101,16 @@ def test_no_index_covers_a_column_that_a_claim_changes(conn: psycopg.Connection)
             "and a.attnum = any (i.indkey) where i.indrelid = 'bgjob_job'::regclass"
         )
     }
-    assert indexed == {"id", "queue", "priority", "next_run_at", "deaths", "exclusive", "waits"}
+    assert indexed == {
+        "id",
+        "queue",
+        "priority",
+        "next_run_at",
+        "deaths",
+        "exclusive",
+        "waits",
+        "group_id",
+    }
 
 
 # -- claims -----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from bgjob import (
 from bgjob.checkpoint import AsyncCheckpoint, Checkpoint
 from bgjob.codec import Codec
 from bgjob.ext import asyncpg as of_asyncpg, sqlalchemy as of_sqlalchemy
+from bgjob.group import Group
 
 
 @dataclass
@@ -550,6 +551,33 @@ async def coalesced(client: Client, async_client: AsyncClient, request: EnqueueR
     client.debounce(Mail("ann"), 5, queue="mail")  # error
     client.debounce(Mail("ann"), 5, id="a", run_at=None)  # error
     client.debounce(request)  # error
+
+
+# -- groups ----------------------------------------------------------------------------------
+
+
+async def grouped(
+    client: Client,
+    async_client: AsyncClient,
+    job: Job,
+    conn: psycopg.Connection,
+    aconn: psycopg.AsyncConnection,
+) -> None:
+    with client.group(then=request, conn=conn) as group:
+        assert_type(group, Group)
+        assert_type(group.enqueue(request), str)
+        assert_type(group.enqueue(Mail("ann"), queue="mail", priority=1), str)
+        group.enqueue_many(request for _ in range(3))
+        group.enqueue(Mail("ann"), dely=5)  # error
+        group.enqueue_many([Mail("ann")])  # error
+    async with async_client.group(of=job, conn=aconn) as group:
+        assert_type(group.enqueue(request), str)
+        await group.enqueue(request)  # error
+    assert_type((job.group, job.group_dead), tuple[str | None, int | None])
+    client.group()  # error
+    client.group(then=request, of=job)  # error
+    client.group(then=request, conn=aconn)  # error
+    client.group(of="then")  # error
 
 
 # -- observers: a subclass has the signatures of Observer ------------------------------------

@@ -23,7 +23,8 @@ from bgjob._engine.keys import Keys
 from bgjob._engine.leases import Leases
 from bgjob._engine.locked import Locked
 from bgjob._engine.lookout import Lookout
-from bgjob._engine.outcome import Effects, Event, Outcome, Release
+from bgjob._engine.outcome import Committed, Effects, Event, Outcome, Release
+from bgjob._engine.over import Over
 from bgjob._engine.pace import Pace
 from bgjob._engine.pause import FIRST, Pause
 from bgjob._engine.protocol import MOST, Exchange, Sleep, Step, Stop, Withdraw
@@ -78,6 +79,7 @@ class Engine:
         self._settling = Settling(self._leases, self._cancels, Pause(longest_pause), transactional)
         self._keys = Keys(self._leases, self.pace)
         self._locked = Locked(Pause(longest_pause))
+        self._over = Over()
         self._lookout = Lookout(poll_interval, notify=notify)
         self._isolation = Isolation()
         self._claims = Claims(
@@ -142,6 +144,8 @@ class Engine:
         events = self._settling.finish(outcomes)
         for _ in events:
             self._lookout.look()  # it may have been rescheduled
+        if events and self._over.are_used:
+            self._over.ended(outcome for outcome in outcomes if type(outcome.result) is Committed)
         return events
 
     def cancelled(self, claims: Iterable[tuple[int, str]]) -> list[Event]:
@@ -232,7 +236,7 @@ class Engine:
             return Withdraw()
         if self._keys.gives_back:
             return Withdraw()
-        held = self._settling or self._keys.free or self._locked.outcomes
+        held = self._settling or self._keys.free or self._locked.outcomes or self._over
         settled = not (held or self._doomed or self._leaving or self._cancels)
         done = settled and (self._abandoned or not self.pace.running)
         if self._stopping and done and not self._lookout.notify_lock.is_held:
@@ -258,14 +262,16 @@ class Engine:
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
     def _add_work(self, exchange: Exchange, now: float) -> None:
-        for turn in range(4):
-            match (self._turn + turn) % 4:
+        for turn in range(5):
+            match (self._turn + turn) % 5:
                 case 0:
                     self._settling.add_pending(exchange)
                 case 1:
                     self._add_extensions(exchange, now)
                 case 2:
                     self._keys.add_wanting(exchange, now)
+                case 3:
+                    self._over.add(exchange)
                 case _:
                     self._add_claim(exchange, self._worthwhile_room(), now)
             if self._careful and exchange:
@@ -303,6 +309,7 @@ class Engine:
             if self.flows(exchange):
                 self._settling.add_pending(exchange)
                 self._keys.add_wanting(exchange, now)
+                self._over.add(exchange)
                 return self._send(exchange, now)
         return None
 
@@ -384,9 +391,10 @@ class Engine:
                 is_own = each.job.type in self._transactional
                 self._cancels.gone(each, None if is_own else JobLeaseLost(each.job))
         self._cancel(self._cancels.answered(exchange, reply))
+        self._over.answered(exchange, reply)
         self._lookout.answered(exchange, reply, run_again, now)
-        if exchange.follows and reply.settled:
-            self._lookout.wake(Notice(later=True))  # successors were written, after the claim
+        if (exchange.follows and reply.settled) or reply.ended:
+            self._lookout.wake(Notice(later=True))  # jobs were made due, after the claim
         claimed = self._claims.answered(exchange, reply, now)
         if claimed:
             self._is_idle = False
@@ -395,6 +403,7 @@ class Engine:
             if again:
                 self._claimed_again(self._settling.claimed_again(again, exchange.at))
             self._leases.hold(claimed, exchange.at)
+            self._over.claimed(claimed)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()
         is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels

@@ -15,6 +15,7 @@ from bgjob._sql.claims import (
     free_within,
     sweep,
 )
+from bgjob._sql.groups import end_groups
 from bgjob._sql.keys import (
     acquire,
     barred_keys,
@@ -119,6 +120,8 @@ class Exchange(Settlements):
     """Keys whose rows other sessions may have locked."""
     ask: list[Claimed] = field(default_factory=list)
     """Jobs that are not held any more: were they cancelled?"""
+    groups: Sequence[str] = ()
+    """Groups of which a job has ended: are they over?"""
     end: Sequence[Claimed] = ()
     """Claims that were given up: end the sessions of their handlers."""
     notify_lock: Literal["take", "release"] | None = None
@@ -145,7 +148,8 @@ class Exchange(Settlements):
         """Whether only its claim can be refused."""
         others = (self.complete, self.postpone, self.dead_letter, self.release_jobs, self.extend)
         keys = (self.acquire, self.release, self.probe, self.probe_keys, self.ask)
-        return self.claim is not None and not any(others) and not any(keys)
+        is_alone = not (any(others) or any(keys) or self.groups)
+        return self.claim is not None and is_alone
 
     def settle(self, outcome: Unsettled) -> None:
         """Add the settlement of a job."""
@@ -229,6 +233,8 @@ class Exchange(Settlements):
             plan.append(Part(barred_keys(self.probe_keys), Reply.set_barred_keys))
         if self.ask:
             plan.append(Part(were_cancelled(self.ask), Reply.set_cancelled))
+        if self.groups:
+            plan.append(Part(end_groups(self.groups, notify=True), Reply.set_ended))
         if self.notify_lock == "release":
             plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
         return plan
@@ -246,6 +252,7 @@ class Exchange(Settlements):
             or self.release
             or self.probes
             or self.ask
+            or self.groups
             or self.end
             or self.notify_lock
             or self.claim

@@ -40,6 +40,8 @@ class Reply:
     barred_keys: Sequence[str] = ()
     cancelled: Collection[tuple[str, int]] = ()
     """The doubtful claims that a cancel has ended, by id and token."""
+    ended: Sequence[str] = ()
+    """The groups that have ended: the jobs that waited for them are due."""
     unread: int = 0
     """The number of claimed jobs that could not be read."""
 
@@ -89,6 +91,9 @@ class Reply:
 
     def set_cancelled(self, cancelled: set[tuple[str, int]]) -> None:
         self.cancelled = cancelled
+
+    def set_ended(self, ids: list[str]) -> None:
+        self.ended = ids
 
     def ignore(self, answer: object) -> None:
         """Drop an answer that says nothing to the engine."""

@@ -49,10 +49,32 @@ def lease_ended(seen: Seen) -> Reasons:
     )
 
 
+def group(seen: Seen) -> Reasons:
+    """Yield which jobs of its group are live."""
+    job, members = seen.job, seen.members
+    if job is None or not job.waits_for_group:
+        return
+    if members is None or members.last is None:
+        text = "It runs when no job of its group is live any more"
+        if members is not None:
+            text += ", which is so: the next full look of a worker of its queue makes it due"
+        yield Reason("group", False, f"{text}.", facts={"live": members and members.live})
+        return
+    are = "is" if members.live == 1 else "are"
+    yield Reason(
+        "group",
+        False,
+        f"It runs when no job of its group is live any more: {words.capped(members.live)} {are}, "
+        f"{members.running:,} of them running; the last one is {members.last!r}.",
+        f"see what holds that one up: bgjob explain {words.argument(members.last)}",
+        {**members._asdict(), "is_exact": members.live < CAP},
+    )
+
+
 def not_due(seen: Seen) -> Reasons:
     """Yield when it is due, at first or after an attempt that failed."""
     job = seen.job
-    if job is None or seen.is_running or job.due_in <= 0:
+    if job is None or seen.is_running or job.due_in <= 0 or job.waits_for_group:
         return
     is_retry = job.attempt > 0 and job.last_error is not None
     facts: dict[str, object] = {"next_run_at": job.next_run_at, "attempt": job.attempt}

@@ -12,6 +12,7 @@ from bgjob.explanation import Reason
 _RULES: tuple[Callable[[Seen], Reasons], ...] = (
     job.running,
     job.lease_ended,
+    job.group,
     job.not_due,
     job.expires,
     job.paused,

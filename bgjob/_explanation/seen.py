@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from bgjob._sql.history import Kept
-from bgjob._sql.looks import Ahead, Claimant, Dead, Key, Live, QueueWorkers, Writer
+from bgjob._sql.looks import Ahead, Claimant, Dead, Key, Live, Members, QueueWorkers, Writer
 from bgjob._sql.session import Hidden
 from bgjob.explanation import JobState, Reason
 from bgjob.schedule import ScheduleStatus
@@ -54,6 +54,8 @@ class Seen:
     key_claimant: Claimant | None = None
     """The worker that holds the holder of the key."""
     ahead: Ahead | None = None
+    members: Members | None = None
+    """The live jobs of the group that it waits for."""
     workers: QueueWorkers | None = None
     sessions: int = 0
     """The sessions of workers, registered or not; counted if no worker is known."""

@@ -113,6 +113,9 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
         holder = None if key is None else key.holder
         by = None if holder is None else (yield from claimant(holder.token))
         seen = replace(seen, key=key, key_claimant=by)
+    if job.waits_for_group:
+        members = yield from ask(looks.members(job.id), "the jobs of its group")
+        seen = replace(seen, members=members)
     if job.due_in <= 0 and not job.waits and job.lease_until is None and not job.is_suspect:
         ahead = looks.ahead(job.queue, job.priority, job.next_run_at)
         seen = replace(seen, ahead=(yield from ask(ahead, "the jobs before it")))

@@ -28,6 +28,7 @@ from bgjob._sql.keys import blocked
 from bgjob._sql.session import clock
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
+from bgjob._sql.survey import survey
 from bgjob._sql.tokens import Tokens
 from bgjob.job import Job
 from bgjob.mux import Mux
@@ -96,10 +97,16 @@ def hold(
     statement = claim(queue, lease=lease, token=token)
     while True:
         jobs = yield from ask(statement)
-        if not jobs and frees_keys:
-            free = yield from ask(blocked(queue, after="", limit=_MOST_KEYS))
-            if free.keys:
-                yield from _exchange(queue, Exchange(release=free.keys))
+        if not jobs:
+            # As a worker's sweep.
+            looks: list[Statement[Any]] = [survey(queue)]
+            if frees_keys:
+                looks.append(blocked(queue, after="", limit=_MOST_KEYS))
+            lines, *free = yield looks
+            groups = [group for line in lines for group in line.over]
+            keys = free[0].keys if free else []
+            if groups or keys:
+                yield from _exchange(queue, Exchange(groups=groups, release=keys))
                 jobs = yield from ask(statement)
         if not jobs:
             return None
@@ -131,7 +138,15 @@ def _routed(claimed: Claimed, mux: Mux, now: float, lease: float) -> Run:
 
 
 def settle(run: Run, ending: Ending) -> Steps[Ended]:
-    """Store how a job ended, and release its key."""
+    """Store how a job ended, release its key, and end its group if it was the last of that."""
+    ended = yield from _stored(run, ending)
+    group = run.claimed.job.group
+    if group is not None and group != ended.job.id:
+        yield from _exchange(ended.job.queue, Exchange(groups=[group]))
+    return ended
+
+
+def _stored(run: Run, ending: Ending) -> Steps[Ended]:
     job = run.claimed.job
     exchange = conclusion(run.claimed, ending, _kept(run))
     reply = yield from _exchange(job.queue, exchange)

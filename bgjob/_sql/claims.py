@@ -33,6 +33,14 @@ def _time(microseconds: str | None) -> datetime | None:
     return None if microseconds is None else _EPOCH + timedelta(microseconds=int(microseconds))
 
 
+def _same(text: str | None) -> str | None:
+    return text
+
+
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
 class _Rare(NamedTuple):
     """A column that is null for the usual job."""
 
@@ -51,6 +59,8 @@ _RARE = (
         _time,
     ),
     _Rare("headers", "headers::text", read),
+    _Rare("group_id", "group_id", _same),
+    _Rare("group_dead", "group_dead::text", _number),
 )
 _IS_RARE: LiteralString = " or ".join(f"{rare.name} is not null" for rare in _RARE)
 

@@ -24,13 +24,15 @@ DEAD_COLUMNS = f"""
     job_id, queue, type, arg, attempt, last_error, priority, {in_range("next_run_at")},
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
     {in_range("moved_at")}, id, fingerprint, worker,
-    case when expires is not null then {in_range("expires")} end, checkpoint, headers::text
+    case when expires is not null then {in_range("expires")} end, checkpoint, group_id,
+    group_dead, headers::text
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
     "ids": "job_id = any (%(ids)s::text[])",
     "queue": "queue = %(queue)s",
     "type": "type = %(type)s",
+    "group": "group_id = %(group)s",
     "error": "position(%(error)s in last_error) > 0",
     "moved_before": "moved_at < %(moved_before)s",
     "moved_after": "moved_at >= %(moved_after)s",
@@ -61,6 +63,7 @@ class DeadFilter(NamedTuple):
     upto: int | None = None
     numbers: Sequence[int] | None = None
     fingerprint: int | None = None
+    group: str | None = None
 
     @property
     def params(self) -> dict[str, object]:
@@ -121,9 +124,10 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
 
 
 def dead_job(row: Row) -> DeadJob:
-    *columns, fingerprint, worker, expires, checkpoint, headers = row
+    *columns, fingerprint, worker, expires, checkpoint, group, group_dead, headers = row
     number = fingerprint_of(fingerprint)
-    return DeadJob._make((*columns, number, worker, expires, read(headers), checkpoint))
+    rest = (number, worker, expires, read(headers), checkpoint, group, group_dead)
+    return DeadJob._make((*columns, *rest))
 
 
 def groups(where: DeadFilter, *, limit: int) -> Statement[list[DeadGroup]]:
@@ -245,6 +249,8 @@ _LOCKED: LiteralString = """
 def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Requeued]:
     """Move dead jobs back to their queues, due now, with their checkpoints or without them.
 
+    One that waited for its group when it was cancelled waits for it again.
+
     Of several dead jobs with one id only the latest is requeued. A job whose id a live job
     has stays dead. The statement waits for jobs that another session moves or purges, and
     leaves them to it.
@@ -259,10 +265,13 @@ def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Req
         with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
                 id, queue, type, arg, last_error, priority, exclusive, created_at, headers, expires,
-                checkpoint
+                checkpoint, group_id, group_dead, next_run_at
             )
             select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at,
-                headers, case when expires > clock_timestamp() then expires end, {checkpoint}
+                headers, case when expires > clock_timestamp() then expires end, {checkpoint},
+                group_id, group_dead,
+                case when group_id = job_id and group_dead is null then 'infinity'
+                    else clock_timestamp() end
             from bgjob_dead_job
             where id = any (array(select id from locked))
             order by job_id collate "C"
@@ -274,7 +283,9 @@ def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Req
             -- Not a join: with statistics of a drained table it compared each with each.
             select id from locked where (job_id in (select id from back)) is true
         ))
-        returning job_id, queue, (select next_run_at from back limit 1)
+        returning job_id, queue, (
+            select next_run_at from back where next_run_at < 'infinity' limit 1
+        )
         """,
         where.params,
         lambda rows: Requeued(

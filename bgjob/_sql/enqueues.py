@@ -1,6 +1,7 @@
 """Enqueue jobs, and notify the workers of their queues."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import repeat
 from operator import add
 from typing import LiteralString, NamedTuple
 
@@ -118,7 +119,11 @@ TELL_MANY_IF_WRITTEN = _TELL_MANY.format(
 
 
 def enqueue_many(
-    requests: Sequence[EnqueueRequest], *, notify: bool, has_literals: bool = True
+    requests: Sequence[EnqueueRequest],
+    *,
+    notify: bool,
+    group: str | None = None,
+    has_literals: bool = True,
 ) -> Statement[set[str]]:
     """Write jobs; return the written ids, without those that were taken.
 
@@ -126,6 +131,8 @@ def enqueue_many(
     the same ids wait for each other and do not deadlock; their due times keep the order of the
     call. The transaction gets its number before the first due time is read: workers assume that
     a transaction with a higher number has not written before.
+
+    With `group` they are jobs of that group.
 
     With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
     without, all arrays are lists, which every driver can send.
@@ -135,7 +142,7 @@ def enqueue_many(
     can_expire = any(r.expires is not None for r in others)
     headers = ", headers" if has_headers else ""
     expires = ", expires_at, expires_in" if can_expire else ""
-    columns = headers + (", expires" if can_expire else "")
+    columns = headers + (", expires" if can_expire else "") + (", group_id" if group else "")
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]
     return Statement(
@@ -169,7 +176,7 @@ def enqueue_many(
             select id, queue, type, arg, priority, exclusive, next_run_at
                 {", cast(headers as json)" if has_headers else ""}{
             ", expires" if can_expire else ""
-        }
+        }{", %(group)s" if group else ""}
             from request
             order by id collate "C", position
             on conflict (id) do nothing
@@ -179,6 +186,7 @@ def enqueue_many(
             {f", {TELL_MANY_IF_WRITTEN}" if notify else ""}
         """,
         {
+            **({"group": group} if group else {}),
             "ids": texts([r.id for r in requests]),
             "queues": texts([r.queue for r in requests]),
             "types": texts([r.type for r in requests]),
@@ -231,7 +239,7 @@ def begin_copy() -> Statement[None]:
 _COPY: LiteralString = (
     "copy bgjob_job (id, queue, type, arg, priority{}) from stdin (format binary)"
 )
-_COPIED = ("text", "text", "text", "bytea", "int2")
+_COPIED: tuple[str, ...] = ("text", "text", "text", "bytea", "int2")
 
 
 class Copy(NamedTuple):
@@ -242,7 +250,7 @@ class Copy(NamedTuple):
     rows: Iterable[Row]
 
 
-def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
+def copy_many(requests: Sequence[EnqueueRequest], group: str | None = None) -> Copy | None:
     """Write jobs that are due now; unlike `enqueue_many` it fails if an id is taken.
 
     None if COPY is not possible: it computes no times, writes no keys, and writes rows in the
@@ -255,15 +263,15 @@ def copy_many(requests: Sequence[EnqueueRequest]) -> Copy | None:
     if ids != sorted(ids):
         return None
     # Made one at a time, while the server writes the ones before.
-    rows = ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests)
-    if not others:
-        return Copy(_COPY.format(""), _COPIED, rows)
-    texts = ((stored(r.headers),) for r in requests)
-    return Copy(
-        _COPY.format(", headers"),
-        (*_COPIED, "text"),  # json has the same binary form
-        map(add, rows, texts),
-    )
+    rows: Iterable[Row] = ((r.id, r.queue, r.type, r.payload, r.priority) for r in requests)
+    columns, types = "", _COPIED
+    if others:  # they have headers
+        columns, types = ", headers", (*types, "text")  # json has the same binary form
+        rows = map(add, rows, ((stored(r.headers),) for r in requests))
+    if group is not None:
+        columns, types = f"{columns}, group_id", (*types, "text")
+        rows = map(add, rows, repeat((group,)))
+    return Copy(_COPY.format(columns), types, rows)
 
 
 def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:

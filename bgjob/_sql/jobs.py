@@ -97,6 +97,8 @@ class Live(NamedTuple):
     is_replaced: bool
     arg: bytes | None
     checkpoint: bytes | None
+    group: str | None
+    group_dead: int | None
     headers: Headers
 
 
@@ -117,7 +119,7 @@ _LIVE = f"""
         then extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8 end,
     case when j.expires is not null then {in_range("j.expires")} end,
     j.successor is not null,
-    {{arg}}, {{checkpoint}}, {{headers}}
+    {{arg}}, {{checkpoint}}, j.group_id, j.group_dead, {{headers}}
 """
 LISTED = _LIVE.format(
     error="left(j.last_error, 200)",

@@ -14,8 +14,9 @@ from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.dead import fingerprint_of
+from bgjob._sql.groups import WAITS_FOR_GROUP
 from bgjob._sql.keys import HOLDING
-from bgjob._sql.statement import Row, Statement, finite, in_range, scalar
+from bgjob._sql.statement import Row, Statement, as_text, finite, in_range, scalar
 from bgjob._sql.workers import IS_LOST
 from bgjob.schedule import ScheduleStatus
 from bgjob.workers import MISSED
@@ -65,6 +66,9 @@ class Live(NamedTuple):
     """Whether a newer request waits for its end."""
     saved: int | None
     """The bytes of its checkpoint; None without one."""
+    group: str | None
+    waits_for_group: bool
+    """Whether it is due when no job of its group is live."""
 
     @property
     def is_suspect(self) -> bool:
@@ -113,8 +117,9 @@ def find(id_: str) -> Statement[Found]:
                 case when expires is not null then {in_range("expires")} end,
                 case when expires is not null
                     then extract(epoch from {in_range("expires")} - clock.now)::float8 end,
-                successor is not null, octet_length(checkpoint)
-            from bgjob_job where id = %(id)s
+                successor is not null, octet_length(checkpoint), group_id,
+                coalesce({WAITS_FOR_GROUP}, false)
+            from bgjob_job j where id = %(id)s
         ) as j on true
         left join lateral (
             select d.id, d.queue, d.type, d.attempt, {_ERROR}, {in_range("moved_at")},
@@ -141,6 +146,31 @@ def _found(rows: Sequence[Row]) -> Found:
             for row in rows
             if row[end] is not None
         ],
+    )
+
+
+class Members(NamedTuple):
+    """The live jobs of a group, up to CAP."""
+
+    live: int
+    running: int
+    last: str | None
+    """One of them, that with the last id."""
+
+
+def members(group: str, *, cap: int = CAP) -> Statement[Members]:
+    """Count the live jobs of a group, up to a cap."""
+    return Statement(
+        f"""
+        select count(*), count(token), max(id)
+        from (
+            select j.token, {as_text("j.id")} as id from bgjob_job j
+            where j.group_id >= %(group)s and j.group_id <= %(group)s and j.id <> %(group)s
+            order by j.group_id desc, j.id desc limit %(cap)s
+        ) as live
+        """,
+        {"group": group, "cap": cap},
+        lambda rows: Members(*rows[0]),
     )
 
 

@@ -23,12 +23,14 @@ _DEAD_LETTER_UNREAD = f"""
     ), {followed("gone")}
     insert into bgjob_dead_job (
         job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-        next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
+        next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
+        group_dead
     )
     select {_bytes_of("id")}, {_bytes_of("queue")}, {_bytes_of("type")}, arg, attempt,
         %(error)s, %(fingerprint)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at,
         updated_at, checkpoint,
-        case when headers::text !~ '[^\\x01-\\x7f]' then headers end, expires
+        case when headers::text !~ '[^\\x01-\\x7f]' then headers end, expires,
+        {_bytes_of("group_id")}, group_dead
     from gone
     returning true
 """
@@ -49,10 +51,12 @@ def dead_letter_refused(place: str, error: str) -> Statement[None]:
         ), {followed("gone")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires
+            next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
+            group_dead
         )
         select id, queue, type, arg, attempt, (%(errors)s::text[])[1], %(fingerprint)s, priority,
-            exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires
+            exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires, group_id,
+            group_dead
         from gone
         """,
         {

@@ -15,6 +15,7 @@ from bgjob._checks import seconds
 from bgjob._headers import stored
 from bgjob._postgres.cursor import Floats, Payloads, Texts, Times
 from bgjob._sql.enqueues import TELL_MANY_IF_WRITTEN, told_of
+from bgjob._sql.groups import WAITS_FOR_GROUP
 from bgjob._sql.statement import Statement, number_array, text_array
 from bgjob.job import EnqueueRequest
 
@@ -32,6 +33,8 @@ _NEXT_BORN: LiteralString = (
     "coalesce(cast(j.successor ->> 'created_at' as timestamptz), clock_timestamp())"
 )
 
+# A job of a group stays in it, and the one that waits for its group goes on waiting.
+#
 # Never into the past, where no claim would look for it. A job that waits for its exclusive key
 # looks for it again: it may have another one, or be due earlier than what the key's row says.
 _WAITING: LiteralString = f"""
@@ -45,7 +48,8 @@ _WAITING: LiteralString = f"""
     {
     _of_waiting(
         "next_run_at",
-        f"greatest(least(excluded.next_run_at, {_BORN} {_LIMIT}), clock_timestamp())",
+        f"case when {WAITS_FOR_GROUP} then j.next_run_at else "
+        f"greatest(least(excluded.next_run_at, {_BORN} {_LIMIT}), clock_timestamp()) end",
     )
 },
     {_of_waiting("created_at", _BORN)},

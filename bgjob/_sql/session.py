@@ -134,19 +134,22 @@ _COLUMN_NEEDS = (
     (
         "bgjob_job",
         "select",
-        "id queue type arg priority created_at headers expires successor successor_arg",
+        (
+            "id queue type arg priority created_at headers expires successor successor_arg "
+            "group_id group_dead"
+        ),
     ),
     (
         "bgjob_job",
         "insert",
-        "id queue type arg priority exclusive next_run_at created_at headers expires",
+        "id queue type arg priority exclusive next_run_at created_at headers expires group_id",
     ),
     (
         "bgjob_job",
         "update",
         (
             "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
-            "updated_at checkpoint"
+            "updated_at checkpoint group_dead"
         ),
     ),
     ("bgjob_exclusive", "insert", "key"),
@@ -156,10 +159,11 @@ _COLUMN_NEEDS = (
         "insert",
         (
             "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
-            "next_run_at job_created_at job_updated_at checkpoint headers expires"
+            "next_run_at job_created_at job_updated_at checkpoint headers expires group_id "
+            "group_dead"
         ),
     ),
-    ("bgjob_dead_job", "select", "job_id token"),
+    ("bgjob_dead_job", "select", "job_id token job_created_at group_id"),
     ("bgjob_pause", "select", "queue until"),
 )
 

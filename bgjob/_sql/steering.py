@@ -96,15 +96,17 @@ _DEAD_LETTERED: LiteralString = """
         delete from bgjob_job
         where id = any (array(select id from locked))
         returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
-            created_at, updated_at, token, waits, checkpoint, headers, expires, successor,
-            successor_arg
+            created_at, updated_at, token, waits, checkpoint, headers, expires, group_id,
+            group_dead, successor, successor_arg
     ), dead as (
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
-            next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires
+            next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires,
+            group_id, group_dead
         )
         select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
-            next_run_at, created_at, updated_at, {claim}, checkpoint, headers, expires
+            next_run_at, created_at, updated_at, {claim}, checkpoint, headers, expires, group_id,
+            group_dead
         from gone
         union all
         select id, successor ->> 'queue', successor ->> 'type', successor_arg, 0, {error},
@@ -112,7 +114,7 @@ _DEAD_LETTERED: LiteralString = """
             (successor ->> 'next_run_at')::timestamptz,
             (successor ->> 'created_at')::timestamptz, (successor ->> 'created_at')::timestamptz,
             null, null, (successor ->> 'headers')::json,
-            (successor ->> 'expires')::timestamptz
+            (successor ->> 'expires')::timestamptz, nullif(group_id, id), null
         from gone where successor is not null
         order by 1, 5 desc
     ), changed as (

@@ -20,7 +20,7 @@ from typing import LiteralString
 
 from bgjob._sql.notices import BY_HAND, NOTIFY
 
-SUCCESSOR: LiteralString = "successor, successor_arg"
+SUCCESSOR: LiteralString = "successor, successor_arg, group_id"
 """The columns that a statement returns of the rows that it deletes."""
 
 _NEW: Mapping[LiteralString, LiteralString] = {
@@ -33,6 +33,8 @@ _NEW: Mapping[LiteralString, LiteralString] = {
     "created_at": "(successor ->> 'created_at')::timestamptz",
     "headers": "(successor ->> 'headers')::json",
     "expires": "(successor ->> 'expires')::timestamptz",
+    # The id stays in its group. That of a group's own job is a plain job afterwards.
+    "group_id": "nullif(group_id, id)",
 }
 
 _TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")

@@ -221,6 +221,7 @@ class Handlers:
     timed: true to write when it begins and ends in the table `run`, whatever it is part of
     sleep: seconds to wait before the row
     kind: the kind of its row, instead of its type
+    told: true for the kind "told N": it was told that N jobs of its group had died
     mute: true for no row and no event, and nothing after the sleep: a job that is quick
     children: how many jobs of type "plain" to enqueue, in the transaction where there is one; the
         ids are `<id of the job>/<n>`
@@ -413,6 +414,8 @@ class Handlers:
         return kind
 
     def _kind(self, job: Job, arg: Any, rescheduled: list[Any]) -> str:
+        if arg.get("told"):
+            return f"told {job.group_dead}"
         wanted = arg.get("times", 1) if arg.get("then") == "reschedule" else 0
         return "rescheduled" if rescheduled[0][0] < wanted else arg.get("kind", job.type)
 

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from typing import Any
 
 import psycopg
@@ -42,9 +42,18 @@ class Blocking:
         def call(*args: Any, **kwargs: Any) -> Any:
             kwargs = {k: getattr(v, "target", v) for k, v in kwargs.items()}
             answer = value(*args, **kwargs)
+            if isinstance(answer, AbstractAsyncContextManager):
+                return self._entered(answer)
             return self._run(answer) if inspect.isawaitable(answer) else answer
 
         return call
+
+    @contextmanager
+    def _entered(self, manager: AbstractAsyncContextManager[Any]) -> Iterator[Any]:
+        with ExitStack() as stack:
+            entered = self._run(manager.__aenter__())
+            stack.push(lambda *error: self._run(manager.__aexit__(*error)))
+            yield entered
 
 
 class Colour:

@@ -52,6 +52,8 @@ class Job(models.Model):
     lease_until = Moment(null=True)
     expires = Moment(null=True)
     checkpoint = models.BinaryField(null=True)
+    group_id = models.CharField(_("group"), max_length=_NAME, null=True)
+    group_dead = models.IntegerField(_("dead of its group"), null=True)
     created_at = Moment(_("enqueued"))
     updated_at = Moment(_("updated"))
 
@@ -82,6 +84,8 @@ class DeadJob(models.Model):
     next_run_at = Moment(_("due"))
     expires = Moment(null=True)
     checkpoint = models.BinaryField(null=True)
+    group_id = models.TextField(_("group"), null=True)
+    group_dead = models.IntegerField(_("dead of its group"), null=True)
     job_created_at = Moment(_("enqueued"))
     job_updated_at = Moment(_("updated"))
     moved_at = Moment(_("died"))

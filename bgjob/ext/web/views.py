@@ -165,6 +165,8 @@ class JobFacts:
     lease_until: datetime | None
     running_since: datetime | None
     worker: int | None
+    group: str | None
+    waits_for_group: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,7 @@ class DeadFacts:
     died_at: datetime
     fingerprint: str | None
     died_on: DiedOn | None
+    group: str | None
 
 
 @dataclass(frozen=True, slots=True)

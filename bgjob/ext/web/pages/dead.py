@@ -220,6 +220,7 @@ async def dead_job(visit: Visit) -> DeadJobPage:
             job.moved_at,
             job.fingerprint,
             next(iter(await _died_on(visit, [job.worker])), None),
+            job.group,
         ),
         payload,
         headers,

@@ -164,6 +164,8 @@ def _facts(found: LiveJob) -> JobFacts:
         found.lease_until,
         found.claimed_at,
         None if found.worker is None else found.worker.number,
+        found.group,
+        found.waits_for_group,
     )
 
 

@@ -1,0 +1,125 @@
+"""Groups: a job that runs when no job of its group is live any more.
+
+A group has no row of its own, and no counter. Its jobs have its id, which is the id of the job that
+runs afterwards, `then`. That job is written together with them, and its due time is infinite: no
+claim finds it, nor does anything that looks for the next due job. A settlement does nothing for a
+group. After the commit of one that ended jobs of a group, and at each full look at the queue of
+`then`, the worker asks whether a job of the group is live. If none is, it makes `then` due.
+
+Of two workers that settle the last two jobs at the same time, the one that asks last sees neither.
+Both may see none: then the row's lock lets one of them make it due, and the other one finds it due.
+Nothing has to be locked for that, since a job joins a group in one of two ways: in the transaction
+that writes `then`, or while another job of the group is kept live (`hold`).
+"""
+
+from collections.abc import Collection
+from typing import LiteralString
+
+from bgjob._headers import stored
+from bgjob._sql.notices import BY_HAND, NOTIFY
+from bgjob._sql.statement import Statement, as_text, text_array
+from bgjob.job import EnqueueRequest
+
+WAITS_FOR_GROUP: LiteralString = "j.group_id = j.id and j.next_run_at = 'infinity'"
+"""Whether job `j` is one that runs after its group, and is not due yet."""
+
+# From the last id, because ids are in the order of time: the dead rows of jobs that have ended come
+# after those that are live. As bounds of a range: with an equation, the planner may follow the
+# primary key, whose order is the same, past all jobs.
+IS_OVER: LiteralString = """
+    (
+        select true from bgjob_job m
+        where m.group_id >= j.id and m.group_id <= j.id and m.id <> j.id
+        order by m.group_id desc, m.id desc limit 1
+    ) is null
+"""
+"""Whether no job of the group of `then`, the job `j`, is live."""
+
+_OPEN: LiteralString = """
+    insert into bgjob_job (
+        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, group_id
+    )
+    values (
+        %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s, 'infinity',
+        cast(cast(%(headers)s as text) as json),
+        coalesce(
+            cast(%(expires_at)s as timestamptz),
+            clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
+        ),
+        %(id)s
+    )
+    on conflict (id) do nothing
+    returning true
+"""
+
+
+def open_group(then: EnqueueRequest) -> Statement[bool]:
+    """Write the job that runs after its group, before the group's; False if its id is taken."""
+    return Statement(
+        _OPEN,
+        {
+            "id": then.id,
+            "queue": then.queue,
+            "type": then.type,
+            "arg": then.payload,
+            "priority": then.priority,
+            "exclusive": then.exclusive,
+            "headers": stored(then.headers),
+            "expires_at": then.expires_at,
+            "expires_in": then.expires_in,
+        },
+        bool,
+        prepare=None,
+    )
+
+
+def hold(id_: str, group: str) -> Statement[bool]:
+    """Keep a job of a group live until the transaction ends; False if it is not live any more.
+
+    Whoever settles it waits for that. So jobs that the transaction adds to the group are seen by
+    everybody who does not see this one any more.
+    """
+    return Statement(
+        """
+        select true from bgjob_job where id = %(id)s and group_id = %(group)s for key share
+        """,
+        {"id": id_, "group": group},
+        bool,
+        prepare=None,
+    )
+
+
+_TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")
+
+# The number of those that died is exact: a job leaves one table and enters the other in one commit,
+# and this statement reads both at the same moment. A job that died before the group was written
+# belongs to an earlier one with the same id.
+_END: LiteralString = f"""
+    update bgjob_job g
+    set next_run_at = clock_timestamp(),
+        updated_at = clock_timestamp(),
+        group_dead = (
+            select count(distinct d.job_id) from bgjob_dead_job d
+            where d.group_id = g.id and d.job_id <> g.id and d.job_created_at >= g.created_at
+        )
+    where g.ctid = any (array(
+        select j.ctid from bgjob_job j
+        where j.id = any (%(ids)s::text[]) and {WAITS_FOR_GROUP} and {IS_OVER}
+        for update skip locked
+    ))
+    returning {as_text("id")}
+"""
+_END_AND_TELL: LiteralString = f"{_END}, {_TELL}"
+
+
+def end_groups(ids: Collection[str], *, notify: bool) -> Statement[list[str]]:
+    """Make the jobs due that waited for these groups, if those are over; return their ids.
+
+    Run it after the commit that ended jobs of the groups. It waits for no lock: a job that another
+    session has locked is left to the next full look at its queue.
+    """
+    return Statement(
+        _END_AND_TELL if notify else _END,
+        {"ids": text_array(sorted(ids))},
+        lambda rows: [row[0] for row in rows],
+    )
