@@ -5,15 +5,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import ceil, log2
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from support.database import all_done, row, rows
 from support.jobs import a_job
+from support.turns import Turns
 from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import Launcher, Recorder, Style, both_styles
 
@@ -178,6 +181,33 @@ def test_what_is_no_answer_fails_all_jobs_of_a_call(launcher: Launcher) -> None:
     observer.wait_for("dead", times=3)
     assert calls.ids == [names(3)]
     assert "None, or a mapping from ids to these" in observer.of("dead")[0][3]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": 2, **WHOLE}], ids=["single", "batch"])
+def test_a_transaction_takes_three_round_trips_beside_those_of_its_handler(
+    dsn: str,
+    conn: psycopg.Connection,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    counted: list[int] = []
+
+    def handle(_: Any, conn: psycopg.Connection[Any]) -> None:
+        counted.append(turns.count())
+        turns.begin()
+        conn.execute("select 1")
+
+    mux = Mux().register("t", handle, transactional=True, **options)
+    with (
+        closing(Turns(tmp_path, monkeypatch)) as turns,
+        closing(Launcher(dsn, is_async=False)) as launcher,
+    ):
+        launcher.enqueue(*names(4 if options else 2))
+        launcher.start(mux, concurrency=1)
+        assert eventually(lambda: all_done(conn))
+    assert counted[1:] == [4]  # its statement, the settlement, the commit, the next begin
+    assert len(turns.sessions) == 1
 
 
 # -- a call that raises --------------------------------------------------------------------------

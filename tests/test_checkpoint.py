@@ -6,10 +6,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import wraps
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from support.jobs import a_job
 from support.pages import opened
 from support.plans import PLAN_CACHE_MODES, buffers, prepare, run
 from support.statements import ask
+from support.turns import Turns
 from support.waiting import PATIENCE, eventually
 from support.workers import Launcher, Recorder, Style, both_styles
 
@@ -40,7 +41,6 @@ from bgjob import (
     Retry,
     cli,
 )
-from bgjob._running.sessions import HandlerConnection
 from bgjob._sql import repairs, settlements, steering, transactions, triage
 from bgjob._sql.claims import CLAIMED_COLUMNS
 from bgjob._sql.jobs import JobFilter
@@ -456,33 +456,21 @@ def test_a_save_is_a_heap_only_update_and_one_round_trip_on_a_session_that_is_ke
     counted = """
         select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relname = 'bgjob_job'
     """
-    trace = (tmp_path / "trace").open("ab", buffering=0)
-    sessions: list[int] = []
-
-    def connect(**options: Any) -> HandlerConnection:
-        connection = psycopg.Connection.connect.__func__(HandlerConnection, **options)  # type: ignore[attr-defined]
-        connection.pgconn.trace(trace.fileno())
-        sessions.append(connection.info.backend_pid)
-        return connection  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(HandlerConnection, "connect", connect)
 
     def handle(job: Job, checkpoint: Checkpoint[int]) -> None:
-        trace.truncate(0)
+        turns.begin()
         for number in range(30):
             checkpoint.save(number)
-        said = (tmp_path / "trace").read_text().splitlines()
-        directions = [line.split("\t")[1] for line in said if "\t" in line]
-        turns.append(sum(a != b for a, b in pairwise(directions)) // 2 + 1)
+        counted_turns.append(turns.count())
 
-    turns: list[int] = []
-    with Client(dsn) as client, trace:
+    counted_turns: list[int] = []
+    with Client(dsn) as client, closing(Turns(tmp_path, monkeypatch)) as turns:
         client.enqueue(EnqueueRequest("q", "t"))
         client.do("q", Mux().register("t", handle))
     assert eventually(lambda: row(conn, counted)[0] >= 31)  # when their session has ended
     assert row(conn, counted) == (31, 31)  # the claim, and each save
-    assert turns == [30]
-    assert len(sessions) == 1
+    assert counted_turns == [30]
+    assert len(turns.sessions) == 1
 
 
 @pytest.mark.both_colours

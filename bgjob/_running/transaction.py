@@ -318,8 +318,9 @@ class Transactions(Sessions):
         async with connection.pipeline() as pipeline:
             _end_with_sync(pipeline)
             cursors = await send_all_async(connection, settling)
-            token, *settled = await read_all_async(cursors, settling)
-            return Settled(token, [id_ for ids in settled for id_ in ids])
+        # After the end of the pipeline: to read within it takes a round trip more.
+        token, *settled = await read_all_async(cursors, settling)
+        return Settled(token, [id_ for ids in settled for id_ in ids])
 
     async def _finish_async(self, connection: AsyncHandlerConnection, claimed: Claimed) -> bool:
         if connection.info.transaction_status != TransactionStatus.INTRANS:
@@ -361,7 +362,7 @@ class Transactions(Sessions):
                     await AsyncCursor(connection).execute(text, prepare=False)
                 cursor = await send_async(AsyncCursor(connection), statement)
                 await AsyncCursor(connection).execute(b"commit", prepare=False)
-                return await read_async(cursor, statement)
+            return await read_async(cursor, statement)
 
         try:
             connection, found = await self.open_async(fetch)
@@ -483,8 +484,9 @@ class Transactions(Sessions):
         with connection.pipeline() as pipeline:
             _end_with_sync(pipeline)
             cursors = send_all(connection, settling)
-            token, *settled = read_all(cursors, settling)
-            return Settled(token, [id_ for ids in settled for id_ in ids])
+        # After the end of the pipeline: to read within it takes a round trip more.
+        token, *settled = read_all(cursors, settling)
+        return Settled(token, [id_ for ids in settled for id_ in ids])
 
     def _finish(self, connection: HandlerConnection, claimed: Claimed) -> bool:
         if connection.info.transaction_status != TransactionStatus.INTRANS:
@@ -526,7 +528,7 @@ class Transactions(Sessions):
                     Cursor(connection).execute(text, prepare=False)
                 cursor = send(Cursor(connection), statement)
                 Cursor(connection).execute(b"commit", prepare=False)
-                return read(cursor, statement)
+            return read(cursor, statement)
 
         try:
             connection, found = self.open(fetch)
