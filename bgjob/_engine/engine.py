@@ -142,8 +142,8 @@ class Engine:
         if self._keys.are_used:
             self._keys.finished(outcomes)
         events = self._settling.finish(outcomes)
-        for _ in events:
-            self._lookout.look()  # it may have been rescheduled
+        if events:
+            self._lookout.look()  # they may have been rescheduled
         if events and self._over.are_used:
             self._over.ended(outcome for outcome in outcomes if type(outcome.result) is Committed)
         return events

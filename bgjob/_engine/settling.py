@@ -81,20 +81,28 @@ class Settling:
         events = self._superseded(outcomes) if self.superseded else []
         outcomes = self._leases.but_lost(outcomes)
         if self._transactional:
-            for outcome in outcomes:
-                claimed, result = outcome.claimed, outcome.result
-                if isinstance(result, Committed):
-                    events.append(outcome.with_result(result.result))
-                elif isinstance(result, Fenced):
-                    lost = JobLeaseLost(claimed.job, outcome.ran, outcome.waited)
-                    self._cancels.gone(claimed, lost)
-                else:
-                    continue
-                self._leases.drop(claimed)
-            outcomes = [o for o in outcomes if not isinstance(o.result, Committed | Fenced)]
+            outcomes = self._but_settled(outcomes, events)
         # Those that named a key and were not lost wait for it.
         self.pending.extend(cast("Sequence[Unsettled]", outcomes))
         return events
+
+    def _but_settled(self, outcomes: Sequence[Outcome], events: list[Event]) -> Sequence[Outcome]:
+        """Take those that handlers' own transactions have settled; return the others."""
+        settled = [o.claimed for o in outcomes if isinstance(o.result, Committed)]
+        if settled:  # of a batch, all together
+            self._leases.drop_all(settled)
+            events += [
+                o.with_result(o.result.result) for o in outcomes if isinstance(o.result, Committed)
+            ]
+        others: list[Outcome] = []
+        for outcome in outcomes if len(settled) < len(outcomes) else ():
+            if isinstance(outcome.result, Fenced):
+                lost = JobLeaseLost(outcome.claimed.job, outcome.ran, outcome.waited)
+                self._cancels.gone(outcome.claimed, lost)
+                self._leases.drop(outcome.claimed)
+            elif not isinstance(outcome.result, Committed):
+                others.append(outcome)
+        return others
 
     def _superseded(self, outcomes: Sequence[Outcome]) -> list[Event]:
         """Return the events of jobs that were claimed again before these outcomes were known."""

@@ -23,7 +23,7 @@ class Answer:
     """What a batch handler has answered."""
 
     results: dict[str, Result]
-    """The result of each job, by its id."""
+    """The result of each job, by its id, in the order of the jobs."""
     undone: set[str] = field(default_factory=set)
     """The ids of jobs that failed, or have a Retry: a transaction rolls back."""
     strangers: list[object] = field(default_factory=list)
@@ -40,6 +40,9 @@ class BatchRoute(Route):
 
     def answer(self, jobs: Sequence[Job], returned: object) -> Answer:
         """Turn what the handler returned into the results of its jobs."""
+        if returned is None or isinstance(returned, _KEPT):  # the same for all, whatever they are
+            result = self.judge(jobs[0], returned)
+            return Answer(dict.fromkeys([job.id for job in jobs], result))
         each: dict[str, object]
         strangers: list[object] = []
         if isinstance(returned, Mapping):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.batch import Answer, BatchRoute
+from bgjob._handlers.route import COMPLETE
 from bgjob._running.transaction import (
     Call,
     End,
@@ -22,6 +23,9 @@ from bgjob._running.transaction import (
 )
 from bgjob._sql.settlements import Claimed
 from bgjob.result import MoveToDlq, Result
+
+COMMITTED = Committed(COMPLETE)
+"""How nearly all jobs of transactional handlers end."""
 
 BatchEnding: TypeAlias = Result | Committed | CommitUnknown | Fenced
 """How a job of a call ended: settled already, or a result to store."""
@@ -75,7 +79,8 @@ def batch_in_transaction(
         error = raised
     if error is None and not answer.undone:
         try:
-            settled = yield from settle(_each(claims, answer), keeps=route.policy.keep)
+            ended = _each(claims, answer)
+            settled = yield from settle(ended, keeps=route.policy.keep)
             if settled is None or settled.token != token:
                 yield End.ROLLBACK
                 return _ended_by_handler(route, claims)
@@ -87,8 +92,7 @@ def batch_in_transaction(
                     if (yield End.ROLLBACK) != "":
                         return _unknown(route, claims, answer, raised)
                     return failed(route, claims, raised)
-                stored = [(claimed, Committed(result)) for claimed, result in _each(claims, answer)]
-                return Called([*stored], strangers=answer.strangers)
+                return Called([*map(_committed, ended)], strangers=answer.strangers)
             held = set(settled.ids)
             lost = [claimed for claimed in claims if claimed.job.id not in held]
             yield End.ROLLBACK
@@ -108,6 +112,11 @@ def batch_in_transaction(
 
 def _each(claims: Sequence[Claimed], answer: Answer) -> list[tuple[Claimed, Any]]:
     return [(claimed, answer.results[claimed.job.id]) for claimed in claims]
+
+
+def _committed(ended: tuple[Claimed, Result]) -> tuple[Claimed, BatchEnding]:
+    claimed, result = ended
+    return claimed, COMMITTED if result is COMPLETE else Committed(result)
 
 
 def _endings(claims: Sequence[Claimed], answer: Answer) -> list[tuple[Claimed, BatchEnding]]:

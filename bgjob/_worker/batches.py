@@ -17,14 +17,14 @@ from typing import Any, Final, cast
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.batch import BatchRoute, strangers_text
-from bgjob._handlers.route import Route
-from bgjob._running.batch import Called, answered, batch_in_transaction, failed
+from bgjob._handlers.route import COMPLETE, Route
+from bgjob._running.batch import COMMITTED, Called, answered, batch_in_transaction, failed
 from bgjob._running.transaction import NotBegun
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch
 from bgjob._worker.failures import drop_locals, error_of
-from bgjob._worker.slots import Slot, Slots
+from bgjob._worker.slots import Slot, Slots, quick_outcome
 from bgjob.errors import BgjobError, JobTimeoutError
 
 
@@ -339,9 +339,10 @@ class BatchCalls:
         batch.calls[:0] = called.again
         if slots.is_behind:
             for _, ending in called.endings:
-                drop_locals(ending)
+                if ending is not COMPLETE and ending is not COMMITTED:  # nearly all are
+                    drop_locals(ending)
         slots.outcomes.extend(
-            Outcome(claimed, ending, ran, at) for claimed, ending in called.endings
+            [quick_outcome((claimed, ending, ran, at)) for claimed, ending in called.endings]
         )
         batch.left -= len(called.endings)
         slots.finished()
