@@ -20,7 +20,7 @@ _LEDGER = "create table ledger (job_id text not null)"
 _WRITE_ONE = "insert into ledger (job_id) values (%s)"
 _WRITE = "insert into ledger (job_id) select unnest(%s::text[])"
 
-Register = Callable[[Mux], Mux]
+Register = Callable[[Mux, work.Ran], Mux]
 
 
 def main(bench: Bench) -> Mapping[str, object]:
@@ -55,16 +55,19 @@ def main(bench: Bench) -> Mapping[str, object]:
     }
 
 
-def _in_batches(mux: Mux) -> Mux:
+def _in_batches(mux: Mux, ran: work.Ran) -> Mux:
     def write(jobs: list[Job], conn: psycopg.Connection[Any]) -> None:
-        conn.execute(_WRITE, [[job.id for job in jobs]])
+        ids = [job.id for job in jobs]
+        conn.execute(_WRITE, [ids])
+        ran.batch(ids)
 
     return mux.register("noop", write, transactional=True, batch=BATCH)
 
 
-def _one_by_one(mux: Mux) -> Mux:
+def _one_by_one(mux: Mux, ran: work.Ran) -> Mux:
     def write(job: Job, conn: psycopg.Connection[Any]) -> None:
         conn.execute(_WRITE_ONE, [job.id])
+        ran.plain(job)
 
     return mux.register("noop", write, transactional=True)
 
@@ -72,10 +75,12 @@ def _one_by_one(mux: Mux) -> Mux:
 def _drain(bench: Bench, count: int, register: Register) -> Figures:
     ids = work.fill(bench, count)
     bench.admin.execute(_LEDGER)
+    ran = work.Ran(count)
     with Client(bench.dsn) as client:
-        worker = Worker(client, QUEUE, register(Mux()), concurrency=work.CONCURRENCY)
+        worker = Worker(client, QUEUE, register(Mux(), ran), concurrency=work.CONCURRENCY)
         began = perf_counter()
         with worker:
+            ran.wait()  # queries meanwhile would compete with it
             drained_at = work.settled_at(bench, ids)
     _check(bench, count)
     return {"jobs_per_s": count / (drained_at - began)}

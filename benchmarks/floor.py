@@ -144,10 +144,10 @@ def drain_with_effects(
         if not claimed:
             break
         mark = max(row[4] for row in claimed)
-        ids = f"{{{','.join([row[0] for row in claimed])}}}"
+        ids = [row[0] for row in claimed]
         with connection.transaction():
-            write.execute(effect, [ids])
-            deleted += write.execute(_DELETE, [ids, token]).rowcount
+            write.execute(effect, [ids])  # a list, as any program passes it
+            deleted += write.execute(_DELETE, [f"{{{','.join(ids)}}}", token]).rowcount
     if deleted != count:
         raise RuntimeError(f"the floor deleted {deleted} of {count} jobs")
 

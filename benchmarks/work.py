@@ -71,6 +71,13 @@ class Ran:
         """Handle a job on an event loop."""
         self.plain(job)
 
+    def batch(self, ids: Sequence[str]) -> None:
+        """Handle the jobs of a call on a thread."""
+        self.ids.extend(ids)
+        if len(self.ids) == self._expected:
+            self.ended_at = perf_counter()
+            self._all.set()
+
     def wait(self) -> None:
         """Wait until all expected jobs have run."""
         if not self._all.wait(PATIENCE):
