@@ -183,11 +183,13 @@ def test_what_is_no_answer_fails_all_jobs_of_a_call(launcher: Launcher) -> None:
     assert "None, or a mapping from ids to these" in observer.of("dead")[0][3]
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 2, **WHOLE}], ids=["single", "batch"])
-def test_a_transaction_takes_three_round_trips_beside_those_of_its_handler(
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_transaction_is_settled_in_a_round_trip_or_two(
     dsn: str,
     conn: psycopg.Connection,
-    options: dict[str, Any],
+    batch: int | None,
+    keep: bool,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -198,15 +200,16 @@ def test_a_transaction_takes_three_round_trips_beside_those_of_its_handler(
         turns.begin()
         conn.execute("select 1")
 
-    mux = Mux().register("t", handle, transactional=True, **options)
-    with (
-        closing(Turns(tmp_path, monkeypatch)) as turns,
-        closing(Launcher(dsn, is_async=False)) as launcher,
-    ):
-        launcher.enqueue(*names(4 if options else 2))
-        launcher.start(mux, concurrency=1)
-        assert eventually(lambda: all_done(conn))
-    assert counted[1:] == [4]  # its statement, the settlement, the commit, the next begin
+    options: Any = {"batch": batch, **WHOLE} if batch else {}
+    mux = Mux().register("t", handle, transactional=True, keep=keep, **options)
+    with closing(Turns(tmp_path, monkeypatch)) as turns:
+        with closing(Launcher(dsn, is_async=False)) as launcher:
+            launcher.enqueue(*names(2 * (batch or 1)))
+            launcher.start(mux, concurrency=1)
+            assert eventually(lambda: all_done(conn))
+    # Its statement; the settlement with the commit, or then the commit; the reset, for which no
+    # slot waits; and the begin of the next.
+    assert counted[1:] == [5 if keep else 4]
     assert len(turns.sessions) == 1
 
 

@@ -767,9 +767,10 @@ def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
             assert len(woken) == 1
 
 
+@pytest.mark.parametrize("jobs", [1, 20])
 @pytest.mark.parametrize("statistics", STATISTICS)
-def test_a_transaction_finds_the_row_of_its_job_by_its_id(
-    conn: psycopg.Connection, statistics: str
+def test_a_transaction_finds_the_rows_of_its_jobs_by_their_ids(
+    conn: psycopg.Connection, statistics: str, jobs: int
 ) -> None:
     def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(
@@ -779,13 +780,13 @@ def test_a_transaction_finds_the_row_of_its_job_by_its_id(
         )
 
     fill_with_statistics(conn, statistics, fill, 5000, ["bgjob_job"])
-    commands = complete_and_commit(
-        Claimed(a_job(id="2500"), 1), over_tcp=False, server_version=0, codec="utf-8"
-    )
+    claims = [Claimed(a_job(id=str(2500 + number)), 1) for number in range(jobs)]
+    commands = complete_and_commit(claims, over_tcp=False, server_version=0, codec="utf-8")
     [text, params] = next(command for command in commands if command.params)
     with conn.transaction(force_rollback=True):
         conn.execute("set local bgjob.claim = '1'")
         result = conn.pgconn.exec_params(b"explain (analyze, buffers, format json)" + text, params)
         assert result.status == ExecStatus.TUPLES_OK, result.error_message
         [[plan]] = [json.loads(result.get_value(0, 0) or b"")]
-    assert buffers(plan["Plan"]) < 10
+    assert buffers(plan["Plan"]) < 10 * jobs
+    assert not any(node["Node Type"] == "Seq Scan" for node in nodes(plan["Plan"]))

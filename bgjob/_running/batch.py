@@ -18,11 +18,12 @@ from bgjob._handlers.route import COMPLETE
 from bgjob._running.transaction import (
     Call,
     End,
+    Finish,
     TransactionStep,
     settle,
 )
 from bgjob._sql.settlements import Claimed
-from bgjob.result import MoveToDlq, Result
+from bgjob.result import Complete, MoveToDlq, Result
 
 COMMITTED = Committed(COMPLETE)
 """How nearly all jobs of transactional handlers end."""
@@ -78,9 +79,15 @@ def batch_in_transaction(
     except BaseException as raised:
         error = raised
     if error is None and not answer.undone:
+        completes_all = {*map(type, answer.results.values())} == {Complete}
+        if completes_all and not route.policy.keep:
+            try:
+                if (yield Finish(claims)):
+                    return _committed(claims, answer)
+            except BaseException as raised:
+                return (yield from _not_committed(route, claims, answer, raised))
         try:
-            ended = _each(claims, answer)
-            settled = yield from settle(ended, keeps=route.policy.keep)
+            settled = yield from settle(_each(claims, answer), keeps=route.policy.keep)
             if settled is None or settled.token != token:
                 yield End.ROLLBACK
                 return _ended_by_handler(route, claims)
@@ -88,11 +95,8 @@ def batch_in_transaction(
                 try:
                     yield End.COMMIT
                 except BaseException as raised:
-                    # The server's refusal, for example by a deferred constraint, is certain.
-                    if (yield End.ROLLBACK) != "":
-                        return _unknown(route, claims, answer, raised)
-                    return failed(route, claims, raised)
-                return Called([*map(_committed, ended)], strangers=answer.strangers)
+                    return (yield from _not_committed(route, claims, answer, raised))
+                return _committed(claims, answer)
             held = set(settled.ids)
             lost = [claimed for claimed in claims if claimed.job.id not in held]
             yield End.ROLLBACK
@@ -114,18 +118,26 @@ def _each(claims: Sequence[Claimed], answer: Answer) -> list[tuple[Claimed, Any]
     return [(claimed, answer.results[claimed.job.id]) for claimed in claims]
 
 
-def _committed(ended: tuple[Claimed, Result]) -> tuple[Claimed, BatchEnding]:
-    claimed, result = ended
-    return claimed, COMMITTED if result is COMPLETE else Committed(result)
-
-
 def _endings(claims: Sequence[Claimed], answer: Answer) -> list[tuple[Claimed, BatchEnding]]:
     return [*_each(claims, answer)]
 
 
-def _unknown(
+def _committed(claims: Sequence[Claimed], answer: Answer) -> Called:
+    return Called(
+        [
+            (claimed, COMMITTED if result is COMPLETE else Committed(result))
+            for claimed, result in zip(claims, answer.results.values(), strict=True)
+        ],
+        strangers=answer.strangers,
+    )
+
+
+def _not_committed(
     route: BatchRoute, claims: Sequence[Claimed], answer: Answer, error: BaseException
-) -> Called:
+) -> Generator[TransactionStep, Any, Called]:
+    if (yield End.ROLLBACK) == "":
+        # The server's refusal, for example by a deferred constraint, is certain.
+        return failed(route, claims, error)
     endings: list[tuple[Claimed, BatchEnding]] = [
         (claimed, CommitUnknown(result, route.failed(claimed.job, error)))
         for claimed, result in _each(claims, answer)

@@ -88,13 +88,14 @@ class Settle(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """A step that completes a job and commits, in one round trip.
+    """A step that completes jobs and commits, in one round trip.
 
-    The answer is False if the job is not held, or was replaced, or the transaction is not the one
-    that was opened for it, or the statement failed: nothing was changed, and a Settle tells which.
+    The answer is False if a job is not held, or was replaced, or the transaction is not the one
+    that was opened for them, or the statement failed: nothing was changed, and a Settle tells
+    which.
     """
 
-    claimed: Claimed
+    claims: Sequence[Claimed]
 
 
 class Settled(NamedTuple):
@@ -157,7 +158,7 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep,
         result, commits = route.failed(job, error), False
     if commits and isinstance(result, Complete) and not route.policy.keep:
         try:
-            if (yield Finish(claimed)):
+            if (yield Finish([claimed])):
                 return Committed(result)
         except BaseException as error:
             return CommitUnknown(result, route.failed(job, error))
@@ -268,8 +269,8 @@ class Transactions(Sessions):
             case Call():
                 async with self.lent_async(connection):
                     return await route.awaited(job, connection)
-            case Finish(claimed):
-                return await self._finish_async(connection, claimed)
+            case Finish(claims):
+                return await self._finish_async(connection, claims)
             case Settle(statements):
                 return await self.settle_async(connection, statements)
             case End.COMMIT:
@@ -322,11 +323,13 @@ class Transactions(Sessions):
         token, *settled = await read_all_async(cursors, settling)
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
-    async def _finish_async(self, connection: AsyncHandlerConnection, claimed: Claimed) -> bool:
+    async def _finish_async(
+        self, connection: AsyncHandlerConnection, claims: Sequence[Claimed]
+    ) -> bool:
         if connection.info.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
-            commands = _complete_and_commit(connection, claimed)
+            commands = _complete_and_commit(connection, claims)
         except UnicodeEncodeError:
             return False
         results: list[PGresult] = []
@@ -434,8 +437,8 @@ class Transactions(Sessions):
             case Call():
                 with self.lent(connection):
                     return route.handler(job, connection)
-            case Finish(claimed):
-                return self._finish(connection, claimed)
+            case Finish(claims):
+                return self._finish(connection, claims)
             case Settle(statements):
                 return self.settle(connection, statements)
             case End.COMMIT:
@@ -488,11 +491,11 @@ class Transactions(Sessions):
         token, *settled = read_all(cursors, settling)
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
-    def _finish(self, connection: HandlerConnection, claimed: Claimed) -> bool:
+    def _finish(self, connection: HandlerConnection, claims: Sequence[Claimed]) -> bool:
         if connection.info.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
-            commands = _complete_and_commit(connection, claimed)
+            commands = _complete_and_commit(connection, claims)
         except UnicodeEncodeError:
             return False
         results: list[PGresult] = []
@@ -555,11 +558,11 @@ def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotB
 
 
 def _complete_and_commit(
-    connection: psycopg.BaseConnection[Any], claimed: Claimed
+    connection: psycopg.BaseConnection[Any], claims: Sequence[Claimed]
 ) -> list[Command]:
     info = connection.info
     return complete_and_commit(
-        claimed,
+        claims,
         over_tcp=not info.host.startswith("/"),
         server_version=info.server_version,
         codec=info.encoding,

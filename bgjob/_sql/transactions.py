@@ -6,7 +6,7 @@ from typing import LiteralString
 
 from bgjob._postgres.commands import Command
 from bgjob._sql.session import IS_OURS
-from bgjob._sql.settlements import Claimed
+from bgjob._sql.settlements import Claimed, held
 from bgjob._sql.statement import Statement, column, nothing, number_array, scalar, text_array
 
 
@@ -171,43 +171,51 @@ _SAVEPOINT = b"savepoint bgjob_settling"
 ROLLBACK_TO_SAVEPOINT = b"rollback to savepoint bgjob_settling"
 """Leaves the transaction as it was before `complete_and_commit`, which has failed."""
 
-# Nearly half of the server's time for the statement of many jobs, which is planned for each
-# transaction: a handler may leave a session without its prepared statements.
-_COMPLETE = b"""
+# For one job it is planned in nearly half of the time. That is done for each transaction: a handler
+# may leave a session without its prepared statements.
+_COMPLETE: LiteralString = """
     with gone as (
         delete from bgjob_job
-        where id = $1 and token = $2 and successor is null
+        where id = {ids} and token = {tokens} and successor is null
             and current_setting('bgjob.claim', true) = $3
         returning id
     )
-    select case count(*) when 1 then 1
-        else ('bgjob: this transaction does not hold the job: ' || count(*))::int end
+    select case count(*) when $4 then 1
+        else ('bgjob: this transaction does not hold its jobs: ' || count(*))::int end
     from gone
 """
+_COMPLETE_ONE = _COMPLETE.format(ids="$1", tokens="$2").encode()
+_COMPLETE_MANY = _COMPLETE.format(ids="any ($1::text[])", tokens="any ($2::bigint[])").encode()
 
 
 def complete_and_commit(
-    claimed: Claimed, *, over_tcp: bool, server_version: int, codec: str
+    claims: Sequence[Claimed], *, over_tcp: bool, server_version: int, codec: str
 ) -> list[Command]:
-    """Return commands that delete a completed job, and commit; they are sent together.
+    """Return commands that delete completed jobs, and commit; they are sent together.
 
-    The deletion fails unless the job is held, was not replaced, and the transaction is the one
-    that was opened for it. So the commit is not executed, and the transaction can go on from
+    The deletion fails unless all jobs are held, none was replaced, and the transaction is the one
+    that was opened for the first. So the commit is not executed, and the transaction can go on from
     ROLLBACK_TO_SAVEPOINT, to find out why.
 
     Args:
-        claimed: the claim.
-        over_tcp: whether a part of the commands may arrive alone. Then the server ends the
-            transaction after a while; before version 17 only with the connection.
+        claims: the claims.
+        over_tcp: whether a part of the commands may arrive alone, as that of many jobs may anyway.
+            Then the server ends the transaction after a while; before version 17 only with the
+            connection.
         server_version: as of `psycopg.ConnectionInfo`.
         codec: Python's name of the client's encoding.
 
     """
-    token = b"%d" % claimed.token
-    is_limited = over_tcp and server_version >= _LIMITED_SINCE
+    first, count = claims[0], len(claims)
+    token, is_one = b"%d" % first.token, count == 1
+    if is_one:
+        found = [first.job.id.encode(codec), token]
+    else:
+        found = [str(part).encode(codec) for part in held(claims).values()]
+    is_limited = (over_tcp or not is_one) and server_version >= _LIMITED_SINCE
     return [
         Command(_SAVEPOINT),
         *([Command(f"set local transaction_timeout = {_IDLE}".encode())] if is_limited else ()),
-        Command(_COMPLETE, [claimed.job.id.encode(codec), token, token]),
+        Command(_COMPLETE_ONE if is_one else _COMPLETE_MANY, [*found, token, b"%d" % count]),
         Command(COMMIT),
     ]
