@@ -24,6 +24,7 @@ from psycopg.errors import FeatureNotSupported, SyntaxError
 from psycopg.rows import dict_row
 from support.clients import HOSTILE, Blocking, Colour, dead_letter
 from support.database import clock, count, row, rows
+from support.databases import KEEPER
 from support.jobs import requests
 from support.waiting import NEVER, eventually
 
@@ -59,7 +60,8 @@ def sessions(conn: psycopg.Connection) -> list[tuple[Any, ...]]:
     return rows(
         conn,
         "select pid from pg_stat_activity where datname = current_database() "
-        "and pid <> pg_backend_pid() and backend_type = 'client backend'",
+        f"and pid <> pg_backend_pid() and application_name <> '{KEEPER}' "
+        "and backend_type = 'client backend'",
     )
 
 
@@ -1144,16 +1146,7 @@ def test_leaving_a_client_closes_it(colour: Colour, conn: psycopg.Connection) ->
             await client.enqueue(EnqueueRequest("q", "t"))
 
     colour.run(use_async()) if colour.is_async else use()
-    assert eventually(
-        lambda: (
-            row(
-                conn,
-                "select count(*) from pg_stat_activity where datname = current_database() "
-                "and pid <> pg_backend_pid()",
-            )
-            == (0,)
-        )
-    )
+    assert eventually(lambda: not sessions(conn))
 
 
 def test_nothing_shows_the_password(colour: Colour) -> None:

@@ -15,7 +15,7 @@ import httpx
 import psycopg
 import pytest
 from support.database import count, row
-from support.databases import url_of
+from support.databases import KEEPER, url_of
 from support.documents import ROOT
 from support.waiting import PATIENCE, eventually
 
@@ -192,7 +192,8 @@ def nothing_is_left(conn: psycopg.Connection, *programs: Program) -> bool:
     assert eventually(lambda: all(program.has_left() for program in programs))
     sessions = (
         "select count(*) from pg_stat_activity "
-        "where datname = current_database() and pid <> pg_backend_pid()"
+        "where datname = current_database() and pid <> pg_backend_pid() "
+        f"and application_name <> '{KEEPER}'"
     )
     assert eventually(lambda: row(conn, sessions) == (0,))
     assert row(conn, "select count(*) from bgjob_worker where state <> 'ended'") == (0,)
@@ -274,7 +275,7 @@ def test_a_reload_of_uvicorn_ends_the_worker_and_the_connections_of_the_old_code
         os.kill(before[0], 0)
     older = (
         "select count(*) from pg_stat_activity where datname = current_database() "
-        "and pid <> pg_backend_pid() and backend_start < %s"
+        f"and pid <> pg_backend_pid() and application_name <> '{KEEPER}' and backend_start < %s"
     )
     assert eventually(lambda: row(conn, older, now) == (0,))
     server.terminate()

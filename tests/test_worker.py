@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 from support.database import all_done, clock, count, row, rows, sleeper, terminate_workers
+from support.databases import KEEPER
 from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import (
     Gate,
@@ -785,7 +786,8 @@ def test_nothing_is_left_after_shutdown_and_close(
             row(
                 conn,
                 "select count(*) from pg_stat_activity "
-                "where datname = current_database() and pid <> pg_backend_pid()",
+                "where datname = current_database() and pid <> pg_backend_pid() "
+                f"and application_name <> '{KEEPER}'",
             )
             == (0,)
         )
