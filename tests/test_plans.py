@@ -234,10 +234,8 @@ def plans(shared: psycopg.Connection) -> Iterator[psycopg.Connection]:
 
 def choose_table(conn: psycopg.Connection, jobs: int, statistics: str) -> None:
     """Select a table of so many jobs, and replace its statistics by those of another."""
-    if jobs == LARGE:
-        conn.execute('set local search_path to "of many jobs"')
-    else:
-        make_table(conn, "chosen", jobs)
+    name = {10: "of ten jobs", LARGE: "of many jobs"}[jobs]
+    conn.execute(sql.SQL("set local search_path to {}").format(sql.Identifier(name)))
     pairs = """
         from pg_class mine, pg_class theirs
         where mine.relname = theirs.relname and mine.oid <> theirs.oid
