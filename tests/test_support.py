@@ -1,8 +1,8 @@
 """Tests import helpers from tests/support/, not from one another, and have databases of their own."""
 
 import ast
+import re
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
 import psycopg
@@ -13,21 +13,15 @@ TESTS = Path(__file__).parent
 MODULES = [*TESTS.glob("*.py"), *TESTS.glob("support/*.py"), *TESTS.glob("faults/*.py")]
 
 
-@cache
-def parsed(module: Path) -> ast.Module:
-    return ast.parse(module.read_text("utf-8"))
+IMPORT = re.compile(r"^ *(?:from ([\w.]+) )?import (\([^)]*\)|.*)", re.MULTILINE)
 
 
 def imported(module: Path) -> set[str]:
-    """The last parts of the names of all modules that may be imported."""
-    names: set[str] = set()
-    for node in ast.walk(parsed(module)):
-        match node:
-            case ast.Import(found):
-                names |= {alias.name.rpartition(".")[2] for alias in found}
-            case ast.ImportFrom(name, found):
-                names |= {str(name).rpartition(".")[2], *(alias.name for alias in found)}
-    return names
+    """The last parts of the names of all modules that may be imported, and other words."""
+    found = IMPORT.findall(module.read_text("utf-8"))
+    return {
+        word for name, names in found for word in re.findall(r"\w+(?![\w.])", f"{name} {names}")
+    }
 
 
 def test_no_test_module_imports_another() -> None:
@@ -40,7 +34,7 @@ def test_no_test_module_imports_another() -> None:
 def test_no_helper_is_defined_twice() -> None:
     places: dict[str, dict[str, str]] = defaultdict(dict)
     for path in MODULES:
-        for node in parsed(path).body:
+        for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (
                 node.name.startswith("test_")
             ):
