@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ LONGEST = {
 
 server_dsn_key = pytest.StashKey[str]()
 server_version_key = pytest.StashKey[str]()
+programs_key = pytest.StashKey[str]()
 failed_key = pytest.StashKey[bool]()
 
 
@@ -142,13 +144,21 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if hasattr(config, "workerinput"):
         config.stash[server_dsn_key] = config.workerinput["server_dsn"]
+        config.stash[programs_key] = config.workerinput["programs"]
     elif not config.option.collectonly:
         stack = contextlib.ExitStack()
         config.add_cleanup(stack.close)
-        if memory := find_memory():
+        memory = find_memory()
+        if memory:
             stack.enter_context(temporary_files_in(memory))
-        bin_dir = find_bin_dir(config.getoption("--pg"))
-        server = stack.enter_context(EmbeddedServer(bin_dir=bin_dir, settings=SETTINGS))
+        bin_dir = find_bin_dir(config.getoption("--pg")) or _bin_dir_of_wheel()
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="bgjob-", dir=memory or "/tmp")
+        )
+        Path(folder).chmod(0o755)
+        programs = copying_initdb(bin_dir, Path(folder))
+        config.stash[programs_key] = str(programs)
+        server = stack.enter_context(EmbeddedServer(bin_dir=programs, settings=SETTINGS))
         config.stash[server_dsn_key] = server.dsn
         with psycopg.connect(server.dsn) as conn:
             config.stash[server_version_key] = conn.info.parameter_status("server_version") or "?"
@@ -156,12 +166,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Pass the server's address to a new pytest-xdist worker."""
+    """Pass the server's address and programs to a new pytest-xdist worker."""
     node.workerinput["server_dsn"] = node.config.stash[server_dsn_key]
+    node.workerinput["programs"] = node.config.stash[programs_key]
 
 
 BLOCK = 10
 """Tests that follow one another in a module and run in one process, with the same databases."""
+
+WHOLE = {"test_doctor", "test_elsewhere", "test_source"}
+"""Modules that run in one process, because they start a server."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -169,21 +183,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests of each kind among the pytest-xdist workers, at different times.
 
     It begins with tests of the modules that take longest. Of the others, those of the faults
-    wait more than they compute: at any time one of four processes waits, and never all of them.
+    wait more than they compute: at any time some of the processes wait, and never all of them.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers == 1:
         return
     first = [item for item in items if item.path.stem in LONGEST]
-    plans = [item for item in items if item.path.stem == "test_plans"]  # they run one at a time
+    # Those of a module share large tables, and some run one at a time.
+    plans = [item for item in items if item.path.stem.endswith("_plans")]
     taken = {*first, *plans}
     others = [item for item in items if item not in taken]
     begin = [first[n::workers] for n in range(workers)]
     begin[0] += plans
     share: list[list[pytest.Item]] = [[] for _ in range(workers)]
-    for n in range(0, len(others), BLOCK):
-        least = min(range(workers), key=lambda n: len(begin[n]) + len(share[n]))
-        share[least] += others[n : n + BLOCK]
+    for path, module in groupby(others, key=lambda item: item.path):
+        tests = list(module)
+        size = len(tests) if path.stem in WHOLE else BLOCK
+        for n in range(0, len(tests), size):
+            least = min(range(workers), key=lambda n: len(begin[n]) + len(share[n]))
+            share[least] += tests[n : n + size]
     items[:] = []
     for n in range(workers):
         middle = len(share[n]) * n // workers
@@ -224,11 +242,9 @@ def bin_dir(pytestconfig: pytest.Config) -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def quick_bin_dir(bin_dir: Path | None) -> Iterator[Path]:
-    """The same programs, with an initdb that copies a data folder."""
-    with tempfile.TemporaryDirectory(prefix="bgjob-", dir=find_memory() or "/tmp") as folder:
-        Path(folder).chmod(0o755)
-        yield copying_initdb(bin_dir or _bin_dir_of_wheel(), Path(folder))
+def quick_bin_dir(pytestconfig: pytest.Config) -> Path:
+    """The same programs, with an initdb that copies the data folder it made for the run's server."""
+    return Path(pytestconfig.stash[programs_key])
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 from support.clients import Colour
 from support.database import row, rows
-from support.databases import Databases
+from support.databases import KEEPER, Databases
 from support.documents import DOCS, ROOT
 from support.standby import standby_of
 from support.waiting import PATIENCE, eventually
@@ -47,9 +47,9 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def own(bin_dir: Path | None) -> Iterator[EmbeddedServer]:
+def own(quick_bin_dir: Path) -> Iterator[EmbeddedServer]:
     """A server of this module's own: on the shared one others have long transactions too."""
-    with EmbeddedServer(bin_dir=bin_dir, settings=SETTINGS) as server:
+    with EmbeddedServer(bin_dir=quick_bin_dir, settings=SETTINGS) as server:
         yield server
 
 
@@ -257,6 +257,11 @@ def test_connections_that_run_out_are_a_warning_and_then_bad(
     name = user if scope == "role" else conn.info.dbname
     # This one's own connection, and those that are opened below.
     others = 1 if scope == "role" else 2
+    conn.execute(
+        "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
+        "where datname = current_database() and application_name = %s",
+        [KEEPER],
+    )
     conn.execute(cast(Any, f"alter {scope} {name} connection limit 10"))
 
     def severity() -> str:

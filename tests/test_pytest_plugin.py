@@ -33,10 +33,16 @@ def order(client: Client, conn, id: str) -> None:
 """
 
 CONFTEST = """
+import os
+from pathlib import Path
+
 import psycopg
 import pytest
 
+from bgjob.ext import embedded
 from bgjob.schema import init_sql
+
+embedded._bin_dir_of_wheel = lambda: Path(os.environ["PROGRAMS"])  # with a quicker initdb
 
 pytest_plugins = ["bgjob.ext.pytest_plugin"]
 
@@ -158,7 +164,8 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def shop_project(project: Project) -> Project:
+def shop_project(project: Project, quick_bin_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("PROGRAMS", str(quick_bin_dir))
     project.write(shop=SHOP, conftest=CONFTEST, test_shop=TESTS)
     return project
 
@@ -539,7 +546,7 @@ def test_jobs_are_in_the_database_of_pytest_django_where_a_test_uses_it(
         }
     )
     environment = {"BGJOB_TEST_DSN": dsn, "DJANGO_SETTINGS_MODULE": "settings", "NAME": name}
-    run = project.run("-n", "2", **environment)
+    run = project.run("-n", "1", **environment)
     assert run.counts() == {"passed": 10, "error": 1}, run.text
     assert "this test runs in a transaction of Django's, and no other connection" in run.text
     left = conn.execute("select datname from pg_database where datname like %s", [f"%{name}%"])
