@@ -12,6 +12,7 @@ import pytest
 from support.clients import Colour
 from support.database import rows
 from support.jobs import a_job
+from support.pages import opened
 from support.statements import ask
 from support.waiting import eventually
 
@@ -28,6 +29,7 @@ from bgjob import (
     Mux,
     Result,
     Worker,
+    cli,
 )
 from bgjob._sql.groups import end_groups
 from bgjob._sql.settlements import Claimed, DeadLettered, complete, dead_letter
@@ -268,6 +270,16 @@ def test_a_conflict_in_a_repeatable_read_transaction_names_the_remedy(
         write(client, job("a"), conn=caller)
 
 
+def test_an_error_in_a_generator_writes_nothing(client: Any, conn: psycopg.Connection) -> None:
+    def requests() -> Iterator[EnqueueRequest]:
+        yield job("a")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), client.group(then=THEN) as group:
+        group.enqueue_many(requests())
+    assert nothing_written(conn)
+
+
 JOBS = 10_600
 """More than one chunk, and in the second one enough for a COPY."""
 
@@ -463,6 +475,35 @@ def test_explain_says_what_then_waits_for(client: Any) -> None:
     [reason, *_] = client.explain("then").reasons
     assert (reason.code, reason.facts) == ("group", {"live": 0})
     assert "the next full look of a worker of its queue makes it due" in reason.text
+
+
+def test_the_command_and_the_page_show_the_group_of_a_job(
+    dsn: str,
+    plain_client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(plain_client, job("a"), job("b", "bad"))
+    plain_client.do("q", Handlers().mux)
+    plain_client.do("q", Handlers().mux)
+    write(plain_client, job("c"), then=job("waits", "then"))
+    monkeypatch.setenv("BGJOB_DSN", dsn)
+
+    def shown(*command: str) -> dict[str, str]:
+        assert cli.main([*command]) == 0
+        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    assert shown("job", "show", "c")["group"] == "waits"
+    assert shown("job", "show", "then")["group_dead"] == "1"
+    assert shown("dlq", "show", "b")["group"] == "then"
+    with opened(dsn) as page:
+        link = '<dt>{}</dt><dd><a href="/jobs/{}">'
+        assert link.format("Group", "waits") in page.get("/jobs/c").text
+        assert "when no job of its group is live" in page.get("/jobs/waits").text
+        assert "when no job of its group is live" not in page.get("/jobs/then").text
+        dead = plain_client.dlq.get("b")
+        assert dead is not None
+        assert link.format("Of the group", "then") in page.get(f"/dead/{dead.number}").text
 
 
 # -- workers and drains ----------------------------------------------------------------

@@ -403,7 +403,7 @@ class Engine:
             if again:
                 self._claimed_again(self._settling.claimed_again(again, exchange.at))
             self._leases.hold(claimed, exchange.at)
-            self._over.claimed(claimed)
+            self._over.claimed(reply)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()
         is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels
