@@ -12,6 +12,7 @@ from bgjob.errors import (
     EnqueueConflictError,
     JobAlreadyExistsError,
     JobExpiredError,
+    JobFailedError,
     JobTimeoutError,
     LeaseLostError,
     LoopBlockedError,
@@ -23,6 +24,7 @@ from bgjob.errors import (
     SchemaError,
     StateRequiredError,
     TypeRequiredError,
+    UnknownResultError,
     UnknownScheduleError,
     UnknownTypeError,
 )
@@ -39,7 +41,7 @@ from bgjob.event import (
     QueueIsEmpty,
     WorkerError,
 )
-from bgjob.job import DeadJob, EnqueueRequest, Job, PastJob
+from bgjob.job import DeadJob, EnqueueRequest, Job, JobResult, PastJob
 from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, NoopObserver, Observer
@@ -82,9 +84,11 @@ __all__ = [
     "JobCancelled",
     "JobCompleted",
     "JobExpiredError",
+    "JobFailedError",
     "JobLeaseLost",
     "JobMovedToDlq",
     "JobRescheduled",
+    "JobResult",
     "JobStarted",
     "JobTimedOut",
     "JobTimeoutError",
@@ -122,6 +126,7 @@ __all__ = [
     "SchemaError",
     "StateRequiredError",
     "TypeRequiredError",
+    "UnknownResultError",
     "UnknownScheduleError",
     "UnknownTypeError",
     "Worker",

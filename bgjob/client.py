@@ -69,6 +69,7 @@ from bgjob._requests import (
 from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.joining import check_joined, grouped, joins
+from bgjob._running.waiting import AsyncWaiting, Waiting, result_of
 from bgjob._shared import AsyncSharedInserts, SharedInserts, may_share
 from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
@@ -86,6 +87,7 @@ from bgjob._sql.execute import (
 from bgjob._sql.groups import end_groups
 from bgjob._sql.minutes import plan_in_memory
 from bgjob._sql.replacements import replace
+from bgjob._sql.results import outcomes
 from bgjob._sql.server import bounds
 from bgjob._sql.session import lost, session
 from bgjob._sql.statement import Statement
@@ -100,7 +102,15 @@ from bgjob.errors import (
 )
 from bgjob.explanation import Explanation
 from bgjob.group import Group
-from bgjob.job import DebounceOptions, EnqueueOptions, EnqueueRequest, Job, PastJob, check_name
+from bgjob.job import (
+    DebounceOptions,
+    EnqueueOptions,
+    EnqueueRequest,
+    Job,
+    JobResult,
+    PastJob,
+    check_name,
+)
 from bgjob.jobs import AsyncJobs, Jobs
 from bgjob.minutes import By
 from bgjob.mux import Mux
@@ -195,6 +205,7 @@ class AsyncClient:
         )
         self._shared = AsyncSharedInserts(self._insert, self._insert_many)
         self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
+        self._waiting = AsyncWaiting(self._run, partial(_connection_parameters, source))
         self.dlq = AsyncDlq(self._run, notify=notify)
         """The dead-letter table."""
         self.jobs = AsyncJobs(self._run, self._run_all, notify=notify)
@@ -258,23 +269,24 @@ class AsyncClient:
             request: the job: an EnqueueRequest, or a typed job (for example a value of a
                 dataclass) whose class names the type and may name the queue, as for
                 EnqueueRequest.of.
-            on_conflict: what to do if a live job has the id. "raise" (the default) raises
-                JobAlreadyExistsError. "skip" writes nothing, and returns None. "replace"
-                gives a job that waits everything of the new request: payload, queue,
-                type, due time, priority, key, headers and expiry; its attempts begin
-                again. A job that a worker has claimed is followed by the new request,
-                once, when its attempt has ended in whatever way: it waits as the job's
-                successor, and replaces an earlier one.
+            on_conflict: what to do if a live job has the id, or, for a request with `keep`,
+                a kept result. "raise" (the default) raises JobAlreadyExistsError. "skip"
+                writes nothing, and returns None. "replace" gives a job that waits everything
+                of the new request: payload, queue, type, due time, priority, key, headers and
+                expiry; its attempts begin again. A job that a worker has claimed is followed
+                by the new request, once, when its attempt has ended in whatever way: it waits
+                as the job's successor, and replaces an earlier one. The new request has no
+                `keep`; that of the job stays.
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority, exclusive, headers and expires of a
-                typed job; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep
+                of a typed job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
                 EnqueueRequest.of; a TypeError also for options together with a request.
-            JobAlreadyExistsError: a live job has the id. Nothing was written,
+            JobAlreadyExistsError: the id is taken. Nothing was written,
                 and the caller's transaction goes on. Only with "raise".
             EnqueueConflictError: the caller's transaction is repeatable read or
                 serializable and cannot see the job that has the id, or with "replace" its
@@ -283,7 +295,7 @@ class AsyncClient:
             psycopg.Error: the database's. After a lost connection the job may or may
                 not have been written. Enqueuing a request with an id again is refused
                 while the first job is in the queue; if that has already completed, the
-                job is written, and runs, again.
+                job is written, and runs, again, unless the request has `keep`.
 
         """
         request = request_of(request, options)
@@ -747,6 +759,58 @@ class AsyncClient:
             raise SchemaError(history.NO_TABLE) from error
         return [job.past for job in kept]
 
+    async def result(
+        self,
+        id: str,  # noqa: A002
+        *,
+        conn: psycopg.AsyncConnection[Any] | None = None,
+    ) -> JobResult:
+        """Return what is known of a job that was enqueued with `keep`.
+
+        That is its state while it is live, and what it has come to for `keep` after its end.
+        One query.
+
+        Args:
+            id: the job's id.
+            conn: a connection of the caller's.
+
+        Raises:
+            UnknownResultError: nothing is known: the job had no `keep`, or that is over.
+            ValueError: an invalid id.
+            psycopg.Error: the database's.
+
+        """
+        check_name("id", id)
+        return result_of(id, (await self._run(outcomes([id]), conn)).get(id))
+
+    async def wait(self, id: str, *, timeout: Duration | None = None) -> Any:  # noqa: A002
+        """Wait until a job that was enqueued with `keep` has ended, and return its value.
+
+        The end is notified, and looked for twice a second as well. All waiters of this client
+        share one connection, which is none of its pool. It stays open half a second after the
+        last of them. Losing it only delays.
+
+        Args:
+            id: the job's id. Its enqueue is committed.
+            timeout: seconds or a timedelta; None (the default) waits for as long as the job is
+                live.
+
+        Returns:
+            What the handler gave as `Complete(value)`, decoded from JSON; None if it gave
+            nothing.
+
+        Raises:
+            JobFailedError: the job has failed for good, and is in the dead-letter table.
+            TimeoutError: it has not ended within the timeout. It goes on.
+            UnknownResultError: nothing is known of it: it had no `keep`, or that is over.
+            ClientClosedError: the client was closed meanwhile.
+            ValueError: an invalid id or timeout.
+            psycopg.Error: the database's, if that is away for over 30 s.
+
+        """
+        check_name("id", id)
+        return await self._waiting.wait(id, timeout)
+
     async def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
         """Look for what is wrong with the database, and return findings with their remedies.
 
@@ -911,6 +975,7 @@ class AsyncClient:
         If calls of `do` in this event loop were cancelled, it waits until their plain
         handlers have ended.
         """
+        await self._waiting.close()
         await self._do.close()
         await self._pool.close()
 
@@ -1097,6 +1162,7 @@ class Client:
         )
         self._shared = SharedInserts(self._insert, self._insert_many)
         self._do = Do(self._run_all, partial(_connection_parameters, source))
+        self._waiting = Waiting(self._run, partial(_connection_parameters, source))
         self.dlq = Dlq(self._run, notify=notify)
         """The dead-letter table."""
         self.jobs = Jobs(self._run, self._run_all, notify=notify)
@@ -1160,23 +1226,24 @@ class Client:
             request: the job: an EnqueueRequest, or a typed job (for example a value of a
                 dataclass) whose class names the type and may name the queue, as for
                 EnqueueRequest.of.
-            on_conflict: what to do if a live job has the id. "raise" (the default) raises
-                JobAlreadyExistsError. "skip" writes nothing, and returns None. "replace"
-                gives a job that waits everything of the new request: payload, queue,
-                type, due time, priority, key, headers and expiry; its attempts begin
-                again. A job that a worker has claimed is followed by the new request,
-                once, when its attempt has ended in whatever way: it waits as the job's
-                successor, and replaces an earlier one.
+            on_conflict: what to do if a live job has the id, or, for a request with `keep`,
+                a kept result. "raise" (the default) raises JobAlreadyExistsError. "skip"
+                writes nothing, and returns None. "replace" gives a job that waits everything
+                of the new request: payload, queue, type, due time, priority, key, headers and
+                expiry; its attempts begin again. A job that a worker has claimed is followed
+                by the new request, once, when its attempt has ended in whatever way: it waits
+                as the job's successor, and replaces an earlier one. The new request has no
+                `keep`; that of the job stays.
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority, exclusive, headers and expires of a
-                typed job; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep
+                of a typed job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
                 EnqueueRequest.of; a TypeError also for options together with a request.
-            JobAlreadyExistsError: a live job has the id. Nothing was written,
+            JobAlreadyExistsError: the id is taken. Nothing was written,
                 and the caller's transaction goes on. Only with "raise".
             EnqueueConflictError: the caller's transaction is repeatable read or
                 serializable and cannot see the job that has the id, or with "replace" its
@@ -1185,7 +1252,7 @@ class Client:
             psycopg.Error: the database's. After a lost connection the job may or may
                 not have been written. Enqueuing a request with an id again is refused
                 while the first job is in the queue; if that has already completed, the
-                job is written, and runs, again.
+                job is written, and runs, again, unless the request has `keep`.
 
         """
         request = request_of(request, options)
@@ -1644,6 +1711,58 @@ class Client:
             raise SchemaError(history.NO_TABLE) from error
         return [job.past for job in kept]
 
+    def result(
+        self,
+        id: str,  # noqa: A002
+        *,
+        conn: psycopg.Connection[Any] | None = None,
+    ) -> JobResult:
+        """Return what is known of a job that was enqueued with `keep`.
+
+        That is its state while it is live, and what it has come to for `keep` after its end.
+        One query.
+
+        Args:
+            id: the job's id.
+            conn: a connection of the caller's.
+
+        Raises:
+            UnknownResultError: nothing is known: the job had no `keep`, or that is over.
+            ValueError: an invalid id.
+            psycopg.Error: the database's.
+
+        """
+        check_name("id", id)
+        return result_of(id, (self._run(outcomes([id]), conn)).get(id))
+
+    def wait(self, id: str, *, timeout: Duration | None = None) -> Any:  # noqa: A002
+        """Wait until a job that was enqueued with `keep` has ended, and return its value.
+
+        The end is notified, and looked for twice a second as well. All waiters of this client
+        share one connection, which is none of its pool. It stays open half a second after the
+        last of them. Losing it only delays.
+
+        Args:
+            id: the job's id. Its enqueue is committed.
+            timeout: seconds or a timedelta; None (the default) waits for as long as the job is
+                live.
+
+        Returns:
+            What the handler gave as `Complete(value)`, decoded from JSON; None if it gave
+            nothing.
+
+        Raises:
+            JobFailedError: the job has failed for good, and is in the dead-letter table.
+            TimeoutError: it has not ended within the timeout. It goes on.
+            UnknownResultError: nothing is known of it: it had no `keep`, or that is over.
+            ClientClosedError: the client was closed meanwhile.
+            ValueError: an invalid id or timeout.
+            psycopg.Error: the database's, if that is away for over 30 s.
+
+        """
+        check_name("id", id)
+        return self._waiting.wait(id, timeout)
+
     def doctor(self, *checks: str, limits: Limits = LIMITS) -> list[Finding]:
         """Look for what is wrong with the database, and return findings with their remedies.
 
@@ -1803,6 +1922,7 @@ class Client:
         Tasks that coroutine handlers of `do` left behind are cancelled. A closed client stays
         closed: every later call raises ClientClosedError.
         """
+        self._waiting.close()
         self._do.close()
         self._pool.close()
 

@@ -5,6 +5,7 @@ EnqueueConflictError and PoolerError, which add the remedy.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from psycopg.errors import SerializationFailure
 
@@ -37,6 +38,27 @@ class JobExpiredError(BgjobError):
     """A job was claimed after it had expired; it was not run, and goes to the dead-letter table."""
 
 
+class JobFailedError(BgjobError):
+    """A job that somebody waits for has failed; see Client.wait.
+
+    Attributes:
+        id: the job's id.
+        error: why it failed, as in the dead-letter table.
+
+    """
+
+    def __init__(self, id: str, error: str) -> None:  # noqa: A002
+        self.id, self.error = id, error
+        super().__init__(f"job {id!r} has failed: {error}")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (self.id, self.error)
+
+
+class UnknownResultError(BgjobError, LookupError):
+    """No result of a job with this id is kept, or will be."""
+
+
 class PayloadError(BgjobError, ValueError):
     """A payload does not fit its job type; the text names the type and the field.
 
@@ -45,7 +67,7 @@ class PayloadError(BgjobError, ValueError):
 
 
 class JobAlreadyExistsError(BgjobError):
-    """A live job has this id already; nothing was written.
+    """A live job has this id already, or a kept result has it; nothing was written.
 
     Attributes:
         ids: the ids that are taken, in the order of the requests.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple, Required, Self, TypedDict, Unpack, cast
+from typing import Any, Literal, NamedTuple, Required, Self, TypedDict, Unpack, cast
 
 import orjson
 
@@ -43,6 +43,7 @@ class EnqueueOptions(TypedDict, total=False):
     exclusive: str | None
     headers: Mapping[str, Any]
     expires: Duration | datetime | None
+    keep: Duration | None
 
 
 class DebounceOptions(TypedDict, total=False):
@@ -86,6 +87,12 @@ class EnqueueRequest:
             written, by the database's clock. A job that a worker would start later is not
             run: it goes to the dead-letter table with a JobExpiredError. This holds for
             its retries as well. None (the default): it never expires.
+        keep: seconds or a timedelta, more than 0, for which the job's result is kept after its
+            end: what the handler gave as `Complete(value)`, or why the job failed; see
+            Client.result and Client.wait. Until then its id stays taken: another request with
+            this id and a `keep` of its own is refused, so that one whose answer was lost can be
+            repeated, also after the job has run. A request without `keep` does not look at
+            results. None (the default): nothing is kept.
         codec: encodes `arg` if that is not None; an argument of the constructor
             only. JSON by default. Register the handler with the same codec.
 
@@ -93,8 +100,8 @@ class EnqueueRequest:
         QueueRequiredError, TypeRequiredError: the queue or type is empty.
         ValueError: a text too long or with a character that PostgreSQL cannot hold,
             a delay or priority out of range, both a delay and a run_at, a naive
-            run_at or expires, a job that expires before it is due, NaN or infinity in
-            `arg` or `headers`, or too large headers.
+            run_at or expires, a job that expires before it is due, a `keep` of 0, NaN or
+            infinity in `arg` or `headers`, or too large headers.
         TypeError: an `arg` or `headers` that JSON cannot express, or a value of a wrong type.
 
     """
@@ -111,6 +118,7 @@ class EnqueueRequest:
     exclusive: str | None = field(default=None, kw_only=True)
     headers: Mapping[str, Any] = field(default=NO_HEADERS, kw_only=True)
     expires: Duration | datetime | None = field(default=None, kw_only=True)
+    keep: Duration | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """The stored bytes of `arg`; None for NULL."""
     is_plain: bool = field(default=True, init=False, repr=False, compare=False)
@@ -132,6 +140,7 @@ class EnqueueRequest:
         exclusive: str | None = None,
         headers: Mapping[str, Any] = NO_HEADERS,
         expires: Duration | datetime | None = None,
+        keep: Duration | None = None,
         codec: Codec[Any] = _JSON,
     ) -> None:
         # isprintable() is false for NUL and surrogates, and quicker than to look for them.
@@ -168,8 +177,9 @@ class EnqueueRequest:
             or exclusive is not None
             or headers is not NO_HEADERS
             or expires is not None
+            or keep is not None
         ):
-            self._set_options(delay, run_at, exclusive, headers, expires)
+            self._set_options(delay, run_at, exclusive, headers, expires, keep)
 
     def _set_options(
         self,
@@ -178,6 +188,7 @@ class EnqueueRequest:
         exclusive: str | None,
         headers: Mapping[str, Any],
         expires: Duration | datetime | None,
+        keep: Duration | None,
     ) -> None:
         if exclusive is not None:
             check_key("exclusive", exclusive, self.queue, self.id)
@@ -190,6 +201,10 @@ class EnqueueRequest:
                     "run_at must be an aware datetime, such as datetime.now(UTC): "
                     f"{run_at!r} has no time zone"
                 )
+        if keep is not None and not seconds(keep, "keep"):
+            raise ValueError(
+                "keep must be more than 0: give the time for which the result is needed, or None"
+            )
         if headers is not NO_HEADERS:
             headers = checked(headers)
         self.__dict__.update(
@@ -198,7 +213,9 @@ class EnqueueRequest:
             exclusive=exclusive,
             headers=headers,
             expires=expires,
-            is_plain=not (delay or run_at or exclusive or headers or expires is not None),
+            keep=keep,
+            is_plain=keep is None
+            and not (delay or run_at or exclusive or headers or expires is not None),
         )
         if expires is not None:
             self._check_expires(expires)
@@ -231,6 +248,11 @@ class EnqueueRequest:
             return None
         return seconds(self.expires, "expires")
 
+    @property
+    def keep_for(self) -> float | None:
+        """For how many seconds the result is kept."""
+        return None if self.keep is None else seconds(self.keep, "keep")
+
     @classmethod
     def of(cls, value: TypedJob, /, **options: Unpack[EnqueueOptions]) -> Self:
         """Make the request of a typed job: its class names the type, its value is the arg.
@@ -240,8 +262,8 @@ class EnqueueRequest:
                 any class with a `codec: ClassVar[Codec]`. The class may set
                 `job_type: ClassVar[str]` (its name by default),
                 `queue: ClassVar[str]` and `priority: ClassVar[int]`.
-            options: queue, id, delay, run_at, priority, exclusive, headers and expires, as
-                for a request; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep,
+                as for a request; they take precedence over the class.
 
         Raises:
             QueueRequiredError: neither the class nor the options name a queue.
@@ -307,6 +329,7 @@ class Job(NamedTuple):
         group_dead: of that job: how many jobs of its group were in the dead-letter table when
             none was live any more, because they failed, expired or were cancelled. None for
             any other job, and if it was made to run before.
+        keep: for how many seconds after its end its result is kept, or None.
 
     """
 
@@ -325,6 +348,7 @@ class Job(NamedTuple):
     headers: Mapping[str, Any] = NO_HEADERS
     group: str | None = None
     group_dead: int | None = None
+    keep: float | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.
@@ -358,6 +382,32 @@ class PastJob(NamedTuple):
     started_at: datetime | None
     ended_at: datetime
     worker: int | None
+
+
+class JobResult(NamedTuple):
+    """What is known of a job that was enqueued with `keep`.
+
+    Attributes:
+        id: its id.
+        state: "pending" while the job is live: it waits, runs, or waits to be retried.
+            "completed" once its handler has succeeded, "failed" once it is in the dead-letter
+            table, for any reason: out of attempts, expired, cancelled, of an unknown type.
+        value: what the handler gave as `Complete(value)`, decoded from JSON; None if that was
+            nothing, and in another state.
+        error: why it failed, as in the dead-letter table; None in another state.
+        attempt: the last attempt; 0 while it is pending.
+        ended_at: when it ended; None while it is pending.
+        until: when this is forgotten, and the id free again; None while it is pending.
+
+    """
+
+    id: str
+    state: Literal["pending", "completed", "failed"]
+    value: Any = None
+    error: str | None = None
+    attempt: int = 0
+    ended_at: datetime | None = None
+    until: datetime | None = None
 
 
 class DeadJob(NamedTuple):

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from bgjob._checks import Duration, seconds
 from bgjob._failure import Error
@@ -12,7 +12,17 @@ from bgjob.job import check_priority
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """The job is done: its row is deleted."""
+    """The job is done: its row is deleted.
+
+    Attributes:
+        value: what the job has come to, as JSON: kept for `Client.result` and `Client.wait` if
+            the job was enqueued with `keep`. Then one that orjson cannot encode, or of more
+            than 1,000,000 bytes as JSON, fails the attempt. Of another job it is not even
+            looked at. None by default.
+
+    """
+
+    value: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,11 @@ class Schedule:
             raise ValueError(
                 "its request must have no delay and no run_at: its job is due immediately"
             )
+        if self.request.keep is not None:
+            raise ValueError(
+                "the request of a schedule cannot have keep: nothing waits for its jobs; "
+                "write their results to a table of yours, in a transactional handler"
+            )
         if self.request.expires_at is not None:
             raise ValueError(
                 "its request must expire after a duration, such as timedelta(hours=1), not at a "

@@ -69,6 +69,11 @@ class ServiceTimer:
         """When it is due even while jobs run."""
         self._plan()
 
+    def add(self, service: Service) -> None:
+        """Run one more service from now on."""
+        self._duties.append(_Duty(service))
+        self._plan()
+
     def begin(self) -> None:
         """Make all services due: the worker starts."""
         for duty in self._duties:

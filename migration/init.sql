@@ -49,6 +49,8 @@ create table bgjob_job (
     -- id here, and is never due (infinity) before. Then it is told how many jobs died.
     group_id    varchar(255) collate "C",
     group_dead  integer,
+    -- For how many seconds after its end the job's row in bgjob_result stays.
+    keep        double precision,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
@@ -128,6 +130,7 @@ create table bgjob_dead_job (
     checkpoint     bytea,
     group_id       text collate "C",
     group_dead     integer,
+    keep           double precision,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 
@@ -257,6 +260,31 @@ create table bgjob_history_7 partition of bgjob_history for values in (7);
 
 -- Not unique: an id may be used again.
 create index bgjob_history_job_id on bgjob_history (job_id);
+
+-- The ids that jobs with keep take, and what became of these jobs. The enqueue writes the row, in
+-- the same statement as the job. What ends the job writes the rest, in that same statement.
+create table bgjob_result (
+    id         text collate "C" not null,
+    -- When the id is free again, and the row to be deleted. Null: the job is live.
+    until      timestamptz,
+    -- What the handler gave, as JSON; null for nothing. Not of type json: the database may have any
+    -- encoding.
+    value      bytea,
+    -- Why the job failed. Null: it is live, or completed.
+    error      text,
+    queue      text,
+    type       text,
+    arg        bytea,
+    attempt    integer,
+    -- The last claim: it tells when the attempt began, and on which worker.
+    token      bigint,
+    created_at timestamptz,
+    ended_at   timestamptz,
+    constraint bgjob_result_pkey primary key (id)
+);
+
+-- The rows to be deleted.
+create index bgjob_result_until on bgjob_result (until) where until is not null;
 
 -- A later version that only adds something, such as a nullable column, has the comment
 -- 'bgjob schema 2, works with 1': code that needs version 1 starts with it as well.

@@ -41,7 +41,7 @@ from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_
 from bgjob._sql.survey import strays, survey, survey_known
 from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
-from bgjob._sql import replacements
+from bgjob._sql import replacements, results
 from bgjob._sql.groups import end_groups, hold, open_group
 from bgjob._sql.keys import acquire, blocked, lock_keys, release
 from bgjob._sql.server import bounds
@@ -50,8 +50,10 @@ from bgjob._sql.settlements import (
     DeadLettered,
     Claimed,
     Postponed,
+    Returned,
     dead_letter,
     complete,
+    keep_results,
     release_jobs,
     postpone,
 )
@@ -280,6 +282,7 @@ HELD = [
 ]
 REQUESTS = [EnqueueRequest("q", "t", {"n": n}) for n in range(2 * BATCH)]
 LIVE = EnqueueRequest("q", "t", id=f"{BATCH + 1:07}")
+KEEPING = [EnqueueRequest("q", "t", {"n": n}, keep=60) for n in range(BATCH)]
 PRIORITIES = 5
 FEW = 4 * PRIORITIES
 
@@ -297,6 +300,10 @@ def settlements(held: list[Claimed]) -> dict[str, Hot]:
         f"postpone {count}": Hot(postpone(retries), count),
         f"release {count}": Hot(release_jobs("q", held, tell=False), count),
         f"dead_letter {count}": Hot(dead_letter([DeadLettered(c, "why", 1) for c in held]), count),
+        f"keep results {count}": Hot(keep_results([Returned(c, b"1") for c in held]), count),
+        f"keep errors {count}": Hot(
+            dead_letter([DeadLettered(c, "why", 1) for c in held], keeps=True), count
+        ),
     }
 
 
@@ -338,6 +345,9 @@ CLIENTS = {
     "open a group": Hot(open_group(REQUESTS[0]), 1),
     "hold a job of a group": Hot(hold("member 1", "live"), 1, 1),
     "end groups": Hot(end_groups(["live", "over", "none"], notify=True), FEW, 1),
+    "enqueue with keep": Hot(enqueue(KEEPING[0], notify=True), 1),
+    "enqueue a live one with keep": Hot(enqueue(replace(LIVE, keep=60), notify=True), FEW),
+    "enqueue many with keep": Hot(enqueue_many(KEEPING, notify=True), len(KEEPING)),
     "replace": Hot(replacements.replace([LIVE], notify=True), 1),
     "replace many": Hot(replacements.replace([*REQUESTS, LIVE], notify=True), len(REQUESTS) + 1),
     # A table of one page is read whole.
@@ -441,6 +451,46 @@ def test_a_clients_statement_handles_no_more_rows_than_requested(
 ) -> None:
     choose_table(plans, jobs, statistics)
     check_each(plans, CLIENTS)
+
+
+ENDED = 20_000
+
+
+@pytest.mark.parametrize("is_analyzed", [False, True])
+def test_a_statement_about_results_handles_only_those_that_it_names_or_deletes(
+    plans: psycopg.Connection, is_analyzed: bool
+) -> None:
+    plans.execute('set local search_path to "of many jobs"')
+    plans.execute(
+        "insert into bgjob_result (id, until, value) select lpad(n::text, 7, '0'), "
+        "case when n %% 2 = 0 then now() + (n - %s) * interval '1 s' end, '1' "
+        "from generate_series(1, %s) n",
+        [ENDED // 2, ENDED],
+    )
+    if is_analyzed:
+        plans.execute("analyze bgjob_result")
+    ids = [f"{n:07}" for n in range(1, BATCH // 10)]
+    again = [EnqueueRequest("q", "t", id=id_, keep=60) for id_ in ids]
+    check_each(
+        plans,
+        {
+            "result": Hot(results.outcomes(["0000002"]), FEW),
+            "results": Hot(results.outcomes(ids), len(ids)),
+            "enqueue": Hot(enqueue(again[0], notify=True), FEW),
+            "enqueue many": Hot(enqueue_many(again, notify=True), 2 * len(ids)),
+        },
+    )
+    enter_session(plans)
+    held = [c._replace(job=c.job._replace(keep=60.0)) for c in HELD]
+    plans.execute("update bgjob_job set keep = 60 where id = any (%s)", [[c.job.id for c in HELD]])
+    check_each(
+        plans,
+        {
+            "expire": Hot(results.expire(limit=BATCH), BATCH, BATCH),
+            **settlements(held),
+        },
+        walks=True,
+    )
 
 
 @EVERY_STATISTICS

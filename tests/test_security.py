@@ -73,6 +73,7 @@ from bgjob._sql import (
     survey,
     transactions,
     workers,
+    results,
 )
 from bgjob._sql.jobs import JobFilter
 from bgjob._sql.settlements import DeadLettered, Claimed, Postponed
@@ -611,6 +612,7 @@ REFUSED_TO_ALL: list[LiteralString] = [
     "truncate bgjob_worker",
     "truncate bgjob_minute",
     "truncate bgjob_history",
+    "truncate bgjob_result",
     "drop table bgjob_job",
     "drop table bgjob_dead_job",
     "alter table bgjob_job add column x int",
@@ -724,7 +726,7 @@ def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
 ) -> None:
     worker = launcher.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
     try:
-        with pytest.raises(SchemaError, match="bgjob_job"):
+        with pytest.raises(SchemaError, match="bgjob_(job|result)"):
             launcher.run(worker.run())
     finally:
         launcher.shutdown(worker, timeout=1)
@@ -836,6 +838,7 @@ def _everything(group: str) -> list[Statement[Any]]:
     request = EnqueueRequest("q", "t")
     whole = EnqueueRequest("q", "t", headers={"tenant": 7}, expires=60)
     claimed = Claimed(a_job(id="x")._replace(exclusive="k"), 1)
+    keeping = EnqueueRequest("q", "t", keep=60)
     where = dead.DeadFilter()
     marks = {0: datetime.now(UTC)}
     match group:
@@ -844,6 +847,8 @@ def _everything(group: str) -> list[Statement[Any]]:
                 enqueues.enqueue(whole, notify=True),
                 enqueues.enqueue_many([whole], notify=True, group="g"),
                 groups.open_group(whole),
+                enqueues.enqueue(keeping, notify=True),
+                enqueues.enqueue_many([keeping], notify=True),
             ]
         case "worker":
             return [
@@ -859,6 +864,9 @@ def _everything(group: str) -> list[Statement[Any]]:
                 settlements.dead_letter([DeadLettered(claimed, "e", 1)]),
                 settlements.complete([claimed], follows=True),
                 settlements.dead_letter([DeadLettered(claimed, "e", 1)], follows=True),
+                settlements.keep_results([settlements.Returned(claimed, b"1")]),
+                settlements.dead_letter([DeadLettered(claimed, "e", 1)], keeps=True),
+                results.expire(limit=1),
                 keys.lock_keys(["k"]),
                 keys.acquire("q", [claimed]),
                 keys.release("q", ["k"]),
@@ -906,6 +914,7 @@ def _everything(group: str) -> list[Statement[Any]]:
                 Statement("select * from bgjob_job", None, lambda _: None),
                 workers.workers(),
                 history.of_job("a", limit=1),
+                results.outcomes(["a"]),
                 minutes.report(minutes.Span(60, 1), by=None, queue=None, type_=None),
                 schedules.listed(),
                 schedules.resume("s"),

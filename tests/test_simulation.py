@@ -175,7 +175,8 @@ class Table:
         reply = Reply()
         self._claim(exchange, reply, began=began, now=now, at=at)
         reply.barred = [id_ for id_ in self._match(exchange.probe) if id_ in self.barred]
-        for id_ in self._match(exchange.complete, follows=exchange.follows):
+        completed = [*exchange.complete, *(r.claimed for r in exchange.returned)]
+        for id_ in self._match(completed, follows=exchange.follows):
             self._end(id_, "done", reply, now=now, at=at)
         for postponed in exchange.postpone:
             id_, token = postponed.claimed.job.id, postponed.claimed.token
@@ -507,6 +508,7 @@ class Table:
                     EPOCH,
                     row.key,
                     group=row.group,
+                    keep=60.0 if row.id.endswith(("3", "5")) else None,
                 )
             )
         return jobs
@@ -1435,6 +1437,7 @@ class History:
     def _settled_in(self, exchange: Exchange) -> list[Claimed]:
         return [
             *exchange.complete,
+            *(r.claimed for r in exchange.returned),
             *(p.claimed for p in exchange.postpone),
             *(b.claimed for b in exchange.dead_letter),
             *exchange.release_jobs,

@@ -183,6 +183,11 @@ class Engine:
         return self._keys.are_used
 
     @property
+    def keeps_results(self) -> bool:
+        """Whether some job had a result to keep."""
+        return self._settling.keeps_results
+
+    @property
     def held_until(self) -> float:
         """When the first of its leases ends."""
         return self._leases.held_until

@@ -146,7 +146,8 @@ class Exchange(Settlements):
     @property
     def claims_only(self) -> bool:
         """Whether only its claim can be refused."""
-        others = (self.complete, self.postpone, self.dead_letter, self.release_jobs, self.extend)
+        ended = (self.complete, self.returned, self.postpone, self.dead_letter)
+        others = (*ended, self.release_jobs, self.extend)
         keys = (self.acquire, self.release, self.probe, self.probe_keys, self.ask)
         is_alone = not (any(others) or any(keys) or self.groups)
         return self.claim is not None and is_alone
@@ -243,6 +244,7 @@ class Exchange(Settlements):
         """Whether it has any work."""
         return bool(
             self.complete
+            or self.returned
             or self.postpone
             or self.dead_letter
             or self.release_jobs

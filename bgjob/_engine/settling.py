@@ -23,6 +23,9 @@ from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost
 from bgjob.result import Complete, MoveToDlq, Result
 
+_HEAVIEST = 8_000_000
+"""Bytes of the results in an exchange from which on further ones come with the next."""
+
 
 class Settling:
     """The outcomes that are not settled.
@@ -55,6 +58,8 @@ class Settling:
         """When the first refused one is tried again."""
         self.superseded: set[Claimed] = set()
         """Transactional jobs in handlers, which the worker has claimed again meanwhile."""
+        self.keeps_results = False
+        """Whether some of the settled jobs had results to keep."""
         self._limit = MOST
         self._spilled = 0  # how many of the oldest refused ones to leave to their leases
 
@@ -91,6 +96,7 @@ class Settling:
         settled = [o.claimed for o in outcomes if isinstance(o.result, Committed)]
         if settled:  # of a batch, all together
             self._leases.drop_all(settled)
+            self.keeps_results |= any(claimed.job.keep is not None for claimed in settled)
             events += [
                 o.with_result(o.result.result) for o in outcomes if isinstance(o.result, Committed)
             ]
@@ -131,10 +137,13 @@ class Settling:
         for _ in range(min(self._limit, len(pending))):
             outcome = pending.popleft()
             outcomes.append(outcome)
-            if type(outcome.result) is Complete:  # nearly all are
-                complete.append(outcome.claimed)
+            if type(outcome.result) is Complete and outcome.claimed.job.keep is None:
+                complete.append(outcome.claimed)  # nearly all are
             else:
                 exchange.settle(outcome)
+                self.keeps_results |= outcome.claimed.job.keep is not None
+                if exchange.weight > _HEAVIEST:
+                    break
 
     def add_refused(self, exchange: Exchange, now: float) -> None:
         """Settle the first refused one."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from bgjob._handlers.call import Calling
-from bgjob._handlers.route import Route
+from bgjob._handlers.route import Route, has_bad_value
 from bgjob._logger import log as _log
 from bgjob.job import Job
 from bgjob.result import Complete, MoveToDlq, Reschedule, Result
@@ -40,7 +40,9 @@ class BatchRoute(Route):
 
     def answer(self, jobs: Sequence[Job], returned: object) -> Answer:
         """Turn what the handler returned into the results of its jobs."""
-        if returned is None or isinstance(returned, _KEPT):  # the same for all, whatever they are
+        has_value = isinstance(returned, Complete) and returned.value is not None
+        # The same for all, whatever they are.
+        if returned is None or (isinstance(returned, _KEPT) and not has_value):
             result = self.judge(jobs[0], returned)
             return Answer(dict.fromkeys([job.id for job in jobs], result))
         each: dict[str, object]
@@ -51,7 +53,11 @@ class BatchRoute(Route):
         else:
             each = dict.fromkeys([job.id for job in jobs], returned)
         results = {job.id: self.judge(job, each[job.id]) for job in jobs}
-        undone = {id_ for id_, it in each.items() if not (it is None or isinstance(it, _KEPT))}
+        undone = {
+            id_
+            for id_, it in each.items()
+            if not (it is None or isinstance(it, _KEPT)) or has_bad_value(it, results[id_])
+        }
         return Answer(results, undone, strangers)
 
 

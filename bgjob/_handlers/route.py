@@ -22,6 +22,11 @@ COMPLETE = Complete()
 _RESULTS = (Complete, Retry, Reschedule, MoveToDlq)
 
 
+def has_bad_value(returned: object, result: Result) -> bool:
+    """Whether a handler has completed its job with a value that cannot be kept."""
+    return isinstance(returned, Complete) and not isinstance(result, Complete)
+
+
 @dataclass(frozen=True, slots=True)
 class NeedsKey:
     """Returned for a job that must not start before it holds a key."""
@@ -150,10 +155,20 @@ class Route:
         return returned
 
     def judge(self, job: Job, returned: object) -> Result:
-        """Turn what the handler returned into the result to store."""
+        """Turn what the handler returned into the result to store.
+
+        The value of a Complete of a job with `keep` is its JSON then, as bytes.
+        """
         match returned:
             case None:
                 return COMPLETE
+            case Complete(value) if value is not None and job.keep is not None:
+                from bgjob._handlers.value import encoded  # noqa: PLC0415 (few jobs have one)
+
+                try:
+                    return Complete(encoded(value, job))
+                except (TypeError, ValueError) as error:
+                    return self.failed(job, error)
             case Complete() | Reschedule() | MoveToDlq():
                 return returned
             case Retry(delay, error, priority=priority):

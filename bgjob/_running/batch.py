@@ -80,7 +80,8 @@ def batch_in_transaction(
         error = raised
     if error is None and not answer.undone:
         completes_all = {*map(type, answer.results.values())} == {Complete}
-        if completes_all and not route.policy.keep:
+        keeps = route.policy.keep or any(claimed.job.keep is not None for claimed in claims)
+        if completes_all and not keeps:
             try:
                 if (yield Finish(claims)):
                     return _committed(claims, answer)

@@ -15,6 +15,8 @@ from functools import partial
 from time import monotonic, time
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
+import orjson
+
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._engine.protocol import Exchange
 from bgjob._engine.reply import Reply
@@ -32,7 +34,7 @@ from bgjob._sql.survey import survey
 from bgjob._sql.tokens import Tokens
 from bgjob.job import Job
 from bgjob.mux import Mux
-from bgjob.result import MoveToDlq, Reschedule, Result, Retry
+from bgjob.result import Complete, MoveToDlq, Reschedule, Result, Retry
 
 T = TypeVar("T")
 
@@ -150,23 +152,29 @@ def _stored(run: Run, ending: Ending) -> Steps[Ended]:
     job = run.claimed.job
     exchange = conclusion(run.claimed, ending, _kept(run))
     reply = yield from _exchange(job.queue, exchange)
-    ends = exchange.complete or exchange.postpone or exchange.dead_letter
+    ends = exchange.complete or exchange.returned or exchange.postpone or exchange.dead_letter
     if ends and job.id not in reply.settled:  # it is lost, or was replaced while it ran
         reply = yield from _exchange(job.queue, replace(exchange, follows=True))
     is_held = job.id in reply.settled
     match ending:
         case Committed(result):
-            return Ended(job, result)
+            return _ended(job, result)
         case NotBegun():
             return Ended(job, ending)
         case CommitUnknown(result) if not is_held and monotonic() < run.ends_at:
-            return Ended(job, result)  # only the commit can have removed the job
+            return _ended(job, result)  # only the commit can have removed the job
         case CommitUnknown(_, otherwise):
             return Ended(job, otherwise if is_held else None)
         case Fenced():
             return Ended(job, None)
         case result:
-            return Ended(job, result if is_held else None)
+            return _ended(job, result if is_held else None)
+
+
+def _ended(job: Job, result: Result | None) -> Ended:
+    if job.keep is not None and isinstance(result, Complete) and result.value is not None:
+        result = Complete(orjson.loads(result.value))  # as the handler gave it
+    return Ended(job, result)
 
 
 def conclusion(claimed: Claimed, ending: Ending, kept: Collection[str] = ()) -> Exchange:

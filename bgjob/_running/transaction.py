@@ -24,7 +24,7 @@ from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
-from bgjob._handlers.route import Route
+from bgjob._handlers.route import Route, has_bad_value
 from bgjob._postgres.commands import Command, check, execute, pipelined
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
 from bgjob._postgres.cursor import AsyncCursor, Cursor, server_codec
@@ -154,9 +154,11 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep,
         returned = yield Call()
         result = route.judge(job, returned)
         commits = returned is None or isinstance(returned, _KEEPS)
+        commits = commits and not has_bad_value(returned, result)
     except BaseException as error:
         result, commits = route.failed(job, error), False
-    if commits and isinstance(result, Complete) and not route.policy.keep:
+    is_usual = isinstance(result, Complete) and not route.policy.keep and job.keep is None
+    if commits and is_usual:
         try:
             if (yield Finish([claimed])):
                 return Committed(result)

@@ -41,6 +41,10 @@ def _number(text: str | None) -> int | None:
     return None if text is None else int(text)
 
 
+def _seconds(text: str | None) -> float | None:
+    return None if text is None else float(text)
+
+
 class _Rare(NamedTuple):
     """A column that is null for the usual job."""
 
@@ -61,6 +65,7 @@ _RARE = (
     _Rare("headers", "headers::text", read),
     _Rare("group_id", "group_id", _same),
     _Rare("group_dead", "group_dead::text", _number),
+    _Rare("keep", "keep::text", _seconds),
 )
 _IS_RARE: LiteralString = " or ".join(f"{rare.name} is not null" for rare in _RARE)
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._headers import read
+from bgjob._sql.results import pending_again
 from bgjob._sql.statement import Row, Statement, column, in_range, scalar
 from bgjob.job import DeadJob
 from bgjob.stats import CappedCount
@@ -252,8 +253,8 @@ def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Req
     One that waited for its group when it was cancelled waits for it again.
 
     Of several dead jobs with one id only the latest is requeued. A job whose id a live job
-    has stays dead. The statement waits for jobs that another session moves or purges, and
-    leaves them to it.
+    has stays dead. The results of those with `keep` are pending again. The
+    statement waits for jobs that another session moves or purges, and leaves them to it.
     """
     latest: LiteralString = f"""
         select distinct on (job_id) id from {where.source} where {where.condition}
@@ -265,19 +266,19 @@ def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Req
         with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
                 id, queue, type, arg, last_error, priority, exclusive, created_at, headers, expires,
-                checkpoint, group_id, group_dead, next_run_at
+                checkpoint, group_id, group_dead, next_run_at, keep
             )
             select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at,
                 headers, case when expires > clock_timestamp() then expires end, {checkpoint},
                 group_id, group_dead,
                 case when group_id = job_id and group_dead is null then 'infinity'
-                    else clock_timestamp() end
+                    else clock_timestamp() end, keep
             from bgjob_dead_job
             where id = any (array(select id from locked))
             order by job_id collate "C"
             on conflict (id) do nothing
-            returning id, next_run_at
-        )
+            returning id, next_run_at, keep
+        ), {pending_again("back")}
         delete from bgjob_dead_job
         where id = any (array(
             -- Not a join: with statistics of a drained table it compared each with each.

@@ -17,6 +17,7 @@ from bgjob._sql.notices import (
     bucket,
     channel,
 )
+from bgjob._sql.results import reserved
 from bgjob._sql.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
 
@@ -46,6 +47,28 @@ _ENQUEUE_OTHERS = """
 """
 
 
+# A statement of its own: no other looks into bgjob_result.
+_ENQUEUE_WITH_KEEP = f"""
+    with {reserved("array[cast(%(id)s as text)]")}
+    insert into bgjob_job (
+        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, keep
+    )
+    select id, cast(%(queue)s as text), cast(%(type)s as text), cast(%(arg)b as bytea),
+        cast(%(priority)s as smallint), cast(%(exclusive)s as text),
+        greatest(cast(%(run_at)s as timestamptz), clock_timestamp())
+            + cast(%(delay)s as float8) * interval '1 second',
+        cast(cast(%(headers)s as text) as json),
+        coalesce(
+            cast(%(expires_at)s as timestamptz),
+            clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
+        ),
+        cast(%(keep)s as float8)
+    from reserved
+    on conflict (id) do nothing
+    returning
+"""
+
+
 # When its transaction began, which says how far behind the others it may be; the
 # priority, with a sign if the job is due later; the queue.
 def _tell_of(sign: LiteralString) -> LiteralString:
@@ -63,10 +86,9 @@ _TELL_LATER = _tell_of(LATER)
 
 # By whether the job is plain, which is without any rare column, is due later, and notifies. Made
 # once: as fast as a bare insert.
-_ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
-    (plain, later, notify): (_ENQUEUE if plain else _ENQUEUE_OTHERS)
-    + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
-    for plain in (True, False)
+_ENQUEUES: Mapping[tuple[LiteralString, bool, bool], LiteralString] = {
+    (insert, later, notify): insert + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
+    for insert in (_ENQUEUE, _ENQUEUE_OTHERS, _ENQUEUE_WITH_KEEP)
     for later in (True, False)
     for notify in (True, False)
 }
@@ -75,6 +97,7 @@ _ENQUEUES: Mapping[tuple[bool, bool, bool], LiteralString] = {
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     """Write one job; True if it was written, False if its id is taken."""
     plain = request.is_plain
+    keeps = request.keep is not None
     later = not plain and bool(request.delay or request.run_at)
     params: dict[str, object] = {
         "id": request.id,
@@ -92,9 +115,13 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
             "expires_at": request.expires_at,
             "expires_in": request.expires_in,
         }
+    if keeps:
+        params["keep"] = request.keep_for
     if notify:
         params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
-    return Statement(_ENQUEUES[plain, later, notify], params, bool, prepare=None)
+    insert = _ENQUEUE if plain else _ENQUEUE_WITH_KEEP if keeps else _ENQUEUE_OTHERS
+    text = _ENQUEUES[insert, later, notify]
+    return Statement(text, params, bool, prepare=False if keeps else None)
 
 
 _TELL_MANY = """
@@ -142,7 +169,10 @@ def enqueue_many(
     can_expire = any(r.expires is not None for r in others)
     headers = ", headers" if has_headers else ""
     expires = ", expires_at, expires_in" if can_expire else ""
-    columns = headers + (", expires" if can_expire else "") + (", group_id" if group else "")
+    keeps = [r.id for r in others if r.keep is not None]
+    keep = ", keep" if keeps else ""
+    columns = headers + (", expires" if can_expire else "") + keep
+    columns += ", group_id" if group else ""
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]
     return Statement(
@@ -151,7 +181,7 @@ def enqueue_many(
             select id, queue, type, arg, priority, exclusive, position,
                 greatest(
                     run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
-                ) + delay * interval '1 second' as next_run_at{headers}{
+                ) + delay * interval '1 second' as next_run_at{headers}{keep}{
             ", coalesce(expires_at, clock_timestamp() + expires_in * interval '1 second')"
             " as expires"
             if can_expire
@@ -168,16 +198,19 @@ def enqueue_many(
             if can_expire
             else ""
         }
+                {", cast(%(keeps)s as float8[])" if keeps else ""}
             ) with ordinality as r (
-                id, queue, type, arg, priority, exclusive, run_at, delay{headers}{expires}, position
+                id, queue, type, arg, priority, exclusive, run_at, delay{headers}{expires}{keep},
+                position
             )
-        ), written as (
+        ){f", {reserved('cast(%(kept)s as text[])')}" if keeps else ""}, written as (
             insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at{columns})
             select id, queue, type, arg, priority, exclusive, next_run_at
                 {", cast(headers as json)" if has_headers else ""}{
             ", expires" if can_expire else ""
-        }{", %(group)s" if group else ""}
+        }{keep}{", %(group)s" if group else ""}
             from request
+            {"where keep is null or id in (select id from reserved)" if keeps else ""}
             order by id collate "C", position
             on conflict (id) do nothing
             returning id
@@ -204,10 +237,11 @@ def enqueue_many(
                 if can_expire
                 else {}
             ),
+            **({"keeps": Floats(r.keep_for for r in requests), "kept": keeps} if keeps else {}),
             **told_of(requests),
         },
         lambda rows: set(rows[0][0]),
-        prepare=None,
+        prepare=False if keeps else None,
     )
 
 
@@ -257,7 +291,14 @@ def copy_many(requests: Sequence[EnqueueRequest], group: str | None = None) -> C
     given order, which must be the order of their ids.
     """
     others = [r for r in requests if not r.is_plain]
-    if any(r.delay or r.run_at or r.exclusive is not None or r.expires is not None for r in others):
+    if any(
+        r.delay
+        or r.run_at
+        or r.exclusive is not None
+        or r.expires is not None
+        or r.keep is not None
+        for r in others
+    ):
         return None
     ids = [r.id for r in requests]
     if ids != sorted(ids):

@@ -5,6 +5,7 @@ from typing import LiteralString
 
 from bgjob._failure import fingerprint
 from bgjob._postgres.cursor import ErrorTexts
+from bgjob._sql.results import ended
 from bgjob._sql.statement import Statement, nothing, number_array, scalar, text_array
 from bgjob._sql.successors import followed
 
@@ -15,22 +16,32 @@ def _bytes_of(column: LiteralString) -> LiteralString:
     return f"encode(convert_to({column}, getdatabaseencoding()), 'escape')"
 
 
+# One with a successor is still to run.
+_LAST: LiteralString = "(select * from gone where successor is null) as last"
+_LAST_OF_UNREAD: LiteralString = f"""
+    (
+        select {_bytes_of("id")} as id, {_bytes_of("queue")} as queue, {_bytes_of("type")} as type,
+            arg, attempt, token, created_at, keep
+        from gone where successor is null
+    ) as last
+"""
+
 _DEAD_LETTER_UNREAD = f"""
     with gone as (
         delete from bgjob_job
         where ctid = any (%(places)s::tid[]) and token = any (%(tokens)s::bigint[])
         returning *
-    ), {followed("gone")}
+    ), {followed("gone")}, {ended(_LAST_OF_UNREAD, error="%(error)s")}
     insert into bgjob_dead_job (
         job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
         next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
-        group_dead
+        group_dead, keep
     )
     select {_bytes_of("id")}, {_bytes_of("queue")}, {_bytes_of("type")}, arg, attempt,
         %(error)s, %(fingerprint)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at,
         updated_at, checkpoint,
         case when headers::text !~ '[^\\x01-\\x7f]' then headers end, expires,
-        {_bytes_of("group_id")}, group_dead
+        {_bytes_of("group_id")}, group_dead, keep
     from gone
     returning true
 """
@@ -48,15 +59,15 @@ def dead_letter_refused(place: str, error: str) -> Statement[None]:
         f"""
         with gone as (
             delete from bgjob_job where ctid = %(place)s::tid returning *
-        ), {followed("gone")}
+        ), {followed("gone")}, {ended(_LAST, error="(%(errors)s::text[])[1]")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
-            group_dead
+            group_dead, keep
         )
         select id, queue, type, arg, attempt, (%(errors)s::text[])[1], %(fingerprint)s, priority,
             exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires, group_id,
-            group_dead
+            group_dead, keep
         from gone
         """,
         {

@@ -115,6 +115,9 @@ def replace(
 ) -> Statement[set[str]]:
     """Write jobs over those with the same ids; return the ids, which are all.
 
+    Raises:
+        ValueError: a request has `keep`. Of a job that has it, it stays.
+
     Args:
         requests: the jobs. Of several with the same id the last one counts.
         notify: whether sleeping workers are notified.
@@ -123,6 +126,11 @@ def replace(
         has_literals: as for `enqueue_many`.
 
     """
+    if any(request.keep is not None for request in requests):
+        raise ValueError(
+            "keep cannot be given together with on_conflict='replace', or to debounce: with keep a "
+            "later request with the id is refused, and with replace it wins"
+        )
     newest = list({request.id: request for request in requests}.values())
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]

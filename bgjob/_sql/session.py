@@ -92,7 +92,7 @@ def empty_tables() -> LiteralString:
     """Return the text that deletes what programs and people have written, for a test."""
     return """
         truncate bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_schedule, bgjob_pause,
-            bgjob_history
+            bgjob_history, bgjob_result
     """
 
 
@@ -129,6 +129,8 @@ _TABLE_NEEDS = (
     ("bgjob_job", "delete"),
     ("bgjob_exclusive", "select"),
     ("bgjob_exclusive", "delete"),
+    ("bgjob_result", "select"),
+    ("bgjob_result", "delete"),
 )
 _COLUMN_NEEDS = (
     (
@@ -136,13 +138,16 @@ _COLUMN_NEEDS = (
         "select",
         (
             "id queue type arg priority created_at headers expires successor successor_arg "
-            "group_id group_dead"
+            "group_id group_dead keep"
         ),
     ),
     (
         "bgjob_job",
         "insert",
-        "id queue type arg priority exclusive next_run_at created_at headers expires group_id",
+        (
+            "id queue type arg priority exclusive next_run_at created_at headers expires group_id "
+            "keep"
+        ),
     ),
     (
         "bgjob_job",
@@ -160,10 +165,20 @@ _COLUMN_NEEDS = (
         (
             "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
             "next_run_at job_created_at job_updated_at checkpoint headers expires group_id "
-            "group_dead"
+            "group_dead keep"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id token job_created_at group_id"),
+    (
+        "bgjob_result",
+        "insert",
+        "id until value error queue type arg attempt token created_at ended_at",
+    ),
+    (
+        "bgjob_result",
+        "update",
+        "until value error queue type arg attempt token created_at ended_at",
+    ),
     ("bgjob_pause", "select", "queue until"),
 )
 

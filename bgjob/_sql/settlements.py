@@ -6,9 +6,10 @@ from functools import partial
 from typing import LiteralString, NamedTuple
 
 from bgjob._failure import error_text, fingerprint
-from bgjob._postgres.cursor import ErrorTexts, Floats, Smallints
+from bgjob._postgres.cursor import ErrorTexts, Floats, Payloads, Smallints
 from bgjob._sql.history import TODAY
 from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
+from bgjob._sql.results import OF_ENDED, ended
 from bgjob._sql.statement import (
     Row,
     Statement,
@@ -31,6 +32,14 @@ class Claimed(NamedTuple):
     token: int
     is_charged: bool = True
     """Whether the claim charged an attempt; only a claim of several suspects does not."""
+
+
+class Returned(NamedTuple):
+    """A completed job whose result is kept."""
+
+    claimed: Claimed
+    value: bytes | None
+    """JSON; None if its handler gave nothing."""
 
 
 class Postponed(NamedTuple):
@@ -60,6 +69,7 @@ class Settlements:
     """Jobs to settle, by what happens to their rows; only `store` says what a result does."""
 
     complete: list[Claimed] = field(default_factory=list)
+    returned: list[Returned] = field(default_factory=list)
     postpone: list[Postponed] = field(default_factory=list)
     dead_letter: list[DeadLettered] = field(default_factory=list)
     release_jobs: list[Claimed] = field(default_factory=list)
@@ -71,12 +81,17 @@ class Settlements:
     """The types whose completed jobs are kept."""
     follows: bool = False
     """Whether these jobs were replaced while they ran: what ends them writes their successors."""
+    weight: int = 0
+    """The bytes of the results."""
 
     def store(self, claimed: Claimed, result: Result) -> None:
         """Add a job that has ended."""
         match result:
-            case Complete():
+            case Complete() if claimed.job.keep is None:
                 self.complete.append(claimed)
+            case Complete(value):  # a route has encoded it
+                self.returned.append(Returned(claimed, value))
+                self.weight += len(value or b"")
             case Retry(_, error, priority=priority):
                 self.postpone.append(
                     Postponed(
@@ -104,10 +119,21 @@ class Settlements:
         statements = []
         if self.complete:
             statements.append(complete(self.complete, self.kept, follows=self.follows))
+        if self.returned:
+            if self.follows:  # its result is that of its successor
+                jobs = [returned.claimed for returned in self.returned]
+                statements.append(complete(jobs, self.kept, follows=True))
+            else:
+                statements.append(keep_results(self.returned, self.kept))
         if self.postpone:
             statements.append(postpone(self.postpone, follows=self.follows))
         if self.dead_letter:
-            statements.append(dead_letter(self.dead_letter, follows=self.follows))
+            usual = [dead for dead in self.dead_letter if dead.claimed.job.keep is None]
+            others = [dead for dead in self.dead_letter if dead.claimed.job.keep is not None]
+            if usual:
+                statements.append(dead_letter(usual, follows=self.follows))
+            if others:
+                statements.append(dead_letter(others, follows=self.follows, keeps=True))
         if self.release_jobs:
             statements.append(release_jobs(queue, self.release_jobs, tell=self.holds_notify_lock))
         return statements
@@ -129,10 +155,21 @@ _HELD: LiteralString = """
 _REPLACED: LiteralString = _HELD.replace("is null", "is not null")
 
 
-def _complete(*, follows: bool, keeps: bool) -> LiteralString:
+_WITH_VALUES: LiteralString = """
+    (
+        select gone.*, v.value from gone
+        join unnest(%(ids)s::text[], %(values)s::bytea[]) as v (id, value) on v.id = gone.id
+    ) as gone
+"""
+
+
+def _complete(*, follows: bool, keeps: bool, returns: bool = False) -> LiteralString:
     which: LiteralString = _REPLACED if follows else _HELD
     columns: LiteralString = "id" + (", queue, type, attempt, token" if keeps else "")
     ctes: LiteralString = ""
+    if returns:
+        columns = f"id, {OF_ENDED}"
+        ctes += f", {ended(_WITH_VALUES, value='value')}"
     if follows:
         columns += f", {SUCCESSOR}"
         ctes += f", {followed('gone')}"
@@ -176,6 +213,22 @@ def complete(
         params["kept"] = text_array(sorted(types))
     text = _COMPLETES[follows, bool(types)]
     return Statement(text, params, partial(_all_or_some, ids))
+
+
+_KEEP_RESULTS: Mapping[bool, LiteralString] = {
+    keeps: _complete(follows=False, keeps=keeps, returns=True) for keeps in (False, True)
+}
+
+
+def keep_results(returned: Sequence[Returned], kept: Collection[str] = ()) -> Statement[list[str]]:
+    """Delete completed jobs and keep their results, as `complete`; notify who waits for them."""
+    ids = [r.claimed.job.id for r in returned]
+    params = {**held([r.claimed for r in returned], ids), "count": len(ids)}
+    params["values"] = Payloads(r.value for r in returned)
+    types = {r.claimed.job.type for r in returned}.intersection(kept) if kept else ()
+    if types:
+        params["kept"] = text_array(sorted(types))
+    return Statement(_KEEP_RESULTS[bool(types)], params, partial(_all_or_some, ids))
 
 
 def _all_or_some(ids: list[str], rows: Sequence[Row]) -> list[str]:
@@ -283,18 +336,32 @@ def release_jobs(queue: str, claimed: Sequence[Claimed], *, tell: bool) -> State
     )
 
 
-def _dead_letter(*, follows: bool) -> LiteralString:
+_WITH_ERRORS: LiteralString = """
+    (
+        select gone.*, b.error from gone
+        join unnest(%(ids)s::text[], %(errors)s::text[]) as b (id, error) on b.id = gone.id
+    ) as gone
+"""
+
+
+def _dead_letter(*, follows: bool, keeps: bool) -> LiteralString:
     gone = f"delete from bgjob_job where {_REPLACED if follows else _HELD} returning *"
+    ctes: LiteralString = ""
+    if follows:
+        ctes = f", {followed('gone')}"
+    elif keeps:
+        ctes = f", {ended(_WITH_ERRORS, error='error')}"
+    keep: LiteralString = ", keep" if keeps else ""
     return f"""
-        with gone as ({gone}){f", {followed('gone')}" if follows else ""}
+        with gone as ({gone}){ctes}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires,
-            group_id, group_dead
+            group_id, group_dead{keep}
         )
         select gone.id, queue, type, arg, attempt, b.error, b.fingerprint, {NUMBER.format("token")},
             priority, exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires,
-            group_id, group_dead
+            group_id, group_dead{keep}
         from gone
         join unnest(
             %(ids)s::text[], %(errors)s::text[], %(fingerprints)s::bigint[]
@@ -303,17 +370,22 @@ def _dead_letter(*, follows: bool) -> LiteralString:
     """
 
 
-_DEAD_LETTERS: Mapping[bool, LiteralString] = {
-    follows: _dead_letter(follows=follows) for follows in (False, True)
+_DEAD_LETTERS: Mapping[tuple[bool, bool], LiteralString] = {
+    (follows, keeps): _dead_letter(follows=follows, keeps=keeps)
+    for follows in (False, True)
+    for keeps in (False, True)
 }
 
 
 def dead_letter(
-    dead_lettered: Sequence[DeadLettered], *, follows: bool = False
+    dead_lettered: Sequence[DeadLettered], *, follows: bool = False, keeps: bool = False
 ) -> Statement[list[str]]:
-    """Move jobs to the dead-letter table; return the ids of those still held."""
+    """Move jobs to the dead-letter table; return the ids of those still held.
+
+    `keeps` says that they have results, which are kept.
+    """
     return Statement(
-        _DEAD_LETTERS[follows],
+        _DEAD_LETTERS[follows, keeps],
         {
             **held([b.claimed for b in dead_lettered]),
             "errors": ErrorTexts(b.error for b in dead_lettered),

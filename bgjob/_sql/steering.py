@@ -16,6 +16,7 @@ from bgjob._failure import fingerprint
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.jobs import JobFilter
 from bgjob._sql.notices import CANCELLED, NOTIFY, channel
+from bgjob._sql.results import ended
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Row, Statement, nothing, text_array
 
@@ -97,16 +98,16 @@ _DEAD_LETTERED: LiteralString = """
         where id = any (array(select id from locked))
         returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
             created_at, updated_at, token, waits, checkpoint, headers, expires, group_id,
-            group_dead, successor, successor_arg
-    ), dead as (
+            group_dead, successor, successor_arg, keep
+    ), {ended}, dead as (
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires,
-            group_id, group_dead
+            group_id, group_dead, keep
         )
         select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
             next_run_at, created_at, updated_at, {claim}, checkpoint, headers, expires, group_id,
-            group_dead
+            group_dead, keep
         from gone
         union all
         select id, successor ->> 'queue', successor ->> 'type', successor_arg, 0, {error},
@@ -114,7 +115,7 @@ _DEAD_LETTERED: LiteralString = """
             (successor ->> 'next_run_at')::timestamptz,
             (successor ->> 'created_at')::timestamptz, (successor ->> 'created_at')::timestamptz,
             null, null, (successor ->> 'headers')::json,
-            (successor ->> 'expires')::timestamptz, nullif(group_id, id), null
+            (successor ->> 'expires')::timestamptz, nullif(group_id, id), null, keep
         from gone where successor is not null
         order by 1, 5 desc
     ), changed as (
@@ -128,6 +129,10 @@ _ERROR: LiteralString = """
 """
 
 
+def _dead_lettered(error: LiteralString, *, claim: LiteralString) -> LiteralString:
+    return _DEAD_LETTERED.format(error=error, claim=claim, ended=ended("gone", error=error))
+
+
 def cancel(
     ids: Sequence[str], where: JobFilter, *, by: str | None, reason: str
 ) -> Statement[list[Steered]]:
@@ -136,7 +141,7 @@ def cancel(
     A running one takes the token of its claim with it, so that its worker can ask why it has
     lost the job.
     """
-    changed = _DEAD_LETTERED.format(error=_ERROR.format(done="cancelled"), claim="token")
+    changed = _dead_lettered(_ERROR.format(done="cancelled"), claim="token")
     why = _Why("cancelled", by, reason)
     return _dead_lettering(changed, _WHY_NOT["cancel"], ids, where, why)
 
@@ -145,7 +150,7 @@ def abandon(
     ids: Sequence[str], where: JobFilter, *, by: str | None, reason: str
 ) -> Statement[list[Steered]]:
     """Move running jobs to the dead-letter table; their workers find their leases lost."""
-    changed = _DEAD_LETTERED.format(error=_ERROR.format(done="abandoned"), claim="null::bigint")
+    changed = _dead_lettered(_ERROR.format(done="abandoned"), claim="null::bigint")
     why = _Why("abandoned", by, reason)
     return _dead_lettering(changed, _WHY_NOT["abandon"], ids, where, why)
 

@@ -20,7 +20,7 @@ from typing import LiteralString
 
 from bgjob._sql.notices import BY_HAND, NOTIFY
 
-SUCCESSOR: LiteralString = "successor, successor_arg, group_id"
+SUCCESSOR: LiteralString = "successor, successor_arg, group_id, keep"
 """The columns that a statement returns of the rows that it deletes."""
 
 _NEW: Mapping[LiteralString, LiteralString] = {
@@ -35,6 +35,8 @@ _NEW: Mapping[LiteralString, LiteralString] = {
     "expires": "(successor ->> 'expires')::timestamptz",
     # The id stays in its group. That of a group's own job is a plain job afterwards.
     "group_id": "nullif(group_id, id)",
+    # It is the same id, whose result is that of the last run.
+    "keep": "keep",
 }
 
 _TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")

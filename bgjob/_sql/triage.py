@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.dead import DEAD_COLUMNS, LONGEST_ERROR, dead_job
+from bgjob._sql.results import ended
 from bgjob._sql.statement import Statement, column, in_range, scalar, text_array
 from bgjob.job import DeadJob
 
@@ -86,20 +87,20 @@ def give_up(id_: str, attempt: int, fingerprint: int) -> Statement[int | None]:
     Returns its number; None if it is not in this attempt any more, or a worker has it.
     """
     return Statement(
-        """
+        f"""
         with gone as (
             delete from bgjob_job
             where id = %(id)s and attempt = %(attempt)s and token is null
             returning *
-        )
+        ), {ended("gone", error="coalesce(last_error, '')")}
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
-            group_dead
+            group_dead, keep
         )
         select id, queue, type, arg, attempt, last_error, %(fingerprint)s, priority, exclusive,
             next_run_at, created_at, updated_at, checkpoint, headers, expires, group_id,
-            group_dead
+            group_dead, keep
         from gone
         returning id
         """,

@@ -46,6 +46,7 @@ from bgjob._worker.minutes import MinuteWriter
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.registry import Registry
 from bgjob._worker.repairs import clock_was_set, dead_letter_unclaimable, dead_letter_unreadable
+from bgjob._worker.results import ResultExpiry
 from bgjob._worker.session import Session
 from bgjob._worker.slots import Slots, inside
 from bgjob._worker.waker import Waker
@@ -115,6 +116,7 @@ class QueueControl:
         self._queue = queue
         self._options = options
         self._service_timer = service_timer
+        self._expires_results = False
         self._tokens = tokens
         self._registry = registry
         self._minutes = minutes
@@ -378,6 +380,9 @@ class QueueControl:
         if not self._session.is_open:
             self._reopen(now)
             return True
+        if engine.keeps_results and not self._expires_results and self._give_up_at is None:
+            self._expires_results = True
+            self._service_timer.add(ResultExpiry())
         if now >= self._service_timer.pressing_at:
             self._serve()
             return True

@@ -9,9 +9,16 @@ create role bgjob_editor nologin;
 
 -- A producer writes jobs, also by plain SQL; these columns are promised. It learns which ids are
 -- taken, and reads no payload.
-grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, group_id)
-    on bgjob_job to bgjob_producer;
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, group_id,
+    keep) on bgjob_job to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
+
+-- Of requests with keep it takes the ids, also where the time of a result is over.
+grant select (id, until), insert (id), update (until, value, error, queue, type, arg, attempt, token,
+    created_at, ended_at) on bgjob_result to bgjob_producer;
+
+-- Optional, for Client.result and Client.wait: a producer that may read results, and errors.
+-- grant select on bgjob_result to bgjob_producer;
 
 -- Optional, for on_conflict="replace" and debounce: a producer that may give jobs another payload.
 -- grant select (token, attempt, last_error, deaths, waits, type, arg, priority, exclusive, headers,
@@ -25,17 +32,22 @@ grant select (id, queue) on bgjob_job to bgjob_producer;
 -- (on_conflict="replace").
 grant select on bgjob_job to bgjob_worker;
 grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers,
-    expires, group_id) on bgjob_job to bgjob_worker;
+    expires, group_id, keep) on bgjob_job to bgjob_worker;
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
     lease_until, updated_at, checkpoint, group_dead) on bgjob_job to bgjob_worker;
 grant delete on bgjob_job to bgjob_worker;
 grant select, insert (key), update (tokens, queue, since, since_id, until, until_id), delete
     on bgjob_exclusive to bgjob_worker;
 grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
-    next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id, group_dead)
+    next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id, group_dead,
+    keep)
     on bgjob_dead_job to bgjob_worker;
 grant select (job_id, token, job_created_at, group_id) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
+-- Of jobs that were enqueued with keep.
+grant select, insert (id, until, value, error, queue, type, arg, attempt, token, created_at, ended_at),
+    update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at), delete
+    on bgjob_result to bgjob_worker;
 
 -- It writes a row for people to see it; without these it works all the same. The table has the
 -- name of the role.
@@ -66,10 +78,13 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 -- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
 -- queues. It changes no live job.
 grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute,
-    bgjob_history
+    bgjob_history, bgjob_result
     to bgjob_operator;
+-- Where a requeued job had keep, its result is pending again.
+grant insert (id), update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at)
+    on bgjob_result to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, next_run_at, created_at,
-    checkpoint, headers, expires, group_id, group_dead) on bgjob_job to bgjob_operator;
+    checkpoint, headers, expires, group_id, group_dead, keep) on bgjob_job to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write
 -- this column.
 grant update (id), delete on bgjob_dead_job to bgjob_operator;
@@ -85,7 +100,10 @@ grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob
 grant select, insert (key), update (since_id), delete on bgjob_exclusive to bgjob_editor;
 grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority,
     exclusive, next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires,
-    group_id, group_dead) on bgjob_dead_job to bgjob_editor;
+    group_id, group_dead, keep) on bgjob_dead_job to bgjob_editor;
+grant select, insert (id, until, value, error, queue, type, arg, attempt, token, created_at, ended_at),
+    update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at)
+    on bgjob_result to bgjob_editor;
 grant select on bgjob_worker to bgjob_editor;
 
 -- Optional: `bgjob doctor` names a culprit without it. With it, it also shows what the sessions of

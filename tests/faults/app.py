@@ -441,7 +441,7 @@ class Handlers:
                     threading.Event().wait()  # the signal is on its way
                 case "exit":
                     os._exit(1)
-        return Complete()
+        return Complete({"attempt": job.attempt})  # kept if its request has asked for that
 
 
 def children_of(id_: str, count: int) -> list[str]:

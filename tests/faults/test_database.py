@@ -953,7 +953,7 @@ def test_a_worker_without_its_tables_names_them_and_the_remedy(
 ) -> None:
     world.query(
         "drop table bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_schedule, "
-        "bgjob_worker, bgjob_minute, bgjob_history"
+        "bgjob_worker, bgjob_minute, bgjob_history, bgjob_result"
     )
     error = refused(world, is_async=is_async)
     for word in ("bgjob_job", "bgjob_dead_job", "apply", "migration/init.sql", "search_path"):
@@ -1025,7 +1025,7 @@ def test_a_worker_whose_schema_has_lost_a_part_names_it_and_the_remedy(
         world.saw(f"{word!r} in: {error}", word in error)
     world.query(
         "drop table bgjob_job; drop table if exists bgjob_dead_job, bgjob_exclusive, "
-        "bgjob_pause, bgjob_schedule, bgjob_worker, bgjob_minute, bgjob_history;"
+        "bgjob_pause, bgjob_schedule, bgjob_worker, bgjob_minute, bgjob_history, bgjob_result;"
     )
     world.query(init_sql())
     starts(world, "a", is_async=is_async)

@@ -70,6 +70,12 @@ def add(commands: "Commands") -> None:
         "(default: never)",
     )
     parser.add_argument(
+        "--keep",
+        type=arguments.duration,
+        metavar="DURATION",
+        help="keep the job's result, and its id, for this long after its end (default: not)",
+    )
+    parser.add_argument(
         "--id",
         type=arguments.name("id"),
         help="unique among live jobs, so that enqueuing twice is harmless (default: a new UUID)",
@@ -92,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             priority=args.priority,
             exclusive=args.exclusive,
             expires=args.expires,
+            keep=args.keep,
             **options,
         )
     except (ValueError, TypeError) as error:
