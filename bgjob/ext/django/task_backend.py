@@ -21,11 +21,14 @@ from django.db.utils import ConnectionDoesNotExist
 from django.utils import timezone
 
 from bgjob._handlers.call import is_coroutine
+from bgjob._handlers.value import encoded
+from bgjob._sql import results
+from bgjob._sql.tokens import origin
 from bgjob.ext.django._database import checked
 from bgjob.ext.django._enqueues import aenqueue, enqueue
 from bgjob.ext.django._mux import mux
 from bgjob.job import EnqueueRequest, Job
-from bgjob.result import MoveToDlq, Result
+from bgjob.result import Complete, MoveToDlq, Result
 
 __all__ = ["TaskBackend"]
 
@@ -51,6 +54,7 @@ except ModuleNotFoundError as _missing:
 _BaseTaskBackend: Any = _backends.BaseTaskBackend
 _InvalidTask: Any = getattr(_exceptions, "InvalidTask", None) or _exceptions.InvalidTaskError
 
+_OWN = ("database", "keep_results")
 _POLICY = ("backoff", "exclusive", "keep", "max_attempts", "retry_priority", "timeout")
 
 
@@ -61,12 +65,15 @@ class TaskBackend(_BaseTaskBackend):
 
     A task that is enqueued inside of `transaction.atomic` is a part of the transaction. One that
     raises is run again, by the policy, and goes to the dead-letter table in the end. A worker runs
-    the task at least once. Its return value is not kept: there is no `get_result` yet.
+    the task at least once.
 
     Django's priorities are from -100 to 100, and a higher one runs first; the job's priority is
     the same with the other sign.
 
-    OPTIONS: `database`, the alias ("default" by default); and of the policy of the tasks that are
+    OPTIONS: `database`, the alias ("default" by default); `keep_results`, seconds or a timedelta
+    for which what a task returned, or why it failed, is kept after its end, for `get_result` and
+    `refresh` (None, the default: not at all, and the backend does not support them); and of the
+    policy of the tasks that are
     declared with this backend `max_attempts`, `backoff`, `timeout`, `retry_priority`, `exclusive`
     and `keep`, as for Mux.register.
     """
@@ -79,14 +86,21 @@ class TaskBackend(_BaseTaskBackend):
     def __init__(self, alias: str, params: Mapping[str, Any]) -> None:
         super().__init__(alias, params)
         self.database: str = self.options.get("database", "default")
+        self.keep_results: Any = self.options.get("keep_results")
+        self.supports_get_result = self.keep_results is not None
 
     def check(self, **_: Any) -> Iterable[CheckMessage]:
         """Report unknown options, and a database that is not PostgreSQL."""
         name = f"TASKS[{self.alias!r}]['OPTIONS']"
         for key in self.options:
-            if key not in ("database", *_POLICY):
-                known = ", ".join(("database", *_POLICY))
+            if key not in (*_OWN, *_POLICY):
+                known = ", ".join((*_OWN, *_POLICY))
                 yield Error(f"{name} has no key {key!r}: the keys are {known}", id="bgjob.E004")
+        if self.keep_results is not None:
+            try:
+                EnqueueRequest("queue", "type", keep=self.keep_results)
+            except (TypeError, ValueError) as error:
+                yield Error(f"{name}['keep_results']: {error}", id="bgjob.E006")
         try:
             checked(self.database)
         except (ImproperlyConfigured, ConnectionDoesNotExist) as error:
@@ -127,6 +141,33 @@ class TaskBackend(_BaseTaskBackend):
         await _signals.task_enqueued.asend_robust(type(self), task_result=result)
         return result
 
+    def get_result(self, result_id: str) -> Any:
+        """Return what is known of a task that was enqueued with `keep_results`.
+
+        Of earlier attempts only the number is known, and of a failure the text and the error's
+        name, as the dead-letter table has them.
+
+        Raises:
+            TaskResultDoesNotExist: it had no `keep_results`, that time is over, or the module of
+                the task is not imported here.
+            NotImplementedError: the backend has no `keep_results`.
+            SynchronousOnlyOperation: in a coroutine: await the task's `aget_result`.
+
+        """
+        if not self.supports_get_result:
+            return super().get_result(result_id)
+        statement = results.task(result_id)
+        cursor: Any
+        with checked(self.database).cursor() as cursor:
+            cursor.execute(statement.text, statement.params)
+            found = statement.parse(cursor.fetchall())
+        declared = None if found is None else _declared.get(found.type)
+        if found is None or declared is None:
+            raise _exceptions.TaskResultDoesNotExist(
+                f"no result of task {result_id!r} is kept, or its module is not imported here"
+            )
+        return _known(declared, found)
+
     def _requested(
         self, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[EnqueueRequest, Any]:
@@ -137,7 +178,12 @@ class TaskBackend(_BaseTaskBackend):
         result = _result(task, "", datetime.now(UTC), args, kwargs)
         arg = _CODEC.encode((result.args, result.kwargs))
         request = EnqueueRequest(
-            task.queue_name, task.module_path, arg, priority=-task.priority, run_at=run_at
+            task.queue_name,
+            task.module_path,
+            arg,
+            priority=-task.priority,
+            run_at=run_at,
+            keep=self.keep_results,
         )
         object.__setattr__(result, "id", request.id)
         return request, result
@@ -176,14 +222,13 @@ def _handler(declared: Any) -> Callable[..., Any]:
             run = _Run(_declared[path], job, *value)
             await _signals.task_started.asend_robust(TaskBackend, task_result=run.result)
             try:
-                await run.call()
+                completed = run.succeeded(await run.call())
             except BaseException as error:
                 if run.has_failed(error):
                     await _signals.task_finished.asend_robust(TaskBackend, task_result=run.result)
                 raise
-            run.has_succeeded()
             await _signals.task_finished.asend_robust(TaskBackend, task_result=run.result)
-            return None
+            return completed
 
         return awaited
 
@@ -193,14 +238,13 @@ def _handler(declared: Any) -> Callable[..., Any]:
         run = _Run(_declared[path], job, *value)
         _signals.task_started.send_robust(TaskBackend, task_result=run.result)
         try:
-            run.call()
+            completed = run.succeeded(run.call())
         except BaseException as error:
             if run.has_failed(error):
                 _signals.task_finished.send_robust(TaskBackend, task_result=run.result)
             raise
-        run.has_succeeded()
         _signals.task_finished.send_robust(TaskBackend, task_result=run.result)
-        return None
+        return completed
 
     return called
 
@@ -223,8 +267,16 @@ class _Run:
     def call(self) -> Any:
         return self.task.func(*self.args, **self.kwargs)
 
-    def has_succeeded(self) -> None:
+    def succeeded(self, returned: object) -> Result | None:
+        """Record that the task has succeeded; raise if what it returned cannot be kept."""
+        completed = None
+        if self._job.keep is not None:
+            value = _base.normalize_json(returned)
+            encoded(value, self._job)
+            completed = Complete(value)
+            _change(self.result, _return_value=value)
         _change(self.result, status=_Status.SUCCESSFUL, finished_at=datetime.now(UTC))
+        return completed
 
     def has_failed(self, error: BaseException) -> bool:
         """Whether it was the last attempt, and the task has failed."""
@@ -260,6 +312,36 @@ def _result(
         errors=[],
         worker_ids=[],
     )
+
+
+def _known(task: Any, found: results.Task) -> Any:
+    """Return the result of a task that is live, or has ended."""
+    outcome = found.outcome
+    try:
+        args, kwargs = _CODEC.decode(found.arg or b"")
+    except ValueError:
+        args, kwargs = [], {}
+    result = _result(task, outcome.id, found.created_at or datetime.now(UTC), args, kwargs)
+    made = None if found.token is None else origin(found.token)
+    result.worker_ids[:] = ["unknown"] * found.attempt
+    error = found.last_error if outcome.until is None else outcome.error
+    if error is not None:
+        result.errors.append(_error(error.partition(":")[0], error))
+    started_at = None if made is None else made.at
+    _change(result, started_at=started_at, last_attempted_at=started_at)
+    if outcome.until is None:
+        _change(result, status=_Status.READY if found.token is None else _Status.RUNNING)
+    elif outcome.error is not None:
+        _change(result, status=_Status.FAILED, finished_at=outcome.ended_at)
+    else:
+        value = None if outcome.value is None else json.loads(outcome.value)
+        _change(
+            result,
+            status=_Status.SUCCESSFUL,
+            finished_at=outcome.ended_at,
+            _return_value=value,
+        )
+    return result
 
 
 def _change(result: Any, **changes: Any) -> None:

@@ -81,5 +81,6 @@ BACKEND = "bgjob.ext.django.task_backend.TaskBackend"
 TASKS = {
     "default": {"BACKEND": BACKEND, "QUEUES": ["default", "emails"]},
     "once": {"BACKEND": BACKEND, "OPTIONS": {"max_attempts": 1}},
+    "kept": {"BACKEND": BACKEND, "OPTIONS": {"keep_results": 60, "max_attempts": 2}},
 }
 globals().update(json.loads(os.environ.get("SHOP_SETTINGS", "{}")))

@@ -65,3 +65,23 @@ def process_thing(thing_num):
 
     with transaction.atomic():
         CALLS.append(Order.objects.get(number=thing_num).number)
+
+
+@task(backend="kept")
+def adds(first, second=0):
+    return {"sum": first + second, "of": (first, second)}
+
+
+@task(backend="kept")
+async def adds_later(first, second):
+    return first + second
+
+
+@task(backend="kept", takes_context=True)
+def fails_twice(context):
+    raise ValueError(f"no {context.attempt}")
+
+
+@task(backend="kept")
+def returns_no_json():
+    return object()

@@ -23,11 +23,12 @@ from bgjob.ext.django.worker import worker
 
 if django.VERSION >= (6,):
     from django.tasks import TaskResultStatus, default_task_backend, task, task_backends
-    from django.tasks.exceptions import InvalidTask
+    from django.tasks.exceptions import InvalidTask, TaskResultDoesNotExist, TaskResultMismatch
     from django.tasks.signals import task_enqueued, task_finished, task_started
 else:
     from django_tasks import TaskResultStatus, default_task_backend, task, task_backends
     from django_tasks.exceptions import InvalidTaskError as InvalidTask
+    from django_tasks.exceptions import TaskResultDoesNotExist, TaskResultMismatch
     from django_tasks.signals import task_enqueued, task_finished, task_started
 
 
@@ -149,6 +150,65 @@ class Tasks(TransactionTestCase):
             DeadJob.objects.filter(last_error__startswith="UnknownTypeError").count(), 2
         )
 
+    def test_results_are_those_of_djangos_own_api(self):
+        result = tasks.adds.enqueue(1, second=2)
+        self.assertTrue(result.task.get_backend().supports_get_result)
+        found = tasks.adds.get_result(result.id)
+        self.assertEqual((found.status, found.attempts), (TaskResultStatus.READY, 0))
+        self.assertEqual((found.args, found.kwargs), ([1], {"second": 2}))
+        with self.assertRaisesMessage(ValueError, "not finished yet"):
+            found.return_value
+        self.do()
+        result.refresh()
+        self.assertEqual((result.status, result.is_finished), (TaskResultStatus.SUCCESSFUL, True))
+        self.assertEqual(result.return_value, {"sum": 3, "of": [1, 2]})
+        self.assertEqual((result.errors, result.attempts), ([], 1))
+        again = task_backends["kept"].get_result(result.id)
+        self.assertEqual((again.args, again.kwargs), ([1], {"second": 2}))
+        self.assertTrue(again.enqueued_at <= again.finished_at)
+        self.assertTrue(again.started_at <= again.finished_at)
+        self.assertEqual(self.heard, ["READY", "RUNNING", "SUCCESSFUL"])
+
+    def test_results_of_coroutines_and_in_coroutines(self):
+        async def view(id_):
+            found = await tasks.adds_later.aget_result(id_)
+            await found.arefresh()
+            await sync_to_async(connections.close_all)()
+            return found
+
+        result = tasks.adds_later.enqueue(3, 4)
+        self.do()
+        self.assertEqual(asyncio.run(view(result.id)).return_value, 7)
+
+    def test_the_result_of_a_task_that_fails_has_its_error(self):
+        result = tasks.fails_twice.enqueue()
+        no_json = tasks.returns_no_json.enqueue()
+        for attempts, status in ((1, TaskResultStatus.READY), (2, TaskResultStatus.FAILED)):
+            self.do()
+            result.refresh()
+            self.assertEqual((result.status, result.attempts), (status, attempts))
+            [error] = result.errors
+            self.assertEqual(error.exception_class, ValueError)
+            self.assertIn(f"ValueError: no {attempts}", error.traceback)
+            for job in Job.objects.all():
+                self.client.jobs.run_now(job.id)
+        with self.assertRaisesMessage(ValueError, "Task failed"):
+            result.return_value
+        no_json.refresh()
+        self.assertEqual(no_json.errors[0].exception_class, TypeError)
+        self.assertEqual(self.heard.count("FAILED"), 2)
+
+    def test_what_has_no_result_does_not_exist(self):
+        usual = tasks.my_task.enqueue(1)
+        kept = tasks.adds.enqueue(1)
+        other = self.client.enqueue(EnqueueRequest("default", "of nobody", keep=60))
+        backend = task_backends["kept"]
+        for id_ in ("none", usual.id, other):
+            with self.assertRaises(TaskResultDoesNotExist):
+                backend.get_result(id_)
+        with self.assertRaises(TaskResultMismatch):
+            tasks.adds_later.get_result(kept.id)
+
     def test_the_backend_says_what_it_can_do(self):
         backend = task_backends["default"]
         self.assertTrue(backend.supports_defer and backend.supports_async_task)
@@ -170,8 +230,11 @@ class Tasks(TransactionTestCase):
         wrong = {"default": {"BACKEND": name, "OPTIONS": {"tries": 3, "database": "none"}}}
         with override_settings(TASKS=wrong):
             found = [str(error) for error in run_checks()]
-        self.assertIn("has no key 'tries': the keys are database, backoff", found[0])
+        self.assertIn("has no key 'tries': the keys are database, keep_results, backoff", found[0])
         self.assertIn("'none'", found[1])
+        wrong = {"default": {"BACKEND": name, "OPTIONS": {"keep_results": 0}}}
+        with override_settings(TASKS=wrong):
+            self.assertIn("['keep_results']: keep must be more than 0", str(run_checks()[0]))
 
     def test_the_worker_works_on_the_queues_of_the_backends_by_default(self):
         self.assertEqual(worker()._group._queues, "default, emails")
