@@ -84,8 +84,9 @@ def test_the_guide_lists_the_columns_that_a_producer_may_write_with_their_types_
 ) -> None:
     [section] = re.findall(r"^### Plain SQL\n(.*?)^###", GUIDE, re.MULTILINE | re.DOTALL)
     told = re.findall(r"^\| `(\w+)` \| ([\w() ]+) \| (.*?) \|", section, re.MULTILINE)
-    [granted] = re.findall(r"insert \(([^)]*)\) on bgjob_job\s+to bgjob_producer", SCRIPT)
-    assert {name for name, *_ in told} == set(re.split(r",\s*", granted))
+    [granted, own] = re.findall(r"insert \(([^)]*)\)\s+on bgjob_job\s+to bgjob_producer", SCRIPT)
+    assert {name for name, *_ in told} == set(granted.split(", "))
+    assert own == "group_id"
     real = {
         name: (
             kind.replace("character varying", "varchar").replace(

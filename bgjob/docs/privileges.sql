@@ -9,8 +9,10 @@ create role bgjob_editor nologin;
 
 -- A producer writes jobs, also by plain SQL; these columns are promised. It learns which ids are
 -- taken, and reads no payload.
-grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, group_id,
-    keep) on bgjob_job to bgjob_producer;
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, keep)
+    on bgjob_job to bgjob_producer;
+-- For client.group, which alone writes this column.
+grant insert (group_id) on bgjob_job to bgjob_producer;
 grant select (id, queue) on bgjob_job to bgjob_producer;
 
 -- Of requests with keep it takes the ids, also where the time of a result is over.

@@ -271,7 +271,7 @@ class _Run:
         """Record that the task has succeeded; raise if what it returned cannot be kept."""
         completed = None
         if self._job.keep is not None:
-            value = _base.normalize_json(returned)
+            value = json.loads(json.dumps(returned, allow_nan=False))
             encoded(value, self._job)
             completed = Complete(value)
             _change(self.result, _return_value=value)
