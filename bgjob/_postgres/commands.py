@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import psycopg
 from psycopg import generators
-from psycopg.abc import PQGen
+from psycopg.abc import RV, PQGen
 from psycopg.errors import error_from_result
 from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
@@ -30,16 +30,17 @@ def execute(pgconn: PGconn, text: bytes) -> PQGen[None]:
 
 
 def send_only(pgconn: PGconn, text: bytes) -> None:
-    """Send statements as one string; `answers` waits for their answers before the next use."""
+    """Send statements as one string; `after_answers` waits for their answers."""
     pgconn.send_query(text)
     pgconn.flush()
 
 
-def answers(pgconn: PGconn) -> PQGen[None]:
-    """Wait for the answers to `send_only`, which have usually come."""
+def after_answers(pgconn: PGconn, following: PQGen[RV]) -> PQGen[RV]:
+    """Wait for the answers to `send_only`, which have usually come, then go on."""
     pgconn.consume_input()
     for result in (yield from generators.fetch_many(pgconn)):
         check(pgconn, result)
+    return (yield from following)
 
 
 def pipelined(pgconn: PGconn, commands: Sequence[Command], results: list[PGresult]) -> PQGen[None]:

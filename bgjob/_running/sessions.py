@@ -22,7 +22,7 @@ from psycopg.rows import tuple_row
 from typing_extensions import override
 
 from bgjob._postgres import connection
-from bgjob._postgres.commands import answers, send_only
+from bgjob._postgres.commands import after_answers, send_only
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options, options_async
 from bgjob._sql.transactions import DEALLOCATE, RESET
 
@@ -63,6 +63,8 @@ class AsyncHandlerConnection(connection.AsyncConnection):
     """Whether the worker has committed its transaction."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
+    is_reset = True
+    """Whether the server has said that it has reset the session."""
     user: object = None
     """After the handler's end, the only task, or thread by its number, that may use it."""
 
@@ -71,6 +73,9 @@ class AsyncHandlerConnection(connection.AsyncConnection):
         # What the handler left behind comes here with each statement, after the lock.
         if self.user is not None and self.user != asyncio.current_task():
             raise psycopg.ProgrammingError(_ENDED)
+        if not self.is_reset:
+            self.is_reset = True
+            gen = after_answers(self.pgconn, gen)
         return await super().wait(gen, *args, **kwargs)
 
     @override
@@ -99,6 +104,8 @@ class HandlerConnection(connection.Connection):
     """Whether the worker has committed its transaction."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
+    is_reset = True
+    """Whether the server has said that it has reset the session."""
     user: object = None
     """After the handler's end, the only task, or thread by its number, that may use it."""
 
@@ -107,6 +114,9 @@ class HandlerConnection(connection.Connection):
         # What the handler left behind comes here with each statement, after the lock.
         if self.user is not None and self.user != threading.get_ident():
             raise psycopg.ProgrammingError(_ENDED)
+        if not self.is_reset:
+            self.is_reset = True
+            gen = after_answers(self.pgconn, gen)
         return super().wait(gen, *args, **kwargs)
 
     @override
@@ -164,9 +174,8 @@ class Sessions:
                 opened = AsyncHandlerConnection(session)
                 self._furnish(opened)
             opened.patience = WORKER_PATIENCE
+            opened.is_reset = session is None
             try:
-                if session is not None:
-                    await opened.wait(answers(session))  # to the reset
                 return opened, await use(opened)
             except BaseException as error:
                 await opened.close()
@@ -191,9 +200,8 @@ class Sessions:
                 opened = HandlerConnection(session)
                 self._furnish(opened)
             opened.patience = WORKER_PATIENCE
+            opened.is_reset = session is None
             try:
-                if session is not None:
-                    opened.wait(answers(session))  # to the reset
                 return opened, use(opened)
             except BaseException as error:
                 opened.close()
