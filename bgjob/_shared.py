@@ -46,8 +46,9 @@ _Answer: TypeAlias = bool | BaseException | None
 
 def may_share(request: EnqueueRequest) -> bool:
     """Whether a job may be written together with others."""
-    payload = request.payload
-    return not request.has_own_id and (payload is None or len(payload) <= _LARGEST)
+    if request.has_own_id or request.keep is not None:  # which writes a row of its result, too
+        return False
+    return request.payload is None or len(request.payload) <= _LARGEST
 
 
 def _answers(
@@ -224,22 +225,22 @@ class SharedInserts:
     def in_child(self) -> None:
         """Start empty; see AsyncSharedInserts.in_child."""
         self._lock = Lock()
-        self._newest: _Insert | None = None
+        self._newest: object | None = None
         self._waiting: list[_Insert] = []
 
     def write(self, request: EnqueueRequest) -> bool:
         """Write a job; True if it was written, False if its id is taken."""
+        with self._lock:
+            is_alone = self._newest is None
+            if is_alone:
+                self._newest = request
+        if is_alone:
+            try:
+                return self._alone(request)
+            finally:
+                self._ended(request)
         mine = _Insert(request)
         try:
-            with self._lock:
-                is_alone = self._newest is None
-                if is_alone:
-                    self._newest = mine
-                else:
-                    self._waiting.append(mine)
-                    mine.is_waiting = True
-            if is_alone:
-                return self._alone(request)
             self._wait(mine)
             if mine.writes:
                 self._write(mine)
@@ -252,6 +253,12 @@ class SharedInserts:
         return mine.answer
 
     def _wait(self, mine: _Insert) -> None:
+        with self._lock:
+            mine.is_waiting = True
+            self._waiting.append(mine)
+            if self._newest is None:  # it has just ended
+                self._begin(mine)
+                return
         if mine.told.acquire(timeout=_SLOW):
             return
         with self._lock:
@@ -283,12 +290,16 @@ class SharedInserts:
             self._leave(mine)
 
     def _leave(self, mine: _Insert) -> None:
-        """Let another thread begin the next insert if this was the newest."""
         with self._lock:
             if mine.is_waiting:  # its thread was interrupted
                 self._waiting.remove(mine)
                 mine.is_waiting = False
-            if mine is self._newest:
+        self._ended(mine)
+
+    def _ended(self, insert: object) -> None:
+        """Let a thread that waits begin the next insert if this was the newest."""
+        with self._lock:
+            if insert is self._newest:
                 self._newest = None
                 if self._waiting:
                     first = self._waiting[0]

@@ -4,7 +4,7 @@ The module has over 400 lines because both colours are here; only the async one 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -73,6 +73,8 @@ from bgjob._running.waiting import AsyncWaiting, Waiting, result_of
 from bgjob._shared import AsyncSharedInserts, SharedInserts, may_share
 from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
+    insert,
+    insert_async,
     read,
     read_all,
     read_all_async,
@@ -394,7 +396,7 @@ class AsyncClient:
         return None
 
     async def _insert(self, request: EnqueueRequest) -> bool:
-        return await self._run(enqueues.enqueue(request, notify=self._notify), None, keep=True)
+        return await self._on_own(partial(_insert_async, request=request, notify=self._notify))
 
     async def _insert_many(self, requests: Sequence[EnqueueRequest]) -> set[str]:
         return await self._run(enqueues.enqueue_many(requests, notify=self._notify), None)
@@ -1000,20 +1002,11 @@ class AsyncClient:
         if conn is not None:
             yield conn
             return
-        # pool.connection() would commit, with nothing to commit. In autocommit one
-        # statement is a transaction and one round trip.
         pool: Any = self._pool
         pooled = await pool.take()
         try:
-            if pooled.autocommit:
+            async with _autocommit_async(pooled):
                 yield pooled
-                return
-            await pooled.set_autocommit(True)
-            try:
-                yield pooled
-            finally:
-                if pooled.info.transaction_status == TransactionStatus.IDLE:
-                    await pooled.set_autocommit(False)
         except ReadOnlySqlTransaction:
             await pooled.close()  # its server is not a primary any more: the next one may be
             raise
@@ -1025,23 +1018,35 @@ class AsyncClient:
         statement: Statement[T],
         conn: psycopg.AsyncConnection[Any] | None,
         *,
-        keep: bool = False,
         before: Statement[None] | None = None,
     ) -> T:
         if conn is not None:
             if not isinstance(conn, psycopg.AsyncConnection):
                 raise TypeError(not_a_connection(conn, psycopg.AsyncConnection))
             return await _execute_async(conn, statement)
+        if before is not None:
+            both = partial(_execute_both_async, before=before, statement=statement)
+            return await self._on_own(both)
+        return await self._on_own(partial(_execute_async, statement=statement))
+
+    async def _on_own(self, send: Callable[[psycopg.AsyncConnection[Any]], Awaitable[T]]) -> T:
+        """Send a statement on a connection of the client's, again if nothing was written."""
+        pool: Any = self._pool
         repetitions = 0
         while True:
+            pooled = await pool.take()
             try:
-                async with self._connection(None) as connection:
-                    if before is not None:
-                        return await _execute_both_async(connection, before, statement)
-                    return await _execute_async(connection, statement, keep=keep)
-            except _NOTHING_WRITTEN:
+                if pooled.autocommit:  # those of its own pool: a context manager takes 7 µs
+                    return await send(pooled)
+                async with _autocommit_async(pooled):
+                    return await send(pooled)
+            except _NOTHING_WRITTEN as error:
+                if isinstance(error, ReadOnlySqlTransaction):
+                    await pooled.close()  # as above
                 if (repetitions := repetitions + 1) > _REPETITIONS:
                     raise
+            finally:
+                await pool.release(pooled)
 
     async def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
         if len(statements) < 2:  # noqa: PLR2004
@@ -1064,6 +1069,21 @@ async def _configure_async(connection: psycopg.AsyncConnection[Any]) -> None:
 
 
 @asynccontextmanager
+async def _autocommit_async(connection: psycopg.AsyncConnection[Any]) -> AsyncIterator[None]:
+    """Put a connection into autocommit: a statement is a transaction and one round trip."""
+    # pool.connection() would commit, with nothing to commit.
+    if connection.autocommit:
+        yield
+        return
+    await connection.set_autocommit(True)
+    try:
+        yield
+    finally:
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            await connection.set_autocommit(False)
+
+
+@asynccontextmanager
 async def _levelled_async(
     connection: psycopg.AsyncConnection[Any], *, is_own: bool
 ) -> AsyncIterator[None]:
@@ -1080,15 +1100,8 @@ async def _levelled_async(
             await connection.set_isolation_level(level)
 
 
-async def _execute_async(
-    connection: psycopg.AsyncConnection[Any], statement: Statement[T], *, keep: bool = False
-) -> T:
-    # A plain cursor, whatever factories the caller's connection has. A kept cursor
-    # keeps its rows too, so only an enqueue uses one: it returns almost none.
-    if keep and isinstance(connection, AsyncPooledConnection):
-        cursor = connection.enqueuing
-    else:
-        cursor = AsyncCursor(connection)
+async def _execute_async(connection: psycopg.AsyncConnection[Any], statement: Statement[T]) -> T:
+    cursor = AsyncCursor(connection)  # whatever factories the caller's connection has
     try:
         await send_async(cursor, statement)
     except UNENCODABLE as error:
@@ -1096,6 +1109,22 @@ async def _execute_async(
     except MIXED_UP as error:
         raise mixed_up() from error
     return await read_async(cursor, statement)
+
+
+async def _insert_async(
+    connection: psycopg.AsyncConnection[Any], request: EnqueueRequest, *, notify: bool
+) -> bool:
+    if request.is_plain and isinstance(connection, AsyncPooledConnection):
+        try:
+            is_written = await insert_async(connection, request, notify=notify)
+        except UNENCODABLE as error:
+            names = request.id, request.queue, request.type
+            raise unencodable(connection, names, error) from error
+        except MIXED_UP as error:
+            raise mixed_up() from error
+        if is_written is not None:
+            return is_written
+    return await _execute_async(connection, enqueues.enqueue(request, notify=notify))
 
 
 async def _execute_both_async(
@@ -1351,7 +1380,7 @@ class Client:
         return None
 
     def _insert(self, request: EnqueueRequest) -> bool:
-        return self._run(enqueues.enqueue(request, notify=self._notify), None, keep=True)
+        return self._on_own(partial(_insert, request=request, notify=self._notify))
 
     def _insert_many(self, requests: Sequence[EnqueueRequest]) -> set[str]:
         return self._run(enqueues.enqueue_many(requests, notify=self._notify), None)
@@ -1947,20 +1976,11 @@ class Client:
         if conn is not None:
             yield conn
             return
-        # pool.connection() would commit, with nothing to commit. In autocommit one
-        # statement is a transaction and one round trip.
         pool: Any = self._pool
         pooled = pool.take()
         try:
-            if pooled.autocommit:
+            with _autocommit(pooled):
                 yield pooled
-                return
-            pooled.set_autocommit(True)
-            try:
-                yield pooled
-            finally:
-                if pooled.info.transaction_status == TransactionStatus.IDLE:
-                    pooled.set_autocommit(False)
         except ReadOnlySqlTransaction:
             pooled.close()  # its server is not a primary any more: the next one may be
             raise
@@ -1972,23 +1992,35 @@ class Client:
         statement: Statement[T],
         conn: psycopg.Connection[Any] | None,
         *,
-        keep: bool = False,
         before: Statement[None] | None = None,
     ) -> T:
         if conn is not None:
             if not isinstance(conn, psycopg.Connection):
                 raise TypeError(not_a_connection(conn, psycopg.Connection))
             return _execute(conn, statement)
+        if before is not None:
+            both = partial(_execute_both, before=before, statement=statement)
+            return self._on_own(both)
+        return self._on_own(partial(_execute, statement=statement))
+
+    def _on_own(self, send: Callable[[psycopg.Connection[Any]], T]) -> T:
+        """Send a statement on a connection of the client's, again if nothing was written."""
+        pool: Any = self._pool
         repetitions = 0
         while True:
+            pooled = pool.take()
             try:
-                with self._connection(None) as connection:
-                    if before is not None:
-                        return _execute_both(connection, before, statement)
-                    return _execute(connection, statement, keep=keep)
-            except _NOTHING_WRITTEN:
+                if pooled.autocommit:  # those of its own pool: a context manager takes 7 µs
+                    return send(pooled)
+                with _autocommit(pooled):
+                    return send(pooled)
+            except _NOTHING_WRITTEN as error:
+                if isinstance(error, ReadOnlySqlTransaction):
+                    pooled.close()  # as above
                 if (repetitions := repetitions + 1) > _REPETITIONS:
                     raise
+            finally:
+                pool.release(pooled)
 
     def _run_all(self, statements: Sequence[Statement[Any]]) -> list[Any]:
         if len(statements) < 2:  # noqa: PLR2004
@@ -2011,6 +2043,21 @@ def _configure(connection: psycopg.Connection[Any]) -> None:
 
 
 @contextmanager
+def _autocommit(connection: psycopg.Connection[Any]) -> Iterator[None]:
+    """Put a connection into autocommit: a statement is a transaction and one round trip."""
+    # pool.connection() would commit, with nothing to commit.
+    if connection.autocommit:
+        yield
+        return
+    connection.set_autocommit(True)
+    try:
+        yield
+    finally:
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            connection.set_autocommit(False)
+
+
+@contextmanager
 def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[None]:
     """Begin transactions as read committed, whatever a borrowed pool's level is."""
     level = connection.isolation_level
@@ -2025,15 +2072,8 @@ def _levelled(connection: psycopg.Connection[Any], *, is_own: bool) -> Iterator[
             connection.set_isolation_level(level)
 
 
-def _execute(
-    connection: psycopg.Connection[Any], statement: Statement[T], *, keep: bool = False
-) -> T:
-    # A plain cursor, whatever factories the caller's connection has. A kept cursor
-    # keeps its rows too, so only an enqueue uses one: it returns almost none.
-    if keep and isinstance(connection, PooledConnection):
-        cursor = connection.enqueuing
-    else:
-        cursor = Cursor(connection)
+def _execute(connection: psycopg.Connection[Any], statement: Statement[T]) -> T:
+    cursor = Cursor(connection)  # whatever factories the caller's connection has
     try:
         send(cursor, statement)
     except UNENCODABLE as error:
@@ -2041,6 +2081,20 @@ def _execute(
     except MIXED_UP as error:
         raise mixed_up() from error
     return read(cursor, statement)
+
+
+def _insert(connection: psycopg.Connection[Any], request: EnqueueRequest, *, notify: bool) -> bool:
+    if request.is_plain and isinstance(connection, PooledConnection):
+        try:
+            is_written = insert(connection, request, notify=notify)
+        except UNENCODABLE as error:
+            names = request.id, request.queue, request.type
+            raise unencodable(connection, names, error) from error
+        except MIXED_UP as error:
+            raise mixed_up() from error
+        if is_written is not None:
+            return is_written
+    return _execute(connection, enqueues.enqueue(request, notify=notify))
 
 
 def _execute_both(

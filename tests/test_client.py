@@ -138,6 +138,30 @@ def test_an_id_is_free_again_once_its_job_is_done(client: Any) -> None:
         client.do("q", returning(Complete()))
 
 
+@pytest.mark.both_colours
+def test_enqueues_of_a_connection_are_the_same_once_their_statement_is_prepared(
+    client: Any, conn: psycopg.Connection
+) -> None:
+    args = [None, b"", bytes(range(256)), {"é": "\U0001f600"}, b"x" * 100_000]
+    given = [
+        EnqueueRequest(f"q \U0001f600 {n}", "'%s \\t", arg, priority=n - 4)
+        for n, arg in enumerate(args * 2)
+    ]
+    assert [client.enqueue(request) for request in given] == [request.id for request in given]
+    assert client.target._pool._idle[-1].prepared is not None
+    rows = conn.execute("select id, queue, type, arg, priority from bgjob_job order by priority")
+    assert rows.fetchall() == [(r.id, r.queue, r.type, r.payload, r.priority) for r in given]
+    with pytest.raises(JobAlreadyExistsError, match=given[0].id):
+        client.enqueue(given[0])
+    assert client.enqueue(given[0], on_conflict="skip") is None
+    client.enqueue(EnqueueRequest("q", "t", delay=60))  # which is another statement
+    conn.execute("alter table bgjob_job add constraint no_bad check (queue <> 'bad')")
+    with pytest.raises(psycopg.errors.CheckViolation):
+        client.enqueue(EnqueueRequest("bad", "t"))
+    client.enqueue(EnqueueRequest("good", "t"))
+    assert count(conn) == 12
+
+
 def test_an_enqueue_joins_the_callers_transaction(
     colour: Colour, client: Any, conn: psycopg.Connection
 ) -> None:

@@ -152,6 +152,7 @@ def test_an_enqueue_with_an_id_of_the_programs_holds_up_no_other(
         assert running.result()[0] is None
     assert not may_share(EnqueueRequest("q", "t", id="a"))
     assert not may_share(EnqueueRequest("q", "t", bytes(100_000)))
+    assert not may_share(EnqueueRequest("q", "t", keep=60))
     assert may_share(EnqueueRequest("q", "t", delay=5))
 
 

@@ -43,6 +43,35 @@ def after_answers(pgconn: PGconn, following: PQGen[RV]) -> PQGen[RV]:
     return (yield from following)
 
 
+class Prepared(NamedTuple):
+    """A statement that a session keeps prepared."""
+
+    name: bytes
+    text: bytes
+    """With $1, $2, … as its parameters."""
+    types: Sequence[int]
+    """Of the parameters, by their numbers in pg_type."""
+    formats: Sequence[int]
+    """0 for a parameter that is sent as text, 1 for bytes."""
+
+
+def prepare(pgconn: PGconn, kept: Prepared) -> PQGen[None]:
+    """Prepare a statement, in a round trip of its own."""
+    pgconn.send_prepare(kept.name, kept.text, kept.types)
+    for result in (yield from generators.execute(pgconn)):
+        check(pgconn, result)
+
+
+def execute_prepared(pgconn: PGconn, kept: Prepared, params: Sequence[bytes | None]) -> PQGen[int]:
+    """Execute a prepared statement; return the number of its rows."""
+    pgconn.send_query_prepared(kept.name, params, kept.formats)
+    rows = 0
+    for result in (yield from generators.execute(pgconn)):
+        check(pgconn, result)
+        rows = result.ntuples
+    return rows
+
+
 def pipelined(pgconn: PGconn, commands: Sequence[Command], results: list[PGresult]) -> PQGen[None]:
     """Send commands, each of which is executed only if those before it have not failed.
 

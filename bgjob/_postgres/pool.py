@@ -19,7 +19,6 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import cached_property
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -31,8 +30,8 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._postgres import fork, polling
+from bgjob._postgres.commands import Prepared
 from bgjob._postgres.connection import AsyncConnection, Connection, SourceError
-from bgjob._postgres.cursor import AsyncCursor, Cursor
 from bgjob._postgres.event_loop import check_event_loop
 from bgjob.errors import BgjobError, ClientClosedError
 
@@ -61,10 +60,9 @@ class PooledConnection(Connection):
     """The idle connections of the process that opened it; a forked child has others."""
     _pool = None  # keeps psycopg from warning if the program ends without closing it
 
-    @cached_property
-    def enqueuing(self) -> Cursor:
-        """A reused cursor: making one takes longer than sending a row."""
-        return Cursor(self)
+    enqueues = 0
+    """How many enqueues it has sent; after a few the statement is prepared."""
+    prepared: Prepared | None = None
 
 
 class AsyncPooledConnection(AsyncConnection):
@@ -76,12 +74,10 @@ class AsyncPooledConnection(AsyncConnection):
     """See PooledConnection.siblings."""
     permits: asyncio.Semaphore
     """Those of the event loop that uses it."""
+    enqueues = 0
+    """See PooledConnection.enqueues."""
+    prepared: Prepared | None = None
     _pool = None
-
-    @cached_property
-    def enqueuing(self) -> AsyncCursor:
-        """A reused cursor; see PooledConnection.enqueuing."""
-        return AsyncCursor(self)
 
 
 _NO_LOOP = (

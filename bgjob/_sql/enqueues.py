@@ -7,6 +7,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._checks import seconds
 from bgjob._headers import stored
+from bgjob._postgres.commands import Prepared
 from bgjob._postgres.cursor import Floats, Payloads, Texts, Times
 from bgjob._sql.notices import (
     CHANNEL,
@@ -17,6 +18,7 @@ from bgjob._sql.notices import (
     bucket,
     channel,
 )
+from bgjob._sql.paramstyles import translated
 from bgjob._sql.results import reserved
 from bgjob._sql.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
@@ -122,6 +124,35 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     insert = _ENQUEUE if plain else _ENQUEUE_WITH_KEEP if keeps else _ENQUEUE_OTHERS
     text = _ENQUEUES[insert, later, notify]
     return Statement(text, params, bool, prepare=False if keeps else None)
+
+
+_TYPES = {"id": 25, "queue": 25, "type": 25, "arg": 17, "priority": 21, "class": 23, "bucket": 23}
+"""The parameters of a plain enqueue in their order, with the numbers of their types in pg_type."""
+
+
+def _prepared(*, notify: bool) -> Prepared:
+    names = {name: name for name in _TYPES}
+    text, order = translated(Statement(_ENQUEUES[_ENQUEUE, False, notify], names, bool), "dollar")
+    types = list(_TYPES.values())[: len(order)]
+    return Prepared(b"bgjob_enqueue", text.encode(), types, [t == _TYPES["arg"] for t in types])
+
+
+PREPARED: Mapping[bool, Prepared] = {notify: _prepared(notify=notify) for notify in (True, False)}
+"""By whether it notifies, the statement of a plain enqueue; a row if the job was written."""
+
+
+def values(request: EnqueueRequest, *, notify: bool) -> list[bytes | None]:
+    """Return the parameters of the prepared statement, texts in UTF-8."""
+    found = [
+        request.id.encode(),
+        request.queue.encode(),
+        request.type.encode(),
+        request.payload,
+        b"%d" % request.priority,
+    ]
+    if notify:
+        found += b"%d" % LOCK_CLASS, b"%d" % bucket(request.queue)
+    return found
 
 
 _TELL_MANY = """
