@@ -921,6 +921,80 @@ def test_a_job_claimed_again_by_the_same_worker_ends_its_older_claim() -> None:
     assert settled(drive.exchange()) == []
 
 
+# -- groups --------------------------------------------------------------------------------
+
+
+def members(drive: Drive, **groups: str | None) -> list[Claimed]:
+    """Claim jobs of these names, each in a group."""
+    while drive.next_exchange().claim is None:
+        drive.answer()
+    jobs = (job(name)._replace(group=group) for name, group in groups.items())
+    return drive.answer(found(*jobs)).run
+
+
+def test_the_exchange_after_a_settlement_asks_about_its_groups_once() -> None:
+    drive = Drive(concurrency=5)
+    a, b, c, retried, then = members(drive, a="g", b="g", c="h", d="i", then="then")
+    drive.finish(a, b, c, then)
+    drive.finish(retried, result=Retry(1.0))
+    settlement = drive.exchange()
+    assert (settled(settlement)[0], list(settlement.groups)) == ("a", [])
+    drive.answer(Reply(settled=set(settled(settlement))))
+    asking = drive.exchange()
+    assert list(asking.groups) == ["g", "h"]
+    drive.answer(Reply(ended=["g"]))
+    looking = drive.exchange()  # `then` may be one of this queue
+    assert (looking.claim is not None, list(looking.groups)) == (True, [])
+
+
+def test_of_jobs_without_a_group_nothing_is_asked() -> None:
+    drive = Drive(concurrency=2)
+    for _ in range(3):
+        drive.finish(*members(drive, a=None, b=None))
+        exchange = drive.exchange()
+        assert not exchange.groups
+        drive.answer(Reply(settled=set(settled(exchange))))
+    while isinstance(step := drive.step(), Exchange):
+        assert not step.groups
+        drive.answer()
+
+
+@pytest.mark.parametrize("how", ["refused", "lost"])
+def test_a_question_without_an_answer_comes_again_with_a_look_at_the_queue_of_then(
+    how: str,
+) -> None:
+    drive = Drive()
+    drive.finish(*members(drive, a="g"))
+    drive.settle()
+    assert drive.exchange().groups
+    if how == "refused":
+        drive.engine.reject(drive.now)
+    else:
+        drive.lose()
+    exchange = drive.next_exchange()
+    while not isinstance(exchange.claim, Sweep):
+        assert not exchange.groups
+        drive.answer()
+        exchange = drive.next_exchange()
+    drive.answer(Reply(lines=[Line(0, NOON, None, False, ["g", "k"])]))
+    while not exchange.groups:
+        exchange = drive.next_exchange()
+        drive.answer()
+    assert list(exchange.groups) == ["g", "k"]
+
+
+def test_a_worker_stops_when_it_has_asked_about_the_groups_of_its_last_jobs() -> None:
+    drive = Drive(transactional={"t"})
+    claimed = members(drive, a="g")
+    drive.engine.shutdown()
+    assert isinstance(drive.step(), Withdraw)
+    drive.engine.finish([Outcome(claimed[0], Committed(Complete()), 1.0)])
+    asking = drive.exchange()
+    assert (settled(asking), list(asking.groups)) == ([], ["g"])
+    drive.answer()
+    assert isinstance(drive.step(), Stop)
+
+
 # -- waking ------------------------------------------------------------------------------------
 
 

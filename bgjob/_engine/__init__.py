@@ -111,6 +111,7 @@ them in turn what goes into the next exchange, and reports what became of it to 
       settling    which outcomes go into the next exchange, and what a refusal does to them
       keys        which keys to ask for, and to release
       cancels     which jobs a cancel has ended, and whose handlers to interrupt
+      over        which groups may be over, so that the jobs that wait for them may be due
       locked      which rows other sessions have locked
       claims      which claim, sweep or group is next: there is room, nothing is held up
         isolation   whether suspects or other jobs are next

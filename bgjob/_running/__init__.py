@@ -8,6 +8,7 @@
     checkpoints  keeps what a handler saves, on a session for each save
     sessions     the connections of transactional handlers, and of checkpoints
     loop         the event loop, on a thread of its own, that runs coroutine handlers
+    joining      how a job is written into a group
     drive        takes the steps of a generator, on a thread or in a task
 
 A worker claims and settles by its engine, many jobs in one exchange. It shares `transaction`,

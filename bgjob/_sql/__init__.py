@@ -23,6 +23,7 @@ A job's row, in the order of its life:
     survey        what is there for the next claims, and what is not committed yet
     leases        extend, look which rows are locked, abandon
     keys          its exclusive key: who has it, who waits for it
+    groups        its group, and the job that waits for that
     transactions  its handler's own transaction
     settlements   what its result does to it: the only place that says so
     jobs          look at it, alone; `job_pages` in lists
