@@ -398,6 +398,22 @@ def test_whoever_settles_a_job_waits_for_the_transaction_that_adds_to_its_group(
     assert handlers.ids == ["a", "b", "then"]
 
 
+def test_the_id_of_then_stays_taken_as_long_as_its_result_is_kept(client: Any) -> None:
+    then = job("then", "then", keep=60, exclusive="key", headers={"n": 1}, expires=60)
+    write(client, job("a", keep=60), then=then)
+    with pytest.raises(JobAlreadyExistsError):
+        write(client, then=then)
+    handlers = Handlers()
+    do_all(client, handlers.mux)
+    assert handlers.ids == ["a", "then"]
+    assert (handlers.ran[1].exclusive, handlers.ran[1].headers) == ("key", {"n": 1})
+    # Whoever did not get the answer learns that all of it has been written, and has run.
+    with pytest.raises(JobAlreadyExistsError) as taken:
+        write(client, job("a", keep=60), then=then)
+    assert taken.value.ids == ("then",)
+    assert client.result("then").state == "completed"
+
+
 # -- steering --------------------------------------------------------------------------
 
 

@@ -181,6 +181,7 @@ def enqueue_many(
     *,
     notify: bool,
     group: str | None = None,
+    waits_for_group: bool = False,
     has_literals: bool = True,
 ) -> Statement[set[str]]:
     """Write jobs; return the written ids, without those that were taken.
@@ -190,7 +191,8 @@ def enqueue_many(
     call. The transaction gets its number before the first due time is read: workers assume that
     a transaction with a higher number has not written before.
 
-    With `group` they are jobs of that group.
+    With `group` they are jobs of that group; with `waits_for_group` those that run after it, which
+    are due at infinity.
 
     With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
     without, all arrays are lists, which every driver can send.
@@ -236,7 +238,8 @@ def enqueue_many(
             )
         ){f", {reserved('cast(%(kept)s as text[])')}" if keeps else ""}, written as (
             insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at{columns})
-            select id, queue, type, arg, priority, exclusive, next_run_at
+            select id, queue, type, arg, priority, exclusive,
+                {"timestamptz 'infinity'" if waits_for_group else "next_run_at"}
                 {", cast(headers as json)" if has_headers else ""}{
             ", expires" if can_expire else ""
         }{keep}{", %(group)s" if group else ""}

@@ -15,9 +15,8 @@ that writes `then`, or while another job of the group is kept live (`hold`).
 from collections.abc import Collection
 from typing import LiteralString
 
-from bgjob._headers import stored
+from bgjob._sql.enqueues import enqueue_many
 from bgjob._sql.notices import BY_HAND, NOTIFY
-from bgjob._sql.results import reserved
 from bgjob._sql.statement import Statement, as_text, text_array
 from bgjob.job import EnqueueRequest
 
@@ -36,62 +35,15 @@ IS_OVER: LiteralString = """
 """
 """Whether no job of the group of `then`, the job `j`, is live."""
 
-_OPEN: LiteralString = """
-    insert into bgjob_job (
-        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, group_id
-    )
-    values (
-        %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s, 'infinity',
-        cast(cast(%(headers)s as text) as json),
-        coalesce(
-            cast(%(expires_at)s as timestamptz),
-            clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
-        ),
-        %(id)s
-    )
-    on conflict (id) do nothing
-    returning true
-"""
-
-
-_OPEN_WITH_KEEP: LiteralString = f"""
-    with {reserved("array[cast(%(id)s as text)]")}
-    insert into bgjob_job (
-        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, group_id, keep
-    )
-    select id, cast(%(queue)s as text), cast(%(type)s as text), cast(%(arg)b as bytea),
-        cast(%(priority)s as smallint), cast(%(exclusive)s as text), 'infinity',
-        cast(cast(%(headers)s as text) as json),
-        coalesce(
-            cast(%(expires_at)s as timestamptz),
-            clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
-        ),
-        id, cast(%(keep)s as float8)
-    from reserved
-    on conflict (id) do nothing
-    returning true
-"""
-
 
 def open_group(then: EnqueueRequest) -> Statement[bool]:
     """Write the job that runs after its group, before the group's; False if its id is taken."""
-    keep = {} if then.keep is None else {"keep": then.keep_for}
+    statement = enqueue_many([then], notify=False, group=then.id, waits_for_group=True)
     return Statement(
-        _OPEN_WITH_KEEP if keep else _OPEN,
-        {
-            "id": then.id,
-            "queue": then.queue,
-            "type": then.type,
-            "arg": then.payload,
-            "priority": then.priority,
-            "exclusive": then.exclusive,
-            "headers": stored(then.headers),
-            "expires_at": then.expires_at,
-            "expires_in": then.expires_in,
-            **keep,
-        },
-        bool,
-        prepare=False if keep else None,
+        statement.text,
+        statement.params,
+        lambda rows: bool(statement.parse(rows)),
+        prepare=statement.prepare,
     )
 
 
