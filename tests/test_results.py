@@ -151,6 +151,20 @@ def test_a_result_is_pending_then_completed_and_then_forgotten(
             call("a")
 
 
+def test_explain_tells_that_a_job_was_completed_and_until_when_its_id_is_taken(
+    client: Any, conn: psycopg.Connection
+) -> None:
+    client.enqueue(request())
+    client.do("q", giving(1))
+    found = client.explain("a")
+    [reason] = found.reasons
+    until = client.result("a").until
+    assert (found.state, reason.code, reason.facts["attempt"]) == ("completed", "completed", 1)
+    assert f"Its result is kept until {until:%Y-%m-%d %H:%M:%S} UTC" in reason.text
+    let_pass(conn)
+    assert client.explain("a").state == "absent"
+
+
 def test_what_has_no_result_is_told(client: Any) -> None:
     client.enqueue(request(keep=None))
     for id_ in ("a", "never"):
@@ -432,6 +446,38 @@ def test_a_worker_keeps_what_handlers_of_every_kind_give(
             client.wait(id_, timeout=NEVER)
     assert rows(conn, "select id from effect order by id") == [("e",), ("v",), ("x",)]
     assert row(conn, "select count(*) from bgjob_result") == (len(jobs),)
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+def test_one_value_for_all_jobs_of_a_batch_is_that_of_those_whose_results_are_kept(
+    launcher: Launcher, conn: psycopg.Connection, transactional: bool
+) -> None:
+    def same(jobs: list[Job], *_: object) -> Result:
+        return Complete(["same"])
+
+    def bad(jobs: list[Job], *_: object) -> Result:
+        return Complete(object())
+
+    observer = Recorder()
+    mux: Any = Mux()
+    mux.register("same", same, batch=10, batch_wait=0.05, transactional=transactional)
+    mux.register("bad", bad, batch=10, batch_wait=0.05, transactional=transactional, max_attempts=1)
+    client = launcher.client
+    ids = [f"{type} {n}" for type in ("same", "bad") for n in range(3)]
+    keeps = [id_ for id_ in ids if not id_.endswith("0")]
+    client.bulk_enqueue(
+        [request(id_, id_.split()[0], keep=HOUR if id_ in keeps else None) for id_ in ids]
+    )
+    launcher.start(mux, observer=observer)
+    assert [client.wait(f"same {n}", timeout=NEVER) for n in (1, 2)] == [["same"]] * 2
+    for n in (1, 2):
+        with pytest.raises(JobFailedError, match=f"the value of job 'bad {n}'"):
+            client.wait(f"bad {n}", timeout=NEVER)
+    for id_ in ("same 0", "bad 0"):
+        observer.wait_for("completed", id_)
+    assert rows(conn, "select id from bgjob_result order by id") == [
+        (id_,) for id_ in sorted(keeps)
+    ]
 
 
 def test_many_large_values_are_settled_in_several_exchanges(

@@ -6,7 +6,8 @@ test_typing.py runs mypy and pyright over it. Nothing imports it.
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, assert_type
+from datetime import datetime
+from typing import Any, ClassVar, Literal, assert_type
 
 import asyncpg
 import psycopg
@@ -599,3 +600,26 @@ class Loud(LoggingObserver):
 class Wrong(LoggingObserver):
     def job_cancelled(self, job: str, /) -> None:  # error
         pass
+
+
+def results(client: Client) -> None:
+    request = EnqueueRequest("q", "t", keep=60)
+    assert_type(client.enqueue(request), str)
+    client.enqueue(Mail("a"), queue="q", keep=60.0)
+    client.enqueue(Mail("a"), queue="q", keep="1h")  # error
+    client.debounce(Letter(), 1, id="a", keep=60)  # error
+    assert_type(client.result("a").state, Literal["pending", "completed", "failed"])
+    assert_type(client.result("a").error, str | None)
+    assert_type(client.wait("a", timeout=60), Any)
+
+
+async def results_async(client: AsyncClient) -> None:
+    assert_type((await client.result("a")).until, datetime | None)
+    assert_type(await client.wait("a"), Any)
+
+
+def gives(job: Job) -> Result:
+    return Complete({"any": ["value"]})
+
+
+mux.register("gives", gives)

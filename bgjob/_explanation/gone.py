@@ -63,6 +63,11 @@ def completed(seen: Seen) -> Reasons:
     if (others := len(seen.kept) - 1) > 0:
         text += f"; a job with this id was also completed {_ago(seen.kept[1].ended_at, seen.now)}"
         text += f", and {count(others - 1, 'time')} before that" if others > 1 else ""
+    if seen.taken_until is not None:
+        text += (
+            f". Its result is kept until {words.moment(seen.taken_until)}, and until then a "
+            "request with keep and this id is refused"
+        )
     facts |= {"type": last.type, "attempt": last.attempt, "ended_at": last.ended_at}
     yield Reason("completed", False, f"{text}.", facts=facts)
 

@@ -47,6 +47,8 @@ class Seen:
     """The latest first."""
     kept: tuple[Kept, ...] = ()
     """The times it was completed, the latest first; looked for if there is no such job."""
+    taken_until: datetime | None = None
+    """Until when its result is kept, and its id taken."""
     claimant: Claimant | None = None
     """The worker that holds the job, held it until its lease ended, or completed it."""
     pause: Pause | None = None

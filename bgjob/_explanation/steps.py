@@ -10,7 +10,7 @@ from psycopg import errors
 from bgjob._explanation import gone
 from bgjob._explanation.reasons import reasons
 from bgjob._explanation.seen import ITS_SCHEDULE, THE_WORKERS, Pause, Seen, Unread
-from bgjob._sql import history, looks, pauses
+from bgjob._sql import history, looks, pauses, results
 from bgjob._sql import server as server_sql
 from bgjob._sql import session as session_sql
 from bgjob._sql.statement import Statement
@@ -98,6 +98,10 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
     seen = replace(seen, hidden=tuple(hidden))
     if job is None and not seen.dead:
         kept = (yield from ask(history.of_job(id_, limit=_KEPT), "completed jobs")) or ()
+        result = ((yield from ask(results.outcomes([id_]), "results")) or {}).get(id_)
+        if result is not None and result.until is not None:
+            kept = kept or result.completed
+            seen = replace(seen, taken_until=result.until)
         seen = replace(seen, kept=tuple(kept))
         if kept:
             return complete(replace(seen, claimant=(yield from claimant(kept[0].token))))

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import LiteralString, NamedTuple
 
+from bgjob._sql.history import Kept
 from bgjob._sql.notices import NOTIFY
 from bgjob._sql.statement import Row, Statement, in_range_or_null, scalar, text_array
 
@@ -131,6 +132,14 @@ class Outcome(NamedTuple):
     token: int | None
     created_at: datetime | None
     ended_at: datetime | None
+
+    @property
+    def completed(self) -> list[Kept]:
+        """The completed job, if it is one; one that was written by hand may lack what that has."""
+        values = (self.queue, self.type, self.attempt, self.token, self.ended_at)
+        if self.until is None or self.error is not None or None in values:
+            return []
+        return [Kept._make((self.id, *values))]
 
 
 _READ: LiteralString = f"""
