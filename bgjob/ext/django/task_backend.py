@@ -23,6 +23,7 @@ from django.utils import timezone
 from bgjob._handlers.call import is_coroutine
 from bgjob._handlers.value import encoded
 from bgjob._sql import results
+from bgjob._sql.paramstyles import translated
 from bgjob._sql.tokens import origin
 from bgjob.ext.django._database import checked
 from bgjob.ext.django._enqueues import aenqueue, enqueue
@@ -159,7 +160,7 @@ class TaskBackend(_BaseTaskBackend):
         statement = results.task(result_id)
         cursor: Any
         with checked(self.database).cursor() as cursor:
-            cursor.execute(statement.text, statement.params)
+            cursor.execute(*translated(statement, "pyformat"))
             found = statement.parse(cursor.fetchall())
         declared = None if found is None else _declared.get(found.type)
         if found is None or declared is None:
@@ -318,7 +319,7 @@ def _known(task: Any, found: results.Task) -> Any:
     """Return the result of a task that is live, or has ended."""
     outcome = found.outcome
     try:
-        args, kwargs = _CODEC.decode(found.arg or b"")
+        args, kwargs = _CODEC.decode(bytes(found.arg or b""))  # psycopg2 has its own type
     except ValueError:
         args, kwargs = [], {}
     result = _result(task, outcome.id, found.created_at or datetime.now(UTC), args, kwargs)
@@ -334,7 +335,7 @@ def _known(task: Any, found: results.Task) -> Any:
     elif outcome.error is not None:
         _change(result, status=_Status.FAILED, finished_at=outcome.ended_at)
     else:
-        value = None if outcome.value is None else json.loads(outcome.value)
+        value = None if outcome.value is None else json.loads(bytes(outcome.value))
         _change(
             result,
             status=_Status.SUCCESSFUL,
