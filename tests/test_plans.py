@@ -512,14 +512,15 @@ def test_a_page_of_dead_jobs_and_a_batch_of_a_retention_are_all_that_is_read(
     make_table(plans, "chosen", 0)
     plans.execute(
         "insert into bgjob_dead_job (job_id, queue, type, attempt, priority, next_run_at, "
-        "job_created_at, job_updated_at) select n, 'q', 't', 1, 0, now(), now(), now() "
-        "from generate_series(1, 20000) n"
+        "job_created_at, job_updated_at, group_id) select n, 'q', 't', 1, 0, now(), now(), now(), "
+        "case when n <= 100 then 'g' end from generate_series(1, 20000) n"
     )
     if analyzed:
         plans.execute("analyze bgjob_dead_job")
     pages = {
         "the first page": DeadFilter(),
         "a page": DeadFilter(before=10_000),
+        "a group": DeadFilter(group="g"),
     }
     if analyzed:  # without statistics the planner assumes that a queue has few
         pages["a page of a queue"] = DeadFilter(queue="q", before=10_000)
