@@ -483,7 +483,7 @@ def test_one_value_for_all_jobs_of_a_batch_is_that_of_those_whose_results_are_ke
 def test_many_large_values_are_settled_in_several_exchanges(
     launcher: Launcher, conn: psycopg.Connection
 ) -> None:
-    ids = launcher.client.bulk_enqueue([request(f"{n:02}") for n in range(30)])
+    ids = launcher.client.bulk_enqueue([request(f"{n:02}") for n in range(12)])
     launcher.start(Mux().register("t", lambda job: Complete([job.id, "x" * 900_000])))
     for id_ in ids:
         assert launcher.client.wait(str(id_), timeout=NEVER)[0] == id_
