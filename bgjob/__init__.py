@@ -42,6 +42,7 @@ from bgjob.event import (
     WorkerError,
 )
 from bgjob.job import DeadJob, EnqueueRequest, Job, JobResult, PastJob
+from bgjob.limit import Limit, LimitStatus
 from bgjob.minutes import Minutes
 from bgjob.mux import Mux
 from bgjob.observer import LoggingObserver, NoopObserver, Observer
@@ -95,6 +96,8 @@ __all__ = [
     "JobWillBeRetried",
     "JsonCodec",
     "LeaseLostError",
+    "Limit",
+    "LimitStatus",
     "LoggingObserver",
     "LoopBlockedError",
     "MinuteCounts",

@@ -37,8 +37,8 @@ def check_tables(comment: str | None) -> None:
     """Raise SchemaError unless the tables exist."""
     if comment is None:
         raise SchemaError(
-            "the tables bgjob_job, bgjob_dead_job, bgjob_exclusive and bgjob_pause are not in the "
-            "search_path; "
+            "the tables bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause and bgjob_limit "
+            "are not in the search_path; "
             "apply migration/init.sql (bgjob.schema.init_sql()) to this database, "
             "or set the search_path to the schema that has them, and grant its usage to this role"
         )

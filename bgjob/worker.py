@@ -4,7 +4,7 @@ The module has over 400 lines because both colours are here; only the async one 
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from types import EllipsisType
 from typing import Any, Protocol, Self
 
@@ -14,6 +14,7 @@ from bgjob._worker.observers import Observers
 from bgjob._worker.options import Queues, WorkerOptions
 from bgjob._worker.state import State
 from bgjob.client import AsyncClient, Client
+from bgjob.limit import Limit
 from bgjob.mux import Mux
 from bgjob.service import Service
 from bgjob.workers import WorkerHealth
@@ -103,6 +104,10 @@ class AsyncWorker:
             works without a row, and the observer is told once.
         release: the version of your program, for that list; that of the environment
             variable BGJOB_RELEASE by default.
+        limits: how many jobs of the queue run at once, or start in a time, over all workers
+            that have the limit: a Limit; or a mapping from queues to theirs. None by default.
+            One that an operator sets (`client.limits`, `bgjob limit`) takes precedence, and
+            binds every worker.
 
     Jobs run at least once: a job whose worker dies before its result is stored
     runs again elsewhere. An async context manager: entering runs the worker, leaving
@@ -130,6 +135,7 @@ class AsyncWorker:
         grace: Duration | None = 30.0,
         registry: bool = True,
         release: str | None = None,
+        limits: Mapping[str, Limit] | Limit | None = None,
     ) -> None:
         self._group = WorkerGroup(
             client,
@@ -142,6 +148,7 @@ class AsyncWorker:
                 notify=notify,
                 init_timeout=init_timeout,
                 grace=grace,
+                limits=limits,
             ),
             observer=observer,
             services=services,
@@ -305,6 +312,10 @@ class Worker:
             works without a row, and the observer is told once.
         release: the version of your program, for that list; that of the environment
             variable BGJOB_RELEASE by default.
+        limits: how many jobs of the queue run at once, or start in a time, over all workers
+            that have the limit: a Limit; or a mapping from queues to theirs. None by default.
+            One that an operator sets (`client.limits`, `bgjob limit`) takes precedence, and
+            binds every worker.
 
     Jobs run at least once: a job whose worker dies before its result is stored
     runs again elsewhere. A context manager: entering runs the worker, leaving
@@ -328,6 +339,7 @@ class Worker:
         grace: Duration | None = 30.0,
         registry: bool = True,
         release: str | None = None,
+        limits: Mapping[str, Limit] | Limit | None = None,
     ) -> None:
         self._group = WorkerGroup(
             client,
@@ -340,6 +352,7 @@ class Worker:
                 notify=notify,
                 init_timeout=init_timeout,
                 grace=grace,
+                limits=limits,
             ),
             observer=observer,
             services=services,

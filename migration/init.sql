@@ -172,6 +172,37 @@ create table bgjob_pause (
     constraint bgjob_pause_pkey primary key (queue)
 );
 
+-- How many jobs of a queue may run at once, or start in a time, over all workers.
+create table bgjob_limit (
+    scope       text collate "C" not null,
+    name        text collate "C" not null,
+    -- An operator has set it, for all workers. Otherwise it is what a program had in its code when it
+    -- last used it, and binds the workers of that program.
+    is_set      boolean not null,
+    concurrency integer,
+    -- Starts a second, and how many may come at once.
+    rate        double precision,
+    burst       integer,
+    -- How many jobs may start now, when that was last counted. Null: as many as ever.
+    tokens      double precision,
+    used_at     timestamptz not null default clock_timestamp(),
+    constraint bgjob_limit_pkey primary key (scope, name),
+    constraint bgjob_limit_scope_check check (scope = 'queue')
+) with (fillfactor = 25);
+
+-- The places of a limit that workers have taken. Those of a dead worker are free after `until`, when
+-- the lease of no job that it ran can last.
+create table bgjob_ration (
+    scope  text collate "C" not null,
+    name   text collate "C" not null,
+    -- A token of the worker; see bgjob._sql.tokens.
+    holder bigint      not null,
+    places integer     not null,
+    wanted integer     not null,
+    until  timestamptz not null,
+    constraint bgjob_ration_pkey primary key (scope, name, holder)
+) with (fillfactor = 45);
+
 -- The workers, for people to see: it decides nothing. A row for each process's worker, written
 -- when it starts, every few seconds, and when it has ended.
 create table bgjob_worker (

@@ -1896,7 +1896,7 @@ def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> N
     first = drive.claim("a", "b")
     drive.finish(*first, took=0.0001)
     waiting = drive.claim("c", "d", "e")
-    drive.engine.pace.slots = 0
+    drive.engine.slots = 0
     assert drive.engine.pace.capacity == 0
     while not isinstance(step := drive.step(), Withdraw):
         if isinstance(step, Exchange):
@@ -1917,9 +1917,9 @@ def test_an_engine_without_slots_gives_back_what_waits_and_claims_nothing() -> N
 
 def test_an_engine_claims_again_as_soon_as_a_slot_is_back() -> None:
     drive = Drive(concurrency=3)
-    drive.engine.pace.slots = 0
+    drive.engine.slots = 0
     drive.drain()
-    drive.engine.pace.slots = 1
+    drive.engine.slots = 1
     claim = drive.exchange().claim
     assert claim is not None
     assert claim.limit == 1

@@ -353,7 +353,10 @@ def test_a_worker_claims_with_its_own_timeouts_and_plans_regardless_of_the_defau
 
 # -- row-level security ----------------------------------------------------------------------
 
-TABLES = "bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker"
+TABLES = (
+    "bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_limit, bgjob_ration, "
+    "bgjob_result, bgjob_worker"
+)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from bgjob import (
     Job,
     JobAlreadyExistsError,
     JsonCodec,
+    Limit,
     MinuteCounts,
     Minutes,
     MoveToDlq,
@@ -65,6 +66,7 @@ from bgjob._sql import (
     keys,
     leases,
     minutes,
+    limits,
     overviews,
     pauses,
     schedules,
@@ -726,7 +728,7 @@ def test_a_role_without_the_privileges_of_a_worker_cannot_start_one(
 ) -> None:
     worker = launcher.make(Mux(), dsn=roles.login(*({role} & set(GROUPS))))
     try:
-        with pytest.raises(SchemaError, match="bgjob_(job|result)"):
+        with pytest.raises(SchemaError, match="bgjob_(job|result|ration)"):
             launcher.run(worker.run())
     finally:
         launcher.shutdown(worker, timeout=1)
@@ -867,6 +869,9 @@ def _everything(group: str) -> list[Statement[Any]]:
                 settlements.keep_results([settlements.Returned(claimed, b"1")]),
                 settlements.dead_letter([DeadLettered(claimed, "e", 1)], keeps=True),
                 results.expire(limit=1),
+                limits.declare("q"),
+                limits.lock("q"),
+                limits.take("q", limits.Ask(1, 0, 1, 1, 1, 0, None), code=Limit(1), lease=1),
                 keys.lock_keys(["k"]),
                 keys.acquire("q", [claimed]),
                 keys.release("q", ["k"]),
@@ -910,6 +915,9 @@ def _everything(group: str) -> list[Statement[Any]]:
                 dead.purge(where),
                 pauses.pause("q", None),
                 pauses.resume("q"),
+                limits.set_limit("q", Limit(1)),
+                limits.remove_limit("q"),
+                limits.limits(),
                 overviews.overview(None, cap=1),
                 Statement("select * from bgjob_job", None, lambda _: None),
                 workers.workers(),

@@ -20,8 +20,8 @@ One turn:
     reject() or disconnect()        ->  the same work comes again, in smaller parts
 
 An exchange carries all work of that time: outcomes to store, jobs to release, leases to
-extend, keys to acquire and to release, a claim or a sweep, the notify lock. `protocol` has
-the exchange and the order of its statements, `reply` the answer.
+extend, keys to acquire and to release, a claim or a sweep, the notify lock, a ration. `protocol`
+has the exchange and the order of its statements, `reply` the answer.
 
 The life of a held job
 ======================
@@ -110,6 +110,7 @@ them in turn what goes into the next exchange, and reports what became of it to 
       leases      which jobs are held, until when, and which are lost or in doubt
       settling    which outcomes go into the next exchange, and what a refusal does to them
       keys        which keys to ask for, and to release
+      limits      the ration of the queue's limit: places for handlers, tokens for claims
       cancels     which jobs a cancel has ended, and whose handlers to interrupt
       over        which groups may be over, so that the jobs that wait for them may be due
       locked      which rows other sessions have locked
@@ -138,6 +139,8 @@ What always holds
   before it claims. Its sweeps never free a job that it holds itself.
 - An attempt begins with its handler: jobs that were claimed by an exchange whose
   answer was lost are freed by the worker's own sweeps, and are charged nothing.
+- With a limit of the queue, no more handlers run than the worker has places, and each job that it
+  claims has a token. Rations are taken after the claim of an exchange, for the next ones.
 - Jobs that two workers died with are claimed in groups, until the killer is alone.
 - A job with an exclusive key is handed out once the server has granted the key, in the order in
   which the jobs of the key are due.
@@ -160,5 +163,6 @@ The vocabulary
                 kind that is refused does not stop the others
     notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
+    ration      what the worker has taken of its queue's limit: places and tokens
     chain       the jobs of one key that this worker has; one at a time is in a handler
 """

@@ -50,13 +50,21 @@ class Claims:
         # or show them later: it may wait for a synchronous standby.
         self._unanswered: dict[int, float] = {}
 
-    def add(self, exchange: Exchange, room: int, now: float) -> None:
-        """Claim up to `room` jobs, or sweep, if it is time to."""
+    def wants(self, now: float, room: int) -> bool:
+        """Whether it would claim, were there no limit."""
+        if self.is_held_up(now):
+            pace = self._pace
+            return pace.has_free_slot and self._isolation.wants_group(now, running=pace.running)
+        return room > 0 and self._lookout.wants_claim(now)
+
+    def add(self, exchange: Exchange, room: int, now: float, *, most: int) -> None:
+        """Claim up to `room` jobs, or sweep, if it is time to; or up to `most` suspects."""
         pace, lookout = self._pace, self._lookout
         held_up = self.is_held_up(now)
         is_groups_turn = (
             held_up
             and pace.has_free_slot
+            and most > 0
             and self._isolation.wants_group(now, running=pace.running)
         )
         # The jobs of a group whose answer was lost are freed before the next group.
@@ -64,7 +72,7 @@ class Claims:
         if lookout.wants_sweep(now, claims=claims):
             self._add_sweep(exchange, 0, now)
         elif is_groups_turn:
-            free = min(pace.free_slots, self.limit)
+            free = min(pace.free_slots, self.limit, most)
             charge = not self._isolation.has_group
             exchange.claim = ClaimGroup(free, next(self._tokens), charge)
         elif claims and lookout.wants_claim(now):
@@ -94,13 +102,16 @@ class Claims:
         if limit:
             exchange.watch = self._lookout.watch
 
-    def add_notify_lock(self, exchange: Exchange, room: int, now: float) -> None:
-        """Take or release the notify lock, if it is time; with a sweep, or alone."""
+    def add_notify_lock(self, exchange: Exchange, room: int, now: float, *, waits: bool) -> None:
+        """Take or release the notify lock, if it is time; with a sweep, or alone.
+
+        While the worker `waits` for a limit, it can do nothing about a notification.
+        """
         lock, is_alone = self._lookout.notify_lock, not exchange
         is_idle = isinstance(exchange.claim, Sweep) and not self._lookout.has_more
         if not (is_alone or is_idle or lock.is_held):
             return
-        exchange.notify_lock = lock.wish(now, free=self.has_room_for_others(now))
+        exchange.notify_lock = lock.wish(now, free=self.has_room_for_others(now) and not waits)
         if exchange.notify_lock == "release":
             exchange.watch = "claims"  # from here on enqueues do not notify
         if exchange.notify_lock == "take":

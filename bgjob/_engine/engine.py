@@ -21,6 +21,7 @@ from bgjob._engine.claims import Claims
 from bgjob._engine.isolation import Isolation
 from bgjob._engine.keys import Keys
 from bgjob._engine.leases import Leases
+from bgjob._engine.limits import Limits
 from bgjob._engine.locked import Locked
 from bgjob._engine.lookout import Lookout
 from bgjob._engine.outcome import Committed, Effects, Event, Outcome, Release
@@ -32,6 +33,7 @@ from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost, QueueIsEmpty
+from bgjob.limit import Limit
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
@@ -58,8 +60,11 @@ class Engine:
         kept: Collection[str] = (),
         batches: Mapping[str, int] | None = None,
         only_batches: bool = False,
+        limit: Limit | None = None,
+        holder: int = 0,
     ) -> None:
         self._queue = queue  # for its events
+        self._slots = concurrency
         self._poll_interval = poll_interval
         self._transactional = transactional
         self._in_transactions = {*transactional, *checkpointed}  # while handlers run, or at times
@@ -82,6 +87,7 @@ class Engine:
         self._over = Over()
         self._lookout = Lookout(poll_interval, notify=notify)
         self._isolation = Isolation()
+        self.limits = Limits(limit, lease=lease, holder=holder)
         self._claims = Claims(
             self.pace, self._leases, self._lookout, self._isolation, self._sent, tokens
         )
@@ -96,6 +102,16 @@ class Engine:
         self._not_before = -inf
         self._careful = 0  # exchanges that carry one kind of work, each in turn
         self._turn = 0
+
+    @property
+    def slots(self) -> int:
+        """How many handlers may run, as far as the worker is concerned."""
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: int) -> None:
+        self._slots = slots
+        self.pace.slots = self.limits.places(slots)
 
     @property
     def unsettled(self) -> int:
@@ -198,9 +214,11 @@ class Engine:
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Record that jobs were taken back before they started: release them."""
+        if not self._stopping:
+            self.limits.refund(claimed := [*claimed])
         self._give_back([*claimed, *self._keys.wanting])
         self._keys.wanting.clear()
-        self._keys.gives_back = False
+        self._keys.gives_back = self.limits.gives_back = False
 
     def _give_back(self, claimed: Iterable[Claimed]) -> None:
         pending, finished = self._settling.pending, len(self._settling.pending)
@@ -211,6 +229,8 @@ class Engine:
     def wake(self, notice: Notice) -> None:
         """Record a notification: jobs were enqueued, or the notify lock was released."""
         self._lookout.wake(notice)
+        if notice.later:
+            self.limits.look()
 
     def shutdown(self) -> None:
         """Stop claiming, release jobs that have not started, finish the others, stop."""
@@ -239,12 +259,13 @@ class Engine:
         if now >= self.pace.stale_at:
             self.pace.slow_down(now)
             return Withdraw()
-        if self._keys.gives_back:
+        if self._keys.gives_back or self.limits.gives_back:
             return Withdraw()
         held = self._settling or self._keys.free or self._locked.outcomes or self._over
         settled = not (held or self._doomed or self._leaving or self._cancels)
         done = settled and (self._abandoned or not self.pace.running)
-        if self._stopping and done and not self._lookout.notify_lock.is_held:
+        keeps = self._lookout.notify_lock.is_held or not (self.pace.running or self.limits.has_left)
+        if self._stopping and done and not keeps:
             return Stop(self.pace.running)
         if now < self._not_before:
             return Sleep(self._not_before)
@@ -260,10 +281,16 @@ class Engine:
         else:
             self._add_work(exchange, now)
             if self._stopping:
-                exchange.notify_lock = "release" if done else None
+                is_held = self._lookout.notify_lock.is_held
+                exchange.notify_lock = "release" if done and is_held else None
             elif not (self._careful and exchange):
                 room = 0 if exchange or self._careful else self._worthwhile_room()
-                self._claims.add_notify_lock(exchange, room, now)
+                room, waits = min(room, self.limits.most(now)), self.limits.waits(now)
+                self._claims.add_notify_lock(exchange, room, now, waits=waits)
+            if self.limits.is_on:
+                self.limits.spend(exchange)
+                if not (self._careful and exchange):
+                    self._add_take(exchange, now, done=done)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
     def _add_work(self, exchange: Exchange, now: float) -> None:
@@ -309,9 +336,11 @@ class Engine:
             or self._claims.is_held_up(now)
             or self._leases.extend_at <= now
         )
-        if is_quiet and self._lookout.has_more and (room := self._room()) >= self.bulky:
+        room = min(self._room(), self.limits.most(now))
+        if is_quiet and self._lookout.has_more and room >= self.bulky:
             self._add_claim(exchange, room, now)
             if self.flows(exchange):
+                self.limits.spend(exchange)
                 self._settling.add_pending(exchange)
                 self._keys.add_wanting(exchange, now)
                 self._over.add(exchange)
@@ -338,18 +367,35 @@ class Engine:
             return  # jobs that did not start are due before those that it would claim
         if not self._careful and self._leases.are_overdue(now):
             return  # first settle and extend jobs that another worker may free
-        self._claims.add(exchange, room, now)
+        most = self.limits.most(now)
+        self._claims.add(exchange, min(room, most), now, most=most)
 
-    def _room(self) -> int:
-        """Return how many jobs the next exchange may claim."""
+    def _add_take(self, exchange: Exchange, now: float, *, done: bool) -> None:
+        """Take a ration of the queue's limit for the next claims, if one is needed."""
+        if self._stopping and done:
+            if not (self.pace.running or self.limits.has_left):
+                self.limits.add_leave(exchange, now)
+            return
+        room = self._worthwhile_room(exchange.claim.limit if exchange.claim else 0)
+        wants = not self._stopping and self._claims.wants(now, room)
+        self.limits.add_take(
+            exchange,
+            now,
+            slots=self.slots,
+            room=room if wants else 0,
+            has_more=self._lookout.has_more,
+        )
+
+    def _room(self, asked: int = 0) -> int:
+        """Return how many jobs the next exchange may claim, beside those `asked` for in this."""
         if len(self._settling.refused) + len(self._locked) >= MOST:
             return 0
-        asked = sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
+        asked += sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
         return min(self.pace.room - asked, self._claims.limit)
 
-    def _worthwhile_room(self) -> int:
+    def _worthwhile_room(self, asked: int = 0) -> int:
         """Return how many jobs the next exchange may claim, or 0 if it is better to wait."""
-        room = self._room()
+        room = self._room(asked)
         return room if room >= min(self.pace.worthwhile, self._claims.limit) else 0
 
     def _wake_at(self, now: float) -> float:
@@ -362,7 +408,10 @@ class Engine:
         ]
         if not self._stopping:
             room = self._worthwhile_room()
-            times += [self._claims.wake_at(now, room), self.pace.stale_at]
+            allowed = min(room, self.limits.most(now))
+            times += [self._claims.wake_at(now, allowed), self.pace.stale_at]
+            if self.limits.is_on:
+                times.append(self.limits.wake_at(wants_claim=self._claims.wants(now, room)))
         return min(times)
 
     # -- answers ------------------------------------------------------------------------
@@ -384,6 +433,7 @@ class Engine:
         run_again = self._settling.settled(exchange, reply, effects.events)
         gone = self._keys.answered(exchange, reply, effects.run, now)
         if gone:
+            self.limits.refund(gone)
             self._leave_flight(gone)
             self._leases.forget(gone)
         if exchange.acquire:
@@ -401,6 +451,8 @@ class Engine:
         if (exchange.follows and reply.settled) or reply.ended:
             self._lookout.wake(Notice(later=True))  # jobs were made due, after the claim
         claimed = self._claims.answered(exchange, reply, now)
+        self.limits.answered(exchange, reply, len(claimed) + reply.unread, now)
+        self.slots = self._slots
         if claimed:
             self._is_idle = False
             self.pace.claimed(claimed, now)
@@ -409,6 +461,7 @@ class Engine:
                 self._claimed_again(self._settling.claimed_again(again, exchange.at))
             self._leases.hold(claimed, exchange.at)
             self._over.claimed(reply)
+            self.limits.forget(self._leases.tokens)
             effects.run += self._keys.want(claimed)
         effects.events += self._cancels.take_events()
         is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels
@@ -497,12 +550,14 @@ class Engine:
         elif for_lock and self._locked.add(exchange, now):
             self._leave_flight(exchange.acquire)
             self._lookout.take_back(exchange)
+            self.limits.take_back(exchange, is_refused=True)
             self._careful = _CAREFUL
             return False
         self._keys.rejected(exchange)
         self._lookout.rejected(exchange, now)
         self._claims.rejected(exchange, now)
         self._settling.rejected(exchange, now, for_data=for_data)
+        self.limits.take_back(exchange, is_refused=True)
         if exchange.ask and self._careful:
             self._cancels.refused(exchange)  # it was refused alone
         if not self._careful:  # refused again, they are left to their leases
@@ -536,6 +591,7 @@ class Engine:
     def _take_back(self, exchange: Exchange) -> None:
         self._doomed += exchange.end
         self._leaving += exchange.abandon
+        self.limits.take_back(exchange, is_refused=False)
         for part in (self._locked, self._keys, self._settling, self._lookout):
             part.take_back(exchange)
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import inf
 from typing import ClassVar, Literal, TypeAlias
 
 from bgjob._engine.outcome import CommitUnknown, Release, Unsettled
@@ -13,6 +14,7 @@ from bgjob._sql.claims import (
     claim_group,
     free,
     free_within,
+    limited,
     sweep,
 )
 from bgjob._sql.groups import end_groups
@@ -24,6 +26,7 @@ from bgjob._sql.keys import (
     release,
 )
 from bgjob._sql.leases import abandon, barred, extend
+from bgjob._sql.limits import Take
 from bgjob._sql.notices import release_notify_lock, take_notify_lock
 from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.steering import were_cancelled
@@ -130,6 +133,10 @@ class Exchange(Settlements):
     relieve: bool = False
     """With "take": whether to notify the other workers if the lock is taken."""
     claim: Claim | Sweep | ClaimGroup | None = None
+    is_limited: bool = False
+    """Whether the worker has a ration of the queue's limit, so that it may claim."""
+    take: Take | None = None
+    """The ration that it takes for later claims, renews, or gives back."""
     watch: Literal["claims", "all"] | None = None
     """Whether to read the transactions in progress: as far as claims need, or all."""
 
@@ -142,6 +149,10 @@ class Exchange(Settlements):
     """The part of `release` that belongs to none of its outcomes."""
     at: float = 0.0
     """When it was sent."""
+    start_by: float = inf
+    """When the jobs that it claims have to start: they have tokens."""
+    tokens_since: datetime | None = None
+    """When these tokens were taken, by the server's clock."""
 
     @property
     def claims_only(self) -> bool:
@@ -149,7 +160,7 @@ class Exchange(Settlements):
         ended = (self.complete, self.returned, self.postpone, self.dead_letter)
         others = (*ended, self.release_jobs, self.extend)
         keys = (self.acquire, self.release, self.probe, self.probe_keys, self.ask)
-        is_alone = not (any(others) or any(keys) or self.groups)
+        is_alone = not (any(others) or any(keys) or self.groups or self.take)
         return self.claim is not None and is_alone
 
     def settle(self, outcome: Unsettled) -> None:
@@ -213,6 +224,10 @@ class Exchange(Settlements):
             case Claim(limit, token, marks):
                 statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
                 plan.append(Part(statement, Reply.set_claimed))
+        if self.is_limited:
+            plan = [Part(limited(part.statement), part.store) for part in plan]
+        if self.take and self.extend:
+            plan += self._taking(queue, lease)  # before: no lease may outlast the ration
         if self.watch:
             plan.append(Part(open_transactions(surely=self.watch == "all"), Reply.set_seen))
         plan += [Part(statement, Reply.add_settled) for statement in self.settlements(queue)]
@@ -238,7 +253,14 @@ class Exchange(Settlements):
             plan.append(Part(end_groups(self.groups, notify=True), Reply.set_ended))
         if self.notify_lock == "release":
             plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
+        if self.take and not self.extend:
+            plan += self._taking(queue, lease)  # at last: others may wait for the limit's row
         return plan
+
+    def _taking(self, queue: str, lease: float) -> Plan:
+        assert self.take is not None  # noqa: S101 (the caller checks)
+        *first, taking = self.take.statements(queue, lease)
+        return [*(Part(each, Reply.ignore) for each in first), Part(taking, Reply.set_ration)]
 
     def __bool__(self) -> bool:
         """Whether it has any work."""
@@ -258,6 +280,7 @@ class Exchange(Settlements):
             or self.end
             or self.notify_lock
             or self.claim
+            or self.take
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from bgjob._sql.claims import Group, Swept
 from bgjob._sql.keys import Blocked, Woken
+from bgjob._sql.limits import Ration
 from bgjob._sql.notices import CANCELLED, EVERYTHING, LATER
 from bgjob._sql.statement import Statement
 from bgjob._sql.survey import Line, OpenTransactions, Stray
@@ -42,6 +43,8 @@ class Reply:
     """The doubtful claims that a cancel has ended, by id and token."""
     ended: Sequence[str] = ()
     """The groups that have ended: the jobs that waited for them are due."""
+    ration: Ration | None = None
+    """What it got of the queue's limit; None: there is no limit."""
     unread: int = 0
     """The number of claimed jobs that could not be read."""
 
@@ -94,6 +97,9 @@ class Reply:
 
     def set_ended(self, ids: list[str]) -> None:
         self.ended = ids
+
+    def set_ration(self, ration: Ration | None) -> None:
+        self.ration = ration
 
     def ignore(self, answer: object) -> None:
         """Drop an answer that says nothing to the engine."""

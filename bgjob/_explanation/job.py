@@ -153,6 +153,41 @@ def paused(seen: Seen) -> Reasons:
     )
 
 
+def limited(seen: Seen) -> Reasons:
+    """Yield that its queue has as many starts, or running jobs, as its limit allows."""
+    job, found = seen.job, seen.limit
+    if job is None or found is None:
+        return
+    limit = found.limit
+    waits: list[str] = []
+    if limit.concurrency is not None and found.places >= limit.concurrency:
+        waits.append(
+            f"{count(found.workers, 'worker')} {'has' if found.workers == 1 else 'have'} all "
+            f"{count(limit.concurrency, 'place')}"
+        )
+    if found.next_in > 0:
+        waits.append(f"the next job may start in {lasting(found.next_in)}")
+    if not waits:
+        return
+    where = "set" if found.is_set else "in the code of its workers"
+    queue = words.argument(job.queue)
+    yield Reason(
+        "limited",
+        False,
+        f"Queue {job.queue!r} has a limit ({where}): {limit}; {', and '.join(waits)}.",
+        f"to change it: bgjob limit set queue {queue}",
+        {
+            "concurrency": limit.concurrency,
+            "rate": limit.rate,
+            "burst": limit.burst_size,
+            "is_set": found.is_set,
+            "places": found.places,
+            "tokens": found.tokens,
+            "next_in": found.next_in,
+        },
+    )
+
+
 def key(seen: Seen) -> Reasons:
     """Yield which job holds its exclusive key, or that none does."""
     job, key = seen.job, seen.key

@@ -16,6 +16,7 @@ _RULES: tuple[Callable[[Seen], Reasons], ...] = (
     job.not_due,
     job.expires,
     job.paused,
+    job.limited,
     job.key,
     job.suspect,
     job.behind,

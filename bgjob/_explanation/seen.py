@@ -9,6 +9,7 @@ from bgjob._sql.history import Kept
 from bgjob._sql.looks import Ahead, Claimant, Dead, Key, Live, Members, QueueWorkers, Writer
 from bgjob._sql.session import Hidden
 from bgjob.explanation import JobState, Reason
+from bgjob.limit import LimitStatus
 from bgjob.schedule import ScheduleStatus
 
 Reasons: TypeAlias = Iterator[Reason]
@@ -52,6 +53,8 @@ class Seen:
     claimant: Claimant | None = None
     """The worker that holds the job, held it until its lease ended, or completed it."""
     pause: Pause | None = None
+    limit: LimitStatus | None = None
+    """The limit of its queue."""
     key: Key | None = None
     key_claimant: Claimant | None = None
     """The worker that holds the holder of the key."""

@@ -10,7 +10,7 @@ from psycopg import errors
 from bgjob._explanation import gone
 from bgjob._explanation.reasons import reasons
 from bgjob._explanation.seen import ITS_SCHEDULE, THE_WORKERS, Pause, Seen, Unread
-from bgjob._sql import history, looks, pauses, results
+from bgjob._sql import history, limits, looks, pauses, results
 from bgjob._sql import server as server_sql
 from bgjob._sql import session as session_sql
 from bgjob._sql.statement import Statement
@@ -112,6 +112,9 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
     paused = (yield from ask(pauses.paused(), "pauses")) or {}
     if job.queue in paused:
         seen = replace(seen, pause=Pause(paused[job.queue]))
+    if job.due_in <= 0:
+        limited = (yield from ask(limits.limits(job.queue), "limits")) or (None,)
+        seen = replace(seen, limit=limited[0])
     if job.exclusive is not None:
         key: looks.Key | None = yield from ask(looks.key(job), "its exclusive key")
         holder = None if key is None else key.holder

@@ -25,6 +25,7 @@ A job's row, in the order of its life:
     keys          its exclusive key: who has it, who waits for it
     groups        its group, and the job that waits for that
     transactions  its handler's own transaction
+    limits        the limit of its queue, and what workers have taken of it
     settlements   what its result does to it: the only place that says so
     jobs          look at it, alone; `job_pages` in lists
     steering      cancel it, abandon it, make it due, change its priority

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import repeat
 from operator import add, itemgetter
-from typing import LiteralString, NamedTuple
+from typing import LiteralString, NamedTuple, TypeVar
 
 from bgjob._headers import read
 from bgjob._sql.session import IS_OURS
@@ -25,6 +25,8 @@ from bgjob._sql.statement import (
 from bgjob._sql.tokens import CHOICE
 from bgjob._sql.transactions import SESSION_NAME
 from bgjob.job import Job
+
+T = TypeVar("T")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -125,9 +127,18 @@ _ENDED = "j.lease_until <= now() and (j.token <> all (%(held)s::bigint[])) is no
 _FREEABLE = f"({_ENDED} or j.token = any (%(unanswered)s::bigint[]))"
 
 # Independent of the row: evaluated once a statement; a paused queue's rows are not read.
-UNPAUSED = """
+UNPAUSED: LiteralString = """
     not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
 """
+
+# A worker that does not know of the limit of a queue claims nothing, until a survey tells it.
+UNLIMITED: LiteralString = """
+    not exists (
+        select from bgjob_limit l where l.scope = 'queue' and l.name = %(queue)s and l.is_set
+    )
+"""
+
+OPEN: LiteralString = f"{UNPAUSED} and {UNLIMITED}"
 
 
 def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
@@ -156,7 +167,7 @@ _LINES_FROM_MARKS = """
 
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
-    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{FRESH} and {UNPAUSED}")}))
+    where ctid = any (array({_due(_LINES_FROM_MARKS, f"{FRESH} and {OPEN}")}))
     returning {CLAIMED_COLUMNS}, ctid::text
 """
 
@@ -168,7 +179,7 @@ _CLAIM_OF_ONE_PRIORITY = f"""
         select j.ctid from bgjob_job j
         where j.queue = %(queue)s and j.priority = %(priority)s
             and j.next_run_at >= %(mark)s::timestamptz and j.next_run_at <= now()
-            and not j.waits and {FRESH} and {UNPAUSED}
+            and not j.waits and {FRESH} and {OPEN}
         order by j.next_run_at
         limit %(limit)s
         for update skip locked
@@ -214,7 +225,7 @@ _FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 # The jobs of a dead worker are only freed here, also while the queue is paused, and claimed
 # by a later claim.
 _SWEEP = f"""
-    with due as materialized ({_due(_LINES, f"{FRESH} and {UNPAUSED} or {_FREEABLE}")}),
+    with due as materialized ({_due(_LINES, f"{FRESH} and {OPEN} or {_FREEABLE}")}),
     freed as (
         {_SET_FREE}
         where ctid = any (array(select ctid from due where ended))
@@ -255,7 +266,7 @@ _FREE_WITHIN = f"""
 
 _SUSPECTS = f"""
     j.queue = %(queue)s and j.deaths > 1 and j.lease_until is null
-    and j.next_run_at <= now() and not j.waits and {UNPAUSED}
+    and j.next_run_at <= now() and not j.waits and {OPEN}
 """
 
 # The order of bgjob_job_suspect, which no other index has, so that the plan walks over no due
@@ -332,6 +343,18 @@ _CLAIM_ANY = f"""
     )
     select taken.*, {_END_SESSIONS} from taken
 """
+
+
+_LIMITED: dict[LiteralString, LiteralString] = {}
+
+
+def limited(statement: Statement[T]) -> Statement[T]:
+    """Return the same for a worker that has a ration of the queue's limit."""
+    text = statement.text
+    assert isinstance(text, str)  # noqa: S101 (not bytes)
+    if text not in _LIMITED:
+        _LIMITED[text] = text.replace(UNLIMITED, "true")
+    return statement._replace(text=_LIMITED[text])
 
 
 def claim(

@@ -77,7 +77,8 @@ def schema_comment() -> Statement[str | None]:
         "where to_regclass('bgjob_job') is not null "
         "and to_regclass('bgjob_dead_job') is not null "
         "and to_regclass('bgjob_exclusive') is not null "
-        "and to_regclass('bgjob_pause') is not null",
+        "and to_regclass('bgjob_pause') is not null "
+        "and to_regclass('bgjob_limit') is not null",
         None,
         lambda rows: (rows[0][0] or "") if rows else None,
     )
@@ -92,7 +93,7 @@ def empty_tables() -> LiteralString:
     """Return the text that deletes what programs and people have written, for a test."""
     return """
         truncate bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_schedule, bgjob_pause,
-            bgjob_history, bgjob_result
+            bgjob_limit, bgjob_ration, bgjob_history, bgjob_result
     """
 
 
@@ -131,6 +132,8 @@ _TABLE_NEEDS = (
     ("bgjob_exclusive", "delete"),
     ("bgjob_result", "select"),
     ("bgjob_result", "delete"),
+    ("bgjob_ration", "select"),
+    ("bgjob_ration", "delete"),
 )
 _COLUMN_NEEDS = (
     (
@@ -180,6 +183,11 @@ _COLUMN_NEEDS = (
         "until value error queue type arg attempt token created_at ended_at",
     ),
     ("bgjob_pause", "select", "queue until"),
+    ("bgjob_limit", "select", "scope name is_set concurrency rate burst tokens used_at"),
+    ("bgjob_limit", "insert", "scope name is_set"),
+    ("bgjob_limit", "update", "concurrency rate burst tokens used_at"),
+    ("bgjob_ration", "insert", "scope name holder places wanted until"),
+    ("bgjob_ration", "update", "places wanted until"),
 )
 
 
@@ -300,7 +308,7 @@ def hidden() -> Statement[list[Hidden]]:
     return Statement(
         """
         select c.relname::text, current_user::text
-        from unnest(array['bgjob_job', 'bgjob_exclusive', 'bgjob_pause']) as n (name)
+        from unnest(array['bgjob_job', 'bgjob_exclusive', 'bgjob_pause', 'bgjob_limit']) as n (name)
         join pg_class c on c.oid = to_regclass(n.name)
         where row_security_active(c.oid) and (
             exists (select from pg_policy p where p.polrelid = c.oid and not p.polpermissive)

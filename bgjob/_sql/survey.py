@@ -5,7 +5,16 @@ from datetime import datetime
 from itertools import pairwise
 from typing import NamedTuple
 
-from bgjob._sql.claims import FRESH, HAS_SUSPECTS, PRIORITIES, UNPAUSED, WITHIN, Window, within
+from bgjob._sql.claims import (
+    FRESH,
+    HAS_SUSPECTS,
+    OPEN,
+    PRIORITIES,
+    UNLIMITED,
+    WITHIN,
+    Window,
+    within,
+)
 from bgjob._sql.groups import IS_OVER
 from bgjob._sql.statement import Row, Statement, as_text, in_range, number_array
 
@@ -15,13 +24,15 @@ class Line(NamedTuple):
 
     priority: int
     since: datetime
-    """Jobs that were due earlier have been claimed; long ago if the queue is paused."""
+    """Jobs that were due earlier have been claimed; long ago if nothing is claimed of the queue."""
     wait: float | None
     """Seconds until the next job that is not due yet."""
     has_suspects: bool
     """Whether the queue has suspects that can be claimed."""
     over: Sequence[str] = ()
     """Groups that are over, and the jobs that wait for them are not due yet; at most 100."""
+    is_limited: bool = False
+    """Whether the queue has a limit that an operator has set, and the worker no ration of it."""
 
 
 # The known priorities, and the first one in each gap between them, found without reading the
@@ -65,7 +76,7 @@ def survey(queue: str) -> Statement[list[Line]]:
 # the planner, with statistics of a drained table, took an index of all jobs.
 _SURVEY = f"""
         select line.priority,
-            case when {UNPAUSED} then now() else '0001-01-02 00:00+00' end,
+            case when {OPEN} then now() else '0001-01-02 00:00+00' end,
             extract(epoch from (
             select j.next_run_at from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
@@ -78,7 +89,7 @@ _SURVEY = f"""
                     and j.next_run_at >= 'infinity' and j.group_id = j.id and not j.waits
                     and {IS_OVER}
                 order by j.next_run_at limit 100
-            )
+            ), not ({UNLIMITED})
         from line where line.priority is not null
 """
 
@@ -104,7 +115,7 @@ def strays(queue: str, window: Window) -> Statement[list[Stray]]:
             select j.next_run_at from bgjob_job j
             where j.queue = %(queue)s and j.priority = w.priority
                 and j.next_run_at >= %(since)s::timestamptz and {WITHIN}
-                and j.next_run_at <= now() and not j.waits and {FRESH} and {UNPAUSED}
+                and j.next_run_at <= now() and not j.waits and {FRESH} and {OPEN}
             order by j.next_run_at limit 1
         ) as due
         """,

@@ -52,6 +52,8 @@ class Gathering:
         self._waiting: dict[str, dict[str, Claimed]] = {}  # by type and id, in claim order
         self._until: dict[str, float] = {}  # by type
         self._batches: list[Batch] = []
+        self.most_wait = inf
+        """The most seconds for which a job waits for others: with a limit it has to start soon."""
         self.has_flushed = False
         """Whether some have waited for long enough, since this was last reset."""
 
@@ -92,7 +94,7 @@ class Gathering:
             else:
                 waiting = self._waiting.setdefault(job.type, {})
                 if not waiting:
-                    self._until[job.type] = now + route.policy.batch_wait
+                    self._until[job.type] = now + min(route.policy.batch_wait, self.most_wait)
                 if job.id in waiting:
                     self._displaced(waiting.pop(job.id))
                 waiting[job.id] = claimed

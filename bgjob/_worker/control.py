@@ -203,6 +203,8 @@ class QueueControl:
                 kept=mux.kept,
                 batches=_sizes(mux),
                 only_batches=len(mux.batches) == len(mux.types),
+                limit=self._options.limits.get(self._queue),
+                holder=self._tokens.make(self._session.clock.now()),
             )
             fork_guard = ForkGuard()
             self._transactions = Transactions(
@@ -528,7 +530,7 @@ class QueueControl:
 
     def _collect(self) -> None:
         engine, lines = self._engine, self._slots.lines
-        engine.pace.slots = self._executor.usable
+        self._limit()
         if self._executor.gathering is not None:
             self._measure(self._executor.gathering)
         if self._slots.outcomes:
@@ -541,12 +543,24 @@ class QueueControl:
                 engine.withdrawn(ended)
         self._slots.behind = engine.unsettled_outcomes + self._events.waiting
 
+    def _limit(self) -> None:
+        """Run no more handlers than the queue's limit allows this worker."""
+        engine, slots, limits = self._engine, self._slots, self._engine.limits
+        if limits.is_on:
+            limits.shrink(slots.concurrency - slots.free)
+        engine.slots = self._executor.usable
+        if limits.is_on or slots.is_limited:
+            slots.allowed = limits.places(slots.concurrency)
+            slots.limit(limits.start_by, limits.run_until, is_on=limits.is_on)
+            if self._executor.gathering is not None:
+                self._executor.gathering.most_wait = limits.patience
+
     def _measure(self, gathering: Gathering) -> None:
         """Report to the engine how many of its running jobs need no slot."""
         pace = self._engine.pace
         if isinstance(pace, BatchPace):
             pace.merged, pace.gathered = gathering.merged, len(gathering.waiting)
-            pace.free = self._slots.free
+            pace.free = self._slots.usable
             if gathering.has_flushed:
                 gathering.has_flushed = False
                 pace.flushed(monotonic())
@@ -554,6 +568,8 @@ class QueueControl:
     def _acknowledge(self, reply: Reply) -> bool:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
+        if self._engine.limits.is_on:
+            self._limit()
         if effects.run:
             self._claimed_at = self._turned_at
             run: Sequence[Claimed] = effects.run
@@ -585,7 +601,7 @@ class QueueControl:
         if self._slots.needs_watch:
             until = min(until, self._watch_at)
         has_news = self._slots.outcomes or self._session.has_notice
-        if not has_news and executor.usable == self._engine.pace.slots:
+        if not has_news and executor.usable == self._engine.slots:
             self._turns_by = min(until, executor.next_timeout)
             self._session.wait(self._waker, self._turns_by - monotonic())
         self._waker.silence()

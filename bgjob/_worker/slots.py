@@ -9,9 +9,11 @@ an awaited to_thread.
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
 from functools import partial
+from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from bgjob._engine.outcome import Outcome, Release
@@ -124,6 +126,16 @@ class Slots:
         self.lock = threading.Lock()
         """Guards the free slots, and which threads are idle."""
         self.concurrency = self.free = concurrency
+        self.allowed = concurrency
+        """How many slots may be in use, by the queue's limit; only `take` obeys it."""
+        self.is_limited = False
+        """Whether jobs have to start in time, because of that limit."""
+        self.start_by: Mapping[int, float] = {}
+        """When the jobs of a claim must not start any more, by its token."""
+        self.run_until = inf
+        """When no job may start any more."""
+        self.next_job: Callable[[], Claimed] = self.jobs.popleft
+        """Takes the next job; raises IndexError if there is none."""
         self.timeouts = Timeouts(concurrency, finished)
         self.behind = 0
         """How many outcomes and events waited when the control thread last looked."""
@@ -168,9 +180,30 @@ class Slots:
     def take(self, most: int) -> int:
         """Take up to so many free slots; return how many."""
         with self.lock:
-            count = min(self.free, most)
+            count = max(min(self.usable, most), 0)
             self.free -= count
         return count
+
+    @property
+    def usable(self) -> int:
+        """How many free slots may be taken."""
+        return self.free - (self.concurrency - self.allowed)
+
+    def limit(self, start_by: Mapping[int, float], run_until: float, *, is_on: bool) -> None:
+        """Record until when jobs may start, because of the queue's limit."""
+        self.start_by, self.run_until, self.is_limited = start_by, run_until, is_on
+        self.next_job = self._next_in_time if is_on else self.jobs.popleft
+
+    def _next_in_time(self) -> Claimed:
+        """Take the next job that may still start; release those that come too late."""
+        while True:
+            claimed = self.jobs.popleft()
+            now, start_by = monotonic(), self.start_by
+            if now < self.run_until and all(
+                now < start_by.get(each.token, inf) for each in members(claimed)
+            ):
+                return claimed
+            self.release(claimed)
 
     def free_again(self, count: int = 1) -> None:
         """Make slots free again."""

@@ -234,7 +234,7 @@ class Tasks:
         assert task is not None  # noqa: S101
         slots = self._slots
         take, outcomes, route_of, started, finished, fork_guard, clock, clean = (
-            slots.jobs.popleft,
+            slots.next_job,
             slots.outcomes,
             slots.route_of,
             slots.started,
@@ -253,6 +253,7 @@ class Tasks:
                 except IndexError:
                     if slots.give_up(me):
                         return
+                    take = slots.next_job
                     continue
             whole, job = claimed, claimed.job
             if job.arg is ELSEWHERE and known is None:

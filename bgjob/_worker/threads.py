@@ -238,7 +238,7 @@ class Threads:
         """
         slots = self.slots
         take, outcomes, route_of, started, finished, fork_guard, clock, clean = (
-            slots.jobs.popleft,
+            slots.next_job,
             slots.outcomes,
             slots.route_of,
             slots.started,
@@ -256,6 +256,7 @@ class Threads:
                 except IndexError:
                     if slots.give_up(me):
                         return False
+                    take = slots.next_job
                     continue
             whole, job = claimed, claimed.job
             if job.arg is ELSEWHERE:

@@ -50,6 +50,10 @@ grant select on bgjob_pause to bgjob_worker;
 grant select, insert (id, until, value, error, queue, type, arg, attempt, token, created_at, ended_at),
     update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at), delete
     on bgjob_result to bgjob_worker;
+grant select, insert (scope, name, is_set), update (concurrency, rate, burst, tokens, used_at)
+    on bgjob_limit to bgjob_worker;
+grant select, insert (scope, name, holder, places, wanted, until), update (places, wanted, until), delete
+    on bgjob_ration to bgjob_worker;
 
 -- It writes a row for people to see it; without these it works all the same. The table has the
 -- name of the role.
@@ -79,8 +83,8 @@ grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
 -- queues. It changes no live job.
-grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_worker, bgjob_minute,
-    bgjob_history, bgjob_result
+grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_limit, bgjob_ration,
+    bgjob_worker, bgjob_minute, bgjob_history, bgjob_result
     to bgjob_operator;
 -- Where a requeued job had keep, its result is pending again.
 grant insert (id), update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at)
@@ -91,6 +95,8 @@ grant insert (id, queue, type, arg, last_error, priority, exclusive, next_run_at
 -- this column.
 grant update (id), delete on bgjob_dead_job to bgjob_operator;
 grant insert, update, delete on bgjob_pause to bgjob_operator;
+grant insert (scope, name, is_set, concurrency, rate, burst), update (is_set, concurrency, rate, burst)
+    on bgjob_limit to bgjob_operator;
 
 -- An operator pauses, resumes and removes schedules, and runs them once.
 grant select, delete on bgjob_schedule to bgjob_operator;

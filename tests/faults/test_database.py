@@ -953,7 +953,7 @@ def test_a_worker_without_its_tables_names_them_and_the_remedy(
 ) -> None:
     world.query(
         "drop table bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_schedule, "
-        "bgjob_worker, bgjob_minute, bgjob_history, bgjob_result"
+        "bgjob_worker, bgjob_minute, bgjob_history, bgjob_result, bgjob_limit, bgjob_ration"
     )
     error = refused(world, is_async=is_async)
     for word in ("bgjob_job", "bgjob_dead_job", "apply", "migration/init.sql", "search_path"):
@@ -1012,6 +1012,7 @@ def test_a_worker_whose_schema_is_half_applied_names_the_table_and_the_remedy(
         ("drop table bgjob_dead_job", "bgjob_dead_job"),
         ("drop table bgjob_exclusive", "bgjob_exclusive"),
         ("drop table bgjob_pause", "bgjob_pause"),
+        ("drop table bgjob_limit", "bgjob_limit"),
         ("alter table bgjob_dead_job drop column last_error", "last_error"),
         ("alter table bgjob_job drop column deaths", "deaths"),
     ],
@@ -1025,7 +1026,8 @@ def test_a_worker_whose_schema_has_lost_a_part_names_it_and_the_remedy(
         world.saw(f"{word!r} in: {error}", word in error)
     world.query(
         "drop table bgjob_job; drop table if exists bgjob_dead_job, bgjob_exclusive, "
-        "bgjob_pause, bgjob_schedule, bgjob_worker, bgjob_minute, bgjob_history, bgjob_result;"
+        "bgjob_pause, bgjob_schedule, bgjob_worker, bgjob_minute, bgjob_history, bgjob_result, "
+        "bgjob_limit, bgjob_ration;"
     )
     world.query(init_sql())
     starts(world, "a", is_async=is_async)
@@ -1044,6 +1046,7 @@ GRANTS = [
     ("bgjob_dead_job", "select"),
     ("bgjob_pause", "select"),
 ]
+"""And those of limits and results, which `test_security.py` takes away one by one."""
 
 
 @pytest.fixture
@@ -1064,6 +1067,8 @@ def test_a_worker_whose_role_lacks_a_privilege_names_the_grant_and_the_remedy(
 ) -> None:
     dsn = make_conninfo(world.dsn, user=role)
     world.query(f"grant usage on schema public to {role}")
+    others = "bgjob_limit, bgjob_ration, bgjob_result"
+    world.query(f"grant select, insert, update, delete on {others} to {role}")
     for other in GRANTS:
         if other != (table, privilege):
             world.query(f"grant {other[1]} on {other[0]} to {role}")

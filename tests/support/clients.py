@@ -37,7 +37,7 @@ class Blocking:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.target, name)
         if not callable(value):
-            return Blocking(value, self._run) if name in ("dlq", "jobs") else value
+            return Blocking(value, self._run) if name in ("dlq", "jobs", "limits") else value
 
         def call(*args: Any, **kwargs: Any) -> Any:
             kwargs = {k: getattr(v, "target", v) for k, v in kwargs.items()}

@@ -1,0 +1,77 @@
+"""Limits of a queue, while the processes that have rations of them are killed."""
+
+import random
+from datetime import datetime
+
+import pytest
+from support.waiting import eventually
+
+from bgjob import Client, Limit
+from faults.world import World
+
+STARTS = "select extract(epoch from began)::float8 from run order by began"
+
+BEGUN = "select count(*) from run"
+
+# A killed attempt had ended when its process was gone.
+MOST_AT_ONCE = """
+    with gone as (
+        select * from unnest(%s::int[], %s::timestamptz[]) as g (pid, at)
+    ), change as (
+        select began as at, 1 as more from run
+        union all
+        select coalesce(ended, gone.at), -1 from run left join gone using (pid)
+        where coalesce(ended, gone.at) is not null
+    )
+    select max(running) from (
+        select sum(more) over (order by at, more rows unbounded preceding) as running from change
+    ) as counted
+"""
+
+
+def most_beyond(starts: list[float], rate: float) -> float:
+    """Return by how many the starts in any time exceed what the rate alone allows in it."""
+    most, least = 0.0, float("inf")
+    for number, at in enumerate(starts):
+        least = min(least, number - rate * at)
+        most = max(most, number + 1 - rate * at - least)
+    return most
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_no_limit_is_exceeded_while_five_workers_are_killed_at_random(
+    world: World, seed: int
+) -> None:
+    dice = random.Random(seed)
+    limit = Limit(concurrency=4, rate="60/s", burst=40)
+    with Client(world.dsn) as client:
+        client.limits.set("q", limit)
+    ids = [
+        id
+        for _ in range(130)
+        for id in world.enqueue(
+            dice.choice(["plain", "transactional"]), timed=True, sleep=dice.uniform(0.001, 0.08)
+        )
+    ]
+    colours = ["thread", "async"]
+    workers = [world.start(colour=colours[n % 2], concurrency=3) for n in range(5)]
+    killed: dict[int, datetime] = {}
+    in_flight = 0
+    for n in range(4):
+        begun = world.value(BEGUN) + dice.randint(5, 20)
+        assert eventually(lambda: world.value(BEGUN) >= begun)  # noqa: B023 (called at once)
+        victim = workers.pop(dice.randrange(len(workers)))
+        victim.kill()
+        killed[victim.pid] = world.value("select clock_timestamp()")
+        in_flight += world.value(
+            "select count(*) from run where ended is null and pid = %s", [victim.pid]
+        )
+        workers.append(world.start(colour=colours[n % 2], concurrency=3))
+    world.done(*ids)
+    starts = [at for (at,) in world.query(STARTS)]
+    assert limit.burst is not None
+    assert most_beyond(starts, limit.per_second) <= limit.burst
+    at_once = world.value(MOST_AT_ONCE, [[*killed], [*killed.values()]])
+    assert at_once <= (limit.concurrency or 0)
+    world.saw("jobs of killed workers", in_flight)
+    world.saw("as many at once as may be", at_once == limit.concurrency)
