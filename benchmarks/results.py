@@ -18,6 +18,7 @@ WORK = {
     "batches": "transactional jobs, 500 in a call",
     "transactional": "transactional jobs, one by one",
     "exclusive": "jobs beside 20,000 that wait for a key, and jobs of 100 keys",
+    "limits": "limits over all workers",
     "queues": "100 of 10,000 queues watched",
     "producers": "8 producers beside a worker",
     "notifications": "notifications at a steady rate",

@@ -12,7 +12,7 @@ from typing import Any
 from figures import Figures, percentile
 from harness import Bench
 
-from bgjob import Client, EnqueueRequest, Job, Mux, Worker
+from bgjob import Client, EnqueueRequest, Job, Limit, Mux, Worker
 from bgjob.service import Service
 
 QUEUE = "benchmark"
@@ -138,12 +138,15 @@ def drain(
     *,
     services: Sequence[Service] = (),
     keep: bool = False,
+    limits: Limit | None = None,
 ) -> Figures:
     """Run the jobs with a worker of this process; the table may have others as well."""
     ran, others = Ran(len(ids)), bench.jobs() - len(ids)
     mux = Mux().register("noop", handler(ran), keep=keep)
     with Client(bench.dsn) as client:
-        worker = Worker(client, QUEUE, mux, concurrency=CONCURRENCY, services=services)
+        worker = Worker(
+            client, QUEUE, mux, concurrency=CONCURRENCY, services=services, limits=limits
+        )
         began = perf_counter()
         with worker:
             ran.wait()
