@@ -423,6 +423,26 @@ def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is
     assert world.rows("a", "transactional") == 1
 
 
+@both_colours
+@both_moments
+def test_a_batch_whose_commit_or_its_answer_was_lost_has_one_effect_and_is_reported_once(
+    proxy: Proxy, world: World, colour: Colour, moment: str
+) -> None:
+    ids = ["a", "b", "c"]
+    world.enqueue("transactional", *ids, hold="gate")
+    worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), lease=LONG, batch=len(ids))
+    worker.wait_for("effect", "a")
+    cut = trap(proxy, moment, "insert into ledger")
+    world.release("gate", 1, 2)
+    assert cut.wait(PATIENCE)
+    world.done()
+    for id_ in ids:
+        world.witness(worker, "completed", id_)
+        first = [] if moment == "after" else [("retried", 1)]
+        assert told(worker, id_) == [*first, ("completed", len(first) + 1)]
+        assert world.rows(id_, "transactional") == 1
+
+
 # -- 31: a worker's host vanishes, and its sessions stay half open ----------------------------
 
 
