@@ -77,6 +77,11 @@ def connect(dsn: str) -> psycopg.Connection[Any]:
     return psycopg.connect(dsn, autocommit=True, prepare_threshold=0)
 
 
+async def connect_async(dsn: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection. Async variant of `connect`."""
+    return await psycopg.AsyncConnection.connect(dsn, autocommit=True, prepare_threshold=0)
+
+
 def rows(requests: Sequence[EnqueueRequest]) -> list[Row]:
     """Return the rows of the requests, due now."""
     now = datetime.now(UTC)
@@ -96,6 +101,13 @@ def insert(connection: psycopg.Connection[Any], rows: Sequence[Row]) -> None:
     with connection.cursor() as cursor:
         for row in rows:
             cursor.execute(_INSERT, row)
+
+
+async def insert_async(connection: psycopg.AsyncConnection[Any], rows: Sequence[Row]) -> None:
+    """Write the rows one by one. Async variant of `insert`."""
+    async with connection.cursor() as cursor:
+        for row in rows:
+            await cursor.execute(_INSERT, row)
 
 
 def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = True) -> None:

@@ -1,5 +1,6 @@
 """How many jobs a second are enqueued one by one, and in how many round trips each."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 import floor
@@ -9,7 +10,7 @@ from figures import Figures, at_least, at_most, figure
 from harness import Bench
 from proxy import Proxy
 
-from bgjob import Client, EnqueueRequest
+from bgjob import AsyncClient, Client, EnqueueRequest
 
 _COUNTED = 100  # enqueues whose round trips are counted
 
@@ -25,6 +26,12 @@ def main(bench: Bench) -> Mapping[str, object]:
             "single",
             lambda: _single(bench, count),
             lambda: _insert(bench, count),
+            {"jobs_per_s": at_least(0.95)},
+        ),
+        "coroutine": bench.compare(
+            "coroutine",
+            lambda: _single_async(bench, count),
+            lambda: _insert_async(bench, count),
             {"jobs_per_s": at_least(0.95)},
         ),
         "round_trips": {
@@ -49,6 +56,32 @@ def _insert(bench: Bench, count: int) -> Figures:
     rows = floor.rows(work.requests(count))
     with floor.connect(bench.dsn) as connection:
         return work.write(bench, count, lambda: floor.insert(connection, rows))
+
+
+def _single_async(bench: Bench, count: int) -> Figures:
+    bench.fresh()
+    requests = work.requests(count)
+    client = AsyncClient(bench.dsn)
+
+    async def enqueue() -> None:
+        for request in requests:
+            await client.enqueue(request)
+
+    with asyncio.Runner() as runner:
+        runner.run(client.dlq.list(limit=1))
+        figures = work.write(bench, count, lambda: runner.run(enqueue()))
+        runner.run(client.close())
+    return figures
+
+
+def _insert_async(bench: Bench, count: int) -> Figures:
+    bench.fresh()
+    rows = floor.rows(work.requests(count))
+    with asyncio.Runner() as runner:
+        connection = runner.run(floor.connect_async(bench.dsn))
+        figures = work.write(bench, count, lambda: runner.run(floor.insert_async(connection, rows)))
+        runner.run(connection.close())
+    return figures
 
 
 def _round_trips(bench: Bench) -> Figures:
