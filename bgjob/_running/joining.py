@@ -1,6 +1,7 @@
 """How jobs join a group: with the job that runs afterwards, or by another job of the group."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from bgjob._requests import request_of
 from bgjob._sql.groups import hold, open_group
@@ -39,15 +40,15 @@ def grouped(
     return Group(request.id), (request,)
 
 
-def joins(group: Group, then: EnqueueRequest | None) -> Statement[bool]:
-    """Return the statement that begins to write a group's jobs."""
+def joins(group: Group, then: EnqueueRequest | None) -> Statement[Any]:
+    """Return the statement that begins to write a group's jobs; `check_joined` has its answer."""
     if then is not None:
         return open_group(then)
     assert group.of is not None  # noqa: S101 (one of the two; see grouped)
     return hold(group.of, group.id)
 
 
-def check_joined(group: Group, then: EnqueueRequest | None, is_done: bool) -> None:
+def check_joined(group: Group, then: EnqueueRequest | None, answer: object) -> None:
     """Raise the error of a group whose jobs cannot be written.
 
     Raises:
@@ -55,7 +56,7 @@ def check_joined(group: Group, then: EnqueueRequest | None, is_done: bool) -> No
         LeaseLostError: the job that adds jobs is over.
 
     """
-    if is_done:
+    if answer:
         return
     if then is not None:
         raise JobAlreadyExistsError([then.id])

@@ -36,15 +36,9 @@ IS_OVER: LiteralString = """
 """Whether no job of the group of `then`, the job `j`, is live."""
 
 
-def open_group(then: EnqueueRequest) -> Statement[bool]:
-    """Write the job that runs after its group, before the group's; False if its id is taken."""
-    statement = enqueue_many([then], notify=False, group=then.id, waits_for_group=True)
-    return Statement(
-        statement.text,
-        statement.params,
-        lambda rows: bool(statement.parse(rows)),
-        prepare=statement.prepare,
-    )
+def open_group(then: EnqueueRequest) -> Statement[set[str]]:
+    """Write the job that runs after its group, before the group's; no id if its id is taken."""
+    return enqueue_many([then], notify=False, group=then.id, waits_for_group=True)
 
 
 def hold(id_: str, group: str) -> Statement[bool]:
