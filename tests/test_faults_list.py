@@ -8,6 +8,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 FAULTS = TESTS / "faults"
+CLUSTER = TESTS / "cluster"
 
 
 def rows() -> list[tuple[int, list[str]]]:
@@ -34,7 +35,7 @@ def there_in(folder: Path, prefix: str = "") -> Iterator[str]:
 
 def test_the_faults_are_numbered_from_1_on_and_each_has_a_test_that_exists() -> None:
     assert [number for number, _ in rows()] == [*range(1, len(rows()) + 1)]
-    there = [*there_in(FAULTS), *there_in(TESTS, "../")]
+    there = [*there_in(FAULTS), *there_in(TESTS, "../"), *there_in(CLUSTER, "../cluster/")]
     for number, names in rows():
         assert names, f"fault {number} has no test"
         for name in names:

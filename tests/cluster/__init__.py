@@ -1,0 +1,1 @@
+"""A PostgreSQL cluster under Patroni, and what bgjob does while its primary changes."""

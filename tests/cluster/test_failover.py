@@ -1,0 +1,310 @@
+"""Changes of the primary under load: `pytest -m cluster`, which takes a quarter of an hour.
+
+Ten worker processes and four producers have a connection string with all servers. The primary is
+switched, killed, stopped and cut off, again and again; after each change the new one's first
+commit begins the time until the first job's effect. None of them is restarted.
+"""
+
+import contextlib
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+from support.waiting import eventually
+
+from bgjob import AsyncClient, Client, EnqueueRequest
+from bgjob.ext.embedded import _bin_dir_of_wheel
+from bgjob.schema import init_sql
+from cluster.patroni import Cluster, Node, cluster_of, missing
+from faults import oracle
+from faults.app import LEDGER
+from faults.soak import BACKLOG, Monitor, Producer
+from faults.world import World
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+
+ROUNDS = 5
+"""Of the four ways in which a primary changes."""
+
+WORKERS = 10
+PRODUCERS = 4
+
+
+def switch(cluster: Cluster, primary: Node) -> Node:
+    """Ask Patroni to make another server the primary."""
+    status, answer = primary.ask("POST", "switchover", {"leader": primary.name})
+    assert status == 200, answer
+    return cluster.wait_for_primary(other_than=primary)
+
+
+def kill(cluster: Cluster, primary: Node) -> Node:
+    """Kill the server; its Patroni lives."""
+    primary.kill_server()
+    return cluster.wait_for_primary(other_than=primary)
+
+
+def stop(cluster: Cluster, primary: Node) -> Node:
+    """Stop the server and its Patroni until there is another primary, and let them go on."""
+    primary.signal(signal.SIGSTOP)
+    try:
+        new = cluster.wait_for_primary(other_than=primary)
+        time.sleep(3)  # both are there, as far as clients can tell
+    finally:
+        primary.signal(signal.SIGCONT)
+    return new
+
+
+def cut_off(cluster: Cluster, primary: Node) -> Node:
+    """Cut the primary off from etcd and the others, while clients still reach it."""
+    primary.cut_off()
+    try:
+        new = cluster.wait_for_primary(other_than=primary)
+        time.sleep(3)
+    finally:
+        primary.mend()
+    return new
+
+
+CHANGES = (switch, kill, stop, cut_off)
+
+
+class Scene:
+    """A cluster with workers and producers."""
+
+    def __init__(self, cluster: Cluster, world: World) -> None:
+        self.cluster = cluster
+        self.world = world
+        self.times: dict[str, list[float]] = defaultdict(list)
+        """By the way of the change: seconds from the new primary's first commit to the first
+        effect of a job."""
+
+    def change(self, way: Callable[[Cluster, Node], Node]) -> None:
+        """Change the primary; wait until jobs have effects again, and the cluster is whole."""
+        old = self.cluster.wait_for_primary()
+        accepted: list[float] = []
+        watching = threading.Thread(target=self._watch, args=(old, accepted))
+        watching.start()
+        new = way(self.cluster, old)
+        watching.join()
+        first = self._first_effect(new, accepted[0])
+        self.times[way.__name__].append(first - accepted[0])
+        self.world.saw(f"{old.name} was followed by {new.name}: {way.__name__}")
+        self.cluster.wait_until_whole()
+
+    def _watch(self, old: Node, accepted: list[float]) -> None:
+        """Note when another server than the old primary commits for the first time."""
+        others = [node for node in self.cluster.nodes if node is not old]
+        until = time.monotonic() + 120
+        while not accepted and time.monotonic() < until:
+            for node in others:
+                with (
+                    contextlib.suppress(psycopg.Error),
+                    psycopg.connect(
+                        self.cluster.dsn_of(node, dbname="jobs"), connect_timeout=2
+                    ) as conn,
+                ):
+                    conn.execute("insert into probe default values")
+                    conn.commit()
+                    [[now]] = conn.execute(
+                        "select extract(epoch from clock_timestamp())::float8"
+                    ).fetchall()
+                    accepted.append(now)
+                    return
+            time.sleep(0.02)
+
+    def _first_effect(self, node: Node, since: float) -> float:
+        found: list[float] = []
+
+        def has_effect() -> bool:
+            with (
+                contextlib.suppress(psycopg.Error),
+                psycopg.connect(
+                    self.cluster.dsn_of(node, dbname="jobs"), connect_timeout=2
+                ) as conn,
+            ):
+                [[at]] = conn.execute(
+                    "select extract(epoch from min(at))::float8 from ledger "
+                    "where at > to_timestamp(%s) and kind in ('plain', 'transactional')",
+                    [since],
+                ).fetchall()
+                if at is not None:
+                    found.append(at)
+            return bool(found)
+
+        assert eventually(has_effect, 60), "no job had an effect"
+        return found[0]
+
+    def tell(self) -> None:
+        """Print how long it took."""
+        for way, seconds in self.times.items():
+            told = ", ".join(f"{each:.2f}" for each in sorted(seconds))
+            print(f"{way}: median {statistics.median(seconds):.2f} s of {told}")
+
+
+@contextlib.contextmanager
+def producing(world: World, dsn: str) -> Iterator[list[Producer]]:
+    """Produce in each way, one by one and in bulk, until the end of a `with` block."""
+    monitor = Monitor(world)
+    coroutine = AsyncClient(dsn)
+    plain = Client(dsn)
+    world.run(_nothing())
+
+    def one_by_one(requests: list[EnqueueRequest]) -> None:
+        for request in requests[:1] if len(requests) == 1 else ():
+            plain.enqueue(request)
+        if len(requests) > 1:
+            plain.bulk_enqueue(requests)
+
+    def awaited(requests: list[EnqueueRequest]) -> None:
+        world.run(coroutine.bulk_enqueue(requests))
+
+    def in_a_transaction(requests: list[EnqueueRequest]) -> None:
+        with psycopg.connect(dsn) as conn:
+            conn.execute("select txid_current()")
+            plain.bulk_enqueue(requests, conn=conn)
+
+    ways = [one_by_one, awaited, in_a_transaction, one_by_one][:PRODUCERS]
+    producers = [
+        Producer(name, world, random.Random(name), way, lambda: monitor.backlog < BACKLOG)
+        for name, way in zip("abcd", ways, strict=True)
+    ]
+    monitor.start()
+    for producer in producers:
+        producer.start()
+    try:
+        yield producers
+    finally:
+        for producer in producers:
+            producer.end()
+        for producer in producers:
+            producer.join()
+        monitor.stop()
+        world.run(coroutine.close())
+        plain.close()
+
+
+async def _nothing() -> None: ...
+
+
+@pytest.fixture
+def programs(bin_dir: Path | None) -> Path:
+    return bin_dir or _bin_dir_of_wheel()
+
+
+def scene_of(cluster: Cluster) -> Scene:
+    """Make the database on the primary, and start the workers."""
+    with psycopg.connect(cluster.dsn(), autocommit=True) as conn:
+        conn.execute("create database jobs")
+    dsn = cluster.dsn(dbname="jobs", connect_timeout=2)
+    with psycopg.connect(dsn, autocommit=True) as conn:
+        conn.execute(init_sql().encode())
+        conn.execute(LEDGER.encode())
+        conn.execute("create table probe (at timestamptz default now())")
+        conn.execute("create index on ledger (job_id)")
+        conn.execute("create index on ledger (at)")
+    world = World(dsn, lease=3.0, poll_interval=0.5)
+    for number in range(WORKERS):
+        colour = "async" if number % 2 else "thread"
+        # A handler's own SQL on a server that is stopped would wait until it goes on.
+        world.start(colour=colour, concurrency=4, timeout=12.0, max_attempts=1000)
+    return Scene(cluster, world)
+
+
+def test_with_synchronous_replication_nothing_is_lost(programs: Path) -> None:
+    with cluster_of(programs, is_synchronous=True) as cluster:
+        scene = scene_of(cluster)
+        world = scene.world
+        is_good = False
+        try:
+            with producing(world, world.dsn):
+                for _ in range(ROUNDS):
+                    for way in CHANGES:
+                        scene.change(way)
+            world.done(timeout=120)
+            scene.tell()
+            print(f"{len(world.jobs):,} jobs")
+            assert all(process.alive for process in world.processes)
+            is_good = True
+        finally:
+            world.close(judge=is_good)
+
+
+def test_with_asynchronous_replication_the_last_commits_are_lost_and_nothing_else(
+    programs: Path,
+) -> None:
+    """What was acknowledged shortly before the primary was killed may be gone, whole."""
+    with cluster_of(programs, is_synchronous=False) as cluster:
+        scene = scene_of(cluster)
+        world = scene.world
+        acknowledged: dict[str, float] = {}
+        killed: list[tuple[float, float]] = []
+        plain_acknowledge = world.acknowledge
+
+        def acknowledge(*ids: str, **options: Any) -> None:
+            acknowledged.update(dict.fromkeys(ids, time.time()))
+            plain_acknowledge(*ids, **options)
+
+        world.acknowledge = acknowledge  # type: ignore[method-assign]
+        is_good = False
+        try:
+            with producing(world, world.dsn):
+                for way in (kill, stop, kill, cut_off):
+                    time.sleep(3)
+                    began = time.time()
+                    scene.change(way)
+                    killed.append((began, time.time()))
+            world.done(timeout=120)
+            lost = _lost(world, acknowledged)
+            for request, at in lost:
+                assert any(began - 5 < at < ended for began, ended in killed), (request, at)
+            scene.tell()
+            print(f"{len(lost)} of {len(world.jobs):,} jobs were lost")
+            # Their ids are free: enqueued again, they run.
+            if lost:
+                world.client.bulk_enqueue([request for request, _ in lost])
+            world.done(timeout=60)
+            assert all(process.alive for process in world.processes)
+            is_good = True
+        finally:
+            world.close(judge=is_good)
+
+
+def _lost(world: World, acknowledged: Mapping[str, float]) -> list[tuple[EnqueueRequest, float]]:
+    """The jobs of which there is neither a row nor an effect, and when they were there.
+
+    A plain handler has connections of its own. One may lead to the old primary and another to the
+    new one, so that its effect is there and the jobs that it enqueued are not.
+    """
+    there = {id for (id,) in world.query("select id from bgjob_job")}
+    there |= {id for (id,) in world.query("select job_id from bgjob_dead_job")}
+    effects = dict(
+        world.query(
+            "select job_id, extract(epoch from max(at))::float8 from ledger "
+            "where kind in ('plain', 'transactional') group by job_id"
+        )
+    )
+    lost = []
+    for job in world.jobs.values():
+        if job.id not in there and job.id not in effects:
+            request = EnqueueRequest("q", job.type, job.arg or None, id=job.id)
+            lost.append((request, acknowledged[job.id]))
+        elif job.id in effects and job.id not in there and job.type == "plain":
+            lost += [
+                (EnqueueRequest("q", "plain", id=child), effects[job.id])
+                for child in world.children(job.id)
+                if child not in there and child not in effects
+            ]
+    return lost
