@@ -285,8 +285,8 @@ class AsyncClient:
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep
-                of a typed job; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, slots, headers, expires and
+                keep of a typed job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as
@@ -1271,8 +1271,8 @@ class Client:
             conn: a connection of the caller's: the job is written in its
                 transaction and exists if that commits. In a transaction begun with
                 `tpc_begin` no worker is notified: workers find the job when they poll.
-            options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep
-                of a typed job; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, slots, headers, expires and
+                keep of a typed job; they take precedence over the class.
 
         Raises:
             QueueRequiredError, PayloadError, TypeError, ValueError: as

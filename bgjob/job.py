@@ -41,6 +41,7 @@ class EnqueueOptions(TypedDict, total=False):
     run_at: datetime | None
     priority: int
     exclusive: str | None
+    slots: int | None
     headers: Mapping[str, Any]
     expires: Duration | datetime | None
     keep: Duration | None
@@ -53,6 +54,7 @@ class DebounceOptions(TypedDict, total=False):
     id: Required[str]
     priority: int
     exclusive: str | None
+    slots: int | None
     headers: Mapping[str, Any]
     expires: Duration | datetime | None
 
@@ -78,6 +80,9 @@ class EnqueueRequest:
             most 2,600 bytes. Of all jobs with this key, in any queue and on any
             host, one runs at a time, and those of one queue run in the order in
             which they are due. None by default.
+        slots: how many jobs of the key run at once, 1 to 32,767; needs `exclusive`. Where
+            live jobs of a key have different numbers, the smallest counts: of those that run
+            and of the one that is to start. None (the default) is 1.
         headers: a small JSON object beside the payload, for what accompanies the job and is not
             its argument (a tenant, a request id, the context of a trace): `job.headers`.
             Names are str, values what orjson encodes, without NUL; at most 4,096 bytes as
@@ -99,9 +104,9 @@ class EnqueueRequest:
     Raises:
         QueueRequiredError, TypeRequiredError: the queue or type is empty.
         ValueError: a text too long or with a character that PostgreSQL cannot hold,
-            a delay or priority out of range, both a delay and a run_at, a naive
-            run_at or expires, a job that expires before it is due, a `keep` of 0, NaN or
-            infinity in `arg` or `headers`, or too large headers.
+            a delay, a priority or slots out of range, slots without a key, both a delay and a
+            run_at, a naive run_at or expires, a job that expires before it is due, a `keep` of
+            0, NaN or infinity in `arg` or `headers`, or too large headers.
         TypeError: an `arg` or `headers` that JSON cannot express, or a value of a wrong type.
 
     """
@@ -119,6 +124,7 @@ class EnqueueRequest:
     headers: Mapping[str, Any] = field(default=NO_HEADERS, kw_only=True)
     expires: Duration | datetime | None = field(default=None, kw_only=True)
     keep: Duration | None = field(default=None, kw_only=True)
+    slots: int | None = field(default=None, kw_only=True)
     payload: bytes | None = field(init=False, repr=False, compare=False)
     """The stored bytes of `arg`; None for NULL."""
     is_plain: bool = field(default=True, init=False, repr=False, compare=False)
@@ -141,6 +147,7 @@ class EnqueueRequest:
         headers: Mapping[str, Any] = NO_HEADERS,
         expires: Duration | datetime | None = None,
         keep: Duration | None = None,
+        slots: int | None = None,
         codec: Codec[Any] = _JSON,
     ) -> None:
         # isprintable() is false for NUL and surrogates, and quicker than to look for them.
@@ -180,6 +187,17 @@ class EnqueueRequest:
             or keep is not None
         ):
             self._set_options(delay, run_at, exclusive, headers, expires, keep)
+        if slots is not None:
+            self._set_slots(slots)
+
+    def _set_slots(self, slots: int) -> None:
+        check_slots(slots, "slots")
+        if self.exclusive is None:
+            raise ValueError(
+                "slots is the number of jobs of a key that run at once: name the key too, "
+                f"EnqueueRequest(exclusive=..., slots={slots})"
+            )
+        object.__setattr__(self, "slots", slots)
 
     def _set_options(
         self,
@@ -262,8 +280,8 @@ class EnqueueRequest:
                 any class with a `codec: ClassVar[Codec]`. The class may set
                 `job_type: ClassVar[str]` (its name by default),
                 `queue: ClassVar[str]` and `priority: ClassVar[int]`.
-            options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep,
-                as for a request; they take precedence over the class.
+            options: queue, id, delay, run_at, priority, exclusive, slots, headers, expires and
+                keep, as for a request; they take precedence over the class.
 
         Raises:
             QueueRequiredError: neither the class nor the options name a queue.
@@ -423,6 +441,7 @@ class DeadJob(NamedTuple):
         checkpoint: the bytes that its handler saved last, or None; see bgjob.checkpoint.
         group: the id of its group, or None; see Job.
         group_dead: see Job.
+        slots: how many jobs of its key may run at once; None for one.
 
     """
 
@@ -446,6 +465,7 @@ class DeadJob(NamedTuple):
     checkpoint: bytes | None = None
     group: str | None = None
     group_dead: int | None = None
+    slots: int | None = None
 
     def json(self) -> Any:
         """Decode `arg` as JSON; None if there is no payload.
@@ -461,6 +481,12 @@ def check_priority(priority: int, name: str) -> None:
     """Raise ValueError that names it unless it is a smallint."""
     if type(priority) is not int or priority not in _SMALLINT:
         raise ValueError(f"{name} must be an integer from -32768 to 32767, not {priority!r}")
+
+
+def check_slots(slots: int, name: str) -> None:
+    """Raise ValueError that names it unless it is a positive smallint."""
+    if type(slots) is not int or slots < 1 or slots not in _SMALLINT:
+        raise ValueError(f"{name} must be an integer from 1 to 32767, not {slots!r}")
 
 
 def check_name(what: str, name: str) -> None:

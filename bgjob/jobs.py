@@ -138,6 +138,7 @@ class LiveJob:
         size: the bytes of its payload; None without one.
         expires: when it expires; None if it never does.
         is_replaced: whether a newer request with its id waits for its end.
+        slots: how many jobs of its key may run at once; None for one.
         arg: its payload; None also in a list.
         headers: its headers, a dict that cannot be changed; empty also in a list.
         checkpoint: the bytes that its handler saved last, as JSON unless its class has another
@@ -171,6 +172,7 @@ class LiveJob:
     size: int | None
     expires: datetime | None = None
     is_replaced: bool = False
+    slots: int | None = None
     arg: bytes | None = None
     headers: Mapping[str, Any] = NO_HEADERS
     checkpoint: bytes | None = None

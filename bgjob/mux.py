@@ -288,6 +288,7 @@ class Mux:
         priority: int | None = None,
         retry_priority: int | None = None,
         exclusive: Exclusive | None = None,
+        slots: int | None = None,
         keep: bool = False,
         batch: int | None = None,
         batch_wait: Duration | None = None,
@@ -340,6 +341,9 @@ class Mux:
             exclusive: True runs the jobs of this type one at a time, on any
                 host. A callable returns the key of a job, or None: of the jobs with
                 the same key one runs at a time. By default there is no limit.
+            slots: with `exclusive`, how many jobs of a key run at once, 1 to 32,767; 1
+                by default. It holds for jobs whose key this type has named; see
+                EnqueueRequest.
             keep: whether a completed job is written to the table bgjob_history in
                 the statement that deletes it, and kept for a week, so that
                 `Client.history` and `Client.explain` tell when and where it ran. It
@@ -398,6 +402,7 @@ class Mux:
             priority=declared("priority", 0) if priority is None else priority,
             retry_priority=retry_priority,
             exclusive=exclusive,
+            slots=slots,
             keep=keep,
             batch=batch,
             batch_wait=_batch_wait(name, batch, batch_wait),
@@ -653,6 +658,12 @@ class Mux:
         """Whether any type gives its jobs an exclusive key."""
         return any(route.policy.exclusive for route in self._routes.values())
 
+    @property
+    def slots(self) -> dict[str, int]:
+        """The slots of the keys that types give their jobs, by type, if they have several."""
+        policies = (route.policy for route in self._routes.values())
+        return {policy.job_type: policy.slots for policy in policies if policy.slots is not None}
+
     def request(
         self,
         type: object,  # noqa: A002
@@ -671,7 +682,7 @@ class Mux:
                 of it. None (the default) for no payload.
             queue: by default the queue of the registered type.
             priority: by default the priority of the registered type. The same
-                holds for `exclusive`.
+                holds for `exclusive`, with its `slots`.
             options: the other options of EnqueueRequest, except for the codec,
                 which is the type's.
 

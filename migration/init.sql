@@ -51,6 +51,8 @@ create table bgjob_job (
     group_dead  integer,
     -- For how many seconds after its end the job's row in bgjob_result stays.
     keep        double precision,
+    -- How many jobs of its key may run at once. Null: one.
+    slots       smallint,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
@@ -87,7 +89,7 @@ create index bgjob_job_exclusive on bgjob_job (exclusive, waits, queue, next_run
 create index bgjob_job_group on bgjob_job (group_id, id) where group_id is not null;
 
 -- The keys that jobs hold or wait for. A statement that changes a key or its jobs locks the
--- key's row first, and reads the jobs afterwards.
+-- key's first row, and reads the jobs afterwards.
 create table bgjob_exclusive (
     key      text     not null,
     -- The claims of one worker that may hold the key. They do while a job of the key and this queue
@@ -100,7 +102,12 @@ create table bgjob_exclusive (
     since_id text,
     until    timestamptz,
     until_id text,
-    constraint bgjob_exclusive_pkey primary key (key)
+    -- 0 for the first row. A key of several slots may have several holders, each with its row.
+    place    smallint not null default 0,
+    -- How many of these jobs the worker may run at once, and the smallest number of slots of one.
+    places   smallint not null default 1,
+    slots    smallint not null default 1,
+    constraint bgjob_exclusive_pkey primary key (key, place)
 ) with (fillfactor = 45);
 
 create table bgjob_dead_job (
@@ -131,6 +138,7 @@ create table bgjob_dead_job (
     group_id       text collate "C",
     group_dead     integer,
     keep           double precision,
+    slots          smallint,
     constraint bgjob_dead_job_pkey primary key (id)
 );
 
@@ -162,6 +170,7 @@ create table bgjob_schedule (
     last_job_id text,
     next_run_at timestamptz,
     paused      boolean     not null default false,
+    slots       smallint,
     constraint bgjob_schedule_pkey primary key (name)
 );
 

@@ -631,8 +631,17 @@ def test_a_handler_that_names_a_key_has_it_when_nobody_has_locked_its_job(
 class Chains:
     """Workers of two queues that claim, ask, settle, give back and die, statement by statement."""
 
-    def __init__(self, conn: psycopg.Connection, client: Client, seed: int) -> None:
+    def __init__(
+        self, conn: psycopg.Connection, client: Client, seed: int, numbers: list[int | None]
+    ) -> None:
+        self.numbers = numbers  # of slots
         self.conn, self.client, self.random = conn, client, Random(seed)
+        self.slots: dict[str, int] = {}
+        self.jobs = {w: deque[Claimed]() for w in "abc"}
+        self.lines = {w: Lines(self.jobs[w]) for w in "abc"}
+        self.running: dict[str, list[Claimed]] = {w: [] for w in "abc"}
+        self.places = dict.fromkeys("abc", 1)
+        self.most = 0
         self.tokens = itertools.count(1)
         self.queue = {"a": "q", "b": "q", "c": "r"}
         self.claimed: dict[str, list[Claimed]] = {w: [] for w in self.queue}
@@ -640,8 +649,10 @@ class Chains:
         self.enqueued, self.done = 0, 0
 
     def enqueue(self) -> None:
-        queue = self.random.choice("qqr")
-        self.client.enqueue(EnqueueRequest(queue, "t", id=f"{self.enqueued:03}", exclusive="k"))
+        queue, id_ = self.random.choice("qqr"), f"{self.enqueued:03}"
+        slots = self.random.choice(self.numbers)
+        self.client.enqueue(EnqueueRequest(queue, "t", id=id_, exclusive="k", slots=slots))
+        self.slots[id_] = slots or 1
         self.enqueued += 1
 
     def claim(self, worker: str) -> None:
@@ -661,18 +672,38 @@ class Chains:
         count = self.random.randint(1, len(claimed))
         asking, self.claimed[worker] = claimed[:count], claimed[count:]
         holding = {c.token for c in (*claimed, *chain)}
-        surplus = asking[self.random.randint(1, len(asking)) :]
+        enough, most = self.random.randint(1, len(asking)), {"a": 1, "b": 2, "c": 3}[worker]
         first = self.due(queue)
-        asked = acquire(queue, asking, holding=holding, surplus=surplus)
+        asked = acquire(
+            queue,
+            asking,
+            holding=holding,
+            ahead=range(1, len(asking) + 1),
+            in_a_row=enough,
+            most=most,
+        )
         answer = ask_all(self.conn, [lock_keys(["k"]), asked])[-1]
         granted = [c for c in asking if answer[c.job.id, c.token]]
         if granted:
-            held = [w for w, others in self.chain.items() if others and w != worker]
-            assert not held, (worker, self.chain)
+            self.places[worker] = min(answer[granted[0].job.id, granted[0].token], most)
+            self.start(worker, granted)
         chain += granted
         # They come before any other due job of the key and the queue.
-        assert [c.job.id for c in chain] == first[: len(chain)]
-        assert not set(granted) & set(surplus)
+        held = {c.job.id for chain in self.chain.values() for c in chain}
+        assert {*first[: first.index(granted[-1].job.id)]} <= held if granted else True
+        assert len(granted) <= enough * self.places[worker]
+
+    def start(self, worker: str, granted: list[Claimed]) -> None:
+        """Start the first jobs of a worker that has been granted more, and count all that run."""
+        places = {"k": self.places[worker]}
+        self.running[worker] += self.lines[worker].enter(granted, places)
+        self.check()
+
+    def check(self) -> None:
+        """Fail if more jobs run than each of them allows."""
+        running = [c.job.id for started in self.running.values() for c in started]
+        assert len(running) <= min([self.slots[id_] for id_ in running], default=0), self.running
+        self.most = max(self.most, len(running))
 
     def due(self, queue: str) -> list[str]:
         due = "where queue = %s and next_run_at <= now() order by next_run_at, id"
@@ -680,10 +711,10 @@ class Chains:
         return [id_ for (id_,) in jobs]
 
     def end_first(self, worker: str, *, drains: bool) -> None:
-        chain = self.chain[worker]
-        if not chain:
+        chain, lines, running = self.chain[worker], self.lines[worker], self.running[worker]
+        if not running:
             return
-        [first, *rest] = chain
+        first = self.random.choice(running)
         events = ["complete", "retry", "give back", "delete", "die"]
         event = "complete" if drains else self.random.choice([*events[:1] * 3, *events[1:]])
         ended = [first]
@@ -694,7 +725,7 @@ class Chains:
             case "retry":
                 ask_all(self.conn, [postpone([Postponed(first, 0.0, "again", refund=False)])])
             case "give back":
-                ended = chain.copy()
+                ended = [first, *lines.waiting]
                 ask_all(self.conn, [release_jobs(first.job.queue, ended, tell=False)])
             case "delete":
                 self.conn.execute("delete from bgjob_job where id = %s", [first.job.id])
@@ -708,7 +739,14 @@ class Chains:
                     [tokens],
                 )
         self.chain[worker] = [c for c in chain if c not in ended]
-        if not self.chain[worker] and event not in ("delete", "die"):
+        for each in [c for c in running if c in ended]:
+            running.remove(each)
+            lines.leave(each, goes_on=event not in ("give back", "die"))
+        lines.take_ended()
+        running += self.jobs[worker]
+        self.jobs[worker].clear()
+        self.check()
+        if len(self.chain[worker]) < self.places[worker] and event not in ("delete", "die"):
             self.release(first.job.queue)
 
     def release(self, queue: str) -> None:
@@ -732,12 +770,19 @@ class Chains:
             self.end_first(worker, drains=drains)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_first_jobs_of_a_key_and_a_queue_always_go_first_and_one_worker_has_the_key(
-    dsn: str, conn: psycopg.Connection, seed: int
+@pytest.mark.parametrize(
+    ("seed", "numbers"),
+    [
+        *((seed, [None]) for seed in range(6)),
+        *((seed, [3]) for seed in range(6)),
+        *((seed, [None, 2, 2, 3]) for seed in range(6)),
+    ],
+)
+def test_the_first_jobs_of_a_key_and_a_queue_always_go_first_and_no_more_than_it_has_slots(
+    dsn: str, conn: psycopg.Connection, seed: int, numbers: list[int | None]
 ) -> None:
     with Client(dsn) as client:
-        world = Chains(conn, client, seed)
+        world = Chains(conn, client, seed, numbers)
         for _ in range(120):
             if world.random.random() < 0.5:
                 world.enqueue()
@@ -747,6 +792,7 @@ def test_the_first_jobs_of_a_key_and_a_queue_always_go_first_and_one_worker_has_
             world.step(drains=True)
             left -= 1
     assert world.done == world.enqueued
+    assert world.most == (numbers[0] or 1) or len(numbers) > 1 < world.most
     world.look("a")
     assert count(conn, "bgjob_exclusive") == 0
 
@@ -967,7 +1013,7 @@ def chained(*jobs: Job, concurrency: int = 10) -> tuple[Engine, list[Claimed]]:
     assert engine.acknowledge(reply, 0.0).run == []
     asked = engine.step(0.0)
     assert isinstance(asked, Exchange)
-    assert not asked.release and not asked.surplus
+    assert not asked.release
     granted = {(c.job.id, c.token): True for c in asked.acquire}
     return engine, engine.acknowledge(Reply(acquired=granted), 0.0).run
 
@@ -994,7 +1040,7 @@ def test_a_key_is_released_when_the_last_job_of_its_claim_is_settled() -> None:
     assert end(engine, 0.02, second).release == []
     step = end(engine, 0.03, last)
     assert step.release == ["k"]
-    assert step.wakes > 100  # as many as one slot runs soon: these were quick
+    assert step.in_a_row > 100  # as many as one slot runs soon: these were quick
 
 
 def test_the_jobs_of_a_key_run_in_the_order_in_which_they_are_due_whatever_their_priority() -> None:
@@ -1071,7 +1117,8 @@ def test_a_worker_has_as_many_jobs_of_a_key_as_one_slot_runs_soon() -> None:
     for now in range(1, 9):
         match engine.step(float(now)):
             case Exchange() as exchange:
-                surplus += [c.job.id for c in exchange.surplus]
+                asked = zip(exchange.acquire, exchange.ahead, strict=True)
+                surplus += [c.job.id for c, number in asked if number > exchange.in_a_row]
                 found = claims if exchange.claim and exchange.claim.limit else []
                 claims = claims if not found else []
                 lines = [Line(0, NOON, None, has_suspects=False)]

@@ -924,6 +924,7 @@ LIVE = looks.Live(
     saved=None,
     group=None,
     waits_for_group=False,
+    slots=None,
 )
 
 

@@ -173,7 +173,7 @@ def test_the_keys_of_cancelled_jobs_are_passed_on_without_a_look_at_others(
 ) -> None:
     keys = [f"key {n}" for n in range(5)]
     check(conn, lock_keys(keys), 20)
-    check(conn, release("keyed", keys), 200)
+    check(conn, release("keyed", keys), 200, "Tid Scan")
     waiting = count(conn, "bgjob_job where waits")
     woken = conn.execute(cast(Any, release("keyed", keys).text), release("keyed", keys).params)
     assert len(woken.fetchall()) == 2  # one for each priority

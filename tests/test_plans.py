@@ -122,24 +122,35 @@ FILL_KEYS = """
         union all select 0, 'not delayed', 'delayed', false, '2021', true
         union all select n, 'single ' || n, 'single ' || n, false, '2021', n <= %(batch)s
         from generate_series(1, 4 * %(jobs)s / 10) n
+        -- Of three slots one worker has two, and asks for the third; others wait.
+        union all select n, 'slot ' || n, 'slots', n > 3, '2021', n < 4
+        from generate_series(1, %(jobs)s / 10) n
         union all select n, 'next ' || n, 'next ' || n, true, '2021', false
         from generate_series(1, least(%(batch)s, %(jobs)s / 10)) n
     ), written as (
         insert into bgjob_job (
-            id, queue, type, exclusive, waits, next_run_at, attempt, token, lease_until
+            id, queue, type, exclusive, waits, next_run_at, attempt, token, lease_until, slots
         )
         select id, 'keyed', 't', key, waits, (due || '-01-01 00:00+00')::timestamptz
-            + n * interval '1 ms', claimed::int, case when claimed then 1 end,
-            case when claimed then timestamptz '2100-01-01 00:00+00' end
+            + n * interval '1 ms', claimed::int,
+            case when claimed then case when key = 'slots' then n else 1 end end,
+            case when claimed then timestamptz '2100-01-01 00:00+00' end,
+            case when key = 'slots' then 3 end
         from job
     )
-    insert into bgjob_exclusive
-    select key, case when key in ('held', 'free') then '{1}'::bigint[] end,
-        case when key in ('held', 'free') then 'keyed' end, since, id, since, id
-    from (select key, case key when 'held' then 'holder' when 'free' then 'gone' end as id,
-        case when key in ('held', 'free') then timestamptz '2020-01-01 00:00+00' end as since
-        from job group by key
-    ) as k
+    insert into bgjob_exclusive (
+        key, tokens, queue, since, since_id, until, until_id, places, slots
+    )
+    select distinct on (job.key) job.key, h.tokens, h.queue, h.since, h.since_id, h.until,
+        h.until_id, coalesce(h.places, 1), coalesce(h.slots, 1)
+    from job left join (
+        values ('held', '{1}'::bigint[], 'keyed', timestamptz '2020-01-01 00:00+00', 'holder',
+                timestamptz '2020-01-01 00:00+00', 'holder', 1, 1),
+            ('free', '{1}', 'keyed', '2020-01-01 00:00+00', 'gone', '2020-01-01 00:00+00', 'gone',
+                1, 1),
+            ('slots', '{1,2}', 'keyed', '2021-01-01 00:00:00.001+00', 'slot 1',
+                '2021-01-01 00:00:00.002+00', 'slot 2', 2, 3)
+    ) as h (key, tokens, queue, since, since_id, until, until_id, places, slots) using (key)
 """
 
 # And jobs of groups: of one all are live, and as many are dead; of another none is live, and a
@@ -375,12 +386,15 @@ def each(kind: str) -> list[str]:
 
 
 SINGLES = [claimed for id_ in each("single") for claimed in wanting(id_, id_)]
+THIRD = [claimed._replace(token=3) for claimed in wanting("slots", "slot 3")]
 WORKERS_KEYS = {
     "lock": Hot(lock_keys([*each("single"), *each("next"), "new"]), 2 * BATCH + 1),
     "acquire": Hot(acquire("keyed", SINGLES), BATCH, BATCH),
     "acquire what is held": Hot(
         acquire("keyed", wanting("held", *each("late"))), BATCH + ASIDE, BATCH + ASIDE
     ),
+    "acquire a slot": Hot(acquire("keyed", THIRD, most=3), FEW, 2),
+    "release what has a slot": Hot(release("keyed", ["slots"]), FEW, 1),
     "release": Hot(release("keyed", each("next")), 2 * BATCH, BATCH),
     "release what nobody waits for": Hot(release("keyed", each("single")), 2 * BATCH, 0),
     "sweep": Hot(sweep("keyed", limit=BATCH, lease=60, token=2), BATCH + EDGE, BATCH),

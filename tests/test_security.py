@@ -536,7 +536,6 @@ REFUSED: dict[str, list[LiteralString]] = {
         "update bgjob_job set type = 'x'",
         "update bgjob_job set created_at = now()",
         "update bgjob_exclusive set key = 'x'",
-        "insert into bgjob_exclusive (key, tokens) values ('x', '{1}')",
         "select arg from bgjob_dead_job",
         "select last_error from bgjob_dead_job",
         "insert into bgjob_dead_job (moved_at) values (now())",
@@ -838,7 +837,7 @@ def test_a_worker_whose_grants_are_withdrawn_goes_on(
 def _everything(group: str) -> list[Statement[Any]]:
     """Every statement of a role, each of which is refused whole if any privilege is missing."""
     request = EnqueueRequest("q", "t")
-    whole = EnqueueRequest("q", "t", headers={"tenant": 7}, expires=60)
+    whole = EnqueueRequest("q", "t", headers={"tenant": 7}, expires=60, exclusive="k", slots=2)
     claimed = Claimed(a_job(id="x")._replace(exclusive="k"), 1)
     keeping = EnqueueRequest("q", "t", keep=60)
     where = dead.DeadFilter()

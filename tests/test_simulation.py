@@ -96,6 +96,7 @@ class Row:
     is_charged: bool = False
     deaths: int = 0
     key: str | None = None
+    slots: int = 1
     waits: bool = False
     has_gone_back: bool = False
     """Whether the worker gave it back unstarted, and nobody has claimed it since."""
@@ -108,6 +109,15 @@ class Row:
     """The due time of the newest request that replaced it while it was claimed."""
     free_since: float = 0.0
     """On the worker's clock: when it was committed, given back, or last found locked."""
+
+
+@dataclass(slots=True)
+class Holder:
+    """One row of bgjob_exclusive: a worker that has been granted a key, or a place of it."""
+
+    claims: set[Key]
+    places: int
+    slots: int
 
 
 class Transactions:
@@ -152,7 +162,7 @@ class Table:
         self.freed: list[Key] = []  # by sweeps, in their order
         self.locked = 0.0  # the share of rows that others have locked
         self.barred: set[str] = set()  # jobs whose rows a stranger has locked
-        self.holders: dict[str, set[Key]] = {}  # bgjob_exclusive
+        self.holders: dict[str, dict[int, Holder]] = {}  # bgjob_exclusive, by its worker
         self.transactions = Transactions()
         self.granted: dict[Key, str] = {}
         self.fenced: set[Key] = set()  # claims that a cancel has ended, ever
@@ -227,12 +237,14 @@ class Table:
             reply.acquired = self.acquire(
                 exchange.acquire,
                 holding=exchange.holding,
-                surplus=exchange.surplus,
+                ahead=exchange.ahead,
+                in_a_row=exchange.in_a_row,
+                most=exchange.places,
                 began=began,
                 at=at,
             )
         if exchange.release:
-            reply.woken = self.release(exchange.release, most=exchange.wakes, at=at)
+            reply.woken = self.release(exchange.release, most=exchange.in_a_row, at=at)
         for group in exchange.groups:
             if group in self.over() and group not in self.barred:
                 row = self.rows[group]
@@ -282,85 +294,137 @@ class Table:
         claimed: list[Claimed],
         *,
         holding: Collection[int] = (),
-        surplus: Collection[Claimed] = (),
+        ahead: Collection[int] = (),
+        in_a_row: int = 1000,
+        most: int = 1,
         began: int,
         at: float,
-    ) -> dict[tuple[str, int], bool | None]:
+    ) -> dict[tuple[str, int], int | None]:
         """Grant keys; put aside those that cannot have theirs, and what waits for the same."""
         rows = [self.rows[id_] for id_ in self._match(claimed)]
         keys = {c.job.id: str(c.job.exclusive) for c in claimed}
         charged = {c.job.id: c.is_charged for c in claimed}
-        too_many = {c.job.id for c in surplus}
+        number = dict(zip((c.job.id for c in claimed), ahead or [1] * len(claimed), strict=True))
         own = {*holding, *(c.token for c in claimed)}
-        answers: dict[tuple[str, int], bool | None] = {}
+        worker = min([0, *own])  # rivals have negative tokens
+        answers: dict[tuple[str, int], int | None] = {}
         for key in sorted(set(keys.values())):
-            live = self._holders(key)
+            live = self.holds(key)
+            wanted = sorted((r for r in rows if keys[r.id] == key), key=lambda r: (r.due, r.id))
+            held = {claim for holder in live.values() for claim in holder.claims}
             others = [
                 (row.due, row.id)
                 for row in self.rows.values()
-                if row.key == key and row.token not in own and (row.waits or row.due <= began)
+                if row.key == key
+                and row.token not in own
+                and (row.waits or row.due <= began)
+                and (row.id, row.token) not in held
             ]
-            is_open = not live or any(token in own for _, token in live)
-            wanted = sorted((r for r in rows if keys[r.id] == key), key=lambda r: (r.due, r.id))
+            slots = min([row.slots for row in wanted], default=1)
+            room = min([slots, *(holder.slots for holder in live.values())])
+            room -= sum(self.used(h) for w, h in live.items() if w != worker)
+            has_all = min(room, most) == min([slots, *(holder.slots for holder in live.values())])
+            enough = min(room, most) * (in_a_row if has_all else 1)
+            ours = live.get(worker, Holder(set(), 1, slots))
             for row in wanted:
                 assert row.token is not None
-                fits = is_open and row.id not in too_many
+                fits = number[row.id] <= enough
                 has_key = fits and not (others and min(others) < (row.due, row.id))
-                has_key = has_key or (row.id, row.token) in live
+                has_key = has_key or (row.id, row.token) in ours.claims
                 is_written = not has_key or row.key is None
                 if is_written and not self._unlocked([row], 1, at):
                     answers[row.id, row.token] = None
                     continue
-                answers[row.id, row.token] = has_key
+                answers[row.id, row.token] = max(room, ours.places) * has_key
+                if room > 0:
+                    answers[row.id, row.token] = room * has_key
                 row.key = key
                 if has_key:
-                    self.holders.setdefault(key, set()).add((row.id, row.token))
+                    ours.claims.add((row.id, row.token))
+                    if room > 0:
+                        ours.places, ours.slots = min(room, most), min(ours.slots, slots)
+                    self.holders.setdefault(key, {})[worker] = ours
                     self.granted[row.id, row.token] = key
                 else:
                     promise(row.is_charged == charged[row.id], f"{row.id}: wrongly refunded")
                     row.token = row.lease_until = None
                     row.attempt -= charged[row.id]
                     row.waits, row.has_gone_back = True, False
-            if self._holders(key) and (not is_open or too_many & {row.id for row in wanted}):
+            is_surplus = any(number[row.id] > enough for row in wanted)
+            if self.holds(key) and is_surplus and room <= most:
                 for row in self.rows.values():
                     if row.key == key and row.token is None and row.due <= began:
                         row.waits, row.has_gone_back = True, False
-            self.holders.setdefault(key, set())
+            self.holders.setdefault(key, {})
         return answers
 
     def release(self, keys: list[str], *, most: int = 1, at: float) -> list[Woken]:
-        """Wake the first that wait for each key that is free."""
+        """Wake the first that wait for each key that has a free slot."""
         woken = []
         for key in sorted(set(keys)):
-            if self._holders(key) or key not in self.holders:
+            if key not in self.holders:
                 continue
+            live = self.holds(key)
+            held = {claim for holder in live.values() for claim in holder.claims}
             waits = [row for row in self.rows.values() if row.key == key and row.waits]
-            if not waits:
+            waits.sort(key=lambda row: (row.due, row.id))
+            if not (waits or live):
                 del self.holders[key]
-                continue
-            due = [(r.due, r.id) for r in self.rows.values() if r.key == key and not r.waits]
-            for row in sorted(waits, key=lambda row: (row.due, row.id))[:most]:
+            due = [
+                (r.due, r.id)
+                for r in self.rows.values()
+                if r.key == key and not r.waits and (r.id, r.token) not in held
+            ]
+            for row in waits[: self.room(key) * (1 if live else most)]:
                 if not due or (row.due, row.id) < min(due):
                     row.waits = False
                     row.free_since = at
                     woken.append(Woken(row.priority, EPOCH + row.due * MICROSECOND))
         return woken
 
-    def _holders(self, key: str) -> set[Key]:
-        """The claims that hold a key: others were settled, given back or lost."""
-        return {
-            (id_, token)
-            for id_, token in self.holders.get(key, ())
-            if id_ in self.rows and self.rows[id_].token == token
-        }
+    def holds(self, key: str) -> dict[int, Holder]:
+        """The holders of a key with their claims: others were settled, given back or lost."""
+        live = {}
+        for worker, holder in self.holders.get(key, {}).items():
+            claims = {
+                c for c in holder.claims if c[0] in self.rows and self.rows[c[0]].token == c[1]
+            }
+            if claims:
+                live[worker] = Holder(claims, holder.places, holder.slots)
+        return live
+
+    @staticmethod
+    def used(holder: Holder) -> int:
+        return min(holder.places, len(holder.claims))
+
+    def room(self, key: str) -> int:
+        """How many slots of a key are free for the first job that waits for it."""
+        live = self.holds(key).values()
+        waits = [row for row in self.rows.values() if row.key == key and row.waits]
+        first = min(waits, key=lambda row: (row.due, row.id), default=None)
+        slots = min([first.slots if first else 1, *(holder.slots for holder in live)])
+        return max(slots - sum(map(self.used, live)), 0)
 
     def _blocked(self, began: int) -> list[str]:
         def is_next_due(key: str) -> bool:
             """Whether the first of the key's jobs needs no release, but a claim."""
-            rows = [r for r in self.rows.values() if r.key == key and (r.waits or r.due <= began)]
+            held = {claim for holder in self.holds(key).values() for claim in holder.claims}
+            rows = [
+                r
+                for r in self.rows.values()
+                if r.key == key and (r.waits or r.due <= began) and (r.id, r.token) not in held
+            ]
             return bool(rows) and not min(rows, key=lambda row: (row.due, row.id)).waits
 
-        return [key for key in self.holders if not (self._holders(key) or is_next_due(key))]
+        return [
+            key
+            for key in self.holders
+            if not is_next_due(key)
+            and (self.room(key) if self._waits(key) else not self.holds(key))
+        ]
+
+    def _waits(self, key: str) -> bool:
+        return any(row.key == key and row.waits for row in self.rows.values())
 
     def _sweep_within(
         self,
@@ -641,6 +705,9 @@ class History:
         self.named = random.choice([0.0, 0.5])  # of those, whose key their handler names
         self.cancels, self.replacing = Random(-7 - seed), Random(-11 - seed)
         self.grouping = Random(-13 - seed)
+        self.numbers = Random(-13 - seed)
+        self.several = self.numbers.choice([[1], [1], [2], [3], [1, 2, 3, 3]])  # slots of keys
+        self.slots: dict[str, int] = {}  # by job
         self.interrupted: set[Key] = set()  # handlers whose end came early
         self.given_up: set[Key] = set()
         self.requeued = 0
@@ -800,6 +867,7 @@ class History:
         row = Row(id_, random.choice([0, 0, 0, -1, 5]), self.db_now + int(delay * SECOND))
         if random.random() < self.keys:
             row.key = random.choice("ab")
+            row.slots = self.slots[id_] = self.numbers.choice(self.several)
             if random.random() < self.named:
                 self.key_of[id_], row.key = row.key, None
         if self.fates.random() < self.suspects:
@@ -1077,13 +1145,19 @@ class History:
         job, token, _ = claimed
         if job.exclusive is None:
             return
-        for id_, other in self.table._holders(job.exclusive):
-            if (id_, other) == (job.id, token):
-                continue
-            runs = (id_, other) in self.running and (id_, other) not in self.given_up
-            promise(not runs, f"{job.id}: runs beside {id_}, which has the same key")
-            is_ours = other > 0 or self.clock_stepped or not self._is_live(claimed)
-            promise(is_ours, f"{job.id}: runs while another worker has its key")
+        runs = {(job.id, token)}
+        allowed, elsewhere = [self.slots.get(job.id, 1)], 0
+        for worker, holder in self.table.holds(job.exclusive).items():
+            here = holder.claims & self.running - self.given_up
+            runs |= here
+            allowed += [self.slots.get(id_, 1) for id_, _ in here]
+            if worker and not self.clock_stepped and self._is_live(claimed):
+                elsewhere += self.table.used(holder)
+                allowed.append(holder.slots)
+        promise(
+            len(runs) + elsewhere <= min(allowed),
+            f"{job.id}: runs beside {runs}, and {elsewhere} elsewhere, of {min(allowed)}",
+        )
         lost = self.turns - self.lost_since.get(claimed, self.turns)
         promise(lost <= 3, f"{job.id}: starts long after it was lost")
         due = (job.next_run_at - EPOCH) // MICROSECOND
@@ -1317,7 +1391,7 @@ class History:
                 self._hear(news, began)
                 self._count_fruit(bool(settled or exchange.extend or exchange.acquire or news.run))
                 self.lines.held_until = self.engine.held_until
-                self.waiting.extend(self.lines.enter(news.run))
+                self.waiting.extend(self.lines.enter(news.run, self.engine.places))
                 self._start_handlers()
                 return ahead
             case "rejected":
@@ -1702,12 +1776,19 @@ class History:
         for key in self.table.holders:
             rows = [row for row in self.table.rows.values() if row.key == key]
             first = min(rows, key=lambda row: (row.due, row.id), default=None)
-            if first is None or not first.waits or self.table._holders(key):
+            held = {c for holder in self.table.holds(key).values() for c in holder.claims}
+            rows = [row for row in rows if (row.id, row.token) not in held]
+            first = min(rows, key=lambda row: (row.due, row.id), default=None)
+            if first is None or not first.waits or not self.table.room(key):
                 self.key_free_since.pop(key, None)
                 continue
             since = self.key_free_since.setdefault(key, self.now)
             waited = self.now - max(since, self.disturbed_at) - 2 * self.sweeps_take
-            promise(waited <= 0.3, f"{first.id}: waits for {key}, which is free")
+            # A slot that this worker has no room for is left to others, when they poll at the latest.
+            ours = self.table.holds(key).get(0)
+            is_full = ours is not None and self.table.used(ours) == self.concurrency
+            most = 0.3 + is_full * (self.poll_interval + self.longest_pass)
+            promise(waited <= most, f"{first.id}: waits for {key}, which is free")
 
     def _check_freedom(self) -> None:
         """A lease that has ended is noticed, whatever the worker is busy with.

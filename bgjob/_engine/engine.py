@@ -31,6 +31,7 @@ from bgjob._engine.pause import FIRST, Pause
 from bgjob._engine.protocol import MOST, Exchange, Sleep, Step, Stop, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
+from bgjob._sql.keys import NO_SLOTS
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost, QueueIsEmpty
 from bgjob.limit import Limit
@@ -57,6 +58,7 @@ class Engine:
         transactional: Collection[str] = (),
         checkpointed: Collection[str] = (),
         names_keys: bool = False,
+        slots: Mapping[str, int] = NO_SLOTS,
         kept: Collection[str] = (),
         batches: Mapping[str, int] | None = None,
         only_batches: bool = False,
@@ -82,7 +84,7 @@ class Engine:
         self._leases = Leases(lease)
         self._cancels = Cancels()
         self._settling = Settling(self._leases, self._cancels, Pause(longest_pause), transactional)
-        self._keys = Keys(self._leases, self.pace)
+        self._keys = Keys(self._leases, self.pace, concurrency, slots)
         self._locked = Locked(Pause(longest_pause))
         self._over = Over()
         self._lookout = Lookout(poll_interval, notify=notify)
@@ -202,6 +204,11 @@ class Engine:
     def keeps_results(self) -> bool:
         """Whether some job had a result to keep."""
         return self._settling.keeps_results
+
+    @property
+    def places(self) -> Mapping[str, int]:
+        """How many jobs of a key run at once here; one of those that are not in it."""
+        return self._keys.places
 
     @property
     def held_until(self) -> float:

@@ -1,7 +1,7 @@
 """The exclusive keys of claimed jobs: which to ask for, and which to release."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -25,7 +25,19 @@ class _Chain:
     unsent: set[tuple[str, int]] = field(default_factory=set)
     """They hold the key, and no settlement of them was sent."""
     running: set[tuple[str, int]] = field(default_factory=set)
-    """Those without an outcome. One runs, the others wait for its end."""
+    """Those without an outcome. Up to `places` run, the others wait for their end."""
+    places: int = 1
+    """How many of the key's slots this worker has."""
+
+    @property
+    def behind(self) -> int:
+        """How many jobs wait for one before them."""
+        return max(len(self.running) - self.places, 0)
+
+    @property
+    def leaves_slot(self) -> bool:
+        """Whether it has too few jobs for its places, so that others may have the rest."""
+        return len(self.unsent) < self.places
 
 
 class Keys:
@@ -33,21 +45,27 @@ class Keys:
 
     A job that needs a key is in `wanting` or in a sent exchange until the server grants it, and
     is not handed out before. Then it is in the chain of its key until its settlement is sent.
-    The exchange with the last settlement of a chain releases the key, and so does each that
-    repeats one: the server knows whether the key is free. A key in `free` is held by no job of
-    this worker.
+    The exchange with a settlement after which a chain uses fewer slots of its key, mostly the
+    last one, releases the key, and so does each that repeats one: the server knows whether the key
+    is free. A key in `free` has a slot that no job of this worker uses.
 
-    Jobs of a key run one after the other, so the worker has as many as one slot will run
-    soon; the others are put aside. All but the first of a chain take no slot, so that a chain
-    behind a slow job holds up no other job.
+    Jobs of a key run one after the other in each of its slots, so the worker has as many as these
+    will run soon; the others are put aside. All that wait for one before them take no slot of the
+    worker, so that a chain behind a slow job holds up no other job.
     """
 
-    def __init__(self, leases: Leases, pace: Pace) -> None:
+    def __init__(
+        self, leases: Leases, pace: Pace, concurrency: int, slots: Mapping[str, int]
+    ) -> None:
         self._leases = leases
         self._pace = pace
+        self._concurrency = concurrency  # always the same: a holder never gives up a used place
+        self._slots = slots  # of the keys that handlers name, by type
         self.wanting: deque[Claimed] = deque()
         self._chains: dict[str, _Chain] = {}
         self.free: dict[str, None] = {}  # in order
+        self.places: dict[str, int] = {}
+        """How many jobs of a key run at once here; one of those that are not in it."""
         self.are_used = False
         """Whether some job has had a key."""
         self.gives_back = False
@@ -110,11 +128,12 @@ class Keys:
             chain = self._chains.get(job.exclusive)
             if chain is not None:
                 chain.unsent.discard((job.id, token))
-                if chain.unsent:
+                if not chain.leaves_slot:
                     continue
-                del self._chains[job.exclusive]
+                if not chain.unsent:
+                    self._end_chain(job.exclusive)
             exchange.release.append(job.exclusive)
-        exchange.wakes = self._pace.in_a_row
+        exchange.in_a_row = self._pace.in_a_row
 
     def add_wanting(self, exchange: Exchange, now: float) -> None:
         """Release free keys, and ask for others."""
@@ -127,13 +146,16 @@ class Keys:
             count = min(len(self.wanting), self._limit)
             exchange.acquire = _in_due_order([self.wanting.popleft() for _ in range(count)])
             exchange.holding = [*self._leases.tokens]
-            most, counts = self._pace.in_a_row, defaultdict[str, int](int)
+            exchange.places, exchange.slots = self._concurrency, self._slots
+            counts: dict[str, int] = {}
             for claimed in exchange.acquire:
                 key = str(claimed.job.exclusive)
-                counts[key] += 1
-                chain = self._chains.get(key)
-                if counts[key] + (0 if chain is None else len(chain.running)) > most:
-                    exchange.surplus.append(claimed)
+                before = counts.get(key)
+                if before is None:
+                    chain = self._chains.get(key)
+                    before = 0 if chain is None else len(chain.running)
+                counts[key] = before + 1
+                exchange.ahead.append(before + 1)
 
     # -- answers ------------------------------------------------------------------------
 
@@ -146,15 +168,23 @@ class Keys:
         """
         gone: list[Claimed] = []
         locked: list[Claimed] = []
+        granted: dict[str, int] = {}
         for claimed in exchange.acquire:
-            has_key = reply.acquired.get((claimed.job.id, claimed.token), False)
-            if has_key is False or self._leases.batch(claimed) is None:
+            slots = reply.acquired.get((claimed.job.id, claimed.token), 0)
+            if slots == 0 or self._leases.batch(claimed) is None:
                 gone.append(claimed)
-            elif has_key:
-                self._grant(claimed)
-                run.append(claimed)
-            else:
+            elif slots is None:
                 locked.append(claimed)
+            else:
+                granted[str(claimed.job.exclusive)] = slots
+                self._grant(claimed, min(slots, exchange.places))
+                run.append(claimed)
+        for key, slots in granted.items():
+            chain = self._chains[key]
+            if chain.places > 1 or key in self.places:
+                self.places[key] = chain.places
+            if min(len(chain.unsent), chain.places) < slots:
+                self.free[key] = None  # others may have the rest
         if exchange.acquire:
             self.wanting += locked
             self._ask_at = now + self._pause.seconds if locked else -inf
@@ -199,17 +229,19 @@ class Keys:
 
     # -- chains -------------------------------------------------------------------------
 
-    def _grant(self, claimed: Claimed) -> None:
+    def _grant(self, claimed: Claimed, places: int) -> None:
         job, token, _ = claimed
         chain = self._chains.setdefault(str(job.exclusive), _Chain())
-        self._pace.behind += bool(chain.running)
+        self._pace.behind -= chain.behind
+        chain.places = places
         chain.running.add((job.id, token))
         chain.unsent.add((job.id, token))
+        self._pace.behind += chain.behind
 
     def _ends(self, claimed: Claimed, chain: _Chain) -> None:
-        if (claimed.job.id, claimed.token) in chain.running:
-            chain.running.discard((claimed.job.id, claimed.token))
-            self._pace.behind -= bool(chain.running)
+        self._pace.behind -= chain.behind
+        chain.running.discard((claimed.job.id, claimed.token))
+        self._pace.behind += chain.behind
 
     def _leave(self, claimed: Claimed) -> None:
         """Forget a job that holds its key no longer, or is another worker's."""
@@ -218,9 +250,14 @@ class Keys:
         if key is not None and chain is not None:
             self._ends(claimed, chain)
             chain.unsent.discard((claimed.job.id, claimed.token))
-            if not chain.unsent:
-                del self._chains[key]
+            if chain.leaves_slot:
                 self.free[key] = None
+            if not chain.unsent:
+                self._end_chain(key)
+
+    def _end_chain(self, key: str) -> None:
+        del self._chains[key]
+        self.places.pop(key, None)
 
 
 def _in_due_order(claimed: Sequence[Claimed]) -> list[Claimed]:

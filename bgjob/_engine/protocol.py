@@ -1,6 +1,6 @@
 """The engine's steps: what the control thread does next."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from math import inf
@@ -19,6 +19,7 @@ from bgjob._sql.claims import (
 )
 from bgjob._sql.groups import end_groups
 from bgjob._sql.keys import (
+    NO_SLOTS,
     acquire,
     barred_keys,
     blocked,
@@ -111,12 +112,16 @@ class Exchange(Settlements):
     """Jobs that need their keys."""
     holding: Sequence[int] = ()
     """This worker's claims, which may hold these keys."""
-    surplus: list[Claimed] = field(default_factory=list)
-    """Those that are put aside even if their key is free: the worker has enough of it."""
+    ahead: list[int] = field(default_factory=list)
+    """For each its number among the jobs of its key that the worker has, or asks for."""
+    places: int = 1
+    """The most slots of a key that this worker uses."""
+    slots: Mapping[str, int] = field(default_factory=lambda: NO_SLOTS)
+    """By type, the slots of the keys that its jobs' handlers name."""
     release: list[str] = field(default_factory=list)
-    """Keys whose jobs are settled, or that no job holds."""
-    wakes: int = 1
-    """The most jobs to wake for each of them."""
+    """Keys whose jobs are settled, or that have a slot that no job of this worker uses."""
+    in_a_row: int = 1
+    """The most jobs to have, or to wake, for each slot of a key; the others are put aside."""
     probe: list[Claimed] = field(default_factory=list)
     """Jobs whose rows other sessions may have locked."""
     probe_keys: list[str] = field(default_factory=list)
@@ -239,10 +244,18 @@ class Exchange(Settlements):
             keys = [str(claimed.job.exclusive) for claimed in self.acquire]
             plan.append(Part(lock_keys([*keys, *self.release]), Reply.ignore))
         if self.acquire:
-            acquires = acquire(queue, self.acquire, holding=self.holding, surplus=self.surplus)
+            acquires = acquire(
+                queue,
+                self.acquire,
+                holding=self.holding,
+                ahead=self.ahead,
+                in_a_row=self.in_a_row,
+                most=self.places,
+                slots=self.slots,
+            )
             plan.append(Part(acquires, Reply.set_acquired))
         if self.release:
-            plan.append(Part(release(queue, self.release, most=self.wakes), Reply.set_woken))
+            plan.append(Part(release(queue, self.release, most=self.in_a_row), Reply.set_woken))
         if self.probe:
             plan.append(Part(barred(self.probe), Reply.set_barred))
         if self.probe_keys:

@@ -32,8 +32,8 @@ class Reply:
     swept: Swept = _NOTHING_SWEPT
     lines: list[Line] = field(default_factory=list)
     group: Group = _NO_GROUP
-    acquired: Mapping[tuple[str, int], bool | None] = field(default_factory=dict)
-    """Whether the job of an id and token has its key; see `acquire`."""
+    acquired: Mapping[tuple[str, int], int | None] = field(default_factory=dict)
+    """The slots that this worker may use of the key of a job, by id and token; see `acquire`."""
     woken: list[Woken] = field(default_factory=list)
     blocked: Blocked = _NOTHING_BLOCKED
     strays: list[Stray] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Reply:
     def set_group(self, group: Group) -> None:
         self.group = group
 
-    def set_acquired(self, acquired: Mapping[tuple[str, int], bool | None]) -> None:
+    def set_acquired(self, acquired: Mapping[tuple[str, int], int | None]) -> None:
         self.acquired = acquired
 
     def set_woken(self, woken: list[Woken]) -> None:

@@ -1,10 +1,15 @@
 """Rules of a live job: its claim, its time, and what it waits behind."""
 
+from collections.abc import Sequence
+
 from bgjob._explanation import words
 from bgjob._explanation.seen import Reasons, Seen
-from bgjob._sql.looks import CAP, Live
+from bgjob._sql.looks import CAP, KeyHolder, Live
 from bgjob._words import count, lasting, literal
 from bgjob.explanation import Reason
+
+_NAMED = 5
+"""The holders of a key that are named, besides the first."""
 
 
 def running(seen: Seen) -> Reasons:
@@ -189,26 +194,32 @@ def limited(seen: Seen) -> Reasons:
 
 
 def key(seen: Seen) -> Reasons:
-    """Yield which job holds its exclusive key, or that none does."""
+    """Yield which jobs hold its exclusive key, or that it is free."""
     job, key = seen.job, seen.key
     if job is None or key is None:
         return
     before = f"; {words.capped(key.before)} of its queue come before it" if key.before else ""
-    facts: dict[str, object] = {"key": job.exclusive, "before": key.before}
-    holder = key.holder
+    facts: dict[str, object] = {"key": job.exclusive, "slots": key.slots, "before": key.before}
     verb = "waits for" if job.waits else "needs"
-    if holder is None:
+    name, which, holds = f"the exclusive key {job.exclusive!r}", "which", "holds"
+    if key.slots > 1:
+        name, which, holds = f"one of the {key.slots:,} slots of {name}", "of which", "holds one"
+    if key.is_free:
         if job.waits:
+            free = "which nobody holds"
+            if key.slots > 1:
+                free = f"of which {key.slots - len(key.holders):,} are free"
             yield Reason(
                 "key_free",
                 False,
-                f"It waits for the exclusive key {job.exclusive!r}, which nobody holds: the next "
-                f"full look of a worker of its queue finds that{before}.",
+                f"It waits for {name}, {free}: the next full look of a worker of its queue finds "
+                f"that{before}.",
                 facts=facts,
             )
         return
-    if holder.id == job.id:
+    if job.id in {each.id for each in key.holders}:
         return
+    holder, *others = key.holders
     since, whom, claim = words.claim(holder.token, seen.key_claimant, seen)
     if holder.lease_left > 0:
         lease = f"its lease ends in {lasting(holder.lease_left)}"
@@ -217,15 +228,28 @@ def key(seen: Seen) -> Reasons:
             f"its lease ended {lasting(-holder.lease_left)} ago, and the next full look of a "
             "worker of either queue sets the key free"
         )
+    also = f"; {_hold(others)} {'it too' if key.slots == 1 else 'the others'}" if others else ""
     yield Reason(
         "key_held",
         False,
-        f"It {verb} the exclusive key {job.exclusive!r}, which job {holder.id!r} (queue "
-        f"{holder.queue!r}, type {holder.type!r}) holds{words.since_when(since, seen.now)} on "
-        f"{whom}; {lease}{before}.",
+        f"It {verb} {name}, {which} job {holder.id!r} (queue {holder.queue!r}, type "
+        f"{holder.type!r}) {holds}{words.since_when(since, seen.now)} on {whom}; "
+        f"{lease}{also}{before}.",
         f"see what holds that one up: bgjob explain {words.argument(holder.id)}",
-        facts | {"holder": holder.id, "holder_queue": holder.queue} | claim,
+        facts
+        | {"holder": holder.id, "holder_queue": holder.queue}
+        | {"others": [other.id for other in others[:_NAMED]]}
+        | claim,
     )
+
+
+def _hold(others: Sequence[KeyHolder]) -> str:
+    """Return which jobs hold a key, in words."""
+    names = [repr(each.id) for each in others[:_NAMED]]
+    if len(others) > _NAMED:
+        names.append(f"{len(others) - _NAMED:,} more")
+    *first, last = names
+    return f"{', '.join(first)} and {last} hold" if first else f"{last} holds"
 
 
 def suspect(seen: Seen) -> Reasons:

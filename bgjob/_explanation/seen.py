@@ -57,7 +57,7 @@ class Seen:
     """The limit of its queue."""
     key: Key | None = None
     key_claimant: Claimant | None = None
-    """The worker that holds the holder of the key."""
+    """The worker that holds the first holder of the key."""
     ahead: Ahead | None = None
     members: Members | None = None
     """The live jobs of the group that it waits for."""

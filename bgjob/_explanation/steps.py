@@ -117,8 +117,8 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
         seen = replace(seen, limit=limited[0])
     if job.exclusive is not None:
         key: looks.Key | None = yield from ask(looks.key(job), "its exclusive key")
-        holder = None if key is None else key.holder
-        by = None if holder is None else (yield from claimant(holder.token))
+        holders = () if key is None else key.holders
+        by = (yield from claimant(holders[0].token)) if holders else None
         seen = replace(seen, key=key, key_claimant=by)
     if job.waits_for_group:
         members = yield from ask(looks.members(job.id), "the jobs of its group")

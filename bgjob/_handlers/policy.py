@@ -9,11 +9,12 @@ from typing import TypeAlias, TypedDict
 from bgjob._checks import Duration, seconds
 from bgjob._handlers.call import Middleware, can_be_called
 from bgjob._logger import log as _log
-from bgjob.job import Job, check_key, check_name, check_priority
+from bgjob.job import Job, check_key, check_name, check_priority, check_slots
 from bgjob.result import Backoff, BackoffPolicy, MoveToDlq
 
 Exclusive: TypeAlias = bool | Callable[[Job], str | None]
-"""True: jobs of the type run one at a time. A callable: jobs with the same key do."""
+"""True: jobs of the type run one at a time. A callable: jobs with the same key do. `slots` lets
+more of them run."""
 
 MAX_ATTEMPTS = 25
 """The default of a job type."""
@@ -46,6 +47,7 @@ class Policy(TypedDict, total=False):
     priority: int | None
     retry_priority: int | None
     exclusive: Exclusive | None
+    slots: int | None
     keep: bool
     middleware: Sequence[Middleware]
 
@@ -65,6 +67,8 @@ class TypePolicy:
     """The default of `Mux.request`."""
     retry_priority: int | None
     exclusive: Exclusive | None
+    slots: int | None = None
+    """How many jobs of a key run at once; None for one."""
     keep: bool = False
     """Whether completed jobs are written to bgjob_history."""
     batch: int | None = None
@@ -98,6 +102,13 @@ class TypePolicy:
                 f"exclusive {of_type} must be True for one job at a time, or a callable from a "
                 f"job to its key, not {exclusive!r}"
             )
+        if self.slots is not None:
+            check_slots(self.slots, f"slots {of_type}")
+            if not exclusive:
+                raise ValueError(
+                    f"slots {of_type} is the number of jobs of a key that run at once, and the "
+                    "type has none: pass exclusive=True too, or a callable from a job to its key"
+                )
         if not isinstance(self.keep, bool):
             raise TypeError(f"keep {of_type} must be True or False, not {self.keep!r}")
         self._check_batch(of_type)

@@ -112,7 +112,8 @@ class Route:
             now,
             headers=request.headers,
         )
-        return replace(request, arg=arg, exclusive=policy.key(job))
+        key = policy.key(job)
+        return replace(request, arg=arg, exclusive=key, slots=None if key is None else policy.slots)
 
     def holding(self, store: "Store | AsyncStore") -> "Route":
         """Return the route of one run, whose checkpoint is in this store."""

@@ -120,12 +120,15 @@ def hold(
             now = (yield from ask(clock())).timestamp()
         run = copy_context().run(_routed, Claimed(job, token), mux, now, lease)
         if run.claimed.job.exclusive is not None:
-            reply = yield from _exchange(queue, Exchange(acquire=[run.claimed]))
-            has_key = reply.acquired.get((job.id, token), False)
-            if has_key is None:  # undecided
+            exchange = Exchange(acquire=[run.claimed], slots=mux.slots)
+            reply = yield from _exchange(queue, exchange)
+            slots = reply.acquired.get((job.id, token), 0)
+            if slots is None:  # undecided
                 yield from _exchange(queue, Exchange(release_jobs=[run.claimed]))
-            if not has_key:
+            if not slots:
                 continue  # it waits for its key: claim another
+            if slots > 1:  # others may have the rest
+                yield from _exchange(queue, Exchange(release=[str(run.claimed.job.exclusive)]))
         return run
 
 

@@ -26,7 +26,7 @@ DEAD_COLUMNS = f"""
     {in_range("job_created_at")}, {in_range("job_updated_at")}, exclusive,
     {in_range("moved_at")}, id, fingerprint, worker,
     case when expires is not null then {in_range("expires")} end, checkpoint, group_id,
-    group_dead, headers::text
+    group_dead, slots, headers::text
 """
 
 _DEAD_CONDITIONS: Mapping[str, LiteralString] = {
@@ -125,9 +125,9 @@ def listed(where: DeadFilter, *, limit: int) -> Statement[list[DeadJob]]:
 
 
 def dead_job(row: Row) -> DeadJob:
-    *columns, fingerprint, worker, expires, checkpoint, group, group_dead, headers = row
+    *columns, fingerprint, worker, expires, checkpoint, group, group_dead, slots, headers = row
     number = fingerprint_of(fingerprint)
-    rest = (number, worker, expires, read(headers), checkpoint, group, group_dead)
+    rest = (number, worker, expires, read(headers), checkpoint, group, group_dead, slots)
     return DeadJob._make((*columns, *rest))
 
 
@@ -266,13 +266,13 @@ def requeue(where: DeadFilter, *, keep_checkpoint: bool = True) -> Statement[Req
         with locked as materialized ({_LOCKED.format(which=latest, others="")}), back as (
             insert into bgjob_job (
                 id, queue, type, arg, last_error, priority, exclusive, created_at, headers, expires,
-                checkpoint, group_id, group_dead, next_run_at, keep
+                checkpoint, group_id, group_dead, next_run_at, keep, slots
             )
             select job_id, queue, type, arg, last_error, priority, exclusive, job_created_at,
                 headers, case when expires > clock_timestamp() then expires end, {checkpoint},
                 group_id, group_dead,
                 case when group_id = job_id and group_dead is null then 'infinity'
-                    else clock_timestamp() end, keep
+                    else clock_timestamp() end, keep, slots
             from bgjob_dead_job
             where id = any (array(select id from locked))
             order by job_id collate "C"

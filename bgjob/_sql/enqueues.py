@@ -1,9 +1,9 @@
 """Enqueue jobs, and notify the workers of their queues."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import add
-from typing import LiteralString, NamedTuple
+from typing import Literal, LiteralString, NamedTuple, TypeAlias
 
 from bgjob._checks import seconds
 from bgjob._headers import stored
@@ -32,8 +32,10 @@ _ENQUEUE = """
     returning
 """
 
-_ENQUEUE_OTHERS = """
-    insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires)
+_OTHERS: LiteralString = """
+    insert into bgjob_job (
+        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires{column}
+    )
     values (
         %(id)s, %(queue)s, %(type)s, %(arg)b, %(priority)s, %(exclusive)s,
         greatest(cast(%(run_at)s as timestamptz), clock_timestamp())
@@ -42,7 +44,7 @@ _ENQUEUE_OTHERS = """
         coalesce(
             cast(%(expires_at)s as timestamptz),
             clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
-        )
+        ){value}
     )
     on conflict (id) do nothing
     returning
@@ -50,10 +52,10 @@ _ENQUEUE_OTHERS = """
 
 
 # A statement of its own: no other looks into bgjob_result.
-_ENQUEUE_WITH_KEEP = f"""
-    with {reserved("array[cast(%(id)s as text)]")}
+_WITH_KEEP: LiteralString = """
+    with {reserved}
     insert into bgjob_job (
-        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, keep
+        id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, keep{column}
     )
     select id, cast(%(queue)s as text), cast(%(type)s as text), cast(%(arg)b as bytea),
         cast(%(priority)s as smallint), cast(%(exclusive)s as text),
@@ -64,11 +66,28 @@ _ENQUEUE_WITH_KEEP = f"""
             cast(%(expires_at)s as timestamptz),
             clock_timestamp() + cast(%(expires_in)s as float8) * interval '1 second'
         ),
-        cast(%(keep)s as float8)
+        cast(%(keep)s as float8){value}
     from reserved
     on conflict (id) do nothing
     returning
 """
+
+
+_Columns: TypeAlias = tuple[Literal["plain", "others", "keep"], bool]
+
+
+def _inserts() -> Iterator[tuple[_Columns, LiteralString]]:
+    yield ("plain", False), _ENQUEUE
+    for has_slots in (False, True):
+        column: LiteralString = ", slots" if has_slots else ""
+        value: LiteralString = ", cast(%(slots)s as smallint)" if has_slots else ""
+        taking = reserved("array[cast(%(id)s as text)]")
+        yield ("others", has_slots), _OTHERS.format(column=column, value=value)
+        yield ("keep", has_slots), _WITH_KEEP.format(reserved=taking, column=column, value=value)
+
+
+_INSERTS: Mapping[_Columns, LiteralString] = dict(_inserts())
+"""By what is written, and whether there are slots: few columns for a plain job."""
 
 
 # When its transaction began, which says how far behind the others it may be; the
@@ -86,11 +105,12 @@ def _tell_of(sign: LiteralString) -> LiteralString:
 _TELL_NOW = _tell_of("")
 _TELL_LATER = _tell_of(LATER)
 
-# By whether the job is plain, which is without any rare column, is due later, and notifies. Made
+# By its columns, which are few for a plain job, and whether it is due later, and notifies. Made
 # once: as fast as a bare insert.
-_ENQUEUES: Mapping[tuple[LiteralString, bool, bool], LiteralString] = {
-    (insert, later, notify): insert + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
-    for insert in (_ENQUEUE, _ENQUEUE_OTHERS, _ENQUEUE_WITH_KEEP)
+_ENQUEUES: Mapping[tuple[str, bool, bool, bool], LiteralString] = {
+    (*columns, later, notify): insert
+    + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
+    for columns, insert in _INSERTS.items()
     for later in (True, False)
     for notify in (True, False)
 }
@@ -121,8 +141,10 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
         params["keep"] = request.keep_for
     if notify:
         params |= {"class": LOCK_CLASS, "bucket": bucket(request.queue)}
-    insert = _ENQUEUE if plain else _ENQUEUE_WITH_KEEP if keeps else _ENQUEUE_OTHERS
-    text = _ENQUEUES[insert, later, notify]
+    if request.slots is not None:
+        params["slots"] = request.slots
+    columns = "plain" if plain else "keep" if keeps else "others"
+    text = _ENQUEUES[columns, request.slots is not None, later, notify]
     return Statement(text, params, bool, prepare=False if keeps else None)
 
 
@@ -132,7 +154,9 @@ _TYPES = {"id": 25, "queue": 25, "type": 25, "arg": 17, "priority": 21, "class":
 
 def _prepared(*, notify: bool) -> Prepared:
     names = {name: name for name in _TYPES}
-    text, order = translated(Statement(_ENQUEUES[_ENQUEUE, False, notify], names, bool), "dollar")
+    text, order = translated(
+        Statement(_ENQUEUES["plain", False, False, notify], names, bool), "dollar"
+    )
     types = list(_TYPES.values())[: len(order)]
     return Prepared(b"bgjob_enqueue", text.encode(), types, [t == _TYPES["arg"] for t in types])
 
@@ -204,7 +228,8 @@ def enqueue_many(
     expires = ", expires_at, expires_in" if can_expire else ""
     keeps = [r.id for r in others if r.keep is not None]
     keep = ", keep" if keeps else ""
-    columns = headers + (", expires" if can_expire else "") + keep
+    slots = ", slots" if any(r.slots is not None for r in others) else ""
+    columns = headers + (", expires" if can_expire else "") + keep + slots
     columns += ", group_id" if group else ""
     texts = text_array if has_literals else list[str]
     numbers = number_array if has_literals else list[float]
@@ -214,7 +239,7 @@ def enqueue_many(
             select id, queue, type, arg, priority, exclusive, position,
                 greatest(
                     run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
-                ) + delay * interval '1 second' as next_run_at{headers}{keep}{
+                ) + delay * interval '1 second' as next_run_at{headers}{keep}{slots}{
             ", coalesce(expires_at, clock_timestamp() + expires_in * interval '1 second')"
             " as expires"
             if can_expire
@@ -232,9 +257,10 @@ def enqueue_many(
             else ""
         }
                 {", cast(%(keeps)s as float8[])" if keeps else ""}
+                {", cast(%(slots)s as smallint[])" if slots else ""}
             ) with ordinality as r (
-                id, queue, type, arg, priority, exclusive, run_at, delay{headers}{expires}{keep},
-                position
+                id, queue, type, arg, priority, exclusive, run_at,
+                delay{headers}{expires}{keep}{slots}, position
             )
         ){f", {reserved('cast(%(kept)s as text[])')}" if keeps else ""}, written as (
             insert into bgjob_job (id, queue, type, arg, priority, exclusive, next_run_at{columns})
@@ -242,7 +268,7 @@ def enqueue_many(
                 {"timestamptz 'infinity'" if waits_for_group else "next_run_at"}
                 {", cast(headers as json)" if has_headers else ""}{
             ", expires" if can_expire else ""
-        }{keep}{", %(group)s" if group else ""}
+        }{keep}{slots}{", %(group)s" if group else ""}
             from request
             {"where keep is null or id in (select id from reserved)" if keeps else ""}
             order by id collate "C", position
@@ -272,6 +298,7 @@ def enqueue_many(
                 else {}
             ),
             **({"keeps": Floats(r.keep_for for r in requests), "kept": keeps} if keeps else {}),
+            **({"slots": [r.slots for r in requests]} if slots else {}),
             **told_of(requests),
         },
         lambda rows: set(rows[0][0]),

@@ -183,7 +183,8 @@ class Waiting:
         """Return the statement that looks from here on; see _walked."""
         walk: LiteralString = f"""
             select j.* from (
-                select key from bgjob_exclusive where key >= %(key)s order by key limit {_MOST_KEYS}
+                select key from bgjob_exclusive where key >= %(key)s and place = 0
+                order by key limit {_MOST_KEYS}
             ) as e
             cross join lateral (
                 select j.ctid, e.key, j.next_run_at, j.id, {where.condition} as fits

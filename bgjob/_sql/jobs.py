@@ -95,6 +95,7 @@ class Live(NamedTuple):
     lease_left: float | None
     expires: datetime | None
     is_replaced: bool
+    slots: int | None
     arg: bytes | None
     checkpoint: bytes | None
     group: str | None
@@ -118,7 +119,7 @@ _LIVE = f"""
     case when j.lease_until is not null
         then extract(epoch from {in_range("j.lease_until")} - clock_timestamp())::float8 end,
     case when j.expires is not null then {in_range("j.expires")} end,
-    j.successor is not null,
+    j.successor is not null, j.slots,
     {{arg}}, {{checkpoint}}, j.group_id, j.group_dead, {{headers}}
 """
 LISTED = _LIVE.format(

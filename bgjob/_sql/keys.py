@@ -2,16 +2,21 @@
 
 A key is held by a claim: by all its jobs that were granted the key, until the last of them is
 settled, given back or lost. They are a range of the key's jobs in their due order, and their worker
-runs them one after the other. More of its claims may join while it holds the key: the key's row has
+runs them one after the other. More of its claims may join while it holds the key: a row has
 their tokens, and the first and the last job of the range. So a key is free as soon as no job of
 that range has one of these tokens, however its jobs ended, without another statement.
 
-Decisions about a key are made while its row is locked, by a statement that begins after
+A key whose jobs have several slots may have several holders. Each has a row, with a number of
+places: its worker runs so many jobs of the range at once. A holder uses as many slots as it has
+jobs, but at most its places; and at most as many slots are used as each of these jobs allows. So a
+job that ends leaves its slot to any worker. With one slot there is one row, and it has one place.
+
+Decisions about a key are made while its first row is locked, by a statement that begins after
 the lock was taken, so that it sees all earlier decisions. Rows are locked in the order of
 their keys, and no transaction locks twice. Meanwhile it does not wait for rows of jobs, so
 that no session waits for long.
 
-The range begins at `since`, and no job of its queue that waits for the key was due before. An old
+A row begins at `since`, and no job of its queue that waits for the key was due before. An old
 snapshot keeps the index entries of all completed jobs of the key, and a search from the left edge
 would walk over them each time. A job before that point, for example one that was committed late,
 only loses its place in line: a key's row is deleted only after a search from the left edge.
@@ -25,9 +30,12 @@ the end of its lease does not tell.
 It has over 400 lines: its statements are put together from the same parts.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import LiteralString, NamedTuple
+
+import orjson
 
 from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._sql.settlements import Claimed
@@ -36,6 +44,8 @@ from bgjob._sql.statement import Statement, column, in_range, nothing, number_ar
 MOST_ASIDE = 1000
 """The most jobs that are put aside with those of a claim."""
 
+NO_SLOTS: Mapping[str, int] = MappingProxyType({})
+
 HOLDING: LiteralString = """
     select {columns} from bgjob_job h
     where h.exclusive = e.key and not h.waits and h.queue = e.queue
@@ -43,26 +53,56 @@ HOLDING: LiteralString = """
         and (h.next_run_at, h.id) <= (e.until, e.until_id)
         and h.token = any (e.tokens) {which}
     order by h.next_run_at, h.id
-    limit 1
+    limit e.places
 """
-"""The first job that holds the key e: usually the one that runs.
+"""The first jobs of a holder, the row e: usually those that run.
 
 Only one index has this order, here and below: with statistics of a drained table the planner
 took bgjob_job_due, and walked over all due jobs of the queue. Not `exists`, for the same reason.
 """
 
-_IS_HELD = f"({HOLDING.format(columns='true', which='')}) is not null"
 
-# The due time and id from which to search the jobs of the key e in a queue. After the clock was
-# set back, jobs may be due before a stored time in the future.
-_IS_BOUNDED = "(e.queue = %(queue)s and e.since <= now())"
-_SINCE = f"""
-    case when {_IS_BOUNDED} then e.since else '-infinity' end,
-    case when {_IS_BOUNDED} then e.since_id else '' end
+def _rows(keys: LiteralString, which: LiteralString = "") -> LiteralString:
+    """Return the rows of different keys, with the slots that each uses, and its first job."""
+    holding = HOLDING.format(columns="h.next_run_at, h.id", which=which)
+    return f"""
+        select e.*, h.used, h.first_at, h.first_id
+        from unnest({keys}) as k (key)
+        cross join lateral (
+            -- Each by itself: without statistics the planner read the table for several.
+            select *, ctid from bgjob_exclusive e where e.key = k.key order by e.place limit 32768
+        ) as e
+        cross join lateral (
+            select count(*)::int as used, min(next_run_at) as first_at, min(id) as first_id
+            from ({holding}) as h
+        ) as h
+    """
+
+
+_LEAST = "min(slots) filter (where used > 0)"
+_HAS_ROOM = f"sum(used) < coalesce({_LEAST}, 1)"
+
+_HOLDS_SLOT: LiteralString = """
+    {job}.token is not null and (
+        select true from bgjob_exclusive g
+        where g.key = {key} and {job}.token = any (g.tokens)
+            and ({job}.next_run_at, {job}.id) <= (g.until, g.until_id)
+        limit 1
+    ) is not null
 """
 
+# The due time and id from which to search the jobs of the key e in a queue. After the clock was
+# set back, jobs may be due before a stored time in the future. Bounds of several rows or jobs, here
+# and below: of several due at the first or last time, the id may be another's.
+_IS_BOUNDED = "queue = %(queue)s and since <= now()"
+_BOUNDS = f"""
+    coalesce(min(since) filter (where {_IS_BOUNDED}), '-infinity') as since,
+    coalesce(min(since_id) filter (where {_IS_BOUNDED}), '') as since_id
+"""
+_SINCE: LiteralString = "e.since, e.since_id"
+
 _PLACE: LiteralString = "j.next_run_at, j.id"
-_FIRST_HERE = """
+_FIRST_HERE: LiteralString = """
     select {columns} from bgjob_job j
     where j.exclusive = e.key and {which} and j.queue = %(queue)s
         and (j.next_run_at, j.id) >= ({since})
@@ -81,17 +121,17 @@ _FIRST_OTHER = _FIRST_HERE.format(
     which=f"""
         not j.waits and {_BEFORE_LAST}
         and (j.token is null or j.token <> all (%(holding)s::bigint[]))
+        and (e.slots = 1 or not ({_HOLDS_SLOT.format(job="j", key="e.key")}))
     """,
-    since=f"""
-        case when h.id is not null then e.until
-            when {_IS_BOUNDED} then e.since else '-infinity' end,
-        case when h.id is not null then e.until_id when {_IS_BOUNDED} then e.since_id else '' end
+    since="""
+        case when e.is_ours and e.slots = 1 then e.until else e.since end,
+        case when e.is_ours and e.slots = 1 then e.until_id else e.since_id end
     """,
 )
 
 
 def lock_keys(keys: Iterable[str]) -> Statement[None]:
-    """Lock the rows of keys; insert the missing ones.
+    """Lock the first rows of keys; insert the missing ones.
 
     A row that is only selected might be deleted while the statement waits for it, and inserted
     again by another session: then it would exist, and not be locked. An existing row is locked
@@ -101,7 +141,7 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
         """
         insert into bgjob_exclusive (key)
         select key from unnest(%(keys)s::text[]) as k (key)
-        on conflict (key) do update set since_id = excluded.since_id where false
+        on conflict (key, place) do update set since_id = excluded.since_id where false
         returning key
         """,
         {"keys": text_array(sorted(set(keys)))},
@@ -110,15 +150,15 @@ def lock_keys(keys: Iterable[str]) -> Statement[None]:
 
 
 def barred_keys(keys: Iterable[str]) -> Statement[list[str]]:
-    """List the keys whose rows other sessions have locked, without waiting."""
+    """List the keys whose first rows other sessions have locked, without waiting."""
     return Statement(
         """
         with free as materialized (
-            select key from bgjob_exclusive where key = any (%(keys)s::text[])
+            select key from bgjob_exclusive where key = any (%(keys)s::text[]) and place = 0
             for update skip locked
         )
         select key from bgjob_exclusive
-        where key = any (%(keys)s::text[]) and key not in (select key from free)
+        where key = any (%(keys)s::text[]) and place = 0 and key not in (select key from free)
         """,
         {"keys": text_array(sorted(set(keys)))},
         column,
@@ -131,38 +171,52 @@ def acquire(
     claimed: Sequence[Claimed],
     *,
     holding: Collection[int] = (),
-    surplus: Collection[Claimed] = (),
-) -> Statement[dict[tuple[str, int], bool | None]]:
-    """Grant locked keys to claimed jobs; return by id and token whether each job has its key.
+    ahead: Sequence[int] = (),
+    in_a_row: int = MOST_ASIDE,
+    most: int = 1,
+    slots: Mapping[str, int] = NO_SLOTS,
+) -> Statement[dict[tuple[str, int], int | None]]:
+    """Grant locked keys to claimed jobs; return by id and token the slots of each job's key.
 
-    A key that is free, or held by claims in `holding`, is granted to those of its claimed jobs that
-    come before any other due job of the key and the queue, whether that waits or another worker has
-    just claimed it. So the jobs of a key and a queue run in the order in which they are due.
+    A key that is free, or held by claims in `holding`, or has a free slot, is granted to those of
+    its claimed jobs that come before any other due job of the key and the queue, whether that waits
+    or another worker has just claimed it. So the jobs of a key and a queue start in the order in
+    which they are due. The answer is the number of slots that other workers do not use; this one
+    has up to `most` of them.
 
     Jobs that are not granted their keys are released and wait aside, and with them other due jobs
-    of a key that another worker holds, or of which this one has enough, so that no claim meets
-    them. None means undecided: another session has locked the job's row, as a claim does that meets
-    it a moment too late. A job that is no longer held is missing.
+    of a key that has no slot for this worker, or of which it has enough, so that no claim meets
+    them; but not where other workers have slots for these. Their answer is 0. None means undecided:
+    another session has locked the job's row, as a claim does that meets it a moment too late. A job
+    that is no longer held is missing.
 
     Args:
         queue: the queue of the jobs.
         claimed: jobs with their keys.
         holding: this worker's claims.
-        surplus: the jobs to put aside even if their key is free, because the worker has
-            enough of that key. They come after the others.
+        ahead: for each job its number among those of its key that this worker has not ended; 1 by
+            default.
+        in_a_row: the most of them for each slot, if the worker has all slots; else one, because
+            other workers start later jobs of the key. The others are put aside even if their key
+            is free, because the worker has enough of that key. They come after these.
+        most: the most slots of a key that this worker uses; always the same.
+        slots: by type, the slots of the keys that its jobs' handlers name; 1 by default.
 
     """
-    kept_out = {(c.job.id, c.token) for c in surplus}
     tokens = {c.token for c in claimed}
     return Statement(
         f"""
         with wanted as materialized (
-            select w.key, w.charged, w.fits, j.id, j.token, j.next_run_at,
-                j.exclusive is distinct from w.key as is_named
+            select w.key, w.charged, w.ahead, j.id, j.token, j.next_run_at,
+                j.exclusive is distinct from w.key as is_named,
+                coalesce(
+                    case when j.exclusive = w.key then greatest(j.slots, 1)
+                        else (%(slots)s::jsonb ->> j.type)::smallint end, 1
+                ) as slots
             from unnest(
                 %(ids)s::text[], %(claims)s::bigint[], %(keys)s::text[], %(charged)s::int[],
-                %(fits)s::bool[]
-            ) as w (id, token, key, charged, fits)
+                %(ahead)s::int[]
+            ) as w (id, token, key, charged, ahead)
             join bgjob_job j on j.id = w.id and j.token = w.token
             where j.id = any (%(ids)s::text[])
         ), nameless as materialized (
@@ -171,88 +225,129 @@ def acquire(
             where id = any (array(select id from wanted where is_named))
             for update skip locked
         ), held as materialized (
-            -- Bounds of the wanted jobs: of several due at the first or last time, the id may be
-            -- another's.
-            select e.*, w.*
-            from bgjob_exclusive e
-            join (
-                select key as wanted_key,
+            select *, used > 0 and tokens && %(holding)s::bigint[] as is_ours
+            from ({_rows("array(select distinct key from wanted)")}) as e
+        ), free as materialized (
+            -- The keys, and in `place` the row of this worker: its own, one that nobody uses, or
+            -- a new one.
+            select w.*, u.*, s.slots, s.slots - u.others as room,
+                least(s.slots - u.others, %(most)s) as places
+            from (
+                select key as wanted_key, min(slots) as wanted_slots,
                     min(next_run_at) as wanted_since, min(id) as wanted_since_id,
                     max(next_run_at) as wanted_until, max(id) as wanted_until_id
                 from wanted group by key
-            ) as w on w.wanted_key = e.key
-            where e.key = any (%(keys)s::text[])
+            ) as w
+            join (
+                select key, sum(used) as used, {_LEAST} as least, bool_or(is_ours) as is_ours,
+                    coalesce(sum(used) filter (where not is_ours), 0)::int as others,
+                    count(*) as rows, coalesce(
+                        min(place) filter (where is_ours), min(place) filter (where used = 0),
+                        count(*)
+                    ) as place,
+                    min(first_at) filter (where queue = %(queue)s) as first_at,
+                    min(first_id) filter (where queue = %(queue)s) as first_id,
+                    max(until) filter (where is_ours) as until,
+                    max(until_id) filter (where is_ours) as until_id,
+                    {_BOUNDS}
+                from held group by key
+            ) as u on u.key = w.wanted_key
+            cross join lateral (select least(u.least, w.wanted_slots) as slots) as s
         ), line as materialized (
-            select e.*, h.next_run_at as first_at, h.id as first_id, o.next_run_at as other_at,
-                o.id as other_id, h.id is null or e.tokens && %(holding)s::bigint[] as is_open,
-                (o.next_run_at, o.id) < (h.next_run_at, h.id) as other_is_first
-            from held e
-            left join lateral ({HOLDING.format(columns="h.next_run_at, h.id", which="")}) as h
-                on true
+            select e.*, o.next_run_at as other_at, o.id as other_id,
+                (o.next_run_at, o.id) < (e.first_at, e.first_id) as other_is_first
+            from free e
             left join lateral (
                 select * from (({_FIRST_WAITS_BEFORE}) union all ({_FIRST_OTHER})) as o
                 order by next_run_at, id limit 1
             ) as o on true
         ), judged as materialized (
-            select w.*, not (w.fits and l.is_open) as is_surplus, coalesce(
-                l.is_open and w.fits
+            select w.*, not w.fits as is_surplus,
+                h.key is not null or w.fits
                     and (not w.is_named or w.id in (select id from nameless))
-                    and (l.other_id is null or (w.next_run_at, w.id) < (l.other_at, l.other_id))
-                -- Or it had its key before.
-                or w.token = any (l.tokens)
-                    and (w.next_run_at, w.id) >= (l.first_at, l.first_id)
-                    and (w.next_run_at, w.id) <= (l.until, l.until_id), false
-            ) as has_key
-            from wanted w join line l on l.key = w.key
+                    and (w.other_id is null or (w.next_run_at, w.id) < (w.other_at, w.other_id))
+                as has_key,
+                case when w.room > 0 then w.room else h.places end as answer
+            from (
+                select w.*, l.room, l.other_at, l.other_id,
+                    w.ahead <= case when l.places = l.slots then %(in_a_row)s * l.slots
+                        else l.places end as fits
+                from wanted w join line l on l.key = w.key
+            ) as w
+            -- It had its key before.
+            left join held h on h.key = w.key and h.is_ours and w.token = any (h.tokens)
+                and (w.next_run_at, w.id) >= (h.since, h.since_id)
+                and (w.next_run_at, w.id) <= (h.until, h.until_id)
         ), asked as materialized (
-            select l.key, a.is_granted, a.until, a.until_id, l.first_id is not null as was_held,
-                l.wanted_since as since, l.wanted_since_id as since_id,
-                case when l.other_is_first then l.other_at else l.first_at end as start_at,
-                case when l.other_is_first then l.other_id else l.first_id end as start_id
+            select l.*, a.is_granted, a.granted_until, a.granted_until_id,
+                case when s.is_before then s.at else l.wanted_since end as start_at,
+                case when s.is_before then s.id else l.wanted_since_id end as start_id
             from line l
             join (
                 select key, bool_or(has_key) as is_granted,
-                    max(next_run_at) filter (where has_key) as until,
-                    max(id) filter (where has_key) as until_id
+                    max(next_run_at) filter (where has_key) as granted_until,
+                    max(id) filter (where has_key) as granted_until_id
                 from judged group by key
             ) as a on a.key = l.key
+            cross join lateral (
+                select *, (at, id) < (l.wanted_since, l.wanted_since_id) as is_before
+                from (
+                    select case when l.other_is_first then l.other_at else l.first_at end as at,
+                        case when l.other_is_first then l.other_id else l.first_id end as id
+                ) as s
+            ) as s
         ), taken as (
             update bgjob_exclusive e
             set queue = %(queue)s,
+                -- After the clock was set back nothing is known.
+                since = case when e.since > now() then '-infinity' else a.start_at end,
+                since_id = a.start_id,
                 tokens = case
-                    when not a.is_granted then e.tokens
-                    when not a.was_held then %(tokens)s::bigint[]
+                    when not (a.is_granted and e.place = a.place) then e.tokens
+                    when not a.is_ours then %(tokens)s::bigint[]
                     else array(
                         select unnest(%(tokens)s::bigint[]) union
                         select unnest(e.tokens) intersect select unnest(%(holding)s::bigint[])
                     )
                 end,
-                -- After the clock was set back nothing is known.
-                since = case
-                    when e.since > now() then '-infinity'
-                    when (a.start_at, a.start_id) < (a.since, a.since_id) then a.start_at
-                    else a.since
-                end,
-                since_id = case
-                    when (a.start_at, a.start_id) < (a.since, a.since_id) then a.start_id
-                    else a.since_id
-                end,
                 until = case
-                    when a.is_granted and not (a.was_held and e.until > a.until) then a.until
+                    when a.is_granted and e.place = a.place
+                        and not (a.is_ours and e.until > a.granted_until)
+                    then a.granted_until
                     else e.until
                 end,
                 until_id = case
-                    when a.is_granted
-                        and not (a.was_held and (e.until, e.until_id) > (a.until, a.until_id))
-                    then a.until_id
+                    when a.is_granted and e.place = a.place and not (
+                        a.is_ours
+                        and (e.until, e.until_id) > (a.granted_until, a.granted_until_id)
+                    )
+                    then a.granted_until_id
                     else e.until_id
+                end,
+                places = case
+                    when a.is_granted and e.place = a.place and a.room > 0
+                    then a.places
+                    else e.places
+                end,
+                slots = case
+                    when not (a.is_granted and e.place = a.place and a.room > 0) then e.slots
+                    when a.is_ours then least(e.slots, a.wanted_slots)
+                    else a.wanted_slots
                 end
             from asked a
             where e.key = any (%(keys)s::text[]) and e.key = a.key and (
-                a.is_granted
+                a.is_granted and (e.place = a.place or e.queue = %(queue)s)
                 -- One that was committed late waits before those that hold the key.
-                or e.queue = %(queue)s and (a.since, a.since_id) < (e.since, e.since_id)
+                or e.queue = %(queue)s
+                    and (a.wanted_since, a.wanted_since_id) < (e.since, e.since_id)
             )
+        ), another as (
+            insert into bgjob_exclusive (
+                key, place, tokens, queue, since, since_id, until, until_id, places, slots
+            )
+            select key, place, %(tokens)s::bigint[], %(queue)s, start_at, start_id,
+                granted_until, granted_until_id, places, wanted_slots
+            from asked where is_granted and place = rows
         ), refused as materialized (
             select id from bgjob_job
             where id = any (array(select id from judged where not has_key))
@@ -261,6 +356,7 @@ def acquire(
         ), changed as (
             update bgjob_job j
             set exclusive = w.key,
+                slots = nullif(w.slots, 1),
                 waits = not w.has_key,
                 token = case when w.has_key then j.token end,
                 lease_until = case when w.has_key then j.lease_until end,
@@ -278,26 +374,23 @@ def acquire(
             update bgjob_job set waits = true
             where ctid = any (array(
                 select o.ctid
-                from bgjob_exclusive e
+                from asked e
                 cross join lateral (
                     select j.ctid from bgjob_job j
                     where j.exclusive = e.key and not j.waits and j.queue = %(queue)s
                         and (j.next_run_at, j.id) >= ({_SINCE})
                         and j.next_run_at <= now() and j.token is null
                     order by j.next_run_at, j.id
-                    limit %(most)s
+                    limit %(aside)s
                     for update skip locked
                 ) as o
-                where e.key = any (array(
-                    select a.key from asked a
-                    where (a.was_held or a.is_granted)
-                        and a.key in (select key from judged where is_surplus)
-                ))
-                limit %(most)s
+                where (e.used > 0 or e.is_granted) and e.room <= e.places
+                    and e.key in (select key from judged where is_surplus)
+                limit %(aside)s
             ))
         )
-        select id, token, case when has_key then true
-            when id in (select id from refused) then false end
+        select id, token, case when has_key then answer
+            when id in (select id from refused) then 0 end
         from judged
         """,
         {
@@ -307,15 +400,14 @@ def acquire(
             "tokens": number_array(list(tokens)),
             "keys": text_array([str(c.job.exclusive) for c in claimed]),
             "charged": number_array([int(c.is_charged) for c in claimed]),
-            "fits": text_array(
-                ["f" if (c.job.id, c.token) in kept_out else "t" for c in claimed]
-                if kept_out
-                else ["t"] * len(claimed)
-            ),
-            "most": MOST_ASIDE,
+            "ahead": number_array(ahead or [1] * len(claimed)),
+            "in_a_row": in_a_row,
+            "most": most,
+            "slots": orjson.dumps(dict(slots)).decode(),
+            "aside": MOST_ASIDE,
             "holding": number_array(list(tokens.union(holding))),
         },
-        lambda rows: {(id_, token): has_key for id_, token, has_key in rows},
+        lambda rows: {(id_, token): slots for id_, token, slots in rows},
     )
 
 
@@ -327,18 +419,22 @@ class Woken(NamedTuple):
     """The first due time."""
 
 
-_WAITS_ANYWHERE = """
+_WAITS_ANYWHERE: LiteralString = """
     (select true from bgjob_job j where j.exclusive = e.key and j.waits order by j.queue limit 1)
 """
-_WAITS_IN = """
+_WAITS_IN: LiteralString = """
     select {columns} from bgjob_job j
     where j.exclusive = {line}.key and j.waits and j.queue = {line}.queue
-        and (j.next_run_at, j.id) >= ({line}.since, {line}.since_id)
+        and (j.next_run_at, j.id) >= ({since})
     order by j.next_run_at, j.id
     limit {limit}
 """
-_WAITS_SINCE = _WAITS_IN.format(line="e", columns="true", limit="1")
-_NEXT_QUEUE = """
+_ITS_SLOTS: LiteralString = "coalesce(greatest(j.slots, 1), 1)"
+_FIRST_SINCE = _WAITS_IN.format(line="e", columns=_ITS_SLOTS, since=_SINCE, limit="1")
+_FIRST_OF_QUEUE = _WAITS_IN.format(
+    line="other", columns=_ITS_SLOTS, since="'-infinity', ''", limit="1"
+)
+_NEXT_QUEUE: LiteralString = """
     coalesce((
         select j.queue from bgjob_job j
         where j.exclusive = other.key and j.waits
@@ -351,29 +447,47 @@ _NEXT_QUEUE = """
         order by j.queue limit 1
     ))::text
 """
+_WOKEN: LiteralString = "line.room * case when line.used = 0 then %(most)s else 1 end"
 _NOTIFY_OF_WOKEN = NOTIFY.format(
     channel="%(channel)s", payload="concat_ws(' ', extract(epoch from since), priority, queue)"
 )
 
 
 def release(queue: str, keys: Iterable[str], *, most: int = 1) -> Statement[list[Woken]]:
-    """Wake the first jobs that wait for each of these locked keys, if the key is free.
+    """Wake the first jobs that wait for each of these locked keys, if it has a free slot.
 
-    At most so many for each queue. Returns the jobs of this queue, whose workers are notified as by
-    an enqueue. Workers of other queues find theirs when they poll.
+    At most one for each free slot and queue, and so many if no job holds the key. Returns the jobs
+    of this queue, whose workers are notified as by an enqueue. Workers of other queues find theirs
+    when they poll.
     """
     return Statement(
         f"""
-        with recursive free as materialized (
-            select e.*, coalesce(e.is_known, {_WAITS_ANYWHERE}) is not null as is_needed
+        with recursive held as materialized (
+            {_rows("%(keys)s::text[]")}
+        ), free as materialized (
+            select e.*, e.first_slots is not null or e.used > 0
+                or {_WAITS_ANYWHERE} is not null as is_needed
             from (
-                select e.*, case when e.since <= now() then ({_WAITS_SINCE}) end as is_known
-                from bgjob_exclusive e
-                where e.key = any (%(keys)s::text[]) and not ({_IS_HELD})
+                select e.*, case when e.since <= now() then ({_FIRST_SINCE}) end as first_slots
+                from (
+                    -- One queue of its rows, this one if it can be.
+                    select key, sum(used)::int as used, {_LEAST} as slots,
+                        coalesce(
+                            max(queue) filter (where queue = %(queue)s), max(queue)
+                        ) as queue,
+                        coalesce(
+                            min(since) filter (where queue = %(queue)s), min(since)
+                        ) as since,
+                        coalesce(
+                            min(since_id) filter (where queue = %(queue)s), min(since_id)
+                        ) as since_id
+                    from held
+                    group by key having {_HAS_ROOM}
+                ) as e
                 offset 0
             ) as e
         ), known as (
-            select key, queue, since, since_id from free where is_known
+            select * from free where first_slots is not null
         ), other (key, queue, known) as (
             -- Queues that are not known, in their order, without the known one.
             select other.key, {_NEXT_QUEUE}, other.known
@@ -384,21 +498,31 @@ def release(queue: str, keys: Iterable[str], *, most: int = 1) -> Statement[list
             union all
             select other.key, {_NEXT_QUEUE}, other.known
             from other where other.queue is not null
-        ), line (key, queue, since, since_id) as materialized (
-            select key, queue, since, since_id from known
+        ), line (key, queue, since, since_id, used, room) as materialized (
+            select key, queue, since, since_id, used,
+                greatest(least(slots, first_slots) - used, 0)
+            from known
             union all
-            select key, queue, '-infinity', '' from other where queue > ''
+            select other.key, other.queue, '-infinity', '', free.used,
+                greatest(least(free.slots, ({_FIRST_OF_QUEUE})) - free.used, 0)
+            from other join free on free.key = other.key where other.queue > ''
         ), unused as (
             delete from bgjob_exclusive
-            where key = any (array(select key from free where not is_needed))
+            where ctid = any (array(
+                select ctid from held where key in (select key from free where not is_needed)
+            ))
         ), first as materialized (
-            select line.key, line.queue, line.since, line.since_id, f.next_run_at, f.id,
+            select line.*, f.next_run_at, f.id,
                 lead(f.id) over (
                     partition by line.key, line.queue order by f.next_run_at, f.id
                 ) is null as is_last
             from line
             cross join lateral (
-                {_WAITS_IN.format(line="line", columns=_PLACE, limit="%(most)s")}
+                {
+            _WAITS_IN.format(
+                line="line", columns=_PLACE, since="line.since, line.since_id", limit=_WOKEN
+            )
+        }
                 for update skip locked
             ) as f
         ), due as materialized (
@@ -410,6 +534,7 @@ def release(queue: str, keys: Iterable[str], *, most: int = 1) -> Statement[list
                 where o.exclusive = l.key and not o.waits and o.queue = l.queue
                     and (o.next_run_at, o.id) >= (l.since, l.since_id)
                     and (o.next_run_at, o.id) < (l.next_run_at, l.id)
+                    and (l.used = 0 or not ({_HOLDS_SLOT.format(job="o", key="l.key")}))
                 order by o.next_run_at, o.id
                 limit 1
             ) as o
@@ -444,7 +569,7 @@ def release(queue: str, keys: Iterable[str], *, most: int = 1) -> Statement[list
 
 
 class Blocked(NamedTuple):
-    """Free keys whose jobs still wait."""
+    """Keys that have a free slot and whose jobs still wait."""
 
     keys: list[str]
     after: str
@@ -456,47 +581,50 @@ _FIRST_OF_ALL = _FIRST_HERE.format(columns=_PLACE, which="j.waits", since="'-inf
 # put aside, and they come after it.
 _IS_DUE_BEFORE = _FIRST_HERE.format(
     columns="true",
-    which="""
+    which=f"""
         not j.waits and j.next_run_at <= now() and (j.next_run_at, j.id)
             < (coalesce(first.next_run_at, 'infinity'), coalesce(first.id, ''))
+        and (e.used = 0 or not ({_HOLDS_SLOT.format(job="j", key="e.key")}))
     """,
     since=_SINCE,
 )
 _HOLDERS_THAT_ENDED = HOLDING.format(columns="h.ctid", which="and h.lease_until <= now()").replace(
-    "limit 1", "for update skip locked"
+    "limit e.places", "for update skip locked"
 )
-_HAS_NOT_ENDED = "and h.id <> all (array(select id from ended))"
+_HAS_NOT_ENDED: LiteralString = "and h.id <> all (array(select id from ended))"
 
 
 def blocked(
     queue: str, *, after: str, limit: int, served: Collection[str] = ()
 ) -> Statement[Blocked]:
-    """Find free keys whose jobs in this queue still wait.
+    """Find keys with a free slot whose jobs in this queue still wait.
 
     Their holders died or were deleted, or their worker died before it had released them. Holders of
     another queue, which may have no worker left, are freed here when their lease has
     ended. Holders of a queue in `served`, the queues of the same worker, are not: that
     worker frees them in its own sweep, and not while it holds them. Keys that no job needs any
-    more are found as well. The statement checks the first `limit` keys after `after`, so
+    more are found as well. The statement checks the first `limit` rows after the key `after`, so
     that no sweep walks over all of them.
     """
     return Statement(
         f"""
         with looked_at as materialized (
-            select * from bgjob_exclusive where key > %(after)s
+            select key from bgjob_exclusive where key > %(after)s
             order by key limit %(limit)s
         ), ended as (
             update bgjob_job
             set token = null, lease_until = null, deaths = least(deaths, 32766) + 1
             where ctid = any (array(
-                select h.ctid from looked_at e
+                select h.ctid from bgjob_exclusive e
                 cross join lateral ({_HOLDERS_THAT_ENDED}) as h
-                where e.queue <> all (%(served)s::text[])
+                where e.key = any (array(select key from looked_at))
+                    and e.queue <> all (%(served)s::text[])
             ))
             returning id
         ), free as materialized (
-            select * from looked_at e
-            where ({HOLDING.format(columns="true", which=_HAS_NOT_ENDED)}) is null
+            select key, sum(used) as used, {_BOUNDS}
+            from ({_rows("array(select distinct key from looked_at)", _HAS_NOT_ENDED)}) as e
+            group by key having {_HAS_ROOM}
         )
         select array(
             select e.key from free e
@@ -504,7 +632,7 @@ def blocked(
                 ({_FIRST_WAITS}) union all ({_FIRST_OF_ALL}) limit 1
             ) as first on true
             where ({_IS_DUE_BEFORE}) is null
-                and (first.id is not null or {_WAITS_ANYWHERE} is null)
+                and (first.id is not null or e.used = 0 and {_WAITS_ANYWHERE} is null)
         ), case when count(*) = %(limit)s then max(key) else '' end
         from looked_at
         """,

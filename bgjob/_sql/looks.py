@@ -11,6 +11,8 @@ an infinite time has no difference to another one.
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from functools import partial
+from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from bgjob._sql.dead import fingerprint_of
@@ -69,6 +71,8 @@ class Live(NamedTuple):
     group: str | None
     waits_for_group: bool
     """Whether it is due when no job of its group is live."""
+    slots: int | None
+    """How many jobs of its key may run at once; None for one."""
 
     @property
     def is_suspect(self) -> bool:
@@ -118,7 +122,7 @@ def find(id_: str) -> Statement[Found]:
                 case when expires is not null
                     then extract(epoch from {in_range("expires")} - clock.now)::float8 end,
                 successor is not null, octet_length(checkpoint), group_id,
-                coalesce({WAITS_FOR_GROUP}, false)
+                coalesce({WAITS_FOR_GROUP}, false), slots
             from bgjob_job j where id = %(id)s
         ) as j on true
         left join lateral (
@@ -216,7 +220,7 @@ def oldest(queue: str) -> Statement[Oldest]:
                 order by j.next_run_at limit 1
             ) as first
         ), key as materialized (
-            select key from bgjob_exclusive order by key limit {_KEYS}
+            select key from bgjob_exclusive where place = 0 order by key limit {_KEYS}
         ), waiting as materialized (
             select first.id, first.next_run_at
             from key cross join lateral (
@@ -302,7 +306,7 @@ def ahead(queue: str, priority: int, next_run_at: datetime, *, cap: int = CAP) -
 
 
 class KeyHolder(NamedTuple):
-    """The job that holds an exclusive key."""
+    """A job that holds an exclusive key, or one of its slots."""
 
     id: str
     queue: str
@@ -316,14 +320,22 @@ class KeyHolder(NamedTuple):
 class Key(NamedTuple):
     """An exclusive key, as a job meets it."""
 
-    holder: KeyHolder | None
+    holders: Sequence[KeyHolder]
+    """In the order in which they are due; up to a cap."""
+    slots: int
+    """How many there may be: the smallest number of them and of the job."""
     before: int
     """The jobs of the same queue that get the key first; counted up to a cap."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it has a slot left."""
+        return len(self.holders) < self.slots
 
 
 _HOLDER = HOLDING.format(
     columns=f"""
-        h.id, h.queue, h.type, h.attempt, h.token,
+        {in_range("h.next_run_at")}, h.id, h.queue, h.type, h.attempt, h.token,
         extract(epoch from {in_range("h.lease_until")} - clock_timestamp())::float8
     """,
     which="",
@@ -352,9 +364,10 @@ def key(job: Live, *, cap: int = CAP) -> Statement[Key]:
         )
         from (select 1) as one
         left join lateral (
-            select * from bgjob_exclusive e where e.key = %(key)s limit 1
-        ) as e on true
-        left join lateral ({_HOLDER}) as h on true
+            select h.*, e.slots from bgjob_exclusive e cross join lateral ({_HOLDER}) as h
+            where e.key = %(key)s
+            limit %(cap)s
+        ) as h on true
         """,
         {
             "key": job.exclusive,
@@ -363,13 +376,15 @@ def key(job: Live, *, cap: int = CAP) -> Statement[Key]:
             "id": job.id,
             "cap": cap,
         },
-        _key,
+        partial(_key, job.slots or 1),
     )
 
 
-def _key(rows: Sequence[Row]) -> Key:
-    [[*holder, before]] = rows
-    return Key(None if holder[0] is None else KeyHolder(*holder), before)
+def _key(slots: int, rows: Sequence[Row]) -> Key:
+    before = rows[0][-1]
+    found = sorted((row[:-1] for row in rows if row[0] is not None), key=itemgetter(0, 1))
+    holders = [KeyHolder(*holder) for _, *holder, _ in found]
+    return Key(holders, min([slots, *(row[-1] for row in found)]), before)
 
 
 class Claimant(NamedTuple):

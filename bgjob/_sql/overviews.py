@@ -115,7 +115,7 @@ _QUEUES = f"""
     {_LINES}, counted as (
         {_COUNTED}
     ), key as materialized (
-        select e.key from bgjob_exclusive e order by e.key limit %(cap)s
+        select e.key from bgjob_exclusive e where e.place = 0 order by e.key limit %(cap)s
     ), waiting as materialized (
         select w.queue
         from key cross join lateral (

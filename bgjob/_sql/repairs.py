@@ -35,13 +35,13 @@ _DEAD_LETTER_UNREAD = f"""
     insert into bgjob_dead_job (
         job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
         next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
-        group_dead, keep
+        group_dead, keep, slots
     )
     select {_bytes_of("id")}, {_bytes_of("queue")}, {_bytes_of("type")}, arg, attempt,
         %(error)s, %(fingerprint)s, priority, {_bytes_of("exclusive")}, next_run_at, created_at,
         updated_at, checkpoint,
         case when headers::text !~ '[^\\x01-\\x7f]' then headers end, expires,
-        {_bytes_of("group_id")}, group_dead, keep
+        {_bytes_of("group_id")}, group_dead, keep, slots
     from gone
     returning true
 """
@@ -63,11 +63,11 @@ def dead_letter_refused(place: str, error: str) -> Statement[None]:
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
-            group_dead, keep
+            group_dead, keep, slots
         )
         select id, queue, type, arg, attempt, (%(errors)s::text[])[1], %(fingerprint)s, priority,
             exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires, group_id,
-            group_dead, keep
+            group_dead, keep, slots
         from gone
         """,
         {

@@ -45,6 +45,7 @@ _WAITING: LiteralString = f"""
     {_of_waiting("exclusive", "excluded.exclusive")},
     {_of_waiting("headers", "excluded.headers")},
     {_of_waiting("expires", "excluded.expires")},
+    {_of_waiting("slots", "excluded.slots")},
     {
     _of_waiting(
         "next_run_at",
@@ -66,7 +67,7 @@ _CLAIMED: LiteralString = f"""
     successor = case when j.token is not null then json_build_object(
         'queue', excluded.queue, 'type', excluded.type, 'priority', excluded.priority,
         'exclusive', excluded.exclusive, 'headers', cast(excluded.headers as text),
-        'expires', excluded.expires, 'created_at', {_NEXT_BORN},
+        'expires', excluded.expires, 'slots', excluded.slots, 'created_at', {_NEXT_BORN},
         'next_run_at', least(excluded.next_run_at, {_NEXT_BORN} {_LIMIT})
     ) end
 """
@@ -74,7 +75,7 @@ _CLAIMED: LiteralString = f"""
 # In the order of their ids' bytes, as `enqueue_many`, so that two calls do not deadlock.
 _REPLACE: LiteralString = f"""
     with request as (
-        select id, queue, type, arg, priority, exclusive, position,
+        select id, queue, type, arg, priority, exclusive, slots, position,
             cast(headers as json) as headers,
             greatest(
                 run_at, case when pg_current_xact_id() is not null then clock_timestamp() end
@@ -85,17 +86,18 @@ _REPLACE: LiteralString = f"""
             cast(%(args)s as bytea[]), cast(%(priorities)s as smallint[]),
             cast(%(exclusives)s as text[]), cast(%(headers)s as text[]),
             cast(%(run_ats)s as timestamptz[]), cast(%(delays)s as float8[]),
-            cast(%(expires_ats)s as timestamptz[]), cast(%(expires_ins)s as float8[])
+            cast(%(expires_ats)s as timestamptz[]), cast(%(expires_ins)s as float8[]),
+            cast(%(slots)s as smallint[])
         ) with ordinality as r (
             id, queue, type, arg, priority, exclusive, headers, run_at, delay, expires_at,
-            expires_in, position
+            expires_in, slots, position
         )
     ), written as (
         insert into bgjob_job as j (
-            id, queue, type, arg, priority, exclusive, next_run_at, headers, expires
+            id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, slots
         )
         select id, queue, type, arg, priority, exclusive,
-            least(next_run_at, clock_timestamp() {_LIMIT}), headers, expires
+            least(next_run_at, clock_timestamp() {_LIMIT}), headers, expires, slots
         from request
         order by id collate "C", position
         on conflict (id) do update set {_WAITING}, {_CLAIMED}
@@ -148,6 +150,7 @@ def replace(
             "delays": numbers([seconds(r.delay, "delay") for r in newest]),
             "expires_ats": Times(r.expires_at for r in newest),
             "expires_ins": Floats(r.expires_in for r in newest),
+            "slots": [r.slots for r in newest],
             "at_most": at_most,
             **told_of(newest),
         },

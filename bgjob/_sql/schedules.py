@@ -20,18 +20,21 @@ _NEEDS = (
         "bgjob_schedule",
         "select",
         (
-            "name spec queue type arg priority exclusive expires tick last_run_at last_job_id "
-            "next_run_at paused"
+            "name spec queue type arg priority exclusive expires slots tick last_run_at "
+            "last_job_id next_run_at paused"
         ),
     ),
-    ("bgjob_schedule", "insert", "name spec queue type arg priority exclusive expires"),
+    ("bgjob_schedule", "insert", "name spec queue type arg priority exclusive expires slots"),
     (
         "bgjob_schedule",
         "update",
-        "spec queue type arg priority exclusive expires tick last_run_at last_job_id next_run_at",
+        (
+            "spec queue type arg priority exclusive expires slots tick last_run_at last_job_id "
+            "next_run_at"
+        ),
     ),
     ("bgjob_job", "select", "id"),
-    ("bgjob_job", "insert", "id queue type arg priority exclusive expires"),
+    ("bgjob_job", "insert", "id queue type arg priority exclusive expires slots"),
 )
 
 
@@ -50,26 +53,26 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
     return Statement(
         """
         insert into bgjob_schedule as s (
-            name, spec, queue, type, arg, priority, exclusive, expires
+            name, spec, queue, type, arg, priority, exclusive, expires, slots
         )
-        select name, spec, queue, type, arg, priority, exclusive, expires
+        select name, spec, queue, type, arg, priority, exclusive, expires, slots
         from unnest(
             %(names)s::text[], %(specs)s::text[], %(queues)s::text[], %(types)s::text[],
             %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[],
-            %(expires)s::float8[]
-        ) as r (name, spec, queue, type, arg, priority, exclusive, expires)
+            %(expires)s::float8[], %(slots)s::smallint[]
+        ) as r (name, spec, queue, type, arg, priority, exclusive, expires, slots)
         order by name
         on conflict (name) do update
         set spec = excluded.spec, queue = excluded.queue, type = excluded.type,
             arg = excluded.arg, priority = excluded.priority, exclusive = excluded.exclusive,
-            expires = excluded.expires,
+            expires = excluded.expires, slots = excluded.slots,
             tick = case when s.spec = excluded.spec then s.tick
                 else greatest(s.tick, clock_timestamp() - %(grace)s) end,
             next_run_at = case when s.spec = excluded.spec then s.next_run_at end
-        where (s.spec, s.queue, s.type, s.arg, s.priority, s.exclusive, s.expires)
+        where (s.spec, s.queue, s.type, s.arg, s.priority, s.exclusive, s.expires, s.slots)
             is distinct from (
                 excluded.spec, excluded.queue, excluded.type, excluded.arg, excluded.priority,
-                excluded.exclusive, excluded.expires
+                excluded.exclusive, excluded.expires, excluded.slots
             )
         """,
         {
@@ -81,6 +84,7 @@ def register(schedules: Sequence[Schedule]) -> Statement[None]:
             "priorities": [s.request.priority for s in schedules],
             "exclusives": Texts(s.request.exclusive for s in schedules),
             "expires": Floats(s.request.expires_in for s in schedules),
+            "slots": [s.request.slots for s in schedules],
             "grace": GRACE,
         },
         lambda _: None,
@@ -142,15 +146,15 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             from due
             where s.name = any (%(names)s::text[]) and s.name = due.name
         ), written as (
-            insert into bgjob_job (id, queue, type, arg, priority, exclusive, expires)
+            insert into bgjob_job (id, queue, type, arg, priority, exclusive, expires, slots)
             select j.id, j.queue, j.type, j.arg, j.priority, j.exclusive,
-                clock_timestamp() + j.expires * interval '1 second'
+                clock_timestamp() + j.expires * interval '1 second', j.slots
             from unnest(
                 %(job_names)s::text[], %(ids)s::text[], %(queues)s::text[], %(types)s::text[],
                 %(args)s::bytea[], %(priorities)s::smallint[], %(exclusives)s::text[],
-                %(expires)s::float8[]
+                %(expires)s::float8[], %(slots)s::smallint[]
             ) with ordinality as j (
-                name, id, queue, type, arg, priority, exclusive, expires, position
+                name, id, queue, type, arg, priority, exclusive, expires, slots, position
             )
             join due on due.name = j.name
             order by j.position
@@ -180,6 +184,7 @@ def fire(firings: Sequence[tuple[Schedule, datetime, Firing]]) -> Statement[None
             "priorities": [s.request.priority for s, _ in jobs],
             "exclusives": Texts(s.request.exclusive for s, _ in jobs),
             "expires": Floats(s.request.expires_in for s, _ in jobs),
+            "slots": [s.request.slots for s, _ in jobs],
             "channels": [channel(s.request.queue) for s, _ in jobs],
         },
         lambda _: None,
@@ -234,7 +239,9 @@ def remove(name: str) -> Statement[bool]:
     )
 
 
-_REQUEST: tuple[LiteralString, ...] = ("queue", "type", "arg", "priority", "exclusive", "expires")
+_REQUEST: tuple[LiteralString, ...] = (
+    *("queue", "type", "arg", "priority", "exclusive", "expires", "slots"),
+)
 
 
 def request_of(name: str) -> Statement[dict[str, Any] | None]:

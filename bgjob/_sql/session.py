@@ -135,13 +135,14 @@ _TABLE_NEEDS = (
     ("bgjob_ration", "select"),
     ("bgjob_ration", "delete"),
 )
+_HOLDER = "tokens queue since since_id until until_id places slots"
 _COLUMN_NEEDS = (
     (
         "bgjob_job",
         "select",
         (
             "id queue type arg priority created_at headers expires successor successor_arg "
-            "group_id group_dead keep"
+            "group_id group_dead keep slots"
         ),
     ),
     (
@@ -149,7 +150,7 @@ _COLUMN_NEEDS = (
         "insert",
         (
             "id queue type arg priority exclusive next_run_at created_at headers expires group_id "
-            "keep"
+            "keep slots"
         ),
     ),
     (
@@ -157,18 +158,18 @@ _COLUMN_NEEDS = (
         "update",
         (
             "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
-            "updated_at checkpoint group_dead"
+            "updated_at checkpoint group_dead slots"
         ),
     ),
-    ("bgjob_exclusive", "insert", "key"),
-    ("bgjob_exclusive", "update", "tokens queue since since_id until until_id"),
+    ("bgjob_exclusive", "insert", f"key place {_HOLDER}"),
+    ("bgjob_exclusive", "update", _HOLDER),
     (
         "bgjob_dead_job",
         "insert",
         (
             "job_id queue type arg attempt last_error fingerprint worker priority exclusive "
             "next_run_at job_created_at job_updated_at checkpoint headers expires group_id "
-            "group_dead keep"
+            "group_dead keep slots"
         ),
     ),
     ("bgjob_dead_job", "select", "job_id token job_created_at group_id"),

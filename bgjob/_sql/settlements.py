@@ -357,11 +357,11 @@ def _dead_letter(*, follows: bool, keeps: bool) -> LiteralString:
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires,
-            group_id, group_dead{keep}
+            group_id, group_dead, slots{keep}
         )
         select gone.id, queue, type, arg, attempt, b.error, b.fingerprint, {NUMBER.format("token")},
             priority, exclusive, next_run_at, created_at, updated_at, checkpoint, headers, expires,
-            group_id, group_dead{keep}
+            group_id, group_dead, slots{keep}
         from gone
         join unnest(
             %(ids)s::text[], %(errors)s::text[], %(fingerprints)s::bigint[]

@@ -98,16 +98,16 @@ _DEAD_LETTERED: LiteralString = """
         where id = any (array(select id from locked))
         returning id, queue, type, arg, attempt, priority, exclusive, next_run_at,
             created_at, updated_at, token, waits, checkpoint, headers, expires, group_id,
-            group_dead, successor, successor_arg, keep
+            group_dead, successor, successor_arg, keep, slots
     ), {ended}, dead as (
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires,
-            group_id, group_dead, keep
+            group_id, group_dead, keep, slots
         )
         select id, queue, type, arg, attempt, {error}, %(fingerprint)s, priority, exclusive,
             next_run_at, created_at, updated_at, {claim}, checkpoint, headers, expires, group_id,
-            group_dead, keep
+            group_dead, keep, slots
         from gone
         union all
         select id, successor ->> 'queue', successor ->> 'type', successor_arg, 0, {error},
@@ -115,7 +115,8 @@ _DEAD_LETTERED: LiteralString = """
             (successor ->> 'next_run_at')::timestamptz,
             (successor ->> 'created_at')::timestamptz, (successor ->> 'created_at')::timestamptz,
             null, null, (successor ->> 'headers')::json,
-            (successor ->> 'expires')::timestamptz, nullif(group_id, id), null, keep
+            (successor ->> 'expires')::timestamptz, nullif(group_id, id), null, keep,
+            (successor ->> 'slots')::smallint
         from gone where successor is not null
         order by 1, 5 desc
     ), changed as (

@@ -37,6 +37,7 @@ _NEW: Mapping[LiteralString, LiteralString] = {
     "group_id": "nullif(group_id, id)",
     # It is the same id, whose result is that of the last run.
     "keep": "keep",
+    "slots": "(successor ->> 'slots')::smallint",
 }
 
 _TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")

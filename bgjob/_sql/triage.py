@@ -96,11 +96,11 @@ def give_up(id_: str, attempt: int, fingerprint: int) -> Statement[int | None]:
         insert into bgjob_dead_job (
             job_id, queue, type, arg, attempt, last_error, fingerprint, priority, exclusive,
             next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id,
-            group_dead, keep
+            group_dead, keep, slots
         )
         select id, queue, type, arg, attempt, last_error, %(fingerprint)s, priority, exclusive,
             next_run_at, created_at, updated_at, checkpoint, headers, expires, group_id,
-            group_dead, keep
+            group_dead, keep, slots
         from gone
         returning id
         """,

@@ -200,6 +200,7 @@ class QueueControl:
                 transactional=mux.transactional,
                 checkpointed=mux.checkpointed,
                 names_keys=mux.names_keys,
+                slots=mux.slots,
                 kept=mux.kept,
                 batches=_sizes(mux),
                 only_batches=len(mux.batches) == len(mux.types),
@@ -575,7 +576,7 @@ class QueueControl:
             run: Sequence[Claimed] = effects.run
             if self._engine.uses_keys:
                 self._slots.lines.held_until = self._engine.held_until
-                run = self._slots.lines.enter(run)
+                run = self._slots.lines.enter(run, self._engine.places)
             if self._executor.gathering is not None:
                 run = self._executor.gathering.add(run, self._engine.suspects, monotonic())
             self._executor.submit(run, quick=self._engine.pace.is_quick)

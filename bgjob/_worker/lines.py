@@ -1,26 +1,28 @@
-"""The lines of jobs with exclusive keys: of each key one job may have a slot, the others wait.
+"""The lines of jobs with exclusive keys: of each key some may run, mostly one, the others wait.
 
 A worker has claimed them together, and holds their key until the last of them is settled. So the
-next one starts as soon as the one before it ends, on the same slot if that is free, without the
+next one starts as soon as one before it ends, on the same slot if that is free, without the
 control thread and without the server. A job with a key is in no batch, so that it need not be
 gathered with others before.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from time import monotonic
 
+from bgjob._sql.keys import NO_SLOTS
 from bgjob._sql.settlements import Claimed
 
 
 class Lines:
     """The jobs of each key, in the order in which they were granted it. Thread-safe.
 
-    The first of a line runs or waits for a slot; it leaves when its handler has ended or was given
-    up. The next one starts unless the lease may have ended meanwhile, as after the process was
-    frozen, or the first was given back. Then the whole line is given back.
+    The first of a line, as many as it has places, run or wait for a slot of the worker. Each leaves
+    when its handler has ended or was given up. The next one starts unless the lease may have ended
+    meanwhile, as after the process was frozen, or that job was given back. Then all that wait in
+    the line are given back.
 
     Args:
         jobs: the jobs that wait for a slot.
@@ -32,8 +34,9 @@ class Lines:
         self._clock = clock
         self._jobs = jobs
         self._lock = threading.Lock()
-        self._first: dict[str, Claimed] = {}
+        self._first: dict[str, list[Claimed]] = {}
         self._behind: dict[str, deque[Claimed]] = {}
+        self._places: dict[str, int] = {}  # of lines that have not one
         self._ended: list[Claimed] = []
         self.held_until = inf
         """When the first lease of the worker ends."""
@@ -41,12 +44,20 @@ class Lines:
 
     @property
     def waiting(self) -> list[Claimed]:
-        """The jobs behind the first of their line."""
+        """The jobs behind the first ones of their line."""
         with self._lock:
             return [*self._ended, *(c for line in self._behind.values() for c in line)]
 
-    def enter(self, batch: Sequence[Claimed]) -> list[Claimed]:
-        """Add jobs to the ends of their lines; return those that may run now."""
+    def enter(
+        self, batch: Sequence[Claimed], places: Mapping[str, int] = NO_SLOTS
+    ) -> list[Claimed]:
+        """Add jobs to the ends of their lines; return those that may run now.
+
+        Args:
+            batch: the jobs.
+            places: of their keys, if they have not one.
+
+        """
         runs: list[Claimed] = []
         with self._lock:
             for claimed in batch:
@@ -55,14 +66,26 @@ class Lines:
                     runs.append(claimed)
                 elif key not in self._first:
                     self.is_used = True
-                    self._first[key] = claimed
+                    self._first[key] = [claimed]
                     runs.append(claimed)
+                    if key in places:
+                        self._places[key] = places[key]
                 else:
                     self._behind.setdefault(key, deque()).append(claimed)
+                    if key in places:
+                        self._places[key] = places[key]
+                        runs += self._start(key)
         return runs
 
+    def _start(self, key: str) -> list[Claimed]:
+        first, behind = self._first[key], self._behind[key]
+        free = self._places.get(key, 1) - len(first)
+        started = [behind.popleft() for _ in range(min(free, len(behind)))]
+        first += started
+        return started
+
     def leave(self, claimed: Claimed, *, goes_on: bool = True) -> bool:
-        """Record that the first job of a line has ended. Idempotent.
+        """Record that one of the first jobs of a line has ended. Idempotent.
 
         Args:
             claimed: the job, which has a key.
@@ -73,23 +96,39 @@ class Lines:
 
         """
         key = str(claimed.job.exclusive)
-        if not _is_same(self._first.get(key), claimed):
+        if _find(self._first.get(key, ()), claimed) is None:
             return False
         with self._lock:
-            if not _is_same(self._first.get(key), claimed):
+            if not self._remove(key, claimed):
                 return False
-            line = self._behind.get(key)
-            if not line:
-                del self._first[key]
-                self._behind.pop(key, None)
+            if not self._behind.get(key):
+                self._forget(key)
                 return False
             if goes_on and self._clock() < self.held_until:
-                self._first[key] = following = line.popleft()
-                self._jobs.appendleft(following)
+                started = self._start(key)
+                if key in self._places:  # one before them may still wait for a slot
+                    self._jobs.extend(started)
+                else:
+                    self._jobs.extendleft(started)
                 return False
-            del self._first[key]
             self._ended += self._behind.pop(key)
+            self._forget(key)
             return True
+
+    def _remove(self, key: str, claimed: Claimed) -> bool:
+        first = self._first.get(key, [])
+        found = _find(first, claimed)
+        if found is None:
+            return False
+        del first[found]
+        return True
+
+    def _forget(self, key: str) -> None:
+        """Forget a line in which nothing waits, if nothing of it runs."""
+        if not self._first[key]:
+            del self._first[key]
+            self._behind.pop(key, None)
+            self._places.pop(key, None)
 
     def take_ended(self) -> list[Claimed]:
         """Return the jobs of lines that were ended since the last call."""
@@ -111,19 +150,20 @@ class Lines:
                     jobs.append(self._jobs.popleft())
             except IndexError:
                 pass
-            for claimed in (*jobs, *lost):
-                key = claimed.job.exclusive
-                if key is not None and _is_same(self._first.get(key), claimed):
-                    del self._first[key]
-            jobs += self._ended
+            withdrawn = [*jobs, *self._ended]
             self._ended = []
             for line in self._behind.values():
-                jobs += line
+                withdrawn += line
             self._behind.clear()
-        return jobs
+            for claimed in (*jobs, *lost):
+                key = claimed.job.exclusive
+                if key is not None and self._remove(key, claimed):
+                    self._forget(key)
+        return withdrawn
 
 
-def _is_same(one: Claimed | None, other: Claimed) -> bool:
-    return one is other or (
-        one is not None and (one.token, one.job.id) == (other.token, other.job.id)
-    )
+def _find(claims: Sequence[Claimed], wanted: Claimed) -> int | None:
+    for place, each in enumerate(claims):
+        if each is wanted or (each.token, each.job.id) == (wanted.token, wanted.job.id):
+            return place
+    return None

@@ -9,7 +9,7 @@ create role bgjob_editor nologin;
 
 -- A producer writes jobs, also by plain SQL; these columns are promised. It learns which ids are
 -- taken, and reads no payload.
-grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, keep)
+grant insert (id, queue, type, arg, priority, exclusive, next_run_at, headers, expires, keep, slots)
     on bgjob_job to bgjob_producer;
 -- For client.group, which alone writes this column.
 grant insert (group_id) on bgjob_job to bgjob_producer;
@@ -24,8 +24,8 @@ grant select (id, until), insert (id), update (until, value, error, queue, type,
 
 -- Optional, for on_conflict="replace" and debounce: a producer that may give jobs another payload.
 -- grant select (token, attempt, last_error, deaths, waits, type, arg, priority, exclusive, headers,
---     expires, next_run_at, created_at, updated_at, checkpoint, successor, group_id),
---     update (queue, type, arg, priority, exclusive, headers, expires, next_run_at, created_at,
+--     expires, slots, next_run_at, created_at, updated_at, checkpoint, successor, group_id),
+--     update (queue, type, arg, priority, exclusive, headers, expires, slots, next_run_at, created_at,
 --     updated_at, attempt, last_error, deaths, waits, checkpoint, successor, successor_arg)
 --     on bgjob_job to bgjob_producer;
 
@@ -34,15 +34,16 @@ grant select (id, until), insert (id), update (until, value, error, queue, type,
 -- (on_conflict="replace").
 grant select on bgjob_job to bgjob_worker;
 grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers,
-    expires, group_id, keep) on bgjob_job to bgjob_worker;
+    expires, group_id, keep, slots) on bgjob_job to bgjob_worker;
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
-    lease_until, updated_at, checkpoint, group_dead) on bgjob_job to bgjob_worker;
+    lease_until, updated_at, checkpoint, group_dead, slots) on bgjob_job to bgjob_worker;
 grant delete on bgjob_job to bgjob_worker;
-grant select, insert (key), update (tokens, queue, since, since_id, until, until_id), delete
+grant select, delete, insert (key, place, tokens, queue, since, since_id, until, until_id, places, slots),
+    update (tokens, queue, since, since_id, until, until_id, places, slots)
     on bgjob_exclusive to bgjob_worker;
 grant insert (job_id, queue, type, arg, attempt, last_error, fingerprint, worker, priority, exclusive,
     next_run_at, job_created_at, job_updated_at, checkpoint, headers, expires, group_id, group_dead,
-    keep)
+    keep, slots)
     on bgjob_dead_job to bgjob_worker;
 grant select (job_id, token, job_created_at, group_id) on bgjob_dead_job to bgjob_worker;
 grant select on bgjob_pause to bgjob_worker;
@@ -74,11 +75,12 @@ grant truncate on bgjob_history_0, bgjob_history_1, bgjob_history_2, bgjob_histo
 
 -- A worker with schedules moves their ticks, and enqueues the jobs that its own code names.
 grant select on bgjob_schedule to bgjob_scheduler;
-grant insert (name, spec, queue, type, arg, priority, exclusive, expires) on bgjob_schedule
+grant insert (name, spec, queue, type, arg, priority, exclusive, expires, slots) on bgjob_schedule
     to bgjob_scheduler;
-grant update (spec, queue, type, arg, priority, exclusive, expires, tick, last_run_at, last_job_id,
-    next_run_at) on bgjob_schedule to bgjob_scheduler;
-grant insert (id, queue, type, arg, priority, exclusive, expires) on bgjob_job to bgjob_scheduler;
+grant update (spec, queue, type, arg, priority, exclusive, expires, slots, tick, last_run_at,
+    last_job_id, next_run_at) on bgjob_schedule to bgjob_scheduler;
+grant insert (id, queue, type, arg, priority, exclusive, expires, slots) on bgjob_job
+    to bgjob_scheduler;
 grant select (id) on bgjob_job to bgjob_scheduler;
 
 -- An operator reads everything, also for bgjob preflight, requeues and purges dead jobs, and pauses
@@ -90,7 +92,7 @@ grant select on bgjob_job, bgjob_dead_job, bgjob_exclusive, bgjob_pause, bgjob_l
 grant insert (id), update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at)
     on bgjob_result to bgjob_operator;
 grant insert (id, queue, type, arg, last_error, priority, exclusive, next_run_at, created_at,
-    checkpoint, headers, expires, group_id, group_dead, keep) on bgjob_job to bgjob_operator;
+    checkpoint, headers, expires, group_id, group_dead, keep, slots) on bgjob_job to bgjob_operator;
 -- The update is for its locks: a job is locked before it is moved or purged. No role can write
 -- this column.
 grant update (id), delete on bgjob_dead_job to bgjob_operator;
@@ -108,7 +110,7 @@ grant select, update (priority, next_run_at, waits, updated_at), delete on bgjob
 grant select, insert (key), update (since_id), delete on bgjob_exclusive to bgjob_editor;
 grant select (job_id), insert (job_id, queue, type, arg, attempt, last_error, fingerprint, priority,
     exclusive, next_run_at, job_created_at, job_updated_at, token, checkpoint, headers, expires,
-    group_id, group_dead, keep) on bgjob_dead_job to bgjob_editor;
+    group_id, group_dead, keep, slots) on bgjob_dead_job to bgjob_editor;
 grant select, insert (id, until, value, error, queue, type, arg, attempt, token, created_at, ended_at),
     update (until, value, error, queue, type, arg, attempt, token, created_at, ended_at)
     on bgjob_result to bgjob_editor;

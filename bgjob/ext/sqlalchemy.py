@@ -109,8 +109,8 @@ def enqueue(
         request: the job: an EnqueueRequest, or a typed job, as for Client.enqueue.
         on_conflict: what to do if a live job has the id, as for Client.enqueue: "raise" (the
             default), "skip", which returns None, or "replace".
-        options: queue, id, delay, run_at, priority, exclusive, headers, expires and keep of a
-            typed job.
+        options: queue, id, delay, run_at, priority, exclusive, slots, headers, expires and
+            keep of a             typed job.
 
     Raises:
         QueueRequiredError, PayloadError, TypeError, ValueError: as Client.enqueue; a TypeError

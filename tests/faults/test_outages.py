@@ -107,7 +107,8 @@ def test_the_key_of_a_queue_that_the_same_worker_serves_is_not_freed_by_its_othe
         "update bgjob_job set token = 1, attempt = 1, lease_until = clock_timestamp() - interval '1 s'"
     )
     world.query(
-        "insert into bgjob_exclusive select 'key', '{1}', queue, next_run_at, id, next_run_at, id "
+        "insert into bgjob_exclusive (key, tokens, queue, since, since_id, until, until_id) "
+        "select 'key', '{1}', queue, next_run_at, id, next_run_at, id "
         "from bgjob_job"
     )
     world.enqueue("plain", "waits", exclusive="key", ledger=False)

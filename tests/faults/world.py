@@ -370,6 +370,7 @@ class World:
         delay: float = 0.0,
         priority: int = 0,
         exclusive: str | None = None,
+        slots: int | None = None,
         ledger: bool = True,
         **arg: Any,
     ) -> list[str]:
@@ -378,7 +379,8 @@ class World:
         They count as acknowledged when this has returned. In a transaction of yours (`conn`) they
         do not: call `acknowledge` when it is committed.
         """
-        made: dict[str, Any] = {"delay": delay, "priority": priority, "exclusive": exclusive}
+        made: dict[str, Any] = {"delay": delay, "priority": priority}
+        made |= {"exclusive": exclusive, "slots": slots}
         if ids:
             requests = [EnqueueRequest(queue, type, arg or None, id=id, **made) for id in ids]
         else:

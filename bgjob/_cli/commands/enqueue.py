@@ -58,6 +58,12 @@ def add(commands: "Commands") -> None:
         help="of the jobs with this key one runs at a time, on any host (default: none)",
     )
     parser.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="with --exclusive: so many jobs of the key run at once (default: 1)",
+    )
+    parser.add_argument(
         "--headers",
         metavar="JSON",
         help="a small object beside the payload, for example a tenant or a trace's context",
@@ -97,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             delay=args.delay,
             priority=args.priority,
             exclusive=args.exclusive,
+            slots=args.slots,
             expires=args.expires,
             keep=args.keep,
             **options,

@@ -160,9 +160,9 @@ class JobAdmin(_Jobs):
     search_fields = ("id",)
     search_help_text = _("The whole id of a job")
     fields = (
-        *("id", "queue", "type", "state", "priority", "exclusive", "group_id", "attempt"),
-        *("next_run_at", "lease_until", "expires", "created_at", "updated_at", "headers"),
-        *("payload", "saved", "whole_error"),
+        *("id", "queue", "type", "state", "priority", "exclusive", "slots", "group_id"),
+        *("attempt", "next_run_at", "lease_until", "expires", "created_at", "updated_at"),
+        *("headers", "payload", "saved", "whole_error"),
     )
     readonly_fields = ("state", "payload", "saved", "whole_error")
 
@@ -188,7 +188,8 @@ class DeadJobAdmin(_Jobs):
     search_fields = ("job_id",)
     search_help_text = _("The whole id of a job")
     fields = (
-        *("job_id", "queue", "type", "priority", "exclusive", "group_id", "attempt", "moved_at"),
+        *("job_id", "queue", "type", "priority", "exclusive", "slots", "group_id", "attempt"),
+        *("moved_at",),
         *("next_run_at", "expires", "job_created_at", "job_updated_at", "headers", "payload"),
         *("saved", "whole_error"),
     )

@@ -56,7 +56,7 @@ _BaseTaskBackend: Any = _backends.BaseTaskBackend
 _InvalidTask: Any = getattr(_exceptions, "InvalidTask", None) or _exceptions.InvalidTaskError
 
 _OWN = ("database", "keep_results")
-_POLICY = ("backoff", "exclusive", "keep", "max_attempts", "retry_priority", "timeout")
+_POLICY = ("backoff", "exclusive", "keep", "max_attempts", "retry_priority", "slots", "timeout")
 
 
 class TaskBackend(_BaseTaskBackend):
@@ -75,8 +75,8 @@ class TaskBackend(_BaseTaskBackend):
     for which what a task returned, or why it failed, is kept after its end, for `get_result` and
     `refresh` (None, the default: not at all, and the backend does not support them); and of the
     policy of the tasks that are
-    declared with this backend `max_attempts`, `backoff`, `timeout`, `retry_priority`, `exclusive`
-    and `keep`, as for Mux.register.
+    declared with this backend `max_attempts`, `backoff`, `timeout`, `retry_priority`, `exclusive`,
+    `slots` and `keep`, as for Mux.register.
     """
 
     supports_defer = True
