@@ -130,16 +130,29 @@ def start(fingerprint: int, upto: int | None) -> Statement[Start]:
     )
 
 
+# One by one: with statistics of a smaller table the planner read and sorted the whole group.
+_NEXT: LiteralString = """
+    with recursive step (id) as (
+        select %(after)s::bigint
+        union all
+        select (
+            select d.id from bgjob_dead_job d
+            where (d.fingerprint, d.id) > (%(fingerprint)s, step.id)
+                and (d.fingerprint, d.id) <= (%(fingerprint)s, %(upto)s) {which}
+            order by d.fingerprint, d.id limit 1
+        ) from step where step.id is not null
+    )
+    select id from step where id is not null offset 1 limit %(limit)s
+"""
+
+
 def batch(fingerprint: int, after: int, upto: int, *, limit: int) -> Statement[list[int]]:
     """Return the next numbers of a group; of several with one id only the latest."""
     died_later = _DIED_LATER.format(
         and_in_group="and o.fingerprint = %(fingerprint)s and o.id <= %(upto)s"
     )
     return Statement(
-        f"""
-        select d.id from bgjob_dead_job d where {_IN_GROUP} and not {died_later}
-        order by d.fingerprint, d.id limit %(limit)s
-        """,
+        _NEXT.format(which=f"and not {died_later}"),
         {"fingerprint": fingerprint, "after": after, "upto": upto, "limit": limit},
         column,
     )
@@ -148,10 +161,7 @@ def batch(fingerprint: int, after: int, upto: int, *, limit: int) -> Statement[l
 def numbers(fingerprint: int, after: int, upto: int, *, limit: int) -> Statement[list[int]]:
     """Return the next numbers of a group."""
     return Statement(
-        f"""
-        select d.id from bgjob_dead_job d where {_IN_GROUP}
-        order by d.fingerprint, d.id limit %(limit)s
-        """,
+        _NEXT.format(which=""),
         {"fingerprint": fingerprint, "after": after, "upto": upto, "limit": limit},
         column,
     )
