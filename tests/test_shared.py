@@ -91,8 +91,11 @@ def test_each_of_a_shared_insert_is_told_that_its_session_was_terminated(
     client = colour.client()
 
     def terminate() -> None:
-        held_up = "select pg_terminate_backend(pid) from pg_stat_activity where wait_event = %s"
-        assert eventually(lambda: conn.execute(held_up, ["advisory"]).fetchall())
+        held_up = """
+            select pg_terminate_backend(pid) from pg_stat_activity
+            where wait_event = 'advisory' and datname = current_database()
+        """
+        assert eventually(lambda: conn.execute(held_up).fetchall())
 
     calls = [asked(client, EnqueueRequest("q", "t")) for _ in range(5)]
     _, *answers = meeting(colour, conn, client, calls, terminate)

@@ -13,7 +13,11 @@ from support.waiting import eventually
 
 Call = Callable[[Any], Any]
 
-LOCKED = "select pid from pg_stat_activity where wait_event_type = 'Lock'"
+LOCKED = """
+    select pid from pg_stat_activity
+    where wait_event_type = 'Lock' and datname = current_database()
+"""
+"""The sessions of the test's own database that wait for a lock."""
 
 
 def asked(client: Any, request: EnqueueRequest, **options: Any) -> Call:
