@@ -16,7 +16,7 @@ jobs arrive in large batches, and slow ones are not claimed before there is a sl
 _GROWTH = 4
 """The factor by which claims may grow while jobs prove to be quick."""
 
-_MOST_WORTHWHILE = 100
+_MOST_WORTHWHILE = 20
 """The room that is always worth a claim."""
 
 _STALE = 0.1

@@ -359,7 +359,8 @@ def test_a_settlement_whose_answer_was_lost_is_made_once_and_reported_once(
         "reschedule": [("rescheduled", 1), ("completed", 1)],
         "dlq": [("dead", 1)],
     }
-    assert told(worker, "a") == outcomes[then]
+    # The next run may end before the look that tells what became of the first.
+    assert sorted(told(worker, "a")) == sorted(outcomes[then])
     # No handler ran again for it.
     runs = world.rows("a", "plain") + world.rows("a", "rescheduled")
     assert runs == len(outcomes[then])
