@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,14 +142,17 @@ def test_manage_py_starts_the_worker_again_when_a_file_of_the_project_changes(
         try:
             conn.execute("insert into shop_order (number, note) values ('1', '')")
 
-            def noted() -> object:
-                client.enqueue(EnqueueRequest("mail", "confirm", {"order": "1"}))
-                assert eventually(lambda: count(conn) == 0), log.read_text()
-                return row(conn, "select note from shop_order")
+            def notes(note: str) -> Callable[[], bool]:
+                def does() -> bool:
+                    client.enqueue(EnqueueRequest("mail", "confirm", {"order": "1"}))
+                    assert eventually(lambda: count(conn) == 0), log.read_text()
+                    return row(conn, "select note from shop_order") == (note,)
+
+                return does
 
             for note in ("confirmed", "sent at once"):
                 # The one that is to end may still take the first job.
-                assert eventually(lambda note=note: noted() == (note,)), log.read_text()
+                assert eventually(notes(note)), log.read_text()
                 jobs.write_text(jobs.read_text().replace("confirmed", "sent at once"))
                 assert eventually(lambda: "shop/jobs.py has changed" in log.read_text())
             process.send_signal(signal.SIGTERM)
