@@ -297,7 +297,7 @@ class SharedInserts:
         self._ended(mine)
 
     def _ended(self, insert: object) -> None:
-        """Let a thread that waits begin the next insert if this was the newest."""
+        """Wake a waiting thread for the next insert, if this was the newest."""
         with self._lock:
             if insert is self._newest:
                 self._newest = None

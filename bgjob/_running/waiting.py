@@ -116,7 +116,7 @@ class _Waiters:
                         future.set_result(outcome)
 
     def failed(self, error: BaseException) -> None:
-        """Let all fail."""
+        """Fail all."""
         for futures in [*self.by_id.values()]:
             for future in [*futures]:
                 if not future.done():
@@ -200,7 +200,7 @@ class AsyncWaiting:
             notified = [notice.payload async for notice in heard]
 
     async def close(self) -> None:
-        """Let all waiters of this event loop fail."""
+        """Fail all waiters of this event loop."""
         loop = asyncio.get_running_loop()
         if waiters := self._waiters.get(loop):
             waiters.failed(_closed())
@@ -288,7 +288,7 @@ class Waiting:
         ends.close()
 
     def _has_ended(self, waiters: _Waiters) -> bool:
-        """Whether nobody waits: the next one starts another thread."""
+        """Whether there is no waiter: the next one starts another thread."""
         with self._lock:
             if not waiters.by_id and self._end is not None:
                 self._end.close()
@@ -315,7 +315,7 @@ class Waiting:
                 notified = _notified(connection)
 
     def close(self) -> None:
-        """Let all waiters fail."""
+        """Fail all waiters."""
         if self._pid != os.getpid():
             return
         with self._lock:

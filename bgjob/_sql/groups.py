@@ -44,8 +44,8 @@ def open_group(then: EnqueueRequest) -> Statement[set[str]]:
 def hold(id_: str, group: str) -> Statement[bool]:
     """Keep a job of a group live until the transaction ends; False if it is not live any more.
 
-    Whoever settles it waits for that. So jobs that the transaction adds to the group are seen by
-    everybody who does not see this one any more.
+    Its settlement waits for that. So a transaction that does not see this job any more sees those
+    that are added to the group.
     """
     return Statement(
         """

@@ -228,7 +228,7 @@ def acquire(
             select *, used > 0 and tokens && %(holding)s::bigint[] as is_ours
             from ({_rows("array(select distinct key from wanted)")}) as e
         ), free as materialized (
-            -- The keys, and in `place` the row of this worker: its own, one that nobody uses, or
+            -- The keys, and in `place` the row of this worker: its own, an unused one, or
             -- a new one.
             select w.*, u.*, s.slots, s.slots - u.others as room,
                 least(s.slots - u.others, %(most)s) as places

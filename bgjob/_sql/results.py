@@ -5,8 +5,8 @@ the job waits, runs or has ended. An enqueue that looked only for a row of an en
 one: its snapshot may be of a moment in which the job was live, and its insert of a moment in which
 the job is gone.
 
-What ends the job, in whatever way, writes the outcome in the statement that deletes the job: both
-happen, or neither. From then on the row stays for `keep` seconds. A later enqueue with `keep` takes
+The statement that deletes the job, for any reason, also writes the outcome: both happen, or
+neither. From then on the row stays for `keep` seconds. A later enqueue with `keep` takes
 the row over once they have passed, also where no worker has deleted it. A row without an outcome
 and without a live job is free too: somebody has deleted the job by hand.
 
@@ -167,7 +167,7 @@ def _outcomes(rows: Sequence[Row]) -> dict[str, Outcome]:
 
 
 class Task(NamedTuple):
-    """A job with `keep`, live or ended, for who has to know what it was asked to do."""
+    """A job with `keep`, live or ended, with its request."""
 
     outcome: Outcome
     queue: str

@@ -36,7 +36,12 @@ _TTL = 20
 def missing() -> str | None:
     """Return which program is not installed; None if all are there."""
     needed = ("patroni", "etcd")
-    return next((f"{name} is not installed" for name in needed if shutil.which(name) is None), None)
+    return next((f"{name} is not installed" for name in needed if _found(name) is None), None)
+
+
+def _found(program: str) -> str | None:
+    """Return the path of a program: of this environment, or of the system."""
+    return shutil.which(program, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def _free_port() -> int:
@@ -246,7 +251,7 @@ class Cluster:
         """Start a program under that account, in a session of its own."""
         with log.open("ab") as output:
             return subprocess.Popen(
-                [program, *arguments],
+                [_found(program) or program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
