@@ -711,8 +711,8 @@ FAULTS = {
     "jobs:missing": "there is no 'missing' in jobs",
     "jobs:Workers.missing": "there is no 'missing' in jobs.Workers",
     "jobs:mux": "jobs:mux is a Mux: name the queues to work on with --queue NAME[=N]",
-    "jobs:DSN": "jobs:DSN is a str; name a Mux, a Worker, an AsyncWorker, or a callable that "
-    "returns a worker",
+    "jobs:DSN": "jobs:DSN is a str; name a Mux, a Worker, an AsyncWorker, a list of workers, or a "
+    "callable that returns a worker or a list",
     "jobs:hello": "jobs:hello cannot be called: missing a required argument: 'job'; ",
     "jobs:make_of": "jobs:make_of needs --queue",
     "faulty:make_nothing": "faulty:make_nothing returned None; ",

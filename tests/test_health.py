@@ -354,7 +354,7 @@ def test_metrics_that_a_program_passes_to_its_worker_are_served_and_no_second_on
     worker = launcher.make(Mux().register("t", lambda _: None), observer=[metrics])
     metering = Metering()
     assert metering.take() is None
-    metering.attach(worker._group)
+    metering.attach([worker._group])
     launcher.run(worker.run())
     launcher.enqueue("a")
 

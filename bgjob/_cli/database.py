@@ -5,7 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from bgjob import schema
-from bgjob._postgres.connection import Connection, check_conninfo, options
+from bgjob._postgres.connection import (
+    Connection,
+    ConnectionParameters,
+    check_conninfo,
+    options,
+)
 from bgjob._postgres.pool import PATIENCE
 from bgjob._sql.execute import run
 from bgjob._sql.session import schema_comment
@@ -67,3 +72,17 @@ def opened(dsn: str) -> Iterator[Client]:
         schema.check_version(run(conn, schema_comment()))
     with Client(dsn) as client:
         yield client
+
+
+def name_of(parameters: ConnectionParameters) -> str:
+    """Return the name of a database, with its host and port: shop@db1:5433; without a password."""
+    if any(map(callable, parameters)):
+        return "a database that a function names"  # for each connection anew
+    given = options(parameters)
+    name = given.get("dbname") or given.get("service") or os.environ.get("PGDATABASE") or "postgres"
+    host = str(given.get("host") or os.environ.get("PGHOST") or "")
+    port = str(given.get("port") or os.environ.get("PGPORT") or "")
+    where = "" if host.startswith("/") else host  # the host of a socket is its folder
+    if port and port != "5432":
+        where += f":{port}"
+    return f"{name}@{where}" if where else str(name)

@@ -498,22 +498,26 @@ class World:
 
     def run(self, awaitable: Awaitable[T]) -> T:
         """Wait for a coroutine, or what else can be awaited, on the world's own event loop."""
-        if self._loop is None:
-            loop = self._loop = asyncio.new_event_loop()
-            thread = threading.Thread(target=loop.run_forever, name="world-loop")
-            thread.start()
-
-            def end() -> None:
-                loop.call_soon_threadsafe(loop.stop)
-                thread.join()
-                loop.close()
-
-            self._closed.callback(end)
+        with self._lock:  # of two threads only one makes the loop
+            loop = self._loop = self._loop or self._new_loop()
 
         async def wait() -> T:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(wait(), self._loop).result(2 * PATIENCE)
+        return asyncio.run_coroutine_threadsafe(wait(), loop).result(2 * PATIENCE)
+
+    def _new_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="world-loop")
+        thread.start()
+
+        def end() -> None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+        self._closed.callback(end)
+        return loop
 
     def answer(self, answer: Any) -> Any:
         """Return the result of a method of either colour."""

@@ -56,8 +56,8 @@ def add(commands: "arguments.Commands", **defaults: Any) -> None:
         "worker",
         run,
         help="run a worker until a signal ends it",
-        description="Imports a worker, or makes one from a callable or a Mux, and runs it until "
-        "SIGTERM or SIGINT. The current directory is on the module path.",
+        description="Imports a worker or several, or makes them from a callable or a Mux, and runs "
+        "them until SIGTERM or SIGINT. The current directory is on the module path.",
         status=_STATUS,
     )
     parser.add_argument(
@@ -65,10 +65,11 @@ def add(commands: "arguments.Commands", **defaults: Any) -> None:
         nargs="?" if "target" in defaults else None,
         type=arguments.target,
         metavar="MODULE:NAME",
-        help="a Mux, such as app.jobs:mux; a Worker or an AsyncWorker; or a callable that returns "
-        "one. It receives those of --dsn, --queue and --concurrency that it has parameters for: "
-        "dsn, queues (a dict from names to their slots) and concurrency. A coroutine function is "
-        "awaited on the loop that the AsyncWorker then runs on",
+        help="a Mux, such as app.jobs:mux; a Worker or an AsyncWorker; a list of these, as of "
+        "several databases; or a callable that returns a worker or a list. It receives those of "
+        "--dsn, --queue and --concurrency that it has parameters for: dsn, queues (a dict from "
+        "names to their slots) and concurrency. A coroutine function is awaited on the loop that "
+        "AsyncWorkers then run on",
     )
     parser.add_argument(
         "--queue",

@@ -1,6 +1,6 @@
-"""How the command runs a worker: one process, or several under a supervisor.
+"""How the command runs workers: one process, or several under a supervisor.
 
-`target` finds the Mux that the command line names, `serve` runs the worker until it ends,
+`target` finds what the command line names, `serve` runs its workers, `served`, until they end,
 `signals` turns SIGTERM and SIGINT into a shutdown, `processes` supervises several, `reload` starts
 one again when its files change, both on `child`, `log` writes for people or for machines.
 """

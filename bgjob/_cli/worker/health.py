@@ -5,15 +5,15 @@
 
 - It is live while its control threads turn. Neither the jobs nor the database matter: a handler
   may run for hours, and a restart mends no database.
-- It is ready while it is connected for each queue, from the end of its start until it is asked to
-  end.
+- It is ready while it is connected for each queue, of each worker, from the end of its start until
+  it is asked to end.
 - The answers are numbers that are in memory. So a probe takes a millisecond while the server,
   a handler or the event loop hangs.
 """
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -42,18 +42,27 @@ class Report:
     """More of it, for people; JSON."""
 
 
+def workers_of(details: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the details of each worker of a process, which mostly has one."""
+    workers: Sequence[Mapping[str, Any]] = details.get("workers", [details])
+    return workers
+
+
 def late_text(details: Mapping[str, Any]) -> str:
     """Return which queues are late or stand still, from the details of a report."""
-    late = [
-        f"the control thread of queue {name!r} is late by {queue['late']:.0f} s"
-        for name, queue in details.get("queues", {}).items()
-        if queue["late"] > 0
-    ]
-    stalled = [
-        f"queue {name!r} claims nothing, and its oldest due job waits for {seconds:.0f} s"
-        for name, seconds in details.get("stalled", {}).items()
-    ]
-    return "; ".join([*late, *stalled]) or "no queue says why"
+    said: list[str] = []
+    for worker in workers_of(details):
+        where = f" of {worker['database']}" if "database" in worker else ""
+        said += [
+            f"the control thread of queue {name!r}{where} is late by {queue['late']:.0f} s"
+            for name, queue in worker.get("queues", {}).items()
+            if queue["late"] > 0
+        ]
+        said += [
+            f"queue {name!r}{where} claims nothing, and its oldest due job waits for {age:.0f} s"
+            for name, age in worker.get("stalled", {}).items()
+        ]
+    return "; ".join(said) or "no queue says why"
 
 
 class Metered(Protocol):

@@ -1,11 +1,12 @@
-"""Attaches Metrics to a worker, and renders metrics; needs prometheus-client."""
+"""Attaches Metrics to workers, and renders metrics; needs prometheus-client."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from typing_extensions import TypeIs
 
 from bgjob._cli.listener import Answer
 from bgjob._prometheus.metrics import Health, Metrics
@@ -22,12 +23,24 @@ class Metering:
         self._sender: Sender | None = None
         self._registry = REGISTRY
 
-    def attach(self, group: WorkerGroup) -> None:
-        """Count the events of a worker, before it runs, unless the program itself does."""
-        own = (watcher for watcher in group.watchers if isinstance(watcher, Metrics))
-        metrics = next(own, None)
+    def attach(self, groups: Sequence[WorkerGroup]) -> None:
+        """Count the events of workers, before they run, unless the program itself does.
+
+        Raises:
+            BgjobError: the program has Metrics that observe some of its workers, or others.
+
+        """
+        own = [next(filter(_is_metrics, group.watchers), None) for group in groups]
+        if any(other is not own[0] for other in own):
+            raise BgjobError(
+                "the workers of this program have different Metrics: pass the same one to all of "
+                "them, as Worker(..., observer=[..., metrics])"
+            )
+        metrics = own[0]
         if metrics is None:
-            group.observe_too(metrics := _registered())
+            metrics = _registered()
+            for group in groups:
+                group.observe_too(metrics)
         if metrics.registry is None:
             self._registry = CollectorRegistry()
             self._registry.register(metrics)
@@ -52,6 +65,10 @@ class Metering:
     def summed(healths: Callable[[], Iterable[Health]]) -> "Sum":
         """Return what adds up the metrics of several processes."""
         return Sum(healths)
+
+
+def _is_metrics(watcher: object) -> TypeIs[Metrics]:
+    return isinstance(watcher, Metrics)
 
 
 def _registered() -> Metrics:

@@ -1,9 +1,10 @@
-"""How the worker of this process is, and what it counts."""
+"""How the workers of this process are, and what they count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from bgjob._cli.database import name_of
 from bgjob._cli.listener import Answer
 from bgjob._cli.worker.health import Report
 from bgjob._cli.worker.stalls import Stalls
@@ -32,11 +33,11 @@ def load_metering() -> "type[metering.Metering] | None":
 
 
 class Probe:
-    """Reports on the worker of this process; before there is one, on the start.
+    """Reports on the workers of this process; before there is one, on the start.
 
     Args:
         live_within: as for HealthOptions.
-        counts: whether it counts the worker's events.
+        counts: whether it counts the workers' events.
         is_asked_to_end: whether a signal has come.
 
     """
@@ -47,33 +48,45 @@ class Probe:
         self._live_within = live_within
         metering = load_metering() if counts else None
         self._is_asked_to_end = is_asked_to_end
-        self._group: WorkerGroup | None = None
-        self._stalls: Stalls | None = None
+        self._groups: Sequence[WorkerGroup] = ()
+        self._stalls: Sequence[Stalls] = ()
         self.metering = None if metering is None else metering()
-        """What counts the worker's events, if anything does."""
+        """What counts the workers' events, if anything does."""
 
-    def attach(self, group: WorkerGroup) -> None:
-        """Take the worker, before it runs."""
+    def attach(self, groups: Sequence[WorkerGroup]) -> None:
+        """Take the workers, before they run."""
         if self.metering is not None:
-            self.metering.attach(group)
+            self.metering.attach(groups)
         if self._live_within is not None:
-            self._stalls = Stalls(self._live_within, group)
-        self._group = group
+            self._stalls = [Stalls(self._live_within, group) for group in groups]
+        self._groups = groups
 
     def report(self) -> Report:
-        """Return how it is, to any thread."""
+        """Return how they are, to any thread."""
         is_stopping = self._is_asked_to_end()
-        if self._group is None:
+        if not self._groups:
             details = {"stopping": is_stopping, "queues": {}}
             return Report(is_live=True, is_ready=False, has_started=False, details=details)
-        health = self._group.health()
-        stalled = {} if self._stalls is None else dict(self._stalls.queues)
+        healths = [group.health() for group in self._groups]
+        stalled = [dict(each.queues) for each in self._stalls] or [{} for _ in healths]
+        found = [
+            _details(health, stalls, is_stopping=is_stopping or health.is_stopping)
+            for health, stalls in zip(healths, stalled, strict=True)
+        ]
         return Report(
-            is_live=health.is_live and not stalled,
-            is_ready=health.is_ready and not is_stopping,
-            has_started=health.has_started,
-            details=_details(health, stalled, is_stopping=is_stopping or health.is_stopping),
+            is_live=all(health.is_live for health in healths) and not any(stalled),
+            is_ready=all(health.is_ready for health in healths) and not is_stopping,
+            # One whose database is away at the start does not hold up the others.
+            has_started=any(health.has_started for health in healths),
+            details=found[0] if len(found) == 1 else self._several(found, is_stopping=is_stopping),
         )
+
+    def _several(self, found: Sequence[dict[str, Any]], *, is_stopping: bool) -> dict[str, Any]:
+        workers = [
+            {"database": name_of(group.connection_parameters), **details}
+            for group, details in zip(self._groups, found, strict=True)
+        ]
+        return {"stopping": is_stopping, "workers": workers}
 
     def render(self, accept: str) -> Answer:
         """Return the metrics of this process."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from bgjob._cli.listener import Answer
-from bgjob._cli.worker.health import Report, late_text
+from bgjob._cli.worker.health import Report, late_text, workers_of
 from bgjob._cli.worker.probe import NO_METRICS, Probe, load_metering
 from bgjob.workers import LATE, QueueHealth
 
@@ -139,23 +139,25 @@ class Place:
         return not self.pid or monotonic() - self._killed_at < _DIES_WITHIN
 
     @property
-    def seen(self) -> _Seen | None:
-        """How its worker is; None if it has none."""
-        details = self.said.get("details", {})
-        if not details.get("queues"):
-            return None
-        queues = {
-            name: QueueHealth(
-                slots=queue["slots"],
-                busy=queue["busy"],
-                is_connected=queue["connected"],
-                turned=queue["turned"],
-                late=queue["late"],
-                claimed=queue["claimed"],
-            )
-            for name, queue in details["queues"].items()
-        }
-        return _Seen(queues, details["number"], details["program"], details["release"])
+    def seen(self) -> list[_Seen]:
+        """How its workers are."""
+        workers = workers_of(self.said.get("details", {}))
+        return [_seen(worker) for worker in workers if worker.get("queues")]
+
+
+def _seen(details: Mapping[str, Any]) -> _Seen:
+    queues = {
+        name: QueueHealth(
+            slots=queue["slots"],
+            busy=queue["busy"],
+            is_connected=queue["connected"],
+            turned=queue["turned"],
+            late=queue["late"],
+            claimed=queue["claimed"],
+        )
+        for name, queue in details["queues"].items()
+    }
+    return _Seen(queues, details["number"], details["program"], details["release"])
 
 
 class Reports:
@@ -175,7 +177,7 @@ class Reports:
         self._sum = None if metering is None else metering.summed(self._seen)
 
     def _seen(self) -> list[_Seen]:
-        return [seen for place in self._places if (seen := place.seen) is not None]
+        return [seen for place in self._places for seen in place.seen]
 
     def listen(self, number: int, pid: int, fd: int) -> Place:
         """Read what a new process reports, on a thread of its own, until it ends.

@@ -1,29 +1,26 @@
-"""Runs the worker of `bgjob worker` until a signal ends it.
+"""Runs the workers of `bgjob worker` until a signal ends them.
 
-The main thread loads the worker and then only waits for signals, so that it
+The main thread loads the workers and then only waits for signals, so that it
 answers them whatever handlers and event loops do. Another thread runs the
-worker, and the event loop of an AsyncWorker. A third one ends the process when
-its time is over, whatever still hangs in it.
+workers, and the event loop of AsyncWorkers; see `served`. A third one ends the
+process when its time is over, whatever still hangs in it.
 """
 
-import asyncio
 import gc
-import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
 from bgjob._cli.health import HealthOptions
+from bgjob._cli.worker.served import Serving
 from bgjob._cli.worker.signals import Ending, Notice, flush
-from bgjob._cli.worker.target import AnyWorker, Choice, TargetError, check, load
+from bgjob._cli.worker.target import Choice, load
 from bgjob._logger import log as _log
-from bgjob._postgres.event_loop import new_event_loop
 from bgjob._worker.group import WorkerGroup
 from bgjob._worker.registry import Registry
 from bgjob.errors import BgjobError
-from bgjob.worker import AsyncWorker, Worker
 
 if TYPE_CHECKING:
     from bgjob._cli.worker.health import Health
@@ -53,12 +50,13 @@ def serve(
     health: HealthOptions,
     reports: Reports | None = None,
 ) -> None:
-    """Load a worker and run it until it has ended; return after a requested shutdown.
+    """Load workers and run them until they have ended; return after a requested shutdown.
 
     It takes over the process: its signals, and the way it ends. From the main thread.
 
     Args:
-        target: `package.module:name` of a worker, of a callable that makes one, or of a Mux.
+        target: `package.module:name` of a worker or several, of a callable that makes them, or of
+            a Mux.
         grace: seconds that running handlers have after a signal.
         choice: the worker options of the command line.
         set_up_logging: called when the program has been loaded, before the worker runs.
@@ -142,7 +140,7 @@ def _serve(
     ending.obey_signals()  # also where the program has set up handlers of its own
     if ending.signum:  # and the program caught the interruption
         return
-    service = _Service(loaded, target, ending, set_up_logging, told.probe)
+    service = Serving(loaded, target, ending, set_up_logging, told.probe)
     service.start()
     while (notice := ending.next()) is Notice.RUNNING or notice is Notice.ASKED_TO_END:
         if notice is Notice.RUNNING:
@@ -155,7 +153,7 @@ def _serve(
             _log.info("%s: %s, shutting down", target, ending.reason)
             service.stop(ending.grace_left)
     if service.error is not None:
-        if isinstance(service.error, BgjobError | psycopg.Error) and not ending.has_served:
+        if isinstance(service.error, BgjobError | psycopg.Error) and service.is_of_start:
             raise service.error
         raise ServeError(f"{target} broke") from service.error
     if not (ending.signum or service.was_asked):
@@ -164,111 +162,3 @@ def _serve(
         _log.warning("%s: %s", target, service.remains)
         ending.end_now()
     _log.info("%s has ended", target)
-
-
-class _Service:
-    """Runs the worker on a thread, with the event loop of an AsyncWorker."""
-
-    def __init__(
-        self,
-        loaded: AnyWorker | Awaitable[Any],
-        target: str,
-        ending: Ending,
-        set_up_logging: Callable[[], None],
-        probe: "Probe | None",
-    ) -> None:
-        self.error: BaseException | None = None
-        self.is_stopping = False
-        self.was_asked = False
-        """Whether the program itself has shut its worker down."""
-        self.failure: BaseException | None = None
-        """Why the worker has ended on its own."""
-        self._loaded = loaded
-        self._target = target
-        self._ending = ending
-        self._set_up_logging = set_up_logging
-        self._probe = probe
-        self._group: Any = None
-
-    def start(self) -> None:
-        """Start the thread; it reports when the worker runs and when it has ended."""
-        threading.Thread(target=self._run, name="bgjob-serving", daemon=True).start()
-
-    def stop(self, grace: float) -> None:
-        """Begin the shutdown immediately, even if a handler blocks the event loop."""
-        self.is_stopping = True
-        self._group.stop(grace)
-
-    def _run(self) -> None:
-        try:
-            if isinstance(self._loaded, Worker):
-                self._run_plain(self._loaded)
-            else:
-                with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                    runner.run(self._run_on_loop(self._loaded))
-        except BaseException as error:
-            self.error = error
-        finally:
-            self._ending.tell(Notice.ENDED)
-
-    def _run_plain(self, worker: Worker) -> None:
-        self._set_up_logging()
-        if self._probe is not None:
-            self._probe.attach(worker._group)  # noqa: SLF001
-        worker.run()
-        self._is_running(worker)
-        worker.wait()
-        self._has_ended()
-        worker.shutdown()
-
-    async def _run_on_loop(self, loaded: AsyncWorker | Awaitable[Any]) -> None:
-        worker = loaded if isinstance(loaded, AsyncWorker) else await self._make(loaded)
-        if isinstance(worker, Worker):
-            await asyncio.to_thread(self._run_plain, worker)
-            return
-        self._set_up_logging()
-        if self._probe is not None:
-            self._probe.attach(worker._group)  # noqa: SLF001
-        await asyncio.to_thread(self._open, worker, asyncio.get_running_loop())
-        await worker.wait()
-        self._has_ended()
-        await worker.shutdown()  # it waits for the cancelled handlers
-
-    def _open(self, worker: AsyncWorker, loop: asyncio.AbstractEventLoop) -> None:
-        # Like AsyncWorker.run(), which has to be awaited on the loop and may not
-        # return before the first handlers do, because they may block the loop.
-        worker._group.open(loop)  # noqa: SLF001
-        self._is_running(worker)
-
-    async def _make(self, factory: Awaitable[Any]) -> AnyWorker:
-        try:
-            made = await factory
-        except Exception as error:
-            raise TargetError(f"{self._target} failed") from error
-        return check(made, self._target)
-
-    def _is_running(self, worker: AnyWorker) -> None:
-        # The part that both workers share: AsyncWorker's own shutdown() has to be
-        # awaited on the loop, which a handler may block.
-        self._group = worker._group  # noqa: SLF001
-        self._ending.has_served = True
-        self._ending.tell(Notice.RUNNING)
-
-    def _has_ended(self) -> None:
-        self.was_asked, self.failure = self._group.was_asked, self._group.failure
-
-    @property
-    def abandoned(self) -> int:
-        """The number of jobs that still run although the worker has ended."""
-        return self._group.abandoned if self._group is not None else 0
-
-    @property
-    def remains(self) -> str:
-        """What is left behind if the process ends now, for the log."""
-        if self._group is None:
-            return "its start was broken off"
-        if self._group.done.done() and not self.abandoned:
-            return "a task or a thread of the program still runs, and is abandoned"
-        count = self.abandoned
-        jobs = "jobs" if count == 0 else "1 job" if count == 1 else f"{count} jobs"
-        return f"{jobs} still running, left to the lease"

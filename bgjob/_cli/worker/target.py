@@ -1,12 +1,14 @@
-"""Loads `package.module:name`: a worker, or a callable or Mux that makes one; or its parts."""
+"""Loads `package.module:name`: workers, or a callable or Mux that makes them; or its parts."""
 
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from typing_extensions import TypeIs
 
 from bgjob._cli import database
 from bgjob.client import Client
@@ -18,7 +20,10 @@ from bgjob.worker import AsyncWorker, Worker
 
 AnyWorker: TypeAlias = Worker | AsyncWorker
 
-_WANTED = "name a Mux, a Worker, an AsyncWorker, or a callable that returns a worker"
+_WANTED = (
+    "name a Mux, a Worker, an AsyncWorker, a list of workers, or a callable that returns a worker "
+    "or a list"
+)
 
 
 class TargetError(BgjobError):
@@ -65,16 +70,16 @@ _IMPORTING = (
 _OPTIONS = {"dsn": "--dsn", "queues": "--queue", "concurrency": "--concurrency"}
 
 
-def load(target: str, choice: Choice) -> AnyWorker | Awaitable[Any]:
-    """Import the target's module, and make a worker of the target.
+def load(target: str, choice: Choice) -> Sequence[AnyWorker] | Awaitable[Any]:
+    """Import the target's module, and make workers of the target.
 
     The current directory is put on the module path first. A Mux gets a Worker,
     on the queues and the database of the command line. A factory receives the
     options of the command line in parameters named `dsn`, `queues`, `concurrency`.
 
     Returns:
-        The worker; or, for a coroutine function, an awaitable for the worker's
-        event loop, whose value goes to `check`.
+        The workers, mostly one; or, for a coroutine function, an awaitable for the
+        event loop of the workers, whose value goes to `check`.
 
     Raises:
         TargetError: there is no such module or name, it is not a worker or a way to
@@ -85,15 +90,15 @@ def load(target: str, choice: Choice) -> AnyWorker | Awaitable[Any]:
     """
     found = _find(target)
     if isinstance(found, Mux):
-        return _of_mux(found, target, choice)
-    if isinstance(found, AnyWorker):
+        return [_of_mux(found, target, choice)]
+    if isinstance(found, AnyWorker) or _is_several(found):
         if given := choice.arguments():
             options = " and ".join(_OPTIONS[name] for name in given)
             raise TargetError(
                 f"{target} is {_kind(found)}, which {options} cannot change; name a Mux, or a "
                 f"callable that takes {' and '.join(given)} and returns a worker"
             )
-        return found
+        return check(found, target, "is")
     if not callable(found):
         raise TargetError(f"{target} is {_kind(found)}; {_WANTED}")
     arguments = _arguments(found, target, choice)
@@ -181,11 +186,28 @@ def _find(target: str) -> Any:
     return _attribute(_module(module_name), module_name, name)
 
 
-def check(made: object, target: str) -> AnyWorker:
-    """Return what a factory made; raise TargetError unless it is a worker."""
-    if not isinstance(made, AnyWorker):
-        raise TargetError(f"{target} returned {_kind(made)}; {_WANTED}")
-    return made
+def check(made: object, target: str, how: str = "returned") -> Sequence[AnyWorker]:
+    """Return the workers that a target is or made; raise TargetError unless they are workers."""
+    if isinstance(made, AnyWorker):
+        return [made]
+    if not _is_several(made):
+        raise TargetError(f"{target} {how} {_kind(made)}; {_WANTED}")
+    workers: list[Any] = [*made]
+    if not workers:
+        raise TargetError(f"{target} {how} {_kind(made)} without a worker; {_WANTED}")
+    for number, worker in enumerate(workers, 1):
+        if not isinstance(worker, AnyWorker):
+            raise TargetError(
+                f"{target} {how} {_kind(made)} whose item {number} is {_kind(worker)}: it must be "
+                "a Worker or an AsyncWorker"
+            )
+        if any(worker is other for other in workers[: number - 1]):
+            raise TargetError(f"{target} {how} {_kind(made)} that has item {number} twice")
+    return workers
+
+
+def _is_several(found: object) -> TypeIs[Iterable[Any]]:
+    return isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping)
 
 
 def _module(name: str) -> Any:
