@@ -20,6 +20,8 @@ WORK = {
     "exclusive": "jobs beside 20,000 that wait for a key, and jobs of 100 keys",
     "limits": "limits over all workers",
     "queues": "100 of 10,000 queues watched",
+    "fleet": "2,000 idle workers",
+    "shares": "a busy queue shared by 2 and by 100 workers",
     "producers": "8 producers beside a worker",
     "notifications": "notifications at a steady rate",
     "overview": "overview of 1,000,000 jobs",
