@@ -68,6 +68,7 @@ LONGEST = {
     "test_django",
     "test_embedded",
     "test_killers",
+    "test_major_upgrade",
     "test_pytest_plugin",
     "test_scale",
     "test_simulation",
