@@ -4,9 +4,9 @@
 depends on, and gives up on a silent server. `cursor` writes and reads values on any connection,
 whatever the program has registered for its own SQL. `pool` keeps a client's connections, without
 a thread of its own, and borrows those of a user's pool. `fork` notices a process that was forked
-from the one that opened them, and must not use them. `pooler` turns what a pooler does to a
-connection into errors with a remedy. `polling` and `event_loop` are what differs
-between operating systems.
+from the one that opened them, and must not use them. `hosts` remembers which of several servers
+takes writes. `pooler` turns what a pooler does to a connection into errors with a remedy. `polling`
+and `event_loop` are what differs between operating systems.
 
 A server may vanish silently: no read fails, and no write fails for a long time. Each wait of the
 library has a limit:

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil, inf
-from typing import Any, TypeAlias, cast
+from typing import Any, Self, TypeAlias, cast
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -16,7 +16,7 @@ from psycopg.errors import ProtocolViolation
 from psycopg.waiting import Ready, Wait
 from typing_extensions import override
 
-from bgjob._postgres import polling
+from bgjob._postgres import hosts, polling
 from bgjob._postgres.event_loop import check_event_loop
 from bgjob._postgres.pooler import check_mode
 
@@ -251,6 +251,18 @@ class Connection(psycopg.Connection[Any]):
     patience: float = inf
     """Seconds; any thread may change it while another one waits."""
 
+    @classmethod
+    @override
+    def connect(cls, *args: Any, **kwargs: Any) -> Self:
+        kwargs = hosts.ordered(kwargs)
+        try:
+            connection = super().connect(*args, **kwargs)
+        except psycopg.OperationalError:
+            hosts.not_connected(kwargs)
+            raise
+        hosts.connected(kwargs, connection)
+        return connection
+
     @override
     def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
         return super().wait(_patient(gen, self), *args, **kwargs)
@@ -261,6 +273,18 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
 
     patience: float = inf
     """Seconds; see Connection.patience."""
+
+    @classmethod
+    @override
+    async def connect(cls, *args: Any, **kwargs: Any) -> Self:
+        kwargs = hosts.ordered(kwargs)
+        try:
+            connection = await super().connect(*args, **kwargs)
+        except psycopg.OperationalError:
+            hosts.not_connected(kwargs)
+            raise
+        hosts.connected(kwargs, connection)
+        return connection
 
     @override
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
@@ -293,6 +317,7 @@ def _patient(gen: PQGen[RV], connection: Connection | AsyncConnection) -> PQGen[
             if ready:
                 since = time.monotonic()
             elif time.monotonic() >= since + connection.patience:
+                hosts.silent(connection)
                 _give_up(connection, gen)
                 raise Silence(connection.patience)
             wanted = gen.send(ready)
@@ -330,6 +355,7 @@ class WorkerConnection(Connection):
                     self.meanwhile()
                     ready = self._wait_long(poll)
                 if not ready:
+                    hosts.silent(self)
                     raise Silence(self.patience)
                 event = ready[0][1]
                 again = gen.send(_READY[event & (polling.READ | polling.WRITE)])

@@ -1,0 +1,105 @@
+"""A connection string with several hosts: in which order they are tried."""
+
+import asyncio
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+from support.clients import Colour
+from support.waiting import eventually
+from support.workers import Launcher
+
+from bgjob import Complete, EnqueueRequest, Job, Mux
+from bgjob._postgres.pool import AsyncPooledConnection, PooledConnection
+from faults.proxy import Proxy
+
+
+class Host(Proxy):
+    """A host of the server, which counts who connects."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.count = 0
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.count += 1
+        await super().accept(reader, writer)
+
+
+@pytest.fixture
+def hosts(dsn: str) -> Iterator[tuple[Host, Host]]:
+    with Host(dsn) as first, Host(dsn) as second:
+        yield first, second
+
+
+def dsn_of(hosts: tuple[Host, Host], dsn: str, attributes: str | None = "read-write") -> str:
+    return make_conninfo(
+        hosts[0].dsn(dsn),
+        host="127.0.0.1,127.0.0.1",
+        port=",".join(str(host.port) for host in hosts),
+        target_session_attrs=attributes,
+    )
+
+
+def enqueue(colour: Colour, dsn: str, id: str) -> None:
+    colour.client(dsn).enqueue(EnqueueRequest("q", "t", id=id))
+
+
+def test_the_host_that_takes_writes_is_tried_first_from_then_on(
+    colour: Colour, launcher: Launcher, hosts: tuple[Host, Host], conn: psycopg.Connection
+) -> None:
+    def own(job: Job, conn: psycopg.Connection) -> Complete:
+        conn.execute("select 1")
+        return Complete()
+
+    first, second = hosts
+    dsn = dsn_of(hosts, colour.dsn)
+    first.cut()
+    enqueue(colour, dsn, "a")
+    tried = first.count
+    assert tried
+
+    enqueue(colour, dsn, "b")
+    launcher.start(Mux().register("t", own, transactional=True), dsn=dsn)
+    assert eventually(lambda: not conn.execute("select from bgjob_job").rowcount)
+    assert first.count == tried
+
+    # When it is gone the others are tried, and the one that is found then is kept.
+    first.forward()
+    second.cut()
+    enqueue(colour, dsn, "c")
+    assert first.count > tried
+    tried = second.count
+    second.forward()
+    enqueue(colour, dsn, "d")
+    assert second.count == tried
+
+
+def test_a_host_that_was_silent_is_tried_last(
+    colour: Colour, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (PooledConnection, AsyncPooledConnection):
+        monkeypatch.setattr(kind, "patience", 0.2)
+    first, second = hosts
+    client = colour.client(dsn_of(hosts, colour.dsn))
+    client.enqueue(EnqueueRequest("q", "t", id="a"))
+    tried = first.count
+    first.silence()
+    with pytest.raises(psycopg.OperationalError, match="no answer"):
+        client.enqueue(EnqueueRequest("q", "t", id="b"))
+    client.enqueue(EnqueueRequest("q", "t", id="c"))
+    assert (first.count, second.count) == (tried, 1)
+
+
+@pytest.mark.parametrize("attributes", [None, "any", "prefer-standby"])
+def test_where_any_server_fits_the_order_is_kept(
+    colour: Colour, hosts: tuple[Host, Host], attributes: str | None
+) -> None:
+    first, _ = hosts
+    dsn = dsn_of(hosts, colour.dsn, attributes)
+    first.cut()
+    enqueue(colour, dsn, "a")
+    tried = first.count
+    enqueue(colour, dsn, "b")
+    assert first.count > tried
