@@ -1,22 +1,35 @@
-"""The chart: throughput and latency of all systems, and the curve under a pinned snapshot."""
+"""The charts: all systems beside each other, and two of them over hours."""
 
 # mypy: disable-error-code="import-not-found"
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from results import number
 
-_NAME = "results"
 _OURS, _FLOOR, _OTHERS = "#1f6feb", "#8c959f", "#d4a72c"
 _CYCLE = "#d4a72c", "#1a7f37", "#cf222e", "#8250df", "#57606a"
 _SIZE = 13.0, 4.2  # inches
 
 
 def draw(reports: Mapping[str, Any], folder: Path) -> Sequence[str]:
-    """Draw it as PNG and SVG; return the files' names. Without peers.py it draws nothing."""
-    if "peers" not in reports:
-        return ()
+    """Draw as PNG and SVG what peers.py and hours.py measured; return the files' names."""
+    drawn: list[str] = []
+    if "peers" in reports:
+        parts = _throughput, _latency, _horizon
+        drawn += _save(folder / "results", _SIZE, reports, parts)
+    if "hours" in reports:
+        drawn += _save(folder / "hours", _SIZE, reports["hours"], (_waits, _dead_rows, _sizes))
+    return drawn
+
+
+def _save(
+    path: Path,
+    size: tuple[float, float],
+    report: Mapping[str, Any],
+    parts: Sequence[Callable[[Any, Mapping[str, Any]], None]],
+) -> Sequence[str]:
+    """Draw the parts side by side."""
     # Imported here, because the table can be written without it.
     import matplotlib as mpl
 
@@ -26,23 +39,19 @@ def draw(reports: Mapping[str, Any], folder: Path) -> Sequence[str]:
     mpl.rcParams["font.size"] = 9
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=_SIZE, facecolor="white", layout="constrained"
-    )
-    _throughput(left, reports)
-    _latency(middle, reports)
-    _horizon(right, reports)
-    for axes in (left, middle, right):
+    figure, row = plt.subplots(1, len(parts), figsize=size, facecolor="white", layout="constrained")
+    for axes, part in zip(row, parts, strict=True):
+        part(axes, report)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(visible=True, axis="both" if axes is right else "x", alpha=0.25)
+        axes.grid(visible=True, axis="x" if part in (_throughput, _latency) else "both", alpha=0.25)
         axes.set_axisbelow(True)
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
                 axis.set_major_formatter(lambda value, _: f"{value:,g}")
-    figure.savefig(folder / f"{_NAME}.png", dpi=110, metadata={"Software": None})
-    figure.savefig(folder / f"{_NAME}.svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     plt.close(figure)
-    return f"{_NAME}.png", f"{_NAME}.svg"
+    return f"{path.name}.png", f"{path.name}.svg"
 
 
 def _throughput(axes: Any, reports: Mapping[str, Any]) -> None:
@@ -131,6 +140,42 @@ def _curve(axes: Any, name: str, size: int, rates: Sequence[float]) -> None:
         own = {"color": _FLOOR, "linestyle": "--"}
     thousands = [size * (row + 1) / 1000 for row in range(len(rates))]
     axes.plot(thousands, rates, marker="o", markersize=3, label=name, **own)
+
+
+def _waits(axes: Any, report: Mapping[str, Any]) -> None:
+    _over_time(axes, report, {"p50_ms": "-", "p99_ms": ":"})
+    axes.set_yscale("log")
+    axes.set_title("From the call of an enqueue to its handler")
+    axes.set_ylabel("ms (logarithmic); p50, and p99 dotted")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _dead_rows(axes: Any, report: Mapping[str, Any]) -> None:
+    _over_time(axes, report, {"dead_rows": "-"})
+    axes.set_title("Dead rows")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+
+
+def _sizes(axes: Any, report: Mapping[str, Any]) -> None:
+    _over_time(axes, report, {"table_mb": "-", "index_mb": ":"})
+    axes.set_title("Tables, and indexes dotted")
+    axes.set_ylabel("MB")
+
+
+def _over_time(axes: Any, report: Mapping[str, Any], lines: Mapping[str, str]) -> None:
+    """Draw these figures of all systems; what is behind them is shaded while a snapshot was held."""
+    axes.axvspan(*report["pinned_minutes"], color=_FLOOR, alpha=0.15, label="a snapshot is pinned")
+    for color, (name, samples) in zip((_OURS, *_CYCLE), report["samples"].items(), strict=False):
+        for figure, style in lines.items():
+            seen = [sample for sample in samples if figure in sample]
+            axes.plot(
+                [sample["minute"] for sample in seen],
+                [sample[figure] for sample in seen],
+                style,
+                color=color,
+                label=name if style == "-" else None,
+            )
+    axes.set_xlabel("minutes")
 
 
 def _color(name: str) -> str:

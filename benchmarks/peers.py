@@ -51,34 +51,34 @@ class Runner:
         self.runs: dict[str, list[float]] = {}
         self.has_keys = False
         self._bench = bench
-        self._environment = environment
+        self.environment = environment
         self._database = f"bgjob_benchmark_{self.system.adapter}"
-        self._url = _url_of(bench.dsn, self._database) if store is None else store
+        self.url = _url_of(bench.dsn, self._database) if store is None else store
 
     def about(self) -> dict[str, Any]:
         """Return versions and settings."""
-        about: dict[str, Any] = self._environment.run("about", self._url)
+        about: dict[str, Any] = self.environment.run("about", self.url)
         self.has_keys = about.pop("has_keys")
         return about
 
     def drain(self, count: int) -> Round:
         """Return the rates of a bulk enqueue, and of the drain of its jobs."""
-        with self._fresh():
+        with self.fresh():
             return self._round(count)
 
     def drain_keyed(self, count: int) -> float:
         """Return the jobs/s of a drain of jobs with a key, of which one runs at a time."""
-        with self._fresh():
-            self._environment.run("enqueue_keyed", self._url, count, _KEYS)
+        with self.fresh():
+            self.environment.run("enqueue_keyed", self.url, count, _KEYS)
             return self._drain(count)
 
     def pick_up(self, count: int, chance: random.Random) -> PickedUp:
         """Return the times from an enqueue's return to its handler's start."""
         waited = []
         with (
-            self._fresh(),
-            self._environment.conversation("work", self._url) as (_, started),
-            self._environment.conversation("produce", self._url) as (ask, returned),
+            self.fresh(),
+            self.environment.conversation("work", self.url) as (_, started),
+            self.environment.conversation("produce", self.url) as (ask, returned),
         ):
             started()  # waits until the worker works
             for number in range(-5, count):  # the first few wait for connections
@@ -96,43 +96,44 @@ class Runner:
         It ends after a round that takes longer than `longest` seconds.
         """
         rates: list[float] = []
-        with self._fresh(), psycopg.connect(self._url) as holder:
+        with self.fresh(), psycopg.connect(self.url) as holder:
             holder.execute("set transaction isolation level repeatable read")
             holder.execute("select 1")
             while len(rates) < rounds and not (rates and count / rates[-1] > longest):
                 rates.append(self._round(count).drain_jobs_per_s)
         return rates
 
-    def _round(self, count: int) -> Round:
-        took = self._environment.run("enqueue", self._url, count)
-        making, writing = took["making"], took["writing"]
-        return Round(count / writing, count / (making + writing), self._drain(count))
-
-    def _drain(self, count: int) -> float:
-        if self.system.on_postgres:
-            with psycopg.connect(self._url, autocommit=True) as connection:
-                connection.execute("vacuum (analyze)")
-                connection.execute("checkpoint")
-        seconds: float = self._environment.run("drain", self._url, count)["seconds"]
-        return count / seconds
-
     @contextmanager
-    def _fresh(self) -> Iterator[None]:
+    def fresh(self) -> Iterator[None]:
+        """Make the system's tables in a new database, and drop that at the end."""
         name = sql.Identifier(self._database)
         drop = sql.SQL("drop database if exists {} with (force)").format(name)
         if self.system.on_postgres:
             self._bench.admin.execute(drop)
             self._bench.admin.execute(sql.SQL("create database {}").format(name))
-        self._environment.run("setup", self._url)
+        self.environment.run("setup", self.url)
         yield
         if self.system.on_postgres:
             self._bench.admin.execute(drop)
+
+    def _round(self, count: int) -> Round:
+        took = self.environment.run("enqueue", self.url, count)
+        making, writing = took["making"], took["writing"]
+        return Round(count / writing, count / (making + writing), self._drain(count))
+
+    def _drain(self, count: int) -> float:
+        if self.system.on_postgres:
+            with psycopg.connect(self.url, autocommit=True) as connection:
+                connection.execute("vacuum (analyze)")
+                connection.execute("checkpoint")
+        seconds: float = self.environment.run("drain", self.url, count)["seconds"]
+        return count / seconds
 
 
 def main(bench: Bench, cache: Path, python: str, names: Sequence[str]) -> Mapping[str, object]:
     """Run all systems in turn, in rounds; then each one under a pinned snapshot."""
     with ExitStack() as stack:
-        runners, left_out = _runners(bench, cache, python, names, stack)
+        runners, left_out = runners_of(bench, cache, python, names, stack)
         report = {runner.system.name: runner.about() for runner in runners}
         _measure(bench, runners, report)
         _pin(bench, runners, report)
@@ -144,7 +145,7 @@ def main(bench: Bench, cache: Path, python: str, names: Sequence[str]) -> Mappin
     }
 
 
-def _runners(
+def runners_of(
     bench: Bench, cache: Path, python: str, names: Sequence[str], stack: ExitStack
 ) -> tuple[list[Runner], dict[str, str]]:
     runners, left_out = [], {}
@@ -237,7 +238,7 @@ def _url_of(dsn: str, database: str) -> str:
     return f"postgresql://{given.get('user', 'postgres')}{password}@{host}/{database}"
 
 
-def _own_arguments() -> argparse.Namespace:
+def own_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / ".venvs")
     parser.add_argument("--python", default=sys.executable)
@@ -247,5 +248,5 @@ def _own_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    own = _own_arguments()
+    own = own_arguments()
     harness.main(lambda bench: main(bench, own.cache.resolve(), own.python, own.peers), __doc__)

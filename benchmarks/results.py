@@ -30,6 +30,7 @@ WORK = {
     "failures": "memory in a burst of failures",
     "startup": "import and start",
     "peers": "against the fastest other system on PostgreSQL",
+    "hours": "1,000 jobs/s for hours, a snapshot pinned for half of them",
 }
 """What each program does, in the order of the rows."""
 
@@ -81,14 +82,17 @@ def _rounds(reports: Mapping[str, Any]) -> str:
 
 
 def _pictures(drawn: Sequence[str]) -> Iterator[tuple[str, str]]:
-    alternative = "Drain throughput, pick-up latency and drain under a pinned snapshot"
-    yield from ((name, alternative) for name in drawn if name.endswith(".svg"))
+    alternatives = {
+        "results.svg": "Drain throughput, pick-up latency and drain under a pinned snapshot",
+        "hours.svg": "Waits, dead rows and table sizes over hours, a snapshot pinned for half of them",
+    }
+    yield from ((name, alternatives[name]) for name in drawn if name in alternatives)
 
 
 def _figures(report: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield the figures of a report in order, without the systems, which have another table."""
     for name, part in report.items():
-        if isinstance(part, dict) and name != "systems":
+        if isinstance(part, dict) and name not in ("systems", "samples"):
             if "measured" in part:
                 yield (*path, name), part
             else:

@@ -20,7 +20,7 @@ def main() -> None:
     failed = []
     if given.kept is None:
         given.out.mkdir(parents=True, exist_ok=True)
-        for name in given.only or results.WORK:
+        for name in given.only or (name for name in results.WORK if name != "hours"):
             print(f"{name}.py", file=sys.stderr, flush=True)
             ended = subprocess.run(
                 [sys.executable, str(_HERE / f"{name}.py"), *_options(given, name)],
@@ -53,7 +53,7 @@ def _options(given: argparse.Namespace, name: str) -> Iterator[str]:
         yield "--check"
     if given.dsn is not None:
         yield f"--dsn={given.dsn}"
-    if name == "peers":
+    if name in ("peers", "hours"):
         for option in ("cache", "python", "peers"):
             if getattr(given, option) is not None:
                 yield f"--{option}={getattr(given, option)}"

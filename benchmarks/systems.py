@@ -86,9 +86,15 @@ class Environment:
         )
 
     @contextmanager
-    def conversation(self, command: str, url: str) -> Iterator[tuple[IO[str], Callable[[], Any]]]:
-        """Run a command until the block ends; yield its stdin and a function that reads a line."""
-        with _started([*self._adapter(), command, url]) as process:
+    def conversation(
+        self, command: str, url: str, *arguments: int, patience: float = _PATIENCE
+    ) -> Iterator[tuple[IO[str], Callable[[], Any]]]:
+        """Run a command until the block ends; yield its stdin and a function that reads a line.
+
+        After `patience` seconds it is killed.
+        """
+        called = [*self._adapter(), command, url, *map(str, arguments)]
+        with _started(called, patience) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             lines = process.stdout
@@ -149,7 +155,7 @@ def _check(command: list[str], timeout: float | None = None) -> str:
 
 
 @contextmanager
-def _started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+def _started(command: list[str], patience: float = _PATIENCE) -> Iterator[subprocess.Popen[str]]:
     """Start a process that ends when its stdin closes; kill it if it does not answer."""
     process = subprocess.Popen(
         command,
@@ -160,7 +166,7 @@ def _started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
         bufsize=1,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
-    watchdog = threading.Timer(_PATIENCE, process.kill)
+    watchdog = threading.Timer(patience, process.kill)
     watchdog.start()
     try:
         yield process

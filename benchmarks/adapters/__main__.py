@@ -8,8 +8,13 @@
   the store has no unfinished job. It fails unless each job ran exactly once.
 - `work` starts a worker, prints a line, and prints when each handler started, until stdin closes.
 - `produce` enqueues one job for each line of stdin, and prints when that returned.
+- `watch` starts a worker, prints a line, and prints for each line of stdin how many handlers
+  started since the last one, and percentiles of their times since the call of the enqueue.
+- `flow RATE` enqueues so many jobs a second, some at a time, until stdin closes, and prints how
+  many these were, for each line of stdin and at the end.
 
-The last two run at the same time; their times are of a clock that all processes of a host share.
+`work` and `produce` run at the same time, and `watch` and `flow`; their times are of a clock that
+all processes of a host share.
 """
 
 import asyncio
@@ -18,14 +23,18 @@ import json
 import platform
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from importlib.metadata import version
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 from adapters.peer import Peer
 
 _PATIENCE = 600.0  # seconds after which a drain that does not end fails
+_PAUSE = 0.005  # seconds in a flow between two looks for the jobs that are due by now
+_MOST_AT_ONCE = 1_000  # jobs of one write of a flow that was held up
+_SHARES = ("p50_ms", 0.5), ("p99_ms", 0.99)
 
 
 def main() -> None:
@@ -60,12 +69,16 @@ async def _setup(peer: Peer) -> None:
 
 
 async def _enqueue(peer: Peer, count: int) -> None:
-    async with peer.counter() as left:
-        before = await left()
-        enqueued = await peer.enqueue(count)
+    began = perf_counter()
+    jobs = peer.make(range(count))
+    made = perf_counter()
+    async with peer.counter() as left, peer.writer() as write:
+        before, asked = await left(), perf_counter()
+        await write(jobs)
+        ended = perf_counter()
         written = await left() - before
     _check_written(written, count)
-    _print(enqueued._asdict())
+    _print({"making": made - began, "writing": ended - asked})
 
 
 async def _enqueue_keyed(peer: Peer, count: int, keys: int) -> None:
@@ -122,8 +135,38 @@ async def _produce(peer: Peer) -> None:
     lines = _lines()
     async with peer.producer() as enqueue:
         while await lines.get():
-            await enqueue()
+            await enqueue(0)
             _print(monotonic())
+
+
+async def _watch(peer: Peer) -> None:
+    waited: deque[float] = deque()  # handlers' threads append to it
+    lines = _lines()
+    async with peer.worker(lambda called: waited.append(monotonic() * 1000 - called / 1000)):
+        _print("working")
+        while await lines.get():
+            seen = sorted(waited.popleft() for _ in range(len(waited)))
+            _print(
+                {"ran": len(seen)}
+                | {n: round(seen[int(share * len(seen))], 3) for n, share in _SHARES if seen}
+            )
+
+
+async def _flow(peer: Peer, rate: int) -> None:
+    lines, count = _lines(), 0
+    async with peer.writer() as write:
+        _print("flowing")
+        began, line = monotonic(), asyncio.ensure_future(lines.get())
+        while not line.done() or line.result():
+            if line.done():
+                _print(count)
+                line = asyncio.ensure_future(lines.get())
+            now = monotonic()
+            if due := min(int((now - began) * rate) - count, _MOST_AT_ONCE):
+                await write(peer.make([int(now * 1_000_000)] * due))
+                count += due
+            await asyncio.sleep(_PAUSE)
+    _print(count)
 
 
 def _lines() -> asyncio.Queue[str]:
@@ -149,6 +192,8 @@ _COMMANDS: Mapping[str, Callable[..., Coroutine[Any, Any, None]]] = {
     "drain": _drain,
     "work": _work,
     "produce": _produce,
+    "watch": _watch,
+    "flow": _flow,
 }
 
 if __name__ == "__main__":

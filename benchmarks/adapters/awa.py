@@ -1,14 +1,13 @@
 """awa-pg, on its append-only storage."""
 
 # mypy: disable-error-code="import-not-found, untyped-decorator"
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Enqueued, Ran
+from adapters.peer import QUEUE, Ran
 from awa import AsyncClient
 
 _QUEUE_CONFIG = {"name": QUEUE, "max_workers": 1000, "claim_batch_size": 500}
@@ -42,20 +41,19 @@ class System(OnPostgres):
             await client.migrate()
             await client.install_queue_storage(schema="awa")
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        jobs = [Noop(n) for n in range(count)]
-        made = perf_counter()
-        async with self._client() as client:
-            await client.health_check()  # connects
-            asked = perf_counter()
-            await client.enqueue_many_copy(jobs, queue=QUEUE)
-            return Enqueued(made - began, perf_counter() - asked)
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [Noop(n) for n in numbers]
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
         async with self._client() as client:
-            yield lambda: client.insert(Noop(0), queue=QUEUE)
+            await client.health_check()  # connects
+            yield lambda jobs: client.enqueue_many_copy(jobs, queue=QUEUE)
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
+        async with self._client() as client:
+            yield lambda number: client.insert(Noop(number), queue=QUEUE)
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:

@@ -1,13 +1,13 @@
 """bgjob, under the same rules as the other systems."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import perf_counter
+from typing import Any
 
 import psycopg
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Enqueued, Ran
+from adapters.peer import QUEUE, Ran
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, Mux, Worker
 from bgjob.schema import init_sql
 
@@ -24,15 +24,18 @@ class System(OnPostgres):
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(init_sql())
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        requests = [EnqueueRequest(QUEUE, "noop", {"n": n}) for n in range(count)]
-        made = perf_counter()
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [EnqueueRequest(QUEUE, "noop", {"n": n}) for n in numbers]
+
+    @asynccontextmanager
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
         with Client(self.url) as client:
             client.dlq.list(limit=1)  # connects
-            asked = perf_counter()
-            client.bulk_enqueue(requests)
-            return Enqueued(made - began, perf_counter() - asked)
+
+            async def write(jobs: Sequence[Any]) -> None:
+                client.bulk_enqueue(jobs)
+
+            yield write
 
     async def enqueue_keyed(self, count: int, keys: int) -> None:
         with Client(self.url) as client:
@@ -44,9 +47,9 @@ class System(OnPostgres):
             )
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
         async with AsyncClient(self.url) as client:
-            yield lambda: client.enqueue(EnqueueRequest(QUEUE, "noop", {"n": 0}))
+            yield lambda number: client.enqueue(EnqueueRequest(QUEUE, "noop", {"n": number}))
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:

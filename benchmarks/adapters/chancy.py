@@ -2,13 +2,12 @@
 
 # mypy: disable-error-code="import-not-found, untyped-decorator"
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Enqueued, Ran
+from adapters.peer import QUEUE, Ran
 from chancy import Chancy, Queue, Worker, job
 
 # A fetch fills the free slots, after each job (eager_polling) or 5 s later. A concurrency of 10
@@ -51,21 +50,24 @@ class System(OnPostgres):
                 )
             )
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        jobs = [noop.job.with_kwargs(n=n) for n in range(count)]
-        made = perf_counter()
-        async with self._chancy() as chancy:
-            await chancy.get_all_queues()  # connects
-            asked = perf_counter()
-            async for _ in chancy.push_many(jobs, batch_size=1000):
-                pass
-            return Enqueued(made - began, perf_counter() - asked)
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [noop.job.with_kwargs(n=n) for n in numbers]
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
         async with self._chancy() as chancy:
-            yield lambda: chancy.push(noop.job.with_kwargs(n=0))
+            await chancy.get_all_queues()  # connects
+
+            async def write(jobs: Sequence[Any]) -> None:
+                async for _ in chancy.push_many(jobs, batch_size=1000):
+                    pass
+
+            yield write
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
+        async with self._chancy() as chancy:
+            yield lambda number: chancy.push(noop.job.with_kwargs(n=number))
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:

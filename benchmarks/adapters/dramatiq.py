@@ -3,11 +3,11 @@
 # mypy: disable-error-code="import-not-found, untyped-decorator"
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import perf_counter
+from typing import Any
 
-from adapters.peer import QUEUE, Enqueued, Peer, Ran
+from adapters.peer import QUEUE, Peer, Ran
 
 # Read at import. The default, twice the number of threads, fetches too few no-op jobs at once:
 # ten threads drained 2,500 jobs/s with it, and 4,000 with this value.
@@ -46,18 +46,21 @@ class System(Peer):
     async def setup(self) -> None:
         self._broker.flush_all()
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        messages = [self._noop.message(n) for n in range(count)]
-        made = perf_counter()
-        self._broker.client.ping()  # connects
-        asked = perf_counter()
-        dramatiq.group(messages, broker=self._broker).run()
-        return Enqueued(made - began, perf_counter() - asked)
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [self._noop.message(n) for n in numbers]
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
-        yield lambda: asyncio.to_thread(self._noop.send, 0)
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
+        self._broker.client.ping()  # connects
+
+        async def write(jobs: Sequence[Any]) -> None:
+            dramatiq.group(jobs, broker=self._broker).run()
+
+        yield write
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
+        yield lambda number: asyncio.to_thread(self._noop.send, number)
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:

@@ -1,13 +1,12 @@
 """Oban for Python, the open-source edition, embedded as its guides show."""
 
 # mypy: disable-error-code="import-not-found, untyped-decorator"
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Enqueued, Ran
+from adapters.peer import QUEUE, Ran
 from oban import Oban, worker
 from oban.schema import install
 
@@ -45,19 +44,18 @@ class System(OnPostgres):
         async with await Oban.create_pool(self.url) as pool:
             await install(pool)
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        jobs = [Noop.new({"n": n}) for n in range(count)]
-        made = perf_counter()
-        async with await Oban.create_pool(self.url) as pool:
-            asked = perf_counter()
-            await Oban(pool=pool).enqueue_many(jobs)
-            return Enqueued(made - began, perf_counter() - asked)
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [Noop.new({"n": n}) for n in numbers]
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
+        async with await Oban.create_pool(self.url) as pool:
+            yield Oban(pool=pool).enqueue_many
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
         async with await Oban.create_pool(self.url) as pool, Oban(pool=pool) as oban:
-            yield lambda: oban.enqueue(Noop.new({"n": 0}))
+            yield lambda number: oban.enqueue(Noop.new({"n": number}))
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:

@@ -3,20 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 QUEUE = "benchmark"
 
 Ran = Callable[[int], None]
 """Each handler calls it first, once, with the number of its job; from any thread."""
-
-
-class Enqueued(NamedTuple):
-    """The seconds that a bulk enqueue took."""
-
-    making: float
-    """To make the objects that are passed to it."""
-    writing: float
 
 
 class Peer(ABC):
@@ -38,19 +30,20 @@ class Peer(ABC):
         """Make the tables in an empty database."""
 
     @abstractmethod
-    async def enqueue(self, count: int) -> Enqueued:
-        """Write jobs numbered from 0 in the fastest documented way.
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        """Make the objects that are written, a job for each number."""
 
-        Work that a process does once, such as connecting, is not counted.
-        """
+    @abstractmethod
+    def writer(self) -> AbstractAsyncContextManager[Callable[[Sequence[Any]], Awaitable[object]]]:
+        """Connect, and yield a function that writes jobs in the fastest documented way."""
 
     async def enqueue_keyed(self, count: int, keys: int) -> None:
         """Write jobs of which only one with the same key runs at a time, where `has_keys`."""
         raise NotImplementedError
 
     @abstractmethod
-    def producer(self) -> AbstractAsyncContextManager[Callable[[], Awaitable[object]]]:
-        """Yield a function that enqueues one job, number 0."""
+    def producer(self) -> AbstractAsyncContextManager[Callable[[int], Awaitable[object]]]:
+        """Yield a function that enqueues one job of this number."""
 
     @abstractmethod
     def worker(self, ran: Ran) -> AbstractAsyncContextManager[None]:

@@ -2,14 +2,13 @@
 
 # mypy: disable-error-code="import-not-found, untyped-decorator"
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import perf_counter
 from typing import Any
 
 import asyncpg
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Enqueued, Ran
+from adapters.peer import QUEUE, Ran
 from pgqueuer import PgQueuer
 from pgqueuer.db import AsyncpgDriver
 from pgqueuer.queries import Queries
@@ -38,19 +37,18 @@ class System(OnPostgres):
             await queries.install()
             await queries.optimize_autovacuum()
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        payloads = [str(n).encode() for n in range(count)]
-        made = perf_counter()
-        async with self._queries() as queries:
-            asked = perf_counter()
-            await queries.enqueue([QUEUE] * count, payloads, [0] * count)
-            return Enqueued(made - began, perf_counter() - asked)
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [str(n).encode() for n in numbers]
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
         async with self._queries() as queries:
-            yield lambda: queries.enqueue(QUEUE, b"0")
+            yield lambda jobs: queries.enqueue([QUEUE] * len(jobs), jobs, [0] * len(jobs))
+
+    @asynccontextmanager
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
+        async with self._queries() as queries:
+            yield lambda number: queries.enqueue(QUEUE, str(number).encode())
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:

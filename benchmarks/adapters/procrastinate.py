@@ -2,13 +2,12 @@
 
 # mypy: disable-error-code="import-not-found, untyped-decorator"
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from time import perf_counter
 from typing import Any
 
 from adapters.on_postgres import OnPostgres
-from adapters.peer import QUEUE, Enqueued, Ran
+from adapters.peer import QUEUE, Ran
 from procrastinate import App, PsycopgConnector
 
 _CONCURRENCY = 10  # 5 and 30 were not faster
@@ -43,15 +42,14 @@ class System(OnPostgres):
         async with self._app.open_async():
             await self._app.schema_manager.apply_schema_async()
 
-    async def enqueue(self, count: int) -> Enqueued:
-        began = perf_counter()
-        jobs = [{"n": n} for n in range(count)]
-        made = perf_counter()
+    def make(self, numbers: Sequence[int]) -> Sequence[Any]:
+        return [{"n": n} for n in numbers]
+
+    @asynccontextmanager
+    async def writer(self) -> AsyncIterator[Callable[[Sequence[Any]], Awaitable[object]]]:
         async with self._app.open_async():
             await self._app.check_connection_async()
-            asked = perf_counter()
-            await self._task.batch_defer_async(*jobs)
-            return Enqueued(made - began, perf_counter() - asked)
+            yield lambda jobs: self._task.batch_defer_async(*jobs)
 
     async def enqueue_keyed(self, count: int, keys: int) -> None:
         async with self._app.open_async():
@@ -60,9 +58,9 @@ class System(OnPostgres):
                 await self._task.configure(lock=str(key)).batch_defer_async(*jobs)
 
     @asynccontextmanager
-    async def producer(self) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    async def producer(self) -> AsyncIterator[Callable[[int], Awaitable[object]]]:
         async with self._app.open_async():
-            yield lambda: self._task.defer_async(n=0)
+            yield lambda number: self._task.defer_async(n=number)
 
     @asynccontextmanager
     async def worker(self, ran: Ran) -> AsyncIterator[None]:
