@@ -1387,6 +1387,21 @@ def test_a_sweep_that_takes_long_goes_in_parts_that_do_not() -> None:
     assert sum(parts) == pytest.approx(2 * dead_rows, rel=0.1)  # it leaves nothing out
 
 
+def test_a_job_that_becomes_due_is_claimed_also_while_sweeps_go_in_parts() -> None:
+    drive = Drive(concurrency=2, poll_interval=1000.0)
+    drive.exchange()
+    drive.now += 0.1  # so long that the next sweeps go in parts
+    drive.answer(found(job("a"), waits=(5.0,)))
+    due_at = drive.now + 5.0
+    drive.now = due_at + 0.1
+    part = drive.exchange().claim
+    assert isinstance(part, Sweep)
+    assert part.window is not None
+    drive.answer(found())  # the survey shows only jobs that are not due yet
+    assert isinstance(drive.exchange().claim, Claim)
+    assert drive.now < due_at + 0.2
+
+
 def test_a_sweep_goes_in_parts_where_many_jobs_have_been_claimed_since_the_last() -> None:
     marks = Watermarks(poll_interval=1.0)
     lines = [Line(0, at(0), None, has_suspects=False)]

@@ -178,7 +178,10 @@ class Lookout:
         if reply.blocked.after:  # there are more keys than one sweep checks
             marks.sweep_at = min(marks.sweep_at, marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
-        self._due_at = now + max(min(waits), 0.0) if waits else inf
+        due_at = now + max(min(waits), 0.0) if waits else inf
+        # A part claims nothing: a job that has become due meanwhile is in no survey, and is claimed
+        # at the time that was known.
+        self._due_at = due_at if sweep.limit else min(self._due_at, due_at)
 
     def _looked(self, jobs: list[Job], starts: dict[int, datetime] | None, now: float) -> None:
         self._poll_at = now + self._poll_interval
