@@ -30,7 +30,7 @@ from bgjob._failure import error_text
 from bgjob._headers import NO_HEADERS
 from bgjob._postgres.connection import is_two_phase
 from bgjob._running.drive import drive, drive_async
-from bgjob._sql import enqueues, job_pages, keys, looks, steering
+from bgjob._sql import enqueues, job_pages, key_rows, keys, looks, steering
 from bgjob._sql import jobs as sql
 from bgjob._sql.job_pages import Looked, Way
 from bgjob._sql.jobs import JobFilter, Live
@@ -898,7 +898,7 @@ def _keys_passed_on(steered: Iterable[Steered], *, is_own: bool) -> _Steps[None]
         by_queue: dict[str, list[str]] = {}
         for key, queue in freed[start : start + most]:
             by_queue.setdefault(queue, []).append(key)
-        locked = keys.lock_keys(key for key, _ in freed[start : start + most])
+        locked = key_rows.lock_keys(key for key, _ in freed[start : start + most])
         releases = [keys.release(queue, its_keys) for queue, its_keys in by_queue.items()]
         try:
             yield _Together([locked, *releases], own=[steering.brief_waits()])

@@ -43,7 +43,8 @@ from bgjob._running.one_job import conclusion
 from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.survey import Line
 from bgjob._sql.claims import Swept, claim, claim_any
-from bgjob._sql.keys import acquire, blocked, lock_keys, release
+from bgjob._sql.key_rows import lock_keys
+from bgjob._sql.keys import acquire, blocked, release
 from bgjob._sql.settlements import Claimed, Postponed, complete, postpone, release_jobs
 from bgjob._worker.lines import Lines
 from bgjob.testing import drain
@@ -51,6 +52,9 @@ from bgjob.testing import drain
 
 def keyed(key: str | None, id_: str, **options: Any) -> EnqueueRequest:
     return EnqueueRequest("q", "t", id=id_, exclusive=key, **options)
+
+
+LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
 
 
 def _never(_: int) -> float:
@@ -626,6 +630,46 @@ def test_a_handler_that_names_a_key_has_it_when_nobody_has_locked_its_job(
         other.execute("select from bgjob_job for update")
         assert granted(conn, named) == {("0", 1): None}
     assert granted(conn, named) == {("0", 1): True}
+
+
+def test_each_of_several_keys_is_granted_as_its_own_jobs_allow(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    names = ("alone", "elsewhere", "held", "late", "met", "named", "ours", "slots", "surplus")
+    with Client(dsn) as client:
+        client.enqueue(keyed("held", "held 0"))
+        take(conn, "q", lease=NEVER)
+        client.enqueue(keyed("met", "met 0"))
+        ask_all(conn, [claim_any("q", lease=NEVER, token=1)])  # it has not asked for its key yet
+        client.enqueue(keyed("late", "late 0"))
+        conn.execute("update bgjob_job set waits = true where id = 'late 0'")
+        client.enqueue(EnqueueRequest("r", "t", id="elsewhere 0", exclusive="elsewhere"))
+        for key in names:
+            slots = 2 if key == "slots" else None
+            stored = None if key == "named" else key
+            client.bulk_enqueue([keyed(stored, f"{key} {n}", slots=slots) for n in (1, 2)])
+    [jobs] = ask_all(conn, [claim("q", limit=100, lease=NEVER, token=2, marks={0: LONG_AGO})])
+    claimed = {job.id: Claimed(job, 2) for job in jobs}
+    for id_ in ("named 1", "named 2"):
+        claimed[id_] = Claimed(claimed[id_].job._replace(exclusive="named"), 2)
+
+    def ask(*ids: str) -> Any:
+        asked = [claimed[id_] for id_ in ids]
+        ahead = [3 if id_ == "surplus 2" else int(id_[-1]) for id_ in ids]
+        acquires = acquire("q", asked, ahead=ahead, in_a_row=2, most=2)
+        answer = ask_all(conn, [lock_keys(str(c.job.exclusive) for c in asked), acquires])[-1]
+        return {id_: slots for (id_, _), slots in answer.items()}
+
+    assert ask("ours 1") == {"ours 1": 1}
+    answer = ask(*(id_ for id_ in claimed if id_ != "ours 1"))
+    granted = {f"{key} {n}": 1 for key in ("alone", "elsewhere", "named") for n in (1, 2)}
+    granted |= {"ours 2": 1, "surplus 1": 1, "slots 1": 2, "slots 2": 2}
+    refused = [f"{key} {n}" for key in ("held", "late", "met") for n in (1, 2)] + ["surplus 2"]
+    assert answer == granted | dict.fromkeys(refused, 0)
+    waits = conn.execute("select id from bgjob_job where waits order by id").fetchall()
+    assert [id_ for (id_,) in waits] == sorted([*refused, "late 0"])
+    # As after an answer that was lost.
+    assert ask("ours 1", *granted) == {"ours 1": 1, **granted}
 
 
 class Chains:

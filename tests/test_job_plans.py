@@ -24,7 +24,8 @@ from support.plans import (
 from bgjob._sql import job_pages, jobs, looks, steering
 from bgjob._sql.job_pages import Blocks, Ids, Keyed, Line, Looked, Waiting
 from bgjob._sql.jobs import JobFilter
-from bgjob._sql.keys import lock_keys, release
+from bgjob._sql.key_rows import lock_keys
+from bgjob._sql.keys import release
 from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS
 from bgjob._sql.settlements import Claimed

@@ -13,7 +13,8 @@ from support.statements import LONG_AGO, ask
 from bgjob import EnqueueRequest, jobs
 from bgjob._sql import steering
 from bgjob._sql.claims import claim, claim_any
-from bgjob._sql.keys import acquire, lock_keys, release
+from bgjob._sql.key_rows import lock_keys
+from bgjob._sql.keys import acquire, release
 from bgjob._sql.leases import extend
 from bgjob._sql.settlements import Claimed, complete, release_jobs
 from bgjob._sql.tokens import EPOCH

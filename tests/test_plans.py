@@ -43,7 +43,8 @@ from bgjob._sql.dead import DeadFilter, expire, listed
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql import replacements, results
 from bgjob._sql.groups import end_groups, hold, open_group
-from bgjob._sql.keys import acquire, blocked, lock_keys, release
+from bgjob._sql.key_rows import lock_keys
+from bgjob._sql.keys import acquire, blocked, release
 from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
@@ -386,10 +387,14 @@ def each(kind: str) -> list[str]:
 
 
 SINGLES = [claimed for id_ in each("single") for claimed in wanting(id_, id_)]
+CHAIN = wanting("held", "holder", *each("late"))
 THIRD = [claimed._replace(token=3) for claimed in wanting("slots", "slot 3")]
 WORKERS_KEYS = {
     "lock": Hot(lock_keys([*each("single"), *each("next"), "new"]), 2 * BATCH + 1),
     "acquire": Hot(acquire("keyed", SINGLES), BATCH, BATCH),
+    "acquire what is held here": Hot(
+        acquire("keyed", CHAIN[1:], in_a_row=BATCH), BATCH + ASIDE, BATCH + ASIDE
+    ),
     "acquire what is held": Hot(
         acquire("keyed", wanting("held", *each("late"))), BATCH + ASIDE, BATCH + ASIDE
     ),

@@ -29,7 +29,7 @@ from bgjob._sql.survey import (
 )
 from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
 from bgjob._sql.enqueues import enqueue, enqueue_many
-from bgjob._sql.keys import barred_keys
+from bgjob._sql.key_rows import barred_keys
 from bgjob._sql.notices import channel, listen, release_notify_lock, take_notify_lock
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (

@@ -18,14 +18,8 @@ from bgjob._sql.claims import (
     sweep,
 )
 from bgjob._sql.groups import end_groups
-from bgjob._sql.keys import (
-    NO_SLOTS,
-    acquire,
-    barred_keys,
-    blocked,
-    lock_keys,
-    release,
-)
+from bgjob._sql.key_rows import barred_keys, lock_keys
+from bgjob._sql.keys import NO_SLOTS, acquire, blocked, release
 from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.limits import Take
 from bgjob._sql.notices import release_notify_lock, take_notify_lock

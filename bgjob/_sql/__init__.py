@@ -23,6 +23,8 @@ A job's row, in the order of its life:
     survey        what is there for the next claims, and what is not committed yet
     leases        extend, look which rows are locked, abandon
     keys          its exclusive key: who has it, who waits for it
+    undisputed    the usual case: keys that no other job is to get first
+    key_rows      the locks of keys, and what statements about keys share
     groups        its group, and the job that waits for that
     transactions  its handler's own transaction
     limits        the limit of its queue, and what workers have taken of it

@@ -21,6 +21,8 @@ snapshot keeps the index entries of all completed jobs of the key, and a search 
 would walk over them each time. A job before that point, for example one that was committed late,
 only loses its place in line: a key's row is deleted only after a search from the left edge.
 
+Most keys have one slot, and nothing else to be considered: `undisputed` grants these at once.
+
 What was tried. A key that is held by a job, and the next one woken at its end, needs three writes
 of each job and three round trips between two of them: 20,000 jobs of 100 keys took 158 µs of
 processor time each, and a claim's chain takes 27 (benchmarks/exclusive.py has the rates). To ask
@@ -32,50 +34,41 @@ It has over 400 lines: its statements are put together from the same parts.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from types import MappingProxyType
 from typing import LiteralString, NamedTuple
 
 import orjson
 
+from bgjob._sql.key_rows import BEFORE_LAST, FIRST_HERE, HOLDING, JOINED
 from bgjob._sql.notices import LOCK_CLASS, NOTIFY, bucket, channel
 from bgjob._sql.settlements import Claimed
-from bgjob._sql.statement import Statement, column, in_range, nothing, number_array, text_array
+from bgjob._sql.statement import Statement, in_range, number_array, text_array
+from bgjob._sql.undisputed import UNDISPUTED, answers, lines
 
 MOST_ASIDE = 1000
 """The most jobs that are put aside with those of a claim."""
 
 NO_SLOTS: Mapping[str, int] = MappingProxyType({})
 
-HOLDING: LiteralString = """
-    select {columns} from bgjob_job h
-    where h.exclusive = e.key and not h.waits and h.queue = e.queue
-        and (h.next_run_at, h.id) >= (e.since, e.since_id)
-        and (h.next_run_at, h.id) <= (e.until, e.until_id)
-        and h.token = any (e.tokens) {which}
-    order by h.next_run_at, h.id
-    limit e.places
-"""
-"""The first jobs of a holder, the row e: usually those that run.
-
-Only one index has this order, here and below: with statistics of a drained table the planner
-took bgjob_job_due, and walked over all due jobs of the queue. Not `exists`, for the same reason.
+_ITS_ROWS: LiteralString = """
+    unnest({keys}) as k (key)
+    cross join lateral (
+        -- Each by itself: without statistics the planner read the table for several.
+        select *, ctid from bgjob_exclusive e where e.key = k.key order by e.place limit 32768
+    ) as e
 """
 
 
 def _rows(keys: LiteralString, which: LiteralString = "") -> LiteralString:
-    """Return the rows of different keys, with the slots that each uses, and its first job."""
-    holding = HOLDING.format(columns="h.next_run_at, h.id", which=which)
+    """Return the rows of different keys, with the slots that each uses."""
+    first = HOLDING.format(columns="1", which=which)
     return f"""
-        select e.*, h.used, h.first_at, h.first_id
-        from unnest({keys}) as k (key)
-        cross join lateral (
-            -- Each by itself: without statistics the planner read the table for several.
-            select *, ctid from bgjob_exclusive e where e.key = k.key order by e.place limit 32768
-        ) as e
-        cross join lateral (
-            select count(*)::int as used, min(next_run_at) as first_at, min(id) as first_id
-            from ({holding}) as h
-        ) as h
+        select e.*, coalesce(
+            case when e.places = 1 then ({first})
+                else (select count(*)::int from ({first}) as h) end, 0
+        ) as used
+        from {_ITS_ROWS.format(keys=keys)}
     """
 
 
@@ -102,24 +95,14 @@ _BOUNDS = f"""
 _SINCE: LiteralString = "e.since, e.since_id"
 
 _PLACE: LiteralString = "j.next_run_at, j.id"
-_FIRST_HERE: LiteralString = """
-    select {columns} from bgjob_job j
-    where j.exclusive = e.key and {which} and j.queue = %(queue)s
-        and (j.next_run_at, j.id) >= ({since})
-    order by j.next_run_at, j.id
-    limit 1
-"""
-_FIRST_WAITS = _FIRST_HERE.format(columns=_PLACE, which="j.waits", since=_SINCE)
-# Up to the last of the claimed jobs: an old snapshot keeps the entries of all jobs that were put
-# aside, and they come after it. From the last job that holds the key, where this worker has it.
-_BEFORE_LAST = "(j.next_run_at, j.id) < (e.wanted_until, e.wanted_until_id)"
-_FIRST_WAITS_BEFORE = _FIRST_HERE.format(
-    columns=_PLACE, which=f"j.waits and {_BEFORE_LAST}", since=_SINCE
+_FIRST_WAITS = FIRST_HERE.format(columns=_PLACE, which="j.waits", since=_SINCE)
+_FIRST_WAITS_BEFORE = FIRST_HERE.format(
+    columns=_PLACE, which=f"j.waits and {BEFORE_LAST}", since=_SINCE
 )
-_FIRST_OTHER = _FIRST_HERE.format(
+_FIRST_OTHER = FIRST_HERE.format(
     columns=_PLACE,
     which=f"""
-        not j.waits and {_BEFORE_LAST}
+        not j.waits and {BEFORE_LAST}
         and (j.token is null or j.token <> all (%(holding)s::bigint[]))
         and (e.slots = 1 or not ({_HOLDS_SLOT.format(job="j", key="e.key")}))
     """,
@@ -128,42 +111,6 @@ _FIRST_OTHER = _FIRST_HERE.format(
         case when e.is_ours and e.slots = 1 then e.until_id else e.since_id end
     """,
 )
-
-
-def lock_keys(keys: Iterable[str]) -> Statement[None]:
-    """Lock the first rows of keys; insert the missing ones.
-
-    A row that is only selected might be deleted while the statement waits for it, and inserted
-    again by another session: then it would exist, and not be locked. An existing row is locked
-    but not written, so that an old snapshot keeps one dead row of it for each claim, not three.
-    """
-    return Statement(
-        """
-        insert into bgjob_exclusive (key)
-        select key from unnest(%(keys)s::text[]) as k (key)
-        on conflict (key, place) do update set since_id = excluded.since_id where false
-        returning key
-        """,
-        {"keys": text_array(sorted(set(keys)))},
-        nothing,
-    )
-
-
-def barred_keys(keys: Iterable[str]) -> Statement[list[str]]:
-    """List the keys whose first rows other sessions have locked, without waiting."""
-    return Statement(
-        """
-        with free as materialized (
-            select key from bgjob_exclusive where key = any (%(keys)s::text[]) and place = 0
-            for update skip locked
-        )
-        select key from bgjob_exclusive
-        where key = any (%(keys)s::text[]) and place = 0 and key not in (select key from free)
-        """,
-        {"keys": text_array(sorted(set(keys)))},
-        column,
-        prepare=False,
-    )
 
 
 def acquire(
@@ -204,29 +151,37 @@ def acquire(
 
     """
     tokens = {c.token for c in claimed}
+    ahead = ahead or [1] * len(claimed)
     return Statement(
         f"""
-        with wanted as materialized (
+        with {UNDISPUTED}, rest as materialized (
+            select w.* from unnest(
+                %(ids)s::text[], %(claims)s::bigint[], %(keys)s::text[], %(charged)s::int[],
+                %(ahead)s::int[]
+            ) as w (id, token, key, charged, ahead)
+            where key not in (select key from granted)
+        ), wanted as materialized (
             select w.key, w.charged, w.ahead, j.id, j.token, j.next_run_at,
                 j.exclusive is distinct from w.key as is_named,
                 coalesce(
                     case when j.exclusive = w.key then greatest(j.slots, 1)
                         else (%(slots)s::jsonb ->> j.type)::smallint end, 1
                 ) as slots
-            from unnest(
-                %(ids)s::text[], %(claims)s::bigint[], %(keys)s::text[], %(charged)s::int[],
-                %(ahead)s::int[]
-            ) as w (id, token, key, charged, ahead)
+            from rest w
             join bgjob_job j on j.id = w.id and j.token = w.token
-            where j.id = any (%(ids)s::text[])
+            where j.id = any (array(select id from rest))
         ), nameless as materialized (
             -- Their handlers have named the keys. Without it they would not hold them.
             select id from bgjob_job
             where id = any (array(select id from wanted where is_named))
             for update skip locked
         ), held as materialized (
-            select *, used > 0 and tokens && %(holding)s::bigint[] as is_ours
-            from ({_rows("array(select distinct key from wanted)")}) as e
+            select e.*, h.*, h.used > 0 and e.tokens && %(holding)s::bigint[] as is_ours
+            from {_ITS_ROWS.format(keys="array(select distinct key from wanted)")}
+            cross join lateral (
+                select count(*)::int as used, min(next_run_at) as first_at, min(id) as first_id
+                from ({HOLDING.format(columns="h.next_run_at, h.id", which="")}) as h
+            ) as h
         ), free as materialized (
             -- The keys, and in `place` the row of this worker: its own, an unused one, or
             -- a new one.
@@ -305,10 +260,7 @@ def acquire(
                 tokens = case
                     when not (a.is_granted and e.place = a.place) then e.tokens
                     when not a.is_ours then %(tokens)s::bigint[]
-                    else array(
-                        select unnest(%(tokens)s::bigint[]) union
-                        select unnest(e.tokens) intersect select unnest(%(holding)s::bigint[])
-                    )
+                    else {JOINED}
                 end,
                 until = case
                     when a.is_granted and e.place = a.place
@@ -335,7 +287,7 @@ def acquire(
                     else a.wanted_slots
                 end
             from asked a
-            where e.key = any (%(keys)s::text[]) and e.key = a.key and (
+            where e.key = any (array(select key from asked)) and e.key = a.key and (
                 a.is_granted and (e.place = a.place or e.queue = %(queue)s)
                 -- One that was committed late waits before those that hold the key.
                 or e.queue = %(queue)s
@@ -392,22 +344,24 @@ def acquire(
         select id, token, case when has_key then answer
             when id in (select id from refused) then 0 end
         from judged
+        union all select key, null, 1 from granted
         """,
         {
+            **lines(claimed, ahead, in_a_row),
             "queue": queue,
             "ids": text_array([c.job.id for c in claimed]),
             "claims": number_array([c.token for c in claimed]),
             "tokens": number_array(list(tokens)),
             "keys": text_array([str(c.job.exclusive) for c in claimed]),
             "charged": number_array([int(c.is_charged) for c in claimed]),
-            "ahead": number_array(ahead or [1] * len(claimed)),
+            "ahead": number_array(ahead),
             "in_a_row": in_a_row,
             "most": most,
             "slots": orjson.dumps(dict(slots)).decode(),
             "aside": MOST_ASIDE,
             "holding": number_array(list(tokens.union(holding))),
         },
-        lambda rows: {(id_, token): slots for id_, token, slots in rows},
+        partial(answers, claimed),
     )
 
 
@@ -576,10 +530,10 @@ class Blocked(NamedTuple):
     """The key after which to continue; empty at the end."""
 
 
-_FIRST_OF_ALL = _FIRST_HERE.format(columns=_PLACE, which="j.waits", since="'-infinity', ''")
+_FIRST_OF_ALL = FIRST_HERE.format(columns=_PLACE, which="j.waits", since="'-infinity', ''")
 # Only those before the first that waits: an old snapshot keeps the entries of all jobs that were
 # put aside, and they come after it.
-_IS_DUE_BEFORE = _FIRST_HERE.format(
+_IS_DUE_BEFORE = FIRST_HERE.format(
     columns="true",
     which=f"""
         not j.waits and j.next_run_at <= now() and (j.next_run_at, j.id)

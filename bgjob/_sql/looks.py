@@ -17,7 +17,7 @@ from typing import LiteralString, NamedTuple
 
 from bgjob._sql.dead import fingerprint_of
 from bgjob._sql.groups import WAITS_FOR_GROUP
-from bgjob._sql.keys import HOLDING
+from bgjob._sql.key_rows import HOLDING
 from bgjob._sql.statement import Row, Statement, as_text, finite, in_range, scalar
 from bgjob._sql.workers import IS_LOST
 from bgjob.schedule import ScheduleStatus
