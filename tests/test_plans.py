@@ -7,7 +7,6 @@ another, and runs a statement as the driver prepares it, with a plan for its par
 generic one.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -18,7 +17,7 @@ import pytest
 from conftest import MIGRATION, server_dsn_key
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
-from psycopg.pq import ExecStatus
+from psycopg.pq import Escaping
 from support.database import row
 from support.plans import (
     PLAN_CACHE_MODES,
@@ -60,7 +59,7 @@ from bgjob._sql.settlements import (
 )
 from bgjob._sql.leases import extend
 from bgjob._sql.statement import Statement
-from bgjob._sql.transactions import complete_and_commit
+from bgjob._sql.transactions import PREPARE, complete_and_commit
 
 LARGE = 250_000
 BATCH = 500
@@ -835,10 +834,10 @@ def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
             assert len(woken) == 1
 
 
-@pytest.mark.parametrize("jobs", [1, 20])
+@pytest.mark.parametrize(("jobs", "is_prepared"), [(1, False), (1, True), (20, True)])
 @pytest.mark.parametrize("statistics", STATISTICS)
 def test_a_transaction_finds_the_rows_of_its_jobs_by_their_ids(
-    conn: psycopg.Connection, statistics: str, jobs: int
+    conn: psycopg.Connection, statistics: str, jobs: int, is_prepared: bool
 ) -> None:
     def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(
@@ -849,12 +848,18 @@ def test_a_transaction_finds_the_rows_of_its_jobs_by_their_ids(
 
     fill_with_statistics(conn, statistics, fill, 5000, ["bgjob_job"])
     claims = [Claimed(a_job(id=str(2500 + number)), 1) for number in range(jobs)]
-    commands = complete_and_commit(claims, over_tcp=False, server_version=0, codec="utf-8")
-    [text, params] = next(command for command in commands if command.params)
+    quote = Escaping(conn.pgconn).escape_literal
+    text = complete_and_commit(claims, quote, "utf-8", is_prepared=is_prepared)
+    *before, deletion, _commit = text.split(b"; ")
+    if is_prepared:
+        conn.execute(PREPARE.removeprefix(b"; "))
     with conn.transaction(force_rollback=True):
         conn.execute("set local bgjob.claim = '1'")
-        result = conn.pgconn.exec_params(b"explain (analyze, buffers, format json)" + text, params)
-        assert result.status == ExecStatus.TUPLES_OK, result.error_message
-        [[plan]] = [json.loads(result.get_value(0, 0) or b"")]
+        for statement in before:
+            conn.execute(statement)
+        for number in range(10 if is_prepared else 0):  # until the server keeps a plan
+            conn.execute(f"execute bgjob_complete ('{number + 1}', 1)".encode())
+        explained = conn.execute(b"explain (analyze, buffers, format json)" + deletion)
+        [[[plan]]] = explained.fetchall()
     assert buffers(plan["Plan"]) < 10 * jobs
     assert not any(node["Node Type"] == "Seq Scan" for node in nodes(plan["Plan"]))

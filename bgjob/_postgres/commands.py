@@ -1,7 +1,7 @@
 """Commands on a session by libpq's own functions, where psycopg's cursors cost too much.
 
-A cursor sends the statements of a pipeline one by one. Here all are sent by one system call: a
-process that is stopped has sent all of them, or none. The generators are for `Connection.wait`.
+Statements that are sent as one string are one message, and one system call: a process that is
+stopped has sent all of them, or none. The generators are for `Connection.wait`.
 """
 
 from collections.abc import Sequence
@@ -11,22 +11,23 @@ import psycopg
 from psycopg import generators
 from psycopg.abc import RV, PQGen
 from psycopg.errors import error_from_result
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
-
-
-class Command(NamedTuple):
-    """A statement, and its parameters as text."""
-
-    text: bytes
-    params: Sequence[bytes] = ()
 
 
 def execute(pgconn: PGconn, text: bytes) -> PQGen[None]:
     """Send statements as one string, and wait for their answers."""
-    pgconn.send_query(text)
-    for result in (yield from generators.execute(pgconn)):
+    for result in (yield from results_of(pgconn, text)):
         check(pgconn, result)
+
+
+def results_of(pgconn: PGconn, text: bytes) -> PQGen[list[PGresult]]:
+    """Send statements as one string; return their results, the last of which may be an error."""
+    pgconn.send_query(text)
+    results: list[PGresult] = yield from generators.execute(pgconn)
+    if not results:
+        raise psycopg.OperationalError("the connection was lost")
+    return results
 
 
 def send_only(pgconn: PGconn, text: bytes) -> None:
@@ -70,31 +71,6 @@ def execute_prepared(pgconn: PGconn, kept: Prepared, params: Sequence[bytes | No
         check(pgconn, result)
         rows = result.ntuples
     return rows
-
-
-def pipelined(pgconn: PGconn, commands: Sequence[Command], results: list[PGresult]) -> PQGen[None]:
-    """Send commands, each of which is executed only if those before it have not failed.
-
-    Args:
-        pgconn: the session.
-        commands: what to send.
-        results: receives their results, as far as they come.
-
-    """
-    pgconn.enter_pipeline_mode()
-    try:
-        for text, params in commands:
-            pgconn.send_query_params(text, params or None)
-        pgconn.pipeline_sync()
-        yield from generators.send(pgconn)
-        for _ in commands:
-            results += yield from generators.fetch_many(pgconn)
-        yield from generators.fetch_many(pgconn)  # that of the synchronisation
-        if len(results) < len(commands):
-            raise psycopg.OperationalError("the connection was lost")
-    finally:
-        if pgconn.status == ConnStatus.OK:
-            pgconn.exit_pipeline_mode()
 
 
 def check(pgconn: PGconn, result: PGresult) -> None:

@@ -8,15 +8,15 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from math import inf
 from time import monotonic
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.adapt import AdaptersMap
-from psycopg.pq import TransactionStatus
+from psycopg.pq import Escaping, TransactionStatus
 from psycopg.pq.abc import PGconn
 from psycopg.rows import tuple_row
 from typing_extensions import override
@@ -24,11 +24,9 @@ from typing_extensions import override
 from bgjob._postgres import connection
 from bgjob._postgres.commands import after_answers, send_only
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options, options_async
-from bgjob._sql.transactions import DEALLOCATE, RESET
+from bgjob._sql.transactions import DEALLOCATE, LIST_PREPARED, RESET
 
 T = TypeVar("T")
-
-_RESET_AND_DEALLOCATE = RESET + DEALLOCATE
 
 _FIRST_PAUSE = 0.05
 """Seconds that a slot waits after it could not connect; doubles with each failure."""
@@ -63,6 +61,12 @@ class AsyncHandlerConnection(connection.AsyncConnection):
     """Whether the worker has committed its transaction."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
+    is_new = True
+    """Whether no handler has used the session before."""
+    is_prepared = False
+    """Whether the session has the statements of `transactions.PREPARE`."""
+    left: Collection[bytes] | None = None
+    """Names of prepared statements that are left in a session that was reset with the commit."""
     is_reset = True
     """Whether the server has said that it has reset the session."""
     user: object = None
@@ -104,6 +108,12 @@ class HandlerConnection(connection.Connection):
     """Whether the worker has committed its transaction."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
+    is_new = True
+    """Whether no handler has used the session before."""
+    is_prepared = False
+    """Whether the session has the statements of `transactions.PREPARE`."""
+    left: Collection[bytes] | None = None
+    """Names of prepared statements that are left in a session that was reset with the commit."""
     is_reset = True
     """Whether the server has said that it has reset the session."""
     user: object = None
@@ -137,6 +147,14 @@ class HandlerConnection(connection.Connection):
 # -- both colours ----------------------------------------------------------------------
 
 
+class _Idle(NamedTuple):
+    """A session that no handler uses."""
+
+    session: PGconn
+    is_reset: bool
+    is_prepared: bool
+
+
 class Sessions:
     """Sessions that no other code uses, so that handlers never wait for each other. Thread-safe."""
 
@@ -148,7 +166,7 @@ class Sessions:
         self._defaults: dict[str, Any] = {} if prepares else {"prepare_threshold": None}
         self._options: dict[str, Any] = {}
         """Those of the last connection that was opened; no other session is idle before."""
-        self._idle: deque[PGconn] = deque()
+        self._idle: deque[_Idle] = deque()
         self._handling: set[HandlerConnection | AsyncHandlerConnection] = set()
         self._closed = False
         self._leaving = threading.Event()
@@ -164,22 +182,21 @@ class Sessions:
         An idle session that fails may have ended meanwhile: then the next one is tried.
         """
         while True:
-            session = self._idle_session()
-            if session is None:
+            idle = self._idle_session()
+            if idle is None:
                 asked = await options_async(self._connection_parameters)
                 self._options = {**self._defaults, **asked, "autocommit": True}
                 opened = await AsyncHandlerConnection.connect(**self._options)
                 self._pause = _FIRST_PAUSE
             else:
-                opened = AsyncHandlerConnection(session)
-                self._furnish(opened)
+                opened = AsyncHandlerConnection(idle.session)
+                self._furnish(opened, idle)
             opened.patience = WORKER_PATIENCE
-            opened.is_reset = session is None
             try:
                 return opened, await use(opened)
             except BaseException as error:
                 await opened.close()
-                if session is None or not isinstance(error, psycopg.Error):
+                if idle is None or not isinstance(error, psycopg.Error):
                     raise
 
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
@@ -190,27 +207,26 @@ class Sessions:
         An idle session that fails may have ended meanwhile: then the next one is tried.
         """
         while True:
-            session = self._idle_session()
-            if session is None:
+            idle = self._idle_session()
+            if idle is None:
                 asked = options(self._connection_parameters)
                 self._options = {**self._defaults, **asked, "autocommit": True}
                 opened = HandlerConnection.connect(**self._options)
                 self._pause = _FIRST_PAUSE
             else:
-                opened = HandlerConnection(session)
-                self._furnish(opened)
+                opened = HandlerConnection(idle.session)
+                self._furnish(opened, idle)
             opened.patience = WORKER_PATIENCE
-            opened.is_reset = session is None
             try:
                 return opened, use(opened)
             except BaseException as error:
                 opened.close()
-                if session is None or not isinstance(error, psycopg.Error):
+                if idle is None or not isinstance(error, psycopg.Error):
                     raise
 
     # -- both colours ------------------------------------------------------------------
 
-    def _idle_session(self) -> PGconn | None:
+    def _idle_session(self) -> _Idle | None:
         with contextlib.suppress(IndexError):
             return self._idle.pop()
         return None
@@ -256,10 +272,12 @@ class Sessions:
         """Close the idle connections; one in use closes after its handler."""
         self._closed = True
         while self._idle:
-            self._idle.pop().finish()
+            self._idle.pop().session.finish()
 
-    def _furnish(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
-        """Set the attributes that psycopg sets on the connections that it opens."""
+    def _furnish(self, connection: HandlerConnection | AsyncHandlerConnection, idle: _Idle) -> None:
+        """Set the attributes of a connection that has an idle session, and those of psycopg."""
+        _, connection.is_reset, connection.is_prepared = idle
+        connection.is_new = False
         own: Any = connection
         own.row_factory = self._options.get("row_factory") or tuple_row
         if factory := self._options.get("cursor_factory"):
@@ -270,23 +288,44 @@ class Sessions:
         own.prepare_threshold = self._options.get("prepare_threshold", 5)
 
     @property
-    def _reset(self) -> bytes:
-        # Through a pooler that forbids prepared statements, other clients would lose theirs.
-        prepares = self._options.get("prepare_threshold", 0) is not None
-        return _RESET_AND_DEALLOCATE if prepares else RESET
+    def prepares(self) -> bool:
+        """Whether sessions may have prepared statements.
+
+        Through a pooler that forbids them, other clients would lose theirs.
+        """
+        return self._options.get("prepare_threshold", 0) is not None
+
+    def reset(self, *, keeps_plans: bool) -> bytes:
+        """Return the statements that reset a session.
+
+        Args:
+            keeps_plans: whether prepared statements are listed, and not dropped.
+
+        """
+        if keeps_plans:
+            return RESET + LIST_PREPARED
+        return RESET + DEALLOCATE if self.prepares else RESET
 
     def keep(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
         """Take the session away from a connection, for the next one.
 
-        The server resets it, if a handler has used it, while this process goes on.
+        If a handler has used it, and it is not as before, the server resets it while this process
+        goes on.
         """
         session: PGconn = connection.pgconn
         connection.user, connection.pgconn = _NO_USER, _GONE
+        reset, is_prepared = b"", connection.is_prepared
+        if connection.has_committed:
+            if connection.left is None:
+                reset, is_prepared = self.reset(keeps_plans=False), False
+            else:
+                quote = Escaping(session).escape_identifier
+                reset = b"; ".join([b"deallocate " + quote(name) for name in connection.left])
         try:
             if not self._closed:
-                if connection.has_committed:
-                    send_only(session, self._reset)
-                self._idle.append(session)
+                if reset:
+                    send_only(session, reset)
+                self._idle.append(_Idle(session, not reset, is_prepared))
                 return
         except psycopg.Error:
             pass  # it has ended

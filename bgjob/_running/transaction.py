@@ -13,19 +13,19 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import psycopg
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import DiagnosticField, Escaping, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.route import Route, has_bad_value
-from bgjob._postgres.commands import Command, check, execute, pipelined
+from bgjob._postgres.commands import check, execute, results_of
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
 from bgjob._postgres.cursor import AsyncCursor, Cursor, server_codec
 from bgjob._postgres.fork import ForkGuard
@@ -50,6 +50,8 @@ from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.statement import Statement
 from bgjob._sql.transactions import (
     COMMIT,
+    PREPARE,
+    PREPARED,
     ROLLBACK,
     ROLLBACK_TO_SAVEPOINT,
     begin,
@@ -293,7 +295,11 @@ class Transactions(Sessions):
 
         async def begin(connection: AsyncHandlerConnection) -> None:
             connection.token = str(claimed.token)
-            await connection.wait(execute(connection.pgconn, _begin(connection, claimed)))
+            text = _begin(connection, claimed)
+            if self.prepares and not (connection.is_prepared or connection.is_new):
+                text += PREPARE
+                connection.is_prepared = True
+            await connection.wait(execute(connection.pgconn, text))
 
         connection, _ = await self.open_async(begin)
         return connection
@@ -331,22 +337,18 @@ class Transactions(Sessions):
         if connection.info.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
-            commands = _complete_and_commit(connection, claims)
+            text = _complete_and_commit(connection, claims)
         except UnicodeEncodeError:
             return False
-        results: list[PGresult] = []
+        text += b"; " + self.reset(keeps_plans=connection.is_prepared)
         async with connection.lock:
-            try:
-                await connection.wait(pipelined(connection.pgconn, commands, results))
-            except psycopg.Error:
-                if not _was_refused(commands, results):
-                    raise
-            if _was_refused(commands, results):
+            results = await connection.wait(results_of(connection.pgconn, text))
+            if not _has_committed(connection, results):
                 with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
                     await connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
                 return False
-        check(connection.pgconn, results[-1])
         connection.has_committed = True
+        connection.left = _left(connection, results[-1])
         return True
 
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
@@ -461,7 +463,11 @@ class Transactions(Sessions):
 
         def begin(connection: HandlerConnection) -> None:
             connection.token = str(claimed.token)
-            connection.wait(execute(connection.pgconn, _begin(connection, claimed)))
+            text = _begin(connection, claimed)
+            if self.prepares and not (connection.is_prepared or connection.is_new):
+                text += PREPARE
+                connection.is_prepared = True
+            connection.wait(execute(connection.pgconn, text))
 
         connection, _ = self.open(begin)
         return connection
@@ -497,22 +503,18 @@ class Transactions(Sessions):
         if connection.info.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
-            commands = _complete_and_commit(connection, claims)
+            text = _complete_and_commit(connection, claims)
         except UnicodeEncodeError:
             return False
-        results: list[PGresult] = []
+        text += b"; " + self.reset(keeps_plans=connection.is_prepared)
         with connection.lock:
-            try:
-                connection.wait(pipelined(connection.pgconn, commands, results))
-            except psycopg.Error:
-                if not _was_refused(commands, results):
-                    raise
-            if _was_refused(commands, results):
+            results = connection.wait(results_of(connection.pgconn, text))
+            if not _has_committed(connection, results):
                 with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
                     connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
                 return False
-        check(connection.pgconn, results[-1])
         connection.has_committed = True
+        connection.left = _left(connection, results[-1])
         return True
 
     def commit(self, connection: HandlerConnection) -> None:
@@ -546,10 +548,29 @@ class Transactions(Sessions):
 # -- both colours ----------------------------------------------------------------------
 
 
-def _was_refused(commands: Sequence[Command], results: Sequence[PGresult]) -> bool:
-    """Whether a command before the commit has failed, so that this was not executed."""
-    before = results[: len(commands) - 1]
-    return any(result.status == ExecStatus.FATAL_ERROR for result in before)
+def _has_committed(connection: psycopg.BaseConnection[Any], results: Sequence[PGresult]) -> bool:
+    """Whether the jobs were deleted, and that is committed; raise why it is not, or may not be.
+
+    False if the deletion was refused, or what comes before it.
+    """
+    if any(result.command_status == b"COMMIT" for result in results):
+        return True
+    error = results[-1]
+    is_deleted = any(result.status == ExecStatus.TUPLES_OK for result in results)
+    if is_deleted or not error.error_field(DiagnosticField.SQLSTATE):  # or it is not the server's
+        check(connection.pgconn, error)
+    return False
+
+
+def _left(
+    connection: HandlerConnection | AsyncHandlerConnection, last: PGresult
+) -> Collection[bytes] | None:
+    """Return the prepared statements that the handler has left; None if the reset has failed."""
+    if not connection.is_prepared:
+        return None if last.status == ExecStatus.FATAL_ERROR else ()
+    names = last.get_value(0, 0) if last.status == ExecStatus.TUPLES_OK else None
+    left = {*(names or b"").split(b",")}
+    return left - PREPARED if left >= PREPARED else None
 
 
 def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotBegun:
@@ -560,14 +581,13 @@ def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotB
 
 
 def _complete_and_commit(
-    connection: psycopg.BaseConnection[Any], claims: Sequence[Claimed]
-) -> list[Command]:
-    info = connection.info
+    connection: HandlerConnection | AsyncHandlerConnection, claims: Sequence[Claimed]
+) -> bytes:
     return complete_and_commit(
         claims,
-        over_tcp=not info.host.startswith("/"),
-        server_version=info.server_version,
-        codec=info.encoding,
+        Escaping(connection.pgconn).escape_literal,
+        connection.info.encoding,
+        is_prepared=connection.is_prepared,
     )
 
 

@@ -1,10 +1,9 @@
 """The transaction of a handler: how it begins and ends, and the session that it runs in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import LiteralString
 
-from bgjob._postgres.commands import Command
 from bgjob._sql.session import IS_OURS
 from bgjob._sql.settlements import Claimed, held
 from bgjob._sql.statement import Statement, column, nothing, number_array, scalar, text_array
@@ -166,56 +165,68 @@ DEALLOCATE = b"; deallocate all"
 ROLLBACK = b"rollback; select current_setting('bgjob.committed', true)"
 """Rolls back; the second result is the token of a claim whose transaction had committed."""
 
-_SAVEPOINT = b"savepoint bgjob_settling"
+_SAVEPOINT = "savepoint bgjob_settling"
 
 ROLLBACK_TO_SAVEPOINT = b"rollback to savepoint bgjob_settling"
 """Leaves the transaction as it was before `complete_and_commit`, which has failed."""
 
-# For one job it is planned in nearly half of the time. That is done for each transaction: a handler
-# may leave a session without its prepared statements.
-_COMPLETE: LiteralString = """
+# For one job it is planned in nearly half of the time.
+_COMPLETE_ONE: LiteralString = """
     with gone as (
         delete from bgjob_job
         where id = {ids} and token = {tokens} and successor is null
-            and current_setting('bgjob.claim', true) = $3
+            and current_setting('bgjob.claim', true) = {claim}
         returning id
     )
-    select case count(*) when $4 then 1
+    select case count(*) when {count} then 1
         else ('bgjob: this transaction does not hold its jobs: ' || count(*))::int end
     from gone
 """
-_COMPLETE_ONE = _COMPLETE.format(ids="$1", tokens="$2").encode()
-_COMPLETE_MANY = _COMPLETE.format(ids="any ($1::text[])", tokens="any ($2::bigint[])").encode()
+_COMPLETE_MANY: LiteralString = _COMPLETE_ONE.replace(
+    "id = {ids} and token = {tokens}",
+    "id = any ({ids}::text[]) and token = any ({tokens}::bigint[])",
+)
+
+PREPARE = (
+    "; prepare bgjob_complete (text, bigint) as "
+    + _COMPLETE_ONE.format(ids="$1", tokens="$2", claim="$2::text", count=1)
+    + "; prepare bgjob_prepared as select string_agg(name, ',') from pg_prepared_statements"
+).encode()
+"""Prepares what `complete_and_commit` executes, after `begin`. To plan the deletion for each job
+takes more time than to execute it (benchmarks/transactional.py)."""
+
+PREPARED = {b"bgjob_complete", b"bgjob_prepared"}
+"""The names of these statements."""
+
+LIST_PREPARED = b"; execute bgjob_prepared"
+"""Returns the names of all prepared statements of the session, after RESET."""
+
+# The plan is kept while the table grows; see Statement.prepare.
+_EXECUTE = "set local enable_seqscan = off; execute bgjob_complete ({ids}, {tokens})"
 
 
 def complete_and_commit(
-    claims: Sequence[Claimed], *, over_tcp: bool, server_version: int, codec: str
-) -> list[Command]:
-    """Return commands that delete completed jobs, and commit; they are sent together.
+    claims: Sequence[Claimed], quote: Callable[[bytes], bytes], codec: str, *, is_prepared: bool
+) -> bytes:
+    """Return statements that delete completed jobs, and commit, as one string.
 
-    The deletion fails unless all jobs are held, none was replaced, and the transaction is the one
-    that was opened for the first. So the commit is not executed, and the transaction can go on from
+    It is one message: the server executes nothing until all of it has arrived. The deletion fails
+    unless all jobs are held, none was replaced, and the transaction is the one that was opened for
+    the first. So the commit is not executed, and the transaction can go on from
     ROLLBACK_TO_SAVEPOINT, to find out why.
 
     Args:
         claims: the claims.
-        over_tcp: whether a part of the commands may arrive alone, as that of many jobs may anyway.
-            Then the server ends the transaction after a while; before version 17 only with the
-            connection.
-        server_version: as of `psycopg.ConnectionInfo`.
+        quote: returns a text as a literal.
         codec: Python's name of the client's encoding.
+        is_prepared: whether the session has the statements of PREPARE.
 
     """
     first, count = claims[0], len(claims)
-    token, is_one = b"%d" % first.token, count == 1
-    if is_one:
-        found = [first.job.id.encode(codec), token]
-    else:
-        found = [str(part).encode(codec) for part in held(claims).values()]
-    is_limited = (over_tcp or not is_one) and server_version >= _LIMITED_SINCE
-    return [
-        Command(_SAVEPOINT),
-        *([Command(f"set local transaction_timeout = {_IDLE}".encode())] if is_limited else ()),
-        Command(_COMPLETE_ONE if is_one else _COMPLETE_MANY, [*found, token, b"%d" % count]),
-        Command(COMMIT),
-    ]
+    text, found = _COMPLETE_MANY, held(claims)
+    if count == 1:
+        text = _EXECUTE if is_prepared else _COMPLETE_ONE
+        found = {"ids": first.job.id, "tokens": first.token}
+    parts = {name: quote(str(part).encode(codec)).decode(codec) for name, part in found.items()}
+    text = text.format(**parts, claim=f"'{first.token:d}'", count=count)
+    return f"{_SAVEPOINT}; {text}; commit".encode(codec)
