@@ -637,6 +637,7 @@ class Control:
             started=None,
             timed_out=lambda job, _: self.timed_out.append(job.id),
             finished=self._ring,
+            idle=lambda: None,
             hindered=self.errors.append,
         )
         self.executor = Executor(self.slots, loop)

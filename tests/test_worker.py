@@ -481,6 +481,21 @@ def test_an_enqueue_wakes_a_worker_when_it_commits(
     observer.wait_for("completed", "a")
 
 
+def test_a_thread_that_dozes_is_woken_by_a_call_and_not_by_a_ring() -> None:
+    waker = Waker()
+    try:
+        waker.doze()
+        waker.ring()
+        assert not select.select([waker], [], [], 0)[0]
+        waker.call()
+        assert select.select([waker], [], [], 0)[0]
+        waker.silence()
+        waker.call()  # it is awake
+        assert not select.select([waker], [], [], 0)[0]
+    finally:
+        waker.close()
+
+
 def test_one_ring_ends_one_wait_even_if_the_thread_that_rings_is_late(dsn: str) -> None:
     waker = Waker()
     session = session_of(dsn)

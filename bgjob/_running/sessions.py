@@ -334,4 +334,4 @@ class Sessions:
 
 def is_over(connection: psycopg.BaseConnection[Any]) -> bool:
     """Whether no transaction is open."""
-    return connection.info.transaction_status == TransactionStatus.IDLE
+    return connection.pgconn.transaction_status == TransactionStatus.IDLE

@@ -334,7 +334,7 @@ class Transactions(Sessions):
     async def _finish_async(
         self, connection: AsyncHandlerConnection, claims: Sequence[Claimed]
     ) -> bool:
-        if connection.info.transaction_status != TransactionStatus.INTRANS:
+        if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
             text = _complete_and_commit(connection, claims)
@@ -500,7 +500,7 @@ class Transactions(Sessions):
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
     def _finish(self, connection: HandlerConnection, claims: Sequence[Claimed]) -> bool:
-        if connection.info.transaction_status != TransactionStatus.INTRANS:
+        if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
             text = _complete_and_commit(connection, claims)
@@ -586,16 +586,16 @@ def _complete_and_commit(
     return complete_and_commit(
         claims,
         Escaping(connection.pgconn).escape_literal,
-        connection.info.encoding,
+        connection.pgconn._encoding,  # noqa: SLF001
         is_prepared=connection.is_prepared,
     )
 
 
 def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:
-    info = connection.info
+    session = connection.pgconn
     return begin(
         claimed,
-        over_tcp=not info.host.startswith("/"),
-        server_version=info.server_version,
+        over_tcp=not session.host.startswith(b"/"),
+        server_version=session.server_version,
         codec=server_codec(connection),
     )

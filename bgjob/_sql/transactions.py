@@ -1,6 +1,6 @@
 """The transaction of a handler: how it begins and ends, and the session that it runs in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import LiteralString
 
@@ -223,8 +223,10 @@ def complete_and_commit(
 
     """
     first, count = claims[0], len(claims)
-    text, found = _COMPLETE_MANY, held(claims)
-    if count == 1:
+    found: Mapping[str, object]
+    if count > 1:
+        text, found = _COMPLETE_MANY, held(claims)
+    else:
         text = _EXECUTE if is_prepared else _COMPLETE_ONE
         found = {"ids": first.job.id, "tokens": first.token}
     parts = {name: quote(str(part).encode(codec)).decode(codec) for name, part in found.items()}

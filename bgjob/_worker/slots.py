@@ -84,6 +84,7 @@ class Slots:
         started: called on the handler's thread before it runs.
         timed_out: called with jobs whose handlers do not end.
         finished: called from any thread when there are outcomes to collect or slots to check.
+        idle: called from any thread when a slot has found no job.
         hindered: called from any thread with an error that prevents jobs from running.
 
     """
@@ -101,6 +102,7 @@ class Slots:
         started: Callable[[Job], None] | None,
         timed_out: Callable[[Job, float], None],
         finished: Callable[[], None],
+        idle: Callable[[], None],
         hindered: Callable[[BaseException], None],
     ) -> None:
         self.mux = mux
@@ -112,6 +114,7 @@ class Slots:
         self.started = started
         self.timed_out = timed_out
         self.finished = finished
+        self._idle = idle
         self.hindered = hindered
         self.context = Context()
         """Jobs run in copies of it, and a copy that a job changed is not used for the next.
@@ -227,7 +230,8 @@ class Slots:
             self.free += 1
             slot.has_slot = False
             slot.rest()
-            return True
+        self._idle()
+        return True
 
     def was_given_up(self, slot: Slot, claimed: Claimed) -> bool:
         """Whether the handler of a cancelled job, which has just ended, was given up before.

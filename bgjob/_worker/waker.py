@@ -13,7 +13,7 @@ class Waker:
         self._heard, self._rope = socket.socketpair()
         self._heard.setblocking(False)
         self._rope.setblocking(False)
-        self._armed = self._rings = False
+        self._armed = self._dozes = self._rings = False
 
     def fileno(self) -> int:
         """Return the file descriptor to wait on."""
@@ -23,10 +23,20 @@ class Waker:
         """Make the next `ring` wake the thread; after this check for work, then wait."""
         self._armed = True
 
+    def doze(self) -> None:
+        """Make the next `call` wake the thread, and no `ring`; after this check, then wait."""
+        self._dozes = True
+
     def ring(self) -> None:
         """Wake the thread if it is armed; otherwise this only tests a flag. From any thread."""
         if self._armed:
             self._armed = False
+            self.shout()
+
+    def call(self) -> None:
+        """Wake the thread if it is armed or dozes. From any thread."""
+        if self._armed or self._dozes:
+            self._armed = self._dozes = False
             self.shout()
 
     def shout(self) -> None:
@@ -43,7 +53,7 @@ class Waker:
                 run since: without this the next wait would return immediately.
 
         """
-        self._armed = False
+        self._armed = self._dozes = False
         if self._rings or rings:
             self._rings = False
             with contextlib.suppress(BlockingIOError):
@@ -51,6 +61,6 @@ class Waker:
 
     def close(self) -> None:
         """Close both ends."""
-        self._armed = False
+        self._armed = self._dozes = False
         self._heard.close()
         self._rope.close()

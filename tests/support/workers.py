@@ -72,6 +72,7 @@ def running(body: Handler, *ids: str) -> Iterator[tuple[Slots, Executor]]:
         started=None,
         timed_out=lambda *_: None,
         finished=lambda: None,
+        idle=lambda: None,
         hindered=lambda _: None,
     )
     executor = Executor(slots, loop := Loop("loop"))
