@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from bgjob._postgres.event_loop import new_event_loop
 from bgjob.errors import BgjobError
 
 if TYPE_CHECKING:
-    from bgjob.ext.web import Access  # noqa: F401 (for the type of access)
+    from bgjob.ext.web import WebApp
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _TRIED = 50
@@ -55,7 +55,7 @@ def check_extra() -> None:
 
 
 def serve(
-    dsn: str,
+    dsn: str | Mapping[str, str],
     *,
     listen: Listen,
     access: Any,
@@ -66,7 +66,7 @@ def serve(
     """Serve the page until the process is told to end, and print its address.
 
     Args:
-        dsn: the database.
+        dsn: the database; or several, by the names that they have on the page.
         listen: where to listen.
         access: who may do what; see create_app.
         hosts: more names under which the page is asked for.
@@ -80,10 +80,20 @@ def serve(
     """
     import uvicorn  # noqa: PLC0415 (an extra)
 
-    from bgjob.ext.web import TokenAccess, create_app  # noqa: PLC0415
+    from bgjob.ext.web import TokenAccess, WebApps, create_app  # noqa: PLC0415
 
     names = {*_LOCAL, listen.host, socket.gethostname(), *hosts} - {""}
-    app = create_app(dsn, access=access, hosts=names, **options)
+    root = options.pop("root_path", "")
+    if isinstance(dsn, str):
+        app: WebApp | WebApps = create_app(
+            dsn, access=access, hosts=names, root_path=root, **options
+        )
+    else:
+        apps = {
+            name: create_app(each, access=access, hosts=names, **options)
+            for name, each in dsn.items()
+        }
+        app = WebApps(apps, root_path=root)
     bound = _bound(listen, _TRIED if takes_next else 0)
     with bound:
         host, port = bound.getsockname()[:2]
@@ -100,7 +110,6 @@ def serve(
         )
         shown = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 (it is compared)
         shown = f"[{shown}]" if ":" in shown else shown
-        root = options.get("root_path", "")
         query = f"?token={access.token}" if isinstance(access, TokenAccess) else ""
         sys.stdout.write(f"http://{shown}:{port}{root}/{query}\n")
         sys.stdout.flush()

@@ -5,6 +5,7 @@ import getpass
 import logging
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bgjob._cli import arguments, database, page
@@ -80,7 +81,33 @@ def add(commands: "Commands") -> None:
         metavar="PATH",
         help="the prefix under which a proxy shows the page, such as /bgjob",
     )
+    parser.add_argument(
+        "--database",
+        dest="databases",
+        type=_named,
+        action="append",
+        metavar="NAME=DSN",
+        help="one of several databases, whose pages are below its name; may be repeated. All users "
+        "of the host can see arguments: name a service of libpq, such as mail=service=mail",
+    )
     arguments.add_dsn(parser)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, dsn = text.partition("=")
+    if not (name and equals):
+        raise ArgumentTypeError(f"NAME=DSN is needed, such as mail=service=mail, not {text!r}")
+    return name, arguments.conninfo(dsn)
+
+
+def _databases(args: argparse.Namespace) -> str | Mapping[str, str]:
+    if args.databases is None:
+        return database.find(args.dsn)
+    if args.dsn is not None:
+        raise UsageError("--dsn is for a page of one database: leave it out beside --database")
+    if len(dict(args.databases)) < len(args.databases):
+        raise UsageError("--database has a name twice")
+    return dict(args.databases)
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     if args.hash is not None:
         return _hash(args)
     access = _access(args)
-    dsn = database.find(args.dsn)
+    dsn = _databases(args)
     log.set_up(None, None)
     if not (args.listen.is_local or args.trust):
         _logger.warning(

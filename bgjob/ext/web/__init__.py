@@ -4,6 +4,7 @@ It needs the extra `web`: `pip install "bgjob[web]"`. `bgjob web` runs it; `crea
 ASGI application of it, to mount in a program of your own.
 
     app       create_app: one request after the other
+    apps      WebApps: one page over several databases, each with an app of its own
     guard     headers, hosts, sizes, origins: what each request has to pass
     access    who may do what; schemes, users: ready-made ways to know the user
     routes    the addresses
@@ -25,6 +26,7 @@ ASGI application of it, to mount in a program of your own.
 
 from bgjob.ext.web.access import Access
 from bgjob.ext.web.app import WebApp, create_app
+from bgjob.ext.web.apps import WebApps
 from bgjob.ext.web.redaction import Shown
 from bgjob.ext.web.schemes import Anyone, ProxyAccess, TokenAccess
 from bgjob.ext.web.users import UsersAccess, UsersError
@@ -38,5 +40,6 @@ __all__ = [
     "UsersAccess",
     "UsersError",
     "WebApp",
+    "WebApps",
     "create_app",
 ]

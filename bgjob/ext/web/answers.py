@@ -15,7 +15,7 @@ from bgjob.ext.web.pages.overview import dead_last_hour
 from bgjob.ext.web.parts import Trouble
 from bgjob.ext.web.site import VERSION, Site
 from bgjob.ext.web.views import Done, ErrorPage
-from bgjob.ext.web.visit import Visit, tried
+from bgjob.ext.web.visit import Visit, database_of, tried
 
 PRIVATE = {"cache-control": "private, no-cache", "vary": "Accept, Cookie, Authorization"}
 """Headers of what a browser may keep, if it asks each time whether it has changed."""
@@ -78,6 +78,7 @@ async def frame_of(visit: Visit, title: str, nav: Section | None, here: str) -> 
         lost_workers=lost,
         notice=said[0] if said else None,
         is_wrong=bool(said and said[1]),
+        database=database_of(visit.request),
     )
 
 
@@ -123,6 +124,7 @@ def error_response(
         is_read_only=getattr(request.state, "is_read_only", False),
         is_part=False,
         now=site.now,
+        database=database_of(request) if can else "",
     )
     content = templates.get_template("error.html").render(page=frame, view=error)
     return Response(content, error.status, media_type="text/html")

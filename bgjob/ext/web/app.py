@@ -1,7 +1,7 @@
 """The page as an ASGI application, on its own or mounted in another one."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Protocol, cast
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -11,7 +11,7 @@ from starlette.websockets import WebSocketClose
 
 from bgjob.client import AsyncClient, Client
 from bgjob.ext.web import guard, routes, troubles
-from bgjob.ext.web.access import Check
+from bgjob.ext.web.access import Access, Check
 from bgjob.ext.web.answers import (
     done_response,
     error_response,
@@ -37,6 +37,7 @@ FILES = "/static/"
 PROBES = frozenset({"/livez", "/readyz"})
 
 UNKNOWN = "You are not signed in here."
+NO_LOOK = "You may not see this page: ask for the permission 'look'."
 
 
 def create_app(
@@ -110,8 +111,7 @@ def create_app(
         raise ValueError(f"colour must be one of {', '.join(COLOURS)}, not {colour!r}")
     if payloads not in {"show", "mask", "hide"}:
         raise ValueError(f"payloads must be show, mask or hide, not {payloads!r}")
-    if root_path and not root_path.startswith("/"):
-        raise ValueError(f"root_path must begin with a slash, such as /bgjob, not {root_path!r}")
+    check_root(root_path)
     if trace_url:
         check_template(trace_url)
     settings = Settings(
@@ -127,45 +127,67 @@ def create_app(
     return WebApp(site, root_path.rstrip("/"), Proxies(trust), Exporter(site) if metrics else None)
 
 
+def check_root(root_path: str) -> None:
+    """Raise ValueError unless it can be the prefix of the page."""
+    if root_path and not root_path.startswith("/"):
+        raise ValueError(f"root_path must begin with a slash, such as /bgjob, not {root_path!r}")
+
+
+class Closes(Protocol):
+    """An application with connections."""
+
+    async def close(self) -> None:
+        """Close them."""
+        ...
+
+
+async def other(app: Closes, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer what is no request: the lifespan, or a web socket, which is refused."""
+    if scope["type"] != "lifespan":
+        await WebSocketClose()(scope, receive, send)
+        return
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        else:
+            await app.close()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+
 class WebApp:
-    """The ASGI application that `create_app` returns."""
+    """The ASGI application that `create_app` returns.
+
+    A program uses `close`. The rest is for WebApps.
+    """
 
     def __init__(self, site: Site, root: str, proxies: Proxies, exporter: Exporter | None) -> None:
-        self._site = site
-        self._root = root
-        self._proxies = proxies
+        self.site = site
+        self.root = root
+        self.proxies = proxies
         self._exporter = exporter
-        self._templates = environment()
+        self.templates = environment()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-            return
         if scope["type"] != "http":
-            await WebSocketClose()(scope, receive, send)
+            await other(self, scope, receive, send)
             return
-        scope = guard.with_scheme(guard.with_root(scope, self._root), self._proxies)
-        request = Request(scope, receive)
+        request = Request(self.scope_of(scope), receive)
         try:
             response = await self._answer(request)
         except Exception as error:
-            response = self._error(request, error)
-        await response(scope, receive, guard.guarded(scope, send))
+            response = self.error_of(request, error)
+        await response(request.scope, receive, guard.guarded(request.scope, send))
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await self.close()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+    def scope_of(self, scope: Scope) -> Scope:
+        """Return the scope with the prefix and the scheme that count here."""
+        return guard.with_scheme(guard.with_root(scope, self.root), self.proxies)
 
     async def close(self) -> None:
         """Close the connections, for a host that runs no lifespan."""
-        await self._site.close()
+        await self.site.close()
 
     async def _answer(self, request: Request) -> Response:
         path = route_path(request)
@@ -173,30 +195,28 @@ class WebApp:
             raise HTTPException(405, headers={"allow": ", ".join(sorted(guard.METHODS))})
         if path in PROBES:
             return await self._probe(path)
-        guard.check_host(request, self._site.settings.hosts)
+        guard.check_host(request, self.site.settings.hosts)
         if path.startswith(FILES):
-            return self._file(path)
+            return self.file_of(path)
         body = b""
         if request.method == "POST":
             body = await guard.body_of(request)
             guard.check_origin(request)
-        check = self._site.settings.access
-        arrive = getattr(check, "arrive", None)
-        if arrive is not None and (arrived := arrive(request)) is not None:
-            return cast("Response", arrived)
-        access = await guard.access_of(request, check)
+        access = await self.entered(request)
+        if isinstance(access, Response):
+            return access
         if access is None:
-            return self._unknown(request)
+            return self.unknown(request)
         if "look" not in access.permissions:
-            raise HTTPException(403, "You may not see this page: ask for the permission 'look'.")
+            raise HTTPException(403, NO_LOOK)
         if path == "/metrics" and self._exporter is not None and request.method in guard.SAFE:
             return await self._exporter.answer(request.headers.get("accept", ""))
         is_api = path == "/api" or path.startswith("/api/")
         visit = Visit(
-            self._site,
+            self.site,
             request,
             access,
-            await self._site.is_read_only(),
+            await self.site.is_read_only(),
             request.query_params.get("part") if request.method in guard.SAFE else None,
             is_api,
         )
@@ -206,8 +226,16 @@ class WebApp:
             return await self._act(visit, path, body)
         return await self._look(visit, path)
 
+    async def entered(self, request: Request) -> Access | Response | None:
+        """Return the user, or what a token in the address leads to; None if nobody is known."""
+        check = self.site.settings.access
+        arrive = getattr(check, "arrive", None)
+        if arrive is not None and (arrived := arrive(request)) is not None:
+            return cast("Response", arrived)
+        return await guard.access_of(request, check)
+
     async def _look(self, visit: Visit, path: str) -> Response:
-        await self._site.server()
+        await self.site.server()
         if (download := routes.found(routes.DOWNLOADS, path)) is not None:
             ask, visit.request.scope["path_params"] = download
             return await ask(visit)
@@ -223,7 +251,7 @@ class WebApp:
             return json_response(view)
         frame = await frame_of(visit, page.title.format(**params), page.nav, page.here(visit))
         template = page.template if visit.part is None else f"{page.template}_{visit.part}"
-        return await page_response(visit, self._templates, f"{template}.html", view, frame)
+        return await page_response(visit, self.templates, f"{template}.html", view, frame)
 
     async def _act(self, visit: Visit, path: str, body: bytes) -> Response:
         found = routes.found(routes.ACTIONS, path)
@@ -240,26 +268,27 @@ class WebApp:
         if wants_json(visit.request):
             return json_response({"confirm": answer}, 409)
         frame = await frame_of(visit, answer.title, None, answer.back)
-        return await page_response(visit, self._templates, "confirm.html", answer, frame)
+        return await page_response(visit, self.templates, "confirm.html", answer, frame)
 
     async def _probe(self, path: str) -> Response:
         if path == "/readyz":
             try:
-                await self._site.server()
+                await self.site.server()
             except Exception:
                 return PlainTextResponse("not ready\n", 503)
         return PlainTextResponse("ok\n")
 
-    def _file(self, path: str) -> Response:
+    def file_of(self, path: str) -> Response:
+        """Return a file of static/."""
         stamp, _, name = path.removeprefix(FILES).partition("/")
-        if name not in self._site.files:
+        if name not in self.site.files:
             raise HTTPException(404, "There is no such file.")
-        content, media = self._site.files[name]
-        is_current = stamp == self._site.stamp
+        content, media = self.site.files[name]
+        is_current = stamp == self.site.stamp
         keep = "public, max-age=31536000, immutable" if is_current else "no-cache"
         return Response(content, media_type=media, headers={"cache-control": keep})
 
-    def _unknown(self, request: Request) -> Response:
+    def unknown(self, request: Request) -> Response:
         """Return 401; or a page that asks again, as a browser sends no strict cookie with a link.
 
         A link on another site leads here without the cookie. This page's own refresh has it.
@@ -276,16 +305,17 @@ class WebApp:
                 f"{sent}?{query}" if query else sent, request.scope.get("root_path", "")
             )
             view = {"here": here}
-            content = self._templates.get_template("again.html").render(page=None, view=view)
+            content = self.templates.get_template("again.html").render(page=None, view=view)
             return Response(content, media_type="text/html")
-        challenge: dict[str, str] = getattr(self._site.settings.access, "challenge", {})
-        text = f"{UNKNOWN} {getattr(self._site.settings.access, 'advice', '')}".rstrip()
+        challenge: dict[str, str] = getattr(self.site.settings.access, "challenge", {})
+        text = f"{UNKNOWN} {getattr(self.site.settings.access, 'advice', '')}".rstrip()
         raise HTTPException(401, text, headers=challenge)
 
-    def _error(self, request: Request, error: Exception) -> Response:
+    def error_of(self, request: Request, error: Exception) -> Response:
+        """Return the page of an error."""
         page, headers = troubles.of(error)
         if page is None:
             return Response(status_code=getattr(error, "status_code", 500), headers=headers)
-        response = error_response(request, self._site, self._templates, page)
+        response = error_response(request, self.site, self.templates, page)
         response.headers.update(headers)
         return response

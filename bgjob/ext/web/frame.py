@@ -52,6 +52,7 @@ class Frame:
         lost_workers: the badge of "Workers".
         notice: what was done, after an action; None without one.
         is_wrong: whether the notice is that it was not done.
+        database: the name of the database, if the page is over several.
 
     """
 
@@ -72,6 +73,12 @@ class Frame:
     lost_workers: int = 0
     notice: str | None = None
     is_wrong: bool = False
+    database: str = ""
+
+    @property
+    def home(self) -> str:
+        """The address of the first page; over several databases, of the page of all."""
+        return self.root.removesuffix(f"/{self.database}" if self.database else "") + "/"
 
     def url(self, *parts: object, **query: object) -> str:
         """Return the address of a page, such as `url("queues", name, part="now")`.

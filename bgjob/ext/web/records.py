@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 
 from bgjob.ext.web.frame import Permission
 from bgjob.ext.web.views import Done
-from bgjob.ext.web.visit import Visit
+from bgjob.ext.web.visit import Visit, database_of
 
 _logger = logging.getLogger("bgjob.web")
 
@@ -30,11 +30,17 @@ def check_reading(visit: Visit, permission: Permission) -> None:
 async def record(visit: Visit, name: str, done: Done) -> None:
     """Log an action, and tell the program that the page belongs to."""
     user = visit.access.user
+    database = database_of(visit.request)
     _logger.info(
         "%s: %s",
-        user or "anyone",
+        f"{user or 'anyone'} in {database}" if database else user or "anyone",
         done.done,
-        extra={"web_user": user, "web_action": name, "web_targets": done.targets},
+        extra={
+            "web_user": user,
+            "web_action": name,
+            "web_targets": done.targets,
+            **({"web_database": database} if database else {}),
+        },
     )
     on_action = visit.site.settings.on_action
     if on_action is None:

@@ -21,6 +21,9 @@ from bgjob.job import check_name
 
 T = TypeVar("T")
 
+DATABASE = "bgjob.database"
+"""The key in the scope of the database's name, where the page is over several."""
+
 _LONGEST = 255
 _PATIENCE = 5.0
 
@@ -81,6 +84,12 @@ class Visit:
     def back(self, to: str) -> str:
         """Return the address to go back to: one of ours, or else the first page's."""
         return own_path(to, self.root)
+
+
+def database_of(request: Request) -> str:
+    """Return the name of the database that is asked for; empty if the page has only one."""
+    name: str = request.scope.get(DATABASE, "")
+    return name
 
 
 async def tried(asked: Awaitable[T], *, within: float = _PATIENCE) -> T | Trouble:

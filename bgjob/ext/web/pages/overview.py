@@ -72,9 +72,12 @@ async def with_hours(visit: Visit, rows: list[QueueRow]) -> tuple[QueueRow, ...]
 
 
 async def _summary(visit: Visit, workers: list[WorkerStatus]) -> tuple[Phrase, ...]:
-    found = await visit.site.overview()
-    rows = queue_rows(found, workers)
-    return tuple(_phrases(found, rows, workers))
+    return summary(await visit.site.overview(), workers)
+
+
+def summary(found: Overview, workers: list[WorkerStatus]) -> tuple[Phrase, ...]:
+    """Return what hurts in a database, in a sentence."""
+    return tuple(_phrases(found, queue_rows(found, workers), workers))
 
 
 def _phrases(found: Overview, rows: list[QueueRow], workers: list[WorkerStatus]) -> list[Phrase]:
