@@ -1,4 +1,4 @@
-"""A proxy of a PostgreSQL server that counts round trips."""
+"""A proxy of a PostgreSQL server that counts round trips and bytes."""
 
 import contextlib
 import selectors
@@ -21,6 +21,8 @@ class Proxy:
         self._server = server
         self.round_trips = 0
         """Of all connections since the start, including those that open a connection."""
+        self.bytes = 0
+        """In both directions, of all connections since the start; without TCP's own."""
 
     def __enter__(self) -> Self:
         self._selector = selectors.DefaultSelector()
@@ -83,6 +85,7 @@ class Proxy:
         with contextlib.suppress(OSError):  # either side may be gone
             if said := end.recv(65536):
                 self._count(end, peer)
+                self.bytes += len(said)
                 peer.sendall(said)
                 return
         for side in (end, peer):
