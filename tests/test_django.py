@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from support import nursery
 from support.database import count, row
 from support.waiting import PATIENCE, eventually
 
@@ -28,22 +29,36 @@ from bgjob.schema import init_sql
 PROJECT = Path(__file__).parent / "support" / "django_project"
 
 
+IMPORTS = (
+    "bgjob.ext.django.task_backend",
+    "bgjob.ext.django.testing",
+    "django.core.management.commands.makemigrations",
+    "django.core.management.commands.migrate",
+    "django.core.management.commands.test",
+    "uvicorn",
+)
+"""What may be imported before the settings are known, and is nearly all."""
+
+
 class Project:
     """Runs the project's manage.py on a database."""
 
-    def __init__(self, dsn: str, **env: str) -> None:
+    def __init__(self, dsn: str, folder: Path, **env: str) -> None:
         self.env = {**os.environ, "SHOP_DSN": dsn, "PYTHONWARNINGS": "error", **env}
+        self.env["PYTHONPATH"] = str(PROJECT)
         for name in ("BGJOB_DSN", "DATABASE_URL", "DJANGO_SETTINGS_MODULE"):
             self.env.pop(name, None)
+        self._program = folder / "program.py"
 
     def manage(self, *arguments: str, status: int = 0) -> str:
         """Run a command; return what it printed, and what it said where it failed."""
-        done = subprocess.run(
-            [sys.executable, "manage.py", *arguments],
+        done = nursery.run(
+            "manage.py",
+            *arguments,
             cwd=PROJECT,
             env=self.env,
-            text=True,
-            capture_output=True,
+            # Django takes psycopg 2 only where it is imported after the settings.
+            imports=() if "SHOP_PSYCOPG2" in self.env else IMPORTS,
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + (done.stderr if status else "")
@@ -51,13 +66,9 @@ class Project:
     def run(self, code: str) -> str:
         """Run a program in the project."""
         program = "import django\ndjango.setup()\nfrom django.core.management import call_command\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program + code],
-            cwd=PROJECT,
-            env=self.env | {"DJANGO_SETTINGS_MODULE": "mysite.settings"},
-            text=True,
-            capture_output=True,
-        )
+        self._program.write_text(program + code)
+        env = self.env | {"DJANGO_SETTINGS_MODULE": "mysite.settings"}
+        done = nursery.run(str(self._program), cwd=PROJECT, env=env, imports=IMPORTS)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -67,8 +78,8 @@ def settings(**values: Any) -> str:
 
 
 @pytest.fixture
-def project(empty_dsn: str) -> Iterator[Project]:
-    yield Project(empty_dsn)
+def project(empty_dsn: str, tmp_path: Path) -> Project:
+    return Project(empty_dsn, tmp_path)
 
 
 def test_jobs_tasks_the_admin_and_tests_work_in_a_project(project: Project) -> None:
@@ -102,7 +113,7 @@ def test_manage_py_runs_workers_of_the_setting_with_the_jobs_of_all_apps(
         with subprocess.Popen(
             [sys.executable, PROJECT / "manage.py", "bgjob", "worker"],
             cwd=tmp_path,
-            env=project.env,
+            env={name: text for name, text in project.env.items() if name != "PYTHONPATH"},
             stderr=subprocess.PIPE,
             text=True,
         ) as process:
@@ -192,8 +203,8 @@ print(sorted(Permission.objects.filter(content_type__app_label="bgjob").values_l
     assert "requeue_deadjob" in printed and "add_job" not in printed
 
 
-def test_tables_that_are_there_already_are_recorded_by_fake(project: Project, dsn: str) -> None:
-    other = Project(dsn)
+def test_tables_that_are_there_already_are_recorded_by_fake(dsn: str, tmp_path: Path) -> None:
+    other = Project(dsn, tmp_path)
     assert "manage.py migrate bgjob 0001 --fake" in other.manage("migrate", "bgjob", status=1)
     other.run(
         'call_command("migrate", "bgjob", "0001", fake=True); call_command("migrate", verbosity=0)'
@@ -224,10 +235,18 @@ def test_async_views_enqueue_under_uvicorn(
 ) -> None:
     project.manage("migrate", "--verbosity=0")
     path = tmp_path / "socket"
-    command = [sys.executable, "-m", "uvicorn", "mysite.asgi:application", "--uds", str(path)]
-    with subprocess.Popen(
-        command, cwd=PROJECT, env=project.env, stderr=subprocess.PIPE, text=True
-    ) as server:
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = nursery.fork(
+            "uvicorn",
+            *("mysite.asgi:application", "--uds", str(path)),
+            cwd=PROJECT,
+            env=project.env,
+            output=output,
+            imports=IMPORTS,
+        )
+        assert server.stdin is not None
+        server.stdin.close()
         try:
             assert eventually(path.exists)
             with (
@@ -240,8 +259,8 @@ def test_async_views_enqueue_under_uvicorn(
                 urls += ["http://shop/async/undone?together&fail"]
                 assert {found.status_code for found in pool.map(client.get, urls)} == {200}
             server.send_signal(signal.SIGTERM)
-            assert server.stderr is not None
-            assert "Traceback" not in server.stderr.read()
+            server.wait(PATIENCE)
+            assert "Traceback" not in log.read_text()
         finally:
             server.kill()
     with psycopg.connect(empty_dsn) as conn:

@@ -1,18 +1,22 @@
-"""Worker processes in milliseconds: forks of one process that has imported everything.
+"""Processes in milliseconds: forks of one process that has imported everything.
 
-An interpreter that imports bgjob anew takes a quarter of a second of a core, hundreds of times.
+An interpreter that imports bgjob anew takes a quarter of a second of a core, hundreds of times,
+and one that imports Django, too, half a second.
 """
 
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -20,20 +24,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from support.waiting import PATIENCE
+
+import bgjob._cli.worker.serve
 import bgjob.cli  # noqa: F401 (with all that a worker needs)
 
 TESTS = Path(__file__).parents[1]
 
 
 class Nursery:
-    """The process that forks, as its owner sees it: the parent of all. Thread-safe."""
+    """The process that forks, as its owner sees it: the parent of all. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        modules: what it imports, beside bgjob.
+
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "support.nursery", str(theirs.fileno())],
+                [sys.executable, "-m", "support.nursery", str(theirs.fileno()), *modules],
                 cwd=TESTS,
                 pass_fds=[theirs.fileno()],
             )
@@ -65,16 +77,17 @@ class Nursery:
 
 
 @functools.cache
-def _nursery() -> Nursery:
-    nursery = Nursery()
+def _nursery(*modules: str) -> Nursery:
+    nursery = Nursery(modules)
     atexit.register(nursery.close)
     return nursery
 
 
 class Forked:
-    """A process of the nursery's; as subprocess.Popen."""
+    """A process of a nursery's; as subprocess.Popen."""
 
-    def __init__(self, pid: int, stdin: IO[bytes]) -> None:
+    def __init__(self, nursery: Nursery, pid: int, stdin: IO[bytes]) -> None:
+        self._nursery = nursery
         self.pid = pid
         self.stdin: IO[bytes] | None = stdin
         self.returncode: int | None = None
@@ -82,7 +95,7 @@ class Forked:
     def poll(self) -> int | None:
         """Return its exit code, or None while it has not ended."""
         if self.returncode is None:
-            pid, status = _nursery().waitpid(self.pid, os.WNOHANG)
+            pid, status = self._nursery.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
@@ -93,8 +106,19 @@ class Forked:
         while (code := self.poll()) is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            time.sleep(0.005)
+            self._doze(end - time.monotonic())
         return code
+
+    def _doze(self, seconds: float) -> None:
+        """Sleep for so long, or until it ends; or for 5 ms where the system cannot say when."""
+        if not hasattr(os, "pidfd_open"):
+            time.sleep(0.005)
+            return
+        fd = os.pidfd_open(self.pid)  # which lives, or waits to be reaped
+        try:
+            select.select([fd], [], [], seconds)
+        finally:
+            os.close(fd)
 
     def send_signal(self, number: int) -> None:
         """Send a signal, if it has not ended."""
@@ -109,7 +133,7 @@ class Forked:
         """Stop it, and wait until it has stopped; False where it ended instead."""
         self.send_signal(signal.SIGSTOP)
         while self.returncode is None:
-            pid, status = _nursery().waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+            pid, status = self._nursery.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
             if pid and os.WIFSTOPPED(status):
                 return True
             if pid:
@@ -125,18 +149,47 @@ def fork(
     output: IO[bytes],
     errors: IO[bytes] | None = None,
     cwd: Path = TESTS,
+    imports: Sequence[str] = (),
 ) -> Forked:
     """Run a module, or a file, as a program; it reads a pipe, and writes to `output`.
 
-    As with `python -P`, and `-W error` where PYTHONWARNINGS says so.
+    As with `python -P`, and `-W error` where PYTHONWARNINGS says so. It finds these `imports` done,
+    as it does that of bgjob.
     """
     theirs, ours = os.pipe()
     stdin = os.fdopen(ours, "wb")
     files = theirs, output.fileno(), (errors or output).fileno()
+    nursery = _nursery(*imports)
     try:
-        return Forked(_nursery().fork(module, argv, env, cwd, *files), stdin)
+        return Forked(nursery, nursery.fork(module, argv, env, cwd, *files), stdin)
     finally:
         os.close(theirs)
+
+
+def run(
+    module: str,
+    *argv: str,
+    env: Mapping[str, str],
+    cwd: Path = TESTS,
+    imports: Sequence[str] = (),
+    timeout: float = 2 * PATIENCE,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, without input; as `fork`, and subprocess.run."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = fork(
+            module, *argv, env=env, output=output, errors=errors, cwd=cwd, imports=imports
+        )
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(
+            [module, *argv], code, output.read().decode(), errors.read().decode()
+        )
 
 
 def _serve(owner: socket.socket) -> None:
@@ -177,4 +230,6 @@ def _serve(owner: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
     _serve(socket.socket(fileno=int(sys.argv[1])))
