@@ -814,13 +814,9 @@ class Chains:
             self.end_first(worker, drains=drains)
 
 
+@pytest.mark.parametrize("numbers", [[None], [3], [None, 2, 2, 3]], ids=str)
 @pytest.mark.parametrize(
-    ("seed", "numbers"),
-    [
-        *((seed, [None]) for seed in range(6)),
-        *((seed, [3]) for seed in range(6)),
-        *((seed, [None, 2, 2, 3]) for seed in range(6)),
-    ],
+    "seed", [n if n < 3 else pytest.param(n, marks=pytest.mark.soak) for n in range(30)]
 )
 def test_the_first_jobs_of_a_key_and_a_queue_always_go_first_and_no_more_than_it_has_slots(
     dsn: str, conn: psycopg.Connection, seed: int, numbers: list[int | None]
