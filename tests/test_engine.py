@@ -1402,6 +1402,34 @@ def test_a_job_that_becomes_due_is_claimed_also_while_sweeps_go_in_parts() -> No
     assert drive.now < due_at + 0.2
 
 
+def test_a_delayed_job_of_a_notification_is_claimed_also_if_it_is_due_before_the_next_part() -> (
+    None
+):
+    drive = Drive(concurrency=2, poll_interval=1000.0)
+    drive.exchange()
+    drive.now += 0.1  # so long that the next sweeps go in parts
+    drive.answer(found(job("a")))
+    drive.now += 5.0
+    drive.engine.wake(Notice(later=True))
+    assert isinstance(drive.exchange().claim, Claim)
+    drive.answer()
+    part = drive.next_exchange().claim
+    assert isinstance(part, Sweep)
+    drive.now += 0.04
+    drive.answer(found())
+    drive.engine.wake(Notice({0: NOON}, later=True))  # due in half a second
+    assert isinstance(drive.exchange().claim, Claim)
+    drive.answer()
+    began = drive.now
+    following = drive.next_exchange().claim
+    assert isinstance(following, Sweep)
+    assert following.window is not None
+    assert following.window.until < NOON
+    assert drive.now > began + 0.5  # parts rest
+    drive.answer(found())
+    assert isinstance(drive.exchange().claim, Claim)
+
+
 def test_a_sweep_goes_in_parts_where_many_jobs_have_been_claimed_since_the_last() -> None:
     marks = Watermarks(poll_interval=1.0)
     lines = [Line(0, at(0), None, has_suspects=False)]

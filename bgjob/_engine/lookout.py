@@ -34,6 +34,7 @@ class Lookout:
         self._vague = False  # it may be behind the marks, or be due later
         self._poll_at = -inf
         self._due_at = inf  # when the next known job is due
+        self._is_unsurveyed = False  # jobs were enqueued that may be due later, and not surveyed
         self._has_more_to_free = False
         self.blocked_after = ""  # the key after which the search for blocked keys continues
 
@@ -149,6 +150,7 @@ class Lookout:
             # and its settlement may be part of the sweep's exchange.
             soon = max(marks.early_sweep_at, now + _MOMENT if jobs else now)
             marks.sweep_at = min(marks.sweep_at, soon)
+            self._is_unsurveyed = True
 
     def _swept(self, sweep: Sweep, reply: Reply, began: float, now: float) -> None:
         marks, (jobs, freed, since) = self.marks, reply.swept
@@ -179,9 +181,15 @@ class Lookout:
             marks.sweep_at = min(marks.sweep_at, marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
         due_at = now + max(min(waits), 0.0) if waits else inf
-        # A part claims nothing: a job that has become due meanwhile is in no survey, and is claimed
-        # at the time that was known.
-        self._due_at = due_at if sweep.limit else min(self._due_at, due_at)
+        if sweep.limit:
+            self._due_at = due_at
+        else:
+            # A part claims nothing, and a survey shows no job that has become due since the last
+            # claim: look for those of a time that was known, and for those that were not surveyed.
+            self._due_at = min(self._due_at, due_at)
+            if self._is_unsurveyed:
+                self.look(thoroughly=False)
+        self._is_unsurveyed = False
 
     def _looked(self, jobs: list[Job], starts: dict[int, datetime] | None, now: float) -> None:
         self._poll_at = now + self._poll_interval
