@@ -23,7 +23,7 @@ from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Stop, Sweep, Withdraw
 from bgjob._engine.reply import Reply
-from bgjob._sql.claims import Swept, claim, limited, sweep
+from bgjob._sql.claims import Swept, claim, sweep
 from bgjob._sql.limits import Ask, Ration, declare, limits, lock, remove_limit, set_limit, take
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
@@ -281,18 +281,30 @@ def test_no_claim_without_a_ration_takes_a_job_of_a_limited_queue(
     client: Any, worker: psycopg.Connection
 ) -> None:
     client.bulk_enqueue([EnqueueRequest("q", "t", id=id) for id in "abc"])
-    one = claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO})
-    several = claim("q", limit=1, lease=60, token=2, marks={0: LONG_AGO, 1: LONG_AGO})
-    swept = sweep("q", limit=1, lease=60, token=3)
+
+    def one(*, has_ration: bool = False) -> list[Job]:
+        return run(
+            worker,
+            claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, has_ration=has_ration),
+        )
+
+    def several(*, has_ration: bool = False) -> list[Job]:
+        marks = {0: LONG_AGO, 1: LONG_AGO}
+        return run(
+            worker, claim("q", limit=1, lease=60, token=2, marks=marks, has_ration=has_ration)
+        )
+
+    def swept(*, has_ration: bool = False) -> list[Job]:
+        return run(worker, sweep("q", limit=1, lease=60, token=3, has_ration=has_ration)).jobs
+
     run(worker, set_limit("q", Limit(1)))
     run(worker, set_limit("other", Limit(1)))
-    assert (run(worker, one), run(worker, several), run(worker, swept).jobs) == ([], [], [])
+    assert (one(), several(), swept()) == ([], [], [])
     [line] = run(worker, survey("q"))
     assert (line.is_limited, line.since.year) == (True, 1)  # the next claim looks at all of it
-    [line] = run(worker, limited(survey("q")))
+    [line] = run(worker, survey("q", has_ration=True))
     assert (line.is_limited, line.since.year > 1) == (False, True)
-    assert [len(run(worker, limited(each))) for each in (one, several)] == [1, 1]
-    assert len(run(worker, limited(swept)).jobs) == 1
+    assert [len(each(has_ration=True)) for each in (one, several, swept)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("plan_cache_mode", PLAN_CACHE_MODES)
@@ -668,13 +680,13 @@ class Member:
         reply.extended = {claimed.job.id for claimed in exchange.extend}
         server.returned.extend(claimed.job.id for claimed in exchange.release_jobs)
         claim_of = exchange.claim
-        jobs = server.jobs(claim_of.limit if claim_of and exchange.is_limited else 0)
+        jobs = server.jobs(claim_of.limit if claim_of and exchange.has_ration else 0)
         match claim_of:
             case Claim():
                 reply.claimed = jobs
             case Sweep():
                 reply.swept = Swept(jobs, 0)
-                is_limited = not exchange.is_limited
+                is_limited = not exchange.has_ration
                 reply.lines = [Line(0, NOON, None, has_suspects=False, is_limited=is_limited)]
             case ClaimGroup():
                 raise AssertionError("there are no suspects")

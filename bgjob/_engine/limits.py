@@ -122,7 +122,7 @@ class Limits:
 
     def spend(self, exchange: Exchange) -> None:
         """Record that an exchange is about to be sent: its claim needs tokens."""
-        exchange.is_limited = self.is_on
+        exchange.has_ration = self.is_on
         claim = exchange.claim
         if claim is not None and claim.limit and self._has_tokens:
             assert self._ration is not None  # noqa: S101 (it has tokens)

@@ -14,7 +14,6 @@ from bgjob._sql.claims import (
     claim_group,
     free,
     free_within,
-    limited,
     sweep,
 )
 from bgjob._sql.groups import end_groups
@@ -132,7 +131,7 @@ class Exchange(Settlements):
     relieve: bool = False
     """With "take": whether to notify the other workers if the lock is taken."""
     claim: Claim | Sweep | ClaimGroup | None = None
-    is_limited: bool = False
+    has_ration: bool = False
     """Whether the worker has a ration of the queue's limit, so that it may claim."""
     take: Take | None = None
     """The ration that it takes for later claims, renews, or gives back."""
@@ -196,14 +195,18 @@ class Exchange(Settlements):
                     unanswered=part.unanswered,
                 )
                 plan.append(Part(frees, Reply.set_swept))
-                plan.append(Part(survey_known(queue, window), Reply.set_lines))
-                plan.append(Part(strays(queue, window), Reply.set_strays))
+                plan.append(
+                    Part(survey_known(queue, window, has_ration=self.has_ration), Reply.set_lines)
+                )
+                plan.append(
+                    Part(strays(queue, window, has_ration=self.has_ration), Reply.set_strays)
+                )
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append(Part(unheld, Reply.set_blocked))
             case Sweep(0, held=held, unanswered=unanswered):
                 frees = free(queue, limit=MOST_FREED, held=held, unanswered=unanswered)
                 plan.append(Part(frees, Reply.set_swept))
-                plan.append(Part(survey(queue), Reply.set_lines))
+                plan.append(Part(survey(queue, has_ration=self.has_ration), Reply.set_lines))
             case Sweep(limit, token, after, held, unanswered=unanswered):
                 sweeps = sweep(
                     queue,
@@ -212,19 +215,32 @@ class Exchange(Settlements):
                     token=token,
                     held=held,
                     unanswered=unanswered,
+                    has_ration=self.has_ration,
                 )
                 plan.append(Part(sweeps, Reply.set_swept))
-                plan.append(Part(survey(queue), Reply.set_lines))
+                plan.append(Part(survey(queue, has_ration=self.has_ration), Reply.set_lines))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append(Part(unheld, Reply.set_blocked))
             case ClaimGroup(limit, token, charge):
-                group = claim_group(queue, limit=limit, lease=lease, token=token, charge=charge)
+                group = claim_group(
+                    queue,
+                    limit=limit,
+                    lease=lease,
+                    token=token,
+                    charge=charge,
+                    has_ration=self.has_ration,
+                )
                 plan.append(Part(group, Reply.set_group))
             case Claim(limit, token, marks):
-                statement = claim(queue, limit=limit, lease=lease, token=token, marks=marks)
+                statement = claim(
+                    queue,
+                    limit=limit,
+                    lease=lease,
+                    token=token,
+                    marks=marks,
+                    has_ration=self.has_ration,
+                )
                 plan.append(Part(statement, Reply.set_claimed))
-        if self.is_limited:
-            plan = [Part(limited(part.statement), part.store) for part in plan]
         if self.take and self.extend:
             plan += self._taking(queue, lease)  # before: no lease may outlast the ration
         if self.watch:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import repeat
 from operator import add, itemgetter
-from typing import LiteralString, NamedTuple, TypeVar
+from typing import LiteralString, NamedTuple
 
 from bgjob._headers import read
 from bgjob._sql.session import IS_OURS
@@ -25,8 +25,6 @@ from bgjob._sql.statement import (
 from bgjob._sql.tokens import CHOICE
 from bgjob._sql.transactions import SESSION_NAME
 from bgjob.job import Job
-
-T = TypeVar("T")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -131,14 +129,14 @@ UNPAUSED: LiteralString = """
     not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
 """
 
-# A worker that does not know of the limit of a queue claims nothing, until a survey tells it.
-UNLIMITED: LiteralString = """
-    not exists (
+# A worker that has no ration of the limit of a queue claims nothing, until a survey tells it.
+WITHIN_LIMIT: LiteralString = """
+    (%(has_ration)s or not exists (
         select from bgjob_limit l where l.scope = 'queue' and l.name = %(queue)s and l.is_set
-    )
+    ))
 """
 
-OPEN: LiteralString = f"{UNPAUSED} and {UNLIMITED}"
+OPEN: LiteralString = f"{UNPAUSED} and {WITHIN_LIMIT}"
 
 
 def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
@@ -345,18 +343,6 @@ _CLAIM_ANY = f"""
 """
 
 
-_LIMITED: dict[LiteralString, LiteralString] = {}
-
-
-def limited(statement: Statement[T]) -> Statement[T]:
-    """Return the same for a worker that has a ration of the queue's limit."""
-    text = statement.text
-    assert isinstance(text, str)  # noqa: S101 (not bytes)
-    if text not in _LIMITED:
-        _LIMITED[text] = text.replace(UNLIMITED, "true")
-    return statement._replace(text=_LIMITED[text])
-
-
 def claim(
     queue: str,
     *,
@@ -364,13 +350,16 @@ def claim(
     lease: float,
     token: int,
     marks: Mapping[int, datetime],
+    has_ration: bool = False,
 ) -> Statement[list[Job]]:
     """Claim due jobs of these priorities, from their marks on.
 
-    Claimed and returned in (priority, next_run_at) order.
+    Claimed and returned in (priority, next_run_at) order. Without a ration of the queue's limit,
+    none of a queue that has one.
     """
     params: dict[str, object] = {
         "queue": queue,
+        "has_ration": has_ration,
         "limit": limit,
         "lease": lease,
         "token": token,
@@ -401,6 +390,7 @@ def sweep(
     token: int,
     held: Sequence[int] = (),
     unanswered: Sequence[int] = (),
+    has_ration: bool = False,
 ) -> Statement[Swept]:
     """Claim due jobs of all priorities, whatever their marks; free those whose lease has ended.
 
@@ -412,6 +402,7 @@ def sweep(
         _SWEEP,
         {
             "queue": queue,
+            "has_ration": has_ration,
             "limit": limit,
             "lease": lease,
             "token": token,
@@ -514,7 +505,7 @@ class Group(NamedTuple):
 
 
 def claim_group(
-    queue: str, *, limit: int, lease: float, token: int, charge: bool
+    queue: str, *, limit: int, lease: float, token: int, charge: bool, has_ration: bool = False
 ) -> Statement[Group]:
     """Claim the first half of the due suspects with as many deaths; at most `limit`.
 
@@ -524,7 +515,14 @@ def claim_group(
     """
     return Statement(
         _CLAIM_GROUP,
-        {"queue": queue, "limit": limit, "lease": lease, "token": token, "charge": charge},
+        {
+            "queue": queue,
+            "has_ration": has_ration,
+            "limit": limit,
+            "lease": lease,
+            "token": token,
+            "charge": charge,
+        },
         _group,
     )
 

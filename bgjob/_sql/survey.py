@@ -10,8 +10,8 @@ from bgjob._sql.claims import (
     HAS_SUSPECTS,
     OPEN,
     PRIORITIES,
-    UNLIMITED,
     WITHIN,
+    WITHIN_LIMIT,
     Window,
     within,
 )
@@ -51,7 +51,7 @@ _KNOWN_PRIORITIES = """
 """
 
 
-def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
+def survey_known(queue: str, window: Window, *, has_ration: bool = False) -> Statement[list[Line]]:
     """List lines as `survey` does, without walking over the rows of known priorities."""
     ends = [-(2**15) - 1, *window.priorities, 2**15]
     gaps = [(low + 1, high - 1) for low, high in pairwise(ends) if low + 1 <= high - 1]
@@ -59,6 +59,7 @@ def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
         _KNOWN_PRIORITIES + _SURVEY,
         {
             "queue": queue,
+            "has_ration": has_ration,
             "priorities": number_array(window.priorities),
             "lows": number_array([low for low, _ in gaps]),
             "highs": number_array([high for _, high in gaps]),
@@ -67,9 +68,9 @@ def survey_known(queue: str, window: Window) -> Statement[list[Line]]:
     )
 
 
-def survey(queue: str) -> Statement[list[Line]]:
+def survey(queue: str, *, has_ration: bool = False) -> Statement[list[Line]]:
     """List the priorities in use, the next due time of each, and whether there are suspects."""
-    return Statement(PRIORITIES + _SURVEY, {"queue": queue}, _lines)
+    return Statement(PRIORITIES + _SURVEY, {"queue": queue, "has_ration": has_ration}, _lines)
 
 
 # The groups that are over are looked for in the order of the index of due jobs. Without the order
@@ -89,7 +90,7 @@ _SURVEY = f"""
                     and j.next_run_at >= 'infinity' and j.group_id = j.id and not j.waits
                     and {IS_OVER}
                 order by j.next_run_at limit 100
-            ), not ({UNLIMITED})
+            ), not ({WITHIN_LIMIT})
         from line where line.priority is not null
 """
 
@@ -105,7 +106,7 @@ class Stray(NamedTuple):
     since: datetime
 
 
-def strays(queue: str, window: Window) -> Statement[list[Stray]]:
+def strays(queue: str, window: Window, *, has_ration: bool = False) -> Statement[list[Stray]]:
     """Find where claims must start to take jobs that were written behind the marks."""
     return Statement(
         f"""
@@ -119,7 +120,7 @@ def strays(queue: str, window: Window) -> Statement[list[Stray]]:
             order by j.next_run_at limit 1
         ) as due
         """,
-        within(queue, window),
+        {**within(queue, window), "has_ration": has_ration},
         lambda rows: [Stray(*row) for row in rows],
     )
 
