@@ -44,9 +44,10 @@ from bgjob.workers import WorkerState
 
 T = TypeVar("T")
 
-LiveState: TypeAlias = Literal["running", "due", "delayed", "retry", "key", "suspect"]
+LiveState: TypeAlias = Literal["running", "due", "delayed", "retry", "key", "limited", "suspect"]
 """`running`: a worker holds it, or held it until its lease ended. `due`: its time has come.
 `delayed`: it has not. `retry`: the next attempt's has not. `key`: it waits for its exclusive key.
+`limited`: it is due, and waits for the limit of its type.
 `suspect`: two workers or more died with it, so it runs alone. Each job is in one state."""
 
 Unchanged: TypeAlias = Literal[

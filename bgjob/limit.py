@@ -1,9 +1,13 @@
-"""Limits of a queue over all workers: how many jobs run at once, and how many start in a time."""
+"""Limits over all workers: how many jobs run at once, and how many start in a time."""
 
 import re
 from dataclasses import dataclass
 from datetime import datetime
 from math import ceil, isfinite
+from typing import Literal, TypeAlias
+
+Scope: TypeAlias = Literal["queue", "type"]
+"""What has a limit: a queue, with jobs of all types; or a type, in all queues."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _RATE = re.compile(r"(\d+(?:\.\d+)?)/([smhd])", re.ASCII)
@@ -95,7 +99,8 @@ class LimitStatus:
     """A limit, and what of it is in use.
 
     Attributes:
-        queue: its queue.
+        scope: what has the limit, "queue" or "type".
+        name: the name of the queue or the type.
         limit: the limit.
         is_set: whether an operator has set it, for all workers; otherwise it is in a program's
             code, and binds the workers of that program.
@@ -107,7 +112,8 @@ class LimitStatus:
 
     """
 
-    queue: str
+    scope: Scope
+    name: str
     limit: Limit
     is_set: bool
     used_at: datetime

@@ -50,6 +50,7 @@ from bgjob._logger import log
 from bgjob.codec import Codec, class_option, codec_of, type_name
 from bgjob.errors import StateRequiredError, TypeRequiredError, UnknownTypeError
 from bgjob.job import EnqueueRequest, Job, check_name
+from bgjob.limit import Limit
 from bgjob.result import BackoffPolicy, MoveToDlq, Retry
 
 __all__ = [
@@ -289,6 +290,7 @@ class Mux:
         retry_priority: int | None = None,
         exclusive: Exclusive | None = None,
         slots: int | None = None,
+        limit: Limit | None = None,
         keep: bool = False,
         batch: int | None = None,
         batch_wait: Duration | None = None,
@@ -344,6 +346,10 @@ class Mux:
             slots: with `exclusive`, how many jobs of a key run at once, 1 to 32,767; 1
                 by default. It holds for jobs whose key this type has named; see
                 EnqueueRequest.
+            limit: how many jobs of the type run at once, or start in a time, over all
+                workers and queues that have the limit; see Limit. One that an operator
+                sets for the type (`client.limits`, `bgjob limit`) takes precedence. Jobs
+                that wait for it hold up no other type. None by default.
             keep: whether a completed job is written to the table bgjob_history in
                 the statement that deletes it, and kept for a week, so that
                 `Client.history` and `Client.explain` tell when and where it ran. It
@@ -403,6 +409,7 @@ class Mux:
             retry_priority=retry_priority,
             exclusive=exclusive,
             slots=slots,
+            limit=limit,
             keep=keep,
             batch=batch,
             batch_wait=_batch_wait(name, batch, batch_wait),
@@ -663,6 +670,12 @@ class Mux:
         """The slots of the keys that types give their jobs, by type, if they have several."""
         policies = (route.policy for route in self._routes.values())
         return {policy.job_type: policy.slots for policy in policies if policy.slots is not None}
+
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """The limits of types, by type."""
+        limits = ((type_, route.policy.limit) for type_, route in self._routes.items())
+        return {type_: each for type_, each in limits if each not in (None, Limit())}
 
     def request(
         self,

@@ -53,6 +53,9 @@ create table bgjob_job (
     keep        double precision,
     -- How many jobs of its key may run at once. Null: one.
     slots       smallint,
+    -- With waits: the job is due and its type has a limit, for which it waits. A claim that met it
+    -- has put it aside, so that the next ones meet other types.
+    limited     boolean     not null default false,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
@@ -83,6 +86,10 @@ create index bgjob_job_suspect on bgjob_job (queue, deaths desc, priority, next_
 -- The jobs of a key, and those of them that wait, in the order in which they run.
 create index bgjob_job_exclusive on bgjob_job (exclusive, waits, queue, next_run_at, id)
     where exclusive is not null;
+
+-- The jobs that wait for the limit of their type, in the order in which they are claimed.
+create index bgjob_job_limited on bgjob_job (queue, type, priority, next_run_at)
+    where limited and waits;
 
 -- The jobs of a group. Ids are in the order of time: the last ones live the longest, so one that
 -- lives is found from that end without the dead rows of those that have ended.
@@ -181,7 +188,7 @@ create table bgjob_pause (
     constraint bgjob_pause_pkey primary key (queue)
 );
 
--- How many jobs of a queue may run at once, or start in a time, over all workers.
+-- How many jobs of a queue or of a type may run at once, or start in a time, over all workers.
 create table bgjob_limit (
     scope       text collate "C" not null,
     name        text collate "C" not null,
@@ -196,7 +203,7 @@ create table bgjob_limit (
     tokens      double precision,
     used_at     timestamptz not null default clock_timestamp(),
     constraint bgjob_limit_pkey primary key (scope, name),
-    constraint bgjob_limit_scope_check check (scope = 'queue')
+    constraint bgjob_limit_scope_check check (scope in ('queue', 'type'))
 ) with (fillfactor = 25);
 
 -- The places of a limit that workers have taken. Those of a dead worker are free after `until`, when

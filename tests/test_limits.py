@@ -23,8 +23,18 @@ from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Stop, Sweep, Withdraw
 from bgjob._engine.reply import Reply
-from bgjob._sql.claims import Swept, claim, sweep
-from bgjob._sql.limits import Ask, Ration, declare, limits, lock, remove_limit, set_limit, take
+from bgjob._sql.claims import NO_RATIONS, Rations, Swept, claim, sweep
+from bgjob._sql.limits import (
+    Ask,
+    Ration,
+    Subject,
+    declare,
+    limits,
+    lock,
+    remove_limit,
+    set_limit,
+    take,
+)
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob._sql.survey import Line, survey
@@ -33,6 +43,7 @@ from bgjob.job import Job
 from bgjob.limit import rate_text
 from bgjob.result import Complete, Retry
 
+Q = Subject("queue", "q")
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -123,14 +134,14 @@ class Taker:
     def __init__(self, conn: psycopg.Connection, limit: Limit) -> None:
         self.conn = conn
         self.passed = 0.0
-        run(conn, set_limit("q", limit, notify=False))
+        run(conn, set_limit(Q, limit, notify=False))
 
     def take(self, **wants: Any) -> Ration:
         wish = wants.get("need", 0)
         usual = Ask(holder=1, held=0, wanted=1, need=0, wish=wish, unused=0, since=None)
         with self.conn.transaction():
-            run(self.conn, lock("q"))
-            got = run(self.conn, take("q", usual._replace(**wants), code=None, lease=30))
+            run(self.conn, lock(Q))
+            got = run(self.conn, take(Q, usual._replace(**wants), code=None, lease=30))
         assert got is not None
         return got
 
@@ -246,29 +257,29 @@ def test_a_limit_in_code_binds_those_who_have_it_unless_an_operator_has_set_one(
     wants = Ask(holder=1, held=0, wanted=3, need=3, wish=3, unused=0, since=None)
 
     def taken(code: Limit | None) -> Ration | None:
-        return run(worker, take("q", wants, code=code, lease=30))
+        return run(worker, take(Q, wants, code=code, lease=30))
 
     assert taken(Limit(2)) is None  # the row is yet to be made
-    run(worker, declare("q"))
-    run(worker, declare("q"))
+    run(worker, declare(Q))
+    run(worker, declare(Q))
     got = taken(Limit(2, "1/h", 5))
     assert got is not None
     assert (got.places, got.tokens) == (2, 3)
     assert taken(None) is None
     assert [(s.limit, s.is_set) for s in run(worker, limits())] == [(Limit(2, "1/h", 5), False)]
-    run(worker, set_limit("q", Limit(1)))
+    run(worker, set_limit(Q, Limit(1)))
     got = taken(Limit(2, "1/h", 5))
     assert got is not None
     assert (got.places, got.tokens) == (1, None)
     got = taken(None)
     assert got is not None
     assert (got.places, got.tokens) == (1, None)
-    run(worker, set_limit("q", Limit()))
+    run(worker, set_limit(Q, Limit()))
     got = taken(Limit(2))
     assert got is not None
     assert (got.places, got.tokens) == (None, None)
-    assert run(worker, remove_limit("q"))
-    assert not run(worker, remove_limit("q"))
+    assert run(worker, remove_limit(Q))
+    assert not run(worker, remove_limit(Q))
     assert run(worker, limits()) == []
     got = taken(Limit(rate="1/h", burst=5))
     assert got is not None
@@ -282,29 +293,27 @@ def test_no_claim_without_a_ration_takes_a_job_of_a_limited_queue(
 ) -> None:
     client.bulk_enqueue([EnqueueRequest("q", "t", id=id) for id in "abc"])
 
-    def one(*, has_ration: bool = False) -> list[Job]:
+    def one(*, rations: Rations = NO_RATIONS) -> list[Job]:
         return run(
             worker,
-            claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, has_ration=has_ration),
+            claim("q", limit=1, lease=60, token=1, marks={0: LONG_AGO}, rations=rations),
         )
 
-    def several(*, has_ration: bool = False) -> list[Job]:
+    def several(*, rations: Rations = NO_RATIONS) -> list[Job]:
         marks = {0: LONG_AGO, 1: LONG_AGO}
-        return run(
-            worker, claim("q", limit=1, lease=60, token=2, marks=marks, has_ration=has_ration)
-        )
+        return run(worker, claim("q", limit=1, lease=60, token=2, marks=marks, rations=rations))
 
-    def swept(*, has_ration: bool = False) -> list[Job]:
-        return run(worker, sweep("q", limit=1, lease=60, token=3, has_ration=has_ration)).jobs
+    def swept(*, rations: Rations = NO_RATIONS) -> list[Job]:
+        return run(worker, sweep("q", limit=1, lease=60, token=3, rations=rations)).jobs
 
-    run(worker, set_limit("q", Limit(1)))
-    run(worker, set_limit("other", Limit(1)))
+    run(worker, set_limit(Q, Limit(1)))
+    run(worker, set_limit(Subject("queue", "other"), Limit(1)))
     assert (one(), several(), swept()) == ([], [], [])
     [line] = run(worker, survey("q"))
     assert (line.is_limited, line.since.year) == (True, 1)  # the next claim looks at all of it
-    [line] = run(worker, survey("q", has_ration=True))
+    [line] = run(worker, survey("q", rations=Rations(True)))
     assert (line.is_limited, line.since.year > 1) == (False, True)
-    assert [len(each(has_ration=True)) for each in (one, several, swept)] == [1, 1, 1]
+    assert [len(each(rations=Rations(True))) for each in (one, several, swept)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("plan_cache_mode", PLAN_CACHE_MODES)
@@ -330,8 +339,8 @@ def test_a_ration_is_taken_without_a_walk_over_those_of_other_limits(
         worker.execute("analyze bgjob_limit, bgjob_ration")
     wants = Ask(holder=1, held=0, wanted=3, need=3, wish=3, unused=0, since=None)
     statements: dict[str, Statement[Any]] = {
-        "lock": lock("queue 9"),
-        "take": take("queue 9", wants, code=None, lease=30),
+        "lock": lock(Subject("queue", "queue 9")),
+        "take": take(Subject("queue", "queue 9"), wants, code=None, lease=30),
     }
     for name, statement in statements.items():
         plan = explained(worker, prepare(worker, name, statement), plan_cache_mode)
@@ -464,10 +473,10 @@ def test_the_command_sets_lists_and_removes_limits(
     assert command("set", "queue", "free", "--none") == (0, "limited free: no limit\n")
     status, listed = command("list")
     assert [line.split() for line in listed.splitlines()] == [
-        "queue at once rate burst by workers places starts next".split(),
-        "free - - - operator - - - -".split(),
-        "mail - 14/s 28 operator - - 21 -".split(),
-        "slow 3 - - operator 0 0 - -".split(),
+        "of name at once rate burst by workers places starts next".split(),
+        "queue free - - - operator - - - -".split(),
+        "queue mail - 14/s 28 operator - - 21 -".split(),
+        "queue slow 3 - - operator 0 0 - -".split(),
     ]
     status, listed = command("list", "--json")
     assert json.loads(listed)[1]["burst"] == 28
@@ -503,7 +512,7 @@ def test_bad_input_of_the_limits_of_a_client_is_refused(client: Any) -> None:
 
 
 class Server:
-    """Jobs without end, and the limit of their queue, as _sql/limits.py has it."""
+    """Jobs without end, and the limit of their queue or type, as _sql/limits.py has it."""
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
@@ -565,12 +574,13 @@ class Fleet:
         *,
         calm: bool,
         in_code: bool = True,
+        of_type: bool = False,
         slots: int | None = None,
         takes: float | None = None,
     ) -> None:
         self.dice = Random(seed)
         self.slots, self.takes = slots, takes
-        self.limit, self.calm, self.in_code = limit, calm, in_code
+        self.limit, self.calm, self.in_code, self.of_type = limit, calm, in_code, of_type
         self.server = Server(limit)
         self.now = 1000.0
         self.holders = count(1)
@@ -612,7 +622,8 @@ class Member:
             lease=fleet.lease,
             notify=False,
             tokens=fleet.tokens,
-            limit=fleet.limit if fleet.in_code else None,
+            limit=fleet.limit if fleet.in_code and not fleet.of_type else None,
+            type_limits={"t": fleet.limit} if fleet.in_code and fleet.of_type else {},
             holder=self.holder,
         )
         self.at = fleet.now + dice.random()
@@ -644,7 +655,7 @@ class Member:
         ended = [claimed for end, claimed in self.ends if end <= now]
         self.ends = [(end, claimed) for end, claimed in self.ends if end > now]
         engine.finish([Outcome(claimed, Complete(), self.takes) for claimed in ended])
-        engine.limits.shrink(len(self.ends))
+        engine.throttle.queue.shrink(len(self.ends))
         engine.slots = self.slots
         if self.reply is not None:
             self.sent, reply, self.reply = None, self.reply, None
@@ -663,10 +674,11 @@ class Member:
                 raise AssertionError("nobody has asked it to stop")
 
     def start(self) -> None:
-        limits, now = self.engine.limits, self.fleet.now
+        throttle, now = self.engine.throttle, self.fleet.now
+        limits, start_by = throttle.queue, throttle.start_by
         while self.waiting and len(self.ends) < limits.places(self.slots):
             claimed = self.waiting.popleft()
-            if now < min(limits.run_until, limits.start_by.get(claimed.token, inf)):
+            if now < min(limits.run_until, start_by.get(claimed.token, inf)):
                 self.ends.append((now + self.takes, claimed))
                 self.fleet.starts.append(now)
                 most = self.fleet.limit.concurrency
@@ -680,19 +692,33 @@ class Member:
         reply.extended = {claimed.job.id for claimed in exchange.extend}
         server.returned.extend(claimed.job.id for claimed in exchange.release_jobs)
         claim_of = exchange.claim
-        jobs = server.jobs(claim_of.limit if claim_of and exchange.has_ration else 0)
+        if self.fleet.of_type:
+            if exchange.limited is not None:
+                reply.of_type = server.jobs(exchange.limited.limit)
+            is_known = "t" in exchange.rations.limited
+            if isinstance(claim_of, Sweep):
+                limited = () if is_known else ("t",)
+                reply.lines = [Line(0, NOON, None, has_suspects=False, limited=limited)]
+                reply.held_back = ["t"] if is_known else []  # every job is put aside
+        else:
+            self.claim(exchange, reply)
+        for take in exchange.takes:
+            reply.add_ration(server.take(take.ask, self.fleet.lease, now))
+        return reply
+
+    def claim(self, exchange: Exchange, reply: Reply) -> None:
+        claim_of = exchange.claim
+        number = claim_of.limit if claim_of and exchange.rations.has_queue else 0
+        jobs = self.fleet.server.jobs(number)
         match claim_of:
             case Claim():
                 reply.claimed = jobs
             case Sweep():
                 reply.swept = Swept(jobs, 0)
-                is_limited = not exchange.has_ration
+                is_limited = not exchange.rations.has_queue
                 reply.lines = [Line(0, NOON, None, has_suspects=False, is_limited=is_limited)]
             case ClaimGroup():
                 raise AssertionError("there are no suspects")
-        if exchange.take is not None:
-            reply.ration = server.take(exchange.take.ask, self.fleet.lease, now)
-        return reply
 
 
 LIMITS = [
@@ -706,11 +732,12 @@ LIMITS = [
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=str)
+@pytest.mark.parametrize("of_type", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_workers_that_are_killed_stopped_and_cut_off_never_exceed_a_limit(
-    limit: Limit, seed: int
+    limit: Limit, seed: int, of_type: bool
 ) -> None:
-    fleet = Fleet(seed, limit, calm=False, in_code=seed % 2 == 0)
+    fleet = Fleet(seed, limit, calm=False, in_code=seed % 2 == 0, of_type=of_type)
     fleet.live(2.0 if limit.per_second > 1000 else 20.0)
     assert fleet.starts
     if limit.rate is not None:
@@ -719,13 +746,16 @@ def test_workers_that_are_killed_stopped_and_cut_off_never_exceed_a_limit(
 
 
 @pytest.mark.parametrize("limit", [each for each in LIMITS if each.per_second < 1000], ids=str)
-def test_workers_under_load_reach_their_limit(limit: Limit) -> None:
-    fleet = Fleet(1, limit, calm=True, slots=10, takes=0.02)
+@pytest.mark.parametrize("of_type", [False, True])
+def test_workers_under_load_reach_their_limit(limit: Limit, of_type: bool) -> None:
+    # The place of a job of a type is free for the next claim, not before.
+    takes = 0.05 if of_type else 0.02
+    fleet = Fleet(1, limit, calm=True, of_type=of_type, slots=10, takes=takes)
     fleet.live(10.0)
     fleet.starts.clear()
     seconds = 10.0 if limit.per_second != 1 else 100.0
     fleet.live(seconds)
-    rate = limit.per_second or 4 / 0.02
+    rate = limit.per_second or 4 / takes
     assert len(fleet.starts) >= 0.95 * rate * seconds
 
 

@@ -903,9 +903,7 @@ class History:
     def _rival_claims(self) -> None:
         token = -next(self._numbers) - 1
         limit = self.random.randrange(1, 4)
-        [jobs, _, _] = self.table.sweep(
-            limit, token, began=self.db_now, now=self.db_now, at=self.now
-        )
+        [jobs, *_] = self.table.sweep(limit, token, began=self.db_now, now=self.db_now, at=self.now)
         keyed = [Claimed(job, token) for job in jobs if job.exclusive is not None]
         granted = self.table.acquire(keyed, began=self.db_now, at=self.now)
         # It runs them one after the other.

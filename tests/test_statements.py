@@ -27,7 +27,16 @@ from bgjob._sql.survey import (
     survey_known,
     open_transactions,
 )
-from bgjob._sql.claims import Window, claim, claim_any, claim_group, free, free_within, sweep
+from bgjob._sql.claims import (
+    Swept,
+    Window,
+    claim,
+    claim_any,
+    claim_group,
+    free,
+    free_within,
+    sweep,
+)
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.key_rows import barred_keys
 from bgjob._sql.notices import channel, listen, release_notify_lock, take_notify_lock
@@ -104,6 +113,7 @@ def test_no_index_covers_a_column_that_a_claim_changes(conn: psycopg.Connection)
     assert indexed == {
         "id",
         "queue",
+        "type",
         "priority",
         "next_run_at",
         "deaths",
@@ -214,12 +224,12 @@ def test_a_sweep_that_frees_nothing_names_no_place_to_look_at(worker: psycopg.Co
         free("q", limit=9),
         free_within("q", window, limit=9),
     ]
-    assert [ask(worker, each) for each in found] == [([], 0, None)] * 3
+    assert [ask(worker, each) for each in found] == [Swept([], 0, held_back=[])] * 3
     fill(worker, 3)
     spoil_leases(worker)
     worker.execute("update bgjob_job set deaths = 1 where id = 'q000002'")
     # What was freed is a suspect now, which a group claims and no look finds.
-    assert ask(worker, free("q", limit=9)) == ([], 1, None)
+    assert ask(worker, free("q", limit=9)) == Swept([], 1, held_back=[])
 
 
 def test_jobs_whose_lease_has_ended_are_freed_without_claiming_anything(

@@ -110,7 +110,8 @@ them in turn what goes into the next exchange, and reports what became of it to 
       leases      which jobs are held, until when, and which are lost or in doubt
       settling    which outcomes go into the next exchange, and what a refusal does to them
       keys        which keys to ask for, and to release
-      limits      the ration of the queue's limit: places for handlers, tokens for claims
+      throttle    the limits of the queue and of types: what may be claimed, and from where
+        limits      the ration of one: places for handlers, tokens for claims
       cancels     which jobs a cancel has ended, and whose handlers to interrupt
       over        which groups may be over, so that the jobs that wait for them may be due
       locked      which rows other sessions have locked
@@ -141,6 +142,8 @@ What always holds
   answer was lost are freed by the worker's own sweeps, and are charged nothing.
 - With a limit of the queue, no more handlers run than the worker has places, and each job that it
   claims has a token. Rations are taken after the claim of an exchange, for the next ones.
+- With a limit of a type, no more of its jobs are claimed than the worker has places, and each has a
+  token. Claims put the others aside, so that they hold up no other type.
 - Jobs that two workers died with are claimed in groups, until the killer is alone.
 - A job with an exclusive key is handed out once the server has granted the key, in the order in
   which the jobs of the key are due.
@@ -163,6 +166,8 @@ The vocabulary
                 kind that is refused does not stop the others
     notify lock while an idle worker holds it, enqueues to the queue notify
     suspect     a job that two workers died with
-    ration      what the worker has taken of its queue's limit: places and tokens
+    ration      what the worker has taken of a limit: places and tokens
+    aside       in the table, where no usual claim meets it: a job that waits for its key, or for
+                the limit of its type
     chain       the jobs of one key that this worker has; one at a time is in a handler
 """

@@ -89,7 +89,8 @@ class Claims:
             limit = 0
         self._unanswered = {token: end for token, end in self._unanswered.items() if now < end}
         is_told, _ = self._lookout.begin_claim(now) if limit else (False, False)
-        sent = (sent.claim.token for sent in self._sent if sent.claim)
+        sent = [sent.claim.token for sent in self._sent if sent.claim]
+        sent += [sent.limited.token for sent in self._sent if sent.limited]
         exchange.claim = Sweep(
             limit,
             next(self._tokens),
@@ -170,6 +171,10 @@ class Claims:
             case None:
                 return []
 
+    def of_type(self, exchange: Exchange, reply: Reply) -> list[Claimed]:
+        """Return the claimed jobs of a type with a limit."""
+        return _claimed(reply.of_type, exchange.limited.token) if exchange.limited else []
+
     def rejected(self, exchange: Exchange, now: float) -> None:
         """Record that the server refused an exchange."""
         claim = exchange.claim
@@ -182,6 +187,8 @@ class Claims:
     def answer_lost(self, exchange: Exchange, now: float) -> None:
         """Record that the answer to an exchange was lost."""
         claim = exchange.claim
+        if exchange.limited is not None:
+            self._unanswered[exchange.limited.token] = exchange.at + self._leases.seconds
         if claim is not None and claim.limit:
             self._unanswered[claim.token] = exchange.at + self._leases.seconds
             self._lookout.marks.start_again()

@@ -14,6 +14,7 @@ has over 400 lines, because each of its verbs goes through all parts.
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import inf
+from types import MappingProxyType
 
 from bgjob._engine.batch_pace import BatchPace
 from bgjob._engine.cancels import Cancels
@@ -21,7 +22,6 @@ from bgjob._engine.claims import Claims
 from bgjob._engine.isolation import Isolation
 from bgjob._engine.keys import Keys
 from bgjob._engine.leases import Leases
-from bgjob._engine.limits import Limits
 from bgjob._engine.locked import Locked
 from bgjob._engine.lookout import Lookout
 from bgjob._engine.outcome import Committed, Effects, Event, Outcome, Release
@@ -31,10 +31,13 @@ from bgjob._engine.pause import FIRST, Pause
 from bgjob._engine.protocol import MOST, Exchange, Sleep, Step, Stop, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
+from bgjob._engine.throttle import Throttle
 from bgjob._sql.keys import NO_SLOTS
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost, QueueIsEmpty
 from bgjob.limit import Limit
+
+NO_LIMITS: Mapping[str, Limit] = MappingProxyType({})
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
@@ -63,6 +66,7 @@ class Engine:
         batches: Mapping[str, int] | None = None,
         only_batches: bool = False,
         limit: Limit | None = None,
+        type_limits: Mapping[str, Limit] = NO_LIMITS,
         holder: int = 0,
     ) -> None:
         self._queue = queue  # for its events
@@ -89,7 +93,8 @@ class Engine:
         self._over = Over()
         self._lookout = Lookout(poll_interval, notify=notify)
         self._isolation = Isolation()
-        self.limits = Limits(limit, lease=lease, holder=holder)
+        self.throttle = Throttle(queue, limit, type_limits, lease=lease, holder=holder)
+        self._tokens = tokens
         self._claims = Claims(
             self.pace, self._leases, self._lookout, self._isolation, self._sent, tokens
         )
@@ -113,7 +118,7 @@ class Engine:
     @slots.setter
     def slots(self, slots: int) -> None:
         self._slots = slots
-        self.pace.slots = self.limits.places(slots)
+        self.pace.slots = self.throttle.queue.places(slots)
 
     @property
     def unsettled(self) -> int:
@@ -222,10 +227,11 @@ class Engine:
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Record that jobs were taken back before they started: release them."""
         if not self._stopping:
-            self.limits.refund(claimed := [*claimed])
+            self.throttle.refund(claimed := [*claimed])
         self._give_back([*claimed, *self._keys.wanting])
         self._keys.wanting.clear()
-        self._keys.gives_back = self.limits.gives_back = False
+        self._keys.gives_back = False
+        self.throttle.withdrawn()
 
     def _give_back(self, claimed: Iterable[Claimed]) -> None:
         pending, finished = self._settling.pending, len(self._settling.pending)
@@ -237,7 +243,7 @@ class Engine:
         """Record a notification: jobs were enqueued, or the notify lock was released."""
         self._lookout.wake(notice)
         if notice.later:
-            self.limits.look()
+            self.throttle.look()
 
     def shutdown(self) -> None:
         """Stop claiming, release jobs that have not started, finish the others, stop."""
@@ -266,12 +272,14 @@ class Engine:
         if now >= self.pace.stale_at:
             self.pace.slow_down(now)
             return Withdraw()
-        if self._keys.gives_back or self.limits.gives_back:
+        if self._keys.gives_back or self.throttle.gives_back:
             return Withdraw()
         held = self._settling or self._keys.free or self._locked.outcomes or self._over
         settled = not (held or self._doomed or self._leaving or self._cancels)
         done = settled and (self._abandoned or not self.pace.running)
-        keeps = self._lookout.notify_lock.is_held or not (self.pace.running or self.limits.has_left)
+        keeps = self._lookout.notify_lock.is_held or not (
+            self.pace.running or self.throttle.has_left
+        )
         if self._stopping and done and not keeps:
             return Stop(self.pace.running)
         if now < self._not_before:
@@ -286,18 +294,21 @@ class Engine:
         elif now >= self._settling.retry_at:
             self._settling.add_refused(exchange, now)
         else:
+            if self.throttle.has_types:
+                self._add_types(exchange, now)
             self._add_work(exchange, now)
             if self._stopping:
                 is_held = self._lookout.notify_lock.is_held
                 exchange.notify_lock = "release" if done and is_held else None
             elif not (self._careful and exchange):
                 room = 0 if exchange or self._careful else self._worthwhile_room()
-                room, waits = min(room, self.limits.most(now)), self.limits.waits(now)
+                limit = self.throttle.queue
+                room, waits = min(room, limit.most(now)), limit.waits(now)
                 self._claims.add_notify_lock(exchange, room, now, waits=waits)
-            if self.limits.is_on:
-                self.limits.spend(exchange)
+            if self.throttle.is_used:
+                self.throttle.spend(exchange)
                 if not (self._careful and exchange):
-                    self._add_take(exchange, now, done=done)
+                    self._add_takes(exchange, now, done=done)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
     def _add_work(self, exchange: Exchange, now: float) -> None:
@@ -318,6 +329,26 @@ class Engine:
                 # stop the others.
                 self._turn += turn + 1
                 return
+
+    def _add_types(self, exchange: Exchange, now: float) -> None:
+        """Count the jobs of types with a limit, and claim some, before the others."""
+        throttle = self.throttle
+        sent = (sent for each in self._sent for sent in each.outcomes)
+        ended = {o.claimed for o in (*self._settling.outcomes, *self._locked.outcomes, *sent)}
+        held = (*self._leases.lost, *self._leases.jobs)
+        throttle.count(claimed for claimed in held if claimed not in ended)
+        if self._careful:
+            return
+        if not self._claims.is_held_up(now) and self._may_claim(exchange, now):
+            room = throttle.share(self._worthwhile_room(), has_others=self._lookout.has_more)
+            throttle.add_claim(exchange, room, now, slots=self.slots, tokens=self._tokens)
+
+    def _may_claim(self, exchange: Exchange, now: float) -> bool:
+        """Whether nothing has to be done before."""
+        if self._stopping or exchange.release_jobs or self._settling.has_releases:
+            return False  # jobs that did not start are due before those that it would claim
+        # First settle and extend jobs that another worker may free.
+        return bool(self._careful) or not self._leases.are_overdue(now)
 
     def flows(self, exchange: Exchange) -> bool:
         """Whether sending the next exchange ahead of this one's answer is worth it."""
@@ -341,13 +372,14 @@ class Engine:
             or self._settling.missed
             or any(sent.release_jobs for sent in self._sent)
             or self._claims.is_held_up(now)
+            or (self.throttle.has_types and self.throttle.wants(now, self.slots))
             or self._leases.extend_at <= now
         )
-        room = min(self._room(), self.limits.most(now))
+        room = min(self._room(), self.throttle.queue.most(now))
         if is_quiet and self._lookout.has_more and room >= self.bulky:
             self._add_claim(exchange, room, now)
             if self.flows(exchange):
-                self.limits.spend(exchange)
+                self.throttle.spend(exchange)
                 self._settling.add_pending(exchange)
                 self._keys.add_wanting(exchange, now)
                 self._over.add(exchange)
@@ -370,27 +402,31 @@ class Engine:
             self._cancels.add_question(exchange)
 
     def _add_claim(self, exchange: Exchange, room: int, now: float) -> None:
-        if self._stopping or exchange.release_jobs or self._settling.has_releases:
-            return  # jobs that did not start are due before those that it would claim
-        if not self._careful and self._leases.are_overdue(now):
-            return  # first settle and extend jobs that another worker may free
-        most = self.limits.most(now)
+        if not self._may_claim(exchange, now):
+            return
+        if exchange.limited is not None:
+            room -= exchange.limited.limit
+        most = self.throttle.queue.most(now)
         self._claims.add(exchange, min(room, most), now, most=most)
 
-    def _add_take(self, exchange: Exchange, now: float, *, done: bool) -> None:
-        """Take a ration of the queue's limit for the next claims, if one is needed."""
+    def _add_takes(self, exchange: Exchange, now: float, *, done: bool) -> None:
+        """Take rations of limits for the next claims, where they are needed."""
         if self._stopping and done:
-            if not (self.pace.running or self.limits.has_left):
-                self.limits.add_leave(exchange, now)
+            if not self.pace.running:
+                self.throttle.add_leaves(exchange, now)
             return
-        room = self._worthwhile_room(exchange.claim.limit if exchange.claim else 0)
+        of_type = exchange.limited.limit if exchange.limited else 0
+        asked = of_type + (exchange.claim.limit if exchange.claim else 0)
+        room = self._worthwhile_room(asked)
         wants = not self._stopping and self._claims.wants(now, room)
-        self.limits.add_take(
+        self.throttle.add_takes(
             exchange,
             now,
             slots=self.slots,
             room=room if wants else 0,
             has_more=self._lookout.has_more,
+            # The next exchange claims jobs of a type first, and leaves the others the rest.
+            free=0 if self._stopping else self._worthwhile_room(of_type),
         )
 
     def _room(self, asked: int = 0) -> int:
@@ -398,6 +434,7 @@ class Engine:
         if len(self._settling.refused) + len(self._locked) >= MOST:
             return 0
         asked += sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
+        asked += sum(exchange.limited.limit for exchange in self._sent if exchange.limited)
         return min(self.pace.room - asked, self._claims.limit)
 
     def _worthwhile_room(self, asked: int = 0) -> int:
@@ -415,10 +452,14 @@ class Engine:
         ]
         if not self._stopping:
             room = self._worthwhile_room()
-            allowed = min(room, self.limits.most(now))
+            limit = self.throttle.queue
+            allowed = min(room, limit.most(now))
             times += [self._claims.wake_at(now, allowed), self.pace.stale_at]
-            if self.limits.is_on:
-                times.append(self.limits.wake_at(wants_claim=self._claims.wants(now, room)))
+            if limit.is_on:
+                times.append(limit.wake_at(wants_claim=self._claims.wants(now, room)))
+            if self.throttle.has_types:
+                free = 0 if self._claims.is_held_up(now) else room
+                times.append(self.throttle.wake_at(now, slots=self.slots, free=free))
         return min(times)
 
     # -- answers ------------------------------------------------------------------------
@@ -440,7 +481,7 @@ class Engine:
         run_again = self._settling.settled(exchange, reply, effects.events)
         gone = self._keys.answered(exchange, reply, effects.run, now)
         if gone:
-            self.limits.refund(gone)
+            self.throttle.refund(gone)
             self._leave_flight(gone)
             self._leases.forget(gone)
         if exchange.acquire:
@@ -458,24 +499,34 @@ class Engine:
         if (exchange.follows and reply.settled) or reply.ended:
             self._lookout.wake(Notice(later=True))  # jobs were made due, after the claim
         claimed = self._claims.answered(exchange, reply, now)
-        self.limits.answered(exchange, reply, len(claimed) + reply.unread, now)
+        of_type = self._claims.of_type(exchange, reply)
+        self.throttle.answered(exchange, reply, len(claimed) + reply.unread, now)
         self.slots = self._slots
+        if of_type:
+            self._hold(of_type, exchange, effects, now)
         if claimed:
-            self._is_idle = False
-            self.pace.claimed(claimed, now)
-            again = self._leases.claimed_before(claimed)
-            if again:
-                self._claimed_again(self._settling.claimed_again(again, exchange.at))
-            self._leases.hold(claimed, exchange.at)
+            self._hold(claimed, exchange, effects, now)
+        if claimed or of_type:
             self._over.claimed(reply)
-            self.limits.forget(self._leases.tokens)
-            effects.run += self._keys.want(claimed)
+            self.throttle.forget(self._leases.tokens)
         effects.events += self._cancels.take_events()
         is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels
         if not (self._is_idle or is_busy or self._isolation.is_needed) and self._lookout.waits(now):
             self._is_idle = True
             effects.events.append(QueueIsEmpty(self._queue))
         return effects
+
+    def _hold(
+        self, claimed: list[Claimed], exchange: Exchange, effects: Effects, now: float
+    ) -> None:
+        """Record the jobs of a claim."""
+        self._is_idle = False
+        self.pace.claimed(claimed, now)
+        again = self._leases.claimed_before(claimed)
+        if again:
+            self._claimed_again(self._settling.claimed_again(again, exchange.at))
+        self._leases.hold(claimed, exchange.at)
+        effects.run += self._keys.want(claimed)
 
     def _give_back_too(self, effects: Effects) -> None:
         """Release jobs that were granted a key while one before them is released."""
@@ -557,14 +608,14 @@ class Engine:
         elif for_lock and self._locked.add(exchange, now):
             self._leave_flight(exchange.acquire)
             self._lookout.take_back(exchange)
-            self.limits.take_back(exchange, is_refused=True)
+            self.throttle.take_back(exchange, is_refused=True)
             self._careful = _CAREFUL
             return False
         self._keys.rejected(exchange)
         self._lookout.rejected(exchange, now)
         self._claims.rejected(exchange, now)
         self._settling.rejected(exchange, now, for_data=for_data)
-        self.limits.take_back(exchange, is_refused=True)
+        self.throttle.take_back(exchange, is_refused=True)
         if exchange.ask and self._careful:
             self._cancels.refused(exchange)  # it was refused alone
         if not self._careful:  # refused again, they are left to their leases
@@ -598,7 +649,7 @@ class Engine:
     def _take_back(self, exchange: Exchange) -> None:
         self._doomed += exchange.end
         self._leaving += exchange.abandon
-        self.limits.take_back(exchange, is_refused=False)
+        self.throttle.take_back(exchange, is_refused=False)
         for part in (self._locked, self._keys, self._settling, self._lookout):
             part.take_back(exchange)
 

@@ -1,12 +1,11 @@
-"""The worker's ration of its queue's limit: when to ask for one, and what it allows."""
+"""The worker's ration of a limit: when to ask for one, and what it allows."""
 
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from math import inf
 
-from bgjob._engine.protocol import Exchange
-from bgjob._engine.reply import Reply
-from bgjob._sql.limits import LEASES, Ask, Ration, Take
+from bgjob._engine.protocol import Exchange, Spent
+from bgjob._sql.limits import LEASES, Ask, Ration, Subject, Take
 from bgjob._sql.settlements import Claimed
 from bgjob.limit import Limit
 
@@ -35,18 +34,20 @@ class Limits:
     answer is taken as used.
 
     Args:
+        of: what has the limit, its queue or a type.
         code: the limit in the program's code, if it has one.
         lease: seconds of a lease.
         holder: tells this worker from others.
 
     """
 
-    def __init__(self, code: Limit | None, *, lease: float, holder: int) -> None:
+    def __init__(self, of: Subject, code: Limit | None, *, lease: float, holder: int) -> None:
+        self._of = of
         self._code = code
         self._lease = lease
         self._holder = holder
         self.is_on = code is not None
-        """Whether the queue has a limit, as far as is known."""
+        """Whether there is a limit, as far as is known."""
         self.busy = 0
         """The slots that are in use."""
         self.start_by: dict[int, float] = {}
@@ -120,24 +121,24 @@ class Limits:
 
     # -- what it asks for ------------------------------------------------------------------
 
-    def spend(self, exchange: Exchange) -> None:
-        """Record that an exchange is about to be sent: its claim needs tokens."""
-        exchange.has_ration = self.is_on
-        claim = exchange.claim
-        if claim is not None and claim.limit and self._has_tokens:
-            assert self._ration is not None  # noqa: S101 (it has tokens)
-            exchange.start_by, exchange.tokens_since = self._start_by, self._ration.at
-            self._tokens -= claim.limit
-            self._used += claim.limit
+    def spend(self, count: int) -> Spent | None:
+        """Take so many tokens for a claim; None if it needs none."""
+        ration = self._ration
+        if not count or not self._has_tokens or ration is None:
+            return None
+        self._tokens -= count
+        self._used += count
+        return Spent(count, self._start_by, ration.at)
 
     def add_take(
-        self, exchange: Exchange, now: float, *, slots: int, room: int, has_more: bool
+        self, exchange: Exchange, now: float, *, asked: int, slots: int, room: int, has_more: bool
     ) -> None:
         """Take, renew or give back a ration, if it is time to.
 
         Args:
             exchange: where it is added.
             now: the time.
+            asked: how many jobs this exchange claims.
             slots: the slots that can run handlers.
             room: how many more jobs the worker would claim, were there no limit; 0 if it
                 would not claim.
@@ -146,11 +147,11 @@ class Limits:
         """
         if not self.is_on or self._sent is not None:
             return
-        claim, self._has_more = exchange.claim, has_more
+        self._has_more = has_more
         # A stream of claims goes on without waiting for the next ration.
-        is_short = self.most(now) < (claim.limit if has_more and claim else 1)
+        is_short = self.most(now) < (asked if has_more and asked else 1)
         needs = room > 0 and is_short and now >= self._ask_at
-        is_over = not room and not claim and self._tokens + self._unused > 0
+        is_over = not room and not asked and self._tokens + self._unused > 0
         is_less = self._told > self._places
         if needs or is_over or is_less or exchange.extend or now >= self._renew_at:
             self._add(exchange, now, slots, room if needs else 0)
@@ -159,6 +160,12 @@ class Limits:
         """Give everything back: the worker ends, and none of its handlers runs."""
         self._has_left = True
         self._add(exchange, now, 0, 0)
+
+    def rest(self, exchange: Exchange, now: float) -> None:
+        """Give everything back until it is needed again: none of its handlers runs."""
+        if self._sent is None:
+            self._places = self._target = 0
+            self._add(exchange, now, 0, 0)
 
     @property
     def has_left(self) -> bool:
@@ -181,7 +188,8 @@ class Limits:
         ask = Ask(self._holder, self._places, slots, need, wish, unused, min(since, default=None))
         self._tokens = self._unused = 0
         self._wanted = slots
-        self._sent = exchange.take = Take(ask, self._code, self._declares)
+        self._sent = Take(self._of, ask, self._code, self._declares)
+        exchange.takes.append(self._sent)
 
     @property
     def _renew_at(self) -> float:
@@ -204,33 +212,36 @@ class Limits:
     def _has_tokens(self) -> bool:
         return self.is_on and self._ration is not None and self._ration.tokens is not None
 
-    def answered(self, exchange: Exchange, reply: Reply, claimed: int, now: float) -> None:
-        """Record the answer to an exchange that has claimed so many jobs."""
-        claim = exchange.claim
-        if exchange.start_by < inf and claim is not None:
-            self._give_back(exchange, claim.limit - claimed)
-            if claimed and exchange.tokens_since is not None:
-                self.start_by[claim.token] = exchange.start_by
-                self._taken_when[claim.token] = exchange.tokens_since
-        if not self.is_on and any(line.is_limited for line in reply.lines):
+    def claimed(self, token: int, spent: Spent | None, count: int, start_by: float) -> None:
+        """Record that a claim has brought so many jobs, and when they have to start."""
+        if spent is not None:
+            self.unspend(spent, spent.number - count)
+            if count:
+                self._taken_when[token] = spent.since
+        if count and start_by < inf:
+            self.start_by[token] = start_by
+
+    def unspend(self, spent: Spent, count: int) -> None:
+        """Record that so many tokens of a claim were not used."""
+        if spent.start_by == self._start_by:
+            self._tokens += count
+        else:
+            self._add_unused(count, spent.since)
+        self._used -= count
+
+    def turn_on(self) -> None:
+        """Record that there is a limit."""
+        if not self.is_on:
             self.is_on, self._ask_at = True, -inf
             self._places = self.busy
-        if exchange.take is not None:
-            self._took(exchange, exchange.take, reply.ration, now)
-
-    def _give_back(self, exchange: Exchange, count: int) -> None:
-        if exchange.start_by == self._start_by:
-            self._tokens += count
-        elif exchange.tokens_since is not None:
-            self._add_unused(count, exchange.tokens_since)
-        self._used -= count
 
     def _add_unused(self, count: int, since: datetime) -> None:
         if count:
             self._unused_since = min(self._unused_since, since) if self._unused else since
             self._unused += count
 
-    def _took(self, exchange: Exchange, take: Take, ration: Ration | None, now: float) -> None:
+    def took(self, take: Take, ration: Ration | None, at: float, now: float) -> None:
+        """Record the answer to the exchange that was sent at a time to take a ration."""
         self._sent = None
         self._declares = self._code is not None and ration is None
         if ration is None and self._code is None:
@@ -239,7 +250,6 @@ class Limits:
         if ration is None:
             self._places = self._target = self._told = self._tokens = self._unused = 0
             return
-        at = exchange.at
         if ration.places is None:
             self._places = self._target = self._told = 0
         else:
@@ -277,11 +287,8 @@ class Limits:
             self.start_by = {token: at for token, at in self.start_by.items() if token in held}
             self._taken_when = {t: at for t, at in self._taken_when.items() if t in held}
 
-    def take_back(self, exchange: Exchange, *, is_refused: bool) -> None:
+    def not_taken(self, take: Take, *, is_refused: bool) -> None:
         """Record that an exchange was refused, or that its answer is lost."""
-        if exchange.start_by < inf and exchange.claim is not None and is_refused:
-            self._give_back(exchange, exchange.claim.limit)
-        if exchange.take is not None:
-            self._sent = None
-            if is_refused and exchange.take.ask.since is not None:
-                self._add_unused(exchange.take.ask.unused, exchange.take.ask.since)
+        self._sent = None
+        if is_refused and take.ask.since is not None:
+            self._add_unused(take.ask.unused, take.ask.since)

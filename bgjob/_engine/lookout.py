@@ -139,7 +139,7 @@ class Lookout:
     def _claimed(self, claim: Claim, reply: Reply, now: float) -> None:
         jobs, marks = reply.claimed, self.marks
         marks.answered()
-        self.has_more = len(jobs) + reply.unread == claim.limit
+        self.has_more = len(jobs) + reply.unread + reply.met == claim.limit
         self._looked(jobs, claim.marks, now)
         if claim.is_vague and not self.has_more:
             # The notified job may be behind the marks, or have an unknown priority, and
@@ -153,9 +153,9 @@ class Lookout:
             self._is_unsurveyed = True
 
     def _swept(self, sweep: Sweep, reply: Reply, began: float, now: float) -> None:
-        marks, (jobs, freed, since) = self.marks, reply.swept
+        marks, (jobs, freed, since, *_) = self.marks, reply.swept
         if sweep.limit:
-            self.has_more = len(jobs) + freed + reply.unread == sweep.limit
+            self.has_more = len(jobs) + freed + reply.unread + reply.met == sweep.limit
             self._looked(jobs, None, now)
         has_found = bool(reply.strays) or since is not None
         if sweep.window is None:

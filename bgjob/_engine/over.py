@@ -37,7 +37,7 @@ class Over:
         if not self.are_used:
             jobs = reply.claimed or reply.swept.jobs or reply.group.jobs
             # Of jobs without a group this takes a quarter of the time of a loop.
-            self.are_used = any(map(_group, jobs))
+            self.are_used = any(map(_group, jobs)) or any(map(_group, reply.of_type))
 
     def ended(self, outcomes: Iterable[Outcome]) -> None:
         """Record which jobs were settled."""

@@ -3,15 +3,18 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from math import inf
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._engine.outcome import CommitUnknown, Release, Unsettled
 from bgjob._engine.reply import Part, Plan, Reply
 from bgjob._sql.claims import (
+    NO_RATIONS,
+    Rations,
     Window,
     claim,
     claim_group,
+    claim_limited,
+    claim_others,
     free,
     free_within,
     sweep,
@@ -94,6 +97,29 @@ class ClaimGroup:
     looks: ClassVar = False
 
 
+class Spent(NamedTuple):
+    """Tokens that a claim has taken of a ration."""
+
+    number: int
+    start_by: float
+    """When the jobs that it claims have to start."""
+    since: datetime
+    """When the tokens were taken, by the server's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimLimited:
+    """Claim up to `limit` jobs of a type that wait for its limit."""
+
+    type: str
+    limit: int
+    token: int
+    start_by: float
+    """When they have to start."""
+    of_type: Spent | None
+    of_queue: Spent | None
+
+
 @dataclass(slots=True)
 class Exchange(Settlements):
     """One round trip in one transaction; an empty part is left out."""
@@ -131,10 +157,11 @@ class Exchange(Settlements):
     relieve: bool = False
     """With "take": whether to notify the other workers if the lock is taken."""
     claim: Claim | Sweep | ClaimGroup | None = None
-    has_ration: bool = False
-    """Whether the worker has a ration of the queue's limit, so that it may claim."""
-    take: Take | None = None
-    """The ration that it takes for later claims, renews, or gives back."""
+    limited: ClaimLimited | None = None
+    rations: Rations = NO_RATIONS
+    """The limits that the worker knows: with others it may not claim."""
+    takes: list[Take] = field(default_factory=list)
+    """The rations that it takes for later claims, renews, or gives back; in their order."""
     watch: Literal["claims", "all"] | None = None
     """Whether to read the transactions in progress: as far as claims need, or all."""
 
@@ -147,18 +174,16 @@ class Exchange(Settlements):
     """The part of `release` that belongs to none of its outcomes."""
     at: float = 0.0
     """When it was sent."""
-    start_by: float = inf
-    """When the jobs that it claims have to start: they have tokens."""
-    tokens_since: datetime | None = None
-    """When these tokens were taken, by the server's clock."""
+    spent: Spent | None = None
+    """The tokens of its claim."""
 
     @property
     def claims_only(self) -> bool:
         """Whether only its claim can be refused."""
         ended = (self.complete, self.returned, self.postpone, self.dead_letter)
-        others = (*ended, self.release_jobs, self.extend)
+        others = (*ended, self.release_jobs, self.extend, self.limited)
         keys = (self.acquire, self.release, self.probe, self.probe_keys, self.ask)
-        is_alone = not (any(others) or any(keys) or self.groups or self.take)
+        is_alone = not (any(others) or any(keys) or self.groups or self.takes)
         return self.claim is not None and is_alone
 
     def settle(self, outcome: Unsettled) -> None:
@@ -196,17 +221,15 @@ class Exchange(Settlements):
                 )
                 plan.append(Part(frees, Reply.set_swept))
                 plan.append(
-                    Part(survey_known(queue, window, has_ration=self.has_ration), Reply.set_lines)
+                    Part(survey_known(queue, window, rations=self.rations), Reply.set_lines)
                 )
-                plan.append(
-                    Part(strays(queue, window, has_ration=self.has_ration), Reply.set_strays)
-                )
+                plan.append(Part(strays(queue, window, rations=self.rations), Reply.set_strays))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append(Part(unheld, Reply.set_blocked))
             case Sweep(0, held=held, unanswered=unanswered):
                 frees = free(queue, limit=MOST_FREED, held=held, unanswered=unanswered)
                 plan.append(Part(frees, Reply.set_swept))
-                plan.append(Part(survey(queue, has_ration=self.has_ration), Reply.set_lines))
+                plan.append(Part(survey(queue, rations=self.rations), Reply.set_lines))
             case Sweep(limit, token, after, held, unanswered=unanswered):
                 sweeps = sweep(
                     queue,
@@ -215,10 +238,10 @@ class Exchange(Settlements):
                     token=token,
                     held=held,
                     unanswered=unanswered,
-                    has_ration=self.has_ration,
+                    rations=self.rations,
                 )
                 plan.append(Part(sweeps, Reply.set_swept))
-                plan.append(Part(survey(queue, has_ration=self.has_ration), Reply.set_lines))
+                plan.append(Part(survey(queue, rations=self.rations), Reply.set_lines))
                 unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
                 plan.append(Part(unheld, Reply.set_blocked))
             case ClaimGroup(limit, token, charge):
@@ -228,9 +251,19 @@ class Exchange(Settlements):
                     lease=lease,
                     token=token,
                     charge=charge,
-                    has_ration=self.has_ration,
+                    rations=self.rations,
                 )
                 plan.append(Part(group, Reply.set_group))
+            case Claim(limit, token, marks) if self.rations.limited:
+                others = claim_others(
+                    queue,
+                    limit=limit,
+                    lease=lease,
+                    token=token,
+                    marks=marks,
+                    rations=self.rations,
+                )
+                plan.append(Part(others, Reply.set_others))
             case Claim(limit, token, marks):
                 statement = claim(
                     queue,
@@ -238,11 +271,21 @@ class Exchange(Settlements):
                     lease=lease,
                     token=token,
                     marks=marks,
-                    has_ration=self.has_ration,
+                    rations=self.rations,
                 )
                 plan.append(Part(statement, Reply.set_claimed))
-        if self.take and self.extend:
-            plan += self._taking(queue, lease)  # before: no lease may outlast the ration
+        if self.limited:
+            of_type = claim_limited(
+                queue,
+                self.limited.type,
+                limit=self.limited.limit,
+                lease=lease,
+                token=self.limited.token,
+                rations=self.rations,
+            )
+            plan.append(Part(of_type, Reply.set_of_type))
+        if self.extend:
+            plan += self._taking(lease)  # before: no lease may outlast the ration
         if self.watch:
             plan.append(Part(open_transactions(surely=self.watch == "all"), Reply.set_seen))
         plan += [Part(statement, Reply.add_settled) for statement in self.settlements(queue)]
@@ -276,14 +319,16 @@ class Exchange(Settlements):
             plan.append(Part(end_groups(self.groups, notify=True), Reply.set_ended))
         if self.notify_lock == "release":
             plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
-        if self.take and not self.extend:
-            plan += self._taking(queue, lease)  # at last: others may wait for the limit's row
+        if not self.extend:
+            plan += self._taking(lease)  # at last: others may wait for the limit's row
         return plan
 
-    def _taking(self, queue: str, lease: float) -> Plan:
-        assert self.take is not None  # noqa: S101 (the caller checks)
-        *first, taking = self.take.statements(queue, lease)
-        return [*(Part(each, Reply.ignore) for each in first), Part(taking, Reply.set_ration)]
+    def _taking(self, lease: float) -> Plan:
+        plan: Plan = []
+        for take in self.takes:
+            *first, taking = take.statements(lease)
+            plan += [*(Part(each, Reply.ignore) for each in first), Part(taking, Reply.add_ration)]
+        return plan
 
     def __bool__(self) -> bool:
         """Whether it has any work."""
@@ -303,7 +348,8 @@ class Exchange(Settlements):
             or self.end
             or self.notify_lock
             or self.claim
-            or self.take
+            or self.limited
+            or self.takes
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from bgjob._sql.claims import Group, Swept
+from bgjob._sql.claims import Group, Others, Swept
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.limits import Ration
 from bgjob._sql.notices import CANCELLED, EVERYTHING, LATER
@@ -43,8 +43,14 @@ class Reply:
     """The doubtful claims that a cancel has ended, by id and token."""
     ended: Sequence[str] = ()
     """The groups that have ended: the jobs that waited for them are due."""
-    ration: Ration | None = None
-    """What it got of the queue's limit; None: there is no limit."""
+    of_type: list[Job] = field(default_factory=list)
+    """The claimed jobs of a type with a limit."""
+    held_back: Sequence[str] = ()
+    """The types of which jobs wait for their limit."""
+    met: int = 0
+    """How many jobs of these types the claim met instead of others, and put aside."""
+    rations: list[Ration | None] = field(default_factory=list)
+    """What it got of limits, in the order of `takes`; None: there is no limit."""
     unread: int = 0
     """The number of claimed jobs that could not be read."""
 
@@ -62,11 +68,17 @@ class Reply:
     def set_claimed(self, jobs: list[Job]) -> None:
         self.claimed = jobs
 
+    def set_others(self, others: Others) -> None:
+        self.claimed, self.met, self.held_back = others
+
+    def set_of_type(self, jobs: list[Job]) -> None:
+        self.of_type = jobs
+
     def set_seen(self, seen: OpenTransactions) -> None:
         self.seen = seen
 
     def set_swept(self, swept: Swept) -> None:
-        self.swept = swept
+        self.swept, self.met, self.held_back = swept, swept.met, swept.held_back
 
     def set_lines(self, lines: list[Line]) -> None:
         self.lines = lines
@@ -98,8 +110,8 @@ class Reply:
     def set_ended(self, ids: list[str]) -> None:
         self.ended = ids
 
-    def set_ration(self, ration: Ration | None) -> None:
-        self.ration = ration
+    def add_ration(self, ration: Ration | None) -> None:
+        self.rations.append(ration)
 
     def ignore(self, answer: object) -> None:
         """Drop an answer that says nothing to the engine."""

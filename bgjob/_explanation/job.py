@@ -7,6 +7,7 @@ from bgjob._explanation.seen import Reasons, Seen
 from bgjob._sql.looks import CAP, KeyHolder, Live
 from bgjob._words import count, lasting, literal
 from bgjob.explanation import Reason
+from bgjob.limit import LimitStatus
 
 _NAMED = 5
 """The holders of a key that are named, besides the first."""
@@ -159,10 +160,13 @@ def paused(seen: Seen) -> Reasons:
 
 
 def limited(seen: Seen) -> Reasons:
-    """Yield that its queue has as many starts, or running jobs, as its limit allows."""
-    job, found = seen.job, seen.limit
-    if job is None or found is None:
-        return
+    """Yield which limits, of its queue or type, have no room for another start or running job."""
+    if seen.job is not None:
+        for status in seen.limits:
+            yield from _limited(status)
+
+
+def _limited(found: LimitStatus) -> Reasons:
     limit = found.limit
     waits: list[str] = []
     if limit.concurrency is not None and found.places >= limit.concurrency:
@@ -175,13 +179,14 @@ def limited(seen: Seen) -> Reasons:
     if not waits:
         return
     where = "set" if found.is_set else "in the code of its workers"
-    queue = words.argument(job.queue)
     yield Reason(
         "limited",
         False,
-        f"Queue {job.queue!r} has a limit ({where}): {limit}; {', and '.join(waits)}.",
-        f"to change it: bgjob limit set queue {queue}",
+        f"{found.scope.capitalize()} {found.name!r} has a limit ({where}): {limit}; "
+        f"{', and '.join(waits)}.",
+        f"to change it: bgjob limit set {found.scope} {words.argument(found.name)}",
         {
+            "scope": found.scope,
             "concurrency": limit.concurrency,
             "rate": limit.rate,
             "burst": limit.burst_size,

@@ -53,8 +53,8 @@ class Seen:
     claimant: Claimant | None = None
     """The worker that holds the job, held it until its lease ended, or completed it."""
     pause: Pause | None = None
-    limit: LimitStatus | None = None
-    """The limit of its queue."""
+    limits: tuple[LimitStatus, ...] = ()
+    """Those of its queue and of its type."""
     key: Key | None = None
     key_claimant: Claimant | None = None
     """The worker that holds the first holder of the key."""

@@ -13,6 +13,7 @@ from bgjob._explanation.seen import ITS_SCHEDULE, THE_WORKERS, Pause, Seen, Unre
 from bgjob._sql import history, limits, looks, pauses, results
 from bgjob._sql import server as server_sql
 from bgjob._sql import session as session_sql
+from bgjob._sql.limits import Subject
 from bgjob._sql.statement import Statement
 from bgjob._sql.tokens import origin
 from bgjob.explanation import Explanation
@@ -113,8 +114,10 @@ def _look(id_: str) -> Generator[Statement[Any], Any, Seen]:
     if job.queue in paused:
         seen = replace(seen, pause=Pause(paused[job.queue]))
     if job.due_in <= 0:
-        limited = (yield from ask(limits.limits(job.queue), "limits")) or (None,)
-        seen = replace(seen, limit=limited[0])
+        subjects = Subject("queue", job.queue), Subject("type", job.type)
+        for subject in subjects:
+            found_limits = (yield from ask(limits.limits(subject), "limits")) or ()
+            seen = replace(seen, limits=(*seen.limits, *found_limits))
     if job.exclusive is not None:
         key: looks.Key | None = yield from ask(looks.key(job), "its exclusive key")
         holders = () if key is None else key.holders

@@ -10,6 +10,7 @@ from bgjob._checks import Duration, seconds
 from bgjob._handlers.call import Middleware, can_be_called
 from bgjob._logger import log as _log
 from bgjob.job import Job, check_key, check_name, check_priority, check_slots
+from bgjob.limit import Limit
 from bgjob.result import Backoff, BackoffPolicy, MoveToDlq
 
 Exclusive: TypeAlias = bool | Callable[[Job], str | None]
@@ -48,6 +49,7 @@ class Policy(TypedDict, total=False):
     retry_priority: int | None
     exclusive: Exclusive | None
     slots: int | None
+    limit: Limit | None
     keep: bool
     middleware: Sequence[Middleware]
 
@@ -69,6 +71,8 @@ class TypePolicy:
     exclusive: Exclusive | None
     slots: int | None = None
     """How many jobs of a key run at once; None for one."""
+    limit: Limit | None = None
+    """Of its jobs over all workers."""
     keep: bool = False
     """Whether completed jobs are written to bgjob_history."""
     batch: int | None = None
@@ -109,6 +113,10 @@ class TypePolicy:
                     f"slots {of_type} is the number of jobs of a key that run at once, and the "
                     "type has none: pass exclusive=True too, or a callable from a job to its key"
                 )
+        if self.limit is not None and not isinstance(self.limit, Limit):
+            raise TypeError(
+                f"limit {of_type} must be a Limit, such as Limit(rate='14/s'), not {self.limit!r}"
+            )
         if not isinstance(self.keep, bool):
             raise TypeError(f"keep {of_type} must be True or False, not {self.keep!r}")
         self._check_batch(of_type)

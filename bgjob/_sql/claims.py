@@ -129,21 +129,26 @@ UNPAUSED: LiteralString = """
     not exists (select from bgjob_pause p where p.queue = %(queue)s and p.until > now())
 """
 
-# A worker that has no ration of the limit of a queue claims nothing, until a survey tells it.
-WITHIN_LIMIT: LiteralString = """
-    (%(has_ration)s or not exists (
-        select from bgjob_limit l where l.scope = 'queue' and l.name = %(queue)s and l.is_set
-    ))
+# A worker that does not know of a limit claims nothing, until a survey tells it: of its queue, or
+# of any type. Usually the table is empty.
+WITHIN_LIMITS: LiteralString = """
+    not exists (
+        select from bgjob_limit l where l.is_set and (
+            l.scope = 'queue' and l.name = %(queue)s and not %(has_ration)s
+            or l.scope = 'type' and l.name <> all (%(limited)s::text[])
+        )
+    )
 """
 
-OPEN: LiteralString = f"{UNPAUSED} and {WITHIN_LIMIT}"
+OPEN: LiteralString = f"{UNPAUSED} and {WITHIN_LIMITS}"
 
 
-def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
+def _due(lines: LiteralString, which: LiteralString, more: LiteralString = "") -> LiteralString:
     return f"""
         {lines}
         cross join lateral (
-            select j.ctid, j.lease_until is not null as ended, j.id, j.token from bgjob_job j
+            select j.ctid, j.lease_until is not null as ended, j.id, j.token {more}
+            from bgjob_job j
             where j.queue = %(queue)s and j.priority = line.priority
                 and j.next_run_at >= line.since and j.next_run_at <= now() and not j.waits
                 and ({which})
@@ -155,13 +160,13 @@ def _due(lines: LiteralString, which: LiteralString) -> LiteralString:
     """
 
 
-_LINES_FROM_MARKS = """
-    select due.ctid
-    from (
+_MARKS: LiteralString = """
+    (
         select priority, since
         from unnest(%(priorities)s::smallint[], %(marks)s::timestamptz[]) as m (priority, since)
     ) as line
 """
+_LINES_FROM_MARKS = f"select due.ctid from {_MARKS}"
 
 _CLAIM = f"""
     update bgjob_job set {_TAKE}
@@ -220,6 +225,25 @@ _SET_FREE = """
 # The first due time of the freed jobs that the next claim may take.
 _FIRST_FREED = f"min({in_range('next_run_at')}) filter (where deaths <= 1)"
 
+# The types of which jobs wait for their limit, by a skip scan: of the usual queue, none.
+_HELD_BACK: LiteralString = """
+    array(
+        with recursive held (type) as (
+            (
+                select j.type from bgjob_job j
+                where j.queue = %(queue)s and j.limited and j.waits order by j.type limit 1
+            )
+            union all
+            select (
+                select j.type from bgjob_job j
+                where j.queue = %(queue)s and j.type > held.type and j.limited and j.waits
+                order by j.type limit 1
+            ) from held where held.type is not null
+        )
+        select type::text from held where type is not null limit 1000
+    )
+"""
+
 # The jobs of a dead worker are only freed here, also while the queue is paused, and claimed
 # by a later claim.
 _SWEEP = f"""
@@ -233,9 +257,11 @@ _SWEEP = f"""
         where ctid = any (array(select ctid from due where not ended))
         returning {CLAIMED_COLUMNS}, ctid::text
     )
-    select claimed.*, freed.ended, freed.since, freed.count
+    select claimed.*, freed.ended, freed.since, freed.count, freed.held_back
     from (
-        select count(*), {_END_SESSIONS} as ended, {_FIRST_FREED} as since from freed
+        select count(*), {_END_SESSIONS} as ended, {_FIRST_FREED} as since,
+            {_HELD_BACK} as held_back
+        from freed
     ) as freed
     left join claimed on true
 """
@@ -246,7 +272,7 @@ _FREED = f"""
         where ctid = any (array(select ctid from due))
         returning deaths, next_run_at
     )
-    select {_END_SESSIONS}, {_FIRST_FREED}, count(*) from freed
+    select {_END_SESSIONS}, {_FIRST_FREED}, count(*), {_HELD_BACK} from freed
 """
 _FREE = f"with due as materialized ({_due(_LINES, _FREEABLE)}), {_FREED}"
 
@@ -262,9 +288,111 @@ _FREE_WITHIN = f"""
     with due as materialized ({_due(_LINES_OF_WINDOW, f"{_FREEABLE} and {WITHIN}")}), {_FREED}
 """
 
+# For a worker that knows of types with a limit. Their jobs are not claimed here, but put aside, and
+# claimed from there (`claim_limited`), suspects one by one. A claim that meets one puts aside those
+# of the next thousand due jobs, so that even claims of one job soon meet other types.
+_MOST_ASIDE: LiteralString = "1000"
+_IS_LIMITED: LiteralString = ", j.type = any (%(limited)s::text[]) as is_limited"
+_FRESH_OR_LIMITED: LiteralString = """
+    j.lease_until is null and (j.deaths <= 1 or j.type = any (%(limited)s::text[]))
+"""
+_PUT_ASIDE = "update bgjob_job set waits = true, limited = true where ctid = any"
+
+_CLAIM_OTHERS = f"""
+    with due as materialized (
+        {
+    _due(
+        f"select due.ctid, due.is_limited from {_MARKS}",
+        f"{_FRESH_OR_LIMITED} and {OPEN}",
+        _IS_LIMITED,
+    )
+}
+    ), next as materialized (
+        select next.ctid
+        from {_MARKS}
+        cross join lateral (
+            select j.ctid, j.type from bgjob_job j
+            where j.queue = %(queue)s and j.priority = line.priority
+                and j.next_run_at >= line.since and j.next_run_at <= now() and not j.waits
+            order by j.next_run_at
+            limit {_MOST_ASIDE}
+        ) as next
+        where next.type = any (%(limited)s::text[]) and exists (select from due where is_limited)
+        limit {_MOST_ASIDE}
+    ), aside as (
+        {_PUT_ASIDE} (array(select ctid from due where is_limited) || array(
+            select j.ctid from bgjob_job j
+            where j.ctid = any (array(select ctid from next)) and j.lease_until is null
+            for update skip locked
+        ))
+        returning type
+    ), claimed as (
+        update bgjob_job set {_TAKE}
+        where ctid = any (array(select ctid from due where not is_limited))
+        returning {CLAIMED_COLUMNS}, ctid::text
+    )
+    select claimed.*, aside.met, aside.types
+    from (
+        select array(select distinct type::text from aside) as types,
+            (select count(*) from due where is_limited) as met
+    ) as aside
+    left join claimed on true
+"""
+
+_SWEEP_OTHERS = f"""
+    with due as materialized ({
+    _due(
+        _LINES.replace("due.token", "due.token, due.is_limited"),
+        f"{_FRESH_OR_LIMITED} and {OPEN} or {_FREEABLE}",
+        _IS_LIMITED,
+    )
+}),
+    freed as (
+        {_SET_FREE}
+        where ctid = any (array(select ctid from due where ended))
+        returning deaths, next_run_at
+    ), aside as (
+        {_PUT_ASIDE} (array(select ctid from due where not ended and is_limited))
+        returning type
+    ), claimed as (
+        update bgjob_job set {_TAKE}
+        where ctid = any (array(select ctid from due where not ended and not is_limited))
+        returning {CLAIMED_COLUMNS}, ctid::text
+    )
+    select claimed.*, freed.ended, freed.met, freed.since, freed.count, freed.held_back
+    from (
+        select count(*), {_END_SESSIONS} as ended, {_FIRST_FREED} as since,
+            (select count(*) from aside) as met,
+            array(select distinct type::text from aside) || {_HELD_BACK} as held_back
+        from freed
+    ) as freed
+    left join claimed on true
+"""
+
+# The jobs before the first suspect, or that one alone.
+_CLAIM_LIMITED = f"""
+    with due as materialized (
+        select j.ctid, j.deaths > 1 as is_suspect from bgjob_job j
+        where j.queue = %(queue)s and j.type = %(type)s and j.limited and j.waits
+            and j.lease_until is null and j.next_run_at <= now() and {OPEN}
+        order by j.priority, j.next_run_at
+        limit %(limit)s
+        for update skip locked
+    ), line as materialized (
+        select *, row_number() over () as n from due
+    )
+    update bgjob_job set {_TAKE}, waits = false, limited = false
+    where ctid = any (array(
+        select ctid from line
+        where n = 1 or n < coalesce((select min(n) from line where is_suspect), 2147483647)
+    ))
+    returning {CLAIMED_COLUMNS}, ctid::text
+"""
+
 _SUSPECTS = f"""
     j.queue = %(queue)s and j.deaths > 1 and j.lease_until is null
     and j.next_run_at <= now() and not j.waits and {OPEN}
+    and j.type <> all (%(limited)s::text[])
 """
 
 # The order of bgjob_job_suspect, which no other index has, so that the plan walks over no due
@@ -343,6 +471,23 @@ _CLAIM_ANY = f"""
 """
 
 
+class Rations(NamedTuple):
+    """What a worker has rations of, and which limits it knows."""
+
+    has_queue: bool = False
+    """Whether it has one of its queue's limit."""
+    limited: Sequence[str] = ()
+    """The types with a limit: their jobs are put aside, and claimed by `claim_limited`."""
+
+    @property
+    def params(self) -> dict[str, object]:
+        """The parameters of statements that obey the limits."""
+        return {"has_ration": self.has_queue, "limited": text_array(self.limited)}
+
+
+NO_RATIONS = Rations()
+
+
 def claim(
     queue: str,
     *,
@@ -350,16 +495,16 @@ def claim(
     lease: float,
     token: int,
     marks: Mapping[int, datetime],
-    has_ration: bool = False,
+    rations: Rations = NO_RATIONS,
 ) -> Statement[list[Job]]:
     """Claim due jobs of these priorities, from their marks on.
 
-    Claimed and returned in (priority, next_run_at) order. Without a ration of the queue's limit,
-    none of a queue that has one.
+    Claimed and returned in (priority, next_run_at) order. None where there is a limit that the
+    worker has no ration of, or does not know.
     """
     params: dict[str, object] = {
         "queue": queue,
-        "has_ration": has_ration,
+        **rations.params,
         "limit": limit,
         "lease": lease,
         "token": token,
@@ -373,6 +518,68 @@ def claim(
     return Statement(_CLAIM, params, _in_order)
 
 
+class Others(NamedTuple):
+    """Claimed jobs of types without a limit, and what the claim put aside."""
+
+    jobs: list[Job]
+    met: int
+    """How many jobs of limited types it met instead of others."""
+    held_back: Sequence[str]
+    """Their types, and those of the next jobs."""
+
+
+def claim_others(
+    queue: str,
+    *,
+    limit: int,
+    lease: float,
+    token: int,
+    marks: Mapping[int, datetime],
+    rations: Rations,
+) -> Statement[Others]:
+    """Claim due jobs of types without a limit; put those of the others aside."""
+    priorities = sorted(marks)
+    params = {
+        "queue": queue,
+        **rations.params,
+        "limit": limit,
+        "lease": lease,
+        "token": token,
+        "priorities": priorities,
+        "marks": [marks[priority] for priority in priorities],
+    }
+    return Statement(_CLAIM_OTHERS, params, _others)
+
+
+def _others(rows: Sequence[Row]) -> Others:
+    found = [row for row in rows if row[0] is not None]
+    return Others(_jobs(sorted(found, key=_by_due)), *rows[0][-2:])
+
+
+def claim_limited(
+    queue: str,
+    type_: str,
+    *,
+    limit: int,
+    lease: float,
+    token: int,
+    rations: Rations,
+) -> Statement[list[Job]]:
+    """Claim jobs of a type that were put aside; a suspect alone.
+
+    The worker has a ration of the type's limit, or the type has no limit any more.
+    """
+    params = {
+        "queue": queue,
+        "type": type_,
+        **rations.params,
+        "limit": limit,
+        "lease": lease,
+        "token": token,
+    }
+    return Statement(_CLAIM_LIMITED, params, _in_order)
+
+
 class Swept(NamedTuple):
     """The jobs that a sweep claimed, and how many it freed."""
 
@@ -380,6 +587,10 @@ class Swept(NamedTuple):
     freed: int
     since: datetime | None = None
     """The first due time of the freed jobs that are not suspects, which any claim may take."""
+    held_back: Sequence[str] = ()
+    """The types of which jobs wait for their limit."""
+    met: int = 0
+    """How many jobs of limited types it met instead of others, and put aside."""
 
 
 def sweep(
@@ -390,7 +601,7 @@ def sweep(
     token: int,
     held: Sequence[int] = (),
     unanswered: Sequence[int] = (),
-    has_ration: bool = False,
+    rations: Rations = NO_RATIONS,
 ) -> Statement[Swept]:
     """Claim due jobs of all priorities, whatever their marks; free those whose lease has ended.
 
@@ -399,17 +610,17 @@ def sweep(
     given back: the answer to their claim was lost, so they never started.
     """
     return Statement(
-        _SWEEP,
+        _SWEEP_OTHERS if rations.limited else _SWEEP,
         {
             "queue": queue,
-            "has_ration": has_ration,
+            **rations.params,
             "limit": limit,
             "lease": lease,
             "token": token,
             "held": number_array(held),
             "unanswered": number_array(unanswered),
         },
-        _swept,
+        _swept_others if rations.limited else _swept,
     )
 
 
@@ -454,8 +665,13 @@ def free(
             "held": number_array(held),
             "unanswered": number_array(unanswered),
         },
-        lambda rows: Swept([], rows[0][-1], rows[0][-2]),
+        _only_freed,
     )
+
+
+def _only_freed(rows: Sequence[Row]) -> Swept:
+    [(_, since, freed, held_back)] = rows
+    return Swept([], freed, since, held_back)
 
 
 class Window(NamedTuple):
@@ -483,7 +699,7 @@ def free_within(
         "held": number_array(held),
         "unanswered": number_array(unanswered),
     }
-    return Statement(_FREE_WITHIN, params, lambda rows: Swept([], rows[0][-1], rows[0][-2]))
+    return Statement(_FREE_WITHIN, params, _only_freed)
 
 
 def within(queue: str, window: Window) -> dict[str, object]:
@@ -505,7 +721,13 @@ class Group(NamedTuple):
 
 
 def claim_group(
-    queue: str, *, limit: int, lease: float, token: int, charge: bool, has_ration: bool = False
+    queue: str,
+    *,
+    limit: int,
+    lease: float,
+    token: int,
+    charge: bool,
+    rations: Rations = NO_RATIONS,
 ) -> Statement[Group]:
     """Claim the first half of the due suspects with as many deaths; at most `limit`.
 
@@ -517,7 +739,7 @@ def claim_group(
         _CLAIM_GROUP,
         {
             "queue": queue,
-            "has_ration": has_ration,
+            **rations.params,
             "limit": limit,
             "lease": lease,
             "token": token,
@@ -579,8 +801,12 @@ def _read_rare(texts: Sequence[str | None] | None) -> tuple[object, ...]:
 
 def _swept(rows: Sequence[Row]) -> Swept:
     found = [row for row in rows if row[0] is not None]
-    since, freed = rows[0][-2:] if rows else (None, 0)
-    return Swept(_jobs(sorted(found, key=_by_due)), freed, since)
+    since, freed, held_back = rows[0][-3:]
+    return Swept(_jobs(sorted(found, key=_by_due)), freed, since, held_back)
+
+
+def _swept_others(rows: Sequence[Row]) -> Swept:
+    return _swept(rows)._replace(met=rows[0][-4])
 
 
 def _in_order(rows: Sequence[Row]) -> list[Job]:

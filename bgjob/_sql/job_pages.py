@@ -215,6 +215,52 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Limited:
+    """The jobs of a queue that wait for the limit of their type, type by type, from one on.
+
+    As in `Line`, a place counts the jobs of its very time that were listed.
+    """
+
+    type: str = ""
+    priority: int = -32768
+    since: str = "-infinity"
+    ties: int = 0
+    name: ClassVar = "limited"
+
+    def look(self, where: JobFilter, limit: int, rows: int | None = None) -> Statement[Looked]:
+        """Return the statement that looks from here on; see _walked."""
+        walk: LiteralString = f"""
+            select j.*, row_number() over (partition by j.type, j.priority, j.next_run_at)
+                + case when (j.type, j.priority, j.next_run_at)
+                    = (%(after_type)s, %(priority)s, %(since)s::timestamptz)
+                    then %(ties)s else 0 end as ties
+            from (
+                select j.ctid, j.type, j.priority, j.next_run_at, {where.condition} as fits
+                from bgjob_job j
+                where j.queue = %(queue)s and j.limited and j.waits
+                    and (j.type, j.priority, j.next_run_at)
+                        >= (%(after_type)s, %(priority)s, %(since)s::timestamptz)
+                order by j.type, j.priority, j.next_run_at
+                offset %(ties)s limit %(most)s
+            ) as j
+            order by j.type, j.priority, j.next_run_at, ties
+        """
+        return _walked(
+            Limited,
+            walk,
+            "w.type, w.priority, w.next_run_at, w.ties",
+            where,
+            where._replace(queue=None, state=None if where.state == "limited" else where.state),
+            limit,
+            rows,
+            after_type=self.type,
+            priority=self.priority,
+            since=self.since,
+            ties=self.ties,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Keyed:
     """The jobs of one key, first those that do not wait for it, after one of them."""
 
@@ -308,9 +354,11 @@ class Blocks:
         return Looked(jobs, at if at.block < size else None, max(looked_at, len(jobs)), about)
 
 
-Way: TypeAlias = Ids | Line | Waiting | Keyed | Blocks
+Way: TypeAlias = Ids | Line | Waiting | Limited | Keyed | Blocks
 
-_WAYS: Mapping[str, type[Way]] = {way.name: way for way in (Ids, Line, Waiting, Keyed, Blocks)}
+_WAYS: Mapping[str, type[Way]] = {
+    way.name: way for way in (Ids, Line, Waiting, Limited, Keyed, Blocks)
+}
 
 
 def _walked(
@@ -378,13 +426,18 @@ def first_way(where: JobFilter) -> Way:
     if where.prefix is not None:
         return Ids()
     if where.queue is not None:
-        return Waiting() if where.state == "key" else Line()
+        ways: dict[str | None, Way] = {"key": Waiting(), "limited": Limited()}
+        return ways.get(where.state, Line())
     return Ids() if where == JobFilter() else Blocks()
 
 
 def next_way(way: Way, where: JobFilter) -> Way | None:
     """Return the way that follows one at its end; None if there is no more."""
-    return Waiting() if isinstance(way, Line) and where.state is None else None
+    if where.state is not None:
+        return None
+    if isinstance(way, Line):
+        return Waiting()
+    return Limited() if isinstance(way, Waiting) else None
 
 
 def written(way: Way) -> str:
@@ -404,8 +457,10 @@ def parsed(text: str, where: JobFilter) -> Way:
         way = _checked(_WAYS[name](*json.loads(bracket + values)))
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"after must be the `next` of a page, not {text!r}") from None
-    first = first_way(where)
-    if type(way) not in (type(first), type(next_way(first, where))):
+    ways: list[Way | None] = [first_way(where)]
+    while ways[-1] is not None:
+        ways.append(next_way(ways[-1], where))
+    if type(way) not in [type(each) for each in ways[:-1]]:
         raise ValueError(
             f"after must be the `next` of a page with the same filters: {text!r} is of others"
         )

@@ -9,6 +9,7 @@ from bgjob._sql.statement import Row, Statement, in_range, text_array
 
 _STATE: LiteralString = """
     case when j.token is not null then 'running'
+        when j.waits and j.limited then 'limited'
         when j.waits then 'key'
         when j.deaths > 1 then 'suspect'
         when j.next_run_at <= statement_timestamp() then 'due'
@@ -18,7 +19,8 @@ _STATE: LiteralString = """
 
 _STATES: Mapping[str, LiteralString] = {
     "running": "j.token is not null",
-    "key": "j.token is null and j.waits",
+    "limited": "j.token is null and j.waits and j.limited",
+    "key": "j.token is null and j.waits and not j.limited",
     "suspect": "j.token is null and not j.waits and j.deaths > 1",
     "due": """
         j.token is null and not j.waits and j.deaths <= 1

@@ -1,4 +1,4 @@
-"""Limits of a queue over all workers, and the rations that workers take of them.
+"""Limits of a queue or a type over all workers, and the rations that workers take of them.
 
 A worker takes a ration before it claims: places for its handlers, and tokens, one for each job
 that it may start soon. So a limit costs one row for many jobs.
@@ -31,7 +31,7 @@ from typing import Any, LiteralString, NamedTuple
 
 from bgjob._sql.notices import NOTIFY, channel
 from bgjob._sql.statement import Row, Statement, in_range, nothing, scalar
-from bgjob.limit import Limit, LimitStatus, rate_text
+from bgjob.limit import Limit, LimitStatus, Scope, rate_text
 
 LEASES = 2
 """Leases for which a ration lives."""
@@ -66,6 +66,13 @@ _LEVEL: LiteralString = f"""
 """
 
 
+class Subject(NamedTuple):
+    """What has a limit."""
+
+    scope: Scope
+    name: str
+
+
 class Ask(NamedTuple):
     """What a worker asks for, and what it has."""
 
@@ -87,16 +94,18 @@ class Ask(NamedTuple):
 class Take(NamedTuple):
     """A ration to take."""
 
+    subject: Subject
     ask: Ask
     code: Limit | None
     """The limit in the program's code."""
     declares: bool
     """Whether to make the row of that limit."""
 
-    def statements(self, queue: str, lease: float) -> "list[Statement[Any]]":
+    def statements(self, lease: float) -> "list[Statement[Any]]":
         """Return the statements in their order; the last one answers."""
-        first: list[Statement[Any]] = [declare(queue)] if self.declares else []
-        return [*first, lock(queue), take(queue, self.ask, code=self.code, lease=lease)]
+        of = self.subject
+        first: list[Statement[Any]] = [declare(of)] if self.declares else []
+        return [*first, lock(of), take(of, self.ask, code=self.code, lease=lease)]
 
 
 class Ration(NamedTuple):
@@ -114,35 +123,35 @@ class Ration(NamedTuple):
     """When it was taken."""
 
 
-def declare(queue: str) -> Statement[None]:
+def declare(of: Subject) -> Statement[None]:
     """Make the row of a limit that is in a program's code."""
     return Statement(
         """
-        insert into bgjob_limit (scope, name, is_set) values ('queue', %(queue)s, false)
+        insert into bgjob_limit (scope, name, is_set) values (%(scope)s, %(name)s, false)
         on conflict (scope, name) do nothing
         returning true
         """,
-        {"queue": queue},
+        of._asdict(),
         nothing,
     )
 
 
-def lock(queue: str) -> Statement[None]:
+def lock(of: Subject) -> Statement[None]:
     """Lock a limit, so that the next statement sees all rations that were taken before."""
     return Statement(
-        "select true from bgjob_limit where scope = 'queue' and name = %(queue)s for update",
-        {"queue": queue},
+        "select true from bgjob_limit where scope = %(scope)s and name = %(name)s for update",
+        of._asdict(),
         nothing,
     )
 
 
-def take(queue: str, ask: Ask, *, code: Limit | None, lease: float) -> Statement[Ration | None]:
+def take(of: Subject, ask: Ask, *, code: Limit | None, lease: float) -> Statement[Ration | None]:
     """Take a ration, or renew it; None if there is no limit.
 
     Reads and updates the row of the limit, which must be locked, and the rations of its holders.
 
     Args:
-        queue: the queue.
+        of: what has the limit.
         ask: what the worker asks for.
         code: the limit in the program's code, which holds unless an operator has set one.
         lease: seconds of a lease.
@@ -159,7 +168,7 @@ def take(queue: str, ask: Ask, *, code: Limit | None, lease: float) -> Statement
                 case when l.is_set then l.rate else %(rate)s::float8 end as rate,
                 case when l.is_set then l.burst else %(burst)s::integer end as burst
             from bgjob_limit l
-            where l.scope = 'queue' and l.name = %(queue)s and (l.is_set or %(is_in_code)s)
+            where l.scope = %(scope)s and l.name = %(name)s and (l.is_set or %(is_in_code)s)
         ), {_LEVEL}, given as materialized (
             select level.*, case
                 when rate is null then null
@@ -171,7 +180,7 @@ def take(queue: str, ask: Ask, *, code: Limit | None, lease: float) -> Statement
             select coalesce(sum(r.places), 0) as places, coalesce(sum(r.wanted), 0) as wanted,
                 count(*) as workers
             from bgjob_ration r, clock
-            where r.scope = 'queue' and r.name = %(queue)s and r.holder <> %(holder)s::bigint
+            where r.scope = %(scope)s and r.name = %(name)s and r.holder <> %(holder)s::bigint
                 and r.until > clock.at
         ), share as materialized (
             select greatest(least(
@@ -188,10 +197,10 @@ def take(queue: str, ask: Ask, *, code: Limit | None, lease: float) -> Statement
             set tokens = coalesce(given.level - given.granted, l.tokens), used_at = clock.at,
                 concurrency = given.concurrency, rate = given.rate, burst = given.burst
             from given, clock
-            where l.scope = 'queue' and l.name = %(queue)s
+            where l.scope = %(scope)s and l.name = %(name)s
         ), gone as (
             delete from bgjob_ration r using clock
-            where r.scope = 'queue' and r.name = %(queue)s
+            where r.scope = %(scope)s and r.name = %(name)s
                 and case
                     when r.holder = %(holder)s::bigint
                         then %(wanted)s::integer = 0 or not exists (select from share)
@@ -199,7 +208,7 @@ def take(queue: str, ask: Ask, *, code: Limit | None, lease: float) -> Statement
                 end
         ), kept as (
             insert into bgjob_ration (scope, name, holder, places, wanted, until)
-            select 'queue', %(queue)s, %(holder)s::bigint,
+            select %(scope)s, %(name)s, %(holder)s::bigint,
                 greatest(share.places, %(held)s::integer), %(wanted)s::integer,
                 clock.at + %(lives)s::float8 * interval '1 second'
             from share, clock where %(wanted)s::integer > 0
@@ -215,7 +224,7 @@ def take(queue: str, ask: Ask, *, code: Limit | None, lease: float) -> Statement
         from given, clock
         """,
         {
-            "queue": queue,
+            **of._asdict(),
             **ask._asdict(),
             "is_in_code": code is not None,
             "concurrency": code and code.concurrency,
@@ -238,17 +247,21 @@ def _ration(rows: Sequence[Row]) -> Ration | None:
 
 _NOTIFY_OF_CHANGED = NOTIFY.format(
     channel="%(channel)s",
-    payload="concat_ws(' ', extract(epoch from now()), '-', %(queue)s::text)",
+    payload="concat_ws(' ', extract(epoch from now()), '-', %(name)s::text)",
 )
 
 
-def set_limit(queue: str, limit: Limit, *, notify: bool = True) -> Statement[None]:
-    """Set the limit of a queue for all workers, and notify them."""
+def set_limit(of: Subject, limit: Limit, *, notify: bool = True) -> Statement[None]:
+    """Set a limit for all workers, and notify those of the queue.
+
+    Workers of any queue may have jobs of a type. They find its limit at their next claim.
+    """
+    notify = notify and of.scope == "queue"
     return Statement(
         f"""
         with written as (
             insert into bgjob_limit (scope, name, is_set, concurrency, rate, burst)
-            values ('queue', %(queue)s, true, %(concurrency)s, %(rate)s, %(burst)s)
+            values (%(scope)s, %(name)s, true, %(concurrency)s, %(rate)s, %(burst)s)
             on conflict (scope, name) do update
             set is_set = true, concurrency = excluded.concurrency, rate = excluded.rate,
                 burst = excluded.burst
@@ -256,32 +269,33 @@ def set_limit(queue: str, limit: Limit, *, notify: bool = True) -> Statement[Non
         select {_NOTIFY_OF_CHANGED if notify else "null"}
         """,
         {
-            "queue": queue,
+            **of._asdict(),
             "concurrency": limit.concurrency,
             "rate": limit.per_second if limit.rate else None,
             "burst": limit.burst_size,
-            "channel": channel(queue),
+            "channel": channel(of.name),
         },
         nothing,
     )
 
 
-def remove_limit(queue: str, *, notify: bool = True) -> Statement[bool]:
-    """End an operator's limit of a queue, and notify its workers; True if there was one.
+def remove_limit(of: Subject, *, notify: bool = True) -> Statement[bool]:
+    """End an operator's limit, and notify the workers of the queue; True if there was one.
 
     The row stays, with what was used: a limit in the code of a program goes on from there.
     """
+    notify = notify and of.scope == "queue"
     return Statement(
         f"""
         with ended as (
             update bgjob_limit
             set is_set = false, concurrency = null, rate = null, burst = null
-            where scope = 'queue' and name = %(queue)s and is_set
+            where scope = %(scope)s and name = %(name)s and is_set
             returning true
         )
         select exists (select from ended), {_NOTIFY_OF_CHANGED if notify else "null"}
         """,
-        {"queue": queue, "channel": channel(queue)},
+        {**of._asdict(), "channel": channel(of.name)},
         scalar,
     )
 
@@ -296,32 +310,37 @@ _IN_USE = """
 """Whether a limit was set, or a program that has it in its code was seen lately."""
 
 
-def limits(queue: str | None = None) -> Statement[list[LimitStatus]]:
-    """List the limits of all queues, or of one, with what is in use."""
+def limits(of: Subject | None = None) -> Statement[list[LimitStatus]]:
+    """List all limits, or the one of a queue or a type, with what is in use."""
     return Statement(
         f"""
         with clock as materialized (
             select clock_timestamp() as at
         ), force as materialized (
             select * from bgjob_limit l
-            where scope = 'queue' and (%(queue)s::text is null or name = %(queue)s)
+            where (%(name)s::text is null or scope = %(scope)s and name = %(name)s)
                 and {_IN_USE}
         ), {_LEVEL}
-        select name, concurrency, rate, burst, is_set, {in_range("used_at")},
+        select scope, name, concurrency, rate, burst, is_set, {in_range("used_at")},
             (select count(*) from bgjob_ration r, clock
                 where r.scope = level.scope and r.name = level.name and r.until > clock.at),
             (select coalesce(sum(places), 0)::integer from bgjob_ration r, clock
                 where r.scope = level.scope and r.name = level.name and r.until > clock.at),
             case when rate is not null then floor(level)::integer end,
             coalesce(greatest(0, (1 - level) / refill), 0)::float8
-        from level order by name
+        from level order by scope, name
         """,
-        {"queue": queue, "unused": 0, "since": None},
+        {
+            "scope": of and of.scope,
+            "name": of and of.name,
+            "unused": 0,
+            "since": None,
+        },
         lambda rows: list(map(_status, rows)),
     )
 
 
 def _status(row: Row) -> LimitStatus:
-    queue, concurrency, rate, burst, *others = row
+    scope, name, concurrency, rate, burst, *others = row
     limit = Limit(concurrency, None if rate is None else rate_text(rate), burst)
-    return LimitStatus(queue, limit, *others)
+    return LimitStatus(scope, name, limit, *others)

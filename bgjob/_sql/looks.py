@@ -229,9 +229,15 @@ def oldest(queue: str) -> Statement[Oldest]:
                     and j.next_run_at <= now() and j.lease_until is null
                 order by j.next_run_at, j.id limit 1
             ) as first
+        ), limited as materialized (
+            select j.id, j.next_run_at from bgjob_job j
+            where j.queue = %(queue)s and j.limited and j.waits
+            order by j.type, j.priority, j.next_run_at limit 1
         )
         select clock_timestamp(), (
-            select id from (select * from due union all select * from waiting) as job
+            select id from (
+                select * from due union all select * from waiting union all select * from limited
+            ) as job
             order by next_run_at, id limit 1
         ), (
             select min(extract(epoch from {in_range("first.next_run_at")} - now())::float8)

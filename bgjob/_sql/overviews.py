@@ -9,6 +9,7 @@ priorities, and not with that of jobs (benchmarks/overview.py):
 - For each of them one look takes the oldest jobs that are due or running, and another those
   that are delayed. Running jobs keep their due time, so they lie before the due ones; a
   third look follows only where they fill the first.
+- Jobs that wait for the limit of their type are due, and not in that index. They have their own.
 - Jobs that wait for an exclusive key are not in that index. They are found by the first keys
   of bgjob_exclusive.
 - Dead jobs lie in the order of their death.
@@ -114,6 +115,28 @@ _COUNTED = f"""
 _QUEUES = f"""
     {_LINES}, counted as (
         {_COUNTED}
+    ), held (queue) as (
+        (
+            select j.queue from bgjob_job j
+            where j.limited and j.waits {{and_queue}} order by j.queue limit 1
+        )
+        union all
+        select (
+            select j.queue from bgjob_job j
+            where j.limited and j.waits and j.queue > held.queue {{and_queue}}
+            order by j.queue limit 1
+        ) from held where held.queue is not null
+    ), limited as materialized (
+        select held.queue, s.n, s.since
+        from held cross join lateral (
+            select count(*) as n, min(greatest(w.next_run_at, {_EARLIEST})) as since
+            from (
+                select j.next_run_at from bgjob_job j
+                where j.queue = held.queue and j.limited and j.waits
+                order by j.type, j.priority, j.next_run_at limit %(cap)s
+            ) as w
+        ) as s
+        where held.queue is not null
     ), key as materialized (
         select e.key from bgjob_exclusive e where e.place = 0 order by e.key limit %(cap)s
     ), waiting as materialized (
@@ -136,6 +159,8 @@ _QUEUES = f"""
         select queue, due, is_due_exact, delayed, is_delayed_exact, running, is_running_exact,
             since, 0 as waiting, 0 as dead, null::timestamptz as until
         from counted
+        union all
+        select queue, n, n < %(cap)s, 0, true, 0, true, since, 0, 0, null from limited
         union all select queue, 0, true, 0, true, 0, true, null, 1, 0, null from waiting
         union all select queue, 0, true, 0, true, 0, true, null, 0, 1, null from dead
         union all

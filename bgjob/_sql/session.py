@@ -158,7 +158,7 @@ _COLUMN_NEEDS = (
         "update",
         (
             "attempt last_error priority deaths exclusive waits next_run_at token lease_until "
-            "updated_at checkpoint group_dead slots"
+            "updated_at checkpoint group_dead slots limited"
         ),
     ),
     ("bgjob_exclusive", "insert", f"key place {_HOLDER}"),

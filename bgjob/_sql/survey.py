@@ -8,10 +8,11 @@ from typing import NamedTuple
 from bgjob._sql.claims import (
     FRESH,
     HAS_SUSPECTS,
+    NO_RATIONS,
     OPEN,
     PRIORITIES,
     WITHIN,
-    WITHIN_LIMIT,
+    Rations,
     Window,
     within,
 )
@@ -33,6 +34,8 @@ class Line(NamedTuple):
     """Groups that are over, and the jobs that wait for them are not due yet; at most 100."""
     is_limited: bool = False
     """Whether the queue has a limit that an operator has set, and the worker no ration of it."""
+    limited: Sequence[str] = ()
+    """The types with a limit that an operator has set, and that the worker did not know."""
 
 
 # The known priorities, and the first one in each gap between them, found without reading the
@@ -51,7 +54,9 @@ _KNOWN_PRIORITIES = """
 """
 
 
-def survey_known(queue: str, window: Window, *, has_ration: bool = False) -> Statement[list[Line]]:
+def survey_known(
+    queue: str, window: Window, *, rations: Rations = NO_RATIONS
+) -> Statement[list[Line]]:
     """List lines as `survey` does, without walking over the rows of known priorities."""
     ends = [-(2**15) - 1, *window.priorities, 2**15]
     gaps = [(low + 1, high - 1) for low, high in pairwise(ends) if low + 1 <= high - 1]
@@ -59,7 +64,7 @@ def survey_known(queue: str, window: Window, *, has_ration: bool = False) -> Sta
         _KNOWN_PRIORITIES + _SURVEY,
         {
             "queue": queue,
-            "has_ration": has_ration,
+            **rations.params,
             "priorities": number_array(window.priorities),
             "lows": number_array([low for low, _ in gaps]),
             "highs": number_array([high for _, high in gaps]),
@@ -68,9 +73,9 @@ def survey_known(queue: str, window: Window, *, has_ration: bool = False) -> Sta
     )
 
 
-def survey(queue: str, *, has_ration: bool = False) -> Statement[list[Line]]:
+def survey(queue: str, *, rations: Rations = NO_RATIONS) -> Statement[list[Line]]:
     """List the priorities in use, the next due time of each, and whether there are suspects."""
-    return Statement(PRIORITIES + _SURVEY, {"queue": queue, "has_ration": has_ration}, _lines)
+    return Statement(PRIORITIES + _SURVEY, {"queue": queue, **rations.params}, _lines)
 
 
 # The groups that are over are looked for in the order of the index of due jobs. Without the order
@@ -90,7 +95,13 @@ _SURVEY = f"""
                     and j.next_run_at >= 'infinity' and j.group_id = j.id and not j.waits
                     and {IS_OVER}
                 order by j.next_run_at limit 100
-            ), not ({WITHIN_LIMIT})
+            ), exists (
+                select from bgjob_limit l
+                where l.scope = 'queue' and l.name = %(queue)s and l.is_set and not %(has_ration)s
+            ), array(
+                select l.name from bgjob_limit l
+                where l.scope = 'type' and l.is_set and l.name <> all (%(limited)s::text[])
+            )
         from line where line.priority is not null
 """
 
@@ -106,7 +117,7 @@ class Stray(NamedTuple):
     since: datetime
 
 
-def strays(queue: str, window: Window, *, has_ration: bool = False) -> Statement[list[Stray]]:
+def strays(queue: str, window: Window, *, rations: Rations = NO_RATIONS) -> Statement[list[Stray]]:
     """Find where claims must start to take jobs that were written behind the marks."""
     return Statement(
         f"""
@@ -120,7 +131,7 @@ def strays(queue: str, window: Window, *, has_ration: bool = False) -> Statement
             order by j.next_run_at limit 1
         ) as due
         """,
-        {**within(queue, window), "has_ration": has_ration},
+        within(queue, window) | rations.params,
         lambda rows: [Stray(*row) for row in rows],
     )
 

@@ -212,6 +212,7 @@ class QueueControl:
                 batches=_sizes(mux),
                 only_batches=len(mux.batches) == len(mux.types),
                 limit=self._options.limits.get(self._queue),
+                type_limits=mux.limits,
                 holder=self._tokens.make(self._session.clock.now()),
             )
             fork_guard = ForkGuard()
@@ -554,16 +555,17 @@ class QueueControl:
         self._slots.behind = engine.unsettled_outcomes + self._events.waiting
 
     def _limit(self) -> None:
-        """Run no more handlers than the queue's limit allows this worker."""
-        engine, slots, limits = self._engine, self._slots, self._engine.limits
-        if limits.is_on:
-            limits.shrink(slots.concurrency - slots.free)
+        """Run no more handlers than the limits allow this worker."""
+        engine, slots, throttle = self._engine, self._slots, self._engine.throttle
+        limit = throttle.queue
+        if limit.is_on:
+            limit.shrink(slots.concurrency - slots.free)
         engine.slots = self._executor.usable
-        if limits.is_on or slots.is_limited:
-            slots.allowed = limits.places(slots.concurrency)
-            slots.limit(limits.start_by, limits.run_until, is_on=limits.is_on)
+        if throttle.is_used or slots.is_limited:
+            slots.allowed = limit.places(slots.concurrency)
+            slots.limit(throttle.start_by, limit.run_until, is_on=throttle.is_used)
             if self._executor.gathering is not None:
-                self._executor.gathering.most_wait = limits.patience
+                self._executor.gathering.most_wait = throttle.patience
 
     def _measure(self, gathering: Gathering) -> None:
         """Report to the engine how many of its running jobs need no slot."""
@@ -578,7 +580,7 @@ class QueueControl:
     def _acknowledge(self, reply: Reply) -> bool:
         """Hand out jobs and queue events; True if there were jobs."""
         effects = self._engine.acknowledge(reply, monotonic())
-        if self._engine.limits.is_on:
+        if self._engine.throttle.is_used:
             self._limit()
         if effects.run:
             self._claimed_at = self._turned_at

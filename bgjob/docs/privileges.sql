@@ -36,7 +36,7 @@ grant select on bgjob_job to bgjob_worker;
 grant insert (id, queue, type, arg, priority, exclusive, next_run_at, created_at, headers,
     expires, group_id, keep, slots) on bgjob_job to bgjob_worker;
 grant update (attempt, deaths, last_error, priority, exclusive, waits, next_run_at, token,
-    lease_until, updated_at, checkpoint, group_dead, slots) on bgjob_job to bgjob_worker;
+    lease_until, updated_at, checkpoint, group_dead, slots, limited) on bgjob_job to bgjob_worker;
 grant delete on bgjob_job to bgjob_worker;
 grant select, delete, insert (key, place, tokens, queue, since, since_id, until, until_id, places, slots),
     update (tokens, queue, since, since_id, until, until_id, places, slots)

@@ -20,11 +20,11 @@ with Client(os.environ["DATABASE_URL"]) as client:
     with worker:
         sent.acquire()
         for status in client.limits.list():
-            print(status.queue, "in code:", status.limit, "-", status.places, "places in use")
+            print(status.name, "in code:", status.limit, "-", status.places, "places in use")
 
         client.limits.set("mail", Limit(rate="6000/m", burst=20))
         for status in client.limits.list():
-            print(status.queue, "set:", status.limit, "-", status.limit.per_second, "a second")
+            print(status.name, "set:", status.limit, "-", status.limit.per_second, "a second")
         for _ in range(29):
             sent.acquire()
     client.limits.remove("mail")

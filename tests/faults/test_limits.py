@@ -1,4 +1,4 @@
-"""Limits of a queue, while the processes that have rations of them are killed."""
+"""Limits of a queue and of a type, while the processes that have rations of them are killed."""
 
 import random
 from datetime import datetime
@@ -9,13 +9,17 @@ from support.waiting import eventually
 from bgjob import Client, Limit
 from faults.world import World
 
-STARTS = "select extract(epoch from began)::float8 from run order by began"
+STARTS = """
+    select extract(epoch from began)::float8 from run where job_id = any (%s) order by began
+"""
 
 BEGUN = "select count(*) from run"
 
 # A killed attempt had ended when its process was gone.
 MOST_AT_ONCE = """
-    with gone as (
+    with run as (
+        select * from run where job_id = any (%s)
+    ), gone as (
         select * from unnest(%s::int[], %s::timestamptz[]) as g (pid, at)
     ), change as (
         select began as at, 1 as more from run
@@ -38,21 +42,23 @@ def most_beyond(starts: list[float], rate: float) -> float:
     return most
 
 
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize(("scope", "seed"), [("queue", 1), ("type", 2)])
 def test_no_limit_is_exceeded_while_five_workers_are_killed_at_random(
-    world: World, seed: int
+    world: World, scope: str, seed: int
 ) -> None:
     dice = random.Random(seed)
     limit = Limit(concurrency=4, rate="60/s", burst=40)
     with Client(world.dsn) as client:
-        client.limits.set("q", limit)
-    ids = [
-        id
-        for _ in range(130)
-        for id in world.enqueue(
-            dice.choice(["plain", "transactional"]), timed=True, sleep=dice.uniform(0.001, 0.08)
-        )
-    ]
+        if scope == "type":
+            client.limits.set_type("plain", limit)
+        else:
+            client.limits.set("q", limit)
+    ids: dict[str, list[str]] = {"plain": [], "transactional": []}
+    for _ in range(130 if scope == "queue" else 200):
+        type_ = dice.choice([*ids])
+        ids[type_] += world.enqueue(type_, timed=True, sleep=dice.uniform(0.001, 0.08))
+    every = [*ids["plain"], *ids["transactional"]]
+    limited = ids["plain"] if scope == "type" else every
     colours = ["thread", "async"]
     workers = [world.start(colour=colours[n % 2], concurrency=3) for n in range(5)]
     killed: dict[int, datetime] = {}
@@ -67,11 +73,11 @@ def test_no_limit_is_exceeded_while_five_workers_are_killed_at_random(
             "select count(*) from run where ended is null and pid = %s", [victim.pid]
         )
         workers.append(world.start(colour=colours[n % 2], concurrency=3))
-    world.done(*ids)
-    starts = [at for (at,) in world.query(STARTS)]
+    world.done(*every)
+    starts = [at for (at,) in world.query(STARTS, [limited])]
     assert limit.burst is not None
     assert most_beyond(starts, limit.per_second) <= limit.burst
-    at_once = world.value(MOST_AT_ONCE, [[*killed], [*killed.values()]])
+    at_once = world.value(MOST_AT_ONCE, [limited, [*killed], [*killed.values()]])
     assert at_once <= (limit.concurrency or 0)
     world.saw("jobs of killed workers", in_flight)
     world.saw("as many at once as may be", at_once == limit.concurrency)

@@ -1,4 +1,4 @@
-"""`bgjob limit`: limit how many jobs of a queue run at once, or start in a time."""
+"""`bgjob limit`: limit how many jobs of a queue or a type run at once, or start in a time."""
 
 import argparse
 import sys
@@ -17,9 +17,10 @@ def add(commands: "Commands") -> None:
     """Add the commands."""
     parser = commands.add_parser(
         "limit",
-        help="limit the jobs of a queue over all workers",
-        description="Limits how many jobs of a queue run at once, or start in a time, over all "
-        "workers. A limit that is set here takes precedence over one in a program's code.",
+        help="limit the jobs of a queue or a type over all workers",
+        description="Limits how many jobs of a queue or a type run at once, or start in a time, "
+        "over all workers. Jobs that wait for the limit of their type hold up no other type. A "
+        "limit that is set here takes precedence over one in a program's code.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=arguments.STATUS,
     )
@@ -28,12 +29,13 @@ def add(commands: "Commands") -> None:
         limits,
         "set",
         run_set,
-        help="set the limit of a queue",
-        description="Sets the limit of a queue, in place of one that it has. From then on no job "
-        "of it starts without a ration of the limit; workers notice a change within five seconds. "
-        "With --none the queue has no limit, whatever the code of programs says.",
+        help="set the limit of a queue or a type",
+        description="Sets the limit of a queue, or of a job type in all queues, in place of one "
+        "that it has. From then on no job of it starts without a ration of the limit; workers "
+        "notice a change within five seconds. With --none there is no limit, whatever the code of "
+        "programs says.",
     )
-    _add_queue(each)
+    _add_subject(each)
     each.add_argument(
         "--concurrency",
         type=arguments.positive,
@@ -70,13 +72,13 @@ def add(commands: "Commands") -> None:
         description="Ends a limit that was set. One in the code of programs holds again. If none "
         "was set, nothing changes, and the exit status is 0.",
     )
-    _add_queue(each)
+    _add_subject(each)
     _add_common(each)
 
 
-def _add_queue(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("scope", choices=("queue",), help="of what")
-    parser.add_argument("name", type=arguments.name("queue"), metavar="NAME", help="its name")
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scope", choices=("queue", "type"), help="of what")
+    parser.add_argument("name", type=arguments.name("name"), metavar="NAME", help="its name")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -97,9 +99,12 @@ def run_set(args: argparse.Namespace) -> int:
             else "say what the limit is: --concurrency, --rate, or --none for no limit"
         )
     with database.opened(database.find(args.dsn)) as client:
-        client.limits.set(args.name, limit)
+        if args.scope == "type":
+            client.limits.set_type(args.name, limit)
+        else:
+            client.limits.set(args.name, limit)
     if args.json:
-        table.write_json({"queue": args.name, **_as_json(limit)})
+        table.write_json({"scope": args.scope, "name": args.name, **_as_json(limit)})
     else:
         sys.stdout.write(f"limited {table.printable(args.name)}: {limit}\n")
     return 0
@@ -108,12 +113,14 @@ def run_set(args: argparse.Namespace) -> int:
 def run_remove(args: argparse.Namespace) -> int:
     """Carry it out."""
     with database.opened(database.find(args.dsn)) as client:
-        was_set = client.limits.remove(args.name)
+        limits = client.limits
+        remove = limits.remove_type if args.scope == "type" else limits.remove
+        was_set = remove(args.name)
     if args.json:
-        table.write_json({"queue": args.name, "was_set": was_set})
+        table.write_json({"scope": args.scope, "name": args.name, "was_set": was_set})
     else:
-        queue = table.printable(args.name)
-        done = f"removed the limit of {queue}" if was_set else f"{queue} had no limit that was set"
+        name = table.printable(args.name)
+        done = f"removed the limit of {name}" if was_set else f"{name} had no limit that was set"
         sys.stdout.write(f"{done}\n")
     return 0
 
@@ -125,7 +132,18 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         table.write_json([_status(each) for each in limits])
     else:
-        columns = ("queue", "at once", "rate", "burst", "by", "workers", "places", "starts", "next")
+        columns = (
+            "of",
+            "name",
+            "at once",
+            "rate",
+            "burst",
+            "by",
+            "workers",
+            "places",
+            "starts",
+            "next",
+        )
         table.write_table(columns, [_row(each) for each in limits])
     return 0
 
@@ -136,7 +154,8 @@ def _as_json(limit: Limit) -> dict[str, object]:
 
 def _status(status: LimitStatus) -> dict[str, object]:
     return {
-        "queue": status.queue,
+        "scope": status.scope,
+        "name": status.name,
         **_as_json(status.limit),
         "is_set": status.is_set,
         "used_at": status.used_at,
@@ -150,7 +169,8 @@ def _status(status: LimitStatus) -> dict[str, object]:
 def _row(status: LimitStatus) -> tuple[object, ...]:
     limit, has_places = status.limit, status.limit.concurrency is not None
     return (
-        status.queue,
+        status.scope,
+        status.name,
         limit.concurrency,
         limit.rate,
         limit.burst_size,

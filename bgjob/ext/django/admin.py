@@ -81,7 +81,8 @@ class _QueueFilter(admin.SimpleListFilter):
         if self.value() is None:
             return queryset
         # Always true, and each part is the condition of an index.
-        indexed = Q(waits=False) | Q(waits=True, exclusive__isnull=False)
+        indexed: Any = Q(waits=False) | Q(waits=True, exclusive__isnull=False)
+        indexed |= Q(waits=True, limited=True)
         return queryset.filter(indexed, queue=self.value())
 
 
@@ -172,6 +173,8 @@ class JobAdmin(_Jobs):
         now: Any = timezone.now()
         if job.lease_until is not None and job.lease_until > now:
             return _("running")
+        if job.waits and job.limited:
+            return _("waits for the limit of its type")
         if job.waits:
             return _("waits for its key")
         if job.group_id == job.id and job.group_dead is None and not job.attempt:

@@ -202,7 +202,7 @@ class JobRow:
     type: str
     priority: int
     attempt: int
-    state: Literal["due", "delayed", "retry", "running", "key", "suspect"]
+    state: Literal["due", "delayed", "retry", "running", "key", "limited", "suspect"]
     due_at: datetime
     error: str | None
 

@@ -1,0 +1,243 @@
+"""Limits of a job type over all workers."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from support.database import rows
+from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare
+from support.plans import run as explained
+from support.statements import ask as run
+from support.waiting import eventually
+from support.workers import Gate, Launcher
+
+from bgjob import EnqueueRequest, Limit, Mux
+from bgjob._sql.claims import (
+    Rations,
+    claim,
+    claim_group,
+    claim_limited,
+    claim_others,
+    free,
+    sweep,
+)
+from bgjob._sql.limits import Subject, set_limit
+from bgjob._sql.statement import Statement
+from bgjob._sql.survey import survey
+from bgjob.job import Job
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+KNOWS = Rations(limited=("slow",))
+ASIDE: LiteralString = "select id from bgjob_job where limited and waits order by id"
+
+
+def slow(*ids: str, **options: Any) -> list[EnqueueRequest]:
+    return [EnqueueRequest("q", "slow", id=id, **options) for id in ids]
+
+
+def quick(*ids: str, **options: Any) -> list[EnqueueRequest]:
+    return [EnqueueRequest("q", "quick", id=id, **options) for id in ids]
+
+
+# -- claims ------------------------------------------------------------------------------------
+
+
+def claims_of(
+    worker: psycopg.Connection, limit: int, rations: Rations = KNOWS
+) -> dict[str, Callable[[], list[Job]]]:
+    marks = {0: LONG_AGO}
+    return {
+        "claim": lambda: (
+            run(
+                worker,
+                claim_others("q", limit=limit, lease=60, token=1, marks=marks, rations=rations),
+            ).jobs
+        ),
+        "sweep": lambda: (
+            run(worker, sweep("q", limit=limit, lease=60, token=1, rations=rations)).jobs
+        ),
+    }
+
+
+@pytest.mark.parametrize("which", ["claim", "sweep"])
+def test_a_claim_puts_jobs_of_a_limited_type_aside_and_takes_the_others(
+    client: Any, worker: psycopg.Connection, which: str
+) -> None:
+    client.bulk_enqueue([*slow("a", "b"), *quick("c"), *slow("d"), *quick("e")])
+    found = claims_of(worker, 4)[which]()
+    assert [job.id for job in found] == ["c"]
+    assert [id for (id,) in rows(worker, ASIDE)] == ["a", "b", "d"]
+    assert [job.id for job in claims_of(worker, 4)[which]()] == ["e"]
+    # Claimed from there in their order, and due again when they are given back.
+    first = run(worker, claim_limited("q", "slow", limit=2, lease=60, token=2, rations=KNOWS))
+    assert [(job.id, job.attempt) for job in first] == [("a", 1), ("b", 1)]
+    assert [id for (id,) in rows(worker, ASIDE)] == ["d"]
+    assert run(worker, sweep("q", limit=9, lease=60, token=3)).held_back == ["slow"]
+    assert run(worker, free("q", limit=9)).held_back == ["slow"]
+
+
+def test_even_a_claim_of_one_job_soon_meets_other_types(
+    client: Any, worker: psycopg.Connection
+) -> None:
+    client.bulk_enqueue([*slow(*(f"s{n:04}" for n in range(1200))), *quick("x")])
+    take = claims_of(worker, 1)["claim"]
+    assert [len(take()) for _ in range(2)] == [0, 0]
+    assert [job.id for job in take()] == ["x"]
+
+
+def test_a_suspect_of_a_limited_type_is_claimed_alone_and_in_no_group(
+    client: Any, worker: psycopg.Connection
+) -> None:
+    client.bulk_enqueue(slow("a", "b", "c", "d"))
+    worker.execute(
+        """
+        update bgjob_job set deaths = case when id in ('b', 'c') then 2 else 0 end,
+            next_run_at = next_run_at - (200 - ascii(id)) * interval '1 second'
+        """
+    )
+    group = claim_group("q", limit=9, lease=60, token=1, charge=True, rations=KNOWS)
+    assert run(worker, group).jobs == []
+    assert claims_of(worker, 9)["claim"]() == []
+    assert len(rows(worker, ASIDE)) == 4
+    found = []
+    while one := run(worker, claim_limited("q", "slow", limit=9, lease=60, token=2, rations=KNOWS)):
+        found.append([job.id for job in one])
+    assert found == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_no_claim_that_does_not_know_of_a_types_limit_takes_a_job(
+    client: Any, worker: psycopg.Connection
+) -> None:
+    client.bulk_enqueue([*slow("a"), *quick("b")])
+    run(worker, set_limit(Subject("type", "slow"), Limit(1)))
+    unaware = claim("q", limit=9, lease=60, token=1, marks={0: LONG_AGO})
+    assert run(worker, unaware) == []
+    assert run(worker, sweep("q", limit=9, lease=60, token=1)).jobs == []
+    [line] = run(worker, survey("q"))
+    assert (line.limited, line.is_limited) == (["slow"], False)
+    [line] = run(worker, survey("q", rations=KNOWS))
+    assert line.limited == []
+    assert [job.id for job in claims_of(worker, 9)["claim"]()] == ["b"]
+
+
+@pytest.mark.parametrize("plan_cache_mode", PLAN_CACHE_MODES)
+def test_100_000_jobs_that_wait_for_their_limit_are_met_by_no_claim_of_others(
+    worker: psycopg.Connection, plan_cache_mode: str
+) -> None:
+    worker.execute(
+        """
+        insert into bgjob_job (id, queue, type, next_run_at, limited, waits)
+        select 's' || n, 'q', 'slow', now() - interval '1 hour', true, true
+        from generate_series(1, 100000) n
+        """
+    )
+    worker.execute(
+        """
+        insert into bgjob_job (id, queue, type, next_run_at)
+        select 'x' || n, 'q', 'quick', now() from generate_series(1, 50) n
+        """
+    )
+    worker.execute("analyze bgjob_job")
+    marks = {0: LONG_AGO}
+    statements: dict[str, Statement[Any]] = {
+        "others": claim_others("q", limit=10, lease=60, token=1, marks=marks, rations=KNOWS),
+        "sweep": sweep("q", limit=10, lease=60, token=2, rations=KNOWS),
+        "usual_sweep": sweep("q", limit=10, lease=60, token=3),
+        "limited": claim_limited("q", "slow", limit=10, lease=60, token=4, rations=KNOWS),
+        "survey": survey("q"),
+    }
+    for name, statement in statements.items():
+        plan = explained(worker, prepare(worker, name, statement), plan_cache_mode)
+        assert buffers(plan) <= 600, plan
+        assert sum(map(handled, nodes(plan))) <= 1000, plan
+
+
+# -- workers -----------------------------------------------------------------------------------
+
+
+def test_jobs_that_wait_for_the_limit_of_their_type_hold_up_no_other_type(
+    launcher: Launcher,
+) -> None:
+    gate, ran = Gate(), threading.Semaphore(0)
+    mux = Mux().register("slow", gate, limit=Limit(2))
+    mux.register("quick", lambda _: ran.release())
+    client = launcher.client
+    client.bulk_enqueue(slow(*(f"s{n:04}" for n in range(1500))))
+    client.bulk_enqueue(quick(*(f"x{n}" for n in range(20))))
+    for _ in range(2):
+        launcher.start(mux, concurrency=3)
+    for _ in range(20):
+        assert ran.acquire(timeout=30)
+    gate.wait()
+    gate.wait()
+    assert len(gate.runs) == 2
+    [status] = [s for s in client.limits.list() if s.scope == "type"]
+    assert (status.name, status.limit, status.is_set, status.places) == ("slow", Limit(2), False, 2)
+    [reason] = [r for r in client.explain("s1000").reasons if r.code == "limited"]
+    assert "Type 'slow' has a limit (in the code of its workers): 2 at once;" in reason.text
+    gate.released.set()
+
+
+def test_the_limit_of_a_type_is_set_changed_and_removed_at_run_time(launcher: Launcher) -> None:
+    gate = Gate()
+    client = launcher.client
+    launcher.start(Mux().register("slow", gate), concurrency=4)
+    client.limits.set_type("slow", Limit(1))
+    client.bulk_enqueue(slow(*"abcdef"))
+    gate.wait()
+    assert len(gate.runs) == 1
+    client.limits.set_type("slow", Limit(2))
+    gate.wait()
+    assert len(gate.runs) == 2
+    status = client.limits.get_type("slow")
+    assert status is not None and status.limit == Limit(2)
+    assert client.limits.remove_type("slow")
+    gate.wait()
+    gate.wait()
+    gate.released.set()
+    assert eventually(lambda: len(gate.runs) == 6)
+    assert sorted(job.id for job in gate.runs) == [*"abcdef"]
+    assert client.limits.list() == []
+
+
+def test_the_rate_of_a_type_holds_beside_the_limit_of_its_queue(launcher: Launcher) -> None:
+    ran: list[str] = []
+    mux = Mux()
+    for type_ in ("slow", "quick"):
+        mux.register(type_, lambda job: ran.append(job.type))
+    client = launcher.client
+    client.bulk_enqueue([*slow(*"abcdefgh"), *quick(*"ijklmnopqr")])
+    client.limits.set_type("slow", Limit(rate="1/h", burst=4))
+    client.limits.set("q", Limit(rate="1/h", burst=10))
+    launcher.start(mux, concurrency=4)
+    assert eventually(lambda: len(ran) == 9)  # half a second of the burst is left out
+    assert 0 < Counter(ran)["slow"] <= 4
+    client.limits.remove("q")
+    assert eventually(lambda: Counter(ran)["quick"] == 10)
+    assert Counter(ran)["slow"] <= 4
+    client.limits.remove_type("slow")
+    assert eventually(lambda: Counter(ran)["slow"] == 8)
+
+
+def test_a_worker_gives_the_ration_of_a_type_back_when_it_ends(
+    launcher: Launcher, dsn: str
+) -> None:
+    ran: list[str] = []
+    mux = Mux().register("slow", lambda job: ran.append(job.id), limit=Limit(5, "1/h", 8))
+    launcher.client.bulk_enqueue(slow("a"))
+    worker = launcher.start(mux, concurrency=5)
+    assert eventually(lambda: ran == ["a"])
+    assert launcher.shutdown(worker)
+    with psycopg.connect(dsn) as conn:
+        assert rows(conn, "select from bgjob_ration") == []
+        assert rows(conn, "select round(tokens) from bgjob_limit") == [(7,)]
+
+
+def test_a_limit_of_a_type_that_is_none_is_refused() -> None:
+    wrong: Any = "14/s"
+    with pytest.raises(TypeError, match="limit of job type 't' must be a Limit"):
+        Mux().register("t", lambda _: None, limit=wrong)
