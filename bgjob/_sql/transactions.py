@@ -201,8 +201,12 @@ PREPARED = {b"bgjob_complete", b"bgjob_prepared"}
 LIST_PREPARED = b"; execute bgjob_prepared"
 """Returns the names of all prepared statements of the session, after RESET."""
 
-# The plan is kept while the table grows; see Statement.prepare.
-_EXECUTE = "set local enable_seqscan = off; execute bgjob_complete ({ids}, {tokens})"
+# The plan is kept while the table grows; see Statement.prepare. Deferred triggers, which run at the
+# commit, are planned with the default.
+_EXECUTE = (
+    "set local enable_seqscan = off; execute bgjob_complete ({ids}, {tokens}); "
+    "set local enable_seqscan = on"
+)
 
 
 def complete_and_commit(

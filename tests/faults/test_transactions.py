@@ -463,6 +463,23 @@ def test_a_transaction_outlives_the_extension_of_its_lease_at_any_default_isolat
     assert not worker.of("error", "retried", "dead", "lost")
 
 
+def test_a_deferred_trigger_runs_with_the_settings_of_the_session(world: World) -> None:
+    world.query("""
+        create table seen (setting text);
+        create function note() returns trigger language plpgsql as $$ begin
+            insert into seen values (current_setting('enable_seqscan')); return null;
+        end $$;
+        create constraint trigger note after insert on ledger
+            deferrable initially deferred for each row execute function note()
+    """)
+    ids = world.enqueue_many("transactional", 4)
+    mux = Effects().mux("Worker-plain", max_attempts=1)
+    worker = world.worker(mux, concurrency=1, lease=LONG)
+    world.done()
+    world.witness(worker, "completed", times=len(ids))
+    assert world.query("select setting, count(*) from seen group by 1") == [("on", len(ids))]
+
+
 # -- 11: a claim that is given up or freed ends its transaction, with its locks ------------------
 
 
