@@ -17,7 +17,6 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-import trio
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 from psycopg.errors import FeatureNotSupported, SyntaxError
@@ -854,6 +853,8 @@ def test_a_cancelled_do_stores_the_result_of_its_plain_handler_once_that_has_end
 
 
 def test_an_async_client_says_that_trio_is_not_asyncio(dsn: str) -> None:
+    import trio  # a third of a second, in each process of the suite
+
     client = AsyncClient(dsn)
     with pytest.raises(BgjobError, match=r"asyncio only.* use a Client, by trio\.to_thread"):
         trio.run(client.enqueue, EnqueueRequest("q", "t"))
