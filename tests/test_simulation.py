@@ -739,6 +739,7 @@ class History:
         self.lines = Lines(self.waiting, lambda: self.now)
         self.granted_at: dict[Key, float] = {}
         self.key_free_since: dict[str, float] = {}
+        self.cut: set[str] = set()  # the keys of which a job was replaced that was not claimed
         self.turns = 0  # with a connection
         self.lost_since: dict[Claimed, int] = {}
         self.given_back: dict[Key, tuple[str, int, float]] = {}
@@ -933,6 +934,8 @@ class History:
             row.successor = due
             return
         row.successor = None
+        if row.key is not None:
+            self.cut.add(row.key)
         table.become(row, due, now=self.db_now, at=self.now)
         if self.notify and self.lock is not None and random.random() >= self.deaf:
             notice = Notice({row.priority: began}, later=delay > 0)
@@ -1400,6 +1403,8 @@ class History:
                 self._tell(self.engine.refused())
                 self._happened()
             case "never arrived" | "answer lost" | "happens later":
+                # Nor does the worker know whether what it sent ahead was done.
+                settled += self._settled_in(ahead) if ahead is not None else []
                 self.unsure.update((c.job.id, c.token) for c in settled)
                 self._disconnect()
         return None
@@ -1728,10 +1733,14 @@ class History:
             return
         idle_since = max(self.slots_free_since, self.disturbed_at, self.slow_until)
         patience = max(self.poll_interval, REST * self.longest_pass) + self.longest_pass + 0.2
-        if self.longest_pass > 0.05:  # they go in parts
-            patience = 1.5 * patience + self.poll_interval + 1.0
+        if self.longest_pass > 0.05:
+            # They go in parts, cut anew in each pass: what was seen at the begin of the rest after
+            # a long part may be in the last of the next pass.
+            patience = 2 * patience + self.poll_interval + 1.0
         if self.refused_at > self.now - 4 * patience:
-            patience *= 6  # each refusal costs a pause, and the others their turn
+            # Each refusal costs a pause, and the others their turn; and of sweeps the time of each,
+            # where the number of jobs is halved until their answer is small enough.
+            patience = 6 * patience + 8 * self.sweeps_take
             idle_since = max(idle_since, self.handed_at)
         if self.table.over():
             self.over_at = min(self.over_at, self.now)
@@ -1779,13 +1788,16 @@ class History:
             first = min(rows, key=lambda row: (row.due, row.id), default=None)
             if first is None or not first.waits or not self.table.room(key):
                 self.key_free_since.pop(key, None)
+                self.cut.discard(key)
                 continue
             since = self.key_free_since.setdefault(key, self.now)
             waited = self.now - max(since, self.disturbed_at) - 2 * self.sweeps_take
             # A slot that this worker has no room for is left to others, when they poll at the latest.
             ours = self.table.holds(key).get(0)
             is_full = ours is not None and self.table.used(ours) == self.concurrency
-            most = 0.3 + is_full * (self.poll_interval + self.longest_pass)
+            # That they need not wait for a job which was replaced, and is due later, a sweep finds.
+            is_polled = is_full or key in self.cut
+            most = 0.3 + is_polled * (self.poll_interval + self.longest_pass)
             promise(waited <= most, f"{first.id}: waits for {key}, which is free")
 
     def _check_freedom(self) -> None:
