@@ -46,6 +46,7 @@ from bgjob._sql.claims import Swept, claim, claim_any
 from bgjob._sql.key_rows import lock_keys
 from bgjob._sql.keys import acquire, blocked, release
 from bgjob._sql.settlements import Claimed, Postponed, complete, postpone, release_jobs
+from bgjob._sql.statement import Statement
 from bgjob._worker.lines import Lines
 from bgjob.testing import drain
 
@@ -630,6 +631,33 @@ def test_a_handler_that_names_a_key_has_it_when_nobody_has_locked_its_job(
         other.execute("select from bgjob_job for update")
         assert granted(conn, named) == {("0", 1): None}
     assert granted(conn, named) == {("0", 1): True}
+
+
+@pytest.mark.parametrize(
+    "meets", ["no other", "another", "one of another queue", "slots", "no key", "a later claim"]
+)
+def test_a_job_that_meets_no_other_of_its_key_has_it_with_the_first_write_of_its_row(
+    dsn: str, conn: psycopg.Connection, meets: str
+) -> None:
+    with Client(dsn) as client:
+        slots = 2 if meets == "slots" else None
+        client.enqueue(keyed(None if meets == "no key" else "k", "a", slots=slots))
+        [[[job]]] = [ask_all(conn, [claim_any("q", lease=NEVER, token=1)])]
+        if meets in ("another", "one of another queue"):
+            queue = "r" if "queue" in meets else "q"
+            client.enqueue(EnqueueRequest(queue, "t", id="b", exclusive="k"))
+        if meets == "a later claim":
+            conn.execute("update bgjob_job set token = 2")
+    claimed = Claimed(job._replace(exclusive="k"), 1)
+    row = Statement("select ctid, tokens from bgjob_exclusive", None, lambda rows: rows[0])
+    asked = [lock_keys([], [claimed]), row, acquire("q", [claimed]), row]
+    _, locked, answer, after = ask_all(conn, asked)
+    assert answer == ({} if meets == "a later claim" else {("a", 1): slots or 1})
+    if meets == "no other":
+        assert after == locked
+    else:
+        assert locked[1] is None
+    assert after[1] == (None if meets == "a later claim" else [1])
 
 
 def test_each_of_several_keys_is_granted_as_its_own_jobs_allow(

@@ -391,6 +391,7 @@ CHAIN = wanting("held", "holder", *each("late"))
 THIRD = [claimed._replace(token=3) for claimed in wanting("slots", "slot 3")]
 WORKERS_KEYS = {
     "lock": Hot(lock_keys([*each("single"), *each("next"), "new"]), 2 * BATCH + 1),
+    "lock the keys of single jobs": Hot(lock_keys([], SINGLES), 2 * BATCH),
     "acquire": Hot(acquire("keyed", SINGLES), BATCH, BATCH),
     "acquire what is held here": Hot(
         acquire("keyed", CHAIN[1:], in_a_row=BATCH), BATCH + ASIDE, BATCH + ASIDE

@@ -294,8 +294,7 @@ class Exchange(Settlements):
         if self.extend:
             plan.append(Part(extend(self.extend, lease=lease), Reply.add_extended))
         if self.acquire or self.release:
-            keys = [str(claimed.job.exclusive) for claimed in self.acquire]
-            plan.append(Part(lock_keys([*keys, *self.release]), Reply.ignore))
+            plan.append(Part(lock_keys(self.release, self.acquire), Reply.ignore))
         if self.acquire:
             acquires = acquire(
                 queue,

@@ -26,7 +26,12 @@ _NONE_WAITS = f"""
 """
 
 UNDISPUTED = f"""
-    undisputed as materialized (
+    alone as materialized (
+        -- `lock_keys` has granted them.
+        select key from bgjob_exclusive
+        where key = any (%(alone)s::text[]) and place = 0
+            and xmin = pg_current_xact_id()::xid and tokens && %(tokens)s::bigint[]
+    ), undisputed as materialized (
         -- All jobs up to the last one are asked for, but for those that have the key here already.
         -- With one slot in its first row, a key has no holder in another row.
         select e.ctid, j.*, h.id is not null as is_ours, h.next_run_at as first_at,
@@ -60,9 +65,10 @@ UNDISPUTED = f"""
                 limit k.count + 1
             ) as j
         ) as j
-        where e.slots = 1 and (h.id is null or e.tokens && %(holding)s::bigint[])
+        where k.key not in (select key from alone)
+            and e.slots = 1 and (h.id is null or e.tokens && %(holding)s::bigint[])
             and j.count = k.count and j.own = k.count and {_NONE_WAITS}
-    ), granted as (
+    ), taken_whole as (
         update bgjob_exclusive e
         set queue = %(queue)s,
             since = case when u.is_ours then u.first_at else u.since end,
@@ -72,6 +78,8 @@ UNDISPUTED = f"""
         from undisputed u
         where e.ctid = any (array(select ctid from undisputed)) and e.ctid = u.ctid
         returning e.key
+    ), granted as materialized (
+        select key from alone union all select key from taken_whole
     )
 """
 """Grants keys; `granted` has these."""
@@ -108,6 +116,7 @@ def lines(claimed: Sequence[Claimed], ahead: Sequence[int], most: int) -> dict[s
             surplus.add(key)
     whole = {key: line for key, line in found.items() if key not in surplus}
     return {
+        "alone": text_array([key for key, line in whole.items() if line.count == 1]),
         "lines": text_array([*whole]),
         "last_ids": text_array([line.last.job.id for line in whole.values()]),
         "last_claims": number_array([line.last.token for line in whole.values()]),
