@@ -3,8 +3,9 @@
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 
+import floor
 import harness
 import work
 from figures import Figures, at_least
@@ -56,13 +57,19 @@ def main(bench: Bench) -> Mapping[str, object]:
 
 
 def _compare(bench: Bench, title: str, count: int, *, keys: int) -> dict[str, object]:
-    compared = bench.compare(
-        title,
-        lambda: _drain(bench, count, keys=keys),
-        lambda: _drain(bench, count, keys=0),
-        {"jobs_per_s": at_least(0.5)},
-    )
-    return {"floor": "the same without keys", **compared}
+    def measured() -> Figures:
+        return _drain(bench, count, keys=keys)
+
+    goal = {"jobs_per_s": at_least(0.5)}
+    return {
+        "floor": "the same without keys",
+        **bench.compare(title, measured, lambda: _drain(bench, count, keys=0), goal),
+        "bare": {
+            "floor": "one connection that claims 1000 rows, inserts their keys, looks for other "
+            "jobs of these, deletes the rows and then the keys; no handler",
+            **bench.compare(f"{title}, bare", measured, lambda: _bare(bench, count, keys=keys)),
+        },
+    }
 
 
 def _beside(bench: Bench, count: int) -> Figures:
@@ -95,13 +102,28 @@ def _among(bench: Bench, count: int) -> Figures:
 
 
 def _drain(bench: Bench, count: int, *, keys: int) -> Figures:
+    return work.drain(bench, _fill(bench, count, keys=keys), lambda ran: ran.plain)
+
+
+def _bare(bench: Bench, count: int, *, keys: int) -> Figures:
+    _fill(bench, count, keys=keys)
+    with floor.connect(bench.dsn) as connection:
+        began = perf_counter()
+        floor.drain_keyed(connection, count)
+        took = perf_counter() - began
+    work.check_left(bench)
+    return {"jobs_per_s": count / took}
+
+
+def _fill(bench: Bench, count: int, *, keys: int) -> list[str]:
+    """Make new tables with jobs of so many keys, or without keys; return their ids."""
     batch = [
         EnqueueRequest(QUEUE, "noop", {"n": n}, exclusive=f"key {n % keys}" if keys else None)
         for n in range(count)
     ]
     with Client(bench.dsn) as client:
         bench.fresh(lambda: client.bulk_enqueue(batch))
-    return work.drain(bench, [r.id for r in batch], lambda ran: ran.plain)
+    return [r.id for r in batch]
 
 
 def _wanting() -> list[EnqueueRequest]:

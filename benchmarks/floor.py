@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, LiteralString
 from uuid import uuid4
@@ -48,7 +49,34 @@ _CLAIM = f"""
     returning id, type, arg, attempt, next_run_at
 """
 
+_CLAIM_KEYED = _CLAIM.replace("attempt, next_run_at", "attempt, exclusive, next_run_at")
+
 _DELETE = "delete from bgjob_job where id = any (%s::text[]) and token = %s"
+
+# A key is a row: inserted before the jobs of the key run, unless another one of it comes first, and
+# deleted when they are settled, unless others wait.
+_HOLD_KEYS = """
+    insert into bgjob_exclusive (key, tokens)
+    select key, array[%(token)s::bigint] from unnest(%(keys)s::text[]) as k (key)
+    on conflict (key, place) do update set tokens = excluded.tokens
+"""
+_COMES_FIRST = f"""
+    select from unnest(%s::text[], %s::timestamptz[]) as k (key, last)
+    cross join lateral (
+        select from bgjob_job j
+        where j.exclusive = k.key and not j.waits and j.queue = '{QUEUE}' and j.next_run_at < k.last
+            and j.token is distinct from %s
+        order by j.next_run_at
+        limit 1
+    ) as first
+"""
+_LOCK_KEYS = "select from bgjob_exclusive where key = any (%s::text[]) order by key for update"
+_FREE_KEYS = """
+    delete from bgjob_exclusive e
+    where e.key = any (%s::text[]) and not exists (
+        select from bgjob_job j where j.exclusive = e.key and j.waits
+    )
+"""
 
 _TELL = f"""
     with written as (
@@ -130,6 +158,31 @@ def drain(connection: psycopg.Connection[Any], count: int, *, watermark: bool = 
             mark = max(row[4] for row in claimed)
         ids = ",".join([row[0] for row in claimed])
         deleted += delete.execute(_DELETE, [f"{{{ids}}}", token]).rowcount
+    if deleted != count:
+        raise RuntimeError(f"the floor deleted {deleted} of {count} jobs")
+
+
+def drain_keyed(connection: psycopg.Connection[Any], count: int) -> None:
+    """Drain jobs that have keys; each key is held from the claim of its jobs to their deletion."""
+    claim, write = connection.cursor(binary=True), connection.cursor()
+    mark: object = "-infinity"
+    token = deleted = 0
+    while True:
+        token += 1
+        claimed = claim.execute(_CLAIM_KEYED.encode(), {"token": token, "mark": mark}).fetchall()
+        if not claimed:
+            break
+        last = dict(sorted((row[-2:] for row in claimed), key=itemgetter(1)))
+        mark = max(last.values())
+        keys, ids = f"{{{','.join(last)}}}", f"{{{','.join([row[0] for row in claimed])}}}"
+        with connection.transaction():
+            write.execute(_HOLD_KEYS, {"keys": keys, "token": token})
+            if write.execute(_COMES_FIRST, [keys, [*last.values()], token]).rowcount:
+                raise RuntimeError("another job of a key comes first")
+        with connection.transaction():
+            deleted += write.execute(_DELETE, [ids, token]).rowcount
+            write.execute(_LOCK_KEYS, [keys])
+            write.execute(_FREE_KEYS, [keys])
     if deleted != count:
         raise RuntimeError(f"the floor deleted {deleted} of {count} jobs")
 
