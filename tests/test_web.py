@@ -128,6 +128,7 @@ LOOKS = [
     "/dead/1",
     f"/dead/groups/{FINGERPRINT}",
     "/dead/groups/aaaaaaaaaaaa",
+    "/limits",
     "/schedules",
     "/workers",
     "/workers/1",

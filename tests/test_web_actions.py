@@ -13,7 +13,18 @@ from support.pages import OURS, Pages, may, opened
 from support.roles import Roles
 from support.waiting import eventually
 
-from bgjob import Client, Complete, EnqueueRequest, Job, MoveToDlq, Mux, Result, Retry, Worker
+from bgjob import (
+    Client,
+    Complete,
+    EnqueueRequest,
+    Job,
+    Limit,
+    MoveToDlq,
+    Mux,
+    Result,
+    Retry,
+    Worker,
+)
 from bgjob.ext.web.frame import PERMISSIONS, path
 from bgjob.triage import DeadGroup
 
@@ -114,6 +125,52 @@ def test_a_queue_is_paused_for_a_while_until_a_time_or_until_it_is_resumed(
         assert page.post("/queues/q/pause", wrong).status_code == 400
     page.post("/queues/q/resume")
     assert count(conn, "bgjob_pause") == 0
+
+
+def test_limits_of_queues_and_types_are_shown_set_changed_and_removed(
+    page: Pages, plain_client: Client, conn: psycopg.Connection
+) -> None:
+    assert "No queue and no type has a limit." in page.get("/limits").text
+    page.post("/limits/set", {"scope": "queue", "name": "q", "concurrency": "3"})
+    assert said(page) == "Queue q is limited: 3 at once."
+    page.post("/limits/set", {"scope": "queue", "name": "q", "rate": "14/s", "burst": "28"})
+    page.post("/limits/set", {"scope": "type", "name": "<b>", "concurrency": "2"})
+    assert said(page) == "Type &lt;b&gt; is limited: 2 at once."
+    assert [(s.scope, s.name, str(s.limit)) for s in plain_client.limits.list()] == [
+        ("queue", "q", "14/s, burst 28"),
+        ("type", "<b>", "2 at once"),
+    ]
+    text = page.get("/limits").text
+    assert "14/s, burst 28" in text and "&lt;b&gt;" in text and "<b>" not in text
+    assert [each["name"] for each in page.json("/limits")["limits"]] == ["q", "<b>"]
+    page.post("/limits/remove", {"scope": "type", "name": "<b>"})
+    assert said(page) == "The limit of type &lt;b&gt; is removed."
+    page.post("/limits/remove", {"scope": "type", "name": "<b>"})
+    assert "had no limit that was set" in said(page)
+    for wrong in (
+        {"scope": "queue", "name": "q", "rate": "14"},
+        {"scope": "queue", "name": "q", "burst": "3"},
+        {"scope": "queue", "name": "q", "concurrency": "0"},
+        {"scope": "host", "name": "q", "concurrency": "1"},
+        {"scope": "queue", "concurrency": "1"},
+    ):
+        assert page.post("/limits/set", wrong).status_code == 400, wrong
+    assert page.post("/limits/remove", {"scope": "x", "name": "q"}).status_code == 400
+    assert row(conn, "select count(*) from bgjob_limit where is_set") == (1,)
+
+
+def test_who_may_not_change_limits_sees_them_without_a_form(
+    dsn: str, plain_client: Client, conn: psycopg.Connection
+) -> None:
+    plain_client.limits.set("q", Limit(3))
+    others = PERMISSIONS - {"limits"}
+    with opened(dsn, access=may(*others, user="zoe")) as pages:
+        text = pages.get("/limits").text
+        assert "3 at once" in text and "limits/set" not in text and "limits/remove" not in text
+        for action in ("set", "remove"):
+            fields = {"scope": "queue", "name": "q", "concurrency": "9"}
+            assert pages.post(f"/limits/{action}", fields).status_code == 403
+    assert row(conn, "select concurrency from bgjob_limit where is_set") == (3,)
 
 
 def test_a_schedule_is_run_paused_resumed_and_removed_once_that_is_confirmed(
@@ -360,6 +417,7 @@ def test_every_action_is_recorded_also_if_the_hook_fails(
     with opened(dsn, on_action=audit, access=may(*PERMISSIONS, user="zoe")) as pages:
         pages.post("/queues/q/pause")
         pages.post("/jobs/a/priority", {"priority": "7"})
+        pages.post("/limits/set", {"scope": "type", "name": "t", "rate": "5/m"})
         pages.post("/jobs/a/cancel")  # only a question
         assert pages.get("/jobs/none/payload").status_code == 404
         pages.get("/jobs/b?payload=show")
@@ -367,6 +425,7 @@ def test_every_action_is_recorded_also_if_the_hook_fails(
     assert told == [
         ("zoe", "pause", ("q",), 1),
         ("zoe", "priority", ("a",), 1),
+        ("zoe", "set limit", ("type", "t", "5/m, burst 1"), 1),
         ("zoe", "show payload", ("b",), 1),
         ("zoe", "download payload", ("b",), 1),
     ]
@@ -383,7 +442,7 @@ def test_an_operators_role_sees_every_page_and_an_editors_changes_jobs(
     enqueue(plain_client, "a", delay=60)
     group = died(plain_client, "b", "c")
     looks = ["/", "/queues/q", "/jobs", "/jobs/a", "/dead", f"/dead/groups/{group.fingerprint}"]
-    looks += ["/dead/1", "/schedules", "/workers", "/doctor?run=1"]
+    looks += ["/dead/1", "/limits", "/schedules", "/workers", "/doctor?run=1"]
     with opened(roles.login("operator")) as pages:
         for url in looks:
             found = pages.get(url)
@@ -391,6 +450,9 @@ def test_an_operators_role_sees_every_page_and_an_editors_changes_jobs(
             assert "may not read" not in found.text, url
         for url in ("/queues/q/pause", "/queues/q/resume"):
             assert pages.post(url).status_code == 303
+        limit = {"scope": "type", "name": "t", "concurrency": "3"}
+        for url in ("/limits/set", "/limits/remove"):
+            assert pages.post(url, limit).status_code == 303
         pages.post("/dead/requeue", {"numbers": "1"})
         asked = pages.post("/dead/purge", {"queue": "q"})
         pages.post("/dead/purge", hidden(asked.text))

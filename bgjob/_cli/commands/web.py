@@ -148,8 +148,8 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
         "--allow",
         type=lambda text: frozenset(text.replace(" ", "").split(",")),
         metavar="PERMISSION,...",
-        help="what a user may do, of: look, payloads, jobs, abandon, pause, requeue, purge, "
-        "schedules; all by default. With --auth users the file says it",
+        help="what a user may do, of: look, payloads, jobs, abandon, pause, limits, requeue, "
+        "purge, schedules; all by default. With --auth users the file says it",
     )
 
 

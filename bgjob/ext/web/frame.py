@@ -9,11 +9,11 @@ from urllib.parse import quote, urlencode
 from bgjob.stats import CappedCount
 
 Permission: TypeAlias = Literal[
-    "look", "payloads", "jobs", "abandon", "pause", "requeue", "purge", "schedules"
+    "look", "payloads", "jobs", "abandon", "pause", "limits", "requeue", "purge", "schedules"
 ]
 """`look`: see the pages. `payloads`: unmask and download payloads. `jobs`: cancel a job, run it
 now, change its priority. `abandon`: give up a running job whose handler runs on. `pause`: pause and
-resume queues.
+resume queues. `limits`: set and remove limits of queues and types.
 `requeue`, `purge`: dead jobs. `schedules`: run, pause, resume and remove schedules."""
 
 PERMISSIONS: frozenset[Permission] = frozenset(get_args(Permission))
@@ -25,7 +25,7 @@ Colour: TypeAlias = Literal["grey", "blue", "green", "orange", "red", "purple"]
 
 COLOURS: tuple[Colour, ...] = get_args(Colour)
 
-Section: TypeAlias = Literal["overview", "jobs", "dead", "schedules", "workers", "doctor"]
+Section: TypeAlias = Literal["overview", "jobs", "dead", "limits", "schedules", "workers", "doctor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

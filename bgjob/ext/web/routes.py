@@ -10,10 +10,11 @@ from starlette.responses import Response
 from bgjob.ext.web.actions import dead as dead_actions
 from bgjob.ext.web.actions import groups as group_actions
 from bgjob.ext.web.actions import jobs as job_actions
+from bgjob.ext.web.actions import limits as limit_actions
 from bgjob.ext.web.actions import queues as queue_actions
 from bgjob.ext.web.actions.action import Action
 from bgjob.ext.web.frame import Section, original, path
-from bgjob.ext.web.pages import dead, doctor, jobs, overview, queue, schedules, workers
+from bgjob.ext.web.pages import dead, doctor, jobs, limits, overview, queue, schedules, workers
 from bgjob.ext.web.pages.payload import payload, payload_of_dead
 from bgjob.ext.web.visit import Visit
 
@@ -77,6 +78,7 @@ _ALL = (
         "Group {fingerprint}",
     ),
     Page(("dead", "{number}"), dead.dead_job, "dead_job", (), "dead", "Dead job {number}"),
+    Page(("limits",), limits.limits, "limits", ("limits",), "limits", "Limits"),
     Page(
         ("schedules",), schedules.schedules, "schedules", ("schedules",), "schedules", "Schedules"
     ),
@@ -116,6 +118,8 @@ ACTIONS: Sequence[Route[Action]] = [
     _route(("dead", "groups", "{fingerprint}", "canary"), group_actions.canary),
     _route(("dead", "groups", "{fingerprint}", "rest"), group_actions.rest),
     _route(("dead", "groups", "{fingerprint}", "stop"), group_actions.stop),
+    _route(("limits", "set"), limit_actions.set_limit),
+    _route(("limits", "remove"), limit_actions.remove_limit),
     _route(("schedules", "{name}", "run"), queue_actions.run),
     _route(("schedules", "{name}", "pause"), queue_actions.pause_schedule),
     _route(("schedules", "{name}", "resume"), queue_actions.resume_schedule),

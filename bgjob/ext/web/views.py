@@ -27,6 +27,7 @@ from bgjob.ext.web.parts import (
     Why,
     WorkerRow,
 )
+from bgjob.limit import LimitStatus
 from bgjob.stats import CappedCount
 
 # -- pages: the overview and queues ----------------------------------------------------
@@ -319,6 +320,13 @@ class ScheduleRow:
     last_run_at: datetime | None
     last_job_id: str | None
     last_state: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsPage:
+    """`/limits` (limits.html). Part: limits."""
+
+    limits: tuple[LimitStatus, ...] | Trouble | None = None
 
 
 @dataclass(frozen=True, slots=True)
