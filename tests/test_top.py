@@ -58,6 +58,7 @@ from bgjob._cli.top.terminal import split_keys
 from bgjob._sql.dead import LastDeath, last_death
 from bgjob._sql.overviews import plan_by_index
 from bgjob._sql.server import Holder
+from bgjob.limit import Limit, LimitStatus
 from bgjob.workers import RunningJob, WorkerCounts, WorkerStatus
 
 NOW = datetime(2026, 11, 29, 3, 14, 7, tzinfo=UTC)
@@ -373,6 +374,24 @@ def test_the_longest_jobs_the_last_death_and_an_old_transaction_are_told_below()
     assert len(drawn(a_queue("mail"), workers=[a_worker(1)], holder=a_holder(59))) == 4
     assert drawn(a_queue("mail"), death=died, height=12, width=80)[-2].startswith("last dead")
     assert "last dead" not in "".join(drawn(a_queue("mail"), death=died, height=11, width=80))
+
+
+def test_limits_of_queues_are_a_column_and_those_of_types_are_told_below() -> None:
+    seen = Seen(
+        an_overview(a_queue("mail"), a_queue("free")),
+        limits=[
+            LimitStatus("queue", "mail", Limit(3), True, NOW, 1, 3, None, 0.0),
+            LimitStatus("type", "send", Limit(rate="14/s"), False, NOW, 0, 0, 0, 0.5),
+            LimitStatus("type", "call", Limit(2), True, NOW, 1, 1, None, 0.0),
+        ],
+    )
+    lines = frame(seen, SERVER, History(), View())
+    text = "\n".join(map(plain, lines))
+    assert "limit" in text and "3 at once" in text
+    assert "limits     send: 14/s, burst 14 · call: 2 at once" in text
+    styles = {each.text.strip(): each.style for line in lines for each in line}
+    assert styles["3 at once"] == styles["send: 14/s, burst 14"] == Style.WARN
+    assert styles["call: 2 at once"] == Style.PLAIN
 
 
 def test_more_deaths_than_recently_are_marked() -> None:

@@ -9,6 +9,7 @@ from bgjob._cli.top.history import History
 from bgjob._cli.top.seen import Seen
 from bgjob._cli.top.text import Style, Text, bars
 from bgjob._words import lasting
+from bgjob.limit import LimitStatus
 from bgjob.stats import CappedCount, QueueOverview
 from bgjob.workers import WorkerStatus
 
@@ -91,6 +92,11 @@ def columns(
         found.insert(1, Column("state", lambda q: _state(q, slots), is_number=False))
     if any(queue.waiting_for_keys.number for queue in queues):
         found.append(Column("for keys", lambda q: _count(q.waiting_for_keys), rank=7))
+    limits = {each.name: each for each in seen.limits if each.scope == "queue"}
+    if any(queue.queue in limits for queue in queues):
+        found.append(
+            Column("limit", lambda q: _limit(limits.get(q.queue)), is_number=False, rank=4)
+        )
     if slots.all:
         found.append(Column("busy", lambda q: _busy(q, slots), rank=2))
     if any(per_second(seen, history, queue.queue) is not None for queue in queues):
@@ -138,6 +144,18 @@ def _oldest(queue: QueueOverview, history: History) -> Text:
     seconds = queue.oldest_due_age
     arrow = {1: "▲", 0: " ", -1: "▼"}[history.trend(queue.queue)]
     return Text(f"{lasting(seconds)} {arrow}", Style.PLAIN if queue.is_paused else late(seconds))
+
+
+def _limit(status: LimitStatus | None) -> Text:
+    if status is None:
+        return Text("-", Style.DIM)
+    return Text(str(status.limit), Style.WARN if is_reached(status) else Style.PLAIN)
+
+
+def is_reached(status: LimitStatus) -> bool:
+    """Whether no place is free, or no job may start now."""
+    most = status.limit.concurrency
+    return status.next_in > 0 or (most is not None and status.places >= most)
 
 
 def _busy(queue: QueueOverview, slots: Slots) -> Text:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from bgjob._cli.table import printable
-from bgjob._cli.top.columns import Column, Slots, columns, late, per_second
+from bgjob._cli.top.columns import Column, Slots, columns, is_reached, late, per_second
 from bgjob._cli.top.history import History
 from bgjob._cli.top.seen import Pane, Seen, Server, Sort, View
 from bgjob._cli.top.text import Line, Style, Text, cut, fit, width_of, wrapped
@@ -181,6 +181,12 @@ def _notes(seen: Seen) -> list[Line]:
     notes: list[Line] = []
     if longest := _longest(seen):
         notes.append([Text("longest    ", Style.DIM), Text(" · ".join(longest))])
+    if types := [each for each in seen.limits if each.scope == "type"]:
+        line = [Text("limits     ", Style.DIM)]
+        for each in types:
+            style = Style.WARN if is_reached(each) else Style.PLAIN
+            line += [Text(f"{printable(each.name)}: {each.limit}", style), Text(" · ", Style.DIM)]
+        notes.append(line[:-1])
     last: list[Text] = []
     if (death := seen.death) is not None:
         first = next(iter(death.error.splitlines()), "") or "no error is told"

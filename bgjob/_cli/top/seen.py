@@ -6,6 +6,7 @@ from typing import Literal
 
 from bgjob._sql.dead import LastDeath
 from bgjob._sql.server import Holder
+from bgjob.limit import LimitStatus
 from bgjob.stats import CappedCount, MinuteCounts, MinuteReport, Overview, QueueOverview
 from bgjob.workers import WorkerStatus
 
@@ -63,6 +64,7 @@ class Seen:
     flows: dict[str, Flow] = field(default_factory=dict)
     holder: Holder | None = None
     death: LastDeath | None = None
+    limits: Sequence[LimitStatus] = ()
 
     @property
     def queues(self) -> list[QueueOverview]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
 from psycopg.errors import InsufficientPrivilege, UndefinedColumn, UndefinedTable
@@ -15,12 +15,16 @@ from bgjob._postgres.connection import Connection
 from bgjob._running.drive import drive
 from bgjob._sql.dead import LastDeath, last_death
 from bgjob._sql.execute import read_all, run, send_all
+from bgjob._sql.limits import limits
 from bgjob._sql.minutes import Span, report
 from bgjob._sql.overviews import overview, plan_by_index
 from bgjob._sql.server import Holder, holders
 from bgjob._sql.session import SETTINGS, schema_comment, session
 from bgjob._sql.statement import Statement
 from bgjob._sql.workers import workers
+
+if TYPE_CHECKING:
+    from bgjob.limit import LimitStatus
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,6 +65,7 @@ class Source:
         self._slow_at = 0.0
         self._flows: dict[str, Flow] = {}
         self._death: LastDeath | None = None
+        self._limits: Sequence[LimitStatus] = ()
         self._holder: Holder | None = None
         info = self._connection.info
         # The host of a socket is its folder.
@@ -83,13 +88,14 @@ class Source:
             if monotonic() >= self._slow_at:
                 self._flows = self._optional(_FLOWS, flows_of) or {}
                 self._death = self._optional(_DEATH, lambda death: death)
+                self._limits = self._optional(limits(), tuple) or ()
                 self._holder = self._optional(holders(), _oldest)
                 self._slow_at = monotonic() + _SLOW
             listed = self._optional(workers(), lambda listed: listed) or []
         except psycopg.Error:
             self.close()
             raise
-        return Seen(found, listed, self._flows, self._holder, self._death)
+        return Seen(found, listed, self._flows, self._holder, self._death, self._limits)
 
     def explain(self, queue: str) -> list[tuple[str, str]]:
         """Return why the first due job of a queue does not run, as labels and texts.
