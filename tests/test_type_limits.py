@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, LiteralString
 
 import psycopg
@@ -16,6 +17,10 @@ from support.waiting import eventually
 from support.workers import Gate, Launcher
 
 from bgjob import EnqueueRequest, Limit, Mux
+from bgjob._engine.engine import Engine
+from bgjob._engine.protocol import Exchange, Sleep, Sweep
+from bgjob._engine.reply import Reply
+from bgjob._engine.throttle import Throttle
 from bgjob._sql.claims import (
     Rations,
     claim,
@@ -25,9 +30,9 @@ from bgjob._sql.claims import (
     free,
     sweep,
 )
-from bgjob._sql.limits import Subject, set_limit
+from bgjob._sql.limits import Ration, Subject, set_limit
 from bgjob._sql.statement import Statement
-from bgjob._sql.survey import survey
+from bgjob._sql.survey import Line, survey
 from bgjob.job import Job
 
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -154,6 +159,57 @@ def test_100_000_jobs_that_wait_for_their_limit_are_met_by_no_claim_of_others(
         plan = explained(worker, prepare(worker, name, statement), plan_cache_mode)
         assert buffers(plan) <= 600, plan
         assert sum(map(handled, nodes(plan))) <= 1000, plan
+
+
+# -- the engine --------------------------------------------------------------------------------
+
+
+def answer(exchange: Exchange) -> Reply:
+    """Return what the server says where only jobs of the limited type are due, and none is left."""
+    reply = Reply(settled={outcome.claimed.job.id for outcome in exchange.outcomes})
+    if isinstance(exchange.claim, Sweep):
+        reply.lines, reply.held_back = [Line(0, LONG_AGO, None, has_suspects=False)], ["slow"]
+    for _ in exchange.takes:
+        reply.add_ration(Ration(None, 5, 10.0, 0.0, LONG_AGO))
+    return reply
+
+
+def test_after_a_refusal_jobs_that_wait_for_their_limit_are_claimed_without_a_busy_wait() -> None:
+    now, refused, claimed = 0.0, 0, 0
+    engine = Engine(
+        concurrency=2,
+        poll_interval=60.0,
+        lease=60.0,
+        notify=False,
+        tokens=count(1),
+        type_limits={"slow": Limit(rate="1000/s")},
+    )
+    for _ in range(60):
+        match engine.step(now):
+            case Exchange() as exchange if exchange.limited and not refused:
+                engine.reject(now)
+                refused += 1
+            case Exchange() as exchange:
+                claimed += exchange.limited is not None
+                now += 0.001
+                engine.acknowledge(answer(exchange), now)
+            case Sleep(until):
+                assert until > now
+                now = until
+    assert refused and claimed
+
+
+def test_jobs_of_a_type_without_a_limit_of_places_are_claimed_by_the_hundred() -> None:
+    throttle = Throttle("q", None, {"slow": Limit(rate="9/s")}, lease=60, holder=1)
+    exchange = Exchange()
+    throttle.answered(exchange, Reply(held_back=["slow"]), 0, 0.0)
+    throttle.add_takes(exchange, 0.0, slots=2, room=0, has_more=False, free=500)
+    [take] = exchange.takes
+    assert (take.subject, take.ask.need) == (Subject("type", "slow"), 2)  # nothing is known yet
+    throttle.answered(exchange, Reply(rations=[Ration(None, 300, 1.0, 0.0, LONG_AGO)]), 0, 0.0)
+    throttle.add_claim(exchange, 500, 0.0, slots=2, tokens=count(1))
+    assert exchange.limited is not None
+    assert exchange.limited.limit == 300
 
 
 # -- workers -----------------------------------------------------------------------------------

@@ -297,6 +297,8 @@ class Engine:
             if self.throttle.has_types:
                 self._add_types(exchange, now)
             self._add_work(exchange, now)
+            if self._careful and not exchange and self.throttle.has_types:
+                self._add_claim_of_type(exchange, now)
             if self._stopping:
                 is_held = self._lookout.notify_lock.is_held
                 exchange.notify_lock = "release" if done and is_held else None
@@ -337,8 +339,11 @@ class Engine:
         ended = {o.claimed for o in (*self._settling.outcomes, *self._locked.outcomes, *sent)}
         held = (*self._leases.lost, *self._leases.jobs)
         throttle.count(claimed for claimed in held if claimed not in ended)
-        if self._careful:
-            return
+        if not self._careful:
+            self._add_claim_of_type(exchange, now)
+
+    def _add_claim_of_type(self, exchange: Exchange, now: float) -> None:
+        throttle = self.throttle
         if not self._claims.is_held_up(now) and self._may_claim(exchange, now):
             room = throttle.share(self._worthwhile_room(), has_others=self._lookout.has_more)
             throttle.add_claim(exchange, room, now, slots=self.slots, tokens=self._tokens)
@@ -511,6 +516,7 @@ class Engine:
             self.throttle.forget(self._leases.tokens)
         effects.events += self._cancels.take_events()
         is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels
+        is_busy = is_busy or (self.throttle.has_types and self.throttle.has_waiting)
         if not (self._is_idle or is_busy or self._isolation.is_needed) and self._lookout.waits(now):
             self._is_idle = True
             effects.events.append(QueueIsEmpty(self._queue))

@@ -81,9 +81,17 @@ class Limits:
 
     def places(self, slots: int) -> int:
         """Return how many of the slots may run handlers."""
-        if not self.is_on or (self._ration is not None and self._ration.places is None):
-            return slots
-        return min(self._places, slots)
+        return min(self._places, slots) if self.bounds_places else slots
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the server has told what it allows."""
+        return self._ration is not None
+
+    @property
+    def bounds_places(self) -> bool:
+        """Whether it bounds how many handlers run, as far as is known."""
+        return self.is_on and (self._ration is None or self._ration.places is not None)
 
     @property
     def run_until(self) -> float:

@@ -36,6 +36,18 @@ class _OfType:
         self.idle_at = -inf
 
 
+_ENOUGH = 1 << 30
+"""Stands for no limit."""
+
+
+def _free(each: _OfType, slots: int) -> int:
+    """Return how many more jobs of a type may be claimed, as far as its places are concerned."""
+    limits = each.limits
+    if not limits.bounds_places:
+        return _ENOUGH
+    return (limits.places(slots) if limits.is_known else slots) - each.busy
+
+
 class Throttle:
     """Adds to exchanges what limits need, and says how much may be claimed.
 
@@ -98,7 +110,7 @@ class Throttle:
     @property
     def gives_back(self) -> bool:
         """Whether to give back jobs that have not started: they would keep places in use."""
-        return any(limits.gives_back for limits in self._all)
+        return self.queue.gives_back
 
     @property
     def start_by(self) -> Mapping[int, float]:
@@ -138,8 +150,13 @@ class Throttle:
         """Whether jobs of a type wait that may be claimed now."""
         return any(self._most(each, now, slots) > 0 for each in self._types.values() if each.waits)
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether jobs wait aside, as far as is known."""
+        return any(each.waits for each in self._types.values())
+
     def _most(self, each: _OfType, now: float, slots: int) -> int:
-        return min(each.limits.most(now), each.limits.places(slots) - each.busy)
+        return min(each.limits.most(now), _free(each, slots))
 
     def add_claim(
         self, exchange: Exchange, room: int, now: float, *, slots: int, tokens: Iterator[int]
@@ -188,7 +205,7 @@ class Throttle:
             asked = limited.limit if limited is not None and limited.type == type_ else 0
             if each.waits or each.busy or asked:
                 each.idle_at = now + _IDLE
-                room = min(free, limits.places(slots) - each.busy) if each.waits else 0
+                room = min(free, _free(each, slots)) if each.waits else 0
                 limits.add_take(
                     exchange, now, asked=asked, slots=slots, room=room, has_more=each.waits
                 )
@@ -211,7 +228,7 @@ class Throttle:
         limits = each.limits
         if not (each.waits or each.busy):
             return inf if limits.has_left else each.idle_at
-        wants = each.waits and min(free, limits.places(slots) - each.busy) > 0
+        wants = each.waits and min(free, _free(each, slots)) > 0
         if wants and self._most(each, now, slots) > 0:
             return now if self.queue.most(now) > 0 else inf
         return limits.wake_at(wants_claim=wants)
@@ -263,8 +280,7 @@ class Throttle:
 
     def withdrawn(self) -> None:
         """Record that the jobs that have not started were given back."""
-        for limits in self._all:
-            limits.gives_back = False
+        self.queue.gives_back = False
 
     def refund(self, claims: Collection[Claimed]) -> None:
         """Record that jobs are given back unstarted: their tokens were not used."""
