@@ -14,6 +14,7 @@ from replicas import Plan, Replicas
 from work import QUEUE
 
 from bgjob import Client, EnqueueRequest
+from bgjob._sql.notices import BY_HAND
 from bgjob.ext.embedded import EmbeddedServer
 from bgjob.schema import init_sql
 
@@ -96,24 +97,21 @@ def _drain(
     dsn = _fresh(admin, dsn)
     slots = sum(plan.workers * plan.concurrency for plan in plans)
     rate = min(_FASTEST, slots / plans[0].handler_s) if plans[0].handler_s else _FASTEST
-    admin.execute(_FILL, [int(rate * seconds * 1.5)])
-    admin.execute("vacuum (analyze) bgjob_job")
-    admin.execute("checkpoint")
-    with Client(dsn) as client:
-        client.pause(QUEUE)
-        with replicas.running(dsn, plans) as workers:
-            sleep(1)
+    with replicas.running(dsn, plans) as workers:
+        # In one transaction: all workers see the whole backlog at the same moment.
+        with admin.transaction():
+            admin.execute(_FILL, [int(rate * seconds * 1.5)])
             admin.execute("select pg_stat_statements_reset()")
-            client.resume(QUEUE)
-            sleep(0.5)  # all have seen it
-            before, began, waits, active = _ran(workers), monotonic(), 0.0, 0
-            while monotonic() < began + seconds:
-                sleep(0.05)
-                row = admin.execute(_WAITS).fetchone()
-                assert isinstance(row, tuple)
-                waits, active = waits + row[0], active + row[1]
-            after, took = _ran(workers), monotonic() - began
-            claims = _claims(admin)
+            admin.execute("select pg_notify(%s, %s)", [BY_HAND, QUEUE])
+        sleep(0.5)  # all have seen it
+        before, began, waits, active = _ran(workers), monotonic(), 0.0, 0
+        while monotonic() < began + seconds:
+            sleep(0.05)
+            row = admin.execute(_WAITS).fetchone()
+            assert isinstance(row, tuple)
+            waits, active = waits + row[0], active + row[1]
+        after, took = _ran(workers), monotonic() - began
+        claims = _claims(admin)
     ran = [late - early for late, early in zip(after, before, strict=True)]
     usual = mean(ran)
     return {
