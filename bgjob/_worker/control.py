@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from math import inf
+from random import uniform
 from time import monotonic
 from typing import TypeVar
 
@@ -647,7 +648,8 @@ class QueueControl:
             self._session.open(None if left == inf else max(left, 0.1))
         except (psycopg.Error, BgjobError) as error:
             self._events.error(error)
-            self._reopen_at = monotonic() + self._pause
+            # Not all workers of a fleet at the same moments.
+            self._reopen_at = monotonic() + self._pause * uniform(0.5, 1.0)  # noqa: S311
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         else:
             self._pause = _FIRST_PAUSE
