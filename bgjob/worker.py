@@ -74,7 +74,9 @@ class AsyncWorker:
         poll_interval: seconds or a timedelta between two looks at an idle
             queue; 1 s by default. Enqueues of a Client wake the worker
             immediately; the interval bounds the delay after a lost notification, a
-            retry of another worker or an ended lease. At least 0.001 s.
+            retry of another worker or an ended lease. Of more than 16 idle workers
+            of a queue, 16 look so often and the others about ten times as rarely.
+            At least 0.001 s.
         lease: seconds or a timedelta after which the jobs of a worker that died
             are due again; 30 s by default: longer than most pauses of a host,
             short enough to wait for. The worker extends it while it holds the job,
@@ -282,7 +284,9 @@ class Worker:
         poll_interval: seconds or a timedelta between two looks at an idle
             queue; 1 s by default. Enqueues of a Client wake the worker
             immediately; the interval bounds the delay after a lost notification, a
-            retry of another worker or an ended lease. At least 0.001 s.
+            retry of another worker or an ended lease. Of more than 16 idle workers
+            of a queue, 16 look so often and the others about ten times as rarely.
+            At least 0.001 s.
         lease: seconds or a timedelta after which the jobs of a worker that died
             are due again; 30 s by default: longer than most pauses of a host,
             short enough to wait for. The worker extends it while it holds the job,

@@ -1080,7 +1080,7 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     assert isinstance(exchange.claim, Sweep)
     assert exchange.notify_lock == "take"
     answers = [store for _, store in exchange.statements("q", 30.0)]
-    claims = [Reply.set_lock_answer, Reply.set_swept]
+    claims = [Reply.set_lock_answer, Reply.set_has_post, Reply.set_swept]
     surveys = [Reply.set_lines, Reply.set_blocked, Reply.set_seen]
     assert answers == claims + surveys
     drive.answer(Reply(lock_answer="taken"))
@@ -1138,6 +1138,65 @@ def test_a_worker_that_relies_on_another_tries_for_its_lock_and_then_lets_all_lo
     assert drive.exchange().claim is not None  # nobody was notified meanwhile
     drive.answer()
     assert drive.sleep() > drive.now + 5.0
+
+
+def exchanges_of_a_minute(drive: Drive, reply: Reply) -> int:
+    until, exchanges = drive.now + 60.0, 0
+    while drive.next_exchange().notify_lock is None or drive.now < until:
+        drive.answer(reply)
+        exchanges += 1
+    drive.answer(reply)
+    return exchanges
+
+
+def test_an_idle_worker_beside_enough_others_polls_ten_times_as_rarely() -> None:
+    usual, spare = Drive(notify=True), Drive(notify=True)
+    polls = exchanges_of_a_minute(usual, Reply(lock_answer="covered", has_post=True))
+    rarely = exchanges_of_a_minute(spare, Reply(lock_answer="covered", has_post=False))
+    assert 50 <= polls <= 130
+    assert 4 <= rarely <= 16
+
+
+def test_a_worker_that_polls_rarely_claims_as_soon_as_it_is_notified() -> None:
+    drive = Drive(notify=True)
+    while isinstance(drive.step(), Exchange):
+        drive.answer(Reply(lock_answer="covered", has_post=False))
+    assert drive.sleep() > drive.now + 4.0
+    drive.engine.wake(Notice({0: NOON}))
+    assert drive.exchange().claim is not None
+
+
+@pytest.mark.parametrize("answer", ["taken", "deputy", "contended"])
+def test_the_workers_that_others_rely_on_poll_often_even_without_a_post(answer: str) -> None:
+    drive = Drive(notify=True, poll_interval=0.5)
+    for _ in range(5):
+        drive.next_exchange()
+        drive.answer(Reply(lock_answer=answer, has_post=False))
+    assert drive.sleep() <= drive.now + 0.5
+
+
+def test_a_worker_without_a_free_slot_leaves_its_post_after_a_second() -> None:
+    drive = Drive(notify=True)
+    drive.drain(lock="covered")
+    drive.engine.wake(Notice(later=True))
+    drive.claim("a")
+    busy_at = drive.now
+    while (exchange := drive.next_exchange()).notify_lock != "leave":
+        drive.answer()
+    assert 0.9 < drive.now - busy_at < 1.5
+    drive.answer()
+    assert drive.next_exchange().notify_lock is None  # it has none to leave
+
+
+def test_a_try_for_a_post_that_was_refused_is_not_made_again() -> None:
+    drive = Drive(notify=True)
+    drive.claim()
+    assert drive.exchange().asks_post
+    drive.engine.reject(drive.now)
+    drive.now += 10.0
+    while (exchange := drive.next_exchange()).notify_lock is None:
+        drive.answer()
+    assert not exchange.asks_post  # the lock may have outlived the transaction
 
 
 def test_a_lock_that_was_given_up_is_taken_without_a_word() -> None:

@@ -60,6 +60,9 @@ MICROSECOND = timedelta(microseconds=1)
 SECOND = 1_000_000  # microseconds: the table's times are integers, as PostgreSQL's are
 LOCK_TIMEOUT = 0.1
 NEVER = 200_000_000_000 * SECOND  # when a job is due that waits for its group
+RAREST = 15
+"""The most poll intervals between two polls of a worker beside enough others."""
+
 THEN = "then"
 LAST_WORDS = 1.0  # seconds that the worker grants its engine after the grace period
 
@@ -692,7 +695,12 @@ class History:
             if self.batch > 1
             else None,
             only_batches=True,
+            chance=Random(-15 - seed).random,
         )
+        # Enough other workers poll, which do nothing else.
+        self.is_crowd = not calm and Random(-16 - seed).random() < 0.2
+        if self.is_crowd:
+            self.poll_interval *= RAREST
         self.streams = seed % 2 == 1
         self.keys = random.choice([0.0, 0.0, 0.3, 1.0])  # the share of jobs that have one
         self.fates = Random(-1 - seed)
@@ -1471,6 +1479,8 @@ class History:
             promise(key not in self.live, f"{key}: freed by the worker that holds it")
         if session is None:
             return reply
+        if exchange.asks_post:
+            reply.has_post = not self.is_crowd
         if exchange.notify_lock == "take":
             is_free = self.lock in (None, session)
             if is_free and not self.in_flight:

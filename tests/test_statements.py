@@ -39,7 +39,15 @@ from bgjob._sql.claims import (
 )
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.key_rows import barred_keys
-from bgjob._sql.notices import channel, listen, release_notify_lock, take_notify_lock
+from bgjob._sql.notices import (
+    POSTS,
+    channel,
+    leave_post,
+    listen,
+    release_notify_lock,
+    take_notify_lock,
+    take_post,
+)
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
     DeadLettered,
@@ -719,6 +727,24 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
         assert ask(other, take_notify_lock("q")) == "deputy"  # its place was free
         deputy.close()
         assert eventually(lambda: other.execute(locks).fetchall() == [(1,)])
+
+
+def test_a_queue_has_sixteen_posts_and_a_worker_that_leaves_one_frees_it(dsn: str) -> None:
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(POSTS + 1)
+        ]
+        assert [ask(worker, take_post("q")) for worker in workers] == [True] * POSTS + [False]
+        assert ask(workers[-1], take_post("another")) is True
+        ask(workers[-1], leave_post())
+        ask(workers[3], leave_post())
+        assert ask(workers[-1], take_post("q")) is True
+        assert ask(workers[3], take_post("q")) is False
+        workers[5].close()  # as if it had died
+        assert eventually(lambda: ask(workers[3], take_post("q")))
+        ask(workers[3], release_notify_lock("q"))
+        locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
+        assert workers[3].execute(locks, [workers[3].info.backend_pid]).fetchall() == [(0,)]
 
 
 def test_no_worker_sleeps_while_an_enqueue_is_in_flight(dsn: str, conn: psycopg.Connection) -> None:

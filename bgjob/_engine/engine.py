@@ -12,8 +12,9 @@ has over 400 lines, because each of its verbs goes through all parts.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from math import inf
+from random import random
 from types import MappingProxyType
 
 from bgjob._engine.batch_pace import BatchPace
@@ -68,10 +69,10 @@ class Engine:
         limit: Limit | None = None,
         type_limits: Mapping[str, Limit] = NO_LIMITS,
         holder: int = 0,
+        chance: Callable[[], float] = random,
     ) -> None:
         self._queue = queue  # for its events
         self._slots = concurrency
-        self._poll_interval = poll_interval
         self._transactional = transactional
         self._in_transactions = {*transactional, *checkpointed}  # while handlers run, or at times
         self._kept = kept
@@ -91,7 +92,7 @@ class Engine:
         self._keys = Keys(self._leases, self.pace, concurrency, slots)
         self._locked = Locked(Pause(longest_pause))
         self._over = Over()
-        self._lookout = Lookout(poll_interval, notify=notify)
+        self._lookout = Lookout(poll_interval, notify=notify, chance=chance)
         self._isolation = Isolation()
         self.throttle = Throttle(queue, limit, type_limits, lease=lease, holder=holder)
         self._tokens = tokens
@@ -449,7 +450,7 @@ class Engine:
 
     def _wake_at(self, now: float) -> float:
         times = [
-            now + self._poll_interval,
+            now + self._lookout.poll_interval,
             self._settling.retry_at,
             self._locked.probe_at,
             self._keys.ask_at,

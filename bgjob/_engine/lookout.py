@@ -1,5 +1,6 @@
 """When the worker looks for jobs, and where: claims, sweeps, and the notify lock."""
 
+from collections.abc import Callable
 from datetime import datetime
 from math import inf
 from typing import Literal
@@ -24,9 +25,9 @@ class Lookout:
     after one that was not answered starts where that did, and answers the same notifications.
     """
 
-    def __init__(self, poll_interval: float, *, notify: bool) -> None:
+    def __init__(self, poll_interval: float, *, notify: bool, chance: Callable[[], float]) -> None:
         self._poll_interval = poll_interval
-        self.notify_lock = NotifyLock(poll_interval, enabled=notify)
+        self.notify_lock = NotifyLock(poll_interval, enabled=notify, chance=chance)
         self.marks = Watermarks(poll_interval)
         self.has_more = True
         """Whether the last claim was full: there is more."""
@@ -37,6 +38,11 @@ class Lookout:
         self._is_unsurveyed = False  # jobs were enqueued that may be due later, and not surveyed
         self._has_more_to_free = False
         self.blocked_after = ""  # the key after which the search for blocked keys continues
+
+    @property
+    def poll_interval(self) -> float:
+        """Seconds between two polls: that of the worker, or longer where others poll enough."""
+        return self._poll_interval * self.notify_lock.rarity
 
     def look(self, *, thoroughly: bool = True) -> None:
         """Claim next; and sweep soon, unless the jobs are at the marks."""
@@ -105,7 +111,8 @@ class Lookout:
         for priority, since in reply.woken:
             self.wake(Notice({priority: since}))
         if wish:
-            lock.answered(wish, reply.lock_answer, now)
+            has_post = reply.has_post if exchange.asks_post else lock.has_post
+            lock.answered(wish, reply.lock_answer, now, has_post=has_post)
         if isinstance(claim, Claim):
             self._claimed(claim, reply, now)
         elif isinstance(claim, Sweep):
@@ -154,6 +161,7 @@ class Lookout:
 
     def _swept(self, sweep: Sweep, reply: Reply, began: float, now: float) -> None:
         marks, (jobs, freed, since, *_) = self.marks, reply.swept
+        marks.poll_interval = self.poll_interval
         if sweep.limit:
             self.has_more = len(jobs) + freed + reply.unread + reply.met == sweep.limit
             self._looked(jobs, None, now)
@@ -192,7 +200,7 @@ class Lookout:
         self._is_unsurveyed = False
 
     def _looked(self, jobs: list[Job], starts: dict[int, datetime] | None, now: float) -> None:
-        self._poll_at = now + self._poll_interval
+        self._poll_at = now + self.poll_interval
         self.notify_lock.arrived(len(jobs), now)
         self.marks.claimed(jobs, starts, full=self.has_more)
 
@@ -205,6 +213,8 @@ class Lookout:
     def take_back(self, exchange: Exchange) -> None:
         """Record that an exchange was not answered: the next claim starts where its claim did."""
         claim = exchange.claim
+        if exchange.asks_post:
+            self.notify_lock.post_unknown()
         if isinstance(claim, Claim):
             self.marks.again(claim.marks)
         if claim is not None and claim.is_told:

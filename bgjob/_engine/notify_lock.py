@@ -13,6 +13,13 @@ a second. The others try for both once a second. So of 2,000 sleeping workers on
 asks often, and the death of the holder costs 0.2 s, that of both a second, whatever the
 poll interval is. A worker that takes a lock which was not released notifies the others.
 
+A queue has 16 posts. An idle worker takes one with the lock, and leaves it when it has had no free
+slot for a second. Those with a post, the holder and the deputy poll at the poll interval. A worker
+that finds all posts taken is a spare: it polls, and tries for the locks, ten times as rarely, at
+times of its own. Each poll is an exchange of five statements; 2,000 workers that polled once a
+second used more than one core of the server (benchmarks/fleet.py). A spare is notified like the
+others. It finds within ten polls that a post is free.
+
 Enqueues that do not commit keep all workers from taking the lock. Then, too, only the deputy
 tries often; the others poll.
 
@@ -26,8 +33,12 @@ enqueue 0.7 times as fast (benchmarks/producers.py). At 200 jobs/s, in a drain a
 the rules do the same.
 """
 
+from collections.abc import Callable
 from math import exp, inf
-from typing import Literal
+from typing import Literal, TypeAlias
+
+LockWish: TypeAlias = Literal["take", "release", "leave"]
+"""What to do with the notify lock, or with a post only."""
 
 _FLOW = 1000.0
 """Jobs/s from which the worker polls often and does not take the lock."""
@@ -42,6 +53,12 @@ while an uncommitted enqueue shares it."""
 _COVERED = 1.0
 """The most seconds between two tries of any other worker."""
 
+_LEAVE = 1.0
+"""Seconds without need of polls before the worker leaves its post."""
+
+_SPARE = 10.0
+"""By which factor a worker without a post polls more rarely, on average."""
+
 _RELEASE = 0.01
 """Seconds without need of notifications before the worker releases the lock, which notifies."""
 
@@ -52,9 +69,10 @@ _FADE = 0.1
 class NotifyLock:
     """One worker's state of the notify lock of its queue."""
 
-    def __init__(self, poll_interval: float, *, enabled: bool) -> None:
+    def __init__(self, poll_interval: float, *, enabled: bool, chance: Callable[[], float]) -> None:
         self._poll_interval = poll_interval
         self._enabled = enabled
+        self._chance = chance
         self.is_held = False
         """Whether this worker holds the lock, so that enqueues notify."""
         self.look_at = inf
@@ -64,22 +82,25 @@ class NotifyLock:
         self.is_deputy = False
         self.relieves = False
         """Whether enqueues may have notified no worker for a while before the lock is taken."""
+        self.has_post = False
+        self.rarity = 1.0
+        """How many poll intervals lie between two polls: more than one for a spare."""
         self._take_at = -inf
         self._pause = _LOOK
         self._unneeded_since = inf
         self._flow = 0.0
         self._flow_at = -inf
 
-    def wish(self, now: float, *, free: bool) -> Literal["take", "release"] | None:
+    def wish(self, now: float, *, free: bool) -> LockWish | None:
         """Return what to do with the lock; `free` says whether a slot is free."""
-        needed = free and not self._flows(now)
-        if not self.is_held:
-            return "take" if self._enabled and needed and now >= self._take_at else None
-        if needed:
+        if free and not self._flows(now):
             self._unneeded_since = inf
-            return None
+            is_time = self._enabled and not self.is_held and now >= self._take_at
+            return "take" if is_time else None
         self._unneeded_since = min(self._unneeded_since, now)
-        return "release" if now >= self._unneeded_since + _RELEASE else None
+        if self.is_held:
+            return "release" if now >= self._unneeded_since + _RELEASE else None
+        return "leave" if self.has_post and now >= self._unneeded_since + _LEAVE else None
 
     @property
     def polls(self) -> bool:
@@ -90,6 +111,8 @@ class NotifyLock:
         """Return when `wish` may change."""
         if self.is_held:
             return self._unneeded_since + _RELEASE
+        if self.has_post and not free:
+            return self._unneeded_since + _LEAVE
         if not self._enabled or not free:
             return inf
         return max(self._take_at, self.look_at if self.look_at < inf else now)
@@ -98,25 +121,35 @@ class NotifyLock:
         """Whether the lock needs no try now, so that the worker may sleep."""
         return self.is_held or not self._enabled or now < self._take_at
 
-    def answered(self, asked: Literal["take", "release"], answer: str | None, now: float) -> None:
-        """Record the server's answer."""
+    def answered(
+        self, asked: LockWish, answer: str | None, now: float, *, has_post: bool = True
+    ) -> None:
+        """Record the server's answer; `has_post` says whether it has a post after a try."""
         self._unneeded_since = inf
+        self.has_post = asked == "take" and has_post
         self.is_held = asked == "take" and answer == "taken"
         self.is_covered = answer in ("covered", "deputy")
         self.is_deputy = answer in ("contended", "deputy")
         if answer == "contended":
+            self.rarity = 1.0
             self._take_at = now + self._pause
             longest = min(self._poll_interval, _WATCH)
             self.relieves |= self._pause >= longest
             self._pause = min(2 * self._pause, longest)
             return
-        self.relieves, self._pause = self.is_covered, _LOOK
-        if asked == "release":
+        self.relieves, self._pause = self.is_covered or asked == "leave", _LOOK
+        is_spare = asked == "take" and answer == "covered" and not has_post
+        self.rarity = _SPARE * (0.5 + self._chance()) if is_spare else 1.0
+        if asked != "take":
             self._take_at = now
             self.look_at = now + _LOOK if self._flows(now) else inf
         else:
             rest = _WATCH if self.is_deputy else _COVERED
-            self._take_at = now + min(rest, self._poll_interval)
+            self._take_at = now + min(rest, self._poll_interval) * self.rarity
+
+    def post_unknown(self) -> None:
+        """Record that a try for a post was not answered: a second post must not be taken."""
+        self.has_post = True
 
     def arrived(self, jobs: int, now: float) -> None:
         """Record how many jobs a claim returned."""
@@ -131,7 +164,8 @@ class NotifyLock:
     def lose(self) -> None:
         """Record that the connection is gone, and the lock with it."""
         self.is_held, self._take_at, self._unneeded_since = False, -inf, inf
-        self.is_covered = self.is_deputy = self.relieves = False
+        self.is_covered = self.is_deputy = self.relieves = self.has_post = False
+        self.rarity = 1.0
 
     def _flows(self, now: float) -> bool:
         return self._flow_now(now) > _FLOW

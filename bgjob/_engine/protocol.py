@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
+from bgjob._engine.notify_lock import LockWish
 from bgjob._engine.outcome import CommitUnknown, Release, Unsettled
 from bgjob._engine.reply import Part, Plan, Reply
 from bgjob._sql.claims import (
@@ -24,7 +25,7 @@ from bgjob._sql.key_rows import barred_keys, lock_keys
 from bgjob._sql.keys import NO_SLOTS, acquire, blocked, release
 from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.limits import Take
-from bgjob._sql.notices import release_notify_lock, take_notify_lock
+from bgjob._sql.notices import leave_post, release_notify_lock, take_notify_lock, take_post
 from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.steering import were_cancelled
 from bgjob._sql.survey import open_transactions, strays, survey, survey_known
@@ -151,11 +152,13 @@ class Exchange(Settlements):
     """Groups of which a job has ended: are they over?"""
     end: Sequence[Claimed] = ()
     """Claims that were given up: end the sessions of their handlers."""
-    notify_lock: Literal["take", "release"] | None = None
+    notify_lock: LockWish | None = None
     is_deputy: bool = False
     """With "take": whether this session is the deputy already."""
     relieve: bool = False
     """With "take": whether to notify the other workers if the lock is taken."""
+    asks_post: bool = False
+    """With "take": whether to take a post, too."""
     claim: Claim | Sweep | ClaimGroup | None = None
     limited: ClaimLimited | None = None
     rations: Rations = NO_RATIONS
@@ -209,6 +212,8 @@ class Exchange(Settlements):
             # Before the claim: a job that the claim does not see notifies.
             taking = take_notify_lock(queue, is_deputy=self.is_deputy, relieve=self.relieve)
             plan.append(Part(taking, Reply.set_lock_answer))
+            if self.asks_post:
+                plan.append(Part(take_post(queue), Reply.set_has_post))
         # The claim comes before settlements: its jobs are read while the server settles.
         match self.claim:
             case Sweep(0, after=after, window=Window() as window) as part:
@@ -318,6 +323,8 @@ class Exchange(Settlements):
             plan.append(Part(end_groups(self.groups, notify=True), Reply.set_ended))
         if self.notify_lock == "release":
             plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
+        elif self.notify_lock == "leave":
+            plan.append(Part(leave_post(), Reply.ignore))
         if not self.extend:
             plan += self._taking(lease)  # at last: others may wait for the limit's row
         return plan

@@ -27,6 +27,8 @@ class Reply:
     settled: set[str] = field(default_factory=set)
     extended: set[str] = field(default_factory=set)
     lock_answer: str | None = None
+    has_post: bool = True
+    """Whether the worker has a post, if it asked for one."""
     claimed: list[Job] = field(default_factory=list)
     seen: OpenTransactions | None = None
     swept: Swept = _NOTHING_SWEPT
@@ -64,6 +66,9 @@ class Reply:
 
     def set_lock_answer(self, answer: str | None) -> None:
         self.lock_answer = answer
+
+    def set_has_post(self, has_post: bool) -> None:
+        self.has_post = has_post
 
     def set_claimed(self, jobs: list[Job]) -> None:
         self.claimed = jobs

@@ -66,7 +66,7 @@ class Watermarks:
     """The marks of one queue, and when to look behind them."""
 
     def __init__(self, poll_interval: float) -> None:
-        self._poll_interval = poll_interval
+        self.poll_interval = poll_interval
         self._marks: dict[int, datetime] = {}
         self._told_since: dict[int, datetime] = {}
         # For each sent claim, where it starts before the marks.
@@ -173,7 +173,7 @@ class Watermarks:
     def _look_back(self, since: datetime, until: datetime, now: float) -> None:
         if self._look_back_at < inf:
             since = min(since, self._late_since)
-        rest = min((until - since).total_seconds() / _WALKS, self._poll_interval)
+        rest = min((until - since).total_seconds() / _WALKS, self.poll_interval)
         self._late_since, self._look_back_at = since, max(now, self._looked_back_at + rest)
 
     def freed(self, since: datetime) -> None:
@@ -232,11 +232,11 @@ class Watermarks:
         # A single slow sweep shows a busy host or cold pages, and must not keep the worker
         # from sweeping for forty times as long.
         self._cost, self._last_cost = min(self._last_cost, now - began), now - began
-        self.sweep_at = now + max(self._poll_interval, REST * self._cost)
+        self.sweep_at = now + max(self.poll_interval, REST * self._cost)
         self._in_parts, self._claimed = self._last_cost > _MOST_COST, 0
         if self._in_parts:  # that sweep saw everything: the first part need not come soon
             self._until, self._parts_cost = _LATEST, 0.0
-            self.sweep_at = now + max(self._poll_interval, REST * _PART)
+            self.sweep_at = now + max(self.poll_interval, REST * _PART)
 
     def refused(self, window: Window | None, *, began: float, now: float) -> None:
         """Record that the server refused a sweep: claims go on, and the next one comes later.
@@ -251,7 +251,7 @@ class Watermarks:
             self._width = max(self._width / 2, _NARROWEST)
         else:
             self._until = _LATEST if window.since == _OLDEST else window.since
-        rest = max(min(self._poll_interval, _AFTER_REFUSAL), cost)
+        rest = max(min(self.poll_interval, _AFTER_REFUSAL), cost)
         self._swept_at, self.sweep_at = now, now + rest
         self._cost = max(self._cost, rest / REST)
 
@@ -301,7 +301,7 @@ class Watermarks:
             self._in_parts, self._claimed = self._parts_cost > _MOST_COST, 0
             self._slowest_before, self._slowest = self._slowest, 0.0
             self.start_again()
-            rest = max(rest, self._poll_interval)
+            rest = max(rest, self.poll_interval)
         self._swept_at, self._cost, self._last_cost = now, cost, cost
         self.sweep_at = now + rest
         return is_new

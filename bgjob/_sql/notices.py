@@ -1,5 +1,6 @@
 """Notifications of enqueues: a lock and a channel for each bucket of queues."""
 
+from hashlib import blake2b
 from typing import LiteralString
 from zlib import crc32
 
@@ -13,6 +14,9 @@ DEPUTY_CLASS = LOCK_CLASS + 1
 
 BUCKETS = 128
 """The number of locks and channels that all queues share: 10,000 would fill the lock table."""
+
+POSTS = 16
+"""The posts of a queue: so many of its idle workers poll at the poll interval, others rarely."""
 
 CHANNEL = "bgjob_"
 """The prefix of a channel's name; the bucket follows."""
@@ -102,11 +106,42 @@ def take_notify_lock(
     )
 
 
+def first_post(queue: str) -> int:
+    """Return the key of the first post of `queue`; the others follow it.
+
+    Of 64 bits: queues that shared posts would be polled by one another's workers.
+    """
+    digest = blake2b(queue.encode(), digest_size=8, person=b"bgjob").digest()
+    return int.from_bytes(digest, "big", signed=True) & -POSTS
+
+
+def take_post(queue: str) -> Statement[bool]:
+    """Take a post of `queue`, if one is free; return whether this session has one now.
+
+    A session that has one must not ask: it would take another.
+    """
+    return Statement(
+        """
+        select exists (
+            select from generate_series(%(first)s::bigint, %(last)s::bigint) as post
+            where pg_try_advisory_lock(post)
+        )
+        """,
+        {"first": first_post(queue), "last": first_post(queue) + POSTS - 1},
+        scalar,
+    )
+
+
+def leave_post() -> Statement[None]:
+    """Leave the post to another worker, and the place of the deputy with it."""
+    return Statement("select pg_advisory_unlock_all()", None, nothing)
+
+
 def release_notify_lock(queue: str) -> Statement[None]:
     """Release the notify lock, and wake the workers that relied on it: one takes it next.
 
-    The session holds no other advisory locks than the deputy's. It may hold this one twice: a
-    rollback does not release it, so that a repeated statement takes it again.
+    The session holds no other advisory locks than the deputy's and a post. It may hold this one
+    twice: a rollback does not release it, so that a repeated statement takes it again.
     """
     return Statement(
         "select pg_advisory_unlock_all(), " + NOTIFY.format(channel="%(channel)s", payload="''"),

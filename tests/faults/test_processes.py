@@ -581,7 +581,7 @@ def test_a_child_forked_by_a_handler_runs_no_job_and_shares_no_connection(
 
 
 NOTIFY_LOCKS = (
-    "select count(*) from pg_locks where locktype = 'advisory' and granted "
+    "select count(*) from pg_locks where locktype = 'advisory' and granted and objsubid = 2 "
     "and database = (select oid from pg_database where datname = current_database())"
 )
 
