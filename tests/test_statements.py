@@ -167,6 +167,26 @@ def test_concurrent_claims_never_overlap(dsn: str, conn: psycopg.Connection) -> 
     assert conn.execute("select distinct attempt from bgjob_job").fetchall() == [(1,)]
 
 
+@pytest.mark.parametrize("marks", [{0: LONG_AGO}, {0: LONG_AGO, 1: LONG_AGO}])
+def test_a_claim_passes_over_uncommitted_claims_without_a_try_for_their_locks(
+    dsn: str, conn: psycopg.Connection, marks: dict[int, datetime]
+) -> None:
+    fill(conn, 10)
+    conn.execute("update bgjob_job set priority = 0")
+    statement = claim("q", limit=4, lease=60, token=2, marks=marks)
+    with psycopg.connect(dsn) as rival:
+        assert len(ask(rival, claim("q", limit=3, lease=60, token=1, marks=marks))) == 3
+        with conn.transaction(force_rollback=True):
+            plan = conn.execute(
+                cast(Any, "explain (analyze) " + cast(str, statement.text)), statement.params
+            ).fetchall()
+        assert any("Rows Removed by Filter: 3" in line for (line,) in plan)
+        assert len(ask(conn, statement)) == 4
+        rival.rollback()
+    # What a claim has locked that was rolled back is claimed by the next one.
+    assert len(ask(conn, claim("q", limit=9, lease=60, token=3, marks=marks))) == 6
+
+
 def test_a_claim_takes_jobs_in_order_of_priority_and_due_time(worker: psycopg.Connection) -> None:
     fill(worker, 100)
     expected = [
