@@ -165,17 +165,18 @@ class _Fleet:
         """Enqueue single jobs into the idle fleet: what each costs, beyond idleness."""
         before, cpu, began = self._replicas.read(), self._server_cpu(), monotonic()
         self._admin.execute("select pg_stat_statements_reset()")
-        returned = []
+        asked = []
         with Client(self._dsn) as client, _notifications(self._dsn) as heard:
             for _ in range(jobs):
+                asked.append(monotonic())
                 client.enqueue(EnqueueRequest(QUEUE, "noop"))
-                returned.append(monotonic())
                 sleep(_PAUSE)
-        after, took = self._replicas.read(), monotonic() - began
-        started = sorted(at for reading in after for at in reading.started_at)
-        if len(started) != jobs:
-            raise RuntimeError(f"{len(started)} runs of {jobs} jobs")
-        waited = [(at - by) * 1000 for at, by in zip(started, returned, strict=True)]
+            while len(started := _starts(after := self._replicas.read())) < jobs:
+                sleep(_EVERY)
+                if monotonic() > began + PATIENCE:
+                    raise RuntimeError(f"{len(started)} runs of {jobs} jobs")
+        took = monotonic() - began
+        waited = [(at - by) * 1000 for at, by in zip(started, asked, strict=True)]
         spent = self._server_cpu() - cpu, _sum(after, "cpu_s") - _sum(before, "cpu_s")
         beyond = [
             (got - idle * took) / jobs for got, idle in zip(spent, self._idle_cpu, strict=True)
@@ -209,7 +210,7 @@ class _Fleet:
         with Client(self._dsn) as client:
             enqueued_at = monotonic()
             client.enqueue(EnqueueRequest(QUEUE, "noop"))
-            while (last := _last_start(self._replicas.read())) < enqueued_at:
+            while (last := max(_starts(self._replicas.read()))) < enqueued_at:
                 sleep(_EVERY)
         return _said(
             "outage",
@@ -263,8 +264,8 @@ def _sum(readings: Sequence[Reading], name: str) -> float:
     return float(sum(getattr(reading, name) for reading in readings))
 
 
-def _last_start(readings: Sequence[Reading]) -> float:
-    return max(at for reading in readings for at in reading.started_at)
+def _starts(readings: Sequence[Reading]) -> list[float]:
+    return sorted(at for reading in readings for at in reading.started_at)
 
 
 def _said(part: str, figures: Figures) -> Figures:
