@@ -327,6 +327,38 @@ def test_every_page_is_accessible_and_fits_a_phone_and_runs_no_hostile_name(
     it.said[:] = [text for text in it.said if "404" not in text]
 
 
+def test_one_page_over_several_databases_is_accessible_and_leads_to_each_and_back(
+    visit: Any, world: World
+) -> None:
+    from bgjob.ext.web import TokenAccess, WebApps, create_app
+
+    sources = {"orders": world.client, "away": "postgresql://127.0.0.1:1/none"}
+    access = TokenAccess(TOKEN)
+    apps = {name: create_app(source, access=access) for name, source in sources.items()}
+    it = visit(color_scheme="light")
+    with serving(WebApps(apps)) as it.address:
+        it.go(f"/?token={TOKEN}")
+        for width in (1280, 390):
+            it.page.set_viewport_size({"width": width, "height": 900})
+            for path in ("/", "/orders/"):
+                it.go(path)
+                assert findings(it.page) == [], path
+                assert it.page.evaluate("document.documentElement.scrollWidth") == width, path
+                it.page.emulate_media(color_scheme="dark")
+                assert findings(it.page, "color-contrast") == [], f"{path}, dark"
+                it.page.emulate_media(color_scheme="light")
+        it.go("/")
+        it.sees("The database does not answer")
+        world.client.pause("paused meanwhile")
+        it.will_see("2 queues paused")  # by the script, which renews the part
+        world.client.resume("paused meanwhile")
+        it.page.get_by_role("link", name="orders", exact=True).click()
+        it.page.get_by_role("link", name="Jobs", exact=True).click()
+        assert it.page.url == f"{it.address}/orders/jobs"
+        it.page.get_by_role("link", name="bgjob", exact=True).click()
+        assert it.page.url == f"{it.address}/"
+
+
 def test_links_of_hostile_names_lead_to_them(visit: Any, world: World) -> None:
     it = visit()
     it.sees(SHOWN)
