@@ -332,7 +332,10 @@ def test_one_page_over_several_databases_is_accessible_and_leads_to_each_and_bac
 ) -> None:
     from bgjob.ext.web import TokenAccess, WebApps, create_app
 
-    sources = {"orders": world.client, "away": "postgresql://127.0.0.1:1/none"}
+    sources: dict[str, Client | str] = {
+        "orders": world.client,
+        "away": "postgresql://127.0.0.1:1/none",
+    }
     access = TokenAccess(TOKEN)
     apps = {name: create_app(source, access=access) for name, source in sources.items()}
     it = visit(color_scheme="light")
