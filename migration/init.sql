@@ -25,6 +25,9 @@ create table bgjob_job (
     -- the key is free.
     exclusive   varchar(255) collate "C",
     waits       boolean     not null default false,
+    -- With waits: the job is due and its type has a limit, for which it waits. A claim that met it
+    -- has put it aside, so that the next ones meet other types.
+    limited     boolean     not null default false,
     next_run_at timestamptz not null default clock_timestamp(),
     -- The claim: which one holds the job, and until when. No index may cover these
     -- two columns or attempt, so that claims and extensions are heap-only updates,
@@ -53,9 +56,6 @@ create table bgjob_job (
     keep        double precision,
     -- How many jobs of its key may run at once. Null: one.
     slots       smallint,
-    -- With waits: the job is due and its type has a limit, for which it waits. A claim that met it
-    -- has put it aside, so that the next ones meet other types.
-    limited     boolean     not null default false,
     constraint bgjob_job_pkey primary key (id),
     constraint bgjob_job_id_check check (id <> ''),
     constraint bgjob_job_queue_check check (queue <> ''),
