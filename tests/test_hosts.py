@@ -11,6 +11,7 @@ from support.waiting import eventually
 from support.workers import Launcher
 
 from bgjob import Complete, EnqueueRequest, Job, Mux
+from bgjob._postgres import hosts as order
 from bgjob._postgres.pool import AsyncPooledConnection, PooledConnection
 from faults.proxy import Proxy
 
@@ -103,3 +104,16 @@ def test_where_any_server_fits_the_order_is_kept(
     tried = first.count
     enqueue(colour, dsn, "b")
     assert first.count > tried
+
+
+def test_a_host_that_does_not_answer_is_the_last_one_until_another_was_connected_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(order, "_found", {("a", "1"): 2.0, ("b", "1"): 1.0})
+    settings = {"host": "b,a,c", "port": "1", "target_session_attrs": "primary"}
+    tried = []
+    for _ in range(3):
+        settings = order.ordered(settings)
+        tried.append(settings["host"])
+        order.not_connected(settings)
+    assert tried == ["a,b,c", "b,c,a", "b,c,a"]

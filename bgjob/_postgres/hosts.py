@@ -22,10 +22,8 @@ Address: TypeAlias = tuple[str, str]
 
 _LISTS = ("host", "hostaddr", "port")
 
-_FAILED = -1.0
-
 _found: dict[Address, float] = {}
-"""When a host was last connected to, or _FAILED."""
+"""When a host was last connected to; negative: when it was found to be silent."""
 
 
 def ordered(settings: dict[str, Any]) -> dict[str, Any]:
@@ -51,17 +49,17 @@ def connected(settings: Mapping[str, Any], connection: psycopg.BaseConnection[An
 
 
 def not_connected(settings: Mapping[str, Any]) -> None:
-    """Record that no host could be connected to."""
-    for address in _addresses(settings):
-        if address in _found:
-            _found[address] = _FAILED
+    """Record that no host could be connected to: the one that was found last may be silent."""
+    found = [address for address in _addresses(settings) if _found.get(address, 0.0) > 0]
+    for address in found:
+        _found[address] = -monotonic() if address == found[0] else 0.0
 
 
 def silent(connection: psycopg.BaseConnection[Any]) -> None:
     """Record that the server of a connection does not answer."""
     address = _address(connection)
     if address in _found:
-        _found[address] = _FAILED
+        _found[address] = -monotonic()
 
 
 def _addresses(settings: Mapping[str, Any]) -> list[Address]:

@@ -648,8 +648,9 @@ class QueueControl:
             self._session.open(None if left == inf else max(left, 0.1))
         except (psycopg.Error, BgjobError) as error:
             self._events.error(error)
-            # Not all workers of a fleet at the same moments.
-            self._reopen_at = monotonic() + self._pause * uniform(0.5, 1.0)  # noqa: S311
+            # From the begin of this attempt: where a host is silent, it took longer than the pause.
+            # And not all workers of a fleet at the same moments.
+            self._reopen_at = now + self._pause * uniform(0.5, 1.0)  # noqa: S311
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         else:
             self._pause = _FIRST_PAUSE
