@@ -107,8 +107,11 @@ class Node:
                 "listen": f"127.0.0.1:{self.api}",
                 "connect_address": f"127.0.0.1:{others_patroni.port}",
             },
-            # Only this way to etcd: it would ask etcd for its addresses.
-            "etcd3": {"proxy": f"http://127.0.0.1:{etcd.port}"},
+            # Only this way to etcd: it would ask etcd for its addresses. And by version 2 of etcd's
+            # interface: by version 3, a Patroni before 3.0.3 that was stopped for longer than its
+            # lease takes the leader's key back, whoever has it. The new primary's commits are lost,
+            # and no replica is ever synchronous again.
+            "etcd": {"proxy": f"http://127.0.0.1:{etcd.port}"},
             "bootstrap": {
                 "dcs": {
                     "ttl": _TTL,
@@ -120,6 +123,7 @@ class Node:
                     "synchronous_mode": synchronous,
                     "postgresql": {
                         "use_pg_rewind": True,
+                        "remove_data_directory_on_rewind_failure": True,
                         "parameters": {
                             "max_connections": 200,
                             "wal_log_hints": "on",
@@ -156,9 +160,11 @@ class Node:
         }
 
     @property
-    def postmaster(self) -> int:
-        """The process id of the server."""
-        return int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+    def postmaster(self) -> int | None:
+        """The process id of the server; None while it is stopped."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+        return None
 
     def ask(self, method: str, path: str, body: Mapping[str, str] | None = None) -> tuple[int, str]:
         """Ask Patroni; return its status and answer, 0 if it does not answer."""
@@ -178,21 +184,28 @@ class Node:
 
     def is_writable(self) -> bool:
         """Whether the server takes writes, as far as it says itself."""
+        return self._is_in_recovery() is False
+
+    def is_standby(self) -> bool:
+        """Whether the server says that it is a standby."""
+        return self._is_in_recovery() is True
+
+    def _is_in_recovery(self) -> bool | None:
+        """Ask the server; None if it does not answer."""
         with (
             contextlib.suppress(psycopg.OperationalError),
             psycopg.connect(self._cluster.dsn_of(self), connect_timeout=2) as conn,
         ):
             conn.execute("set statement_timeout = '2s'")
-            return conn.execute("select pg_is_in_recovery()").fetchall() == [(False,)]
-        return False
+            [[answer]] = conn.execute("select pg_is_in_recovery()").fetchall()
+            return bool(answer)
+        return None
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to Patroni, the server and all their processes."""
         assert self._patroni is not None
-        pids = [self._patroni.pid]
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            pids.append(self.postmaster)
-        for pid in _family(*pids):
+        pids = [self._patroni.pid, self.postmaster]
+        for pid in _family(*(pid for pid in pids if pid is not None)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -208,6 +221,7 @@ class Node:
 
     def kill_server(self) -> None:
         """Kill the server's first process, upon which the others end."""
+        assert self.postmaster is not None
         os.kill(self.postmaster, signal.SIGKILL)
 
     def kill(self) -> None:
@@ -271,7 +285,7 @@ class Cluster:
         return self.start(
             self.folder / "etcd.log",
             "etcd",
-            *("--data-dir", str(self.folder / "etcd"), "--unsafe-no-fsync"),
+            *("--data-dir", str(self.folder / "etcd"), "--unsafe-no-fsync", "--enable-v2"),
             *("--listen-client-urls", url, "--advertise-client-urls", url),
             *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
             *("--initial-cluster", f"default={peers}"),
@@ -302,16 +316,31 @@ class Cluster:
         """The server that has the leader's key, by what Patroni says."""
         return next((node for node in self.nodes if node.ask("GET", "primary")[0] == 200), None)
 
-    def wait_for_primary(self, *, other_than: Node | None = None) -> Node:
-        """Wait until a server, another one if you ask for it, is the primary and takes writes."""
+    def wait_for_primary(
+        self, *, other_than: Node | None = None, than_process: int | None = None
+    ) -> Node:
+        """Wait until a server is the primary and takes writes.
+
+        Args:
+            other_than: a server that is not meant.
+            than_process: the process id of one that was killed: started again, it is meant.
+
+        """
 
         def found() -> bool:
             primary = self.primary()
-            return primary is not None and primary is not other_than and primary.is_writable()
+            return (
+                primary is not None
+                and primary is not other_than
+                and primary.is_writable()
+                and primary.postmaster != than_process
+            )
 
         assert eventually(found, PATIENCE), "\n\n".join(node.log for node in self.nodes)
         primary = self.primary()
-        return primary if primary is not None else self.wait_for_primary(other_than=other_than)
+        if primary is None:
+            return self.wait_for_primary(other_than=other_than, than_process=than_process)
+        return primary
 
     def wait_until_whole(self) -> None:
         """Wait until the primary has two replicas, in synchronous mode one of them synchronous."""
@@ -328,6 +357,8 @@ class Cluster:
                 len(told) == 3
                 and len(replicas) == 2
                 and all(state.endswith(("running", "streaming")) for state in told)
+                # One that was a primary runs, too, before it is rewound to where the others are.
+                and len({member.get("timeline") for member in members}) == 1
                 and (not self.is_synchronous or any(s.startswith("sync") for s in replicas))
             )
 
