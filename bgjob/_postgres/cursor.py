@@ -95,6 +95,11 @@ def server_codec(connection: psycopg.BaseConnection[Any]) -> str:
     return _codec(connection.pgconn.parameter_status(b"server_encoding"))
 
 
+def client_codec(connection: psycopg.BaseConnection[Any]) -> str:
+    """Return Python's name of the encoding in which text is sent to the server."""
+    return _codec(connection.pgconn.parameter_status(b"client_encoding"))
+
+
 class _ArrayDumper(ListBinaryDumper):
     def __init__(self, cls: type, context: AdaptContext | None = None) -> None:
         super().__init__(cls, context)

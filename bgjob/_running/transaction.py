@@ -27,7 +27,7 @@ from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.route import Route, has_bad_value
 from bgjob._postgres.commands import check, execute, results_of
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
-from bgjob._postgres.cursor import AsyncCursor, Cursor, server_codec
+from bgjob._postgres.cursor import AsyncCursor, Cursor, client_codec, server_codec
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.sessions import (
@@ -586,7 +586,7 @@ def _complete_and_commit(
     return complete_and_commit(
         claims,
         Escaping(connection.pgconn).escape_literal,
-        connection.pgconn._encoding,  # noqa: SLF001
+        client_codec(connection),
         is_prepared=connection.is_prepared,
     )
 
