@@ -1512,7 +1512,7 @@ def test_a_requeue_wakes_a_worker_that_sleeps_and_a_rolled_back_one_does_not(
     with Worker(Client(colour.dsn), "q", mux, poll_interval=3600):
         asleep: LiteralString = (
             "select count(*) from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
-            "and database = (select oid from pg_database where datname = current_database())"
+            "and objsubid = 2 and database = (select oid from pg_database where datname = current_database())"
         )
         assert eventually(lambda: row(conn, asleep) == (1,))
         if in_transaction:

@@ -18,8 +18,8 @@ SLOW_STEP = 1 << 16
 """Bytes that pass in one piece where the network is slow."""
 Side = Literal["after", "before", "abandoned"]
 BEGINS = re.compile(r"\s*begin\b", re.IGNORECASE)
-COMMITS = re.compile(r"\s*commit\b", re.IGNORECASE)
-ENDS = re.compile(r"\s*(commit|rollback(?! +to\b))\b", re.IGNORECASE)
+COMMITS = re.compile(r"(\A|;)\s*commit\b", re.IGNORECASE)
+ENDS = re.compile(r"(\A|;)\s*(commit|rollback(?! +to\b))\b", re.IGNORECASE)
 WRITES = re.compile(r"\b(insert into|update|delete from)\b", re.IGNORECASE)
 
 
@@ -169,9 +169,9 @@ class _Pair:
             self._sql.append(message[5:-1].decode())
         if self._sql:
             sql, last = "\n".join(self._sql), self._sql[-1]
-            if ENDS.match(last):
+            if ENDS.search(last):
                 if kind in {b"E", b"Q"}:
-                    said = sql if COMMITS.match(last) else None
+                    said = sql if COMMITS.search(last) else None
                     self._sql.clear()
             elif kind in {b"S", b"Q"} and not any(map(BEGINS.match, self._sql)):
                 said = sql if WRITES.search(sql) else None

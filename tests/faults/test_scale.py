@@ -279,7 +279,7 @@ def test_30_an_enqueue_into_ten_thousand_queues_takes_few_locks_and_wakes_sleepi
     ]
     parked = (
         "select count(*) from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock' "
-        "and granted and database = (select oid from pg_database "
+        "and objsubid = 2 and granted and database = (select oid from pg_database "
         "where datname = current_database())"
     )
     assert eventually(lambda: world.value(parked) == len(sleepers))
