@@ -12,9 +12,10 @@ import pytest
 from conftest import MIGRATION
 from support.databases import Databases
 from support.waiting import PATIENCE, eventually
-from support.workers import Launcher, Recorder
+from support.workers import Launcher, Recorder, session_of
 
 from bgjob import AsyncClient, Client, EnqueueRequest, Job, MoveToDlq, Mux, Schedule, Schedules
+from bgjob._engine.protocol import Claim, Exchange
 from bgjob._postgres.cursor import server_codec
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.transactions import begin
@@ -198,6 +199,30 @@ def test_the_session_of_a_claim_ends_with_it_for_any_characters_of_the_id(
         for zombie in () if how == "given up" else (first, second):
             with pytest.raises(psycopg.errors.AdminShutdown):
                 zombie.execute("select 1")
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1"], indirect=True)
+def test_a_session_reads_names_in_the_encoding_that_it_has_at_the_time(
+    launcher: Launcher, dsn: str
+) -> None:
+    session = session_of(dsn)
+    session.open()
+
+    def claim(token: int) -> list[str]:
+        marks = {0: datetime(2020, 1, 1, tzinfo=UTC)}
+        return [job.id for job in session.exchange(Exchange(claim=Claim(1, token, marks))).claimed]
+
+    try:
+        launcher.enqueue("é1")
+        assert claim(1) == ["é1"]
+        session.use_server_encoding()
+        launcher.enqueue("é2")
+        assert claim(2) == ["é2"]
+        session.lend(lambda _: 0.0)  # ends with a worker's settings
+        launcher.enqueue("é3")
+        assert claim(3) == ["é3"]
+    finally:
+        session.close()
 
 
 # -- a row that cannot be read ---------------------------------------------------------------

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from time import monotonic
-from typing import Any, LiteralString, NamedTuple, cast
+from typing import Any, LiteralString, NamedTuple, TypeAlias, cast
 
 import psycopg
 from psycopg.pq import ExecStatus
@@ -13,6 +13,9 @@ from bgjob._engine.reply import Part, Plan, Reply
 from bgjob._postgres.cursor import Cursor
 from bgjob._sql.execute import send
 from bgjob._sql.statement import Statement
+
+Text: TypeAlias = LiteralString | bytes
+"""Of a statement. psycopg recognizes it as the same object."""
 
 
 @contextlib.contextmanager
@@ -44,13 +47,14 @@ class Unread(NamedTuple):
 class Answer:
     """The cursors of a sent exchange, borrowed until it is read.
 
-    Making new ones is a noticeable part of an idle worker's time for a claim.
+    Each repeats one text, so that it has found already how to convert its values. That would be
+    an eighth of the control thread's time for an idle worker's claim (benchmarks/README.md).
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], cursors: list[Cursor]) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], cursors: dict[Text, Cursor]) -> None:
         self._connection = connection
         self._spare = cursors
-        self._used: list[Cursor] = []
+        self._used: list[tuple[Text, Cursor]] = []
         self.unread: list[Unread] = []
         self.sent_at = monotonic()
         self._asked: list[tuple[Part[Any], Cursor]] = []
@@ -58,18 +62,18 @@ class Answer:
     def ask(self, plan: Plan) -> None:
         """Send the statements of an exchange."""
         for part in plan:
-            cursor = self.cursor()
+            cursor = self.cursor(part.statement.text)
             with refusing():
                 send(cursor, part.statement, keeps_plans=True)
             self._asked.append((part, cursor))
 
-    def say(self, text: LiteralString | bytes) -> None:
+    def say(self, text: Text) -> None:
         """Send a command whose result is only awaited."""
-        self.cursor().execute(text)
+        self.cursor(text).execute(text)
 
     def wait(self) -> None:
         """Wait until the last statement is answered."""
-        self._used[-1].fetchall()
+        self._used[-1][1].fetchall()
 
     def read(self) -> Reply:
         """Read the server's answers."""
@@ -83,7 +87,7 @@ class Answer:
                 rows = self._readable(statement, cursor, error)
             store(reply, statement.parse(rows))
         reply.unread = len(self.unread)
-        self._spare += self._used
+        self._spare.update(self._used)
         return reply
 
     def _readable(
@@ -105,8 +109,8 @@ class Answer:
                 self.unread.append(Unread(place, token, id_, problem))
         return rows
 
-    def cursor(self) -> Cursor:
-        """Return a cursor whose answer `wait` and `read` await."""
-        cursor = self._spare.pop() if self._spare else Cursor(self._connection)
-        self._used.append(cursor)
+    def cursor(self, text: Text) -> Cursor:
+        """Return the cursor of a text, whose answer `wait` and `read` await."""
+        cursor = self._spare.pop(text, None) or Cursor(self._connection)
+        self._used.append((text, cursor))
         return cursor

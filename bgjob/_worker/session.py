@@ -1,7 +1,7 @@
 """The worker's one connection: opened, exchanged with, waited on, each with a deadline."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic
@@ -39,7 +39,7 @@ from bgjob._sql.session import (
     transaction,
 )
 from bgjob._sql.statement import Statement
-from bgjob._worker.answer import Answer, Unread, refusing
+from bgjob._worker.answer import Answer, Text, Unread, refusing
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.waker import Waker
@@ -73,7 +73,7 @@ class Session:
         self._queue = queue
         self._options = options
         self._connection: WorkerConnection | None = None
-        self._cursors: list[Cursor] = []  # for reuse
+        self._cursors: dict[Text, Cursor] = {}  # for reuse
         self._heard: Notice | None = None
         self._has_opened = False
         self.is_direct = False
@@ -157,7 +157,7 @@ class Session:
             raise
         connection.meanwhile = self._meanwhile
         connection.patience = WORKER_PATIENCE
-        self._connection, self._cursors, self._has_opened = connection, [], True
+        self._connection, self._cursors, self._has_opened = connection, {}, True
 
     def _check_pooler(self, connection: WorkerConnection) -> None:
         asked = asked_settings(connection.info.options)
@@ -209,7 +209,11 @@ class Session:
         encoding = connection.info.parameter_status("server_encoding") or ""
         with contextlib.suppress(psycopg.NotSupportedError):
             pg2pyenc(encoding.encode())  # Python does not know some encodings
-            run(connection, session(connection.info.backend_pid, {"client_encoding": encoding}))
+            self._set({"client_encoding": encoding})
+
+    def _set(self, settings: Mapping[str, str]) -> None:
+        run(self.connection, session(self.connection.info.backend_pid, settings))
+        self._cursors = {}  # they convert text by the encoding of their first use
 
     def forget_plans(self) -> None:
         """Prepare all statements again, after the tables of their plans have changed."""
@@ -253,7 +257,8 @@ class Session:
         answer = self._answer()
         answer.say("begin isolation level read committed")
         if not self.is_direct:
-            send(answer.cursor(), transaction())
+            settings = transaction()
+            send(answer.cursor(settings.text), settings)
         answer.ask(plan)
         answer.say("commit")
         return answer
@@ -261,15 +266,14 @@ class Session:
     def lend(self, use: Callable[[psycopg.Connection[Any]], float]) -> float:
         """Lend the connection to a service; roll back what it leaves uncommitted."""
         connection = self.connection
-        pid = connection.info.backend_pid
-        run(connection, session(pid, SERVICE_SETTINGS))
+        self._set(SERVICE_SETTINGS)
         try:
             wait = use(connection)
         finally:
             if connection.info.transaction_status in _UNENDED:
                 connection.rollback()
             if self.is_open:
-                run(connection, session(pid, WORKER_SETTINGS))
+                self._set(WORKER_SETTINGS)
         if not self.is_open:
             raise psycopg.OperationalError("a service closed the connection, or left it busy")
         return wait
