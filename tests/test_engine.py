@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
 from math import inf
+from random import Random
 
 import pytest
 
@@ -1537,6 +1538,66 @@ def test_the_parts_of_a_sweep_stay_short_where_all_dead_rows_lie_in_its_first_pa
             rounds.append([])
     assert all(sum(costs) == pytest.approx(dead_rows, rel=0.1) for costs in rounds[:3])
     assert max(rounds[1] + rounds[2]) < 0.1
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.03, 0.045, 0.06, 0.3])
+def test_the_parts_of_a_sweep_reach_old_rows_soon_on_a_host_where_each_is_slow(cost: float) -> None:
+    marks, many = Watermarks(1.0), [job("a")] * 6000
+    marks.claimed(many, full=False)
+    now, ends = 1000.0, [1000.0]
+    while len(ends) < 5:
+        window = marks.window()
+        assert window is not None
+        marks.swept_part(window, [], began=now, now=now + 1.6 * cost)
+        marks.took(cost)  # a poll
+        now = marks.sweep_at
+        assert now - ends[-1] < 60.0
+        if window.since.year == 1:
+            ends.append(now)
+            marks.claimed(many, full=False)  # the next pass goes in parts, too
+
+
+def test_an_idle_worker_looks_at_old_rows_soon_on_a_host_where_exchanges_take_from_45_to_300_ms() -> (
+    None
+):
+    drive, random = Drive(concurrency=2), Random(1)
+    drive.exchange()
+    drive.now += 1.0  # over many dead rows, which are gone then
+    drive.answer(found(job("a")))
+    ends, has_parts = [drive.now], False
+    while len(ends) < 20:
+        exchange = drive.next_exchange()
+        drive.now += random.uniform(0.045, 0.3)
+        if isinstance(sweep := exchange.claim, Sweep):
+            has_parts |= sweep.window is not None
+            if sweep.window is None or sweep.window.since.year == 1:
+                ends.append(drive.now)
+        assert drive.now - ends[-1] < 120.0
+        drive.answer(replace(found(), extended={c.job.id for c in exchange.extend}))
+    assert has_parts
+
+
+def test_the_parts_of_a_sweep_over_dead_rows_stay_short_and_rest_also_on_a_slow_host() -> None:
+    marks = Watermarks(1.0)
+    marks.claimed([job("a")], full=False)
+    first, dead_rows, poll = NOON - timedelta(minutes=10), 10.0, 0.045
+    for now in (0.0, 500.0):
+        marks.swept([], None, full=True, began=now, now=now + dead_rows)
+    passes, costs, now = 0, list[float](), 1000.0
+    began = now
+    while passes < 3:
+        window = marks.window()
+        assert window is not None
+        marks.took(poll)
+        seconds = (min(window.until, NOON) - max(window.since, first)).total_seconds()
+        rows = max(seconds, 0.0) / 600 * dead_rows
+        marks.swept_part(window, [], began=now, now=now + 1.6 * poll + rows)
+        costs.append(rows)
+        now = marks.sweep_at
+        passes += window.since.year == 1
+    assert max(costs) < 0.2
+    assert sum(costs) == pytest.approx(passes * dead_rows, rel=0.1)
+    assert sum(costs) < (now - began) / 40
 
 
 def test_a_part_of_a_sweep_that_was_slow_for_once_does_not_put_off_the_next_for_long() -> None:

@@ -16,6 +16,9 @@ from bgjob.result import Retry
 _MOMENT = 0.002
 """Seconds before the sweep that follows a claim which found jobs."""
 
+_FEW = 50
+"""The most jobs of an exchange that takes as long as one without any."""
+
 
 class Lookout:
     """What the worker knows of the jobs that it may claim.
@@ -117,6 +120,8 @@ class Lookout:
             self._claimed(claim, reply, now)
         elif isinstance(claim, Sweep):
             self._swept(claim, reply, exchange.at, now)
+        if not isinstance(claim, Sweep) and len(reply.claimed) + len(exchange.outcomes) <= _FEW:
+            self.marks.took(now - exchange.at)
         if seen is not None and wish == "release":
             self.marks.notifications_off(seen.at)
         elif seen is not None:

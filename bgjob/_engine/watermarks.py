@@ -12,10 +12,17 @@ write: when the last claim began that had not seen it. A transaction that was in
 progress while a worker held the notify lock notifies it when it began, and the next
 claim starts there. And a sweep over everything, which alone finds ended leases, is
 due at the poll interval, or at forty times its own cost if that is longer: the
-cost of the cheaper one of the last two. If it took over 50 ms, as over many dead
-rows or on a busy host, or if many jobs have been claimed since, the next sweep goes
-in parts: ranges of due times that take about 20 ms each, from the latest back.
-A part claims nothing. It frees ended leases, and returns where the next claim must start.
+cost of the cheaper one of the last two. If its rows took over 50 ms, as many dead rows
+do, or if many jobs have been claimed since, the next sweep goes in parts: ranges of due
+times whose rows take about 20 ms each, from the latest back. A part claims nothing. It
+frees ended leases, and returns where the next claim must start.
+
+What is measured is the wall-clock time of an exchange, from its sending to its answer. On
+a busy host that is long without any row. The rows' time is what a sweep takes beyond twice
+the usual time of an exchange: three of four of the last eight small exchanges that were no
+sweep, such as polls, took no longer than the usual time. If there was none yet, all of a
+sweep's time counts as its rows'. A part rests for forty times the rows' time; or, while that
+is less than 50 ms, for forty times its whole time, but at most 2 s.
 """
 
 from collections import deque
@@ -53,6 +60,14 @@ _PART = 0.02
 _AFTER_REFUSAL = 1.0
 """The least seconds from a refused sweep to the next."""
 
+_MOST_OTHERS = 8
+"""Small exchanges whose times are kept: on a host whose times vary, the least of them is too
+little, and a single slow one is too much."""
+
+_SWEEP = 2
+"""A sweep's statements, of a poll's: on a host whose processors are all busy, parts without rows
+took 1.5 to 1.7 times as long as polls."""
+
 _NARROWEST = timedelta(milliseconds=1)
 _FIRST_WIDTH = timedelta(seconds=0.1)
 _WIDEST = timedelta(days=366)
@@ -87,8 +102,9 @@ class Watermarks:
         self._claimed = 0  # since the last full sweep
         self._until = _LATEST  # where the next part ends
         self._width = self._first_width = _FIRST_WIDTH
-        self._parts_cost = 0.0
-        self._slowest = self._slowest_before = 0.0  # part, of this pass and of the last
+        self._parts_cost = 0.0  # of their rows
+        self._slowest = self._slowest_before = 0.0  # rows of a part, of this pass and of the last
+        self._others: deque[float] = deque(maxlen=_MOST_OTHERS)
 
     @property
     def known(self) -> bool:
@@ -210,6 +226,16 @@ class Watermarks:
         if self._claimed > _MANY and len(self._marks) <= _MOST_UNUSED:
             self._in_parts = True
 
+    def took(self, seconds: float) -> None:
+        """Record how long a small exchange took that was no sweep."""
+        self._others.append(seconds)
+
+    def _beyond_usual(self, seconds: float) -> float:
+        """Return how much longer a sweep took than one without rows does on this host now."""
+        others = sorted(self._others)
+        usual = others[(len(others) - 1) * 3 // 4] if others else 0.0
+        return max(seconds - _SWEEP * usual, 0.0)
+
     def swept(
         self,
         lines: Sequence[Line],
@@ -233,7 +259,7 @@ class Watermarks:
         # from sweeping for forty times as long.
         self._cost, self._last_cost = min(self._last_cost, now - began), now - began
         self.sweep_at = now + max(self.poll_interval, REST * self._cost)
-        self._in_parts, self._claimed = self._last_cost > _MOST_COST, 0
+        self._in_parts, self._claimed = self._beyond_usual(self._last_cost) > _MOST_COST, 0
         if self._in_parts:  # that sweep saw everything: the first part need not come soon
             self._until, self._parts_cost = _LATEST, 0.0
             self.sweep_at = now + max(self.poll_interval, REST * _PART)
@@ -245,9 +271,10 @@ class Watermarks:
         Otherwise the refused part is left to the next pass.
         """
         cost = now - began
+        of_rows = self._beyond_usual(cost)
         if window is None:
-            self._in_parts = cost > _MOST_COST
-        elif cost > 2 * _PART:
+            self._in_parts = of_rows > _MOST_COST
+        elif of_rows > 2 * _PART:
             self._width = max(self._width / 2, _NARROWEST)
         else:
             self._until = _LATEST if window.since == _OLDEST else window.since
@@ -278,25 +305,28 @@ class Watermarks:
     ) -> bool:
         """Record a sweep within a window; True if it found new priorities.
 
-        The next window is chosen to take about as long as a part may.
+        The rows of the next window take about as long as those of a part may.
         """
         is_new = any(line.priority not in self._marks for line in lines)
         for line in lines:
             self._marks.setdefault(line.priority, _OLDEST)
         cost = now - began
-        if cost > 2 * _PART:
-            self._width *= _PART / cost
-        elif cost < _PART / 2:  # over few rows it soon reaches the beginning
-            self._width = min(self._width * (8 if cost < _PART / 10 else 2), 2 * _WIDEST)
-        self._width = max(self._width, _NARROWEST)
+        of_rows = self._beyond_usual(cost)
+        if of_rows > 1.5 * _PART:
+            self._width *= _PART / of_rows
+        else:  # over few rows it soon reaches the beginning
+            self._width *= 8 if of_rows < _PART / 10 else 2
+        self._width = max(min(self._width, 2 * _WIDEST), _NARROWEST)
         if window.until == _LATEST:  # rows may be dense there: the next pass begins with this width
             self._first_width = min(self._width, _FIRST_WIDTH)
-        self._parts_cost += cost
+        self._parts_cost += of_rows
         self._until = window.since
         # A single slow part shows a busy host or cold pages, and must not put off the freeing of
-        # jobs for forty times as long; one in each pass shows many dead rows.
-        rest = REST * min(cost, max(self._slowest_before, _MOST_COST))
-        self._slowest = max(self._slowest, cost)
+        # jobs for forty times as long; one in each pass shows many dead rows. On a host where all
+        # exchanges are slow only the time of the rows counts for a longer rest.
+        most = max(of_rows, min(cost, _MOST_COST))
+        rest = REST * min(most, max(self._slowest_before, _MOST_COST))
+        self._slowest = max(self._slowest, of_rows)
         if window.since == _OLDEST:
             self._in_parts, self._claimed = self._parts_cost > _MOST_COST, 0
             self._slowest_before, self._slowest = self._slowest, 0.0
