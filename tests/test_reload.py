@@ -167,7 +167,7 @@ def test_a_job_that_outlives_the_grace_period_of_a_reload_gets_its_attempt_back(
     reloaded.heard("1 job still running, left to the lease")
     reloaded.ran("t", "a", "second runs a")
     assert not lives(first)
-    assert rows(conn, "select id, attempt from bgjob_job") == [("gate", 0)]
+    assert eventually(lambda: rows(conn, "select id, attempt from bgjob_job") == [("gate", 0)])
 
 
 @pytest.mark.parametrize("times", [1, 2])

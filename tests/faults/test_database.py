@@ -863,7 +863,8 @@ def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_asyn
                     world.acknowledge(*ids, type=type, **arg)
             world.done()
             dead = [f"{type} dlq {n}" for type in ("plain", "transactional") for n in range(4)]
-            assert {job.id for job in world.answer(client.dlq.list())} == set(dead)
+            died = {job.id: job for job in world.answer(client.dlq.list())}
+            assert died.keys() == set(dead), died
             for then, event in zip(
                 outcomes, ("completed", "retried", "retried", "rescheduled", "dead"), strict=True
             ):
