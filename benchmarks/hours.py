@@ -90,7 +90,7 @@ class Watched:
 def main(
     bench: Bench, hours: float, rate: int, runners: Callable[[ExitStack], Sequence[Runner]]
 ) -> Mapping[str, object]:
-    """Let all systems run side by side; compare what they leave behind."""
+    """Run all systems side by side; compare what they leave behind."""
     seconds = hours * 3600
     pinned = seconds / 4, seconds * 3 / 4
     with ExitStack() as stack:

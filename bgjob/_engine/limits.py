@@ -165,12 +165,12 @@ class Limits:
             self._add(exchange, now, slots, room if needs else 0)
 
     def add_leave(self, exchange: Exchange, now: float) -> None:
-        """Give everything back: the worker ends, and none of its handlers runs."""
+        """Return the ration: the worker ends, and none of its handlers runs."""
         self._has_left = True
         self._add(exchange, now, 0, 0)
 
     def rest(self, exchange: Exchange, now: float) -> None:
-        """Give everything back until it is needed again: none of its handlers runs."""
+        """Return the ration until it is needed again: none of its handlers runs."""
         if self._sent is None:
             self._places = self._target = 0
             self._add(exchange, now, 0, 0)

@@ -213,7 +213,7 @@ class Throttle:
                 limits.rest(exchange, now)
 
     def add_leaves(self, exchange: Exchange, now: float) -> None:
-        """Give everything back: the worker ends, and none of its handlers runs."""
+        """Return all rations: the worker ends, and none of its handlers runs."""
         for limits in (self.queue, *(each.limits for _, each in sorted(self._types.items()))):
             if not limits.has_left:
                 limits.add_leave(exchange, now)

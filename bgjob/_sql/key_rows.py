@@ -82,7 +82,7 @@ def lock_keys(keys: Iterable[str], claimed: Collection[Claimed] = ()) -> Stateme
     again by another session: then it would exist, and not be locked. An existing row is locked
     but not written, so that an old snapshot keeps one dead row of it for each claim, not three.
 
-    A missing row is inserted with its holder if the key has no job but the claimed one. Nobody
+    A missing row is inserted with its holder if the key has no job but the claimed one. No job
     held the key, or waited for it, while there was no row. `acquire` need not write the row again.
     """
     alone = only_ones(claimed)

@@ -109,7 +109,7 @@ class Node:
             },
             # Only this way to etcd: it would ask etcd for its addresses. And by version 2 of etcd's
             # interface: by version 3, a Patroni before 3.0.3 that was stopped for longer than its
-            # lease takes the leader's key back, whoever has it. The new primary's commits are lost,
+            # lease takes the leader's key back from its new owner. The new primary's commits are lost,
             # and no replica is ever synchronous again.
             "etcd": {"proxy": f"http://127.0.0.1:{etcd.port}"},
             "bootstrap": {

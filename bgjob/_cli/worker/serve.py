@@ -3,7 +3,7 @@
 The main thread loads the workers and then only waits for signals, so that it
 answers them whatever handlers and event loops do. Another thread runs the
 workers, and the event loop of AsyncWorkers; see `served`. A third one ends the
-process when its time is over, whatever still hangs in it.
+process when its time is over, even if a part of it hangs.
 """
 
 import gc

@@ -227,7 +227,7 @@ class WebApp:
         return await self._look(visit, path)
 
     async def entered(self, request: Request) -> Access | Response | None:
-        """Return the user, or what a token in the address leads to; None if nobody is known."""
+        """Return the user, or what a token in the address leads to; None if there is none."""
         check = self.site.settings.access
         arrive = getattr(check, "arrive", None)
         if arrive is not None and (arrived := arrive(request)) is not None:
