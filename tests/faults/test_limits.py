@@ -54,9 +54,11 @@ def test_no_limit_is_exceeded_while_five_workers_are_killed_at_random(
         else:
             client.limits.set("q", limit)
     ids: dict[str, list[str]] = {"plain": [], "transactional": []}
-    for _ in range(130 if scope == "queue" else 200):
+    for n in range(130 if scope == "queue" else 200):
         type_ = dice.choice([*ids])
-        ids[type_] += world.enqueue(type_, timed=True, sleep=dice.uniform(0.001, 0.08))
+        longest = 0.3 if n < 60 else 0.08  # first the concurrency is in the way, then the rate
+        sleep = dice.uniform(longest / 4, longest)
+        ids[type_] += world.enqueue(type_, timed=True, sleep=sleep)
     every = [*ids["plain"], *ids["transactional"]]
     limited = ids["plain"] if scope == "type" else every
     colours = ["thread", "async"]
