@@ -207,9 +207,9 @@ def test_a_transaction_is_settled_in_a_round_trip_or_two(
             launcher.enqueue(*names(2 * (batch or 1)))
             launcher.start(mux, concurrency=1)
             assert eventually(lambda: all_done(conn))
-    # Its statement; the settlement with the commit and the reset, or each of them apart; and the
-    # begin of the next.
-    assert counted[1:] == [5 if keep else 3]
+    # Its statement; the settlement with the commit and the reset, or apart from them; and the begin
+    # of the next.
+    assert counted[1:] == [4 if keep else 3]
     assert len(turns.sessions) == 1
 
 

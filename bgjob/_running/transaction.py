@@ -352,9 +352,18 @@ class Transactions(Sessions):
         return True
 
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
-        """Commit."""
-        await AsyncCursor(connection).execute(COMMIT, prepare=False)
+        """Commit, and reset the session.
+
+        In one message, since behind a pooler the next may reach another session. A mark that is
+        left would tell the next handler of this claim that it has committed.
+        """
+        text = COMMIT + b"; " + self.reset(keeps_plans=connection.is_prepared)
+        async with connection.lock:
+            results = await connection.wait(results_of(connection.pgconn, text))
+        if not any(result.command_status == b"COMMIT" for result in results):
+            check(connection.pgconn, results[-1])
         connection.has_committed = True
+        connection.left = _left(connection, results[-1])
 
     async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
         """Return the job with its payload, which the claim did not return.
@@ -518,9 +527,18 @@ class Transactions(Sessions):
         return True
 
     def commit(self, connection: HandlerConnection) -> None:
-        """Commit."""
-        Cursor(connection).execute(COMMIT, prepare=False)
+        """Commit, and reset the session.
+
+        In one message, since behind a pooler the next may reach another session. A mark that is
+        left would tell the next handler of this claim that it has committed.
+        """
+        text = COMMIT + b"; " + self.reset(keeps_plans=connection.is_prepared)
+        with connection.lock:
+            results = connection.wait(results_of(connection.pgconn, text))
+        if not any(result.command_status == b"COMMIT" for result in results):
+            check(connection.pgconn, results[-1])
         connection.has_committed = True
+        connection.left = _left(connection, results[-1])
 
     def whole(self, claimed: Claimed) -> Claimed | NotBegun:
         """Return the job with its payload, which the claim did not return.

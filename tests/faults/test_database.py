@@ -876,6 +876,22 @@ def test_everything_works_through_a_pooler(pooler: Pooler, world: World, is_asyn
             assert not worker.of("error", "lost")
 
 
+@both_workers
+def test_a_job_that_raises_is_retried_in_a_session_that_committed_another_of_its_claim(
+    pooler: Pooler, world: World, is_async: bool
+) -> None:
+    with pooled(world, pooler.dsn(world.dsn), is_async=is_async) as (client, _):
+        handlers = Handlers(client, Ledger(world.dsn), lambda _: None)
+        mux = handlers.register(Mux(), max_attempts=25, backoff=0.05)
+        for then in ("reschedule", "raise") * 10:
+            world.enqueue_many("transactional", 1, then=then, until=2)
+        with working(world, client, mux) as worker:
+            world.done()
+            for event in ("rescheduled", "retried"):
+                world.witness(worker, event)
+        assert world.answer(client.dlq.list()) == []
+
+
 # -- 22: a pool of size 1 whose handlers use the same pool -----------------------------------
 
 
