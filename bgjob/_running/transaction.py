@@ -297,7 +297,7 @@ class Transactions(Sessions):
             connection.token = str(claimed.token)
             text = _begin(connection, claimed)
             if self.prepares and not (connection.is_prepared or connection.is_new):
-                text += PREPARE
+                text = PREPARE + text
                 connection.is_prepared = True
             await connection.wait(execute(connection.pgconn, text))
 
@@ -474,7 +474,7 @@ class Transactions(Sessions):
             connection.token = str(claimed.token)
             text = _begin(connection, claimed)
             if self.prepares and not (connection.is_prepared or connection.is_new):
-                text += PREPARE
+                text = PREPARE + text
                 connection.is_prepared = True
             connection.wait(execute(connection.pgconn, text))
 

@@ -188,12 +188,14 @@ _COMPLETE_MANY: LiteralString = _COMPLETE_ONE.replace(
 )
 
 PREPARE = (
-    "; prepare bgjob_complete (text, bigint) as "
+    "begin; prepare bgjob_complete (text, bigint) as "
     + _COMPLETE_ONE.format(ids="$1", tokens="$2", claim="$2::text", count=1)
-    + "; prepare bgjob_prepared as select string_agg(name, ',') from pg_prepared_statements"
+    + "; prepare bgjob_prepared as select string_agg(name, ',') from pg_prepared_statements; "
+    "commit; "
 ).encode()
-"""Prepares what `complete_and_commit` executes, after `begin`. To plan the deletion for each job
-takes more time than to execute it (benchmarks/transactional.py)."""
+"""Prepares what `complete_and_commit` executes, before `begin`. To plan the deletion for each job
+takes more time than to execute it (benchmarks/transactional.py). It is a transaction of its own:
+after its snapshot a handler could not choose the isolation of its transaction any more."""
 
 PREPARED = {b"bgjob_complete", b"bgjob_prepared"}
 """The names of these statements."""

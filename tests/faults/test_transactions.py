@@ -463,6 +463,32 @@ def test_a_transaction_outlives_the_extension_of_its_lease_at_any_default_isolat
     assert not worker.of("error", "retried", "dead", "lost")
 
 
+@hosts
+def test_a_handler_may_choose_the_isolation_of_its_transaction(world: World, host: Host) -> None:
+    levels: list[str] = []
+
+    def plain(job: Job, conn: psycopg.Connection[Any]) -> None:
+        conn.execute("set transaction isolation level repeatable read")
+        levels.extend(conn.execute("show transaction_isolation").fetchone() or ())
+        conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+
+    async def coroutine(job: Job, conn: psycopg.AsyncConnection[Any]) -> None:
+        await conn.execute("set transaction isolation level repeatable read")
+        cursor = await conn.execute("show transaction_isolation")
+        levels.extend(await cursor.fetchone() or ())
+        await conn.execute(LEDGER_ROW, [job.id, job.attempt, job.type, 0])
+
+    ids = world.enqueue_many("transactional", 3)
+    mux = Mux()
+    register: Any = mux.register
+    handler = plain if host == "Worker-plain" else coroutine
+    register("transactional", handler, transactional=True, max_attempts=1)
+    worker = world.worker(mux, is_async=host.startswith("Async"), concurrency=1, lease=LONG)
+    world.done()
+    world.witness(worker, "completed", times=len(ids))
+    assert levels == ["repeatable read"] * 3
+
+
 def test_a_deferred_trigger_runs_with_the_settings_of_the_session(world: World) -> None:
     world.query("""
         create table seen (setting text);
