@@ -24,6 +24,7 @@ from typing_extensions import override
 from bgjob._postgres import connection
 from bgjob._postgres.commands import after_answers, send_only
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options, options_async
+from bgjob._sql.settlements import Claimed
 from bgjob._sql.transactions import DEALLOCATE, LIST_PREPARED, RESET
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class AsyncHandlerConnection(connection.AsyncConnection):
     token = ""
     has_committed = False
     """Whether the worker has committed its transaction."""
+    has_begun_next = False
+    """Whether the transaction of the next job has begun with that commit."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     is_new = True
@@ -106,6 +109,8 @@ class HandlerConnection(connection.Connection):
     token = ""
     has_committed = False
     """Whether the worker has committed its transaction."""
+    has_begun_next = False
+    """Whether the transaction of the next job has begun with that commit."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     is_new = True
@@ -147,12 +152,30 @@ class HandlerConnection(connection.Connection):
 # -- both colours ----------------------------------------------------------------------
 
 
-class _Idle(NamedTuple):
+class Idle(NamedTuple):
     """A session that no handler uses."""
 
     session: PGconn
     is_reset: bool
     is_prepared: bool
+
+
+class Following:
+    """The next job of a slot, whose transaction begins in the message that commits this one's.
+
+    Args:
+        reserve: returns the next job, if a slot can begin its transaction now.
+
+    """
+
+    __slots__ = ("is_moving", "reserve", "session")
+
+    def __init__(self, reserve: Callable[[], Claimed | None]) -> None:
+        self.reserve = reserve
+        self.session: Idle | None = None
+        """The session in which the transaction of that job has begun."""
+        self.is_moving = False
+        """Whether the slot is about to take a job that nothing else has."""
 
 
 class Sessions:
@@ -166,7 +189,7 @@ class Sessions:
         self._defaults: dict[str, Any] = {} if prepares else {"prepare_threshold": None}
         self._options: dict[str, Any] = {}
         """Those of the last connection that was opened; no other session is idle before."""
-        self._idle: deque[_Idle] = deque()
+        self._idle: deque[Idle] = deque()
         self._handling: set[HandlerConnection | AsyncHandlerConnection] = set()
         self._closed = False
         self._leaving = threading.Event()
@@ -189,8 +212,7 @@ class Sessions:
                 opened = await AsyncHandlerConnection.connect(**self._options)
                 self._pause = _FIRST_PAUSE
             else:
-                opened = AsyncHandlerConnection(idle.session)
-                self._furnish(opened, idle)
+                opened = self._opened_async(idle)
             opened.patience = WORKER_PATIENCE
             try:
                 return opened, await use(opened)
@@ -198,6 +220,12 @@ class Sessions:
                 await opened.close()
                 if idle is None or not isinstance(error, psycopg.Error):
                     raise
+
+    def _opened_async(self, idle: Idle) -> AsyncHandlerConnection:
+        """Return a connection of its own with a session that was used before."""
+        opened = AsyncHandlerConnection(idle.session)
+        self._furnish(opened, idle)
+        return opened
 
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
@@ -214,8 +242,7 @@ class Sessions:
                 opened = HandlerConnection.connect(**self._options)
                 self._pause = _FIRST_PAUSE
             else:
-                opened = HandlerConnection(idle.session)
-                self._furnish(opened, idle)
+                opened = self._opened(idle)
             opened.patience = WORKER_PATIENCE
             try:
                 return opened, use(opened)
@@ -224,9 +251,15 @@ class Sessions:
                 if idle is None or not isinstance(error, psycopg.Error):
                     raise
 
+    def _opened(self, idle: Idle) -> HandlerConnection:
+        """Return a connection of its own with a session that was used before."""
+        opened = HandlerConnection(idle.session)
+        self._furnish(opened, idle)
+        return opened
+
     # -- both colours ------------------------------------------------------------------
 
-    def _idle_session(self) -> _Idle | None:
+    def _idle_session(self) -> Idle | None:
         with contextlib.suppress(IndexError):
             return self._idle.pop()
         return None
@@ -274,7 +307,7 @@ class Sessions:
         while self._idle:
             self._idle.pop().session.finish()
 
-    def _furnish(self, connection: HandlerConnection | AsyncHandlerConnection, idle: _Idle) -> None:
+    def _furnish(self, connection: HandlerConnection | AsyncHandlerConnection, idle: Idle) -> None:
         """Set the attributes of a connection that has an idle session, and those of psycopg."""
         _, connection.is_reset, connection.is_prepared = idle
         connection.is_new = False
@@ -312,24 +345,51 @@ class Sessions:
         If a handler has used it, and it is not as before, the server resets it while this process
         goes on.
         """
-        session: PGconn = connection.pgconn
-        connection.user, connection.pgconn = _NO_USER, _GONE
+        session = _taken(connection)
         reset, is_prepared = b"", connection.is_prepared
         if connection.has_committed:
             if connection.left is None:
                 reset, is_prepared = self.reset(keeps_plans=False), False
-            else:
-                quote = Escaping(session).escape_identifier
-                reset = b"; ".join([b"deallocate " + quote(name) for name in connection.left])
+            elif connection.left:
+                reset = deallocate(session, connection.left)
+        self._keep(session, reset, is_prepared=is_prepared)
+
+    def keep_begun(
+        self, connection: HandlerConnection | AsyncHandlerConnection, following: Following
+    ) -> None:
+        """Keep the session, in which a transaction has begun, for that job."""
+        is_prepared = connection.is_prepared
+        following.session = Idle(_taken(connection), is_reset=True, is_prepared=is_prepared)
+
+    def drop(self, following: Following) -> None:
+        """Roll back the transaction that has begun for a job which the slot does not run."""
+        idle, following.session = following.session, None
+        if idle is not None:
+            self._keep(idle.session, b"rollback", is_prepared=idle.is_prepared)
+
+    def _keep(self, session: PGconn, reset: bytes, *, is_prepared: bool) -> None:
         try:
             if not self._closed:
                 if reset:
                     send_only(session, reset)
-                self._idle.append(_Idle(session, not reset, is_prepared))
+                self._idle.append(Idle(session, not reset, is_prepared))
                 return
         except psycopg.Error:
             pass  # it has ended
         session.finish()
+
+
+def _taken(connection: HandlerConnection | AsyncHandlerConnection) -> PGconn:
+    """Take the session away from a connection, which nobody can use any more."""
+    session: PGconn = connection.pgconn
+    connection.user, connection.pgconn = _NO_USER, _GONE
+    return session
+
+
+def deallocate(session: PGconn, names: Collection[bytes]) -> bytes:
+    """Return the statements that drop prepared statements."""
+    quote = Escaping(session).escape_identifier
+    return b"; ".join([b"deallocate " + quote(name) for name in names])
 
 
 def is_over(connection: psycopg.BaseConnection[Any]) -> bool:

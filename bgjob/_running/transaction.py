@@ -32,8 +32,10 @@ from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.sessions import (
     AsyncHandlerConnection,
+    Following,
     HandlerConnection,
     Sessions,
+    deallocate,
     is_over,
 )
 from bgjob._sql.execute import (
@@ -210,10 +212,37 @@ class Transactions(Sessions):
         super().__init__(connection_parameters, prepares=prepares)
         self.fork_guard = fork_guard
 
+    def _begin(
+        self,
+        connection: HandlerConnection | AsyncHandlerConnection,
+        claimed: Claimed,
+        *,
+        is_new: bool = False,
+    ) -> bytes:
+        """Return the statements that begin a handler's transaction.
+
+        They prepare what its end executes, unless the session is new and may be used only once.
+        """
+        session = connection.pgconn
+        text = begin(
+            claimed,
+            over_tcp=not session.host.startswith(b"/"),
+            server_version=session.server_version,
+            codec=server_codec(connection),
+        )
+        if self.prepares and not (connection.is_prepared or is_new):
+            text = PREPARE + text
+            connection.is_prepared = True
+        return text
+
     # -- async -------------------------------------------------------------------------
 
     async def run_async(
-        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
+        self,
+        route: Route,
+        claimed: Claimed,
+        started: Callable[[Job], None] | None = None,
+        following: Following | None = None,
     ) -> Ending:
         """Run a handler; its exceptions become results.
 
@@ -221,9 +250,13 @@ class Transactions(Sessions):
             route: the handler's route.
             claimed: the job.
             started: called when the transaction is open, before the handler.
+            following: the next job of the same slot, whose transaction may begin with this one's
+                commit; and this job's, if that has begun so.
 
         """
-        return await self.run_steps_async(in_transaction(route, claimed), route, claimed, started)
+        return await self.run_steps_async(
+            in_transaction(route, claimed), route, claimed, started, following=following
+        )
 
     async def run_steps_async(
         self,
@@ -232,6 +265,7 @@ class Transactions(Sessions):
         claimed: Claimed,
         started: Callable[[Job], None] | None = None,
         jobs: list[Job] | None = None,
+        following: Following | None = None,
     ) -> T | NotBegun:
         """Run a handler in a transaction, whose session has the name of this claim.
 
@@ -241,22 +275,31 @@ class Transactions(Sessions):
             claimed: the job.
             started: called when the transaction is open, before the handler.
             jobs: the argument of a batch handler.
+            following: see `run_async`.
 
         """
         try:
-            connection = await self.begin_async(claimed)
+            if following is None or following.session is None:
+                connection = await self.begin_async(claimed)
+            else:
+                connection = self._begun_async(claimed, following)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
             started(claimed.job)
         try:
             ending = await drive_async(
-                steps, lambda step: self._take_async(step, connection, route, jobs or claimed.job)
+                steps,
+                lambda step: self._take_async(
+                    step, connection, route, jobs or claimed.job, following
+                ),
             )
         except BaseException:
             await connection.close()
             raise
-        if connection.has_committed and is_over(connection):
+        if connection.has_begun_next and following is not None:
+            self.keep_begun(connection, following)
+        elif connection.has_committed and is_over(connection):
             self.keep(connection)
         else:
             await connection.close()
@@ -268,13 +311,14 @@ class Transactions(Sessions):
         connection: AsyncHandlerConnection,
         route: Route,
         job: Job | list[Job],
+        following: Following | None,
     ) -> object:
         match step:
             case Call():
                 async with self.lent_async(connection):
                     return await route.awaited(job, connection)
             case Finish(claims):
-                return await self._finish_async(connection, claims)
+                return await self._finish_async(connection, claims, following)
             case Settle(statements):
                 return await self.settle_async(connection, statements)
             case End.COMMIT:
@@ -295,13 +339,18 @@ class Transactions(Sessions):
 
         async def begin(connection: AsyncHandlerConnection) -> None:
             connection.token = str(claimed.token)
-            text = _begin(connection, claimed)
-            if self.prepares and not (connection.is_prepared or connection.is_new):
-                text = PREPARE + text
-                connection.is_prepared = True
+            text = self._begin(connection, claimed, is_new=connection.is_new)
             await connection.wait(execute(connection.pgconn, text))
 
         connection, _ = await self.open_async(begin)
+        return connection
+
+    def _begun_async(self, claimed: Claimed, following: Following) -> AsyncHandlerConnection:
+        """Return a connection with the transaction that has begun with the last one's commit."""
+        idle, following.session = following.session, None
+        assert idle is not None  # noqa: S101 (its caller has looked)
+        connection = self._opened_async(idle)
+        connection.token, connection.patience = str(claimed.token), WORKER_PATIENCE
         return connection
 
     @contextlib.asynccontextmanager
@@ -332,7 +381,10 @@ class Transactions(Sessions):
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
     async def _finish_async(
-        self, connection: AsyncHandlerConnection, claims: Sequence[Claimed]
+        self,
+        connection: AsyncHandlerConnection,
+        claims: Sequence[Claimed],
+        following: Following | None,
     ) -> bool:
         if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
@@ -340,15 +392,34 @@ class Transactions(Sessions):
             text = _complete_and_commit(connection, claims)
         except UnicodeEncodeError:
             return False
-        text += b"; " + self.reset(keeps_plans=connection.is_prepared)
+        has_plans = connection.is_prepared
+        reset = self.reset(keeps_plans=has_plans)
+        claimed = None if following is None else following.reserve()
+        if claimed is None:
+            text += b"; " + reset
+        else:
+            # A begin alone would make the reset a part of the transaction that it begins.
+            text += b"; begin; " + reset + b"; commit; " + self._begin(connection, claimed)
+        next_has_plans, connection.is_prepared = connection.is_prepared, has_plans
         async with connection.lock:
             results = await connection.wait(results_of(connection.pgconn, text))
             if not _has_committed(connection, results):
                 with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
                     await connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
                 return False
-        connection.has_committed = True
-        connection.left = _left(connection, results[-1])
+            connection.has_committed = True
+            # With a begin behind them the names are the last rows.
+            rows = [result for result in results if result.status == ExecStatus.TUPLES_OK]
+            is_listed = claimed is not None and has_plans and not is_over(connection)
+            left = _left(connection, rows[-1] if is_listed else results[-1])
+            connection.left, connection.is_prepared = left, next_has_plans
+            if not is_over(connection) and left is not None:
+                if left:
+                    with contextlib.suppress(psycopg.Error):
+                        drop = deallocate(connection.pgconn, left)
+                        await connection.wait(execute(connection.pgconn, drop))
+                status = connection.pgconn.transaction_status
+                connection.has_begun_next = status == TransactionStatus.INTRANS
         return True
 
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
@@ -390,7 +461,11 @@ class Transactions(Sessions):
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
     def run(
-        self, route: Route, claimed: Claimed, started: Callable[[Job], None] | None = None
+        self,
+        route: Route,
+        claimed: Claimed,
+        started: Callable[[Job], None] | None = None,
+        following: Following | None = None,
     ) -> Ending:
         """Run a handler; its exceptions become results.
 
@@ -398,9 +473,13 @@ class Transactions(Sessions):
             route: the handler's route.
             claimed: the job.
             started: called when the transaction is open, before the handler.
+            following: the next job of the same slot, whose transaction may begin with this one's
+                commit; and this job's, if that has begun so.
 
         """
-        return self.run_steps(in_transaction(route, claimed), route, claimed, started)
+        return self.run_steps(
+            in_transaction(route, claimed), route, claimed, started, following=following
+        )
 
     def run_steps(
         self,
@@ -409,6 +488,7 @@ class Transactions(Sessions):
         claimed: Claimed,
         started: Callable[[Job], None] | None = None,
         jobs: list[Job] | None = None,
+        following: Following | None = None,
     ) -> T | NotBegun:
         """Run a handler in a transaction, whose session has the name of this claim.
 
@@ -418,22 +498,29 @@ class Transactions(Sessions):
             claimed: the job.
             started: called when the transaction is open, before the handler.
             jobs: the argument of a batch handler.
+            following: see `run`.
 
         """
         try:
-            connection = self.begin(claimed)
+            if following is None or following.session is None:
+                connection = self.begin(claimed)
+            else:
+                connection = self._begun(claimed, following)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
             started(claimed.job)
         try:
             ending = drive(
-                steps, lambda step: self._take(step, connection, route, jobs or claimed.job)
+                steps,
+                lambda step: self._take(step, connection, route, jobs or claimed.job, following),
             )
         except BaseException:
             connection.close()
             raise
-        if connection.has_committed and is_over(connection):
+        if connection.has_begun_next and following is not None:
+            self.keep_begun(connection, following)
+        elif connection.has_committed and is_over(connection):
             self.keep(connection)
         else:
             connection.close()
@@ -445,13 +532,14 @@ class Transactions(Sessions):
         connection: HandlerConnection,
         route: Route,
         job: Job | list[Job],
+        following: Following | None,
     ) -> object:
         match step:
             case Call():
                 with self.lent(connection):
                     return route.handler(job, connection)
             case Finish(claims):
-                return self._finish(connection, claims)
+                return self._finish(connection, claims, following)
             case Settle(statements):
                 return self.settle(connection, statements)
             case End.COMMIT:
@@ -472,13 +560,18 @@ class Transactions(Sessions):
 
         def begin(connection: HandlerConnection) -> None:
             connection.token = str(claimed.token)
-            text = _begin(connection, claimed)
-            if self.prepares and not (connection.is_prepared or connection.is_new):
-                text = PREPARE + text
-                connection.is_prepared = True
+            text = self._begin(connection, claimed, is_new=connection.is_new)
             connection.wait(execute(connection.pgconn, text))
 
         connection, _ = self.open(begin)
+        return connection
+
+    def _begun(self, claimed: Claimed, following: Following) -> HandlerConnection:
+        """Return a connection with the transaction that has begun with the last one's commit."""
+        idle, following.session = following.session, None
+        assert idle is not None  # noqa: S101 (its caller has looked)
+        connection = self._opened(idle)
+        connection.token, connection.patience = str(claimed.token), WORKER_PATIENCE
         return connection
 
     @contextlib.contextmanager
@@ -508,22 +601,46 @@ class Transactions(Sessions):
         token, *settled = read_all(cursors, settling)
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
-    def _finish(self, connection: HandlerConnection, claims: Sequence[Claimed]) -> bool:
+    def _finish(
+        self,
+        connection: HandlerConnection,
+        claims: Sequence[Claimed],
+        following: Following | None,
+    ) -> bool:
         if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
             return False  # the handler has ended it, or an error has
         try:
             text = _complete_and_commit(connection, claims)
         except UnicodeEncodeError:
             return False
-        text += b"; " + self.reset(keeps_plans=connection.is_prepared)
+        has_plans = connection.is_prepared
+        reset = self.reset(keeps_plans=has_plans)
+        claimed = None if following is None else following.reserve()
+        if claimed is None:
+            text += b"; " + reset
+        else:
+            # A begin alone would make the reset a part of the transaction that it begins.
+            text += b"; begin; " + reset + b"; commit; " + self._begin(connection, claimed)
+        next_has_plans, connection.is_prepared = connection.is_prepared, has_plans
         with connection.lock:
             results = connection.wait(results_of(connection.pgconn, text))
             if not _has_committed(connection, results):
                 with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
                     connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
                 return False
-        connection.has_committed = True
-        connection.left = _left(connection, results[-1])
+            connection.has_committed = True
+            # With a begin behind them the names are the last rows.
+            rows = [result for result in results if result.status == ExecStatus.TUPLES_OK]
+            is_listed = claimed is not None and has_plans and not is_over(connection)
+            left = _left(connection, rows[-1] if is_listed else results[-1])
+            connection.left, connection.is_prepared = left, next_has_plans
+            if not is_over(connection) and left is not None:
+                if left:
+                    with contextlib.suppress(psycopg.Error):
+                        drop = deallocate(connection.pgconn, left)
+                        connection.wait(execute(connection.pgconn, drop))
+                status = connection.pgconn.transaction_status
+                connection.has_begun_next = status == TransactionStatus.INTRANS
         return True
 
     def commit(self, connection: HandlerConnection) -> None:
@@ -606,14 +723,4 @@ def _complete_and_commit(
         Escaping(connection.pgconn).escape_literal,
         client_codec(connection),
         is_prepared=connection.is_prepared,
-    )
-
-
-def _begin(connection: psycopg.BaseConnection[Any], claimed: Claimed) -> bytes:
-    session = connection.pgconn
-    return begin(
-        claimed,
-        over_tcp=not session.host.startswith(b"/"),
-        server_version=session.server_version,
-        codec=server_codec(connection),
     )

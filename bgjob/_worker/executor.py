@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf
+from time import monotonic
 from typing import NamedTuple, TypeAlias
 
 from bgjob._engine.outcome import Outcome, Release
@@ -73,8 +74,11 @@ class Executor:
 
     def spread(self) -> None:
         """Use a free slot for each waiting job, as far as there are any."""
-        if self._slots.free and self._slots.jobs:
-            self._start(len(self._slots.jobs))
+        slots = self._slots
+        if slots.free and slots.reserved:
+            slots.unreserve(monotonic())
+        if slots.free and slots.jobs:
+            self._start(len(slots.jobs))
 
     def _start(self, most: int) -> None:
         """Start free slots, on threads or on the loop as the next job needs."""
@@ -103,6 +107,7 @@ class Executor:
     def next_timeout(self) -> float:
         """When to call `expire` next."""
         next_at = min(self._slots.timeouts.next_at, self._threads.retry_at, self._interrupt_at)
+        next_at = min(next_at, self._slots.reserved_until)
         return next_at if self.gathering is None else min(next_at, self.gathering.next_at)
 
     @property
@@ -171,6 +176,7 @@ class Executor:
             is_end: whether the worker ends.
 
         """
+        self._slots.unreserve()
         taken = self._slots.lines.withdraw(lost)
         if self.gathering is None:
             return taken
@@ -289,6 +295,7 @@ class Executor:
         self.spread()
 
     def _free(self, slot: Slot) -> None:
+        self._slots.next_waits(slot, None)
         run, has_slot = slot.run, slot.has_slot
         if slot.interrupt is not None and slot.interrupt.is_overdue:
             run = slot.interrupt
@@ -312,6 +319,7 @@ class Executor:
         # So each is read after those that it may come from.
         waiting = (*slots.lines.waiting, *tuple(slots.jobs))
         held = {_key(each) for claimed in waiting for each in members(claimed)}
+        held |= {_key(claimed) for claimed, _ in slots.reserved.copy().values()}
         if self.gathering is not None:
             held |= {_key(each) for rest in self._rests for each in rest.all}
             held |= {_key(each) for each in self.gathering.waiting}
@@ -326,7 +334,8 @@ class Executor:
             for each in members(claimed)
         }
         held |= {_key(outcome.claimed) for outcome in tuple(slots.outcomes)}
-        takes = None in claims
+        live = (*self._threads.busy, *tuple(self.tasks.all.values()))
+        takes = None in claims or any(s.following and s.following.is_moving for s in live)
         self._is_unclear = False
         for claimed in unsettled:
             key = _key(claimed)

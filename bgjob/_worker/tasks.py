@@ -245,6 +245,7 @@ class Tasks:
         )
         self._last, turned = me, monotonic()
         claimed, is_leaving = me.claimed, False
+        following: Claimed | None = None
         whole: Claimed | None
         while not slots.is_closed:
             if claimed is None:
@@ -289,15 +290,19 @@ class Tasks:
                         result = COMPLETE if returned is None else route.judge(job, returned)
                     else:
                         result = await self._run(me, route, claimed, whole)
-                        if result is None:
-                            self._come_back(me)
-                            return
                 except BaseException as error:
                     result = route.failed(job, error)
+                if not route.is_simple:
+                    following = slots.next_of(me)
+                    if result is None:
+                        slots.next_waits(me, following)
+                        self._come_back(me)
+                        return
                 ran: float | None = monotonic() - began
                 if fork_guard.is_child:
                     fork_guard.end(error_of(result))
                 if me.is_lost or (result is not COMPLETE and not _is_running(task)):
+                    slots.next_waits(me, following)
                     return  # its coroutine was discarded with a closed loop
                 if task.cancelling():
                     await _absorb_cancellation(task)
@@ -324,11 +329,19 @@ class Tasks:
                 if job.exclusive is not None:
                     slots.leave_line(claimed, result)
             ended = claimed
-            claimed = me.claimed = None
+            claimed = me.claimed = following
+            if following is not None and me.following is not None:
+                me.following.is_moving = False
+                following = None
             if me.interrupt is not None and slots.was_given_up(me, ended):
+                me.claimed = None
+                slots.next_waits(me, claimed)
                 self._come_back(me)
                 return
             del whole, job, ended
+            if is_leaving or context != clean:
+                me.claimed = None
+                slots.next_waits(me, claimed)
             if is_leaving:
                 return
             if context != clean:
@@ -340,6 +353,7 @@ class Tasks:
             elif monotonic() - turned > _TURN:
                 await asyncio.sleep(0)
                 turned = monotonic()
+        slots.next_waits(me, None)
 
     def _leave(self, me: Slot, claimed: Claimed) -> None:
         """Move the slot to a thread, with a job whose handler is plain."""
@@ -375,7 +389,8 @@ class Tasks:
             route, me.run = run.route, run
         result: Ending
         if route.is_transactional:
-            result = await slots.transactions.run_async(route, whole, slots.started)
+            following = slots.following(me, on_loop=True)
+            result = await slots.transactions.run_async(route, whole, slots.started, following)
             if isinstance(result, NotBegun):
                 return await self._not_begun(result)
         else:

@@ -217,6 +217,7 @@ class Threads:
                 context = self.slots.context.copy()
                 if not context.run(self._work, me, context):
                     me.pause.acquire()  # until start() or close() releases it
+            self.slots.next_waits(me, None)
         except BaseException as error:  # not a handler's: another thread raised it in this one
             me.error = error
         finally:
@@ -248,6 +249,7 @@ class Threads:
             slots.context,
         )
         claimed = me.claimed
+        following: Claimed | None = None
         whole: Claimed | None
         while True:
             if claimed is None:
@@ -284,12 +286,17 @@ class Threads:
                     started(job)
                 began = monotonic()
                 result: Ending | Release | Awaiting | Told | None
-                result = route.run(job) if route.is_simple else self._run(me, route, claimed, whole)
+                if route.is_simple:
+                    result = route.run(job)
+                else:
+                    result = self._run(me, route, claimed, whole)
+                    following = slots.next_of(me)
                 ran: float | None = monotonic() - began
                 if fork_guard.is_child:
                     fork_guard.end(error_of(result))
                 if result is not COMPLETE:  # nearly all are
                     if result is None:
+                        slots.next_waits(me, following)
                         return slots.come_back(me)
                     if isinstance(result, Told):
                         me.claimed = None
@@ -307,8 +314,13 @@ class Threads:
                 if job.exclusive is not None:
                     slots.leave_line(claimed, result)
             ended = claimed
-            claimed = me.claimed = None
+            claimed = me.claimed = following
+            if following is not None and me.following is not None:
+                me.following.is_moving = False
+                following = None
             if me.interrupt is not None and slots.was_given_up(me, ended):
+                me.claimed = None
+                slots.next_waits(me, claimed)
                 return slots.come_back(me)
             del whole, job, ended
             if context != clean:  # never compares values of a user: `clean` has none
@@ -353,7 +365,8 @@ class Threads:
             route, me.run = run.route, run
         result: Ending | Awaiting
         if route.is_transactional:
-            result = slots.transactions.run(route, whole, slots.started)
+            following = slots.following(me, on_loop=False)
+            result = slots.transactions.run(route, whole, slots.started, following)
             if isinstance(result, NotBegun):
                 return self._not_begun(result)
         else:
