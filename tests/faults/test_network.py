@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 from support import clients
 from support.meetings import asked, meeting
 from support.waiting import PATIENCE, eventually
@@ -16,6 +17,7 @@ import bgjob._postgres.connection
 import bgjob._shared
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
+from bgjob._postgres.connection import WORKER_PATIENCE
 from bgjob._sql.notices import LOCK_CLASS
 from faults.proxy import Proxy
 from faults.world import Process, World
@@ -154,6 +156,27 @@ def test_statements_of_handlers_end_with_the_connection_that_a_silent_network_ha
     world.done()
     for id in ids:
         world.witness(worker, "completed", id)
+
+
+@both_colours
+def test_idle_sessions_that_a_silent_network_has_lost_hold_up_no_transaction(
+    proxy: Proxy, world: World, colour: Colour
+) -> None:
+    dsn = make_conninfo(proxy.dsn(world.dsn), connect_timeout=2)
+    worker = world.start(colour=colour, dsn=dsn, concurrency=3)
+    before = world.enqueue("transactional", "a", "b", "c", hold="gate")
+    worker.wait_for("effect", times=3)
+    world.release("gate", 1)
+    world.done(*before)
+    proxy.silence()
+    world.witness(worker, "error", "no answer from the server")
+    proxy.forward(old="dead")
+    back = time.monotonic()
+    after = world.enqueue("transactional", "d", "e", "f")
+    world.done(*after)
+    took = time.monotonic() - back
+    print(f"three transactions after {took:.2f} s")
+    assert took < WORKER_PATIENCE
 
 
 @pytest.mark.parametrize(
