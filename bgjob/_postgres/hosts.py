@@ -12,6 +12,7 @@ With another `target_session_attrs`, or none, the order is the user's.
 """
 
 from collections.abc import Mapping
+from math import inf
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -21,6 +22,9 @@ Address: TypeAlias = tuple[str, str]
 """A host, or its numeric address, and a port."""
 
 _LISTS = ("host", "hostaddr", "port")
+
+_silent_at = -inf
+"""When a server of this process did not answer last."""
 
 _found: dict[Address, float] = {}
 """When a host was last connected to; negative: when it was found to be silent."""
@@ -57,9 +61,20 @@ def not_connected(settings: Mapping[str, Any]) -> None:
 
 def silent(connection: psycopg.BaseConnection[Any]) -> None:
     """Record that the server of a connection does not answer."""
+    global _silent_at  # noqa: PLW0603
+    _silent_at = monotonic()
     address = _address(connection)
     if address in _found:
         _found[address] = -monotonic()
+
+
+def was_silent_since(moment: float) -> bool:
+    """Whether any server of this process has left a query without an answer since.
+
+    A connection that was idle then may lead to that server, and be silent as well: it costs less to
+    connect again than to wait.
+    """
+    return _silent_at >= moment
 
 
 def _addresses(settings: Mapping[str, Any]) -> list[Address]:

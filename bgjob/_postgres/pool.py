@@ -12,7 +12,8 @@ was used before, was replaced for four measured reasons:
 
 An idle connection is checked before it is used: a socket with something to read while no
 query is open has the server's last message, or its end. That needs no round trip. It does not
-show a host that vanished silently; when such a connection fails, the idle ones are closed too.
+show a host that vanished silently. When such a connection fails, the idle ones are closed too, and
+also when any other connection of the process, for example a worker's, has had no answer.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from psycopg import BaseConnection, IsolationLevel
 from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob._postgres import fork, polling
+from bgjob._postgres import fork, hosts, polling
 from bgjob._postgres.commands import Prepared
 from bgjob._postgres.connection import AsyncConnection, Connection, SourceError
 from bgjob._postgres.event_loop import check_event_loop
@@ -102,7 +103,11 @@ def _take(idle: deque[C]) -> C | None:
     try:
         while True:
             connection = idle.pop()
-            if monotonic() < connection.opened_at + _AGE and not has_news(connection):
+            if (
+                monotonic() < connection.opened_at + _AGE
+                and not hosts.was_silent_since(connection.idle_since)
+                and not has_news(connection)
+            ):
                 return connection
             connection.pgconn.finish()
     except IndexError:

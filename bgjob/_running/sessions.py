@@ -21,7 +21,7 @@ from psycopg.pq.abc import PGconn
 from psycopg.rows import tuple_row
 from typing_extensions import override
 
-from bgjob._postgres import connection
+from bgjob._postgres import connection, hosts
 from bgjob._postgres.commands import after_answers, send_only
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters, options, options_async
 from bgjob._sql.settlements import Claimed
@@ -158,6 +158,8 @@ class Idle(NamedTuple):
     session: PGconn
     is_reset: bool
     is_prepared: bool
+    since: float = inf
+    """When it became idle; inf for one that goes from one job to the next."""
 
 
 class Following:
@@ -261,7 +263,9 @@ class Sessions:
 
     def _idle_session(self) -> Idle | None:
         with contextlib.suppress(IndexError):
-            return self._idle.pop()
+            while hosts.was_silent_since((idle := self._idle.pop()).since):
+                idle.session.finish()
+            return idle
         return None
 
     def rest(self) -> None:
@@ -309,7 +313,7 @@ class Sessions:
 
     def _furnish(self, connection: HandlerConnection | AsyncHandlerConnection, idle: Idle) -> None:
         """Set the attributes of a connection that has an idle session, and those of psycopg."""
-        _, connection.is_reset, connection.is_prepared = idle
+        _, connection.is_reset, connection.is_prepared, _ = idle
         connection.is_new = False
         own: Any = connection
         own.row_factory = self._options.get("row_factory") or tuple_row
@@ -359,7 +363,9 @@ class Sessions:
     ) -> None:
         """Keep the session, in which a transaction has begun, for that job."""
         is_prepared = connection.is_prepared
-        following.session = Idle(_taken(connection), is_reset=True, is_prepared=is_prepared)
+        following.session = Idle(
+            _taken(connection), is_reset=True, is_prepared=is_prepared, since=monotonic()
+        )
 
     def drop(self, following: Following) -> None:
         """Roll back the transaction that has begun for a job which the slot does not run."""
@@ -372,7 +378,7 @@ class Sessions:
             if not self._closed:
                 if reset:
                     send_only(session, reset)
-                self._idle.append(Idle(session, not reset, is_prepared))
+                self._idle.append(Idle(session, not reset, is_prepared, monotonic()))
                 return
         except psycopg.Error:
             pass  # it has ended
