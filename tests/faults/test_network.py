@@ -179,6 +179,28 @@ def test_idle_sessions_that_a_silent_network_has_lost_hold_up_no_transaction(
     assert took < WORKER_PATIENCE
 
 
+@both_clients
+def test_an_idle_connection_is_not_used_again_after_a_worker_of_the_process_had_no_answer(
+    proxy: Proxy, world: World, is_async: bool
+) -> None:
+    dsn = make_conninfo(proxy.dsn(world.dsn), connect_timeout=2)
+    client: Any = AsyncClient(dsn) if is_async else Client(dsn)
+    with ExitStack() as stack:
+        stack.callback(lambda: world.answer(client.close()))
+        worker = world.worker(world.mux(), dsn=dsn)
+        world.answer(client.enqueue(EnqueueRequest("q", "plain", id="before")))
+        world.acknowledge("before")
+        world.done("before")
+        proxy.silence()
+        world.witness(worker, "error", "no answer from the server")
+        proxy.forward(old="dead")
+        back = time.monotonic()
+        world.answer(client.enqueue(EnqueueRequest("q", "plain", id="after")))
+        world.acknowledge("after")
+        assert time.monotonic() - back < WORKER_PATIENCE
+        world.done("after")
+
+
 @pytest.mark.parametrize(
     ("patience", "connect_timeout"),
     [
