@@ -13,24 +13,39 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
-from support.waiting import eventually
 
 from cluster.pipe import Pipe
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds for the cluster to be whole, on a busy host."""
 
 _PATIENCE = {"GET": 2.0, "POST": 60.0}
 """Seconds for an answer of Patroni: one that is stopped gives none."""
 
+_SIZE = 4 << 30
+"""Bytes that the servers may need, most of them for WAL."""
+
 _TTL = 20
 """Seconds after which the leader's key ends; Patroni allows no fewer."""
+
+
+def in_time(condition: Callable[[], object]) -> bool:
+    """Wait until the cluster is as it should be. True if it was in time.
+
+    It is asked four times a second: each question costs processes that the cluster needs itself.
+    """
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.25)
+    return True
 
 
 def missing() -> str | None:
@@ -129,6 +144,7 @@ class Node:
                             "wal_log_hints": "on",
                             "fsync": "off",  # no host crashes here
                             "wal_keep_size": "256MB",
+                            "max_wal_size": "256MB",
                             "wal_receiver_status_interval": "1s",
                             "wal_sender_timeout": "5s",
                             "wal_receiver_timeout": "5s",
@@ -336,7 +352,7 @@ class Cluster:
                 and primary.postmaster != than_process
             )
 
-        assert eventually(found, PATIENCE), "\n\n".join(node.log for node in self.nodes)
+        assert in_time(found), "\n\n".join(node.log for node in self.nodes)
         primary = self.primary()
         if primary is None:
             return self.wait_for_primary(other_than=other_than, than_process=than_process)
@@ -362,7 +378,7 @@ class Cluster:
                 and (not self.is_synchronous or any(s.startswith("sync") for s in replicas))
             )
 
-        assert eventually(is_whole, PATIENCE), "\n\n".join(
+        assert in_time(is_whole), "\n\n".join(
             [self.nodes[0].ask("GET", "cluster")[1], *(node.log for node in self.nodes)]
         )
 
@@ -375,10 +391,17 @@ class Cluster:
         self._stack.close()
 
 
+def _place() -> str:
+    """Where to put the servers: in memory, since pg_rewind waits for the disk after each change."""
+    memory = Path("/dev/shm")
+    is_large = memory.is_dir() and shutil.disk_usage(memory).free > _SIZE
+    return str(memory) if is_large and os.access(memory, os.W_OK) else "/tmp"
+
+
 @contextlib.contextmanager
 def cluster_of(bin_dir: Path, *, is_synchronous: bool) -> Iterator[Cluster]:
     """Run a cluster for the length of a `with` block."""
-    folder = Path(tempfile.mkdtemp(prefix="bgjob-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="bgjob-", dir=_place()))
     folder.chmod(0o755)
     cluster = Cluster(folder, bin_dir, is_synchronous=is_synchronous)
     try:

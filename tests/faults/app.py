@@ -39,6 +39,7 @@ from bgjob import (
 
 from bgjob._sql import session, transactions
 from bgjob.checkpoint import AsyncCheckpoint, Checkpoint
+from faults.places import ask_for_places, last_place, place, place_async
 
 Event = tuple[Any, ...]
 AnyConnection = TypeVar("AnyConnection", psycopg.Connection[Any], psycopg.AsyncConnection[Any])
@@ -66,6 +67,9 @@ LEDGER = """
     )
 """
 """The tables that handlers write. No constraint: a row too many must be seen, not refused."""
+
+_KEPT = 5.0
+"""Seconds for which an idle connection is kept: after a change of a frozen primary none leads there."""
 
 _INSERT = "insert into ledger (job_id, attempt, kind, pid) values (%s, %s, %s, %s)"
 _CHUNK = "insert into ledger (job_id, attempt, kind, pid, token) values (%s, %s, 'chunks', %s, %s)"
@@ -100,6 +104,11 @@ class Settings:
     without: str | None = None
     """A type that it has no handler for."""
     unknown_for: float | None = None
+    keep: bool = False
+    """Whether completed jobs are kept, in the transaction that ends them."""
+    tells_places: bool = False
+    """Whether ordinary handlers tell where their commits are in the write-ahead log: events
+    "written" and "enqueued", with the place. An attempt that cannot tell fails."""
     server_patience: float | None = None
     """Seconds after which the server ends a transaction that its worker leaves open, so that no
     test has to wait as long as it does by default."""
@@ -156,14 +165,14 @@ def _text(error: str | BaseException | None) -> str:
 class Ledger:
     """Connections to the ledger. To open one takes longer than all else that a handler does.
 
-    A worker process keeps them until it ends. Elsewhere each is closed after its use.
+    A worker process keeps them for a while. Elsewhere each is closed after its use.
     """
 
     def __init__(self, dsn: str, *, keeps: bool = False) -> None:
         self._dsn = dsn
         self._keeps = keeps
-        self._idle: list[psycopg.Connection[Any]] = []
-        self._async_idle: list[psycopg.AsyncConnection[Any]] = []
+        self._idle: list[tuple[psycopg.Connection[Any], float]] = []
+        self._async_idle: list[tuple[psycopg.AsyncConnection[Any], float]] = []
         if keeps:
             atexit.register(self._finish)
 
@@ -176,7 +185,7 @@ class Ledger:
             conn.close()
             raise
         if self._keeps:
-            self._idle.append(conn)
+            self._idle.append((conn, time.monotonic()))
         else:
             conn.close()
 
@@ -190,21 +199,23 @@ class Ledger:
             await conn.close()
             raise
         if self._keeps:
-            self._async_idle.append(conn)
+            self._async_idle.append((conn, time.monotonic()))
         else:
             await conn.close()
 
     @staticmethod
-    def _kept(idle: list[AnyConnection]) -> AnyConnection | None:
+    def _kept(idle: list[tuple[AnyConnection, float]]) -> AnyConnection | None:
         with suppress(IndexError):
-            while conn := idle.pop():
-                if not select.select([conn.fileno()], [], [], 0)[0]:
+            while True:
+                conn, since = idle.pop()
+                is_old = time.monotonic() > since + _KEPT
+                if not is_old and not select.select([conn.fileno()], [], [], 0)[0]:
                     return conn
-                conn.pgconn.finish()  # the server has ended it, and says so
+                conn.pgconn.finish()  # the server has ended it and says so, or may be frozen
         return None
 
     def _finish(self) -> None:
-        for conn in [*self._idle, *self._async_idle]:
+        for conn, _ in [*self._idle, *self._async_idle]:
             conn.pgconn.finish()
 
 
@@ -241,11 +252,15 @@ class Handlers:
         tell: Callable[[Event], object],
         *,
         queue: str = "q",
+        tells_places: bool = False,
     ) -> None:
         self._client = client
         self._ledger = ledger
         self._tell = tell
         self._queue = queue
+        self._tells_places = tells_places
+        if tells_places:
+            ask_for_places(client)
 
     def register(
         self,
@@ -256,9 +271,11 @@ class Handlers:
         timeout: float | None = None,
         batch: int | None = None,
         without: str | None = None,
+        keep: bool = False,
     ) -> Mux:
         """Register all types but the one that is left out."""
         policy: dict[str, Any] = {
+            "keep": keep,
             "max_attempts": max_attempts,
             "backoff": lambda _: backoff,
             "timeout": timeout,
@@ -308,12 +325,16 @@ class Handlers:
             with self._ledger.connection() as own:
                 kind = self._kind(job, arg, own.execute(_RESCHEDULED, [job.id]).fetchall())
                 own.execute(_INSERT, [job.id, job.attempt, kind, os.getpid()])
+                if self._tells_places:
+                    self._tell(("written", job.id, job.attempt, *place(own)))
         else:
             kind = self._kind(job, arg, conn.execute(_RESCHEDULED, [job.id]).fetchall())
             conn.execute(_INSERT, [job.id, job.attempt, kind, os.getpid()])
         if children := self._children(job, arg):
             assert isinstance(self._client, Client)
             self._client.bulk_enqueue(children, on_conflict="skip", conn=conn)
+            if self._tells_places and conn is None:
+                self._tell(("enqueued", job.id, job.attempt, *last_place()))
         self._tell(("effect", job.id, job.attempt))
         time.sleep(arg.get("linger", 0) + arg.get("block", 0))
         if gate := arg.get("hold"):
@@ -393,11 +414,15 @@ class Handlers:
         if conn is None:
             async with self._ledger.async_connection() as own:
                 kind = await self._write(job, arg, own)
+                if self._tells_places:
+                    self._tell(("written", job.id, job.attempt, *await place_async(own)))
         else:
             kind = await self._write(job, arg, conn)
         if children := self._children(job, arg):
             assert isinstance(self._client, AsyncClient)
             await self._client.bulk_enqueue(children, on_conflict="skip", conn=conn)
+            if self._tells_places and conn is None:
+                self._tell(("enqueued", job.id, job.attempt, *last_place()))
         self._tell(("effect", job.id, job.attempt))
         await asyncio.sleep(arg.get("linger", 0))
         time.sleep(arg.get("block", 0))
@@ -488,16 +513,18 @@ def build(settings: Settings, file: EventFile) -> Worker | AsyncWorker:
         "timeout": settings.timeout,
         "batch": settings.batch,
         "without": settings.without,
+        "keep": settings.keep,
     }
+    shown: dict[str, Any] = {"queue": settings.queue, "tells_places": settings.tells_places}
     mux = Mux(unknown_for=settings.unknown_for)
     ledger = Ledger(settings.ledger, keeps=True)
     if settings.colour == "async":
         async_client = AsyncClient(settings.dsn, notify=settings.notify)
-        handlers = Handlers(async_client, ledger, file.tell, queue=settings.queue)
+        handlers = Handlers(async_client, ledger, file.tell, **shown)
         handlers.register(mux, **policy)
         return AsyncWorker(async_client, settings.queue, mux, **options)
     client = Client(settings.dsn, notify=settings.notify)
-    handlers = Handlers(client, ledger, file.tell, queue=settings.queue)
+    handlers = Handlers(client, ledger, file.tell, **shown)
     return Worker(client, settings.queue, handlers.register(mux, **policy), **options)
 
 

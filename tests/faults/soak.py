@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, LiteralString
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -86,6 +86,8 @@ class Producer:
         name: the ids begin with it.
         enqueue: writes jobs, all or none.
         may_go_on: whether there is room for more.
+        repeated: called after the commit of jobs that were enqueued again, with its connection.
+        anywhere: the query that tells whether any of these ids has ended.
 
     """
 
@@ -96,7 +98,11 @@ class Producer:
         dice: random.Random,
         enqueue: Callable[[list[EnqueueRequest]], object],
         may_go_on: Callable[[], bool],
+        repeated: Callable[[psycopg.Connection[Any]], object] = lambda _: None,
+        anywhere: LiteralString = _ANYWHERE,
     ) -> None:
+        self._repeated = repeated
+        self._anywhere = anywhere
         self.counts: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self._name = name
@@ -208,10 +214,12 @@ class Producer:
                 with psycopg.connect(self._world.dsn, connect_timeout=10) as conn:
                     conn.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
                     written = self._direct.bulk_enqueue(requests, on_conflict="skip", conn=conn)
-                    [[done]] = conn.execute(_ANYWHERE, [ids, ids]).fetchall()
+                    [[done]] = conn.execute(self._anywhere, [ids, ids]).fetchall()
                     if None in written or done:
                         self.counts["and yet written"] += 1
                         conn.rollback()
+                    conn.commit()
+                    self._repeated(conn)
             except psycopg.Error:
                 self.counts["enqueues without an answer"] += 1
             else:
