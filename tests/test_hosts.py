@@ -81,7 +81,7 @@ def test_a_host_that_was_silent_is_tried_last(
     colour: Colour, hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind in (PooledConnection, AsyncPooledConnection):
-        monkeypatch.setattr(kind, "patience", 0.2)
+        monkeypatch.setattr(kind, "patience", 1.0)
     first, second = hosts
     client = colour.client(dsn_of(hosts, colour.dsn))
     client.enqueue(EnqueueRequest("q", "t", id="a"))
