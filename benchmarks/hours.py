@@ -3,12 +3,15 @@
 `--hours` is the length of the run, 2 by default, and `--rate` the jobs a second of each system,
 1,000. `--cache`, `--python` and `--peers` are those of `peers.py`; the peer is pgqueuer by default,
 the fastest of the others. Each system has its own database on one server with default settings.
+
+Another system leaves the run once its median wait is over two minutes: it would need ever more of
+the machine, and would measure its own backlog. It is compared up to there.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from statistics import median
 from time import monotonic, sleep
 from typing import IO, Any
@@ -21,6 +24,7 @@ from peers import Runner, own_arguments, runners_of
 
 _SAMPLES = 120  # of a run
 _PATIENCE = 600.0  # seconds for what is left at the end
+_TOO_LATE = 120_000.0  # milliseconds of the median wait at which another system leaves
 _BLOCK = 8192
 
 Sample = dict[str, float]
@@ -37,17 +41,25 @@ from pg_stat_user_tables"""
 class Watched:
     """A system at work: its producer, its worker, and its tables."""
 
-    def __init__(self, runner: Runner, stack: ExitStack, rate: int, seconds: float) -> None:
-        stack.enter_context(runner.fresh())
-        talk, patience = runner.environment.conversation, seconds + 2 * _PATIENCE
+    def __init__(self, runner: Runner, rate: int, seconds: float) -> None:
         self.name = runner.system.name
         self.samples: list[Sample] = []
         self._url, self._enqueued, self._ran = runner.url, 0, 0
-        self._admin = stack.enter_context(psycopg.connect(runner.url, autocommit=True))
-        self._worker = stack.enter_context(talk("watch", runner.url, patience=patience))
-        self._worker[1]()  # waits until it works
-        self._flow = stack.enter_context(talk("flow", runner.url, rate, patience=patience))
-        self._flow[1]()
+        talk, patience = runner.environment.conversation, seconds + 2 * _PATIENCE
+        with ExitStack() as stack:
+            stack.enter_context(runner.fresh())
+            self._admin = stack.enter_context(psycopg.connect(self._url, autocommit=True))
+            self._holder = stack.enter_context(psycopg.connect(self._url))
+            self._worker = stack.enter_context(talk("watch", self._url, patience=patience))
+            self._worker[1]()  # waits until it works
+            self._flow = stack.enter_context(talk("flow", self._url, rate, patience=patience))
+            self._flow[1]()
+            self._stack = stack.pop_all()
+
+    @property
+    def is_too_late(self) -> bool:
+        """Whether its jobs wait for minutes."""
+        return self.samples[-1].get("p50_ms", 0.0) > _TOO_LATE
 
     def sample(self, minute: float) -> None:
         """Ask for what happened since the last sample."""
@@ -60,13 +72,14 @@ class Watched:
         latest = ", ".join(f"{value:,.10g} {name}" for name, value in self.samples[-1].items())
         say(f"{self.name}: {latest}")
 
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
+    def pin(self) -> None:
         """Hold a snapshot of the system's database, as a forgotten transaction does."""
-        with psycopg.connect(self._url) as holder:
-            holder.execute("set transaction isolation level repeatable read")
-            holder.execute("select 1")
-            yield
+        self._holder.execute("set transaction isolation level repeatable read")
+        self._holder.execute("select 1")
+
+    def release(self) -> None:
+        """Release the snapshot."""
+        self._holder.rollback()
 
     def end(self) -> None:
         """Stop the producer, and wait until each of its jobs ran."""
@@ -79,6 +92,10 @@ class Watched:
         if self._ran != self._enqueued:
             raise RuntimeError(f"{self.name}: {self._ran} runs of {self._enqueued} jobs")
 
+    def leave(self) -> None:
+        """End its producer and its worker, and drop its database."""
+        self._stack.close()
+
     def _sizes(self) -> Sample:
         names = "table_mb", "index_mb", "dead_rows", "vacuums"
         row = self._admin.execute(_SIZES).fetchone()
@@ -87,71 +104,94 @@ class Watched:
         return dict(zip(names, [round(table / 1e6, 2), round(index / 1e6, 2), *rest], strict=True))
 
 
-def main(
-    bench: Bench, hours: float, rate: int, runners: Callable[[ExitStack], Sequence[Runner]]
-) -> Mapping[str, object]:
+def main(hours: float, rate: int, runners: Sequence[Runner]) -> Mapping[str, object]:
     """Run all systems side by side; compare what they leave behind."""
     seconds = hours * 3600
     pinned = seconds / 4, seconds * 3 / 4
     with ExitStack() as stack:
-        watched = [Watched(runner, stack, rate, seconds) for runner in runners(stack)]
-        _run(watched, seconds, pinned)
-        for system in watched:
+        watched: list[Watched] = []
+        for runner in runners:
+            watched.append(Watched(runner, rate, seconds))
+            stack.callback(watched[-1].leave)
+        for system in _run(watched, seconds, pinned):
             system.end()
-    ours, *others = (_summary(system.samples, pinned) for system in watched)
-    best = {name: min(other[name] for other in others) for name in ours}
+    return report(hours, rate, pinned, {system.name: system.samples for system in watched})
+
+
+def report(
+    hours: float, rate: int, pinned: tuple[float, float], samples: Mapping[str, Sequence[Sample]]
+) -> Mapping[str, object]:
+    """Compare the first system with the best of the others, as long as all are there."""
+    until = min(of[-1]["minute"] for of in samples.values())
+    ours, *others = (_summary(of, pinned, until) for of in samples.values())
+    figures = {}
+    for name, value in ours.items():
+        floor = min((other[name] for other in others if name in other), default=None)
+        figures[name] = figure([value]) if floor is None else figure([value], [floor], at_most(1.0))
     return {
         "benchmark": "hours",
         "hours": hours,
         "jobs_per_s": rate,
         "pinned_minutes": [moment / 60 for moment in pinned],
-        "floor": " and ".join(system.name for system in watched[1:]),
-        **{name: figure([value], [best[name]], at_most(1.0)) for name, value in ours.items()},
-        "samples": {system.name: system.samples for system in watched},
+        "compared_minutes": until,
+        "floor": " and ".join([*samples][1:]),
+        **figures,
+        "samples": samples,
     }
 
 
-def _run(watched: Sequence[Watched], seconds: float, pinned: tuple[float, float]) -> None:
-    began, interval = monotonic(), seconds / _SAMPLES
-    with ExitStack() as holders:
-        held = False
-        for number in range(1, _SAMPLES + 1):
-            sleep(max(0.0, began + number * interval - monotonic()))
-            elapsed = monotonic() - began
-            for system in watched:
-                system.sample(elapsed / 60)
-            if not held and pinned[0] <= elapsed < pinned[1]:
-                held = True
-                for system in watched:
-                    holders.enter_context(system.pinned())
-            elif held and elapsed >= pinned[1]:
-                held = False
-                holders.close()
+def _run(
+    watched: Sequence[Watched], seconds: float, pinned: tuple[float, float]
+) -> Sequence[Watched]:
+    """Take samples of all; return those that are still there at the end."""
+    began, interval, there = monotonic(), seconds / _SAMPLES, list(watched)
+    held = False
+    for number in range(1, _SAMPLES + 1):
+        sleep(max(0.0, began + number * interval - monotonic()))
+        elapsed = monotonic() - began
+        for system in there.copy():
+            system.sample(elapsed / 60)
+            if system.is_too_late:
+                say(f"{system.name} leaves the run")
+                system.leave()
+                there.remove(system)
+        if held != (pinned[0] <= elapsed < pinned[1]):
+            held = not held
+            for system in there:
+                system.pin() if held else system.release()
+    if watched[0] not in there:
+        raise RuntimeError(f"{watched[0].name} was minutes late")
+    return there
 
 
-def _summary(samples: Sequence[Sample], pinned: tuple[float, float]) -> dict[str, float]:
+def _summary(
+    samples: Sequence[Sample], pinned: tuple[float, float], until: float
+) -> dict[str, float]:
     """Return a system's times, and what grew for each of its jobs while the snapshot was held."""
     first, last = (moment / 60 for moment in pinned)
     parts = {
         "before": [sample for sample in samples if sample["minute"] <= first],
-        "pinned": [sample for sample in samples if first < sample["minute"] <= last],
+        "pinned": [sample for sample in samples if first < sample["minute"] <= min(last, until)],
         "after": [sample for sample in samples if sample["minute"] > last],
     }
-    begin, end = parts["before"][-1], parts["pinned"][-1]
-    jobs = end["enqueued"] - begin["enqueued"]
-
-    def grown(*names: str) -> float:
-        return sum(end[name] - begin[name] for name in names)
-
-    return {
+    found = {
         f"{name}_{part}": median(sample[name] for sample in of if name in sample)
         for name in ("p50_ms", "p99_ms")
         for part, of in parts.items()
-    } | {
-        "dead_rows_per_job_pinned": grown("dead_rows") / jobs,
-        "pages_per_job_pinned": grown("table_mb", "index_mb") * 1e6 / _BLOCK / jobs,
-        "mb_at_the_end": samples[-1]["table_mb"] + samples[-1]["index_mb"],
+        if of
     }
+    if parts["pinned"]:
+        begin, end = parts["before"][-1], parts["pinned"][-1]
+        jobs = end["enqueued"] - begin["enqueued"]
+
+        def grown(*names: str) -> float:
+            return sum(end[name] - begin[name] for name in names)
+
+        found["dead_rows_per_job_pinned"] = grown("dead_rows") / jobs
+        found["pages_per_job_pinned"] = grown("table_mb", "index_mb") * 1e6 / _BLOCK / jobs
+    if parts["after"]:
+        found["mb_at_the_end"] = samples[-1]["table_mb"] + samples[-1]["index_mb"]
+    return found
 
 
 def _ask(conversation: tuple[IO[str], Callable[[], Any]]) -> Any:
@@ -178,6 +218,9 @@ if __name__ == "__main__":
             sys.exit(f"left out: {left_out}")
         return found
 
-    harness.main(
-        lambda bench: main(bench, own.hours, own.rate, lambda stack: runners(bench, stack)), __doc__
-    )
+    def whole(bench: Bench) -> Mapping[str, object]:
+        """Make the environments, and run."""
+        with ExitStack() as stack:
+            return main(own.hours, own.rate, runners(bench, stack))
+
+    harness.main(whole, __doc__)

@@ -38,7 +38,9 @@ WORK = {
 def text(reports: Mapping[str, Any], drawn: Sequence[str], day: date) -> str:
     """Return the page: environment, one table of all figures, the other systems."""
     lines = ["# Results", "", *_environment(reports, day), ""]
-    lines += [f"![{alternative}]({name})\n" for name, alternative in _pictures(drawn)]
+    if "results.svg" in drawn:
+        about = "Drain throughput, pick-up latency and drain under a pinned snapshot"
+        lines += [f"![{about}](results.svg)", ""]
     lines += [
         "Each figure is the median of its runs. The ratio is that of the medians; its spread goes",
         "from the smallest to the largest of the pairs, or of the runs where there is no floor.",
@@ -46,12 +48,15 @@ def text(reports: Mapping[str, Any], drawn: Sequence[str], day: date) -> str:
         "| work | figure | goal | measured | floor | ratio | spread | reached |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for program, report in reports.items():
+    of_all = {program: report for program, report in reports.items() if program != "hours"}
+    for program, report in of_all.items():
         for path, figure in _figures(report):
             lines.append(f"| {WORK[program]} | {_row(path, figure)} |")
-    lines += _floors(reports)
+    lines += _floors(of_all)
     if "peers" in reports:
         lines += _peers(reports["peers"])
+    if "hours" in reports:
+        lines += _hours(reports["hours"])
     return "\n".join(lines) + "\n"
 
 
@@ -79,14 +84,6 @@ def _rounds(reports: Mapping[str, Any]) -> str:
         count = "1 round" if report["rounds"] == 1 else f"{report['rounds']} rounds"
         runs.setdefault(count + (" of `--quick`" if report["quick"] else ""), []).append(program)
     return "; ".join(f"{count}: {', '.join(programs)}" for count, programs in runs.items()) + "."
-
-
-def _pictures(drawn: Sequence[str]) -> Iterator[tuple[str, str]]:
-    alternatives = {
-        "results.svg": "Drain throughput, pick-up latency and drain under a pinned snapshot",
-        "hours.svg": "Waits, dead rows and table sizes over hours, a snapshot pinned for half of them",
-    }
-    yield from ((name, alternatives[name]) for name in drawn if name in alternatives)
 
 
 def _figures(report: Mapping[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -177,3 +174,38 @@ def _peers(report: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, reason in report["left_out"].items():
         yield f"- **{name}** was left out: {reason}."
+
+
+def _hours(report: Mapping[str, Any]) -> Iterator[str]:
+    said, samples = report["environment"], report["samples"]
+    begin, end = report["pinned_minutes"]
+    yield from (
+        "",
+        "## Hours",
+        "",
+        "![Waits, dead rows and table sizes over hours, a snapshot pinned for half of them](hours.svg)",
+        "",
+        f"{report['hours']:g} hours at {report['jobs_per_s']:,} jobs/s of each system, side by side on",
+        f"one PostgreSQL {said['server']} with its default settings, {said['cores']} cores. A snapshot",
+        f"was pinned from minute {begin:g} to {end:g}. A system leaves the run once half of its jobs",
+        "wait for over two minutes.",
+        "",
+    )
+    until = report["compared_minutes"]
+    for name, of in samples.items():
+        left = of[-1]["minute"]
+        yield f"- **{name}**: {of[-1]['enqueued']:,} jobs" + (
+            f". It left in minute {left:.0f}." if left < report["hours"] * 60 - 1 else "."
+        )
+    yield from (
+        "",
+        f"While the snapshot is pinned, what is compared ends with minute {until:.0f}.",
+        "",
+        "| figure | bgjob | the other | ratio |",
+        "| --- | --- | --- | --- |",
+    )
+    for path, figure in _figures(report):
+        other = number(figure["floor"]["median"]) if "floor" in figure else ""
+        ratio = number(figure["ratio"]) if "ratio" in figure else ""
+        measured = number(figure["measured"]["median"])
+        yield f"| {path[-1].replace('_', ' ')} | {measured} | {other} | {ratio} |"
