@@ -56,7 +56,7 @@ collect_ignore = ["support"]
 
 pytest_plugins = [
     "support.clients",
-    "support.colours",
+    "support.combinations",
     "support.roles",
     "support.statements",
     "support.workers",

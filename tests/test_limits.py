@@ -317,6 +317,7 @@ def test_no_claim_without_a_ration_takes_a_job_of_a_limited_queue(
     assert [len(each(rations=Rations(True))) for each in (one, several, swept)] == [1, 1, 1]
 
 
+@pytest.mark.every_combination
 @pytest.mark.parametrize("plan_cache_mode", PLAN_CACHE_MODES)
 @pytest.mark.parametrize("is_analyzed", [False, True])
 def test_a_ration_is_taken_without_a_walk_over_those_of_other_limits(

@@ -778,6 +778,7 @@ def test_a_claim_from_its_mark_does_not_look_at_what_an_old_snapshot_keeps(
 DEAD_OF_KEY = 5_000
 
 
+@pytest.mark.every_combination
 @pytest.mark.parametrize("more", [False, True], ids=["few wait", "many were put aside"])
 @pytest.mark.parametrize("due", ["one after the other", "at one time"])
 def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
@@ -836,6 +837,7 @@ def test_a_key_is_passed_on_without_a_look_at_what_an_old_snapshot_keeps(
             assert len(woken) == 1
 
 
+@pytest.mark.every_combination
 @pytest.mark.parametrize(("jobs", "is_prepared"), [(1, False), (1, True), (20, True)])
 @pytest.mark.parametrize("statistics", STATISTICS)
 def test_a_transaction_finds_the_rows_of_its_jobs_by_their_ids(

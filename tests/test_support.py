@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from support.combinations import fewest
 from support.databases import Databases
 
 TESTS = Path(__file__).parent
@@ -43,6 +44,19 @@ def test_no_helper_is_defined_twice() -> None:
                     text = "\n".join(map(ast.unparse, body))
                     places[text][str(path.relative_to(TESTS))] = node.name
     assert [found for found in places.values() if len(found) > 1] == []
+
+
+def test_few_combinations_have_each_value_of_each_parameter() -> None:
+    whole = {
+        (host, style, n): {("host", host), ("style", style), ("n", n)}
+        for host in ("Worker", "AsyncWorker")
+        for style in ("plain", "coroutine")
+        for n in range(5)
+    }
+    some = fewest(whole)
+    assert {n for _, _, n in some} == set(range(5)) and len(some) == 5
+    for values in zip(*some, strict=True):
+        assert sorted(map(values.count, set(values))) in ([1] * 5, [2, 3])
 
 
 def lent(databases: Databases, template: str, *statements: str) -> tuple[str, str]:

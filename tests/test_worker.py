@@ -641,6 +641,7 @@ def test_a_worker_runs_once(launcher: Launcher) -> None:
         launcher.run(worker.run())
 
 
+@pytest.mark.every_combination
 @pytest.mark.both_colours
 @both_styles
 def test_a_handler_may_shut_its_worker_down(

@@ -112,6 +112,7 @@ def test_a_deploy_gives_the_job_with_its_attempt_to_the_next_worker(
     assert max(tried(first, second).values()) == 1
 
 
+@pytest.mark.every_combination
 @both_colours
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("by", ["save", "transaction"])

@@ -287,6 +287,7 @@ def trap(proxy: Proxy, moment: str, *sql: str) -> threading.Event:
     return (proxy.cut_after_commit if moment == "after" else proxy.cut_before_commit)(*sql)
 
 
+@pytest.mark.every_combination
 @both_clients
 @both_moments
 @pytest.mark.parametrize("how", ["enqueue", "bulk_enqueue", "transaction"])
@@ -377,6 +378,7 @@ def told(worker: Process, id: str) -> list[tuple[str, int]]:
     return [(event[0], event[2]) for event in worker.of(*names) if event[1] == id]
 
 
+@pytest.mark.every_combination
 @both_colours
 @both_moments
 @pytest.mark.parametrize("then", ["complete", "retry", "reschedule", "dlq"])
@@ -441,6 +443,7 @@ def test_a_claim_whose_answer_was_lost_is_undone_at_once_and_charges_no_attempt(
     assert world.rows("a", "plain") == world.rows("busy", "plain") == 1
 
 
+@pytest.mark.every_combination
 @both_colours
 @both_moments
 @pytest.mark.parametrize("then", ["complete", "reschedule", "dlq"])

@@ -64,6 +64,7 @@ def test_an_enqueue_whose_answer_was_lost_and_that_is_repeated_after_its_job_has
     assert world.rows("a") == 1
 
 
+@pytest.mark.every_combination
 @both_colours
 @pytest.mark.parametrize("moment", ["after", "before"])
 @pytest.mark.parametrize("then", ["complete", "dlq"])
