@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 import sys
@@ -20,7 +21,8 @@ pytest.register_assert_rewrite("support")
 from support.databases import Databases
 from support.programs import copying_initdb
 
-MIGRATION = Path(__file__).parents[1] / "migration" / "init.sql"
+TESTS = Path(__file__).parent
+MIGRATION = TESTS.parent / "migration" / "init.sql"
 
 VERSIONS = ("embedded", "14", "15", "16", "17", "18")
 INSTALLED = (
@@ -170,6 +172,26 @@ def pytest_configure_node(node: Any) -> None:
     """Pass the server's address and programs to a new pytest-xdist worker."""
     node.workerinput["server_dsn"] = node.config.stash[server_dsn_key]
     node.workerinput["programs"] = node.config.stash[programs_key]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Import the test modules of a whole run, each pytest-xdist worker from another one on.
+
+    In a new clone Python has to compile them. Workers that import them in the same order compile
+    each of them at the same moment, and each worker all of them.
+    """
+    config = session.config
+    is_whole = [config.invocation_params.dir / each for each in config.args] == [TESTS]
+    if not hasattr(config, "workerinput") or not is_whole:
+        return
+    paths = [*sorted(TESTS.glob("test_*.py")), *sorted(TESTS.glob("faults/test_*.py"))]
+    workers = config.workerinput["workercount"]
+    begin = len(paths) * int(config.workerinput["workerid"].removeprefix("gw")) // workers
+    for path in [*paths[begin:], *paths[:begin]]:
+        name = ".".join(path.relative_to(TESTS).with_suffix("").parts)
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # raised again where collected
+            importlib.import_module(name)
 
 
 BLOCK = 10
