@@ -10,6 +10,7 @@ import json
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -569,5 +570,19 @@ def main() -> None:
             asyncio.run(serve_async(worker, file, settings.grace))
 
 
+def leave() -> None:
+    """End as the interpreter does, but without its visit to every object.
+
+    A fork shares its memory until it writes there. So that visit would take 30 ms of a core, three
+    quarters of what a fork takes that does nothing. What it might say is tested by the command.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    leave()
