@@ -31,9 +31,8 @@ def main(bench: Bench) -> Mapping[str, object]:
     """Drain with a limit and without; run five workers at a limit."""
     count = 20_000 if bench.options.quick else 100_000
     seconds = 3.0 if bench.options.quick else 10.0
-    of_queue: dict[str, object] = {}
-    of_type: dict[str, object] = {}
-    for scope, found in (("queue", of_queue), ("type", of_type)):
+    figures: dict[Scope, dict[str, object]] = {"queue": {}, "type": {}}
+    for scope, found in figures.items():
         found["never"] = {
             "floor": "the same without a limit",
             **bench.compare(
@@ -60,8 +59,8 @@ def main(bench: Bench) -> Mapping[str, object]:
         "jobs": count,
         "concurrency": CONCURRENCY,
         "workers": _WORKERS,
-        "queue": of_queue,
-        "type": of_type,
+        "queue": figures["queue"],
+        "type": figures["type"],
     }
 
 
