@@ -147,13 +147,14 @@ def _waits(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_title("From the call of an enqueue to its handler")
     axes.set_ylabel("ms (logarithmic); p50, and p99 dotted")
-    axes.legend(fontsize=7, frameon=False)
+    axes.figure.legend(loc="outside lower center", ncols=9, frameon=False)  # of all three
 
 
 def _dead_rows(axes: Any, report: Mapping[str, Any]) -> None:
     _over_time(axes, report, {"dead_rows": "-"})
     axes.set_title("Dead rows")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_ylabel("millions")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
 
 
 def _sizes(axes: Any, report: Mapping[str, Any]) -> None:
@@ -165,7 +166,10 @@ def _sizes(axes: Any, report: Mapping[str, Any]) -> None:
 def _over_time(axes: Any, report: Mapping[str, Any], lines: Mapping[str, str]) -> None:
     """Draw these figures of all systems; what is behind them is shaded while a snapshot was held."""
     axes.axvspan(*report["pinned_minutes"], color=_FLOOR, alpha=0.15, label="a snapshot is pinned")
+    last = max(samples[-1]["minute"] for samples in report["samples"].values())
     for color, (name, samples) in zip((_OURS, *_CYCLE), report["samples"].items(), strict=False):
+        left = samples[-1]["minute"]
+        label = name if left == last else f"{name}, which left in minute {left:.0f}"
         for figure, style in lines.items():
             seen = [sample for sample in samples if figure in sample]
             axes.plot(
@@ -173,7 +177,7 @@ def _over_time(axes: Any, report: Mapping[str, Any], lines: Mapping[str, str]) -
                 [sample[figure] for sample in seen],
                 style,
                 color=color,
-                label=name if style == "-" else None,
+                label=label if style == "-" else None,
             )
     axes.set_xlabel("minutes")
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import UTC, date, datetime
 from statistics import median
 from time import monotonic, sleep
 from typing import IO, Any
@@ -115,11 +116,16 @@ def main(hours: float, rate: int, runners: Sequence[Runner]) -> Mapping[str, obj
             stack.callback(watched[-1].leave)
         for system in _run(watched, seconds, pinned):
             system.end()
-    return report(hours, rate, pinned, {system.name: system.samples for system in watched})
+    samples = {system.name: system.samples for system in watched}
+    return report(hours, rate, pinned, samples, datetime.now(UTC).date())
 
 
 def report(
-    hours: float, rate: int, pinned: tuple[float, float], samples: Mapping[str, Sequence[Sample]]
+    hours: float,
+    rate: int,
+    pinned: tuple[float, float],
+    samples: Mapping[str, Sequence[Sample]],
+    day: date,
 ) -> Mapping[str, object]:
     """Compare the first system with the best of the others, as long as all are there."""
     until = min(of[-1]["minute"] for of in samples.values())
@@ -130,6 +136,7 @@ def report(
         figures[name] = figure([value]) if floor is None else figure([value], [floor], at_most(1.0))
     return {
         "benchmark": "hours",
+        "day": day.isoformat(),
         "hours": hours,
         "jobs_per_s": rate,
         "pinned_minutes": [moment / 60 for moment in pinned],

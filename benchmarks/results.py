@@ -185,10 +185,10 @@ def _hours(report: Mapping[str, Any]) -> Iterator[str]:
         "",
         "![Waits, dead rows and table sizes over hours, a snapshot pinned for half of them](hours.svg)",
         "",
-        f"{report['hours']:g} hours at {report['jobs_per_s']:,} jobs/s of each system, side by side on",
-        f"one PostgreSQL {said['server']} with its default settings, {said['cores']} cores. A snapshot",
-        f"was pinned from minute {begin:g} to {end:g}. A system leaves the run once half of its jobs",
-        "wait for over two minutes.",
+        f"{report['day']}. {report['hours']:g} hours at {report['jobs_per_s']:,} jobs/s of each system,"
+        f" side by side on one PostgreSQL {said['server']} with its default settings, {said['cores']}"
+        f" cores. A snapshot was pinned from minute {begin:g} to {end:g}. A system leaves the run once"
+        " half of its jobs wait for over two minutes.",
         "",
     )
     until = report["compared_minutes"]

@@ -386,7 +386,7 @@ class Sessions:
 
 
 def _taken(connection: HandlerConnection | AsyncHandlerConnection) -> PGconn:
-    """Take the session away from a connection, which nobody can use any more."""
+    """Take the session away from a connection, which is of no use afterwards."""
     session: PGconn = connection.pgconn
     connection.user, connection.pgconn = _NO_USER, _GONE
     return session
