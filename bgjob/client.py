@@ -114,7 +114,7 @@ from bgjob.job import (
     check_name,
 )
 from bgjob.jobs import AsyncJobs, Jobs
-from bgjob.limits import AsyncQueueLimits, QueueLimits
+from bgjob.limits import AsyncJobLimits, JobLimits
 from bgjob.minutes import By
 from bgjob.mux import Mux
 from bgjob.result import Result
@@ -213,7 +213,7 @@ class AsyncClient:
         """The dead-letter table."""
         self.jobs = AsyncJobs(self._run, self._run_all, notify=notify)
         """The live jobs."""
-        self.limits = AsyncQueueLimits(self._run, notify=notify)
+        self.limits = AsyncJobLimits(self._run, notify=notify)
         """The limits of queues over all workers."""
         self.schedules = AsyncTimetable(self._run, self.enqueue)
         """The database's schedules, which workers wrote."""
@@ -1199,7 +1199,7 @@ class Client:
         """The dead-letter table."""
         self.jobs = Jobs(self._run, self._run_all, notify=notify)
         """The live jobs."""
-        self.limits = QueueLimits(self._run, notify=notify)
+        self.limits = JobLimits(self._run, notify=notify)
         """The limits of queues over all workers."""
         self.schedules = Timetable(self._run, self.enqueue)
         """The database's schedules, which workers wrote."""

@@ -25,7 +25,7 @@ class _RunAsync(Protocol):
     ) -> Awaitable[T]: ...
 
 
-class AsyncQueueLimits:
+class AsyncJobLimits:
     """The limits of an async client's database; safe to share between tasks.
 
     A limit that is set here binds all workers of its queue, or all that have jobs of its type, and
@@ -104,7 +104,7 @@ class _Run(Protocol):
     def __call__(self, statement: Statement[T], conn: Connection[Any] | None, /) -> T: ...
 
 
-class QueueLimits:
+class JobLimits:
     """The limits of a client's database; thread-safe.
 
     A limit that is set here binds all workers of its queue, or all that have jobs of its type, and
