@@ -8,7 +8,7 @@ There is something of each kind to see and to do:
     charges      paused: its jobs wait until somebody resumes it
     imports      its jobs wait for a worker, and there is none
     invoices     died while the tax office was away; it is back, so they may be put back
-    thumbnails   die of an error that is still there, which a canary shows
+    thumbnails   some die of an error that is still there, which a canary shows; limited
 
 The world begins with a past, because charts and groups of dead jobs tell little without one: the
 counts of an hour are made up, and the first dead jobs, which did die, are dated back.
@@ -31,6 +31,7 @@ from bgjob._cli.demo_shop import make_mux
 from bgjob._cli.progress import say
 from bgjob.client import Client
 from bgjob.job import EnqueueRequest
+from bgjob.limit import Limit
 from bgjob.minutes import Minutes
 from bgjob.observer import NoopObserver
 from bgjob.schedule import Schedule
@@ -111,6 +112,7 @@ def running(dsn: str, client: Client, root: Path) -> Iterator[None]:
         Worker(client, {"mail": 4}, mux, services=[Minutes()], observer=silent, release="1.9"),
     ]
     client.pause("charges")
+    client.limits.set("type", "thumbnail", Limit(2, "10/s"))
     client.bulk_enqueue(_first())
     producer = Thread(target=_produce, args=(client, root, stop), name="bgjob-demo-producer")
     with ExitStack() as stack:
