@@ -2,7 +2,7 @@
 
 import builtins
 from collections.abc import Awaitable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 from psycopg import AsyncConnection, Connection
 
@@ -11,7 +11,7 @@ from bgjob._sql import limits as statements
 from bgjob._sql.limits import Subject
 from bgjob._sql.statement import Statement
 from bgjob.job import check_name
-from bgjob.limit import Limit, LimitStatus
+from bgjob.limit import Limit, LimitStatus, Scope
 
 T = TypeVar("T")
 
@@ -38,69 +38,46 @@ class AsyncQueueLimits:
         self._notify = notify
 
     async def set(
-        self, queue: str, limit: Limit, *, conn: AsyncConnection[Any] | None = None
-    ) -> None:
-        """Set the limit of a queue, in place of one that it has.
-
-        From its commit on no worker without a ration of it claims a job. Jobs that
-        were claimed before run, and count as soon as their workers have noticed, within two
-        seconds. A change of a limit is noticed within five.
-
-        Args:
-            queue: the queue. It need not exist yet.
-            limit: the limit; `Limit()` for none, whatever the code of programs says.
-            conn: a connection of the caller's: it holds when its transaction commits.
-
-        Raises:
-            TypeError: it is not a Limit.
-            ValueError, QueueRequiredError: no queue can have this name.
-
-        """
-        await self._set(_queue(queue), limit, conn)
-
-    async def set_type(
         self,
-        type: str,  # noqa: A002
+        scope: Scope,
+        name: str,
         limit: Limit,
         *,
         conn: AsyncConnection[Any] | None = None,
     ) -> None:
-        """Set the limit of a job type, in all queues, in place of one that it has.
+        """Set the limit of a queue, or of a type in all queues, in place of one that it has.
 
-        From its commit on no worker claims a job that does not know of it; otherwise as `set`.
-        Its jobs that wait hold up no job of another type.
+        From its commit on no worker claims a job of it without a ration. Jobs that were claimed
+        before run, and count as soon as their workers have noticed, within two seconds. A change
+        of a limit is noticed within five. Jobs that wait for the limit of their type hold up no
+        job of another type.
 
         Args:
-            type: the job type. It need not be known yet.
+            scope: what has the limit, "queue" or "type".
+            name: the name of the queue or the type. It need not exist yet.
             limit: the limit; `Limit()` for none, whatever the code of programs says.
             conn: a connection of the caller's: it holds when its transaction commits.
 
         Raises:
             TypeError: it is not a Limit.
-            ValueError, TypeRequiredError: no type can have this name.
+            ValueError, QueueRequiredError, TypeRequiredError: no queue or type can have this
+                name, or the scope is another.
 
         """
-        await self._set(_type(type), limit, conn)
-
-    async def _set(self, of: Subject, limit: Limit, conn: AsyncConnection[Any] | None) -> None:
-        _check(limit)
+        of = _subject(scope, name)
+        if not isinstance(limit, Limit):
+            raise TypeError(
+                f"limit must be a Limit, such as Limit(rate='14/s', burst=28), not {limit!r}"
+            )
         notify = self._notify and not is_two_phase(conn)
         await self._run(statements.set_limit(of, limit, notify=notify), conn)
 
     async def get(
-        self, queue: str, *, conn: AsyncConnection[Any] | None = None
+        self, scope: Scope, name: str, *, conn: AsyncConnection[Any] | None = None
     ) -> LimitStatus | None:
-        """Return the limit of a queue and what of it is in use; None if it has none."""
-        return next(iter(await self._run(statements.limits(_queue(queue)), conn)), None)
-
-    async def get_type(
-        self,
-        type: str,  # noqa: A002
-        *,
-        conn: AsyncConnection[Any] | None = None,
-    ) -> LimitStatus | None:
-        """Return the limit of a job type and what of it is in use; None if it has none."""
-        return next(iter(await self._run(statements.limits(_type(type)), conn)), None)
+        """Return the limit of a queue or a type and what of it is in use; None if it has none."""
+        found = await self._run(statements.limits(_subject(scope, name)), conn)
+        return found[0] if found else None
 
     async def list(self, *, conn: AsyncConnection[Any] | None = None) -> builtins.list[LimitStatus]:
         """List the limits that were set, and those in the code of live programs, by name.
@@ -109,27 +86,14 @@ class AsyncQueueLimits:
         """
         return await self._run(statements.limits(), conn)
 
-    async def remove(self, queue: str, *, conn: AsyncConnection[Any] | None = None) -> bool:
-        """End the limit of a queue that was set; True if there was one.
-
-        One in a program's code holds again.
-        """
-        return await self._remove(_queue(queue), conn)
-
-    async def remove_type(
-        self,
-        type: str,  # noqa: A002
-        *,
-        conn: AsyncConnection[Any] | None = None,
+    async def remove(
+        self, scope: Scope, name: str, *, conn: AsyncConnection[Any] | None = None
     ) -> bool:
-        """End the limit of a job type that was set; True if there was one.
+        """End the limit of a queue or a type that was set; True if there was one.
 
         One in a program's code holds again.
         """
-        return await self._remove(_type(type), conn)
-
-    async def _remove(self, of: Subject, conn: AsyncConnection[Any] | None) -> bool:
-        notify = self._notify and not is_two_phase(conn)
+        of, notify = _subject(scope, name), self._notify and not is_two_phase(conn)
         return await self._run(statements.remove_limit(of, notify=notify), conn)
 
 
@@ -152,66 +116,47 @@ class QueueLimits:
         self._run = run
         self._notify = notify
 
-    def set(self, queue: str, limit: Limit, *, conn: Connection[Any] | None = None) -> None:
-        """Set the limit of a queue, in place of one that it has.
-
-        From its commit on no worker without a ration of it claims a job. Jobs that
-        were claimed before run, and count as soon as their workers have noticed, within two
-        seconds. A change of a limit is noticed within five.
-
-        Args:
-            queue: the queue. It need not exist yet.
-            limit: the limit; `Limit()` for none, whatever the code of programs says.
-            conn: a connection of the caller's: it holds when its transaction commits.
-
-        Raises:
-            TypeError: it is not a Limit.
-            ValueError, QueueRequiredError: no queue can have this name.
-
-        """
-        self._set(_queue(queue), limit, conn)
-
-    def set_type(
+    def set(
         self,
-        type: str,  # noqa: A002
+        scope: Scope,
+        name: str,
         limit: Limit,
         *,
         conn: Connection[Any] | None = None,
     ) -> None:
-        """Set the limit of a job type, in all queues, in place of one that it has.
+        """Set the limit of a queue, or of a type in all queues, in place of one that it has.
 
-        From its commit on no worker claims a job that does not know of it; otherwise as `set`.
-        Its jobs that wait hold up no job of another type.
+        From its commit on no worker claims a job of it without a ration. Jobs that were claimed
+        before run, and count as soon as their workers have noticed, within two seconds. A change
+        of a limit is noticed within five. Jobs that wait for the limit of their type hold up no
+        job of another type.
 
         Args:
-            type: the job type. It need not be known yet.
+            scope: what has the limit, "queue" or "type".
+            name: the name of the queue or the type. It need not exist yet.
             limit: the limit; `Limit()` for none, whatever the code of programs says.
             conn: a connection of the caller's: it holds when its transaction commits.
 
         Raises:
             TypeError: it is not a Limit.
-            ValueError, TypeRequiredError: no type can have this name.
+            ValueError, QueueRequiredError, TypeRequiredError: no queue or type can have this
+                name, or the scope is another.
 
         """
-        self._set(_type(type), limit, conn)
-
-    def _set(self, of: Subject, limit: Limit, conn: Connection[Any] | None) -> None:
-        _check(limit)
+        of = _subject(scope, name)
+        if not isinstance(limit, Limit):
+            raise TypeError(
+                f"limit must be a Limit, such as Limit(rate='14/s', burst=28), not {limit!r}"
+            )
         notify = self._notify and not is_two_phase(conn)
         self._run(statements.set_limit(of, limit, notify=notify), conn)
 
-    def get(self, queue: str, *, conn: Connection[Any] | None = None) -> LimitStatus | None:
-        """Return the limit of a queue and what of it is in use; None if it has none."""
-        return next(iter(self._run(statements.limits(_queue(queue)), conn)), None)
-
-    def get_type(
-        self,
-        type: str,  # noqa: A002
-        *,
-        conn: Connection[Any] | None = None,
+    def get(
+        self, scope: Scope, name: str, *, conn: Connection[Any] | None = None
     ) -> LimitStatus | None:
-        """Return the limit of a job type and what of it is in use; None if it has none."""
-        return next(iter(self._run(statements.limits(_type(type)), conn)), None)
+        """Return the limit of a queue or a type and what of it is in use; None if it has none."""
+        found = self._run(statements.limits(_subject(scope, name)), conn)
+        return found[0] if found else None
 
     def list(self, *, conn: Connection[Any] | None = None) -> builtins.list[LimitStatus]:
         """List the limits that were set, and those in the code of live programs, by name.
@@ -220,45 +165,20 @@ class QueueLimits:
         """
         return self._run(statements.limits(), conn)
 
-    def remove(self, queue: str, *, conn: Connection[Any] | None = None) -> bool:
-        """End the limit of a queue that was set; True if there was one.
+    def remove(self, scope: Scope, name: str, *, conn: Connection[Any] | None = None) -> bool:
+        """End the limit of a queue or a type that was set; True if there was one.
 
         One in a program's code holds again.
         """
-        return self._remove(_queue(queue), conn)
-
-    def remove_type(
-        self,
-        type: str,  # noqa: A002
-        *,
-        conn: Connection[Any] | None = None,
-    ) -> bool:
-        """End the limit of a job type that was set; True if there was one.
-
-        One in a program's code holds again.
-        """
-        return self._remove(_type(type), conn)
-
-    def _remove(self, of: Subject, conn: Connection[Any] | None) -> bool:
-        notify = self._notify and not is_two_phase(conn)
+        of, notify = _subject(scope, name), self._notify and not is_two_phase(conn)
         return self._run(statements.remove_limit(of, notify=notify), conn)
 
 
 # -- both colours ----------------------------------------------------------------------
 
 
-def _queue(name: str) -> Subject:
-    check_name("queue", name)
-    return Subject("queue", name)
-
-
-def _type(name: str) -> Subject:
-    check_name("type", name)
-    return Subject("type", name)
-
-
-def _check(limit: Limit) -> None:
-    if not isinstance(limit, Limit):
-        raise TypeError(
-            f"limit must be a Limit, such as Limit(rate='14/s', burst=28), not {limit!r}"
-        )
+def _subject(scope: Scope, name: str) -> Subject:
+    if scope not in get_args(Scope):
+        raise ValueError(f'scope of a limit must be "queue" or "type", not {scope!r}')
+    check_name(scope, name)
+    return Subject(scope, name)

@@ -371,7 +371,7 @@ def test_a_limit_in_code_holds_from_the_first_claim_on(launcher: Launcher) -> No
 def test_a_limit_that_is_set_changed_and_removed_at_run_time_is_obeyed(launcher: Launcher) -> None:
     gate = Gate()
     launcher.start(Mux().register("t", gate), concurrency=4)
-    launcher.client.limits.set("q", Limit(2))
+    launcher.client.limits.set("queue", "q", Limit(2))
     launcher.enqueue(*"abcdef")
     gate.wait()
     gate.wait()
@@ -380,15 +380,15 @@ def test_a_limit_that_is_set_changed_and_removed_at_run_time_is_obeyed(launcher:
     [reason] = [reason for reason in explained.reasons if reason.code == "limited"]
     assert "Queue 'q' has a limit (set): 2 at once; 1 worker has all 2 places" in reason.text
     assert not reason.blocks
-    launcher.client.limits.set("q", Limit(3))
+    launcher.client.limits.set("queue", "q", Limit(3))
     gate.wait()
     assert len(gate.runs) == 3
-    assert launcher.client.limits.remove("q")
+    assert launcher.client.limits.remove("queue", "q")
     gate.wait()
     assert len(gate.runs) == 4
     gate.released.set()
     assert eventually(lambda: len(gate.runs) == 6)
-    assert launcher.client.limits.get("q") is None
+    assert launcher.client.limits.get("queue", "q") is None
 
 
 def test_a_worker_gives_its_ration_back_when_it_ends(launcher: Launcher, dsn: str) -> None:
@@ -420,14 +420,14 @@ def test_a_rate_counts_each_job_also_of_a_batch_and_of_a_retry(
     if batch:
         mux = Mux().register("t", several, batch=batch, batch_wait=60.0)
     launcher.enqueue(*"abcdefgh")
-    launcher.client.limits.set("q", Limit(rate="1/h", burst=6))
+    launcher.client.limits.set("queue", "q", Limit(rate="1/h", burst=6))
     launcher.start(mux, concurrency=2)
     assert eventually(lambda: len(starts) == 5)  # half a second of the burst is left out
     [status] = launcher.client.limits.list()
     assert (status.tokens, status.next_in > 0) == (0, True)
     [reason] = [r for r in launcher.client.explain(queue="q").reasons if r.code == "limited"]
     assert "1/h, burst 6; the next job may start in " in reason.text
-    launcher.client.limits.set("q", Limit(rate="100/s"))
+    launcher.client.limits.set("queue", "q", Limit(rate="100/s"))
     assert eventually(lambda: len(starts) == 9)
 
 
@@ -493,20 +493,22 @@ def test_the_command_sets_lists_and_removes_limits(
 
 def test_a_limit_joins_the_callers_transaction(client: Any, dsn: str) -> None:
     with psycopg.connect(dsn) as conn, Client(dsn) as own:
-        own.limits.set("q", Limit(3), conn=conn)
-        assert client.limits.get("q") is None
+        own.limits.set("queue", "q", Limit(3), conn=conn)
+        assert client.limits.get("queue", "q") is None
         conn.rollback()
         assert client.limits.list() == []
-        own.limits.set("q", Limit(3), conn=conn)
+        own.limits.set("queue", "q", Limit(3), conn=conn)
         conn.commit()
-        assert client.limits.get("q").limit == Limit(3)
+        assert client.limits.get("queue", "q").limit == Limit(3)
 
 
 def test_bad_input_of_the_limits_of_a_client_is_refused(client: Any) -> None:
     with pytest.raises(TypeError, match="limit must be a Limit"):
-        client.limits.set("q", "14/s")
+        client.limits.set("queue", "q", "14/s")
     with pytest.raises(ValueError, match="queue must have 1 to"):
-        client.limits.set("", Limit(1))
+        client.limits.set("queue", "", Limit(1))
+    with pytest.raises(ValueError, match='scope of a limit must be "queue" or "type", not '):
+        client.limits.set("mail", "queue", Limit(1))
 
 
 # -- a fleet of engines ------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def move(world: World, pair: Pair) -> None:
 
     client = world.client
     client.pause("paused")
-    client.limits.set("limited", Limit(concurrency=1))
+    client.limits.set("queue", "limited", Limit(concurrency=1))
     world.enqueue("plain", "paused", queue="paused", ledger=False)
     client.enqueue(EnqueueRequest("kept", "kept", id="kept"))
     client.enqueue(EnqueueRequest("q", "plain", id="early", keep=3600))

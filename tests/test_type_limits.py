@@ -242,16 +242,16 @@ def test_the_limit_of_a_type_is_set_changed_and_removed_at_run_time(launcher: La
     gate = Gate()
     client = launcher.client
     launcher.start(Mux().register("slow", gate), concurrency=4)
-    client.limits.set_type("slow", Limit(1))
+    client.limits.set("type", "slow", Limit(1))
     client.bulk_enqueue(slow(*"abcdef"))
     gate.wait()
     assert len(gate.runs) == 1
-    client.limits.set_type("slow", Limit(2))
+    client.limits.set("type", "slow", Limit(2))
     gate.wait()
     assert len(gate.runs) == 2
-    status = client.limits.get_type("slow")
+    status = client.limits.get("type", "slow")
     assert status is not None and status.limit == Limit(2)
-    assert client.limits.remove_type("slow")
+    assert client.limits.remove("type", "slow")
     gate.wait()
     gate.wait()
     gate.released.set()
@@ -267,15 +267,15 @@ def test_the_rate_of_a_type_holds_beside_the_limit_of_its_queue(launcher: Launch
         mux.register(type_, lambda job: ran.append(job.type))
     client = launcher.client
     client.bulk_enqueue([*slow(*"abcdefgh"), *quick(*"ijklmnopqr")])
-    client.limits.set_type("slow", Limit(rate="1/h", burst=4))
-    client.limits.set("q", Limit(rate="1/h", burst=10))
+    client.limits.set("type", "slow", Limit(rate="1/h", burst=4))
+    client.limits.set("queue", "q", Limit(rate="1/h", burst=10))
     launcher.start(mux, concurrency=4)
     assert eventually(lambda: len(ran) == 9)  # half a second of the burst is left out
     assert Counter(ran)["slow"] <= 4
-    client.limits.remove("q")
+    client.limits.remove("queue", "q")
     assert eventually(lambda: Counter(ran)["quick"] == 10)
     assert Counter(ran)["slow"] <= 4
-    client.limits.remove_type("slow")
+    client.limits.remove("type", "slow")
     assert eventually(lambda: Counter(ran)["slow"] == 8)
 
 

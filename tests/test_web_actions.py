@@ -162,7 +162,7 @@ def test_limits_of_queues_and_types_are_shown_set_changed_and_removed(
 def test_who_may_not_change_limits_sees_them_without_a_form(
     dsn: str, plain_client: Client, conn: psycopg.Connection
 ) -> None:
-    plain_client.limits.set("q", Limit(3))
+    plain_client.limits.set("queue", "q", Limit(3))
     others = PERMISSIONS - {"limits"}
     with opened(dsn, access=may(*others, user="zoe")) as pages:
         text = pages.get("/limits").text

@@ -22,10 +22,10 @@ with Client(os.environ["DATABASE_URL"]) as client:
         for status in client.limits.list():
             print(status.name, "in code:", status.limit, "-", status.places, "places in use")
 
-        client.limits.set("mail", Limit(rate="6000/m", burst=20))
+        client.limits.set("queue", "mail", Limit(rate="6000/m", burst=20))
         for status in client.limits.list():
             print(status.name, "set:", status.limit, "-", status.limit.per_second, "a second")
         for _ in range(29):
             sent.acquire()
-    client.limits.remove("mail")
+    client.limits.remove("queue", "mail")
     print("all sent")

@@ -7,6 +7,7 @@ import pytest
 from support.waiting import eventually
 
 from bgjob import Client, Limit
+from bgjob.limit import Scope
 from faults.world import World
 
 STARTS = """
@@ -44,15 +45,12 @@ def most_beyond(starts: list[float], rate: float) -> float:
 
 @pytest.mark.parametrize(("scope", "seed"), [("queue", 1), ("type", 2)])
 def test_no_limit_is_exceeded_while_five_workers_are_killed_at_random(
-    world: World, scope: str, seed: int
+    world: World, scope: Scope, seed: int
 ) -> None:
     dice = random.Random(seed)
     limit = Limit(concurrency=4, rate="60/s", burst=40)
     with Client(world.dsn) as client:
-        if scope == "type":
-            client.limits.set_type("plain", limit)
-        else:
-            client.limits.set("q", limit)
+        client.limits.set(scope, "plain" if scope == "type" else "q", limit)
     ids: dict[str, list[str]] = {"plain": [], "transactional": []}
     for n in range(130 if scope == "queue" else 200):
         type_ = dice.choice([*ids])

@@ -99,10 +99,7 @@ def run_set(args: argparse.Namespace) -> int:
             else "say what the limit is: --concurrency, --rate, or --none for no limit"
         )
     with database.opened(database.find(args.dsn)) as client:
-        if args.scope == "type":
-            client.limits.set_type(args.name, limit)
-        else:
-            client.limits.set(args.name, limit)
+        client.limits.set(args.scope, args.name, limit)
     if args.json:
         table.write_json({"scope": args.scope, "name": args.name, **_as_json(limit)})
     else:
@@ -113,9 +110,7 @@ def run_set(args: argparse.Namespace) -> int:
 def run_remove(args: argparse.Namespace) -> int:
     """Carry it out."""
     with database.opened(database.find(args.dsn)) as client:
-        limits = client.limits
-        remove = limits.remove_type if args.scope == "type" else limits.remove
-        was_set = remove(args.name)
+        was_set = client.limits.remove(args.scope, args.name)
     if args.json:
         table.write_json({"scope": args.scope, "name": args.name, "was_set": was_set})
     else:

@@ -6,19 +6,18 @@ from bgjob.ext.web.actions.action import Answer, action
 from bgjob.ext.web.form import Form
 from bgjob.ext.web.views import Done
 from bgjob.ext.web.visit import Visit
-from bgjob.limit import Limit
+from bgjob.limit import Limit, Scope
 
 
 @action("limits", "set limit")
 async def set_limit(visit: Visit, form: Form) -> Answer:
     """Set the limit of a queue or a type; without a number and a rate, that it has none."""
-    limits = visit.site.writer.limits
     name, scope = form.needed("name"), _scope(form)
     try:
         limit = Limit(
             _number(form, "concurrency"), form.text("rate") or None, _number(form, "burst")
         )
-        await (limits.set_type if scope == "type" else limits.set)(name, limit)
+        await visit.site.writer.limits.set(scope, name, limit)
     except ValueError as error:
         raise HTTPException(400, f"{error}.") from None
     return Done(f"{scope.capitalize()} {name} is limited: {limit}.", 1, (scope, name, str(limit)))
@@ -27,10 +26,9 @@ async def set_limit(visit: Visit, form: Form) -> Answer:
 @action("limits", "remove limit")
 async def remove_limit(visit: Visit, form: Form) -> Answer:
     """Remove a limit that was set."""
-    limits = visit.site.writer.limits
     name, scope = form.needed("name"), _scope(form)
     try:
-        was_set = await (limits.remove_type if scope == "type" else limits.remove)(name)
+        was_set = await visit.site.writer.limits.remove(scope, name)
     except ValueError as error:
         raise HTTPException(400, f"{error}.") from None
     if was_set:
@@ -38,11 +36,12 @@ async def remove_limit(visit: Visit, form: Form) -> Answer:
     return Done(f"{scope.capitalize()} {name} had no limit that was set.", 0, (scope, name))
 
 
-def _scope(form: Form) -> str:
-    scope = form.needed("scope")
-    if scope not in {"queue", "type"}:
-        raise HTTPException(400, f"scope must be queue or type, not {scope!r}.")
-    return scope
+def _scope(form: Form) -> Scope:
+    match form.needed("scope"):
+        case "queue" | "type" as scope:
+            return scope
+        case other:
+            raise HTTPException(400, f"scope must be queue or type, not {other!r}.")
 
 
 def _number(form: Form, name: str) -> int | None:
