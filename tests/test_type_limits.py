@@ -24,6 +24,7 @@ from bgjob._engine.throttle import Throttle
 from bgjob._sql.claims import (
     Rations,
     claim,
+    claim_any,
     claim_group,
     claim_limited,
     claim_others,
@@ -112,6 +113,17 @@ def test_a_suspect_of_a_limited_type_is_claimed_alone_and_in_no_group(
     while one := run(worker, claim_limited("q", "slow", limit=9, lease=60, token=2, rations=KNOWS)):
         found.append([job.id for job in one])
     assert found == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_a_claim_of_any_job_takes_what_waits_for_the_limit_of_its_type(
+    client: Any, worker: psycopg.Connection
+) -> None:
+    """As `do` and `drain` claim."""
+    client.bulk_enqueue([*slow("a", "b"), *quick("c", "d")])
+    assert [job.id for job in claims_of(worker, 3)["claim"]()] == ["c"]
+    found = [run(worker, claim_any("q", lease=60, token=2)) for _ in range(4)]
+    assert [[job.id for job in jobs] for jobs in found] == [["d"], ["a"], ["b"], []]
+    assert rows(worker, ASIDE) == []
 
 
 def test_no_claim_that_does_not_know_of_a_types_limit_takes_a_job(

@@ -472,13 +472,23 @@ _CLAIM_GROUP = f"""
     returning {CLAIMED_COLUMNS}, deaths
 """
 
+# Where none is due, one that waits for the limit of its type.
 _CLAIM_ANY = f"""
     with due as materialized (
         {_due(_LINES, f"(j.lease_until is null or {_ENDED}) and {UNPAUSED}")}
+    ), aside as materialized (
+        select j.ctid from bgjob_job j
+        where j.queue = %(queue)s and j.limited and j.waits
+            and j.lease_until is null and j.next_run_at <= now() and {UNPAUSED}
+            and not exists (select from due)
+        order by j.type, j.priority, j.next_run_at
+        limit %(limit)s
+        for update skip locked
     ), taken as (
         update bgjob_job
-        set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int
-        where ctid = any (array(select ctid from due))
+        set {_TAKE}, deaths = least(deaths, 32766) + (lease_until is not null)::int,
+            waits = false, limited = false
+        where ctid = any (array(select ctid from due) || array(select ctid from aside))
         returning {JOB_COLUMNS}
     )
     select taken.*, {_END_SESSIONS} from taken
@@ -768,7 +778,7 @@ def _group(rows: Sequence[Row]) -> Group:
 
 
 def claim_any(queue: str, *, lease: float, token: int) -> Statement[list[Job]]:
-    """Claim the first due job, also one whose last worker died."""
+    """Claim the first due job, also one whose last worker died; regardless of limits."""
     return Statement(
         _CLAIM_ANY,
         {"queue": queue, "limit": 1, "lease": lease, "token": token, "held": number_array(())},
