@@ -27,7 +27,7 @@ from support.documents import DOCS, ROOT
 from support.standby import standby_of
 from support.waiting import PATIENCE, eventually
 
-from bgjob import Client, EnqueueRequest, Mux, Worker, _words as words, cli, schema
+from bgjob import Client, EnqueueRequest, Limit, Mux, Worker, _words as words, cli, schema
 from bgjob._diagnosis import blueprint, checks, queues, server, sessions, tables
 from bgjob._diagnosis.checks import CHECKS, examine
 from bgjob._sql import backlog, storage
@@ -1129,6 +1129,24 @@ def test_jobs_that_are_due_for_long_are_a_warning_and_bad_with_free_slots(
     assert finding.severity == "bad"
     assert finding.text.endswith("; 3 of the 8 slots of its workers are free")
     assert "restart" in finding.remedy
+
+
+def test_due_jobs_that_a_limit_holds_up_are_no_reason_to_restart_a_worker(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    write(conn, "a", limited="true", waits="true", next_run_at="now() - interval '2 h'")
+    register(conn, "q", running="'{1}'")
+    finding = only(doctor(dsn, "due"))
+    assert finding.severity == "warn"
+    assert finding.text.startswith("queue 'q': its oldest due job has waited for 2 h")
+    assert finding.text.endswith("; it waits for a limit of its queue or its type")
+    assert finding.remedy.startswith("bgjob limit list")
+    write(conn, "b", next_run_at="now() - interval '1 h'")
+    assert only(doctor(dsn, "due")).severity == "bad"
+    with Client(dsn) as client:
+        client.limits.set("queue", "q", Limit(1))
+    finding = only(doctor(dsn, "due"))
+    assert (finding.severity, finding.text[-8:]) == ("warn", "its type")
 
 
 def test_a_queue_with_due_jobs_and_no_worker_is_bad(dsn: str, conn: psycopg.Connection) -> None:

@@ -86,11 +86,15 @@ def due(rows: Sequence[Due], workers: Sequence[WorkerStatus], limits: Limits) ->
         of_queue = [w for w in workers if w.is_alive and row.queue in w.queues]
         free = sum(max(w.queues[row.queue] - w.running.get(row.queue, 0), 0) for w in of_queue)
         slots = sum(w.queues[row.queue] for w in of_queue)
-        is_stuck = free > 0 and row.seconds > limits.stuck_seconds
+        unlimited = row.unlimited_seconds or 0.0
+        is_stuck = free > 0 and unlimited > limits.stuck_seconds
         text = f"queue {row.queue!r}: its oldest due job has waited for {lasting(row.seconds)}"
         if of_queue:
             text += f"; {free:,} of the {count(slots, 'slot')} of its workers are free"
-        if is_stuck:
+        if unlimited <= limits.due_seconds:
+            text += "; it waits for a limit of its queue or its type"
+            remedy = "bgjob limit list shows what of it is in use; bgjob limit set changes it"
+        elif is_stuck:
             remedy = "see the errors of its workers (bgjob workers --json), and restart them"
         else:
             remedy = f"start {'more workers' if of_queue else 'a worker'}: {_of(row.queue)}"

@@ -6,6 +6,7 @@ when a database is in trouble.
 
 from typing import LiteralString, NamedTuple
 
+from bgjob._sql.limits import IN_USE
 from bgjob._sql.statement import Statement
 
 MOST_LINES = 10_000
@@ -29,6 +30,8 @@ class Due(NamedTuple):
     queue: str
     seconds: float
     """Since its oldest due job became due."""
+    unlimited_seconds: float | None
+    """The same of those that no limit holds up; None if there are none."""
     is_paused: bool
     is_endless: bool
     """Whether it is paused until it is resumed."""
@@ -39,7 +42,8 @@ class Due(NamedTuple):
 def due() -> Statement[list[Due]]:
     """List queues with due jobs, the one with the oldest first.
 
-    Each queue and priority is found by one look into the index, and its first due job by another.
+    Each queue and priority is found by one look into the index, and its first due job by another;
+    and so are those of the jobs that wait for the limit of their type.
     """
     return Statement(
         f"""
@@ -55,12 +59,21 @@ def due() -> Statement[list[Due]]:
                 where (j.queue, j.priority) > (line.queue, line.priority) and not j.waits
                 order by j.queue, j.priority limit 1
             ) as n
-        )
-        select q.queue, q.seconds, p.queue is not null, p.until is not distinct from 'infinity',
-            {_TOTAL}
-        from (
-            select line.queue, max(extract(epoch from
-                clock_timestamp() - greatest(first.at, '0001-01-02 00:00+00')))::float8 as seconds
+        ), aside (queue, type, priority) as (
+            (
+                select queue, type, priority from bgjob_job where limited and waits
+                order by queue, type, priority limit 1
+            )
+            union all
+            select n.queue, n.type, n.priority
+            from aside cross join lateral (
+                select j.queue, j.type, j.priority from bgjob_job j
+                where (j.queue, j.type, j.priority) > (aside.queue, aside.type, aside.priority)
+                    and j.limited and j.waits
+                order by j.queue, j.type, j.priority limit 1
+            ) as n
+        ), oldest as (
+            select line.queue, first.at, true as is_free
             from (select queue, priority from line limit %(lines)s) as line
             cross join lateral (
                 select j.next_run_at as at from bgjob_job j
@@ -69,9 +82,33 @@ def due() -> Statement[list[Due]]:
                     and (j.lease_until is null or j.lease_until <= now())
                 order by j.next_run_at limit 1
             ) as first
-            group by line.queue
+            union all
+            select aside.queue, first.at, false
+            from (select * from aside limit %(lines)s) as aside
+            cross join lateral (
+                select j.next_run_at as at from bgjob_job j
+                where j.queue = aside.queue and j.type = aside.type
+                    and j.priority = aside.priority and j.limited and j.waits
+                order by j.next_run_at limit 1
+            ) as first
+        )
+        select q.queue, q.seconds, case when l.name is null then q.free_seconds end,
+            p.queue is not null, p.until is not distinct from 'infinity', {_TOTAL}
+        from (
+            select queue, max(seconds) as seconds,
+                max(seconds) filter (where is_free) as free_seconds
+            from (
+                select queue, is_free, extract(epoch from
+                    clock_timestamp() - greatest(at, '0001-01-02 00:00+00'))::float8 as seconds
+                from oldest
+            ) as o
+            group by queue
         ) as q
         left join bgjob_pause p on p.queue = q.queue and p.until > clock_timestamp()
+        left join lateral (
+            select l.name from bgjob_limit l
+            where l.scope = 'queue' and l.name = q.queue and {IN_USE}
+        ) as l on true
         order by q.seconds desc, q.queue limit {_MOST}
         """,
         {"lines": MOST_LINES},

@@ -300,7 +300,7 @@ def remove_limit(of: Subject, *, notify: bool = True) -> Statement[bool]:
     )
 
 
-_IN_USE = """
+IN_USE: LiteralString = """
     (is_set or concurrency is not null or rate is not null)
     and (is_set or used_at > clock_timestamp() - interval '1 minute' or exists (
         select from bgjob_ration r
@@ -319,7 +319,7 @@ def limits(of: Subject | None = None) -> Statement[list[LimitStatus]]:
         ), force as materialized (
             select * from bgjob_limit l
             where (%(name)s::text is null or scope = %(scope)s and name = %(name)s)
-                and {_IN_USE}
+                and {IN_USE}
         ), {_LEVEL}
         select scope, name, concurrency, rate, burst, is_set, {in_range("used_at")},
             (select count(*) from bgjob_ration r, clock
