@@ -129,7 +129,10 @@ class Line(NamedTuple):
 
 
 def lines_of(queue: str, *, cap: int) -> Statement[list[Line]]:
-    """Count the due jobs of each priority of a queue, running ones left out, up to a cap."""
+    """Count the due jobs of each priority of a queue, running ones left out, up to a cap.
+
+    Those that wait for the limit of their type are due, and have an index of their own.
+    """
     return Statement(
         f"""
         with recursive line (priority) as (
@@ -145,18 +148,46 @@ def lines_of(queue: str, *, cap: int) -> Statement[list[Line]]:
             ) from line where line.priority is not null
         ), known as materialized (
             select priority from line where priority is not null limit {_MOST_LINES}
+        ), held (type, priority) as (
+            (
+                select type, priority from bgjob_job
+                where queue = %(queue)s and limited and waits
+                order by type, priority limit 1
+            )
+            union all
+            select n.type, n.priority
+            from held cross join lateral (
+                select j.type, j.priority from bgjob_job j
+                where j.queue = %(queue)s and (j.type, j.priority) > (held.type, held.priority)
+                    and j.limited and j.waits
+                order by j.type, j.priority limit 1
+            ) as n
+        ), aside as materialized (
+            select type, priority from held limit {_MOST_LINES}
+        ), counted as (
+            select known.priority, due.n, due.oldest
+            from known cross join lateral (
+                select count(*) as n, {in_range("min(s.next_run_at)")} as oldest from (
+                    select j.next_run_at from bgjob_job j
+                    where j.queue = %(queue)s and j.priority = known.priority
+                        and j.next_run_at <= now() and not j.waits
+                        and (j.lease_until is null or j.lease_until <= now())
+                    order by j.next_run_at limit %(cap)s
+                ) as s
+            ) as due
+            union all
+            select aside.priority, due.n, due.oldest
+            from aside cross join lateral (
+                select count(*) as n, {in_range("min(s.next_run_at)")} as oldest from (
+                    select j.next_run_at from bgjob_job j
+                    where j.queue = %(queue)s and j.type = aside.type
+                        and j.priority = aside.priority and j.limited and j.waits
+                    order by j.next_run_at limit %(cap)s
+                ) as s
+            ) as due
         )
-        select known.priority, due.n, due.oldest
-        from known cross join lateral (
-            select count(*) as n, {in_range("min(s.next_run_at)")} as oldest from (
-                select j.next_run_at from bgjob_job j
-                where j.queue = %(queue)s and j.priority = known.priority
-                    and j.next_run_at <= now() and not j.waits
-                    and (j.lease_until is null or j.lease_until <= now())
-                order by j.next_run_at limit %(cap)s
-            ) as s
-        ) as due
-        order by known.priority
+        select priority, least(sum(n), %(cap)s)::bigint, min(oldest)
+        from counted group by priority order by priority
         """,
         {"queue": queue, "cap": cap},
         lambda rows: [Line._make(row) for row in rows],
