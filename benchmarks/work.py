@@ -139,10 +139,11 @@ def drain(
     services: Sequence[Service] = (),
     keep: bool = False,
     limits: Limit | None = None,
+    type_limit: Limit | None = None,
 ) -> Figures:
     """Run the jobs with a worker of this process; the table may have others as well."""
     ran, others = Ran(len(ids)), bench.jobs() - len(ids)
-    mux = Mux().register("noop", handler(ran), keep=keep)
+    mux = Mux().register("noop", handler(ran), keep=keep, limit=type_limit)
     with Client(bench.dsn) as client:
         worker = Worker(
             client, QUEUE, mux, concurrency=CONCURRENCY, services=services, limits=limits
