@@ -700,6 +700,25 @@ def test_each_of_several_keys_is_granted_as_its_own_jobs_allow(
     assert ask("ours 1", *granted) == {"ours 1": 1, **granted}
 
 
+def test_jobs_that_come_first_are_not_put_aside_with_the_surplus_of_later_ones(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    with Client(dsn) as client:
+        client.enqueue(keyed("k", "running", slots=2))
+        [[running]] = ask_all(conn, [claim_any("q", lease=NEVER, token=1)])
+        ask_all(conn, [lock_keys(["k"]), acquire("q", [Claimed(running, 1)])])
+        client.bulk_enqueue([keyed("k", id_, slots=2) for id_ in ("a", "b", "c", "d")])
+    # No usual claim meets it, so that nothing would wake it while its slot is free.
+    conn.execute("update bgjob_job set deaths = 2 where id = 'a'")
+    [jobs] = ask_all(conn, [claim("q", limit=2, lease=NEVER, token=2, marks={0: LONG_AGO})])
+    assert [job.id for job in jobs] == ["b", "c"]
+    asked = [Claimed(job, 2) for job in jobs]
+    acquires = acquire("q", asked, holding=[1], ahead=[2, 3], in_a_row=1, most=2)
+    assert {*ask_all(conn, [lock_keys(["k"]), acquires])[-1].values()} == {0}
+    waits = conn.execute("select id from bgjob_job where waits order by id").fetchall()
+    assert waits == [("b",), ("c",), ("d",)]
+
+
 class Chains:
     """Workers of two queues that claim, ask, settle, give back and die, statement by statement."""
 

@@ -353,10 +353,12 @@ class Table:
                     row.token = row.lease_until = None
                     row.attempt -= charged[row.id]
                     row.waits, row.has_gone_back = True, False
-            is_surplus = any(number[row.id] > enough for row in wanted)
-            if self.holds(key) and is_surplus and room <= most:
+            surplus = [row for row in wanted if number[row.id] > enough]
+            if self.holds(key) and surplus and room <= most:
+                first = min(surplus, key=lambda row: number[row.id])
                 for row in self.rows.values():
-                    if row.key == key and row.token is None and row.due <= began:
+                    is_behind = (row.due, row.id) >= (first.due, first.id)
+                    if row.key == key and row.token is None and row.due <= began and is_behind:
                         row.waits, row.has_gone_back = True, False
             self.holders.setdefault(key, {})
         return answers

@@ -319,6 +319,10 @@ def acquire(
                 select id from refused
                 union all select id from judged where has_key and is_named
             ))
+        ), surplus as materialized (
+            -- Those before them are next, and have to be claimed even while the key is held.
+            select distinct on (key) key, next_run_at, id
+            from judged where is_surplus order by key, ahead
         ), others_aside as (
             -- Jobs of this queue only: they are a range of the index, however many are not
             -- due. The workers of another queue find theirs. Only where a claim has met such
@@ -327,17 +331,17 @@ def acquire(
             where ctid = any (array(
                 select o.ctid
                 from asked e
+                join surplus s on s.key = e.key
                 cross join lateral (
                     select j.ctid from bgjob_job j
                     where j.exclusive = e.key and not j.waits and j.queue = %(queue)s
-                        and (j.next_run_at, j.id) >= ({_SINCE})
+                        and (j.next_run_at, j.id) >= (s.next_run_at, s.id)
                         and j.next_run_at <= now() and j.token is null
                     order by j.next_run_at, j.id
                     limit %(aside)s
                     for update skip locked
                 ) as o
                 where (e.used > 0 or e.is_granted) and e.room <= e.places
-                    and e.key in (select key from judged where is_surplus)
                 limit %(aside)s
             ))
         )
