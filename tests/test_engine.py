@@ -1081,7 +1081,7 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     assert isinstance(exchange.claim, Sweep)
     assert exchange.notify_lock == "take"
     answers = [store for _, store in exchange.statements("q", 30.0)]
-    claims = [Reply.set_lock_answer, Reply.set_has_post, Reply.set_swept]
+    claims = [Reply.set_lock, Reply.set_swept]
     surveys = [Reply.set_lines, Reply.set_blocked, Reply.set_seen]
     assert answers == claims + surveys
     drive.answer(Reply(lock_answer="taken"))

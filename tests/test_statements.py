@@ -46,7 +46,6 @@ from bgjob._sql.notices import (
     listen,
     release_notify_lock,
     take_notify_lock,
-    take_post,
 )
 from bgjob._sql.session import WORKER_SETTINGS, session
 from bgjob._sql.settlements import (
@@ -561,7 +560,7 @@ def test_a_released_job_is_as_before_its_claim_and_wakes_sleeping_workers(
         ask(other, listen(channel("q")))
         if sleeper != "nobody":
             assert (
-                ask(other if sleeper == "another session" else worker, take_notify_lock("q"))
+                ask(other if sleeper == "another session" else worker, take_notify_lock("q")).answer
                 == "taken"
             )
         told = ask(worker, release_jobs("q", held, tell=sleeper == "its own session"))
@@ -682,16 +681,16 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
         ask(sleeper, listen(channel("q")))
         ask(sleeper, listen(channel("r")))
         assert told(enqueue(one, notify=True)) == []
-        assert ask(sleeper, take_notify_lock("q")) == "taken"
+        assert ask(sleeper, take_notify_lock("q")).answer == "taken"
         assert told(enqueue(one, notify=True)) == []  # the id is taken: nothing was written
         assert queues(enqueue(EnqueueRequest("q", "t"), notify=True)) == ["q"]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=False)) == []
         assert queues(enqueue_many(many, notify=True)) == ["q"]
         assert told(enqueue_many(many, notify=True)) == []
-        assert ask(sleeper, take_notify_lock("r")) == "taken"
+        assert ask(sleeper, take_notify_lock("r")).answer == "taken"
         more = [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
         assert sorted(queues(enqueue_many(more, notify=True))) == ["q", "r"]
-        assert ask(conn, take_notify_lock("q")) == "deputy"
+        assert ask(conn, take_notify_lock("q")).answer == "deputy"
         ask(sleeper, release_notify_lock("q"))
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == [""]
         assert told(enqueue(EnqueueRequest("q", "t"), notify=True)) == []
@@ -703,7 +702,7 @@ def test_a_notification_carries_the_start_of_its_transaction(
     queue = "a queue, or two"
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         ask(sleeper, listen(channel(queue)))
-        assert ask(sleeper, take_notify_lock(queue)) == "taken"
+        assert ask(sleeper, take_notify_lock(queue)).answer == "taken"
         for write in (enqueue, lambda r, notify: enqueue_many([r], notify=notify)):
             with conn.transaction():
                 [(began,)] = conn.execute("select extract(epoch from now())::float8")
@@ -719,7 +718,7 @@ def test_a_notification_carries_the_start_of_its_transaction(
 def test_a_worker_that_took_the_notify_lock_twice_releases_it_once(dsn: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         for _ in range(2):  # an exchange that is refused leaves the lock behind
-            assert ask(sleeper, take_notify_lock("q")) == "taken"
+            assert ask(sleeper, take_notify_lock("q")).answer == "taken"
         ask(sleeper, release_notify_lock("q"))
         locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
         [(held,)] = sleeper.execute(locks, [sleeper.info.backend_pid])
@@ -731,10 +730,10 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
         holder, deputy, other = (
             stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(3)
         )
-        assert ask(holder, take_notify_lock("q")) == "taken"
-        assert ask(deputy, take_notify_lock("q")) == "deputy"
-        assert ask(deputy, take_notify_lock("q", is_deputy=True)) == "deputy"
-        assert ask(other, take_notify_lock("q")) == "covered"
+        assert ask(holder, take_notify_lock("q")).answer == "taken"
+        assert ask(deputy, take_notify_lock("q")).answer == "deputy"
+        assert ask(deputy, take_notify_lock("q", is_deputy=True)).answer == "deputy"
+        assert ask(other, take_notify_lock("q")).answer == "covered"
         ask(other, listen(channel("q")))
         holder.close()
         locks: LiteralString = (
@@ -742,28 +741,35 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
             "and database = (select oid from pg_database where datname = current_database())"
         )
         assert eventually(lambda: deputy.execute(locks).fetchall() == [(1,)])
-        assert ask(deputy, take_notify_lock("q", is_deputy=True, relieve=True)) == "taken"
+        assert ask(deputy, take_notify_lock("q", is_deputy=True, relieve=True)).answer == "taken"
         assert [n.payload for n in other.notifies(timeout=30, stop_after=1)] == [""]
-        assert ask(other, take_notify_lock("q")) == "deputy"  # its place was free
+        assert ask(other, take_notify_lock("q")).answer == "deputy"  # its place was free
         deputy.close()
         assert eventually(lambda: other.execute(locks).fetchall() == [(1,)])
 
 
 def test_a_queue_has_sixteen_posts_and_a_worker_that_leaves_one_frees_it(dsn: str) -> None:
+    locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
+
+    def has_post(worker: psycopg.Connection, queue: str = "q") -> bool:
+        return ask(worker, take_notify_lock(queue, asks_post=True)).has_post
+
     with ExitStack() as stack:
-        workers = [
-            stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(POSTS + 1)
-        ]
-        assert [ask(worker, take_post("q")) for worker in workers] == [True] * POSTS + [False]
-        assert ask(workers[-1], take_post("another")) is True
+        holder, *workers = (
+            stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(POSTS + 2)
+        )
+        assert ask(holder, take_notify_lock("q", asks_post=True)) == ("taken", False)
+        assert holder.execute(locks, [holder.info.backend_pid]).fetchall() == [(1,)]
+        assert [has_post(worker) for worker in workers] == [True] * POSTS + [False]
+        ask(holder, take_notify_lock("another"))
+        assert has_post(workers[-1], "another")
         ask(workers[-1], leave_post())
         ask(workers[3], leave_post())
-        assert ask(workers[-1], take_post("q")) is True
-        assert ask(workers[3], take_post("q")) is False
+        assert has_post(workers[-1])
+        assert not has_post(workers[3])
         workers[5].close()  # as if it had died
-        assert eventually(lambda: ask(workers[3], take_post("q")))
+        assert eventually(lambda: has_post(workers[3]))
         ask(workers[3], release_notify_lock("q"))
-        locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
         assert workers[3].execute(locks, [workers[3].info.backend_pid]).fetchall() == [(0,)]
 
 
@@ -771,8 +777,8 @@ def test_no_worker_sleeps_while_an_enqueue_is_in_flight(dsn: str, conn: psycopg.
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         with conn.transaction():
             ask(conn, enqueue(EnqueueRequest("q", "t"), notify=True))
-            assert ask(sleeper, take_notify_lock("q")) == "contended"
-        assert ask(sleeper, take_notify_lock("q", is_deputy=True)) == "taken"
+            assert ask(sleeper, take_notify_lock("q")).answer == "contended"
+        assert ask(sleeper, take_notify_lock("q", is_deputy=True)).answer == "taken"
         locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
         [(held,)] = conn.execute(locks, [sleeper.info.backend_pid])
         assert held == 1

@@ -13,12 +13,12 @@ a second. The others try for both once a second. So of 2,000 sleeping workers on
 asks often, and the death of the holder costs 0.2 s, that of both a second, whatever the
 poll interval is. A worker that takes a lock which was not released notifies the others.
 
-A queue has 16 posts. An idle worker takes one with the lock, and leaves it when it has had no free
-slot for a second. Those with a post, the holder and the deputy poll at the poll interval. A worker
-that finds all posts taken is a spare: it polls, and tries for the locks, ten times as rarely, at
-times of its own. Each poll is an exchange of five statements; 2,000 workers that polled once a
-second used more than one core of the server (benchmarks/fleet.py). A spare is notified like the
-others. It finds within ten polls that a post is free.
+A queue has 16 posts. An idle worker that finds the lock taken takes one, and leaves it when it has
+had no free slot for a second. Those with a post, the holder and the deputy poll at the poll
+interval. A worker that finds all posts taken is a spare: it polls, and tries for the locks, ten
+times as rarely, at times of its own. Each poll is an exchange of five statements; 2,000 workers
+that polled once a second used more than one core of the server (benchmarks/fleet.py). A spare is
+notified like the others. It finds within ten polls that a post is free.
 
 Enqueues that do not commit keep all workers from taking the lock. Then, too, only the deputy
 tries often; the others poll.

@@ -25,7 +25,7 @@ from bgjob._sql.key_rows import barred_keys, lock_keys
 from bgjob._sql.keys import NO_SLOTS, acquire, blocked, release
 from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.limits import Take
-from bgjob._sql.notices import leave_post, release_notify_lock, take_notify_lock, take_post
+from bgjob._sql.notices import leave_post, release_notify_lock, take_notify_lock
 from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.steering import were_cancelled
 from bgjob._sql.survey import open_transactions, strays, survey, survey_known
@@ -158,7 +158,7 @@ class Exchange(Settlements):
     relieve: bool = False
     """With "take": whether to notify the other workers if the lock is taken."""
     asks_post: bool = False
-    """With "take": whether to take a post, too."""
+    """With "take": whether to take a post if another worker has the lock."""
     claim: Claim | Sweep | ClaimGroup | None = None
     limited: ClaimLimited | None = None
     rations: Rations = NO_RATIONS
@@ -210,10 +210,13 @@ class Exchange(Settlements):
             plan.append(Part(end_sessions(self.end), Reply.ignore))
         if self.notify_lock == "take":
             # Before the claim: a job that the claim does not see notifies.
-            taking = take_notify_lock(queue, is_deputy=self.is_deputy, relieve=self.relieve)
-            plan.append(Part(taking, Reply.set_lock_answer))
-            if self.asks_post:
-                plan.append(Part(take_post(queue), Reply.set_has_post))
+            taking = take_notify_lock(
+                queue,
+                is_deputy=self.is_deputy,
+                relieve=self.relieve,
+                asks_post=self.asks_post,
+            )
+            plan.append(Part(taking, Reply.set_lock))
         # The claim comes before settlements: its jobs are read while the server settles.
         match self.claim:
             case Sweep(0, after=after, window=Window() as window) as part:
@@ -322,7 +325,7 @@ class Exchange(Settlements):
         if self.groups:
             plan.append(Part(end_groups(self.groups, notify=True), Reply.set_ended))
         if self.notify_lock == "release":
-            plan.append(Part(release_notify_lock(queue), Reply.set_lock_answer))
+            plan.append(Part(release_notify_lock(queue), Reply.ignore))
         elif self.notify_lock == "leave":
             plan.append(Part(leave_post(), Reply.ignore))
         if not self.extend:

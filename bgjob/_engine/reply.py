@@ -8,7 +8,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from bgjob._sql.claims import Group, Others, Swept
 from bgjob._sql.keys import Blocked, Woken
 from bgjob._sql.limits import Ration
-from bgjob._sql.notices import CANCELLED, EVERYTHING, LATER
+from bgjob._sql.notices import CANCELLED, EVERYTHING, LATER, LockAnswer
 from bgjob._sql.statement import Statement
 from bgjob._sql.survey import Line, OpenTransactions, Stray
 from bgjob.job import Job
@@ -64,11 +64,8 @@ class Reply:
     def add_extended(self, ids: Iterable[str]) -> None:
         self.extended.update(ids)
 
-    def set_lock_answer(self, answer: str | None) -> None:
-        self.lock_answer = answer
-
-    def set_has_post(self, has_post: bool) -> None:
-        self.has_post = has_post
+    def set_lock(self, lock: LockAnswer) -> None:
+        self.lock_answer, self.has_post = lock
 
     def set_claimed(self, jobs: list[Job]) -> None:
         self.claimed = jobs

@@ -1,10 +1,11 @@
 """Notifications of enqueues: a lock and a channel for each bucket of queues."""
 
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import LiteralString
+from typing import LiteralString, NamedTuple
 from zlib import crc32
 
-from bgjob._sql.statement import Statement, nothing, scalar
+from bgjob._sql.statement import Row, Statement, nothing
 
 LOCK_CLASS = 0x62676A62
 """The first key of the notify lock; the second is the queue's bucket."""
@@ -58,29 +59,42 @@ def listen(channel: str) -> Statement[None]:
     return Statement(f"listen {channel}".encode(), None, nothing)
 
 
+class LockAnswer(NamedTuple):
+    """The answer to a try for the notify lock."""
+
+    answer: str
+    """'taken': this worker holds the lock, and no unseen enqueue is in progress. 'deputy':
+    another worker holds it, and this one is the deputy. 'contended': enqueues are in progress,
+    and this one is the deputy. 'covered': another worker is the deputy."""
+    has_post: bool
+    """Whether it has taken a post."""
+
+
 def take_notify_lock(
-    queue: str, *, is_deputy: bool = False, relieve: bool = False
-) -> Statement[str]:
+    queue: str, *, is_deputy: bool = False, relieve: bool = False, asks_post: bool = False
+) -> Statement[LockAnswer]:
     """Ask every later enqueue to `queue` to notify, before this worker goes to sleep.
 
     This takes the notify lock. An enqueue shares the lock until its transaction ends, and
     notifies if it cannot. Of the workers that cannot take the lock one is the deputy, and
     tries again soon.
 
-    Returns 'taken': this worker holds the lock, and no unseen enqueue is in progress. 'deputy':
-    another worker holds it, and this one is the deputy. 'contended': enqueues are in progress,
-    and this one is the deputy. 'covered': another worker is the deputy.
-
     Args:
         queue: the queue.
         is_deputy: whether this session is known to be the deputy.
         relieve: notify the other workers if the lock is taken, because no worker may have
             been notified for a while.
+        asks_post: take a post of the queue, if one is free and the lock is not taken: a worker
+            that is alone needs none. A session that has one must not ask, or it takes another.
 
     """
     return Statement(
         """
         select answer,
+            case when answer <> 'taken' and %(asks_post)s then exists (
+                select from generate_series(%(first)s::bigint, %(last)s::bigint) as post
+                where pg_try_advisory_lock(post)
+            ) else false end,
             case when answer = 'taken' and %(relieve)s then pg_notify(%(channel)s, '') end,
             case when answer = 'taken' and %(is_deputy)s
                 then pg_advisory_unlock(%(deputy)s, %(bucket)s) end
@@ -101,9 +115,16 @@ def take_notify_lock(
             "channel": channel(queue),
             "is_deputy": is_deputy,
             "relieve": relieve,
+            "asks_post": asks_post,
+            "first": first_post(queue),
+            "last": first_post(queue) + POSTS - 1,
         },
-        scalar,
+        _lock_answer,
     )
+
+
+def _lock_answer(rows: Sequence[Row]) -> LockAnswer:
+    return LockAnswer(*rows[0][:2])
 
 
 def first_post(queue: str) -> int:
@@ -113,23 +134,6 @@ def first_post(queue: str) -> int:
     """
     digest = blake2b(queue.encode(), digest_size=8, person=b"bgjob").digest()
     return int.from_bytes(digest, "big", signed=True) & -POSTS
-
-
-def take_post(queue: str) -> Statement[bool]:
-    """Take a post of `queue`, if one is free; return whether this session has one now.
-
-    A session that has one must not ask: it would take another.
-    """
-    return Statement(
-        """
-        select exists (
-            select from generate_series(%(first)s::bigint, %(last)s::bigint) as post
-            where pg_try_advisory_lock(post)
-        )
-        """,
-        {"first": first_post(queue), "last": first_post(queue) + POSTS - 1},
-        scalar,
-    )
 
 
 def leave_post() -> Statement[None]:
