@@ -214,6 +214,50 @@ def test_jobs_claimed_ahead_that_do_not_start_are_given_back() -> None:
     assert drive.answer(Reply(settled={"c"})).events == []
 
 
+def test_after_jobs_were_given_back_the_next_quick_one_proves_that_jobs_are_quick() -> None:
+    drive = Drive()
+    drive.finish(*drive.claim("a"), took=0.00001)
+    drive.settle()
+    drive.engine.wake(Notice(later=True))
+    running, waiting = drive.claim("b", "c")  # the thread of the slot has no processor
+    drive.now += 0.2
+    assert isinstance(drive.step(), Withdraw)
+    drive.engine.withdrawn([waiting])
+    drive.finish(running, took=0.00001)
+    drive.settle()
+    limits = []
+    for number in range(5):
+        drive.engine.wake(Notice(later=True))
+        claim = drive.exchange().claim
+        assert claim is not None
+        limits.append(claim.limit)
+        [claimed] = drive.answer(found(job(f"job-{number}"))).run
+        drive.finish(claimed, took=0.00001)
+        drive.settle()
+    assert limits == sorted(limits)
+    assert limits[-1] >= 100
+
+
+def test_jobs_claimed_ahead_are_kept_for_two_round_trips() -> None:
+    drive = Drive()
+    drive.finish(*drive.claim("a"), took=0.001)
+    drive.settle()
+    drive.engine.wake(Notice(later=True))
+    drive.exchange()
+    drive.now += 0.4
+    _, waiting = drive.answer(found(job("b"), job("c"))).run
+    claimed_at = drive.now
+    while not isinstance(step := drive.step(), Withdraw):
+        match step:
+            case Exchange():
+                drive.now += 0.4
+                drive.answer()
+            case Sleep(until):
+                drive.now = until
+    assert claimed_at + 0.8 <= drive.now <= claimed_at + 1.0
+    drive.engine.withdrawn([waiting])
+
+
 # -- leases --------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ class BatchPace(Pace):
         if self._must_hurry:
             return -inf
         is_ahead = self.running - self.merged - self.gathered > self.slots
-        return self._claimed_at + _STALE if is_ahead or self.behind else inf
+        return self._claimed_at + self._stale_after if is_ahead or self.behind else inf
 
     @override
     def slow_down(self, now: float) -> None:

@@ -20,8 +20,8 @@ _MOST_WORTHWHILE = 20
 """The room that is always worth a claim."""
 
 _STALE = 0.1
-"""Seconds without a claim after which jobs that were claimed ahead and have not started are
-released: they are slower than the ones before."""
+"""Seconds without a claim, or two round trips if they take longer, after which jobs that were
+claimed ahead and have not started are released: they are slower than the ones before."""
 
 _QUICK = 20e-6
 """Seconds in a handler up to which one slot equals ten: waking a thread takes longer."""
@@ -48,6 +48,7 @@ class Pace:
         self.behind = 0
         """Those of them that wait for one before them of the same key, and take no slot."""
         self._took = inf  # recent seconds in a handler
+        self._is_assumed = True  # no job has shown it
         self._ramp = concurrency  # grows from claim to claim: a few quick jobs prove little
         self._round_trip = 0.0
         self._claimed_at = -inf
@@ -109,9 +110,10 @@ class Pace:
         self.running -= len(outcomes)
         took = [outcome.ran for outcome in outcomes if outcome.ran is not None]
         if took:
-            weight = 1.0 if self._took == inf else min(1.0, len(took) / _MEMORY)
-            before = 0.0 if self._took == inf else self._took
+            weight = 1.0 if self._is_assumed else min(1.0, len(took) / _MEMORY)
+            before = 0.0 if self._is_assumed else self._took
             self._took = before + weight * (sum(took) / len(took) - before)
+            self._is_assumed = False
 
     def exchanged(self, seconds: float) -> None:
         """Record how long an exchange took."""
@@ -129,12 +131,23 @@ class Pace:
     @property
     def stale_at(self) -> float:
         """When to release jobs that were claimed ahead and have not started."""
-        return self._claimed_at + _STALE if self.running > self.slots or self.behind else inf
+        is_ahead = self.running > self.slots or self.behind
+        return self._claimed_at + self._stale_after if is_ahead else inf
+
+    @property
+    def _stale_after(self) -> float:
+        return max(_STALE, 2 * self._round_trip)
 
     def slow_down(self, now: float) -> None:
-        """Assume that jobs are slow, until the next ones show."""
+        """Assume that jobs are slow, until the next one shows.
+
+        The assumption may be wrong: a thread of many busy ones waits that long for the interpreter
+        or for a processor. If it counted like 20 jobs, such a worker would claim its next jobs one
+        by one, and have a small share of a busy queue (benchmarks/shares.py).
+        """
         self._claimed_at = now
-        self._took = _STALE if self._took == inf else max(self._took, _STALE)
+        if self._is_assumed or self._took < _STALE:
+            self._took, self._is_assumed = _STALE, True
         self._ramp = max(self.slots, 1)
 
     def hurry_back(self) -> None:
