@@ -274,7 +274,7 @@ class Slots:
         return None
 
     def next_waits(self, slot: Slot, claimed: Claimed | None) -> None:
-        """Let the next job of a slot wait for any slot again, and end its transaction."""
+        """Return the next job of a slot to those that wait for any, and end its transaction."""
         if slot.following is None:
             return
         if claimed is not None:
@@ -285,7 +285,7 @@ class Slots:
         slot.following.is_moving = False
 
     def let_wait(self, slot: Slot) -> None:
-        """Let the job that is reserved for a slot wait for any slot again."""
+        """Return the job that is reserved for a slot to those that wait for any."""
         reserved = self.reserved.pop(slot, None)
         if reserved is not None:
             self.jobs.appendleft(reserved[0])
@@ -299,7 +299,7 @@ class Slots:
         return min((since for _, since in self.reserved.copy().values()), default=inf) + _RESERVED
 
     def unreserve(self, now: float = inf) -> None:
-        """Let the jobs wait for any slot that were reserved for too long; by default all."""
+        """Return the jobs that were reserved for too long, by default all, to those that wait."""
         for slot, (_, since) in reversed(self.reserved.copy().items()):
             if now >= since + _RESERVED:
                 self.let_wait(slot)
