@@ -158,8 +158,8 @@ class Idle(NamedTuple):
     session: PGconn
     is_reset: bool
     is_prepared: bool
-    since: float = inf
-    """When it became idle; inf for one that goes from one job to the next."""
+    since: float
+    """When it became idle."""
 
 
 class Following:
