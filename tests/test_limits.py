@@ -661,6 +661,7 @@ class Member:
         engine.finish([Outcome(claimed, Complete(), self.takes) for claimed in ended])
         engine.throttle.queue.shrink(len(self.ends))
         engine.slots = self.slots
+        self.waiting.extend(engine.take_startable())
         if self.reply is not None:
             self.sent, reply, self.reply = None, self.reply, None
             self.waiting.extend(engine.acknowledge(reply, now).run)
@@ -751,9 +752,8 @@ def test_workers_that_are_killed_stopped_and_cut_off_never_exceed_a_limit(
 
 @pytest.mark.parametrize("limit", [each for each in LIMITS if each.per_second < 1000], ids=str)
 @pytest.mark.parametrize("of_type", [False, True])
-def test_workers_under_load_reach_their_limit(limit: Limit, of_type: bool) -> None:
-    # The place of a job of a type is free for the next claim, not before.
-    takes = 0.05 if of_type else 0.02
+@pytest.mark.parametrize("takes", [0.005, 0.022, 0.05])
+def test_workers_under_load_reach_their_limit(limit: Limit, of_type: bool, takes: float) -> None:
     fleet = Fleet(1, limit, calm=True, of_type=of_type, slots=10, takes=takes)
     fleet.live(10.0)
     fleet.starts.clear()

@@ -11,12 +11,8 @@ from math import inf
 
 from typing_extensions import override
 
-from bgjob._engine.pace import _MEMORY, _STALE, MOST_AHEAD, Pace
+from bgjob._engine.pace import _MEMORY, _QUICK_CALL, _STALE, MOST_AHEAD, Pace
 from bgjob._sql.settlements import Claimed
-
-_QUICK_CALL = _STALE / 2
-"""Seconds of a call up to which the next batch is claimed meanwhile. Jobs that were claimed ahead
-and do not start in twice the time are released."""
 
 
 class BatchPace(Pace):

@@ -94,7 +94,7 @@ class Engine:
         self._over = Over()
         self._lookout = Lookout(poll_interval, notify=notify, chance=chance)
         self._isolation = Isolation()
-        self.throttle = Throttle(queue, limit, type_limits, lease=lease, holder=holder)
+        self.throttle = Throttle(self.pace, queue, limit, type_limits, lease=lease, holder=holder)
         self._tokens = tokens
         self._claims = Claims(
             self.pace, self._leases, self._lookout, self._isolation, self._sent, tokens
@@ -119,7 +119,9 @@ class Engine:
     @slots.setter
     def slots(self, slots: int) -> None:
         self._slots = slots
-        self.pace.slots = self.throttle.queue.places(slots)
+        limit = self.throttle.queue
+        self.pace.slots = limit.places(slots)
+        self.pace.is_bounded = limit.is_tight(slots)
 
     @property
     def unsettled(self) -> int:
@@ -137,6 +139,7 @@ class Engine:
         sent = [outcome for exchange in self._sent for outcome in exchange.outcomes]
         outcomes = [*self._settling.outcomes, *self._locked.outcomes, *sent]
         others = {o.claimed for o in outcomes} | {*self._keys.wanting, *self._locked.wanting}
+        others.update(self.throttle.held)
         others.update(claimed for exchange in self._sent for claimed in exchange.acquire)
         return [*self._leases.lost, *(c for c in self._leases.jobs if c not in others)]
 
@@ -171,6 +174,13 @@ class Engine:
         if events and self._over.are_used:
             self._over.ended(outcome for outcome in outcomes if type(outcome.result) is Committed)
         return events
+
+    def take_startable(self) -> list[Claimed]:
+        """Return the claimed jobs that had no place of their type's limit, and have one now."""
+        if not self.throttle.has_types or not self.throttle.held:
+            return []
+        self._count_types()
+        return self._keys.want(self.throttle.take_startable(self.slots))
 
     def cancelled(self, claims: Iterable[tuple[int, str]]) -> list[Event]:
         """Record which claims were cancelled, by their tokens and ids; return the events."""
@@ -229,7 +239,7 @@ class Engine:
         """Record that jobs were taken back before they started: release them."""
         if not self._stopping:
             self.throttle.refund(claimed := [*claimed])
-        self._give_back([*claimed, *self._keys.wanting])
+        self._give_back([*claimed, *self._keys.wanting, *self.throttle.give_back()])
         self._keys.wanting.clear()
         self._keys.gives_back = False
         self.throttle.withdrawn()
@@ -296,7 +306,9 @@ class Engine:
             self._settling.add_refused(exchange, now)
         else:
             if self.throttle.has_types:
-                self._add_types(exchange, now)
+                self._count_types()
+                if not self._careful:
+                    self._add_claim_of_type(exchange, now)
             self._add_work(exchange, now)
             if self._careful and not exchange and self.throttle.has_types:
                 self._add_claim_of_type(exchange, now)
@@ -333,15 +345,12 @@ class Engine:
                 self._turn += turn + 1
                 return
 
-    def _add_types(self, exchange: Exchange, now: float) -> None:
-        """Count the jobs of types with a limit, and claim some, before the others."""
-        throttle = self.throttle
+    def _count_types(self) -> None:
+        """Count the jobs of types with a limit."""
         sent = (sent for each in self._sent for sent in each.outcomes)
         ended = {o.claimed for o in (*self._settling.outcomes, *self._locked.outcomes, *sent)}
         held = (*self._leases.lost, *self._leases.jobs)
-        throttle.count(claimed for claimed in held if claimed not in ended)
-        if not self._careful:
-            self._add_claim_of_type(exchange, now)
+        self.throttle.count(claimed for claimed in held if claimed not in ended)
 
     def _add_claim_of_type(self, exchange: Exchange, now: float) -> None:
         throttle = self.throttle
@@ -509,9 +518,13 @@ class Engine:
         self.throttle.answered(exchange, reply, len(claimed) + reply.unread, now)
         self.slots = self._slots
         if of_type:
-            self._hold(of_type, exchange, effects, now)
+            self._hold(of_type, exchange, now)
+            self.throttle.hold(of_type)
+            self._count_types()
+            effects.run += self._keys.want(self.throttle.take_startable(self.slots))
         if claimed:
-            self._hold(claimed, exchange, effects, now)
+            self._hold(claimed, exchange, now)
+            effects.run += self._keys.want(claimed)
         if claimed or of_type:
             self._over.claimed(reply)
             self.throttle.forget(self._leases.tokens)
@@ -523,9 +536,7 @@ class Engine:
             effects.events.append(QueueIsEmpty(self._queue))
         return effects
 
-    def _hold(
-        self, claimed: list[Claimed], exchange: Exchange, effects: Effects, now: float
-    ) -> None:
+    def _hold(self, claimed: list[Claimed], exchange: Exchange, now: float) -> None:
         """Record the jobs of a claim."""
         self._is_idle = False
         self.pace.claimed(claimed, now)
@@ -533,7 +544,6 @@ class Engine:
         if again:
             self._claimed_again(self._settling.claimed_again(again, exchange.at))
         self._leases.hold(claimed, exchange.at)
-        effects.run += self._keys.want(claimed)
 
     def _give_back_too(self, effects: Effects) -> None:
         """Release jobs that were granted a key while one before them is released."""
@@ -585,9 +595,9 @@ class Engine:
         lost = set(claims)
         ended = {outcome.claimed for sent in self._sent for outcome in sent.outcomes} & lost
         ended |= self._settling.drop(lost) | self._locked.drop(lost)
-        wanting = self._keys.drop(lost)  # they are in no handler
-        self._leave_flight(wanting)
-        running = lost - ended - wanting
+        unstarted = self._keys.drop(lost) | self.throttle.drop(lost)
+        self._leave_flight(unstarted)
+        running = lost - ended - unstarted
         self._leases.lose(claims, running)
         if running:
             self.pace.hurry_back()  # those that have not started must not start now

@@ -93,6 +93,13 @@ class Limits:
         """Whether it bounds how many handlers run, as far as is known."""
         return self.is_on and (self._ration is None or self._ration.places is not None)
 
+    def is_tight(self, slots: int) -> bool:
+        """Whether its places alone bound how many of the slots run handlers.
+
+        Jobs with tokens have to start soon, so they are not claimed ahead of a place.
+        """
+        return self.places(slots) < slots and not self._has_tokens
+
     @property
     def run_until(self) -> float:
         """When handlers must not start any more, because others may have the places."""

@@ -26,6 +26,10 @@ released: they are slower than the ones before."""
 _QUICK = 20e-6
 """Seconds in a handler up to which one slot equals ten: waking a thread takes longer."""
 
+_QUICK_CALL = _STALE / 2
+"""Seconds in a handler up to which the next job is claimed meanwhile, if a limit or its batches
+leave it few calls. Jobs that were claimed ahead and do not start in twice the time are released."""
+
 _MEMORY = 20
 """Outcomes after which the earlier durations are forgotten."""
 
@@ -46,7 +50,10 @@ class Pace:
         self.running = 0
         """Jobs that are claimed and not finished: in a handler, or waiting for a slot or a key."""
         self.behind = 0
-        """Those of them that wait for one before them of the same key, and take no slot."""
+        """Those of them that take no slot, as they wait for one before them of the same key, or for
+        a place of the limit of their type."""
+        self.is_bounded = False
+        """Whether a limit bounds the slots."""
         self._took = inf  # recent seconds in a handler
         self._ramp = concurrency  # grows from claim to claim: a few quick jobs prove little
         self._round_trip = 0.0
@@ -56,8 +63,19 @@ class Pace:
     @property
     def capacity(self) -> int:
         """How many jobs may be in flight now."""
+        return self.slots + self.ahead(self.slots, is_bounded=self.is_bounded)
+
+    def ahead(self, slots: int, *, is_bounded: bool) -> int:
+        """Return how many jobs may be claimed beyond so many slots.
+
+        Where a limit bounds the slots, no others can do the work while a job is claimed: one for
+        each unless jobs are slow. Without that five places of a limit were used for 0.87 of the
+        time by jobs of 20 ms (benchmarks/limits.py).
+        """
         rounds = int(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6))
-        return self.slots + min(rounds * self.slots, self._ramp, self._ahead)
+        if is_bounded and self._took <= _QUICK_CALL:
+            rounds = max(rounds, 1)
+        return min(rounds * slots, self._ramp, self._ahead)
 
     @property
     def free_slots(self) -> int:

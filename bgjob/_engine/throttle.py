@@ -5,12 +5,13 @@ go on: so a claim puts jobs of such a type aside, in the table, and they are cla
 the worker has a ration of that limit. What is put aside is met by no other claim, however many.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from math import inf
 
 from bgjob._engine.limits import Limits
+from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import ClaimLimited, Exchange
 from bgjob._engine.reply import Reply
 from bgjob._sql.claims import Rations
@@ -25,15 +26,22 @@ _IDLE = 1.0
 class _OfType:
     """The limit of a type, as far as this worker's queue is concerned."""
 
-    __slots__ = ("busy", "idle_at", "limits", "waits")
+    __slots__ = ("busy", "held", "idle_at", "limits", "waits")
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.waits = False
         """Whether jobs of the type wait aside, as far as is known."""
         self.busy = 0
-        """Its jobs that this worker has, and that have not ended."""
+        """Its jobs that have a place of this worker's, and have not ended."""
+        self.held: deque[Claimed] = deque()
+        """Its claimed jobs that wait for a place."""
         self.idle_at = -inf
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it has jobs, here or aside."""
+        return self.waits or self.busy > 0 or bool(self.held)
 
 
 _ENOUGH = 1 << 30
@@ -41,11 +49,8 @@ _ENOUGH = 1 << 30
 
 
 def _free(each: _OfType, slots: int) -> int:
-    """Return how many more jobs of a type may be claimed, as far as its places are concerned."""
-    limits = each.limits
-    if not limits.bounds_places:
-        return _ENOUGH
-    return (limits.places(slots) if limits.is_known else slots) - each.busy
+    """Return how many more jobs of a type may run, as far as its places are concerned."""
+    return each.limits.places(slots) - each.busy if each.limits.bounds_places else _ENOUGH
 
 
 class Throttle:
@@ -53,9 +58,12 @@ class Throttle:
 
     Without a limit it adds nothing. Jobs that wait aside are found as long as there are any:
     a sweep finds their types, also those whose limit has ended, and these are claimed without a
-    ration. A job counts for its type from its claim until it has ended.
+    ration. A job has a place of its type's limit from when it is handed out until it has ended.
+    While jobs are quick, as many as there are places are claimed ahead, and held here: so a place
+    that becomes free is used without an exchange before.
 
     Args:
+        pace: how quick jobs are.
         queue: the queue's name.
         code: the limit of the queue in the program's code, if it has one.
         types: those of types.
@@ -66,6 +74,7 @@ class Throttle:
 
     def __init__(
         self,
+        pace: Pace,
         queue: str,
         code: Limit | None,
         types: Mapping[str, Limit],
@@ -73,6 +82,7 @@ class Throttle:
         lease: float,
         holder: int,
     ) -> None:
+        self._pace = pace
         self._make = partial(Limits, lease=lease, holder=holder)
         self._code = types
         self.queue = self._make(Subject("queue", queue), code)
@@ -131,8 +141,48 @@ class Throttle:
         """Record which jobs this worker has, that have not ended."""
         busy = Counter(claimed.job.type for claimed in claims)
         for type_, each in self._types.items():
-            each.busy = busy[type_]
+            each.busy = busy[type_] - len(each.held)
             each.limits.shrink(each.busy)
+
+    # -- places --------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> list[Claimed]:
+        """The claimed jobs that wait for a place of the limit of their type."""
+        return [claimed for each in self._types.values() for claimed in each.held]
+
+    def hold(self, claimed: Iterable[Claimed]) -> None:
+        """Hold claimed jobs of a type until there are places for them."""
+        for one in claimed:
+            self._of(one.job.type).held.append(one)
+            self._pace.behind += 1
+
+    def take_startable(self, slots: int) -> list[Claimed]:
+        """Return the held jobs for which there are places, as far as the last count says."""
+        startable: list[Claimed] = []
+        for each in self._types.values():
+            count = max(min(_free(each, slots), len(each.held)), 0)
+            startable += [each.held.popleft() for _ in range(count)]
+            each.busy += count
+            each.limits.shrink(each.busy)
+        self._pace.behind -= len(startable)
+        return startable
+
+    def drop(self, claims: Collection[Claimed]) -> set[Claimed]:
+        """Drop claims that are lost; return those that had no place yet."""
+        dropped: set[Claimed] = set()
+        for each in self._types.values():
+            if each.held:
+                dropped.update(claimed for claimed in each.held if claimed in claims)
+                each.held = deque(claimed for claimed in each.held if claimed not in claims)
+        self._pace.behind -= len(dropped)
+        return dropped
+
+    def give_back(self) -> list[Claimed]:
+        """Return the held jobs, which are to be released."""
+        held = self.held
+        self.drop(held)
+        return held
 
     # -- claims --------------------------------------------------------------------------------
 
@@ -156,7 +206,18 @@ class Throttle:
         return any(each.waits for each in self._types.values())
 
     def _most(self, each: _OfType, now: float, slots: int) -> int:
-        return min(each.limits.most(now), _free(each, slots))
+        return min(each.limits.most(now), self._room(each, slots))
+
+    def _room(self, each: _OfType, slots: int) -> int:
+        """Return how many more jobs of a type may be claimed, as far as places are concerned."""
+        limits = each.limits
+        if not limits.bounds_places:
+            return _ENOUGH
+        if not limits.is_known:
+            return slots - each.busy
+        places = limits.places(slots)
+        ahead = self._pace.ahead(places, is_bounded=True) if limits.is_tight(slots) else 0
+        return places + ahead - each.busy - len(each.held)
 
     def add_claim(
         self, exchange: Exchange, room: int, now: float, *, slots: int, tokens: Iterator[int]
@@ -203,9 +264,9 @@ class Throttle:
         for type_, each in sorted(self._types.items()):  # rows are locked in this order
             limits, limited = each.limits, exchange.limited
             asked = limited.limit if limited is not None and limited.type == type_ else 0
-            if each.waits or each.busy or asked:
+            if each.is_used or asked:
                 each.idle_at = now + _IDLE
-                room = min(free, _free(each, slots)) if each.waits else 0
+                room = min(free, self._room(each, slots)) if each.waits else 0
                 limits.add_take(
                     exchange, now, asked=asked, slots=slots, room=room, has_more=each.waits
                 )
@@ -226,9 +287,9 @@ class Throttle:
 
     def _wake_at(self, each: _OfType, now: float, slots: int, free: int) -> float:
         limits = each.limits
-        if not (each.waits or each.busy):
+        if not each.is_used:
             return inf if limits.has_left else each.idle_at
-        wants = each.waits and min(free, _free(each, slots)) > 0
+        wants = each.waits and min(free, self._room(each, slots)) > 0
         if wants and self._most(each, now, slots) > 0:
             return now if self.queue.most(now) > 0 else inf
         return limits.wake_at(wants_claim=wants)
@@ -254,7 +315,7 @@ class Throttle:
         for type_ in reply.held_back:
             self._of(type_).waits = True
         for type_, each in [*self._types.items()]:
-            if not (each.limits.is_on or each.waits or each.busy):
+            if not (each.limits.is_on or each.is_used):
                 del self._types[type_]
 
     def _limits(self, subject: Subject) -> Limits:

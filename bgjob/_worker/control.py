@@ -553,6 +553,8 @@ class QueueControl:
             lines.held_until = engine.held_until
             if ended := lines.take_ended():
                 engine.withdrawn(ended)
+        if run := engine.take_startable():
+            self._hand_out(run)
         self._slots.behind = engine.unsettled_outcomes + self._events.waiting
 
     def _limit(self) -> None:
@@ -580,18 +582,14 @@ class QueueControl:
 
     def _acknowledge(self, reply: Reply) -> bool:
         """Hand out jobs and queue events; True if there were jobs."""
+        if self._engine.throttle.queue.is_on:
+            self._limit()  # slots that were taken since the last turn keep their places
         effects = self._engine.acknowledge(reply, monotonic())
         if self._engine.throttle.is_used:
             self._limit()
         if effects.run:
             self._claimed_at = self._turned_at
-            run: Sequence[Claimed] = effects.run
-            if self._engine.uses_keys:
-                self._slots.lines.held_until = self._engine.held_until
-                run = self._slots.lines.enter(run, self._engine.places)
-            if self._executor.gathering is not None:
-                run = self._executor.gathering.add(run, self._engine.suspects, monotonic())
-            self._executor.submit(run, quick=self._engine.pace.is_quick)
+            self._hand_out(effects.run)
         if effects.events:
             self._events.tell(effects.events)
         if effects.locked:
@@ -603,6 +601,14 @@ class QueueControl:
                 )
             )
         return bool(effects.run)
+
+    def _hand_out(self, run: Sequence[Claimed]) -> None:
+        if self._engine.uses_keys:
+            self._slots.lines.held_until = self._engine.held_until
+            run = self._slots.lines.enter(run, self._engine.places)
+        if self._executor.gathering is not None:
+            run = self._executor.gathering.add(run, self._engine.suspects, monotonic())
+        self._executor.submit(run, quick=self._engine.pace.is_quick)
 
     def _sleep(self, until: float) -> None:
         if self._give_up_at is not None:
