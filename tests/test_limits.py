@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from math import floor, inf
@@ -522,6 +523,7 @@ class Server:
         self.limit = limit
         self.numbers = count()
         self.returned: deque[str] = deque()
+        self.claims: dict[str, int] = {}
         self.rations: dict[int, tuple[int, int, float]] = {}
         self.rate, self.burst = limit.per_second, limit.burst_size or 0
         if self.rate:
@@ -532,11 +534,19 @@ class Server:
             self.refill = min(self.rate, self.rate * self.burst / (1 + self.rate * self.good_for))
             self.tokens, self.used_at = self.capacity, -inf
 
-    def jobs(self, number: int) -> list[Job]:
+    def give_back(self, claims: Iterable[Claimed]) -> None:
+        """Release jobs whose claims still hold them: the same release may come twice."""
+        for claimed in claims:
+            if self.claims.get(claimed.job.id) == claimed.token:
+                del self.claims[claimed.job.id]
+                self.returned.append(claimed.job.id)
+
+    def jobs(self, number: int, token: int) -> list[Job]:
         ids = [
             self.returned.popleft() if self.returned else f"job-{next(self.numbers)}"
             for _ in range(number)
         ]
+        self.claims |= dict.fromkeys(ids, token)
         return [Job(id, "q", "t", None, 1, None, 0, NOON, NOON, NOON) for id in ids]
 
     def take(self, ask: Ask, lease: float, now: float) -> Ration:
@@ -599,7 +609,7 @@ class Fleet:
             self.now = max(self.now, member.at)
             if not self.calm and self.dice.random() < 0.002:
                 if self.dice.random() < 0.5:  # killed
-                    self.server.returned.extend(c.job.id for c in member.engine.running())
+                    self.server.give_back(member.engine.running())
                     self.workers[self.workers.index(member)] = Member(self)
                 else:  # stopped, or starved
                     member.at += self.dice.choice([0.3, 1.0, 10.0])
@@ -695,11 +705,11 @@ class Member:
         server, now = self.fleet.server, self.fleet.now
         reply = Reply(settled={outcome.claimed.job.id for outcome in exchange.outcomes})
         reply.extended = {claimed.job.id for claimed in exchange.extend}
-        server.returned.extend(claimed.job.id for claimed in exchange.release_jobs)
+        server.give_back(exchange.release_jobs)
         claim_of = exchange.claim
         if self.fleet.of_type:
             if exchange.limited is not None:
-                reply.of_type = server.jobs(exchange.limited.limit)
+                reply.of_type = server.jobs(exchange.limited.limit, exchange.limited.token)
             is_known = "t" in exchange.rations.limited
             if isinstance(claim_of, Sweep):
                 limited = () if is_known else ("t",)
@@ -714,7 +724,7 @@ class Member:
     def claim(self, exchange: Exchange, reply: Reply) -> None:
         claim_of = exchange.claim
         number = claim_of.limit if claim_of and exchange.rations.has_queue else 0
-        jobs = self.fleet.server.jobs(number)
+        jobs = self.fleet.server.jobs(number, claim_of.token) if claim_of else []
         match claim_of:
             case Claim():
                 reply.claimed = jobs
