@@ -1130,6 +1130,35 @@ def test_a_key_is_released_when_the_last_job_of_its_claim_is_settled() -> None:
     assert step.in_a_row > 100  # as many as one slot runs soon: these were quick
 
 
+@pytest.mark.parametrize("is_granted", [True, False])
+def test_a_key_for_which_the_next_jobs_ask_is_released_if_these_do_not_get_it(
+    is_granted: bool,
+) -> None:
+    engine, [first] = chained(job_of("k", "0"))
+    now, found = 1.0, [job_of("k", "1", 1)]
+    while not (isinstance(step := engine.step(now), Exchange) and step.claim and step.claim.limit):
+        now += 1.0
+        assert isinstance(step, Sleep) and now < 9.0
+    engine.finish([Outcome(first, Complete(), 0.0)])
+    lines = [Line(0, NOON, None, has_suspects=False)]
+    is_sweep = isinstance(step.claim, Sweep)
+    swept = Reply(swept=Swept(found, 0), lines=lines)
+    engine.acknowledge(swept if is_sweep else Reply(claimed=found), now)
+    step = engine.step(now)
+    assert isinstance(step, Exchange)
+    assert [o.claimed.job.id for o in step.outcomes] == ["0"]
+    assert ([c.job.id for c in step.acquire], step.release) == (["1"], [])
+    [claimed] = step.acquire
+    answer = {("1", claimed.token): int(is_granted)}
+    run = engine.acknowledge(Reply(settled={"0"}, acquired=answer), now).run
+    assert [c.job.id for c in run] == ["1"] * is_granted
+    if is_granted:
+        assert end(engine, now, Outcome(claimed, Complete(), 0.0)).release == ["k"]
+    else:
+        step = engine.step(now)
+        assert isinstance(step, Exchange) and step.release == ["k"]
+
+
 def test_the_jobs_of_a_key_run_in_the_order_in_which_they_are_due_whatever_their_priority() -> None:
     jobs = [
         job_of("k", "late", 9, -1),

@@ -47,7 +47,8 @@ class Keys:
     is not handed out before. Then it is in the chain of its key until its settlement is sent.
     The exchange with a settlement after which a chain uses fewer slots of its key, mostly the
     last one, releases the key, and so does each that repeats one: the server knows whether the key
-    is free. A key in `free` has a slot that no job of this worker uses.
+    is free. If the same exchange asks for the key, for the next jobs, the next one releases it
+    unless these have it. A key in `free` has a slot that no job of this worker uses.
 
     Jobs of a key run one after the other in each of its slots, so the worker has as many as these
     will run soon; the others are put aside. All that wait for one before them take no slot of the
@@ -121,6 +122,7 @@ class Keys:
         """Release the keys whose last jobs an exchange settles."""
         if not self.are_used:
             return
+        asked = {claimed.job.exclusive for claimed in exchange.acquire}
         for outcome in exchange.outcomes:
             job, token, _ = outcome.claimed
             if job.exclusive is None:
@@ -132,7 +134,10 @@ class Keys:
                     continue
                 if not chain.unsent:
                     self._end_chain(job.exclusive)
-            exchange.release.append(job.exclusive)
+            if job.exclusive in asked:
+                exchange.passed_on[job.exclusive] = None
+            else:
+                exchange.release.append(job.exclusive)
         exchange.in_a_row = self._pace.in_a_row
 
     def add_wanting(self, exchange: Exchange, now: float) -> None:
@@ -185,6 +190,10 @@ class Keys:
                 self.places[key] = chain.places
             if min(len(chain.unsent), chain.places) < slots:
                 self.free[key] = None  # others may have the rest
+        for key in exchange.passed_on:
+            chain = self._chains.get(key)
+            if chain is None or chain.leaves_slot:
+                self.free[key] = None  # it was not granted again
         if exchange.acquire:
             self.wanting += locked
             self._ask_at = now + self._pause.seconds if locked else -inf

@@ -173,6 +173,8 @@ class Exchange(Settlements):
     """Those that it settles."""
     again: bool = False
     """Whether that is one which was refused alone."""
+    passed_on: dict[str, None] = field(default_factory=dict)
+    """Keys that its outcomes leave, and for which its jobs ask."""
     freed: Sequence[str] = ()
     """The part of `release` that belongs to none of its outcomes."""
     at: float = 0.0
