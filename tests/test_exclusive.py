@@ -36,6 +36,7 @@ from bgjob import (
 )
 from bgjob._engine.engine import Engine
 from bgjob._engine.outcome import Committed, Outcome, Release
+from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import ClaimGroup, Exchange, Sleep, Sweep, Withdraw
 from bgjob._engine.reply import Reply
 from bgjob._handlers.route import NeedsKey
@@ -1157,6 +1158,19 @@ def test_a_key_for_which_the_next_jobs_ask_is_released_if_these_do_not_get_it(
     else:
         step = engine.step(now)
         assert isinstance(step, Exchange) and step.release == ["k"]
+
+
+def test_quick_jobs_are_claimed_while_others_wait_for_their_keys_and_slow_ones_are_not() -> None:
+    for took, is_quick in ((1e-6, True), (1.0, False)):
+        pace = Pace(10)
+        pace.finished([])
+        for _ in range(6):
+            first = [Claimed(job_of(f"k{n}", str(n)), 1) for n in range(10)]
+            pace.claimed(first, 0.0)
+            pace.finished([Outcome(claimed, Complete(), took) for claimed in first])
+        pace.running = pace.capacity
+        assert pace.room == 0
+        assert pace.room_beside(1000) == (1000 if is_quick else 0)
 
 
 def test_the_jobs_of_a_key_run_in_the_order_in_which_they_are_due_whatever_their_priority() -> None:

@@ -1543,6 +1543,7 @@ class History:
             promise(not self.stopping, "claims after shutdown")
             self._check_order()
             wanted = self.engine.pace.running + coming + exchange.claim.limit
+            wanted -= self._waiting_for_keys()
             most = self.concurrency + MOST_AHEAD + (self.batch > 1) * (self.busy + MOST_AHEAD)
             promise(wanted <= most, "claims far too much")
             wanted -= self.engine.pace.behind  # they take no slot
@@ -1555,6 +1556,12 @@ class History:
                 promise(not alone, "claims a group beside another")
         for key in [(c.job.id, c.token) for c in self._settled_in(exchange)]:
             promise(self.handed.get(key) != "told", f"{key}: settles again what is settled")
+
+    def _waiting_for_keys(self) -> int:
+        """How many jobs may be held beside the others until their keys are granted."""
+        engine = self.engine
+        wanting = len(engine._keys.wanting) + sum(len(sent.acquire) for sent in engine._sent)
+        return min(wanting, engine.pace.beyond_slots)
 
     def _check_places(self, reply: Reply, began: int) -> None:
         """What was given back unstarted runs before what is due later."""

@@ -18,6 +18,7 @@ from support.workers import Gate, Launcher
 
 from bgjob import EnqueueRequest, Limit, Mux
 from bgjob._engine.engine import Engine
+from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import Exchange, Sleep, Sweep
 from bgjob._engine.reply import Reply
 from bgjob._engine.throttle import Throttle
@@ -212,7 +213,7 @@ def test_after_a_refusal_jobs_that_wait_for_their_limit_are_claimed_without_a_bu
 
 
 def test_jobs_of_a_type_without_a_limit_of_places_are_claimed_by_the_hundred() -> None:
-    throttle = Throttle("q", None, {"slow": Limit(rate="9/s")}, lease=60, holder=1)
+    throttle = Throttle(Pace(2), "q", None, {"slow": Limit(rate="9/s")}, lease=60, holder=1)
     exchange = Exchange()
     throttle.answered(exchange, Reply(held_back=["slow"]), 0, 0.0)
     throttle.add_takes(exchange, 0.0, slots=2, room=0, has_more=False, free=500)

@@ -334,11 +334,11 @@ class Engine:
                 case 1:
                     self._add_extensions(exchange, now)
                 case 2:
-                    self._keys.add_wanting(exchange, now)
-                case 3:
                     self._over.add(exchange)
-                case _:
+                case 3:
                     self._add_claim(exchange, self._worthwhile_room(), now)
+                case _:
+                    self._keys.add_wanting(exchange, now)
             if self._careful and exchange:
                 # One kind of work at a time, each in turn, so that a failing one does not
                 # stop the others.
@@ -450,7 +450,11 @@ class Engine:
             return 0
         asked += sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
         asked += sum(exchange.limited.limit for exchange in self._sent if exchange.limited)
-        return min(self.pace.room - asked, self._claims.limit)
+        room = self.pace.room
+        if self._keys.are_used:
+            wanting = sum(len(exchange.acquire) for exchange in self._sent)
+            room = self.pace.room_beside(len(self._keys.wanting) + wanting)
+        return min(room - asked, self._claims.limit)
 
     def _worthwhile_room(self, asked: int = 0) -> int:
         """Return how many jobs the next exchange may claim, or 0 if it is better to wait."""

@@ -63,7 +63,12 @@ class Pace:
     @property
     def capacity(self) -> int:
         """How many jobs may be in flight now."""
-        return self.slots + self.ahead(self.slots, is_bounded=self.is_bounded)
+        return self.slots + self.beyond_slots
+
+    @property
+    def beyond_slots(self) -> int:
+        """How many of them wait for a slot: more while jobs are quick."""
+        return self.ahead(self.slots, is_bounded=self.is_bounded)
 
     def ahead(self, slots: int, *, is_bounded: bool) -> int:
         """Return how many jobs may be claimed beyond so many slots.
@@ -93,6 +98,16 @@ class Pace:
         capacity = self.capacity
         most = max(capacity, self.slots + MOST_AHEAD)
         return min(capacity + self.behind, most) - self.running
+
+    def room_beside(self, wanting: int) -> int:
+        """Return how many more jobs may be in flight beside those that wait for a key.
+
+        The key of a job is granted by the exchange after its claim. While jobs are quick, so many
+        are claimed meanwhile as if it had been granted. Without that the server waited while the
+        worker ran the jobs of one claim, and the worker while the server granted the keys of the
+        next (benchmarks/exclusive.py, 100 keys).
+        """
+        return self.room + min(wanting, self.beyond_slots)
 
     @property
     def worthwhile(self) -> int:
