@@ -191,8 +191,8 @@ class Keys:
             if min(len(chain.unsent), chain.places) < slots:
                 self.free[key] = None  # others may have the rest
         for key in exchange.passed_on:
-            chain = self._chains.get(key)
-            if chain is None or chain.leaves_slot:
+            held = self._chains.get(key)
+            if held is None or held.leaves_slot:
                 self.free[key] = None  # it was not granted again
         if exchange.acquire:
             self.wanting += locked
