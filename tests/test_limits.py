@@ -524,6 +524,10 @@ class Server:
         self.numbers = count()
         self.returned: deque[str] = deque()
         self.claims: dict[str, int] = {}
+        self.aside = 0
+        """Jobs of the type that were put aside."""
+        self.put_aside = self.direct = 0
+        """How many were put aside, and how many claimed without that, by an ample ration."""
         self.rations: dict[int, tuple[int, int, float]] = {}
         self.rate, self.burst = limit.per_second, limit.burst_size or 0
         if self.rate:
@@ -589,13 +593,16 @@ class Fleet:
         calm: bool,
         in_code: bool = True,
         of_type: bool = False,
+        is_aside: bool = False,
         slots: int | None = None,
         takes: float | None = None,
     ) -> None:
         self.dice = Random(seed)
         self.slots, self.takes = slots, takes
         self.limit, self.calm, self.in_code, self.of_type = limit, calm, in_code, of_type
+        self.is_aside = is_aside
         self.server = Server(limit)
+        self.server.aside = 10**9 if is_aside else 0
         self.now = 1000.0
         self.holders = count(1)
         self.tokens = count(1)
@@ -707,31 +714,40 @@ class Member:
         reply.extended = {claimed.job.id for claimed in exchange.extend}
         server.give_back(exchange.release_jobs)
         claim_of = exchange.claim
-        if self.fleet.of_type:
-            if exchange.limited is not None:
-                reply.of_type = server.jobs(exchange.limited.limit, exchange.limited.token)
-            is_known = "t" in exchange.rations.limited
-            if isinstance(claim_of, Sweep):
-                limited = () if is_known else ("t",)
-                reply.lines = [Line(0, NOON, None, has_suspects=False, limited=limited)]
-                reply.held_back = ["t"] if is_known else []  # every job is put aside
-        else:
-            self.claim(exchange, reply)
+        if self.fleet.of_type and exchange.limited is not None:
+            number = min(exchange.limited.limit, server.aside)
+            server.aside -= number
+            reply.of_type = server.jobs(number, exchange.limited.token)
+        self.claim(exchange, reply)
         for take in exchange.takes:
             reply.add_ration(server.take(take.ask, self.fleet.lease, now))
         return reply
 
     def claim(self, exchange: Exchange, reply: Reply) -> None:
         claim_of = exchange.claim
-        number = claim_of.limit if claim_of and exchange.rations.has_queue else 0
-        jobs = self.fleet.server.jobs(number, claim_of.token) if claim_of else []
+        server, rations, of_type = self.fleet.server, exchange.rations, self.fleet.of_type
+        is_known = "t" in (*rations.limited, *rations.ample) if of_type else rations.has_queue
+        number = claim_of.limit if claim_of and is_known else 0
+        if not self.fleet.calm:  # there is not always so much to do
+            number = min(number, self.fleet.dice.choice([0, 1, 20, number]))
+        elif self.fleet.is_aside:
+            number = 0
+        server.direct += number if "t" in rations.ample else 0
+        if number and "t" in rations.limited:
+            server.aside += number + 20  # and the next ones
+            reply.met, number = number, 0
+            server.put_aside += reply.met + 20
+        jobs = server.jobs(number, claim_of.token) if claim_of else []
+        if server.aside and (reply.met or isinstance(claim_of, Sweep)):
+            reply.held_back = ["t"]
         match claim_of:
             case Claim():
                 reply.claimed = jobs
             case Sweep():
                 reply.swept = Swept(jobs, 0)
-                is_limited = not exchange.rations.has_queue
-                reply.lines = [Line(0, NOON, None, has_suspects=False, is_limited=is_limited)]
+                limited = ("t",) if of_type and not is_known else ()
+                is_limited = not (of_type or is_known)
+                reply.lines = [Line(0, NOON, None, False, (), is_limited, limited)]
             case ClaimGroup():
                 raise AssertionError("there are no suspects")
 
@@ -744,9 +760,11 @@ LIMITS = [
     Limit(4),
     Limit(7, "100/s"),
 ]
+AMPLE = Limit(25)
+"""One that fewer than all workers do not reach."""
 
 
-@pytest.mark.parametrize("limit", LIMITS, ids=str)
+@pytest.mark.parametrize("limit", [*LIMITS, AMPLE, Limit(30, "900/s")], ids=str)
 @pytest.mark.parametrize("of_type", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_workers_that_are_killed_stopped_and_cut_off_never_exceed_a_limit(
@@ -755,22 +773,36 @@ def test_workers_that_are_killed_stopped_and_cut_off_never_exceed_a_limit(
     fleet = Fleet(seed, limit, calm=False, in_code=seed % 2 == 0, of_type=of_type)
     fleet.live(2.0 if limit.per_second > 1000 else 20.0)
     assert fleet.starts
+    if of_type and limit == AMPLE:
+        assert fleet.server.direct
     if limit.rate is not None:
         assert limit.burst_size is not None
         assert beyond_exactly(fleet.starts, limit.per_second) <= limit.burst_size + 1e-6
 
 
-@pytest.mark.parametrize("limit", [each for each in LIMITS if each.per_second < 1000], ids=str)
+@pytest.mark.parametrize(
+    "limit", [each for each in [*LIMITS, AMPLE] if each.per_second < 1000], ids=str
+)
 @pytest.mark.parametrize("of_type", [False, True])
 @pytest.mark.parametrize("takes", [0.005, 0.022, 0.05])
 def test_workers_under_load_reach_their_limit(limit: Limit, of_type: bool, takes: float) -> None:
-    fleet = Fleet(1, limit, calm=True, of_type=of_type, slots=10, takes=takes)
-    fleet.live(10.0)
-    fleet.starts.clear()
-    seconds = 10.0 if limit.per_second != 1 else 100.0
+    fleet = Fleet(1, limit, calm=True, of_type=of_type, is_aside=of_type, slots=10, takes=takes)
+    seconds = 5.0 if limit.per_second != 1 else 100.0
     fleet.live(seconds)
-    rate = limit.per_second or 4 / takes
+    fleet.starts.clear()
+    fleet.live(seconds)
+    places = min(limit.concurrency or inf, 5 * 10)
+    rate = min(limit.per_second or inf, places / takes)
     assert len(fleet.starts) >= 0.95 * rate * seconds
+
+
+@pytest.mark.parametrize("limit", [Limit(rate="20000/s"), Limit(50), Limit(50, "20000/s")], ids=str)
+def test_jobs_of_a_type_far_from_its_limit_are_not_put_aside(limit: Limit) -> None:
+    fleet = Fleet(1, limit, calm=True, of_type=True, slots=10, takes=0.01)
+    fleet.live(4.0)
+    assert fleet.server.put_aside < 0.05 * fleet.server.direct
+    if limit.rate is not None:
+        assert beyond_exactly(fleet.starts, limit.per_second) <= (limit.burst_size or 0) + 1e-6
 
 
 def beyond_exactly(starts: list[float], rate: float) -> float:

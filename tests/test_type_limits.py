@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, LiteralString
@@ -19,7 +19,7 @@ from support.workers import Gate, Launcher
 from bgjob import EnqueueRequest, Limit, Mux
 from bgjob._engine.engine import Engine
 from bgjob._engine.pace import Pace
-from bgjob._engine.protocol import Exchange, Sleep, Sweep
+from bgjob._engine.protocol import Claim, Exchange, Sleep, Sweep
 from bgjob._engine.reply import Reply
 from bgjob._engine.throttle import Throttle
 from bgjob._sql.claims import (
@@ -33,7 +33,8 @@ from bgjob._sql.claims import (
     sweep,
 )
 from bgjob._sql.limits import Ration, Subject, set_limit
-from bgjob._sql.statement import Statement
+from bgjob._sql.settlements import Claimed
+from bgjob._sql.statement import Statement, text_array
 from bgjob._sql.survey import Line, survey
 from bgjob.job import Job
 
@@ -213,16 +214,117 @@ def test_after_a_refusal_jobs_that_wait_for_their_limit_are_claimed_without_a_bu
 
 
 def test_jobs_of_a_type_without_a_limit_of_places_are_claimed_by_the_hundred() -> None:
-    throttle = Throttle(Pace(2), "q", None, {"slow": Limit(rate="9/s")}, lease=60, holder=1)
+    throttle = Throttle(
+        Pace(2),
+        "q",
+        None,
+        {"slow": Limit(rate="9/s")},
+        concurrency=2,
+        batches=(),
+        lease=60,
+        holder=1,
+    )
     exchange = Exchange()
-    throttle.answered(exchange, Reply(held_back=["slow"]), 0, 0.0)
+    throttle.answered(exchange, Reply(held_back=["slow"]), [], 0.0)
     throttle.add_takes(exchange, 0.0, slots=2, room=0, has_more=False, free=500)
     [take] = exchange.takes
     assert (take.subject, take.ask.need) == (Subject("type", "slow"), 2)  # nothing is known yet
-    throttle.answered(exchange, Reply(rations=[Ration(None, 300, 1.0, 0.0, LONG_AGO)]), 0, 0.0)
+    throttle.answered(exchange, Reply(rations=[Ration(None, 300, 1.0, 0.0, LONG_AGO)]), [], 0.0)
     throttle.add_claim(exchange, 500, 0.0, slots=2, tokens=count(1))
     assert exchange.limited is not None
     assert exchange.limited.limit == 300
+
+
+def known(ration: Ration | None, *, slots: int = 2, batches: Collection[str] = ()) -> Throttle:
+    """Return a throttle with a ration of the limit of the type "slow", all of whose jobs ended."""
+    limits = {"slow": Limit(4, "9/s")}
+    throttle = Throttle(
+        Pace(slots), "q", None, limits, concurrency=slots, batches=batches, lease=60, holder=1
+    )
+    exchange = Exchange()
+    throttle.answered(exchange, Reply(held_back=["slow"]), [], 0.0)
+    throttle.add_takes(exchange, 0.0, slots=slots, room=0, has_more=False, free=9)
+    throttle.answered(exchange, Reply(rations=[ration]), [], 0.0)
+    throttle.add_claim(exchange, 1, 0.0, slots=slots, tokens=count(1))
+    throttle.answered(exchange, Reply(rations=[ration]), [], 0.0)
+    return throttle
+
+
+def job_of(type_: str, id_: str) -> Claimed:
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    return Claimed(Job(id_, "q", type_, None, 1, None, 0, noon, noon, noon), 7)
+
+
+ENOUGH = Ration(2, 300, 1.0, 0.0, LONG_AGO)
+
+
+def claiming(throttle: Throttle, limit: int = 200) -> Exchange:
+    exchange = Exchange(claim=Claim(limit, 7, {0: LONG_AGO}))
+    throttle.spend(exchange, 0.1)
+    return exchange
+
+
+@pytest.mark.parametrize(
+    ("ration", "is_ample"),
+    [
+        (ENOUGH, True),
+        (ENOUGH._replace(tokens=None), True),
+        (ENOUGH._replace(tokens=199), False),
+        (ENOUGH._replace(places=1), False),
+        (ENOUGH._replace(places=None), True),
+    ],
+)
+def test_a_claim_puts_no_jobs_aside_within_an_ample_ration(ration: Ration, is_ample: bool) -> None:
+    rations = claiming(known(ration)).rations
+    assert (rations.limited, rations.ample) == (([], ["slow"]) if is_ample else (["slow"], []))
+    assert rations.params["known"] == text_array(["slow"])
+
+
+def test_jobs_of_batches_are_put_aside_while_each_takes_a_place() -> None:
+    assert claiming(known(ENOUGH, batches=["slow"])).rations.limited == ["slow"]
+    assert claiming(known(ENOUGH._replace(places=None), batches=["slow"])).rations.limited == []
+
+
+def test_tokens_that_a_claim_within_an_ample_ration_did_not_use_are_left() -> None:
+    throttle = known(ENOUGH)
+    for _ in range(3):  # 200 tokens of 300
+        exchange = claiming(throttle)
+        claimed = [job_of("slow", "a"), job_of("other", "b")]
+        throttle.answered(exchange, Reply(), claimed, 0.1)
+        assert throttle.admit(claimed, exchange) == claimed
+        assert exchange.ample.keys() == {"slow"}
+    throttle.take_back(claiming(throttle), is_refused=True)
+    assert claiming(throttle).ample  # a refused claim has used none
+    assert not claiming(throttle).ample  # what became of the last one is not known
+
+
+def test_only_jobs_of_the_type_give_their_tokens_back() -> None:
+    throttle = known(ENOUGH)
+    exchange = claiming(throttle)
+    claimed = [job_of("slow", "a"), *(job_of("other", f"b{n}") for n in range(9))]
+    throttle.answered(exchange, Reply(), claimed, 0.1)
+    throttle.refund(claimed)
+    later = Exchange()
+    throttle.add_leaves(later, 0.2)
+    [take] = later.takes
+    assert take.ask.unused == 300 - 1 + 1
+
+
+def test_jobs_whose_ration_was_taken_away_meanwhile_wait_for_places() -> None:
+    throttle = known(ENOUGH)
+    exchange = claiming(throttle)
+    throttle.count([job_of("slow", "before")])
+    throttle.look()
+    throttle.add_takes(exchange, 0.1, slots=2, room=9, has_more=True, free=9)
+    throttle.count([])
+    claimed = [job_of("slow", "a"), job_of("other", "b"), job_of("slow", "c")]
+    reply = Reply(rations=[ENOUGH._replace(places=1)])
+    throttle.answered(exchange, reply, claimed, 0.1)
+    assert throttle.admit(claimed, exchange) == claimed[1:2]
+    assert throttle.take_startable(2) == claimed[:1]
+    assert throttle.held == claimed[2:]
+    throttle.count(claimed[1:])  # the first has ended
+    assert throttle.take_startable(2) == claimed[2:]
 
 
 # -- workers -----------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ them in turn what goes into the next exchange, and reports what became of it to 
       settling    which outcomes go into the next exchange, and what a refusal does to them
       keys        which keys to ask for, and to release
       throttle    the limits of the queue and of types: what may be claimed, and from where
+        type_limit  one of a type: its jobs that have places, or wait for one
         limits      the ration of one: places for handlers, tokens for claims
       cancels     which jobs a cancel has ended, and whose handlers to interrupt
       over        which groups may be over, so that the jobs that wait for them may be due

@@ -40,6 +40,9 @@ from bgjob.limit import Limit
 
 NO_LIMITS: Mapping[str, Limit] = MappingProxyType({})
 
+_MANY = 100
+"""Held jobs from which those of each type with a limit are not counted each time."""
+
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
 
@@ -94,7 +97,16 @@ class Engine:
         self._over = Over()
         self._lookout = Lookout(poll_interval, notify=notify, chance=chance)
         self._isolation = Isolation()
-        self.throttle = Throttle(self.pace, queue, limit, type_limits, lease=lease, holder=holder)
+        self.throttle = Throttle(
+            self.pace,
+            queue,
+            limit,
+            type_limits,
+            concurrency=concurrency,
+            batches=batches or (),
+            lease=lease,
+            holder=holder,
+        )
         self._tokens = tokens
         self._claims = Claims(
             self.pace, self._leases, self._lookout, self._isolation, self._sent, tokens
@@ -317,11 +329,11 @@ class Engine:
                 exchange.notify_lock = "release" if done and is_held else None
             elif not (self._careful and exchange):
                 room = 0 if exchange or self._careful else self._worthwhile_room()
-                limit = self.throttle.queue
-                room, waits = min(room, limit.most(now)), limit.waits(now)
+                waits = self.throttle.waits_for_ration(now)
+                room = min(room, self.throttle.most(now))
                 self._claims.add_notify_lock(exchange, room, now, waits=waits)
             if self.throttle.is_used:
-                self.throttle.spend(exchange)
+                self.throttle.spend(exchange, now)
                 if not (self._careful and exchange):
                     self._add_takes(exchange, now, done=done)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
@@ -346,7 +358,13 @@ class Engine:
                 return
 
     def _count_types(self) -> None:
-        """Count the jobs of types with a limit."""
+        """Count the jobs of types with a limit.
+
+        Not each time while there are many, and places for all slots: each claim adds its own, so
+        the last count is not too low, and a ration that is taken away waits for no other.
+        """
+        if len(self._leases.jobs) > _MANY and not self.throttle.is_bound:
+            return
         sent = (sent for each in self._sent for sent in each.outcomes)
         ended = {o.claimed for o in (*self._settling.outcomes, *self._locked.outcomes, *sent)}
         held = (*self._leases.lost, *self._leases.jobs)
@@ -390,11 +408,11 @@ class Engine:
             or (self.throttle.has_types and self.throttle.wants(now, self.slots))
             or self._leases.extend_at <= now
         )
-        room = min(self._room(), self.throttle.queue.most(now))
+        room = min(self._room(), self.throttle.most(now))
         if is_quiet and self._lookout.has_more and room >= self.bulky:
             self._add_claim(exchange, room, now)
             if self.flows(exchange):
-                self.throttle.spend(exchange)
+                self.throttle.spend(exchange, now)
                 self._settling.add_pending(exchange)
                 self._keys.add_wanting(exchange, now)
                 self._over.add(exchange)
@@ -421,7 +439,7 @@ class Engine:
             return
         if exchange.limited is not None:
             room -= exchange.limited.limit
-        most = self.throttle.queue.most(now)
+        most = self.throttle.most(now)
         self._claims.add(exchange, min(room, most), now, most=most)
 
     def _add_takes(self, exchange: Exchange, now: float, *, done: bool) -> None:
@@ -472,13 +490,14 @@ class Engine:
         if not self._stopping:
             room = self._worthwhile_room()
             limit = self.throttle.queue
-            allowed = min(room, limit.most(now))
+            allowed = min(room, self.throttle.most(now))
             times += [self._claims.wake_at(now, allowed), self.pace.stale_at]
             if limit.is_on:
                 times.append(limit.wake_at(wants_claim=self._claims.wants(now, room)))
             if self.throttle.has_types:
                 free = 0 if self._claims.is_held_up(now) else room
-                times.append(self.throttle.wake_at(now, slots=self.slots, free=free))
+                wants = self._claims.wants(now, room)
+                times.append(self.throttle.wake_at(now, slots=self.slots, free=free, wants=wants))
         return min(times)
 
     # -- answers ------------------------------------------------------------------------
@@ -519,7 +538,7 @@ class Engine:
             self._lookout.wake(Notice(later=True))  # jobs were made due, after the claim
         claimed = self._claims.answered(exchange, reply, now)
         of_type = self._claims.of_type(exchange, reply)
-        self.throttle.answered(exchange, reply, len(claimed) + reply.unread, now)
+        self.throttle.answered(exchange, reply, claimed, now)
         self.slots = self._slots
         if of_type:
             self._hold(of_type, exchange, now)
@@ -528,7 +547,7 @@ class Engine:
             effects.run += self._keys.want(self.throttle.take_startable(self.slots))
         if claimed:
             self._hold(claimed, exchange, now)
-            effects.run += self._keys.want(claimed)
+            effects.run += self._keys.want(self.throttle.admit(claimed, exchange))
         if claimed or of_type:
             self._over.claimed(reply)
             self.throttle.forget(self._leases.tokens)

@@ -130,6 +130,11 @@ class Limits:
         """Whether more handlers run than should: nothing is claimed until they have ended."""
         return self._places > self._target
 
+    @property
+    def is_ample(self) -> bool:
+        """Whether the last ration was all that was asked for."""
+        return self._ration is not None and self._ration.wait == 0.0
+
     def waits(self, now: float) -> bool:
         """Whether nothing may be claimed, and asking again would not help yet."""
         return self.is_on and self.most(now) == 0 and now < self._ask_at

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 from bgjob._engine.notify_lock import LockWish
@@ -108,6 +109,9 @@ class Spent(NamedTuple):
     """When the tokens were taken, by the server's clock."""
 
 
+_NO_TOKENS: Mapping[str, Spent | None] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class ClaimLimited:
     """Claim up to `limit` jobs of a type that wait for its limit."""
@@ -181,6 +185,8 @@ class Exchange(Settlements):
     """When it was sent."""
     spent: Spent | None = None
     """The tokens of its claim."""
+    ample: Mapping[str, Spent | None] = field(default_factory=lambda: _NO_TOKENS)
+    """By type, those of the limits of which the claim may have as many jobs as of other types."""
 
     @property
     def claims_only(self) -> bool:

@@ -3,10 +3,16 @@
 A limit of the queue bounds its claims. A limit of a type must not, since the queue's other types
 go on: so a claim puts jobs of such a type aside, in the table, and they are claimed from there when
 the worker has a ration of that limit. What is put aside is met by no other claim, however many.
+
+While the ration is ample nothing is put aside: with places for all slots, and as many tokens as
+were asked for, jobs of the type are claimed like others, and its tokens bound the claims as those
+of a queue's limit do. Putting each job aside costs a version of its row, and jobs that are aside
+were claimed one for each slot: a type with a limit that was never reached drained at 0.04 of the
+rate without one (benchmarks/limits.py).
 """
 
-from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import inf
 
@@ -14,6 +20,7 @@ from bgjob._engine.limits import Limits
 from bgjob._engine.pace import Pace
 from bgjob._engine.protocol import ClaimLimited, Exchange
 from bgjob._engine.reply import Reply
+from bgjob._engine.type_limit import TypeLimit
 from bgjob._sql.claims import Rations
 from bgjob._sql.limits import Subject
 from bgjob._sql.settlements import Claimed
@@ -23,34 +30,7 @@ _IDLE = 1.0
 """Seconds without a job of a type before its ration is given back."""
 
 
-class _OfType:
-    """The limit of a type, as far as this worker's queue is concerned."""
-
-    __slots__ = ("busy", "held", "idle_at", "limits", "waits")
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.waits = False
-        """Whether jobs of the type wait aside, as far as is known."""
-        self.busy = 0
-        """Its jobs that have a place of this worker's, and have not ended."""
-        self.held: deque[Claimed] = deque()
-        """Its claimed jobs that wait for a place."""
-        self.idle_at = -inf
-
-    @property
-    def is_used(self) -> bool:
-        """Whether it has jobs, here or aside."""
-        return self.waits or self.busy > 0 or bool(self.held)
-
-
-_ENOUGH = 1 << 30
-"""Stands for no limit."""
-
-
-def _free(each: _OfType, slots: int) -> int:
-    """Return how many more jobs of a type may run, as far as its places are concerned."""
-    return each.limits.places(slots) - each.busy if each.limits.bounds_places else _ENOUGH
+_NONE: Counter[str] = Counter()
 
 
 class Throttle:
@@ -67,6 +47,8 @@ class Throttle:
         queue: the queue's name.
         code: the limit of the queue in the program's code, if it has one.
         types: those of types.
+        concurrency: the worker's slots.
+        batches: the types of batch handlers.
         lease: seconds of a lease.
         holder: tells this worker from others.
 
@@ -79,6 +61,8 @@ class Throttle:
         code: Limit | None,
         types: Mapping[str, Limit],
         *,
+        concurrency: int,
+        batches: Collection[str],
         lease: float,
         holder: int,
     ) -> None:
@@ -86,15 +70,20 @@ class Throttle:
         self._make = partial(Limits, lease=lease, holder=holder)
         self._code = types
         self.queue = self._make(Subject("queue", queue), code)
-        self._types: dict[str, _OfType] = {}
+        self._types: dict[str, TypeLimit] = {}
+        self._concurrency = concurrency
+        self._batches = batches
         self._rounds_up = False
         for type_ in types:
             self._of(type_)
 
-    def _of(self, type_: str) -> _OfType:
+    def _of(self, type_: str) -> TypeLimit:
         if type_ not in self._types:
             limits = self._make(Subject("type", type_), self._code.get(type_))
-            self._types[type_] = _OfType(limits)
+            is_batch = type_ in self._batches
+            self._types[type_] = TypeLimit(
+                limits, self._pace, self._concurrency, in_batches=is_batch
+            )
             limits.turn_on()
         return self._types[type_]
 
@@ -129,7 +118,8 @@ class Throttle:
             return self.queue.start_by
         start_by: dict[int, float] = {}
         for limits in self._all:
-            start_by |= limits.start_by  # of one claim they are the same
+            for token, at in limits.start_by.items():
+                start_by[token] = min(at, start_by.get(token, inf))
         return start_by
 
     @property
@@ -137,12 +127,16 @@ class Throttle:
         """Seconds for which a claimed job may wait for others of its type."""
         return min(limits.patience for limits in self._all)
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the places of some type bound how many of its jobs may be handed out."""
+        return any(each.is_bound or each.held for each in self._types.values())
+
     def count(self, claims: Iterable[Claimed]) -> None:
         """Record which jobs this worker has, that have not ended."""
         busy = Counter(claimed.job.type for claimed in claims)
         for type_, each in self._types.items():
-            each.busy = busy[type_] - len(each.held)
-            each.limits.shrink(each.busy)
+            each.count(busy[type_] - len(each.held))
 
     # -- places --------------------------------------------------------------------------------
 
@@ -157,14 +151,25 @@ class Throttle:
             self._of(one.job.type).held.append(one)
             self._pace.behind += 1
 
+    def admit(self, claimed: list[Claimed], exchange: Exchange) -> list[Claimed]:
+        """Return the claimed jobs that may be handed out.
+
+        The others are held: a ration that was ample when they were claimed is not any more.
+        """
+        types = self._types.items()
+        bound = {type_ for type_, each in types if type_ in exchange.ample and each.is_bound}
+        if not bound:
+            return claimed
+        self.hold(one for one in claimed if one.job.type in bound)
+        return [one for one in claimed if one.job.type not in bound]
+
     def take_startable(self, slots: int) -> list[Claimed]:
         """Return the held jobs for which there are places, as far as the last count says."""
         startable: list[Claimed] = []
         for each in self._types.values():
-            count = max(min(_free(each, slots), len(each.held)), 0)
+            count = max(min(each.free(slots), len(each.held)), 0)
             startable += [each.held.popleft() for _ in range(count)]
-            each.busy += count
-            each.limits.shrink(each.busy)
+            each.count(each.busy + count)
         self._pace.behind -= len(startable)
         return startable
 
@@ -172,9 +177,7 @@ class Throttle:
         """Drop claims that are lost; return those that had no place yet."""
         dropped: set[Claimed] = set()
         for each in self._types.values():
-            if each.held:
-                dropped.update(claimed for claimed in each.held if claimed in claims)
-                each.held = deque(claimed for claimed in each.held if claimed not in claims)
+            dropped.update(each.drop(claims))
         self._pace.behind -= len(dropped)
         return dropped
 
@@ -198,26 +201,25 @@ class Throttle:
 
     def wants(self, now: float, slots: int) -> bool:
         """Whether jobs of a type wait that may be claimed now."""
-        return any(self._most(each, now, slots) > 0 for each in self._types.values() if each.waits)
+        return any(each.most(now, slots) > 0 for each in self._types.values() if each.waits)
+
+    def most(self, now: float) -> int:
+        """Return how many jobs may be claimed that do not wait aside."""
+        most = self.queue.most(now)
+        for each in self._types.values():
+            if each.is_ample:
+                most = min(most, each.limits.most(now))
+        return most
+
+    def waits_for_ration(self, now: float) -> bool:
+        """Whether none of them may be claimed, and asking again would not help yet."""
+        ample = (each.limits for each in self._types.values() if each.is_ample)
+        return any(limits.waits(now) for limits in (self.queue, *ample))
 
     @property
     def has_waiting(self) -> bool:
         """Whether jobs wait aside, as far as is known."""
         return any(each.waits for each in self._types.values())
-
-    def _most(self, each: _OfType, now: float, slots: int) -> int:
-        return min(each.limits.most(now), self._room(each, slots))
-
-    def _room(self, each: _OfType, slots: int) -> int:
-        """Return how many more jobs of a type may be claimed, as far as places are concerned."""
-        limits = each.limits
-        if not limits.bounds_places:
-            return _ENOUGH
-        if not limits.is_known:
-            return slots - each.busy
-        places = limits.places(slots)
-        ahead = self._pace.ahead(places, is_bounded=True) if limits.is_tight(slots) else 0
-        return places + ahead - each.busy - len(each.held)
 
     def add_claim(
         self, exchange: Exchange, room: int, now: float, *, slots: int, tokens: Iterator[int]
@@ -225,7 +227,7 @@ class Throttle:
         """Claim up to `room` jobs of a type that wait aside, if some may be claimed."""
         room = min(room, self.queue.most(now))
         for type_, each in self._types.items():
-            limit = min(room, self._most(each, now, slots)) if each.waits else 0
+            limit = min(room, each.most(now, slots)) if each.waits else 0
             if limit <= 0:
                 continue
             of_type, of_queue = each.limits.spend(limit), self.queue.spend(limit)
@@ -235,12 +237,19 @@ class Throttle:
             self._types[type_] = self._types.pop(type_)  # the others come first next time
             return
 
-    def spend(self, exchange: Exchange) -> None:
+    def spend(self, exchange: Exchange, now: float) -> None:
         """Record that an exchange is about to be sent: its claim needs tokens."""
-        if exchange.claim is not None:
-            exchange.spent = self.queue.spend(exchange.claim.limit)
-        limited = [type_ for type_, each in self._types.items() if each.limits.is_on]
-        exchange.rations = Rations(self.queue.is_on, limited)
+        number = exchange.claim.limit if exchange.claim is not None else 0
+        if number:
+            exchange.spent = self.queue.spend(number)
+            exchange.ample = {
+                type_: each.limits.spend(number)
+                for type_, each in self._types.items()
+                if each.is_ample and each.limits.most(now) >= number
+            }
+        known = [type_ for type_, each in self._types.items() if each.limits.is_on]
+        limited = [type_ for type_ in known if type_ not in exchange.ample]
+        exchange.rations = Rations(self.queue.is_on, limited, [*exchange.ample])
 
     # -- rations -------------------------------------------------------------------------------
 
@@ -259,19 +268,21 @@ class Throttle:
             free: how many more jobs it could claim.
 
         """
-        asked = exchange.claim.limit if exchange.claim else 0
-        self.queue.add_take(exchange, now, asked=asked, slots=slots, room=room, has_more=has_more)
+        claimed = exchange.claim.limit if exchange.claim else 0
+        self.queue.add_take(exchange, now, asked=claimed, slots=slots, room=room, has_more=has_more)
         for type_, each in sorted(self._types.items()):  # rows are locked in this order
             limits, limited = each.limits, exchange.limited
             asked = limited.limit if limited is not None and limited.type == type_ else 0
             if each.is_used or asked:
-                each.idle_at = now + _IDLE
-                room = min(free, self._room(each, slots)) if each.waits else 0
-                limits.add_take(
-                    exchange, now, asked=asked, slots=slots, room=room, has_more=each.waits
-                )
+                each.idle_at, each.rests = now + _IDLE, False
+            if each.is_used or asked or (each.is_ample and now < each.idle_at):
+                needed, more = min(free, each.room(slots)) if each.waits else 0, each.waits
+                if each.is_ample:
+                    asked, needed, more = asked + claimed, max(needed, room), more or has_more
+                limits.add_take(exchange, now, asked=asked, slots=slots, room=needed, has_more=more)
             elif limits.is_on and now >= each.idle_at and not limits.has_left:
                 limits.rest(exchange, now)
+                each.rests = True
 
     def add_leaves(self, exchange: Exchange, now: float) -> None:
         """Return all rations: the worker ends, and none of its handlers runs."""
@@ -279,27 +290,41 @@ class Throttle:
             if not limits.has_left:
                 limits.add_leave(exchange, now)
 
-    def wake_at(self, now: float, *, slots: int, free: int) -> float:
-        """Return when to claim jobs of a type, or to ask for a ration of one, without an event."""
+    def wake_at(self, now: float, *, slots: int, free: int, wants: bool) -> float:
+        """Return when to claim jobs of a type, or to ask for a ration of one, without an event.
+
+        Args:
+            now: the time.
+            slots: the slots that can run handlers.
+            free: how many more jobs could be claimed.
+            wants: whether some that do not wait aside would be.
+
+        """
         return min(
-            (self._wake_at(each, now, slots, free) for each in self._types.values()), default=inf
+            (self._wake_at(each, now, slots, free, wants) for each in self._types.values()),
+            default=inf,
         )
 
-    def _wake_at(self, each: _OfType, now: float, slots: int, free: int) -> float:
+    def _wake_at(self, each: TypeLimit, now: float, slots: int, free: int, wants: bool) -> float:
         limits = each.limits
         if not each.is_used:
             return inf if limits.has_left else each.idle_at
-        wants = each.waits and min(free, self._room(each, slots)) > 0
-        if wants and self._most(each, now, slots) > 0:
+        wants_more = wants and each.is_ample
+        wants = each.waits and min(free, each.room(slots)) > 0
+        if wants and each.most(now, slots) > 0:
             return now if self.queue.most(now) > 0 else inf
-        return limits.wake_at(wants_claim=wants)
+        return limits.wake_at(wants_claim=wants or wants_more)
 
     # -- what became of it -----------------------------------------------------------------------
 
-    def answered(self, exchange: Exchange, reply: Reply, claimed: int, now: float) -> None:
-        """Record the answer to an exchange whose claim has brought so many jobs."""
-        if exchange.claim is not None and (spent := exchange.spent) is not None:
-            self.queue.claimed(exchange.claim.token, spent, claimed, spent.start_by)
+    def answered(
+        self, exchange: Exchange, reply: Reply, claimed: Sequence[Claimed], now: float
+    ) -> None:
+        """Record the answer to an exchange whose claim has brought these jobs."""
+        counts = Counter(one.job.type for one in claimed) if exchange.ample else _NONE
+        if exchange.claim is not None:
+            number = len(claimed) + reply.unread
+            self._claimed(exchange, exchange.claim.token, number, counts, reply.unread)
         if (limited := exchange.limited) is not None:
             count, each = len(reply.of_type), self._of(limited.type)
             each.limits.claimed(limited.token, limited.of_type, count, limited.start_by)
@@ -315,8 +340,26 @@ class Throttle:
         for type_ in reply.held_back:
             self._of(type_).waits = True
         for type_, each in [*self._types.items()]:
+            if type_ in exchange.ample and not each.is_bound:
+                each.count(each.busy + counts[type_])
             if not (each.limits.is_on or each.is_used):
                 del self._types[type_]
+
+    def _claimed(
+        self,
+        exchange: Exchange,
+        token: int,
+        number: int,
+        counts: Mapping[str, int],
+        unread: int,
+    ) -> None:
+        if (spent := exchange.spent) is not None:
+            self.queue.claimed(token, spent, number, spent.start_by)
+        for type_, of_type in exchange.ample.items():
+            limits = self._of(type_).limits
+            start_by = inf if of_type is None else of_type.start_by
+            count = counts[type_] + unread  # of what cannot be read the type is unknown
+            limits.claimed(token, of_type, count, min(start_by, limits.run_until))
 
     def _limits(self, subject: Subject) -> Limits:
         return self.queue if subject.scope == "queue" else self._of(subject.name).limits
@@ -331,6 +374,10 @@ class Throttle:
                 self.queue.unspend(limited.of_queue, limited.limit)
             if limited.of_type is not None:
                 self._of(limited.type).limits.unspend(limited.of_type, limited.limit)
+        if is_refused:
+            for type_, of_type in exchange.ample.items():
+                if of_type is not None:
+                    self._of(type_).limits.unspend(of_type, of_type.number)
         for take in exchange.takes:
             self._limits(take.subject).not_taken(take, is_refused=is_refused)
 
@@ -345,8 +392,9 @@ class Throttle:
 
     def refund(self, claims: Collection[Claimed]) -> None:
         """Record that jobs are given back unstarted: their tokens were not used."""
-        for limits in self._all:
-            limits.refund(claims)
+        self.queue.refund(claims)
+        for type_, each in self._types.items():
+            each.limits.refund(claimed for claimed in claims if claimed.job.type == type_)
 
     def forget(self, held: Collection[int]) -> None:
         """Forget the claims that have no more jobs."""

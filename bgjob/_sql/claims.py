@@ -135,7 +135,7 @@ WITHIN_LIMITS: LiteralString = """
     not exists (
         select from bgjob_limit l where l.is_set and (
             l.scope = 'queue' and l.name = %(queue)s and not %(has_ration)s
-            or l.scope = 'type' and l.name <> all (%(limited)s::text[])
+            or l.scope = 'type' and l.name <> all (%(known)s::text[])
         )
     )
 """
@@ -501,12 +501,18 @@ class Rations(NamedTuple):
     has_queue: bool = False
     """Whether it has one of its queue's limit."""
     limited: Sequence[str] = ()
-    """The types with a limit: their jobs are put aside, and claimed by `claim_limited`."""
+    """The types whose jobs are put aside, and claimed by `claim_limited`."""
+    ample: Sequence[str] = ()
+    """The types with a limit of which the ration is enough for a whole claim."""
 
     @property
     def params(self) -> dict[str, object]:
         """The parameters of statements that obey the limits."""
-        return {"has_ration": self.has_queue, "limited": text_array(self.limited)}
+        return {
+            "has_ration": self.has_queue,
+            "limited": text_array(self.limited),
+            "known": text_array([*self.limited, *self.ample]),
+        }
 
 
 NO_RATIONS = Rations()

@@ -100,7 +100,7 @@ _SURVEY = f"""
                 where l.scope = 'queue' and l.name = %(queue)s and l.is_set and not %(has_ration)s
             ), array(
                 select l.name from bgjob_limit l
-                where l.scope = 'type' and l.is_set and l.name <> all (%(limited)s::text[])
+                where l.scope = 'type' and l.is_set and l.name <> all (%(known)s::text[])
             )
         from line where line.priority is not null
 """
