@@ -190,6 +190,11 @@ class Proxy(Service):
         self._restored = asyncio.Event()
         self.rate: float | None = None
         """Bytes per second that each connection brings from the server; None for all it can."""
+        self.lost_messages = 0
+        """Messages that clients sent on lost connections while the network worked.
+
+        Those that close a connection do not count.
+        """
 
     def forward(self, *, old: Literal["reset", "dead"] = "reset") -> None:
         """Restore the network.
@@ -313,6 +318,8 @@ class Proxy(Service):
                         pair.cut = trap[2]
                         if kind == b"E":
                             message += b"S\0\0\0\4"  # a Sync: the server says when it has committed
+            if pair.lost and self._mode == "forward" and kind not in {b"", b"X"}:
+                self.lost_messages += 1
             if pair.server is not None and not pair.lost:
                 if pair.cut is not None or kind in {b"", b"Q", b"S"}:
                     pair.unanswered += 1
