@@ -15,8 +15,10 @@ from support.waiting import NEVER, PATIENCE, eventually
 from support.workers import Gate, Launcher, Recorder, Style, both_styles, handler, running
 
 from bgjob import Job, Mux
-from bgjob._running.transaction import Transactions
+from bgjob._running.payloads import with_payload, with_payload_async
+from bgjob._running.sessions import Sessions
 from bgjob._sql.settlements import Claimed
+from bgjob._worker import tasks, threads
 
 NOTIFIED = pytest.mark.parametrize("notify", [True, False], ids=["notified", "polling"])
 
@@ -264,22 +266,21 @@ def test_a_job_that_is_cancelled_while_its_payload_is_fetched_keeps_no_slot(
     launcher: Launcher, style: Style, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observer, fetching, fetched = Recorder(), threading.Event(), threading.Event()
-    whole, whole_async = Transactions.whole, Transactions.whole_async
 
-    def slow(self: Transactions, claimed: Claimed) -> Any:
+    def slow(sessions: Sessions, claimed: Claimed) -> Any:
         if claimed.job.id == "a":
             fetching.set()
             assert fetched.wait(PATIENCE)
-        return whole(self, claimed)
+        return with_payload(sessions, claimed)
 
-    async def slow_async(self: Transactions, claimed: Claimed) -> Any:
+    async def slow_async(sessions: Sessions, claimed: Claimed) -> Any:
         if claimed.job.id == "a":
             fetching.set()
             await asyncio.sleep(NEVER)
-        return await whole_async(self, claimed)
+        return await with_payload_async(sessions, claimed)
 
-    monkeypatch.setattr(Transactions, "whole", slow)
-    monkeypatch.setattr(Transactions, "whole_async", slow_async)
+    monkeypatch.setattr(threads, "with_payload", slow)
+    monkeypatch.setattr(tasks, "with_payload_async", slow_async)
     runs: list[str] = []
     worker = launcher.start(
         Mux().register("t", handler(style, lambda job: runs.append(job.id))),

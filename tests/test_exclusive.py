@@ -41,7 +41,7 @@ from bgjob._engine.protocol import ClaimGroup, Exchange, Sleep, Sweep, Withdraw
 from bgjob._engine.reply import Reply
 from bgjob._handlers.route import NeedsKey
 from bgjob._running.one_job import conclusion
-from bgjob._running.transaction import Ending, NotBegun
+from bgjob._running.ending import Ending, NotBegun
 from bgjob._sql.survey import Line
 from bgjob._sql.claims import Swept, claim, claim_any
 from bgjob._sql.key_rows import lock_keys

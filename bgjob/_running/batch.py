@@ -15,13 +15,7 @@ from typing import Any, TypeAlias
 from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
 from bgjob._handlers.batch import Answer, BatchRoute
 from bgjob._handlers.route import COMPLETE
-from bgjob._running.transaction import (
-    Call,
-    End,
-    Finish,
-    TransactionStep,
-    settle,
-)
+from bgjob._running.transaction_steps import Call, End, Finish, TransactionStep, settle
 from bgjob._sql.settlements import Claimed
 from bgjob.result import Complete, MoveToDlq, Result
 

@@ -17,8 +17,9 @@ import psycopg
 from psycopg.errors import ReadOnlySqlTransaction
 
 from bgjob._postgres.cursor import AsyncCursor, Cursor
+from bgjob._running.ending import NotBegun
 from bgjob._running.sessions import AsyncHandlerConnection, HandlerConnection
-from bgjob._running.transaction import NotBegun, Transactions
+from bgjob._running.transaction import Transactions
 from bgjob._sql.execute import read, read_async, send, send_async
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement

@@ -23,9 +23,9 @@ from bgjob._checks import Duration, seconds
 from bgjob._logger import log
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._running.drive import drive, drive_async
+from bgjob._running.ending import Ending, NotBegun
 from bgjob._running.loop import Loop
 from bgjob._running.one_job import Ended, Run, Step, one_job, run_in_task, run_on_thread
-from bgjob._running.transaction import Ending, NotBegun
 from bgjob._sql.statement import Statement
 from bgjob.errors import EmptyQueueError, LeaseLostError
 from bgjob.mux import Mux, Route

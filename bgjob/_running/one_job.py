@@ -24,7 +24,8 @@ from bgjob._handlers.expiry import decided
 from bgjob._handlers.route import Awaiting, NeedsKey, Route
 from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.fork import ForkGuard, call_in_children
-from bgjob._running.transaction import Ending, NotBegun, Transactions
+from bgjob._running.ending import Ending, NotBegun
+from bgjob._running.transaction import Transactions
 from bgjob._sql.claims import claim_any
 from bgjob._sql.keys import blocked
 from bgjob._sql.session import clock

@@ -1,35 +1,24 @@
-"""A handler's SQL and the settlement of its job, in one transaction.
-
-The handler receives a connection with an open transaction, and its result is stored
-in that transaction: both commit, or neither does. A retry and an exception roll it
-back, and are stored afterwards like any other handler's. Without a connection the
-handler is not entered, and no attempt has begun.
-
-The logic is one generator of steps, with a driver for threads and one for coroutines; a third
-pair, for the caller's own connection, is in `testing`.
-"""
+"""The transactions of handlers: one takes the steps of `transaction_steps` on a session."""
 
 import asyncio
 import contextlib
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
 from math import inf
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg.pq import DiagnosticField, Escaping, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
-from bgjob._engine.outcome import Committed, CommitUnknown, Fenced
-from bgjob._handlers.route import Route, has_bad_value
+from bgjob._handlers.route import Route
 from bgjob._postgres.commands import check, execute, results_of
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
 from bgjob._postgres.cursor import AsyncCursor, Cursor, client_codec, server_codec
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
+from bgjob._running.ending import Ending, NotBegun
 from bgjob._running.sessions import (
     AsyncHandlerConnection,
     Following,
@@ -38,17 +27,17 @@ from bgjob._running.sessions import (
     deallocate,
     is_over,
 )
-from bgjob._sql.execute import (
-    read,
-    read_all,
-    read_all_async,
-    read_async,
-    send,
-    send_all,
-    send_all_async,
-    send_async,
+from bgjob._running.transaction_steps import (
+    Call,
+    End,
+    Finish,
+    Settle,
+    Settled,
+    TransactionStep,
+    in_transaction,
 )
-from bgjob._sql.settlements import Claimed, Settlements
+from bgjob._sql.execute import read_all, read_all_async, send_all, send_all_async
+from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
 from bgjob._sql.transactions import (
     COMMIT,
@@ -59,134 +48,10 @@ from bgjob._sql.transactions import (
     begin,
     claim_of_transaction,
     complete_and_commit,
-    payload,
 )
-from bgjob.errors import LeaseLostError
 from bgjob.job import Job
-from bgjob.result import Complete, MoveToDlq, Reschedule, Result
 
 T = TypeVar("T")
-
-_FETCH = (b"begin isolation level read committed", b"set local statement_timeout = 0")
-
-
-@dataclass(frozen=True, slots=True)
-class NotBegun:
-    """The handler was not entered: no transaction could be opened, or its caller has gone."""
-
-    error: BaseException
-
-
-Ending: TypeAlias = Result | Committed | CommitUnknown | Fenced | NotBegun
-"""How a job ended: settled already, or a result to store."""
-
-
-class Call:
-    """A step that runs the handler; the answer is its return value."""
-
-
-class Settle(NamedTuple):
-    """A step that settles jobs; the answer is a Settled, or None if the transaction is over."""
-
-    statements: list[Statement[list[str]]]
-
-
-class Finish(NamedTuple):
-    """A step that completes jobs and commits, in one round trip.
-
-    The answer is False if a job is not held, or was replaced, or the transaction is not the one
-    that was opened for them, or the statement failed: nothing was changed, and a Settle tells
-    which.
-    """
-
-    claims: Sequence[Claimed]
-
-
-class Settled(NamedTuple):
-    """The transaction has settled its jobs, as far as they were still held."""
-
-    token: str | None
-    """The claim that the transaction was opened for; another one is the handler's own."""
-    ids: list[str]
-    """The ids of those that were held."""
-
-
-class End(Enum):
-    """A step that ends the transaction.
-
-    A rollback answers the token of a committed claim, "" if there is none, or None if the session
-    cannot tell any more.
-    """
-
-    COMMIT = auto()
-    ROLLBACK = auto()
-
-
-TransactionStep: TypeAlias = Call | Finish | Settle | End
-
-_KEEPS = (Complete, Reschedule, MoveToDlq)
-
-
-def settle(
-    ended: Sequence[tuple[Claimed, Result]], *, keeps: bool
-) -> Generator[Settle, Settled | None, Settled | None]:
-    """Settle jobs of one claim, as far as they are held; the answer is that of a Settle.
-
-    Those that the usual statements have passed over are lost, or were replaced while they ran.
-    """
-    job, token, _ = ended[0][0]
-    ids: list[str] = []
-    for follows in (False, True):
-        settlements = Settlements(kept=(job.type,) if keeps else (), follows=follows)
-        for claimed, result in ended:
-            if claimed.job.id not in ids:
-                settlements.store(claimed, result)
-        settled = yield Settle(settlements.settlements(job.queue))
-        if settled is None or settled.token != str(token):
-            return settled
-        ids += settled.ids
-        if len(ids) == len(ended):
-            break
-    return Settled(str(token), ids)
-
-
-def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep, Any, Ending]:
-    """Run a handler in a transaction that has begun, and settle its job."""
-    __tracebackhide__ = True
-    job, token = claimed.job, str(claimed.token)
-    try:
-        returned = yield Call()
-        result = route.judge(job, returned)
-        commits = returned is None or isinstance(returned, _KEEPS)
-        commits = commits and not has_bad_value(returned, result)
-    except BaseException as error:
-        result, commits = route.failed(job, error), False
-    is_usual = isinstance(result, Complete) and not route.policy.keep and job.keep is None
-    if commits and is_usual:
-        try:
-            if (yield Finish([claimed])):
-                return Committed(result)
-        except BaseException as error:
-            return CommitUnknown(result, route.failed(job, error))
-    if commits:
-        try:
-            settled = yield from settle([(claimed, result)], keeps=route.policy.keep)
-            if settled is None or settled.token != token:
-                result, commits = MoveToDlq(route.transaction_ended()), False
-            elif not settled.ids:
-                yield End.ROLLBACK
-                return Fenced()
-        except BaseException as error:
-            result, commits = route.failed(job, error), False
-    if not commits:
-        committed = yield End.ROLLBACK
-        # Another run would repeat the part that the handler itself committed.
-        return MoveToDlq(route.transaction_ended()) if committed == token else result
-    try:
-        yield End.COMMIT
-    except BaseException as error:
-        return CommitUnknown(result, route.failed(job, error))
-    return Committed(result)
 
 
 def _end_with_sync(pipeline: Any) -> None:
@@ -436,28 +301,6 @@ class Transactions(Sessions):
         connection.has_committed = True
         connection.left = _left(connection, results[-1])
 
-    async def whole_async(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload, which the claim did not return.
-
-        It may take long, over a slow network, as long as it goes on.
-        """
-        statement = payload(claimed)
-
-        async def fetch(connection: AsyncHandlerConnection) -> list[bytes | None]:
-            async with connection.pipeline():
-                for text in _FETCH:
-                    await AsyncCursor(connection).execute(text, prepare=False)
-                cursor = await send_async(AsyncCursor(connection), statement)
-                await AsyncCursor(connection).execute(b"commit", prepare=False)
-            return await read_async(cursor, statement)
-
-        try:
-            connection, found = await self.open_async(fetch)
-            self.keep(connection)
-            return _with_payload(claimed, found)
-        except BaseException as error:
-            return NotBegun(error)
-
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
     def run(
@@ -657,28 +500,6 @@ class Transactions(Sessions):
         connection.has_committed = True
         connection.left = _left(connection, results[-1])
 
-    def whole(self, claimed: Claimed) -> Claimed | NotBegun:
-        """Return the job with its payload, which the claim did not return.
-
-        It may take long, over a slow network, as long as it goes on.
-        """
-        statement = payload(claimed)
-
-        def fetch(connection: HandlerConnection) -> list[bytes | None]:
-            with connection.pipeline():
-                for text in _FETCH:
-                    Cursor(connection).execute(text, prepare=False)
-                cursor = send(Cursor(connection), statement)
-                Cursor(connection).execute(b"commit", prepare=False)
-            return read(cursor, statement)
-
-        try:
-            connection, found = self.open(fetch)
-            self.keep(connection)
-            return _with_payload(claimed, found)
-        except BaseException as error:
-            return NotBegun(error)
-
 
 # -- both colours ----------------------------------------------------------------------
 
@@ -706,13 +527,6 @@ def _left(
     names = last.get_value(0, 0) if last.status == ExecStatus.TUPLES_OK else None
     left = {*(names or b"").split(b",")}
     return left - PREPARED if left >= PREPARED else None
-
-
-def _with_payload(claimed: Claimed, found: list[bytes | None]) -> Claimed | NotBegun:
-    if not found:
-        return NotBegun(LeaseLostError(f"job {claimed.job.id!r} was lost before it started"))
-    [arg] = found
-    return claimed._replace(job=claimed.job._replace(arg=arg))
 
 
 def _complete_and_commit(

@@ -19,7 +19,7 @@ from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.batch import BatchRoute, strangers_text
 from bgjob._handlers.route import COMPLETE, Route
 from bgjob._running.batch import COMMITTED, Called, answered, batch_in_transaction, failed
-from bgjob._running.transaction import NotBegun
+from bgjob._running.ending import NotBegun
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.route import COMPLETE, Route
+from bgjob._running.ending import Ending, NotBegun
 from bgjob._running.loop import Loop
-from bgjob._running.transaction import Ending, NotBegun
+from bgjob._running.payloads import with_payload_async
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch
@@ -419,7 +420,7 @@ class Tasks:
 
     async def _fetch(self, claimed: Claimed) -> Claimed | None:
         """Return the job with its payload. Async variant of Threads._fetch."""
-        whole = await self._slots.transactions.whole_async(claimed)
+        whole = await with_payload_async(self._slots.transactions, claimed)
         if isinstance(whole, NotBegun):
             self._slots.done(Outcome(claimed, await self._not_begun(whole), None))
             return None

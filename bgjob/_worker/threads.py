@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.route import COMPLETE, Awaiting, Route
-from bgjob._running.transaction import Ending, NotBegun
+from bgjob._running.ending import Ending, NotBegun
+from bgjob._running.payloads import with_payload
 from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch
@@ -381,7 +382,7 @@ class Threads:
 
     def _fetch(self, claimed: Claimed) -> Claimed | None:
         """Return the job with its payload; None if that failed and the job was released."""
-        whole = self.slots.transactions.whole(claimed)
+        whole = with_payload(self.slots.transactions, claimed)
         if isinstance(whole, NotBegun):
             self.slots.done(Outcome(claimed, self._not_begun(whole), None))
             return None

@@ -29,14 +29,13 @@ from bgjob._postgres.connection import ConnectionParameters
 from bgjob._postgres.event_loop import new_event_loop
 from bgjob._running.checkpoints import ended, lost
 from bgjob._running.drive import drive, drive_async
+from bgjob._running.ending import Ending, NotBegun
 from bgjob._running.one_job import Run, Step, Steps, ask, hold, run_in_task, run_on_thread, settle
 from bgjob._running.sessions import is_over
-from bgjob._running.transaction import (
+from bgjob._running.transaction_steps import (
     Call,
     End,
-    Ending,
     Finish,
-    NotBegun,
     Settle,
     Settled,
     TransactionStep,
