@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg.pq import DiagnosticField, Escaping, ExecStatus, TransactionStatus
@@ -64,6 +64,14 @@ def _end_with_sync(pipeline: Any) -> None:
     pipeline._exit_gen = pipeline._sync_gen  # noqa: SLF001
 
 
+class _Completion(NamedTuple):
+    """One message that completes jobs, commits and resets the session."""
+
+    text: bytes
+    next: Claimed | None
+    """The job whose transaction begins at its end, if any."""
+
+
 class Transactions(Sessions):
     """Runs transactional handlers, each in a session of its own. Thread-safe."""
 
@@ -76,29 +84,6 @@ class Transactions(Sessions):
     ) -> None:
         super().__init__(connection_parameters, prepares=prepares)
         self.fork_guard = fork_guard
-
-    def _begin(
-        self,
-        connection: HandlerConnection | AsyncHandlerConnection,
-        claimed: Claimed,
-        *,
-        is_new: bool = False,
-    ) -> bytes:
-        """Return the statements that begin a handler's transaction.
-
-        They prepare what its end executes, unless the session is new and may be used only once.
-        """
-        session = connection.pgconn
-        text = begin(
-            claimed,
-            over_tcp=not session.host.startswith(b"/"),
-            server_version=session.server_version,
-            codec=server_codec(connection),
-        )
-        if self.prepares and not (connection.is_prepared or is_new):
-            text = PREPARE + text
-            connection.is_prepared = True
-        return text
 
     # -- async -------------------------------------------------------------------------
 
@@ -162,11 +147,7 @@ class Transactions(Sessions):
         except BaseException:
             await connection.close()
             raise
-        if connection.has_begun_next and following is not None:
-            self.keep_begun(connection, following)
-        elif connection.has_committed and is_over(connection):
-            self.keep(connection)
-        else:
+        if not self._kept(connection, following):
             await connection.close()
         return ending
 
@@ -203,8 +184,7 @@ class Transactions(Sessions):
         """Return a connection with an open transaction, which is marked with the claim."""
 
         async def begin(connection: AsyncHandlerConnection) -> None:
-            connection.token = str(claimed.token)
-            text = self._begin(connection, claimed, is_new=connection.is_new)
+            text = self._begin(connection, claimed)
             await connection.wait(execute(connection.pgconn, text))
 
         connection, _ = await self.open_async(begin)
@@ -251,41 +231,16 @@ class Transactions(Sessions):
         claims: Sequence[Claimed],
         following: Following | None,
     ) -> bool:
-        if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
-            return False  # the handler has ended it, or an error has
-        try:
-            text = _complete_and_commit(connection, claims)
-        except UnicodeEncodeError:
+        message = self._completion(connection, claims, following)
+        if message is None:
             return False
-        has_plans = connection.is_prepared
-        reset = self.reset(keeps_plans=has_plans)
-        claimed = None if following is None else following.reserve()
-        if claimed is None:
-            text += b"; " + reset
-        else:
-            # A begin alone would make the reset a part of the transaction that it begins.
-            text += b"; begin; " + reset + b"; commit; " + self._begin(connection, claimed)
-        next_has_plans, connection.is_prepared = connection.is_prepared, has_plans
         async with connection.lock:
-            results = await connection.wait(results_of(connection.pgconn, text))
-            if not _has_committed(connection, results):
-                with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
-                    await connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
-                return False
-            connection.has_committed = True
-            # With a begin behind them the names are the last rows.
-            rows = [result for result in results if result.status == ExecStatus.TUPLES_OK]
-            is_listed = claimed is not None and has_plans and not is_over(connection)
-            left = _left(connection, rows[-1] if is_listed else results[-1])
-            connection.left, connection.is_prepared = left, next_has_plans
-            if not is_over(connection) and left is not None:
-                if left:
-                    with contextlib.suppress(psycopg.Error):
-                        drop = deallocate(connection.pgconn, left)
-                        await connection.wait(execute(connection.pgconn, drop))
-                status = connection.pgconn.transaction_status
-                connection.has_begun_next = status == TransactionStatus.INTRANS
-        return True
+            results = await connection.wait(results_of(connection.pgconn, message.text))
+            rest = self._answered(connection, message, results)
+            if rest:
+                with contextlib.suppress(psycopg.Error):  # a lost session is the next step's
+                    await connection.wait(execute(connection.pgconn, rest))
+        return connection.has_committed
 
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
         """Commit, and reset the session.
@@ -296,10 +251,9 @@ class Transactions(Sessions):
         text = COMMIT + b"; " + self.reset(keeps_plans=connection.is_prepared)
         async with connection.lock:
             results = await connection.wait(results_of(connection.pgconn, text))
-        if not any(result.command_status == b"COMMIT" for result in results):
+        if not _has_commit(results):
             check(connection.pgconn, results[-1])
-        connection.has_committed = True
-        connection.left = _left(connection, results[-1])
+        _committed(connection, results)
 
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
@@ -361,11 +315,7 @@ class Transactions(Sessions):
         except BaseException:
             connection.close()
             raise
-        if connection.has_begun_next and following is not None:
-            self.keep_begun(connection, following)
-        elif connection.has_committed and is_over(connection):
-            self.keep(connection)
-        else:
+        if not self._kept(connection, following):
             connection.close()
         return ending
 
@@ -402,8 +352,7 @@ class Transactions(Sessions):
         """Return a connection with an open transaction, which is marked with the claim."""
 
         def begin(connection: HandlerConnection) -> None:
-            connection.token = str(claimed.token)
-            text = self._begin(connection, claimed, is_new=connection.is_new)
+            text = self._begin(connection, claimed)
             connection.wait(execute(connection.pgconn, text))
 
         connection, _ = self.open(begin)
@@ -450,41 +399,16 @@ class Transactions(Sessions):
         claims: Sequence[Claimed],
         following: Following | None,
     ) -> bool:
-        if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
-            return False  # the handler has ended it, or an error has
-        try:
-            text = _complete_and_commit(connection, claims)
-        except UnicodeEncodeError:
+        message = self._completion(connection, claims, following)
+        if message is None:
             return False
-        has_plans = connection.is_prepared
-        reset = self.reset(keeps_plans=has_plans)
-        claimed = None if following is None else following.reserve()
-        if claimed is None:
-            text += b"; " + reset
-        else:
-            # A begin alone would make the reset a part of the transaction that it begins.
-            text += b"; begin; " + reset + b"; commit; " + self._begin(connection, claimed)
-        next_has_plans, connection.is_prepared = connection.is_prepared, has_plans
         with connection.lock:
-            results = connection.wait(results_of(connection.pgconn, text))
-            if not _has_committed(connection, results):
-                with contextlib.suppress(psycopg.Error):  # a lost one is the next step's
-                    connection.wait(execute(connection.pgconn, ROLLBACK_TO_SAVEPOINT))
-                return False
-            connection.has_committed = True
-            # With a begin behind them the names are the last rows.
-            rows = [result for result in results if result.status == ExecStatus.TUPLES_OK]
-            is_listed = claimed is not None and has_plans and not is_over(connection)
-            left = _left(connection, rows[-1] if is_listed else results[-1])
-            connection.left, connection.is_prepared = left, next_has_plans
-            if not is_over(connection) and left is not None:
-                if left:
-                    with contextlib.suppress(psycopg.Error):
-                        drop = deallocate(connection.pgconn, left)
-                        connection.wait(execute(connection.pgconn, drop))
-                status = connection.pgconn.transaction_status
-                connection.has_begun_next = status == TransactionStatus.INTRANS
-        return True
+            results = connection.wait(results_of(connection.pgconn, message.text))
+            rest = self._answered(connection, message, results)
+            if rest:
+                with contextlib.suppress(psycopg.Error):  # a lost session is the next step's
+                    connection.wait(execute(connection.pgconn, rest))
+        return connection.has_committed
 
     def commit(self, connection: HandlerConnection) -> None:
         """Commit, and reset the session.
@@ -495,46 +419,125 @@ class Transactions(Sessions):
         text = COMMIT + b"; " + self.reset(keeps_plans=connection.is_prepared)
         with connection.lock:
             results = connection.wait(results_of(connection.pgconn, text))
-        if not any(result.command_status == b"COMMIT" for result in results):
+        if not _has_commit(results):
             check(connection.pgconn, results[-1])
-        connection.has_committed = True
-        connection.left = _left(connection, results[-1])
+        _committed(connection, results)
 
+    # -- both colours ------------------------------------------------------------------
 
-# -- both colours ----------------------------------------------------------------------
+    def _begin(
+        self, connection: HandlerConnection | AsyncHandlerConnection, claimed: Claimed
+    ) -> bytes:
+        """Return the statements that begin a handler's transaction.
 
+        They prepare what its end executes, unless the session is new and may be used only once.
+        """
+        prepares = self.prepares and not (connection.is_prepared or connection.is_new)
+        connection.token = str(claimed.token)
+        connection.is_prepared = connection.is_prepared or prepares
+        return _begin(connection, claimed, prepares=prepares)
 
-def _has_committed(connection: psycopg.BaseConnection[Any], results: Sequence[PGresult]) -> bool:
-    """Whether the jobs were deleted, and that is committed; raise why it is not, or may not be.
+    def _completion(
+        self,
+        connection: HandlerConnection | AsyncHandlerConnection,
+        claims: Sequence[Claimed],
+        following: Following | None,
+    ) -> _Completion | None:
+        """Return the message that completes jobs; None if no transaction can be committed."""
+        if not _is_open(connection):
+            return None  # the handler has ended it, or an error has
+        has_plans = connection.is_prepared
+        try:
+            text = complete_and_commit(
+                claims,
+                Escaping(connection.pgconn).escape_literal,
+                client_codec(connection),
+                is_prepared=has_plans,
+            )
+        except UnicodeEncodeError:
+            return None
+        reset = self.reset(keeps_plans=has_plans)
+        claimed = None if following is None else following.reserve()
+        if claimed is None:
+            return _Completion(text + b"; " + reset, None)
+        begins = _begin(connection, claimed, prepares=self.prepares and not has_plans)
+        # A begin alone would make the reset a part of the transaction that it begins.
+        return _Completion(text + b"; begin; " + reset + b"; commit; " + begins, claimed)
 
-    False if the deletion was refused, or what comes before it.
-    """
-    if any(result.command_status == b"COMMIT" for result in results):
+    def _answered(
+        self,
+        connection: HandlerConnection | AsyncHandlerConnection,
+        message: _Completion,
+        results: Sequence[PGresult],
+    ) -> bytes:
+        """Record what the answer to a completion says; return the statements that must follow.
+
+        Raises:
+            psycopg.Error: why the commit failed, or may have failed. A deletion that was refused
+                raises nothing: the transaction goes on.
+
+        """
+        if not _has_commit(results):
+            error = results[-1]
+            is_deleted = any(result.status == ExecStatus.TUPLES_OK for result in results)
+            if is_deleted or not error.error_field(DiagnosticField.SQLSTATE):  # or not the server's
+                check(connection.pgconn, error)
+            return ROLLBACK_TO_SAVEPOINT
+        _committed(connection, results)
+        if message.next is None or connection.left is None or not _is_open(connection):
+            return b""
+        connection.has_begun_next = True
+        connection.is_prepared = connection.is_prepared or self.prepares
+        return deallocate(connection.pgconn, connection.left)
+
+    def _kept(
+        self,
+        connection: HandlerConnection | AsyncHandlerConnection,
+        following: Following | None,
+    ) -> bool:
+        """Keep the session after a run. False if it is of no use any more."""
+        if not connection.has_committed:
+            return False
+        if is_over(connection):
+            self.keep(connection)
+        elif connection.has_begun_next and following is not None and _is_open(connection):
+            self.keep_begun(connection, following)
+        else:
+            return False
         return True
-    error = results[-1]
-    is_deleted = any(result.status == ExecStatus.TUPLES_OK for result in results)
-    if is_deleted or not error.error_field(DiagnosticField.SQLSTATE):  # or it is not the server's
-        check(connection.pgconn, error)
-    return False
 
 
-def _left(
-    connection: HandlerConnection | AsyncHandlerConnection, last: PGresult
-) -> Collection[bytes] | None:
-    """Return the prepared statements that the handler has left; None if the reset has failed."""
-    if not connection.is_prepared:
-        return None if last.status == ExecStatus.FATAL_ERROR else ()
-    names = last.get_value(0, 0) if last.status == ExecStatus.TUPLES_OK else None
-    left = {*(names or b"").split(b",")}
-    return left - PREPARED if left >= PREPARED else None
-
-
-def _complete_and_commit(
-    connection: HandlerConnection | AsyncHandlerConnection, claims: Sequence[Claimed]
+def _begin(
+    connection: HandlerConnection | AsyncHandlerConnection, claimed: Claimed, *, prepares: bool
 ) -> bytes:
-    return complete_and_commit(
-        claims,
-        Escaping(connection.pgconn).escape_literal,
-        client_codec(connection),
-        is_prepared=connection.is_prepared,
+    session = connection.pgconn
+    text = begin(
+        claimed,
+        over_tcp=not session.host.startswith(b"/"),
+        server_version=session.server_version,
+        codec=server_codec(connection),
     )
+    return PREPARE + text if prepares else text
+
+
+def _is_open(connection: psycopg.BaseConnection[Any]) -> bool:
+    return connection.pgconn.transaction_status == TransactionStatus.INTRANS
+
+
+def _has_commit(results: Sequence[PGresult]) -> bool:
+    return any(result.command_status == b"COMMIT" for result in results)
+
+
+def _committed(
+    connection: HandlerConnection | AsyncHandlerConnection, results: Sequence[PGresult]
+) -> None:
+    """Record a commit, and which prepared statements the reset behind it has found."""
+    connection.has_committed = True
+    if not connection.is_prepared:
+        connection.left = None if results[-1].status == ExecStatus.FATAL_ERROR else ()
+        return
+    # The names are the last rows; if the reset has failed, the last ones are others.
+    rows = [result for result in results if result.status == ExecStatus.TUPLES_OK]
+    names = rows[-1].get_value(0, 0) if rows else None
+    left = {*(names or b"").split(b",")}
+    connection.left = left - PREPARED if left >= PREPARED else None
