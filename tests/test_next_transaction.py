@@ -278,7 +278,7 @@ def slow_commit(
             yield "select 1"
 
     with working(dsn, style, run, "a", "other", "b", concurrency=2) as queue:
-        assert eventually(lambda: queue.slots.reserved)
+        assert eventually(lambda: queue.executor.reservations.jobs)
         yield queue, released
 
 
@@ -287,7 +287,7 @@ def test_a_commit_that_takes_long_holds_up_no_job_while_another_slot_is_free(
     dsn: str, conn: psycopg.Connection, style: Style
 ) -> None:
     with slow_commit(dsn, conn, style) as (queue, released):
-        assert queue.slots.reserved_until == inf  # no slot is free
+        assert queue.executor.reservations.overdue_at == inf  # no slot is free
         released.set()
         queue.wait("b", "other")
         assert "a" not in queue.ended
@@ -311,3 +311,27 @@ def test_a_job_that_waits_for_a_commit_is_released_by_a_shutdown(
         assert eventually(lambda: queue.slots.free == 2)
         assert eventually(lambda: not is_in_transaction(conn))
         assert "b" not in queue.ended
+
+
+@both_styles
+def test_a_reserved_job_is_not_taken_for_a_lost_one_when_slots_are_checked(
+    dsn: str, style: Style
+) -> None:
+    ids = [f"job-{n}" for n in range(200)]
+
+    def run(_: Job) -> Statements:
+        yield "select 1"
+
+    with working(dsn, style, run, *ids, concurrency=3) as queue:
+        claims = [Claimed(a_job(id=id_), TOKEN) for id_ in ids]
+
+        def all_ended() -> bool:
+            queue.turn()
+            held = [claimed for claimed in claims if claimed.job.id not in queue.ended]
+            queue.executor.suspect()
+            queue.executor.watch(lambda: held, PATIENCE)
+            return not held
+
+        assert eventually(all_ended), queue.ended
+        assert all(isinstance(outcome.result, Committed) for outcome in queue.ended.values())
+        assert queue.transactions.begun < len(ids) / 2

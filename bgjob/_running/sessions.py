@@ -2,6 +2,8 @@
 
 Each handler gets a connection object of its own, which loses the session with the commit: a
 later use of it by the handler does not reach the next one.
+
+The module has over 400 lines because both colours are here; only the async one is written.
 """
 
 import asyncio
@@ -60,8 +62,8 @@ class AsyncHandlerConnection(connection.AsyncConnection):
     token = ""
     has_committed = False
     """Whether the worker has committed its transaction."""
-    has_begun_next = False
-    """Whether the transaction of the next job has begun with that commit."""
+    next: Claimed | None = None
+    """The job whose transaction has begun with that commit, in the same session."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     is_new = True
@@ -109,8 +111,8 @@ class HandlerConnection(connection.Connection):
     token = ""
     has_committed = False
     """Whether the worker has committed its transaction."""
-    has_begun_next = False
-    """Whether the transaction of the next job has begun with that commit."""
+    next: Claimed | None = None
+    """The job whose transaction has begun with that commit, in the same session."""
     ended_by: str | None = None
     """The claim's token, if the handler closed the connection after ending the transaction."""
     is_new = True
@@ -162,24 +164,6 @@ class Idle(NamedTuple):
     """When it became idle."""
 
 
-class Following:
-    """The next job of a slot, whose transaction begins in the message that commits this one's.
-
-    Args:
-        reserve: returns the next job, if a slot can begin its transaction now.
-
-    """
-
-    __slots__ = ("is_moving", "reserve", "session")
-
-    def __init__(self, reserve: Callable[[], Claimed | None]) -> None:
-        self.reserve = reserve
-        self.session: Idle | None = None
-        """The session in which the transaction of that job has begun."""
-        self.is_moving = False
-        """Whether the slot is about to take a job that nothing else has."""
-
-
 class Sessions:
     """Sessions that no other code uses, so that handlers never wait for each other. Thread-safe."""
 
@@ -192,6 +176,8 @@ class Sessions:
         self._options: dict[str, Any] = {}
         """Those of the last connection that was opened; no other session is idle before."""
         self._idle: deque[Idle] = deque()
+        self._begun: dict[tuple[str, int], Idle] = {}
+        """Sessions in which the transaction of a job has begun, before that runs."""
         self._handling: set[HandlerConnection | AsyncHandlerConnection] = set()
         self._closed = False
         self._leaving = threading.Event()
@@ -229,6 +215,15 @@ class Sessions:
         self._furnish(opened, idle)
         return opened
 
+    def take_begun_async(self, claimed: Claimed) -> AsyncHandlerConnection | None:
+        """Return a connection with the transaction that has begun for a job, if one has."""
+        idle = self._begun.pop(_key(claimed), None)
+        if idle is None:
+            return None
+        opened = self._opened_async(idle)
+        opened.token, opened.patience = str(claimed.token), WORKER_PATIENCE
+        return opened
+
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
     def open(self, use: Callable[[HandlerConnection], T]) -> tuple[HandlerConnection, T]:
@@ -257,6 +252,15 @@ class Sessions:
         """Return a connection of its own with a session that was used before."""
         opened = HandlerConnection(idle.session)
         self._furnish(opened, idle)
+        return opened
+
+    def take_begun(self, claimed: Claimed) -> HandlerConnection | None:
+        """Return a connection with the transaction that has begun for a job, if one has."""
+        idle = self._begun.pop(_key(claimed), None)
+        if idle is None:
+            return None
+        opened = self._opened(idle)
+        opened.token, opened.patience = str(claimed.token), WORKER_PATIENCE
         return opened
 
     # -- both colours ------------------------------------------------------------------
@@ -359,17 +363,17 @@ class Sessions:
         self._keep(session, reset, is_prepared=is_prepared)
 
     def keep_begun(
-        self, connection: HandlerConnection | AsyncHandlerConnection, following: Following
+        self, connection: HandlerConnection | AsyncHandlerConnection, claimed: Claimed
     ) -> None:
-        """Keep the session, in which a transaction has begun, for that job."""
+        """Keep the session for a job, whose transaction has begun in it."""
         is_prepared = connection.is_prepared
-        following.session = Idle(
+        self._begun[_key(claimed)] = Idle(
             _taken(connection), is_reset=True, is_prepared=is_prepared, since=monotonic()
         )
 
-    def drop(self, following: Following) -> None:
-        """Roll back the transaction that has begun for a job which the slot does not run."""
-        idle, following.session = following.session, None
+    def drop(self, claimed: Claimed) -> None:
+        """Roll back the transaction that has begun for a job, if the job has not run in it."""
+        idle = self._begun.pop(_key(claimed), None)
         if idle is not None:
             self._keep(idle.session, b"rollback", is_prepared=idle.is_prepared)
 
@@ -383,6 +387,10 @@ class Sessions:
         except psycopg.Error:
             pass  # it has ended
         session.finish()
+
+
+def _key(claimed: Claimed) -> tuple[str, int]:
+    return claimed.job.id, claimed.token
 
 
 def _taken(connection: HandlerConnection | AsyncHandlerConnection) -> PGconn:

@@ -1,4 +1,10 @@
-"""The transactions of handlers: one takes the steps of `transaction_steps` on a session."""
+"""The transactions of handlers: how a session takes the steps of `transaction_steps`.
+
+The usual one ends with a single message, a completion: it deletes the jobs, commits, resets the
+session, and may begin the transaction of a job that is reserved to run next (_worker/reservations).
+
+The module has over 400 lines because both colours are here; only the async one is written.
+"""
 
 import asyncio
 import contextlib
@@ -21,7 +27,6 @@ from bgjob._running.drive import drive, drive_async
 from bgjob._running.ending import Ending, NotBegun
 from bgjob._running.sessions import (
     AsyncHandlerConnection,
-    Following,
     HandlerConnection,
     Sessions,
     deallocate,
@@ -65,10 +70,10 @@ def _end_with_sync(pipeline: Any) -> None:
 
 
 class _Completion(NamedTuple):
-    """One message that completes jobs, commits and resets the session."""
+    """The message that completes jobs, commits and resets the session."""
 
     text: bytes
-    next: Claimed | None
+    reserved: Claimed | None
     """The job whose transaction begins at its end, if any."""
 
 
@@ -92,7 +97,7 @@ class Transactions(Sessions):
         route: Route,
         claimed: Claimed,
         started: Callable[[Job], None] | None = None,
-        following: Following | None = None,
+        reserve: Callable[[], Claimed | None] | None = None,
     ) -> Ending:
         """Run a handler; its exceptions become results.
 
@@ -100,13 +105,12 @@ class Transactions(Sessions):
             route: the handler's route.
             claimed: the job.
             started: called when the transaction is open, before the handler.
-            following: the next job of the same slot, whose transaction may begin with this one's
-                commit; and this job's, if that has begun so.
+            reserve: returns the job whose transaction is to begin in the message that commits
+                this one's, if any.
 
         """
-        return await self.run_steps_async(
-            in_transaction(route, claimed), route, claimed, started, following=following
-        )
+        steps = in_transaction(route, claimed, reserve)
+        return await self.run_steps_async(steps, route, claimed, started)
 
     async def run_steps_async(
         self,
@@ -115,7 +119,6 @@ class Transactions(Sessions):
         claimed: Claimed,
         started: Callable[[Job], None] | None = None,
         jobs: list[Job] | None = None,
-        following: Following | None = None,
     ) -> T | NotBegun:
         """Run a handler in a transaction, whose session has the name of this claim.
 
@@ -125,14 +128,10 @@ class Transactions(Sessions):
             claimed: the job.
             started: called when the transaction is open, before the handler.
             jobs: the argument of a batch handler.
-            following: see `run_async`.
 
         """
         try:
-            if following is None or following.session is None:
-                connection = await self.begin_async(claimed)
-            else:
-                connection = self._begun_async(claimed, following)
+            connection = self.take_begun_async(claimed) or await self.begin_async(claimed)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
@@ -140,14 +139,12 @@ class Transactions(Sessions):
         try:
             ending = await drive_async(
                 steps,
-                lambda step: self._take_async(
-                    step, connection, route, jobs or claimed.job, following
-                ),
+                lambda step: self._take_async(step, connection, route, jobs or claimed.job),
             )
         except BaseException:
             await connection.close()
             raise
-        if not self._kept(connection, following):
+        if not self._keep_session(connection):
             await connection.close()
         return ending
 
@@ -157,14 +154,13 @@ class Transactions(Sessions):
         connection: AsyncHandlerConnection,
         route: Route,
         job: Job | list[Job],
-        following: Following | None,
     ) -> object:
         match step:
             case Call():
                 async with self.lent_async(connection):
                     return await route.awaited(job, connection)
-            case Finish(claims):
-                return await self._finish_async(connection, claims, following)
+            case Finish():
+                return await self._finish_async(connection, step)
             case Settle(statements):
                 return await self.settle_async(connection, statements)
             case End.COMMIT:
@@ -188,14 +184,6 @@ class Transactions(Sessions):
             await connection.wait(execute(connection.pgconn, text))
 
         connection, _ = await self.open_async(begin)
-        return connection
-
-    def _begun_async(self, claimed: Claimed, following: Following) -> AsyncHandlerConnection:
-        """Return a connection with the transaction that has begun with the last one's commit."""
-        idle, following.session = following.session, None
-        assert idle is not None  # noqa: S101 (its caller has looked)
-        connection = self._opened_async(idle)
-        connection.token, connection.patience = str(claimed.token), WORKER_PATIENCE
         return connection
 
     @contextlib.asynccontextmanager
@@ -225,13 +213,8 @@ class Transactions(Sessions):
         token, *settled = await read_all_async(cursors, settling)
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
-    async def _finish_async(
-        self,
-        connection: AsyncHandlerConnection,
-        claims: Sequence[Claimed],
-        following: Following | None,
-    ) -> bool:
-        message = self._completion(connection, claims, following)
+    async def _finish_async(self, connection: AsyncHandlerConnection, step: Finish) -> bool:
+        message = self._completion(connection, step)
         if message is None:
             return False
         async with connection.lock:
@@ -262,7 +245,7 @@ class Transactions(Sessions):
         route: Route,
         claimed: Claimed,
         started: Callable[[Job], None] | None = None,
-        following: Following | None = None,
+        reserve: Callable[[], Claimed | None] | None = None,
     ) -> Ending:
         """Run a handler; its exceptions become results.
 
@@ -270,13 +253,12 @@ class Transactions(Sessions):
             route: the handler's route.
             claimed: the job.
             started: called when the transaction is open, before the handler.
-            following: the next job of the same slot, whose transaction may begin with this one's
-                commit; and this job's, if that has begun so.
+            reserve: returns the job whose transaction is to begin in the message that commits
+                this one's, if any.
 
         """
-        return self.run_steps(
-            in_transaction(route, claimed), route, claimed, started, following=following
-        )
+        steps = in_transaction(route, claimed, reserve)
+        return self.run_steps(steps, route, claimed, started)
 
     def run_steps(
         self,
@@ -285,7 +267,6 @@ class Transactions(Sessions):
         claimed: Claimed,
         started: Callable[[Job], None] | None = None,
         jobs: list[Job] | None = None,
-        following: Following | None = None,
     ) -> T | NotBegun:
         """Run a handler in a transaction, whose session has the name of this claim.
 
@@ -295,14 +276,10 @@ class Transactions(Sessions):
             claimed: the job.
             started: called when the transaction is open, before the handler.
             jobs: the argument of a batch handler.
-            following: see `run`.
 
         """
         try:
-            if following is None or following.session is None:
-                connection = self.begin(claimed)
-            else:
-                connection = self._begun(claimed, following)
+            connection = self.take_begun(claimed) or self.begin(claimed)
         except BaseException as error:
             return NotBegun(error)
         if started is not None:
@@ -310,12 +287,12 @@ class Transactions(Sessions):
         try:
             ending = drive(
                 steps,
-                lambda step: self._take(step, connection, route, jobs or claimed.job, following),
+                lambda step: self._take(step, connection, route, jobs or claimed.job),
             )
         except BaseException:
             connection.close()
             raise
-        if not self._kept(connection, following):
+        if not self._keep_session(connection):
             connection.close()
         return ending
 
@@ -325,14 +302,13 @@ class Transactions(Sessions):
         connection: HandlerConnection,
         route: Route,
         job: Job | list[Job],
-        following: Following | None,
     ) -> object:
         match step:
             case Call():
                 with self.lent(connection):
                     return route.handler(job, connection)
-            case Finish(claims):
-                return self._finish(connection, claims, following)
+            case Finish():
+                return self._finish(connection, step)
             case Settle(statements):
                 return self.settle(connection, statements)
             case End.COMMIT:
@@ -356,14 +332,6 @@ class Transactions(Sessions):
             connection.wait(execute(connection.pgconn, text))
 
         connection, _ = self.open(begin)
-        return connection
-
-    def _begun(self, claimed: Claimed, following: Following) -> HandlerConnection:
-        """Return a connection with the transaction that has begun with the last one's commit."""
-        idle, following.session = following.session, None
-        assert idle is not None  # noqa: S101 (its caller has looked)
-        connection = self._opened(idle)
-        connection.token, connection.patience = str(claimed.token), WORKER_PATIENCE
         return connection
 
     @contextlib.contextmanager
@@ -393,13 +361,8 @@ class Transactions(Sessions):
         token, *settled = read_all(cursors, settling)
         return Settled(token, [id_ for ids in settled for id_ in ids])
 
-    def _finish(
-        self,
-        connection: HandlerConnection,
-        claims: Sequence[Claimed],
-        following: Following | None,
-    ) -> bool:
-        message = self._completion(connection, claims, following)
+    def _finish(self, connection: HandlerConnection, step: Finish) -> bool:
+        message = self._completion(connection, step)
         if message is None:
             return False
         with connection.lock:
@@ -438,10 +401,7 @@ class Transactions(Sessions):
         return _begin(connection, claimed, prepares=prepares)
 
     def _completion(
-        self,
-        connection: HandlerConnection | AsyncHandlerConnection,
-        claims: Sequence[Claimed],
-        following: Following | None,
+        self, connection: HandlerConnection | AsyncHandlerConnection, step: Finish
     ) -> _Completion | None:
         """Return the message that completes jobs; None if no transaction can be committed."""
         if not _is_open(connection):
@@ -449,7 +409,7 @@ class Transactions(Sessions):
         has_plans = connection.is_prepared
         try:
             text = complete_and_commit(
-                claims,
+                step.claims,
                 Escaping(connection.pgconn).escape_literal,
                 client_codec(connection),
                 is_prepared=has_plans,
@@ -457,12 +417,12 @@ class Transactions(Sessions):
         except UnicodeEncodeError:
             return None
         reset = self.reset(keeps_plans=has_plans)
-        claimed = None if following is None else following.reserve()
-        if claimed is None:
+        reserved = None if step.reserve is None else step.reserve()
+        if reserved is None:
             return _Completion(text + b"; " + reset, None)
-        begins = _begin(connection, claimed, prepares=self.prepares and not has_plans)
+        begins = _begin(connection, reserved, prepares=self.prepares and not has_plans)
         # A begin alone would make the reset a part of the transaction that it begins.
-        return _Completion(text + b"; begin; " + reset + b"; commit; " + begins, claimed)
+        return _Completion(text + b"; begin; " + reset + b"; commit; " + begins, reserved)
 
     def _answered(
         self,
@@ -484,24 +444,20 @@ class Transactions(Sessions):
                 check(connection.pgconn, error)
             return ROLLBACK_TO_SAVEPOINT
         _committed(connection, results)
-        if message.next is None or connection.left is None or not _is_open(connection):
+        if message.reserved is None or connection.left is None or not _is_open(connection):
             return b""
-        connection.has_begun_next = True
+        connection.next = message.reserved
         connection.is_prepared = connection.is_prepared or self.prepares
         return deallocate(connection.pgconn, connection.left)
 
-    def _kept(
-        self,
-        connection: HandlerConnection | AsyncHandlerConnection,
-        following: Following | None,
-    ) -> bool:
-        """Keep the session after a run. False if it is of no use any more."""
+    def _keep_session(self, connection: HandlerConnection | AsyncHandlerConnection) -> bool:
+        """Keep the session of a handler that has ended. False if it is to be closed."""
         if not connection.has_committed:
             return False
         if is_over(connection):
             self.keep(connection)
-        elif connection.has_begun_next and following is not None and _is_open(connection):
-            self.keep_begun(connection, following)
+        elif connection.next is not None and _is_open(connection):
+            self.keep_begun(connection, connection.next)
         else:
             return False
         return True

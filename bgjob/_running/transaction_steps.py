@@ -9,7 +9,7 @@ The steps are taken by `transaction`, on a session of the worker's, and by `test
 caller's own connection.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from enum import Enum, auto
 from typing import Any, NamedTuple, TypeAlias
 
@@ -42,6 +42,8 @@ class Finish(NamedTuple):
     """
 
     claims: Sequence[Claimed]
+    reserve: Callable[[], Claimed | None] | None = None
+    """Returns the job whose transaction is to begin in the same message, if any."""
 
 
 class Settled(NamedTuple):
@@ -90,8 +92,10 @@ def settle(
     return Settled(str(token), ids)
 
 
-def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep, Any, Ending]:
-    """Run a handler in a transaction that has begun, and settle its job."""
+def in_transaction(
+    route: Route, claimed: Claimed, reserve: Callable[[], Claimed | None] | None = None
+) -> Generator[TransactionStep, Any, Ending]:
+    """Run a handler in a transaction that has begun, and settle its job; see Finish."""
     __tracebackhide__ = True
     job, token = claimed.job, str(claimed.token)
     try:
@@ -104,7 +108,7 @@ def in_transaction(route: Route, claimed: Claimed) -> Generator[TransactionStep,
     is_usual = isinstance(result, Complete) and not route.policy.keep and job.keep is None
     if commits and is_usual:
         try:
-            if (yield Finish([claimed])):
+            if (yield Finish([claimed], reserve)):
                 return Committed(result)
         except BaseException as error:
             return CommitUnknown(result, route.failed(job, error))

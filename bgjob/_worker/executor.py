@@ -13,6 +13,7 @@ from bgjob._running.loop import Loop
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch, members, running, unfinished
 from bgjob._worker.batches import Gathering
+from bgjob._worker.reservations import Reservations
 from bgjob._worker.slots import Slot, Slots
 from bgjob._worker.tasks import Tasks
 from bgjob._worker.threads import Threads
@@ -45,8 +46,9 @@ class Executor:
     def __init__(self, slots: Slots, loop: Loop) -> None:
         self._slots = slots
         self._loop = loop
-        self.tasks = Tasks(slots, loop, lambda claimed: self._threads.start(claimed))  # noqa: PLW0108 (made below)
-        self._threads = Threads(slots, self.tasks)
+        self.reservations = reservations = Reservations(slots)
+        self.tasks = Tasks(slots, loop, reservations, lambda claimed: self._threads.start(claimed))  # noqa: PLW0108 (made below)
+        self._threads = Threads(slots, self.tasks, reservations)
         self.gathering: Gathering | None = None
         """The jobs of batch types that wait for others; None if there are no such types."""
         if slots.mux.batches:
@@ -75,8 +77,7 @@ class Executor:
     def spread(self) -> None:
         """Use a free slot for each waiting job, as far as there are any."""
         slots = self._slots
-        if slots.free and slots.reserved:
-            slots.unreserve(monotonic())
+        self.reservations.put_back_overdue(monotonic())
         if slots.free and slots.jobs:
             self._start(len(slots.jobs))
 
@@ -107,7 +108,7 @@ class Executor:
     def next_timeout(self) -> float:
         """When to call `expire` next."""
         next_at = min(self._slots.timeouts.next_at, self._threads.retry_at, self._interrupt_at)
-        next_at = min(next_at, self._slots.reserved_until)
+        next_at = min(next_at, self.reservations.overdue_at)
         return next_at if self.gathering is None else min(next_at, self.gathering.next_at)
 
     @property
@@ -176,7 +177,7 @@ class Executor:
             is_end: whether the worker ends.
 
         """
-        self._slots.unreserve()
+        self.reservations.put_back_all()
         taken = self._slots.lines.withdraw(lost)
         if self.gathering is None:
             return taken
@@ -295,7 +296,9 @@ class Executor:
         self.spread()
 
     def _free(self, slot: Slot) -> None:
-        self._slots.next_waits(slot, None)
+        self.reservations.cancel(slot)
+        if slot.claimed is not None:  # it may have ended before it used the job's transaction
+            self._slots.transactions.drop(slot.claimed)
         run, has_slot = slot.run, slot.has_slot
         if slot.interrupt is not None and slot.interrupt.is_overdue:
             run = slot.interrupt
@@ -317,9 +320,10 @@ class Executor:
         }
         # A job moves from the queue to a thread or a task, between these, and to the outcomes.
         # So each is read after those that it may come from.
-        waiting = (*slots.lines.waiting, *tuple(slots.jobs))
+        waiting = slots.lines.waiting
+        with slots.lock:
+            waiting += [*tuple(slots.jobs), *self.reservations.jobs]
         held = {_key(each) for claimed in waiting for each in members(claimed)}
-        held |= {_key(claimed) for claimed, _ in slots.reserved.copy().values()}
         if self.gathering is not None:
             held |= {_key(each) for rest in self._rests for each in rest.all}
             held |= {_key(each) for each in self.gathering.waiting}
@@ -334,8 +338,6 @@ class Executor:
             for each in members(claimed)
         }
         held |= {_key(outcome.claimed) for outcome in tuple(slots.outcomes)}
-        live = (*self._threads.busy, *tuple(self.tasks.all.values()))
-        takes = None in claims or any(s.following and s.following.is_moving for s in live)
         self._is_unclear = False
         for claimed in unsettled:
             key = _key(claimed)
@@ -343,7 +345,7 @@ class Executor:
                 continue
             if key in errors:
                 slots.done(self._killed(claimed, errors[key]))
-            elif takes:
+            elif None in claims:
                 self._is_unclear = slots.needs_watch = True  # a live slot may be taking it now
             else:
                 slots.done(Outcome(claimed, Release(), None))

@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING
 
 from bgjob._engine.outcome import Outcome, Release
 from bgjob._handlers.expiry import Decided, Routed, decided
-from bgjob._handlers.route import Route
 from bgjob._postgres.fork import ForkGuard
-from bgjob._running.sessions import Following
 from bgjob._running.transaction import Transactions
-from bgjob._sql.claims import ELSEWHERE
 from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch, members
 from bgjob._worker.clock import ServerClock
@@ -40,9 +37,6 @@ _MOST_LOCALS = 8
 Of 20,000 that came at once, each with 200 kB of variables, all waited for the log: 4 GB. See
 benchmarks/failures.py."""
 
-_RESERVED = 0.05
-"""Seconds after which a free slot runs the job that was reserved for a slot which still commits."""
-
 quick_outcome = partial(tuple.__new__, Outcome)  # half the time of Outcome(...)
 
 inside: ContextVar["Slots | None"] = ContextVar("bgjob_inside", default=None)
@@ -52,7 +46,7 @@ inside: ContextVar["Slots | None"] = ContextVar("bgjob_inside", default=None)
 class Slot:
     """A thread or a task of the loop: whether it has a slot, and its job."""
 
-    __slots__ = ("claimed", "error", "following", "has_slot", "interrupt", "is_lost", "run")
+    __slots__ = ("claimed", "error", "has_slot", "interrupt", "is_lost", "reserved", "run")
 
     def __init__(self, claimed: Claimed | None, *, has_slot: bool = True) -> None:
         self.claimed = claimed
@@ -66,8 +60,8 @@ class Slot:
         """The exception that ended it."""
         self.is_lost = False
         """Whether its job has an outcome already, because its loop will not continue."""
-        self.following: Following | None = None
-        """The next job's transaction, if the slot has run a transactional job."""
+        self.reserved: Claimed | None = None
+        """The job that was reserved for it (reservations), until it takes the next one."""
 
     def rest(self) -> None:
         """Become idle, under the lock; a task ends instead."""
@@ -133,13 +127,9 @@ class Slots:
         self.route_of = self.isolated if mux.names_keys else mux.route
         self.jobs: deque[Claimed] = deque()
         self.lines = Lines(self.jobs)
-        self.reserved: dict[Slot, tuple[Claimed, float]] = {}
-        """The jobs whose transactions begin with the commit of a slot's last one, and since when.
-
-        The thread that removes one runs it, or lets it wait with the others again."""
         self.outcomes: deque[Outcome] = deque()
         self.lock = threading.Lock()
-        """Guards the free slots, and which threads are idle."""
+        """Guards the free slots, which threads are idle, and which waiting jobs are reserved."""
         self.concurrency = self.free = concurrency
         self.allowed = concurrency
         """How many slots may be in use, by the queue's limit; only `take` obeys it."""
@@ -224,85 +214,6 @@ class Slots:
                 if not is_late:
                     return claimed
             self.release(claimed)
-
-    # -- transactions that begin with the commit of the last job ------------------------------
-
-    def following(self, slot: Slot, *, on_loop: bool) -> Following:
-        """Return what begins the transaction of the next job that a slot runs."""
-        if slot.following is None:
-            slot.following = Following(partial(self._reserve, slot, on_loop=on_loop))
-        return slot.following
-
-    def _reserve(self, slot: Slot, *, on_loop: bool) -> Claimed | None:
-        """Reserve the next job for a slot that commits now; None if a begin would be too early.
-
-        That is, if another slot could start the job now, or it needs something else first.
-        """
-        if self.free or self.is_limited or self.is_stopping or self.mux.names_keys:
-            return None
-        try:
-            if not self._can_begin(self.jobs[0], on_loop=on_loop):
-                return None
-            assert slot.following is not None  # noqa: S101 (it asks)
-            slot.following.is_moving = True
-            claimed = self.jobs.popleft()
-        except IndexError:
-            return None
-        self.reserved[slot] = claimed, monotonic()
-        if self._can_begin(claimed, on_loop=on_loop):
-            return claimed
-        self.let_wait(slot)  # another slot has taken the one that was the first
-        return None
-
-    def _can_begin(self, claimed: Claimed, *, on_loop: bool) -> bool:
-        if isinstance(claimed, Batch) or claimed.job.arg is ELSEWHERE:
-            return False
-        route = self.mux.route(claimed.job)
-        return (
-            isinstance(route, Route)
-            and route.is_transactional
-            and not route.needs_store
-            and route.is_coroutine == on_loop
-        )
-
-    def next_of(self, slot: Slot) -> Claimed | None:
-        """Return the job that was reserved for a slot, which runs it next."""
-        reserved = self.reserved.pop(slot, None)
-        if reserved is not None:
-            return reserved[0]
-        self.next_waits(slot, None)
-        return None
-
-    def next_waits(self, slot: Slot, claimed: Claimed | None) -> None:
-        """Return the next job of a slot to those that wait for any, and end its transaction."""
-        if slot.following is None:
-            return
-        if claimed is not None:
-            self.jobs.appendleft(claimed)
-            self.finished()
-        self.let_wait(slot)
-        self.transactions.drop(slot.following)
-        slot.following.is_moving = False
-
-    def let_wait(self, slot: Slot) -> None:
-        """Return the job that is reserved for a slot to those that wait for any."""
-        reserved = self.reserved.pop(slot, None)
-        if reserved is not None:
-            self.jobs.appendleft(reserved[0])
-            self.finished()
-
-    @property
-    def reserved_until(self) -> float:
-        """When a free slot runs the first job that is reserved for another one."""
-        if not self.reserved or not self.free:
-            return inf
-        return min((since for _, since in self.reserved.copy().values()), default=inf) + _RESERVED
-
-    def unreserve(self, now: float = inf) -> None:
-        """Return the jobs that were reserved for too long, by default all, to those that wait."""
-        for slot, (_, since) in reversed(self.reserved.copy().items()):
-            if now >= since + _RESERVED:
-                self.let_wait(slot)
 
     def free_again(self, count: int = 1) -> None:
         """Make slots free again."""

@@ -9,6 +9,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch
 from bgjob._worker.batches import BatchCalls, Told
 from bgjob._worker.failures import drop_locals, error_of
+from bgjob._worker.reservations import Reservations
 from bgjob._worker.slots import Slot, Slots, quick_outcome
 from bgjob.errors import JobTimeoutError, LoopBlockedError
 
@@ -45,13 +47,21 @@ class Tasks:
     Args:
         slots: where jobs come from, and outcomes go.
         loop: where they run.
+        reservations: the jobs that tasks run next.
         to_thread: continues a slot on a thread with its job.
 
     """
 
-    def __init__(self, slots: Slots, loop: Loop, to_thread: Callable[[Claimed], None]) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        loop: Loop,
+        reservations: Reservations,
+        to_thread: Callable[[Claimed], None],
+    ) -> None:
         self._slots = slots
         self._loop = loop
+        self._reservations = reservations
         self._to_thread = to_thread
         self.all: dict[asyncio.Task[None], Slot] = {}
         self.moving: dict[Slot, _Move] = {}
@@ -246,12 +256,12 @@ class Tasks:
         )
         self._last, turned = me, monotonic()
         claimed, is_leaving = me.claimed, False
-        following: Claimed | None = None
+        take_reserved = self._reservations.take
         whole: Claimed | None
         while not slots.is_closed:
             if claimed is None:
                 try:
-                    claimed = me.claimed = take()
+                    claimed = me.claimed = take() if me.reserved is None else take_reserved(me)
                 except IndexError:
                     if slots.give_up(me):
                         return
@@ -293,17 +303,14 @@ class Tasks:
                         result = await self._run(me, route, claimed, whole)
                 except BaseException as error:
                     result = route.failed(job, error)
-                if not route.is_simple:
-                    following = slots.next_of(me)
-                    if result is None:
-                        slots.next_waits(me, following)
-                        self._come_back(me)
-                        return
+                if result is None:
+                    self._come_back(me)
+                    return
                 ran: float | None = monotonic() - began
                 if fork_guard.is_child:
                     fork_guard.end(error_of(result))
                 if me.is_lost or (result is not COMPLETE and not _is_running(task)):
-                    slots.next_waits(me, following)
+                    self._reservations.cancel(me)
                     return  # its coroutine was discarded with a closed loop
                 if task.cancelling():
                     await _absorb_cancellation(task)
@@ -318,8 +325,7 @@ class Tasks:
                         if me.interrupt is not None and slots.was_given_up(me, claimed):
                             self._come_back(me)
                         elif not is_leaving:
-                            me.has_slot = False
-                            self._start_task(Slot(None))
+                            self._continue(me)
                         return
                     if isinstance(result, Release):
                         ran = None
@@ -330,31 +336,22 @@ class Tasks:
                 if job.exclusive is not None:
                     slots.leave_line(claimed, result)
             ended = claimed
-            claimed = me.claimed = following
-            if following is not None and me.following is not None:
-                me.following.is_moving = False
-                following = None
+            claimed = me.claimed = None
             if me.interrupt is not None and slots.was_given_up(me, ended):
-                me.claimed = None
-                slots.next_waits(me, claimed)
                 self._come_back(me)
                 return
             del whole, job, ended
-            if is_leaving or context != clean:
-                me.claimed = None
-                slots.next_waits(me, claimed)
             if is_leaving:
-                return
+                break
             if context != clean:
-                me.has_slot = False
-                self._start_task(Slot(None))
+                self._continue(me)
                 return
             if self._last is not me:
                 self._last, turned = me, monotonic()  # other tasks have run since
             elif monotonic() - turned > _TURN:
                 await asyncio.sleep(0)
                 turned = monotonic()
-        slots.next_waits(me, None)
+        self._reservations.cancel(me)
 
     def _leave(self, me: Slot, claimed: Claimed) -> None:
         """Move the slot to a thread, with a job whose handler is plain."""
@@ -368,8 +365,15 @@ class Tasks:
     def _come_back(self, me: Slot) -> None:
         """End a task after a job that was given up; another continues with the slot, if any."""
         if self._slots.come_back(me):
-            me.has_slot = False
-            self._start_task(Slot(None))
+            self._continue(me)
+        else:
+            self._reservations.cancel(me)
+
+    def _continue(self, me: Slot) -> None:
+        """End a task; another one continues with its slot."""
+        self._reservations.cancel(me)
+        me.has_slot = False
+        self._start_task(Slot(None))
 
     async def _run(
         self, me: Slot, route: Route, claimed: Claimed, whole: Claimed
@@ -390,8 +394,8 @@ class Tasks:
             route, me.run = run.route, run
         result: Ending
         if route.is_transactional:
-            following = slots.following(me, on_loop=True)
-            result = await slots.transactions.run_async(route, whole, slots.started, following)
+            reserve = partial(self._reservations.reserve, me, on_loop=True)
+            result = await slots.transactions.run_async(route, whole, slots.started, reserve)
             if isinstance(result, NotBegun):
                 return await self._not_begun(result)
         else:

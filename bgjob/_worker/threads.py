@@ -7,6 +7,7 @@ is a coroutine function, the slot moves to the loop.
 import threading
 from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from math import inf
 from time import monotonic
 
@@ -21,6 +22,7 @@ from bgjob._sql.settlements import Claimed
 from bgjob._worker.batch import Batch
 from bgjob._worker.batches import BatchCalls, Told
 from bgjob._worker.failures import drop_locals, error_of
+from bgjob._worker.reservations import Reservations
 from bgjob._worker.slots import Slot, Slots, quick_outcome
 from bgjob._worker.tasks import Tasks
 from bgjob.errors import BgjobError
@@ -110,12 +112,14 @@ class Threads:
     Args:
         slots: where jobs come from, and outcomes go.
         tasks: where coroutine handlers run.
+        reservations: the jobs that threads run next.
 
     """
 
-    def __init__(self, slots: Slots, tasks: Tasks) -> None:
+    def __init__(self, slots: Slots, tasks: Tasks, reservations: Reservations) -> None:
         self.slots = slots
         self._tasks = tasks
+        self._reservations = reservations
         self._batches = BatchCalls(slots)
         self.all: set[Thread] = set()
         self.resting: list[Thread] = []
@@ -217,8 +221,9 @@ class Threads:
             while not self.slots.is_closed:
                 context = self.slots.context.copy()
                 if not context.run(self._work, me, context):
+                    self._reservations.cancel(me)
                     me.pause.acquire()  # until start() or close() releases it
-            self.slots.next_waits(me, None)
+            self._reservations.cancel(me)
         except BaseException as error:  # not a handler's: another thread raised it in this one
             me.error = error
         finally:
@@ -249,13 +254,12 @@ class Threads:
             slots.clock,
             slots.context,
         )
-        claimed = me.claimed
-        following: Claimed | None = None
+        claimed, take_reserved = me.claimed, self._reservations.take
         whole: Claimed | None
         while True:
             if claimed is None:
                 try:
-                    claimed = me.claimed = take()
+                    claimed = me.claimed = take() if me.reserved is None else take_reserved(me)
                 except IndexError:
                     if slots.give_up(me):
                         return False
@@ -287,17 +291,12 @@ class Threads:
                     started(job)
                 began = monotonic()
                 result: Ending | Release | Awaiting | Told | None
-                if route.is_simple:
-                    result = route.run(job)
-                else:
-                    result = self._run(me, route, claimed, whole)
-                    following = slots.next_of(me)
+                result = route.run(job) if route.is_simple else self._run(me, route, claimed, whole)
                 ran: float | None = monotonic() - began
                 if fork_guard.is_child:
                     fork_guard.end(error_of(result))
                 if result is not COMPLETE:  # nearly all are
                     if result is None:
-                        slots.next_waits(me, following)
                         return slots.come_back(me)
                     if isinstance(result, Told):
                         me.claimed = None
@@ -315,13 +314,8 @@ class Threads:
                 if job.exclusive is not None:
                     slots.leave_line(claimed, result)
             ended = claimed
-            claimed = me.claimed = following
-            if following is not None and me.following is not None:
-                me.following.is_moving = False
-                following = None
+            claimed = me.claimed = None
             if me.interrupt is not None and slots.was_given_up(me, ended):
-                me.claimed = None
-                slots.next_waits(me, claimed)
                 return slots.come_back(me)
             del whole, job, ended
             if context != clean:  # never compares values of a user: `clean` has none
@@ -366,8 +360,8 @@ class Threads:
             route, me.run = run.route, run
         result: Ending | Awaiting
         if route.is_transactional:
-            following = slots.following(me, on_loop=False)
-            result = slots.transactions.run(route, whole, slots.started, following)
+            reserve = partial(self._reservations.reserve, me, on_loop=False)
+            result = slots.transactions.run(route, whole, slots.started, reserve)
             if isinstance(result, NotBegun):
                 return self._not_begun(result)
         else:
