@@ -1015,6 +1015,52 @@ def test_a_run_that_was_given_up_comes_back_once_though_its_thread_dies_then(
         assert eventually(lambda: control.is_idle)
 
 
+def test_a_thread_that_gets_a_job_while_it_becomes_idle_is_idle_once_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late, gate = Gate(), Gate()
+    mux = Mux().register("late", late, timeout=0.01).register("t", gate)
+    with controls(mux, concurrency=1) as (_, control):
+        control.submit(a_job("late", id="a"))
+        assert eventually(lambda: control.turn() or control.ended)  # another slot replaces its own
+
+        def submit() -> None:
+            monkeypatch.undo()
+            assert control.executor._threads.resting  # the thread that calls this
+            control.submit(a_job(id="b"))
+
+        monkeypatch.setattr(control.slots, "finished", submit)
+        late.released.set()
+        gate.wait()
+        gate.released.set()
+        assert eventually(lambda: control.is_idle)
+        assert len(control.executor._threads.resting) == 1
+
+
+@breaks_loops
+def test_a_thread_whose_cancelled_job_finds_no_loop_is_idle_once_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, gate = NoThreads(monkeypatch, "bgjob-loop"), Gate()
+
+    async def coroutine(_: Job) -> None: ...
+
+    def moves(job: Job) -> Any:
+        gate(job)
+        return coroutine(job)
+
+    with controls(Mux().register("t", moves), concurrency=1) as (_, control):
+        control.submit(a_job(id="a"))
+        gate.wait()
+        threads.are_refused = True
+        assert control.executor.interrupt([*control._held.values()], monotonic()).silent
+        gate.released.set()
+        assert eventually(lambda: control.errors)
+        threads.are_refused = False
+        assert eventually(lambda: control.is_idle)
+        assert len(control.executor._threads.resting) == 1
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_thread_that_dies_before_it_begins_could_not_start(
     monkeypatch: pytest.MonkeyPatch,

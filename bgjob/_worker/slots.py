@@ -260,13 +260,14 @@ class Slots:
         if self.fork_guard.is_child:
             self.fork_guard.end(None)
         assert slot.run is not None  # noqa: S101 (it was given up)
-        slot.has_slot = self.timeouts.slot_recovered(slot.run)
+        slot.has_slot = has_slot = self.timeouts.slot_recovered(slot.run)
         slot.claimed = slot.run = None
-        if not slot.has_slot:
+        if not has_slot:
             with self.lock:
                 slot.rest()
         self.finished()  # the slot may be needed
-        return slot.has_slot
+        # Not the attribute: once its thread is idle, another one may give it a slot.
+        return has_slot
 
     def decided(self, route: Routed) -> Decided:
         """Decide what depends on the server's time; return a route if the job runs after all."""

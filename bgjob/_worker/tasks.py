@@ -104,7 +104,7 @@ class Tasks:
 
     def take_over(
         self, thread: Slot, claimed: Claimed, route: Route | None, context: Context | None
-    ) -> None:
+    ) -> bool:
         """Continue a thread's slot on the loop, with its job.
 
         Args:
@@ -112,6 +112,9 @@ class Tasks:
             claimed: the job.
             route: the job's route, if the thread has reported its start.
             context: the job's context, if it has run on the thread.
+
+        Returns:
+            True if the thread must become idle; False if it has, because its job was given up.
 
         """
         slot = Slot(claimed)
@@ -122,9 +125,10 @@ class Tasks:
             self._slots.release(claimed)
             thread.claimed = None
             was_given_up = thread.interrupt and self._slots.was_given_up(thread, claimed)
-            if not was_given_up or self._slots.come_back(thread):
-                self._slots.free_slot(thread)
-            return
+            if was_given_up and not self._slots.come_back(thread):
+                return False
+            self._slots.free_slot(thread)
+            return True
         # Another thread may raise an exception in this one, but not between these: there is no
         # call. Before them the slot is the thread's, and after them `start_again` completes this.
         self.moving[slot] = move
@@ -132,6 +136,7 @@ class Tasks:
         thread.has_slot = False
         slot.interrupt, thread.interrupt = thread.interrupt, None
         self._schedule(move.loop, [slot])
+        return True
 
     def start_again(self) -> None:
         """Schedule the start of moving slots once more: their threads may have died before."""

@@ -329,9 +329,9 @@ class Threads:
         context: Context | None = None,
     ) -> None:
         """Move the slot to the loop with its job; the thread becomes idle."""
-        self._tasks.take_over(me, claimed, route, context)
-        with self.slots.lock:
-            me.rest()
+        if self._tasks.take_over(me, claimed, route, context):
+            with self.slots.lock:
+                me.rest()
 
     def _run(
         self, me: Thread, route: Route, claimed: Claimed, whole: Claimed
