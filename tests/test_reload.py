@@ -1,5 +1,6 @@
 """`bgjob worker --reload`: a worker that is started again when its program changes."""
 
+import re
 import os
 import signal
 import subprocess
@@ -80,6 +81,8 @@ class Reloaded:
         """Enqueue a job, wait for what it prints, and return the process that ran it."""
         self.client.enqueue(EnqueueRequest("q", type, id=id))
         self.heard(text)
+        # Its line may be written in parts.
+        assert eventually(lambda: re.search(rf"{text} \d+\s", self.out) is not None)
         return int(self.out.split(f"{text} ")[1].split()[0])
 
     def ended(self) -> int:
