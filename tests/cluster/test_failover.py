@@ -314,6 +314,10 @@ def scene_of(cluster: Cluster, **options: Any) -> Scene:
         conn.execute("create table probe (at timestamptz default now())")
         conn.execute("create index on ledger (job_id)")
         conn.execute("create index on ledger (at)")
+        # A primary that changes now, on a busy host, must not lose the tables.
+        [made] = conn.execute("select pg_current_wal_lsn()").fetchone() or [None]
+        has_all = "select count(*) = 2 from pg_stat_replication where replay_lsn >= %s::pg_lsn"
+        assert in_time(lambda: conn.execute(has_all, [made]).fetchone() == (True,))
     world = World(dsn, lease=3.0, poll_interval=0.5)
     for number in range(WORKERS):
         colour = "async" if number % 2 else "thread"
