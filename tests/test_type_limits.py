@@ -310,6 +310,18 @@ def test_only_jobs_of_the_type_give_their_tokens_back() -> None:
     assert take.ask.unused == 300 - 1 + 1
 
 
+def test_jobs_of_an_ample_ration_have_places_before_they_are_counted() -> None:
+    throttle = known(ENOUGH)
+    throttle.answered(claiming(throttle), Reply(), [job_of("slow", "a"), job_of("slow", "b")], 0.1)
+    for _ in range(2):
+        exchange = Exchange()
+        throttle.look()
+        throttle.add_takes(exchange, 0.2, slots=2, room=9, has_more=True, free=9)
+        throttle.answered(exchange, Reply(rations=[ENOUGH._replace(places=0)]), [], 0.2)
+        [take] = exchange.takes
+        assert take.ask.held == 2
+
+
 def test_jobs_whose_ration_was_taken_away_meanwhile_wait_for_places() -> None:
     throttle = known(ENOUGH)
     exchange = claiming(throttle)
