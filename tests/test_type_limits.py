@@ -278,6 +278,11 @@ def test_a_claim_puts_no_jobs_aside_within_an_ample_ration(ration: Ration, is_am
     rations = claiming(known(ration)).rations
     assert (rations.limited, rations.ample) == (([], ["slow"]) if is_ample else (["slow"], []))
     assert rations.params["known"] == text_array(["slow"])
+    looks = Exchange(claim=Sweep(0, 7))
+    throttle = known(ration)
+    throttle.spend(looks, 0.1)
+    # Suspects among them are found if a claim may have them.
+    assert ("slow" in looks.rations.ample) == (is_ample or ration.tokens == 199)
 
 
 def test_jobs_of_batches_are_put_aside_while_each_takes_a_place() -> None:

@@ -239,8 +239,8 @@ class Throttle:
 
     def spend(self, exchange: Exchange, now: float) -> None:
         """Record that an exchange is about to be sent: its claim needs tokens."""
-        number = exchange.claim.limit if exchange.claim is not None else 0
-        if number:
+        if exchange.claim is not None:
+            number = exchange.claim.limit  # 0 of a sweep that only looks: for suspects, too
             exchange.spent = self.queue.spend(number)
             exchange.ample = {
                 type_: each.limits.spend(number)
