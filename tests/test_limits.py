@@ -787,8 +787,8 @@ def test_workers_that_are_killed_stopped_and_cut_off_never_exceed_a_limit(
 @pytest.mark.parametrize("takes", [0.005, 0.022, 0.05])
 def test_workers_under_load_reach_their_limit(limit: Limit, of_type: bool, takes: float) -> None:
     fleet = Fleet(1, limit, calm=True, of_type=of_type, is_aside=of_type, slots=10, takes=takes)
-    seconds = 5.0 if limit.per_second != 1 else 100.0
-    fleet.live(seconds)
+    seconds = 200 * takes if limit.rate is None else 5.0 if limit.per_second != 1 else 100.0
+    fleet.live(max(seconds, 3.0))
     fleet.starts.clear()
     fleet.live(seconds)
     places = min(limit.concurrency or inf, 5 * 10)
