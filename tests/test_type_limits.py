@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from itertools import count
+from math import inf
+from time import sleep
 from typing import Any, LiteralString
 
 import psycopg
@@ -13,7 +15,7 @@ from support.database import rows
 from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare
 from support.plans import run as explained
 from support.statements import ask as run
-from support.waiting import eventually
+from support.waiting import PATIENCE, eventually
 from support.workers import Gate, Launcher
 
 from bgjob import EnqueueRequest, Limit, Mux
@@ -303,6 +305,18 @@ def test_tokens_that_a_claim_within_an_ample_ration_did_not_use_are_left() -> No
     assert not claiming(throttle).ample  # what became of the last one is not known
 
 
+def test_a_type_that_has_had_no_jobs_for_a_while_bounds_no_claim() -> None:
+    throttle = known(Ration(None, 1, 1.0, 0.0, LONG_AGO))
+    exchange = claiming(throttle, 1)
+    throttle.answered(exchange, Reply(), [job_of("slow", "a")], 0.1)
+    throttle.count([])  # it has ended
+    assert throttle.most(0.2) == 0  # there is no token left
+    assert throttle.wake_at(0.2, slots=2, free=9, wants=True) < 2.0
+    throttle.add_takes(Exchange(), 2.0, slots=2, room=9, has_more=True, free=9)
+    assert throttle.most(2.0) > 9
+    assert throttle.wake_at(2.0, slots=2, free=9, wants=True) == inf
+
+
 def test_only_jobs_of_the_type_give_their_tokens_back() -> None:
     throttle = known(ENOUGH)
     exchange = claiming(throttle)
@@ -327,6 +341,20 @@ def test_jobs_of_an_ample_ration_have_places_before_they_are_counted() -> None:
         assert take.ask.held == 2
 
 
+def test_jobs_are_counted_while_more_of_them_run_than_should() -> None:
+    throttle = known(ENOUGH)
+    throttle.answered(claiming(throttle), Reply(), [job_of("slow", "a"), job_of("slow", "b")], 0.1)
+    assert not throttle.needs_count
+    exchange = Exchange()
+    throttle.look()
+    throttle.add_takes(exchange, 0.2, slots=2, room=9, has_more=True, free=9)
+    throttle.answered(exchange, Reply(rations=[ENOUGH._replace(places=1)]), [], 0.2)
+    assert throttle.needs_count
+    assert throttle.most(0.2) == 0  # no slot is free
+    throttle.count([job_of("slow", "b")])
+    assert throttle.most(0.2) > 9  # other types' jobs
+
+
 def test_jobs_whose_ration_was_taken_away_meanwhile_wait_for_places() -> None:
     throttle = known(ENOUGH)
     exchange = claiming(throttle)
@@ -345,6 +373,19 @@ def test_jobs_whose_ration_was_taken_away_meanwhile_wait_for_places() -> None:
 
 
 # -- workers -----------------------------------------------------------------------------------
+
+
+def test_other_types_run_long_after_the_last_job_of_a_type_with_a_limit(
+    launcher: Launcher,
+) -> None:
+    ran = threading.Semaphore(0)
+    mux = Mux().register("slow", lambda _: ran.release(), limit=Limit(rate="1000/s"))
+    mux.register("quick", lambda _: ran.release())
+    launcher.start(mux)
+    for type_ in ("slow", "quick") * 2:
+        launcher.client.bulk_enqueue([EnqueueRequest("q", type_) for _ in range(20)])
+        assert all(ran.acquire(timeout=PATIENCE) for _ in range(20))
+        sleep(1.1)  # its ration is given back after a second
 
 
 def test_jobs_that_wait_for_the_limit_of_their_type_hold_up_no_other_type(

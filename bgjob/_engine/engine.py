@@ -41,7 +41,7 @@ from bgjob.limit import Limit
 NO_LIMITS: Mapping[str, Limit] = MappingProxyType({})
 
 _MANY = 100
-"""Held jobs from which those of each type with a limit are not counted each time."""
+"""Jobs beyond the slots from which those of each type with a limit are not counted each time."""
 
 _CAREFUL = 6
 """Exchanges after a refusal that carry one kind of work each."""
@@ -360,10 +360,10 @@ class Engine:
     def _count_types(self) -> None:
         """Count the jobs of types with a limit.
 
-        Not each time while there are many, and places for all slots: each claim adds its own, so
-        the last count is not too low, and a ration that is taken away waits for no other.
+        Not each time while many wait for slots, and there are places for all slots: each claim
+        adds its own, so the last count is not too low.
         """
-        if len(self._leases.jobs) > _MANY and not self.throttle.is_bound:
+        if self.pace.running > self.slots + _MANY and not self.throttle.needs_count:
             return
         sent = (sent for each in self._sent for sent in each.outcomes)
         ended = {o.claimed for o in (*self._settling.outcomes, *self._locked.outcomes, *sent)}

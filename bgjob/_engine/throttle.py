@@ -128,9 +128,10 @@ class Throttle:
         return min(limits.patience for limits in self._all)
 
     @property
-    def is_bound(self) -> bool:
-        """Whether the places of some type bound how many of its jobs may be handed out."""
-        return any(each.is_bound or each.held for each in self._types.values())
+    def needs_count(self) -> bool:
+        """Whether what may be claimed depends on how many jobs of a type have ended."""
+        types = self._types.values()
+        return any(each.is_bound or each.held or each.limits.is_shrinking for each in types)
 
     def count(self, claims: Iterable[Claimed]) -> None:
         """Record which jobs this worker has, that have not ended."""
@@ -280,9 +281,10 @@ class Throttle:
                 if each.is_ample:
                     asked, needed, more = asked + claimed, max(needed, room), more or has_more
                 limits.add_take(exchange, now, asked=asked, slots=slots, room=needed, has_more=more)
-            elif limits.is_on and now >= each.idle_at and not limits.has_left:
-                limits.rest(exchange, now)
+            elif now >= each.idle_at:
                 each.rests = True
+                if limits.is_on and not limits.has_left:
+                    limits.rest(exchange, now)
 
     def add_leaves(self, exchange: Exchange, now: float) -> None:
         """Return all rations: the worker ends, and none of its handlers runs."""
@@ -308,7 +310,7 @@ class Throttle:
     def _wake_at(self, each: TypeLimit, now: float, slots: int, free: int, wants: bool) -> float:
         limits = each.limits
         if not each.is_used:
-            return inf if limits.has_left else each.idle_at
+            return inf if each.rests and limits.has_left else each.idle_at
         wants_more = wants and each.is_ample
         wants = each.waits and min(free, each.room(slots)) > 0
         if wants and each.most(now, slots) > 0:
