@@ -36,8 +36,8 @@ class Reading:
     """Workers that have a connection."""
     ran: Sequence[int]
     """By worker, how many jobs it has run."""
-    started_at: Sequence[float]
-    """When handlers started, by the clock of all processes."""
+    starts: Sequence[tuple[str, float]]
+    """Which jobs started when, by the clock of all processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +119,13 @@ class _Errors(NoopObserver):
 def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    errors, started_at, workers = _Errors(), list[float](), list[Worker]()
+    errors, starts, workers = _Errors(), list[tuple[str, float]](), list[Worker]()
     ran = [0] * plan.workers
 
     def mux(number: int) -> Mux:
-        def handler(_: Job) -> None:
+        def handler(job: Job) -> None:
             if plan.notes_starts:
-                started_at.append(monotonic())
+                starts.append((job.id, monotonic()))
             if plan.handler_s:
                 sleep(plan.handler_s)
             ran[number] += 1  # one thread at a time, as far as a count of shares needs
@@ -160,7 +160,7 @@ def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
                                 for worker in workers
                             ),
                             ran=tuple(ran),
-                            started_at=tuple(started_at),
+                            starts=tuple(starts),
                         )
                     )
                 case _:

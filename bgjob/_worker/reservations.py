@@ -95,7 +95,7 @@ class Reservations:
             self._slots.transactions.drop(slot.reserved)
 
     def put_back(self, slot: Slot) -> None:
-        """Let any slot take the job that is reserved for one; that one will find out."""
+        """Put back the job that is reserved for a slot: any may take it, and that one finds out."""
         slots = self._slots
         with slots.lock:
             reservation = self._of.pop(slot, None)
@@ -105,12 +105,12 @@ class Reservations:
             slots.finished()
 
     def put_back_all(self) -> None:
-        """Let any slot take the reserved jobs."""
+        """Put back all reserved jobs."""
         for slot in reversed(self._of.copy()):
             self.put_back(slot)
 
     def put_back_overdue(self, now: float) -> None:
-        """Let a free slot take the jobs whose slots have been committing for too long."""
+        """Put back the jobs whose slots have been committing for too long, if a slot is free."""
         if self._slots.free and self._of:
             for slot, reservation in reversed(self._of.copy().items()):
                 if now >= reservation.since + _LONGEST:
