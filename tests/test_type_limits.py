@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from itertools import count
 from math import inf
-from time import sleep
 from typing import Any, LiteralString
 
 import psycopg
@@ -15,7 +14,7 @@ from support.database import rows
 from support.plans import PLAN_CACHE_MODES, buffers, handled, nodes, prepare
 from support.plans import run as explained
 from support.statements import ask as run
-from support.waiting import PATIENCE, eventually
+from support.waiting import eventually
 from support.workers import Gate, Launcher
 
 from bgjob import EnqueueRequest, Limit, Mux
@@ -317,6 +316,33 @@ def test_a_type_that_has_had_no_jobs_for_a_while_bounds_no_claim() -> None:
     assert throttle.wake_at(2.0, slots=2, free=9, wants=True) == inf
 
 
+def test_a_stream_of_claims_ends_for_the_first_ration_of_a_type() -> None:
+    throttle = known(ENOUGH)
+    assert not throttle.wants(0.1, 2)  # none waits aside
+    throttle.answered(claiming(throttle), Reply(held_back=["slow"]), [], 0.1)
+    assert throttle.wants(0.1, 2)
+    unknown = Throttle(
+        Pace(2), "q", None, {"slow": Limit(4)}, concurrency=2, batches=(), lease=60, holder=1
+    )
+    assert not unknown.wants(0.0, 2)
+    unknown.answered(Exchange(), Reply(held_back=["slow"]), [], 0.0)
+    assert unknown.wants(0.0, 2)
+    exchange = Exchange()
+    unknown.add_takes(exchange, 0.0, slots=2, room=9, has_more=True, free=9)
+    assert exchange.takes and not unknown.wants(0.0, 2)  # it has been asked for
+
+
+def test_a_type_keeps_its_ration_for_a_while_after_a_stream_of_its_jobs() -> None:
+    throttle = known(ENOUGH)
+    exchange = Exchange(claim=Claim(9, 7, {0: LONG_AGO}))
+    throttle.spend(exchange, 0.4)
+    throttle.answered(exchange, Reply(), [job_of("slow", "a")], 5.0)
+    throttle.count([])  # it has ended
+    later = Exchange()
+    throttle.add_takes(later, 5.1, slots=2, room=0, has_more=False, free=9)
+    assert not any(take.ask.wanted == 0 for take in later.takes)
+
+
 def test_only_jobs_of_the_type_give_their_tokens_back() -> None:
     throttle = known(ENOUGH)
     exchange = claiming(throttle)
@@ -373,19 +399,6 @@ def test_jobs_whose_ration_was_taken_away_meanwhile_wait_for_places() -> None:
 
 
 # -- workers -----------------------------------------------------------------------------------
-
-
-def test_other_types_run_long_after_the_last_job_of_a_type_with_a_limit(
-    launcher: Launcher,
-) -> None:
-    ran = threading.Semaphore(0)
-    mux = Mux().register("slow", lambda _: ran.release(), limit=Limit(rate="1000/s"))
-    mux.register("quick", lambda _: ran.release())
-    launcher.start(mux)
-    for type_ in ("slow", "quick") * 2:
-        launcher.client.bulk_enqueue([EnqueueRequest("q", type_) for _ in range(20)])
-        assert all(ran.acquire(timeout=PATIENCE) for _ in range(20))
-        sleep(1.1)  # its ration is given back after a second
 
 
 def test_jobs_that_wait_for_the_limit_of_their_type_hold_up_no_other_type(

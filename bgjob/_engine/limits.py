@@ -130,8 +130,12 @@ class Limits:
         """Whether more handlers run than should: nothing is claimed until they have ended."""
         return self._places > self._target
 
+    def must_ask(self, now: float) -> bool:
+        """Whether nothing may be claimed before a ration is taken, and one may be taken now."""
+        return self._sent is None and self.most(now) == 0 and not self.waits(now)
+
     @property
-    def is_ample(self) -> bool:
+    def got_all(self) -> bool:
         """Whether the last ration was all that was asked for."""
         return self._ration is not None and self._ration.wait == 0.0
 

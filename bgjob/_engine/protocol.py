@@ -186,7 +186,7 @@ class Exchange(Settlements):
     spent: Spent | None = None
     """The tokens of its claim."""
     ample: Mapping[str, Spent | None] = field(default_factory=lambda: _NO_TOKENS)
-    """By type, those of the limits of which the claim may have as many jobs as of other types."""
+    """Its tokens by type, for each type with a limit whose jobs it claims like others."""
 
     @property
     def claims_only(self) -> bool:

@@ -9,6 +9,9 @@ were asked for, jobs of the type are claimed like others, and its tokens bound t
 of a queue's limit do. Putting each job aside costs a version of its row, and jobs that are aside
 were claimed one for each slot: a type with a limit that was never reached drained at 0.04 of the
 rate without one (benchmarks/limits.py).
+
+It has over 400 lines because what limits add to an exchange, and what its answer says of them,
+belong together.
 """
 
 from collections import Counter
@@ -201,8 +204,12 @@ class Throttle:
         return (room + self._rounds_up) // 2
 
     def wants(self, now: float, slots: int) -> bool:
-        """Whether jobs of a type wait that may be claimed now."""
-        return any(each.most(now, slots) > 0 for each in self._types.values() if each.waits)
+        """Whether jobs of a type wait that may be claimed now, or may be once a ration is taken."""
+        return any(
+            each.most(now, slots) > 0 or each.limits.must_ask(now)
+            for each in self._types.values()
+            if each.waits
+        )
 
     def most(self, now: float) -> int:
         """Return how many jobs may be claimed that do not wait aside."""
@@ -213,7 +220,7 @@ class Throttle:
         return most
 
     def waits_for_ration(self, now: float) -> bool:
-        """Whether none of them may be claimed, and asking again would not help yet."""
+        """Whether no such job may be claimed, and asking again would not help yet."""
         ample = (each.limits for each in self._types.values() if each.is_ample)
         return any(limits.waits(now) for limits in (self.queue, *ample))
 
@@ -299,7 +306,7 @@ class Throttle:
             now: the time.
             slots: the slots that can run handlers.
             free: how many more jobs could be claimed.
-            wants: whether some that do not wait aside would be.
+            wants: whether the worker would claim jobs that do not wait aside.
 
         """
         return min(
@@ -344,6 +351,8 @@ class Throttle:
         for type_, each in [*self._types.items()]:
             if type_ in exchange.ample and not each.is_bound:
                 each.count(each.busy + counts[type_])
+            if counts[type_]:
+                each.idle_at = now + _IDLE  # no exchange of a stream takes a ration
             if not (each.limits.is_on or each.is_used):
                 del self._types[type_]
 

@@ -72,7 +72,7 @@ class TypeLimit:
         them, and as many again behind these, as long as jobs flow.
         """
         limits = self.limits
-        return limits.is_on and limits.is_ample and not (self.rests or self.is_bound)
+        return limits.is_on and limits.got_all and not (self.rests or self.is_bound)
 
     def count(self, busy: int) -> None:
         """Record how many jobs of the type have been handed out, and have not ended."""

@@ -503,7 +503,7 @@ class Rations(NamedTuple):
     limited: Sequence[str] = ()
     """The types whose jobs are put aside, and claimed by `claim_limited`."""
     ample: Sequence[str] = ()
-    """The types with a limit of which the ration is enough for a whole claim."""
+    """The types with a limit whose jobs are claimed like others: the ration is enough."""
 
     @property
     def params(self) -> dict[str, object]:
