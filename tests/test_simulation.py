@@ -46,6 +46,7 @@ from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, Stray, OpenTransactions
 from bgjob._sql.keys import Blocked, Woken
+from bgjob._sql.notices import Subscription
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST
 from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
@@ -734,6 +735,7 @@ class History:
         self.breaking = False  # it is gone, but nobody has looked
         self.reopen_at = 0.0
         self.notified: Notice | None = None
+        self.subscription = Subscription()
         self.lock: int | Literal["rival"] | None = None  # the session that holds it
         self.in_flight = 0  # enqueues that share the lock
         self.contended_at = -inf
@@ -906,7 +908,8 @@ class History:
         self._at(random.random() * 0.001 + late, commit)
 
     def _notice(self, notice: Notice) -> None:
-        if self.connected and not self.breaking and self.notify:
+        is_told = self.subscription.enqueues or not notice.wakes
+        if self.connected and not self.breaking and self.notify and is_told:
             self.notified = notice | self.notified if self.notified else notice
             self.woken = True
             self._happened()
@@ -1296,6 +1299,9 @@ class History:
         if not self.connected:
             self._reopen()
             return
+        if self.subscription != engine.subscription:
+            self._subscribe()
+            return
         match engine.step(self.now):
             case Exchange() as exchange:
                 self._check_exchange(exchange)
@@ -1313,6 +1319,12 @@ class History:
             case Stop(abandoned):
                 self._check_stop(abandoned)
                 self.ended = True
+
+    def _subscribe(self) -> None:
+        before, self.subscription = self.subscription, self.engine.subscription
+        self._elapse(self.now + self.random.uniform(0.0001, 0.002))
+        if before.enqueues < self.subscription.enqueues:
+            self.engine.wake(Notice(relief=True))
 
     def _finish(self) -> None:
         outcomes, self.outcomes, self.late = [*self.late, *self.outcomes], [], []
@@ -1486,6 +1498,7 @@ class History:
             return reply
         if exchange.asks_post:
             reply.has_post = not self.is_crowd
+            reply.has_spares = self.is_crowd and self.grouping.random() < 0.5
         if exchange.notify_lock == "take":
             is_free = self.lock in (None, session)
             if is_free and not self.in_flight:
@@ -1521,7 +1534,7 @@ class History:
     def _reopen(self) -> None:
         self._elapse(self.reopen_at)
         self.session += 1
-        self.connected = True
+        self.connected, self.subscription = True, Subscription()
         self._disturb()
         self._happened()
         self.engine.reconnect()

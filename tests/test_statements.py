@@ -40,11 +40,18 @@ from bgjob._sql.claims import (
 from bgjob._sql.enqueues import enqueue, enqueue_many
 from bgjob._sql.key_rows import barred_keys
 from bgjob._sql.notices import (
+    CALLED,
     POSTS,
+    SEATS,
+    LockAnswer,
+    Subscription,
+    call,
+    cancel_channel,
     channel,
+    first_post,
     leave_post,
-    listen,
     release_notify_lock,
+    subscribe,
     take_notify_lock,
 )
 from bgjob._sql.session import WORKER_SETTINGS, session
@@ -59,6 +66,12 @@ from bgjob._sql.settlements import (
 )
 from bgjob._sql.leases import barred, extend
 from bgjob._sql.statement import Statement, text_array
+
+
+def listen(conn: psycopg.Connection, statements: list[Statement[None]]) -> None:
+    with conn.transaction():
+        for statement in statements:
+            ask(conn, statement)
 
 
 def fill(conn: psycopg.Connection, count: int, *, queue: str = "q") -> None:
@@ -557,7 +570,7 @@ def test_a_released_job_is_as_before_its_claim_and_wakes_sleeping_workers(
     before = worker.execute(columns).fetchall()
     held = claimed(worker, 3)
     with psycopg.connect(dsn, autocommit=True) as other:
-        ask(other, listen(channel("q")))
+        listen(other, subscribe("q", Subscription()))
         if sleeper != "nobody":
             assert (
                 ask(other if sleeper == "another session" else worker, take_notify_lock("q")).answer
@@ -678,8 +691,8 @@ def test_an_enqueue_notifies_only_while_somebody_sleeps(dsn: str, conn: psycopg.
     one, many = EnqueueRequest("q", "t"), [EnqueueRequest("q", "t"), EnqueueRequest("r", "t")]
     with psycopg.connect(dsn, autocommit=True) as sleeper:
         sleeper.execute("listen sentinel")
-        ask(sleeper, listen(channel("q")))
-        ask(sleeper, listen(channel("r")))
+        sleeper.execute(f"listen {channel('q')}".encode())
+        sleeper.execute(f"listen {channel('r')}".encode())
         assert told(enqueue(one, notify=True)) == []
         assert ask(sleeper, take_notify_lock("q")).answer == "taken"
         assert told(enqueue(one, notify=True)) == []  # the id is taken: nothing was written
@@ -701,7 +714,7 @@ def test_a_notification_carries_the_start_of_its_transaction(
 ) -> None:
     queue = "a queue, or two"
     with psycopg.connect(dsn, autocommit=True) as sleeper:
-        ask(sleeper, listen(channel(queue)))
+        listen(sleeper, subscribe(queue, Subscription()))
         assert ask(sleeper, take_notify_lock(queue)).answer == "taken"
         for write in (enqueue, lambda r, notify: enqueue_many([r], notify=notify)):
             with conn.transaction():
@@ -734,7 +747,7 @@ def test_one_deputy_watches_for_the_end_of_the_worker_that_is_notified(dsn: str)
         assert ask(deputy, take_notify_lock("q")).answer == "deputy"
         assert ask(deputy, take_notify_lock("q", is_deputy=True)).answer == "deputy"
         assert ask(other, take_notify_lock("q")).answer == "covered"
-        ask(other, listen(channel("q")))
+        listen(other, subscribe("q", Subscription()))
         holder.close()
         locks: LiteralString = (
             "select count(*) from pg_locks where locktype = 'advisory' "
@@ -758,7 +771,7 @@ def test_a_queue_has_sixteen_posts_and_a_worker_that_leaves_one_frees_it(dsn: st
         holder, *workers = (
             stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(POSTS + 2)
         )
-        assert ask(holder, take_notify_lock("q", asks_post=True)) == ("taken", False)
+        assert ask(holder, take_notify_lock("q", asks_post=True)) == ("taken", False, None, False)
         assert holder.execute(locks, [holder.info.backend_pid]).fetchall() == [(1,)]
         assert [has_post(worker) for worker in workers] == [True] * POSTS + [False]
         ask(holder, take_notify_lock("another"))
@@ -771,6 +784,109 @@ def test_a_queue_has_sixteen_posts_and_a_worker_that_leaves_one_frees_it(dsn: st
         assert eventually(lambda: has_post(workers[3]))
         ask(workers[3], release_notify_lock("q"))
         assert workers[3].execute(locks, [workers[3].info.backend_pid]).fetchall() == [(0,)]
+
+
+def test_a_spare_has_a_seat_until_it_has_the_lock_a_post_or_the_place_of_the_deputy(
+    dsn: str,
+) -> None:
+    locks = "select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()"
+
+    def take(worker: psycopg.Connection, **has: Any) -> tuple[LockAnswer, int]:
+        answer = ask(worker, take_notify_lock("q", asks_post=True, **has))
+        [(held,)] = worker.execute(locks)
+        return answer, held
+
+    with ExitStack() as stack:
+        holder, deputy, *posted, one, other = (
+            stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(POSTS + 3)
+        )
+        assert take(holder) == (("taken", False, None, False), 1)
+        assert take(deputy) == (("deputy", True, None, False), 2)
+        for worker in posted:
+            assert take(worker) == (("covered", True, None, False), 1)
+        seat = first_post("q") + POSTS
+        assert take(one) == (("covered", False, seat, False), 2)
+        assert take(one, seat=seat) == (("covered", False, seat, False), 2)
+        assert take(other) == (("covered", False, seat + 1, True), 2)
+        ask(posted[0], leave_post())
+        assert take(other, seat=seat + 1) == (("covered", True, None, True), 1)
+        assert take(posted[0]) == (("covered", False, seat + 1, True), 2)
+        ask(deputy, leave_post())
+        ask(posted[1], take_notify_lock("q"))  # is the deputy
+        assert take(deputy) == (("covered", True, None, True), 1)
+        ask(posted[1], leave_post())
+        assert take(posted[2]) == (("deputy", True, None, True), 3)
+        ask(posted[2], leave_post())
+        for worker in (posted[1], posted[3]):
+            ask(worker, take_notify_lock("q", is_deputy=True, asks_post=True))
+        assert take(one, seat=seat) == (("deputy", False, None, True), 1)
+        ask(holder, release_notify_lock("q"))
+        assert take(posted[0], seat=seat + 1) == (("taken", False, None, False), 1)
+
+
+def test_spares_have_as_many_seats_as_there_are_and_each_is_called_by_its_own(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    def heard(workers: list[psycopg.Connection]) -> list[int]:
+        conn.execute("notify sentinel")
+        calls: list[int] = []
+        for number, worker in enumerate(workers):
+            for notice in worker.notifies(timeout=20):
+                if notice.channel == "sentinel":
+                    break
+                assert notice.payload == ""
+                calls.append(number)
+        return calls
+
+    with ExitStack() as stack:
+        ask(conn, take_notify_lock("q"))
+        conn.execute(
+            "select pg_advisory_lock(post) from generate_series(%s, %s) as post",
+            [first_post("q"), first_post("q") + POSTS - 1],
+        )
+        deputy, *spares, last = (
+            stack.enter_context(psycopg.connect(dsn, autocommit=True)) for _ in range(SEATS + 2)
+        )
+        ask(deputy, take_notify_lock("q"))
+        ask(conn, call("q"))  # nobody
+        for spare in spares[:3]:
+            seat = ask(spare, take_notify_lock("q", asks_post=True)).seat
+            listen(spare, subscribe("q", Subscription(enqueues=False, seat=seat)))
+            spare.execute("listen sentinel")
+        called: set[int] = set()
+        for _ in range(40):
+            ask(conn, call("q"))
+            each = heard(spares[:3])
+            assert len(each) == len(set(each)) == CALLED
+            called.update(each)
+        assert called == {0, 1, 2}  # all of 40 would leave out one of three once in 3 ** 40
+        ask(spares[0], call("q"))  # not itself
+        assert heard(spares[:3]) == [1, 2]
+        ask(spares[0], leave_post())
+        listen(spares[1], subscribe("q", Subscription()))
+        ask(spares[1], leave_post())
+        spares[1].execute("listen sentinel")
+        ask(conn, call("q"))
+        assert heard(spares[:3]) == [2]
+        for spare in spares[:2] + spares[3:]:
+            assert ask(spare, take_notify_lock("q", asks_post=True)).seat is not None
+        assert ask(last, take_notify_lock("q", asks_post=True)) == ("covered", False, None, True)
+
+
+def test_a_session_is_notified_of_what_it_has_subscribed_to_and_of_nothing_else(
+    dsn: str, conn: psycopg.Connection
+) -> None:
+    channels = 'select channel from pg_listening_channels() as channel order by channel collate "C"'
+    with psycopg.connect(dsn, autocommit=True) as worker:
+        for to, also in (
+            (Subscription(), ["bgjob", channel("q")]),
+            (Subscription(enqueues=False, seat=-5), ["bgjob_call_-5"]),
+            (Subscription(enqueues=False), []),
+            (Subscription(), ["bgjob", channel("q")]),
+        ):
+            listen(worker, subscribe("q", to))
+            found = [name for (name,) in worker.execute(channels)]
+            assert found == sorted([*also, cancel_channel("q")])
 
 
 def test_no_worker_sleeps_while_an_enqueue_is_in_flight(dsn: str, conn: psycopg.Connection) -> None:

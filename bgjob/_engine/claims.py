@@ -110,15 +110,17 @@ class Claims:
         """
         lock, is_alone = self._lookout.notify_lock, not exchange
         is_idle = isinstance(exchange.claim, Sweep) and not self._lookout.has_more
-        if not (is_alone or is_idle or lock.is_held or lock.has_post):
+        if not (is_alone or is_idle or lock.may_leave):
             return
-        wish = lock.wish(now, free=self.has_room_for_others(now) and not waits)
+        free, has_more = self.has_room_for_others(now) and not waits, self._lookout.has_more
+        wish = lock.wish(now, free=free, has_more=has_more)
         exchange.notify_lock = wish if wish != "take" or is_alone or is_idle else None
+        exchange.calls = has_more and wish in ("release", "leave")
         if exchange.notify_lock == "release":
             exchange.watch = "claims"  # from here on enqueues do not notify
         if exchange.notify_lock == "take":
             exchange.is_deputy, exchange.relieve = lock.is_deputy, lock.relieves
-            exchange.asks_post = not lock.has_post
+            exchange.asks_post, exchange.seat = not lock.has_post, lock.seat
             # The sweep that has to follow is part of the exchange. Its survey shows even the
             # jobs that become due between the transaction's begin and the lock.
             early_sweep_at = self._lookout.marks.early_sweep_at

@@ -34,6 +34,7 @@ from bgjob._engine.reply import Notice, Reply
 from bgjob._engine.settling import Settling
 from bgjob._engine.throttle import Throttle
 from bgjob._sql.keys import NO_SLOTS
+from bgjob._sql.notices import Subscription
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobLeaseLost, QueueIsEmpty
 from bgjob.limit import Limit
@@ -268,6 +269,11 @@ class Engine:
         if notice.later:
             self.throttle.look()
 
+    @property
+    def subscription(self) -> Subscription:
+        """What the worker has to be notified of."""
+        return self._lookout.notify_lock.subscription
+
     def shutdown(self) -> None:
         """Stop claiming, release jobs that have not started, finish the others, stop."""
         self._stopping = True
@@ -325,8 +331,8 @@ class Engine:
             if self._careful and not exchange and self.throttle.has_types:
                 self._add_claim_of_type(exchange, now)
             if self._stopping:
-                is_held = self._lookout.notify_lock.is_held
-                exchange.notify_lock = "release" if done and is_held else None
+                exchange.calls = done and self._lookout.notify_lock.is_held
+                exchange.notify_lock = "release" if exchange.calls else None
             elif not (self._careful and exchange):
                 room = 0 if exchange or self._careful else self._worthwhile_room()
                 waits = self.throttle.waits_for_ration(now)

@@ -73,7 +73,7 @@ class Lookout:
 
     def wake_at(self, now: float, *, claims: bool, free: bool) -> float:
         """Return when an answer above may change without an event, if a claim can be made."""
-        lock_at = self.notify_lock.wake_at(now, free=free)
+        lock_at = self.notify_lock.wake_at(now, free=free, has_more=self.has_more)
         return min(self.marks.sweep_at, lock_at, self._look_at if claims else inf)
 
     @property
@@ -115,7 +115,14 @@ class Lookout:
             self.wake(Notice({priority: since}))
         if wish:
             has_post = reply.has_post if exchange.asks_post else lock.has_post
-            lock.answered(wish, reply.lock_answer, now, has_post=has_post)
+            lock.answered(
+                wish,
+                reply.lock_answer,
+                now,
+                has_post=has_post,
+                seat=reply.seat,
+                has_spares=reply.has_spares,
+            )
         if isinstance(claim, Claim):
             self._claimed(claim, reply, now)
         elif isinstance(claim, Sweep):
@@ -194,6 +201,9 @@ class Lookout:
             marks.sweep_at = min(marks.sweep_at, marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
         due_at = now + max(min(waits), 0.0) if waits else inf
+        if self.notify_lock.is_spare:
+            # Others know it too, and call. Of what the spare itself put back only it knows.
+            due_at = self._due_at if self._due_at > now else inf
         if sweep.limit:
             self._due_at = due_at
         else:
@@ -219,7 +229,7 @@ class Lookout:
         """Record that an exchange was not answered: the next claim starts where its claim did."""
         claim = exchange.claim
         if exchange.asks_post:
-            self.notify_lock.post_unknown()
+            self.notify_lock.place_unknown()
         if isinstance(claim, Claim):
             self.marks.again(claim.marks)
         if claim is not None and claim.is_told:

@@ -15,10 +15,21 @@ poll interval is. A worker that takes a lock which was not released notifies the
 
 A queue has 16 posts. An idle worker that finds the lock taken takes one, and leaves it when it has
 had no free slot for a second. Those with a post, the holder and the deputy poll at the poll
-interval. A worker that finds all posts taken is a spare: it polls, and tries for the locks, ten
-times as rarely, at times of its own. Each poll is an exchange of five statements; 2,000 workers
-that polled once a second used more than one core of the server (benchmarks/fleet.py). A spare is
-notified like the others. It finds within ten polls that a post is free.
+interval, and are notified. A worker that finds all posts taken is a spare: it polls, and tries for
+the locks, ten times as rarely, at times of its own, and is not notified. Each poll is an exchange
+of five statements; 2,000 workers that polled once a second used more than one core of the server,
+and when each of them looked after each enqueue, both cores for minutes (benchmarks/fleet.py).
+
+So that no job waits beside an idle spare, some spares can be called: a queue has 64 seats, and who
+has one is notified when its number is called. It tries for the lock, and claims. A worker that was
+idle calls two of them when its slots are taken and its last claim was full. So one of them takes
+the lock if all that are notified are busy, and as long as there are more jobs, twice as many
+workers are awake after each round. A holder that ends calls, too.
+
+A spare without a seat finds within ten polls that a seat or a post is free. Beside spares, a worker
+that has had no free slot for a second is not notified of enqueues. What a worker is notified of
+changes after the answer that says so. Then it looks once more, so that nothing is missed in
+between.
 
 Enqueues that do not commit keep all workers from taking the lock. Then, too, only the deputy
 tries often; the others poll.
@@ -37,8 +48,10 @@ from collections.abc import Callable
 from math import exp, inf
 from typing import Literal, TypeAlias
 
+from bgjob._sql.notices import Subscription
+
 LockWish: TypeAlias = Literal["take", "release", "leave"]
-"""What to do with the notify lock, or with a post only."""
+"""What to do with the notify lock, or with a post or seat only."""
 
 _FLOW = 1000.0
 """Jobs/s from which the worker polls often and does not take the lock."""
@@ -60,7 +73,8 @@ _SPARE = 10.0
 """By which factor a worker without a post polls more rarely, on average."""
 
 _RELEASE = 0.01
-"""Seconds without need of notifications before the worker releases the lock, which notifies."""
+"""Seconds without need of notifications before the worker releases the lock, which notifies, or
+calls spares."""
 
 _FADE = 0.1
 """Seconds in which the estimated flow falls to a third."""
@@ -85,35 +99,71 @@ class NotifyLock:
         self.has_post = False
         self.rarity = 1.0
         """How many poll intervals lie between two polls: more than one for a spare."""
+        self.subscription = Subscription()
+        """What the worker has to be notified of."""
+        self._has_spares = False  # when it tried last
+        self._may_call = False  # it was idle, beside spares
         self._take_at = -inf
         self._pause = _LOOK
         self._unneeded_since = inf
         self._flow = 0.0
         self._flow_at = -inf
 
-    def wish(self, now: float, *, free: bool) -> LockWish | None:
-        """Return what to do with the lock; `free` says whether a slot is free."""
+    def wish(self, now: float, *, free: bool, has_more: bool) -> LockWish | None:
+        """Return what to do with the lock.
+
+        Args:
+            now: the time.
+            free: whether a slot is free.
+            has_more: whether there are more jobs than the worker has claimed.
+
+        """
         if free and not self._flows(now):
             self._unneeded_since = inf
             is_time = self._enabled and not self.is_held and now >= self._take_at
             return "take" if is_time else None
         self._unneeded_since = min(self._unneeded_since, now)
-        if self.is_held:
-            return "release" if now >= self._unneeded_since + _RELEASE else None
-        return "leave" if self.has_post and now >= self._unneeded_since + _LEAVE else None
+        if now < self._unneeded_since + self._rest(has_more=has_more):
+            return None
+        return "release" if self.is_held else "leave"
+
+    def _rest(self, *, has_more: bool) -> float:
+        """Return the seconds without need after which to release the lock, or to leave."""
+        if self.is_held or (self._may_call and has_more):
+            return _RELEASE
+        is_in_the_way = self.has_post or self.seat is not None or self._is_disturbed
+        return _LEAVE if is_in_the_way else inf
+
+    @property
+    def _is_disturbed(self) -> bool:
+        """Whether it is notified while a spare is not."""
+        return self.subscription.enqueues and self._has_spares
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether there is something to release, or to leave."""
+        return self.is_held or self.has_post or self._may_call or self._is_disturbed
+
+    @property
+    def seat(self) -> int | None:
+        """The key of its seat."""
+        return self.subscription.seat
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether others poll often enough, and are notified."""
+        return self.rarity > 1.0
 
     @property
     def polls(self) -> bool:
         """Whether a try for the lock has to sweep too: it is as rare as a poll, or may succeed."""
         return not self.is_covered or (self._poll_interval <= _COVERED and not self.is_deputy)
 
-    def wake_at(self, now: float, *, free: bool) -> float:
+    def wake_at(self, now: float, *, free: bool, has_more: bool) -> float:
         """Return when `wish` may change."""
-        if self.is_held:
-            return self._unneeded_since + _RELEASE
-        if self.has_post and not free:
-            return self._unneeded_since + _LEAVE
-        if not self._enabled or not free:
+        if self.is_held or not free:
+            return self._unneeded_since + self._rest(has_more=has_more)
+        if not self._enabled:
             return inf
         return max(self._take_at, self.look_at if self.look_at < inf else now)
 
@@ -122,14 +172,28 @@ class NotifyLock:
         return self.is_held or not self._enabled or now < self._take_at
 
     def answered(
-        self, asked: LockWish, answer: str | None, now: float, *, has_post: bool = True
+        self,
+        asked: LockWish,
+        answer: str | None,
+        now: float,
+        *,
+        has_post: bool = True,
+        seat: int | None = None,
+        has_spares: bool = False,
     ) -> None:
-        """Record the server's answer; `has_post` says whether it has a post after a try."""
+        """Record the server's answer; after a try, its place, and whether there are spares."""
         self._unneeded_since = inf
+        self._may_call = asked == "take" and has_spares
         self.has_post = asked == "take" and has_post
         self.is_held = asked == "take" and answer == "taken"
         self.is_covered = answer in ("covered", "deputy")
         self.is_deputy = answer in ("contended", "deputy")
+        is_spare = asked == "take" and answer == "covered" and not has_post
+        if asked == "take":
+            self._has_spares = has_spares
+            self.subscription = Subscription(enqueues=not is_spare, seat=seat)
+        elif asked == "leave" and (self._has_spares or not self.subscription.enqueues):
+            self.subscription = Subscription(enqueues=False)
         if answer == "contended":
             self.rarity = 1.0
             self._take_at = now + self._pause
@@ -138,7 +202,6 @@ class NotifyLock:
             self._pause = min(2 * self._pause, longest)
             return
         self.relieves, self._pause = self.is_covered or asked == "leave", _LOOK
-        is_spare = asked == "take" and answer == "covered" and not has_post
         self.rarity = _SPARE * (0.5 + self._chance()) if is_spare else 1.0
         if asked != "take":
             self._take_at = now
@@ -147,9 +210,10 @@ class NotifyLock:
             rest = _WATCH if self.is_deputy else _COVERED
             self._take_at = now + min(rest, self._poll_interval) * self.rarity
 
-    def post_unknown(self) -> None:
-        """Record that a try for a post was not answered: a second post must not be taken."""
+    def place_unknown(self) -> None:
+        """Record that a try was not answered: no second post or seat must be taken."""
         self.has_post = True
+        self.subscription = Subscription()
 
     def arrived(self, jobs: int, now: float) -> None:
         """Record how many jobs a claim returned."""
@@ -158,14 +222,15 @@ class NotifyLock:
         self.look_at = now + _LOOK if self._flow > _FLOW and not self.is_held else inf
 
     def relieve(self) -> None:
-        """Record that another worker released the lock: try for it soon."""
+        """Record that another worker released the lock, or calls: try for it soon."""
         self._take_at, self.is_covered, self.relieves = -inf, False, False
 
     def lose(self) -> None:
         """Record that the connection is gone, and the lock with it."""
         self.is_held, self._take_at, self._unneeded_since = False, -inf, inf
         self.is_covered = self.is_deputy = self.relieves = self.has_post = False
-        self.rarity = 1.0
+        self._has_spares = self._may_call = False
+        self.rarity, self.subscription = 1.0, Subscription()
 
     def _flows(self, now: float) -> bool:
         return self._flow_now(now) > _FLOW

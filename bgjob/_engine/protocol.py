@@ -26,7 +26,7 @@ from bgjob._sql.key_rows import barred_keys, lock_keys
 from bgjob._sql.keys import NO_SLOTS, acquire, blocked, release
 from bgjob._sql.leases import abandon, barred, extend
 from bgjob._sql.limits import Take
-from bgjob._sql.notices import leave_post, release_notify_lock, take_notify_lock
+from bgjob._sql.notices import call, leave_post, release_notify_lock, take_notify_lock
 from bgjob._sql.settlements import Claimed, Settlements
 from bgjob._sql.steering import were_cancelled
 from bgjob._sql.survey import open_transactions, strays, survey, survey_known
@@ -162,7 +162,11 @@ class Exchange(Settlements):
     relieve: bool = False
     """With "take": whether to notify the other workers if the lock is taken."""
     asks_post: bool = False
-    """With "take": whether to take a post if another worker has the lock."""
+    """With "take": whether to take a post or a seat if another worker has the lock."""
+    seat: int | None = None
+    """With "take": the key of the seat that the worker has."""
+    calls: bool = False
+    """With "release" and "leave": whether to call spares."""
     claim: Claim | Sweep | ClaimGroup | None = None
     limited: ClaimLimited | None = None
     rations: Rations = NO_RATIONS
@@ -223,6 +227,7 @@ class Exchange(Settlements):
                 is_deputy=self.is_deputy,
                 relieve=self.relieve,
                 asks_post=self.asks_post,
+                seat=self.seat,
             )
             plan.append(Part(taking, Reply.set_lock))
         # The claim comes before settlements: its jobs are read while the server settles.
@@ -332,6 +337,8 @@ class Exchange(Settlements):
             plan.append(Part(were_cancelled(self.ask), Reply.set_cancelled))
         if self.groups:
             plan.append(Part(end_groups(self.groups, notify=True), Reply.set_ended))
+        if self.calls:
+            plan.append(Part(call(queue), Reply.ignore))
         if self.notify_lock == "release":
             plan.append(Part(release_notify_lock(queue), Reply.ignore))
         elif self.notify_lock == "leave":

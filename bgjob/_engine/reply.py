@@ -29,6 +29,10 @@ class Reply:
     lock_answer: str | None = None
     has_post: bool = True
     """Whether the worker has a post, if it asked for one."""
+    seat: int | None = None
+    """The key of the seat that it has, if it asked for a post."""
+    has_spares: bool = False
+    """Whether another worker has a seat, after a try for the lock."""
     claimed: list[Job] = field(default_factory=list)
     seen: OpenTransactions | None = None
     swept: Swept = _NOTHING_SWEPT
@@ -65,7 +69,7 @@ class Reply:
         self.extended.update(ids)
 
     def set_lock(self, lock: LockAnswer) -> None:
-        self.lock_answer, self.has_post = lock
+        self.lock_answer, self.has_post, self.seat, self.has_spares = lock
 
     def set_claimed(self, jobs: list[Job]) -> None:
         self.claimed = jobs
@@ -138,7 +142,7 @@ class Notice(NamedTuple):
     later: bool = False
     """Whether a job is due later, or may have any due time."""
     relief: bool = False
-    """Whether another worker released the notify lock."""
+    """Whether another worker released the notify lock, or calls this one."""
     cancelled: frozenset[tuple[int, str]] = frozenset()
     """The claims that were cancelled, by their tokens and their jobs' ids."""
 

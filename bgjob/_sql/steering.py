@@ -15,7 +15,7 @@ from typing import LiteralString, NamedTuple
 from bgjob._failure import fingerprint
 from bgjob._postgres.cursor import ErrorTexts
 from bgjob._sql.jobs import JobFilter
-from bgjob._sql.notices import CANCELLED, NOTIFY, channel
+from bgjob._sql.notices import CANCELLED, NOTIFY, cancel_channel
 from bgjob._sql.results import ended
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Row, Statement, nothing, text_array
@@ -240,7 +240,7 @@ def tell_cancelled(cancelled: Iterable[Steered]) -> Statement[None]:
         ) as c (channel, token, id)
         """,
         {
-            "channels": [channel(queue) for queue, _, _ in told],
+            "channels": [cancel_channel(queue) for queue, _, _ in told],
             "tokens": [token for _, token, _ in told],
             "ids": text_array([id_ for _, _, id_ in told]),
         },

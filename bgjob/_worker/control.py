@@ -402,6 +402,10 @@ class QueueControl:
         if self._registry is not None and now >= self._row_due_at:
             self._write_row(self._registry)
             return True
+        if self._session.can_notify and self._session.subscription != engine.subscription:
+            if self._session.subscribe(engine.subscription):
+                engine.wake(Notice(relief=True))  # for what it was not notified of until now
+            return True
         if self._session.unread:
             self._repair(dead_letter_unreadable)
             return True

@@ -25,8 +25,8 @@ from bgjob._postgres.connection import (
 )
 from bgjob._postgres.cursor import Cursor
 from bgjob._postgres.pooler import asked_settings, check_lost, check_mode
-from bgjob._sql.execute import run, send
-from bgjob._sql.notices import BY_HAND, channel, listen
+from bgjob._sql.execute import run, send, send_all
+from bgjob._sql.notices import BY_HAND, Subscription, subscribe
 from bgjob._sql.session import (
     SERVICE_SETTINGS,
     WORKER_SETTINGS,
@@ -87,6 +87,8 @@ class Session:
         """Claimed jobs that could not be read, to move to the dead-letter table."""
         self.can_notify = False
         """Whether the open connection receives notifications."""
+        self.subscription = Subscription()
+        """Which of them it receives."""
 
     @property
     def connection(self) -> WorkerConnection:
@@ -149,9 +151,9 @@ class Session:
             self.warning = schema.hidden_text(run(connection, hidden()))
             self.can_notify = self._options.notify and self.is_direct
             if self.can_notify:
+                self.subscription = Subscription()
                 connection.add_notify_handler(self._notice)
-                run(connection, listen(channel(self._queue)))
-                run(connection, listen(BY_HAND))
+                _listen(connection, self._queue, self.subscription)
         except BaseException:
             connection.close()
             raise
@@ -202,6 +204,12 @@ class Session:
         if at > _NEVER:
             self.step += self.clock.observe(at, answer.sent_at, monotonic())
         return reply
+
+    def subscribe(self, to: Subscription) -> bool:
+        """Receive these notifications; return whether the connection did not receive them all."""
+        _listen(self.connection, self._queue, to)
+        before, self.subscription = self.subscription, to
+        return before.enqueues < to.enqueues or to.seat not in (None, before.seat)
 
     def use_server_encoding(self) -> None:
         """Read text in its stored encoding: some of it has no equivalent in UTF-8."""
@@ -351,3 +359,8 @@ class Session:
         if notice.relief and connection is not None and pid == connection.info.backend_pid:
             return  # a worker that released the lock itself has claimed since
         self._heard = notice | self._heard if self._heard else notice
+
+
+def _listen(connection: WorkerConnection, queue: str, to: Subscription) -> None:
+    with connection.pipeline():  # in one round trip, and one transaction
+        send_all(connection, subscribe(queue, to))
