@@ -7,15 +7,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from time import monotonic, process_time, sleep
 from typing import Any
 
+import psycopg
 from memory import resident
 from typing_extensions import override
 from work import PATIENCE, QUEUE
 
-from bgjob import Client, Job, Mux, NoopObserver, Worker
+from bgjob import BgjobError, Client, Job, Mux, NoopObserver, Worker
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -146,7 +148,7 @@ def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
                             observer=errors,
                         )
                         workers.append(worker)
-                    _each(workers, Worker.run)
+                    _each(workers, partial(_run, errors=errors))
                     pipe.send(None)
                 case "read":
                     pipe.send(
@@ -167,6 +169,17 @@ def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
                     _each(workers, Worker.shutdown)
                     pipe.send(None)
                     return
+
+
+def _run(worker: Worker, errors: _Errors) -> None:
+    """Start a worker, again and again, as a supervisor does."""
+    while True:
+        try:
+            worker.run()
+        except (psycopg.OperationalError, BgjobError) as error:
+            errors.worker_error(error)
+        else:
+            return
 
 
 def _each(workers: Sequence[Worker], do: Any) -> None:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from random import Random
@@ -72,14 +73,14 @@ class Fleet:
     def notify(self, notice: Notice, *, but: "Member | None" = None) -> None:
         for member in self.members:
             if member.subscription.enqueues and member is not but:
-                self.at(ROUND_TRIP / 2, lambda member=member: member.hear(notice))
+                self.at(ROUND_TRIP / 2, partial(member.hear, notice))
 
     def call(self, caller: "Member") -> None:
         seats = [seat for seat, member in self.seats.items() if member is not caller]
         for seat in self.random.sample(seats, min(CALLED, len(seats))):
             member = self.seats[seat]
             if member.subscription.seat == seat:
-                self.at(ROUND_TRIP / 2, lambda m=member: m.hear(Notice(relief=True)))
+                self.at(ROUND_TRIP / 2, partial(member.hear, Notice(relief=True)))
 
     def take(self, member: "Member", exchange: Exchange, reply: Reply) -> None:
         if self.holder in (None, member):
@@ -214,21 +215,20 @@ class Member:
         match engine.step(fleet.now):
             case Exchange() as exchange:
                 self.is_busy = True
-                fleet.at(ROUND_TRIP / 2, lambda: self.arrive(exchange))
+                fleet.at(ROUND_TRIP / 2, partial(self.arrive, exchange))
             case Withdraw():
                 engine.withdrawn(self.waiting)
                 self.waiting.clear()
                 fleet.at(0.0, self.turn)
             case Sleep(until):
-                number = self.sleep
-                fleet.at(max(until - fleet.now, 1e-5), lambda: self.wake(number))
+                fleet.at(max(until - fleet.now, 1e-5), partial(self.wake, self.sleep))
             case Stop():
                 fleet.kill(self)
 
     def arrive(self, exchange: Exchange) -> None:
         if not self.is_dead:
             reply = self.fleet.carry_out(self, exchange)
-            self.fleet.at(ROUND_TRIP / 2, lambda: self.answer(reply))
+            self.fleet.at(ROUND_TRIP / 2, partial(self.answer, reply))
 
     def answer(self, reply: Reply) -> None:
         self.waiting.extend(self.engine.acknowledge(reply, self.fleet.now).run)
@@ -240,7 +240,7 @@ class Member:
             claimed = self.waiting.popleft()
             self.running += 1
             takes = self.takes[claimed.job.id]
-            self.fleet.at(takes, lambda claimed=claimed, takes=takes: self.end(claimed, takes))
+            self.fleet.at(takes, partial(self.end, claimed, takes))
 
     def end(self, claimed: Claimed, takes: float) -> None:
         self.running -= 1

@@ -51,9 +51,9 @@ from bgjob._engine.protocol import Exchange, Sweep
 from bgjob._engine.reply import Notice
 from bgjob._sql.claims import claim_any
 from bgjob._sql.execute import run as ask
-from bgjob._sql.notices import channel
+from bgjob._sql.notices import POSTS, channel, first_post
 from bgjob._sql.settlements import Claimed, Postponed, release_jobs
-from bgjob._worker import tasks
+from bgjob._worker import control, tasks
 from bgjob._worker.waker import Waker
 from bgjob.schema import init_sql
 
@@ -586,6 +586,46 @@ def test_an_idle_worker_relieves_the_one_that_was_shut_down(
         launcher.enqueue(str(n))
         observer.wait_for("completed", str(n))
         launcher.shutdown(worker)
+
+
+def fleet(launcher: Launcher, conn: psycopg.Connection, mux: Mux, spares: int) -> list[Any]:
+    """Start as many workers as are notified, and spares; wait until all have their places."""
+    workers = [
+        launcher.start(mux, observer=NoopObserver(), concurrency=1, poll_interval=NEVER)
+        for _ in range(POSTS + 1 + spares)
+    ]
+    seated = "select count(distinct pid) from pg_locks where locktype = 'advisory' and objid = %s"
+    last = (first_post("q") + 127) % 2**32
+    assert eventually(lambda: row(conn, seated, last) == (spares,))
+    return workers
+
+
+def test_spares_are_called_while_all_that_are_notified_are_busy(
+    launcher: Launcher, conn: psycopg.Connection
+) -> None:
+    gate, spares = Gate(), 3
+    fleet(launcher, conn, Mux().register("t", gate), spares)
+    for n in range(POSTS + 1 + spares):
+        launcher.enqueue(f"one {n}")
+        gate.wait()  # the others are busy, one after the other
+    gate.released.set()
+    assert all_done(conn)
+
+
+def test_an_idle_spare_leaves_a_server_that_comes_back_to_the_others(
+    launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "_LONGEST_PAUSE", NEVER)
+    workers = fleet(launcher, conn, Mux(), spares=2)
+    terminate_workers(conn)
+
+    def connected() -> int:
+        healths = [worker.health().queues["q"] for worker in workers]
+        return sum(health.is_connected for health in healths)
+
+    assert eventually(lambda: connected() == POSTS + 1)
+    asked = [launcher.run(worker.shutdown(timeout=NEVER)) for worker in workers]
+    assert asked == [True] * len(workers)
 
 
 # -- shutdown -----------------------------------------------------------------------------

@@ -274,6 +274,11 @@ class Engine:
         """What the worker has to be notified of."""
         return self._lookout.notify_lock.subscription
 
+    @property
+    def rarity(self) -> float:
+        """How many times as long as those of others its pauses may be: more than 1 for a spare."""
+        return 1.0 if self.unsettled else self._lookout.notify_lock.rarity
+
     def shutdown(self) -> None:
         """Stop claiming, release jobs that have not started, finish the others, stop."""
         self._stopping = True

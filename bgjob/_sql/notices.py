@@ -258,8 +258,9 @@ def leave_post() -> Statement[None]:
 def release_notify_lock(queue: str) -> Statement[None]:
     """Release the notify lock, and wake the workers that relied on it: one takes it next.
 
-    The session holds no other advisory locks than the deputy's and that of a post or seat. It may hold this one
-    twice: a rollback does not release it, so that a repeated statement takes it again.
+    The session holds no other advisory locks than the deputy's and those of a post or seat. It may
+    hold this one twice: a rollback does not release it, so that a repeated statement takes it
+    again.
     """
     return Statement(
         "select pg_advisory_unlock_all(), " + NOTIFY.format(channel="%(channel)s", payload="''"),

@@ -640,9 +640,20 @@ class QueueControl:
         self._was_silent |= isinstance(error, Silence)
         self._events.error(error)
         self._session.close()
-        self._engine.disconnect(monotonic())
+        now, rarity = monotonic(), self._engine.rarity
+        if rarity > 1.0:  # the server needs its time for those that others rely on
+            self._pause = _LONGEST_PAUSE * rarity
+            self._rest(now)
+        self._engine.disconnect(now)
+
+    def _rest(self, now: float) -> None:
+        """Leave the server alone for a while; not all workers of a fleet for the same time."""
+        self._reopen_at = now + self._pause * uniform(0.5, 1.0)  # noqa: S311
+        self._pause = max(self._pause, min(2 * self._pause, _LONGEST_PAUSE))
 
     def _reopen(self, now: float) -> None:
+        if self._give_up_at is not None and self._pause > _LONGEST_PAUSE:
+            self._pause, self._reopen_at = _FIRST_PAUSE, now  # a spare must not keep its program
         if now < self._reopen_at:
             # The waker is not armed: only a shutdown interrupts this.
             end = self._reopen_at
@@ -659,9 +670,7 @@ class QueueControl:
         except (psycopg.Error, BgjobError) as error:
             self._events.error(error)
             # From the begin of this attempt: where a host is silent, it took longer than the pause.
-            # And not all workers of a fleet at the same moments.
-            self._reopen_at = now + self._pause * uniform(0.5, 1.0)  # noqa: S311
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._rest(now)
         else:
             self._pause = _FIRST_PAUSE
             self._tell_warning()
