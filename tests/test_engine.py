@@ -19,6 +19,7 @@ from bgjob._handlers.route import NeedsKey
 from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, OpenTransactions
 from bgjob._sql.keys import Blocked
+from bgjob._sql.notices import Subscription
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
@@ -1189,15 +1190,59 @@ def test_a_worker_without_a_free_slot_leaves_its_post_after_a_second() -> None:
     assert drive.next_exchange().notify_lock is None  # it has none to leave
 
 
-def test_a_try_for_a_post_that_was_refused_is_not_made_again() -> None:
+def test_before_a_try_for_a_post_that_was_refused_is_made_again_the_worker_leaves_what_it_may_have() -> (
+    None
+):
     drive = Drive(notify=True)
     drive.claim()
     assert drive.exchange().asks_post
-    drive.engine.reject(drive.now)
-    drive.now += 10.0
-    while (exchange := drive.next_exchange()).notify_lock is None:
+    drive.engine.reject(drive.now)  # the locks outlive the transaction
+    asked = []
+    while "take" not in asked:
+        exchange = drive.next_exchange()
+        asked += [exchange.notify_lock] if exchange.notify_lock else []
         drive.answer()
-    assert not exchange.asks_post  # the lock may have outlived the transaction
+    assert (asked, exchange.asks_post, exchange.seat) == (["leave", "take"], True, None)
+
+
+@pytest.mark.parametrize("has_spares", [False, True])
+def test_a_worker_without_a_free_slot_is_not_disturbed_if_there_are_spares(
+    has_spares: bool,
+) -> None:
+    drive = Drive(notify=True, concurrency=2)
+    while isinstance(drive.step(), Exchange):
+        drive.answer(Reply(lock_answer="covered", has_post=True, has_spares=has_spares))
+    drive.engine.wake(Notice(later=True))
+    drive.claim("a")
+    assert drive.engine.subscription == Subscription()
+    drive.engine.wake(Notice(later=True))
+    busy_at = drive.now
+    drive.claim("b")
+    while (exchange := drive.next_exchange()).notify_lock != "leave":
+        drive.answer()
+    assert drive.engine.subscription == Subscription()
+    drive.answer()
+    assert drive.engine.subscription == Subscription(enqueues=not has_spares)
+    # Beside spares, the last slot is taken by a full claim, and there may be more.
+    assert (exchange.calls, drive.now - busy_at < 0.1) == (has_spares, has_spares)
+
+
+def test_a_spare_pauses_for_long_unless_it_has_jobs() -> None:
+    drive = Drive(notify=True, concurrency=2)
+    while isinstance(drive.step(), Exchange):
+        drive.answer(Reply(lock_answer="covered", has_post=False, seat=5, has_spares=True))
+    assert drive.engine.subscription == Subscription(enqueues=False, seat=5)
+    assert drive.engine.rarity >= 5.0
+    drive.engine.wake(Notice({0: NOON}))
+    [claimed] = drive.claim("a")
+    assert drive.engine.rarity == 1.0
+    drive.finish(claimed)
+    assert drive.engine.rarity == 1.0  # it has to settle
+    drive.settle()
+    assert drive.engine.rarity >= 5.0
+    drive.engine.disconnect(drive.now)
+    assert drive.engine.rarity == 1.0
+    assert drive.engine.subscription == Subscription()
 
 
 def test_a_lock_that_was_given_up_is_taken_without_a_word() -> None:

@@ -115,7 +115,7 @@ class Claims:
         free, has_more = self.has_room_for_others(now) and not waits, self._lookout.has_more
         wish = lock.wish(now, free=free, has_more=has_more)
         exchange.notify_lock = wish if wish != "take" or is_alone or is_idle else None
-        exchange.calls = has_more and wish in ("release", "leave")
+        exchange.calls = has_more and (wish == "release" or (wish == "leave" and lock.may_call))
         if exchange.notify_lock == "release":
             exchange.watch = "claims"  # from here on enqueues do not notify
         if exchange.notify_lock == "take":

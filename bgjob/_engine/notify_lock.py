@@ -102,7 +102,9 @@ class NotifyLock:
         self.subscription = Subscription()
         """What the worker has to be notified of."""
         self._has_spares = False  # when it tried last
-        self._may_call = False  # it was idle, beside spares
+        self.may_call = False
+        """Whether it was idle, beside spares, and has called none since."""
+        self._is_unknown = False  # whether it has a place
         self._take_at = -inf
         self._pause = _LOOK
         self._unneeded_since = inf
@@ -118,6 +120,8 @@ class NotifyLock:
             has_more: whether there are more jobs than the worker has claimed.
 
         """
+        if self._is_unknown:
+            return "leave"
         if free and not self._flows(now):
             self._unneeded_since = inf
             is_time = self._enabled and not self.is_held and now >= self._take_at
@@ -129,7 +133,7 @@ class NotifyLock:
 
     def _rest(self, *, has_more: bool) -> float:
         """Return the seconds without need after which to release the lock, or to leave."""
-        if self.is_held or (self._may_call and has_more):
+        if self.is_held or (self.may_call and has_more):
             return _RELEASE
         is_in_the_way = self.has_post or self.seat is not None or self._is_disturbed
         return _LEAVE if is_in_the_way else inf
@@ -142,7 +146,8 @@ class NotifyLock:
     @property
     def may_leave(self) -> bool:
         """Whether there is something to release, or to leave."""
-        return self.is_held or self.has_post or self._may_call or self._is_disturbed
+        has_place = self.has_post or self.seat is not None or self._is_unknown
+        return self.is_held or has_place or self.may_call or self._is_disturbed
 
     @property
     def seat(self) -> int | None:
@@ -161,6 +166,8 @@ class NotifyLock:
 
     def wake_at(self, now: float, *, free: bool, has_more: bool) -> float:
         """Return when `wish` may change."""
+        if self._is_unknown:
+            return now
         if self.is_held or not free:
             return self._unneeded_since + self._rest(has_more=has_more)
         if not self._enabled:
@@ -182,8 +189,8 @@ class NotifyLock:
         has_spares: bool = False,
     ) -> None:
         """Record the server's answer; after a try, its place, and whether there are spares."""
-        self._unneeded_since = inf
-        self._may_call = asked == "take" and has_spares
+        self._unneeded_since, self._is_unknown = inf, False
+        self.may_call = asked == "take" and has_spares
         self.has_post = asked == "take" and has_post
         self.is_held = asked == "take" and answer == "taken"
         self.is_covered = answer in ("covered", "deputy")
@@ -211,8 +218,8 @@ class NotifyLock:
             self._take_at = now + min(rest, self._poll_interval) * self.rarity
 
     def place_unknown(self) -> None:
-        """Record that a try was not answered: no second post or seat must be taken."""
-        self.has_post = True
+        """Record that a try was not answered: leave a place that it may have, or take no second."""
+        self.has_post, self._is_unknown = False, True
         self.subscription = Subscription()
 
     def arrived(self, jobs: int, now: float) -> None:
@@ -229,7 +236,7 @@ class NotifyLock:
         """Record that the connection is gone, and the lock with it."""
         self.is_held, self._take_at, self._unneeded_since = False, -inf, inf
         self.is_covered = self.is_deputy = self.relieves = self.has_post = False
-        self._has_spares = self._may_call = False
+        self._has_spares = self.may_call = self._is_unknown = False
         self.rarity, self.subscription = 1.0, Subscription()
 
     def _flows(self, now: float) -> bool:
