@@ -764,6 +764,32 @@ AMPLE = Limit(25)
 """One that fewer than all workers do not reach."""
 
 
+def test_a_worker_that_waits_for_its_limit_beside_free_slots_sleeps() -> None:
+    engine = Engine(
+        concurrency=2,
+        poll_interval=1.0,
+        lease=30.0,
+        notify=True,
+        tokens=count(1),
+        limit=Limit(rate="1/m"),
+        holder=1,
+    )
+    now, turns, end = 100.0, 0, 130.0
+    while now < end and turns < 200:
+        turns += 1
+        match engine.step(now):
+            case Exchange() as exchange:
+                now += 0.001
+                ration = Ration(None, 0, 0.5, end - now, NOON)
+                taken = "taken" if exchange.notify_lock == "take" else None
+                reply = Reply(lock_answer=taken, rations=[ration for _ in exchange.takes])
+                reply.lines = [Line(0, NOON, None, False, (), True)]
+                engine.acknowledge(reply, now)
+            case Sleep(until):
+                now = max(until, now)
+    assert turns < 200
+
+
 @pytest.mark.parametrize("limit", [*LIMITS, AMPLE, Limit(30, "900/s")], ids=str)
 @pytest.mark.parametrize("of_type", [False, True])
 @pytest.mark.parametrize("seed", range(6))

@@ -144,12 +144,13 @@ class Claims:
             self._lookout.look()
         return is_held_up
 
-    def wake_at(self, now: float, room: int) -> float:
+    def wake_at(self, now: float, room: int, *, waits: bool) -> float:
         """Return when to claim, sweep, or take or release the notify lock without an event."""
         claims = not self.is_held_up(now) and room > 0
+        free = self.has_room_for_others(now) and not waits
         return min(
             self._isolation.wake_at(now) if self._isolation.is_needed else inf,
-            self._lookout.wake_at(now, claims=claims, free=self.has_room_for_others(now)),
+            self._lookout.wake_at(now, claims=claims, free=free),
         )
 
     # -- answers ---------------------------------------------------------------------------

@@ -502,7 +502,8 @@ class Engine:
             room = self._worthwhile_room()
             limit = self.throttle.queue
             allowed = min(room, self.throttle.most(now))
-            times += [self._claims.wake_at(now, allowed), self.pace.stale_at]
+            waits = self.throttle.waits_for_ration(now)
+            times += [self._claims.wake_at(now, allowed, waits=waits), self.pace.stale_at]
             if limit.is_on:
                 times.append(limit.wake_at(wants_claim=self._claims.wants(now, room)))
             if self.throttle.has_types:
