@@ -1069,3 +1069,11 @@ def test_statements_are_sent_in_one_place() -> None:
         if isinstance(node.value, ast.Name) and node.value.id == "statement"
     }
     assert senders == {"_sql/execute.py", "_sql/paramstyles.py"}
+
+
+def test_a_module_of_over_400_lines_says_why() -> None:
+    package = Path(bgjob.__file__).parent
+    for path in package.rglob("*.py"):
+        source = path.read_text("utf-8")
+        text = ast.get_docstring(ast.parse(source)) or ""
+        assert len(source.splitlines()) <= 400 or "400 lines" in " ".join(text.split()), path

@@ -1,4 +1,7 @@
-"""Settle claimed jobs: what a result does to the row, as statements for many jobs at once."""
+"""Settle claimed jobs: what a result does to the row, as statements for many jobs at once.
+
+The module has over 400 lines because these statements are put together from the same parts.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -2,6 +2,9 @@
 
 A task without a job gives up its slot and ends. With a job whose handler is plain, the slot
 moves to a thread.
+
+The module has over 400 lines because a task may be cancelled at each await, and what keeps its slot
+and its job then has to be beside it.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """What each page shows: a template gets one of these values as `view`, JSON is made of it.
 
-The module has over 300 lines because each page is here, beside the others; `parts` are its rows.
+The module has over 400 lines because each page is here, beside the others; `parts` are its rows.
 
 Times are aware datetimes. Names and texts are as they are in the database: the templates escape
 them. Payloads and errors are redacted already. A field with `Trouble` in its type could not be
