@@ -17,7 +17,8 @@ from memory import resident
 from typing_extensions import override
 from work import PATIENCE, QUEUE
 
-from bgjob import BgjobError, Client, Job, Mux, NoopObserver, Worker
+from bgjob import BgjobError, Client, Job, Limit, Mux, NoopObserver, Worker
+from bgjob.limit import Scope
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -51,6 +52,8 @@ class Plan:
     handler_s: float = 0.0
     """How long a handler waits."""
     notes_starts: bool = False
+    limit_of: tuple[Scope, Limit] | None = None
+    """A limit of the queue, or of the jobs' type, over all processes."""
 
 
 class Replicas:
@@ -123,6 +126,7 @@ def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     errors, starts, workers = _Errors(), list[tuple[str, float]](), list[Worker]()
     ran = [0] * plan.workers
+    limits = dict([plan.limit_of] if plan.limit_of else [])
 
     def mux(number: int) -> Mux:
         def handler(job: Job) -> None:
@@ -132,7 +136,7 @@ def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
                 sleep(plan.handler_s)
             ran[number] += 1  # one thread at a time, as far as a count of shares needs
 
-        return Mux().register("noop", handler)
+        return Mux().register("noop", handler, limit=limits.get("type"))
 
     with Client(dsn) as client:
         pipe.send(None)
@@ -146,6 +150,7 @@ def _serve(pipe: Connection, dsn: str, plan: Plan) -> None:
                             mux(number),
                             concurrency=plan.concurrency,
                             observer=errors,
+                            limits=limits.get("queue"),
                         )
                         workers.append(worker)
                     _each(workers, partial(_run, errors=errors))
