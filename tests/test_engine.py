@@ -1227,6 +1227,20 @@ def test_a_worker_without_a_free_slot_is_not_disturbed_if_there_are_spares(
     assert (exchange.calls, drive.now - busy_at < 0.1) == (has_spares, has_spares)
 
 
+@pytest.mark.parametrize("has_spares", [False, True])
+def test_while_jobs_flow_spares_are_called_before_anything_is_sent_ahead(has_spares: bool) -> None:
+    drive = Drive(notify=True, concurrency=2)
+    drive.engine.bulky = 1
+    while isinstance(drive.step(), Exchange):
+        drive.answer(Reply(lock_answer="covered", has_post=True, has_spares=has_spares))
+    drive.engine.wake(Notice({0: NOON}))
+    drive.finish(*drive.claim("a", "b"), took=1e-6)
+    claimed = flowing(drive, *map(str, range(10)))
+    drive.exchange()
+    drive.finish(claimed[0], took=1e-6)
+    assert (drive.engine.ahead(drive.now) is None) is has_spares
+
+
 def test_a_spare_pauses_for_long_unless_it_has_jobs() -> None:
     drive = Drive(notify=True, concurrency=2)
     while isinstance(drive.step(), Exchange):

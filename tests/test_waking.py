@@ -15,7 +15,7 @@ from bgjob._engine.outcome import Outcome
 from bgjob._engine.protocol import Claim, Exchange, Sleep, Stop, Sweep, Withdraw
 from bgjob._engine.reply import Notice, Reply
 from bgjob._sql.claims import Swept
-from bgjob._sql.notices import CALLED, POSTS, SEATS, Subscription
+from bgjob._sql.notices import CALLED, POSTS, Subscription
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.survey import Line
 from bgjob.job import Job
@@ -23,6 +23,7 @@ from bgjob.result import Complete
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ROUND_TRIP = 0.001
+SEATS = 64  # fewer than there are: a simulated fleet is small
 POLL = 1.0
 NOTIFIED = POSTS + 1
 """The most idle workers that are notified of an enqueue: the holder, and those with a post."""

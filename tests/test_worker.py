@@ -595,7 +595,7 @@ def fleet(launcher: Launcher, conn: psycopg.Connection, mux: Mux, spares: int) -
         for _ in range(POSTS + 1 + spares)
     ]
     seated = "select count(distinct pid) from pg_locks where locktype = 'advisory' and objid = %s"
-    last = (first_post("q") + 127) % 2**32
+    last = (first_post("q") + 511) % 2**32
     assert eventually(lambda: row(conn, seated, last) == (spares,))
     return workers
 

@@ -410,6 +410,7 @@ class Engine:
             self._careful
             or self._stopping
             or self._lookout.notify_lock.is_held
+            or self._lookout.notify_lock.may_call
             or self._cancels
             or self._doomed
             or self._settling.has_releases

@@ -20,7 +20,7 @@ the locks, ten times as rarely, at times of its own, and is not notified. Each p
 of five statements; 2,000 workers that polled once a second used more than one core of the server,
 and when each of them looked after each enqueue, both cores for minutes (benchmarks/fleet.py).
 
-So that no job waits beside an idle spare, some spares can be called: a queue has 64 seats, and who
+So that no job waits beside an idle spare, some spares can be called: a queue has 240 seats, and who
 has one is notified when its number is called. It tries for the lock, and claims. A worker that was
 idle calls two of them when its slots are taken and its last claim was full. So one of them takes
 the lock if all that are notified are busy, and as long as there are more jobs, twice as many

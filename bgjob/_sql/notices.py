@@ -24,7 +24,7 @@ BUCKETS = 128
 POSTS = 16
 """The posts of a queue: so many of its idle workers poll at the poll interval, others rarely."""
 
-SEATS = 64
+SEATS = 240
 """The seats of a queue: so many of its spares can be called."""
 
 CALLED = 2
@@ -39,7 +39,7 @@ _CANCELS = "bgjob_cancel_"
 _CALLS: LiteralString = "bgjob_call_"
 """The prefix of a seat's channel; its key follows."""
 
-_PLACES = 128
+_PLACES = 512
 """The keys of a queue's posts and seats, and of what the seated share: a power of two."""
 
 BY_HAND = "bgjob"
