@@ -122,7 +122,7 @@ class NotifyLock:
         """
         if self._is_unknown:
             return "leave"
-        if free and not self._flows(now):
+        if free and not has_more and not self._flows(now):
             self._unneeded_since = inf
             is_time = self._enabled and not self.is_held and now >= self._take_at
             return "take" if is_time else None
@@ -168,7 +168,7 @@ class NotifyLock:
         """Return when `wish` may change."""
         if self._is_unknown:
             return now
-        if self.is_held or not free:
+        if self.is_held or not free or has_more:
             return self._unneeded_since + self._rest(has_more=has_more)
         if not self._enabled:
             return inf
