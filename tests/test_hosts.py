@@ -1,17 +1,22 @@
 """A connection string with several hosts: in which order they are tried."""
 
 import asyncio
+import gc
+import socket
 from collections.abc import Iterator
+from contextlib import closing
 
 import psycopg
 import pytest
+from psycopg.errors import ConnectionTimeout
 from psycopg.conninfo import make_conninfo
 from support.clients import Colour
-from support.waiting import eventually
+from support.waiting import PATIENCE, eventually
 from support.workers import Launcher
 
 from bgjob import Complete, EnqueueRequest, Job, Mux
 from bgjob._postgres import hosts as order
+from bgjob._postgres.connection import AsyncConnection, Connection
 from bgjob._postgres.pool import AsyncPooledConnection, PooledConnection
 from faults.proxy import Proxy
 
@@ -117,3 +122,31 @@ def test_a_host_that_does_not_answer_is_the_last_one_until_another_was_connected
         tried.append(settings["host"])
         order.not_connected(settings)
     assert tried == ["a,b,c", "b,c,a", "b,c,a"]
+
+
+def test_a_connection_that_was_given_up_is_closed_while_its_error_is_kept() -> None:
+    # An error of a program's log, or of a health report, may be kept for long; and psycopg's own
+    # cycles of references wait for the collector, which is off here.
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        host, port = server.getsockname()
+        given = {"host": host, "port": port, "user": "u", "dbname": "d", "connect_timeout": 2}
+
+        async def both() -> list[object]:
+            connects = (
+                asyncio.to_thread(Connection.connect, **given),
+                AsyncConnection.connect(**given),
+            )
+            return await asyncio.gather(*connects, return_exceptions=True)
+
+        gc.disable()
+        try:
+            errors = asyncio.run(both())
+            for _ in errors:
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.settimeout(PATIENCE)
+                    while accepted.recv(1000):
+                        pass  # until it is closed
+        finally:
+            gc.enable()
+    assert [type(error) for error in errors] == [ConnectionTimeout] * 2

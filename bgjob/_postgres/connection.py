@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import re
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from math import ceil, inf
 from typing import Any, Self, TypeAlias, cast
@@ -257,8 +258,9 @@ class Connection(psycopg.Connection[Any]):
         kwargs = hosts.ordered(kwargs)
         try:
             connection = super().connect(*args, **kwargs)
-        except psycopg.OperationalError:
+        except psycopg.OperationalError as error:
             hosts.not_connected(kwargs)
+            _forget_attempt(error)
             raise
         hosts.connected(kwargs, connection)
         return connection
@@ -280,8 +282,9 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
         kwargs = hosts.ordered(kwargs)
         try:
             connection = await super().connect(*args, **kwargs)
-        except psycopg.OperationalError:
+        except psycopg.OperationalError as error:
             hosts.not_connected(kwargs)
+            _forget_attempt(error)
             raise
         hosts.connected(kwargs, connection)
         return connection
@@ -289,6 +292,16 @@ class AsyncConnection(psycopg.AsyncConnection[Any]):
     @override
     async def wait(self, gen: PQGen[RV], *args: Any, **kwargs: Any) -> RV:
         return await super().wait(_patient(gen, self), *args, **kwargs)
+
+
+def _forget_attempt(error: psycopg.OperationalError) -> None:
+    """Close the connection of an attempt that timed out.
+
+    psycopg leaves it to the garbage collector: its variables are in the traceback, and that is in
+    one of them. A server that answers late then keeps a session for each attempt, until it has no
+    more for anybody (benchmarks/fleet.py).
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 def _give_up(connection: Connection | AsyncConnection, gen: PQGen[Any]) -> None:
