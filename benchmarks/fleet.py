@@ -35,6 +35,9 @@ _OUTAGE = 10.0
 _EVERY = 0.05
 """Seconds between two looks at the sessions."""
 
+_RARELY = 1.0
+"""The same while a fleet comes back."""
+
 _KINDS = {
     "beats": "%update bgjob_worker%",
     "sweeps": "%bgjob_job%freed%",
@@ -205,7 +208,7 @@ class _Fleet:
         began = monotonic()
         with _sessions(self._dsn) as sessions:
             while max(sessions, default=0) < self._workers or not self._are_connected():
-                sleep(_EVERY)
+                sleep(_RARELY)  # each look asks all workers
                 if monotonic() > began + PATIENCE:
                     raise RuntimeError(f"{sessions[-1]} of {self._workers} workers came back")
             took = monotonic() - began
@@ -280,18 +283,17 @@ def _said(part: str, figures: Figures) -> Figures:
 
 @contextmanager
 def _sessions(dsn: str) -> Iterator[list[int]]:
-    """Count the sessions again and again meanwhile, without the counting one."""
+    """Count the workers' sessions again and again meanwhile."""
     counts: list[int] = []
     with psycopg.connect(dsn, autocommit=True, row_factory=scalar_row) as connection:
-        began = _count(connection)
-        with _meanwhile(lambda: counts.append(_count(connection) - began), _EVERY):
+        with _meanwhile(lambda: counts.append(_count(connection)), _EVERY):
             yield counts
-        counts.append(_count(connection) - began)
+        counts.append(_count(connection))
 
 
 def _count(connection: psycopg.Connection[int]) -> int:
     count = connection.execute(
-        "select count(*) from pg_stat_activity where backend_type = 'client backend'"
+        "select count(*) from pg_stat_activity where application_name = 'bgjob'"
     ).fetchone()
     assert count is not None
     return count
