@@ -121,7 +121,7 @@ def _drain(
     """
     dsn = _fresh(admin, dsn)
     slots = sum(plan.workers * plan.concurrency for plan in plans)
-    rate = _FASTEST if len(plans) * plans[0].workers <= 2 else _FASTEST_OF_MANY
+    rate = float(_FASTEST if len(plans) * plans[0].workers <= 2 else _FASTEST_OF_MANY)
     if plans[0].handler_s:
         rate = min(rate, slots / plans[0].handler_s)
     with replicas.running(dsn, plans) as workers:

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
 import psycopg
@@ -131,7 +131,7 @@ def test_a_connection_that_was_given_up_is_closed_while_its_error_is_kept() -> N
         host, port = server.getsockname()
         given = {"host": host, "port": port, "user": "u", "dbname": "d", "connect_timeout": 2}
 
-        async def both() -> list[object]:
+        async def both() -> Sequence[object]:
             connects = (
                 asyncio.to_thread(Connection.connect, **given),
                 AsyncConnection.connect(**given),

@@ -66,9 +66,9 @@ _MOMENT = 0.001
 """Seconds for a thread that is handed jobs: it needs the interpreter, and may be quick."""
 
 _YIELD = 1e-5
-"""The same where other work waits: any sleep passes the interpreter on. Without it this thread would
-keep it until it waits for the server, and a place of a limit was empty for 1.8 ms between two jobs
-instead of 0.5 (benchmarks/limits.py)."""
+"""The same where other work waits: any sleep passes the interpreter on. Without it this thread
+keeps it until it waits for the server, and a place of a limit was empty for 1.8 ms between two
+jobs instead of 0.5 (benchmarks/limits.py)."""
 
 _DOZE = 0.002
 """Seconds in which the ends of jobs that need no exchange are collected together, while others wait
