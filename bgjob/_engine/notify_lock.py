@@ -22,9 +22,9 @@ and when each of them looked after each enqueue, both cores for minutes (benchma
 
 So that no job waits beside an idle spare, some spares can be called: a queue has 240 seats, and who
 has one is notified when its number is called. It tries for the lock, and claims. A worker that was
-idle calls two of them when its slots are taken and its last claim was full. So one of them takes
-the lock if all that are notified are busy, and as long as there are more jobs, twice as many
-workers are awake after each round. A holder that ends calls, too.
+idle calls two of them when its claims have been full for 10 ms. So one of them takes the lock if
+all that are notified are busy, and as long as there are more jobs, twice as many workers are awake
+after each round. A holder that ends calls, too.
 
 A spare without a seat finds within ten polls that a seat or a post is free. Beside spares, a worker
 that has had no free slot for a second is not notified of enqueues. What a worker is notified of
@@ -74,7 +74,7 @@ _SPARE = 10.0
 
 _RELEASE = 0.01
 """Seconds without need of notifications before the worker releases the lock, which notifies, or
-calls spares."""
+calls spares. While its claims are full it needs none."""
 
 _FADE = 0.1
 """Seconds in which the estimated flow falls to a third."""
