@@ -1,5 +1,6 @@
 """A worker that cannot start raises in time; one with a fault goes on, or ends with an error."""
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -7,8 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -21,6 +24,7 @@ from support.workers import Launcher, Gate, Recorder
 
 import bgjob._worker.control
 from bgjob import Client, Job, MoveToDlq, Mux, SchemaError, Worker
+from bgjob._cli.worker.served import Serving
 from bgjob._engine.protocol import Exchange
 from bgjob._postgres.cursor import Cursor
 from bgjob._sql.session import schema_comment
@@ -369,3 +373,27 @@ def test_whatever_is_raised_before_an_exchange_is_sent_is_a_refusal_of_that_exch
     spoiled.clear()
     assert eventually(lambda: row(conn, ids) == (0,))
     assert done.count("bad") == 1
+
+
+def test_a_worker_can_say_how_it_ended_after_its_programs_loop_was_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # asyncio cancels the main task, and what it waits for with it.
+    serving = object.__new__(Serving)
+    served = SimpleNamespace(works=Future[bool](), ended=Future[None]())
+
+    def begin(*_: object) -> None:
+        serving._served = [served]  # type: ignore[list-item]
+
+    monkeypatch.setattr(serving, "_begin", begin, raising=False)
+
+    async def stop() -> None:
+        task = asyncio.create_task(serving._run_on_loop([]))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(stop())
+    served.works.set_result(True)
+    asyncio.run(stop())
+    served.ended.set_result(None)

@@ -143,8 +143,9 @@ class Serving:
         workers = loaded if isinstance(loaded, Sequence) else await self._make(loaded)
         self._begin(workers, asyncio.get_running_loop())
         for served in self._served:
-            if await asyncio.wrap_future(served.works):
-                await asyncio.wrap_future(served.ended)
+            # Where the loop is stopped under it, the worker still has to say what became of it.
+            if await asyncio.shield(asyncio.wrap_future(served.works)):
+                await asyncio.shield(asyncio.wrap_future(served.ended))
                 if isinstance(served.worker, AsyncWorker):
                     await served.worker.shutdown()  # it waits for the cancelled handlers
                 else:

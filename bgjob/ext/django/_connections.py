@@ -80,7 +80,7 @@ async def _own_thread() -> AsyncIterator[None]:
                 # would be to wait for it in the loop.
                 closing = executor.submit(_end_thread)
                 executor.shutdown(wait=False)
-                await asyncio.wrap_future(closing)
+                await asyncio.shield(asyncio.wrap_future(closing))
         finally:
             await own.__aexit__(None, None, None)
 
