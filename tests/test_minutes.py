@@ -255,6 +255,7 @@ def test_days_that_are_no_positive_number_are_refused(days: Any) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("within_a_minute")
 def test_a_report_adds_up_by_queue_by_type_and_all_together(
     client: Any, conn: psycopg.Connection
 ) -> None:
@@ -288,6 +289,7 @@ def test_a_report_adds_up_by_queue_by_type_and_all_together(
     assert client.minutes(60, type="u").series == ()
 
 
+@pytest.mark.usefixtures("within_a_minute")
 def test_a_chart_has_a_bar_for_each_step_up_to_the_current_one(
     client: Any, conn: psycopg.Connection
 ) -> None:
@@ -341,6 +343,7 @@ def test_without_the_table_the_report_names_it(client: Any, conn: psycopg.Connec
         client.minutes()
 
 
+@pytest.mark.usefixtures("within_a_minute")
 def test_bgjob_stats_shows_what_ended(
     dsn: str, conn: psycopg.Connection, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,6 +378,13 @@ FILL: LiteralString = """
 
 def fill(conn: psycopg.Connection, jobs: int) -> None:
     conn.execute(FILL, {"jobs": jobs})
+
+
+@pytest.fixture
+def within_a_minute(conn: psycopg.Connection) -> None:
+    """The server's minute does not end for some seconds: what is written and read is of one."""
+    second = "select extract(second from clock_timestamp())"
+    assert eventually(lambda: row(conn, second) < (56,))
 
 
 def put(conn: psycopg.Connection, queue: str, type_: str, minutes: int, **counts: float) -> None:

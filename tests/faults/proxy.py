@@ -130,7 +130,7 @@ class Service:
         while tasks := [*self._tasks]:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=0.5)  # asyncio may lose a cancellation
         for writer in self._writers:
             reset(writer)
         await asyncio.sleep(0)  # the transports that were aborted close now
