@@ -16,6 +16,9 @@ from bgjob.result import Retry
 _MOMENT = 0.002
 """Seconds before the sweep that follows a claim which found jobs."""
 
+_SOON = 1.0
+"""Seconds within which a surveyed job may be the one whose time has come by the worker's clock."""
+
 _FEW = 50
 """The most jobs of an exchange that takes as long as one without any."""
 
@@ -202,8 +205,12 @@ class Lookout:
         waits = [line.wait for line in reply.lines if line.wait is not None]
         due_at = now + max(min(waits), 0.0) if waits else inf
         if self.notify_lock.is_spare:
-            # Others know it too, and call. Of what the spare itself put back only it knows.
-            due_at = self._due_at if self._due_at > now else inf
+            # Others know it too, and call. Of what the spare itself put back only it knows; the
+            # server's clock may say that it is due a moment later.
+            if self._due_at > now:
+                due_at = self._due_at
+            elif due_at > now + _SOON:
+                due_at = inf
         if sweep.limit:
             self._due_at = due_at
         else:
