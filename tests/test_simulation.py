@@ -1931,6 +1931,10 @@ def test_every_promise_is_kept_in_every_history(chunk: int) -> None:
         replay(seed)
 
 
+def test_a_spare_does_not_forget_what_it_put_back_and_looked_for_a_moment_too_early() -> None:
+    replay(100146)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("chunk", range(MANY_CHUNKS))
 def test_every_promise_is_kept_in_many_more_histories(chunk: int) -> None:
