@@ -31,12 +31,13 @@ _SLEEP = 0.005
 """Seconds of a job that is not a no-op."""
 
 _SLEEP_OF_MANY = 0.02
-"""The same for many workers: two processors run a tenth of their jobs of 5 ms."""
+"""The same for many workers, whose jobs of 5 ms are more than two processors can run."""
 
 _FASTEST = 80_000
 """No-op jobs a second of few workers, at most."""
 
 _FASTEST_OF_MANY = 40_000
+"""The same of many workers."""
 
 _GROWING = 4.0
 """Seconds in which the claims of all workers grow from one job to as many as they will have."""

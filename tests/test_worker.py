@@ -51,7 +51,7 @@ from bgjob._engine.protocol import Exchange, Sweep
 from bgjob._engine.reply import Notice
 from bgjob._sql.claims import claim_any
 from bgjob._sql.execute import run as ask
-from bgjob._sql.notices import POSTS, channel, first_post
+from bgjob._sql.notices import POSTS, _seated, channel
 from bgjob._sql.settlements import Claimed, Postponed, release_jobs
 from bgjob._worker import control, tasks
 from bgjob._worker.waker import Waker
@@ -595,8 +595,7 @@ def fleet(launcher: Launcher, conn: psycopg.Connection, mux: Mux, spares: int) -
         for _ in range(POSTS + 1 + spares)
     ]
     seated = "select count(distinct pid) from pg_locks where locktype = 'advisory' and objid = %s"
-    last = (first_post("q") + 511) % 2**32
-    assert eventually(lambda: row(conn, seated, last) == (spares,))
+    assert eventually(lambda: row(conn, seated, _seated("q") % 2**32) == (spares,))
     return workers
 
 
@@ -615,15 +614,22 @@ def test_spares_are_called_while_all_that_are_notified_are_busy(
 def test_an_idle_spare_leaves_a_server_that_comes_back_to_the_others(
     launcher: Launcher, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pauses: list[float] = []
+
+    def longest(_: float, most: float) -> float:
+        pauses.append(most)
+        return most
+
     monkeypatch.setattr(control, "_LONGEST_PAUSE", NEVER)
     workers = fleet(launcher, conn, Mux(), spares=2)
+    monkeypatch.setattr(control, "uniform", longest)
     terminate_workers(conn)
 
     def connected() -> int:
         healths = [worker.health().queues["q"] for worker in workers]
         return sum(health.is_connected for health in healths)
 
-    assert eventually(lambda: connected() == POSTS + 1)
+    assert eventually(lambda: len(pauses) == 2 and connected() == POSTS + 1)
     asked = [launcher.run(worker.shutdown(timeout=NEVER)) for worker in workers]
     assert asked == [True] * len(workers)
 

@@ -166,6 +166,9 @@ The vocabulary
     careful     after a refusal: the next exchanges carry one kind of work each, so that the
                 kind that is refused does not stop the others
     notify lock while an idle worker holds it, enqueues to the queue notify
+    post        an idle worker with one polls at the poll interval, and is notified of enqueues
+    spare       an idle worker that found all posts taken: it polls rarely; others call it
+    seat        a spare with one can be called
     suspect     a job that two workers died with
     ration      what the worker has taken of a limit: places and tokens
     aside       in the table, where no usual claim meets it: a job that waits for its key, or for

@@ -271,7 +271,7 @@ class Engine:
 
     @property
     def subscription(self) -> Subscription:
-        """What the worker has to be notified of."""
+        """The notifications that the worker needs."""
         return self._lookout.notify_lock.subscription
 
     @property

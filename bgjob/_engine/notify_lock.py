@@ -20,16 +20,16 @@ the locks, ten times as rarely, at times of its own, and is not notified. Each p
 of five statements; 2,000 workers that polled once a second used more than one core of the server,
 and when each of them looked after each enqueue, both cores for minutes (benchmarks/fleet.py).
 
-So that no job waits beside an idle spare, some spares can be called: a queue has 240 seats, and who
-has one is notified when its number is called. It tries for the lock, and claims. A worker that was
+So that no job waits beside an idle spare, some spares can be called: a queue has 240 seats, each
+with a channel of its own. A spare that is called tries for the lock, and claims. A worker that was
 idle calls two of them when its claims have been full for 10 ms. So one of them takes the lock if
-all that are notified are busy, and as long as there are more jobs, twice as many workers are awake
-after each round. A holder that ends calls, too.
+all notified workers are busy; and as long as there are more jobs, each round doubles the number of
+workers that are awake. A holder that ends calls, too.
 
-A spare without a seat finds within ten polls that a seat or a post is free. Beside spares, a worker
-that has had no free slot for a second is not notified of enqueues. What a worker is notified of
-changes after the answer that says so. Then it looks once more, so that nothing is missed in
-between.
+A spare without a seat takes one, or a post, within ten polls of the moment at which one is free.
+Beside spares, a worker that has had no free slot for a second is not notified of enqueues. The
+answer to an exchange changes the worker's subscription. It looks once more after it has subscribed,
+so that it misses nothing in between.
 
 Enqueues that do not commit keep all workers from taking the lock. Then, too, only the deputy
 tries often; the others poll.
@@ -100,7 +100,7 @@ class NotifyLock:
         self.rarity = 1.0
         """How many poll intervals lie between two polls: more than one for a spare."""
         self.subscription = Subscription()
-        """What the worker has to be notified of."""
+        """The notifications that the worker needs."""
         self._has_spares = False  # when it tried last
         self.may_call = False
         """Whether it was idle, beside spares, and has called none since."""

@@ -1,8 +1,7 @@
 """Notifications of enqueues: a lock and a channel for each bucket of queues.
 
-A session listens to up to three kinds of channels: cancels, always; enqueues, but for spares and
-workers that are busy; and calls, if it has a seat. `_engine/notify_lock.py` says who does what. A
-notification costs the server 5 µs for each session of its database that listens to anything.
+A session listens to up to three kinds of channels: cancels, always; enqueues, unless it is a spare
+or has been busy; and calls, if it has a seat. `_engine/notify_lock.py` has the rules.
 """
 
 from collections.abc import Sequence
@@ -80,10 +79,10 @@ def cancel_channel(queue: str) -> str:
 
 
 class Subscription(NamedTuple):
-    """What a session is notified of, besides cancelled claims."""
+    """The notifications that a session receives, besides those of cancelled claims."""
 
     enqueues: bool = True
-    """Whether of enqueues, and of releases of the notify lock."""
+    """Whether those of enqueues, and of releases of the notify lock."""
     seat: int | None = None
     """The key of the seat at which the worker can be called."""
 

@@ -143,7 +143,8 @@ class Serving:
         workers = loaded if isinstance(loaded, Sequence) else await self._make(loaded)
         self._begin(workers, asyncio.get_running_loop())
         for served in self._served:
-            # Where the loop is stopped under it, the worker still has to say what became of it.
+            # Shielded: if the loop is stopped, asyncio cancels this task, and with it would cancel
+            # the futures that the worker's threads still set.
             if await asyncio.shield(asyncio.wrap_future(served.works)):
                 await asyncio.shield(asyncio.wrap_future(served.ended))
                 if isinstance(served.worker, AsyncWorker):
