@@ -751,11 +751,13 @@ class History:
         self.lines = Lines(self.waiting, lambda: self.now)
         self.granted_at: dict[Key, float] = {}
         self.key_free_since: dict[str, float] = {}
-        self.cut: set[str] = set()  # the keys of which a job was replaced that was not claimed
+        self.cut: set[str] = set()
+        """The keys of which a job that was not claimed was replaced, or cancelled while it waited."""
         self.turns = 0  # with a connection
         self.lost_since: dict[Claimed, int] = {}
-        self.given_back: dict[Key, tuple[str, int, float]] = {}
-        """By claim, of jobs with keys that did not start: key, due time, and when."""
+        self.given_back: dict[Key, tuple[str, int, float, set[Key]]] = {}
+        """By claim, of jobs with keys that did not start: key, due time, when, and the claims that
+        had been handed out beside it."""
         self.hindered = 0.0 if calm else self.fates.choice([0.0, 0.0, 0.02])  # handlers
         self.busy = 0
         self.call_of: dict[Key, int] = {}  # by job: the call that it runs in
@@ -973,6 +975,9 @@ class History:
         id_ = self.cancels.choice(ids)
         if id_ in self.table.barred:
             return  # it is told as locked
+        row = self.table.rows[id_]
+        if row.key is not None and row.waits:
+            self.cut.add(row.key)
         key = self.table.cancel(id_, at=self.now)
         if key is not None:
             self.live.pop(key, None)
@@ -1149,10 +1154,11 @@ class History:
     def _give_back(self, claims: list[Claimed]) -> None:
         self.withdrawn.update((c.job.id, c.token) for c in claims)
         self.group -= {(c.job.id, c.token) for c in claims}
+        beside = {(c.job.id, c.token) for c in self.waiting}
         for job, token, _ in claims:
             if job.exclusive is not None:
                 due = (job.next_run_at - EPOCH) // MICROSECOND
-                self.given_back[job.id, token] = job.exclusive, due, self.now
+                self.given_back[job.id, token] = job.exclusive, due, self.now, beside
 
     def _check_key(self, claimed: Claimed) -> None:
         """Of each key one job runs at a time, here and elsewhere, and in the due order."""
@@ -1180,10 +1186,10 @@ class History:
             before = (each.job.next_run_at, each.job.id) < (job.next_run_at, job.id)
             late = self.granted_at[each.job.id, each.token] > self.granted_at[job.id, token]
             promise(late or not (is_same and before), f"{job.id}: runs before {each.job.id}")
-        for (id_, its_token), (key, at, when) in self.given_back.items():
+        for (id_, its_token), (key, at, when, beside) in self.given_back.items():
             row = self.table.rows.get(id_)
             is_back = row is not None and (row.has_gone_back or row.token == its_token)
-            is_back = is_back and key == job.exclusive
+            is_back = is_back and key == job.exclusive and (job.id, token) not in beside
             after = (at, id_) < (due, job.id) and when > self.granted_at[job.id, token]
             promise(not (is_back and after), f"{job.id}: overtakes {id_}, which was given back")
 
@@ -1830,7 +1836,7 @@ class History:
             # A slot that this worker has no room for is left to others, when they poll at the latest.
             ours = self.table.holds(key).get(0)
             is_full = ours is not None and self.table.used(ours) == self.concurrency
-            # That they need not wait for a job which was replaced, and is due later, a sweep finds.
+            # That they need not wait for a job which is gone or due later by now, a sweep finds.
             is_polled = is_full or key in self.cut
             rest = max(self.poll_interval, REST * self.longest_pass)
             most = 0.3 + is_polled * (rest + self.longest_pass)
