@@ -1428,6 +1428,8 @@ class History:
                 return ahead
             case "rejected":
                 self.refused_at = self.now
+                if isinstance(exchange.claim, Sweep):  # the next one rests for as long as it took
+                    self.slow_until = max(self.slow_until, self.now + took)
                 if exchange.abandon:  # once more by itself, and it is left alone
                     self.abandon_refusals += 1 + (self.engine._careful > 0)
                 self.engine.reject(self.now)
@@ -1461,7 +1463,7 @@ class History:
             took += self.sweeps_take * self._share(exchange.claim.window)
         if not self.peace and random.random() < self.slow:
             took = random.choice([0.05, 0.5, self.lease]) * random.random()
-            self.slow_until = self.now + took
+            self.slow_until = max(self.slow_until, self.now + took)
             if took > self.lease / 6:
                 self.disturbed_at = self.now + took
         return took
@@ -1827,7 +1829,12 @@ class History:
             held = {c for holder in self.table.holds(key).values() for c in holder.claims}
             rows = [row for row in rows if (row.id, row.token) not in held]
             first = min(rows, key=lambda row: (row.due, row.id), default=None)
-            if first is None or not first.waits or not self.table.room(key):
+            chain = self.engine._keys._chains.get(key)
+            # Of a job that was cancelled it may hear no sooner than by its next extension.
+            is_deaf = chain is not None and any(
+                claim in self.table.fenced and claim not in held for claim in chain.running
+            )
+            if first is None or not first.waits or not self.table.room(key) or is_deaf:
                 self.key_free_since.pop(key, None)
                 self.cut.discard(key)
                 continue
