@@ -744,6 +744,22 @@ def test_the_doctor_looks_at_the_latest_dead_jobs_only(
     check_each(plans, {"died": Hot(backlog.died(), backlog.MOST_DEAD)})
 
 
+@pytest.mark.parametrize("priorities", [1, 2])
+def test_a_claim_reads_the_snapshot_once_and_not_for_each_row_that_others_claim(
+    dsn: str, conn: psycopg.Connection, priorities: int
+) -> None:
+    conn.execute(FILL, {"jobs": 100})
+    enter_session(conn)
+    with psycopg.connect(dsn) as other:
+        other.execute("update bgjob_job set lease_until = now()")
+        marks = dict.fromkeys(range(priorities), MARK - timedelta(days=1))
+        claims = claim("q", limit=BATCH, lease=60, token=2, marks=marks)
+        plan = run(conn, prepare(conn, "claim", claims), "force_generic_plan")
+    filters = [node["Filter"] for node in nodes(plan) if "xmax" in node.get("Filter", "")]
+    assert len(filters) == 1
+    assert "pg_current_snapshot" not in filters[0]
+
+
 # -- dead rows ------------------------------------------------------------------------------
 
 DEAD = 70_000

@@ -164,13 +164,15 @@ def _due(lines: LiteralString, which: LiteralString, more: LiteralString = "") -
 # has ended without a change. `skip locked` alone tries for two locks of each row that another
 # session's uncommitted claim has, in the same partition of the lock table. Where 100 workers
 # drained one queue these tries took most of the sessions' time (LWLock:LockManager in
-# benchmarks/shares.py), which kept the claims open for longer. A sweep does without this, so it
-# finds the rows whose old xmax is misread, of an earlier epoch or with several lockers.
+# benchmarks/shares.py), which kept the claims open for longer. The snapshot is read once for the
+# claim, in selects of its own: it has the numbers of 100 workers' transactions, and reading it for
+# each row halved what they drained. A sweep does without this, so it finds the rows whose old xmax
+# is misread, of an earlier epoch or with several lockers.
 _UNTOUCHED: LiteralString = """(
     j.xmax = '0'::xid or pg_visible_in_snapshot(
-        ((pg_snapshot_xmax(pg_current_snapshot())::text::bigint >> 32 << 32)
+        ((select pg_snapshot_xmax(pg_current_snapshot())::text::bigint >> 32 << 32)
             + j.xmax::text::bigint)::text::xid8,
-        pg_current_snapshot()
+        (select pg_current_snapshot())
     )
 )"""
 
