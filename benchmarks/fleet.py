@@ -255,7 +255,10 @@ class _Fleet:
         assert self._server.pid is not None
         sizes = []
         for pid in replicas.processes_of(self._server.pid):
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text("ascii")
+            try:
+                text = Path(f"/proc/{pid}/smaps_rollup").read_text("ascii")
+            except OSError:
+                continue  # it has just ended
             lines = [line.split() for line in text.splitlines() if line.startswith("Private")]
             sizes.append(sum(int(line[1]) for line in lines))
         return sum(sizes) / len(sizes)

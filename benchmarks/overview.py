@@ -41,8 +41,8 @@ _JOBS = """
     from generate_series(1, %(jobs)s) as n
 """
 _KEYS = """
-    insert into bgjob_exclusive (key, job_id, token)
-    select exclusive, min(id), 1 from bgjob_job where exclusive is not null group by exclusive
+    insert into bgjob_exclusive (key, tokens)
+    select exclusive, '{1}' from bgjob_job where exclusive is not null group by exclusive
 """
 _DEAD = """
     insert into bgjob_dead_job (

@@ -33,11 +33,11 @@ _SLEEP = 0.005
 _SLEEP_OF_MANY = 0.02
 """The same for many workers, whose jobs of 5 ms are more than two processors can run."""
 
-_FASTEST = 80_000
-"""No-op jobs a second of few workers, at most."""
+_FASTEST = 100_000
+"""No-op jobs a second, at most."""
 
-_FASTEST_OF_MANY = 40_000
-"""The same of many workers."""
+_MANY = 50
+"""Workers from which on they run half as many."""
 
 _GROWING = 4.0
 """Seconds in which the claims of all workers grow from one job to as many as they will have."""
@@ -122,7 +122,7 @@ def _drain(
     """
     dsn = _fresh(admin, dsn)
     slots = sum(plan.workers * plan.concurrency for plan in plans)
-    rate = float(_FASTEST if len(plans) * plans[0].workers <= 2 else _FASTEST_OF_MANY)
+    rate = _FASTEST / (2 if sum(plan.workers for plan in plans) >= _MANY else 1)
     if plans[0].handler_s:
         rate = min(rate, slots / plans[0].handler_s)
     with replicas.running(dsn, plans) as workers:
