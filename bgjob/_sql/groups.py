@@ -61,7 +61,8 @@ _TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")
 
 # The number of those that died is exact: a job leaves one table and enters the other in one commit,
 # and this statement reads both at the same moment. A job that died before the group was written
-# belongs to an earlier one with the same id.
+# belongs to an earlier one with the same id. The ids are found by the primary key: where group_id
+# cannot be null, the planner of PostgreSQL 15 may read the whole index of groups for them.
 _END: LiteralString = f"""
     update bgjob_job g
     set next_run_at = clock_timestamp(),
@@ -72,7 +73,8 @@ _END: LiteralString = f"""
         )
     where g.ctid = any (array(
         select j.ctid from bgjob_job j
-        where j.id = any (%(ids)s::text[]) and {WAITS_FOR_GROUP} and {IS_OVER}
+        where j.id = any (%(ids)s::text[]) and coalesce(j.group_id, '') = j.id
+            and j.next_run_at = 'infinity' and {IS_OVER}
         for update skip locked
     ))
     returning {as_text("id")}
