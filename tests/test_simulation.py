@@ -1944,6 +1944,10 @@ def test_every_promise_is_kept_in_every_history(chunk: int) -> None:
         replay(seed)
 
 
+def test_a_sweep_without_room_does_not_forget_what_is_due_soon() -> None:
+    replay(10305)
+
+
 def test_a_spare_does_not_forget_what_it_put_back_and_looked_for_a_moment_too_early() -> None:
     replay(100146)
 

@@ -191,17 +191,17 @@ class Lookout:
             marks.freed(since)  # start the next claim at the freed jobs that are not suspects
         if has_found:
             self.look(thoroughly=False)
-        if not sweep.surveys:
+        if sweep.limit == 0 and sweep.window is None:
             self._has_more_to_free = False
             if freed == MOST_FREED:
                 marks.sweep_at = marks.early_sweep_at
-            return
-        if sweep.limit and freed and self.has_more:
-            # There may be more to free than there are slots.
-            self._has_more_to_free, marks.sweep_at = True, -inf
-        self.blocked_after = reply.blocked.after
-        if reply.blocked.after:  # there are more keys than one sweep checks
-            marks.sweep_at = min(marks.sweep_at, marks.early_sweep_at)
+        else:
+            if sweep.limit and freed and self.has_more:
+                # There may be more to free than there are slots.
+                self._has_more_to_free, marks.sweep_at = True, -inf
+            self.blocked_after = reply.blocked.after
+            if reply.blocked.after:  # there are more keys than one sweep checks
+                marks.sweep_at = min(marks.sweep_at, marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
         due_at = now + max(min(waits), 0.0) if waits else inf
         if self.notify_lock.is_spare:
@@ -214,8 +214,8 @@ class Lookout:
         if sweep.limit:
             self._due_at = due_at
         else:
-            # A part claims nothing, and a survey shows no job that has become due since the last
-            # claim: look for those of a time that was known, and for those that were not surveyed.
+            # It claims nothing, and a survey shows no job that has become due since the last claim:
+            # look for those of a time that was known, and for those that were not surveyed.
             self._due_at = min(self._due_at, due_at)
             if self._is_unsurveyed:
                 self.look(thoroughly=False)

@@ -81,11 +81,6 @@ class Sweep:
         """Whether it answers a notification."""
         return self.limit > 0
 
-    @property
-    def surveys(self) -> bool:
-        """Whether it finds out when the next job is due."""
-        return self.limit > 0 or self.window is not None
-
 
 @dataclass(frozen=True, slots=True)
 class ClaimGroup:
