@@ -37,7 +37,7 @@ _FASTEST = 100_000
 """No-op jobs a second, at most."""
 
 _MANY = 50
-"""Workers from which on they run half as many."""
+"""From this number of workers on, they run half as many."""
 
 _GROWING = 4.0
 """Seconds in which the claims of all workers grow from one job to as many as they will have."""

@@ -214,8 +214,9 @@ class Lookout:
         if sweep.limit:
             self._due_at = due_at
         else:
-            # It claims nothing, and a survey shows no job that has become due since the last claim:
-            # look for those of a time that was known, and for those that were not surveyed.
+            # Such a sweep claims nothing, and a survey shows no job that has become due since the
+            # last claim: look for those of a time that was known, and for those that were not
+            # surveyed.
             self._due_at = min(self._due_at, due_at)
             if self._is_unsurveyed:
                 self.look(thoroughly=False)

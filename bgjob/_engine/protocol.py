@@ -63,7 +63,7 @@ class Sweep:
     """Claim up to `limit` jobs regardless of marks; free ended leases; survey."""
 
     limit: int
-    """0 frees ended leases only."""
+    """0 claims nothing."""
     token: int
     after: str = ""
     """The key after which to search for blocked keys."""

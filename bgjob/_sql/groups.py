@@ -20,8 +20,11 @@ from bgjob._sql.notices import BY_HAND, NOTIFY
 from bgjob._sql.statement import Statement, as_text, text_array
 from bgjob.job import EnqueueRequest
 
-WAITS_FOR_GROUP: LiteralString = "j.group_id = j.id and j.next_run_at = 'infinity'"
-"""Whether job `j` is one that runs after its group, and is not due yet."""
+WAITS_FOR_GROUP: LiteralString = "coalesce(j.group_id, '') = j.id and j.next_run_at = 'infinity'"
+"""Whether job `j` is one that runs after its group, and is not due yet; never null.
+
+Where the condition implies that a job has a group, the planner of PostgreSQL 15 may read the whole
+index of groups, instead of the primary key."""
 
 # From the last id, because ids are in the order of time: the dead rows of jobs that have ended come
 # after those that are live. As bounds of a range: with an equation, the planner may follow the
@@ -61,8 +64,7 @@ _TELL: LiteralString = NOTIFY.format(channel=f"'{BY_HAND}'", payload="queue")
 
 # The number of those that died is exact: a job leaves one table and enters the other in one commit,
 # and this statement reads both at the same moment. A job that died before the group was written
-# belongs to an earlier one with the same id. The ids are found by the primary key: where group_id
-# cannot be null, the planner of PostgreSQL 15 may read the whole index of groups for them.
+# belongs to an earlier one with the same id.
 _END: LiteralString = f"""
     update bgjob_job g
     set next_run_at = clock_timestamp(),
@@ -73,8 +75,7 @@ _END: LiteralString = f"""
         )
     where g.ctid = any (array(
         select j.ctid from bgjob_job j
-        where j.id = any (%(ids)s::text[]) and coalesce(j.group_id, '') = j.id
-            and j.next_run_at = 'infinity' and {IS_OVER}
+        where j.id = any (%(ids)s::text[]) and {WAITS_FOR_GROUP} and {IS_OVER}
         for update skip locked
     ))
     returning {as_text("id")}

@@ -122,7 +122,7 @@ def find(id_: str) -> Statement[Found]:
                 case when expires is not null
                     then extract(epoch from {in_range("expires")} - clock.now)::float8 end,
                 successor is not null, octet_length(checkpoint), group_id,
-                coalesce({WAITS_FOR_GROUP}, false), slots
+                {WAITS_FOR_GROUP}, slots
             from bgjob_job j where id = %(id)s
         ) as j on true
         left join lateral (
