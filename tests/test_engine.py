@@ -638,6 +638,30 @@ def test_jobs_are_claimed_ahead_when_half_of_those_that_waited_have_started() ->
     assert claims == [0, 0, 0, 4]
 
 
+def test_more_is_claimed_ahead_once_all_claims_have_been_full_for_a_tenth_of_a_second() -> None:
+    drive = Drive(concurrency=2)
+    took, tenth = 0.01, 0.1  # seconds
+    numbers = count()
+
+    def claim(*, is_full: bool, after: float) -> int:
+        drive.now += after
+        drive.engine.wake(Notice(later=True))
+        wanted = drive.exchange().claim
+        assert wanted is not None
+        jobs = [job(f"job-{next(numbers)}") for _ in range(wanted.limit if is_full else 1)]
+        drive.finish(*drive.answer(found(*jobs)).run, took=took)
+        return wanted.limit
+
+    claim(is_full=True, after=0.0)
+    at_first = [claim(is_full=True, after=tenth / 4) for _ in range(4)]
+    with_backlog = claim(is_full=False, after=tenth)
+    afterwards = claim(is_full=True, after=tenth)
+    two_slots = 2
+    assert max(at_first) == two_slots + two_slots * 2
+    assert with_backlog == two_slots + two_slots * 5
+    assert afterwards == max(at_first)
+
+
 def test_a_refused_settlement_is_halved_until_the_poisonous_outcome_stands_alone() -> None:
     drive = Drive(concurrency=8)
     drive.finish(*drive.claim(*"abcdefgh"))

@@ -547,6 +547,7 @@ class Engine:
         self._cancel(self._cancels.answered(exchange, reply))
         self._over.answered(exchange, reply)
         self._lookout.answered(exchange, reply, run_again, now)
+        self.pace.looked(now, has_more=self._lookout.has_more)
         if (exchange.follows and reply.settled) or reply.ended:
             self._lookout.wake(Notice(later=True))  # jobs were made due, after the claim
         claimed = self._claims.answered(exchange, reply, now)

@@ -13,6 +13,14 @@ _AHEAD = 0.02
 """Seconds of work claimed beyond the slots, or two round trips if they take longer: quick
 jobs arrive in large batches, and slow ones are not claimed before there is a slot."""
 
+_AHEAD_OF_BACKLOG = 0.05
+"""The same for jobs as quick, once there are more than the worker has room for: a claim costs as
+much as some ten jobs of a few milliseconds (benchmarks/transactional.py). A burst of 60 ms of work,
+which two workers are to share, is over before that."""
+
+_BACKLOG = 0.1
+"""Seconds in which each claim was full, after which there is a backlog."""
+
 _GROWTH = 4
 """The factor by which claims may grow while jobs prove to be quick."""
 
@@ -58,6 +66,8 @@ class Pace:
         self._ramp = concurrency  # grows from claim to claim: a few quick jobs prove little
         self._round_trip = 0.0
         self._claimed_at = -inf
+        self._full_since = inf
+        self._has_backlog = False
         self._ahead = MOST_AHEAD  # limited by the size of their payloads
 
     @property
@@ -77,10 +87,18 @@ class Pace:
         each unless jobs are slow. Without that five places of a limit were used for 0.87 of the
         time by jobs of 20 ms (benchmarks/limits.py).
         """
-        rounds = int(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6))
+        rounds = self._rounds
         if is_bounded and self._took <= _QUICK_CALL:
             rounds = max(rounds, 1)
         return min(rounds * slots, self._ramp, self._ahead)
+
+    @property
+    def _rounds(self) -> int:
+        """How many jobs of what is claimed ahead one slot runs."""
+        took, ahead = max(self._took, 1e-6), max(_AHEAD, 2 * self._round_trip)
+        if took <= ahead and self._has_backlog:
+            ahead = max(_AHEAD_OF_BACKLOG, ahead)
+        return int(ahead / took)
 
     @property
     def free_slots(self) -> int:
@@ -130,7 +148,7 @@ class Pace:
         """
         if self._took == inf:
             return self.slots
-        return 1 + int(min(max(_AHEAD, 2 * self._round_trip) / max(self._took, 1e-6), MOST_AHEAD))
+        return 1 + min(self._rounds, MOST_AHEAD)
 
     @property
     def is_quick(self) -> bool:
@@ -149,6 +167,11 @@ class Pace:
     def exchanged(self, seconds: float) -> None:
         """Record how long an exchange took."""
         self._round_trip = seconds
+
+    def looked(self, now: float, *, has_more: bool) -> None:
+        """Record whether the last claim was full."""
+        self._full_since = min(self._full_since, now) if has_more else inf
+        self._has_backlog = now - self._full_since >= _BACKLOG
 
     def claimed(self, jobs: Sequence[Claimed], now: float) -> None:
         """Record a claim, and the size of its payloads."""
