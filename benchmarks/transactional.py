@@ -90,7 +90,7 @@ def _drain(bench: Bench, count: int, register: Register) -> Figures:
         worker = Worker(client, QUEUE, register(Mux()), concurrency=CONCURRENCY)
         began = perf_counter()
         with worker:
-            drained_at = work.settled_at(bench, ids, pause=0.005)
+            drained_at = work.settled_at(bench, ids, pause=0.02)
     _check(bench, count)
     return {"jobs_per_s": count / (drained_at - began)}
 
@@ -139,7 +139,7 @@ def _round_trips(bench: Bench) -> Figures:
     with Proxy(bench.admin.info) as proxy, Client(proxy.through(bench.dsn)) as client:
         worker = Worker(client, QUEUE, _threads(Mux()), concurrency=CONCURRENCY)
         with worker:
-            work.settled_at(bench, ids, pause=0.005)
+            work.settled_at(bench, ids, pause=0.02)
             counted = proxy.round_trips
     _check(bench, _COUNTED)
     return {"per_job": counted / _COUNTED}
