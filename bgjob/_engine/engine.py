@@ -132,9 +132,9 @@ class Engine:
     @slots.setter
     def slots(self, slots: int) -> None:
         self._slots = slots
-        limit = self.throttle.queue
-        self.pace.slots = limit.places(slots)
-        self.pace.is_bounded = limit.is_tight(slots)
+        limit, pace = self.throttle.queue, self.pace
+        pace.slots = limit.places(slots) if limit.is_on else slots
+        pace.is_bounded = limit.is_on and limit.is_tight(slots)
 
     @property
     def unsettled(self) -> int:
@@ -144,8 +144,10 @@ class Engine:
     @property
     def unsettled_outcomes(self) -> int:
         """Jobs that have ended and are not settled."""
-        sent = sum(len(exchange.outcomes) for exchange in self._sent)
-        return len(self._settling) + len(self._locked) + sent
+        unsettled = len(self._settling) + len(self._locked)
+        for exchange in self._sent:
+            unsettled += len(exchange.outcomes)
+        return unsettled
 
     def running(self) -> list[Claimed]:
         """Return the claimed jobs that have no outcome yet, also those that were lost."""
@@ -308,13 +310,8 @@ class Engine:
             return Withdraw()
         if self._keys.gives_back or self.throttle.gives_back:
             return Withdraw()
-        held = self._settling or self._keys.free or self._locked.outcomes or self._over
-        settled = not (held or self._doomed or self._leaving or self._cancels)
-        done = settled and (self._abandoned or not self.pace.running)
-        keeps = self._lookout.notify_lock.is_held or not (
-            self.pace.running or self.throttle.has_left
-        )
-        if self._stopping and done and not keeps:
+        done = self._stopping and self._is_done
+        if done and not self._keeps:
             return Stop(self.pace.running)
         if now < self._not_before:
             return Sleep(self._not_before)
@@ -348,6 +345,19 @@ class Engine:
                 if not (self._careful and exchange):
                     self._add_takes(exchange, now, done=done)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether the server knows all that it is to know of jobs."""
+        held = self._settling or self._keys.free or self._locked.outcomes or self._over
+        settled = not (held or self._doomed or self._leaving or self._cancels)
+        return settled and (self._abandoned or not self.pace.running)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether it has the notify lock, or rations, to give back at its end."""
+        has_rations = not (self.pace.running or self.throttle.has_left)
+        return self._lookout.notify_lock.is_held or has_rations
 
     def _add_work(self, exchange: Exchange, now: float) -> None:
         for turn in range(5):
@@ -456,7 +466,7 @@ class Engine:
 
     def _add_takes(self, exchange: Exchange, now: float, *, done: bool) -> None:
         """Take rations of limits for the next claims, where they are needed."""
-        if self._stopping and done:
+        if done:
             if not self.pace.running:
                 self.throttle.add_leaves(exchange, now)
             return
@@ -478,8 +488,9 @@ class Engine:
         """Return how many jobs the next exchange may claim, beside those `asked` for in this."""
         if len(self._settling.refused) + len(self._locked) >= MOST:
             return 0
-        asked += sum(exchange.claim.limit for exchange in self._sent if exchange.claim)
-        asked += sum(exchange.limited.limit for exchange in self._sent if exchange.limited)
+        for exchange in self._sent:
+            asked += exchange.claim.limit if exchange.claim else 0
+            asked += exchange.limited.limit if exchange.limited else 0
         room = self.pace.room
         if self._keys.are_used:
             wanting = sum(len(exchange.acquire) for exchange in self._sent)
@@ -528,7 +539,8 @@ class Engine:
         self._locked.accepted(exchange)
         if exchange.probes:
             self._probed(reply, effects, now)
-        self._lose(self._settling.spill())
+        if spilled := self._settling.spill():
+            self._lose(spilled)
         run_again = self._settling.settled(exchange, reply, effects.events)
         gone = self._keys.answered(exchange, reply, effects.run, now)
         if gone:
@@ -544,7 +556,8 @@ class Engine:
                 # A transactional job's own transaction notices a lost lease.
                 is_own = each.job.type in self._transactional
                 self._cancels.gone(each, None if is_own else JobLeaseLost(each.job))
-        self._cancel(self._cancels.answered(exchange, reply))
+        if exchange.ask:
+            self._cancel(self._cancels.answered(exchange, reply))
         self._over.answered(exchange, reply)
         self._lookout.answered(exchange, reply, run_again, now)
         self.pace.looked(now, has_more=self._lookout.has_more)
@@ -564,7 +577,8 @@ class Engine:
             effects.run += self._keys.want(self.throttle.admit(claimed, exchange))
         if claimed or of_type:
             self._over.claimed(reply)
-            self.throttle.forget(self._leases.tokens)
+            if self.throttle.is_used:
+                self.throttle.forget(self._leases.tokens)
         effects.events += self._cancels.take_events()
         is_busy = self.pace.running or self._settling.is_busy or self._sent or self._cancels
         is_busy = is_busy or (self.throttle.has_types and self.throttle.has_waiting)

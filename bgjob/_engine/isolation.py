@@ -93,7 +93,7 @@ class Isolation:
     @property
     def has_group(self) -> bool:
         """Whether jobs of a group have not ended."""
-        return any(self._groups.values())
+        return bool(self._groups) and any(self._groups.values())
 
     def holds_up(self, now: float, *, is_free: bool) -> bool:
         """Whether only a group may be claimed.

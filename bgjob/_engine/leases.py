@@ -145,11 +145,15 @@ class Leases:
 
     def are_overdue(self, now: float) -> bool:
         """Whether other workers may free a job whose lease is not being extended."""
-        return any(b.expires <= now and b.extend_at <= now for b in self._batches.values())
+        batches = self._batches
+        return bool(batches) and any(
+            batch.expires <= now and batch.extend_at <= now for batch in batches.values()
+        )
 
     def add_extensions(self, exchange: Exchange, now: float) -> None:
         """Extend the leases that are due, of jobs that are not settled at the same time."""
-        due = {token for token, batch in self._batches.items() if batch.extend_at <= now}
+        batches = self._batches
+        due = batches and {token for token, batch in batches.items() if batch.extend_at <= now}
         if due:
             settled = {outcome.claimed for outcome in exchange.outcomes}
             held = self._held.values()

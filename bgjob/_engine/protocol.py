@@ -361,7 +361,8 @@ class Exchange(Settlements):
             or self.extend
             or self.acquire
             or self.release
-            or self.probes
+            or self.probe
+            or self.probe_keys
             or self.ask
             or self.groups
             or self.end

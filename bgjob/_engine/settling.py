@@ -188,6 +188,8 @@ class Settling:
 
     def spill(self) -> list[Claimed]:
         """Return the jobs of the oldest refused outcomes, where too many were kept."""
+        if not self._spilled:
+            return []
         spilled, self._spilled = self._spilled, 0
         return [outcome.claimed for outcome in [*self.refused][:spilled]]
 
@@ -206,6 +208,8 @@ class Settling:
 
         `events` gets those that the observer is told.
         """
+        if not exchange.outcomes:
+            return []
         leases, settled = self._leases, reply.settled
         # Of the outcomes those are told whose results are a handler's.
         told = cast("list[Event | Unsettled]", events)

@@ -221,8 +221,12 @@ class Throttle:
 
     def waits_for_ration(self, now: float) -> bool:
         """Whether no such job may be claimed, and asking again would not help yet."""
-        ample = (each.limits for each in self._types.values() if each.is_ample)
-        return any(limits.waits(now) for limits in (self.queue, *ample))
+        if self.queue.waits(now):
+            return True
+        types = self._types
+        return bool(types) and any(
+            each.limits.waits(now) for each in types.values() if each.is_ample
+        )
 
     @property
     def has_waiting(self) -> bool:

@@ -510,13 +510,15 @@ class Rations(NamedTuple):
     @property
     def params(self) -> dict[str, object]:
         """The parameters of statements that obey the limits."""
+        limited, ample = self.limited, self.ample
         return {
             "has_ration": self.has_queue,
-            "limited": text_array(self.limited),
-            "known": text_array([*self.limited, *self.ample]),
+            "limited": text_array(limited) if limited else _NO_TYPES,
+            "known": text_array([*limited, *ample]) if limited or ample else _NO_TYPES,
         }
 
 
+_NO_TYPES = text_array([])
 NO_RATIONS = Rations()
 
 

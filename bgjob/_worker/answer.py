@@ -1,7 +1,5 @@
 """The answer to an exchange: sent statement by statement, awaited, and read."""
 
-import contextlib
-from collections.abc import Iterator
 from time import monotonic
 from typing import Any, LiteralString, NamedTuple, TypeAlias, cast
 
@@ -18,15 +16,19 @@ Text: TypeAlias = LiteralString | bytes
 """Of a statement. psycopg recognizes it as the same object."""
 
 
-@contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """Turn an exception before sending into a refusal, so that only that statement fails."""
-    try:
-        yield
-    except psycopg.Error:
-        raise
-    except Exception as error:
-        raise psycopg.DataError(f"a statement could not be sent: {error!r}") from error
+class Refusing:
+    """Turns an exception before sending into a refusal, so that only that statement fails."""
+
+    def __enter__(self) -> None:
+        """Begin to make and send a statement."""
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Raise psycopg.DataError instead of an exception that is not the server's."""
+        if isinstance(error, Exception) and not isinstance(error, psycopg.Error):
+            raise psycopg.DataError(f"a statement could not be sent: {error!r}") from error
+
+
+REFUSING = Refusing()
 
 
 class UnreadError(psycopg.DataError):
@@ -63,7 +65,7 @@ class Answer:
         """Send the statements of an exchange."""
         for part in plan:
             cursor = self.cursor(part.statement.text)
-            with refusing():
+            with REFUSING:
                 send(cursor, part.statement, keeps_plans=True)
             self._asked.append((part, cursor))
 

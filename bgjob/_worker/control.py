@@ -565,7 +565,8 @@ class QueueControl:
         if run := engine.take_startable():
             self._hand_out(run)
             sleep(_YIELD)
-        self._slots.behind = engine.unsettled_outcomes + self._events.waiting
+        if self._has_collected or self._slots.behind:
+            self._slots.behind = engine.unsettled_outcomes + self._events.waiting
 
     def _limit(self) -> None:
         """Run no more handlers than the limits allow this worker."""

@@ -39,7 +39,7 @@ from bgjob._sql.session import (
     transaction,
 )
 from bgjob._sql.statement import Statement
-from bgjob._worker.answer import Answer, Text, Unread, refusing
+from bgjob._worker.answer import REFUSING, Answer, Text, Unread
 from bgjob._worker.clock import ServerClock
 from bgjob._worker.options import WorkerOptions
 from bgjob._worker.waker import Waker
@@ -231,7 +231,7 @@ class Session:
     def plan(self, exchange: Exchange) -> Plan:
         """Return the statements of an exchange, ready to send."""
         options = self._options
-        with refusing():
+        with REFUSING:
             return exchange.statements(self._queue, options.lease, options.concurrency)
 
     @contextlib.contextmanager
