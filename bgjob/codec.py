@@ -266,11 +266,11 @@ def json_payload(arg: object, type_: str | None) -> bytes | None:
     """Return the default payload of an arg; errors name its job type."""
     if arg is None or isinstance(arg, bytes):
         return arg
-    if isinstance(arg, bytearray | memoryview):
-        return bytes(arg)
     try:
         payload = orjson.dumps(arg)
     except TypeError as error:  # orjson's JSONEncodeError is one
+        if isinstance(arg, bytearray | memoryview):
+            return bytes(arg)
         raise TypeError(
             f"{_named(type_)} cannot be encoded as JSON: {error}; "
             "pass bytes, or values that JSON can express"

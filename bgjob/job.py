@@ -172,15 +172,15 @@ class EnqueueRequest:
         if codec is not _JSON and codec.__class__ is not JsonCodec:
             # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
             arg = _encoded(arg, type, codec)
-        write = object.__setattr__
-        write(self, "queue", queue)
-        write(self, "type", type)
-        write(self, "arg", arg)
-        write(self, "id", id)
-        write(self, "payload", json_payload(arg, type))
+        values = self.__dict__  # half the time of object.__setattr__ for each
+        values["queue"] = queue
+        values["type"] = type
+        values["arg"] = arg
+        values["id"] = id
+        values["payload"] = json_payload(arg, type)
         if priority is not _USUAL:
             check_priority(priority, "priority")
-            write(self, "priority", priority)
+            values["priority"] = priority
         if (
             delay is not _NOW
             or run_at is not None
@@ -522,11 +522,14 @@ def check_key(what: str, key: str, queue: str, id_: str) -> None:
 
 _last_id = 0
 _tails: Iterator[str] = iter(())  # random digits: to ask for those of one id takes longer
+_variant = ""
 
 
 def _renew_tails() -> str:
-    global _tails  # noqa: PLW0603
-    _tails = iter(os.urandom(4096).hex(" ", 8).split())
+    """Make the random digits of the next ids: they have the first three in common."""
+    global _tails, _variant  # noqa: PLW0603
+    _variant = f"-8{os.urandom(2).hex()[1:]}-"
+    _tails = iter(os.urandom(4096).hex(" ", 6).split())
     return next(_tails)
 
 
@@ -546,9 +549,9 @@ def new_id() -> str:
     if now <= _last_id:
         now = _last_id + 1
     _last_id = now
-    head = hex(now | 1 << 60)[3:]  # 15 digits
+    head = hex(now | 1 << 60)  # 15 digits, after the first three characters
     tail = next(_tails, None) or _renew_tails()  # never the same for two threads
-    return f"{head[:8]}-{head[8:12]}-7{head[12:]}-8{tail[:3]}-{tail[4:]}"
+    return f"{head[3:11]}-{head[11:15]}-7{head[15:]}{_variant}{tail}"
 
 
 def _encoded(arg: object, type_: str, codec: Codec[Any]) -> bytes | None:
