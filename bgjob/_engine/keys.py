@@ -240,17 +240,20 @@ class Keys:
 
     def _grant(self, claimed: Claimed, places: int) -> None:
         job, token, _ = claimed
-        chain = self._chains.setdefault(str(job.exclusive), _Chain())
-        self._pace.behind -= chain.behind
+        key, each = str(job.exclusive), (job.id, token)
+        chain = self._chains.get(key)
+        if chain is None:
+            chain = self._chains[key] = _Chain()
+        before = chain.behind
         chain.places = places
-        chain.running.add((job.id, token))
-        chain.unsent.add((job.id, token))
-        self._pace.behind += chain.behind
+        chain.running.add(each)
+        chain.unsent.add(each)
+        self._pace.behind += chain.behind - before
 
     def _ends(self, claimed: Claimed, chain: _Chain) -> None:
-        self._pace.behind -= chain.behind
+        before = chain.behind
         chain.running.discard((claimed.job.id, claimed.token))
-        self._pace.behind += chain.behind
+        self._pace.behind += chain.behind - before
 
     def _leave(self, claimed: Claimed) -> None:
         """Forget a job that holds its key no longer, or is another worker's."""
