@@ -43,6 +43,8 @@ SETTINGS = {
     "shared_buffers": "32MB",
     "wal_level": "logical",
     "max_prepared_transactions": "5",
+    # On, as the doctor wants it, and not during a test: it freezes what a test has made old.
+    "autovacuum_naptime": "1d",
 }
 
 
