@@ -638,6 +638,22 @@ def test_jobs_are_claimed_ahead_when_half_of_those_that_waited_have_started() ->
     assert claims == [0, 0, 0, 4]
 
 
+def test_a_sweep_without_room_does_not_forget_a_job_whose_time_was_known() -> None:
+    drive = Drive(concurrency=1, poll_interval=60.0)
+    drive.exchange()
+    drive.now += 0.1  # so much that sweeps are rare
+    drive.answer(found(waits=(0.5,)))
+    assert isinstance(drive.next_exchange().claim, Claim)
+    drive.answer()  # the server's clock says that it is due a moment later
+    drive.engine.slots = 0
+    sweep = drive.next_exchange().claim
+    assert isinstance(sweep, Sweep)
+    assert sweep.limit == 0
+    drive.answer(found())  # it shows the jobs that are due later, and that one no more
+    drive.engine.slots = 1
+    assert drive.exchange().claim is not None
+
+
 def test_more_is_claimed_ahead_once_all_claims_have_been_full_for_a_tenth_of_a_second() -> None:
     drive = Drive(concurrency=2)
     took, tenth = 0.01, 0.1  # seconds
