@@ -172,15 +172,15 @@ class EnqueueRequest:
         if codec is not _JSON and codec.__class__ is not JsonCodec:
             # The request keeps the encoded bytes and not the codec, so that a copy of it is equal.
             arg = _encoded(arg, type, codec)
-        values = self.__dict__  # half the time of object.__setattr__ for each
-        values["queue"] = queue
-        values["type"] = type
-        values["arg"] = arg
-        values["id"] = id
-        values["payload"] = json_payload(arg, type)
+        write = object.__setattr__
+        write(self, "queue", queue)
+        write(self, "type", type)
+        write(self, "arg", arg)
+        write(self, "id", id)
+        write(self, "payload", json_payload(arg, type))
         if priority is not _USUAL:
             check_priority(priority, "priority")
-            values["priority"] = priority
+            write(self, "priority", priority)
         if (
             delay is not _NOW
             or run_at is not None
