@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="import-not-found"
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def _throughput(axes: Any, reports: Mapping[str, Any]) -> None:
         name: system["drain_jobs_per_s"]["measured"]["median"]
         for name, system in reports["peers"]["systems"].items()
     }
+    rates = dict(sorted(rates.items(), key=itemgetter(1), reverse=True))
     if "drain" in reports:
         floor = reports["drain"]["threads"]["jobs_per_s"]["floor"]["median"]
         rates = {"bare psycopg": floor} | rates
@@ -78,6 +80,7 @@ def _latency(axes: Any, reports: Mapping[str, Any]) -> None:
         name: (system["p50_ms"]["measured"]["median"], system["p99_ms"]["measured"]["median"])
         for name, system in reports["peers"]["systems"].items()
     }
+    waits = dict(sorted(waits.items(), key=itemgetter(1)))
     if "pickup" in reports:
         floor = reports["pickup"]["threads"]
         waits = {
