@@ -169,10 +169,9 @@ def test_jobs_that_wait_for_a_key_leave_the_way_to_others(
         client.bulk_enqueue([keyed(None, f"free-{n:04}") for n in range(100)])
         launcher(Mux().register("t", handle), concurrency=2)
         assert eventually(lambda: len(ran) == 101)
-        # The first claim had two jobs of the key, and holds it for both.
-        assert [(False, 1), (True, 1199)] == conn.execute(
-            "select waits, count(*) from bgjob_job where id like 'held%' group by waits order by 1"
-        ).fetchall()
+        # The first claim had two jobs of the key. After a while it gives the second one back.
+        waiting = count(conn, "bgjob_job where waits")
+        assert waiting in (1199, 1200)
         assert conn.execute("select attempt from bgjob_job where waits").fetchone() == (0,)
         conn.execute("delete from bgjob_job where id like 'held%' and id not like '%0'")
         gate.set()
