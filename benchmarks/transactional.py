@@ -1,7 +1,7 @@
 """Transactional jobs that write one row each, one by one, compared with a loop of bare psycopg."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any, LiteralString
@@ -15,6 +15,7 @@ from proxy import Proxy
 from work import CONCURRENCY, QUEUE
 
 from bgjob import Client, Job, Mux, Worker
+from bgjob._sql.transactions import RESET
 
 _COUNTED = 500  # jobs whose round trips are counted
 
@@ -59,6 +60,20 @@ def main(bench: Bench) -> Mapping[str, object]:
                 lambda: _drain(bench, count, _coroutines),
                 lambda: _loop(bench, count, _in_tasks),
                 {"jobs_per_s": at_least(1.5)},
+            ),
+        },
+        # What no worker can exceed that has a session for each handler, and leaves nothing in it.
+        "limit": {
+            "floor": "the loop in threads",
+            "without_reset": bench.compare(
+                "limit without reset",
+                lambda: _limit(bench, count, b""),
+                lambda: _loop(bench, count, _in_threads),
+            ),
+            "with_reset": bench.compare(
+                "limit with reset",
+                lambda: _limit(bench, count, b"begin; " + RESET + b"; commit; "),
+                lambda: _loop(bench, count, _in_threads),
             ),
         },
         "round_trips": {
@@ -116,6 +131,31 @@ def _in_threads(dsn: str) -> None:
     with ThreadPoolExecutor(CONCURRENCY) as threads:
         for ended in [threads.submit(loop) for _ in range(CONCURRENCY)]:
             ended.result()
+
+
+def _limit(bench: Bench, count: int, reset: bytes) -> Figures:
+    """Run jobs that need no claim, in the fewest exchanges: the write, and the rest as one message."""
+    ids = work.fill(bench, count)
+    bench.admin.execute(_LEDGER)
+    prepare = b"prepare gone (text) as delete from bgjob_job where id = $1; begin"
+
+    def run(part: Sequence[str]) -> None:
+        with psycopg.connect(bench.dsn, autocommit=True, prepare_threshold=0) as connection:
+            connection.pgconn.exec_(prepare)
+            for id_ in part:
+                connection.execute(_WRITE, [id_])
+                message = f"execute gone ('{id_}'); commit; ".encode() + reset + b"begin"
+                connection.pgconn.exec_(message)
+            connection.pgconn.exec_(b"commit")
+
+    began = perf_counter()
+    with ThreadPoolExecutor(CONCURRENCY) as threads:
+        parts = [ids[number::CONCURRENCY] for number in range(CONCURRENCY)]
+        for ended in [threads.submit(run, part) for part in parts]:
+            ended.result()
+    ended_at = perf_counter()
+    _check(bench, count)
+    return {"jobs_per_s": count / (ended_at - began)}
 
 
 def _in_tasks(dsn: str) -> None:
