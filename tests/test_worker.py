@@ -594,7 +594,12 @@ def fleet(launcher: Launcher, conn: psycopg.Connection, mux: Mux, spares: int) -
         launcher.start(mux, observer=NoopObserver(), concurrency=1, poll_interval=NEVER)
         for _ in range(POSTS + 1 + spares)
     ]
-    seated = "select count(distinct pid) from pg_locks where locktype = 'advisory' and objid = %s"
+    # They have had time to read the answer, and to subscribe.
+    seated = (
+        "select count(distinct pid) from pg_locks join pg_stat_activity using (pid) "
+        "where locktype = 'advisory' and objid = %s and state = 'idle' "
+        "and state_change < clock_timestamp() - interval '0.2 s'"
+    )
     assert eventually(lambda: row(conn, seated, _seated("q") % 2**32) == (spares,))
     return workers
 
