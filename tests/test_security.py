@@ -961,7 +961,9 @@ def test_every_privilege_of_the_script_is_needed(roles: Roles, group: str) -> No
     for grant in [single for g in GRANTS if g.group == group for single in g.single]:
         with roles.conn.transaction(force_rollback=True):
             roles.revoke(grant)
-            if not any(map(is_refused, everything)):
+            # Those that name the table come first, so that few have to run.
+            nearest = sorted(everything, key=lambda statement: grant.table not in statement.text)
+            if not any(map(is_refused, nearest)):
                 idle.append(str(grant))
     assert idle == []
 
