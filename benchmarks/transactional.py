@@ -63,16 +63,16 @@ def main(bench: Bench) -> Mapping[str, object]:
             ),
         },
         # What no worker can exceed that has a session for each handler, and leaves nothing in it.
-        "limit": {
+        "fewest_exchanges": {
             "floor": "the loop in threads",
             "without_reset": bench.compare(
-                "limit without reset",
-                lambda: _limit(bench, count, b""),
+                "fewest exchanges, without reset",
+                lambda: _fewest(bench, count, b""),
                 lambda: _loop(bench, count, _in_threads),
             ),
             "with_reset": bench.compare(
-                "limit with reset",
-                lambda: _limit(bench, count, b"begin; " + RESET + b"; commit; "),
+                "fewest exchanges, with reset",
+                lambda: _fewest(bench, count, b"begin; " + RESET + b"; commit; "),
                 lambda: _loop(bench, count, _in_threads),
             ),
         },
@@ -133,7 +133,7 @@ def _in_threads(dsn: str) -> None:
             ended.result()
 
 
-def _limit(bench: Bench, count: int, reset: bytes) -> Figures:
+def _fewest(bench: Bench, count: int, reset: bytes) -> Figures:
     """Run jobs that need no claim, in the fewest exchanges: the write, and the rest as one message."""
     ids = work.fill(bench, count)
     bench.admin.execute(_LEDGER)

@@ -311,7 +311,7 @@ class Engine:
         if self._keys.gives_back or self.throttle.gives_back:
             return Withdraw()
         done = self._stopping and self._is_done
-        if done and not self._keeps:
+        if done and not self._must_give_back:
             return Stop(self.pace.running)
         if now < self._not_before:
             return Sleep(self._not_before)
@@ -348,13 +348,13 @@ class Engine:
 
     @property
     def _is_done(self) -> bool:
-        """Whether the server knows all that it is to know of jobs."""
+        """Whether nothing is left to tell the server of jobs, and no handler runs to wait for."""
         held = self._settling or self._keys.free or self._locked.outcomes or self._over
         settled = not (held or self._doomed or self._leaving or self._cancels)
         return settled and (self._abandoned or not self.pace.running)
 
     @property
-    def _keeps(self) -> bool:
+    def _must_give_back(self) -> bool:
         """Whether it has the notify lock, or rations, to give back at its end."""
         has_rations = not (self.pace.running or self.throttle.has_left)
         return self._lookout.notify_lock.is_held or has_rations

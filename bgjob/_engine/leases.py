@@ -152,8 +152,9 @@ class Leases:
 
     def add_extensions(self, exchange: Exchange, now: float) -> None:
         """Extend the leases that are due, of jobs that are not settled at the same time."""
-        batches = self._batches
-        due = batches and {token for token, batch in batches.items() if batch.extend_at <= now}
+        if not self._batches:
+            return
+        due = {token for token, batch in self._batches.items() if batch.extend_at <= now}
         if due:
             settled = {outcome.claimed for outcome in exchange.outcomes}
             held = self._held.values()

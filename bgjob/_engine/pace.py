@@ -14,12 +14,12 @@ _AHEAD = 0.02
 jobs arrive in large batches, and slow ones are not claimed before there is a slot."""
 
 _AHEAD_OF_BACKLOG = 0.05
-"""The same for jobs as quick, once there are more than the worker has room for: a claim costs as
-much as some ten jobs of a few milliseconds (benchmarks/transactional.py). A burst of 60 ms of work,
-which two workers are to share, is over before that."""
+"""The same for jobs as quick, once there is a backlog: jobs of a few milliseconds need fewer claims
+(benchmarks/transactional.py). A burst that two workers are to share is over before that
+(benchmarks/shares.py)."""
 
 _BACKLOG = 0.1
-"""Seconds in which each claim was full, after which there is a backlog."""
+"""Seconds in which no claim was less than full, after which there is a backlog."""
 
 _GROWTH = 4
 """The factor by which claims may grow while jobs prove to be quick."""
