@@ -14,8 +14,8 @@ from support.waiting import PATIENCE, eventually
 from support.workers import Style, both_styles
 from typing_extensions import override
 
-from bgjob import Client, EnqueueRequest, Job, Mux
-from bgjob._engine.outcome import Committed, Fenced, Outcome
+from bgjob import Client, Complete, EnqueueRequest, Job, Mux
+from bgjob._engine.outcome import Committed, CommitUnknown, Fenced, Outcome
 from bgjob._postgres.fork import ForkGuard
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.loop import Loop
@@ -59,7 +59,7 @@ class Queue:
     def __init__(self, dsn: str, style: Style, run: Run, *, concurrency: int = 1) -> None:
         self._dsn = dsn
         self.ended: dict[str, Outcome] = {}
-        self.transactions = Counting((dsn, {}), fork_guard := ForkGuard())
+        self.transactions = Counting((dsn, {}), fork_guard := ForkGuard(), has_watch=True)
 
         def plain(job: Job, conn: psycopg.Connection[Any]) -> None:
             drive(run(job), lambda text: _rows_of(conn.execute(text)))
@@ -240,6 +240,32 @@ def test_a_job_whose_claim_is_lost_begins_no_transaction_for_the_next(
         assert isinstance(queue.ended["b"].result, Committed)
         assert queue.transactions.begun == 2
     assert rows(conn, "select id from bgjob_job") == [("a",)]
+
+
+@both_styles
+@pytest.mark.parametrize("ids", [["first", "spoiled"], ["first", "spoiled", "next"]])
+def test_a_reset_that_fails_after_the_commit_leaves_it_to_the_row_what_has_become_of_the_job(
+    dsn: str, conn: psycopg.Connection, style: Style, ids: list[str]
+) -> None:
+    conn.execute("create table ledger (job_id text)")
+    conn.commit()
+
+    def run(job: Job) -> Statements:
+        yield f"insert into ledger values ('{job.id}')"
+        if job.id == "spoiled":
+            yield "deallocate bgjob_prepared"
+            yield "prepare bgjob_prepared as select 1 / 0"
+
+    with working(dsn, style, run, *ids) as queue:
+        queue.wait(*ids)
+        unknown = queue.ended.pop("spoiled").result
+        assert isinstance(unknown, CommitUnknown)
+        assert unknown.result == Complete()
+        assert all(isinstance(outcome.result, Committed) for outcome in queue.ended.values())
+        # The session is not used again.
+        assert queue.transactions.begun == len(ids) - 1
+    assert rows(conn, "select job_id from ledger") == [(id_,) for id_ in ids]
+    assert rows(conn, "select from bgjob_job") == []
 
 
 SLOW_COMMIT: LiteralString = """

@@ -5,7 +5,8 @@ depends on, and gives up on a silent server. `cursor` writes and reads values on
 whatever the program has registered for its own SQL. `pool` keeps a client's connections, without
 a thread of its own, and borrows those of a user's pool. `fork` notices a process that was forked
 from the one that opened them, and must not use them. `hosts` remembers which of several servers
-takes writes. `pooler` turns what a pooler does to a connection into errors with a remedy. `polling`
+takes writes. `messages` sends several statements at once, and lets a thread wait for them within
+libpq. `pooler` turns what a pooler does to a connection into errors with a remedy. `polling`
 and `event_loop` are what differs between operating systems.
 
 A server may vanish silently: no read fails, and no write fails for a long time. Each wait of the
@@ -16,6 +17,7 @@ library has a limit:
     an answer       the connection's `patience`, in seconds without a byte: 30 for a client and
                     a command, 10 for a worker; no limit while a handler's own SQL runs
     a connection    30 s for a client's pool to open one, or for another caller to release one
+    a call of libpq 10 s in `messages`, which the control thread counts for the others
     a lost network  TCP keepalives after 30 s, and 60 s for what was sent (`_DEFAULTS`): the only
                     limit in a handler's own SQL
 

@@ -36,13 +36,12 @@ def _results(pgconn: PGconn) -> PQGen[list[PGresult]]:
 
     Those of one message usually come together. psycopg's generators read the socket for each of
     them, and twice let other threads have the interpreter. The message that ends a transactional
-    job has twenty: by psycopg's generators ten threads ran 7 to 9 % fewer such jobs
-    (benchmarks/transactional.py).
+    job has twenty: by psycopg's generators ten coroutines ran 7 % fewer such jobs
+    (benchmarks/transactional.py). How threads wait for it is in `messages`.
 
-    What was tried, and is quicker in threads: not to ask whether the next result has come, which
-    lets others have the interpreter once for each. But if an answer came in parts, and the network
-    were lost between them, the wait for the rest would stop the whole process. And one blocking
-    call of libpq for the message. But such a call waits for a silent server without end.
+    What was tried: not to ask whether the next result has come, which lets others have the
+    interpreter once for each. But if an answer came in parts, and the network were lost between
+    them, the wait for the rest would stop the whole process.
     """
     results: list[PGresult] = []
     result = yield from generators.fetch(pgconn)

@@ -15,7 +15,7 @@ from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
-from psycopg.pq import DiagnosticField, Escaping, ExecStatus, TransactionStatus
+from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
 
 from bgjob._handlers.route import Route
@@ -23,6 +23,7 @@ from bgjob._postgres.commands import check, execute, results_of
 from bgjob._postgres.connection import WORKER_PATIENCE, ConnectionParameters
 from bgjob._postgres.cursor import AsyncCursor, Cursor, client_codec, server_codec
 from bgjob._postgres.fork import ForkGuard
+from bgjob._postgres.messages import Messages
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.ending import Ending, NotBegun
 from bgjob._running.sessions import (
@@ -50,6 +51,7 @@ from bgjob._sql.transactions import (
     PREPARED,
     ROLLBACK,
     ROLLBACK_TO_SAVEPOINT,
+    SHOW_PREPARED,
     begin,
     claim_of_transaction,
     complete_and_commit,
@@ -86,9 +88,11 @@ class Transactions(Sessions):
         fork_guard: ForkGuard,
         *,
         prepares: bool = True,
+        has_watch: bool = False,
     ) -> None:
         super().__init__(connection_parameters, prepares=prepares)
         self.fork_guard = fork_guard
+        self.messages = Messages(has_watch=has_watch)
 
     # -- async -------------------------------------------------------------------------
 
@@ -218,11 +222,13 @@ class Transactions(Sessions):
         if message is None:
             return False
         async with connection.lock:
-            results = await connection.wait(results_of(connection.pgconn, message.text))
-            rest = self._answered(connection, message, results)
+            last = await self.messages.last_result_async(connection, message.text)
+            rest = self._answered(connection, message, last)
             if rest:
-                with contextlib.suppress(psycopg.Error):  # a lost session is the next step's
+                try:
                     await connection.wait(execute(connection.pgconn, rest))
+                except psycopg.Error:  # a lost session is the next step's
+                    check(connection.pgconn, last)
         return connection.has_committed
 
     async def commit_async(self, connection: AsyncHandlerConnection) -> None:
@@ -236,7 +242,7 @@ class Transactions(Sessions):
             results = await connection.wait(results_of(connection.pgconn, text))
         if not _has_commit(results):
             check(connection.pgconn, results[-1])
-        _committed(connection, results)
+        _committed(connection, results[-1])
 
     # -- sync: made from the async text by .ci/colours.py; do not edit -----------------
 
@@ -366,11 +372,13 @@ class Transactions(Sessions):
         if message is None:
             return False
         with connection.lock:
-            results = connection.wait(results_of(connection.pgconn, message.text))
-            rest = self._answered(connection, message, results)
+            last = self.messages.last_result(connection, message.text)
+            rest = self._answered(connection, message, last)
             if rest:
-                with contextlib.suppress(psycopg.Error):  # a lost session is the next step's
+                try:
                     connection.wait(execute(connection.pgconn, rest))
+                except psycopg.Error:  # a lost session is the next step's
+                    check(connection.pgconn, last)
         return connection.has_committed
 
     def commit(self, connection: HandlerConnection) -> None:
@@ -384,7 +392,7 @@ class Transactions(Sessions):
             results = connection.wait(results_of(connection.pgconn, text))
         if not _has_commit(results):
             check(connection.pgconn, results[-1])
-        _committed(connection, results)
+        _committed(connection, results[-1])
 
     # -- both colours ------------------------------------------------------------------
 
@@ -422,28 +430,29 @@ class Transactions(Sessions):
             return _Completion(text + b"; " + reset, None)
         begins = _begin(connection, reserved, prepares=self.prepares and not has_plans)
         # A begin alone would make the reset a part of the transaction that it begins.
-        return _Completion(text + b"; begin; " + reset + b"; commit; " + begins, reserved)
+        text += b"; begin; " + reset + b"; commit; " + begins
+        return _Completion(text + SHOW_PREPARED if has_plans else text, reserved)
 
     def _answered(
         self,
         connection: HandlerConnection | AsyncHandlerConnection,
         message: _Completion,
-        results: Sequence[PGresult],
+        last: PGresult,
     ) -> bytes:
         """Record what the answer to a completion says; return the statements that must follow.
 
+        A deletion that was refused leaves the savepoint, and the transaction can go on from there.
+        What was refused without it came after the commit.
+
         Raises:
-            psycopg.Error: why the commit failed, or may have failed. A deletion that was refused
-                raises nothing: the transaction goes on.
+            psycopg.Error: why the commit failed, or may have failed.
 
         """
-        if not _has_commit(results):
-            error = results[-1]
-            is_deleted = any(result.status == ExecStatus.TUPLES_OK for result in results)
-            if is_deleted or not error.error_field(DiagnosticField.SQLSTATE):  # or not the server's
-                check(connection.pgconn, error)
+        if last.status == ExecStatus.FATAL_ERROR:
+            if connection.pgconn.transaction_status != TransactionStatus.INERROR:
+                check(connection.pgconn, last)
             return ROLLBACK_TO_SAVEPOINT
-        _committed(connection, results)
+        _committed(connection, last)
         if message.reserved is None or connection.left is None or not _is_open(connection):
             return b""
         connection.next = message.reserved
@@ -484,16 +493,20 @@ def _has_commit(results: Sequence[PGresult]) -> bool:
     return any(result.command_status == b"COMMIT" for result in results)
 
 
-def _committed(
-    connection: HandlerConnection | AsyncHandlerConnection, results: Sequence[PGresult]
-) -> None:
-    """Record a commit, and which prepared statements the reset behind it has found."""
+def _committed(connection: HandlerConnection | AsyncHandlerConnection, last: PGresult) -> None:
+    """Record a commit, and which prepared statements the reset behind it has found.
+
+    Args:
+        connection: the connection.
+        last: the last result: an error if the reset has failed, otherwise their names, if the
+            session has any.
+
+    """
     connection.has_committed = True
-    if not connection.is_prepared:
-        connection.left = None if results[-1].status == ExecStatus.FATAL_ERROR else ()
-        return
-    # The names are the last rows; if the reset has failed, the last ones are others.
-    rows = [result for result in results if result.status == ExecStatus.TUPLES_OK]
-    names = rows[-1].get_value(0, 0) if rows else None
-    left = {*(names or b"").split(b",")}
-    connection.left = left - PREPARED if left >= PREPARED else None
+    if last.status == ExecStatus.FATAL_ERROR:
+        connection.left = None
+    elif not connection.is_prepared:
+        connection.left = ()
+    else:
+        left = {*(last.get_value(0, 0) or b"").split(b",")}
+        connection.left = left - PREPARED if left >= PREPARED else None

@@ -190,8 +190,9 @@ _COMPLETE_MANY: LiteralString = _COMPLETE_ONE.replace(
 PREPARE = (
     "begin; prepare bgjob_complete (text, bigint) as "
     + _COMPLETE_ONE.format(ids="$1", tokens="$2", claim="$2::text", count=1)
-    + "; prepare bgjob_prepared as select string_agg(name, ',') from pg_prepared_statements; "
-    "commit; "
+    + "; prepare bgjob_prepared as "
+    "select set_config('bgjob.prepared', string_agg(name, ','), false) "
+    "from pg_prepared_statements; commit; "
 ).encode()
 """Prepares what `complete_and_commit` executes, before `begin`. To plan the deletion for each job
 takes more time than to execute it (benchmarks/transactional.py). It is a transaction of its own:
@@ -201,7 +202,10 @@ PREPARED = {b"bgjob_complete", b"bgjob_prepared"}
 """The names of these statements."""
 
 LIST_PREPARED = b"; execute bgjob_prepared"
-"""Returns the names of all prepared statements of the session, after RESET."""
+"""Returns the names of all prepared statements of the session, after RESET, and stores them."""
+
+SHOW_PREPARED = b"; show bgjob.prepared"
+"""Returns the names that LIST_PREPARED has stored. It takes no snapshot; see PREPARE."""
 
 # The plan is kept while the table grows; see Statement.prepare. Deferred triggers, which run at the
 # commit, are planned with the default.

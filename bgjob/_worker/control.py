@@ -223,7 +223,10 @@ class QueueControl:
             )
             fork_guard = ForkGuard()
             self._transactions = Transactions(
-                self._connection_parameters(), fork_guard, prepares=self._session.is_direct
+                self._connection_parameters(),
+                fork_guard,
+                prepares=self._session.is_direct,
+                has_watch=True,
             )
             self._ends.callback(self._transactions.close)
             self._slots = Slots(

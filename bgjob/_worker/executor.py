@@ -109,6 +109,7 @@ class Executor:
         """When to call `expire` next."""
         next_at = min(self._slots.timeouts.next_at, self._threads.retry_at, self._interrupt_at)
         next_at = min(next_at, self.reservations.overdue_at)
+        next_at = min(next_at, self._slots.transactions.messages.overdue_at)
         return next_at if self.gathering is None else min(next_at, self.gathering.next_at)
 
     @property
@@ -142,6 +143,7 @@ class Executor:
             if len(running(run.claimed)) == 1:
                 slots.timed_out(running(run.claimed)[0].job, run.timeout)
                 slots.done(run.fail(now, slots.clock.offset))
+        slots.transactions.messages.end_overdue(now)
         if self._threads.retry_at <= now:
             self._threads.retry()
         if self.gathering is not None:
