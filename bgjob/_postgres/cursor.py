@@ -5,6 +5,7 @@ They use psycopg's own adapters, whatever the program has registered for its own
 
 from collections.abc import Iterable
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import psycopg
@@ -82,6 +83,7 @@ class _ErrorTextDumper(Dumper):
         return data
 
 
+@cache
 def _codec(name: bytes | None) -> str:
     """Return Python's name of an encoding; UTF-8 for SQL_ASCII, ASCII for an unknown one."""
     try:

@@ -103,8 +103,11 @@ class AsyncSessionStore:
         connection = await self._patiently(self._begin)
         try:
             self._open, saving = connection, AsyncSaving(connection)
-            async with sessions.lent_async(connection):
+            sessions.lend(connection)
+            try:
                 yield saving
+            finally:
+                sessions.take_back_async(connection)
             statement = save_checkpoint(claimed, saving.data, lease=self._lease)
             settled = await sessions.settle_async(connection, [statement])
             if settled is None or settled.token != connection.token:
@@ -238,8 +241,11 @@ class SessionStore:
         connection = self._patiently(self._begin)
         try:
             self._open, saving = connection, Saving(connection)
-            with sessions.lent(connection):
+            sessions.lend(connection)
+            try:
                 yield saving
+            finally:
+                sessions.take_back(connection)
             statement = save_checkpoint(claimed, saving.data, lease=self._lease)
             settled = sessions.settle(connection, [statement])
             if settled is None or settled.token != connection.token:

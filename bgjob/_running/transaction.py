@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple, TypeVar
 
@@ -143,7 +144,7 @@ class Transactions(Sessions):
         try:
             ending = await drive_async(
                 steps,
-                lambda step: self._take_async(step, connection, route, jobs or claimed.job),
+                partial(self._take_async, connection, route, jobs or claimed.job),
             )
         except BaseException:
             await connection.close()
@@ -154,15 +155,18 @@ class Transactions(Sessions):
 
     async def _take_async(
         self,
-        step: TransactionStep,
         connection: AsyncHandlerConnection,
         route: Route,
         job: Job | list[Job],
+        step: TransactionStep,
     ) -> object:
         match step:
             case Call():
-                async with self.lent_async(connection):
+                self.lend(connection)
+                try:
                     return await route.awaited(job, connection)
+                finally:
+                    self.take_back_async(connection)
             case Finish():
                 return await self._finish_async(connection, step)
             case Settle(statements):
@@ -190,18 +194,12 @@ class Transactions(Sessions):
         connection, _ = await self.open_async(begin)
         return connection
 
-    @contextlib.asynccontextmanager
-    async def lent_async(self, connection: AsyncHandlerConnection) -> AsyncIterator[None]:
-        """Lend the connection to a handler."""
-        connection.patience = inf  # its statements may take long
-        self._handling.add(connection)
-        try:
-            yield
-        finally:
-            if self.fork_guard.is_child:
-                self.fork_guard.end(sys.exc_info()[1])
-            self._handling.discard(connection)
-            connection.user, connection.patience = asyncio.current_task(), WORKER_PATIENCE
+    def take_back_async(self, connection: AsyncHandlerConnection) -> None:
+        """End what `lend` has begun."""
+        if self.fork_guard.is_child:
+            self.fork_guard.end(sys.exc_info()[1])
+        self._handling.discard(connection)
+        connection.user, connection.patience = asyncio.current_task(), WORKER_PATIENCE
 
     async def settle_async(
         self, connection: AsyncHandlerConnection, statements: Sequence[Statement[list[str]]]
@@ -293,7 +291,7 @@ class Transactions(Sessions):
         try:
             ending = drive(
                 steps,
-                lambda step: self._take(step, connection, route, jobs or claimed.job),
+                partial(self._take, connection, route, jobs or claimed.job),
             )
         except BaseException:
             connection.close()
@@ -304,15 +302,18 @@ class Transactions(Sessions):
 
     def _take(
         self,
-        step: TransactionStep,
         connection: HandlerConnection,
         route: Route,
         job: Job | list[Job],
+        step: TransactionStep,
     ) -> object:
         match step:
             case Call():
-                with self.lent(connection):
+                self.lend(connection)
+                try:
                     return route.handler(job, connection)
+                finally:
+                    self.take_back(connection)
             case Finish():
                 return self._finish(connection, step)
             case Settle(statements):
@@ -340,18 +341,12 @@ class Transactions(Sessions):
         connection, _ = self.open(begin)
         return connection
 
-    @contextlib.contextmanager
-    def lent(self, connection: HandlerConnection) -> Iterator[None]:
-        """Lend the connection to a handler."""
-        connection.patience = inf  # its statements may take long
-        self._handling.add(connection)
-        try:
-            yield
-        finally:
-            if self.fork_guard.is_child:
-                self.fork_guard.end(sys.exc_info()[1])
-            self._handling.discard(connection)
-            connection.user, connection.patience = threading.get_ident(), WORKER_PATIENCE
+    def take_back(self, connection: HandlerConnection) -> None:
+        """End what `lend` has begun."""
+        if self.fork_guard.is_child:
+            self.fork_guard.end(sys.exc_info()[1])
+        self._handling.discard(connection)
+        connection.user, connection.patience = threading.get_ident(), WORKER_PATIENCE
 
     def settle(
         self, connection: HandlerConnection, statements: Sequence[Statement[list[str]]]
@@ -395,6 +390,11 @@ class Transactions(Sessions):
         _committed(connection, results[-1])
 
     # -- both colours ------------------------------------------------------------------
+
+    def lend(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
+        """Lend the connection to a handler, until `take_back`."""
+        connection.patience = inf  # its statements may take long
+        self._handling.add(connection)
 
     def _begin(
         self, connection: HandlerConnection | AsyncHandlerConnection, claimed: Claimed

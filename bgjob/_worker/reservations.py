@@ -48,7 +48,7 @@ class Reservations:
         That is, if another slot could start the job now, or it needs something else first.
         """
         slots = self._slots
-        if slots.free or slots.is_limited or slots.is_stopping or slots.mux.names_keys:
+        if slots.free or slots.is_limited or slots.is_stopping or slots.names_keys:
             return None
         try:
             first = slots.jobs[0]

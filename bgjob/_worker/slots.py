@@ -124,7 +124,8 @@ class Slots:
         It is empty, so that a job does not depend on which thread started its slot.
         """
         self.context.run(inside.set, self)
-        self.route_of = self.isolated if mux.names_keys else mux.route
+        self.names_keys = mux.names_keys
+        self.route_of = self.isolated if self.names_keys else mux.route
         self.jobs: deque[Claimed] = deque()
         self.lines = Lines(self.jobs)
         self.outcomes: deque[Outcome] = deque()
