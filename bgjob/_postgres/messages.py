@@ -55,11 +55,11 @@ class Messages:
             psycopg.OperationalError: the connection was lost, or there was no answer.
 
         """
-        if not self._has_watch:
-            return connection.wait(results_of(connection.pgconn, text))[-1]
         call = _Call(connection.pgconn)
         try:
-            self._calls.add(call)
+            self._calls.add(call)  # before the question, for `close`
+            if not self._has_watch:
+                return connection.wait(results_of(connection.pgconn, text))[-1]
             result = call.pgconn.exec_(text)
         finally:
             self._calls.discard(call)
@@ -83,14 +83,20 @@ class Messages:
         for call in self._calls.copy():
             if now >= call.since + WORKER_PATIENCE and not call.is_given_up:
                 call.is_given_up = True
-                with contextlib.suppress(psycopg.Error, OSError):  # it has ended meanwhile
-                    hang_up(call.pgconn)
+                hang_up(call.pgconn)
+
+    def close(self) -> None:
+        """End all calls, since nobody watches them any more; later ones watch themselves."""
+        self._has_watch = False
+        for call in self._calls.copy():
+            hang_up(call.pgconn)
 
 
 def hang_up(pgconn: PGconn) -> None:
     """Shut down the socket of a connection, which wakes the thread that waits for it."""
-    number = pgconn.socket
-    # A duplicate, since libpq closes a lost connection itself, and the number is soon another's.
-    with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
-        if pgconn.socket == number:
-            duplicate.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(psycopg.Error, OSError):  # it has been lost meanwhile
+        number = pgconn.socket
+        # A duplicate, since libpq closes a lost connection, and the number is soon another's.
+        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+            if pgconn.socket == number:
+                duplicate.shutdown(socket.SHUT_RDWR)

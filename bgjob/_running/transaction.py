@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import psycopg
 from psycopg.pq import Escaping, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGresult
+from typing_extensions import override
 
 from bgjob._handlers.route import Route
 from bgjob._postgres.commands import check, execute, results_of
@@ -390,6 +391,11 @@ class Transactions(Sessions):
         _committed(connection, results[-1])
 
     # -- both colours ------------------------------------------------------------------
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self.messages.close()
 
     def lend(self, connection: HandlerConnection | AsyncHandlerConnection) -> None:
         """Lend the connection to a handler, until `take_back`."""

@@ -14,6 +14,7 @@ from support.meetings import asked, meeting
 from support.waiting import PATIENCE, eventually
 
 import bgjob._postgres.connection
+import bgjob._postgres.messages
 import bgjob._shared
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
@@ -465,6 +466,40 @@ def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is
         "dlq": [("dead", n)],
     }
     assert heard == outcomes[then]
+    assert world.rows("a", "transactional") == 1
+
+
+def test_a_thread_whose_commit_alone_has_no_answer_gives_up_its_connection(
+    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It waits within libpq, which has no limit: the control thread counts the seconds.
+    monkeypatch.setattr(bgjob._postgres.messages, "WORKER_PATIENCE", 1.0)
+    world.enqueue("transactional", "a")
+    lost = proxy.abandon_before_commit("insert into ledger")
+    worker = world.worker(world.mux(), dsn=proxy.dsn(world.dsn), lease=LONG)
+    assert lost.wait(PATIENCE)
+    world.witness(worker, "retried", "a")
+    world.witness(worker, "completed", "a")
+    assert world.rows("a", "transactional") == 1
+    # The other half of that connection: only the server's keepalive would end it.
+    world.query(
+        "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
+        "where datname = current_database() and state = 'idle in transaction'"
+    )
+
+
+def test_a_thread_whose_commit_has_no_answer_does_not_outlive_its_worker(
+    proxy: Proxy, world: World
+) -> None:
+    world.enqueue("transactional", "a")
+    lost = proxy.abandon_before_commit("insert into ledger")
+    worker = world.worker(world.mux(), dsn=proxy.dsn(world.dsn), lease=3.0)
+    assert lost.wait(PATIENCE)
+    assert not worker.shutdown(0.1)
+    assert eventually(
+        lambda: not any(each.name.startswith("bgjob-q-") for each in threading.enumerate()), 5.0
+    )
+    world.witness(world.worker(world.mux(), lease=3.0), "completed", "a")
     assert world.rows("a", "transactional") == 1
 
 
