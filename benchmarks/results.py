@@ -25,6 +25,10 @@ WORK = {
     "producers": "8 producers beside a worker",
     "notifications": "notifications at a steady rate",
     "overview": "overview of 1,000,000 jobs",
+    "page": "pages of `bgjob web` over 1,000,000 jobs",
+    "minutes": "counts of minutes, and jobs that are kept",
+    "preflight": "preflight of 1,000,000 jobs",
+    "triage": "triage of 1,000,000 dead jobs",
     "wal": "write-ahead log, enqueue to settled",
     "memory": "memory of a worker",
     "failures": "memory in a burst of failures",
@@ -102,7 +106,7 @@ def _row(path: tuple[str, ...], figure: Mapping[str, Any]) -> str:
     spread = (min(ratios), max(ratios)) if ratios else (measured["min"], measured["max"])
     return " | ".join(
         (
-            ": ".join((" ".join(path[:-1]), path[-1])).replace("_", " "),
+            ": ".join(filter(None, (" ".join(path[:-1]), path[-1]))).replace("_", " "),
             _goal(figure),
             number(measured["median"]),
             number(figure["floor"]["median"]) if "floor" in figure else "",
