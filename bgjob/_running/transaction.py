@@ -226,7 +226,7 @@ class Transactions(Sessions):
             if rest:
                 try:
                     await connection.wait(execute(connection.pgconn, rest))
-                except psycopg.Error:  # a lost session is the next step's
+                except psycopg.Error:  # there is no savepoint, or no session any more
                     check(connection.pgconn, last)
         return connection.has_committed
 
@@ -373,7 +373,7 @@ class Transactions(Sessions):
             if rest:
                 try:
                     connection.wait(execute(connection.pgconn, rest))
-                except psycopg.Error:  # a lost session is the next step's
+                except psycopg.Error:  # there is no savepoint, or no session any more
                     check(connection.pgconn, last)
         return connection.has_committed
 
@@ -447,8 +447,8 @@ class Transactions(Sessions):
     ) -> bytes:
         """Record what the answer to a completion says; return the statements that must follow.
 
-        A deletion that was refused leaves the savepoint, and the transaction can go on from there.
-        What was refused without it came after the commit.
+        After a deletion that was refused, the transaction can go on from the savepoint. If there is
+        no such savepoint, the error came after the commit.
 
         Raises:
             psycopg.Error: why the commit failed, or may have failed.

@@ -40,7 +40,8 @@ A worker has these threads. `group` starts them and ends them together.
 - Of the jobs with the same exclusive key one has a slot, or waits for one (`lines`). The next one
   takes its place when it ends, without the control thread.
 - A slot that commits a transactional job may have the next one reserved (`reservations`): its
-  transaction begins in the same message.
+  transaction begins in the same message. A thread waits for the answer within libpq, and the
+  control thread ends a wait of 10 s (_postgres/messages).
 - The event loop (`_running/loop`) is one for all queues of a worker; an AsyncWorker uses its
   caller's. The observer is told of a loop that is blocked for a third of the lease.
 - The event thread (`events`) calls the observer, so that a slow one delays no job. Only
