@@ -198,7 +198,8 @@ def test_the_worker_shuts_down_when_its_parent_is_killed(
     reloaded = start()
     child = reloaded.ran("gate", "gate", "entered")
     reloaded.process.kill()
-    reloaded.heard("jobs:mux: the parent process ends, shutting down")
+    text = "jobs:mux: the parent process ends, shutting down"
+    assert eventually(lambda: text in reloaded.err), reloaded.err
     (reloaded.folder / "open").touch()
     assert eventually(lambda: not lives(child))
     assert "v1 leaves" in reloaded.out and rows(conn, "select id from bgjob_job") == []

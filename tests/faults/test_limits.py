@@ -54,7 +54,8 @@ def test_no_limit_is_exceeded_while_five_workers_are_killed_at_random(
     ids: dict[str, list[str]] = {"plain": [], "transactional": []}
     for n in range(130 if scope == "queue" else 200):
         type_ = dice.choice([*ids])
-        longest = 0.3 if n < 60 else 0.08  # first the concurrency is in the way, then the rate
+        # First the concurrency is in the way, also of workers that are slow; then the rate.
+        longest = 2.0 if n < 12 else 0.3 if n < 60 else 0.08
         sleep = dice.uniform(longest / 4, longest)
         ids[type_] += world.enqueue(type_, timed=True, sleep=sleep)
     every = [*ids["plain"], *ids["transactional"]]
