@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from math import inf
@@ -96,8 +95,6 @@ class Transactions(Sessions):
         super().__init__(connection_parameters, prepares=prepares)
         self.fork_guard = fork_guard
         self.messages = Messages(has_watch=has_watch)
-        self.lost: deque[Claimed] = deque()
-        """The claims whose sessions were lost, and may go on at the server with their locks."""
 
     # -- async -------------------------------------------------------------------------
 
@@ -154,8 +151,6 @@ class Transactions(Sessions):
             await connection.close()
             raise
         if not self._keep_session(connection):
-            if connection.closed:
-                self.lost.append(claimed)
             await connection.close()
         return ending
 
@@ -303,8 +298,6 @@ class Transactions(Sessions):
             connection.close()
             raise
         if not self._keep_session(connection):
-            if connection.closed:
-                self.lost.append(claimed)
             connection.close()
         return ending
 

@@ -561,9 +561,6 @@ class QueueControl:
             events = engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
-            # Before the job runs again, and would wait for the locks of its own session.
-            while lost := self._transactions.lost:
-                engine.give_up([lost.popleft()])
         if engine.uses_keys:
             lines.held_until = engine.held_until
             if ended := lines.take_ended():
