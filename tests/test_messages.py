@@ -104,7 +104,7 @@ def test_a_call_without_an_answer_ends_after_its_time_and_harms_no_other_connect
             assert told(messages.last_result(other, b"select 7")) == "7"
 
 
-def test_a_call_that_nobody_watches_any_more_ends_and_later_ones_end_themselves(dsn: str) -> None:
+def test_a_close_ends_the_calls_and_later_ones_end_themselves(dsn: str) -> None:
     messages = Messages(has_watch=True)
     with Proxy(dsn) as proxy:
         with (

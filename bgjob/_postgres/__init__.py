@@ -17,7 +17,7 @@ library has a limit:
     an answer       the connection's `patience`, in seconds without a byte: 30 for a client and
                     a command, 10 for a worker; no limit while a handler's own SQL runs
     a connection    30 s for a client's pool to open one, or for another caller to release one
-    a call of libpq 10 s in `messages`, which the control thread counts for the others
+    a call of libpq 10 s in `messages`; the control thread ends it
     a lost network  TCP keepalives after 30 s, and 60 s for what was sent (`_DEFAULTS`): the only
                     limit in a handler's own SQL
 

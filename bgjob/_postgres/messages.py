@@ -57,7 +57,7 @@ class Messages:
         """
         call = _Call(connection.pgconn)
         try:
-            self._calls.add(call)  # before the question, for `close`
+            self._calls.add(call)  # first, so that `close` misses none
             if not self._has_watch:
                 return connection.wait(results_of(connection.pgconn, text))[-1]
             result = call.pgconn.exec_(text)
@@ -86,7 +86,7 @@ class Messages:
                 hang_up(call.pgconn)
 
     def close(self) -> None:
-        """End all calls, since nobody watches them any more; later ones watch themselves."""
+        """End all calls: no thread calls `end_overdue` any more. Later calls do not block."""
         self._has_watch = False
         for call in self._calls.copy():
             hang_up(call.pgconn)
