@@ -543,14 +543,6 @@ LOCK = (
 )
 
 
-def end_sessions(world: World) -> None:
-    """End half-open sessions, as only the server's keepalive would."""
-    world.query(
-        "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
-        "where datname = current_database() and application_name ^@ 'bgjob'"
-    )
-
-
 @both_colours
 @pytest.mark.parametrize("type", ["transactional", "plain"])
 def test_31_a_settlement_of_which_half_was_sent_locks_its_rows_for_seconds(
@@ -576,14 +568,14 @@ def test_31_a_settlement_of_which_half_was_sent_locks_its_rows_for_seconds(
     second.wait_for("completed", "neighbour")
     assert time.monotonic() - killed < world.poll_interval + VANISHED
     if waits_for_keepalive:
-        end_sessions(world)
+        world.end_sessions()
     world.witness(second, "completed", "a")
     took = time.monotonic() - killed
     print(f"completed elsewhere after {took:.2f} s")
     assert took < LEFT + world.lease + world.poll_interval + VANISHED
     if type == "transactional":
         assert world.rows("a", type) == 1
-    end_sessions(world)
+    world.end_sessions()
 
 
 @both_colours
@@ -608,4 +600,4 @@ def test_31_the_notify_lock_of_a_host_that_vanished_makes_no_worker_deaf(
     print(f"picked up after {max(took):.3f} s")
     assert max(took) < 2.0
     assert held <= set(world.query(LOCK))
-    end_sessions(world)
+    world.end_sessions()

@@ -347,6 +347,13 @@ class World:
             )
         )
 
+    def end_sessions(self) -> None:
+        """End half-open sessions, as only the server's keepalive would."""
+        self.query(
+            "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
+            "where datname = current_database() and application_name ^@ 'bgjob'"
+        )
+
     def release(self, gate: str, *attempts: int) -> None:
         """Open a gate, to the jobs that wait there (`hold`) in one of these attempts."""
         self.query(
