@@ -2231,6 +2231,47 @@ def test_a_handler_without_a_transaction_has_no_session_to_end() -> None:
     assert settled(drive.exchange()) == [claimed.job.id]
 
 
+def severed(drive: Drive) -> Claimed:
+    """Lose the connection of a transactional job."""
+    [claimed] = drive.claim("a")
+    drive.finish(claimed, result=Retry(0.0))
+    drive.engine.sever(claimed)
+    return claimed
+
+
+def test_a_session_whose_connection_was_lost_is_ended_once_its_job_is_settled() -> None:
+    drive = Drive(transactional={"t"})
+    claimed = severed(drive)
+    exchange = drive.exchange()
+    assert not exchange.end
+    assert settled(exchange) == [claimed.job.id]
+    drive.answer(Reply(settled={claimed.job.id}))
+    exchange = drive.exchange()
+    assert (exchange.end, exchange.claim) == ([claimed], None)
+    drive.answer()
+    assert not drive.exchange().end
+
+
+def test_a_session_whose_connection_was_lost_is_not_ended_where_its_job_is_gone() -> None:
+    drive = Drive(transactional={"t"})
+    severed(drive)
+    drive.miss()
+    for _ in range(3):
+        assert not drive.next_exchange().end
+        drive.answer()
+
+
+def test_a_worker_that_stops_ends_the_session_whose_connection_was_lost() -> None:
+    drive = Drive(transactional={"t"})
+    claimed = severed(drive)
+    drive.engine.shutdown()
+    assert isinstance(drive.step(), Withdraw)
+    drive.settle()
+    assert drive.exchange().end == [claimed]
+    drive.answer()
+    assert isinstance(drive.step(), Stop)
+
+
 # -- claims that are too much -----------------------------------------------------------------
 
 

@@ -113,7 +113,8 @@ class Engine:
             self.pace, self._leases, self._lookout, self._isolation, self._sent, tokens
         )
 
-        self._doomed: list[Claimed] = []  # claims that were given up: end their sessions
+        self._doomed: list[Claimed] = []  # claims whose sessions are to end
+        self._severed: set[Claimed] = set()  # claims whose sessions were lost, and may go on
         self._leaving: list[Claimed] = []  # abandoned, and the server has not been told
         self._stopping = self._abandoned = self._withdrew = False
         self._is_idle = False  # the observer knows that the queue is empty
@@ -249,6 +250,14 @@ class Engine:
     def give_up(self, claims: Iterable[Claimed]) -> None:
         """End the sessions of handlers whose jobs have failed before they end."""
         self._doomed += [c for c in claims if c.job.type in self._in_transactions]
+
+    def sever(self, claimed: Claimed) -> None:
+        """Record that the connection of a job's transaction was lost; its session may go on.
+
+        It is ended, with its locks, once the job is settled: then it cannot commit any more. Before
+        that its commit may wait for a standby, and to end it would not undo it.
+        """
+        self._severed.add(claimed)
 
     def withdrawn(self, claimed: Iterable[Claimed]) -> None:
         """Record that jobs were taken back before they started: release them."""
@@ -542,6 +551,10 @@ class Engine:
         if spilled := self._settling.spill():
             self._lose(spilled)
         run_again = self._settling.settled(exchange, reply, effects.events)
+        if self._severed:
+            over = {claimed for claimed in self._severed if self._leases.batch(claimed) is None}
+            self._doomed += [claimed for claimed in over if claimed.job.id in reply.settled]
+            self._severed -= over
         gone = self._keys.answered(exchange, reply, effects.run, now)
         if gone:
             self.throttle.refund(gone)

@@ -119,12 +119,12 @@ class AsyncSessionStore:
             except BaseException as error:
                 raise CommitUnknownError(error) from error
         except psycopg.OperationalError as error:
-            await connection.close()
+            await sessions.discard_async(connection, claimed)
             if await self._is_lost():  # and the worker that freed the job has ended the session
                 raise lost(claimed, "the transaction was rolled back") from error
             raise
         except BaseException:
-            await connection.close()
+            await sessions.discard_async(connection, claimed)
             raise
         finally:
             self._open = None
@@ -257,12 +257,12 @@ class SessionStore:
             except BaseException as error:
                 raise CommitUnknownError(error) from error
         except psycopg.OperationalError as error:
-            connection.close()
+            sessions.discard(connection, claimed)
             if self._is_lost():  # and the worker that freed the job has ended the session
                 raise lost(claimed, "the transaction was rolled back") from error
             raise
         except BaseException:
-            connection.close()
+            sessions.discard(connection, claimed)
             raise
         finally:
             self._open = None

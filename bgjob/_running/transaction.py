@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from math import inf
@@ -95,6 +96,8 @@ class Transactions(Sessions):
         super().__init__(connection_parameters, prepares=prepares)
         self.fork_guard = fork_guard
         self.messages = Messages(has_watch=has_watch)
+        self.severed: deque[Claimed] = deque()
+        """The claims of transactions whose connections were lost: their sessions may go on."""
 
     # -- async -------------------------------------------------------------------------
 
@@ -148,10 +151,10 @@ class Transactions(Sessions):
                 partial(self._take_async, connection, route, jobs or claimed.job),
             )
         except BaseException:
-            await connection.close()
+            await self.discard_async(connection, claimed)
             raise
         if not self._keep_session(connection):
-            await connection.close()
+            await self.discard_async(connection, claimed)
         return ending
 
     async def _take_async(
@@ -194,6 +197,12 @@ class Transactions(Sessions):
 
         connection, _ = await self.open_async(begin)
         return connection
+
+    async def discard_async(self, connection: AsyncHandlerConnection, claimed: Claimed) -> None:
+        """Close the connection of a claim's transaction, which is not kept."""
+        if connection.closed:
+            self.severed.append(claimed)
+        await connection.close()
 
     def take_back_async(self, connection: AsyncHandlerConnection) -> None:
         """End what `lend` has begun."""
@@ -295,10 +304,10 @@ class Transactions(Sessions):
                 partial(self._take, connection, route, jobs or claimed.job),
             )
         except BaseException:
-            connection.close()
+            self.discard(connection, claimed)
             raise
         if not self._keep_session(connection):
-            connection.close()
+            self.discard(connection, claimed)
         return ending
 
     def _take(
@@ -341,6 +350,12 @@ class Transactions(Sessions):
 
         connection, _ = self.open(begin)
         return connection
+
+    def discard(self, connection: HandlerConnection, claimed: Claimed) -> None:
+        """Close the connection of a claim's transaction, which is not kept."""
+        if connection.closed:
+            self.severed.append(claimed)
+        connection.close()
 
     def take_back(self, connection: HandlerConnection) -> None:
         """End what `lend` has begun."""

@@ -561,6 +561,8 @@ class QueueControl:
             events = engine.finish(self._slots.collect())
             if events:
                 self._events.tell(events)
+            while severed := self._transactions.severed:
+                engine.sever(severed.popleft())
         if engine.uses_keys:
             lines.held_until = engine.held_until
             if ended := lines.take_ended():

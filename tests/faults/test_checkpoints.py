@@ -139,6 +139,25 @@ def test_a_save_whose_commit_or_its_answer_was_lost_is_made_once(
 
 
 @both_colours
+def test_a_job_whose_transaction_was_lost_goes_on_without_the_locks_of_that_session(
+    proxy: Proxy, world: World, colour: Colour
+) -> None:
+    # The second attempt waits for what the first has written and not ended.
+    world.query("create unique index on ledger (job_id, token) where kind = 'chunks'")
+    world.enqueue("chunks", "a", count=5, hold_within=2)
+    worker = world.start(colour=colour, dsn=proxy.dsn(world.dsn), lease=30.0)
+    worker.wait_for("held")
+    proxy.abandon()
+    world.release("a", 1, 2)
+    world.witness(worker, "retried", "a")
+    world.witness(worker, "completed", "a")
+    world.witness(worker, "error")
+    assert chunks_of(world, "a") == [*range(5)]
+    assert tried(worker) == {0: 1, 1: 1, 2: 2, 3: 1, 4: 1}
+    world.end_sessions()
+
+
+@both_colours
 def test_a_job_goes_on_when_the_database_was_restarted_between_two_saves(
     hurt: World, server: EmbeddedServer, colour: Colour
 ) -> None:

@@ -15,6 +15,7 @@ from support.waiting import PATIENCE, eventually
 
 import bgjob._postgres.connection
 import bgjob._postgres.messages
+import bgjob._running.transaction
 import bgjob._shared
 import bgjob.client
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
@@ -469,23 +470,47 @@ def test_a_transaction_whose_commit_or_its_answer_was_lost_has_one_effect_and_is
     assert world.rows("a", "transactional") == 1
 
 
-def test_a_thread_whose_commit_alone_has_no_answer_gives_up_its_connection(
-    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.both_colours
+@pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
+def test_a_job_whose_commit_alone_has_no_answer_runs_again_without_the_locks_of_that_session(
+    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
-    # It waits within libpq, which has no limit: the control thread counts the seconds.
-    monkeypatch.setattr(bgjob._postgres.messages, "WORKER_PATIENCE", 1.0)
+    # A thread waits within libpq, which has no limit: the control thread counts the seconds.
+    for module in (bgjob._postgres.messages, bgjob._running.transaction):
+        monkeypatch.setattr(module, "WORKER_PATIENCE", 1.0)
+    # The second attempt waits for what the first has written and not ended.
+    world.query("create unique index on ledger (job_id)")
     world.enqueue("transactional", "a")
     lost = proxy.abandon_before_commit("insert into ledger")
-    worker = world.worker(world.mux(), dsn=proxy.dsn(world.dsn), lease=LONG)
+    dsn = proxy.dsn(world.dsn)
+    worker = world.worker(world.mux(is_async=is_async), dsn=dsn, is_async=is_async, lease=LONG)
     assert lost.wait(PATIENCE)
     world.witness(worker, "retried", "a")
     world.witness(worker, "completed", "a")
     assert world.rows("a", "transactional") == 1
-    # The other half of that connection: only the server's keepalive would end it.
+
+
+@pytest.mark.both_colours
+@pytest.mark.parametrize("is_async", [False, True], ids=["Worker", "AsyncWorker"])
+def test_a_commit_that_goes_on_without_an_answer_is_not_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    # As one that waits for a synchronous standby.
+    for module in (bgjob._postgres.messages, bgjob._running.transaction):
+        monkeypatch.setattr(module, "WORKER_PATIENCE", 1.0)
     world.query(
-        "select pg_terminate_backend(pid, 30000) from pg_stat_activity "
-        "where datname = current_database() and state = 'idle in transaction'"
+        "create function linger() returns trigger language plpgsql as "
+        "'begin perform pg_sleep(4); return null; end'"
     )
+    world.query(
+        "create constraint trigger linger after insert on ledger "
+        "deferrable initially deferred for each row execute function linger()"
+    )
+    world.enqueue("transactional", "a")
+    worker = world.worker(world.mux(is_async=is_async), is_async=is_async, lease=LONG)
+    world.witness(worker, "completed", "a")
+    assert [event[0] for event in worker.of("retried", "lost", "completed")] == ["completed"]
+    assert world.rows("a", "transactional") == 1
 
 
 def test_a_thread_whose_commit_has_no_answer_does_not_outlive_its_worker(
