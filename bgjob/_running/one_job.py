@@ -7,6 +7,7 @@ or a Run. Whether statements are sent in a transaction, and where a handler runs
 caller's part.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import closing
 from contextvars import copy_context
@@ -57,6 +58,8 @@ class Run(NamedTuple):
     """When its lease ends, by this process's clock."""
     lease: float
     """Seconds."""
+    severed: deque[Claimed]
+    """Gets its claim if the connection of its transaction is lost: the session may go on."""
 
 
 Step: TypeAlias = Sequence[Statement[Any]] | Run
@@ -140,7 +143,7 @@ def _routed(claimed: Claimed, mux: Mux, now: float, lease: float) -> Run:
         claimed = claimed._replace(job=claimed.job._replace(exclusive=route.key))
         route = decided(mux.route(claimed.job), now)
     assert not isinstance(route, NeedsKey)  # noqa: S101 (the job has its key)
-    return Run(claimed, route, ends_at, lease)
+    return Run(claimed, route, ends_at, lease, deque())
 
 
 def settle(run: Run, ending: Ending) -> Steps[Ended]:
@@ -160,6 +163,8 @@ def _stored(run: Run, ending: Ending) -> Steps[Ended]:
     if ends and job.id not in reply.settled:  # it is lost, or was replaced while it ran
         reply = yield from _exchange(job.queue, replace(exchange, follows=True))
     is_held = job.id in reply.settled
+    if run.severed and is_held:  # it cannot commit any more
+        yield from _exchange(job.queue, Exchange(end=run.severed))
     match ending:
         case Committed(result):
             return _ended(job, result)
@@ -258,14 +263,14 @@ def _begin(
     run: Run, connection_parameters: Callable[[], ConnectionParameters]
 ) -> Ending | Awaiting:
     """Run a handler as far as it need not be awaited."""
-    claimed, route, _, lease = run
+    claimed, route, _, lease, _ = run
     if not isinstance(route, Route):
         return route
     if route.is_coroutine:
         return Awaiting(route)
     if not route.needs_session:
         return route.run(claimed.job)
-    with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+    with closing(_transactions(run, connection_parameters())) as transactions:
         if route.is_transactional:
             return transactions.run(route, claimed)
         from bgjob._running.checkpoints import SessionStore  # noqa: PLC0415 (few jobs have one)
@@ -274,13 +279,19 @@ def _begin(
         return store.load() or route.holding(store).run(claimed.job)
 
 
+def _transactions(run: Run, connection_parameters: ConnectionParameters) -> Transactions:
+    transactions = Transactions(connection_parameters, ForkGuard())
+    transactions.severed = run.severed
+    return transactions
+
+
 async def _await(
     route: Route, run: Run, connection_parameters: Callable[[], ConnectionParameters]
 ) -> Ending:
     claimed = run.claimed
     if not route.needs_session:
         return await _awaited(route, claimed)
-    with closing(Transactions(connection_parameters(), ForkGuard())) as transactions:
+    with closing(_transactions(run, connection_parameters())) as transactions:
         if route.is_transactional:
             return await transactions.run_async(route, claimed)
         from bgjob._running.checkpoints import AsyncSessionStore  # noqa: PLC0415 (few jobs have one)

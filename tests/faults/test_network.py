@@ -18,7 +18,7 @@ import bgjob._postgres.messages
 import bgjob._running.transaction
 import bgjob._shared
 import bgjob.client
-from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
+from bgjob import AsyncClient, Client, Complete, EnqueueRequest, JobAlreadyExistsError, Retry
 from bgjob._sql.notices import LOCK_CLASS
 from faults.proxy import Proxy
 from faults.world import Process, World
@@ -487,6 +487,22 @@ def test_a_job_whose_commit_alone_has_no_answer_runs_again_without_the_locks_of_
     assert lost.wait(PATIENCE)
     world.witness(worker, "retried", "a")
     world.witness(worker, "completed", "a")
+    assert world.rows("a", "transactional") == 1
+
+
+def test_a_single_job_whose_commit_has_no_answer_leaves_no_locks_for_its_next_run(
+    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bgjob._running.transaction, "WORKER_PATIENCE", 1.0)
+    world.query("create unique index on ledger (job_id)")
+    world.enqueue("transactional", "a")
+    lost = proxy.abandon_before_commit("insert into ledger")
+    mux = world.mux(backoff=0.001)
+    with Client(proxy.dsn(world.dsn)) as client:
+        assert isinstance(client.do("q", mux), Retry)
+        world.saw("a commit was lost", lost.is_set())
+        assert eventually(lambda: world.value("select next_run_at <= now() from bgjob_job"))
+        assert client.do("q", mux) == Complete({"attempt": 2})
     assert world.rows("a", "transactional") == 1
 
 
