@@ -75,6 +75,8 @@ from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
     insert,
     insert_async,
+    insert_many,
+    insert_many_async,
     read,
     read_all,
     read_all_async,
@@ -402,7 +404,8 @@ class AsyncClient:
         return await self._on_own(partial(_insert_async, request=request, notify=self._notify))
 
     async def _insert_many(self, requests: Sequence[EnqueueRequest]) -> set[str]:
-        return await self._run(enqueues.enqueue_many(requests, notify=self._notify), None)
+        send = partial(_insert_many_async, requests=requests, notify=self._notify)
+        return await self._on_own(send)
 
     async def bulk_enqueue(
         self,
@@ -1130,6 +1133,16 @@ async def _insert_async(
     return await _execute_async(connection, enqueues.enqueue(request, notify=notify))
 
 
+async def _insert_many_async(
+    connection: psycopg.AsyncConnection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
+) -> set[str]:
+    if isinstance(connection, AsyncPooledConnection) and all(r.is_plain for r in requests):
+        written = await insert_many_async(connection, requests, notify=notify)
+        if written is not None:
+            return written
+    return await _execute_async(connection, enqueues.enqueue_many(requests, notify=notify))
+
+
 async def _execute_both_async(
     connection: psycopg.AsyncConnection[Any], before: Statement[None], statement: Statement[T]
 ) -> T:
@@ -1388,7 +1401,8 @@ class Client:
         return self._on_own(partial(_insert, request=request, notify=self._notify))
 
     def _insert_many(self, requests: Sequence[EnqueueRequest]) -> set[str]:
-        return self._run(enqueues.enqueue_many(requests, notify=self._notify), None)
+        send = partial(_insert_many, requests=requests, notify=self._notify)
+        return self._on_own(send)
 
     def bulk_enqueue(
         self,
@@ -2100,6 +2114,16 @@ def _insert(connection: psycopg.Connection[Any], request: EnqueueRequest, *, not
         if is_written is not None:
             return is_written
     return _execute(connection, enqueues.enqueue(request, notify=notify))
+
+
+def _insert_many(
+    connection: psycopg.Connection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
+) -> set[str]:
+    if isinstance(connection, PooledConnection) and all(r.is_plain for r in requests):
+        written = insert_many(connection, requests, notify=notify)
+        if written is not None:
+            return written
+    return _execute(connection, enqueues.enqueue_many(requests, notify=notify))
 
 
 def _execute_both(

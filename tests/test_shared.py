@@ -6,17 +6,19 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from typing import Any
 
 import psycopg
 import pytest
-from support.clients import Colour
+from support.clients import HOSTILE, Colour
 from support.database import count
 from support.meetings import LOCKED, asked, meeting
 from support.waiting import PATIENCE, eventually
 
 from bgjob import AsyncClient, Client, EnqueueRequest, JobAlreadyExistsError
 from bgjob._shared import SharedInserts, may_share
+from bgjob._sql.notices import LOCK_CLASS, bucket, channel
 
 HELD_UP = """
     create function hold_up() returns trigger language plpgsql
@@ -68,6 +70,38 @@ def test_enqueues_that_meet_are_one_insert_and_each_has_its_own_answer(
         (requests[1].id, "other", "u", b"\0", 5, {"a": 1}, True),
     ]
     assert (count(conn), inserts(conn)) == (4, 2)
+
+
+PAYLOADS = None, b"", b"\0\xff", b"x" * 10_000, b"\\x41", b"null", b"{}"
+
+
+@pytest.mark.both_colours
+@pytest.mark.parametrize("notify", [True, False])
+def test_plain_jobs_that_meet_are_one_prepared_insert(
+    colour: Colour, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, notify: bool
+) -> None:
+    monkeypatch.setattr("bgjob._sql.execute._FEW", 1)
+    client = colour.client(notify=notify)
+    requests = [
+        EnqueueRequest(name, name, payload, priority=n)
+        for n, (name, payload) in enumerate(zip(HOSTILE, cycle(PAYLOADS), strict=False))
+    ]
+    twice = EnqueueRequest("q", "t", priority=-1)
+    conn.execute(f"listen {channel('q')}")
+    conn.execute("select pg_advisory_lock(%s, %s)", [LOCK_CLASS, bucket("q")])  # as a worker
+    calls = [asked(client, request) for request in [*requests, twice, twice]]
+    _, *answers, one, other = meeting(colour, conn, client, calls)
+    assert answers == [request.id for request in requests]
+    assert {type(one), type(other)} == {str, JobAlreadyExistsError}
+    rows = conn.execute(
+        "select id, queue, type, arg, priority from bgjob_job where queue <> 'first'"
+        " and next_run_at <= now() order by priority"
+    ).fetchall()
+    assert rows == [(r.id, r.queue, r.type, r.payload, r.priority) for r in [twice, *requests]]
+    assert inserts(conn) == 2
+    assert any(b"bgjob_enqueue_many" in each.prepared for each in client.target._pool._idle)
+    notices = [notice.payload.split(" ", 1)[1] for notice in conn.notifies(timeout=0.2)]
+    assert notices == (["-1 q"] if notify else [])
 
 
 @pytest.mark.both_colours

@@ -87,14 +87,15 @@ def prepare(pgconn: PGconn, kept: Prepared) -> PQGen[None]:
         check(pgconn, result)
 
 
-def execute_prepared(pgconn: PGconn, kept: Prepared, params: Sequence[bytes | None]) -> PQGen[int]:
-    """Execute a prepared statement; return the number of its rows."""
+def execute_prepared(
+    pgconn: PGconn, kept: Prepared, params: Sequence[bytes | None]
+) -> PQGen[PGresult]:
+    """Execute a prepared statement; return its result."""
     pgconn.send_query_prepared(kept.name, params, kept.formats)
-    rows = 0
-    for result in (yield from generators.execute(pgconn)):
+    results: list[PGresult] = yield from generators.execute(pgconn)
+    for result in results:
         check(pgconn, result)
-        rows = result.ntuples
-    return rows
+    return results[-1]
 
 
 def check(pgconn: PGconn, result: PGresult) -> None:

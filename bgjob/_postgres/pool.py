@@ -31,7 +31,6 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 from bgjob._postgres import fork, hosts, polling
-from bgjob._postgres.commands import Prepared
 from bgjob._postgres.connection import AsyncConnection, Connection, SourceError
 from bgjob._postgres.event_loop import check_event_loop
 from bgjob.errors import BgjobError, ClientClosedError
@@ -62,8 +61,9 @@ class PooledConnection(Connection):
     _pool = None  # keeps psycopg from warning if the program ends without closing it
 
     enqueues = 0
-    """How many enqueues it has sent; after a few the statement is prepared."""
-    prepared: Prepared | None = None
+    """How many enqueues it has sent; after a few their statements are prepared."""
+    prepared: frozenset[bytes] = frozenset()
+    """The names of those that are."""
 
 
 class AsyncPooledConnection(AsyncConnection):
@@ -77,7 +77,7 @@ class AsyncPooledConnection(AsyncConnection):
     """Those of the event loop that uses it."""
     enqueues = 0
     """See PooledConnection.enqueues."""
-    prepared: Prepared | None = None
+    prepared: frozenset[bytes] = frozenset()
     _pool = None
 
 

@@ -7,7 +7,6 @@ from typing import Literal, LiteralString, NamedTuple, TypeAlias
 
 from bgjob._checks import seconds
 from bgjob._headers import stored
-from bgjob._postgres.commands import Prepared
 from bgjob._postgres.cursor import Floats, Payloads, Texts, Times
 from bgjob._sql.notices import (
     CHANNEL,
@@ -18,9 +17,14 @@ from bgjob._sql.notices import (
     bucket,
     channel,
 )
-from bgjob._sql.paramstyles import translated
 from bgjob._sql.results import reserved
-from bgjob._sql.statement import Row, Statement, nothing, number_array, text_array
+from bgjob._sql.statement import (
+    Row,
+    Statement,
+    nothing,
+    number_array,
+    text_array,
+)
 from bgjob.job import EnqueueRequest
 
 # The lock is taken after the insert and before the commit, and released after
@@ -105,15 +109,15 @@ def _tell_of(sign: LiteralString) -> LiteralString:
 _TELL_NOW = _tell_of("")
 _TELL_LATER = _tell_of(LATER)
 
-# By its columns, which are few for a plain job, and whether it is due later, and notifies. Made
-# once: as fast as a bare insert.
-_ENQUEUES: Mapping[tuple[str, bool, bool, bool], LiteralString] = {
+ENQUEUES: Mapping[tuple[str, bool, bool, bool], LiteralString] = {
     (*columns, later, notify): insert
     + ((_TELL_LATER if later else _TELL_NOW) if notify else "true")
     for columns, insert in _INSERTS.items()
     for later in (True, False)
     for notify in (True, False)
 }
+"""By its columns, which are few for a plain job, and whether it is due later, and notifies. Made
+once: as fast as a bare insert."""
 
 
 def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
@@ -144,39 +148,8 @@ def enqueue(request: EnqueueRequest, *, notify: bool) -> Statement[bool]:
     if request.slots is not None:
         params["slots"] = request.slots
     columns = "plain" if plain else "keep" if keeps else "others"
-    text = _ENQUEUES[columns, request.slots is not None, later, notify]
+    text = ENQUEUES[columns, request.slots is not None, later, notify]
     return Statement(text, params, bool, prepare=False if keeps else None)
-
-
-_TYPES = {"id": 25, "queue": 25, "type": 25, "arg": 17, "priority": 21, "class": 23, "bucket": 23}
-"""The parameters of a plain enqueue in their order, with the numbers of their types in pg_type."""
-
-
-def _prepared(*, notify: bool) -> Prepared:
-    names = {name: name for name in _TYPES}
-    text, order = translated(
-        Statement(_ENQUEUES["plain", False, False, notify], names, bool), "dollar"
-    )
-    types = list(_TYPES.values())[: len(order)]
-    return Prepared(b"bgjob_enqueue", text.encode(), types, [t == _TYPES["arg"] for t in types])
-
-
-PREPARED: Mapping[bool, Prepared] = {notify: _prepared(notify=notify) for notify in (True, False)}
-"""By whether it notifies, the statement of a plain enqueue; a row if the job was written."""
-
-
-def values(request: EnqueueRequest, *, notify: bool) -> list[bytes | None]:
-    """Return the parameters of the prepared statement, texts in UTF-8."""
-    found = [
-        request.id.encode(),
-        request.queue.encode(),
-        request.type.encode(),
-        request.payload,
-        b"%d" % request.priority,
-    ]
-    if notify:
-        found += b"%d" % LOCK_CLASS, b"%d" % bucket(request.queue)
-    return found
 
 
 _TELL_MANY = """
@@ -308,7 +281,7 @@ def enqueue_many(
 
 def told_of(requests: Iterable[EnqueueRequest]) -> dict[str, object]:
     """Return the parameters that notify the workers of these requests' queues."""
-    return _told(_whats(requests))
+    return _told(whats(requests))
 
 
 def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
@@ -321,7 +294,8 @@ def _told(told: Collection[tuple[str, str]]) -> dict[str, object]:
     }
 
 
-def _whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
+def whats(requests: Iterable[EnqueueRequest]) -> set[tuple[str, str]]:
+    """Return the queues whose workers are to be notified, and what each is told."""
     told = {(r.queue, r.priority, not r.is_plain and bool(r.delay or r.run_at)) for r in requests}
     return {(queue, f"{priority}{LATER if later else ''}") for queue, priority, later in told}
 
@@ -378,7 +352,7 @@ def copy_many(requests: Sequence[EnqueueRequest], group: str | None = None) -> C
 
 def tell_many(requests: Sequence[EnqueueRequest]) -> Statement[None]:
     """Notify the workers of these requests' queues when the transaction commits."""
-    return _tell(_whats(requests))
+    return _tell(whats(requests))
 
 
 def tell_all(queues: Iterable[str]) -> Statement[None]:

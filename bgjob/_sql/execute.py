@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from bgjob._postgres.commands import execute_prepared, prepare
+from bgjob._postgres.commands import Prepared, execute_prepared, prepare
 from bgjob._postgres.cursor import AsyncCursor, Cursor
 from bgjob._postgres.pool import AsyncPooledConnection, PooledConnection
-from bgjob._sql import enqueues
+from bgjob._sql import prepared
 from bgjob._sql.statement import Statement
 from bgjob.job import EnqueueRequest
 
@@ -62,17 +62,39 @@ async def insert_async(
     A cursor converts parameters by the types of their values, and keeps what it sent: 50 µs of
     70 (benchmarks/costs.py).
     """
-    statement = connection.prepared
-    if statement is None:
-        connection.enqueues += 1
-        is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
-        if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
-            return None
-        statement = enqueues.PREPARED[notify]
-        await connection.wait(prepare(connection.pgconn, statement))
-        connection.prepared = statement
-    params = enqueues.values(request, notify=notify)
-    return await connection.wait(execute_prepared(connection.pgconn, statement, params)) > 0
+    statement = prepared.ENQUEUE[notify]
+    if statement.name not in connection.prepared and not await _prepare_async(
+        connection, statement
+    ):
+        return None
+    params = prepared.values(request, notify=notify)
+    result = await connection.wait(execute_prepared(connection.pgconn, statement, params))
+    return result.ntuples > 0
+
+
+async def insert_many_async(
+    connection: AsyncPooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
+) -> set[str] | None:
+    """Write plain jobs with generated ids; return the written ids. None as `insert_async`."""
+    statement = prepared.ENQUEUE_MANY[notify]
+    if statement.name not in connection.prepared and not await _prepare_async(
+        connection, statement
+    ):
+        return None
+    params = prepared.values_of_many(requests, notify=notify)
+    result = await connection.wait(execute_prepared(connection.pgconn, statement, params))
+    return {*(result.get_value(0, 0) or b"").decode().split()}
+
+
+async def _prepare_async(connection: AsyncPooledConnection, statement: Prepared) -> bool:
+    """Prepare a statement, unless the connection has sent few enqueues, or must not prepare."""
+    connection.enqueues += 1
+    is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
+    if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
+        return False
+    await connection.wait(prepare(connection.pgconn, statement))
+    connection.prepared |= {statement.name}
+    return True
 
 
 async def send_all_async(
@@ -125,17 +147,35 @@ def insert(connection: PooledConnection, request: EnqueueRequest, *, notify: boo
     A cursor converts parameters by the types of their values, and keeps what it sent: 50 µs of
     70 (benchmarks/costs.py).
     """
-    statement = connection.prepared
-    if statement is None:
-        connection.enqueues += 1
-        is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
-        if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
-            return None
-        statement = enqueues.PREPARED[notify]
-        connection.wait(prepare(connection.pgconn, statement))
-        connection.prepared = statement
-    params = enqueues.values(request, notify=notify)
-    return connection.wait(execute_prepared(connection.pgconn, statement, params)) > 0
+    statement = prepared.ENQUEUE[notify]
+    if statement.name not in connection.prepared and not _prepare(connection, statement):
+        return None
+    params = prepared.values(request, notify=notify)
+    result = connection.wait(execute_prepared(connection.pgconn, statement, params))
+    return result.ntuples > 0
+
+
+def insert_many(
+    connection: PooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
+) -> set[str] | None:
+    """Write plain jobs with generated ids; return the written ids. None as `insert`."""
+    statement = prepared.ENQUEUE_MANY[notify]
+    if statement.name not in connection.prepared and not _prepare(connection, statement):
+        return None
+    params = prepared.values_of_many(requests, notify=notify)
+    result = connection.wait(execute_prepared(connection.pgconn, statement, params))
+    return {*(result.get_value(0, 0) or b"").decode().split()}
+
+
+def _prepare(connection: PooledConnection, statement: Prepared) -> bool:
+    """Prepare a statement, unless the connection has sent few enqueues, or must not prepare."""
+    connection.enqueues += 1
+    is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
+    if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
+        return False
+    connection.wait(prepare(connection.pgconn, statement))
+    connection.prepared |= {statement.name}
+    return True
 
 
 def send_all(

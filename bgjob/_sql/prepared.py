@@ -1,0 +1,114 @@
+"""The prepared statements of plain enqueues, of one job and of those that meet.
+
+They are executed by libpq's own functions, with parameters that are converted here: a cursor
+converts them by the types of their values, and keeps what it sent, which is most of its time
+(benchmarks/costs.py and meeting.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import LiteralString
+
+from bgjob._postgres.commands import Prepared
+from bgjob._sql.enqueues import ENQUEUES, TELL_MANY_IF_WRITTEN, whats
+from bgjob._sql.notices import LOCK_CLASS, bucket, channel
+from bgjob._sql.paramstyles import translated
+from bgjob._sql.statement import Statement, bytea_array, number_array, text_array
+from bgjob.job import EnqueueRequest
+
+_BYTEA = 17
+_TEXTS, _BYTEAS, _SMALLINTS, _INTEGERS = 1009, 1001, 1005, 1007
+_TYPES = {
+    "id": 25,
+    "queue": 25,
+    "type": 25,
+    "arg": _BYTEA,
+    "priority": 21,
+    "class": 23,
+    "bucket": 23,
+}
+"""The parameters of a plain enqueue in their order, with the numbers of their types in pg_type."""
+
+
+def _prepared(name: bytes, text: LiteralString, types: Mapping[str, int]) -> Prepared:
+    names = {name: name for name in types}
+    text, order = translated(Statement(text, names, bool), "dollar")
+    numbers = list(types.values())[: len(order)]
+    return Prepared(name, text.encode(), numbers, [n in (_BYTEA, _BYTEAS) for n in numbers])
+
+
+ENQUEUE: Mapping[bool, Prepared] = {
+    notify: _prepared(b"bgjob_enqueue", ENQUEUES["plain", False, False, notify], _TYPES)
+    for notify in (True, False)
+}
+"""By whether it notifies, the statement of a plain enqueue; a row if the job was written."""
+
+
+def values(request: EnqueueRequest, *, notify: bool) -> list[bytes | None]:
+    """Return the parameters of the prepared statement, texts in UTF-8."""
+    found = [
+        request.id.encode(),
+        request.queue.encode(),
+        request.type.encode(),
+        request.payload,
+        b"%d" % request.priority,
+    ]
+    if notify:
+        found += b"%d" % LOCK_CLASS, b"%d" % bucket(request.queue)
+    return found
+
+
+_MANY: LiteralString = """
+    with written as (
+        insert into bgjob_job (id, queue, type, arg, priority)
+        select * from unnest(%(ids)s, %(queues)s, %(types)s, %(args)b, %(priorities)s)
+        on conflict (id) do nothing
+        returning id
+    )
+    select array_to_string(array(select id from written), ' ')
+"""
+
+_TYPES_OF_MANY = {
+    "ids": _TEXTS,
+    "queues": _TEXTS,
+    "types": _TEXTS,
+    "args": _BYTEAS,
+    "priorities": _SMALLINTS,
+    "told_queues": _TEXTS,
+    "told_whats": _TEXTS,
+    "told_channels": _TEXTS,
+    "told_buckets": _INTEGERS,
+    "class": _TYPES["class"],
+}
+"""As _TYPES."""
+
+ENQUEUE_MANY: Mapping[bool, Prepared] = {
+    notify: _prepared(
+        b"bgjob_enqueue_many",
+        _MANY + (f", {TELL_MANY_IF_WRITTEN}" if notify else ""),
+        _TYPES_OF_MANY,
+    )
+    for notify in (True, False)
+}
+"""By whether it notifies, the statement of plain enqueues with generated ids that were made
+together. Returns the written ids, with blanks between them."""
+
+
+def values_of_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> list[bytes | None]:
+    """Return the parameters of the prepared statement, texts in UTF-8."""
+    found: list[bytes | None] = [
+        text_array([r.id for r in requests]).encode(),
+        text_array([r.queue for r in requests]).encode(),
+        text_array([r.type for r in requests]).encode(),
+        bytea_array([r.payload for r in requests]),
+        number_array([r.priority for r in requests]).encode(),
+    ]
+    if notify:
+        told = whats(requests)
+        found += (
+            text_array([queue for queue, _ in told]).encode(),
+            text_array([what for _, what in told]).encode(),
+            text_array([channel(queue) for queue, _ in told]).encode(),
+            number_array([bucket(queue) for queue, _ in told]).encode(),
+            b"%d" % LOCK_CLASS,
+        )
+    return found
