@@ -18,7 +18,7 @@ Their rules:
 
 A job's row, in the order of its life:
 
-    enqueues      write it
+    enqueues      write it; `prepared` is how plain jobs are usually written
     claims        take due jobs; free those of dead workers
     survey        what is there for the next claims, and what is not committed yet
     leases        extend, look which rows are locked, abandon
