@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import psycopg
+from psycopg.pq.abc import PGresult
 
 from bgjob._postgres.commands import Prepared, execute_prepared, prepare
 from bgjob._postgres.cursor import AsyncCursor, Cursor
@@ -62,39 +63,32 @@ async def insert_async(
     A cursor converts parameters by the types of their values, and keeps what it sent: 50 µs of
     70 (benchmarks/costs.py).
     """
-    statement = prepared.ENQUEUE[notify]
-    if statement.name not in connection.prepared and not await _prepare_async(
-        connection, statement
-    ):
-        return None
     params = prepared.values(request, notify=notify)
-    result = await connection.wait(execute_prepared(connection.pgconn, statement, params))
-    return result.ntuples > 0
+    result = await _execute_prepared_async(connection, prepared.ENQUEUE[notify], params)
+    return None if result is None else result.ntuples > 0
 
 
 async def insert_many_async(
     connection: AsyncPooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> set[str] | None:
     """Write plain jobs with generated ids; return the written ids. None as `insert_async`."""
-    statement = prepared.ENQUEUE_MANY[notify]
-    if statement.name not in connection.prepared and not await _prepare_async(
-        connection, statement
-    ):
-        return None
     params = prepared.values_of_many(requests, notify=notify)
-    result = await connection.wait(execute_prepared(connection.pgconn, statement, params))
-    return {*(result.get_value(0, 0) or b"").decode().split()}
+    result = await _execute_prepared_async(connection, prepared.ENQUEUE_MANY[notify], params)
+    return None if result is None else {*(result.get_value(0, 0) or b"").decode().split()}
 
 
-async def _prepare_async(connection: AsyncPooledConnection, statement: Prepared) -> bool:
-    """Prepare a statement, unless the connection has sent few enqueues, or must not prepare."""
-    connection.enqueues += 1
-    is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
-    if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
-        return False
-    await connection.wait(prepare(connection.pgconn, statement))
-    connection.prepared |= {statement.name}
-    return True
+async def _execute_prepared_async(
+    connection: AsyncPooledConnection, statement: Prepared, params: Sequence[bytes | None]
+) -> PGresult | None:
+    """Execute a statement; None before the connection has prepared it, or if it must not."""
+    if statement.name not in connection.prepared:
+        connection.enqueues += 1
+        is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
+        if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
+            return None
+        await connection.wait(prepare(connection.pgconn, statement))
+        connection.prepared |= {statement.name}
+    return await connection.wait(execute_prepared(connection.pgconn, statement, params))
 
 
 async def send_all_async(
@@ -147,35 +141,32 @@ def insert(connection: PooledConnection, request: EnqueueRequest, *, notify: boo
     A cursor converts parameters by the types of their values, and keeps what it sent: 50 µs of
     70 (benchmarks/costs.py).
     """
-    statement = prepared.ENQUEUE[notify]
-    if statement.name not in connection.prepared and not _prepare(connection, statement):
-        return None
     params = prepared.values(request, notify=notify)
-    result = connection.wait(execute_prepared(connection.pgconn, statement, params))
-    return result.ntuples > 0
+    result = _execute_prepared(connection, prepared.ENQUEUE[notify], params)
+    return None if result is None else result.ntuples > 0
 
 
 def insert_many(
     connection: PooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> set[str] | None:
     """Write plain jobs with generated ids; return the written ids. None as `insert`."""
-    statement = prepared.ENQUEUE_MANY[notify]
-    if statement.name not in connection.prepared and not _prepare(connection, statement):
-        return None
     params = prepared.values_of_many(requests, notify=notify)
-    result = connection.wait(execute_prepared(connection.pgconn, statement, params))
-    return {*(result.get_value(0, 0) or b"").decode().split()}
+    result = _execute_prepared(connection, prepared.ENQUEUE_MANY[notify], params)
+    return None if result is None else {*(result.get_value(0, 0) or b"").decode().split()}
 
 
-def _prepare(connection: PooledConnection, statement: Prepared) -> bool:
-    """Prepare a statement, unless the connection has sent few enqueues, or must not prepare."""
-    connection.enqueues += 1
-    is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
-    if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
-        return False
-    connection.wait(prepare(connection.pgconn, statement))
-    connection.prepared |= {statement.name}
-    return True
+def _execute_prepared(
+    connection: PooledConnection, statement: Prepared, params: Sequence[bytes | None]
+) -> PGresult | None:
+    """Execute a statement; None before the connection has prepared it, or if it must not."""
+    if statement.name not in connection.prepared:
+        connection.enqueues += 1
+        is_text = connection.pgconn.parameter_status(b"client_encoding") == b"UTF8"
+        if connection.enqueues < _FEW or connection.prepare_threshold is None or not is_text:
+            return None
+        connection.wait(prepare(connection.pgconn, statement))
+        connection.prepared |= {statement.name}
+    return connection.wait(execute_prepared(connection.pgconn, statement, params))
 
 
 def send_all(
