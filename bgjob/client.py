@@ -74,9 +74,11 @@ from bgjob._shared import AsyncSharedInserts, SharedInserts, may_share
 from bgjob._sql import enqueues, history, overviews, pauses, views, workers
 from bgjob._sql.execute import (
     insert,
+    insert_all,
+    insert_all_async,
+    insert_any,
+    insert_any_async,
     insert_async,
-    insert_many,
-    insert_many_async,
     read,
     read_all,
     read_all_async,
@@ -526,10 +528,23 @@ class AsyncClient:
         group: Group | None,
     ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
+            is_usual = on_conflict == "raise" and group is None
+            if is_usual and len(requests) < _FEW and await self._inserted(requests):
+                return [request.id for request in requests]
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
                     return await self._write_all(requests, on_conflict, None, group)
         return await self._write_all(requests, on_conflict, conn, group)
+
+    async def _inserted(self, requests: Sequence[EnqueueRequest]) -> bool:
+        """Write a few plain jobs by one statement; False if it cannot, and nothing was written."""
+        ids = [request.id for request in requests]
+        # In any other order two calls with the same ids may deadlock.
+        if not ids or ids != sorted(ids) or not all(request.is_plain for request in requests):
+            return False
+        return await self._on_own(
+            partial(_insert_all_async, requests=requests, notify=self._notify)
+        )
 
     async def _write_all(
         self,
@@ -1137,10 +1152,23 @@ async def _insert_many_async(
     connection: psycopg.AsyncConnection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> set[str]:
     if isinstance(connection, AsyncPooledConnection) and all(r.is_plain for r in requests):
-        written = await insert_many_async(connection, requests, notify=notify)
+        written = await insert_any_async(connection, requests, notify=notify)
         if written is not None:
             return written
     return await _execute_async(connection, enqueues.enqueue_many(requests, notify=notify))
+
+
+async def _insert_all_async(
+    connection: psycopg.AsyncConnection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
+) -> bool:
+    if not isinstance(connection, AsyncPooledConnection):
+        return False
+    try:
+        return await insert_all_async(connection, requests, notify=notify)
+    except MIXED_UP as error:
+        raise mixed_up() from error
+    except (UniqueViolation, *UNENCODABLE):
+        return False  # which id is taken, or which name cannot be stored, the usual insert tells
 
 
 async def _execute_both_async(
@@ -1523,10 +1551,21 @@ class Client:
         group: Group | None,
     ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
+            is_usual = on_conflict == "raise" and group is None
+            if is_usual and len(requests) < _FEW and self._inserted(requests):
+                return [request.id for request in requests]
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
                     return self._write_all(requests, on_conflict, None, group)
         return self._write_all(requests, on_conflict, conn, group)
+
+    def _inserted(self, requests: Sequence[EnqueueRequest]) -> bool:
+        """Write a few plain jobs by one statement; False if it cannot, and nothing was written."""
+        ids = [request.id for request in requests]
+        # In any other order two calls with the same ids may deadlock.
+        if not ids or ids != sorted(ids) or not all(request.is_plain for request in requests):
+            return False
+        return self._on_own(partial(_insert_all, requests=requests, notify=self._notify))
 
     def _write_all(
         self,
@@ -2120,10 +2159,23 @@ def _insert_many(
     connection: psycopg.Connection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> set[str]:
     if isinstance(connection, PooledConnection) and all(r.is_plain for r in requests):
-        written = insert_many(connection, requests, notify=notify)
+        written = insert_any(connection, requests, notify=notify)
         if written is not None:
             return written
     return _execute(connection, enqueues.enqueue_many(requests, notify=notify))
+
+
+def _insert_all(
+    connection: psycopg.Connection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
+) -> bool:
+    if not isinstance(connection, PooledConnection):
+        return False
+    try:
+        return insert_all(connection, requests, notify=notify)
+    except MIXED_UP as error:
+        raise mixed_up() from error
+    except (UniqueViolation, *UNENCODABLE):
+        return False  # which id is taken, or which name cannot be stored, the usual insert tells
 
 
 def _execute_both(

@@ -366,6 +366,13 @@ few_and_many = pytest.mark.parametrize("size", [11, 1_100])
 """Many are written by COPY."""
 
 
+@pytest.fixture(params=[5, 1], ids=["by_a_cursor", "prepared"])
+def written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a few jobs as a connection does at first, and as it does after some enqueues."""
+    monkeypatch.setattr("bgjob._sql.execute._FEW", request.param)
+
+
+@pytest.mark.usefixtures("written")
 @few_and_many
 def test_a_bulk_enqueue_writes_every_setting_and_returns_the_ids_in_order(
     client: Any, conn: psycopg.Connection, size: int
@@ -375,10 +382,13 @@ def test_a_bulk_enqueue_writes_every_setting_and_returns_the_ids_in_order(
         for n in range(size)
     ]
     assert client.bulk_enqueue(batch) == [request.id for request in batch]
-    written = rows(conn, "select id, queue, type, arg, priority from bgjob_job order by id")
+    written = rows(
+        conn, "select id, queue, type, arg, priority from bgjob_job order by next_run_at, id"
+    )
     assert written == [(r.id, r.queue, r.type, r.payload, r.priority) for r in batch]
 
 
+@pytest.mark.usefixtures("written")
 @few_and_many
 def test_a_bulk_enqueue_reads_no_due_time_before_its_transaction_has_a_number(
     client: Any, conn: psycopg.Connection, size: int
@@ -403,6 +413,7 @@ def test_a_bulk_enqueue_needs_a_request(client: Any) -> None:
         client.bulk_enqueue([])
 
 
+@pytest.mark.usefixtures("written")
 def test_a_bulk_enqueue_is_all_or_nothing(client: Any, conn: psycopg.Connection) -> None:
     client.bulk_enqueue(requests("b", "d"))
     with pytest.raises(JobAlreadyExistsError) as caught:
@@ -453,6 +464,7 @@ def test_a_bulk_enqueue_can_skip_taken_ids_and_returns_none_in_their_places(
     assert count(conn) == 4
 
 
+@pytest.mark.usefixtures("written")
 def test_an_id_that_stands_twice_in_a_bulk_enqueue_is_refused(
     client: Any, conn: psycopg.Connection
 ) -> None:
@@ -499,6 +511,7 @@ def test_a_generator_that_fails_leaves_nothing_behind(
     assert count(conn) == 0
 
 
+@pytest.mark.usefixtures("written")
 def test_two_bulk_enqueues_in_opposite_order_do_not_deadlock(
     colour: Colour, dsn: str, conn: psycopg.Connection
 ) -> None:

@@ -99,7 +99,7 @@ def test_plain_jobs_that_meet_are_one_prepared_insert(
     ).fetchall()
     assert rows == [(r.id, r.queue, r.type, r.payload, r.priority) for r in [twice, *requests]]
     assert inserts(conn) == 2
-    assert any(b"bgjob_enqueue_many" in each.prepared for each in client.target._pool._idle)
+    assert any(b"bgjob_enqueue_any" in each.prepared for each in client.target._pool._idle)
     notices = [notice.payload.split(" ", 1)[1] for notice in conn.notifies(timeout=0.2)]
     assert notices == (["-1 q"] if notify else [])
 

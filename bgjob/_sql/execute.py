@@ -68,13 +68,27 @@ async def insert_async(
     return None if result is None else result.ntuples > 0
 
 
-async def insert_many_async(
+async def insert_any_async(
     connection: AsyncPooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> set[str] | None:
     """Write plain jobs with generated ids; return the written ids. None as `insert_async`."""
     params = prepared.values_of_many(requests, notify=notify)
-    result = await _execute_prepared_async(connection, prepared.ENQUEUE_MANY[notify], params)
+    result = await _execute_prepared_async(connection, prepared.ENQUEUE_ANY[notify], params)
     return None if result is None else {*(result.get_value(0, 0) or b"").decode().split()}
+
+
+async def insert_all_async(
+    connection: AsyncPooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
+) -> bool:
+    """Write plain jobs in the order of their ids; False until the connection has the statement.
+
+    Raises:
+        psycopg.errors.UniqueViolation: an id is taken, and nothing was written.
+
+    """
+    params = prepared.values_of_many(requests, notify=notify)
+    statement = prepared.ENQUEUE_ALL[notify]
+    return await _execute_prepared_async(connection, statement, params) is not None
 
 
 async def _execute_prepared_async(
@@ -146,13 +160,27 @@ def insert(connection: PooledConnection, request: EnqueueRequest, *, notify: boo
     return None if result is None else result.ntuples > 0
 
 
-def insert_many(
+def insert_any(
     connection: PooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> set[str] | None:
     """Write plain jobs with generated ids; return the written ids. None as `insert`."""
     params = prepared.values_of_many(requests, notify=notify)
-    result = _execute_prepared(connection, prepared.ENQUEUE_MANY[notify], params)
+    result = _execute_prepared(connection, prepared.ENQUEUE_ANY[notify], params)
     return None if result is None else {*(result.get_value(0, 0) or b"").decode().split()}
+
+
+def insert_all(
+    connection: PooledConnection, requests: Sequence[EnqueueRequest], *, notify: bool
+) -> bool:
+    """Write plain jobs in the order of their ids; False until the connection has the statement.
+
+    Raises:
+        psycopg.errors.UniqueViolation: an id is taken, and nothing was written.
+
+    """
+    params = prepared.values_of_many(requests, notify=notify)
+    statement = prepared.ENQUEUE_ALL[notify]
+    return _execute_prepared(connection, statement, params) is not None
 
 
 def _execute_prepared(

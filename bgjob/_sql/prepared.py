@@ -57,11 +57,13 @@ def values(request: EnqueueRequest, *, notify: bool) -> list[bytes | None]:
     return found
 
 
+# The transaction gets its number before the first due time is read; see enqueue_many.
 _MANY: LiteralString = """
     with written as (
         insert into bgjob_job (id, queue, type, arg, priority)
         select * from unnest(%(ids)s, %(queues)s, %(types)s, %(args)b, %(priorities)s)
-        on conflict (id) do nothing
+        where pg_current_xact_id() is not null
+        {}
         returning id
     )
     select array_to_string(array(select id from written), ' ')
@@ -81,16 +83,21 @@ _TYPES_OF_MANY = {
 }
 """As _TYPES."""
 
-ENQUEUE_MANY: Mapping[bool, Prepared] = {
-    notify: _prepared(
-        b"bgjob_enqueue_many",
-        _MANY + (f", {TELL_MANY_IF_WRITTEN}" if notify else ""),
-        _TYPES_OF_MANY,
-    )
-    for notify in (True, False)
-}
+
+def _many(name: bytes, on_conflict: LiteralString) -> Mapping[bool, Prepared]:
+    text = _MANY.format(on_conflict)
+    return {
+        True: _prepared(name, f"{text}, {TELL_MANY_IF_WRITTEN}", _TYPES_OF_MANY),
+        False: _prepared(name, text, _TYPES_OF_MANY),
+    }
+
+
+ENQUEUE_ANY = _many(b"bgjob_enqueue_any", "on conflict (id) do nothing")
 """By whether it notifies, the statement of plain enqueues with generated ids that were made
 together. Returns the written ids, with blanks between them."""
+
+ENQUEUE_ALL = _many(b"bgjob_enqueue_all", "")
+"""The same for ids in ascending order, of which none may be taken: otherwise it fails."""
 
 
 def values_of_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> list[bytes | None]:
