@@ -528,23 +528,14 @@ class AsyncClient:
         group: Group | None,
     ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
-            is_usual = on_conflict == "raise" and group is None
-            if is_usual and len(requests) < _FEW and await self._inserted(requests):
-                return [request.id for request in requests]
+            if on_conflict == "raise" and group is None and len(requests) < _FEW:
+                send = partial(_insert_all_async, requests=requests, notify=self._notify)
+                if await self._on_own(send):
+                    return [request.id for request in requests]
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
                     return await self._write_all(requests, on_conflict, None, group)
         return await self._write_all(requests, on_conflict, conn, group)
-
-    async def _inserted(self, requests: Sequence[EnqueueRequest]) -> bool:
-        """Write a few plain jobs by one statement; False if it cannot, and nothing was written."""
-        ids = [request.id for request in requests]
-        # In any other order two calls with the same ids may deadlock.
-        if not ids or ids != sorted(ids) or not all(request.is_plain for request in requests):
-            return False
-        return await self._on_own(
-            partial(_insert_all_async, requests=requests, notify=self._notify)
-        )
 
     async def _write_all(
         self,
@@ -1161,14 +1152,23 @@ async def _insert_many_async(
 async def _insert_all_async(
     connection: psycopg.AsyncConnection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> bool:
-    if not isinstance(connection, AsyncPooledConnection):
+    """Write jobs by one statement; False if it cannot, and nothing was written."""
+    if not requests or any(request.keep is not None for request in requests):
         return False
     try:
-        return await insert_all_async(connection, requests, notify=notify)
+        if (
+            isinstance(connection, AsyncPooledConnection)
+            and _are_plain_in_order(requests)
+            and await insert_all_async(connection, requests, notify=notify)
+        ):
+            return True
+        statement = enqueues.enqueue_many(requests, notify=notify, skips_taken=False)
+        await _execute_async(connection, statement)
     except MIXED_UP as error:
         raise mixed_up() from error
     except (UniqueViolation, *UNENCODABLE):
-        return False  # which id is taken, or which name cannot be stored, the usual insert tells
+        return False  # which id is taken, or which name cannot be stored, another insert tells
+    return True
 
 
 async def _execute_both_async(
@@ -1551,21 +1551,14 @@ class Client:
         group: Group | None,
     ) -> list[str | None]:
         if conn is None and isinstance(requests, list | tuple):
-            is_usual = on_conflict == "raise" and group is None
-            if is_usual and len(requests) < _FEW and self._inserted(requests):
-                return [request.id for request in requests]
+            if on_conflict == "raise" and group is None and len(requests) < _FEW:
+                send = partial(_insert_all, requests=requests, notify=self._notify)
+                if self._on_own(send):
+                    return [request.id for request in requests]
             for _ in range(_REPETITIONS):
                 with suppress(*_NOTHING_WRITTEN):
                     return self._write_all(requests, on_conflict, None, group)
         return self._write_all(requests, on_conflict, conn, group)
-
-    def _inserted(self, requests: Sequence[EnqueueRequest]) -> bool:
-        """Write a few plain jobs by one statement; False if it cannot, and nothing was written."""
-        ids = [request.id for request in requests]
-        # In any other order two calls with the same ids may deadlock.
-        if not ids or ids != sorted(ids) or not all(request.is_plain for request in requests):
-            return False
-        return self._on_own(partial(_insert_all, requests=requests, notify=self._notify))
 
     def _write_all(
         self,
@@ -2168,14 +2161,23 @@ def _insert_many(
 def _insert_all(
     connection: psycopg.Connection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> bool:
-    if not isinstance(connection, PooledConnection):
+    """Write jobs by one statement; False if it cannot, and nothing was written."""
+    if not requests or any(request.keep is not None for request in requests):
         return False
     try:
-        return insert_all(connection, requests, notify=notify)
+        if (
+            isinstance(connection, PooledConnection)
+            and _are_plain_in_order(requests)
+            and insert_all(connection, requests, notify=notify)
+        ):
+            return True
+        statement = enqueues.enqueue_many(requests, notify=notify, skips_taken=False)
+        _execute(connection, statement)
     except MIXED_UP as error:
         raise mixed_up() from error
     except (UniqueViolation, *UNENCODABLE):
-        return False  # which id is taken, or which name cannot be stored, the usual insert tells
+        return False  # which id is taken, or which name cannot be stored, another insert tells
+    return True
 
 
 def _execute_both(
@@ -2191,6 +2193,12 @@ def _execute_both(
 
 
 # -- both colours ----------------------------------------------------------------------
+
+
+def _are_plain_in_order(requests: Sequence[EnqueueRequest]) -> bool:
+    # In any other order two calls with the same ids may deadlock.
+    ids = [request.id for request in requests]
+    return ids == sorted(ids) and all(request.is_plain for request in requests)
 
 
 def _connection_parameters(

@@ -50,6 +50,7 @@ from bgjob import (
     UnknownTypeError,
     Worker,
 )
+from bgjob._postgres.connection import AsyncConnection, Connection
 from bgjob._sql import enqueues
 from bgjob.schema import init_sql
 
@@ -411,6 +412,27 @@ def test_a_bulk_enqueue_reads_no_due_time_before_its_transaction_has_a_number(
 def test_a_bulk_enqueue_needs_a_request(client: Any) -> None:
     with pytest.raises(RequestsRequiredError, match="at least one"):
         client.bulk_enqueue([])
+
+
+@pytest.mark.usefixtures("written")
+def test_a_bulk_enqueue_of_a_few_jobs_is_one_round_trip(
+    colour: Colour, client: Any, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.bulk_enqueue(requests("a", "b"))  # it may connect, and prepare the statement
+    connection: Any = AsyncConnection if colour.is_async else Connection
+    wait, waits = connection.wait, []
+
+    def counted(self: Any, *args: Any) -> Any:
+        waits.append(self)
+        return wait(self, *args)
+
+    monkeypatch.setattr(connection, "wait", counted)
+    others: dict[str, Any] = {"delay": 5, "headers": {"n": 1}, "exclusive": "k", "expires": 60}
+    client.bulk_enqueue(requests("c", "d"))
+    client.bulk_enqueue(requests("f", "e"))
+    client.bulk_enqueue([EnqueueRequest("q", "t", **{name: others[name]}) for name in others])
+    assert len(waits) == 3
+    assert count(conn) == 10
 
 
 @pytest.mark.usefixtures("written")

@@ -180,6 +180,7 @@ def enqueue_many(
     group: str | None = None,
     waits_for_group: bool = False,
     has_literals: bool = True,
+    skips_taken: bool = True,
 ) -> Statement[set[str]]:
     """Write jobs; return the written ids, without those that were taken.
 
@@ -190,6 +191,8 @@ def enqueue_many(
 
     With `group` they are jobs of that group; with `waits_for_group` those that run after it, which
     are due at infinity.
+
+    Without `skips_taken` a taken id makes it fail; not for requests with `keep`.
 
     With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
     without, all arrays are lists, which every driver can send.
@@ -245,7 +248,7 @@ def enqueue_many(
             from request
             {"where keep is null or id in (select id from reserved)" if keeps else ""}
             order by id collate "C", position
-            on conflict (id) do nothing
+            {"on conflict (id) do nothing" if skips_taken else ""}
             returning id
         )
         select array(select cast(id as text) collate "default" from written)
