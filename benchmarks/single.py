@@ -1,4 +1,4 @@
-"""How many jobs a second are enqueued one by one, and in how many round trips each."""
+"""How many jobs a second are enqueued one by one, and ten by ten; and in how many round trips."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from proxy import Proxy
 from bgjob import AsyncClient, Client, EnqueueRequest
 
 _COUNTED = 100  # enqueues whose round trips are counted
+_FEW = 10
 
 
 def main(bench: Bench) -> Mapping[str, object]:
@@ -32,6 +33,12 @@ def main(bench: Bench) -> Mapping[str, object]:
             "coroutine",
             lambda: _single_async(bench, count),
             lambda: _insert_async(bench, count),
+            {"jobs_per_s": at_least(0.95)},
+        ),
+        "ten": bench.compare(
+            "ten",
+            lambda: _few(bench, count * _FEW),
+            lambda: _insert_few(bench, count * _FEW),
             {"jobs_per_s": at_least(0.95)},
         ),
         "round_trips": {
@@ -56,6 +63,26 @@ def _insert(bench: Bench, count: int) -> Figures:
     rows = floor.rows(work.requests(count))
     with floor.connect(bench.dsn) as connection:
         return work.write(bench, count, lambda: floor.insert(connection, rows))
+
+
+def _few(bench: Bench, count: int) -> Figures:
+    bench.fresh()
+    requests = work.requests(count)
+    with Client(bench.dsn) as client:
+        client.dlq.list(limit=1)
+        return work.write(bench, count, lambda: _enqueue_few(client, requests))
+
+
+def _enqueue_few(client: Client, requests: Sequence[EnqueueRequest]) -> None:
+    for start in range(0, len(requests), _FEW):
+        client.bulk_enqueue(requests[start : start + _FEW])
+
+
+def _insert_few(bench: Bench, count: int) -> Figures:
+    bench.fresh()
+    rows = floor.rows(work.requests(count))
+    with floor.connect(bench.dsn) as connection:
+        return work.write(bench, count, lambda: floor.insert_many(connection, rows, _FEW))
 
 
 def _single_async(bench: Bench, count: int) -> Figures:
