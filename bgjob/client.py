@@ -1152,8 +1152,12 @@ async def _insert_many_async(
 async def _insert_all_async(
     connection: psycopg.AsyncConnection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> bool:
-    """Write jobs by one statement; False if it cannot, and nothing was written."""
-    if not requests or any(request.keep is not None for request in requests):
+    """Write jobs by one statement; False if it cannot, and nothing was written.
+
+    Ids of the program's are left to an insert that does not fail where one is taken: each
+    failure is an error in the server's log.
+    """
+    if not requests or not all(map(may_share, requests)):
         return False
     try:
         if (
@@ -2161,8 +2165,12 @@ def _insert_many(
 def _insert_all(
     connection: psycopg.Connection[Any], requests: Sequence[EnqueueRequest], *, notify: bool
 ) -> bool:
-    """Write jobs by one statement; False if it cannot, and nothing was written."""
-    if not requests or any(request.keep is not None for request in requests):
+    """Write jobs by one statement; False if it cannot, and nothing was written.
+
+    Ids of the program's are left to an insert that does not fail where one is taken: each
+    failure is an error in the server's log.
+    """
+    if not requests or not all(map(may_share, requests)):
         return False
     try:
         if (

@@ -418,7 +418,8 @@ def test_a_bulk_enqueue_needs_a_request(client: Any) -> None:
 def test_a_bulk_enqueue_of_a_few_jobs_is_one_round_trip(
     colour: Colour, client: Any, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.bulk_enqueue(requests("a", "b"))  # it may connect, and prepare the statement
+    batch = [EnqueueRequest("q", "t") for _ in range(6)]
+    client.bulk_enqueue(batch[:2])  # it may connect, and prepare the statement
     connection: Any = AsyncConnection if colour.is_async else Connection
     wait, waits = connection.wait, []
 
@@ -428,14 +429,39 @@ def test_a_bulk_enqueue_of_a_few_jobs_is_one_round_trip(
 
     monkeypatch.setattr(connection, "wait", counted)
     others: dict[str, Any] = {"delay": 5, "headers": {"n": 1}, "exclusive": "k", "expires": 60}
-    client.bulk_enqueue(requests("c", "d"))
-    client.bulk_enqueue(requests("f", "e"))
+    client.bulk_enqueue(batch[2:4])
+    client.bulk_enqueue([batch[5], batch[4]])
     client.bulk_enqueue([EnqueueRequest("q", "t", **{name: others[name]}) for name in others])
     assert len(waits) == 3
     assert count(conn) == 10
 
 
 @pytest.mark.usefixtures("written")
+@pytest.mark.parametrize("headers", [{}, {"n": 1}])
+def test_requests_that_are_enqueued_twice_in_bulk_are_refused_together(
+    client: Any, conn: psycopg.Connection, headers: dict[str, int]
+) -> None:
+    batch = [EnqueueRequest("q", "t", headers=headers) for _ in range(4)]
+    client.bulk_enqueue(batch[1:3])
+    with pytest.raises(JobAlreadyExistsError) as caught:
+        client.bulk_enqueue(batch)
+    assert caught.value.ids == (batch[1].id, batch[2].id)
+    with pytest.raises(JobAlreadyExistsError) as caught:
+        client.bulk_enqueue([batch[3], batch[3]])
+    assert caught.value.ids == (batch[3].id,)
+    assert count(conn) == 2
+
+
+@pytest.mark.usefixtures("written")
+def test_a_taken_id_of_the_programs_is_no_error_in_the_servers_log(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.bulk_enqueue(requests("b"))
+    monkeypatch.setattr(psycopg.errors.UniqueViolation, "__init__", pytest.fail)
+    with pytest.raises(JobAlreadyExistsError):
+        client.bulk_enqueue(requests("a", "b", "c"))
+
+
 def test_a_bulk_enqueue_is_all_or_nothing(client: Any, conn: psycopg.Connection) -> None:
     client.bulk_enqueue(requests("b", "d"))
     with pytest.raises(JobAlreadyExistsError) as caught:
@@ -486,7 +512,6 @@ def test_a_bulk_enqueue_can_skip_taken_ids_and_returns_none_in_their_places(
     assert count(conn) == 4
 
 
-@pytest.mark.usefixtures("written")
 def test_an_id_that_stands_twice_in_a_bulk_enqueue_is_refused(
     client: Any, conn: psycopg.Connection
 ) -> None:
@@ -533,7 +558,6 @@ def test_a_generator_that_fails_leaves_nothing_behind(
     assert count(conn) == 0
 
 
-@pytest.mark.usefixtures("written")
 def test_two_bulk_enqueues_in_opposite_order_do_not_deadlock(
     colour: Colour, dsn: str, conn: psycopg.Connection
 ) -> None:
