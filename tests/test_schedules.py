@@ -781,6 +781,7 @@ def test_a_column_that_changes_its_type_under_live_sessions_stops_nothing(
                 client.enqueue(EnqueueRequest("q", "t"))
                 client.enqueue(EnqueueRequest("q", "t", delay=0.01, exclusive="k"))
                 client.bulk_enqueue([EnqueueRequest("q", "t")] * 1)
+                client._insert_many([EnqueueRequest("q", "t")])  # as those that meet
                 timetable.list()
                 client.dlq.list()
                 client.dlq.requeue(ids="none")

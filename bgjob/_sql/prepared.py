@@ -57,7 +57,8 @@ def values(request: EnqueueRequest, *, notify: bool) -> list[bytes | None]:
     return found
 
 
-# The transaction gets its number before the first due time is read; see enqueue_many.
+# The transaction gets its number before the first due time is read; see enqueue_many. A plan is of
+# no use any more when the type or collation of a result column changes, as that of `id` may.
 _MANY: LiteralString = """
     with written as (
         insert into bgjob_job (id, queue, type, arg, priority)
@@ -66,7 +67,7 @@ _MANY: LiteralString = """
         {}
         returning id
     )
-    select array_to_string(array(select id from written), ' ')
+    select array_to_string(array(select cast(id as text) collate "default" from written), ' ')
 """
 
 _TYPES_OF_MANY = {
