@@ -258,11 +258,12 @@ def move(world: World, pair: Pair) -> None:
         "and b.began < a.ended and left(a.job_id, 2) = left(b.job_id, 2) "
         "and a.key is not distinct from b.key"
     )
-    # What ran twice was in a handler when its connection was ended.
+    # What ran twice was in a handler when its connection was ended, or had ended since the last
+    # settlement: usually none, and on a busy host about as many.
     twice = world.query(
         "select job_id from ledger where kind = 'plain' group by job_id having count(*) > 1"
     )
-    assert len(twice) <= 4 * SLOTS, twice
+    assert len(twice) <= 8 * SLOTS, twice
     # The schedule missed no tick.
     ticks = world.query(
         "select distinct substr(job_id, 12)::timestamptz from ledger "
