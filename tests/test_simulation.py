@@ -778,6 +778,10 @@ class History:
         self.withdrawn: set[Key] = set()
         self.claim_of: dict[int, Claimed] = {}  # by identity of the job
         self.unsure: set[Key] = set()
+        self.severed: list[Claimed] = []
+        """Those whose transactions lost their connections, which the engine was not told of."""
+        self.rolled_back: set[Key] = set()
+        """Those of them that have not committed; their sessions go on."""
         self.unanswered: dict[int, tuple[float, float]] = {}
         """By token of a claim whose answer was lost: when it happened, and a lease after it was sent."""
         self.handed_at = self.now
@@ -1226,7 +1230,9 @@ class History:
         breaks = not self.peace and random.random() < 2 * self.lost
         if breaks:
             self.unsure.add((claimed.job.id, claimed.token))
+            self.severed.append(claimed)
         if breaks and random.random() < 0.5:
+            self.rolled_back.add((claimed.job.id, claimed.token))
             return Outcome(claimed, CommitUnknown(result, failed), took)  # it was rolled back
         if not self.table.commit(Outcome(claimed, result, took), now=self.db_now, at=self.now):
             return Outcome(claimed, Fenced(), took)
@@ -1341,6 +1347,8 @@ class History:
                 self.woken = True
         self._measure()
         self._tell(self.engine.finish(outcomes))
+        while self.severed:
+            self.engine.sever(self.severed.pop())
         self.lines.held_until = self.engine.held_until
         if ended := self.lines.take_ended():
             self._give_back(ended)
@@ -1499,6 +1507,11 @@ class History:
 
     def _carry_out(self, exchange: Exchange, began: int, session: int | None) -> Reply:
         freed = len(self.table.freed)
+        for job, token, _ in exchange.end:
+            row = self.table.rows.get(job.id)
+            is_settled = row is None or row.token != token
+            promise(is_settled, f"{job.id}: its session is ended while its commit may wait")
+            promise((job.id, token) in self.rolled_back, f"{job.id}: its session has committed")
         reply = self.table.carry_out(exchange, began=began, now=self.db_now, at=self.now)
         for key in self.table.freed[freed:]:
             promise(key not in self.live, f"{key}: freed by the worker that holds it")
