@@ -135,6 +135,8 @@ What always holds
 - No more jobs are claimed than free slots and the jobs' duration justify.
 - A row that another session has locked delays its own settlement only. When an exchange
   was refused for a lock, the engine asks which of its rows are locked. Those are set apart.
+- The session of a transaction whose connection was lost is ended once its job is settled, and
+  never while it may still commit.
 - A lease is extended when a third of it has passed, whether its job runs,
   waits for a slot, or waits for its settlement to be accepted.
 - After an outage that was longer than the lease the worker settles and extends
