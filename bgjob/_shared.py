@@ -17,7 +17,9 @@ Only jobs with generated ids are shared. An insert with an id of the program's m
 another transaction that has the id, and would hold up its neighbours; if that transaction is
 one of the same program and waits for a neighbour, forever.
 
-Measured with benchmarks/meeting.py.
+Measured with benchmarks/meeting.py. What was tried, without gain on two processors: two inserts
+at a time, each of half of those that wait; threads that wake each other in turn, instead of all at
+once by the one that wrote.
 """
 
 import asyncio
