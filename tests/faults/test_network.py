@@ -1,5 +1,6 @@
 """Faults 16, 17 and 31: networks that go silent, connections cut at a commit, hosts that vanish."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,15 @@ import bgjob._postgres.messages
 import bgjob._running.transaction
 import bgjob._shared
 import bgjob.client
-from bgjob import AsyncClient, Client, Complete, EnqueueRequest, JobAlreadyExistsError, Retry
+from bgjob import (
+    AsyncClient,
+    Client,
+    Complete,
+    EnqueueRequest,
+    JobAlreadyExistsError,
+    Result,
+    Retry,
+)
 from bgjob._sql.notices import LOCK_CLASS
 from faults.proxy import Proxy
 from faults.world import Process, World
@@ -490,19 +499,31 @@ def test_a_job_whose_commit_alone_has_no_answer_runs_again_without_the_locks_of_
     assert world.rows("a", "transactional") == 1
 
 
+@pytest.mark.both_colours
+@pytest.mark.parametrize("is_async", [False, True], ids=["Client", "AsyncClient"])
 def test_a_single_job_whose_commit_has_no_answer_leaves_no_locks_for_its_next_run(
-    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, world: World, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     monkeypatch.setattr(bgjob._running.transaction, "WORKER_PATIENCE", 1.0)
     world.query("create unique index on ledger (job_id)")
     world.enqueue("transactional", "a")
     lost = proxy.abandon_before_commit("insert into ledger")
-    mux = world.mux(backoff=0.001)
-    with Client(proxy.dsn(world.dsn)) as client:
-        assert isinstance(client.do("q", mux), Retry)
-        world.saw("a commit was lost", lost.is_set())
-        assert eventually(lambda: world.value("select next_run_at <= now() from bgjob_job"))
-        assert client.do("q", mux) == Complete({"attempt": 2})
+    dsn, mux = proxy.dsn(world.dsn), world.mux(is_async=is_async, backoff=0.001)
+
+    async def do_async() -> Result:
+        async with AsyncClient(dsn) as client:
+            return await client.do("q", mux)
+
+    def do() -> Result:
+        if is_async:
+            return asyncio.run(do_async())
+        with Client(dsn) as client:
+            return client.do("q", mux)
+
+    assert isinstance(do(), Retry)
+    world.saw("a commit was lost", lost.is_set())
+    assert eventually(lambda: world.value("select next_run_at <= now() from bgjob_job"))
+    assert do() == Complete({"attempt": 2})
     assert world.rows("a", "transactional") == 1
 
 
