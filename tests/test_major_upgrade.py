@@ -258,8 +258,7 @@ def move(world: World, pair: Pair) -> None:
         "and b.began < a.ended and left(a.job_id, 2) = left(b.job_id, 2) "
         "and a.key is not distinct from b.key"
     )
-    # What ran twice was in a handler when its connection was ended, or had ended since the last
-    # settlement: usually none, and on a busy host about as many.
+    # What ran twice was in a handler when its connection was ended, or had ended and was not settled.
     twice = world.query(
         "select job_id from ledger where kind = 'plain' group by job_id having count(*) > 1"
     )

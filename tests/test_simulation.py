@@ -779,9 +779,9 @@ class History:
         self.claim_of: dict[int, Claimed] = {}  # by identity of the job
         self.unsure: set[Key] = set()
         self.severed: list[Claimed] = []
-        """Those whose transactions lost their connections, which the engine was not told of."""
+        """Jobs whose transactions have lost their connections; the engine is told after their outcomes."""
         self.rolled_back: set[Key] = set()
-        """Those of them that have not committed; their sessions go on."""
+        """Of these jobs, those whose transactions have not committed."""
         self.unanswered: dict[int, tuple[float, float]] = {}
         """By token of a claim whose answer was lost: when it happened, and a lease after it was sent."""
         self.handed_at = self.now

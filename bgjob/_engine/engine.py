@@ -114,7 +114,7 @@ class Engine:
         )
 
         self._doomed: list[Claimed] = []  # claims whose sessions are to end
-        self._severed: set[Claimed] = set()  # claims whose sessions were lost, and may go on
+        self._severed: set[Claimed] = set()  # whose connections were lost
         self._leaving: list[Claimed] = []  # abandoned, and the server has not been told
         self._stopping = self._abandoned = self._withdrew = False
         self._is_idle = False  # the observer knows that the queue is empty
@@ -254,8 +254,9 @@ class Engine:
     def sever(self, claimed: Claimed) -> None:
         """Record that the connection of a job's transaction was lost; its session may go on.
 
-        It is ended, with its locks, once the job is settled: then it cannot commit any more. Before
-        that its commit may wait for a standby, and to end it would not undo it.
+        The session is ended, with its locks, once the job is settled, because it cannot commit any
+        more then. Before that its commit may wait for a standby: to end the session would make the
+        commit visible without the standby.
         """
         self._severed.add(claimed)
 

@@ -199,7 +199,7 @@ class Transactions(Sessions):
         return connection
 
     async def discard_async(self, connection: AsyncHandlerConnection, claimed: Claimed) -> None:
-        """Close the connection of a claim's transaction, which is not kept."""
+        """Close a connection that is not kept, and note its claim if the connection was lost."""
         if connection.closed:
             self.severed.append(claimed)
         await connection.close()
@@ -352,7 +352,7 @@ class Transactions(Sessions):
         return connection
 
     def discard(self, connection: HandlerConnection, claimed: Claimed) -> None:
-        """Close the connection of a claim's transaction, which is not kept."""
+        """Close a connection that is not kept, and note its claim if the connection was lost."""
         if connection.closed:
             self.severed.append(claimed)
         connection.close()
