@@ -1,10 +1,13 @@
 """How many jobs a second are enqueued one by one, and ten by ten; and in how many round trips."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import floor
 import harness
+import psycopg
 import work
 from figures import Figures, at_least, at_most, figure
 from harness import Bench
@@ -13,7 +16,7 @@ from proxy import Proxy
 from bgjob import AsyncClient, Client, EnqueueRequest
 
 _COUNTED = 100  # enqueues whose round trips are counted
-_FEW = 10
+_FEW = 10  # jobs in a bulk enqueue
 
 
 def main(bench: Bench) -> Mapping[str, object]:
@@ -25,8 +28,8 @@ def main(bench: Bench) -> Mapping[str, object]:
         "floor": "prepared insert on one connection",
         "single": bench.compare(
             "single",
-            lambda: _single(bench, count),
-            lambda: _insert(bench, count),
+            lambda: _by_client(bench, count, _enqueue),
+            lambda: _bare(bench, count, floor.insert),
             {"jobs_per_s": at_least(0.95)},
         ),
         "coroutine": bench.compare(
@@ -37,8 +40,8 @@ def main(bench: Bench) -> Mapping[str, object]:
         ),
         "ten": bench.compare(
             "ten",
-            lambda: _few(bench, count * _FEW),
-            lambda: _insert_few(bench, count * _FEW),
+            lambda: _by_client(bench, count * _FEW, _enqueue_few),
+            lambda: _bare(bench, count * _FEW, partial(floor.insert_many, size=_FEW)),
             {"jobs_per_s": at_least(0.95)},
         ),
         "round_trips": {
@@ -50,39 +53,30 @@ def main(bench: Bench) -> Mapping[str, object]:
     }
 
 
-def _single(bench: Bench, count: int) -> Figures:
+def _by_client(
+    bench: Bench, count: int, enqueue: Callable[[Client, Sequence[EnqueueRequest]], None]
+) -> Figures:
     bench.fresh()
     requests = work.requests(count)
     with Client(bench.dsn) as client:
         client.dlq.list(limit=1)
-        return work.write(bench, count, lambda: _enqueue(client, requests))
+        return work.write(bench, count, lambda: enqueue(client, requests))
 
 
-def _insert(bench: Bench, count: int) -> Figures:
+def _bare(
+    bench: Bench,
+    count: int,
+    insert: Callable[[psycopg.Connection[Any], Sequence[floor.Row]], None],
+) -> Figures:
     bench.fresh()
     rows = floor.rows(work.requests(count))
     with floor.connect(bench.dsn) as connection:
-        return work.write(bench, count, lambda: floor.insert(connection, rows))
-
-
-def _few(bench: Bench, count: int) -> Figures:
-    bench.fresh()
-    requests = work.requests(count)
-    with Client(bench.dsn) as client:
-        client.dlq.list(limit=1)
-        return work.write(bench, count, lambda: _enqueue_few(client, requests))
+        return work.write(bench, count, lambda: insert(connection, rows))
 
 
 def _enqueue_few(client: Client, requests: Sequence[EnqueueRequest]) -> None:
     for start in range(0, len(requests), _FEW):
         client.bulk_enqueue(requests[start : start + _FEW])
-
-
-def _insert_few(bench: Bench, count: int) -> Figures:
-    bench.fresh()
-    rows = floor.rows(work.requests(count))
-    with floor.connect(bench.dsn) as connection:
-        return work.write(bench, count, lambda: floor.insert_many(connection, rows, _FEW))
 
 
 def _single_async(bench: Bench, count: int) -> Figures:

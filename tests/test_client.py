@@ -368,12 +368,12 @@ few_and_many = pytest.mark.parametrize("size", [11, 1_100])
 
 
 @pytest.fixture(params=[5, 1], ids=["by_a_cursor", "prepared"])
-def written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def prepares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a few jobs as a connection does at first, and as it does after some enqueues."""
     monkeypatch.setattr("bgjob._sql.execute._FEW", request.param)
 
 
-@pytest.mark.usefixtures("written")
+@pytest.mark.usefixtures("prepares")
 @few_and_many
 def test_a_bulk_enqueue_writes_every_setting_and_returns_the_ids_in_order(
     client: Any, conn: psycopg.Connection, size: int
@@ -389,7 +389,7 @@ def test_a_bulk_enqueue_writes_every_setting_and_returns_the_ids_in_order(
     assert written == [(r.id, r.queue, r.type, r.payload, r.priority) for r in batch]
 
 
-@pytest.mark.usefixtures("written")
+@pytest.mark.usefixtures("prepares")
 @few_and_many
 def test_a_bulk_enqueue_reads_no_due_time_before_its_transaction_has_a_number(
     client: Any, conn: psycopg.Connection, size: int
@@ -414,7 +414,7 @@ def test_a_bulk_enqueue_needs_a_request(client: Any) -> None:
         client.bulk_enqueue([])
 
 
-@pytest.mark.usefixtures("written")
+@pytest.mark.usefixtures("prepares")
 def test_a_bulk_enqueue_of_a_few_jobs_is_one_round_trip(
     colour: Colour, client: Any, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,7 +436,7 @@ def test_a_bulk_enqueue_of_a_few_jobs_is_one_round_trip(
     assert count(conn) == 10
 
 
-@pytest.mark.usefixtures("written")
+@pytest.mark.usefixtures("prepares")
 @pytest.mark.parametrize("headers", [{}, {"n": 1}])
 def test_requests_that_are_enqueued_twice_in_bulk_are_refused_together(
     client: Any, conn: psycopg.Connection, headers: dict[str, int]
@@ -452,7 +452,7 @@ def test_requests_that_are_enqueued_twice_in_bulk_are_refused_together(
     assert count(conn) == 2
 
 
-@pytest.mark.usefixtures("written")
+@pytest.mark.usefixtures("prepares")
 def test_a_taken_id_of_the_programs_is_no_error_in_the_servers_log(
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,13 +18,7 @@ from bgjob._sql.notices import (
     channel,
 )
 from bgjob._sql.results import reserved
-from bgjob._sql.statement import (
-    Row,
-    Statement,
-    nothing,
-    number_array,
-    text_array,
-)
+from bgjob._sql.statement import Row, Statement, nothing, number_array, text_array
 from bgjob.job import EnqueueRequest
 
 # The lock is taken after the insert and before the commit, and released after
@@ -192,7 +186,7 @@ def enqueue_many(
     With `group` they are jobs of that group; with `waits_for_group` those that run after it, which
     are due at infinity.
 
-    Without `skips_taken` a taken id makes it fail; not for requests with `keep`.
+    Without `skips_taken` a taken id makes it fail. Requests with `keep` need it.
 
     With `has_literals` some parameters are PostgreSQL's array literals, which are quick to make;
     without, all arrays are lists, which every driver can send.

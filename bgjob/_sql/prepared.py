@@ -1,18 +1,17 @@
-"""The prepared statements of plain enqueues, of one job and of those that meet.
+"""The prepared statements of plain enqueues, of one job and of several.
 
-They are executed by libpq's own functions, with parameters that are converted here: a cursor
-converts them by the types of their values, and keeps what it sent, which is most of its time
-(benchmarks/costs.py and meeting.py).
+They are executed without a cursor (see `execute`), so their parameters are converted here.
 """
 
 from collections.abc import Mapping, Sequence
+from struct import Struct
 from typing import LiteralString
 
 from bgjob._postgres.commands import Prepared
 from bgjob._sql.enqueues import ENQUEUES, TELL_MANY_IF_WRITTEN, whats
 from bgjob._sql.notices import LOCK_CLASS, bucket, channel
 from bgjob._sql.paramstyles import translated
-from bgjob._sql.statement import Statement, bytea_array, number_array, text_array
+from bgjob._sql.statement import Statement, number_array, text_array
 from bgjob.job import EnqueueRequest
 
 _BYTEA = 17
@@ -107,7 +106,7 @@ def values_of_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> list[
         text_array([r.id for r in requests]).encode(),
         text_array([r.queue for r in requests]).encode(),
         text_array([r.type for r in requests]).encode(),
-        bytea_array([r.payload for r in requests]),
+        _bytea_array([r.payload for r in requests]),
         number_array([r.priority for r in requests]).encode(),
     ]
     if notify:
@@ -120,3 +119,15 @@ def values_of_many(requests: Sequence[EnqueueRequest], *, notify: bool) -> list[
             b"%d" % LOCK_CLASS,
         )
     return found
+
+
+_ARRAY = Struct("!iiIii")
+"""The number of dimensions, whether there are nulls, the type's number in pg_type, the length, and
+the first index."""
+_NULL = b"\xff\xff\xff\xff"
+
+
+def _bytea_array(items: Sequence[bytes | None]) -> bytes:
+    """Return an array as it travels in binary, which needs no escapes."""
+    values = (_NULL if i is None else len(i).to_bytes(4, "big") + i for i in items)
+    return _ARRAY.pack(1, None in items, _BYTEA, len(items), 1) + b"".join(values)

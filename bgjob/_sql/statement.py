@@ -1,17 +1,10 @@
 """Statements as values, and helpers that several of them share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from struct import Struct
 from typing import Any, Generic, LiteralString, NamedTuple, TypeVar
 
 T_co = TypeVar("T_co", covariant=True)
 Row = tuple[Any, ...]
-
-_BYTEA = 17
-_ARRAY = Struct("!iiIii")
-"""The number of dimensions, whether there are nulls, the type's number in pg_type, the length, and
-the first index."""
-_NULL = b"\xff\xff\xff\xff"
 
 
 class Statement(NamedTuple, Generic[T_co]):
@@ -78,9 +71,3 @@ def text_array(items: Sequence[str]) -> str:
     if "\\" in joined or joined.count('"') != 2 * (len(items) - 1):
         joined = '","'.join(i.replace("\\", "\\\\").replace('"', '\\"') for i in items)
     return f'{{"{joined}"}}'
-
-
-def bytea_array(items: Sequence[bytes | None]) -> bytes:
-    """Return an array of bytea as it travels in binary, which needs no escapes."""
-    values = (_NULL if i is None else len(i).to_bytes(4, "big") + i for i in items)
-    return _ARRAY.pack(1, None in items, _BYTEA, len(items), 1) + b"".join(values)

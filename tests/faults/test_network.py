@@ -28,7 +28,9 @@ from bgjob import (
     Result,
     Retry,
 )
+from bgjob._engine.engine import Engine
 from bgjob._sql.notices import LOCK_CLASS
+from bgjob._sql.settlements import Claimed
 from faults.proxy import Proxy
 from faults.world import Process, World
 
@@ -532,21 +534,36 @@ def test_a_single_job_whose_commit_has_no_answer_leaves_no_locks_for_its_next_ru
 def test_a_commit_that_goes_on_without_an_answer_is_not_ended(
     world: World, monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
-    # As one that waits for a synchronous standby.
     for module in (bgjob._postgres.messages, bgjob._running.transaction):
         monkeypatch.setattr(module, "WORKER_PATIENCE", 1.0)
+    sever, severed = Engine.sever, threading.Event()
+
+    def observed(engine: Engine, claimed: Claimed) -> None:
+        sever(engine, claimed)
+        severed.set()
+
+    monkeypatch.setattr(Engine, "sever", observed)
+    # As one that waits for a synchronous standby.
     world.query(
         "create function linger() returns trigger language plpgsql as "
-        "'begin perform pg_sleep(4); return null; end'"
+        "'begin perform pg_advisory_xact_lock(7); return null; end'"
     )
     world.query(
         "create constraint trigger linger after insert on ledger "
-        "deferrable initially deferred for each row execute function linger()"
+        "deferrable initially deferred for each row when (new.kind = 'transactional') "
+        "execute function linger()"
     )
-    world.enqueue("transactional", "a")
-    worker = world.worker(world.mux(is_async=is_async), is_async=is_async, lease=LONG)
+    with psycopg.connect(world.dsn, autocommit=True) as standby:
+        standby.execute("select pg_advisory_lock(7)")
+        world.enqueue("transactional", "a")
+        worker = world.worker(world.mux(is_async=is_async), is_async=is_async, lease=LONG)
+        world.saw("the connection was given up", severed.wait(PATIENCE))
+        # The end of a session would be sent before the claim of another job.
+        world.enqueue("plain", "b")
+        world.witness(worker, "completed", "b")
     world.witness(worker, "completed", "a")
-    assert [event[0] for event in worker.of("retried", "lost", "completed")] == ["completed"]
+    ends = [event[0] for event in worker.of("retried", "lost", "completed") if event[1] == "a"]
+    assert ends == ["completed"]
     assert world.rows("a", "transactional") == 1
 
 
