@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from support.plans import (
     PLAN_CACHE_MODES,
+    enter_bounds,
     filled,
     handled,
     nodes,
@@ -20,7 +21,6 @@ from support.plans import (
 )
 
 from bgjob._sql import looks
-from bgjob._sql.server import bounds
 from bgjob._sql.statement import Statement
 
 CAP = 100
@@ -83,9 +83,7 @@ tables, conn = filled(fill, MANY, TABLES)
 
 @pytest.fixture
 def bounded(conn: psycopg.Connection) -> psycopg.Connection:
-    for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
-        if name != "transaction_read_only":
-            conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
+    enter_bounds(conn)
     return conn
 
 

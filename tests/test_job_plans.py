@@ -14,6 +14,7 @@ import pytest
 from support.database import count
 from support.plans import (
     PLAN_CACHE_MODES,
+    enter_bounds,
     filled,
     handled,
     nodes,
@@ -26,7 +27,6 @@ from bgjob._sql.job_pages import Blocks, Ids, Keyed, Line, Looked, Waiting
 from bgjob._sql.jobs import JobFilter
 from bgjob._sql.key_rows import lock_keys
 from bgjob._sql.keys import release
-from bgjob._sql.server import bounds
 from bgjob._sql.session import WORKER_SETTINGS
 from bgjob._sql.settlements import Claimed
 from bgjob._sql.statement import Statement
@@ -104,9 +104,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_page_looks_at_no_more_rows_than_it_may(conn: psycopg.Connection) -> None:
-    for name, value in zip(*cast(Any, bounds().params).values(), strict=True):
-        if name != "transaction_read_only":
-            conn.execute("select set_config(%s, %s, true)", [name, value], prepare=False)
+    enter_bounds(conn)
 
     def page(way: job_pages.Way, limit: int = PAGE, **filters: Any) -> Statement[Looked]:
         return way.look(JobFilter(**filters), limit)

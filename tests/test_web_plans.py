@@ -6,8 +6,8 @@ import psycopg
 import pytest
 from support.plans import (
     PLAN_CACHE_MODES,
-    STATISTICS,
-    fill_with_statistics,
+    enter_bounds,
+    filled,
     handled,
     nodes,
     prepare,
@@ -17,7 +17,6 @@ from support.statements import ask
 
 from bgjob._sql import pages
 from bgjob._sql.dead import DeadFilter
-from bgjob._sql.server import bounds
 from bgjob._sql.statement import Statement
 
 MANY = 40_000
@@ -32,14 +31,15 @@ FILL: LiteralString = """
         now() + case when n %% 2 = 0 then interval '1 h' else n * interval '-1 s' end
     from generate_series(1, %(jobs)s) n
 """
-# A job died each ten seconds, the last one now: 360 in an hour, 90 of them of each group.
+# In each hour 360 jobs died, 90 of each group, a quarter of an hour at least from its ends.
 FILL_DEAD: LiteralString = """
     insert into bgjob_dead_job (
         job_id, queue, type, attempt, priority, next_run_at, job_created_at, job_updated_at,
         fingerprint, moved_at, last_error
     )
     select 'dead ' || n, 'q', 't', 1, 0, now(), now(), now(), n %% 4,
-        now() - (%(jobs)s - n) * interval '10 s', 'why'
+        now() - (%(jobs)s - n) / 360 * interval '1 h'
+            - interval '15 min' - (%(jobs)s - n) %% 360 * interval '5 s', 'why'
     from generate_series(1, %(jobs)s) n
 """
 
@@ -49,13 +49,12 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
         conn.execute(statement, {"jobs": jobs})
 
 
-@pytest.fixture(params=STATISTICS)
-def bounded(conn: psycopg.Connection, request: pytest.FixtureRequest) -> psycopg.Connection:
-    names, values = cast(Any, bounds("bgjob web", seconds=2).params).values()
-    for name, value in zip(names, values, strict=True):
-        if name != "transaction_read_only":
-            conn.execute("select set_config(%s, %s, false)", [name, value])
-    fill_with_statistics(conn, request.param, fill, MANY, TABLES)
+tables, conn = filled(fill, MANY, TABLES)
+
+
+@pytest.fixture
+def bounded(conn: psycopg.Connection) -> psycopg.Connection:
+    enter_bounds(conn)
     return conn
 
 
@@ -71,16 +70,7 @@ def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> Any
     return statement.parse(conn.execute(cast(Any, statement.text), statement.params).fetchall())
 
 
-def test_a_page_looks_at_few_rows(
-    bounded: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    look_at_single_pages(bounded)
-    look_at_schedules(bounded)
-    monkeypatch.setattr(pages, "LOOKED", 1000)
-    search_the_dead(bounded)
-
-
-def look_at_single_pages(bounded: psycopg.Connection) -> None:
+def test_a_page_looks_at_few_rows(bounded: psycopg.Connection) -> None:
     [dead] = check(bounded, pages.dead_of(f"dead {MANY // 2}"), 2)
     assert dead.id == f"dead {MANY // 2}"
     lines = check(bounded, pages.lines_of("q", cap=CAP), 3 * CAP)
@@ -99,7 +89,10 @@ def look_at_single_pages(bounded: psycopg.Connection) -> None:
     assert hours == {n: (90,) * 24 for n in range(GROUPS)} | {99: (0,) * 24}
 
 
-def search_the_dead(bounded: psycopg.Connection) -> None:
+def test_a_search_of_dead_jobs_looks_at_some_at_a_time(
+    bounded: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "LOOKED", 1000)
     last = ask(bounded, pages.last_dead())
     for queue, error in (("none", None), (None, "nowhere"), ("q", "nowhere")):
         step = check(bounded, pages.dead_list(None, queue=queue, type_="t", error=error), 1001)
@@ -108,7 +101,7 @@ def search_the_dead(bounded: psycopg.Connection) -> None:
     assert len(step.found) == pages.SHOWN + 1
 
 
-def look_at_schedules(bounded: psycopg.Connection) -> None:
+def test_the_page_of_schedules_finds_their_last_jobs_by_id(bounded: psycopg.Connection) -> None:
     bounded.execute(
         """
         insert into bgjob_schedule (name, spec, queue, type, priority, last_job_id, next_run_at)

@@ -11,6 +11,7 @@ from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
 from psycopg.pq import ExecStatus
 
+from bgjob._sql.server import bounds
 from bgjob._sql.statement import Statement
 from support.databases import Databases
 
@@ -35,6 +36,29 @@ def run(conn: psycopg.Connection, explain: str, plan_cache_mode: str) -> dict[st
         conn.execute("select set_config('plan_cache_mode', %s, true)", [plan_cache_mode])
         [[[plan]]] = conn.execute(cast(Any, explain)).fetchall()
     return cast(dict[str, Any], plan["Plan"])
+
+
+def apply(conn: psycopg.Connection, settings: Statement[None]) -> None:
+    """Apply the settings of a session that matter to the planner.
+
+    Those that limit how long a statement may take are left out, as the host of a test may be slow.
+    So is the one that forbids to write: a test fills tables.
+    """
+    params = settings.params
+    assert params is not None
+    names, values = cast(list[str], params["names"]), cast(list[str], params["values"])
+    pairs = [
+        (name, value)
+        for name, value in zip(names, values, strict=True)
+        if not name.endswith("_timeout") and name != "transaction_read_only"
+    ]
+    mine = {"names": [name for name, _ in pairs], "values": [value for _, value in pairs]}
+    conn.execute(cast(Any, settings.text), {**params, **mine})
+
+
+def enter_bounds(conn: psycopg.Connection) -> None:
+    """Apply the settings of a read-only look, as `apply` does, in this transaction."""
+    apply(conn, bounds())
 
 
 STATISTICS = ["none", "of empty tables", "of drained tables", "of ten jobs", "of these jobs"]
