@@ -68,6 +68,7 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
 
 def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> list[Any]:
     """Fail unless no step handles more rows; return what the statement returns."""
+    enter_bounds(conn)
     explain = prepare(conn, "look", statement)
     for mode in PLAN_CACHE_MODES:
         for node in nodes(run(conn, explain, mode)):
@@ -81,53 +82,47 @@ def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> lis
 tables, conn = filled(fill, MANY, TABLES)
 
 
-@pytest.fixture
-def bounded(conn: psycopg.Connection) -> psycopg.Connection:
-    enter_bounds(conn)
-    return conn
-
-
-def test_a_job_alive_or_dead_is_found_by_its_id(bounded: psycopg.Connection) -> None:
+def test_a_job_alive_or_dead_is_found_by_its_id(conn: psycopg.Connection) -> None:
     for id_ in (f"job {MANY // 2}", f"dead {MANY // 2}", "none"):
-        found = looks.find(id_).parse(check(bounded, looks.find(id_), 4))
+        found = looks.find(id_).parse(check(conn, looks.find(id_), 4))
         assert (found.job is not None, bool(found.dead)) == (
             id_.startswith("job"),
             id_.startswith("dead"),
         )
 
 
-def test_the_jobs_before_one_are_counted_up_to_a_cap(bounded: psycopg.Connection) -> None:
+def test_the_jobs_before_one_are_counted_up_to_a_cap(conn: psycopg.Connection) -> None:
     now = datetime.now(UTC)
     for priority, at in ((1, now), (1, now - timedelta(days=1)), (0, now), (2, now)):
         statement = looks.ahead("q", priority, at, cap=CAP)
-        check(bounded, statement, 2 * (CAP + RUNNING))
-    assert check(bounded, statement, 2 * (CAP + RUNNING)) == [(CAP, 0)]
+        check(conn, statement, 2 * (CAP + RUNNING))
+    assert check(conn, statement, 2 * (CAP + RUNNING)) == [(CAP, 0)]
     statement = looks.ahead("q", 1, now, cap=CAP)
-    assert check(bounded, statement, 2 * (CAP + RUNNING)) == [(CAP, CAP)]
+    assert check(conn, statement, 2 * (CAP + RUNNING)) == [(CAP, CAP)]
 
 
-def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(bounded: psycopg.Connection) -> None:
+def test_the_jobs_before_one_at_a_key_are_counted_up_to_a_cap(conn: psycopg.Connection) -> None:
     found = looks.find("job 3").parse(
-        bounded.execute(cast(Any, looks.find("job 3").text), {"id": "job 3"}).fetchall()
+        conn.execute(cast(Any, looks.find("job 3").text), {"id": "job 3"}).fetchall()
     )
     assert found.job is not None
     statement = looks.key(found.job, cap=CAP)
-    key = statement.parse(check(bounded, statement, CAP + 4))
+    key = statement.parse(check(conn, statement, CAP + 4))
     assert key.before == CAP
     assert [holder.id for holder in key.holders] == [f"job {MANY}"]
 
 
-def test_the_live_jobs_of_a_group_are_counted_up_to_a_cap(bounded: psycopg.Connection) -> None:
+def test_the_live_jobs_of_a_group_are_counted_up_to_a_cap(conn: psycopg.Connection) -> None:
     statement = looks.members("group", cap=CAP)
-    assert statement.parse(check(bounded, statement, CAP))[0] == CAP
-    assert looks.members("none").parse(check(bounded, looks.members("none"), CAP)) == (0, 0, None)
+    assert statement.parse(check(conn, statement, CAP))[0] == CAP
+    assert looks.members("none").parse(check(conn, looks.members("none"), CAP)) == (0, 0, None)
 
 
 @pytest.mark.parametrize(("queue", "id_"), [("q", MANY - RUNNING), ("keyed", MANY - 1)])
 def test_the_oldest_due_job_of_a_queue_is_found_behind_the_running_ones_only(
-    bounded: psycopg.Connection, queue: str, id_: int
+    conn: psycopg.Connection, queue: str, id_: int
 ) -> None:
     statement = looks.oldest(queue)
     # The first 1,000 keys, a look at each, and the running jobs of each priority.
-    [(_, found, _, _)] = check(bounded, statement, 2 * 1000 + 4 + RUNNING)
+    [(_, found, _, _)] = check(conn, statement, 2 * 1000 + 4 + RUNNING)
     assert found == f"job {id_}"

@@ -52,14 +52,9 @@ def fill(conn: psycopg.Connection, jobs: int) -> None:
 tables, conn = filled(fill, MANY, TABLES)
 
 
-@pytest.fixture
-def bounded(conn: psycopg.Connection) -> psycopg.Connection:
-    enter_bounds(conn)
-    return conn
-
-
 def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> Any:
     """Fail unless no step handles more rows; return what the statement returns."""
+    enter_bounds(conn)
     explain = prepare(conn, "look", statement)
     for mode in PLAN_CACHE_MODES:
         for node in nodes(run(conn, explain, mode)):
@@ -70,39 +65,39 @@ def check(conn: psycopg.Connection, statement: Statement[Any], most: int) -> Any
     return statement.parse(conn.execute(cast(Any, statement.text), statement.params).fetchall())
 
 
-def test_a_page_looks_at_few_rows(bounded: psycopg.Connection) -> None:
-    [dead] = check(bounded, pages.dead_of(f"dead {MANY // 2}"), 2)
+def test_a_page_looks_at_few_rows(conn: psycopg.Connection) -> None:
+    [dead] = check(conn, pages.dead_of(f"dead {MANY // 2}"), 2)
     assert dead.id == f"dead {MANY // 2}"
-    lines = check(bounded, pages.lines_of("q", cap=CAP), 3 * CAP)
+    lines = check(conn, pages.lines_of("q", cap=CAP), 3 * CAP)
     assert [(line.priority, line.due) for line in lines] == [(-1, 0), (1, CAP), (3, CAP)]
-    number = ask(bounded, pages.last_dead())
-    latest = check(bounded, pages.dead_list(None, queue=None, type_=None, error=None), 60)
+    number = ask(conn, pages.last_dead())
+    latest = check(conn, pages.dead_list(None, queue=None, type_=None, error=None), 60)
     assert latest.found[0].number == number
-    earlier = check(bounded, pages.dead_list(number - 99, queue=None, type_=None, error=None), 60)
+    earlier = check(conn, pages.dead_list(number - 99, queue=None, type_=None, error=None), 60)
     assert earlier.found[0].number == number - 100
-    [last, *_] = check(bounded, pages.latest_of(1, limit=20), 20)
+    [last, *_] = check(conn, pages.latest_of(1, limit=20), 20)
     assert last.number == number - 3
-    group = check(bounded, pages.count_dead(DeadFilter(fingerprint=1, upto=number), most=CAP), CAP)
+    group = check(conn, pages.count_dead(DeadFilter(fingerprint=1, upto=number), most=CAP), CAP)
     assert group == CAP
     # Each hour's first number is found by halves, in at most 17 looks at each of 24.
-    hours = check(bounded, pages.hours_of([*range(GROUPS), 99]), 24 * 90 * (GROUPS + 1))
+    hours = check(conn, pages.hours_of([*range(GROUPS), 99]), 24 * 90 * (GROUPS + 1))
     assert hours == {n: (90,) * 24 for n in range(GROUPS)} | {99: (0,) * 24}
 
 
 def test_a_search_of_dead_jobs_looks_at_some_at_a_time(
-    bounded: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+    conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pages, "LOOKED", 1000)
-    last = ask(bounded, pages.last_dead())
+    last = ask(conn, pages.last_dead())
     for queue, error in (("none", None), (None, "nowhere"), ("q", "nowhere")):
-        step = check(bounded, pages.dead_list(None, queue=queue, type_="t", error=error), 1001)
+        step = check(conn, pages.dead_list(None, queue=queue, type_="t", error=error), 1001)
         assert (step.found, step.looked, step.last) == ([], 1000, last - 999)
-    step = check(bounded, pages.dead_list(None, queue="q", type_="t", error="why"), 1001)
+    step = check(conn, pages.dead_list(None, queue="q", type_="t", error="why"), 1001)
     assert len(step.found) == pages.SHOWN + 1
 
 
-def test_the_page_of_schedules_finds_their_last_jobs_by_id(bounded: psycopg.Connection) -> None:
-    bounded.execute(
+def test_the_page_of_schedules_finds_their_last_jobs_by_id(conn: psycopg.Connection) -> None:
+    conn.execute(
         """
         insert into bgjob_schedule (name, spec, queue, type, priority, last_job_id, next_run_at)
         values ('a', '', 'q', 't', 0, 'job 1', now() - interval '1 h'),
@@ -110,7 +105,7 @@ def test_the_page_of_schedules_finds_their_last_jobs_by_id(bounded: psycopg.Conn
             ('c', '', 'q', 't', 0, 'gone', 'infinity'), ('d', '', 'q', 't', 0, null, null)
         """
     )
-    found = check(bounded, pages.schedules(late=60.0), 8)
+    found = check(conn, pages.schedules(late=60.0), 8)
     assert [(row.name, row.last_state, row.is_late) for row in found] == [
         ("a", "due", True),
         ("b", "dead", False),
