@@ -1,9 +1,10 @@
 """The exclusive keys of claimed jobs: which to ask for, and which to release."""
 
-from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from operator import attrgetter
 
 from bgjob._engine.leases import Leases
 from bgjob._engine.outcome import Committed, Fenced, Outcome, Release
@@ -16,6 +17,8 @@ from bgjob._sql.settlements import Claimed
 
 _MOMENT = 0.002
 """Seconds before the worker asks again for a key whose row is locked; doubles."""
+
+_BY_DUE = attrgetter("job.next_run_at", "job.id")
 
 
 @dataclass(slots=True)
@@ -106,15 +109,17 @@ class Keys:
 
         What comes after a job that did not start is given back as well, to keep its place.
         """
+        chains = self._chains
         for outcome in outcomes:
             claimed, result = outcome.claimed, outcome.result
-            chain = self._chains.get(claimed.job.exclusive or "")
+            chain = chains.get(claimed.job.exclusive or "")
             if chain is not None:
-                if isinstance(result, Committed | Fenced):
+                if type(result) is Committed or type(result) is Fenced:
                     self._leave(claimed)
                 else:
                     self._ends(claimed, chain)
-                self.gives_back |= type(result) is Release and bool(chain.running)
+                if type(result) is Release and chain.running:
+                    self.gives_back = True
 
     # -- what goes into an exchange -----------------------------------------------------
 
@@ -149,18 +154,29 @@ class Keys:
                 del self.free[key]
         if now >= self.ask_at:
             count = min(len(self.wanting), self._limit)
-            exchange.acquire = _in_due_order([self.wanting.popleft() for _ in range(count)])
+            self._ask([self.wanting.popleft() for _ in range(count)], exchange)
             exchange.holding = [*self._leases.tokens]
             exchange.places, exchange.slots = self._concurrency, self._slots
-            counts: dict[str, int] = {}
-            for claimed in exchange.acquire:
-                key = str(claimed.job.exclusive)
-                before = counts.get(key)
-                if before is None:
-                    chain = self._chains.get(key)
-                    before = 0 if chain is None else len(chain.running)
-                counts[key] = before + 1
-                exchange.ahead.append(before + 1)
+
+    def _ask(self, claimed: Sequence[Claimed], exchange: Exchange) -> None:
+        """Ask for the jobs of each key as they are due; each key keeps its places."""
+        lines: dict[str | None, list[Claimed]] = {}
+        for each in claimed:
+            key = each.job.exclusive
+            if key in lines:
+                lines[key].append(each)
+            else:
+                lines[key] = [each]
+        ends: dict[str | None, int] = {}
+        for key, line in lines.items():
+            chain = self._chains.get(key or "")
+            ends[key] = len(line) if chain is None else len(line) + len(chain.running)
+            line.sort(key=_BY_DUE, reverse=True)
+        for each in claimed:
+            key = each.job.exclusive
+            line = lines[key]
+            exchange.acquire.append(line.pop())
+            exchange.ahead.append(ends[key] - len(line))
 
     # -- answers ------------------------------------------------------------------------
 
@@ -173,18 +189,27 @@ class Keys:
         """
         gone: list[Claimed] = []
         locked: list[Claimed] = []
-        granted: dict[str, int] = {}
+        granted: dict[str, list[tuple[str, int]]] = {}
+        slots_of: dict[str, int] = {}
+        acquired, find = reply.acquired, self._leases.find
         for claimed in exchange.acquire:
-            slots = reply.acquired.get((claimed.job.id, claimed.token), 0)
-            if slots == 0 or self._leases.batch(claimed) is None:
+            each = claimed.job.id, claimed.token
+            slots = acquired.get(each, 0)
+            if slots == 0 or find(claimed.token, claimed.job.id) is None:
                 gone.append(claimed)
             elif slots is None:
                 locked.append(claimed)
             else:
-                granted[str(claimed.job.exclusive)] = slots
-                self._grant(claimed, min(slots, exchange.places))
+                key = str(claimed.job.exclusive)
+                if key in granted:
+                    granted[key].append(each)
+                else:
+                    granted[key] = [each]
+                slots_of[key] = slots
                 run.append(claimed)
-        for key, slots in granted.items():
+        for key, jobs in granted.items():
+            slots = slots_of[key]
+            self._grant(key, jobs, min(slots, exchange.places))
             chain = self._chains[key]
             if chain.places > 1 or key in self.places:
                 self.places[key] = chain.places
@@ -238,22 +263,22 @@ class Keys:
 
     # -- chains -------------------------------------------------------------------------
 
-    def _grant(self, claimed: Claimed, places: int) -> None:
-        job, token, _ = claimed
-        key, each = str(job.exclusive), (job.id, token)
+    def _grant(self, key: str, jobs: Collection[tuple[str, int]], places: int) -> None:
         chain = self._chains.get(key)
         if chain is None:
             chain = self._chains[key] = _Chain()
         before = chain.behind
         chain.places = places
-        chain.running.add(each)
-        chain.unsent.add(each)
+        chain.running.update(jobs)
+        chain.unsent.update(jobs)
         self._pace.behind += chain.behind - before
 
     def _ends(self, claimed: Claimed, chain: _Chain) -> None:
-        before = chain.behind
-        chain.running.discard((claimed.job.id, claimed.token))
-        self._pace.behind += chain.behind - before
+        running, each = chain.running, (claimed.job.id, claimed.token)
+        if each in running:
+            running.remove(each)
+            if len(running) >= chain.places:
+                self._pace.behind -= 1
 
     def _leave(self, claimed: Claimed) -> None:
         """Forget a job that holds its key no longer, or is another worker's."""
@@ -270,19 +295,3 @@ class Keys:
     def _end_chain(self, key: str) -> None:
         del self._chains[key]
         self.places.pop(key, None)
-
-
-def _in_due_order(claimed: Sequence[Claimed]) -> list[Claimed]:
-    """Order the jobs of each key as they are due; each key keeps its places."""
-    lines = defaultdict[str | None, list[Claimed]](list)
-    for each in claimed:
-        lines[each.job.exclusive].append(each)
-    if len(lines) == len(claimed):
-        return [*claimed]
-    for line in lines.values():
-        line.sort(key=_by_due, reverse=True)
-    return [lines[each.job.exclusive].pop() for each in claimed]
-
-
-def _by_due(claimed: Claimed) -> tuple[object, str]:
-    return claimed.job.next_run_at, claimed.job.id

@@ -86,7 +86,7 @@ def lock_keys(keys: Iterable[str], claimed: Collection[Claimed] = ()) -> Stateme
     held the key, or waited for it, while there was no row. `acquire` need not write the row again.
     """
     alone = only_ones(claimed)
-    locked = sorted({*keys, *(str(c.job.exclusive) for c in claimed)})
+    locked = sorted({*keys, *[str(c.job.exclusive) for c in claimed]})
     if not alone:
         return Statement(_LOCK_ONLY, {"keys": text_array(locked)}, nothing)
     found = [alone.get(key) for key in locked]
@@ -104,7 +104,7 @@ def lock_keys(keys: Iterable[str], claimed: Collection[Claimed] = ()) -> Stateme
 
 def only_ones(claimed: Collection[Claimed]) -> dict[str, Claimed]:
     """Return those of claimed jobs that are the only ones of their key, by key."""
-    counts = Counter(c.job.exclusive for c in claimed)
+    counts = Counter([c.job.exclusive for c in claimed])
     return {str(c.job.exclusive): c for c in claimed if counts[c.job.exclusive] == 1}
 
 

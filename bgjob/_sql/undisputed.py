@@ -5,9 +5,8 @@ was claimed, and one write of the row. No job is read or answered by itself. `ke
 about all other keys, job by job.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from typing import LiteralString
 
 from bgjob._sql.key_rows import BEFORE_LAST, FIRST_HERE, HOLDING, JOINED
@@ -85,42 +84,26 @@ UNDISPUTED = f"""
 """Grants keys; `granted` has these."""
 
 
-@dataclass(slots=True)
-class _Line:
-    """The claimed jobs of a key."""
-
-    last: Claimed
-    count: int = 0
-
-
 def lines(claimed: Sequence[Claimed], ahead: Sequence[int], most: int) -> dict[str, object]:
     """Return the parameters: the keys of which no job is to be put aside, for UNDISPUTED.
 
     Args:
-        claimed: jobs with their keys.
+        claimed: jobs with their keys, those of a key as they are due.
         ahead: for each job its number among those of its key.
         most: the last number that is not put aside.
 
     """
-    found: dict[str, _Line] = {}
-    surplus: set[str] = set()
-    for each, number in zip(claimed, ahead, strict=True):
-        key = str(each.job.exclusive)
-        line = found.get(key)
-        if line is None:
-            line = found[key] = _Line(each)
-        elif _by_due(each) > _by_due(line.last):
-            line.last = each
-        line.count += 1
-        if number > most:
-            surplus.add(key)
-    whole = {key: line for key, line in found.items() if key not in surplus}
+    keys = [c.job.exclusive or "" for c in claimed]
+    surplus = {key for key, number in zip(keys, ahead, strict=True) if number > most}
+    counts = Counter(keys)
+    last = dict(zip(keys, claimed, strict=True))
+    whole = [key for key in counts if key not in surplus]
     return {
-        "alone": text_array([key for key, line in whole.items() if line.count == 1]),
-        "lines": text_array([*whole]),
-        "last_ids": text_array([line.last.job.id for line in whole.values()]),
-        "last_claims": number_array([line.last.token for line in whole.values()]),
-        "counts": number_array([line.count for line in whole.values()]),
+        "alone": text_array([key for key in whole if counts[key] == 1]),
+        "lines": text_array(whole),
+        "last_ids": text_array([last[key].job.id for key in whole]),
+        "last_claims": number_array([last[key].token for key in whole]),
+        "counts": number_array([counts[key] for key in whole]),
     }
 
 
@@ -137,7 +120,3 @@ def answers(claimed: Sequence[Claimed], rows: Sequence[Row]) -> dict[tuple[str, 
     if granted:
         slots |= {(c.job.id, c.token): 1 for c in claimed if c.job.exclusive in granted}
     return slots
-
-
-def _by_due(claimed: Claimed) -> tuple[datetime, str]:
-    return claimed.job.next_run_at, claimed.job.id

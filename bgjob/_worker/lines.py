@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from time import monotonic
 
+from bgjob._engine.outcome import Outcome
 from bgjob._sql.keys import NO_SLOTS
 from bgjob._sql.settlements import Claimed
 
@@ -59,22 +60,25 @@ class Lines:
 
         """
         runs: list[Claimed] = []
+        first, behind = self._first, self._behind
         with self._lock:
             for claimed in batch:
                 key = claimed.job.exclusive
                 if key is None:
                     runs.append(claimed)
-                elif key not in self._first:
+                    continue
+                if key in places:
+                    self._places[key] = places[key]
+                if key not in first:
                     self.is_used = True
-                    self._first[key] = [claimed]
+                    first[key] = [claimed]
                     runs.append(claimed)
-                    if key in places:
-                        self._places[key] = places[key]
+                elif key in behind:
+                    behind[key].append(claimed)
                 else:
-                    self._behind.setdefault(key, deque()).append(claimed)
-                    if key in places:
-                        self._places[key] = places[key]
-                        runs += self._start(key)
+                    behind[key] = deque([claimed])
+                if key in places and key in behind:
+                    runs += self._start(key)
         return runs
 
     def _start(self, key: str) -> list[Claimed]:
@@ -96,32 +100,50 @@ class Lines:
 
         """
         key = str(claimed.job.exclusive)
-        if _find(self._first.get(key, ()), claimed) is None:
-            return False
         with self._lock:
-            if not self._remove(key, claimed):
+            first = self._first.get(key)
+            if not first:
                 return False
-            if not self._behind.get(key):
+            if first[0] is claimed:
+                del first[0]
+            elif not self._remove(key, claimed):
+                return False
+            behind = self._behind.get(key)
+            if not behind:
                 self._forget(key)
                 return False
             if goes_on and self._clock() < self.held_until:
-                started = self._start(key)
                 if key in self._places:  # one before them may still wait for a slot
-                    self._jobs.extend(started)
+                    self._jobs.extend(self._start(key))
                 else:
-                    self._jobs.extendleft(started)
+                    following = behind.popleft()
+                    first.append(following)
+                    self._jobs.appendleft(following)
                 return False
             self._ended += self._behind.pop(key)
             self._forget(key)
             return True
 
+    def still_in(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Return the outcomes of jobs that are among the first of a line.
+
+        Nearly all jobs have left, on the thread that ran them.
+        """
+        first = self._first
+        return [
+            outcome
+            for outcome in outcomes
+            for each in first.get(outcome.claimed.job.exclusive or "", ())
+            if each.token == outcome.claimed.token and each.job.id == outcome.claimed.job.id
+        ]
+
     def _remove(self, key: str, claimed: Claimed) -> bool:
         first = self._first.get(key, [])
-        found = _find(first, claimed)
-        if found is None:
-            return False
-        del first[found]
-        return True
+        for place, each in enumerate(first):
+            if (each.token, each.job.id) == (claimed.token, claimed.job.id):
+                del first[place]
+                return True
+        return False
 
     def _forget(self, key: str) -> None:
         """Forget a line in which nothing waits, if nothing of it runs."""
@@ -160,10 +182,3 @@ class Lines:
                 if key is not None and self._remove(key, claimed):
                     self._forget(key)
         return withdrawn
-
-
-def _find(claims: Sequence[Claimed], wanted: Claimed) -> int | None:
-    for place, each in enumerate(claims):
-        if each is wanted or (each.token, each.job.id) == (wanted.token, wanted.job.id):
-            return place
-    return None

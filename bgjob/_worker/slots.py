@@ -161,9 +161,8 @@ class Slots:
         outcomes, lines = self.outcomes, self.lines
         collected = [outcomes.popleft() for _ in range(len(outcomes))]
         if lines.is_used:
-            for outcome in collected:
-                if outcome.claimed.job.exclusive is not None:
-                    self.leave_line(outcome.claimed, outcome.result)
+            for outcome in lines.still_in(collected):
+                self.leave_line(outcome.claimed, outcome.result)
         return collected
 
     def leave_line(self, claimed: Claimed, result: object) -> None:
