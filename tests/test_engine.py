@@ -1,6 +1,6 @@
 """What the engine decides, one situation at a time."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from bgjob._engine import engine, settling
-from bgjob._engine.engine import Engine
+from bgjob._engine.engine import NO_LIMITS, Engine
 from bgjob._engine.outcome import Committed, Effects, Event, Fenced, Outcome, Release
 from bgjob._engine.protocol import Claim, ClaimGroup, Exchange, Sleep, Step, Stop, Sweep, Withdraw
 from bgjob._engine.reply import Notice, Reply
@@ -23,6 +23,7 @@ from bgjob._sql.notices import Subscription
 from bgjob._sql.settlements import Claimed
 from bgjob.event import JobCancelled, JobLeaseLost, QueueIsEmpty
 from bgjob.job import Job
+from bgjob.limit import Limit
 from bgjob.result import Complete, Result, Reschedule, Retry
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -45,6 +46,7 @@ class Drive:
         notify: bool = False,
         names_keys: bool = False,
         transactional: Collection[str] = (),
+        limits: Mapping[str, Limit] = NO_LIMITS,
     ) -> None:
         self.now = 100.0
         self.engine = Engine(
@@ -55,6 +57,7 @@ class Drive:
             tokens=count(1),
             names_keys=names_keys,
             transactional=transactional,
+            type_limits=limits,
         )
 
     def step(self) -> Step:
@@ -1045,6 +1048,70 @@ def test_a_notification_wakes() -> None:
     drive.drain()
     drive.engine.wake(Notice(later=True))
     assert drive.exchange().claim is not None
+
+
+LATER = NOON + timedelta(minutes=1)
+
+
+def idle(*, limits: Mapping[str, Limit] = NO_LIMITS) -> Drive:
+    """Drive an engine that has run a job, holds the notify lock, and sleeps."""
+    drive = Drive(notify=True, limits=limits)
+    drive.finish(*drive.claim("a"))
+    drive.settle()
+    drive.drain()
+    return drive
+
+
+@pytest.mark.parametrize("since", [{0: LATER}, {0: NOON - timedelta(1)}, {0: LATER, 7: LATER}])
+def test_an_idle_worker_claims_at_once_what_it_would_claim_next(since: dict[int, datetime]) -> None:
+    drive, usual, notice = idle(), idle(), Notice(since)
+    usual.engine.wake(notice)
+    assert drive.engine.at_once(notice, drive.now) == usual.exchange()
+    assert [c.job.id for c in drive.answer(found(job("b", due=LATER))).run] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "notice",
+    [
+        Notice({0: LATER}, later=True),
+        Notice({0: LATER}, relief=True),
+        Notice({0: LATER}, cancelled=frozenset({(1, "a")})),
+    ],
+    ids=["due later", "a released lock", "a cancel"],
+)
+def test_what_else_a_notification_says_is_not_answered_at_once(notice: Notice) -> None:
+    drive = idle()
+    assert drive.engine.at_once(notice, drive.now) is None
+    assert drive.engine.at_once(Notice({0: LATER}), drive.now) is not None
+
+
+def has_a_job(drive: Drive) -> None:
+    drive.engine.wake(Notice({0: LATER}))
+    drive.claim("b")
+
+
+def is_refused(drive: Drive) -> None:
+    drive.engine.wake(Notice({0: LATER}))
+    drive.exchange()
+    drive.engine.reject(drive.now)
+
+
+def lets_go(drive: Drive) -> None:
+    drive.engine.disconnect(drive.now)
+
+
+@pytest.mark.parametrize("event", [has_a_job, is_refused, lets_go, lambda d: d.engine.shutdown()])
+def test_a_worker_that_may_have_other_work_claims_nothing_at_once(
+    event: Callable[[Drive], object],
+) -> None:
+    drive = idle()
+    event(drive)
+    assert drive.engine.at_once(Notice({0: LATER}), drive.now) is None
+
+
+def test_a_worker_with_a_limit_claims_nothing_at_once() -> None:
+    drive = idle(limits={"t": Limit(1)})
+    assert drive.engine.at_once(Notice({0: LATER}), drive.now) is None
 
 
 def test_a_delayed_job_is_claimed_when_it_is_due() -> None:

@@ -8,6 +8,7 @@ come to its end. `pytest -m soak tests/test_simulation.py` lives through ten tim
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Literal
 
 import pytest
 
-from bgjob._engine.engine import Engine
+from bgjob._engine.engine import NO_LIMITS, Engine
 from bgjob._engine.outcome import (
     Committed,
     CommitUnknown,
@@ -45,7 +46,7 @@ from bgjob._engine.batch_pace import BatchPace
 from bgjob._engine.pace import MOST_AHEAD
 from bgjob._sql.claims import Group, Swept, Window
 from bgjob._sql.survey import Line, Stray, OpenTransactions
-from bgjob._sql.keys import Blocked, Woken
+from bgjob._sql.keys import NO_SLOTS, Blocked, Woken
 from bgjob._sql.notices import Subscription
 from bgjob._sql.settlements import Claimed
 from bgjob._engine.watermarks import _LATEST, REST
@@ -1316,10 +1317,7 @@ class History:
             return
         match engine.step(self.now):
             case Exchange() as exchange:
-                self._check_exchange(exchange)
-                following: Exchange | None = exchange
-                while following is not None:
-                    following = self._exchange(following)
+                self._stream(exchange)
             case Withdraw():
                 taken = self.lines.withdraw(engine.lost)
                 self._give_back(taken)
@@ -1331,6 +1329,12 @@ class History:
             case Stop(abandoned):
                 self._check_stop(abandoned)
                 self.ended = True
+
+    def _stream(self, exchange: Exchange) -> None:
+        self._check_exchange(exchange)
+        following: Exchange | None = exchange
+        while following is not None:
+            following = self._exchange(following)
 
     def _subscribe(self) -> None:
         before, self.subscription = self.subscription, self.engine.subscription
@@ -1363,6 +1367,24 @@ class History:
         if not self.woken:
             self._elapse(until, waking=True)
         self._count_idle(self.woken or self.now > began)
+        if self.now < until and self.give_up_at is None:
+            self._claim_at_once()
+
+    def _claim_at_once(self) -> None:
+        """As QueueControl._claim_at_once; a claim at once is the one that `step` would return."""
+        notice = self.notified
+        if notice is None or not notice.is_usual:
+            return
+        uncopied: dict[int, object] = {id(each): each for each in (NO_SLOTS, NO_LIMITS)}
+        # Not each time, as a copy takes as long as several turns.
+        usual = deepcopy(self.engine, uncopied) if self.turns % 4 == 0 else None
+        exchange = self.engine.at_once(notice, self.now)
+        if exchange is not None:
+            self.notified = None
+            if usual is not None:
+                usual.wake(notice)
+                promise(exchange == usual.step(self.now), "claims at once what it would not claim")
+            self._stream(exchange)
 
     def _count_idle(self, progress: bool) -> None:
         self.idle_turns = 0 if progress else self.idle_turns + 1

@@ -15,6 +15,8 @@ One turn:
                                         Withdraw: take back jobs that wait for a slot
                                         Sleep(until): nothing to do before that time
                                         Stop: it has ended
+    at_once(notice)                 ->  Exchange, or None: the claim of an idle worker that was
+                                        notified in its sleep, without another turn
     sends the exchange to the server
     acknowledge(reply), or          ->  Effects: jobs to run, events to tell
     reject() or disconnect()        ->  the same work comes again, in smaller parts

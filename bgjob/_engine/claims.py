@@ -79,9 +79,14 @@ class Claims:
             if lookout.prefers_sweep(now):
                 self._add_sweep(exchange, room, now)
             else:
-                marks, (is_told, is_vague) = lookout.marks.start(now), lookout.begin_claim(now)
-                exchange.claim = Claim(room, next(self._tokens), marks, is_told, is_vague)
-                exchange.watch = lookout.watch
+                self.add_from_marks(exchange, room, now)
+
+    def add_from_marks(self, exchange: Exchange, room: int, now: float) -> None:
+        """Claim up to `room` jobs from the marks on."""
+        lookout = self._lookout
+        marks, (is_told, is_vague) = lookout.marks.start(now), lookout.begin_claim(now)
+        exchange.claim = Claim(room, next(self._tokens), marks, is_told, is_vague)
+        exchange.watch = lookout.watch
 
     def _add_sweep(self, exchange: Exchange, limit: int, now: float) -> None:
         window = self._lookout.marks.window()

@@ -356,6 +356,24 @@ class Engine:
                     self._add_takes(exchange, now, done=done)
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
+    def at_once(self, notice: Notice, now: float) -> Exchange | None:
+        """Return the claim that answers a notification, while an idle worker sleeps; None mostly.
+
+        It is what `wake` and `step` would return before the time until which the last step told
+        the worker to sleep, if nothing but the notification was reported since.
+        """
+        lookout = self._lookout
+        is_ready = notice.is_usual and lookout.notify_lock.is_held and lookout.marks.known
+        is_busy = self._leases.tokens or self._careful or self._stopping
+        is_bound = self.throttle.is_used or self._isolation.is_needed
+        room = min(self.pace.room, self._claims.limit)
+        if not is_ready or is_busy or is_bound or room <= 0:
+            return None
+        lookout.wake(notice)
+        exchange = Exchange(holds_notify_lock=True, kept=self._kept)
+        self._claims.add_from_marks(exchange, room, now)
+        return self._send(exchange, now)
+
     @property
     def _is_done(self) -> bool:
         """Whether nothing is left to tell the server of jobs, and no handler runs to wait for."""

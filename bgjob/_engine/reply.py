@@ -187,3 +187,8 @@ class Notice(NamedTuple):
     def wakes(self) -> bool:
         """Whether there may be something to claim, or the notify lock to take."""
         return bool(self.since or self.later or self.relief)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it only says that jobs were enqueued that are due."""
+        return bool(self.since) and not (self.later or self.relief or self.cancelled)

@@ -642,11 +642,24 @@ class QueueControl:
             self._waker.arm()
         if slots.needs_watch:
             until = min(until, self._watch_at)
-        has_news = (slots.outcomes and not is_dozing) or self._session.has_notice
+        has_news = (slots.outcomes and not is_dozing) or self._session.notice is not None
         if not has_news and executor.usable == self._engine.slots:
             self._turns_by = min(until, executor.next_timeout)
             self._session.wait(self._waker, self._turns_by - monotonic())
         self._waker.silence()
+        if self._session.notice is not None:
+            self._claim_at_once(self._session.notice, until)
+
+    def _claim_at_once(self, notice: Notice, until: float) -> None:
+        """Answer a usual notification before all else that a turn looks at, if it was idle."""
+        now = monotonic()
+        if now >= until or self._give_up_at is not None:
+            return
+        exchange = self._engine.at_once(notice, now)
+        if exchange is not None:
+            self._session.take_notice()
+            self._turned_at = self._turns_by = now
+            self._exchange(exchange)
 
     def _disconnected(self, error: BaseException) -> None:
         self._was_silent |= isinstance(error, Silence)

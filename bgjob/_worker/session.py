@@ -332,9 +332,9 @@ class Session:
             self._hear(notice.relname.decode(), notice.be_pid, notice.extra.decode())
 
     @property
-    def has_notice(self) -> bool:
-        """Whether there is a notice to take."""
-        return self._heard is not None
+    def notice(self) -> Notice | None:
+        """The notifications since `take_notice`."""
+        return self._heard
 
     def take_notice(self) -> Notice | None:
         """Return the notifications since the last call."""
