@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -25,6 +26,7 @@ from bgjob import (
     Job,
     MoveToDlq,
     Mux,
+    NoopObserver,
     Reschedule,
     Result,
     Retry,
@@ -35,8 +37,10 @@ from bgjob import (
     __version__,
     cli,
 )
-from bgjob._sql.tokens import origin
+from bgjob._sql.tokens import Tokens, origin
 from bgjob._worker.control import QueueControl
+from bgjob._worker.events import Events
+from bgjob._worker.registry import EVERY, Registry
 
 
 @pytest.fixture
@@ -65,6 +69,23 @@ def only(workers: list[WorkerStatus]) -> WorkerStatus:
 def age(conn: psycopg.Connection, seconds: float = 60) -> None:
     """Make all workers last seen so long ago."""
     conn.execute("update bgjob_worker set seen_at = seen_at - make_interval(secs => %s)", [seconds])
+
+
+def test_workers_that_start_together_do_not_beat_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registry, "_begin", lambda *_: None)
+
+    def first_beat() -> float:
+        events = Events(NoopObserver(), "q")
+        registry = Registry(
+            {"q": 1}, list, lease=30.0, release=None, tokens=Tokens(), events=events
+        )
+        registry.enter("q", list)
+        registry.write(lambda _: pytest.fail("it asks the server"))
+        return registry.due_at("q") - monotonic()
+
+    beats = [first_beat() for _ in range(50)]
+    assert max(beats) <= EVERY
+    assert max(beats) - min(beats) > EVERY / 4
 
 
 # -- a life ----------------------------------------------------------------------------------------

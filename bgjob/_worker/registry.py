@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from pathlib import Path
+from secrets import randbelow
 from time import monotonic
 from typing import ClassVar, Protocol, TypeVar
 
@@ -132,6 +133,8 @@ class Registry:
         try:
             if self._tokens.number is None:
                 self._begin(ask)
+                # Workers that start together must not beat together.
+                pause *= randbelow(1000) / 1000
             elif self._beat(ask, "stopping" if is_stopping else "working"):
                 self._has_beaten = True
             else:  # someone has removed it, or a policy hides it
