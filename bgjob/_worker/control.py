@@ -643,11 +643,12 @@ class QueueControl:
         if slots.needs_watch:
             until = min(until, self._watch_at)
         has_news = (slots.outcomes and not is_dozing) or self._session.notice is not None
-        if not has_news and executor.usable == self._engine.slots:
+        waits = not has_news and executor.usable == self._engine.slots
+        if waits:
             self._turns_by = min(until, executor.next_timeout)
             self._session.wait(self._waker, self._turns_by - monotonic())
         self._waker.silence()
-        if self._session.notice is not None:
+        if waits and self._session.notice is not None:
             self._claim_at_once(self._session.notice, until)
 
     def _claim_at_once(self, notice: Notice, until: float) -> None:
