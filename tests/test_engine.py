@@ -1055,7 +1055,7 @@ LATER = NOON + timedelta(minutes=1)
 
 def idle(*, limits: Mapping[str, Limit] = NO_LIMITS) -> Drive:
     """Drive an engine that has run a job, holds the notify lock, and sleeps."""
-    drive = Drive(notify=True, limits=limits)
+    drive = Drive(notify=True, concurrency=2, limits=limits)
     drive.finish(*drive.claim("a"))
     drive.settle()
     drive.drain()

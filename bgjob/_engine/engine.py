@@ -357,10 +357,10 @@ class Engine:
         return self._send(exchange, now) if exchange else Sleep(self._wake_at(now))
 
     def at_once(self, notice: Notice, now: float) -> Exchange | None:
-        """Return the claim that answers a notification, while an idle worker sleeps; None mostly.
+        """Return the claim that answers a notification of an idle worker; None if it is not idle.
 
-        It is what `wake` and `step` would return before the time until which the last step told
-        the worker to sleep, if nothing but the notification was reported since.
+        It is the exchange that `step` would return after `wake`. The worker has slept since the
+        last step, for less time than that allowed, and has reported nothing else.
         """
         lookout = self._lookout
         is_ready = notice.is_usual and lookout.notify_lock.is_held and lookout.marks.known

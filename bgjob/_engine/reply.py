@@ -190,5 +190,5 @@ class Notice(NamedTuple):
 
     @property
     def is_usual(self) -> bool:
-        """Whether it only says that jobs were enqueued that are due."""
+        """Whether it says nothing but that due jobs were enqueued."""
         return bool(self.since) and not (self.later or self.relief or self.cancelled)
