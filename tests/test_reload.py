@@ -234,7 +234,7 @@ def test_it_reloads_where_no_pipe_can_be_inherited_as_on_windows(
     reloaded = start(PYTHONPATH=shim["PYTHONPATH"])
     first = reloaded.ran("t", "a", "v1 runs a")
     reloaded.write("second")
-    reloaded.heard("jobs:mux: reload, shutting down")
+    reloaded.heard("jobs:mux has ended")
     second = reloaded.ran("t", "b", "second runs b")
     reloaded.process.send_signal(signal.SIGINT)
     assert reloaded.ended() == 0 and not lives(first) and not lives(second)
