@@ -1,7 +1,10 @@
 """Clients: enqueue jobs, pause queues, count and explain jobs, run one job.
 
 The module has over 400 lines because both colours are here; only the async one is written.
+What answers questions is imported by the method that asks: an enqueue needs none of it.
 """
+
+from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -13,7 +16,7 @@ from contextlib import (
     suppress,
 )
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack, get_origin, overload
 
@@ -31,7 +34,6 @@ from psycopg.errors import (
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
-from bgjob import minutes
 from bgjob._checks import Duration
 from bgjob._postgres.connection import (
     AsyncSource,
@@ -66,12 +68,11 @@ from bgjob._requests import (
     wrapped,
     wrappers,
 )
-from bgjob._running.do import AsyncDo, Do
 from bgjob._running.drive import drive, drive_async
 from bgjob._running.joining import check_joined, grouped, joins
 from bgjob._running.waiting import AsyncWaiting, Waiting, result_of
 from bgjob._shared import AsyncSharedInserts, SharedInserts, may_share
-from bgjob._sql import enqueues, history, overviews, pauses, views, workers
+from bgjob._sql import enqueues, history, pauses
 from bgjob._sql.execute import (
     insert,
     insert_all,
@@ -91,22 +92,19 @@ from bgjob._sql.execute import (
     send_async,
 )
 from bgjob._sql.groups import end_groups
-from bgjob._sql.minutes import plan_in_memory
 from bgjob._sql.replacements import replace
 from bgjob._sql.results import outcomes
 from bgjob._sql.server import bounds
 from bgjob._sql.session import lost, session
 from bgjob._sql.statement import Statement
 from bgjob.codec import TypedJob
-from bgjob.dlq import AsyncDlq, Dlq
-from bgjob.doctor import LIMITS, Finding, Limits
+from bgjob.doctor import LIMITS
 from bgjob.errors import (
     BgjobError,
     EnqueueConflictError,
     JobAlreadyExistsError,
     SchemaError,
 )
-from bgjob.explanation import Explanation
 from bgjob.group import Group
 from bgjob.job import (
     DebounceOptions,
@@ -117,18 +115,22 @@ from bgjob.job import (
     PastJob,
     check_name,
 )
-from bgjob.jobs import AsyncJobs, Jobs
-from bgjob.limits import AsyncJobLimits, JobLimits
-from bgjob.minutes import By
-from bgjob.mux import Mux
-from bgjob.result import Result
-from bgjob.stats import MinuteReport, Overview, QueueStats
-from bgjob.timetable import AsyncTimetable, Timetable
-from bgjob.workers import NO_TABLE, WorkerStatus
 
 if TYPE_CHECKING:
     from bgjob._explanation.steps import Steps
+    from bgjob._running.do import AsyncDo, Do
+    from bgjob.dlq import AsyncDlq, Dlq
+    from bgjob.doctor import Finding, Limits
+    from bgjob.explanation import Explanation
+    from bgjob.jobs import AsyncJobs, Jobs
+    from bgjob.limits import AsyncJobLimits, JobLimits
     from bgjob.measurements import Measurements
+    from bgjob.minutes import By
+    from bgjob.mux import Mux
+    from bgjob.result import Result
+    from bgjob.stats import MinuteReport, Overview, QueueStats
+    from bgjob.timetable import AsyncTimetable, Timetable
+    from bgjob.workers import WorkerStatus
 
 __all__ = ["AsyncClient", "Client", "OnConflict", "OnEnqueue"]
 
@@ -211,16 +213,43 @@ class AsyncClient:
             )
         )
         self._shared = AsyncSharedInserts(self._insert, self._insert_many)
-        self._do = AsyncDo(self._run_all, partial(_connection_parameters, source))
         self._waiting = AsyncWaiting(self._run, partial(_connection_parameters, source))
-        self.dlq = AsyncDlq(self._run, notify=notify)
+
+    # What follows is imported by the programs that use it, at their first use.
+
+    @cached_property
+    def dlq(self) -> AsyncDlq:
         """The dead-letter table."""
-        self.jobs = AsyncJobs(self._run, self._run_all, notify=notify)
+        from bgjob.dlq import AsyncDlq
+
+        return AsyncDlq(self._run, notify=self._notify)
+
+    @cached_property
+    def jobs(self) -> AsyncJobs:
         """The live jobs."""
-        self.limits = AsyncJobLimits(self._run, notify=notify)
+        from bgjob.jobs import AsyncJobs
+
+        return AsyncJobs(self._run, self._run_all, notify=self._notify)
+
+    @cached_property
+    def limits(self) -> AsyncJobLimits:
         """The limits of queues over all workers."""
-        self.schedules = AsyncTimetable(self._run, self.enqueue)
+        from bgjob.limits import AsyncJobLimits
+
+        return AsyncJobLimits(self._run, notify=self._notify)
+
+    @cached_property
+    def schedules(self) -> AsyncTimetable:
         """The database's schedules, which workers wrote."""
+        from bgjob.timetable import AsyncTimetable
+
+        return AsyncTimetable(self._run, self.enqueue)
+
+    @cached_property
+    def _do(self) -> AsyncDo:
+        from bgjob._running.do import AsyncDo
+
+        return AsyncDo(self._run_all, partial(_connection_parameters, self._source))
 
     @overload
     async def enqueue(
@@ -654,6 +683,8 @@ class AsyncClient:
             conn: a connection of the caller's.
 
         """
+        from bgjob._sql import views
+
         return await self._run(views.stats(queue), conn)
 
     async def overview(
@@ -683,7 +714,11 @@ class AsyncClient:
             ValueError: a cap below 1.
 
         """
-        return await self._run(_overview(queue, cap), conn, before=overviews.plan_by_index())
+        from bgjob._sql import overviews
+
+        _check_cap(cap)
+        statement = overviews.overview(queue, cap=cap)
+        return await self._run(statement, conn, before=overviews.plan_by_index())
 
     async def workers(
         self, *, conn: psycopg.AsyncConnection[Any] | None = None
@@ -699,8 +734,11 @@ class AsyncClient:
             SchemaError: the schema is from before its table.
 
         """
+        from bgjob._sql.workers import workers
+        from bgjob.workers import NO_TABLE
+
         try:
-            return await self._run(workers.workers(), conn)
+            return await self._run(workers(), conn)
         except UndefinedTable as error:
             raise SchemaError(NO_TABLE) from error
 
@@ -736,6 +774,9 @@ class AsyncClient:
             ValueError: an argument is out of its range.
 
         """
+        from bgjob import minutes
+        from bgjob._sql.minutes import plan_in_memory
+
         statement = minutes.report(last, step=step, by=by, queue=queue, type_=type)
         try:
             return await self._run(statement, conn, before=plan_in_memory())
@@ -850,7 +891,7 @@ class AsyncClient:
             psycopg.Error: the server cannot be reached.
 
         """
-        from bgjob._diagnosis.checks import examine  # noqa: PLC0415 (only those who ask need it)
+        from bgjob._diagnosis.checks import examine
 
         async with self._connection(None) as connection:
             steps = examine(
@@ -861,7 +902,7 @@ class AsyncClient:
             )
             return await drive_async(steps, partial(_execute_both_async, connection, bounds()))
 
-    async def measure(self, *, cap: int = 10_000) -> "Measurements":
+    async def measure(self, *, cap: int = 10_000) -> Measurements:
         """Measure queues, workers, schedules and tables, for an exporter of metrics.
 
         Changes nothing. Seven statements, each in a transaction of its own, which takes at most
@@ -880,7 +921,7 @@ class AsyncClient:
             psycopg.Error: the server cannot be reached.
 
         """
-        from bgjob._diagnosis.measuring import measure  # noqa: PLC0415 (as above)
+        from bgjob._diagnosis.measuring import measure
 
         _check_cap(cap)
         async with self._connection(None) as connection:
@@ -990,7 +1031,8 @@ class AsyncClient:
         handlers have ended.
         """
         await self._waiting.close()
-        await self._do.close()
+        if "_do" in vars(self):
+            await self._do.close()
         await self._pool.close()
 
     async def __aenter__(self) -> Self:
@@ -1238,16 +1280,43 @@ class Client:
             else Pool(partial(options, (source, {})), _configure, patience=PATIENCE)
         )
         self._shared = SharedInserts(self._insert, self._insert_many)
-        self._do = Do(self._run_all, partial(_connection_parameters, source))
         self._waiting = Waiting(self._run, partial(_connection_parameters, source))
-        self.dlq = Dlq(self._run, notify=notify)
+
+    # What follows is imported by the programs that use it, at their first use.
+
+    @cached_property
+    def dlq(self) -> Dlq:
         """The dead-letter table."""
-        self.jobs = Jobs(self._run, self._run_all, notify=notify)
+        from bgjob.dlq import Dlq
+
+        return Dlq(self._run, notify=self._notify)
+
+    @cached_property
+    def jobs(self) -> Jobs:
         """The live jobs."""
-        self.limits = JobLimits(self._run, notify=notify)
+        from bgjob.jobs import Jobs
+
+        return Jobs(self._run, self._run_all, notify=self._notify)
+
+    @cached_property
+    def limits(self) -> JobLimits:
         """The limits of queues over all workers."""
-        self.schedules = Timetable(self._run, self.enqueue)
+        from bgjob.limits import JobLimits
+
+        return JobLimits(self._run, notify=self._notify)
+
+    @cached_property
+    def schedules(self) -> Timetable:
         """The database's schedules, which workers wrote."""
+        from bgjob.timetable import Timetable
+
+        return Timetable(self._run, self.enqueue)
+
+    @cached_property
+    def _do(self) -> Do:
+        from bgjob._running.do import Do
+
+        return Do(self._run_all, partial(_connection_parameters, self._source))
 
     @overload
     def enqueue(
@@ -1678,6 +1747,8 @@ class Client:
             conn: a connection of the caller's.
 
         """
+        from bgjob._sql import views
+
         return self._run(views.stats(queue), conn)
 
     def overview(
@@ -1707,7 +1778,11 @@ class Client:
             ValueError: a cap below 1.
 
         """
-        return self._run(_overview(queue, cap), conn, before=overviews.plan_by_index())
+        from bgjob._sql import overviews
+
+        _check_cap(cap)
+        statement = overviews.overview(queue, cap=cap)
+        return self._run(statement, conn, before=overviews.plan_by_index())
 
     def workers(self, *, conn: psycopg.Connection[Any] | None = None) -> list[WorkerStatus]:
         """List the workers that were seen within a day: the lost ones, the live ones, the others.
@@ -1721,8 +1796,11 @@ class Client:
             SchemaError: the schema is from before its table.
 
         """
+        from bgjob._sql.workers import workers
+        from bgjob.workers import NO_TABLE
+
         try:
-            return self._run(workers.workers(), conn)
+            return self._run(workers(), conn)
         except UndefinedTable as error:
             raise SchemaError(NO_TABLE) from error
 
@@ -1758,6 +1836,9 @@ class Client:
             ValueError: an argument is out of its range.
 
         """
+        from bgjob import minutes
+        from bgjob._sql.minutes import plan_in_memory
+
         statement = minutes.report(last, step=step, by=by, queue=queue, type_=type)
         try:
             return self._run(statement, conn, before=plan_in_memory())
@@ -1872,7 +1953,7 @@ class Client:
             psycopg.Error: the server cannot be reached.
 
         """
-        from bgjob._diagnosis.checks import examine  # noqa: PLC0415 (only those who ask need it)
+        from bgjob._diagnosis.checks import examine
 
         with self._connection(None) as connection:
             steps = examine(
@@ -1883,7 +1964,7 @@ class Client:
             )
             return drive(steps, partial(_execute_both, connection, bounds()))
 
-    def measure(self, *, cap: int = 10_000) -> "Measurements":
+    def measure(self, *, cap: int = 10_000) -> Measurements:
         """Measure queues, workers, schedules and tables, for an exporter of metrics.
 
         Changes nothing. Seven statements, each in a transaction of its own, which takes at most
@@ -1902,7 +1983,7 @@ class Client:
             psycopg.Error: the server cannot be reached.
 
         """
-        from bgjob._diagnosis.measuring import measure  # noqa: PLC0415 (as above)
+        from bgjob._diagnosis.measuring import measure
 
         _check_cap(cap)
         with self._connection(None) as connection:
@@ -2007,7 +2088,8 @@ class Client:
         closed: every later call raises ClientClosedError.
         """
         self._waiting.close()
-        self._do.close()
+        if "_do" in vars(self):
+            self._do.close()
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -2258,13 +2340,8 @@ def _check_cap(cap: int) -> None:
         raise ValueError(f"cap must be a number from 1, not {cap!r}")
 
 
-def _overview(queue: str | None, cap: int) -> Statement[Overview]:
-    _check_cap(cap)
-    return overviews.overview(queue, cap=cap)
-
-
-def _explaining(id_: str | None, queue: str | None) -> "Steps":
-    from bgjob._explanation.steps import explain, explain_queue  # noqa: PLC0415 (as above)
+def _explaining(id_: str | None, queue: str | None) -> Steps:
+    from bgjob._explanation.steps import explain, explain_queue
 
     if id_ is None and queue is not None:
         check_name("queue", queue)

@@ -1730,15 +1730,3 @@ def test_a_dead_job_with_times_out_of_pythons_range_does_not_hide_the_others(
     client.do("q", returning(MoveToDlq("why")))
     conn.execute("update bgjob_dead_job set moved_at = 'infinity' where job_id = 'b'")
     assert [dead.id for dead in client.dlq.list()] == ["b", "a"]
-
-
-def test_what_a_program_does_not_ask_of_a_client_is_not_imported() -> None:
-    code = (
-        "import sys, bgjob; unused = {'_cli', '_diagnosis', '_explanation', '_preflight', "
-        "'ext', 'sql', 'testing'}; "
-        "print(sorted(unused & {name.split('.')[1] for name in sys.modules if 'bgjob.' in name}))"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
-    )
-    assert ended.stdout == "[]\n"
