@@ -180,20 +180,18 @@ _NAMES = {
 if not TYPE_CHECKING:  # a checker would take any name for one of this module
 
     def __getattr__(name: str) -> object:
-        home = next((each for each, names in _NAMES.items() if name in names.split()), None)
-        if home is not None:
-            value = getattr(import_module(f"bgjob.{home}"), name)
-        elif name.startswith("_"):
-            raise AttributeError(f"module 'bgjob' has no attribute {name!r}")
-        else:
+        for module, names in _NAMES.items():
+            if name in names.split():
+                value = getattr(import_module(f"bgjob.{module}"), name)
+                globals()[name] = value
+                return value
+        if not name.startswith("_"):
             try:
                 return import_module(f"bgjob.{name}")
             except ModuleNotFoundError as error:
                 if error.name != f"bgjob.{name}":
                     raise
-                raise AttributeError(f"module 'bgjob' has no attribute {name!r}") from None
-        globals()[name] = value
-        return value
+        raise AttributeError(f"module 'bgjob' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
