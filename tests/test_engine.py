@@ -75,6 +75,14 @@ class Drive:
         assert isinstance(step, Exchange), step
         return step
 
+    def next_sweep(self) -> tuple[Exchange, Sweep]:
+        """Pass time, and answer what else is exchanged, until there is a sweep."""
+        while True:
+            exchange = self.next_exchange()
+            if isinstance(exchange.claim, Sweep):
+                return exchange, exchange.claim
+            self.answer()
+
     def sleep(self) -> float:
         step = self.step()
         assert isinstance(step, Sleep), step
@@ -132,12 +140,21 @@ class Drive:
         return step.until
 
 
+NO_BLOCKED = Blocked([], "")
+
+
 def found(
-    *jobs: Job, waits: tuple[float, ...] = (), suspects: bool = False, freed: int = 0
+    *jobs: Job,
+    waits: tuple[float, ...] = (),
+    suspects: bool = False,
+    freed: int = 0,
+    keys: bool = False,
+    blocked: Blocked = NO_BLOCKED,
 ) -> Reply:
     """Make the answer to a claim of any kind but a group's."""
     lines = [Line(0, NOON, wait, suspects) for wait in waits or (None,)]
-    return Reply(claimed=list(jobs), swept=Swept(list(jobs), freed), lines=lines)
+    swept = Swept(list(jobs), freed, has_keys=keys)
+    return Reply(claimed=list(jobs), swept=swept, lines=lines, blocked=blocked)
 
 
 def settled(exchange: Exchange) -> list[str]:
@@ -1190,7 +1207,7 @@ def test_the_look_after_parking_travels_with_it_where_a_sweep_can_be_afforded() 
     assert exchange.notify_lock == "take"
     answers = [store for _, store in exchange.statements("q", 30.0)]
     claims = [Reply.set_lock, Reply.set_swept]
-    surveys = [Reply.set_lines, Reply.set_blocked, Reply.set_seen]
+    surveys = [Reply.set_lines, Reply.set_seen]
     assert answers == claims + surveys
     drive.answer(Reply(lock_answer="taken"))
     assert drive.sleep() > drive.now + 9.0
@@ -1573,15 +1590,34 @@ def test_a_claim_sent_ahead_starts_where_the_one_before_it_was_told_to() -> None
 def test_where_there_are_more_keys_than_a_sweep_looks_at_the_next_comes_soon() -> None:
     drive = Drive(poll_interval=10.0)
     began = drive.now
-    after = ""
-    for n in range(30):  # of 60,000 keys
-        while not isinstance(claim := drive.next_exchange().claim, Sweep):
-            drive.answer()
-        assert claim.after == after
-        after = "" if n == 29 else f"key {n}"
-        drive.answer(replace(found(), blocked=Blocked([], after)))
+    after: str | None = None
+    for n in range(31):  # the first finds out that there are keys: 60,000
+        _, sweep = drive.next_sweep()
+        assert sweep.after == after
+        after = "" if n in (0, 30) else f"key {n}"
+        drive.answer(found(keys=True, blocked=Blocked([], after)))
     assert drive.now - began < 2.0
     assert drive.sleep() > drive.now + 5.0
+
+
+def test_sweeps_look_for_blocked_keys_while_there_are_keys() -> None:
+    drive = Drive(poll_interval=10.0)
+
+    def asks_next(*, keys: bool) -> tuple[bool, float]:
+        """Answer whether there are keys; return whether it was asked, and when to sweep again."""
+        exchange, _ = drive.next_sweep()
+        stores = [store for _, store in exchange.statements("q", 30.0)]
+        drive.answer(found(keys=keys))
+        return Reply.set_blocked in stores, drive.sleep() - drive.now
+
+    assert asks_next(keys=False) == (False, 10.0)
+    assert asks_next(keys=False) == (False, 10.0)
+    is_asked, wait = asks_next(keys=True)
+    assert not is_asked
+    assert wait < 1.0  # one may be blocked since a worker died
+    assert asks_next(keys=True) == (True, 10.0)
+    assert asks_next(keys=False) == (True, 10.0)  # the last key was given back
+    assert asks_next(keys=False) == (False, 10.0)
 
 
 def test_a_sweep_that_takes_long_goes_in_parts_that_do_not() -> None:

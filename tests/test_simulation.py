@@ -279,12 +279,13 @@ class Table:
                 reply.claimed = self.take(found, limit, token, now=now, at=at)
             case Sweep(window=Window()) as part:
                 self._sweep_within(part, reply, began=began, now=now, at=at)
-            case Sweep(limit, token, held=held, unanswered=unanswered):
+            case Sweep(limit, token, after, held, unanswered=unanswered):
                 reply.swept = self.sweep(
                     limit, token, began=began, now=now, at=at, held=held, unanswered=unanswered
                 )
                 reply.lines = self._survey(began=began, now=now)
-                reply.blocked = Blocked(self._blocked(began), "")
+                if after is not None:
+                    reply.blocked = Blocked(self._blocked(began), "")
             case ClaimGroup(limit, token, charge):
                 reply.group = self.take_group(limit, token, charge, began=began, now=now, at=at)
         if exchange.watch:
@@ -458,7 +459,8 @@ class Table:
                 reply.strays.append(Stray(row.priority, EPOCH + row.due * MICROSECOND))
         self.rows = rows
         reply.lines = self._survey(began=began, now=now)
-        reply.blocked = Blocked(self._blocked(began), "")
+        if part.after is not None:
+            reply.blocked = Blocked(self._blocked(began), "")
 
     def sweep(
         self,
@@ -500,7 +502,8 @@ class Table:
                 if row.deaths <= 1:
                     since = min(since or inf, row.due)
         first = None if since is None else EPOCH + int(since) * MICROSECOND
-        return Swept(self._hold(fresh, token, now=now), freed, first)
+        has_keys = bool(self.holders)
+        return Swept(self._hold(fresh, token, now=now), freed, first, has_keys=has_keys)
 
     def claimable(self, claim: Claim | Sweep | ClaimGroup | None, began: int) -> int:
         """How many jobs a claim may bring."""

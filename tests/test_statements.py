@@ -28,6 +28,7 @@ from bgjob._sql.survey import (
     open_transactions,
 )
 from bgjob._sql.claims import (
+    Rations,
     Swept,
     Window,
     claim,
@@ -270,6 +271,19 @@ def test_a_sweep_that_frees_nothing_names_no_place_to_look_at(worker: psycopg.Co
     worker.execute("update bgjob_job set deaths = 1 where id = 'q000002'")
     # What was freed is a suspect now, which a group claims and no look finds.
     assert ask(worker, free("q", limit=9)) == Swept([], 1, held_back=[])
+
+
+def test_every_sweep_says_whether_there_are_exclusive_keys(worker: psycopg.Connection) -> None:
+    others = Rations(limited=["limited"])
+    sweeps: list[Statement[Swept]] = [
+        sweep("q", limit=9, lease=60, token=1),
+        sweep("q", limit=9, lease=60, token=1, rations=others),
+        free("q", limit=9),
+        free_within("q", Window(LONG_AGO, datetime.now(UTC), (0,)), limit=9),
+    ]
+    assert [ask(worker, each).has_keys for each in sweeps] == [False] * 4
+    worker.execute("insert into bgjob_exclusive (key) values ('k')")
+    assert [ask(worker, each).has_keys for each in sweeps] == [True] * 4
 
 
 def test_jobs_whose_lease_has_ended_are_freed_without_claiming_anything(

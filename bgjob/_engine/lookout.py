@@ -43,7 +43,8 @@ class Lookout:
         self._due_at = inf  # when the next known job is due
         self._is_unsurveyed = False  # jobs were enqueued that may be due later, and not surveyed
         self._has_more_to_free = False
-        self.blocked_after = ""  # the key after which the search for blocked keys continues
+        self.blocked_after: str | None = None
+        """The key after which the search for blocked keys continues; None: there are no keys."""
 
     @property
     def poll_interval(self) -> float:
@@ -199,8 +200,9 @@ class Lookout:
             if sweep.limit and freed and self.has_more:
                 # There may be more to free than there are slots.
                 self._has_more_to_free, marks.sweep_at = True, -inf
-            self.blocked_after = reply.blocked.after
-            if reply.blocked.after:  # there are more keys than one sweep checks
+            self.blocked_after = reply.blocked.after if reply.swept.has_keys else None
+            # There are keys that no sweep has checked, or more than one sweep checks.
+            if self.blocked_after or (self.blocked_after is not None and sweep.after is None):
                 marks.sweep_at = min(marks.sweep_at, marks.early_sweep_at)
         waits = [line.wait for line in reply.lines if line.wait is not None]
         due_at = now + max(min(waits), 0.0) if waits else inf

@@ -65,8 +65,8 @@ class Sweep:
     limit: int
     """0 claims nothing."""
     token: int
-    after: str = ""
-    """The key after which to search for blocked keys."""
+    after: str | None = None
+    """The key after which to search for blocked keys; None: there was no key."""
     held: tuple[int, ...] = ()
     """The worker's own tokens, whose jobs it does not free."""
     window: Window | None = None
@@ -240,8 +240,9 @@ class Exchange(Settlements):
                     Part(survey_known(queue, window, rations=self.rations), Reply.set_lines)
                 )
                 plan.append(Part(strays(queue, window, rations=self.rations), Reply.set_strays))
-                unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
-                plan.append(Part(unheld, Reply.set_blocked))
+                if after is not None:
+                    unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
+                    plan.append(Part(unheld, Reply.set_blocked))
             case Sweep(0, held=held, unanswered=unanswered):
                 frees = free(queue, limit=MOST_FREED, held=held, unanswered=unanswered)
                 plan.append(Part(frees, Reply.set_swept))
@@ -258,8 +259,9 @@ class Exchange(Settlements):
                 )
                 plan.append(Part(sweeps, Reply.set_swept))
                 plan.append(Part(survey(queue, rations=self.rations), Reply.set_lines))
-                unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
-                plan.append(Part(unheld, Reply.set_blocked))
+                if after is not None:
+                    unheld = blocked(queue, after=after, limit=MOST_LOOKED_AT, served=served)
+                    plan.append(Part(unheld, Reply.set_blocked))
             case ClaimGroup(limit, token, charge):
                 group = claim_group(
                     queue,

@@ -260,6 +260,8 @@ _HELD_BACK: LiteralString = """
     )
 """
 
+_HAS_KEYS: LiteralString = "exists (select from bgjob_exclusive)"
+
 # The jobs of a dead worker are only freed here, also while the queue is paused, and claimed
 # by a later claim.
 _SWEEP = f"""
@@ -273,10 +275,10 @@ _SWEEP = f"""
         where ctid = any (array(select ctid from due where not ended))
         returning {CLAIMED_COLUMNS}, ctid::text
     )
-    select claimed.*, freed.ended, freed.since, freed.count, freed.held_back
+    select claimed.*, freed.ended, freed.since, freed.count, freed.held_back, freed.has_keys
     from (
         select count(*), {_END_SESSIONS} as ended, {_FIRST_FREED} as since,
-            {_HELD_BACK} as held_back
+            {_HELD_BACK} as held_back, {_HAS_KEYS} as has_keys
         from freed
     ) as freed
     left join claimed on true
@@ -288,7 +290,7 @@ _FREED = f"""
         where ctid = any (array(select ctid from due))
         returning deaths, next_run_at
     )
-    select {_END_SESSIONS}, {_FIRST_FREED}, count(*), {_HELD_BACK} from freed
+    select {_END_SESSIONS}, {_FIRST_FREED}, count(*), {_HELD_BACK}, {_HAS_KEYS} from freed
 """
 _FREE = f"with due as materialized ({_due(_LINES, _FREEABLE)}), {_FREED}"
 
@@ -375,11 +377,13 @@ _SWEEP_OTHERS = f"""
         where ctid = any (array(select ctid from due where not ended and not is_limited))
         returning {CLAIMED_COLUMNS}, ctid::text
     )
-    select claimed.*, freed.ended, freed.met, freed.since, freed.count, freed.held_back
+    select claimed.*, freed.ended, freed.met, freed.since, freed.count, freed.held_back,
+        freed.has_keys
     from (
         select count(*), {_END_SESSIONS} as ended, {_FIRST_FREED} as since,
             (select count(*) from aside) as met,
-            array(select distinct type::text from aside) || {_HELD_BACK} as held_back
+            array(select distinct type::text from aside) || {_HELD_BACK} as held_back,
+            {_HAS_KEYS} as has_keys
         from freed
     ) as freed
     left join claimed on true
@@ -623,6 +627,8 @@ class Swept(NamedTuple):
     """The first due time of the freed jobs that are not suspects, which any claim may take."""
     held_back: Sequence[str] = ()
     """The types of which jobs wait for their limit."""
+    has_keys: bool = False
+    """Whether any exclusive key is held, or was."""
     met: int = 0
     """How many jobs of limited types it met instead of others, and put aside."""
 
@@ -704,8 +710,8 @@ def free(
 
 
 def _only_freed(rows: Sequence[Row]) -> Swept:
-    [(_, since, freed, held_back)] = rows
-    return Swept([], freed, since, held_back)
+    [(_, since, freed, held_back, has_keys)] = rows
+    return Swept([], freed, since, held_back, has_keys)
 
 
 class Window(NamedTuple):
@@ -835,12 +841,12 @@ def _read_rare(texts: Sequence[str | None] | None) -> tuple[object, ...]:
 
 def _swept(rows: Sequence[Row]) -> Swept:
     found = [row for row in rows if row[0] is not None]
-    since, freed, held_back = rows[0][-3:]
-    return Swept(_jobs(sorted(found, key=_by_due)), freed, since, held_back)
+    since, freed, held_back, has_keys = rows[0][-4:]
+    return Swept(_jobs(sorted(found, key=_by_due)), freed, since, held_back, has_keys)
 
 
 def _swept_others(rows: Sequence[Row]) -> Swept:
-    return _swept(rows)._replace(met=rows[0][-4])
+    return _swept(rows)._replace(met=rows[0][-5])
 
 
 def _in_order(rows: Sequence[Row]) -> list[Job]:
