@@ -1246,7 +1246,7 @@ def test_a_worker_that_cannot_park_looks_again_after_pauses_that_double() -> Non
     assert pauses == [0.002, 0.004, 0.008, 0.016]
 
 
-@pytest.mark.parametrize(("answer", "rest"), [("deputy", 0.2), ("covered", 1.0)])
+@pytest.mark.parametrize(("answer", "rest"), [("deputy", 0.5), ("covered", 1.0)])
 def test_a_worker_that_relies_on_another_tries_for_its_lock_and_then_lets_all_look(
     answer: str, rest: float
 ) -> None:
@@ -1281,6 +1281,11 @@ def test_an_idle_worker_beside_enough_others_polls_ten_times_as_rarely() -> None
     rarely = exchanges_of_a_minute(spare, Reply(lock_answer="covered", has_post=False))
     assert 50 <= polls <= 130
     assert 4 <= rarely <= 16
+
+
+def test_a_deputy_exchanges_no_more_than_its_tries_which_are_part_of_its_polls() -> None:
+    deputy = Drive(notify=True, poll_interval=1.0)
+    assert 110 <= exchanges_of_a_minute(deputy, Reply(lock_answer="deputy")) <= 130
 
 
 def test_a_worker_that_polls_rarely_claims_as_soon_as_it_is_notified() -> None:

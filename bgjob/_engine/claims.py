@@ -118,7 +118,7 @@ class Claims:
         if not (is_alone or is_idle or lock.may_leave):
             return
         free, has_more = self.has_room_for_others(now) and not waits, self._lookout.has_more
-        wish = lock.wish(now, free=free, has_more=has_more)
+        wish = lock.wish(now, free=free, has_more=has_more, polls=is_idle)
         exchange.notify_lock = wish if wish != "take" or is_alone or is_idle else None
         exchange.calls = has_more and (wish == "release" or (wish == "leave" and lock.may_call))
         if exchange.notify_lock == "release":
