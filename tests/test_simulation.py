@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from itertools import count
 from math import inf, log2
 from random import Random
-from typing import Literal
+from typing import Literal, Self
 
 import pytest
 
@@ -86,6 +86,20 @@ def promise(kept: bool, text: str) -> None:
 
 
 # -- the table --------------------------------------------------------------------------
+
+
+class Tokens:
+    """1, 2, 3 and so on. Can be copied with its engine, unlike itertools.count."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> int:
+        self._last += 1
+        return self._last
 
 
 @dataclass(slots=True)
@@ -695,7 +709,7 @@ class History:
             poll_interval=self.poll_interval,
             lease=self.lease,
             notify=self.notify,
-            tokens=count(1),
+            tokens=Tokens(),
             transactional={"transactional"} if random.random() < 0.5 else set(),
             names_keys=True,
             batches={"ordinary": self.batch, "transactional": self.batch}
