@@ -249,7 +249,10 @@ class AsyncClient:
     def _do(self) -> AsyncDo:
         from bgjob._running.do import AsyncDo
 
-        return AsyncDo(self._run_all, partial(_connection_parameters, self._source))
+        made = AsyncDo(self._run_all, partial(_connection_parameters, self._source))
+        # Of two that were made at once, by two threads, one is used, which `close` ends.
+        kept: AsyncDo = vars(self).setdefault("_do", made)
+        return kept
 
     @overload
     async def enqueue(
@@ -1316,7 +1319,10 @@ class Client:
     def _do(self) -> Do:
         from bgjob._running.do import Do
 
-        return Do(self._run_all, partial(_connection_parameters, self._source))
+        made = Do(self._run_all, partial(_connection_parameters, self._source))
+        # Of two that were made at once, by two threads, one is used, which `close` ends.
+        kept: Do = vars(self).setdefault("_do", made)
+        return kept
 
     @overload
     def enqueue(

@@ -4,13 +4,17 @@ import ast
 import json
 import subprocess
 import sys
+import threading
 import typing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import bgjob
 from bgjob import AsyncClient, Client
+from bgjob._running import do
 
 ENQUEUES = """
 from bgjob import Client, EnqueueRequest
@@ -123,6 +127,25 @@ def test_a_module_that_misses_a_package_says_which() -> None:
     code = "import sys; sys.modules['orjson'] = None; import bgjob; bgjob.codec"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert "import of orjson halted" in ended.stderr
+
+
+@pytest.mark.parametrize("cls", [Client, AsyncClient])
+def test_calls_of_do_that_come_first_at_the_same_time_share_what_close_ends(
+    cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    def made(*_: object) -> object:
+        with suppress(threading.BrokenBarrierError):  # only one is made at a time
+            both.wait(1.0)
+        return object()
+
+    monkeypatch.setattr(do, "Do", made)
+    monkeypatch.setattr(do, "AsyncDo", made)
+    client = cls("")
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: client._do, range(2))
+    assert first is second is client._do
 
 
 @pytest.mark.parametrize("cls", [Client, AsyncClient])

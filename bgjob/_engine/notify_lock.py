@@ -20,8 +20,9 @@ A queue has 16 posts. An idle worker that finds the lock taken takes one, and le
 had no free slot for a second. Those with a post, the holder and the deputy poll at the poll
 interval, and are notified. A worker that finds all posts taken is a spare: it polls, and tries for
 the locks, ten times as rarely, at times of its own, and is not notified. Each poll is an exchange
-of four statements or five; 2,000 workers that polled once a second used more than one core of the server,
-and when each of them looked after each enqueue, both cores for minutes (benchmarks/fleet.py).
+of four statements or five; 2,000 workers that polled once a second used more than one core of the
+server, and when each of them looked after each enqueue, both cores for minutes
+(benchmarks/fleet.py).
 
 So that no job waits beside an idle spare, some spares can be called: a queue has 240 seats, each
 with a channel of its own. A spare that is called tries for the lock, and claims. A worker that was
