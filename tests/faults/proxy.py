@@ -35,6 +35,10 @@ async def read_startup(reader: asyncio.StreamReader) -> bytes:
     return head + await reader.readexactly(int.from_bytes(head) - 4)
 
 
+_ACCEPTING = 5
+"""Turns of the loop after which a connection that was accepted has its task, and that has begun."""
+
+
 def reset(writer: asyncio.StreamWriter | None) -> None:
     """Reset a connection, as a host that does not know it does: unsent data is lost."""
     if writer is not None and not writer.is_closing():
@@ -126,6 +130,10 @@ class Service:
         self.spawn(serve())
 
     async def _close(self) -> None:
+        # asyncio leaves a connection open that it is accepting while its server closes.
+        self._loop.remove_reader(self._server.sockets[0])
+        for _ in range(_ACCEPTING):
+            await asyncio.sleep(0)
         self._server.close()
         while tasks := [*self._tasks]:
             for task in tasks:
