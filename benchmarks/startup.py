@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -66,11 +67,7 @@ def main(bench: Bench) -> Mapping[str, object]:
         **{
             name: {
                 "floor": _RUNTIME,
-                **bench.compare(
-                    name,
-                    lambda statement=statement: {"ms": _imported(statement)[0] * 1000},
-                    lambda: {"ms": _imported(_RUNTIME)[0] * 1000},
-                ),
+                **bench.compare(name, partial(_took, statement), partial(_took, _RUNTIME)),
             }
             for name, statement in _PROGRAMS.items()
         },
@@ -86,6 +83,10 @@ def _fresh_interpreter(program: str, *args: str) -> Any:
     command = [sys.executable, "-c", program, *args]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     return json.loads(done.stdout)
+
+
+def _took(statement: str) -> Figures:
+    return {"ms": _imported(statement)[0] * 1000}
 
 
 def _imported(statement: str) -> tuple[float, list[str]]:

@@ -9,6 +9,7 @@ import typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_every_name_is_where_the_package_says_that_it_is() -> None:
     written = {
         (node.module, alias.name)
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("bgjob.")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bgjob.")
         for alias in node.names
     }
     read = {
@@ -131,7 +132,7 @@ def test_a_module_that_misses_a_package_says_which() -> None:
 
 @pytest.mark.parametrize("cls", [Client, AsyncClient])
 def test_calls_of_do_that_come_first_at_the_same_time_share_what_close_ends(
-    cls: type, monkeypatch: pytest.MonkeyPatch
+    cls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = threading.Barrier(2)
 
@@ -149,7 +150,7 @@ def test_calls_of_do_that_come_first_at_the_same_time_share_what_close_ends(
 
 
 @pytest.mark.parametrize("cls", [Client, AsyncClient])
-def test_the_types_of_what_makes_a_client_and_what_it_enqueues_can_be_read(cls: type) -> None:
+def test_the_types_of_what_makes_a_client_and_what_it_enqueues_can_be_read(cls: Any) -> None:
     # Containers that inject dependencies read those of __init__.
     for function in (cls.__init__, cls.enqueue, cls.bulk_enqueue):
         assert typing.get_type_hints(function)["return"]
