@@ -138,7 +138,7 @@ def test_calls_of_do_that_come_first_at_the_same_time_share_what_close_ends(
 
     def made(*_: object) -> object:
         with suppress(threading.BrokenBarrierError):  # only one is made at a time
-            both.wait(1.0)
+            both.wait(0.3)
         return object()
 
     monkeypatch.setattr(do, "Do", made)

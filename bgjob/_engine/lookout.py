@@ -44,7 +44,7 @@ class Lookout:
         self._is_unsurveyed = False  # jobs were enqueued that may be due later, and not surveyed
         self._has_more_to_free = False
         self.blocked_after: str | None = None
-        """The key after which the search for blocked keys continues; None: there are no keys."""
+        """The key after which the search for blocked keys continues; None: there were no keys."""
 
     @property
     def poll_interval(self) -> float:

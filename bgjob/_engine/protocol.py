@@ -66,7 +66,7 @@ class Sweep:
     """0 claims nothing."""
     token: int
     after: str | None = None
-    """The key after which to search for blocked keys; None: there was no key."""
+    """The key after which to search for blocked keys; None: the last sweep found no key."""
     held: tuple[int, ...] = ()
     """The worker's own tokens, whose jobs it does not free."""
     window: Window | None = None

@@ -628,7 +628,7 @@ class Swept(NamedTuple):
     held_back: Sequence[str] = ()
     """The types of which jobs wait for their limit."""
     has_keys: bool = False
-    """Whether any exclusive key is held, or was."""
+    """Whether the table of exclusive keys has a row."""
     met: int = 0
     """How many jobs of limited types it met instead of others, and put aside."""
 

@@ -652,7 +652,7 @@ class QueueControl:
             self._claim_at_once(self._session.notice, until)
 
     def _claim_at_once(self, notice: Notice, until: float) -> None:
-        """Let an idle engine answer a usual notification before all else that a turn looks at."""
+        """Claim for a usual notification, if idle, before all else that a turn looks at."""
         now = monotonic()
         if now >= until or self._give_up_at is not None:
             return
